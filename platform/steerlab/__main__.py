@@ -1,0 +1,5 @@
+"""`python -m steerlab` is `steerlab`."""
+
+from steerlab.cli import main
+
+main()

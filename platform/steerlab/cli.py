@@ -1,0 +1,327 @@
+"""The command line: thin typer commands over jobs, plans and runs.
+
+Exit codes: 0 done, 1 a stage failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from steerlab import plan
+    from steerlab.job import Job
+    from steerlab.run import Run
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+console = Console()
+errors = Console(stderr=True)
+
+JobArgument = Annotated[Path, typer.Argument(help="Job file (YAML).")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one value: train.steps=50.")]
+RootOption = Annotated[str | None, typer.Option("--root", help="Where artifacts and runs live: a path or URI. Default: $STEERLAB_ROOT or ~/steerlab.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn errors for people into one message and an exit code."""
+    from steerlab.plan import StageError
+
+    try:
+        yield
+    except StageError as error:
+        errors.print(f"[red]failed[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except ValueError as error:
+        errors.print(f"[red]error[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted; run the same command again to continue from the last checkpoint")
+        raise typer.Exit(1) from None
+
+
+def _read(path: Path, overrides: list[str] | None) -> Job:
+    from steerlab import job
+    from steerlab.stages import JobType
+
+    return job.read(path, JobType, overrides or ())
+
+
+def _store(root: str | None) -> Any:
+    from steerlab.run import default_root
+    from steerlab.store import Store
+
+    return Store.open(root or default_root())
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """Join the cluster that is there ($RAY_ADDRESS or one started on this machine), else start one for this command."""
+    import logging
+
+    import ray
+
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@app.command()
+def run(
+    jobs: Annotated[list[Path], typer.Argument(help="Job files, run one after another.")],
+    set_: SetOption = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the plan of one or more jobs; prints a table and the run folders."""
+    from steerlab import run as runs
+
+    with _explained():
+        store = _store(root)
+        wanted = [_read(path, set_) for path in jobs]
+        facts = [runs.check(job) for job in wanted]
+        with _ray():
+            for job, found in zip(wanted, facts, strict=True):
+                runs.check_cluster(job, store, found)
+            done = []
+            for job in wanted:
+                with _progress(quiet=as_json) as listener:
+                    done.append(runs.execute(job, store, listener, command=" ".join(sys.argv)))
+        if as_json:
+            print(json.dumps([{"folder": f"{store.root}/{r.folder}", "summary": r.summary} for r in done], indent=1))
+        else:
+            _print_results(list(zip(wanted, done, strict=True)), store.root)
+
+
+@app.command("plan")
+def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
+    """Show what would run and what is cached, with memory and disk estimates."""
+    from steerlab import plan, stages
+    from steerlab import run as runs
+    from steerlab.stages import train
+
+    with _explained():
+        store = _store(root)
+        wanted = _read(job, set_)
+        facts = runs.check(wanted)
+        records = plan.status(stages.plan_of(wanted), store)
+        if as_json:
+            print(json.dumps({"stages": [record.as_dict() for record in records]}, indent=1))
+            return
+        table = Table("stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}")
+        for record in records:
+            needs = train.estimate(wanted, facts) if record.stage.name == "train" and wanted.train else record.stage.estimate
+            sizes = [_size(n) for n in (needs.memory_bytes, needs.disk_bytes, needs.work_bytes)]
+            table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
+        console.print(table)
+        console.print(f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; estimates are rough")
+
+
+@app.command()
+def generate(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or a folder made by export.")],
+    prompt: Annotated[str, typer.Option(help="The instruction.")],
+    data: Annotated[str, typer.Option(help="The data that the instruction is about.")] = "",
+    strength: Annotated[list[float] | None, typer.Option(help="Strength of the patch; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    root: RootOption = None,
+) -> None:
+    """Try a result by hand; several strengths side by side."""
+    from steerlab import generation
+
+    with _explained():
+        model = generation.load(_artifact(run_folder, root))
+        strengths = tuple(strength or (1.0,))
+        conversation = model.encoder.conversation(prompt, data)
+        outputs = model.generate([conversation], max_new_tokens=max_new_tokens, temperature=temperature, strengths=strengths)
+        table = Table("strength", "output")
+        for value, (output,) in zip(strengths, outputs, strict=True):
+            table.add_row(f"{value:g}", escape(output.text))
+        console.print(table)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    strength: Annotated[float, typer.Option(help="Strength at which a patch is folded.")] = 1.0,
+    root: RootOption = None,
+) -> None:
+    """Write a checkpoint that plain transformers loads; a patch that cannot be folded is written beside it."""
+    from steerlab import generation, models, patches
+
+    with _explained():
+        if directory.exists():
+            raise ValueError(f"{directory} exists already; name a new folder")
+        artifact = _artifact(run_folder, root)
+        loaded = generation.load(artifact)
+        try:
+            for patch in loaded.patches:
+                patch.fold(loaded.model, strength)
+        except patches.CannotFold as reason:
+            shutil.copytree(artifact, directory)
+            console.print(f"not folded: {escape(str(reason))}. Three lines load it:\n", soft_wrap=True)
+            console.print(f"  from steerlab import load\n  model = load({str(directory)!r})\n  print(model.answer('instruction', 'data'))")
+            return
+        models.save_model(loaded.model, loaded.encoder.tokenizer, directory)
+        (directory / "prompt.json").write_text(json.dumps(loaded.encoder.spec))
+        console.print(f"AutoModelForCausalLM.from_pretrained({str(directory)!r}) loads it")
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="Run folder of the control.")],
+    second: Annotated[str, typer.Argument(help="Run folder of the other.")],
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two runs item by item: second minus first, with a 95 % interval."""
+    from steerlab import run as runs
+
+    with _explained():
+        store = _store(root)
+        differences = runs.compare(store, *(_relative(folder, store.root) for folder in (first, second)))
+        if as_json:
+            print(json.dumps({name: d._asdict() for name, d in differences.items()}, indent=1))
+            return
+        table = Table("metric", "difference", "95 % interval", "n", "more than noise")
+        for name, d in differences.items():
+            table.add_row(name, f"{d.value:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]".replace("[", "\\["), str(d.n), "yes" if d.low > 0 or d.high < 0 else "no")
+        console.print(table)
+
+
+@app.command()
+def submit(
+    job: JobArgument,
+    address: Annotated[str, typer.Option(help="Dashboard address of the cluster, http://HOST:8265.")],
+    root: Annotated[str, typer.Option(help="ROOT on the cluster: an absolute path or a URI.")],
+    set_: SetOption = None,
+) -> None:
+    """Run a job on a cluster through Ray's job API and follow its log."""
+    from steerlab.submit import submit as send
+
+    with _explained():
+        _read(job, set_)
+        raise typer.Exit(send(job, address=address, root=root, overrides=set_ or ()))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of job files, for editors."""
+    from steerlab import job
+    from steerlab.stages import JobType
+
+    print(job.schema(JobType))
+
+
+@app.command()
+def doctor(root: RootOption = None) -> None:
+    """Say whether this machine or cluster is ready, and what is missing."""
+    from steerlab.doctor import examine
+    from steerlab.run import default_root
+
+    table = Table("check", "result", "")
+    findings = examine(root or default_root())
+    for finding in findings:
+        table.add_row(finding.check, "[green]ok[/green]" if finding.ok else "[red]missing[/red]", escape(finding.detail))
+    console.print(table)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+def _relative(folder: str, root: str) -> str:
+    """Return a run folder as a path below ROOT."""
+    whole = folder if folder.startswith("runs/") else str(Path(folder).absolute())
+    return whole.removeprefix(root).strip("/")
+
+
+def _artifact(folder: str, root: str | None) -> Path:
+    """Return the model of a run folder, or an exported folder itself."""
+    if (Path(folder) / "prompt.json").is_file():
+        return Path(folder)
+    where = Path(folder).absolute()
+    store = _store(root or (str(where).partition("/runs/")[0] if "/runs/" in str(where) else None))
+    summary = f"{_relative(folder, store.root)}/summary.json"
+    try:
+        subject = store.read_json(summary)["model"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is neither a finished run folder nor an exported model (no {summary})") from None
+    if subject is None:
+        raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
+    return Path(store.local(subject["stage"], subject["key"]))
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[plan.Listener]:
+    """Show stages, steps, rate and time left: a live bar on a terminal, lines elsewhere."""
+    from steerlab import plan
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, disable=quiet or not console.is_terminal, transient=True,
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    printed_s = time.monotonic()
+
+    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+        nonlocal printed_s
+        done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
+        note = f"loss {metrics['train/loss_nats']:.4f}, {metrics['steps_per_s']:.2f} steps/s" if "step" in metrics else ""
+        if stage.key not in tasks:
+            tasks[stage.key] = bar.add_task(f"{stage.name} ({stage.label})", total=total, note="")
+        bar.update(tasks[stage.key], completed=done, total=total, note=note)
+        if not quiet and not console.is_terminal and time.monotonic() - printed_s > 10:
+            printed_s = time.monotonic()
+            left = f", {metrics['left_s']:.0f} s left" if "left_s" in metrics else ""
+            console.print(f"  {stage.name} ({stage.label}): {done}/{total} {note}{left}", highlight=False)
+
+    def ended(record: plan.Record) -> None:
+        if not quiet:
+            console.print(f"{record.stage.name} ({record.stage.label}): {record.status} in {record.seconds:.1f} s", highlight=False)
+
+    with bar:
+        yield plan.Listener(ended=ended, reported=reported)
+
+
+def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
+    names = list(dict.fromkeys(name for _, r in done for name in r.summary["metrics"]))
+    table = Table("metric", *(job.name for job, _ in done))
+    for name in names:
+        table.add_row(name, *(_cell(r.summary["metrics"].get(name)) for _, r in done))
+    if names:
+        console.print(table)
+        console.print("value +- standard error (items scored)")
+    for job, result in done:
+        console.print(f"{job.name}: {root}/{result.folder}", soft_wrap=True, highlight=False)
+
+
+def _cell(metric: dict[str, Any] | None) -> str:
+    if metric is None or metric["value"] is None:
+        return "-"
+    error = "" if metric["stderr"] is None else f" +- {metric['stderr']:.3f}"
+    unparsable = f", {metric['unparsable']} unparsable" if metric["unparsable"] else ""
+    return f"{metric['value']:.3f}{error} ({metric['n']}{unparsable})"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB" if num_bytes else "small"
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

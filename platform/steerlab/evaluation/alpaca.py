@@ -1,0 +1,89 @@
+"""Answers in AlpacaEval's format, for a judge outside.
+
+AlpacaEval 1.0 compares a model's answers to 805 prompts with those of text-davinci-003. The judge is a language model behind
+an API, so this task stops at the answers: they are the task's samples, all of them, a JSON list of {instruction, output,
+generator, dataset} that AlpacaEval reads. To judge them as ASIDE (arXiv 2503.10566) does, save the list as `outputs.json` and
+
+    pip install alpaca-eval
+    IS_ALPACA_EVAL_2=False alpaca_eval --model_outputs outputs.json
+
+with `source` set to the 805 published prompts (a downloaded `alpaca_eval.json`). With several strengths the generator names
+the strength, and the list is to be split by it. An input, where a row has one, is given to the model as data, and is
+appended to `instruction` for the judge.
+
+Metrics: `alpaca/response_tokens`, `alpaca/empty` (share of answers without a word), `alpaca/unfinished` (share cut at
+`max_new_tokens`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steerlab.evaluation.items import ALPACA, Numbered, has_input, instruction_rows
+from steerlab.evaluation.metrics import Observation, Result
+from steerlab.generation import Generation, SteeredModel
+from steerlab.job import TaskConfig
+
+
+class Config(TaskConfig):
+    """Answers for AlpacaEval."""
+
+    task: Literal["alpaca"] = "alpaca"
+    source: str = ALPACA
+    """Rows with instruction and, where there is one, input; a field `dataset` is passed on."""
+    needs_input: bool = False
+    """Use only rows with an input (the paper's second set: AlpacaFarm's 208)."""
+    offset: int = Field(0, ge=0)
+    """Rows skipped first: those a job trained on."""
+    generator: str = "steerlab"
+    """Name of the model in the leaderboard."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest answer in tokens."""
+
+
+def run(model: SteeredModel, config: Config) -> Result:
+    """Answer every prompt, at every strength."""
+    rows = instruction_rows(
+        config.source, needs_input=config.needs_input, offset=config.offset, limit=config.limit, seed=config.seed
+    )
+    answers = model.generate(
+        [model.encoder.conversation(str(item.row["instruction"]), _data(item)) for item in rows],
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        strengths=config.strengths,
+    )
+    observations, samples = [], []
+    for strength, outputs in zip(config.strengths, answers, strict=True):
+        name = config.generator if len(config.strengths) == 1 else f"{config.generator}_strength_{strength:g}"
+        for item, output in zip(rows, outputs, strict=True):
+            observations += observe(item.id, output, strength)
+            samples.append(entry(item, output.text, name))
+    return Result(observations, samples)
+
+
+def observe(row_id: str, output: Generation, strength: float = 1.0) -> list[Observation]:
+    """Measure one answer."""
+    values = {
+        "response_tokens": float(output.num_tokens),
+        "empty": float(not output.text.strip()),
+        "unfinished": float(not output.finished),
+    }
+    return [Observation(f"alpaca/{name}", row_id, value, 1.0, strength) for name, value in values.items()]
+
+
+def entry(item: Numbered, output: str, generator: str) -> dict[str, Any]:
+    """Write one answer in AlpacaEval's format."""
+    data = _data(item)
+    instruction = str(item.row["instruction"])
+    return {
+        "instruction": f"{instruction}\n\n{data}" if data else instruction,
+        "output": output,
+        "generator": generator,
+        "dataset": str(item.row.get("dataset") or "steerlab"),
+    }
+
+
+def _data(item: Numbered) -> str:
+    return str(item.row["input"]) if has_input(item.row) else ""

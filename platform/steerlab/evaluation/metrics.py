@@ -1,0 +1,210 @@
+"""What a task returns, and how observations become numbers with an error.
+
+Every number is a weighted mean over items, so that shares (weight 1), conditional shares (weight 0 takes an item out, as in
+SEP) and means over tokens (weight = tokens) share one formula and one standard error. What could not be judged has the value
+None: it is counted, and is part of no mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from steerlab.job import TaskConfig
+
+if TYPE_CHECKING:
+    from steerlab.generation import SteeredModel
+
+Transform = Literal["identity", "exp"]
+
+MAX_SAMPLES = 20
+"""Readable samples that a task keeps."""
+
+_RESAMPLED_AT_ONCE = 2_000_000
+"""Entries of one block of bootstrap indices (16 MB)."""
+
+
+class Observation(NamedTuple):
+    """One judged item of one metric at one strength."""
+
+    metric: str
+    id: str
+    """Names the item: the same in every run over the same data, so that two runs can be compared pair by pair."""
+    value: float | None
+    """None when the output could not be judged."""
+    weight: float = 1.0
+    """0 takes the item out of the mean."""
+    strength: float = 1.0
+
+
+class Metric(NamedTuple):
+    """A mean, its standard error, the items in it, and the items that could not be judged."""
+
+    value: float | None
+    """None when nothing was scored."""
+    stderr: float | None
+    """None with fewer than two items."""
+    n: int
+    unparsable: int
+
+
+class Difference(NamedTuple):
+    """A paired difference with its 95 % interval; `low > 0` or `high < 0` says that it is more than noise."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task found: observations, a few readable samples, and how means of a metric are transformed."""
+
+    observations: list[Observation]
+    samples: list[dict[str, Any]]
+    transforms: dict[str, str] = field(default_factory=dict)
+    """metric -> `exp`, for metrics that are not plain means."""
+
+
+class Task(NamedTuple):
+    """An evaluation: its config, and the function that runs it on a model."""
+
+    Config: type[TaskConfig]
+    run: Callable[[SteeredModel, Any], Result]
+
+
+def summarise(observations: Sequence[Observation], transform: str = "identity") -> Metric:
+    """Summarise the observations of one metric at one strength.
+
+    With m = sum w v / sum w over the scored items (value given, weight above 0), the value is f(m), and the standard error
+    is |f'(m)| sqrt(n/(n-1) sum w^2 (v - m)^2) / sum w: the usual s/sqrt(n) for equal weights, that of a ratio of means
+    otherwise (items, not tokens, are the independent draws), and the delta method for f = exp.
+
+    Raises:
+        ValueError: when a weight is negative or the transform is unknown.
+    """
+    value_N, weight_N = _scored(observations)
+    unparsable = sum(o.value is None for o in observations)
+    n = len(value_N)
+    if n == 0:
+        return Metric(None, None, 0, unparsable)
+    mean = float(weight_N @ value_N / weight_N.sum())
+    value, slope = _transformed(mean, transform)
+    if n == 1:
+        return Metric(value, None, 1, unparsable)
+    squares = float(np.square(weight_N * (value_N - mean)).sum())
+    stderr = slope * math.sqrt(n / (n - 1) * squares) / float(weight_N.sum())
+    return Metric(value, stderr, n, unparsable)
+
+
+def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
+    """Summarise every metric of a result: strength -> metric -> numbers, both in the order in which they were observed."""
+    groups: dict[float, dict[str, list[Observation]]] = defaultdict(lambda: defaultdict(list))
+    for observation in result.observations:
+        groups[observation.strength][observation.metric].append(observation)
+    return {
+        strength: {name: summarise(group, result.transforms.get(name, "identity")) for name, group in metrics.items()}
+        for strength, metrics in groups.items()
+    }
+
+
+def paired_difference(
+    a: Sequence[Observation],
+    b: Sequence[Observation],
+    *,
+    transform: str = "identity",
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> Difference:
+    """Compare one metric of two runs over the items they share: f(mean of a) - f(mean of b).
+
+    The interval holds the middle 95 % of the difference when the shared items are drawn anew with replacement (bootstrap), so
+    what makes an item hard for both runs cancels. Each side keeps its own weights. Resamples in which one side has
+    no weight at all (SEP: no probe executed) are left out.
+
+    Raises:
+        ValueError: when an id occurs twice in a run, no id is shared, or one side has nothing scored among the shared ids.
+    """
+    by_id_a, by_id_b = _by_id(a), _by_id(b)
+    shared = [i for i in by_id_a if i in by_id_b and by_id_a[i].value is not None and by_id_b[i].value is not None]
+    if not shared:
+        example = f" (for example {a[0].id!r} and {b[0].id!r})" if a and b else ""
+        raise ValueError(f"the two runs share no judged item: their ids are those of different data{example}")
+    weights_2N = np.array([[runs[i].weight for i in shared] for runs in (by_id_a, by_id_b)])
+    products_2N = weights_2N * np.array([[runs[i].value for i in shared] for runs in (by_id_a, by_id_b)], dtype=float)
+    if not weights_2N.sum(axis=1).all():
+        raise ValueError(f"one of the two runs has no scored item among the {len(shared)} shared ones: all weights are 0")
+    difference = _differences(products_2N.sum(axis=1), weights_2N.sum(axis=1), transform)
+    draws_R = _bootstrap(products_2N, weights_2N, transform, num_resamples, np.random.default_rng(seed))
+    low, high = np.quantile(draws_R, [0.025, 0.975])
+    return Difference(float(difference), float(low), float(high), len(shared))
+
+
+def contains(text: str, witness: str) -> bool:
+    """Say whether the witness occurs in the text, whatever its case."""
+    return witness.lower() in text.lower()
+
+
+def spread(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep `MAX_SAMPLES` samples at equal distances."""
+    if len(samples) <= MAX_SAMPLES:
+        return list(samples)
+    return [samples[i * len(samples) // MAX_SAMPLES] for i in range(MAX_SAMPLES)]
+
+
+def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
+    for observation in observations:
+        if observation.weight < 0:
+            raise ValueError(f"weight {observation.weight} of item {observation.id!r} ({observation.metric}) is below 0")
+    pairs = [(o.value, o.weight) for o in observations if o.value is not None and o.weight > 0]
+    values, weights = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.array(values, dtype=float), np.array(weights, dtype=float)
+
+
+def _transformed(mean: float, transform: str) -> tuple[float, float]:
+    """Return f(mean) and |f'(mean)|; a mean whose exponential overflows gives infinity."""
+    if transform == "identity":
+        return mean, 1.0
+    if transform == "exp":
+        value = float(np.exp(np.minimum(mean, 709.0)))
+        return value, value
+    raise ValueError(f"unknown transform {transform!r}: identity or exp")
+
+
+def _by_id(observations: Sequence[Observation]) -> Mapping[str, Observation]:
+    found: dict[str, Observation] = {}
+    for observation in observations:
+        if observation.id in found:
+            raise ValueError(f"item {observation.id!r} of {observation.metric} occurs twice: pass one metric at one strength")
+        found[observation.id] = observation
+    return found
+
+
+def _differences(products_2: np.ndarray, weights_2: np.ndarray, transform: str) -> np.ndarray:
+    """Return f(a) - f(b) from weighted sums; axis 0 is the two runs."""
+    mean_2 = products_2 / weights_2
+    if transform not in ("identity", "exp"):
+        raise ValueError(f"unknown transform {transform!r}: identity or exp")
+    transformed = np.exp(np.minimum(mean_2, 709.0)) if transform == "exp" else mean_2
+    return transformed[0] - transformed[1]
+
+
+def _bootstrap(
+    products_2N: np.ndarray, weights_2N: np.ndarray, transform: str, num_resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    num_items = products_2N.shape[1]
+    block = max(1, _RESAMPLED_AT_ONCE // num_items)
+    found = []
+    for start in range(0, num_resamples, block):
+        index_RN = rng.integers(0, num_items, (min(block, num_resamples - start), num_items))
+        weights_2R = weights_2N[:, index_RN].sum(axis=-1)
+        usable_R = weights_2R.all(axis=0)
+        products_2R = products_2N[:, index_RN].sum(axis=-1)
+        found.append(_differences(products_2R[:, usable_R], weights_2R[:, usable_R], transform))
+    return np.concatenate(found)

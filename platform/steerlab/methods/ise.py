@@ -1,0 +1,55 @@
+"""ISE: instructional segment embeddings, ASIDE's baseline.
+
+Wu et al., "Instructional Segment Embedding: Improving LLM Safety with Instruction Hierarchy", ICLR 2025,
+https://arxiv.org/abs/2410.09102 (section 4).
+
+Each token's embedding is shifted by a trained vector of its segment: e'_t = e_t + S[role_t]. Instruction and data are told
+apart by a translation that the model has to learn, where ASIDE rotates by a fixed angle. S has a third row for responses in
+jobs that give them a role of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from steerlab import patches
+from steerlab.job import MethodConfig
+from steerlab.methods.contract import Loss, Method, language_modelling_loss, train_everything
+from steerlab.tokens import Batch
+
+
+class Config(MethodConfig):
+    """Hyperparameters of ISE."""
+
+    name: Literal["ise"] = "ise"
+    """The method."""
+    init_std: float = Field(0.02, ge=0)
+    """Standard deviation of the initial segment vectors; 0 starts as vanilla."""
+
+
+class Ise(nn.Module):
+    """A causal language model with segment vectors added to its embeddings."""
+
+    def __init__(self, model: PreTrainedModel, config: Config) -> None:
+        super().__init__()
+        train_everything(model)
+        self.model = model
+        self.patch = patches.EmbeddingPatch(model.config.hidden_size, shift=True)
+        assert self.patch.shift_RD is not None
+        nn.init.normal_(self.patch.shift_RD, std=config.init_std)
+        patches.attach(model, [self.patch])
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the summed cross-entropy over the labelled tokens."""
+        logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
+        return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
+
+    def on_step(self, step: int, steps_per_epoch: float) -> None:
+        """Nothing follows the training."""
+
+
+METHOD = Method(Config, Ise)

@@ -1,0 +1,42 @@
+"""Plain supervised fine-tuning: the control of every method that changes representations.
+
+The same prompts, rows, loss and optimizer as the methods it is compared with; the model sees one stream of tokens and no roles.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from steerlab.job import MethodConfig
+from steerlab.methods.contract import Loss, Method, language_modelling_loss, train_everything
+from steerlab.tokens import Batch
+
+
+class Config(MethodConfig):
+    """Fine-tuning of all weights; there is nothing to set."""
+
+    name: Literal["vanilla"] = "vanilla"
+    """The method."""
+
+
+class Vanilla(nn.Module):
+    """A causal language model and its next-token loss."""
+
+    def __init__(self, model: PreTrainedModel, config: Config) -> None:
+        super().__init__()
+        train_everything(model)
+        self.model = model
+        self.patch = None
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the summed cross-entropy over the labelled tokens."""
+        return Loss(language_modelling_loss(self.model(**batch.model_inputs).logits, batch.labels), {})
+
+    def on_step(self, step: int, steps_per_epoch: float) -> None:
+        """Nothing follows the training."""
+
+
+METHOD = Method(Config, Vanilla, needs_training=False, leaves_patch=False)

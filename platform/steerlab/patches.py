@@ -1,0 +1,397 @@
+"""The four kinds of patch: what a method leaves on a model, and how several of them share one model.
+
+`attach` hangs patches on a model by hooks. The model is then called as before, with two more keyword arguments that the hooks
+read: `roles` (B, T), the role of every token of this very call (one column in cached decoding), and `strengths`, (B,) for all
+patches or (N, B) with a row for each. Strength 0 is the model without the patch, bit for bit; left out, every strength is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from steerlab import models, taps
+from steerlab.tokens import DATA, RESPONSE
+
+_SPEC, _TENSORS = "patch.json", "patch.safetensors"
+
+
+@dataclass
+class Forward:
+    """What the hooks of one forward pass read."""
+
+    roles_BT: Tensor | None = None
+    strengths_NB: Tensor | None = None
+    """None when every strength is 1."""
+
+    def roles(self) -> Tensor:
+        """Return the roles of this call, or say that the caller left them out."""
+        if self.roles_BT is None:
+            raise ValueError("this model carries a patch that depends on token roles: call it with roles=, shape (B, T)")
+        return self.roles_BT
+
+    def strength(self, number: int, rank: int) -> Tensor | None:
+        """Return the strengths of patch `number` shaped (B, 1, ...) with `rank` axes; None means 1."""
+        if self.strengths_NB is None:
+            return None
+        strength_B = self.strengths_NB[number]
+        return strength_B.view(-1, *[1] * (rank - 1))
+
+
+class Patch(Protocol):
+    """What the four kinds have in common."""
+
+    kind: ClassVar[str]
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Register the hooks of patch `number` of a stack."""
+        ...
+
+    def spec(self) -> dict[str, Any]:
+        """Return the scalars from which the patch is made again."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are saved."""
+        ...
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Merge the patch into the model's weights, or raise `CannotFold`."""
+        ...
+
+
+class CannotFold(ValueError):
+    """The algebra does not allow the patch to become weights; the message says why."""
+
+
+@dataclass
+class Attached:
+    """Patches on a model until `detach`."""
+
+    model: PreTrainedModel
+    patches: tuple[Patch, ...]
+    forward: Forward = field(default_factory=Forward)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def detach(self) -> None:
+        """Take every patch off again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def take_arguments(self, _model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Keep `roles` and `strengths` of this call for the hooks; they stay until the next call, for recomputation."""
+        self.forward.roles_BT = kwargs.pop("roles", None)
+        strengths = kwargs.pop("strengths", None)
+        if strengths is not None:
+            strengths = strengths.expand(len(self.patches), -1) if strengths.dim() == 1 else strengths
+            if len(strengths) != len(self.patches):
+                raise ValueError(f"{len(strengths)} rows of strengths for {len(self.patches)} patches")
+        self.forward.strengths_NB = strengths
+        return args, kwargs
+
+
+def attach(model: PreTrainedModel, patches: Sequence[Patch]) -> Attached:
+    """Attach a stack of patches; they act in the order of the model's forward pass, each with its own strength."""
+    attached = Attached(model, tuple(patches))
+    attached.handles.append(model.register_forward_pre_hook(attached.take_arguments, with_kwargs=True))
+    for number, patch in enumerate(patches):
+        attached.handles += patch.hook(model, attached.forward, number)
+    return attached
+
+
+class EmbeddingPatch(nn.Module):
+    """Rotation and shift of input embeddings by token role (ASIDE, arXiv 2503.10566; ISE, arXiv 2410.09102).
+
+    Data tokens are rotated by `angle_rad` in every pair of coordinates (2k, 2k+1); `shift` adds a trained vector for each of
+    the three roles. The angle is kept as a number, the rotation costs O(D) and nothing is stored for it. With `learned` each
+    pair has its own angle, `angle_rad` plus a trained difference, so that it stays a rotation and starts at `angle_rad`.
+    """
+
+    kind: ClassVar[str] = "embedding"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        angle_rad: float = 0.0,
+        direction: Literal["right", "left"] = "right",
+        learned: bool = False,
+        shift: bool = False,
+    ) -> None:
+        super().__init__()
+        if hidden_size % 2 and (angle_rad or learned):
+            raise ValueError(f"a rotation needs pairs of coordinates; the hidden size {hidden_size} is odd")
+        self.hidden_size = hidden_size
+        self.angle_rad = angle_rad
+        self.direction: Literal["right", "left"] = direction
+        self.difference_P = nn.Parameter(torch.zeros(hidden_size // 2)) if learned else None
+        self.shift_RD = nn.Parameter(torch.zeros(RESPONSE + 1, hidden_size)) if shift else None
+        self.progress = 1.0
+        """Share of the angle in use; below 1 only while training with a gradual rotation."""
+
+    def forward(self, e_BTD: Tensor, roles_BT: Tensor, strength_B11: Tensor | None = None) -> Tensor:
+        """Rotate and shift embeddings; roles (B, T), strength (B, 1, 1) or None for 1."""
+        out_BTD = e_BTD
+        if self.angle_rad or self.difference_P is not None:
+            angle: Tensor | float = self.angle_rad * self.progress
+            if self.difference_P is not None:
+                angle = (self.angle_rad + self.difference_P.float()) * self.progress
+            if strength_B11 is not None:
+                angle = strength_B11.float() * angle
+            rotated_BTD = rotate(e_BTD, angle, self.direction)
+            out_BTD = torch.where((roles_BT == DATA).unsqueeze(-1), rotated_BTD, e_BTD)
+        if self.shift_RD is not None:
+            # Padding (role 3) has no row of its own; its value is never attended to.
+            shift_BTD = self.shift_RD[roles_BT.clamp(max=RESPONSE)]
+            out_BTD = out_BTD + (shift_BTD if strength_B11 is None else strength_B11 * shift_BTD).to(out_BTD.dtype)
+        return out_BTD
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Act on the output of the input embedding; the output head is not touched, tied or not."""
+
+        def edit(_module: nn.Module, _inputs: Any, e_BTD: Tensor) -> Tensor:
+            return self(e_BTD, forward.roles(), forward.strength(number, 3))
+
+        return [models.embedding(model).register_forward_hook(edit)]
+
+    def spec(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "hidden_size": self.hidden_size,
+            "angle_rad": self.angle_rad,
+            "direction": self.direction,
+            "learned": self.difference_P is not None,
+            "shift": self.shift_RD is not None,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the trained angles and shifts, if any."""
+        return self.state_dict()
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Fold only what does nothing: one table cannot hold two embeddings of a token."""
+        if strength and (self.angle_rad or self.difference_P is not None or self.shift_RD is not None):
+            raise CannotFold("an embedding patch depends on token roles, which plain transformers does not know")
+
+
+def rotate(x: Tensor, angle: Tensor | float, direction: str = "right") -> Tensor:
+    """Rotate every pair (2k, 2k+1) of the last axis by `angle` (radians; broadcast over pairs) in float32.
+
+    right: (u, v) -> (u cos a + v sin a, v cos a - u sin a), the row vector times the block-diagonal matrix of
+    METHODS 1.2 (ASIDE, section 4); left is right with -a.
+    """
+    if direction == "left":
+        angle = -angle
+    if isinstance(angle, Tensor):
+        cos: Tensor | float = torch.cos(angle)
+        sin: Tensor | float = torch.sin(angle)
+    else:
+        # In double precision; a quarter turn is then exactly a swap and a change of sign.
+        cos, sin = (0.0 if abs(c) < 1e-12 else c for c in (math.cos(angle), math.sin(angle)))
+    u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((u * cos + v * sin, v * cos - u * sin), -1).flatten(-2).to(x.dtype)
+
+
+class ActivationPatch(nn.Module):
+    """An affine map of the outputs of modules: T(z) = lambda (w * z + b) + (1 - lambda) z (LinEAS, arXiv 2503.10679, eq. 2).
+
+    Elementwise over the last axis, at every token, in float32.
+    """
+
+    kind: ClassVar[str] = "activation"
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        super().__init__()
+        self.sizes = dict(sizes)
+        self.scale = nn.ParameterList([nn.Parameter(torch.ones(size)) for size in sizes.values()])
+        self.shift = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes.values()])
+
+    def forward(self, z_BTD: Tensor, module: int, strength_B11: Tensor | None = None) -> Tensor:
+        """Map the output of module number `module`."""
+        mapped_BTD = self.scale[module].float() * z_BTD.float() + self.shift[module].float()
+        if strength_B11 is not None:
+            mapped_BTD = strength_B11 * mapped_BTD + (1 - strength_B11) * z_BTD.float()
+        return mapped_BTD.to(z_BTD.dtype)
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Act on the output of every module of `sizes`, the first element where the output is a tuple."""
+        handles = []
+        for index, name in enumerate(self.sizes):
+
+            def edit(_module: nn.Module, _inputs: Any, output: Any, index: int = index) -> Any:
+                z = taps.tensor_of(output)
+                mapped = self(z, index, forward.strength(number, z.dim()))
+                return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
+
+            handles.append(model.get_submodule(name).register_forward_hook(edit))
+        return handles
+
+    def spec(self) -> dict[str, Any]:
+        """Return the modules and their widths."""
+        return {"sizes": self.sizes}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the scales and shifts."""
+        return self.state_dict()
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Merge into linear layers; a norm without a bias cannot hold the shift."""
+        for index, name in enumerate(self.sizes):
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Linear):
+                raise CannotFold(f"{name} is a {type(module).__name__}: only the map of a Linear folds into its weights")
+            w = 1 + strength * (self.scale[index].detach().double() - 1)
+            b = strength * self.shift[index].detach().double()
+            with torch.no_grad():
+                module.weight.copy_(w[:, None] * module.weight.double())
+                bias = b if module.bias is None else w * module.bias.double() + b
+            module.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=False)
+
+
+class LogitPatch(nn.Module):
+    """A linear head on the last hidden state, added to the logits: z = z_base + alpha W_align h (IAV).
+
+    `rank` 0 is the full V x D matrix; otherwise W_align = up @ down. Zero at the start.
+    """
+
+    kind: ClassVar[str] = "logit"
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int = 0) -> None:
+        super().__init__()
+        self.hidden_size, self.vocab_size, self.rank = hidden_size, vocab_size, rank
+        self.up = nn.Parameter(torch.zeros(vocab_size, rank or hidden_size))
+        self.down = nn.Parameter(torch.randn(rank, hidden_size) / math.sqrt(hidden_size)) if rank else None
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        """Return the alignment vector of every position, (B, T, V)."""
+        h = h_BTD if self.down is None else nn.functional.linear(h_BTD, self.down.to(h_BTD.dtype))
+        return nn.functional.linear(h, self.up.to(h_BTD.dtype))
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Act on the output of the language modelling head."""
+
+        def edit(_module: nn.Module, inputs: tuple[Tensor, ...], logits_BTV: Tensor) -> Tensor:
+            alpha = forward.strength(number, 3)
+            vector_BTV = self(inputs[0])
+            return logits_BTV + (vector_BTV if alpha is None else alpha.to(vector_BTV.dtype) * vector_BTV)
+
+        return [models.head(model).register_forward_hook(edit)]
+
+    def spec(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size, "rank": self.rank}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the head."""
+        return self.state_dict()
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Add the head, times alpha, to the model's own; tied embeddings are untied first."""
+        head = models.head(model)
+        assert isinstance(head, nn.Linear)
+        matrix = self.up if self.down is None else self.up @ self.down
+        folded = head.weight.detach().double() + strength * matrix.detach().double()
+        head.weight = nn.Parameter(folded.to(head.weight.dtype), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+class WeightPatch(nn.Module):
+    """Differences of weights: W = W_base + strength * delta (WaRP, folded). The strength is one for all rows of a call."""
+
+    kind: ClassVar[str] = "weight"
+
+    def __init__(self, shapes: dict[str, list[int]]) -> None:
+        super().__init__()
+        self.shapes = dict(shapes)
+        self.deltas = nn.ParameterList([nn.Parameter(torch.zeros(shape), requires_grad=False) for shape in shapes.values()])
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Write W_base + strength * delta before each forward pass whose strength differs from the last one's."""
+        weights = [model.get_parameter(name) for name in self.shapes]
+        base = [weight.detach().clone() for weight in weights]
+        state = {"strength": 0.0}
+
+        def write(strength: float) -> None:
+            if strength == state["strength"]:
+                return
+            for weight, start, delta in zip(weights, base, self.deltas, strict=True):
+                weight.data.copy_(start if strength == 0 else start + strength * delta.to(start))
+            state["strength"] = strength
+
+        def before(_model: nn.Module, _args: Any) -> None:
+            strength_B = forward.strength(number, 1)
+            values = [1.0] if strength_B is None else strength_B.unique().tolist()
+            if len(values) > 1:
+                raise ValueError(f"a weight patch has one strength for all rows of a call, got {values}")
+            write(values[0])
+
+        handle = model.register_forward_pre_hook(before)
+        return [_Restoring(handle, lambda: write(0.0))]
+
+    def spec(self) -> dict[str, Any]:
+        """Return the names and shapes of the changed weights."""
+        return {"shapes": self.shapes}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the differences."""
+        return self.state_dict()
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Add the differences to the weights."""
+        for name, delta in zip(self.shapes, self.deltas, strict=True):
+            weight = model.get_parameter(name)
+            weight.data.add_(strength * delta.to(weight))
+
+
+class _Restoring(RemovableHandle):
+    """A hook's handle that also puts the weights back when it is removed."""
+
+    def __init__(self, handle: RemovableHandle, restore: Callable[[], None]) -> None:
+        self._handle, self._restore = handle, restore
+
+    def remove(self) -> None:
+        self._handle.remove()
+        self._restore()
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "embedding": EmbeddingPatch,
+    "activation": ActivationPatch,
+    "logit": LogitPatch,
+    "weight": WeightPatch,
+}
+
+
+def save(patch: Any, directory: Path, model_fingerprint: str) -> None:
+    """Write a patch as JSON and safetensors; the fingerprint names the model it belongs to."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in patch.tensors().items()}, directory / _TENSORS)
+    spec = {"kind": patch.kind, "spec": patch.spec(), "model": model_fingerprint, "schema": 1}
+    (directory / _SPEC).write_text(json.dumps(spec, indent=2))
+
+
+def load(directory: Path, model: PreTrainedModel | None = None) -> Any:
+    """Read a patch; with a model given, refuse a patch that was made for another one."""
+    saved = json.loads((directory / _SPEC).read_text())
+    if saved["kind"] not in KINDS:
+        raise ValueError(f"{directory / _SPEC}: unknown kind of patch {saved['kind']!r}; known: {', '.join(KINDS)}")
+    if model is not None and models.fingerprint(model) != saved["model"]:
+        raise ValueError(f"the patch in {directory} was made for another model than this {type(model).__name__}")
+    patch = KINDS[saved["kind"]](**saved["spec"])
+    patch.load_state_dict(load_file(directory / _TENSORS))
+    return patch.eval()
+
+
+def exists(directory: Path) -> bool:
+    """Say whether a directory holds a saved patch."""
+    return (directory / _SPEC).is_file()

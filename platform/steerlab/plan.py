@@ -1,0 +1,237 @@
+"""A job's plan: stages addressed by what made them, run at most once each, whoever else is running.
+
+    key = SHA-256(stage name, stage version, declared parameters, keys of the inputs)
+
+A stage is a pure function of its parameters and inputs that fills one directory. It is handed nothing else that could change
+the result, so a field that it did not declare cannot reach it. How the work is spread (`scale`) is handed over apart and
+never hashed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from steerlab import sources
+from steerlab.job import ScaleConfig
+from steerlab.store import Store
+
+Status = Literal["cached", "to run", "ran", "failed"]
+Report = Callable[[dict[str, Any]], None]
+_POLL_S = 0.2
+
+
+class StageError(RuntimeError):
+    """A stage failed; the message names the stage, the cause and where to read on."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage is expected to need; rough, and said to be."""
+
+    memory_bytes: int = 0
+    """Peak of one worker."""
+    disk_bytes: int = 0
+    """Size of the artifact."""
+    work_bytes: int = 0
+    """Checkpoints while it runs."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a running stage is handed."""
+
+    store: Store
+    stage: Stage
+    directory: Path
+    """The directory to fill; it becomes the artifact."""
+    inputs: tuple[Path, ...]
+    """Local directories of the input artifacts, in the order of `Stage.inputs`."""
+    scale: ScaleConfig
+    report: Report
+    """Takes metrics and progress while the stage runs."""
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The declared parameters."""
+        return self.stage.params
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of a plan."""
+
+    name: str
+    version: int
+    params: Mapping[str, Any]
+    """Declared parameters: JSON values only."""
+    run: Callable[[Work], None]
+    inputs: tuple[Stage, ...] = ()
+    label: str = ""
+    """What a person reads; not hashed."""
+    estimate: Estimate = field(default_factory=Estimate)
+
+    @cached_property
+    def key(self) -> str:
+        """Address of the artifact."""
+        made_of = [self.name, self.version, self.params, [stage.key for stage in self.inputs]]
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+@dataclass
+class Record:
+    """What became of a stage in one run: a line of plan.json."""
+
+    stage: Stage
+    status: Status
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the line."""
+        return {
+            "name": self.stage.name,
+            "label": self.stage.label,
+            "key": self.stage.key,
+            "status": self.status,
+            "seconds": round(self.seconds, 3),
+            "inputs": [stage.key for stage in self.stage.inputs],
+        }
+
+
+def ordered(targets: Sequence[Stage]) -> list[Stage]:
+    """Return the targets and all they need, inputs first, each artifact once."""
+    found: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        for needed in stage.inputs:
+            visit(needed)
+        found.setdefault(stage.key, stage)
+
+    for target in targets:
+        visit(target)
+    return list(found.values())
+
+
+def status(stages: Sequence[Stage], store: Store) -> list[Record]:
+    """Say of each stage whether it is cached or to run."""
+    return [Record(stage, "cached" if store.has(stage.name, stage.key) else "to run") for stage in stages]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Where a model lies, valid on every node: a source, or an artifact of a store."""
+
+    source: str | None = None
+    artifact: tuple[str, str, str] | None = None
+    """(ROOT, stage, key)"""
+    subfolder: str = ""
+    """Folder of the artifact that is meant; empty for all of it."""
+
+    def locate(self) -> Path:
+        """Return a local directory on this node."""
+        if self.artifact is not None:
+            root, stage, key = self.artifact
+            return Store(root).local(stage, key) / self.subfolder
+        assert self.source is not None
+        return sources.fetch(self.source)
+
+
+@dataclass
+class Listener:
+    """Who is told how a plan goes."""
+
+    started: Callable[[Stage], None] = lambda stage: None
+    ended: Callable[[Record], None] = lambda record: None
+    reported: Callable[[Stage, dict[str, Any]], None] = lambda stage, metrics: None
+
+
+def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Listener, records: list[Record]) -> None:
+    """Run a plan in order and append a record for each stage: skip what is cached, wait for what another process runs.
+
+    Raises:
+        StageError: when a stage fails; its record is the last.
+    """
+    for stage in stages:
+        listener.started(stage)
+        start_s = time.monotonic()
+        record = Record(stage, "failed")
+        records.append(record)
+        try:
+            record.status = _ensure(stage, store, scale, listener)
+        finally:
+            record.seconds = time.monotonic() - start_s
+            listener.ended(record)
+
+
+def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> Status:
+    if store.has(stage.name, stage.key):
+        return "cached"
+    with claim(store, stage):
+        # Whoever held the claim before may have finished it.
+        if store.has(stage.name, stage.key):
+            return "cached"
+        _execute(stage, store, scale, listener)
+    return "ran"
+
+
+def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> None:
+    inputs = tuple(store.local(needed.name, needed.key) for needed in stage.inputs)
+    start_s = time.monotonic()
+    with store.temporary(stage.name, stage.key) as directory:
+        stage.run(Work(store, stage, directory, inputs, scale, lambda metrics: listener.reported(stage, metrics)))
+        meta = {
+            "params": dict(stage.params),
+            "version": stage.version,
+            "inputs": [[needed.name, needed.key] for needed in stage.inputs],
+            "seconds": round(time.monotonic() - start_s, 3),
+        }
+        store.commit(stage.name, stage.key, directory, meta)
+    store.discard_work(stage.name, stage.key)
+
+
+@contextmanager
+def claim(store: Store, stage: Stage) -> Iterator[None]:
+    """Hold the only right to run a stage; it ends with the process that holds it, however that dies.
+
+    On a local ROOT (one node) it is a file lock, which the kernel gives back; elsewhere the name of a Ray actor, which Ray
+    gives back when the driver that made it is gone.
+    """
+    if store.is_local:
+        path = Path(store.root.removeprefix("file://")) / "claims" / f"{stage.name}-{stage.key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        return
+    actor = _claim_actor(f"claim-{stage.name}-{stage.key}")
+    try:
+        yield
+    finally:
+        import ray
+
+        ray.kill(actor)
+
+
+def _claim_actor(name: str) -> Any:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Claim:
+        def held(self) -> bool:
+            return True
+
+    while True:
+        try:
+            actor = Claim.options(name=name, namespace="steerlab").remote()
+            ray.get(actor.held.remote())
+            return actor
+        except ValueError:  # the name is taken: somebody else is running this stage
+            time.sleep(_POLL_S)

@@ -1,0 +1,249 @@
+"""One execution of a job: what is checked before it starts, the run folder it leaves, and how two runs compare."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray
+
+from steerlab import models, plan, sources
+from steerlab.evaluation.metrics import Difference, Observation, paired_difference
+from steerlab.job import Job, base_job, dump
+from steerlab.methods import METHODS
+from steerlab.stages import JobType, evaluate, plan_of, targets_of, train
+from steerlab.store import Store
+from steerlab.tracking import Tracker
+
+_PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
+_SAFETY = 1.1
+"""Free disk asked for, relative to the estimate."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished execution and where its record lies."""
+
+    folder: str
+    """Path below ROOT."""
+    summary: dict[str, Any]
+    records: list[plan.Record]
+
+
+def default_root() -> str:
+    """Return $STEERLAB_ROOT or ~/steerlab."""
+    return os.environ.get("STEERLAB_ROOT") or str(Path("~/steerlab").expanduser())
+
+
+def facts_of(job: Job) -> models.ModelFacts:
+    """Return the sizes of a job's model; a job that builds on another has the architecture of that one's source."""
+    base = base_job(job, JobType)
+    if base is not None:
+        return facts_of(base)
+    assert isinstance(job.model.source, str)
+    return models.facts(sources.fetch(job.model.source))
+
+
+def check(job: Job) -> models.ModelFacts:
+    """Refuse what cannot work, before anything starts.
+
+    Raises:
+        ValueError: with one message for people.
+    """
+    base = base_job(job, JobType)
+    if base is not None:
+        check(base)
+        if base.train is None:
+            raise ValueError(f"model.source: the job {base.name} trains nothing, so there is no model to start from")
+    method = METHODS[job.method.name]
+    if job.train is None and method.needs_training:
+        raise ValueError(f"train: this key is required by method {job.method.name}")
+    if job.train is not None:
+        if job.data.train is None:
+            raise ValueError("data.train: this key is required, because the job has a train section")
+        if job.train.keep == "best" and job.data.validation is None:
+            raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
+        for data in (job.data.train, job.data.validation):
+            if data is not None:
+                sources.rows(data.source, limit=1, fields=("text",) if data.format == "text" else ("instruction", "output"))
+    if job.train is None and not job.evaluate:
+        raise ValueError("the job has neither a train nor an evaluate section, so there is nothing to do")
+    for number, task in enumerate(job.evaluate):
+        if any(strength != 1 for strength in task.strengths) and not method.leaves_patch:
+            raise ValueError(
+                f"evaluate.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch whose strength could vary"
+            )
+    found = facts_of(job)
+    method.check(job.method, found)
+    if job.train is not None and found.max_positions and job.train.max_tokens > found.max_positions:
+        raise ValueError(
+            f"train.max_tokens {job.train.max_tokens}: the context of {found.architecture} holds {found.max_positions} tokens"
+        )
+    return found
+
+
+def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
+    """Refuse what the cluster or the disk cannot hold; Ray must be connected."""
+    from steerlab.training import launch
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if store.is_local and len(nodes) > 1:
+        raise ValueError(f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)")
+    if job.train is None:
+        return
+    launch.check_resources(job.scale)
+    estimate = train.estimate(job, facts)
+    needed = int((estimate.disk_bytes + estimate.work_bytes) * _SAFETY)
+    free = store.free_bytes()
+    pending = any(r.status == "to run" and r.stage.name == "train" for r in plan.status(plan_of(job), store))
+    if pending and free is not None and free < needed:
+        raise ValueError(f"ROOT '{store.root}' has {free / 1e9:.1f} GB free; training needs about {needed / 1e9:.1f} GB")
+
+
+def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") -> Run:
+    """Run a job's plan and leave a run folder, also when a stage fails.
+
+    Raises:
+        plan.StageError: a stage failed; the message names it, the cause and the log.
+    """
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    folder = f"runs/{job.name}/{run_id}"
+    store.write_text(f"{folder}/job.yaml", dump(job))
+    store.write_json(f"{folder}/environment.json", environment(command))
+    scratch = Path(store.root.removeprefix("file://")) / folder if store.is_local else Path.home() / ".cache/steerlab/wandb"
+    tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch)
+    records: list[plan.Record] = []
+    following = _following(store, folder, tracker, listener)
+    stages = plan_of(job)
+    try:
+        plan.run(stages, store, job.scale, following, records)
+    except BaseException as error:
+        store.write_text(f"{folder}/error.txt", "".join(traceback.format_exception(error)))
+        store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
+        tracker.finish({}, exit_code=1)
+        if not isinstance(error, Exception):
+            raise
+        name = f"{records[-1].stage.name} ({records[-1].stage.label})" if records else "(none)"
+        raise plan.StageError(f"stage {name} failed: {root_cause(error)}; log: {store.root}/{folder}/error.txt") from error
+    finally:
+        evaluate.close()
+    summary = summarise(job, store)
+    store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
+    store.write_json(f"{folder}/summary.json", summary)
+    for stage in targets_of(job):
+        if stage.name == "evaluate":
+            samples = json.loads((store.local(stage.name, stage.key) / "samples.json").read_text())
+            store.write_json(f"{folder}/samples/{stage.label}.json", samples)
+    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, exit_code=0)
+    return Run(folder, summary, records)
+
+
+def _following(store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
+    """Pass events on, and keep every line of metrics."""
+
+    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+        if "step" in metrics:
+            line = {"stage": stage.name, "key": stage.key[:12], **metrics}
+            store.append_line(f"{folder}/metrics.jsonl", line)
+            tracker.log({name: value for name, value in metrics.items() if name not in ("steps", "left_s")})
+        listener.reported(stage, metrics)
+
+    return plan.Listener(listener.started, listener.ended, reported)
+
+
+def summarise(job: Job, store: Store) -> dict[str, Any]:
+    """Collect the metrics of a job whose stages are all in the store."""
+    headline: dict[str, Any] = {}
+    strengths: dict[str, dict[str, Any]] = {}
+    subject: dict[str, str] | None = None
+    for stage in targets_of(job):
+        if stage.name != "evaluate":
+            subject = {"stage": stage.name, "key": stage.key}
+            continue
+        if stage.inputs:
+            subject = {"stage": stage.inputs[0].name, "key": stage.inputs[0].key}
+        saved = json.loads((store.local(stage.name, stage.key) / "metrics.json").read_text())
+        for number, (strength, metrics) in enumerate(saved["strengths"].items()):
+            strengths.setdefault(strength, {}).update(metrics)
+            if number == 0:
+                headline.update(metrics)
+    return {"metrics": headline, "strengths": strengths, "model": subject, "schema": 1}
+
+
+def compare(store: Store, first: str, second: str) -> dict[str, Difference]:
+    """Return second minus first for every metric that both runs measured on the same items, with a 95 % interval."""
+    a, b = (_observations(store, folder) for folder in (first, second))
+    differences = {}
+    for name in a:
+        if name in b:
+            transform = a[name][1]
+            differences[name] = paired_difference(a[name][0], b[name][0], transform=transform)
+    return differences
+
+
+def _observations(store: Store, folder: str) -> dict[str, tuple[list[Observation], str]]:
+    """Return the observations of a run at its first strength, by metric, with the metric's transform."""
+    found: dict[str, tuple[list[Observation], str]] = {}
+    for line in store.read_json(f"{folder}/plan.json")["stages"]:
+        if line["name"] != "evaluate":
+            continue
+        directory = store.local("evaluate", line["key"])
+        saved = json.loads((directory / "metrics.json").read_text())
+        first = float(next(iter(saved["strengths"])))
+        for row in pq.read_table(directory / "observations.parquet").to_pylist():
+            if row["strength"] == first:
+                transform = saved["transforms"].get(row["metric"], "identity")
+                found.setdefault(row["metric"], ([], transform))[0].append(Observation(**row))
+    return found
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Return what a result depends on besides its job: versions, git commit, hardware."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": command,
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
+        "nodes": len([node for node in ray.nodes() if node["Alive"]]),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the innermost message of an error that came through Ray, in one line."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return root_cause(next(iter(failures.values())))
+    inner = getattr(error, "cause", None) or getattr(error, "base_exc", None)
+    if isinstance(inner, BaseException):
+        return root_cause(inner)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+

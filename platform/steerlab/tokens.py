@@ -1,0 +1,314 @@
+"""Messages to token ids, roles and labels in one tokenisation; padding; the legend of tensor axes.
+
+Axes, as suffixes of tensor names: B rows, T tokens, D width, L layers, V vocabulary, P pairs of coordinates (D/2).
+
+Roles come from the structure of a conversation, never from searching text. The chat template is rendered with one private
+character in place of every message, cut at those characters into literal pieces, and filled with the texts; the character
+offsets of one joint tokenisation then say which part each token came from. Text that imitates a heading or a marker moves
+nothing. Template text carries the role of the message before it (ASIDE's convention: the assistant's header is data).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+INSTRUCTION, DATA, RESPONSE, PADDING = 0, 1, 2, 3
+ROLES = {"instruction": INSTRUCTION, "data": DATA, "response": RESPONSE, "padding": PADDING}
+IGNORED = -100
+"""Label of a token that is not in the loss (transformers' convention)."""
+
+_TEMPLATE_PART = -1
+_FIRST_SENTINEL = 0xE000  # private use area: no template writes these characters, and texts are filled in after the cut
+
+FRAMING = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+
+
+class Part(NamedTuple):
+    """A stretch of a message's text with one role."""
+
+    text: str
+    role: int
+
+
+class Message(NamedTuple):
+    """One turn. Speaker `text` stands alone: plain text without a chat template."""
+
+    speaker: Literal["system", "user", "assistant", "text"]
+    parts: tuple[Part, ...]
+
+
+Conversation = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised row; all lists have one entry a token."""
+
+    input_ids: list[int]
+    roles: list[int]
+    in_response: list[bool]
+    """True for the tokens of the response, its end-of-sequence token included."""
+    parts: list[int]
+    """Number of the part that the token came from, counted over the conversation; -1 for template text."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def targets(self, loss_on: str) -> list[bool]:
+        """Say which tokens are predicted in the loss; the first token of a row never is."""
+        chosen = self.in_response if loss_on == "response" else [True] * len(self)
+        return [False, *chosen[1:]]
+
+    def cut(self, length: int) -> Encoded:
+        """Keep the first `length` tokens."""
+        return Encoded(self.input_ids[:length], self.roles[:length], self.in_response[:length], self.parts[:length])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows, every tensor of shape (B, T)."""
+
+    input_ids: Tensor
+    roles: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move every tensor."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Arguments of a transformers forward; positions are explicit because padding may stand on the left."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+
+
+def collate(
+    rows: Sequence[Encoded],
+    pad_id: int,
+    side: Literal["left", "right"] = "right",
+    loss_on: str = "all",
+) -> Batch:
+    """Pad rows to the longest; ids, roles, mask, positions and labels are padded on the same side."""
+    longest = max(len(row) for row in rows)
+
+    def pad(values: Sequence[int], fill: int) -> list[int]:
+        padding = [fill] * (longest - len(values))
+        return [*padding, *values] if side == "left" else [*values, *padding]
+
+    labels = [
+        [token if chosen else IGNORED for token, chosen in zip(row.input_ids, row.targets(loss_on), strict=True)]
+        for row in rows
+    ]
+    return Batch(
+        input_ids=torch.tensor([pad(row.input_ids, pad_id) for row in rows]),
+        roles=torch.tensor([pad(row.roles, PADDING) for row in rows]),
+        attention_mask=torch.tensor([pad([1] * len(row), 0) for row in rows]),
+        position_ids=torch.tensor([pad(range(len(row)), 0) for row in rows]),
+        labels=torch.tensor([pad(row, IGNORED) for row in labels]),
+    )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills padding; masks are explicit everywhere, so a model without one loses nothing."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+@dataclass
+class Encoder:
+    """A tokenizer with a prompt style: conversations in, `Encoded` rows out."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt_style: Literal["aside", "plain"] = "aside"
+    response_role: Literal["data", "instruction", "response"] = "data"
+    num_neutralised: int = 0
+    """Special tokens written out in texts (`<|im_end|>` inside data) that were broken up, so far."""
+    _literals: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"{type(self.tokenizer).__name__} gives no character offsets, which roles need; use a fast tokenizer")
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        specials = sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials))) if specials else re.compile(r"(?!)")
+
+    @property
+    def response_role_id(self) -> int:
+        """Role of generated tokens."""
+        return ROLES[self.response_role]
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills padding."""
+        return pad_id(self.tokenizer)
+
+    @property
+    def spec(self) -> dict[str, str]:
+        """Settings that a saved model needs to be prompted as it was trained."""
+        return {"prompt_style": self.prompt_style, "response_role": self.response_role}
+
+    def conversation(
+        self, instruction: str, data: str | Sequence[Part] = "", response: str | None = None
+    ) -> Conversation:
+        """Make the messages of one row; `data` may come as parts, `response` None makes a prompt to be continued.
+
+        The `aside` style is the paper's: framing and `Instruction:` in the system turn, `Input:` in the user turn, `No input`
+        when there is none. Unlike the authors' code no period is added to the response.
+        """
+        data_parts = (Part(data, DATA),) if isinstance(data, str) else tuple(data)
+        if self.prompt_style == "aside":
+            instruction = f"{FRAMING}\n\nInstruction:\n{instruction}"
+            if len("".join(part.text for part in data_parts)) < 2:
+                data_parts = (Part("No input", DATA),)
+            data_parts = (Part("Input:\n", DATA), *data_parts)
+        messages = (Message("system", (Part(instruction, INSTRUCTION),)), Message("user", data_parts))
+        if response is None:
+            return messages
+        return (*messages, Message("assistant", (Part(response, self.response_role_id),)))
+
+    def from_row(self, row: Mapping[str, Any], data_format: str) -> Conversation:
+        """Make the conversation of a data row in one of the formats of `DataSet.format`."""
+        if data_format == "text":
+            return (Message("text", (Part(str(row["text"]), INSTRUCTION),)),)
+        return self.conversation(str(row["instruction"]), str(row.get("input") or ""), str(row["output"]))
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Tokenise a conversation once, as a whole; a prompt ends with the assistant's header."""
+        conversation = tuple(self._neutralise(message) for message in conversation)
+        stretches = self._stretches(conversation)
+        text = "".join(stretch.text for stretch in stretches)
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        owner = [number for number, stretch in enumerate(stretches) for _ in stretch.text]
+        # A token that crosses a boundary belongs to the later side: no byte of data is ever read as instruction.
+        owners = [owner[max(start, end - 1)] for start, end in tokens["offset_mapping"]]
+        ids = [int(i) for i in tokens["input_ids"]]
+        return Encoded(
+            input_ids=ids,
+            roles=[stretches[o].role for o in owners],
+            in_response=self._in_response(ids, [stretches[o].kind for o in owners]),
+            parts=[stretches[o].part for o in owners],
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of generated ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _in_response(self, ids: list[int], kinds: list[str]) -> list[bool]:
+        """Mark the response's own tokens and the first end-of-sequence token after them."""
+        marked = [kind == "response" for kind in kinds]
+        for t, kind in enumerate(kinds):
+            if kind == "tail" and ids[t] == self.tokenizer.eos_token_id:
+                marked[t] = True
+                break
+        return marked
+
+    def _stretches(self, conversation: Conversation) -> list[_Stretch]:
+        """Interleave the template's literal pieces with the parts."""
+        literals = self._template(tuple(message.speaker for message in conversation))
+        stretches = [_Stretch(literals[0], conversation[0].parts[0].role, _TEMPLATE_PART, "template")]
+        number = 0
+        for message, literal in zip(conversation, literals[1:], strict=True):
+            kind = "response" if message.speaker == "assistant" else "prompt"
+            for part in message.parts:
+                stretches.append(_Stretch(part.text, part.role, number, kind))
+                number += 1
+            tail = "tail" if message.speaker == "assistant" else "template"
+            # The role of the message's first part: a probe with another role at its end must not colour the header.
+            stretches.append(_Stretch(literal, message.parts[0].role, _TEMPLATE_PART, tail))
+        return stretches
+
+    def _template(self, speakers: tuple[str, ...]) -> list[str]:
+        """Return the literal text before, between and after the messages."""
+        if speakers not in self._literals:
+            self._literals[speakers] = self._cut_template(speakers)
+        return self._literals[speakers]
+
+    def _cut_template(self, speakers: tuple[str, ...]) -> list[str]:
+        bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+        if speakers == ("text",):
+            return [bos, ""]
+        sentinels = [chr(_FIRST_SENTINEL + i) for i in range(len(speakers))]
+        if self.tokenizer.chat_template is None:
+            ends = ["\n\n"] * len(speakers) if speakers[-1] != "assistant" else ["\n\n"] * (len(speakers) - 1) + [eos]
+            return [bos, *ends]
+        messages = [{"role": s, "content": c} for s, c in zip(speakers, sentinels, strict=True)]
+        rendered = str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=speakers[-1] != "assistant"
+            )
+        )
+        if [c for c in rendered if c in sentinels] != sentinels:
+            raise ValueError(f"the chat template drops, repeats or reorders the messages {', '.join(speakers)}")
+        return re.split("|".join(sentinels), rendered)
+
+    def _neutralise(self, message: Message) -> Message:
+        """Break up special tokens written in a text by a space, so that no text can end a turn or open another."""
+        joined = "".join(part.text for part in message.parts)
+        breaks = {match.start() + 1 for match in self._special.finditer(joined)}
+        if not breaks:
+            return message
+        self.num_neutralised += len(breaks)
+        parts, start = [], 0
+        for part in message.parts:
+            here = "".join((" " if start + i in breaks else "") + c for i, c in enumerate(part.text))
+            parts.append(Part(here, part.role))
+            start += len(part.text)
+        return Message(message.speaker, tuple(parts))
+
+
+class _Stretch(NamedTuple):
+    text: str
+    role: int
+    part: int
+    kind: str
+
+
+class Rows(NamedTuple):
+    """Tokenised rows of a data set and what truncation did to it."""
+
+    rows: list[Encoded]
+    num_cut: int
+    """Rows whose response was cut at `max_tokens`."""
+    num_dropped: int
+    """Rows left out because instruction and data alone did not fit."""
+
+
+def encode_rows(encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int) -> Rows:
+    """Tokenise rows; the boundary between roles is never cut away silently.
+
+    Raises:
+        ValueError: when no row fits.
+    """
+    rows, num_cut, num_dropped = [], 0, 0
+    for conversation in conversations:
+        row = encoder.encode(conversation)
+        is_text = conversation[0].speaker == "text"
+        prompt = 1 if is_text else next((t for t, inside in enumerate(row.in_response) if inside), len(row))
+        if prompt >= max_tokens:
+            num_dropped += 1
+        elif len(row) > max_tokens:
+            num_cut += 1
+            rows.append(row.cut(max_tokens))
+        else:
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"no row fits into {max_tokens} tokens: {num_dropped} prompts are longer (train.max_tokens)")
+    return Rows(rows, num_cut, num_dropped)

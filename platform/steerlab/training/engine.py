@@ -1,0 +1,177 @@
+"""A DeepSpeed engine for one stage: forward and backward with exact normalisation, checkpoints, gathered weights.
+
+DeepSpeed is imported in workers only (ray #50406) and uses the process group that exists. The optimizer is torch's own and the
+learning rate is written at every step, so a checkpoint needs no scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerlab.job import ScaleConfig, TrainConfig
+
+_TAG = "state"
+_META = "steerlab.json"
+
+
+class WorldSizeError(ValueError):
+    """A sharded checkpoint cannot be loaded on another number of workers."""
+
+
+@dataclass
+class Engine:
+    """A module under DeepSpeed on one rank."""
+
+    module: nn.Module
+    train: TrainConfig
+    scale: ScaleConfig
+    dtype: str
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # Ray Train sets it; a plain process may not
+        import deepspeed
+
+        if self.device.type == "cpu":
+            # Gloo alone: DeepSpeed's shared-memory reduction would need a C++ compiler on every node.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.utils.logging.logger.setLevel("ERROR")
+        optimizer = _optimizer(self.module, self.train)
+        self._grad_norm = 0.0
+        if self._clips_itself:
+            optimizer.register_step_pre_hook(lambda *_: self._clip())
+        self._ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self._config())
+
+    @property
+    def passes_per_step(self) -> int:
+        """Forward passes of this worker in one optimizer step."""
+        rows = self.train.rows_per_step // self.world_size
+        return -(-rows // self.train.micro_batch)
+
+    @property
+    def _clips_itself(self) -> bool:
+        """DeepSpeed clips too in plain float32 training, but keeps the norm to itself."""
+        return self.scale.zero_stage == 0 and self.dtype == "float32"
+
+    def _clip(self) -> None:
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        self._grad_norm = float(nn.utils.clip_grad_norm_(trained, self.train.clip_norm or float("inf")))
+
+    def _config(self) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.scale.zero_stage}
+        if self.scale.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+            if self.scale.zero_stage == 3:
+                zero["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": self.train.micro_batch,
+            "gradient_accumulation_steps": self.passes_per_step,
+            "gradient_clipping": 0.0 if self._clips_itself else self.train.clip_norm,
+            "bf16": {"enabled": self.dtype == "bfloat16"},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+
+    def backward(self, batch: Any, num_targets: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add one micro-batch's gradients; `num_targets` counts the whole step, so the sum over passes and workers is exact.
+
+        DeepSpeed divides by passes and workers; multiplying by both first leaves total / num_targets.
+        """
+        loss = self._ds(batch)
+        self._ds.backward(loss.total * (self.passes_per_step * self.world_size / num_targets))
+        self._ds.step()
+        return loss.total.detach(), {name: value.detach() for name, value in loss.metrics.items()}
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """Return the summed loss of one batch without gradients."""
+        self._ds.eval()
+        with torch.no_grad():
+            total = self._ds(batch).total
+        self._ds.train()
+        return total
+
+    def start_step(self, lr: float) -> None:
+        """Set the learning rate of the step that begins."""
+        for group in self._ds.optimizer.param_groups:
+            group["lr"] = lr
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        return self._grad_norm if self._clips_itself else float(self._ds.get_global_grad_norm())
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Add up numbers over all workers."""
+        if self.world_size == 1:
+            return values
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(summed)
+        return summed.tolist()
+
+    def save(self, directory: Path, state: dict[str, Any]) -> None:
+        """Write this rank's part of a checkpoint; all ranks call it."""
+        self._ds.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False)
+        if self.rank == 0:
+            meta = {"world_size": self.world_size, "zero_stage": self.scale.zero_stage, "state": state}
+            (directory / _META).write_text(json.dumps(meta))
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Continue from a checkpoint and return its state.
+
+        Raises:
+            WorldSizeError: a ZeRO 1-3 checkpoint of another number of workers.
+        """
+        meta = json.loads((directory / _META).read_text())
+        saved = (meta["world_size"], meta["zero_stage"])
+        if saved != (self.world_size, self.scale.zero_stage) and (saved[1] or self.scale.zero_stage):
+            raise WorldSizeError(
+                f"the checkpoint was written by {saved[0]} workers with zero_stage {saved[1]}; it cannot continue on "
+                f"{self.world_size} with zero_stage {self.scale.zero_stage}, because sharded optimizer state does not move. "
+                "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or delete the checkpoint"
+            )
+        loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG)
+        assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"
+        return meta["state"]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the module's full state on the CPU (rank 0; empty elsewhere). All ranks call it."""
+        if self.scale.zero_stage < 3:
+            full = self._ds.module.state_dict() if self.rank == 0 else {}
+        else:
+            full = self._ds._zero3_consolidated_16bit_state_dict() or {}
+        return {name: tensor.detach().cpu() for name, tensor in full.items()}
+
+    def close(self) -> None:
+        """Release hooks and buffers."""
+        self._ds.destroy()
+
+
+def _optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """Make torch's optimizer over what trains; decay applies to matrices only."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    match train.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas)
+        case "adam":
+            return torch.optim.Adam(groups, lr=train.lr, betas=train.betas)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)

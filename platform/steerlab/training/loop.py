@@ -1,0 +1,251 @@
+"""The training loop of every method: no Ray and no method's name in it.
+
+The rows of step t are a pure function of (number of rows, seed, t), the learning rate of t and the random state of (seed, t,
+rank), so a checkpoint is the engine and the step alone, and the number of workers changes no row of any step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from steerlab import models, patches
+from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig
+from steerlab.methods import METHODS
+from steerlab.methods.contract import trained_parameters
+from steerlab.sources import rows as read_rows
+from steerlab.tokens import Batch, Encoded, Encoder, Rows, collate, encode_rows
+from steerlab.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one training stage computes."""
+
+    model_dir: Path
+    model: ModelConfig
+    method: dict[str, Any]
+    data: DataConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True)
+class Link:
+    """How the loop reaches whoever runs it."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    report: Callable[[dict[str, float], Path | None], None]
+    """(metrics, checkpoint directory or None); all ranks call it equally often."""
+    latest: Path | None = None
+    """Checkpoint to continue from."""
+    best: Callable[[], Path | None] = lambda: None
+    """The checkpoint with the lowest `eval/loss_nats`."""
+    tell: Callable[[dict[str, float]], None] = lambda metrics: None
+    """Takes the metrics of every step on rank 0, for people who watch."""
+
+
+def rows_of_step(num_rows: int, rows_per_step: int, seed: int, step: int) -> list[int]:
+    """Return the row numbers of step `step` (from 0): consecutive stretches of seeded permutations, one for each epoch."""
+    chosen: list[int] = []
+    position = step * rows_per_step
+    while len(chosen) < rows_per_step:
+        epoch, start = divmod(position, num_rows)
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        taken = order[start : start + rows_per_step - len(chosen)].tolist()
+        chosen += taken
+        position += len(taken)
+    return chosen
+
+
+def share_of_rank(rows: Sequence[int], lengths: Sequence[int], rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
+    """Return a rank's forward passes of one step: rows of similar length together, the work spread evenly over ranks."""
+    by_length = sorted(rows, key=lambda row: (lengths[row], row))
+    mine = by_length[rank::world_size]
+    num_passes = -(-len(mine) // micro_batch)
+    size, larger = divmod(len(mine), num_passes)
+    starts = [i * size + min(i, larger) for i in range(num_passes + 1)]
+    return [mine[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Return the learning rate of step `step` (from 0): linear warm-up, then constant or a cosine down to the floor."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.lr
+    share = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return train.lr * (train.lr_floor + (1 - train.lr_floor) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def load_rows(data: DataSet, encoder: Encoder, max_tokens: int) -> Rows:
+    """Read and tokenise one data set of a job."""
+    fields = ("text",) if data.format == "text" else ("instruction", "output")
+    limit = None if data.limit is None or data.needs_input else data.offset + data.limit
+    found = read_rows(data.source, limit=limit, fields=fields)
+    if data.needs_input:
+        found = [row for row in found if row.get("input")]
+    found = found[data.offset :][: data.limit]
+    if not found:
+        raise ValueError(f"{data.source}: no rows are left after needs_input={data.needs_input} and offset={data.offset}")
+    return encode_rows(encoder, [encoder.from_row(row, data.format) for row in found], max_tokens)
+
+
+@dataclass
+class _Training:
+    """The state of one rank."""
+
+    request: Request
+    scale: ScaleConfig
+    link: Link
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.request.train.seed)
+        request = self.request
+        model = models.load_model(
+            request.model_dir, dtype=request.model.dtype, attention=request.model.attention, seed=request.train.seed
+        )
+        model.config.use_cache = False
+        if self.scale.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.tokenizer = models.load_tokenizer(request.model_dir)
+        self.encoder = Encoder(self.tokenizer, request.data.prompt_style, request.data.response_role)
+        assert request.data.train is not None
+        self.rows = load_rows(request.data.train, self.encoder, request.train.max_tokens)
+        validation = request.data.validation
+        self.validation = load_rows(validation, self.encoder, request.train.max_tokens) if validation else None
+        method = METHODS[request.method["name"]]
+        self.module: nn.Module = method.module(model, method.Config.model_validate(request.method)).to(self.link.device)
+        self.module.train()
+        self.num_trained = sum(p.numel() for p in trained_parameters(self.module).values())
+        self.engine = Engine(
+            self.module, request.train, self.scale, request.model.dtype, self.link.rank, self.link.world_size, self.link.device
+        )
+        self.lengths = [len(row) for row in self.rows.rows]
+        self.history: list[dict[str, float]] = []
+        self.step = 0
+
+    def resume(self, checkpoint: Path) -> None:
+        state = self.engine.load(checkpoint)
+        self.step, self.history = state["step"], state["history"]
+
+    def run(self) -> None:
+        train = self.request.train
+        started_s, first = time.monotonic(), self.step
+        while self.step < train.steps:
+            metrics = self._step()
+            done = self.step - first
+            rate = done / (time.monotonic() - started_s)
+            is_last = self.step == train.steps
+            evaluates = self.validation is not None and (is_last or (train.eval_every and self.step % train.eval_every == 0))
+            if evaluates:
+                metrics["eval/loss_nats"] = self._evaluation_loss()
+            self.history.append(metrics)
+            self.link.tell({**metrics, "steps": train.steps, "steps_per_s": rate, "left_s": (train.steps - self.step) / rate})
+            if is_last or self.step % self.scale.checkpoint_every == 0 or (evaluates and train.keep == "best"):
+                self._checkpoint(metrics)
+
+    def _step(self) -> dict[str, float]:
+        train, step = self.request.train, self.step
+        # Random state of this step and rank alone: what a resumed run draws is what the undisturbed run drew.
+        torch.manual_seed((train.seed * 1_000_003 + step) * 4_099 + self.link.rank)
+        rows = rows_of_step(len(self.rows.rows), train.rows_per_step, train.seed, step)
+        num_targets = sum(sum(self.rows.rows[row].targets(self._loss_on)) for row in rows)
+        lr = learning_rate(train, step)
+        self.module.on_step(step, len(self.rows.rows) / train.rows_per_step)  # type: ignore[operator]
+        self.engine.start_step(lr)
+        totals: dict[str, float] = {"loss_nats": 0.0}
+        for chunk in share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch):
+            total, further = self.engine.backward(self._batch([self.rows.rows[row] for row in chunk]), num_targets)
+            for name, value in {"loss_nats": total, **further}.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        sums = self.engine.sum_over_ranks(list(totals.values()))
+        self.step += 1
+        losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
+        if not math.isfinite(losses["train/loss_nats"]):
+            raise FloatingPointError(f"the loss of step {self.step} is {losses['train/loss_nats']}; lower train.lr or use float32")
+        return {"step": self.step, **losses, "train/lr": lr, "train/grad_norm": self.engine.grad_norm}
+
+    @property
+    def _loss_on(self) -> str:
+        assert self.request.data.train is not None
+        return self.request.data.train.loss_on
+
+    def _batch(self, rows: list[Encoded], loss_on: str | None = None) -> Batch:
+        return collate(rows, self.encoder.pad_id, loss_on=loss_on or self._loss_on).to(self.link.device)
+
+    def _evaluation_loss(self) -> float:
+        """Return the loss per target over the validation rows; ranks without a row left repeat one with weight 0."""
+        assert self.validation is not None and self.request.data.validation is not None
+        rows, loss_on = self.validation.rows, self.request.data.validation.loss_on
+        size = self.request.train.micro_batch
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        mine = chunks[self.link.rank :: self.link.world_size]
+        # Under ZeRO 3 a forward pass is collective: every rank makes equally many.
+        idle = -(-len(chunks) // self.link.world_size) - len(mine)
+        total = sum(float(self.engine.evaluate(self._batch(chunk, loss_on))) for chunk in mine)
+        for _ in range(idle):
+            self.engine.evaluate(self._batch(chunks[0], loss_on))
+        summed = self.engine.sum_over_ranks([total])[0]
+        return summed / sum(sum(row.targets(loss_on)) for row in rows)
+
+    def _checkpoint(self, metrics: dict[str, float]) -> None:
+        """Report a checkpoint; a report without an evaluation counts as infinitely bad, so it is never the best."""
+        directory = Path(tempfile.mkdtemp(prefix="steerlab-checkpoint-"))
+        self.engine.save(directory, {"step": self.step, "history": self.history})
+        self.link.report({"eval/loss_nats": math.inf, **metrics}, directory)
+
+    def export(self, output: Path) -> None:
+        """Write the trained artifact on rank 0: model, patch, prompt settings, history."""
+        state = self.engine.weights()
+        if self.link.rank:
+            return
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        model: Any = self.module.model
+        patch: Any = self.module.patch
+        weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+        model.config.use_cache = True
+        model.save_pretrained(output / "model", state_dict=weights)
+        self.tokenizer.save_pretrained(output / "model")
+        if patch is not None:
+            saved = {name.removeprefix("patch."): value for name, value in state.items() if name.startswith("patch.")}
+            reloaded = models.load_model(output / "model", dtype=self.request.model.dtype)
+            fresh = patches.KINDS[patch.kind](**patch.spec())
+            fresh.load_state_dict(saved)
+            patches.save(fresh, output / "patch", models.fingerprint(reloaded))
+        (output / "prompt.json").write_text(json.dumps(self.encoder.spec))
+        (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        facts = {
+            "trained_parameters": self.num_trained,
+            "rows": len(self.rows.rows),
+            "rows_cut": self.rows.num_cut,
+            "rows_dropped": self.rows.num_dropped,
+            "specials_neutralised": self.encoder.num_neutralised,
+        }
+        (output / "training.json").write_text(json.dumps(facts, indent=2))
+
+
+def run(request: Request, scale: ScaleConfig, link: Link, output: Path) -> None:
+    """Train from the latest checkpoint, or from the start, to the end, and write the artifact on rank 0."""
+    training = _Training(request, scale, link)
+    if link.latest is not None:
+        training.resume(link.latest)
+    training.run()
+    if request.train.keep == "best":
+        best = link.best()
+        if best is not None:
+            training.engine.load(best)
+    training.export(output)
+    training.engine.close()

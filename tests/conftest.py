@@ -1,0 +1,49 @@
+"""Small real models, made from configs, shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from steerlab import tinyworld
+from steerlab.models import load_model, load_tokenizer
+from steerlab.tokens import Encoder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of the tiny world: config and tokenizer, no weights."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tinyworld.write_model(directory)
+    return directory
+
+
+@pytest.fixture
+def tiny_model(tiny_dir: Path) -> PreTrainedModel:
+    """The tiny world's architecture with random weights, the same in every test."""
+    return load_model(tiny_dir, seed=0)
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_dir: Path) -> Encoder:
+    """The tiny world's tokenizer with plain prompts."""
+    return Encoder(load_tokenizer(tiny_dir), prompt_style="plain")
+
+
+@pytest.fixture
+def weights_equal() -> object:
+    """A comparison of two state dicts, bit for bit."""
+
+    def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    return equal
+

@@ -1,0 +1,277 @@
+"""The artifact store: whole or absent, on a local disk and on a filesystem without renames."""
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerlab.store import Store, StoreError, _join
+
+KEY = "k" * 64
+
+
+@pytest.fixture(params=["local", "objects"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store on the disk, and one on pyarrow's filesystem in memory, which stands for an object store."""
+    monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
+    return Store.open(str(tmp_path / "root") if request.param == "local" else "mock:///bucket/root")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    return Store.open(str(tmp_path / "root"))
+
+
+def _commit(store: Store, text: str = "hello", meta: dict[str, Any] | None = None) -> None:
+    with store.temporary("train", KEY) as directory:
+        (directory / "deep").mkdir()
+        (directory / "deep" / "a.txt").write_text(text)
+        (directory / "empty").touch()
+        store.commit("train", KEY, directory, meta or {})
+
+
+def test_commit_is_read_back_whole(store: Store) -> None:
+    assert not store.has("train", KEY)
+    _commit(store, meta={"lr": 0.1})
+    assert store.has("train", KEY)
+    assert (store.local("train", KEY) / "deep" / "a.txt").read_text() == "hello"
+    manifest = store.manifest("train", KEY)
+    sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    assert manifest["files"][0] == {"path": "deep/a.txt", "bytes": 5, "sha256": sha256}
+    assert (manifest["stage"], manifest["key"], manifest["meta"], manifest["schema"]) == ("train", KEY, {"lr": 0.1}, 1)
+    assert store.list("artifacts/train") == [KEY]
+
+
+def test_nothing_temporary_is_left(store: Store, tmp_path: Path) -> None:
+    _commit(store)
+    store.local("train", KEY)
+    assert [list((tmp_path / place).glob("tmp/*")) for place in ("root", "cache")] == [[], []]
+
+
+def test_exception_leaves_nothing(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(KeyError), store.temporary("train", KEY) as directory:
+        (directory / "x").touch()
+        raise KeyError
+    assert not directory.exists()
+    assert not store.has("train", KEY)
+
+
+def test_first_commit_wins(store: Store) -> None:
+    _commit(store, "first")
+    _commit(store, "second")
+    assert (store.local("train", KEY) / "deep" / "a.txt").read_text() == "first"
+
+
+def test_faster_process_wins_between_check_and_rename(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    _commit(local, "first")
+    answers = iter([False])  # the first look came before the other process's rename
+    has = local.has
+    monkeypatch.setattr(local, "has", lambda stage, key: next(answers, None) is not False and has(stage, key))
+    _commit(local, "second")
+    assert (local.local("train", KEY) / "deep" / "a.txt").read_text() == "first"
+    assert local.list("tmp") == []
+
+
+def test_many_threads_commit_one_artifact(local: Store) -> None:
+    threads = [threading.Thread(target=_commit, args=(local, f"{i}")) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert local.manifest("train", KEY)["files"][0]["bytes"] == 1
+    assert (local.local("train", KEY) / "deep" / "a.txt").read_text() in "01234567"
+    assert local.list("tmp") == []
+
+
+def test_directory_without_manifest_does_not_count_and_is_replaced(local: Store) -> None:
+    _commit(local, "old")
+    Path(local.path("train", KEY), "manifest.json").unlink()
+    assert not local.has("train", KEY)
+    with pytest.raises(StoreError, match="there is no artifact train/kkk"):
+        local.local("train", KEY)
+    _commit(local, "new")
+    assert (local.local("train", KEY) / "deep" / "a.txt").read_text() == "new"
+
+
+def test_directory_from_elsewhere_is_copied(store: Store, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x").write_text("1")
+    store.commit("train", KEY, outside, {})
+    assert (store.local("train", KEY) / "x").read_text() == "1"
+    assert [path.name for path in outside.iterdir()] == ["x"]
+
+
+def test_artifacts_have_the_permissions_that_the_umask_gives(local: Store, tmp_path: Path) -> None:
+    _commit(local)
+    (tmp_path / "plain").mkdir()
+    assert Path(local.path("train", KEY)).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(("damage", "message"), [("", "has 0 bytes, its manifest says 5"), (None, r"deep/a.txt is missing")])
+def test_damaged_artifact_is_noticed(store: Store, damage: str | None, message: str) -> None:
+    _commit(store)
+    path = store.local("train", KEY) / "deep" / "a.txt"
+    path.unlink() if damage is None else path.write_text(damage)
+    with pytest.raises(StoreError, match=message):
+        store.local("train", KEY)
+
+
+def test_download_compares_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
+    store = Store("mock:///bucket")
+    _commit(store)
+    with store._fs.open_output_stream(f"{store.path('train', KEY)}/deep/a.txt") as stream:
+        stream.write(b"jello")
+    with pytest.raises(StoreError, match="another SHA-256"):
+        store.local("train", KEY)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("moment", ["filling", "committed"])
+def test_killed_process_leaves_the_whole_or_nothing(local: Store, moment: str) -> None:
+    code = f"""
+import os, signal
+from steerlab.store import Store
+store = Store({local.root!r})
+with store.temporary("train", {KEY!r}) as directory:
+    (directory / "x").write_text("1")
+    if {moment == "committed"}:
+        store.commit("train", {KEY!r}, directory, {{}})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == -9
+    assert local.has("train", KEY) == (moment == "committed")
+    assert len(local.list("tmp")) == (moment == "filling")
+    assert local.sweep_temporary(older_than_s=3600) == 0
+    assert local.sweep_temporary(older_than_s=-1) == (moment == "filling")
+    assert local.list("tmp") == []
+
+
+def test_sweep_looks_at_the_newest_file(local: Store) -> None:
+    with local.temporary("train", KEY) as directory:
+        (directory / "x").touch()
+        hour_ago = time.time() - 3600
+        os.utime(directory, (hour_ago, hour_ago))
+        assert local.sweep_temporary(older_than_s=1800) == 0
+        os.utime(directory / "x", (hour_ago, hour_ago))
+        assert local.sweep_temporary(older_than_s=1800) == 1
+
+
+def test_full_disk_is_one_line_with_bytes(store: Store) -> None:
+    expected = r"^no space left for artifact train/kkk.*: [\d,]+ bytes free$"
+    with pytest.raises(StoreError, match=expected), store.temporary("train", KEY):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not store.has("train", KEY)
+
+
+def test_other_errors_pass_as_they_are(store: Store) -> None:
+    with pytest.raises(FileNotFoundError), store.temporary("train", KEY):
+        Path("/no/such/file").read_text()
+
+
+# Work
+
+
+def test_work_survives_and_is_discarded(store: Store) -> None:
+    work = store.work("train", KEY)
+    assert work.endswith(f"/root/work/train/{KEY}")
+    store.write_json(f"work/train/{KEY}/step.json", 3)
+    assert store.work("train", KEY) == work
+    assert store.read_json(f"work/train/{KEY}/step.json") == 3
+    store.discard_work("train", KEY)
+    store.discard_work("train", KEY)
+    assert store.list(f"work/train/{KEY}") == []
+
+
+def test_work_of_a_uri_keeps_its_options_at_the_end() -> None:
+    assert _join("s3://b/p/?scheme=http", "work", "k") == "s3://b/p/work/k?scheme=http"
+
+
+# Records
+
+
+def test_json_is_replaced_in_one_step(store: Store) -> None:
+    store.write_json("runs/a/summary.json", {"x": 1})
+    store.write_json("runs/a/summary.json", {"x": "ä"})
+    assert store.read_json("runs/a/summary.json") == {"x": "ä"}
+    assert store.list("runs/a") == ["summary.json"]
+
+
+def test_json_that_cannot_be_written_leaves_the_old(store: Store) -> None:
+    store.write_json("a.json", 1)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.write_json("a.json", float("nan"))
+    assert store.read_json("a.json") == 1
+
+
+def test_lines_are_appended(store: Store) -> None:
+    assert store.read_lines("runs/a/metrics.jsonl") == []
+    for step in range(3):
+        store.append_line("runs/a/metrics.jsonl", {"step": step})
+    assert store.read_lines("runs/a/metrics.jsonl") == [{"step": 0}, {"step": 1}, {"step": 2}]
+
+
+def test_half_a_line_swallows_no_other(local: Store) -> None:
+    local.append_line("m.jsonl", {"step": 0})
+    with Path(local.root, "m.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')
+    local.append_line("m.jsonl", {"step": 2})
+    assert local.read_lines("m.jsonl") == [{"step": 0}, {"step": 2}]
+
+
+def test_broken_json_is_named(local: Store) -> None:
+    Path(local.root, "a.json").write_text("{")
+    with pytest.raises(StoreError, match=r"a.json is not JSON"):
+        local.read_json("a.json")
+
+
+def test_list_of_an_absent_directory_is_empty(store: Store) -> None:
+    assert store.list("runs/nothing") == []
+
+
+# Opening
+
+
+@pytest.mark.parametrize("root", ["out", "./out", "~/out", ""])
+def test_relative_root_is_refused(root: str) -> None:
+    with pytest.raises(ValueError, match="is a relative path: give an absolute path"):
+        Store.open(root)
+
+
+def test_unknown_scheme_is_refused() -> None:
+    with pytest.raises(ValueError, match="is not a URI that pyarrow can open"):
+        Store.open("nope://x")
+
+
+def test_root_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^ROOT '.*' cannot be written: [^\n]+$"):
+        Store.open(str(tmp_path / "file" / "root"))
+
+
+def test_kinds_of_root(tmp_path: Path) -> None:
+    assert Store.open(tmp_path.as_uri()).is_local
+    assert (Store(str(tmp_path)).free_bytes() or 0) > 0
+    objects = Store("mock:///bucket")
+    assert not objects.is_local
+    assert objects.free_bytes() is None
+
+
+def test_store_can_be_sent_to_another_process(local: Store) -> None:
+    _commit(local)
+    assert pickle.loads(pickle.dumps(local)).has("train", KEY)
+
+
+def test_manifest_is_plain_json(local: Store) -> None:
+    _commit(local)
+    assert json.loads(Path(local.path("train", KEY), "manifest.json").read_text())["key"] == KEY

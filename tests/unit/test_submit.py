@@ -1,0 +1,157 @@
+"""Sending jobs: the entry point, what is uploaded, the runtime environment, refusals. No cluster is started here."""
+
+import shlex
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path, PurePosixPath
+from threading import Thread
+
+import pytest
+
+from steerlab.submit import SubmitError, check_upload, entrypoint, runtime_env, submit, upload_sizes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with a job, a search space and things that are not for the cluster."""
+    for name in ("jobs/a b.yaml", "spaces/s.py", "keep/data.bin", "skip/data.bin", "keep/deep/out.tmp", "x.gguf", ".git/big"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"0" * 1000)
+    (tmp_path / ".gitignore").write_text("skip/\n")
+    (tmp_path / ".rayignore").write_text("*.gguf\n")
+    (tmp_path / "keep" / ".gitignore").write_text("*.tmp\n")
+    return tmp_path
+
+
+def test_entrypoint_of_a_job(folder: Path) -> None:
+    command = entrypoint(
+        folder / "jobs" / "a b.yaml", root="s3://b/r", overrides=("train.lr=1e-5", "name=x y"), working_dir=folder
+    )
+    expected = "python -m steerlab run 'jobs/a b.yaml' --root s3://b/r --set train.lr=1e-5 --set 'name=x y'"
+    assert command == expected
+    assert shlex.split(command)[-1] == "name=x y"
+
+
+def test_entrypoint_of_a_sweep(folder: Path) -> None:
+    command = entrypoint(folder / "jobs" / "a b.yaml", root="/r", space=folder / "spaces" / "s.py", working_dir=folder)
+    assert command == "python -m steerlab sweep 'jobs/a b.yaml' spaces/s.py --root /r"
+
+
+@pytest.mark.parametrize("root", ["out", "./out", "~/out", ""])
+def test_relative_root_is_refused(folder: Path, root: str) -> None:
+    with pytest.raises(SubmitError, match=r"is relative: on the cluster it would vanish"):
+        submit(folder / "jobs" / "a b.yaml", address="http://127.0.0.1:9", root=root, working_dir=folder)
+
+
+def test_job_that_is_not_uploaded_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "job.yaml"
+    outside.touch()
+    with pytest.raises(SubmitError, match="lies outside the working directory"):
+        entrypoint(outside, root="/r", working_dir=folder)
+    with pytest.raises(SubmitError, match=r"no.yaml does not exist"):
+        entrypoint(folder / "no.yaml", root="/r", working_dir=folder)
+
+
+def test_upload_obeys_the_ignore_files(folder: Path) -> None:
+    names = {str(path) for path in upload_sizes(folder)}
+    assert names == {".gitignore", ".rayignore", "jobs/a b.yaml", "spaces/s.py", "keep/data.bin", "keep/.gitignore"}
+    assert upload_sizes(folder)[PurePosixPath("keep/data.bin")] == 1000
+
+
+def test_upload_is_what_ray_packs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from zipfile import ZipFile
+
+    from ray._private.runtime_env.packaging import create_package
+
+    target = tmp_path_factory.mktemp("zip") / "package.zip"
+    create_package(str(folder), target, include_gitignore=True, excludes=[".git"])
+    with ZipFile(target) as archive:
+        packed = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+    assert packed == {str(path): size for path, size in upload_sizes(folder).items()}
+    assert target.stat().st_size <= check_upload(folder)
+
+
+def test_too_big_upload_names_the_biggest_folders(folder: Path) -> None:
+    (folder / "keep" / "data.bin").write_bytes(b"0" * 3 * 2**20)
+    assert check_upload(folder) > 3 * 2**20
+    expected = r"3\.0 MiB to upload, a cluster accepts 1 MiB\. Biggest: keep/data.bin 3\.0 MiB, .*\.rayignore"
+    with pytest.raises(SubmitError, match=expected):
+        check_upload(folder, limit_bytes=2**20)
+
+
+def test_runtime_env_stops_gently(folder: Path) -> None:
+    plain = runtime_env(folder)
+    assert plain["working_dir"] == str(folder)
+    assert plain["env_vars"] == {
+        "PYTHONPATH": "platform",
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    }
+
+
+def test_runtime_env_of_the_working_directory_wins(folder: Path) -> None:
+    (folder / "cluster").mkdir()
+    (folder / "cluster" / "runtime_env.yaml").write_text("pip: [x]\nenv_vars: {A: 1, RAY_JOB_STOP_WAIT_TIME_S: '9'}\n")
+    given = runtime_env(folder)
+    assert given["pip"] == ["x"]
+    assert given["env_vars"]["A"] == "1"
+    assert given["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "9"
+    assert given["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+
+
+def test_repository_s_runtime_env_agrees_with_the_defaults() -> None:
+    given = runtime_env(Path(__file__).parents[2])
+    assert {"PYTHONPATH", "RAY_JOB_STOP_SIGNAL", "RAY_JOB_STOP_WAIT_TIME_S"} <= set(given["env_vars"])
+    assert given["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+
+
+# Clusters that do not answer as they should
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server that answers every request with one status; yields its URL."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(request.param)
+            self.end_headers()
+            self.wfile.write(b"Unauthorized: Missing authentication token")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as httpd:
+        thread = Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+def _send(folder: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    submit(folder / "jobs" / "a b.yaml", address=address, root="/r", working_dir=folder)
+
+
+def test_no_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SubmitError, match=r"no Ray cluster answers at http://127.0.0.1:9 .*cluster/local.sh start"):
+        _send(folder, "127.0.0.1:9", monkeypatch)
+
+
+@pytest.mark.parametrize("server", [401, 403], indirect=True)
+def test_missing_token(folder: Path, monkeypatch: pytest.MonkeyPatch, server: str) -> None:
+    with pytest.raises(SubmitError, match=r"asks for a token, .*RAY_AUTH_MODE=token \(now disabled\).*auth_token"):
+        _send(folder, server, monkeypatch)
+
+
+@pytest.mark.parametrize("server", [404, 500], indirect=True)
+def test_something_else_answers(folder: Path, monkeypatch: pytest.MonkeyPatch, server: str) -> None:
+    with pytest.raises(SubmitError, match=r"answers with HTTP \d+: it is not the dashboard"):
+        _send(folder, server, monkeypatch)
+
+
+def test_address_that_is_no_url(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SubmitError, match="'ray://head:10001' is not the URL of a dashboard"):
+        _send(folder, "ray://head:10001", monkeypatch)
