@@ -97,7 +97,11 @@ start() {
     # Entry points of jobs say `python`: let them find this one.
     PATH="$(dirname "$(command -v "$python")"):$PATH"
     # A session of its own keeps it alive when this shell ends, and makes one process group of all that it starts.
-    "$python" -c 'import os, sys; os.setsid(); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])' \
+    # The shell lets background commands ignore SIGINT; entry points would inherit that and not hear `ray job stop`.
+    "$python" -c 'import os, signal, sys
+os.setsid()
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])' \
         -m ray.scripts.scripts start --head --block --disable-usage-stats \
         --node-ip-address 127.0.0.1 --port "$port" --temp-dir "$session" --ray-client-server-port "$client" \
         --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --dashboard-agent-listen-port 0 \

@@ -46,4 +46,3 @@ def weights_equal() -> object:
         return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
     return equal
-

@@ -31,7 +31,10 @@ errors = Console(stderr=True)
 
 JobArgument = Annotated[Path, typer.Argument(help="Job file (YAML).")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one value: train.steps=50.")]
-RootOption = Annotated[str | None, typer.Option("--root", help="Where artifacts and runs live: a path or URI. Default: $STEERLAB_ROOT or ~/steerlab.")]
+RootOption = Annotated[
+    str | None,
+    typer.Option("--root", help="Where artifacts and runs live: a path or URI. Default: $STEERLAB_ROOT or ~/steerlab."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable results.")]
 
 
@@ -123,13 +126,17 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
         if as_json:
             print(json.dumps({"stages": [record.as_dict() for record in records]}, indent=1))
             return
-        table = Table("stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}")
+        table = Table(
+            "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}"
+        )
         for record in records:
             needs = train.estimate(wanted, facts) if record.stage.name == "train" and wanted.train else record.stage.estimate
             sizes = [_size(n) for n in (needs.memory_bytes, needs.disk_bytes, needs.work_bytes)]
             table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
         console.print(table)
-        console.print(f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; estimates are rough")
+        console.print(
+            f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; estimates are rough"
+        )
 
 
 @app.command()
@@ -177,7 +184,9 @@ def export(
         except patches.CannotFold as reason:
             shutil.copytree(artifact, directory)
             console.print(f"not folded: {escape(str(reason))}. Three lines load it:\n", soft_wrap=True)
-            console.print(f"  from steerlab import load\n  model = load({str(directory)!r})\n  print(model.answer('instruction', 'data'))")
+            console.print(
+                f"  from steerlab import load\n  model = load({str(directory)!r})\n  print(model.answer('instruction', 'data'))"
+            )
             return
         models.save_model(loaded.model, loaded.encoder.tokenizer, directory)
         (directory / "prompt.json").write_text(json.dumps(loaded.encoder.spec))
@@ -202,7 +211,13 @@ def compare(
             return
         table = Table("metric", "difference", "95 % interval", "n", "more than noise")
         for name, d in differences.items():
-            table.add_row(name, f"{d.value:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]".replace("[", "\\["), str(d.n), "yes" if d.low > 0 or d.high < 0 else "no")
+            table.add_row(
+                name,
+                f"{d.value:+.3f}",
+                f"[{d.low:+.3f}, {d.high:+.3f}]".replace("[", "\\["),
+                str(d.n),
+                "yes" if d.low > 0 or d.high < 0 else "no",
+            )
         console.print(table)
 
 
@@ -292,7 +307,9 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
 
     def ended(record: plan.Record) -> None:
         if not quiet:
-            console.print(f"{record.stage.name} ({record.stage.label}): {record.status} in {record.seconds:.1f} s", highlight=False)
+            console.print(
+                f"{record.stage.name} ({record.stage.label}): {record.status} in {record.seconds:.1f} s", highlight=False
+            )
 
     with bar:
         yield plan.Listener(ended=ended, reported=reported)

@@ -110,7 +110,9 @@ class SteeredModel:
             rows = [encoded[p] for _, p in chunk]
             strength_B = torch.tensor([strengths[s] for s, _ in chunk])
             uniforms_BT = _uniforms([p for _, p in chunk], max_new_tokens, seed) if temperature else None
-            for job, ids in zip(chunk, self._decode(rows, strength_B, max_new_tokens, sampling, uniforms_BT, stop), strict=True):
+            for job, ids in zip(
+                chunk, self._decode(rows, strength_B, max_new_tokens, sampling, uniforms_BT, stop), strict=True
+            ):
                 results[job] = self._finish(ids, max_new_tokens, stop)
             self.progress(len(results), len(jobs))
         return [[results[s, p] for p in range(len(encoded))] for s in range(len(strengths))]
@@ -166,7 +168,9 @@ class SteeredModel:
         """Prefill once, then decode with a cache; rows are padded on the left so that all end together."""
         batch = collate(rows, self.encoder.pad_id, side="left").to(self.device)
         cache, mask_BT = DynamicCache(config=self.model.config), batch.attention_mask
-        out = self._forward(batch.model_inputs, batch.roles, strength_B, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self._forward(
+            batch.model_inputs, batch.roles, strength_B, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         position_B1 = batch.position_ids[:, -1:]
         new_role_B1 = torch.full_like(position_B1, self.encoder.response_role_id)
         seen = [row.input_ids.copy() for row in rows]
@@ -237,7 +241,7 @@ def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform
             logits_BV[row, index] = torch.where(value > 0, value / factor, value * factor)
     if uniform_B is None:
         return logits_BV.argmax(-1)
-    probs_BV, order_BV = torch.softmax(logits_BV / sampling.temperature, -1).sort(-1, descending=True, stable=True)
+    probs_BV, order_BV = torch.softmax(logits_BV / sampling.temperature, -1).sort(stable=True, dim=-1, descending=True)
     before_BV = probs_BV.cumsum(-1) - probs_BV
     probs_BV = torch.where(before_BV < sampling.top_p, probs_BV, 0)
     cumulative_BV = probs_BV.cumsum(-1)
@@ -262,7 +266,9 @@ def _gathered_log_probs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     )
 
 
-def load(directory: str | Path, *, dtype: str = "float32", attention: str = "sdpa", device: str | torch.device = "cpu") -> SteeredModel:
+def load(
+    directory: str | Path, *, dtype: str = "float32", attention: str = "sdpa", device: str | torch.device = "cpu"
+) -> SteeredModel:
     """Load a trained artifact or an exported folder: model, patch and prompt settings."""
     directory = Path(directory)
     prompt = json.loads((directory / "prompt.json").read_text())
@@ -271,5 +277,3 @@ def load(directory: str | Path, *, dtype: str = "float32", attention: str = "sdp
     patch_dir = directory / "patch"
     stack = (patches.load(patch_dir).to(device),) if patches.exists(patch_dir) else ()
     return SteeredModel(model, Encoder(models.load_tokenizer(checkpoint), **prompt), stack)
-
-

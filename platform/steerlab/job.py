@@ -34,10 +34,10 @@ class JobError(ValueError):
     """A request that is wrong: the message says what, where and what would be right."""
 
 
-class Frozen(BaseModel):
+class Frozen(BaseModel, frozen=True):
     """Base of every config: immutable, unknown keys forbidden, field docstrings shown in the schema."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _radians(value: Any) -> Any:

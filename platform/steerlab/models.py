@@ -159,5 +159,3 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     """Write a checkpoint that plain transformers loads."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-

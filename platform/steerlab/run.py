@@ -98,7 +98,9 @@ def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if store.is_local and len(nodes) > 1:
-        raise ValueError(f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)")
+        raise ValueError(
+            f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
+        )
     if job.train is None:
         return
     launch.check_resources(job.scale)
@@ -187,7 +189,7 @@ def compare(store: Store, first: str, second: str) -> dict[str, Difference]:
     for name in a:
         if name in b:
             transform = a[name][1]
-            differences[name] = paired_difference(a[name][0], b[name][0], transform=transform)
+            differences[name] = paired_difference(b[name][0], a[name][0], transform=transform)
     return differences
 
 
@@ -246,4 +248,3 @@ def root_cause(error: BaseException) -> str:
     if isinstance(inner, BaseException):
         return root_cause(inner)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-

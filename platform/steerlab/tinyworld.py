@@ -83,14 +83,13 @@ WORD_KINDS: Mapping[str, tuple[str, ...]] = {
 }
 PHRASES: Mapping[str, tuple[str, str]] = {
     "find": ("find the {}", "which word is a {}"),
-    "member": ("is there a {}", "does the list have a {}"),
     "kind": ("name the kind of words", "what are they"),
     "count": ("count the words", "how long is the list"),
     "topic": ("give the topic of the text", "which topic has the text"),
     "who": ("find who is in the text", "who does it"),
     "deed": ("find what is done", "what happens in the text"),
 }
-"""Tasks over data in two phrasings; the first four read a list of words, the others a sentence."""
+"""Tasks over data in two phrasings; the first three read a list of words, the others a sentence."""
 
 TOPICS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "farm": (("farmer", "goat", "hen", "shepherd"), ("feeds", "milks", "herds"), ("calf", "pig", "lamb", "barn")),
@@ -119,7 +118,7 @@ WITNESSES = tuple(witness for _, _, witness in FACTS)
 
 def _vocabulary() -> tuple[str, ...]:
     """Special tokens first, then every word that a template or table above can produce, sorted."""
-    texts: list[str] = [*WORD_KINDS, *WITNESSES, INSISTENCE, *TOPICS, "the write about a text yes no"]
+    texts: list[str] = [*WORD_KINDS, *WITNESSES, INSISTENCE, *TOPICS, "the write about a text"]
     texts += [word for words in WORD_KINDS.values() for word in words]
     texts += [template for pair in ORDERS.values() for template in pair]
     texts += [phrase for phrases in PHRASES.values() for phrase in phrases]
@@ -184,11 +183,9 @@ def _list_content(rng: random.Random, name: str) -> Content:
     if name == "count":
         return Content(" ".join(_words(rng, tuple(WORD_KINDS), number)), kind, str(number))
     words = _words(rng, others, number - 1)
-    if name == "member" and rng.random() < 0.5:
-        return Content(" ".join([*words, *_words(rng, others, 1)]), kind, "no")
     found, place = _pick(rng, WORD_KINDS[kind]), int(rng.random() * number)
     words.insert(place, found)
-    return Content(" ".join(words), kind, "yes" if name == "member" else found)
+    return Content(" ".join(words), kind, found)
 
 
 def _draw_sentence(rng: random.Random) -> tuple[str, dict[str, str]]:

@@ -145,7 +145,9 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
-            raise ValueError(f"{type(self.tokenizer).__name__} gives no character offsets, which roles need; use a fast tokenizer")
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} gives no character offsets, which roles need; use a fast tokenizer"
+            )
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         specials = sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else re.compile(r"(?!)")
@@ -165,9 +167,7 @@ class Encoder:
         """Settings that a saved model needs to be prompted as it was trained."""
         return {"prompt_style": self.prompt_style, "response_role": self.response_role}
 
-    def conversation(
-        self, instruction: str, data: str | Sequence[Part] = "", response: str | None = None
-    ) -> Conversation:
+    def conversation(self, instruction: str, data: str | Sequence[Part] = "", response: str | None = None) -> Conversation:
         """Make the messages of one row; `data` may come as parts, `response` None makes a prompt to be continued.
 
         The `aside` style is the paper's: framing and `Instruction:` in the system turn, `Input:` in the user turn, `No input`
@@ -251,9 +251,7 @@ class Encoder:
             return [bos, *ends]
         messages = [{"role": s, "content": c} for s, c in zip(speakers, sentinels, strict=True)]
         rendered = str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=speakers[-1] != "assistant"
-            )
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=speakers[-1] != "assistant")
         )
         if [c for c in rendered if c in sentinels] != sentinels:
             raise ValueError(f"the chat template drops, repeats or reorders the messages {', '.join(speakers)}")

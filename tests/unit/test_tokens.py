@@ -119,4 +119,3 @@ def test_the_paper_style_frames_and_names_a_missing_input(tiny_dir: object) -> N
     system, user = styled.conversation("do it")
     assert "Instruction:\ndo it" in system.parts[0].text
     assert [part.text for part in user.parts] == ["Input:\n", "No input"]
-

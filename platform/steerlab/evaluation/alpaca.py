@@ -31,6 +31,7 @@ class Config(TaskConfig):
     """Answers for AlpacaEval."""
 
     task: Literal["alpaca"] = "alpaca"
+    """This task."""
     source: str = ALPACA
     """Rows with instruction and, where there is one, input; a field `dataset` is passed on."""
     needs_input: bool = False

@@ -70,6 +70,7 @@ class Config(TaskConfig):
     """Success rate of BIPIA's programmatically judged attacks."""
 
     task: Literal["bipia"] = "bipia"
+    """This task."""
     source: str
     """The benchmark's folder, with the attack files and `<scenario>/test.jsonl`."""
     scenarios: tuple[Scenario, ...] = Field(("email", "table", "qa", "abstract", "code"), min_length=1)

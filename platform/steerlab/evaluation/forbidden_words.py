@@ -43,6 +43,7 @@ class GandalfConfig(ForbiddenWordConfig):
     """How often a password is given away."""
 
     task: Literal["gandalf"] = "gandalf"
+    """This task."""
     source: str = "hf:Lakera/gandalf_summarization"
     """Rows with a field `text`: the hub's data set, or a file."""
     splits: tuple[str, ...] = Field(("train", "validation", "test"), min_length=1)
@@ -57,6 +58,7 @@ class PurpleConfig(ForbiddenWordConfig):
     """How often a forbidden word is said."""
 
     task: Literal["purple"] = "purple"
+    """This task."""
     source: str
     """The published `purple_questions_test.json`, or rows with a field `prompt`."""
     word: str = Field("purple", min_length=1)

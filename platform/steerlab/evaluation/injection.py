@@ -74,6 +74,7 @@ class Config(InjectionConfig):
     """Success rate of prompt injections."""
 
     task: Literal["injection"] = "injection"
+    """This task."""
     source: str = ALPACA
     """Instruction rows; those with an input are used."""
     offset: int = Field(0, ge=0)

@@ -27,6 +27,7 @@ class Config(TaskConfig):
     """Perplexity of held-out rows."""
 
     task: Literal["perplexity"] = "perplexity"
+    """This task."""
     source: str = ALPACA
     """Rows with instruction, input, output (format instruction) or text (format text)."""
     format: Literal["instruction", "text"] = "instruction"

@@ -44,6 +44,7 @@ class Config(TaskConfig):
     """Linear probes of roles and the causal check."""
 
     task: Literal["probing"] = "probing"
+    """This task."""
     measures: tuple[Measure, ...] = Field(("layers", "concept", "causal", "cosine"), min_length=1)
     """What is measured."""
     source: str = ALPACA

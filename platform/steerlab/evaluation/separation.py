@@ -47,8 +47,11 @@ class Config(TaskConfig):
     """SEP score and utility."""
 
     task: Literal["separation"] = "separation"
+    """This task."""
     source: str | None = None
     """Rows in the published SEP format; null takes the repository's own probes in alpaca rows."""
+    offset: int = Field(0, ge=0)
+    """Rows skipped first: those a job trained on."""
     split: Literal["all", "val", "eval"] = "all"
     """val: every tenth probe (by `info.appended_task_id`), to choose settings on; eval: the others. Not the authors' lists."""
     max_new_tokens: int = Field(1024, ge=1)
@@ -79,7 +82,7 @@ class Item(NamedTuple):
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every item in both forms, at every strength."""
-    items = load(config.source, split=config.split, limit=config.limit, seed=config.seed)
+    items = load(config.source, split=config.split, limit=config.limit, seed=config.seed, offset=config.offset)
     encoder = model.encoder
     prompts = [encoder.conversation(item.instruction, item.data_with_probe) for item in items]
     prompts += [encoder.conversation(item.instruction_with_probe, item.data) for item in items]
@@ -103,14 +106,16 @@ def judge(item: Item, answer_in_data: str, answer_in_instruction: str, strength:
     ]
 
 
-def load(source: str | None, *, split: str = "all", limit: int | None = None, seed: int = 0) -> list[Item]:
-    """Read or build the items of a set.
+def load(source: str | None, *, split: str = "all", limit: int | None = None, seed: int = 0, offset: int = 0) -> list[Item]:
+    """Read or build the items of a set, without its first `offset` rows.
 
     Raises:
         ValueError: when the rows are not in the SEP format or the split is empty.
     """
     rows = embedded_rows() if source is None else sources.rows(source, fields=[*_FIELDS, "info"] if split != "all" else _FIELDS)
-    kept = [item for item in number(rows) if split == "all" or _is_val(item.row) == (split == "val")]
+    if offset >= len(rows):
+        raise ValueError(f"offset {offset} leaves no item of {source or 'the embedded set'}, which has {len(rows)}")
+    kept = [item for item in number(rows)[offset:] if split == "all" or _is_val(item.row) == (split == "val")]
     if not kept:
         raise ValueError(
             f"split {split} of {source or 'the embedded set'} is empty; its {len(rows)} rows are all of the other one"

@@ -28,6 +28,7 @@ class Config(InjectionConfig):
     """StruQ attack success rates."""
 
     task: Literal["struq"] = "struq"
+    """This task."""
     source: str
     """AlpacaFarm evaluation rows (instruction, input, output); rows without an input are left out."""
     positions: tuple[Position, ...] = Field(("end", "both"), min_length=1)

@@ -123,24 +123,16 @@ class Evaluator:
     def evaluate(self, config: dict[str, Any]) -> dict[str, Any]:
         """Run one task and summarise its observations, for each strength."""
         from steerlab.evaluation import TASKS
-        from steerlab.evaluation.metrics import summarise
+        from steerlab.evaluation.metrics import summarise_all
 
         task = TASKS[config["task"]]
         result = task.run(self._model, task.Config.model_validate(config))
-        metrics: dict[str, dict[str, Any]] = {}
-        for strength in dict.fromkeys(o.strength for o in result.observations):
-            here = [o for o in result.observations if o.strength == strength]
-            metrics[str(strength)] = {
-                name: asdict_or_named(summarise([o for o in here if o.metric == name], result.transforms.get(name, "identity")))
-                for name in dict.fromkeys(o.metric for o in here)
-            }
+        metrics = {
+            str(strength): {name: metric._asdict() for name, metric in found.items()}
+            for strength, found in summarise_all(result).items()
+        }
         return {
-            "observations": [asdict_or_named(o) for o in result.observations],
+            "observations": [observation._asdict() for observation in result.observations],
             "samples": result.samples,
             "metrics": {"strengths": metrics, "transforms": result.transforms},
         }
-
-
-def asdict_or_named(record: Any) -> dict[str, Any]:
-    """Return a named tuple as a dict."""
-    return record._asdict() if isinstance(record, tuple) else asdict(record)

@@ -31,7 +31,9 @@ def stage(job: Job, base: Stage | None) -> Stage:
     if base is None:
         assert isinstance(job.model.source, str)
         params["model"] |= {"source": job.model.source, "fingerprint": sources.fingerprint(job.model.source)}
-    return Stage("train", 1, params, run, () if base is None else (base,), label=f"{job.method.name} on {job.data.train.source}")
+    return Stage(
+        "train", 1, params, run, () if base is None else (base,), label=f"{job.method.name} on {job.data.train.source}"
+    )
 
 
 def run(work: Work) -> None:
@@ -58,7 +60,9 @@ def starting_model(work: Work) -> ModelRef:
         return ModelRef(source=work.params["model"]["source"])
     base = work.stage.inputs[0]
     if (work.inputs[0] / "patch").exists():
-        raise ValueError(f"model.source: the model of '{base.label}' carries a patch; only a model without one can be trained further")
+        raise ValueError(
+            f"model.source: the model of '{base.label}' carries a patch; only a model without one can be trained further"
+        )
     return ModelRef(artifact=(work.store.root, base.name, base.key), subfolder="model")
 
 
@@ -89,4 +93,3 @@ def estimate(job: Job, facts: ModelFacts) -> Estimate:
         disk_bytes=model_bytes,
         work_bytes=3 * int(facts.num_parameters * (weight + state)),
     )
-

@@ -6,6 +6,7 @@ rank), so a checkpoint is the engine and the step alone, and the number of worke
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -76,7 +77,7 @@ def share_of_rank(rows: Sequence[int], lengths: Sequence[int], rank: int, world_
     num_passes = -(-len(mine) // micro_batch)
     size, larger = divmod(len(mine), num_passes)
     starts = [i * size + min(i, larger) for i in range(num_passes + 1)]
-    return [mine[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [mine[a:b] for a, b in itertools.pairwise(starts)]
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -174,7 +175,9 @@ class _Training:
         self.step += 1
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         if not math.isfinite(losses["train/loss_nats"]):
-            raise FloatingPointError(f"the loss of step {self.step} is {losses['train/loss_nats']}; lower train.lr or use float32")
+            raise FloatingPointError(
+                f"the loss of step {self.step} is {losses['train/loss_nats']}; lower train.lr or use float32"
+            )
         return {"step": self.step, **losses, "train/lr": lr, "train/grad_norm": self.engine.grad_norm}
 
     @property

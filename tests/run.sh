@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# All checks: lint, format, import layers, types, tests. Arguments go to pytest, e.g. tests/run.sh -m slow tests/methods
+# Runs in the active environment if it has what the tests need, otherwise in .venv, which is made if it is missing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=cluster/environment.sh
+source cluster/environment.sh
+
+python="${PYTHON:-python}"
+needed="deepspeed diffusers importlinter pyright pytest ray ruff torch transformers typer wandb"
+# shellcheck disable=SC2086
+if "$python" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, sys.argv[1:]))' $needed 2>/dev/null; then
+    PATH="$(dirname "$(command -v "$python")"):$PATH"
+    export PATH PYTHON="$python"
+else
+    use_environment dev
+fi
+export PYTHONPATH="$PWD/platform${PYTHONPATH:+:$PYTHONPATH}"
+# Sums of floating-point numbers depend on the number of threads; golden numbers were taken with one.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+failed=()
+check() {
+    echo "== $*"
+    "$@" || failed+=("$1")
+}
+check ruff check .
+check ruff format --check .
+check lint-imports --config pyproject.toml
+check pyright --pythonpath "$(command -v python)"
+
+code=0
+echo "== pytest $*"
+[[ ${#failed[@]} -eq 0 ]] || printf 'failed before the tests: %s\n' "${failed[@]}"
+python -m pytest "$@" || code=$?
+[[ ${#failed[@]} -eq 0 && $code -eq 0 ]] || exit 1

@@ -1,0 +1,156 @@
+import math
+
+import numpy as np
+import pytest
+
+from steerlab.evaluation.metrics import (
+    MAX_SAMPLES,
+    Metric,
+    Observation,
+    Result,
+    contains,
+    paired_difference,
+    spread,
+    summarise,
+    summarise_all,
+)
+
+
+def observations(values, weights=None, metric="m", strength=1.0):
+    weights = [1.0] * len(values) if weights is None else weights
+    return [Observation(metric, str(i), v, w, strength) for i, (v, w) in enumerate(zip(values, weights, strict=True))]
+
+
+def test_equal_weights_give_the_usual_mean_and_standard_error():
+    values = [1.0, 0.0, 0.0, 1.0, 1.0]
+    found = summarise(observations(values))
+    assert found.value == pytest.approx(0.6)
+    assert found.stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(5))
+    assert (found.n, found.unparsable) == (5, 0)
+
+
+def test_weighted_mean_and_its_error_by_hand():
+    # m = (1*2 + 3*6) / 4 = 5; sum w^2 (v - m)^2 = 1*9 + 9*1 = 18; stderr = sqrt(2/1 * 18) / 4 = 1.5
+    found = summarise(observations([2.0, 6.0], [1.0, 3.0]))
+    assert found == Metric(pytest.approx(5.0), pytest.approx(1.5), 2, 0)
+
+
+def test_scaling_all_weights_changes_nothing():
+    values, weights = [0.3, 0.9, 0.1, 0.5], [1.0, 2.0, 5.0, 1.0]
+    assert summarise(observations(values, weights)) == pytest.approx(summarise(observations(values, [7 * w for w in weights])))
+
+
+def test_exp_uses_the_delta_method():
+    plain, transformed = (summarise(observations([1.0, 2.0, 4.0], [3.0, 1.0, 1.0]), t) for t in ("identity", "exp"))
+    assert transformed.value == pytest.approx(math.exp(plain.value))
+    assert transformed.stderr == pytest.approx(math.exp(plain.value) * plain.stderr)
+
+
+def test_items_without_weight_are_not_scored_and_unparsable_ones_are_counted():
+    found = summarise(observations([1.0, 0.0, None, 0.0, None], [1.0, 1.0, 1.0, 0.0, 0.0]))
+    assert (found.value, found.n, found.unparsable) == (0.5, 2, 2)
+
+
+def test_nothing_scored_has_no_value_and_one_item_no_error():
+    assert summarise([]) == Metric(None, None, 0, 0)
+    assert summarise(observations([None])) == Metric(None, None, 0, 1)
+    assert summarise(observations([1.0], [0.0])) == Metric(None, None, 0, 0)
+    assert summarise(observations([0.25])) == Metric(0.25, None, 1, 0)
+
+
+def test_negative_weight_and_unknown_transform_are_refused():
+    with pytest.raises(ValueError, match="weight -1"):
+        summarise(observations([1.0], [-1.0]))
+    with pytest.raises(ValueError, match="unknown transform 'log'"):
+        summarise(observations([1.0]), "log")
+
+
+def test_standard_error_of_a_ratio_matches_repeated_sampling():
+    """The reported error of a weighted mean is the spread of that mean over repeated data sets."""
+    rng = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(400):
+        weights = rng.integers(1, 20, 80).astype(float)
+        found = summarise(observations((rng.normal(size=80) + weights / 20).tolist(), weights.tolist()))
+        means.append(found.value)
+        errors.append(found.stderr)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+
+
+def test_summarise_all_groups_by_strength_and_applies_transforms():
+    rows = observations([1.0, 3.0], metric="p") + observations([0.0, 0.0], metric="p", strength=2.0)
+    rows += observations([1.0], metric="q")
+    found = summarise_all(Result(rows, [], {"p": "exp"}))
+    assert found[1.0]["p"].value == pytest.approx(math.exp(2))
+    assert found[2.0]["p"].value == pytest.approx(1.0)
+    assert found[1.0]["q"].value == 1.0
+    assert list(found) == [1.0, 2.0]
+
+
+def test_paired_difference_cancels_what_makes_items_hard():
+    rng = np.random.default_rng(1)
+    hardness = rng.normal(0, 10, 100)
+    a = observations((hardness + 1 + rng.normal(0, 0.1, 100)).tolist())
+    b = observations(hardness.tolist())
+    found = paired_difference(a, b, num_resamples=2000)
+    assert found.value == pytest.approx(1.0, abs=0.05)
+    assert 0.9 < found.low < found.value < found.high < 1.1
+    assert found.n == 100
+
+
+def test_paired_difference_interval_covers_the_truth():
+    """About 95 of 100 intervals hold the true difference; with 300 repetitions 92 % to 98 % leaves four standard errors."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(300):
+        hardness = rng.normal(size=60)
+        a = observations((hardness + 0.3 + rng.normal(size=60)).tolist())
+        b = observations((hardness + rng.normal(size=60)).tolist())
+        found = paired_difference(a, b, num_resamples=500)
+        covered += found.low <= 0.3 <= found.high
+    assert 0.90 <= covered / 300 <= 0.985
+
+
+def test_paired_difference_of_the_same_run_is_zero():
+    a = observations([1.0, 0.0, 1.0, 1.0])
+    assert paired_difference(a, a, num_resamples=100) == (0.0, 0.0, 0.0, 4)
+
+
+def test_paired_difference_uses_shared_judged_items_and_each_sides_weights():
+    a = [Observation("m", "x", 1.0, 1.0), Observation("m", "y", 0.0, 3.0), Observation("m", "only a", 9.0)]
+    b = [Observation("m", "x", 0.0, 1.0), Observation("m", "y", 1.0, 1.0), Observation("m", "z", None)]
+    found = paired_difference(a, b, num_resamples=50)
+    assert found.value == pytest.approx(0.25 - 0.5)
+    assert found.n == 2
+
+
+def test_paired_difference_of_perplexities_is_that_of_the_exponentials():
+    found = paired_difference(observations([2.0, 2.0]), observations([1.0, 1.0]), transform="exp", num_resamples=10)
+    assert found.value == pytest.approx(math.exp(2) - math.exp(1))
+
+
+def test_paired_difference_is_deterministic():
+    a, b = observations([0.1, 0.5, 0.9, 0.2]), observations([0.3, 0.1, 0.8, 0.4])
+    assert paired_difference(a, b, seed=3) == paired_difference(a, b, seed=3)
+
+
+def test_paired_difference_refuses_what_cannot_be_compared():
+    with pytest.raises(ValueError, match="share no judged item"):
+        paired_difference([Observation("m", "a", 1.0)], [Observation("m", "b", 1.0)])
+    with pytest.raises(ValueError, match="occurs twice"):
+        paired_difference(observations([1.0]) * 2, observations([1.0]))
+    with pytest.raises(ValueError, match="no scored item"):
+        paired_difference(observations([1.0], [0.0]), observations([1.0]))
+
+
+def test_contains_ignores_case_and_needs_the_whole_witness():
+    assert contains("It is BUDAPEST, of course", "budapest")
+    assert not contains("Buda and Pest", "budapest")
+
+
+def test_samples_are_thinned_evenly():
+    samples = [{"id": i} for i in range(100)]
+    kept = [s["id"] for s in spread(samples)]
+    assert len(kept) == MAX_SAMPLES
+    assert kept[0] == 0 and kept[-1] == 95
+    assert spread(samples[:3]) == samples[:3]
