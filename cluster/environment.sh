@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by jobs/quickstart.sh and tests/run.sh from the repository's root:
 #   use_environment [EXTRA]    makes .venv with the versions of cluster/constraints.txt, or only uses it if nothing changed
 # PYTHON chooses the interpreter that .venv is made with (default: python3).

@@ -71,7 +71,7 @@ describe() {
     echo "Ray cluster: $(<"$state/address")   dashboard and job API: $(<"$state/dashboard")   log: $log"
     echo "To use it from a shell:"
     environment | sed 's/^/    /'
-    echo 'or:  eval "$('"$0"' env)"'
+    echo "or:  eval \"\$($0 env)\""
 }
 
 start() {

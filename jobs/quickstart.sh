@@ -26,6 +26,7 @@ finished() {
 }
 
 started_here=no
+# shellcheck disable=SC2329
 leave() {
     local code=$?
     trap - EXIT
@@ -46,9 +47,14 @@ eval "$(cluster/local.sh env)"
 finished cluster
 
 echo "== jobs, on $RAY_API_SERVER_ADDRESS, results in $root"
-code=0
-ray job submit --log-style record --working-dir . --runtime-env cluster/runtime_env.yaml -- \
-    python jobs/quickstart.py --root "$root" "$@" || code=$?
+# The job's own lines are what matters here; those of the client about itself are left out.
+chatter='[0-9][[:space:]]+(INFO|SUCC|WARNING)[[:space:]]+(cli|sdk|dashboard_sdk|packaging|working_dir|job_manager|worker)[.]py:[0-9]+ -- '
+set +e
+PYTHONUNBUFFERED=1 ray job submit --log-style record --log-color false --working-dir . \
+    --runtime-env cluster/runtime_env.yaml -- python jobs/quickstart.py --root "$root" "$@" 2>&1 |
+    grep --line-buffered -vE "$chatter"
+code=${PIPESTATUS[0]}
+set -e
 finished jobs
 
 echo "== quickstart: $((SECONDS - began)) s (${timings[*]})"

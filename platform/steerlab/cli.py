@@ -135,7 +135,7 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
             table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
         console.print(table)
         console.print(
-            f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; estimates are rough"
+            f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; rough estimates"
         )
 
 
@@ -288,7 +288,8 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
 
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, disable=quiet or not console.is_terminal, transient=True,
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), 
+        console=console, disable=quiet or not console.is_terminal, transient=True,
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
     printed_s = time.monotonic()

@@ -209,7 +209,7 @@ class SteeredModel:
 
     def _chunks(self, items: list[_T], length: Callable[[_T], int]) -> Iterator[list[_T]]:
         """Group items of similar length so that a padded batch stays within `batch_tokens`; longest first."""
-        chunk: list[T] = []
+        chunk: list[_T] = []
         for item in sorted(items, key=length, reverse=True):
             if chunk and (len(chunk) + 1) * length(chunk[0]) > self.batch_tokens:
                 yield chunk

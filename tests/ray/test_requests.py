@@ -1,0 +1,95 @@
+"""Wrong requests at the command line: one message, exit code 2, nothing started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from steerlab import job, run
+from steerlab.stages import JobType
+from steerlab.store import Store
+
+pytestmark = pytest.mark.ray
+
+JOB = {
+    "name": "a",
+    "model": {"source": "tiny:model"},
+    "data": {"prompt_style": "plain", "train": {"source": "tiny:instructions/train", "limit": 8}},
+    "method": {"name": "vanilla"},
+    "train": {"steps": 1, "micro_batch": 8, "max_tokens": 64},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(JOB))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=null"], "data.train: this key is required"),
+        (["train=null"], "neither a train nor an evaluate section"),
+        (["train=null", "method.name=aside"], "train: this key is required by method aside"),
+        (["train.keep=best"], "that needs data.validation"),
+        (["train.max_tokens=100000"], "the context of LlamaForCausalLM holds"),
+        (["data.train.source=nowhere.json"], "nowhere.json"),
+        (["data.train.source=tiny:nothing/train"], "tiny world has no data set"),
+        (["data.train.format=text"], "has no field 'text'"),
+        (["evaluate=[{task: perplexity, strengths: [0, 1]}]"], "method vanilla leaves no patch to scale"),
+        (["model.source=wheel:unknown==1.0"], "unknown==1.0"),
+    ],
+)
+def test_what_is_known_before_the_start_is_refused_before_the_start(path: Path, overrides: list[str], message: str) -> None:
+    wanted = job.read(path, JobType, overrides)
+    with pytest.raises(ValueError, match=message):
+        run.check(wanted)
+
+
+def test_more_workers_than_the_cluster_has(cluster: None, path: Path, tmp_path: Path) -> None:
+    wanted = job.read(path, JobType, ["scale.workers=8"])
+    with pytest.raises(ValueError, match=r"scale.workers 8 x scale.cpus_per_worker 1 = 8 CPUs, but the cluster has 2"):
+        run.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+
+
+def test_gpus_that_are_not_there(cluster: None, path: Path, tmp_path: Path) -> None:
+    wanted = job.read(path, JobType, ["scale.gpu=yes"])
+    with pytest.raises(ValueError, match="1 workers need a GPU each, the cluster has 0"):
+        run.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+
+
+def test_an_empty_data_set_and_a_row_without_the_field(path: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text("[]")
+    with pytest.raises(ValueError, match=r"rows.json has no rows"):
+        run.check(job.read(path, JobType, [f"data.train.source={rows}"]))
+    rows.write_text('[{"instruction": "a"}]')
+    with pytest.raises(ValueError, match=r"rows.json.* row 1 has no field 'output'"):
+        run.check(job.read(path, JobType, [f"data.train.source={rows}"]))
+
+
+def test_the_command_line_ends_with_code_2_and_one_message(path: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    done = subprocess.run(
+        [sys.executable, "-m", "steerlab", "run", str(path), "--root", str(root), "--set", "trian.steps=1"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(run.__file__).parent.parent), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 2
+    assert "trian: unknown key; did you mean 'train'?" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(root.glob("runs/*"))
+
+
+def test_a_root_that_cannot_be_written() -> None:
+    with pytest.raises(ValueError, match=r"ROOT '/proc/nowhere' cannot be written"):
+        Store.open("/proc/nowhere")
+    with pytest.raises(ValueError, match="absolute"):
+        Store.open("relative/root")

@@ -1,0 +1,169 @@
+"""DeepSpeed under the loop, in real processes with gloo and without Ray: workers, ZeRO stages, resume."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from steerlab import tinyworld
+from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig
+
+STEPS = 6
+
+
+class Stopped(Exception):
+    """Ends a run in the middle."""
+
+
+def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], stop_at: int, resume: bool) -> None:
+    """Train on one rank; every checkpoint is gathered in root/<step>."""
+    from steerlab.training import loop
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{root}/group{stop_at}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    scale = ScaleConfig(workers=world_size, checkpoint_every=3, **settings["scale"])
+    request = loop.Request(
+        Path(settings["model_dir"]),
+        ModelConfig(source="tiny:model", dtype=settings.get("dtype", "float32")),
+        settings["method"],
+        DataConfig(
+            train=DataSet(source="tiny:instructions/train", limit=50),
+            validation=DataSet(source="tiny:instructions/validation", limit=7),
+            prompt_style="plain",
+        ),
+        TrainConfig(
+            steps=STEPS,
+            lr=5e-3,
+            warmup_steps=2,
+            micro_batch=2,
+            grad_accum=4,
+            weight_decay=0.01,
+            seed=5,
+            eval_every=2,
+            **settings["train"],
+        ),
+    )
+    best: list[tuple[float, Path]] = []
+
+    def report(metrics: dict[str, float], directory: Path | None) -> None:
+        assert directory is not None
+        target = Path(root) / f"step{metrics['step']}"
+        shutil.copytree(directory, target, dirs_exist_ok=True)
+        best.append((metrics["eval/loss_nats"], target))
+        torch.distributed.barrier()
+        if metrics["step"] == stop_at:
+            raise Stopped
+
+    link = loop.Link(
+        rank,
+        world_size,
+        torch.device("cpu"),
+        report,
+        latest=Path(root) / "step3" if resume else None,
+        best=lambda: min(best)[1],
+    )
+    try:
+        loop.run(request, scale, link, Path(root) / "output")
+    except Stopped:
+        pass
+
+
+def train(
+    root: Path, workers: int, stop_at: int = 0, resume: bool = False, **settings: Any
+) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """Run all ranks; return the final weights and the history."""
+    root.mkdir(exist_ok=True)
+    model_dir = root / "model"
+    if not model_dir.exists():
+        tinyworld.write_model(model_dir)
+    settings = {"model_dir": str(model_dir), "method": {"name": "aside", "learned": True}, "scale": {}, "train": {}, **settings}
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=rank_main, args=(r, workers, str(root), settings, stop_at, resume)) for r in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [p.exitcode for p in processes] == [0] * workers
+    if stop_at:
+        return {}, []
+    lines = (root / "output" / "metrics.jsonl").read_text().splitlines()
+    weights = load_file(root / "output" / "model" / "model.safetensors") | load_file(
+        root / "output" / "patch" / "patch.safetensors"
+    )
+    return weights, [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """The reference: one process, no sharding."""
+    return train(tmp_path_factory.mktemp("one"), 1)
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_two_workers_equal_one(zero_stage: int, one_worker: Any, tmp_path: Path) -> None:
+    weights, history = train(tmp_path, 2, scale={"zero_stage": zero_stage})
+    # Adam divides by the root of tiny squared gradients, which magnifies the rounding of another order of summation.
+    close(weights, one_worker[0], atol=2e-4)
+    for ours, theirs in zip(history, one_worker[1], strict=True):
+        assert ours["train/loss_nats"] == pytest.approx(theirs["train/loss_nats"], abs=1e-5)
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-4)
+        assert ours.get("eval/loss_nats") == pytest.approx(theirs.get("eval/loss_nats"), abs=1e-5)
+
+
+def test_training_lowers_the_loss(one_worker: Any) -> None:
+    losses = [line["train/loss_nats"] for line in one_worker[1]]
+    assert len(losses) == STEPS
+    assert losses[-1] < 0.9 * losses[0]
+    assert [line["step"] for line in one_worker[1] if "eval/loss_nats" in line] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(zero_stage: int, tmp_path: Path) -> None:
+    scale = {"zero_stage": zero_stage}
+    weights, history = train(tmp_path / "a", 2, scale=scale)
+    train(tmp_path / "b", 2, stop_at=3, scale=scale)
+    resumed, continued = train(tmp_path / "b", 2, resume=True, scale=scale)
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    assert continued == history
+
+
+def test_replicated_state_continues_on_another_number_of_workers(one_worker: Any, tmp_path: Path) -> None:
+    train(tmp_path, 2, stop_at=3)
+    weights, _ = train(tmp_path, 1, resume=True)
+    close(weights, one_worker[0], atol=2e-4)
+
+
+def test_sharded_state_does_not_and_says_why(tmp_path: Path) -> None:
+    from steerlab.training.engine import Engine, WorldSizeError
+
+    (tmp_path / "steerlab.json").write_text(json.dumps({"world_size": 2, "zero_stage": 1, "state": {}}))
+    engine = object.__new__(Engine)
+    engine.scale, engine.world_size = ScaleConfig(zero_stage=1), 1
+    with pytest.raises(
+        WorldSizeError, match="written by 2 workers with zero_stage 1; it cannot continue on 1 with zero_stage 1"
+    ):
+        engine.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    _, history = train(tmp_path, 2, scale={"zero_stage": 2}, dtype="bfloat16")
+    assert history[-1]["train/loss_nats"] < 0.9 * history[0]["train/loss_nats"]
