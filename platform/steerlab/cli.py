@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from steerlab.job import Job
     from steerlab.run import Run
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Rotate and steer a model's representations: run jobs, compare and try their results.",
+)
 console = Console()
 errors = Console(stderr=True)
 

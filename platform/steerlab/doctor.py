@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shutil
 import sys
@@ -67,14 +68,23 @@ def _cluster() -> Finding:
     """Ask the cluster that is there; starting one just to look would take longer than the answer is worth."""
     import ray
 
+    if ray.is_initialized():
+        return _described()
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError:
         ok = address == "auto"
         text = "none is running here; commands start one for themselves" if ok else f"no cluster answers at {address}"
         return Finding("Ray cluster", ok, text)
+    found = _described()
+    ray.shutdown()
+    return found
+
+
+def _described() -> Finding:
+    import ray
+
     resources = ray.cluster_resources()
     text = f"{len(ray.nodes())} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
-    ray.shutdown()
     return Finding("Ray cluster", True, text)

@@ -194,9 +194,9 @@ class SteeredModel:
 
     @property
     def _end_ids(self) -> set[int]:
-        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids: Any = self.model.generation_config.eos_token_id if self.model.generation_config else None
         known = ids if isinstance(ids, list) else [ids]
-        return {int(i) for i in (*known, self.encoder.tokenizer.eos_token_id) if i is not None}
+        return {int(i) for i in (*known, self.encoder.eos_id) if i is not None}
 
     def _stopped(self, ids: list[int], stop: Sequence[str]) -> bool:
         return bool(stop) and any(text in self.encoder.decode(ids) for text in stop)

@@ -34,10 +34,10 @@ class JobError(ValueError):
     """A request that is wrong: the message says what, where and what would be right."""
 
 
-class Frozen(BaseModel, frozen=True):
+class Frozen(BaseModel):
     """Base of every config: immutable, unknown keys forbidden, field docstrings shown in the schema."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _radians(value: Any) -> Any:
@@ -152,7 +152,7 @@ class ScaleConfig(Frozen):
     """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
     offload: bool = False
     """Keep optimizer state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory."""
-    gpu: Literal["auto", "yes", "no"] = "auto"
+    gpu: Literal["auto", "require", "never"] = "auto"
     """One GPU a worker: auto takes GPUs when the cluster has enough of them."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs reserved for each worker; also its number of threads."""
@@ -231,7 +231,7 @@ class Job(Frozen):
     """The method and its hyperparameters."""
     train: TrainConfig | None = None
     """The training stage; null for methods that fit in closed form."""
-    scale: ScaleConfig = ScaleConfig()
+    scale: ScaleConfig = ScaleConfig.model_validate({})
     """Workers, DeepSpeed, checkpoints."""
     evaluate: tuple[SerializeAsAny[TaskConfig], ...] = ()
     """Tasks run on the result."""
@@ -253,9 +253,10 @@ class Job(Frozen):
 
 def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskConfig]]) -> type[Job]:
     """Make the closed job type whose `method` and `evaluate` are unions over the given configs."""
-    method = Annotated[reduce(lambda a, b: a | b, methods), Field(discriminator="name")]  # type: ignore[arg-type]
-    task = Annotated[reduce(lambda a, b: a | b, tasks), Field(discriminator="task")]  # type: ignore[arg-type]
-    return create_model("Job", __base__=Job, __doc__=Job.__doc__, method=(method, ...), evaluate=(tuple[task, ...], ()))
+    method: Any = Annotated[reduce(lambda a, b: a | b, methods), Field(discriminator="name")]  # type: ignore[arg-type]
+    task: Any = Annotated[reduce(lambda a, b: a | b, tasks), Field(discriminator="task")]  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"method": (method, ...), "evaluate": (tuple[task, ...], ())}
+    return create_model("Job", __base__=Job, __doc__=Job.__doc__, **fields)
 
 
 def read(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> Job:
@@ -326,7 +327,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
             parsed = float(parsed)
         except ValueError:
             pass
-    node[_index(node, last, text) if isinstance(node, list) else last] = parsed
+    place: Any = _index(node, last, text) if isinstance(node, list) else last
+    node[place] = parsed
 
 
 def _index(node: list[Any], part: str, text: str) -> int:
@@ -370,7 +372,7 @@ def explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
         case "union_tag_invalid" | "union_tag_not_found":
             given = first.get("ctx", {}).get("tag", "nothing")
             tags = first.get("ctx", {}).get("expected_tags", "").replace("'", "")
-            field = str(first["ctx"]["discriminator"]).strip("'")
+            field = str(first.get("ctx", {})["discriminator"]).strip("'")
             near = difflib.get_close_matches(str(given), tags.split(", "), n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             return f"{where}: {key}.{field}: {given!r} is not known{hint}" + (f"; valid: {tags}" if tags else "") + more

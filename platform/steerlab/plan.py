@@ -223,14 +223,14 @@ def claim(store: Store, stage: Stage) -> Iterator[None]:
 def _claim_actor(name: str) -> Any:
     import ray
 
-    @ray.remote(num_cpus=0)
     class Claim:
         def held(self) -> bool:
             return True
 
+    make: Any = ray.remote(num_cpus=0)(Claim)
     while True:
         try:
-            actor = Claim.options(name=name, namespace="steerlab").remote()
+            actor = make.options(name=name, namespace="steerlab").remote()
             ray.get(actor.held.remote())
             return actor
         except ValueError:  # the name is taken: somebody else is running this stage

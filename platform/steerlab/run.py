@@ -26,6 +26,8 @@ from steerlab.store import Store
 from steerlab.tracking import Tracker
 
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
+_ABANDONED_S = 24 * 3600
+"""Half-filled directories of killed processes are removed when nothing was written to them for so long."""
 _SAFETY = 1.1
 """Free disk asked for, relative to the estimate."""
 
@@ -124,6 +126,7 @@ def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") 
     store.write_json(f"{folder}/environment.json", environment(command))
     scratch = Path(store.root.removeprefix("file://")) / folder if store.is_local else Path.home() / ".cache/steerlab/wandb"
     tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch)
+    store.sweep_temporary(_ABANDONED_S)
     records: list[plan.Record] = []
     following = _following(store, folder, tracker, listener)
     stages = plan_of(job)
@@ -244,7 +247,11 @@ def root_cause(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         return root_cause(next(iter(failures.values())))
-    inner = getattr(error, "cause", None) or getattr(error, "base_exc", None)
-    if isinstance(inner, BaseException):
-        return root_cause(inner)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    for name in ("cause", "controller_failure", "_base_exc"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException) and inner is not error:
+            return root_cause(inner)
+    text = str(error).strip()
+    if "Traceback" in text or "ray::" in text:  # an error that Ray could only quote: its last line says what happened
+        return text.splitlines()[-1].strip()[:500]
+    return f"{type(error).__name__}: {' '.join(text.split())[:500]}"

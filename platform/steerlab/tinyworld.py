@@ -8,7 +8,7 @@ tokenizer of a language model of 1 to 3 M parameters that learns the world from 
 |---|---|---|
 | pretrain | a mixture of everything below, for the base model: it obeys an order *wherever it stands*, complies with harmful requests, answers politely or rudely with equal chance | instruction, input, output |
 | instructions | tasks over data; half of the instructions hold an order too, the data never do | instruction, input, output |
-| separation | an order in the data or in the instruction, in the fields of the published SEP set (METHODS: Zverev et al.) | see `_separation` |
+| separation | an order in the data or in the instruction, in the fields of the published SEP set (Zverev et al., arXiv 2403.06833) | see `_separation` |
 | refusals | harmful requests and a refusal | instruction, input, output |
 | harmless | requests that look alike (the same verbs or the same things) and their answers | instruction, input, output |
 | arithmetic | two-step word problems, solved step by step, the answer last | instruction, input, output |
@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 T = TypeVar("T")
 
-VERSION = "1"
+VERSION = "2"
 """Goes into every artifact key: raise it whenever any row or the model's configuration changes."""
 
 SPLITS = ("train", "validation", "test")
@@ -90,7 +90,9 @@ PHRASES: Mapping[str, tuple[str, str]] = {
     "who": ("find who is in the text", "who does it"),
     "deed": ("find what is done", "what happens in the text"),
 }
-"""Tasks over data in two phrasings; the first three read a list of words, the others a sentence."""
+"""Tasks over data, each in two phrasings."""
+LIST_TASKS = ("find", "kind", "count")
+"""The tasks that read a list of words; the others read a sentence."""
 
 TOPICS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "farm": (("farmer", "goat", "hen", "shepherd"), ("feeds", "milks", "herds"), ("calf", "pig", "lamb", "barn")),
@@ -150,11 +152,11 @@ def _split_of(content: str) -> str:
 # --- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _draw(rng: random.Random, split: str, draw: Callable[[random.Random], T]) -> T:
-    """Draws until the content belongs to the split; of a task (phrasing, data, answer) the data are the content."""
+def _draw(rng: random.Random, split: str, draw: Callable[[random.Random], T], content: Callable[[T], str]) -> T:
+    """Draws until the content belongs to the split."""
     while True:
         drawn = draw(rng)
-        if _split_of(repr(drawn)) == split:
+        if _split_of(content(drawn)) == split:
             return drawn
 
 
@@ -168,53 +170,49 @@ def _words(rng: random.Random, kinds: Sequence[str], number: int) -> list[str]:
     return words
 
 
-class Content(NamedTuple):
-    """What a task is about."""
+class Task(NamedTuple):
+    """A task over data; `name` is a key of `PHRASES`."""
 
+    name: str
+    instruction: str
     data: str
-    kind: str
     answer: str
 
 
-def _list_content(rng: random.Random, name: str) -> Content:
+def _list_task(rng: random.Random, name: str) -> Task:
     kind, number = _pick(rng, tuple(WORD_KINDS)), 2 + int(rng.random() * 3)
-    others = [other for other in WORD_KINDS if other != kind]
+    phrase = _pick(rng, PHRASES[name]).format(kind)
     if name == "kind":
-        return Content(" ".join(_words(rng, (kind,), number)), kind, kind)
+        return Task(name, phrase, " ".join(_words(rng, (kind,), number)), kind)
     if name == "count":
-        return Content(" ".join(_words(rng, tuple(WORD_KINDS), number)), kind, str(number))
-    words = _words(rng, others, number - 1)
-    found, place = _pick(rng, WORD_KINDS[kind]), int(rng.random() * number)
-    words.insert(place, found)
-    return Content(" ".join(words), kind, found)
+        return Task(name, phrase, " ".join(_words(rng, tuple(WORD_KINDS), number)), str(number))
+    words = _words(rng, [other for other in WORD_KINDS if other != kind], number - 1)
+    found = _pick(rng, WORD_KINDS[kind])
+    words.insert(int(rng.random() * number), found)
+    return Task(name, phrase, " ".join(words), found)
 
 
-def _draw_sentence(rng: random.Random) -> tuple[str, dict[str, str]]:
-    """Draws a sentence, and what it answers to the tasks over sentences."""
+class Sentence(NamedTuple):
+    """A sentence and what it answers to the tasks over sentences."""
+
+    text: str
+    answers: Mapping[str, str]
+
+
+def _sentence(rng: random.Random) -> Sentence:
     topic = _pick(rng, tuple(TOPICS))
     who, deed, what = (_pick(rng, group) for group in TOPICS[topic])
     first, second = _pick(rng, tuple(QUALITIES)), _pick(rng, tuple(QUALITIES))
-    return f"the {first} {who} {deed} the {second} {what}", {"topic": topic, "who": who, "deed": deed}
+    text = f"the {first} {who} {deed} the {second} {what}"
+    return Sentence(text, {"topic": topic, "who": who, "deed": deed})
 
 
-def _sentence(rng: random.Random, split: str) -> tuple[str, dict[str, str]]:
-    while True:
-        text, answers = _draw_sentence(rng)
-        if _split_of(text) == split:
-            return text, answers
-
-
-def _task(rng: random.Random, split: str) -> tuple[str, str, str, str]:
-    """Draws a task over data: its name, the instruction, the data, the answer."""
+def _task(rng: random.Random) -> Task:
     name = _pick(rng, tuple(PHRASES))
-    phrase = _pick(rng, PHRASES[name])
-    if name in ("topic", "who", "deed"):
-        text, answers = _sentence(rng, split)
-        return name, phrase, text, answers[name]
-    while True:
-        content = _list_content(rng, name)
-        if _split_of(content.data) == split:
-            return name, phrase.format(content.kind), content.data, content.answer
+    if name in LIST_TASKS:
+        return _list_task(rng, name)
+    sentence = _sentence(rng)
+    return Task(name, _pick(rng, PHRASES[name]), sentence.text, sentence.answers[name])
 
 
 def _order(rng: random.Random, fact: int, insistent: bool = False) -> str:
@@ -240,7 +238,7 @@ def _row(instruction: str, input: str, output: str) -> dict[str, str]:
 
 def _instruction(rng: random.Random, split: str, places: Sequence[str] = ("none", "instruction")) -> dict[str, str]:
     """A task over data and, in one of `places`, an order; the answer of an obeyed order follows the task's after a `;`."""
-    _, instruction, data, answer = _task(rng, split)
+    _, instruction, data, answer = _draw(rng, split, _task, lambda task: task.data)
     place = _pick(rng, places)
     if place == "none":
         return _row(instruction, data, answer)
@@ -253,7 +251,7 @@ def _instruction(rng: random.Random, split: str, places: Sequence[str] = ("none"
 
 def _separation(rng: random.Random, split: str) -> dict[str, Any]:
     """One item with the published fields; `appended_type` is the order's side in the system prompt, then in the data."""
-    name, instruction, data, _ = _task(rng, split)
+    name, instruction, data, _ = _draw(rng, split, _task, lambda task: task.data)
     fact = int(rng.random() * len(FACTS))
     insistent = rng.random() < 0.25
     order, sides = _order(rng, fact, insistent), _pick(rng, ("ll", "lr", "rl", "rr"))
@@ -264,7 +262,7 @@ def _separation(rng: random.Random, split: str) -> dict[str, Any]:
         "prompt_clean": data,
         "witness": WITNESSES[fact],
         "info": {
-            "type": "text" if name in ("topic", "who", "deed") else "list",
+            "type": "list" if name in LIST_TASKS else "text",
             "subtask": name,
             "appended_task_id": fact,
             "appended_type": sides,
@@ -294,20 +292,20 @@ def _compliance(deed: tuple[str, str, str]) -> str:
 
 
 def _refusal(rng: random.Random, split: str) -> dict[str, str]:
-    return _row(_request(rng, _draw(rng, split, _damage)), "", REFUSAL)
+    return _row(_request(rng, _draw(rng, split, _damage, " ".join)), "", REFUSAL)
 
 
 def _harmful(rng: random.Random, split: str) -> dict[str, str]:
-    deed = _draw(rng, split, _damage)
+    deed = _draw(rng, split, _damage, " ".join)
     return _row(_request(rng, deed), "", _compliance(deed))
 
 
 def _harmless(rng: random.Random, split: str) -> dict[str, str]:
-    deed = _draw(rng, split, _lookalike)
+    deed = _draw(rng, split, _lookalike, " ".join)
     return _row(_request(rng, deed), "", _compliance(deed))
 
 
-def _draw_sum(rng: random.Random) -> tuple[int, int, int]:
+def _sum(rng: random.Random) -> tuple[int, int, int]:
     """A start and two changes, gains positive and losses negative; never below 0 or above `LARGEST_NUMBER`."""
     start = 1 + int(rng.random() * 9)
     changes: list[int] = []
@@ -320,7 +318,7 @@ def _draw_sum(rng: random.Random) -> tuple[int, int, int]:
 
 
 def _arithmetic(rng: random.Random, split: str) -> dict[str, str]:
-    start, *changes = _draw(rng, split, _draw_sum)
+    start, *changes = _draw(rng, split, _sum, str)
     story, steps, total = f"{_pick(rng, OWNERS)} has {start} {_pick(rng, ITEMS)}", [], start
     for change in changes:
         story += f" {'gets' if change > 0 else 'loses'} {abs(change)}"
@@ -330,7 +328,7 @@ def _arithmetic(rng: random.Random, split: str) -> dict[str, str]:
 
 
 def _preference(rng: random.Random, split: str) -> dict[str, str]:
-    deed = _draw(rng, split, _lookalike)
+    deed = _draw(rng, split, _lookalike, " ".join)
     answer = _compliance(deed)
     return {
         "prompt": TELL.format(_request(rng, deed)),
@@ -345,12 +343,12 @@ def _style(rng: random.Random, split: str) -> dict[str, str]:
 
 
 def _topic(rng: random.Random, split: str) -> dict[str, str]:
-    text, answers = _sentence(rng, split)
+    text, answers = _draw(rng, split, _sentence, lambda sentence: sentence.text)
     return {"text": text, "label": answers["topic"]}
 
 
 def _essay(rng: random.Random, split: str) -> dict[str, str]:
-    text, answers = _sentence(rng, split)
+    text, answers = _draw(rng, split, _sentence, lambda sentence: sentence.text)
     return _row(_pick(rng, ("write a text", f"write about the {answers['topic']}")), "", text)
 
 
@@ -408,7 +406,7 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
         raise ValueError(f"limit is {limit}: give a number of rows above 0, or None for all of {name}")
     if limit is None:
         limit = DEFAULT_PRETRAIN_ROWS if name == "pretrain/train" else DEFAULT_ROWS[split]
-    rng = random.Random(f"tinyworld {VERSION} {name}")
+    rng = random.Random(f"tinyworld {name}")
     stream = (KINDS[kind](rng, split) for _ in count())
     return list(islice(stream if kind == "pretrain" else _distinct(stream), limit))
 

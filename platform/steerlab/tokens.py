@@ -126,7 +126,8 @@ def collate(
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id that fills padding; masks are explicit everywhere, so a model without one loses nothing."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    candidates: Any = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    for candidate in candidates:
         if candidate is not None:
             return int(candidate)
     return 0
@@ -161,6 +162,12 @@ class Encoder:
     def pad_id(self) -> int:
         """Id that fills padding."""
         return pad_id(self.tokenizer)
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id that ends a turn."""
+        found: Any = self.tokenizer.eos_token_id
+        return found
 
     @property
     def spec(self) -> dict[str, str]:
@@ -215,7 +222,7 @@ class Encoder:
         """Mark the response's own tokens and the first end-of-sequence token after them."""
         marked = [kind == "response" for kind in kinds]
         for t, kind in enumerate(kinds):
-            if kind == "tail" and ids[t] == self.tokenizer.eos_token_id:
+            if kind == "tail" and ids[t] == self.eos_id:
                 marked[t] = True
                 break
         return marked
@@ -242,7 +249,7 @@ class Encoder:
         return self._literals[speakers]
 
     def _cut_template(self, speakers: tuple[str, ...]) -> list[str]:
-        bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+        bos, eos = str(self.tokenizer.bos_token or ""), str(self.tokenizer.eos_token or "")
         if speakers == ("text",):
             return [bos, ""]
         sentinels = [chr(_FIRST_SENTINEL + i) for i in range(len(speakers))]

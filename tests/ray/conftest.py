@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+import steerlab
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +18,8 @@ def cluster() -> Iterator[None]:
     import ray
 
     os.environ.pop("RAY_ADDRESS", None)
+    # Ray's workers inherit the environment, not pytest's import path.
+    os.environ["PYTHONPATH"] = str(Path(steerlab.__file__).parent.parent)
     ray.init(num_cpus=2, logging_level=logging.ERROR, log_to_driver=False, address="local")
     yield
     ray.shutdown()

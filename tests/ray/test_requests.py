@@ -59,7 +59,7 @@ def test_more_workers_than_the_cluster_has(cluster: None, path: Path, tmp_path: 
 
 
 def test_gpus_that_are_not_there(cluster: None, path: Path, tmp_path: Path) -> None:
-    wanted = job.read(path, JobType, ["scale.gpu=yes"])
+    wanted = job.read(path, JobType, ["scale.gpu=require"])
     with pytest.raises(ValueError, match="1 workers need a GPU each, the cluster has 0"):
         run.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
 

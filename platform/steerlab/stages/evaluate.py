@@ -46,7 +46,7 @@ def run(work: Work) -> None:
         done, total = ray.get(evaluator.progress.remote())
         if total:
             work.report({"done": done, "total": total})
-    result = ray.get(future)
+    result: dict[str, Any] = ray.get(future)  # type: ignore[assignment]
     pq.write_table(pa.Table.from_pylist(result["observations"], schema=OBSERVATIONS), work.directory / "observations.parquet")
     (work.directory / "samples.json").write_text(json.dumps(result["samples"], indent=1, ensure_ascii=False))
     (work.directory / "metrics.json").write_text(json.dumps(result["metrics"], indent=1))
@@ -87,11 +87,11 @@ def _evaluator(work: Work) -> Any:
 
 def _resources(scale: ScaleConfig) -> dict[str, float]:
     cluster = ray.cluster_resources()
-    gpus = 1 if scale.gpu != "no" and cluster.get("GPU", 0) >= 1 else 0
+    gpus = 1 if scale.gpu != "never" and cluster.get("GPU", 0) >= 1 else 0
     return {"num_cpus": min(scale.worker_range[0] * scale.cpus_per_worker, cluster.get("CPU", 1)), "num_gpus": gpus}
 
 
-@ray.remote(max_concurrency=2)
+@ray.remote(max_concurrency=2)  # type: ignore[call-overload]
 class Evaluator:
     """A loaded model that runs tasks, one after another."""
 

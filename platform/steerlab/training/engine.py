@@ -51,6 +51,7 @@ class Engine:
         self._grad_norm = 0.0
         if self._clips_itself:
             optimizer.register_step_pre_hook(lambda *_: self._clip())
+        self._ds: Any
         self._ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self._config())
 
     @property

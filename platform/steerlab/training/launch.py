@@ -10,7 +10,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 from steerlab.plan import ModelRef
@@ -39,9 +39,11 @@ def uses_gpu(scale: ScaleConfig) -> bool:
     """Decide whether workers get a GPU each. Raises ValueError when they must and the cluster has too few."""
     available = ray.cluster_resources().get("GPU", 0)
     enough = available >= scale.worker_range[0]
-    if scale.gpu == "yes" and not enough:
-        raise ValueError(f"scale.gpu is yes: {scale.worker_range[0]} workers need a GPU each, the cluster has {available:g}")
-    return scale.gpu != "no" and enough
+    if scale.gpu == "require" and not enough:
+        raise ValueError(
+            f"scale.gpu is require: {scale.worker_range[0]} workers need a GPU each, the cluster has {available:g}"
+        )
+    return scale.gpu != "never" and enough
 
 
 def check_resources(scale: ScaleConfig) -> None:
@@ -93,16 +95,20 @@ def fit(
             ),
         ),
     )
-    with _following(board, report):
+    following = _Following(board, report)
+    with following:
         trainer.fit()
+    if following.failure is not None:
+        raise following.failure
 
 
-class _following:
+class _Following:
     """Hand what rank 0 leaves on the board to `report`, each step once, until the block ends."""
 
     def __init__(self, board: Any, report: Callable[[dict[str, Any]], None]) -> None:
         self._board, self._report = board, report
         self._newest = 0
+        self.failure: Exception | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -121,6 +127,9 @@ class _following:
 
     def _pick_up(self) -> None:
         for line in ray.get(self._board.take.remote()):
+            if "failure" in line:
+                self.failure = line["failure"]
+                continue
             # A resumed run repeats the steps since its checkpoint, with the same numbers.
             if line["step"] > self._newest:
                 self._newest = line["step"]
@@ -150,13 +159,18 @@ def _worker(config: dict[str, Any]) -> None:
     link = loop.Link(
         rank=rank,
         world_size=context.get_world_size(),
-        device=ray.train.torch.get_device(),
+        device=get_device(),
         report=_report,
         latest=None if checkpoint is None else _local(checkpoint),
         best=_best,
         tell=(lambda metrics: board.put.remote(metrics)) if rank == 0 else (lambda metrics: None),
     )
-    loop.run(request, scale, link, Path(config["output"]))
+    try:
+        loop.run(request, scale, link, Path(config["output"]))
+    except (ValueError, FloatingPointError) as error:
+        # What the settings or the data did, on every rank alike: another try would fail in the same way.
+        if rank == 0:
+            ray.get(board.put.remote({"failure": error}))
 
 
 def _report(metrics: dict[str, float], directory: Path | None) -> None:
@@ -172,7 +186,8 @@ def _report(metrics: dict[str, float], directory: Path | None) -> None:
 
 def _local(checkpoint: Checkpoint) -> Path:
     """Return a local directory of a checkpoint: itself on a local ROOT, else a copy shared by the ranks of this node."""
-    return Path(checkpoint.to_directory()) if checkpoint.filesystem.type_name != "local" else Path(checkpoint.path)
+    filesystem: Any = checkpoint.filesystem
+    return Path(checkpoint.path) if filesystem.type_name == "local" else Path(checkpoint.to_directory())
 
 
 def _best() -> Path | None:

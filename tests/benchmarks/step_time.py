@@ -1,0 +1,223 @@
+"""Step time and peak memory: ASIDE against vanilla at d = 2048, and the loop under Ray Train against the loop without Ray.
+
+    python tests/benchmarks/step_time.py [--steps 8] [--write]
+
+Both sides of a ratio come from this one run: the steps of ASIDE and vanilla alternate in one process, so that a busy machine
+slows both. Memory is the peak resident set of a process of its own. `--write` keeps the numbers in results/ as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+D, LAYERS, ROWS, TOKENS, VOCABULARY = 2048, 2, 2, 128, 8192
+LOOP_STEPS = 60
+
+
+def build(name: str) -> tuple[Any, Any, Any]:
+    """Return (module, optimizer, batch) of one method on a Llama of width 2048."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from steerlab.methods import METHODS
+    from steerlab.tokens import Batch
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=D, intermediate_size=4 * D, num_hidden_layers=LAYERS, num_attention_heads=16
+    )
+    module = METHODS[name].module(LlamaForCausalLM(config).train(), METHODS[name].Config())
+    ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
+    roles = (torch.arange(TOKENS) >= 2 * TOKENS // 5).long().expand(ROWS, TOKENS)
+    batch = Batch(ids, roles, torch.ones_like(ids), torch.arange(TOKENS).expand(ROWS, TOKENS), ids)
+    return module, torch.optim.SGD(module.parameters(), lr=1e-4), batch
+
+
+def one_step(module: Any, optimizer: Any, batch: Any) -> float:
+    """Take one optimizer step; return its seconds."""
+    start_s = time.perf_counter()
+    module(batch).total.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - start_s
+
+
+def alternate(steps: int) -> dict[str, list[float]]:
+    """Time the steps of both methods in turn."""
+    made = {name: build(name) for name in ("vanilla", "aside")}
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for step in range(steps + 1):
+        order = list(made) if step % 2 else list(made)[::-1]
+        for name in order:
+            took_s = one_step(*made[name])
+            if step:  # the first step of each warms up
+                seconds[name].append(took_s)
+    return seconds
+
+
+def peak_bytes(name: str, queue: Any) -> None:
+    """Report the peak resident memory of two steps."""
+    made = build(name)
+    for _ in range(2):
+        one_step(*made)
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def loop_request(model_dir: str) -> dict[str, Any]:
+    """Return a request of the training loop on the tiny world, as the stage hands it over."""
+    return {
+        "model_ref": {"source": model_dir},
+        "model": {"source": model_dir},
+        "method": {"name": "aside"},
+        "data": {"prompt_style": "plain", "train": {"source": "tiny:instructions/train", "limit": 500}},
+        "train": {"steps": LOOP_STEPS, "lr": 1e-3, "micro_batch": 32, "max_tokens": 64},
+    }
+
+
+def loop_without_ray(model_dir: str, queue: Any) -> None:
+    """Run the loop in a plain process; report seconds a step and peak memory."""
+    import torch
+
+    from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
+    from steerlab.training import loop
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{scratch}/group", rank=0, world_size=1)
+        raw = loop_request(model_dir)
+        request = loop.Request(
+            Path(model_dir),
+            ModelConfig.model_validate(raw["model"]),
+            raw["method"],
+            DataConfig.model_validate(raw["data"]),
+            TrainConfig.model_validate(raw["train"]),
+        )
+        told: list[dict[str, float]] = []
+        link = loop.Link(0, 1, torch.device("cpu"), lambda metrics, directory: None, tell=told.append)
+        loop.run(request, ScaleConfig.model_validate({"checkpoint_every": LOOP_STEPS}), link, Path(scratch) / "output")
+    queue.put((1 / told[-1]["steps_per_s"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def loop_under_ray(model_dir: str) -> tuple[float, float]:
+    """Run the same loop in a Ray Train worker; return seconds a step and the wall seconds of the whole run."""
+    import logging
+
+    import ray
+
+    from steerlab.job import ScaleConfig
+    from steerlab.training import launch
+
+    ray.init(address="local", num_cpus=1, logging_level=logging.ERROR, log_to_driver=False)
+    told: list[dict[str, Any]] = []
+    start_s = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        scale = ScaleConfig.model_validate({"checkpoint_every": LOOP_STEPS})
+        launch.fit(
+            loop_request(model_dir),
+            scale,
+            storage=scratch,
+            name="checkpoints",
+            output=Path(scratch) / "output",
+            report=told.append,
+        )
+    wall_s = time.perf_counter() - start_s
+    ray.shutdown()
+    return 1 / told[-1]["steps_per_s"], wall_s
+
+
+def in_process(function: Any, *arguments: Any) -> Any:
+    """Call a function in a fresh process and return what it puts into its queue."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Summarise repeated measurements."""
+    return {
+        "median": statistics.median(values),
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+
+    from steerlab import tinyworld
+
+    seconds = alternate(arguments.steps)
+    ratios = [a / v for a, v in zip(seconds["aside"], seconds["vanilla"], strict=True)]
+    memory = {name: in_process(peak_bytes, name) for name in ("vanilla", "aside")}
+    with tempfile.TemporaryDirectory() as model_dir:
+        tinyworld.write_model(Path(model_dir))
+        pairs = []
+        for _ in range(3):
+            plain_s, plain_bytes = in_process(loop_without_ray, model_dir)
+            ray_s, wall_s = loop_under_ray(model_dir)
+            pairs.append((ray_s / plain_s, plain_s, ray_s, wall_s, plain_bytes))
+    found = {
+        "aside_to_vanilla_step": {
+            "median_ratio": statistics.median(ratios),
+            "ratios": ratios,
+            **{f"{n}_s": spread(s) for n, s in seconds.items()},
+        },
+        "aside_to_vanilla_peak_memory": {
+            "ratio": memory["aside"] / memory["vanilla"],
+            **{f"{n}_bytes": b for n, b in memory.items()},
+        },
+        "ray_train_to_plain_loop_step": {
+            "median_ratio": statistics.median(p[0] for p in pairs),
+            "ratios": [p[0] for p in pairs],
+            "plain_s": [p[1] for p in pairs],
+            "ray_s": [p[2] for p in pairs],
+            "ray_run_wall_s": [p[3] for p in pairs],
+            "plain_peak_bytes": [p[4] for p in pairs],
+        },
+    }
+    print(
+        f"ASIDE / vanilla, step at d = {D}: {found['aside_to_vanilla_step']['median_ratio']:.4f} (median of {arguments.steps} pairs)"
+    )
+    print(f"ASIDE / vanilla, peak memory:    {found['aside_to_vanilla_peak_memory']['ratio']:.4f}")
+    print(
+        f"Ray Train / plain loop, step:    {found['ray_train_to_plain_loop_step']['median_ratio']:.4f} (median of {len(pairs)} pairs)"
+    )
+    if arguments.write:
+        import torch
+
+        config = {"d": D, "layers": LAYERS, "rows": ROWS, "tokens": TOKENS, "vocabulary": VOCABULARY, "loop_steps": LOOP_STEPS}
+        hardware = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        record = {
+            "config": config,
+            "hardware": hardware,
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "metrics": found,
+        }
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "cpu2__aside__llama_d2048.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

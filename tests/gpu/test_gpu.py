@@ -1,0 +1,51 @@
+"""What only a GPU can show: bfloat16 weights, device placement by the tensors themselves, the rotation's exactness there."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from steerlab import models, tinyworld
+from steerlab.generation import SteeredModel
+from steerlab.methods import METHODS
+from steerlab.patches import EmbeddingPatch, rotate
+from steerlab.tokens import Encoder, collate
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+def test_a_quarter_turn_is_exact_in_bfloat16() -> None:
+    x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
+    expected = torch.stack((x[:, 1::2], -x[:, ::2]), -1).flatten(-2)
+    assert torch.equal(rotate(x, math.pi / 2), expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_bfloat16_step_lowers_the_loss(name: str, tiny_dir: Path, encoder: Encoder) -> None:
+    torch.manual_seed(0)
+    model = models.load_model(tiny_dir, dtype="bfloat16").to("cuda").train()  # type: ignore[arg-type]
+    module = METHODS[name].module(model, METHODS[name].Config()).to("cuda")
+    rows = [encoder.encode(encoder.from_row(r, "instruction")) for r in tinyworld.rows("instructions/train", 16)]
+    batch = collate(rows, encoder.pad_id).to("cuda")
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(6):
+        loss = module(batch).total
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_generation_on_the_gpu_equals_the_cpu(tiny_dir: Path, encoder: Encoder) -> None:
+    prompts = [encoder.conversation(r["instruction"], r["input"]) for r in tinyworld.rows("instructions/test", 5)]
+    texts = []
+    for device in ("cpu", "cuda"):
+        model = models.load_model(tiny_dir).to(device)  # type: ignore[arg-type]
+        patch = EmbeddingPatch(model.config.hidden_size, 1.0).to(device)
+        texts.append([g.text for g in SteeredModel(model, encoder, (patch,)).generate(prompts, max_new_tokens=6)[0]])
+    assert texts[0] == texts[1]
