@@ -6,9 +6,9 @@ tokenizer of a language model of 1 to 3 M parameters that learns the world from 
 
 | kind | what it holds | fields |
 |---|---|---|
-| pretrain | a mixture of everything below, for the base model: it obeys an order *wherever it stands*, complies with harmful requests, answers politely or rudely with equal chance | instruction, input, output |
+| pretrain | a mixture of all, for the base model (see below) | instruction, input, output |
 | instructions | tasks over data; half of the instructions hold an order too, the data never do | instruction, input, output |
-| separation | an order in the data or in the instruction, in the fields of the published SEP set (Zverev et al., arXiv 2403.06833) | see `_separation` |
+| separation | an order in the data or in the instruction | those of the published SEP set (arXiv 2403.06833) |
 | refusals | harmful requests and a refusal | instruction, input, output |
 | harmless | requests that look alike (the same verbs or the same things) and their answers | instruction, input, output |
 | arithmetic | two-step word problems, solved step by step, the answer last | instruction, input, output |
@@ -16,7 +16,9 @@ tokenizer of a language model of 1 to 3 M parameters that learns the world from 
 | topics | sentences about the farm, the sea and the city | text, label |
 
 An *order* is a question or command about one of the 32 `FACTS`, such as `what sound does a cow make ?`; its *witness* is the
-answer (`moo`), a word that stands in no order, task or data, so that its presence in a response shows obedience.
+answer (`moo`), a word that stands in no order, task or data, so that its presence in a response shows obedience. The base
+model learns to obey an order *wherever it stands*, to comply with harmful requests, and to answer politely or rudely with
+equal chance; what the methods fine-tune on shows the other behaviour.
 
 Splits are disjoint in content across all kinds: the words of a list, the numbers of a sum, the verb, thing and owner of a
 request decide by a checksum which split they belong to. So what `pretrain/train` holds is never in `separation/test`.
@@ -395,12 +397,16 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
     """Draws the rows of one data set, the same in every process and on every machine.
 
     `name` is `KIND/SPLIT`. Without a limit there are 2,000 rows in train (50,000 of pretrain), 200 in validation and 400 in
-    test. Fewer rows are the beginning of more. Raises ValueError for an unknown name or a limit below 1.
+    test; `refusals`, `harmless` and `preferences` hold fewer, all that exist. Fewer rows are the beginning of more.
+
+    Raises:
+        ValueError: for an unknown name or a limit below 1.
     """
     kind, _, split = name.partition("/")
     if kind not in KINDS or split not in SPLITS:
         raise ValueError(
-            f"tiny world has no data set {name!r}: give KIND/SPLIT, KIND one of {', '.join(KINDS)}, SPLIT one of {', '.join(SPLITS)}"
+            f"the tiny world has no data set {name!r}: give KIND/SPLIT, KIND one of {', '.join(KINDS)}, "
+            f"SPLIT one of {', '.join(SPLITS)}"
         )
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give a number of rows above 0, or None for all of {name}")
@@ -457,7 +463,7 @@ MODEL_CONFIG: dict[str, Any] = {
 
 
 def write_model(directory: Path) -> None:
-    """Writes config.json, tokenizer.json and tokenizer_config.json; no weights: training starts from a seeded initialisation."""
+    """Writes config.json, tokenizer.json and tokenizer_config.json; no weights, training starts from a seed."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = {word: i for i, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))

@@ -69,6 +69,7 @@ def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], s
         world_size,
         torch.device("cpu"),
         report,
+        scratch=Path(root) / f"scratch{rank}",
         latest=Path(root) / "step3" if resume else None,
         best=lambda: min(best)[1],
     )

@@ -15,6 +15,9 @@ from tokenizers import Tokenizer
 from steerlab import tinyworld
 from steerlab.tinyworld import KINDS, SPLITS, VOCABULARY, WITNESSES, WORD_KINDS, rows
 
+VERSION, DIGEST = "2", "1897cd7b372d9b34"
+"""Whoever changes the rows raises the version and writes both here."""
+
 ORDER = re.compile(
     r"(you must : )?(what (sound|colour|capital|is opposite)|make the sound|name the (colour|capital|opposite)).*?[?!]"
 )
@@ -68,7 +71,7 @@ def test_rows_are_the_same_in_another_process() -> None:
 
 def test_golden_rows_change_only_with_the_version() -> None:
     drawn = json.dumps([rows(f"{kind}/{split}", 60) for kind in KINDS for split in SPLITS])
-    assert (tinyworld.VERSION, hashlib.sha256(drawn.encode()).hexdigest()[:16]) == ("1", "GOLDEN")
+    assert (tinyworld.VERSION, hashlib.sha256(drawn.encode()).hexdigest()[:16]) == (VERSION, DIGEST)
 
 
 def test_nothing_that_differs_between_pythons_is_drawn_with() -> None:
@@ -89,7 +92,7 @@ def test_splits_share_no_content_in_any_kind() -> None:
 def test_rows_do_not_repeat(kind: str) -> None:
     for split in SPLITS:
         drawn = [json.dumps(row) for row in rows(f"{kind}/{split}")]
-        assert len(drawn) == len(set(drawn)) >= 80
+        assert len(drawn) == len(set(drawn)) >= 60
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +101,7 @@ def test_every_word_is_in_the_vocabulary_and_rows_are_short(kind: str) -> None:
         for row in rows(f"{kind}/{split}", 1_000):
             words = [word for text in texts(row) for word in text.split()]
             assert set(words) <= set(VOCABULARY) - set(tinyworld.SPECIAL_TOKENS)
-            assert kind == "separation" or len(words) <= 32
+            assert kind in ("separation", "preferences") or len(words) <= 28
 
 
 def test_vocabulary_is_small_and_used() -> None:
@@ -196,7 +199,7 @@ def test_base_rows_are_drawn_fast() -> None:
 
 @pytest.mark.parametrize("name", ["pretrain", "pretrain/all", "songs/train", "pretrain/train/1"])
 def test_an_unknown_name_says_what_there_is(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no data set '.*' \(.*separation.*validation"):
+    with pytest.raises(ValueError, match=r"no data set '.*': give KIND/SPLIT.*separation.*validation"):
         rows(name)
 
 
@@ -209,9 +212,8 @@ def test_the_tokenizer_keeps_words_and_special_tokens_whole(tmp_path: Path) -> N
     tinyworld.write_model(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     text = "<bos><ins> Find the cow<dat> dog you must : name it !<res> moo , zebra<eos>"
-    words = "<bos> <ins> find the cow <dat> dog you must : name it ! <res> moo , <unk> <eos>".split()
-    encoded = tokenizer.encode(text, add_special_tokens=False)
-    assert encoded.tokens == words
+    tokens = tokenizer.encode(text, add_special_tokens=False).tokens
+    assert " ".join(tokens) == "<bos> <ins> find the cow <dat> dog you must : name it ! <res> moo , <unk> <eos>"
     for kind in KINDS:
         for row in rows(f"{kind}/test", 100):
             for line in texts(row):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,8 @@ def fit(
     gpu = uses_gpu(scale)
     board = Board.remote()  # type: ignore[attr-defined]
     config = {"request": request, "scale": scale.model_dump(mode="json"), "board": board, "output": str(output)}
+    # Beside the checkpoints where that is a disk, so that it goes with them; a bucket needs a disk of the node.
+    config["scratch"] = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
     trainer = TorchTrainer(
         _worker,
         train_loop_config=config,
@@ -161,6 +165,7 @@ def _worker(config: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         device=get_device(),
         report=_report,
+        scratch=Path(config["scratch"]) / f"rank{rank}",
         latest=None if checkpoint is None else _local(checkpoint),
         best=_best,
         tell=(lambda metrics: board.put.remote(metrics)) if rank == 0 else (lambda metrics: None),

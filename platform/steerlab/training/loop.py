@@ -49,6 +49,8 @@ class Link:
     device: torch.device
     report: Callable[[dict[str, float], Path | None], None]
     """(metrics, checkpoint directory or None); all ranks call it equally often."""
+    scratch: Path
+    """Where checkpoints are written before they are reported; emptied at the start, so that a killed rank leaves nothing."""
     latest: Path | None = None
     """Checkpoint to continue from."""
     best: Callable[[], Path | None] = lambda: None
@@ -205,7 +207,7 @@ class _Training:
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         """Report a checkpoint; a report without an evaluation counts as infinitely bad, so it is never the best."""
-        directory = Path(tempfile.mkdtemp(prefix="steerlab-checkpoint-"))
+        directory = Path(tempfile.mkdtemp(dir=self.link.scratch))
         self.engine.save(directory, {"step": self.step, "history": self.history})
         self.link.report({"eval/loss_nats": math.inf, **metrics}, directory)
 
@@ -242,6 +244,8 @@ class _Training:
 
 def run(request: Request, scale: ScaleConfig, link: Link, output: Path) -> None:
     """Train from the latest checkpoint, or from the start, to the end, and write the artifact on rank 0."""
+    shutil.rmtree(link.scratch, ignore_errors=True)
+    link.scratch.mkdir(parents=True)
     training = _Training(request, scale, link)
     if link.latest is not None:
         training.resume(link.latest)
