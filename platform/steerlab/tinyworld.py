@@ -388,7 +388,7 @@ KINDS: Mapping[str, Callable[[random.Random, str], dict[str, Any]]] = {
     "topics": _topic,
 }
 
-DEFAULT_ROWS = {"train": 2_000, "validation": 200, "test": 400}
+DEFAULT_ROWS = {"train": 8_000, "validation": 200, "test": 400}
 DEFAULT_PRETRAIN_ROWS = 50_000
 _REPETITIONS = 1_000
 
@@ -396,7 +396,7 @@ _REPETITIONS = 1_000
 def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
     """Draws the rows of one data set, the same in every process and on every machine.
 
-    `name` is `KIND/SPLIT`. Without a limit there are 2,000 rows in train (50,000 of pretrain), 200 in validation and 400 in
+    `name` is `KIND/SPLIT`. Without a limit there are 8,000 rows in train (50,000 of pretrain), 200 in validation and 400 in
     test; `refusals`, `harmless` and `preferences` hold fewer, all that exist. Fewer rows are the beginning of more.
 
     Raises:

@@ -104,7 +104,9 @@ def loop_without_ray(model_dir: str, queue: Any) -> None:
             TrainConfig.model_validate(raw["train"]),
         )
         told: list[dict[str, float]] = []
-        link = loop.Link(0, 1, torch.device("cpu"), lambda metrics, directory: None, Path(scratch) / "checkpoints", tell=told.append)
+        link = loop.Link(
+            0, 1, torch.device("cpu"), lambda metrics, directory: None, Path(scratch) / "checkpoints", tell=told.append
+        )
         loop.run(request, ScaleConfig.model_validate({"checkpoint_every": LOOP_STEPS}), link, Path(scratch) / "output")
     queue.put((1 / told[-1]["steps_per_s"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 

@@ -34,6 +34,8 @@ class Config(TaskConfig):
     """instruction: the response given the prompt; text: the whole text."""
     role: Literal["instruction", "data"] = "instruction"
     """Role of the tokens of plain texts; instruction rows have their own roles."""
+    needs_input: bool = False
+    """Only rows that have an input; decided before `offset` (instruction rows)."""
     offset: int = Field(0, ge=0)
     """Rows skipped first: those a job trained on."""
     max_tokens: int = Field(2048, ge=2)
@@ -82,7 +84,7 @@ def _rows(config: Config) -> list[Numbered]:
     if config.format == "instruction":
         return instruction_rows(
             config.source,
-            needs_input=False,
+            needs_input=config.needs_input,
             offset=config.offset,
             limit=config.limit,
             seed=config.seed,
