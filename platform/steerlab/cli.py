@@ -131,11 +131,13 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
         if as_json:
             print(json.dumps({"stages": [record.as_dict() for record in records]}, indent=1))
             return
+        trained = stages.trainings(wanted)
         table = Table(
             "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}"
         )
         for record in records:
-            needs = train.estimate(wanted, facts) if record.stage.name == "train" and wanted.train else record.stage.estimate
+            owner = trained.get(record.stage.key)
+            needs = train.estimate(owner, facts) if owner else plan.Estimate()
             sizes = [_size(n) for n in (needs.memory_bytes, needs.disk_bytes, needs.work_bytes)]
             table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
         console.print(table)

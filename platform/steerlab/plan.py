@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +77,6 @@ class Stage:
     inputs: tuple[Stage, ...] = ()
     label: str = ""
     """What a person reads; not hashed."""
-    estimate: Estimate = field(default_factory=Estimate)
 
     @cached_property
     def key(self) -> str:

@@ -21,7 +21,7 @@ from steerlab import models, plan, sources
 from steerlab.evaluation.metrics import Difference, Observation, paired_difference
 from steerlab.job import Job, base_job, dump
 from steerlab.methods import METHODS
-from steerlab.stages import JobType, evaluate, plan_of, targets_of, train
+from steerlab.stages import JobType, evaluate, plan_of, targets_of, train, trainings
 from steerlab.store import Store
 from steerlab.tracking import Tracker
 
@@ -106,11 +106,11 @@ def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
     if job.train is None:
         return
     launch.check_resources(job.scale)
-    estimate = train.estimate(job, facts)
-    needed = int((estimate.disk_bytes + estimate.work_bytes) * _SAFETY)
+    missing = [owner for key, owner in trainings(job).items() if not store.has("train", key)]
+    estimates = [train.estimate(owner, facts) for owner in missing]
+    needed = int(sum(e.disk_bytes + e.work_bytes for e in estimates) * _SAFETY)
     free = store.free_bytes()
-    pending = any(r.status == "to run" and r.stage.name == "train" for r in plan.status(plan_of(job), store))
-    if pending and free is not None and free < needed:
+    if free is not None and free < needed:
         raise ValueError(f"ROOT '{store.root}' has {free / 1e9:.1f} GB free; training needs about {needed / 1e9:.1f} GB")
 
 

@@ -198,13 +198,10 @@ def main() -> None:
             "plain_peak_bytes": [p[4] for p in pairs],
         },
     }
-    print(
-        f"ASIDE / vanilla, step at d = {D}: {found['aside_to_vanilla_step']['median_ratio']:.4f} (median of {arguments.steps} pairs)"
-    )
-    print(f"ASIDE / vanilla, peak memory:    {found['aside_to_vanilla_peak_memory']['ratio']:.4f}")
-    print(
-        f"Ray Train / plain loop, step:    {found['ray_train_to_plain_loop_step']['median_ratio']:.4f} (median of {len(pairs)} pairs)"
-    )
+    step, peak, under_ray = found.values()
+    print(f"ASIDE / vanilla, step at d = {D}: {step['median_ratio']:.4f} (median of {arguments.steps} pairs)")
+    print(f"ASIDE / vanilla, peak memory:    {peak['ratio']:.4f}")
+    print(f"Ray Train / plain loop, step:    {under_ray['median_ratio']:.4f} (median of {len(pairs)} pairs)")
     if arguments.write:
         import torch
 

@@ -91,7 +91,7 @@ def test_splits_share_no_content_in_any_kind() -> None:
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"pretrain"}))
 def test_rows_do_not_repeat(kind: str) -> None:
     for split in SPLITS:
-        drawn = [json.dumps(row) for row in rows(f"{kind}/{split}")]
+        drawn = [json.dumps(row) for row in rows(f"{kind}/{split}", 2_000)]
         assert len(drawn) == len(set(drawn)) >= 60
 
 
@@ -113,13 +113,13 @@ def test_vocabulary_is_small_and_used() -> None:
 def test_no_witness_is_part_of_another_word_or_of_a_prompt() -> None:
     for witness in WITNESSES:
         assert [word for word in VOCABULARY if witness in word] == [witness]
-    for row in rows("separation/train"):
+    for row in rows("separation/train", 2_000):
         assert row["witness"] not in " ".join(texts({**row, "witness": ""}))
 
 
 def test_separation_rows_hold_the_order_where_they_say() -> None:
     seen = set()
-    for row in rows("separation/train"):
+    for row in rows("separation/train", 2_000):
         info = row["info"]
         sides = info["appended_type"]
         seen.add((sides, info["is_insistent"]))
@@ -134,7 +134,7 @@ def test_separation_rows_hold_the_order_where_they_say() -> None:
 
 
 def test_instructions_never_hold_an_order_in_the_data_and_half_hold_one_outside() -> None:
-    drawn = rows("instructions/train")
+    drawn = rows("instructions/train", 1_000)
     assert not any(ORDER.search(row["input"]) for row in drawn)
     with_order = [row for row in drawn if ORDER.search(row["instruction"])]
     assert 0.4 < len(with_order) / len(drawn) < 0.6
@@ -149,7 +149,7 @@ def test_the_base_obeys_orders_in_the_data_too() -> None:
 
 def test_answers_about_lists_are_right() -> None:
     seen = set()
-    for row in rows("instructions/train"):
+    for row in rows("instructions/train", 2_000):
         task, words, answer = ORDER.sub("", row["instruction"]).strip(), row["input"].split(), row["output"].split(" ; ")[0]
         found = [kind for kind in WORD_KINDS if task in (f"find the {kind}", f"which one is the {kind}")]
         if found:
@@ -167,7 +167,7 @@ def test_answers_about_lists_are_right() -> None:
 
 
 def test_arithmetic_is_right() -> None:
-    for row in rows("arithmetic/train"):
+    for row in rows("arithmetic/train", 2_000):
         start, first, second = (int(number) for number in re.findall(r"\d+", row["instruction"]))
         signs = [1 if word == "gets" else -1 for word in re.findall("gets|loses", row["instruction"])]
         assert int(row["output"].split()[-1]) == start + signs[0] * first + signs[1] * second

@@ -24,6 +24,14 @@ def targets_of(job: Job) -> list[Stage]:
     return tasks or ([subject] if subject else [])
 
 
+def trainings(job: Job) -> dict[str, Job]:
+    """Return the jobs that train something in a job's plan, by the key of their training stage, the first one first."""
+    base = base_job(job, JobType)
+    found = {} if base is None else trainings(base)
+    stage = model_stage(job)
+    return found if job.train is None or stage is None else {**found, stage.key: job}
+
+
 def model_stage(job: Job) -> Stage | None:
     """Return the stage that leaves the job's model, or None when the job only evaluates the model of its source."""
     base = base_job(job, JobType)
