@@ -53,7 +53,7 @@ def _explained() -> Iterator[None]:
     except StageError as error:
         errors.print(f"[red]failed[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         errors.print(f"[red]error[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -211,8 +211,8 @@ def compare(
     from steerlab import run as runs
 
     with _explained():
-        store = _store(root)
-        differences = runs.compare(store, *(_relative(folder, store.root) for folder in (first, second)))
+        (first_root, one), (_, other) = _split(first), _split(second)
+        differences = runs.compare(_store(root or first_root), one, other)
         if as_json:
             print(json.dumps({name: d._asdict() for name, d in differences.items()}, indent=1))
             return
@@ -266,23 +266,26 @@ def doctor(root: RootOption = None) -> None:
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
-def _relative(folder: str, root: str) -> str:
-    """Return a run folder as a path below ROOT."""
-    whole = folder if folder.startswith("runs/") else str(Path(folder).absolute())
-    return whole.removeprefix(root).strip("/")
+def _split(folder: str) -> tuple[str | None, str]:
+    """Return ROOT and the path below it of a run folder: ROOT/runs/NAME/ID, a path or a URI."""
+    whole = folder if "://" in folder else str(Path(folder).absolute())
+    head, middle, tail = whole.rstrip("/").rpartition("/runs/")
+    return (head, middle.lstrip("/") + tail) if middle else (None, folder)
 
 
 def _artifact(folder: str, root: str | None) -> Path:
     """Return the model of a run folder, or an exported folder itself."""
     if (Path(folder) / "prompt.json").is_file():
         return Path(folder)
-    where = Path(folder).absolute()
-    store = _store(root or (str(where).partition("/runs/")[0] if "/runs/" in str(where) else None))
-    summary = f"{_relative(folder, store.root)}/summary.json"
+    found_root, below = _split(folder)
+    missing = ValueError(f"{folder} is neither a finished run folder (ROOT/runs/NAME/ID) nor an exported model")
+    if found_root is None:
+        raise missing
+    store = _store(root or found_root)
     try:
-        subject = store.read_json(summary)["model"]
+        subject = store.read_json(f"{below}/summary.json")["model"]
     except FileNotFoundError:
-        raise ValueError(f"{folder} is neither a finished run folder nor an exported model (no {summary})") from None
+        raise missing from None
     if subject is None:
         raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
     return Path(store.local(subject["stage"], subject["key"]))

@@ -1,8 +1,8 @@
 """One loaded model with its patches: generate, score and read hidden states, for every task and method.
 
 Decoding is batched and cached; roles are given by position for every chunk, so embedding patches see the right role in
-prefill and in each decoding step. Sampling draws from a generator of its own for each prompt, so neither the batch nor the
-other strengths change what a prompt gets.
+prefill and in each decoding step. Sampling draws from a generator of its own for each prompt, so what a prompt gets depends on
+the batch and on other strengths by rounding alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steerlab.tokens import Conversation, Encoded, Encoder, collate
 
 _T = TypeVar("_T")
 _BATCH_TOKENS = 4096
-"""Prompt tokens in one batch, padding counted."""
+"""Tokens in one batch: prompts, padding and what may be generated."""
 
 
 class Generation(NamedTuple):
@@ -106,7 +106,7 @@ class SteeredModel:
         sampling = Sampling(temperature, top_p, repetition_penalty)
         jobs = [(s, p) for p in range(len(encoded)) for s in range(len(strengths))]
         results: dict[tuple[int, int], Generation] = {}
-        for chunk in self._chunks(jobs, lambda job: len(encoded[job[1]]) + max_new_tokens):
+        for chunk in self._batches(jobs, lambda job: len(encoded[job[1]]) + max_new_tokens):
             rows = [encoded[p] for _, p in chunk]
             strength_B = torch.tensor([strengths[s] for s, _ in chunk])
             uniforms_BT = _uniforms([p for _, p in chunk], max_new_tokens, seed) if temperature else None
@@ -207,6 +207,16 @@ class SteeredModel:
         finished = bool(ends) or (bool(ids) and ids[-1] in self._end_ids)
         return Generation(text[: min(ends)] if ends else text, len(ids), finished)
 
+    def _batches(
+        self, jobs: list[tuple[int, int]], length: Callable[[tuple[int, int]], int]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Group (strength, prompt) pairs; changed weights have one strength a call, other patches one a row."""
+        if not any(patch.kind == "weight" for patch in self.patches):
+            yield from self._chunks(jobs, length)
+            return
+        for strength in sorted({s for s, _ in jobs}):
+            yield from self._chunks([job for job in jobs if job[0] == strength], length)
+
     def _chunks(self, items: list[_T], length: Callable[[_T], int]) -> Iterator[list[_T]]:
         """Group items of similar length so that a padded batch stays within `batch_tokens`; longest first."""
         chunk: list[_T] = []
@@ -267,13 +277,14 @@ def _gathered_log_probs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
 
 
 def load(
-    directory: str | Path, *, dtype: str = "float32", attention: str = "sdpa", device: str | torch.device = "cpu"
+    directory: str | Path, *, dtype: str | None = None, attention: str = "sdpa", device: str | torch.device = "cpu"
 ) -> SteeredModel:
-    """Load a trained artifact or an exported folder: model, patch and prompt settings."""
+    """Load a trained artifact or an exported folder: model (in its saved dtype if none is given), patch, prompt settings."""
     directory = Path(directory)
     prompt = json.loads((directory / "prompt.json").read_text())
     checkpoint = directory / "model" if (directory / "model").is_dir() else directory
-    model = models.load_model(checkpoint, dtype=dtype, attention=attention).to(device)  # type: ignore[arg-type]
+    saved = json.loads((checkpoint / "config.json").read_text()).get("dtype") or "float32"
+    model = models.load_model(checkpoint, dtype=dtype or saved, attention=attention).to(device)  # type: ignore[arg-type]
     patch_dir = directory / "patch"
     stack = (patches.load(patch_dir).to(device),) if patches.exists(patch_dir) else ()
     return SteeredModel(model, Encoder(models.load_tokenizer(checkpoint), **prompt), stack)

@@ -87,6 +87,12 @@ class DataSet(Frozen):
     loss_on: Literal["all", "response"] = "all"
     """Tokens in the loss: all but padding (ASIDE's paper), or the response only."""
 
+    @model_validator(mode="after")
+    def _check(self) -> DataSet:
+        if self.format == "text" and self.loss_on == "response":
+            raise ValueError("loss_on response needs format instruction: plain text has no response")
+        return self
+
 
 class DataConfig(Frozen):
     """The data sets of a job by what they are for, and the prompt format that they share."""
@@ -119,7 +125,7 @@ class TrainConfig(Frozen):
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decay of matrices; vectors (norms, biases) are never decayed."""
+    """Decay of matrices (decoupled in adamw, an L2 term in adam and sgd); vectors (norms, biases) are never decayed."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """SGD's momentum."""
     clip_norm: float = Field(1.0, ge=0)
@@ -210,6 +216,8 @@ class TaskConfig(Frozen):
 
     task: str
     """The task."""
+    label: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$")
+    """First part of the metrics' names in place of the task's; needed where a job has the same task twice."""
     limit: int | None = Field(None, ge=1)
     """Rows evaluated; null takes all."""
     strengths: tuple[float, ...] = Field((1.0,), min_length=1)
@@ -239,9 +247,15 @@ class Job(Frozen):
     """Reporting."""
 
     @model_validator(mode="after")
-    def _check_rows(self) -> Job:
+    def _check(self) -> Job:
+        if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
+            raise ValueError("model.attention flash_attention_2 needs model.dtype bfloat16")
         if self.train is None:
             return self
+        if self.model.dtype == "bfloat16" and self.scale.zero_stage == 0:
+            raise ValueError("model.dtype bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3")
+        if self.train.warmup_steps > self.train.steps:
+            raise ValueError(f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}")
         for workers in range(*(self.scale.worker_range[0], self.scale.worker_range[1] + 1)):
             if self.train.rows_per_step % workers:
                 raise ValueError(

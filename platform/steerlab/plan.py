@@ -172,6 +172,7 @@ def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Lis
 
 def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> Status:
     if store.has(stage.name, stage.key):
+        store.discard_work(stage.name, stage.key)  # left if a kill came between the commit and this line
         return "cached"
     with claim(store, stage):
         # Whoever held the claim before may have finished it.
@@ -200,8 +201,8 @@ def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener)
 def claim(store: Store, stage: Stage) -> Iterator[None]:
     """Hold the only right to run a stage; it ends with the process that holds it, however that dies.
 
-    On a local ROOT (one node) it is a file lock, which the kernel gives back; elsewhere the name of a Ray actor, which Ray
-    gives back when the driver that made it is gone.
+    On a local ROOT it is a file lock, which the kernel gives back; elsewhere the name of a Ray actor, which Ray gives back when
+    the driver that made it is gone. Two Ray clusters on one bucket are not kept apart.
     """
     if store.is_local:
         path = Path(store.root.removeprefix("file://")) / "claims" / f"{stage.name}-{stage.key}.lock"
@@ -221,12 +222,14 @@ def claim(store: Store, stage: Stage) -> Iterator[None]:
 
 def _claim_actor(name: str) -> Any:
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Claim:
         def held(self) -> bool:
             return True
 
-    make: Any = ray.remote(num_cpus=0)(Claim)
+    beside_the_driver: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    make: Any = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver)(Claim)
     while True:
         try:
             actor = make.options(name=name, namespace="steerlab").remote()

@@ -12,17 +12,18 @@ import traceback
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import ray
 
 from steerlab import models, plan, sources
-from steerlab.evaluation.metrics import Difference, Observation, paired_difference
+from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
 from steerlab.job import Job, base_job, dump
 from steerlab.methods import METHODS
 from steerlab.stages import JobType, evaluate, plan_of, targets_of, train, trainings
 from steerlab.store import Store
+from steerlab.tokens import Encoder
 from steerlab.tracking import Tracker
 
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
@@ -68,7 +69,7 @@ def check(job: Job) -> models.ModelFacts:
         if base.train is None:
             raise ValueError(f"model.source: the job {base.name} trains nothing, so there is no model to start from")
     method = METHODS[job.method.name]
-    if job.train is None and method.needs_training:
+    if job.train is None and base is None and method.needs_training:
         raise ValueError(f"train: this key is required by method {job.method.name}")
     if job.train is not None:
         if job.data.train is None:
@@ -80,18 +81,36 @@ def check(job: Job) -> models.ModelFacts:
                 sources.rows(data.source, limit=1, fields=("text",) if data.format == "text" else ("instruction", "output"))
     if job.train is None and not job.evaluate:
         raise ValueError("the job has neither a train nor an evaluate section, so there is nothing to do")
+    labels = [task.label or task.task for task in job.evaluate]
     for number, task in enumerate(job.evaluate):
-        if any(strength != 1 for strength in task.strengths) and not method.leaves_patch:
+        if labels.index(labels[number]) != number:
+            raise ValueError(f"evaluate.{number}: the job has {labels[number]} already; give one of them another `label`")
+        if any(strength != 1 for strength in task.strengths) and not _leaves_patch(job):
             raise ValueError(
                 f"evaluate.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale"
             )
     found = facts_of(job)
+    _check_template(job)
     method.check(job.method, found)
     if job.train is not None and found.max_positions and job.train.max_tokens > found.max_positions:
         raise ValueError(
             f"train.max_tokens {job.train.max_tokens}: the context of {found.architecture} holds {found.max_positions} tokens"
         )
     return found
+
+
+def _check_template(job: Job) -> None:
+    """Refuse a chat template that cannot hold an instruction, data and a response."""
+    if isinstance(job.model.source, str):
+        tokenizer = models.load_tokenizer(sources.fetch(job.model.source))
+        encoder = Encoder(tokenizer, job.data.prompt_style, job.data.response_role)
+        encoder.encode(encoder.conversation("instruction", "data", "response"))
+
+
+def _leaves_patch(job: Job) -> bool:
+    """Say whether the model that a job evaluates carries a patch; without training it is the base job's."""
+    base = base_job(job, JobType)
+    return METHODS[job.method.name].leaves_patch if job.train is not None or base is None else _leaves_patch(base)
 
 
 def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
@@ -129,9 +148,8 @@ def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") 
     store.sweep_temporary(_ABANDONED_S)
     records: list[plan.Record] = []
     following = _following(store, folder, tracker, listener)
-    stages = plan_of(job)
     try:
-        plan.run(stages, store, job.scale, following, records)
+        plan.run(plan_of(job), store, job.scale, following, records)
     except BaseException as error:
         store.write_text(f"{folder}/error.txt", "".join(traceback.format_exception(error)))
         store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
@@ -179,36 +197,59 @@ def summarise(job: Job, store: Store) -> dict[str, Any]:
             subject = {"stage": stage.inputs[0].name, "key": stage.inputs[0].key}
         saved = json.loads((store.local(stage.name, stage.key) / "metrics.json").read_text())
         for number, (strength, metrics) in enumerate(saved["strengths"].items()):
-            strengths.setdefault(strength, {}).update(metrics)
+            named = {_named(name, stage.label): metric for name, metric in metrics.items()}
+            strengths.setdefault(strength, {}).update(named)
             if number == 0:
-                headline.update(metrics)
+                headline.update(named)
     return {"metrics": headline, "strengths": strengths, "model": subject, "schema": 1}
 
 
+def _named(metric: str, label: str) -> str:
+    """Return a metric's name under the label of its task."""
+    return f"{label}/{metric.partition('/')[2]}"
+
+
 def compare(store: Store, first: str, second: str) -> dict[str, Difference]:
-    """Return second minus first for every metric that both runs measured on the same items, with a 95 % interval."""
-    a, b = (_observations(store, folder) for folder in (first, second))
+    """Return second minus first for every metric that both runs measured on the same items, with a 95 % interval.
+
+    Raises:
+        ValueError: a task of the two runs has other data or settings, so its items are not pairs.
+    """
+    a, b = (_measured(store, folder) for folder in (first, second))
     differences = {}
     for name in a:
-        if name in b:
-            transform = a[name][1]
-            differences[name] = paired_difference(b[name][0], a[name][0], transform=transform)
+        if name not in b:
+            continue
+        if a[name].task != b[name].task:
+            raise ValueError(f"{name} was measured on other data or with other settings in the two runs, so items do not pair")
+        differences[name] = paired_difference(b[name].observations, a[name].observations, transform=a[name].transform)
     return differences
 
 
-def _observations(store: Store, folder: str) -> dict[str, tuple[list[Observation], str]]:
-    """Return the observations of a run at its first strength, by metric, with the metric's transform."""
-    found: dict[str, tuple[list[Observation], str]] = {}
+class _Measured(NamedTuple):
+    """One metric of a run at its first strength."""
+
+    observations: list[Observation]
+    transform: Transform
+    task: Any
+    """What was asked and of which data: equal for runs whose items are the same."""
+
+
+def _measured(store: Store, folder: str) -> dict[str, _Measured]:
+    found: dict[str, _Measured] = {}
     for line in store.read_json(f"{folder}/plan.json")["stages"]:
         if line["name"] != "evaluate":
             continue
         directory = store.local("evaluate", line["key"])
+        params = store.manifest("evaluate", line["key"])["meta"]["params"]
+        task = [{**params["task"], "strengths": None}, params["task_version"], params["fingerprints"]]
         saved = json.loads((directory / "metrics.json").read_text())
         first = float(next(iter(saved["strengths"])))
         for row in pq.read_table(directory / "observations.parquet").to_pylist():
             if row["strength"] == first:
+                name = _named(row["metric"], line["label"])
                 transform = saved["transforms"].get(row["metric"], "identity")
-                found.setdefault(row["metric"], ([], transform))[0].append(Observation(**row))
+                found.setdefault(name, _Measured([], transform, task)).observations.append(Observation(**row))
     return found
 
 
@@ -224,8 +265,9 @@ def environment(command: str) -> dict[str, Any]:
         "command": command,
         "python": sys.version.split()[0],
         "versions": versions,
-        "git": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
+        # An uploaded working directory has no repository; `steerlab submit` sends the commit along.
+        "git": _git("rev-parse", "HEAD") or os.environ.get("STEERLAB_GIT_COMMIT"),
+        "git_changes": _git("status", "--porcelain"),
         "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
         "nodes": len([node for node in ray.nodes() if node["Alive"]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

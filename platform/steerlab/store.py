@@ -140,6 +140,16 @@ class Store:
         self._fs.create_dir(self._at("work", stage, key), recursive=True)
         return _join(self.root, "work", stage, key)
 
+    def move_from_work(self, stage: str, key: str, folder: str, directory: Path) -> None:
+        """Move what workers left in a folder of the work directory into a local directory (a copy from an object store)."""
+        path = self._at("work", stage, key, folder)
+        with self._explain_full_disk(f"artifact {stage}/{key}", None):
+            if not self.is_local:
+                pafs.copy_files(path, str(directory), source_filesystem=self._fs, destination_filesystem=pafs.LocalFileSystem())
+                return
+            for item in Path(path).iterdir():
+                shutil.move(item, directory / item.name)
+
     def discard_work(self, stage: str, key: str) -> None:
         """Remove the work directory of a stage, if there is one."""
         path = self._at("work", stage, key)

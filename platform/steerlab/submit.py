@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shlex
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def entrypoint(
     if not (root.startswith("/") or "://" in root):
         raise SubmitError(
             f"ROOT '{root}' is relative: on the cluster it would vanish with the uploaded copy."
-            " Give an absolute path that all nodes share, or a URI (s3://bucket/folder)."
+            " Give a URI (s3://bucket/folder, or file:///folder that all nodes see), or an absolute path on a one-node cluster."
         )
     files = [_inside(path, working_dir.resolve()) for path in (job_path, space) if path is not None]
     arguments = ["run" if space is None else "sweep", *files, "--root", root]
@@ -86,8 +87,16 @@ def runtime_env(working_dir: Path) -> dict[str, Any]:
     """Return Ray's runtime environment: the working directory's own cluster/runtime_env.yaml over what a job needs."""
     path = working_dir / _RUNTIME_ENV
     given: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    env_vars = _ENV_VARS | {name: str(value) for name, value in given.get("env_vars", {}).items()}
+    env_vars = _ENV_VARS | _commit(working_dir) | {name: str(value) for name, value in given.get("env_vars", {}).items()}
     return given | {"working_dir": str(working_dir), "env_vars": env_vars}
+
+
+def _commit(working_dir: Path) -> dict[str, str]:
+    """Return the commit for the run's record: the upload leaves .git behind."""
+    found = subprocess.run(
+        ["git", "-C", str(working_dir), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+    )
+    return {"STEERLAB_GIT_COMMIT": found.stdout.strip()} if found.returncode == 0 else {}
 
 
 def upload_sizes(working_dir: Path) -> dict[PurePosixPath, int]:

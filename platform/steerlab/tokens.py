@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -257,12 +258,17 @@ class Encoder:
             ends = ["\n\n"] * len(speakers) if speakers[-1] != "assistant" else ["\n\n"] * (len(speakers) - 1) + [eos]
             return [bos, *ends]
         messages = [{"role": s, "content": c} for s, c in zip(speakers, sentinels, strict=True)]
-        rendered = str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=speakers[-1] != "assistant")
-        )
+        try:
+            rendered = self._render(messages, speakers)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the messages {', '.join(speakers)}: {error}") from None
         if [c for c in rendered if c in sentinels] != sentinels:
             raise ValueError(f"the chat template drops, repeats or reorders the messages {', '.join(speakers)}")
         return re.split("|".join(sentinels), rendered)
+
+    def _render(self, messages: list[dict[str, str]], speakers: tuple[str, ...]) -> str:
+        unfinished = speakers[-1] != "assistant"
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=unfinished))
 
     def _neutralise(self, message: Message) -> Message:
         """Break up special tokens written in a text by a space, so that no text can end a turn or open another."""
@@ -293,7 +299,7 @@ class Rows(NamedTuple):
     num_cut: int
     """Rows whose response was cut at `max_tokens`."""
     num_dropped: int
-    """Rows left out because instruction and data alone did not fit."""
+    """Rows left out because instruction and data alone did not fit, or because they were empty."""
 
 
 def encode_rows(encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int) -> Rows:
@@ -307,7 +313,7 @@ def encode_rows(encoder: Encoder, conversations: Sequence[Conversation], max_tok
         row = encoder.encode(conversation)
         is_text = conversation[0].speaker == "text"
         prompt = 1 if is_text else next((t for t, inside in enumerate(row.in_response) if inside), len(row))
-        if prompt >= max_tokens:
+        if prompt >= max_tokens or len(row) < 2:  # a row of one token has nothing to predict
             num_dropped += 1
         elif len(row) > max_tokens:
             num_cut += 1

@@ -125,14 +125,7 @@ def loop_under_ray(model_dir: str) -> tuple[float, float]:
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         scale = ScaleConfig.model_validate({"checkpoint_every": LOOP_STEPS})
-        launch.fit(
-            loop_request(model_dir),
-            scale,
-            storage=scratch,
-            name="checkpoints",
-            output=Path(scratch) / "output",
-            report=told.append,
-        )
+        launch.fit(loop_request(model_dir), scale, storage=scratch, name="checkpoints", report=told.append)
     wall_s = time.perf_counter() - start_s
     ray.shutdown()
     return 1 / told[-1]["steps_per_s"], wall_s

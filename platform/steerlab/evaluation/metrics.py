@@ -77,6 +77,8 @@ class Task(NamedTuple):
 
     Config: type[TaskConfig]
     run: Callable[[SteeredModel, Any], Result]
+    version: int = 1
+    """Raised whenever the task's own data or scoring changes, so that older results are not taken for new ones."""
 
 
 def summarise(observations: Sequence[Observation], transform: str = "identity") -> Metric:

@@ -110,7 +110,8 @@ def run(model: SteeredModel, config: Config) -> Result:
     if {"layers", "concept", "cosine"} & set(config.measures):
         rows = usable_rows(model.encoder, config)
     if {"concept", "causal"} & set(config.measures):
-        items = separation.load(config.separation_source, limit=config.limit, seed=config.seed)
+        offset = config.offset if config.separation_source is None else 0
+        items = separation.load(config.separation_source, limit=config.limit, seed=config.seed, offset=offset)
     observations, samples = [], []
     for strength in config.strengths:
         if {"layers", "concept"} & set(config.measures):

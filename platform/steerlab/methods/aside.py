@@ -47,7 +47,7 @@ class Config(MethodConfig):
     direction: Literal["right", "left"] = "right"
     """right: e M; left: M e, which is right with the negative angle. Paper: right."""
     gradual: bool = False
-    """Let the angle grow linearly over the first epoch."""
+    """Let the angle grow linearly over the first epoch (over all of a shorter training); meant for `train.keep: last`."""
     learned: bool = False
     """Train one angle a pair of coordinates, starting from angle_rad."""
     linear_shift: bool = False

@@ -35,7 +35,7 @@ class Trainee(Protocol):
         ...
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Follow the training: called before step `step` (from 0) on every worker."""
+        """Follow the training: called before step `step` (from 0) on every worker; at most all steps are one epoch."""
         ...
 
 

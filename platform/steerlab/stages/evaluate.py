@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import ray
 
 from steerlab import sources
+from steerlab.evaluation import TASKS
 from steerlab.job import Job, ScaleConfig, TaskConfig
 from steerlab.plan import ModelRef, Stage, Work
 
@@ -21,9 +22,10 @@ _open: dict[str, Any] = {}
 
 def stage(job: Job, task: TaskConfig, subject: Stage | None) -> Stage:
     """Return the stage of one task; `subject` is the stage that leaves the model, None when it comes from the source."""
-    config = task.model_dump(mode="json")
+    config = task.model_dump(mode="json", exclude={"label"})
     params: dict[str, Any] = {
         "task": config,
+        "task_version": TASKS[task.task].version,
         "model": {"dtype": job.model.dtype, "attention": job.model.attention},
         "fingerprints": {
             name: sources.fingerprint(value)
@@ -35,7 +37,7 @@ def stage(job: Job, task: TaskConfig, subject: Stage | None) -> Stage:
         assert isinstance(job.model.source, str)
         params["model"] |= {"source": job.model.source, "fingerprint": sources.fingerprint(job.model.source)}
         params["prompt"] = {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}
-    return Stage("evaluate", 1, params, run, () if subject is None else (subject,), label=task.task)
+    return Stage("evaluate", 1, params, run, () if subject is None else (subject,), label=task.label or task.task)
 
 
 def run(work: Work) -> None:
@@ -88,7 +90,8 @@ def _evaluator(work: Work) -> Any:
 def _resources(scale: ScaleConfig) -> dict[str, float]:
     cluster = ray.cluster_resources()
     gpus = 1 if scale.gpu != "never" and cluster.get("GPU", 0) >= 1 else 0
-    return {"num_cpus": min(scale.worker_range[0] * scale.cpus_per_worker, cluster.get("CPU", 1)), "num_gpus": gpus}
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    return {"num_cpus": min(scale.worker_range[0] * scale.cpus_per_worker, largest), "num_gpus": gpus}
 
 
 @ray.remote(max_concurrency=2)  # type: ignore[call-overload]
@@ -122,7 +125,6 @@ class Evaluator:
 
     def evaluate(self, config: dict[str, Any]) -> dict[str, Any]:
         """Run one task and summarise its observations, for each strength."""
-        from steerlab.evaluation import TASKS
         from steerlab.evaluation.metrics import summarise_all
 
         task = TASKS[config["task"]]

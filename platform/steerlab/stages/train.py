@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from steerlab import sources
@@ -48,10 +47,11 @@ def run(work: Work) -> None:
         "data": work.params["data"],
         "train": work.params["train"],
     }
-    output = Path(storage.removeprefix("file://")) / "output" if work.store.is_local else work.directory
-    launch.fit(request, work.scale, storage=storage, name="checkpoints", output=output, report=work.report)
-    for item in output.iterdir() if output != work.directory else ():
-        item.rename(work.directory / item.name)
+    launch.fit(request, work.scale, storage=storage, name="checkpoints", report=work.report)
+    # A training of days may find its empty directory swept away.
+    work.directory.mkdir(parents=True, exist_ok=True)
+    work.store.move_from_work(work.stage.name, work.stage.key, "output", work.directory)
+    assert (work.directory / "training.json").is_file(), "the workers left no artifact"
 
 
 def starting_model(work: Work) -> ModelRef:

@@ -154,7 +154,9 @@ class Engine:
             full = self._ds.module.state_dict() if self.rank == 0 else {}
         else:
             full = self._ds._zero3_consolidated_16bit_state_dict() or {}
-        return {name: tensor.detach().cpu() for name, tensor in full.items()}
+        # Tied weights share one copy, so that they are saved once.
+        copies: dict[int, Tensor] = {}
+        return {name: copies.setdefault(tensor.data_ptr(), tensor.detach().cpu()) for name, tensor in full.items()}
 
     def close(self) -> None:
         """Release hooks and buffers."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import ray
 import ray.train
+from ray._private.state import state as ray_state
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 from steerlab.plan import ModelRef
@@ -26,10 +30,16 @@ class Board:
 
     def __init__(self) -> None:
         self._lines: list[dict[str, Any]] = []
+        self._failed = False
 
     def put(self, line: dict[str, Any]) -> None:
         """Leave one line."""
+        self._failed = self._failed or "failure" in line
         self._lines.append(line)
+
+    def failed(self) -> bool:
+        """Say whether a rank left a failure that another try would only repeat."""
+        return self._failed
 
     def take(self) -> list[dict[str, Any]]:
         """Take all lines since the last call."""
@@ -37,9 +47,21 @@ class Board:
         return lines
 
 
+def beside_the_driver() -> NodeAffinitySchedulingStrategy:
+    """Keep an actor on the driver's node: it shares the driver's fate, not that of a node that may be taken away."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def resources() -> dict[str, float]:
+    """Return what the cluster has or, with an autoscaler, can grow to."""
+    now = ray.cluster_resources()
+    limit = ray_state.get_max_resources_from_cluster_config() or {}
+    return {name: max(now.get(name, 0), limit.get(name, 0)) for name in ("CPU", "GPU")}
+
+
 def uses_gpu(scale: ScaleConfig) -> bool:
     """Decide whether workers get a GPU each. Raises ValueError when they must and the cluster has too few."""
-    available = ray.cluster_resources().get("GPU", 0)
+    available = resources()["GPU"]
     enough = available >= scale.worker_range[0]
     if scale.gpu == "require" and not enough:
         raise ValueError(
@@ -52,7 +74,7 @@ def check_resources(scale: ScaleConfig) -> None:
     """Refuse more workers than the cluster can ever hold."""
     low = scale.worker_range[0]
     needed = low * scale.cpus_per_worker
-    available = ray.cluster_resources().get("CPU", 0)
+    available = resources()["CPU"]
     if needed > available:
         raise ValueError(
             f"scale.workers {low} x scale.cpus_per_worker {scale.cpus_per_worker:g} = {needed:g} CPUs, "
@@ -67,17 +89,16 @@ def fit(
     *,
     storage: str,
     name: str,
-    output: Path,
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Train in Ray Train workers and leave the artifact in `output`.
+    """Train in Ray Train workers and leave the artifact in the folder `output` of `storage`.
 
-    `storage` and `name` find the checkpoints again after a kill of the whole job; a worker that dies is replaced up to
-    `scale.max_failures` times.
+    `storage` (a path or URI that all nodes reach) and `name` find the checkpoints again after a kill of the whole job; a worker
+    that dies is replaced up to `scale.max_failures` times.
     """
     gpu = uses_gpu(scale)
-    board = Board.remote()  # type: ignore[attr-defined]
-    config = {"request": request, "scale": scale.model_dump(mode="json"), "board": board, "output": str(output)}
+    board = Board.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined]
+    config = {"request": request, "scale": scale.model_dump(mode="json"), "board": board, "storage": storage}
     # Beside the checkpoints where that is a disk, so that it goes with them; a bucket needs a disk of the node.
     config["scratch"] = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
     trainer = TorchTrainer(
@@ -126,13 +147,16 @@ class _Following:
         ray.kill(self._board)
 
     def _follow(self) -> None:
-        while not self._stop.wait(_POLL_S):
-            self._pick_up()
+        try:
+            while not self._stop.wait(_POLL_S):
+                self._pick_up()
+        except Exception as error:  # whatever `report` raised (a full disk, a bug): the main thread has to hear of it
+            self.failure = error
 
     def _pick_up(self) -> None:
         for line in ray.get(self._board.take.remote()):
             if "failure" in line:
-                self.failure = line["failure"]
+                self.failure = self.failure or line["failure"]
                 continue
             # A resumed run repeats the steps since its checkpoint, with the same numbers.
             if line["step"] > self._newest:
@@ -146,6 +170,9 @@ def _worker(config: dict[str, Any]) -> None:
 
     from steerlab.training import loop
 
+    board = config["board"]
+    if ray.get(board.failed.remote()):
+        return
     context = ray.train.get_context()
     scale = ScaleConfig.model_validate(config["scale"])
     raw = config["request"]
@@ -159,7 +186,6 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
     rank = context.get_world_rank()
     checkpoint = ray.train.get_checkpoint()
-    board = config["board"]
     link = loop.Link(
         rank=rank,
         world_size=context.get_world_size(),
@@ -170,12 +196,17 @@ def _worker(config: dict[str, Any]) -> None:
         best=_best,
         tell=(lambda metrics: board.put.remote(metrics)) if rank == 0 else (lambda metrics: None),
     )
+    output = Path(config["scratch"]) / "output" if "://" in config["storage"] else Path(config["storage"]) / "output"
     try:
-        loop.run(request, scale, link, Path(config["output"]))
+        loop.run(request, scale, link, output)
     except (ValueError, FloatingPointError) as error:
-        # What the settings or the data did, on every rank alike: another try would fail in the same way.
-        if rank == 0:
-            ray.get(board.put.remote({"failure": error}))
+        # What the settings or the data did: the next group of workers finds it on the board and ends at once.
+        error.add_note(traceback.format_exc())
+        ray.get(board.put.remote({"failure": error}))
+        raise
+    if "://" in config["storage"] and rank == 0:
+        filesystem, path = pafs.FileSystem.from_uri(f"{config['storage']}/output")
+        pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
 
 
 def _report(metrics: dict[str, float], directory: Path | None) -> None:

@@ -28,6 +28,8 @@ from steerlab.sources import rows as read_rows
 from steerlab.tokens import Batch, Encoded, Encoder, Rows, collate, encode_rows
 from steerlab.training.engine import Engine
 
+_NOT_EVALUATED = 1e30  # finite: Ray keeps checkpoint scores as JSON, which has no infinity
+
 
 @dataclass(frozen=True)
 class Request:
@@ -105,6 +107,13 @@ def load_rows(data: DataSet, encoder: Encoder, max_tokens: int) -> Rows:
     return encode_rows(encoder, [encoder.from_row(row, data.format) for row in found], max_tokens)
 
 
+def _check_finite(metrics: dict[str, float]) -> None:
+    """Stop at the first number that is none: what follows it is worthless."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} of step {metrics['step']} is {value}; lower train.lr or use float32")
+
+
 @dataclass
 class _Training:
     """The state of one rank."""
@@ -154,6 +163,7 @@ class _Training:
             evaluates = self.validation is not None and (is_last or (train.eval_every and self.step % train.eval_every == 0))
             if evaluates:
                 metrics["eval/loss_nats"] = self._evaluation_loss()
+            _check_finite(metrics)
             self.history.append(metrics)
             self.link.tell({**metrics, "steps": train.steps, "steps_per_s": rate, "left_s": (train.steps - self.step) / rate})
             if is_last or self.step % self.scale.checkpoint_every == 0 or (evaluates and train.keep == "best"):
@@ -166,7 +176,7 @@ class _Training:
         rows = rows_of_step(len(self.rows.rows), train.rows_per_step, train.seed, step)
         num_targets = sum(sum(self.rows.rows[row].targets(self._loss_on)) for row in rows)
         lr = learning_rate(train, step)
-        self.module.on_step(step, len(self.rows.rows) / train.rows_per_step)  # type: ignore[operator]
+        self.module.on_step(step, min(train.steps, len(self.rows.rows) / train.rows_per_step))  # type: ignore[operator]
         self.engine.start_step(lr)
         totals: dict[str, float] = {"loss_nats": 0.0}
         for chunk in share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch):
@@ -176,10 +186,6 @@ class _Training:
         sums = self.engine.sum_over_ranks(list(totals.values()))
         self.step += 1
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
-        if not math.isfinite(losses["train/loss_nats"]):
-            raise FloatingPointError(
-                f"the loss of step {self.step} is {losses['train/loss_nats']}; lower train.lr or use float32"
-            )
         return {"step": self.step, **losses, "train/lr": lr, "train/grad_norm": self.engine.grad_norm}
 
     @property
@@ -206,10 +212,10 @@ class _Training:
         return summed / sum(sum(row.targets(loss_on)) for row in rows)
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
-        """Report a checkpoint; a report without an evaluation counts as infinitely bad, so it is never the best."""
+        """Report a checkpoint; one without an evaluation gets a loss that is never the best."""
         directory = Path(tempfile.mkdtemp(dir=self.link.scratch))
         self.engine.save(directory, {"step": self.step, "history": self.history})
-        self.link.report({"eval/loss_nats": math.inf, **metrics}, directory)
+        self.link.report({"eval/loss_nats": _NOT_EVALUATED, **metrics}, directory)
 
     def export(self, output: Path) -> None:
         """Write the trained artifact on rank 0: model, patch, prompt settings, history."""
