@@ -222,6 +222,8 @@ def compare(store: Store, first: str, second: str) -> dict[str, Difference]:
             continue
         if a[name].task != b[name].task:
             raise ValueError(f"{name} was measured on other data or with other settings in the two runs, so items do not pair")
+        if not all(any(o.weight for o in side[name].observations if o.value is not None) for side in (a, b)):
+            continue  # nothing scored on one side (SEP where no probe was executed): there is no difference to speak of
         differences[name] = paired_difference(b[name].observations, a[name].observations, transform=a[name].transform)
     return differences
 
