@@ -26,7 +26,6 @@ JOBS = Path(__file__).parent / "tiny"
 COLUMNS = {
     "vanilla": ("vanilla.yaml", []),
     "ISE": ("ise.yaml", []),
-    "ASIDE pi/8": ("aside.yaml", ["method.angle_rad=pi/8"]),
     "ASIDE pi/4": ("aside.yaml", ["method.angle_rad=pi/4"]),
     "ASIDE pi/2": ("aside.yaml", ["method.angle_rad=pi/2"]),
     "ASIDE 3pi/4": ("aside.yaml", ["method.angle_rad=3*pi/4"]),
@@ -52,7 +51,7 @@ def main(root: Annotated[str, typer.Option(help="Where results go: an absolute p
         console.print(f"[{time.monotonic() - began_s:4.0f} s] {text}".replace("[", "\\["), highlight=False)
 
     step("training the tiny base model (1 of 2)")
-    run_job("base.yaml", [], root)
+    base = run_job("base.yaml", [], root)
     step(f"fine-tuning and evaluating {len(COLUMNS)} models (2 of 2)")
 
     def column(name: str) -> dict:
@@ -61,7 +60,7 @@ def main(root: Annotated[str, typer.Option(help="Where results go: an absolute p
         return record
 
     with ThreadPoolExecutor(2) as pool:
-        records = dict(zip(COLUMNS, pool.map(column, COLUMNS), strict=True))
+        records = {"base": base, **dict(zip(COLUMNS, pool.map(column, COLUMNS), strict=True))}
     table = Table("tiny world", *records, title="Tiny-world results, one seed: value +- standard error")
     for metric in next(iter(records.values()))["summary"]["metrics"]:
         table.add_row(metric, *(cell(record["summary"]["metrics"][metric]) for record in records.values()))

@@ -145,7 +145,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 
 
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_bits(jobs: Path, undisturbed: Any) -> None:
-    process = subprocess.Popen(command(jobs, *LONG), env=environment(), stdout=subprocess.PIPE)
+    process = subprocess.Popen(command(jobs, *LONG), env=environment(), stdout=subprocess.DEVNULL)
     wait_for_step(process, jobs / "root", 10)
     # Only workers of this run: Ray's processes are descendants of the command that started the cluster.
     workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
@@ -160,7 +160,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_bits(jobs: Pat
 
 def test_a_killed_job_started_again_continues_to_the_same_bits(jobs: Path, undisturbed: Any) -> None:
     root = jobs / "root"
-    process = subprocess.Popen(command(jobs, *LONG), env=environment(), stdout=subprocess.PIPE)
+    process = subprocess.Popen(command(jobs, *LONG), env=environment(), stdout=subprocess.DEVNULL)
     wait_for_step(process, root, 14)
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
