@@ -9,67 +9,83 @@ Two jobs run at a time when the cluster has two CPUs. What is in ROOT already is
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import ray
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from steerlab import job, plan, run
+from steerlab.stages import JobType
+from steerlab.store import Store
+
 JOBS = Path(__file__).parent / "tiny"
 COLUMNS = {
-    "vanilla": ("vanilla.yaml", []),
-    "ISE": ("ise.yaml", []),
-    "ASIDE pi/4": ("aside.yaml", ["method.angle_rad=pi/4"]),
-    "ASIDE pi/2": ("aside.yaml", ["method.angle_rad=pi/2"]),
-    "ASIDE 3pi/4": ("aside.yaml", ["method.angle_rad=3*pi/4"]),
+    "vanilla": ("vanilla.yaml", ()),
+    "ISE": ("ise.yaml", ()),
+    "ASIDE pi/4": ("aside.yaml", ("method.angle_rad=pi/4",)),
+    "ASIDE pi/2": ("aside.yaml", ("method.angle_rad=pi/2",)),
+    "ASIDE 3pi/4": ("aside.yaml", ("method.angle_rad=3*pi/4",)),
 }
+SHOWN_S = 10
 console = Console(width=120)
+began_s = time.monotonic()
 
 
-def run_job(file: str, overrides: list[str], root: str) -> dict:
-    """Run one job with the command line; return its record. Exits with the job's message when it fails."""
-    sets = [part for override in overrides for part in ("--set", override)]
-    command = [sys.executable, "-m", "steerlab", "run", str(JOBS / file), "--root", root, "--json", *sets]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return json.loads(done.stdout)[0]
+def say(text: str) -> None:
+    """Print a line with the time since the start."""
+    console.print(f"\\[{time.monotonic() - began_s:4.0f} s] {text}", highlight=False)
+
+
+def execute(name: str, wanted: job.Job, store: Store) -> run.Run:
+    """Run one job and tell how it goes."""
+    shown_s = time.monotonic()
+
+    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+        nonlocal shown_s
+        if "step" in metrics and time.monotonic() - shown_s > SHOWN_S:
+            shown_s = time.monotonic()
+            say(
+                f"{name}: step {metrics['step']}/{metrics['steps']}, loss {metrics['train/loss_nats']:.3f}, "
+                f"{metrics['left_s']:.0f} s left"
+            )
+
+    def ended(record: plan.Record) -> None:
+        if record.status != "cached":
+            say(f"{name}: {record.stage.name} ({record.stage.label}) {record.status} in {record.seconds:.0f} s")
+
+    return run.execute(wanted, store, plan.Listener(ended=ended, reported=reported), command="jobs/quickstart.py")
 
 
 def main(root: Annotated[str, typer.Option(help="Where results go: an absolute path or a URI.")]) -> None:
     """Run the jobs and print the table."""
-    began_s = time.monotonic()
-
-    def step(text: str) -> None:
-        console.print(f"[{time.monotonic() - began_s:4.0f} s] {text}".replace("[", "\\["), highlight=False)
-
-    step("training the tiny base model (1 of 2)")
-    base = run_job("base.yaml", [], root)
-    step(f"fine-tuning and evaluating {len(COLUMNS)} models (2 of 2)")
-
-    def column(name: str) -> dict:
-        record = run_job(*COLUMNS[name], root)
-        step(f"  {name} done")
-        return record
-
-    with ThreadPoolExecutor(2) as pool:
-        records = {"base": base, **dict(zip(COLUMNS, pool.map(column, COLUMNS), strict=True))}
-    table = Table("tiny world", *records, title="Tiny-world results, one seed: value +- standard error")
-    for metric in next(iter(records.values()))["summary"]["metrics"]:
-        table.add_row(metric, *(cell(record["summary"]["metrics"][metric]) for record in records.values()))
+    base = job.read(JOBS / "base.yaml", JobType)
+    columns = {name: job.read(JOBS / file, JobType, overrides) for name, (file, overrides) in COLUMNS.items()}
+    store = Store.open(root)
+    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    for wanted in (base, *columns.values()):
+        run.check_cluster(wanted, store, run.check(wanted))
+    try:
+        runs = {"base": execute("base", base, store)}
+        with ThreadPoolExecutor(2) as pool:
+            runs |= zip(columns, pool.map(lambda name: execute(name, columns[name], store), columns), strict=True)
+    except plan.StageError as error:
+        console.print(str(error), style="red", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from None
+    table = Table("tiny world", *runs, title="Tiny-world results, one seed: value +- standard error")
+    for metric in runs["base"].summary["metrics"]:
+        table.add_row(metric, *(cell(done.summary["metrics"][metric]) for done in runs.values()))
     console.print(table)
-    for name, record in records.items():
-        console.print(f"{name}: {record['folder']}", soft_wrap=True, highlight=False)
+    for name, done in runs.items():
+        console.print(f"{name}: {store.root}/{done.folder}", soft_wrap=True, highlight=False)
 
 
-def cell(metric: dict) -> str:
+def cell(metric: dict[str, Any]) -> str:
     """Write a metric, or a dash when nothing was scored."""
     if metric["value"] is None:
         return "-"

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,7 +99,9 @@ def run(
     """Run the plan of one or more jobs; prints a table and the run folders."""
     from steerlab import run as runs
 
-    with _explained():
+    # Ray prints warnings of its own to standard output; with --json that holds the results and nothing else.
+    chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with _explained(), chatter:
         store = _store(root)
         wanted = [_read(path, set_) for path in jobs]
         facts = [runs.check(job) for job in wanted]
@@ -110,10 +112,10 @@ def run(
             for job in wanted:
                 with _progress(quiet=as_json) as listener:
                     done.append(runs.execute(job, store, listener, command=" ".join(sys.argv)))
-        if as_json:
-            print(json.dumps([{"folder": f"{store.root}/{r.folder}", "summary": r.summary} for r in done], indent=1))
-        else:
-            _print_results(list(zip(wanted, done, strict=True)), store.root)
+    if as_json:
+        print(json.dumps([{"folder": f"{store.root}/{r.folder}", "summary": r.summary} for r in done], indent=1))
+    else:
+        _print_results(list(zip(wanted, done, strict=True)), store.root)
 
 
 @app.command("plan")

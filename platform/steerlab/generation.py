@@ -101,7 +101,7 @@ class SteeredModel:
             ValueError: when a prompt and its continuation exceed the model's positions.
         """
         self._check_strengths(strengths)
-        encoded = [self.encoder.encode(prompt) for prompt in prompts]
+        encoded = list(self.encoder.encode_all(prompts))
         self._check_lengths(encoded, max_new_tokens)
         sampling = Sampling(temperature, top_p, repetition_penalty)
         jobs = [(s, p) for p in range(len(encoded)) for s in range(len(strengths))]
@@ -121,7 +121,7 @@ class SteeredModel:
     def token_log_probs(self, conversations: Sequence[Conversation], *, strength: float = 1.0) -> list[TokenLogProbs]:
         """Score the tokens of complete rows under the steered model."""
         self._check_strengths((strength,))
-        encoded = [self.encoder.encode(conversation) for conversation in conversations]
+        encoded = list(self.encoder.encode_all(conversations))
         self._check_lengths(encoded, 0)
         results: dict[int, TokenLogProbs] = {}
         for chunk in self._chunks(list(range(len(encoded))), lambda i: len(encoded[i])):

@@ -11,7 +11,7 @@ nothing. Template text carries the role of the message before it (ASIDE's conven
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ IGNORED = -100
 """Label of a token that is not in the loss (transformers' convention)."""
 
 _TEMPLATE_PART = -1
+_CHUNK_ROWS = 1000
 _FIRST_SENTINEL = 0xE000  # private use area: no template writes these characters, and texts are filled in after the cut
 
 FRAMING = (
@@ -200,19 +201,27 @@ class Encoder:
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokenise a conversation once, as a whole; a prompt ends with the assistant's header."""
-        conversation = tuple(self._neutralise(message) for message in conversation)
-        stretches = self._stretches(conversation)
-        text = "".join(stretch.text for stretch in stretches)
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        owner = [number for number, stretch in enumerate(stretches) for _ in stretch.text]
+        return next(self.encode_all([conversation]))
+
+    def encode_all(self, conversations: Sequence[Conversation]) -> Iterator[Encoded]:
+        """Tokenise many conversations, each as `encode` does it, a chunk of them in one call of the tokenizer."""
+        for start in range(0, len(conversations), _CHUNK_ROWS):
+            chunk = conversations[start : start + _CHUNK_ROWS]
+            rows = [self._stretches(tuple(self._neutralise(message) for message in row)) for row in chunk]
+            texts = ["".join(stretch.text for stretch in stretches) for stretches in rows]
+            tokens = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+            for stretches, ids, offsets in zip(rows, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+                yield self._with_roles(stretches, ids, offsets)
+
+    def _with_roles(self, stretches: list[_Stretch], ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+        owner = [stretch for stretch in stretches for _ in stretch.text]
         # A token that crosses a boundary belongs to the later side: no byte of data is ever read as instruction.
-        owners = [owner[max(start, end - 1)] for start, end in tokens["offset_mapping"]]
-        ids = [int(i) for i in tokens["input_ids"]]
+        owners = [owner[max(start, end - 1)] for start, end in offsets]
         return Encoded(
             input_ids=ids,
-            roles=[stretches[o].role for o in owners],
-            in_response=self._in_response(ids, [stretches[o].kind for o in owners]),
-            parts=[stretches[o].part for o in owners],
+            roles=[stretch.role for stretch in owners],
+            in_response=self._in_response(ids, [stretch.kind for stretch in owners]),
+            parts=[stretch.part for stretch in owners],
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -221,9 +230,9 @@ class Encoder:
 
     def _in_response(self, ids: list[int], kinds: list[str]) -> list[bool]:
         """Mark the response's own tokens and the first end-of-sequence token after them."""
-        marked = [kind == "response" for kind in kinds]
+        marked, eos_id = [kind == "response" for kind in kinds], self.eos_id
         for t, kind in enumerate(kinds):
-            if kind == "tail" and ids[t] == self.eos_id:
+            if kind == "tail" and ids[t] == eos_id:
                 marked[t] = True
                 break
         return marked
@@ -309,8 +318,7 @@ def encode_rows(encoder: Encoder, conversations: Sequence[Conversation], max_tok
         ValueError: when no row fits.
     """
     rows, num_cut, num_dropped = [], 0, 0
-    for conversation in conversations:
-        row = encoder.encode(conversation)
+    for conversation, row in zip(conversations, encoder.encode_all(conversations), strict=True):
         is_text = conversation[0].speaker == "text"
         prompt = 1 if is_text else next((t for t, inside in enumerate(row.in_response) if inside), len(row))
         if prompt >= max_tokens or len(row) < 2:  # a row of one token has nothing to predict

@@ -46,7 +46,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Score the rows at every strength."""
     rows = _rows(config)
     conversations = [conversation(model, item.row, config) for item in rows]
-    fits = [len(model.encoder.encode(c)) <= config.max_tokens for c in conversations]
+    fits = [len(row) <= config.max_tokens for row in model.encoder.encode_all(conversations)]
     if not any(fits):
         raise ValueError(
             f"none of the {len(rows)} rows of {config.source} fits into {config.max_tokens} tokens: raise max_tokens"

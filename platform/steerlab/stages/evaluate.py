@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +17,16 @@ from steerlab.job import Job, ScaleConfig, TaskConfig
 from steerlab.plan import ModelRef, Stage, Work
 
 _POLL_S = 0.5
-_open: dict[str, Any] = {}
-"""The evaluator of the model used last, by what it was made of."""
+
+
+class _Open(threading.local):
+    """The evaluator of the model that this thread used last: one thread runs one plan."""
+
+    name = ""
+    actor: Any = None
+
+
+_open = _Open()
 
 
 def stage(job: Job, task: TaskConfig, subject: Stage | None) -> Stage:
@@ -68,9 +77,9 @@ OBSERVATIONS = pa.schema(
 
 def close() -> None:
     """Let go of the loaded model."""
-    for actor in _open.values():
-        ray.kill(actor)
-    _open.clear()
+    if _open.actor is not None:
+        ray.kill(_open.actor)
+    _open.name, _open.actor = "", None
 
 
 def _evaluator(work: Work) -> Any:
@@ -81,10 +90,11 @@ def _evaluator(work: Work) -> Any:
         ref = ModelRef(source=work.params["model"]["source"])
     made_of = {"ref": asdict(ref), "model": work.params["model"], "prompt": work.params.get("prompt")}
     name = json.dumps(made_of, sort_keys=True)
-    if name not in _open:
+    if name != _open.name:
         close()
-        _open[name] = Evaluator.options(**_resources(work.scale)).remote(made_of)  # type: ignore[attr-defined]
-    return _open[name]
+        _open.actor = Evaluator.options(**_resources(work.scale)).remote(made_of)  # type: ignore[attr-defined]
+        _open.name = name
+    return _open.actor
 
 
 def _resources(scale: ScaleConfig) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import traceback
@@ -96,6 +97,7 @@ def fit(
     `storage` (a path or URI that all nodes reach) and `name` find the checkpoints again after a kill of the whole job; a worker
     that dies is replaced up to `scale.max_failures` times.
     """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 s by default, waited for at both ends of a run
     gpu = uses_gpu(scale)
     board = Board.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined]
     config = {"request": request, "scale": scale.model_dump(mode="json"), "board": board, "storage": storage}
