@@ -29,6 +29,11 @@ running() {
     kill -0 "$pid" 2>/dev/null && [[ "$(started_at "$pid")" == "$(<"$state/started")" ]]
 }
 
+# Is any process of this group alive? One that has ended but was not waited for does not count.
+group_lives() {
+    ps -e -o pgid=,stat= | awk -v group="$1" '$1 == group && $2 !~ /^Z/ { found = 1 } END { exit !found }'
+}
+
 started_at() {
     ps -o lstart= -p "$1"
 }
@@ -131,8 +136,8 @@ stop() {
     local pid
     pid="$(<"$state/pid")"
     kill -TERM "$pid"
-    for _ in $(seq 60); do
-        kill -0 -- "-$pid" 2>/dev/null || break
+    for _ in $(seq 20); do
+        group_lives "$pid" || break
         sleep 0.5
     done
     kill -KILL -- "-$pid" 2>/dev/null || true

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import ray
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from steerlab import job, plan, run
 from steerlab.stages import JobType
@@ -33,7 +33,7 @@ COLUMNS = {
     "ASIDE 3pi/4": ("aside.yaml", ("method.angle_rad=3*pi/4",)),
 }
 SHOWN_S = 10
-console = Console(width=120)
+console = Console(width=130)
 began_s = time.monotonic()
 
 
@@ -77,7 +77,7 @@ def main(root: Annotated[str, typer.Option(help="Where results go: an absolute p
     except plan.StageError as error:
         console.print(str(error), style="red", soft_wrap=True, markup=False)
         raise typer.Exit(1) from None
-    table = Table("tiny world", *runs, title="Tiny-world results, one seed: value +- standard error")
+    table = Table(Column("tiny world", no_wrap=True), *runs, title="Tiny-world results, one seed: value +- standard error")
     for metric in runs["base"].summary["metrics"]:
         table.add_row(metric, *(cell(done.summary["metrics"][metric]) for done in runs.values()))
     console.print(table)

@@ -48,7 +48,7 @@ finished cluster
 
 echo "== jobs, on $RAY_API_SERVER_ADDRESS, results in $root"
 # The job's own lines are what matters here; those of the client about itself are left out.
-chatter='[0-9][[:space:]]+(INFO|SUCC|WARNING)[[:space:]]+(cli|sdk|dashboard_sdk|packaging|working_dir|job_manager|worker)[.]py:[0-9]+ -- '
+chatter='[0-9][[:space:]]+(INFO|SUCC|WARNING)[[:space:]]+(cli|sdk|dashboard_sdk|packaging|working_dir|job_manager|worker)[.]py:[0-9]+ -- |PYTHON worker processes have been started'
 set +e
 PYTHONUNBUFFERED=1 ray job submit --log-style record --log-color false --working-dir . \
     --runtime-env cluster/runtime_env.yaml -- python jobs/quickstart.py --root "$root" "$@" 2>&1 |
