@@ -1,19 +1,20 @@
 """Step time and peak memory: ASIDE against vanilla at d = 2048, and the loop under Ray Train against the loop without Ray.
 
-    python tests/benchmarks/step_time.py [--steps 8] [--write]
+    python tests/benchmarks/step_time.py [--steps 30] [--write]
 
-Both sides of a ratio come from this one run: the steps of ASIDE and vanilla alternate in one process, so that a busy machine
-slows both. Memory is the peak resident set of a process of its own. `--write` keeps the numbers in results/ as JSON.
+Both sides of a ratio come from this one run: the steps of ASIDE, vanilla and a second vanilla, the control, alternate in one
+process, so that a busy machine slows all. What the control's ratio misses 1 by is noise. Memory is the peak resident set of a
+process of its own. `--write` keeps the numbers in results/ as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 D, LAYERS, ROWS, TOKENS, VOCABULARY = 2048, 2, 2, 128, 8192
-LOOP_STEPS = 60
+LOOP_STEPS, LOOP_PAIRS = 60, 6
 
 
 def build(name: str) -> tuple[Any, Any, Any]:
@@ -54,11 +55,12 @@ def one_step(module: Any, optimizer: Any, batch: Any) -> float:
 
 
 def alternate(steps: int) -> dict[str, list[float]]:
-    """Time the steps of both methods in turn."""
-    made = {name: build(name) for name in ("vanilla", "aside")}
+    """Time the steps of both methods and of the control in turn."""
+    made = {name: build(method) for name, method in (("vanilla", "vanilla"), ("aside", "aside"), ("control", "vanilla"))}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for step in range(steps + 1):
-        order = list(made) if step % 2 else list(made)[::-1]
+        names = list(made)
+        order = names[step % 3 :] + names[: step % 3]
         for name in order:
             took_s = one_step(*made[name])
             if step:  # the first step of each warms up
@@ -66,12 +68,18 @@ def alternate(steps: int) -> dict[str, list[float]]:
     return seconds
 
 
+def peak() -> int:
+    """Return the peak resident memory of this process; `ru_maxrss` would hold its parent's as well."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def peak_bytes(name: str, queue: Any) -> None:
     """Report the peak resident memory of two steps."""
     made = build(name)
     for _ in range(2):
         one_step(*made)
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    queue.put(peak())
 
 
 def loop_request(model_dir: str) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def loop_without_ray(model_dir: str, queue: Any) -> None:
             0, 1, torch.device("cpu"), lambda metrics, directory: None, Path(scratch) / "checkpoints", tell=told.append
         )
         loop.run(request, ScaleConfig.model_validate({"checkpoint_every": LOOP_STEPS}), link, Path(scratch) / "output")
-    queue.put((1 / told[-1]["steps_per_s"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    queue.put((1 / told[-1]["steps_per_s"], peak()))
 
 
 def loop_under_ray(model_dir: str) -> tuple[float, float]:
@@ -147,35 +155,39 @@ def spread(values: list[float]) -> dict[str, float]:
     return {
         "median": statistics.median(values),
         "mean": statistics.mean(values),
-        "std": statistics.stdev(values),
+        "stderr": statistics.stdev(values) / math.sqrt(len(values)),
         "min": min(values),
         "max": max(values),
     }
 
 
+def said(ratio: dict[str, float]) -> str:
+    """Write a ratio with its standard error."""
+    return f"{ratio['mean']:.4f} +- {ratio['stderr']:.4f} (median {ratio['median']:.4f})"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
 
     from steerlab import tinyworld
 
     seconds = alternate(arguments.steps)
-    ratios = [a / v for a, v in zip(seconds["aside"], seconds["vanilla"], strict=True)]
+    ratios = {name: [a / v for a, v in zip(seconds[name], seconds["vanilla"], strict=True)] for name in ("aside", "control")}
     memory = {name: in_process(peak_bytes, name) for name in ("vanilla", "aside")}
     with tempfile.TemporaryDirectory() as model_dir:
         tinyworld.write_model(Path(model_dir))
         pairs = []
-        for _ in range(3):
+        for _ in range(LOOP_PAIRS):
             plain_s, plain_bytes = in_process(loop_without_ray, model_dir)
             ray_s, wall_s = loop_under_ray(model_dir)
             pairs.append((ray_s / plain_s, plain_s, ray_s, wall_s, plain_bytes))
     found = {
         "aside_to_vanilla_step": {
-            "median_ratio": statistics.median(ratios),
-            "ratios": ratios,
+            **{f"{name}_to_vanilla": spread(found) for name, found in ratios.items()},
             **{f"{n}_s": spread(s) for n, s in seconds.items()},
         },
         "aside_to_vanilla_peak_memory": {
@@ -183,18 +195,18 @@ def main() -> None:
             **{f"{n}_bytes": b for n, b in memory.items()},
         },
         "ray_train_to_plain_loop_step": {
-            "median_ratio": statistics.median(p[0] for p in pairs),
-            "ratios": [p[0] for p in pairs],
+            **spread([p[0] for p in pairs]),
             "plain_s": [p[1] for p in pairs],
             "ray_s": [p[2] for p in pairs],
             "ray_run_wall_s": [p[3] for p in pairs],
             "plain_peak_bytes": [p[4] for p in pairs],
         },
     }
-    step, peak, under_ray = found.values()
-    print(f"ASIDE / vanilla, step at d = {D}: {step['median_ratio']:.4f} (median of {arguments.steps} pairs)")
-    print(f"ASIDE / vanilla, peak memory:    {peak['ratio']:.4f}")
-    print(f"Ray Train / plain loop, step:    {under_ray['median_ratio']:.4f} (median of {len(pairs)} pairs)")
+    step, memory_found, under_ray = found.values()
+    for name in ("aside", "control"):
+        print(f"{name} / vanilla, step at d = {D}: {said(step[f'{name}_to_vanilla'])}, {arguments.steps} pairs")
+    print(f"aside / vanilla, peak memory: {memory_found['ratio']:.4f}")
+    print(f"Ray Train / plain loop, step: {said(under_ray)}, {LOOP_PAIRS} pairs")
     if arguments.write:
         import torch
 
