@@ -3,8 +3,9 @@
     python tests/benchmarks/step_time.py [--steps 30] [--write]
 
 Both sides of a ratio come from this one run: the steps of ASIDE, vanilla and a second vanilla, the control, alternate in one
-process, so that a busy machine slows all. What the control's ratio misses 1 by is noise. Memory is the peak resident set of a
-process of its own. `--write` keeps the numbers in results/ as JSON.
+process, so that a busy machine slows all. What the control's ratio misses 1 by is noise; where that hides what is looked for,
+the rotation timed by itself says what it can cost at most. Memory is the peak resident set of a process of its own.
+`--write` keeps the numbers in results/ as JSON.
 """
 
 from __future__ import annotations
@@ -66,6 +67,20 @@ def alternate(steps: int) -> dict[str, list[float]]:
             if step:  # the first step of each warms up
                 seconds[name].append(took_s)
     return seconds
+
+
+def rotation_s() -> float:
+    """Return the median seconds that the rotation alone takes in one step, forward and backward."""
+    import torch
+
+    module, _, batch = build("aside")
+    seconds = []
+    for _ in range(100):
+        e_BTD = torch.randn(ROWS, TOKENS, D, requires_grad=True)
+        start_s = time.perf_counter()
+        module.patch(e_BTD, batch.roles).backward(torch.ones(ROWS, TOKENS, D))
+        seconds.append(time.perf_counter() - start_s)
+    return statistics.median(seconds)
 
 
 def peak() -> int:
@@ -177,6 +192,7 @@ def main() -> None:
 
     seconds = alternate(arguments.steps)
     ratios = {name: [a / v for a, v in zip(seconds[name], seconds["vanilla"], strict=True)] for name in ("aside", "control")}
+    rotation = rotation_s()
     memory = {name: in_process(peak_bytes, name) for name in ("vanilla", "aside")}
     with tempfile.TemporaryDirectory() as model_dir:
         tinyworld.write_model(Path(model_dir))
@@ -189,6 +205,8 @@ def main() -> None:
         "aside_to_vanilla_step": {
             **{f"{name}_to_vanilla": spread(found) for name, found in ratios.items()},
             **{f"{n}_s": spread(s) for n, s in seconds.items()},
+            "rotation_s": rotation,
+            "rotation_to_vanilla": rotation / statistics.median(seconds["vanilla"]),
         },
         "aside_to_vanilla_peak_memory": {
             "ratio": memory["aside"] / memory["vanilla"],
@@ -205,6 +223,7 @@ def main() -> None:
     step, memory_found, under_ray = found.values()
     for name in ("aside", "control"):
         print(f"{name} / vanilla, step at d = {D}: {said(step[f'{name}_to_vanilla'])}, {arguments.steps} pairs")
+    print(f"rotation alone, forward and backward / vanilla step: {step['rotation_to_vanilla']:.5f}")
     print(f"aside / vanilla, peak memory: {memory_found['ratio']:.4f}")
     print(f"Ray Train / plain loop, step: {said(under_ray)}, {LOOP_PAIRS} pairs")
     if arguments.write:

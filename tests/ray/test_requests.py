@@ -43,6 +43,7 @@ def path(tmp_path: Path) -> Path:
         (["data.train.source=tiny:nothing/train"], "tiny world has no data set"),
         (["data.train.format=text"], "has no field 'text'"),
         (["evaluate=[{task: perplexity, strengths: [0, 1]}]"], "method vanilla leaves no patch to scale"),
+        (["evaluate=[{task: perplexity}, {task: perplexity, limit: 2}]"], "give one of them another `label`"),
         (["model.source=wheel:unknown==1.0"], "unknown==1.0"),
     ],
 )
@@ -55,6 +56,13 @@ def test_what_is_known_before_the_start_is_refused_before_the_start(path: Path, 
 def test_more_workers_than_the_cluster_has(cluster: None, path: Path, tmp_path: Path) -> None:
     wanted = job.read(path, JobType, ["scale.workers=8"])
     with pytest.raises(ValueError, match=r"scale.workers 8 x scale.cpus_per_worker 1 = 8 CPUs, but the cluster has 2"):
+        run.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+
+
+def test_a_disk_that_is_too_full(cluster: None, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 1_000_000)
+    wanted = job.read(path, JobType)
+    with pytest.raises(ValueError, match=r"has 0.0 GB free; training needs about 0\.\d+ GB"):
         run.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
 
 

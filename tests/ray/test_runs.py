@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import subprocess
@@ -130,6 +131,16 @@ def wait_for_step(process: subprocess.Popen[bytes], root: Path, step: int) -> No
         time.sleep(0.05)
 
 
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a command and everything that it started, its Ray cluster included."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for member in family:
+        if member.is_running():
+            member.kill()
+    process.wait()
+
+
 def final_weights(root: Path) -> dict[str, torch.Tensor]:
     (found,) = glob.glob(str(root / "artifacts/train/*/model/model.safetensors"))
     return load_file(found)
@@ -162,12 +173,7 @@ def test_a_killed_job_started_again_continues_to_the_same_bits(jobs: Path, undis
     root = jobs / "root"
     process = subprocess.Popen(command(jobs, *LONG), env=environment(), stdout=subprocess.DEVNULL)
     wait_for_step(process, root, 14)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for member in family:
-        if member.is_running():
-            member.kill()
-    process.wait()
+    kill_all(process)
     assert not glob.glob(str(root / "artifacts/*/*")), "nothing half-written counts as an artifact"
     before = steps_done(root)
     assert subprocess.run(command(jobs, *LONG), env=environment(), capture_output=True).returncode == 0
@@ -175,6 +181,30 @@ def test_a_killed_job_started_again_continues_to_the_same_bits(jobs: Path, undis
     assert all(torch.equal(weights[name], undisturbed[name]) for name in undisturbed)
     assert steps_done(root) - before < 30, "the second run continued from a checkpoint, not from step 0"
     assert not glob.glob(str(root / "work/*/*")), "checkpoints are removed once the artifact stands"
+
+
+def test_a_driver_killed_between_stages_leaves_no_half_artifact(jobs: Path) -> None:
+    """The kill comes as soon as the first stage's artifact stands; the second run takes it as it is and goes on."""
+    evaluated = {**BASE, "evaluate": ASIDE["evaluate"]}
+    (jobs / "base.yaml").write_text(yaml.safe_dump(evaluated))
+    root = jobs / "root"
+    process = subprocess.Popen(command(jobs), env=environment(), stdout=subprocess.DEVNULL)
+    while not (found := glob.glob(str(root / "artifacts/train/*"))):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    kill_all(process)
+    assert not glob.glob(str(root / "artifacts/evaluate/*"))
+    store, key = Store.open(str(root)), Path(found[0]).name
+    for file in store.manifest("train", key)["files"]:
+        content = (store.local("train", key) / file["path"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == file["sha256"]
+    wanted = job.read(jobs / "base.yaml", JobType)
+    assert [record.status for record in plan.status(plan_of(wanted), store)] == ["cached", "to run"]
+    again = subprocess.run(command(jobs, "--json"), env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0
+    folder = Path(json.loads(again.stdout)[0]["folder"])
+    stages = json.loads((folder / "plan.json").read_text())["stages"]
+    assert [stage["status"] for stage in stages] == ["cached", "ran"]
 
 
 def test_a_failing_stage_names_itself_and_the_log(jobs: Path) -> None:

@@ -62,6 +62,7 @@ def test_angles(path: Path, text: str, expected: float) -> None:
         ("scale.zero_stage=4", r"scale.zero_stage: Input should be 0, 1, 2 or 3 \(given: 4\)"),
         ("scale.workers=3", r"scale.workers 3 does not divide the 8 rows of a step"),
         ("scale.workers=[2, 1]", r"scale: workers is a number of at least 1 or a pair"),
+        ("model.dtype=bfloat16", r"bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3"),
         ("scale.offload=true", r"scale: offload needs zero_stage 1, 2 or 3"),
         ("method.angle_rad=2*tau", r"method.angle_rad: "),
         ("evaluate.7.limit=1", r"7 is not an item of a list of 1"),
