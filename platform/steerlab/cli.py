@@ -82,6 +82,9 @@ def _ray() -> Iterator[None]:
 
     import ray
 
+    from steerlab import run as runs
+
+    runs.check_address()
     ray.init(logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
     try:
         yield

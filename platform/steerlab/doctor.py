@@ -68,8 +68,14 @@ def _cluster() -> Finding:
     """Ask the cluster that is there; starting one just to look would take longer than the answer is worth."""
     import ray
 
+    from steerlab.run import check_address
+
     if ray.is_initialized():
         return _described()
+    try:
+        check_address()
+    except ValueError as error:
+        return Finding("Ray cluster", False, str(error))
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)

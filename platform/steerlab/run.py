@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from steerlab.tracking import Tracker
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
 _ABANDONED_S = 24 * 3600
 """Half-filled directories of killed processes are removed when nothing was written to them for so long."""
+_CONNECT_S = 5.0
 _SAFETY = 1.1
 """Free disk asked for, relative to the estimate."""
 
@@ -46,6 +48,24 @@ class Run:
 def default_root() -> str:
     """Return $STEERLAB_ROOT or ~/steerlab."""
     return os.environ.get("STEERLAB_ROOT") or str(Path("~/steerlab").expanduser())
+
+
+def check_address() -> None:
+    """Refuse a $RAY_ADDRESS where nothing listens; Ray itself would try for many minutes.
+
+    Raises:
+        ValueError: nothing answers there.
+    """
+    host, _, port = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"no Ray cluster answers at RAY_ADDRESS {host}:{port} ({error}); start it, or unset RAY_ADDRESS to use a cluster "
+            "of this machine or one made for the command"
+        ) from None
 
 
 def facts_of(job: Job) -> models.ModelFacts:

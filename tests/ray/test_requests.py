@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,16 @@ def test_a_disk_that_is_too_full(cluster: None, path: Path, tmp_path: Path, monk
     wanted = job.read(path, JobType)
     with pytest.raises(ValueError, match=r"has 0.0 GB free; training needs about 0\.\d+ GB"):
         run.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+
+
+def test_an_address_where_no_cluster_answers(path: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "steerlab", "run", str(path), "--root", str(tmp_path / "root")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(run.__file__).parent.parent), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"no Ray cluster answers at RAY_ADDRESS 127.0.0.1:{port}" in done.stderr
 
 
 def test_gpus_that_are_not_there(cluster: None, path: Path, tmp_path: Path) -> None:

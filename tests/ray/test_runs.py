@@ -185,8 +185,8 @@ def test_a_killed_job_started_again_continues_to_the_same_bits(jobs: Path, undis
 
 def test_a_driver_killed_between_stages_leaves_no_half_artifact(jobs: Path) -> None:
     """The kill comes as soon as the first stage's artifact stands; the second run takes it as it is and goes on."""
-    evaluated = {**BASE, "evaluate": ASIDE["evaluate"]}
-    (jobs / "base.yaml").write_text(yaml.safe_dump(evaluated))
+    task = {"task": "separation", "source": "tiny:separation/test", "limit": 6, "max_new_tokens": 4}
+    (jobs / "base.yaml").write_text(yaml.safe_dump({**BASE, "evaluate": [task]}))
     root = jobs / "root"
     process = subprocess.Popen(command(jobs), env=environment(), stdout=subprocess.DEVNULL)
     while not (found := glob.glob(str(root / "artifacts/train/*"))):
