@@ -83,9 +83,9 @@ def rotation_s() -> float:
     return statistics.median(seconds)
 
 
-def peak() -> int:
-    """Return the peak resident memory of this process; `ru_maxrss` would hold its parent's as well."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+def peak(process: int | str = "self") -> int:
+    """Return the peak resident memory of a process; `ru_maxrss` would hold its parent's as well."""
+    (line,) = (line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
@@ -134,10 +134,11 @@ def loop_without_ray(model_dir: str, queue: Any) -> None:
     queue.put((1 / told[-1]["steps_per_s"], peak()))
 
 
-def loop_under_ray(model_dir: str) -> tuple[float, float]:
-    """Run the same loop in a Ray Train worker; return seconds a step and the wall seconds of the whole run."""
+def loop_under_ray(model_dir: str) -> tuple[float, int, float]:
+    """Run the same loop in a Ray Train worker; return seconds a step, its peak memory and the wall seconds of the whole run."""
     import logging
 
+    import psutil
     import ray
 
     from steerlab.job import ScaleConfig
@@ -145,13 +146,20 @@ def loop_under_ray(model_dir: str) -> tuple[float, float]:
 
     ray.init(address="local", num_cpus=1, logging_level=logging.ERROR, log_to_driver=False)
     told: list[dict[str, Any]] = []
+    peaks: list[int] = []
+
+    def report(metrics: dict[str, Any]) -> None:
+        told.append(metrics)
+        children = psutil.Process().children(recursive=True)
+        peaks.extend(peak(child.pid) for child in children if "RayTrainWorker" in " ".join(child.cmdline()))
+
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         scale = ScaleConfig.model_validate({"checkpoint_every": LOOP_STEPS})
-        launch.fit(loop_request(model_dir), scale, storage=scratch, name="checkpoints", report=told.append)
+        launch.fit(loop_request(model_dir), scale, storage=scratch, name="checkpoints", report=report)
     wall_s = time.perf_counter() - start_s
     ray.shutdown()
-    return 1 / told[-1]["steps_per_s"], wall_s
+    return 1 / told[-1]["steps_per_s"], max(peaks), wall_s
 
 
 def in_process(function: Any, *arguments: Any) -> Any:
@@ -199,8 +207,8 @@ def main() -> None:
         pairs = []
         for _ in range(LOOP_PAIRS):
             plain_s, plain_bytes = in_process(loop_without_ray, model_dir)
-            ray_s, wall_s = loop_under_ray(model_dir)
-            pairs.append((ray_s / plain_s, plain_s, ray_s, wall_s, plain_bytes))
+            ray_s, ray_bytes, wall_s = loop_under_ray(model_dir)
+            pairs.append((ray_s / plain_s, plain_s, ray_s, wall_s, plain_bytes, ray_bytes))
     found = {
         "aside_to_vanilla_step": {
             **{f"{name}_to_vanilla": spread(found) for name, found in ratios.items()},
@@ -218,6 +226,8 @@ def main() -> None:
             "ray_s": [p[2] for p in pairs],
             "ray_run_wall_s": [p[3] for p in pairs],
             "plain_peak_bytes": [p[4] for p in pairs],
+            "ray_peak_bytes": [p[5] for p in pairs],
+            "peak_memory": spread([p[5] / p[4] for p in pairs]),
         },
     }
     step, memory_found, under_ray = found.values()
@@ -226,6 +236,7 @@ def main() -> None:
     print(f"rotation alone, forward and backward / vanilla step: {step['rotation_to_vanilla']:.5f}")
     print(f"aside / vanilla, peak memory: {memory_found['ratio']:.4f}")
     print(f"Ray Train / plain loop, step: {said(under_ray)}, {LOOP_PAIRS} pairs")
+    print(f"Ray Train / plain loop, peak memory: {said(under_ray['peak_memory'])}")
     if arguments.write:
         import torch
 
