@@ -307,10 +307,10 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
         console=console, disable=quiet or not console.is_terminal, transient=True,
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
-    printed_s = time.monotonic()
+    printed_s, printed = time.monotonic(), ""
 
     def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
-        nonlocal printed_s
+        nonlocal printed_s, printed
         done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
         note = f"loss {metrics['train/loss_nats']:.4f}, {metrics['steps_per_s']:.2f} steps/s" if "step" in metrics else ""
         if stage.key not in tasks:
@@ -319,7 +319,10 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
         if not quiet and not console.is_terminal and time.monotonic() - printed_s > 10:
             printed_s = time.monotonic()
             left = f", {metrics['left_s']:.0f} s left" if "left_s" in metrics else ""
-            console.print(f"  {stage.name} ({stage.label}): {done}/{total} {note}{left}", highlight=False)
+            line = f"  {stage.name} ({stage.label}): {done}/{total} {note}{left}"
+            if line != printed:
+                printed = line
+                console.print(line, highlight=False)
 
     def ended(record: plan.Record) -> None:
         if not quiet:

@@ -80,7 +80,7 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     Raises:
         ValueError: fewer than 4 samples on a side, other widths, or a value that is no number.
     """
-    _check(source_ND, target_MD)
+    check_samples(source_ND, target_MD)
     pairs = coupling(len(source_ND), len(target_MD))
     mean_a_D, mean_b_D = source_ND.double().mean(0), target_MD.double().mean(0)
     # Centred before anything is multiplied, so that float32 keeps the precision of small spreads around large means.
@@ -96,14 +96,14 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
 
 def mean_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     """Fit Mean-AcT: the difference of means, z - mean(source) + mean(target)."""
-    _check(source_ND, target_MD)
+    check_samples(source_ND, target_MD)
     shift_D = target_MD.double().mean(0) - source_ND.double().mean(0)
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
 
 
 def gaussian_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     """Fit Gaussian-AcT: transport between two normal distributions, neuron by neuron, (s2/s1)(z - mu1) + mu2."""
-    _check(source_ND, target_MD)
+    check_samples(source_ND, target_MD)
     (mean_1, std_1), (mean_2, std_2) = ((x.mean(0), x.std(0)) for x in (source_ND.double(), target_MD.double()))
     still_D = std_1 < _GAUSSIAN_MIN_STD
     scale_D = torch.where(still_D, 1.0, std_2 / std_1.where(~still_D, torch.ones_like(std_1)))
@@ -136,7 +136,12 @@ def _sorted(x_ND: Tensor) -> Tensor:
     return x_ND.T.contiguous().sort(dim=1).values
 
 
-def _check(source_ND: Tensor, target_MD: Tensor) -> None:
+def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:
+    """Refuse samples that no map can be fitted on.
+
+    Raises:
+        ValueError: fewer than 4 samples on a side, other widths, or a value that is no number.
+    """
     for side, x in (("source", source_ND), ("target", target_MD)):
         if len(x) < MIN_SAMPLES:
             raise ValueError(f"the {side} has {len(x)} samples; a distribution needs {MIN_SAMPLES} or more")
