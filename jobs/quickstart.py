@@ -51,7 +51,7 @@ def execute(name: str, wanted: job.Job, store: Store) -> run.Run:
         if "step" in metrics and time.monotonic() - shown_s > SHOWN_S:
             shown_s = time.monotonic()
             say(
-                f"{name}: step {metrics['step']}/{metrics['steps']}, loss {metrics['train/loss_nats']:.3f}, "
+                f"{name}: step {metrics['step']}/{metrics['steps']}, loss {metrics['train/loss']:.3f}, "
                 f"{metrics['left_s']:.0f} s left"
             )
 

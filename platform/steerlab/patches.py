@@ -1,15 +1,16 @@
 """The four kinds of patch: what a method leaves on a model, and how several of them share one model.
 
-`attach` hangs patches on a model by hooks. The model is then called as before, with two more keyword arguments that the hooks
-read: `roles` (B, T), the role of every token of this very call (one column in cached decoding), and `strengths`, (B,) for all
-patches or (N, B) with a row for each. Strength 0 is the model without the patch, bit for bit; left out, every strength is 1.
+`attach` hangs patches on a model by hooks. The model is then called as before, with three more keyword arguments that the hooks
+read: `roles` and `phases` (B, T), the role and the phase of every token of this very call (one column in cached decoding), and
+`strengths`, (B,) for all patches or (N, B) with a row for each. Strength 0 is the model without the patch, bit for bit; left
+out, every strength is 1.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -21,6 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from steerlab import models, taps
+from steerlab.affine import AffineLayer, AffineMap
+from steerlab.job import Selection
 from steerlab.tokens import DATA, RESPONSE
 
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
@@ -31,8 +34,12 @@ class Forward:
     """What the hooks of one forward pass read."""
 
     roles_BT: Tensor | None = None
+    phases_BT: Tensor | None = None
+    """None when every token is the prompt's."""
+    position_BT: Tensor | None = None
     strengths_NB: Tensor | None = None
     """None when every strength is 1."""
+    _masks: dict[Selection, Tensor] = field(default_factory=dict)
 
     def roles(self) -> Tensor:
         """Return the roles of this call, or say that the caller left them out."""
@@ -47,11 +54,26 @@ class Forward:
         strength_B = self.strengths_NB[number]
         return strength_B.view(-1, *[1] * (rank - 1))
 
+    def tokens(self, selection: Selection) -> Tensor | None:
+        """Return the tokens of this call that a selection takes, (B, T); None when it leaves none out."""
+        if selection.takes_all_tokens:
+            return None
+        if selection not in self._masks:
+            roles_BT = self.roles()
+            phases_BT = torch.zeros_like(roles_BT) if self.phases_BT is None else self.phases_BT
+            if self.position_BT is None:
+                raise ValueError("this model carries a patch that depends on positions: call it with position_ids=")
+            prompt_B = taps.prompt_lengths(roles_BT, phases_BT)
+            self._masks[selection] = taps.token_mask(selection, roles_BT, phases_BT, self.position_BT, prompt_B)
+        return self._masks[selection]
+
 
 class Patch(Protocol):
     """What the four kinds have in common."""
 
     kind: ClassVar[str]
+    strength_range: tuple[float, float] | None
+    """Strengths that mean something for the method that made the patch; others are warned of. None where any does."""
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
         """Register the hooks of patch `number` of a stack."""
@@ -90,8 +112,11 @@ class Attached:
         self.handles.clear()
 
     def take_arguments(self, _model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Keep `roles` and `strengths` of this call for the hooks; they stay until the next call, for recomputation."""
+        """Keep what the hooks of this call read; it stays until the next call, for recomputation."""
         self.forward.roles_BT = kwargs.pop("roles", None)
+        self.forward.phases_BT = kwargs.pop("phases", None)
+        self.forward.position_BT = kwargs.get("position_ids")
+        self.forward._masks.clear()
         strengths = kwargs.pop("strengths", None)
         if strengths is not None:
             strengths = strengths.expand(len(self.patches), -1) if strengths.dim() == 1 else strengths
@@ -121,6 +146,7 @@ class EmbeddingPatch(nn.Module):
     """
 
     kind: ClassVar[str] = "embedding"
+    strength_range = None
 
     def __init__(
         self,
@@ -205,59 +231,103 @@ def rotate(x: Tensor, angle: Tensor | float, direction: str = "right") -> Tensor
 
 
 class ActivationPatch(nn.Module):
-    """An affine map of the outputs of modules: T(z) = lambda (w * z + b) + (1 - lambda) z (LinEAS, arXiv 2503.10679, eq. 2).
+    """Affine maps of what modules compute, at the places of a `Selection`: LinEAS, the AcT family, AurA, CAA, ITI.
 
-    Elementwise over the last axis, at every token, in float32.
+    `sizes` holds the taps (module path, or `path:k` for element k of a tuple) and their widths; images come as
+    (B, C, H, W) and are mapped along C.
     """
 
     kind: ClassVar[str] = "activation"
 
-    def __init__(self, sizes: dict[str, int]) -> None:
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        selection: Selection | dict[str, Any] | None = None,
+        bounded: bool = False,
+        strength_range: tuple[float, float] | list[float] | None = None,
+    ) -> None:
         super().__init__()
         self.sizes = dict(sizes)
-        self.scale = nn.ParameterList([nn.Parameter(torch.ones(size)) for size in sizes.values()])
-        self.shift = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes.values()])
+        self.selection = Selection.model_validate(selection or {})
+        self.bounded = bounded
+        self.strength_range = None if strength_range is None else (strength_range[0], strength_range[1])
+        self.maps = nn.ModuleList([AffineLayer(size, bounded) for size in sizes.values()])
 
-    def forward(self, z_BTD: Tensor, module: int, strength_B11: Tensor | None = None) -> Tensor:
-        """Map the output of module number `module`."""
-        mapped_BTD = self.scale[module].float() * z_BTD.float() + self.shift[module].float()
-        if strength_B11 is not None:
-            mapped_BTD = strength_B11 * mapped_BTD + (1 - strength_B11) * z_BTD.float()
-        return mapped_BTD.to(z_BTD.dtype)
+    @classmethod
+    def from_maps(
+        cls,
+        maps: Mapping[str, AffineMap],
+        selection: Selection,
+        strength_range: tuple[float, float] | None = None,
+    ) -> ActivationPatch:
+        """Make the patch of fitted maps by tap."""
+        bounded = any(fitted.low_D is not None for fitted in maps.values())
+        patch = cls({name: len(fitted.scale_D) for name, fitted in maps.items()}, selection, bounded, strength_range)
+        for layer, fitted in zip(patch.layers(), maps.values(), strict=True):
+            layer.set(fitted)
+        return patch.eval()
+
+    def layers(self) -> list[AffineLayer]:
+        """Return the maps' layers, in the order of `sizes`."""
+        return [layer for layer in self.maps if isinstance(layer, AffineLayer)]
+
+    def inverse(self) -> ActivationPatch:
+        """Return the patch that undoes this one. Raises ValueError where a scale is zero."""
+        maps = {
+            name: AffineMap(layer.scale.detach(), layer.shift.detach(), layer.low, layer.high).inverse()
+            for name, layer in zip(self.sizes, self.layers(), strict=True)
+        }
+        return ActivationPatch.from_maps(maps, self.selection, self.strength_range)
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
-        """Act on the output of every module of `sizes`, the first element where the output is a tuple."""
-        handles = []
-        for index, name in enumerate(self.sizes):
+        """Act on every tap's output, or on its first argument."""
+        return [
+            self._hook_one(model, taps.tap(name), layer, forward, number)
+            for name, layer in zip(self.sizes, self.layers(), strict=True)
+        ]
 
-            def edit(_module: nn.Module, _inputs: Any, output: Any, index: int = index) -> Any:
-                z = taps.tensor_of(output)
-                mapped = self(z, index, forward.strength(number, z.dim()))
-                return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
+    def _hook_one(self, model: nn.Module, place: taps.Tap, layer: nn.Module, forward: Forward, number: int) -> RemovableHandle:
+        where = f"the value of {place.module}"
 
-            handles.append(model.get_submodule(name).register_forward_hook(edit))
-        return handles
+        def edit(value: Any) -> Any:
+            z = taps.value_at(value, place.element, where)
+            is_image = z.dim() == 4
+            z_last = z.movedim(1, -1) if is_image else z
+            tokens_BT = forward.tokens(self.selection)
+            mapped = layer(z_last, forward.strength(number, z.dim()), tokens_BT)
+            return taps.replaced(value, place.element, mapped.movedim(-1, 1) if is_image else mapped)
+
+        module = model.get_submodule(place.module)
+        if self.selection.side == "input":
+            return module.register_forward_pre_hook(
+                lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit), with_kwargs=True
+            )
+        return module.register_forward_hook(lambda _m, _i, output: edit(output))
 
     def spec(self) -> dict[str, Any]:
-        """Return the modules and their widths."""
-        return {"sizes": self.sizes}
+        """Return the constructor's arguments."""
+        return {
+            "sizes": self.sizes,
+            "selection": self.selection.model_dump(mode="json"),
+            "bounded": self.bounded,
+            "strength_range": self.strength_range,
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the scales and shifts."""
         return self.state_dict()
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
-        """Merge into linear layers; a norm without a bias cannot hold the shift."""
-        for index, name in enumerate(self.sizes):
-            module = model.get_submodule(name)
-            if not isinstance(module, nn.Linear):
-                raise CannotFold(f"{name} is a {type(module).__name__}: only the map of a Linear folds into its weights")
-            w = 1 + strength * (self.scale[index].detach().double() - 1)
-            b = strength * self.shift[index].detach().double()
-            with torch.no_grad():
-                module.weight.copy_(w[:, None] * module.weight.double())
-                bias = b if module.bias is None else w * module.bias.double() + b
-            module.bias = nn.Parameter(bias.to(module.weight.dtype), requires_grad=False)
+        """Merge into weights: a linear layer or a norm takes the scale; it, or the linear layers behind it, the shift."""
+        if not self.selection.takes_all_tokens or self.selection.side == "input" or self.bounded:
+            raise CannotFold("only maps of all tokens, without bounds and of outputs are weights in disguise")
+        for name, layer in zip(self.sizes, self.layers(), strict=True):
+            w = 1 + strength * (layer.scale.detach().double() - 1)
+            b = strength * layer.shift.detach().double()
+            try:
+                models.fold_affine(model, name, w, b)
+            except ValueError as error:
+                raise CannotFold(str(error)) from None
 
 
 class LogitPatch(nn.Module):
@@ -267,6 +337,7 @@ class LogitPatch(nn.Module):
     """
 
     kind: ClassVar[str] = "logit"
+    strength_range = None
 
     def __init__(self, hidden_size: int, vocab_size: int, rank: int = 0) -> None:
         super().__init__()
@@ -311,6 +382,7 @@ class WeightPatch(nn.Module):
     """Differences of weights: W = W_base + strength * delta (WaRP, folded). The strength is one for all rows of a call."""
 
     kind: ClassVar[str] = "weight"
+    strength_range = None
 
     def __init__(self, shapes: dict[str, list[int]]) -> None:
         super().__init__()

@@ -138,9 +138,18 @@ class ModelRef:
         """Return a local directory on this node."""
         if self.artifact is not None:
             root, stage, key = self.artifact
-            return Store(root).local(stage, key) / self.subfolder
+            return located(Store(root), stage, key) / self.subfolder
         assert self.source is not None
         return sources.fetch(self.source)
+
+
+def located(store: Store, stage: str, key: str) -> Path:
+    """Return the local directory of an artifact; those that it stands on (`base.json`) are then beside it."""
+    directory = store.local(stage, key)
+    base = directory / "base.json"
+    if base.is_file() and "key" in (below := json.loads(base.read_text())):
+        located(store, below["stage"], below["key"])
+    return directory
 
 
 @dataclass

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,12 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import ray
 
-from steerlab import models, plan, sources
+from steerlab import models, plan, rows, sources, taps
 from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
 from steerlab.job import Job, base_job, dump
 from steerlab.methods import METHODS
-from steerlab.stages import JobType, evaluate, plan_of, targets_of, train, trainings
+from steerlab.stages import JobType, evaluate, leaves_patch, model_stage, plan_of, targets_of, train, trainings
+from steerlab.stages.choose import CHOICE
 from steerlab.store import Store
 from steerlab.tokens import Encoder
 from steerlab.tracking import Tracker
@@ -70,11 +72,7 @@ def check_address() -> None:
 
 def facts_of(job: Job) -> models.ModelFacts:
     """Return the sizes of a job's model; a job that builds on another has the architecture of that one's source."""
-    base = base_job(job, JobType)
-    if base is not None:
-        return facts_of(base)
-    assert isinstance(job.model.source, str)
-    return models.facts(sources.fetch(job.model.source))
+    return models.facts(sources.fetch(_first_source(job)))
 
 
 def check(job: Job) -> models.ModelFacts:
@@ -86,37 +84,112 @@ def check(job: Job) -> models.ModelFacts:
     base = base_job(job, JobType)
     if base is not None:
         check(base)
-        if base.train is None:
-            raise ValueError(f"model.source: the job {base.name} trains nothing, so there is no model to start from")
-    method = METHODS[job.method.name]
-    if job.train is None and base is None and method.needs_training:
-        raise ValueError(f"train: this key is required by method {job.method.name}")
-    if job.train is not None:
-        if job.data.train is None:
-            raise ValueError("data.train: this key is required, because the job has a train section")
-        if job.train.keep == "best" and job.data.validation is None:
-            raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
-        for data in (job.data.train, job.data.validation):
-            if data is not None:
-                sources.rows(data.source, limit=1, fields=("text",) if data.format == "text" else ("instruction", "output"))
-    if job.train is None and not job.evaluate:
-        raise ValueError("the job has neither a train nor an evaluate section, so there is nothing to do")
-    labels = [task.label or task.task for task in job.evaluate]
-    for number, task in enumerate(job.evaluate):
-        if labels.index(labels[number]) != number:
-            raise ValueError(f"evaluate.{number}: the job has {labels[number]} already; give one of them another `label`")
-        if any(strength != 1 for strength in task.strengths) and not _leaves_patch(job):
-            raise ValueError(
-                f"evaluate.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale"
-            )
+        if model_stage(base) is None:
+            raise ValueError(f"model.source: the job {base.name} leaves no model of its own, so there is none to start from")
+    _check_method(job)
+    for data in job.data.by_role.values():
+        rows.check(data)
+    _check_tasks(job)
     found = facts_of(job)
     _check_template(job)
-    method.check(job.method, found)
+    _check_places(job)
+    METHODS[job.method.name].check(job.method, found, job)
+    _warn_of_strengths(job)
     if job.train is not None and found.max_positions and job.train.max_tokens > found.max_positions:
         raise ValueError(
             f"train.max_tokens {job.train.max_tokens}: the context of {found.architecture} holds {found.max_positions} tokens"
         )
     return found
+
+
+def _check_method(job: Job) -> None:
+    """Refuse sections that the method lacks or has no use for."""
+    method, name = METHODS[job.method.name], job.method.name
+    if job.train is not None:
+        _check_training(job)
+    elif method.module is not None and method.needs_training and (base_job(job, JobType) is None or not method.trains_model):
+        raise ValueError(f"train: this key is required by method {name}")
+    if method.reads(job.method):
+        if job.extract is None:
+            raise ValueError(f"extract: this key is required by method {name}: it says where the model is read, and how")
+        if job.extract.keep != "rows":
+            raise ValueError(f"extract.keep {job.extract.keep}: method {name} is fitted on the rows")
+        wanted = method.pooling(job.method)
+        if wanted not in job.extract.pooling:
+            raise ValueError(f"method.pooling {wanted}: extract.pooling is {list(job.extract.pooling)}; add it there")
+    if not (job.train or job.evaluate or job.extract or method.fit):
+        raise ValueError("the job has neither a train nor an extract nor an evaluate section, so there is nothing to do")
+
+
+def _check_training(job: Job) -> None:
+    assert job.train is not None
+    method, name = METHODS[job.method.name], job.method.name
+    if method.module is None:
+        raise ValueError(f"train: method {name} trains nothing; remove this section")
+    if method.trains_on not in job.data.by_role:
+        raise ValueError(f"data.{method.trains_on}: this key is required, because method {name} trains on it")
+    if job.train.keep == "best" and job.data.validation is None:
+        raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
+    if method.trains_model and job.model.dtype == "bfloat16" and job.scale.zero_stage == 0:
+        raise ValueError("model.dtype bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3")
+    if method.trains_model and job.train.snapshots:
+        raise ValueError(f"train.snapshots: method {name} trains the model itself, so a patch alone is no snapshot of it")
+
+
+def _check_tasks(job: Job) -> None:
+    """Refuse labels that occur twice, strengths of a model without a patch, and a choice by a metric that is not measured."""
+    development = job.choose.tasks if job.choose else ()
+    for section, tasks in (("evaluate", job.evaluate), ("choose.tasks", development)):
+        labels = [task.label or task.task for task in tasks]
+        for number, task in enumerate(tasks):
+            if labels.index(labels[number]) != number:
+                raise ValueError(f"{section}.{number}: the job has {labels[number]} already; give one of them another `label`")
+            if any(strength != 1 for strength in task.strengths) and not leaves_patch(job):
+                raise ValueError(
+                    f"{section}.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale"
+                )
+    if job.choose is not None:
+        known = [task.label or task.task for task in development]
+        for name in (job.choose.metric, *([job.choose.within.metric] if job.choose.within else [])):
+            if name.partition("/")[0] not in known:
+                raise ValueError(f"choose: {name} is measured by none of choose.tasks ({', '.join(known)})")
+
+
+def _warn_of_strengths(job: Job) -> None:
+    """Warn of strengths outside of the range that the method's maps are made for."""
+    means = METHODS[job.method.name].strength_range
+    asked = {*(job.choose.strengths if job.choose else ()), *(s for task in job.evaluate for s in task.strengths)}
+    outside = sorted(strength for strength in asked if means and not means[0] <= strength <= means[1])
+    if outside:
+        warnings.warn(
+            f"strengths {outside} lie outside of {list(means or ())}, where method {job.method.name} is meant", stacklevel=2
+        )
+
+
+def _check_places(job: Job) -> None:
+    """Refuse a selection of modules that the model does not have; no weight is loaded for that."""
+    if job.extract is None and METHODS[job.method.name].steers(job.method) is None:
+        return
+    skeleton = models.skeleton(sources.fetch(_first_source(job)))
+    named = {
+        "extract.select": job.extract.select if job.extract else None,
+        "method.steer": METHODS[job.method.name].steers(job.method),
+    }
+    for key, selection in named.items():
+        if selection is not None:
+            try:
+                taps.select(skeleton, selection)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+
+
+def _first_source(job: Job) -> str:
+    """Return the source at the bottom of a job that may build on others."""
+    base = base_job(job, JobType)
+    if base is not None:
+        return _first_source(base)
+    assert isinstance(job.model.source, str)
+    return job.model.source
 
 
 def _check_template(job: Job) -> None:
@@ -125,12 +198,6 @@ def _check_template(job: Job) -> None:
         tokenizer = models.load_tokenizer(sources.fetch(job.model.source))
         encoder = Encoder(tokenizer, job.data.prompt_style, job.data.response_role)
         encoder.encode(encoder.conversation("instruction", "data", "response"))
-
-
-def _leaves_patch(job: Job) -> bool:
-    """Say whether the model that a job evaluates carries a patch; without training it is the base job's."""
-    base = base_job(job, JobType)
-    return METHODS[job.method.name].leaves_patch if job.train is not None or base is None else _leaves_patch(base)
 
 
 def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
@@ -208,20 +275,22 @@ def summarise(job: Job, store: Store) -> dict[str, Any]:
     """Collect the metrics of a job whose stages are all in the store."""
     headline: dict[str, Any] = {}
     strengths: dict[str, dict[str, Any]] = {}
-    subject: dict[str, str] | None = None
+    choice: dict[str, Any] | None = None
     for stage in targets_of(job):
         if stage.name != "evaluate":
-            subject = {"stage": stage.name, "key": stage.key}
             continue
-        if stage.inputs:
-            subject = {"stage": stage.inputs[0].name, "key": stage.inputs[0].key}
+        for needed in stage.inputs:
+            if needed.name == "choose":
+                choice = json.loads((store.local(needed.name, needed.key) / CHOICE).read_text())
         saved = json.loads((store.local(stage.name, stage.key) / "metrics.json").read_text())
         for number, (strength, metrics) in enumerate(saved["strengths"].items()):
             named = {_named(name, stage.label): metric for name, metric in metrics.items()}
             strengths.setdefault(strength, {}).update(named)
             if number == 0:
                 headline.update(named)
-    return {"metrics": headline, "strengths": strengths, "model": subject, "schema": 1}
+    left = model_stage(job)
+    model = None if left is None else {"stage": left.name, "key": left.key, "snapshot": job.snapshot}
+    return {"metrics": headline, "strengths": strengths, "choice": choice, "model": model, "schema": 1}
 
 
 def _named(metric: str, label: str) -> str:

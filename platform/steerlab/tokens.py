@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 INSTRUCTION, DATA, RESPONSE, PADDING = 0, 1, 2, 3
 ROLES = {"instruction": INSTRUCTION, "data": DATA, "response": RESPONSE, "padding": PADDING}
+PROMPT, GENERATION = 0, 1
+PHASES = {"prompt": PROMPT, "generation": GENERATION}
 IGNORED = -100
 """Label of a token that is not in the loss (transformers' convention)."""
 
@@ -85,6 +87,8 @@ class Batch:
     attention_mask: Tensor
     position_ids: Tensor
     labels: Tensor
+    phases: Tensor
+    """`GENERATION` for the tokens of a response, `PROMPT` for all others."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor."""
@@ -98,6 +102,11 @@ class Batch:
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
         }
+
+    @property
+    def patched_inputs(self) -> dict[str, Tensor]:
+        """Arguments of a forward of a model that carries patches."""
+        return {**self.model_inputs, "roles": self.roles, "phases": self.phases}
 
 
 def collate(
@@ -123,6 +132,7 @@ def collate(
         attention_mask=torch.tensor([pad([1] * len(row), 0) for row in rows]),
         position_ids=torch.tensor([pad(range(len(row)), 0) for row in rows]),
         labels=torch.tensor([pad(row, IGNORED) for row in labels]),
+        phases=torch.tensor([pad([int(inside) for inside in row.in_response], PROMPT) for row in rows]),
     )
 
 

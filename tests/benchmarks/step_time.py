@@ -33,16 +33,17 @@ def build(name: str) -> tuple[Any, Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from steerlab.methods import METHODS
+    from steerlab.methods.contract import Inputs
     from steerlab.tokens import Batch
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=D, intermediate_size=4 * D, num_hidden_layers=LAYERS, num_attention_heads=16
     )
-    module = METHODS[name].module(LlamaForCausalLM(config).train(), METHODS[name].Config())
+    module = METHODS[name].module(LlamaForCausalLM(config).train(), METHODS[name].Config(), Inputs())
     ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
     roles = (torch.arange(TOKENS) >= 2 * TOKENS // 5).long().expand(ROWS, TOKENS)
-    batch = Batch(ids, roles, torch.ones_like(ids), torch.arange(TOKENS).expand(ROWS, TOKENS), ids)
+    batch = Batch(ids, roles, torch.ones_like(ids), torch.arange(TOKENS).expand(ROWS, TOKENS), ids, torch.zeros_like(ids))
     return module, torch.optim.SGD(module.parameters(), lr=1e-4), batch
 
 
@@ -105,6 +106,7 @@ def loop_request(model_dir: str) -> dict[str, Any]:
         "method": {"name": "aside"},
         "data": {"prompt_style": "plain", "train": {"source": "tiny:instructions/train", "limit": 500}},
         "train": {"steps": LOOP_STEPS, "lr": 1e-3, "micro_batch": 32, "max_tokens": 64},
+        "activations": {},
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from steerlab import models, tinyworld
 from steerlab.generation import SteeredModel
 from steerlab.methods import METHODS
+from steerlab.methods.contract import Inputs
 from steerlab.patches import EmbeddingPatch, rotate
 from steerlab.tokens import Encoder, collate
 
@@ -27,7 +28,7 @@ def test_a_quarter_turn_is_exact_in_bfloat16() -> None:
 def test_a_bfloat16_step_lowers_the_loss(name: str, tiny_dir: Path, encoder: Encoder) -> None:
     torch.manual_seed(0)
     model = models.load_model(tiny_dir, dtype="bfloat16").to("cuda").train()  # type: ignore[arg-type]
-    module = METHODS[name].module(model, METHODS[name].Config()).to("cuda")
+    module = METHODS[name].module(model, METHODS[name].Config(), Inputs()).to("cuda")
     rows = [encoder.encode(encoder.from_row(r, "instruction")) for r in tinyworld.rows("instructions/train", 16)]
     batch = collate(rows, encoder.pad_id).to("cuda")
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)

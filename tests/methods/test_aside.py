@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steerlab import patches, tinyworld
+from steerlab.job import Job
 from steerlab.methods import aside, ise, vanilla
+from steerlab.methods.contract import Inputs
 from steerlab.models import ModelFacts
 from steerlab.patches import EmbeddingPatch, rotate
 from steerlab.tokens import DATA, INSTRUCTION, PADDING, Batch, Encoder, collate
@@ -72,14 +75,14 @@ def test_bfloat16_rotates_in_float32() -> None:
 
 
 def test_angle_zero_is_vanilla_bit_for_bit(tiny_model: PreTrainedModel, batch: Batch) -> None:
-    plain = vanilla.Vanilla(tiny_model, vanilla.Config())(batch).total
-    rotated = aside.Aside(tiny_model, aside.Config(angle_rad=0.0))(batch).total
+    plain = vanilla.Vanilla(tiny_model, vanilla.Config(), Inputs())(batch).total
+    rotated = aside.Aside(tiny_model, aside.Config(angle_rad=0.0), Inputs())(batch).total
     assert torch.equal(plain, rotated)
 
 
 def test_ise_with_a_zero_table_is_vanilla_bit_for_bit(tiny_model: PreTrainedModel, batch: Batch) -> None:
-    plain = vanilla.Vanilla(tiny_model, vanilla.Config())(batch).total
-    shifted = ise.Ise(tiny_model, ise.Config(init_std=0.0))(batch).total
+    plain = vanilla.Vanilla(tiny_model, vanilla.Config(), Inputs())(batch).total
+    shifted = ise.Ise(tiny_model, ise.Config(init_std=0.0), Inputs())(batch).total
     assert torch.equal(plain, shifted)
 
 
@@ -91,7 +94,7 @@ def test_ise_adds_the_vector_of_the_role() -> None:
 
 
 def test_learned_angles_stay_a_rotation_and_get_finite_gradients(tiny_model: PreTrainedModel, batch: Batch) -> None:
-    module = aside.Aside(tiny_model, aside.Config(learned=True))
+    module = aside.Aside(tiny_model, aside.Config(learned=True), Inputs())
     module(batch).total.backward()
     gradient = module.patch.difference_P.grad
     assert gradient.shape == (tiny_model.config.hidden_size // 2,)
@@ -118,7 +121,7 @@ def test_learned_angle_gradient_equals_finite_differences() -> None:
 
 
 def test_gradual_grows_over_the_first_epoch(tiny_model: PreTrainedModel) -> None:
-    module = aside.Aside(tiny_model, aside.Config(gradual=True))
+    module = aside.Aside(tiny_model, aside.Config(gradual=True), Inputs())
     shares = []
     for step in range(6):
         module.on_step(step, 4.0)
@@ -127,7 +130,7 @@ def test_gradual_grows_over_the_first_epoch(tiny_model: PreTrainedModel) -> None
 
 
 def test_gradual_reaches_the_full_angle(tiny_model: PreTrainedModel, batch: Batch) -> None:
-    module, full = aside.Aside(tiny_model, aside.Config(gradual=True)), EmbeddingPatch(8, math.pi / 2)
+    module, full = aside.Aside(tiny_model, aside.Config(gradual=True), Inputs()), EmbeddingPatch(8, math.pi / 2)
     e, roles = embeddings(1, 2, 8), torch.tensor([[DATA, DATA]])
     module.on_step(0, 2.0)
     small = EmbeddingPatch(8, math.pi / 4)
@@ -159,10 +162,10 @@ def test_a_call_without_roles_is_refused(tiny_model: PreTrainedModel) -> None:
 
 
 def test_an_odd_hidden_size_is_refused_before_anything_starts() -> None:
-    facts = ModelFacts("OddModel", 7, 1, 10, 100, 16, True)
+    facts, job = ModelFacts("OddModel", 7, 1, 10, 100, 16, True), cast(Job, None)  # this check looks at the model alone
     with pytest.raises(ValueError, match=r"angle_rad 1.5708: .* hidden size of OddModel is odd \(7\)"):
-        aside.check(aside.Config(), facts)
-    aside.check(aside.Config(angle_rad=0.0), facts)
+        aside.METHOD.check(aside.Config(), facts, job)
+    aside.METHOD.check(aside.Config(angle_rad=0.0), facts, job)
 
 
 def test_golden_loss() -> None:
@@ -172,13 +175,13 @@ def test_golden_loss() -> None:
     )
     ids = torch.arange(1, 13).view(2, 6) % 32
     roles = torch.tensor([[INSTRUCTION] * 3 + [DATA] * 3] * 2)
-    batch = Batch(ids, roles, torch.ones_like(ids), torch.arange(6).expand(2, 6), ids)
+    batch = Batch(ids, roles, torch.ones_like(ids), torch.arange(6).expand(2, 6), ids, torch.zeros_like(ids))
     losses = []
     for method, settings in ((vanilla.Vanilla, vanilla.Config()), (aside.Aside, aside.Config())):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
         model.get_input_embeddings().weight.data.mul_(30)
-        losses.append(method(model, settings)(batch).total.item())  # type: ignore[arg-type]
+        losses.append(method(model, settings, Inputs())(batch).total.item())  # type: ignore[arg-type]
     assert losses == pytest.approx([GOLDEN_VANILLA, GOLDEN_ASIDE], abs=1e-3)
 
 

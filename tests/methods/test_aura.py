@@ -28,7 +28,7 @@ def test_experts_are_dampened_and_others_left_alone() -> None:
     source[:, 0], target[:, 0] = source[:, 0] + 100, target[:, 0]  # a perfect expert
     source[:, 1] = source[:, 1] - 100  # an expert for the target: left alone
     source[:, 2], target[:, 2] = 3.0, 3.0  # constant
-    scale, shift = aura_map(source, target)
+    scale, shift, *_ = aura_map(source, target)
     assert scale[:3].tolist() == [0, 1, 1]
     assert shift.tolist() == [0] * 6
     area = auroc(source, target)[3:]

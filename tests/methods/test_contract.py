@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,13 @@ from transformers import PreTrainedModel
 
 from steerlab import generation, models, patches, tinyworld
 from steerlab.methods import METHODS
-from steerlab.methods.contract import trained_parameters
+from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.tokens import Batch, Encoder, collate
 
 each_method = pytest.mark.parametrize("name", METHODS)
+each_trained = pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.module])
+each_fitted = pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.fit])
+additive = pytest.mark.parametrize("name", [n for n, method in METHODS.items() if method.module and method.trains_model])
 
 
 @pytest.fixture
@@ -22,9 +27,22 @@ def batch(encoder: Encoder) -> Batch:
     return collate([encoder.encode(encoder.from_row(r, "instruction")) for r in rows], encoder.pad_id)
 
 
-def make(name: str, model: PreTrainedModel) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return METHODS[name].module(model, METHODS[name].Config())
+Make = Callable[[str, PreTrainedModel], Any]
+
+
+@pytest.fixture
+def make(extracted: Any) -> Make:
+    """A function (name, model) -> trainee, with activations of other texts where the method reads some."""
+
+    def trainee(name: str, model: PreTrainedModel) -> torch.nn.Module:
+        method = METHODS[name]
+        texts = [row["text"] for row in tinyworld.rows("topics/train", 8)]
+        read = {role: extracted(model, texts) for role in method.reads(method.Config())}
+        torch.manual_seed(0)
+        assert method.module is not None
+        return method.module(model, method.Config(), Inputs(activations=read))
+
+    return trainee
 
 
 @each_method
@@ -40,8 +58,8 @@ def test_every_field_is_documented(name: str) -> None:
     assert undocumented == []
 
 
-@each_method
-def test_the_loss_is_a_sum_over_targets(name: str, tiny_model: PreTrainedModel, batch: Batch) -> None:
+@additive
+def test_the_loss_is_a_sum_over_targets(name: str, make: Make, tiny_model: PreTrainedModel, batch: Batch) -> None:
     """Any split of a batch adds up to the same loss, so passes and workers may be split at will."""
     module = make(name, tiny_model)
     whole = module(batch).total
@@ -49,8 +67,10 @@ def test_the_loss_is_a_sum_over_targets(name: str, tiny_model: PreTrainedModel, 
     torch.testing.assert_close(sum(module(part).total for part in parts), whole, rtol=1e-5, atol=1e-4)
 
 
-@each_method
-def test_steps_lower_the_loss_and_move_only_what_trains(name: str, tiny_model: PreTrainedModel, batch: Batch) -> None:
+@each_trained
+def test_steps_lower_the_loss_and_move_only_what_trains(
+    name: str, make: Make, tiny_model: PreTrainedModel, batch: Batch
+) -> None:
     module = make(name, tiny_model)
     trained = trained_parameters(module)
     assert trained
@@ -65,22 +85,20 @@ def test_steps_lower_the_loss_and_move_only_what_trains(name: str, tiny_model: P
         loss.backward()
         assert all(p.grad is None for n, p in module.named_parameters() if n in frozen)
         optimizer.step()
+        METHODS[name].after_step(module, 1e-3)
     assert losses[-1] < losses[0]
     assert all(torch.equal(dict(module.named_parameters())[n], value) for n, value in frozen.items())
 
 
-@each_method
+@each_trained
 def test_the_saved_result_gives_the_same_logits(
-    name: str, tiny_model: PreTrainedModel, batch: Batch, encoder: Encoder, tmp_path: Path
+    name: str, make: Make, tiny_model: PreTrainedModel, batch: Batch, encoder: Encoder, tmp_path: Path
 ) -> None:
     """What is trained, saved and loaded again is one model: the loss through the loaded patch equals the trained one's."""
     module = make(name, tiny_model).eval()
+    inputs = batch.patched_inputs if module.patch else batch.model_inputs
     with torch.no_grad():
-        expected = (
-            module.model(**batch.model_inputs, roles=batch.roles).logits
-            if module.patch
-            else module.model(**batch.model_inputs).logits
-        )
+        expected = module.model(**inputs).logits
     models.save_model(tiny_model, encoder.tokenizer, tmp_path / "model")
     (tmp_path / "prompt.json").write_text('{"prompt_style": "plain", "response_role": "data"}')
     if module.patch is not None:
@@ -88,14 +106,44 @@ def test_the_saved_result_gives_the_same_logits(
     loaded = generation.load(tmp_path)
     assert bool(loaded.patches) == METHODS[name].leaves_patch
     with torch.no_grad():
-        assert torch.equal(loaded.model(**batch.model_inputs, roles=batch.roles).logits, expected)
+        assert torch.equal(loaded.model(**batch.patched_inputs).logits, expected)
 
 
-@each_method
-def test_gradient_checkpointing_changes_no_gradient(name: str, tiny_dir: Path, batch: Batch) -> None:
+@each_fitted
+def test_a_fit_maps_every_place_it_names_and_moves_source_towards_target(name: str) -> None:
+    """Linear in each neuron: after the map the source's mean lies nearer to the target's, at strength 1."""
+    generator = torch.Generator().manual_seed(0)
+    source = {place: torch.randn(16, 6, generator=generator).abs() + 1 for place in ("a", "b", "c")}
+    target = {place: 0.5 * torch.randn(12, 6, generator=generator).abs() for place in ("a", "b", "c")}
+    method = METHODS[name]
+    assert method.fit is not None
+    maps = method.fit(method.Config(), source, target)
+    assert maps and set(maps) <= set(source)
+    for place, fitted in maps.items():
+        before, after = (x.mean(0).sub(target[place].mean(0)).norm() for x in (source[place], fitted(source[place])))
+        assert after < before
+    again = method.fit(method.Config(), source, target)
+    assert all(torch.equal(maps[place].shift_D, again[place].shift_D) for place in maps)
+
+
+@each_fitted
+def test_a_fit_refuses_what_says_nothing(name: str) -> None:
+    method = METHODS[name]
+    assert method.fit is not None
+    few, many = {"a": torch.randn(3, 4)}, {"a": torch.randn(8, 4)}
+    with pytest.raises(ValueError, match="3 samples"):
+        method.fit(method.Config(), few, many)
+    broken = {"a": torch.full((8, 4), torch.nan)}
+    with pytest.raises(ValueError, match="row 0, neuron 0 is nan"):
+        method.fit(method.Config(), broken, many)
+
+
+@each_trained
+def test_gradient_checkpointing_changes_no_gradient(name: str, make: Make, tiny_dir: Path, batch: Batch) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = models.load_model(tiny_dir, seed=0).train()
+        model.config.use_cache = False
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         module = make(name, model).train()
@@ -106,7 +154,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, tiny_dir: Path, b
         torch.testing.assert_close(gradient, gradients[1][n], rtol=1e-5, atol=1e-5)
 
 
-@each_method
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])  # which is a pooling, too
 def test_no_other_file_names_the_method(name: str) -> None:
     """The loop, the stages and the tasks never ask which method they serve."""
     package = Path(generation.__file__).parent

@@ -59,7 +59,7 @@ def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], s
         assert directory is not None
         target = Path(root) / f"step{metrics['step']}"
         shutil.copytree(directory, target, dirs_exist_ok=True)
-        best.append((metrics["eval/loss_nats"], target))
+        best.append((metrics["eval/loss"], target))
         torch.distributed.barrier()
         if metrics["step"] == stop_at:
             raise Stopped
@@ -124,16 +124,16 @@ def test_two_workers_equal_one(zero_stage: int, one_worker: Any, tmp_path: Path)
     # Adam divides by the root of tiny squared gradients, which magnifies the rounding of another order of summation.
     close(weights, one_worker[0], atol=2e-4)
     for ours, theirs in zip(history, one_worker[1], strict=True):
-        assert ours["train/loss_nats"] == pytest.approx(theirs["train/loss_nats"], abs=1e-5)
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
         assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-4)
-        assert ours.get("eval/loss_nats") == pytest.approx(theirs.get("eval/loss_nats"), abs=1e-5)
+        assert ours.get("eval/loss") == pytest.approx(theirs.get("eval/loss"), abs=1e-5)
 
 
 def test_training_lowers_the_loss(one_worker: Any) -> None:
-    losses = [line["train/loss_nats"] for line in one_worker[1]]
+    losses = [line["train/loss"] for line in one_worker[1]]
     assert len(losses) == STEPS
     assert losses[-1] < 0.9 * losses[0]
-    assert [line["step"] for line in one_worker[1] if "eval/loss_nats" in line] == [2, 4, 6]
+    assert [line["step"] for line in one_worker[1] if "eval/loss" in line] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("zero_stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
@@ -167,4 +167,4 @@ def test_sharded_state_does_not_and_says_why(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bfloat16_trains(tmp_path: Path) -> None:
     _, history = train(tmp_path, 2, scale={"zero_stage": 2}, dtype="bfloat16")
-    assert history[-1]["train/loss_nats"] < 0.9 * history[0]["train/loss_nats"]
+    assert history[-1]["train/loss"] < 0.9 * history[0]["train/loss"]

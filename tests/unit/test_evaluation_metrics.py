@@ -32,7 +32,7 @@ def test_equal_weights_give_the_usual_mean_and_standard_error():
 def test_weighted_mean_and_its_error_by_hand():
     # m = (1*2 + 3*6) / 4 = 5; sum w^2 (v - m)^2 = 1*9 + 9*1 = 18; stderr = sqrt(2/1 * 18) / 4 = 1.5
     found = summarise(observations([2.0, 6.0], [1.0, 3.0]))
-    assert found == Metric(pytest.approx(5.0), pytest.approx(1.5), 2, 0)
+    assert found[:4] == (pytest.approx(5.0), pytest.approx(1.5), 2, 0)
 
 
 def test_scaling_all_weights_changes_nothing():
@@ -44,6 +44,33 @@ def test_exp_uses_the_delta_method():
     plain, transformed = (summarise(observations([1.0, 2.0, 4.0], [3.0, 1.0, 1.0]), t) for t in ("identity", "exp"))
     assert transformed.value == pytest.approx(math.exp(plain.value))
     assert transformed.stderr == pytest.approx(math.exp(plain.value) * plain.stderr)
+
+
+def test_interval_of_a_mean_is_students():
+    found = summarise(observations([1.0, 2.0, 3.0, 6.0]))  # m = 3, s = sqrt(14/3 / 4), t(0.975, 3) = 3.182446
+    half = 3.182446 * math.sqrt(14 / 12)
+    assert (found.low, found.high) == (pytest.approx(3 - half, abs=1e-5), pytest.approx(3 + half, abs=1e-5))
+
+
+def test_interval_of_a_perplexity_is_that_of_the_exponentials():
+    plain, transformed = (summarise(observations([1.0, 2.0, 4.0], [3.0, 1.0, 1.0]), t) for t in ("identity", "exp"))
+    assert (transformed.low, transformed.high) == pytest.approx((math.exp(plain.low), math.exp(plain.high)))
+    assert transformed.low < transformed.value < transformed.high
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(0, 127, 0.0, 0.029360), (12, 12, 0.757506, 1.0), (1, 1, 0.206549, 1.0), (7, 10, 0.396778, 0.892209)],
+)
+def test_interval_of_a_share_is_wilsons_also_where_the_error_is_0(successes, n, low, high):
+    found = summarise(observations([1.0] * successes + [0.0] * (n - successes) + [None], [2.0] * n + [1.0]))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-6)
+    assert found.stderr == (pytest.approx(math.sqrt(0.21 / 9)) if n == 10 else 0.0 if n > 1 else None)
+
+
+def test_a_mean_of_zeros_and_ones_with_unequal_weights_is_no_share():
+    found = summarise(observations([1.0, 0.0], [1.0, 3.0]))
+    assert found.low < 0 < found.high
 
 
 def test_items_without_weight_are_not_scored_and_unparsable_ones_are_counted():

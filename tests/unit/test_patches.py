@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
-from steerlab import models, patches
+from steerlab import models, patches, taps
+from steerlab.affine import AffineMap
+from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, CannotFold, EmbeddingPatch, LogitPatch, WeightPatch
 
 IDS = torch.tensor([[1, 3, 20, 4, 30, 5], [1, 3, 40, 4, 50, 5]])
@@ -139,5 +149,132 @@ def test_what_cannot_fold_says_why(tiny_model: PreTrainedModel) -> None:
     with pytest.raises(CannotFold, match="depends on token roles"):
         embedding(tiny_model).fold(tiny_model, 1.0)
     EmbeddingPatch(tiny_model.config.hidden_size).fold(tiny_model, 1.0)
-    with pytest.raises(CannotFold, match="only the map of a Linear"):
-        ActivationPatch({NORM: tiny_model.config.hidden_size}).fold(tiny_model, 1.0)
+    with pytest.raises(CannotFold, match=r"model.layers.1 is a LlamaDecoderLayer: only the map of a linear layer or of a norm"):
+        ActivationPatch({"model.layers.1": tiny_model.config.hidden_size}).fold(tiny_model, 1.0)
+    for settings in ({"positions": [[-1, None]]}, {"side": "input"}):
+        with pytest.raises(CannotFold, match="only maps of all tokens, without bounds and of outputs"):
+            ActivationPatch({NORM: tiny_model.config.hidden_size}, {"modules": NORM, **settings}).fold(tiny_model, 1.0)
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+FOLDS = {
+    "llama": (LlamaConfig(**TINY), r".*(input|post_attention)_layernorm|model\.norm"),
+    "gpt2": (GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64), r".*(ln_[12f]|mlp\.c_fc|attn\.c_proj)"),
+    "qwen2": (Qwen2Config(**TINY), r".*input_layernorm"),
+    "gemma": (GemmaConfig(**TINY), r".*input_layernorm"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_a_folded_map_is_the_hooked_one(name: str, tmp_path: Path) -> None:
+    """Into norms with and without a bias, linear layers and the biases behind a norm; and a saved checkpoint loads so."""
+    config, pattern = FOLDS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    places = [tap.name for tap in taps.select(model, Selection(modules=pattern)) if tap.name != "model.norm"]
+    sizes = {place: _width(model, place) for place in places}
+    patch = randomised(ActivationPatch(sizes, {"modules": pattern}))
+    attached = patches.attach(model, [patch])
+    hooked = logits(model, [0.7, 0.7])
+    attached.detach()
+    plain = logits(model)
+    patch.fold(model, 0.7)
+    assert not torch.allclose(plain, hooked, atol=1e-2)
+    torch.testing.assert_close(logits(model), hooked, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), hooked, atol=1e-5, rtol=1e-5)
+
+
+def _width(model: Any, place: str) -> int:
+    reader = taps.Reader(model, [taps.Tap(place)])
+    width = reader(input_ids=IDS)[place].shape[-1]
+    reader.close()
+    return width
+
+
+def test_a_shift_without_a_place_is_refused() -> None:
+    """Gemma 2 adds the output of this norm to the residual stream: no linear layer takes it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**TINY)).eval()
+    name = "model.layers.0.post_attention_layernorm"
+    with pytest.raises(CannotFold, match="has no bias, and no linear layer takes its output"):
+        randomised(ActivationPatch({name: 32}, {"modules": name})).fold(model, 1.0)
+
+
+def test_only_selected_tokens_are_steered(tiny_model: PreTrainedModel) -> None:
+    """A map of the first layer that acts on token 3 alone changes the logits of token 3 and later ones, not before."""
+    name = "model.layers.0"
+    patch = randomised(ActivationPatch({name: 128}, {"modules": r"model\.layers\.0", "positions": [[3, 4]]}))
+    before = logits(tiny_model)
+    patches.attach(tiny_model, [patch])
+    after = logits(tiny_model, roles=ROLES, position_ids=torch.arange(6).expand(2, 6))
+    assert torch.equal(after[:, :3], before[:, :3])
+    assert not torch.allclose(after[:, 3:], before[:, 3:], atol=1e-3)
+
+
+def test_a_selection_of_tokens_needs_roles_and_positions(tiny_model: PreTrainedModel) -> None:
+    patches.attach(tiny_model, [ActivationPatch({NORM: 128}, {"modules": NORM, "positions": [[0, 1]]})])
+    with pytest.raises(ValueError, match="call it with roles="):
+        logits(tiny_model)
+    with pytest.raises(ValueError, match="call it with position_ids="):
+        logits(tiny_model, roles=ROLES)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_input_and_output_of_a_module(tiny_model: PreTrainedModel, side: str) -> None:
+    """Mapping the input of the layer behind is mapping the output of the one before."""
+    place = "model.layers.1" if side == "output" else "model.layers.2"
+    patch = randomised(ActivationPatch({place: 128}, {"modules": place, "side": side}))
+    patches.attach(tiny_model, [patch])
+    reference = randomised(ActivationPatch({"model.layers.1": 128}, {"modules": "model.layers.1"}))
+    expected = logits(tiny_model)
+    fresh = models.load_model(tiny_model.name_or_path, seed=0) if tiny_model.name_or_path else None
+    if fresh is not None:
+        patches.attach(fresh, [reference])
+        assert torch.equal(logits(fresh), expected)
+
+
+def test_elements_of_a_tuple_and_images() -> None:
+    class Twins(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, 2 * x
+
+    model: Any = torch.nn.Sequential()
+    model.add_module("twins", Twins())
+    patch = randomised(ActivationPatch({"twins:1": 3}, {"modules": "twins:1"}))
+    patches.attach(model, [patch])
+    image = torch.randn(2, 3, 4, 5)
+    first, second = model(image)
+    scale, shift = patch.maps[0].scale[:, None, None], patch.maps[0].shift[:, None, None]
+    assert torch.equal(first, image)
+    torch.testing.assert_close(second, scale * 2 * image + shift)
+
+
+def test_bounds_leave_values_outside_alone_and_an_inverse_undoes() -> None:
+    scale, shift = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.5])
+    bounded = AffineMap(scale, shift, torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0]))
+    z = torch.tensor([[0.5, 0.5], [2.0, -3.0]])
+    assert bounded(z).tolist() == [[2.0, 0.0], [2.0, -3.0]]
+    patch = ActivationPatch.from_maps({NORM: bounded}, Selection(modules=NORM))
+    assert patch.maps[0](z).tolist() == bounded(z).tolist()
+    inside = torch.tensor([[0.1, 0.9], [1.0, 0.0]])
+    torch.testing.assert_close(bounded.inverse()(bounded(inside)), inside)
+    undone = patch.inverse().maps[0](patch.maps[0](inside))
+    torch.testing.assert_close(undone, inside)
+    with pytest.raises(ValueError, match="1 neurons have scale 0"):
+        AffineMap(torch.tensor([0.0, 1.0]), shift).inverse()
+    with pytest.raises(ValueError, match="bounds do not make one affine map"):
+        bounded.then(AffineMap(scale, shift))
+
+
+def test_a_stack_of_maps_is_their_composition(tiny_model: PreTrainedModel) -> None:
+    one, two = (AffineMap(torch.rand(128) + 0.5, torch.randn(128)) for _ in range(2))
+    selection = Selection(modules=NORM)
+    stacked = patches.attach(tiny_model, [ActivationPatch.from_maps({NORM: fitted}, selection) for fitted in (one, two)])
+    expected = logits(tiny_model)
+    stacked.detach()
+    patches.attach(tiny_model, [ActivationPatch.from_maps({NORM: one.then(two)}, selection)])
+    torch.testing.assert_close(logits(tiny_model), expected, atol=1e-5, rtol=1e-5)

@@ -16,11 +16,11 @@ def tracked(mode: str | None) -> TrackConfig:
 
 def test_an_offline_run_keeps_its_id_and_its_files(tmp_path: Path) -> None:
     tracker = Tracker(tracked("offline"), "run-7", "name", {"a": 1}, tmp_path)
-    tracker.log({"step": 1, "train/loss_nats": 2.0})
+    tracker.log({"step": 1, "train/loss": 2.0})
     tracker.finish({"metric": 0.5}, exit_code=0)
     (file,) = tmp_path.rglob("*.wandb")
     assert file.name == "run-run-7.wandb"
-    assert b"train/loss_nats" in file.read_bytes()
+    assert b"train/loss" in file.read_bytes()
 
 
 @pytest.mark.parametrize("mode", [None, "disabled"])

@@ -3,12 +3,16 @@
 from steerlab.evaluation import (
     alpaca,
     bipia,
+    concept,
     forbidden_words,
+    harness,
     injection,
     perplexity,
     probing,
+    sentiment,
     separation,
     struq,
+    toxicity,
 )
 from steerlab.evaluation.metrics import Task
 
@@ -22,4 +26,8 @@ TASKS: dict[str, Task] = {
     "perplexity": Task(perplexity.Config, perplexity.run),
     "probing": Task(probing.Config, probing.run),
     "alpaca": Task(alpaca.Config, alpaca.run),
+    "toxicity": Task(toxicity.Config, toxicity.run),
+    "sentiment": Task(sentiment.Config, sentiment.run),
+    "concept": Task(concept.Config, concept.run),
+    "lm_eval": Task(harness.Config, harness.run),
 }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from steerlab.job import TaskConfig
 
@@ -24,6 +25,9 @@ Transform = Literal["identity", "exp"]
 
 MAX_SAMPLES = 20
 """Readable samples that a task keeps."""
+
+_Z = 1.959963984540054
+"""The 97.5 % quantile of the normal distribution."""
 
 _RESAMPLED_AT_ONCE = 2_000_000
 """Entries of one block of bootstrap indices (16 MB)."""
@@ -43,7 +47,10 @@ class Observation(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A mean, its standard error, the items in it, and the items that could not be judged."""
+    """A mean with its standard error and 95 % interval, the items in it, and the items that could not be judged.
+
+    Read the interval, not the error, of a share near 0 or 1: twelve of twelve have an error of 0, and an interval from 0.76.
+    """
 
     value: float | None
     """None when nothing was scored."""
@@ -51,6 +58,10 @@ class Metric(NamedTuple):
     """None with fewer than two items."""
     n: int
     unparsable: int
+    low: float | None = None
+    """Lower end of the 95 % interval; None where one item is all there is and it is no share."""
+    high: float | None = None
+    """Upper end."""
 
 
 class Difference(NamedTuple):
@@ -88,6 +99,10 @@ def summarise(observations: Sequence[Observation], transform: str = "identity") 
     is |f'(m)| sqrt(n/(n-1) sum w^2 (v - m)^2) / sum w: the usual s/sqrt(n) for equal weights, that of a ratio of means
     otherwise (items, not tokens, are the independent draws), and the delta method for f = exp.
 
+    The 95 % interval of a share (every value 0 or 1, equal weights) is Wilson's (JASA 22, 1927), which holds at 0 and 1 too;
+    of any other mean it is f(m +- t s), with s the error of m and t the quantile of Student's distribution for n - 1. Numbers
+    in [0, 1] that happen to be all 0 or 1 get Wilson's as well, which is then wider than it had to be.
+
     Raises:
         ValueError: when a weight is negative or the transform is unknown.
     """
@@ -98,11 +113,20 @@ def summarise(observations: Sequence[Observation], transform: str = "identity") 
         return Metric(None, None, 0, unparsable)
     mean = float(weight_N @ value_N / weight_N.sum())
     value, slope = _transformed(mean, transform)
-    if n == 1:
-        return Metric(value, None, 1, unparsable)
-    squares = float(np.square(weight_N * (value_N - mean)).sum())
-    stderr = slope * math.sqrt(n / (n - 1) * squares) / float(weight_N.sum())
-    return Metric(value, stderr, n, unparsable)
+    error = _error(value_N, weight_N, mean)
+    is_share = transform == "identity" and _is_share(value_N, weight_N)
+    interval = wilson(mean, n) if is_share else _student(mean, error, n)
+    low, high = (None, None) if interval is None else (_transformed(end, transform)[0] for end in interval)
+    return Metric(value, None if error is None else slope * error, n, unparsable, low, high)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share of n items."""
+    shrink = 1 + _Z**2 / n
+    centre = (share + _Z**2 / (2 * n)) / shrink
+    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / shrink
+    # At 0 and 1 the formula's end is that number itself, but for rounding.
+    return (0.0 if share == 0 else centre - half), (1.0 if share == 1 else centre + half)
 
 
 def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
@@ -167,6 +191,25 @@ def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray
     pairs = [(o.value, o.weight) for o in observations if o.value is not None and o.weight > 0]
     values, weights = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(values, dtype=float), np.array(weights, dtype=float)
+
+
+def _error(value_N: np.ndarray, weight_N: np.ndarray, mean: float) -> float | None:
+    n = len(value_N)
+    if n == 1:
+        return None
+    squares = float(np.square(weight_N * (value_N - mean)).sum())
+    return math.sqrt(n / (n - 1) * squares) / float(weight_N.sum())
+
+
+def _is_share(value_N: np.ndarray, weight_N: np.ndarray) -> bool:
+    return bool(np.isin(value_N, (0.0, 1.0)).all() and (weight_N == weight_N[0]).all())
+
+
+def _student(mean: float, error: float | None, n: int) -> tuple[float, float] | None:
+    if error is None:
+        return None
+    half = float(stdtrit(n - 1, 0.975)) * error
+    return mean - half, mean + half
 
 
 def _transformed(mean: float, transform: str) -> tuple[float, float]:

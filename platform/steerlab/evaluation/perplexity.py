@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steerlab import sources
+from steerlab import rows, sources
 from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows, number
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel, TokenLogProbs
-from steerlab.job import TaskConfig
+from steerlab.job import DataSet, TaskConfig
 from steerlab.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 
 _METRIC = "perplexity/value"
@@ -38,23 +38,28 @@ class Config(TaskConfig):
     """Only rows that have an input; decided before `offset` (instruction rows)."""
     offset: int = Field(0, ge=0)
     """Rows skipped first: those a job trained on."""
+    data: DataSet | None = None
+    """The rows as a job's data sets name them (several sources, filters, first sentences); takes the place of source, format,
+    needs_input and offset."""
     max_tokens: int = Field(2048, ge=2)
     """Longer rows are not scored."""
 
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Score the rows at every strength."""
-    rows = _rows(config)
-    conversations = [conversation(model, item.row, config) for item in rows]
+    if config.data is not None:
+        config = config.model_copy(update={"format": config.data.format})
+    items = _rows(config)
+    conversations = [conversation(model, item.row, config) for item in items]
     fits = [len(row) <= config.max_tokens for row in model.encoder.encode_all(conversations)]
     if not any(fits):
         raise ValueError(
-            f"none of the {len(rows)} rows of {config.source} fits into {config.max_tokens} tokens: raise max_tokens"
+            f"none of the {len(items)} rows of {config.source} fits into {config.max_tokens} tokens: raise max_tokens"
         )
     observations, samples = [], []
     for strength in config.strengths:
         scored = iter(model.token_log_probs([c for c, fit in zip(conversations, fits, strict=True) if fit], strength=strength))
-        for item, fit in zip(rows, fits, strict=True):
+        for item, fit in zip(items, fits, strict=True):
             found = observe(item.id, next(scored), config.format, strength) if fit else _unscored(item.id, strength)
             observations.append(found)
             samples.append(_sample(item, found))
@@ -81,6 +86,9 @@ def conversation(model: SteeredModel, row: dict[str, Any], config: Config) -> Co
 
 
 def _rows(config: Config) -> list[Numbered]:
+    if config.data is not None:
+        found = [Numbered(str(i), row) for i, row in enumerate(rows.read(config.data), config.data.offset)]
+        return choose(found, config.limit, config.seed)
     if config.format == "instruction":
         return instruction_rows(
             config.source,

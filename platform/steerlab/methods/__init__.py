@@ -1,10 +1,18 @@
 """The table of methods. A further method is one new file here and one line below."""
 
-from steerlab.methods import aside, ise, vanilla
+from steerlab.methods import aside, aura, caa, ise, iti, lineas, none, transport, vanilla
 from steerlab.methods.contract import Method
 
 METHODS: dict[str, Method] = {
+    "none": none.METHOD,
     "vanilla": vanilla.METHOD,
     "aside": aside.METHOD,
     "ise": ise.METHOD,
+    "lineas": lineas.METHOD,
+    "linear_act": transport.LINEAR,
+    "mean_act": transport.MEAN,
+    "gaussian_act": transport.GAUSSIAN,
+    "aura": aura.METHOD,
+    "caa": caa.METHOD,
+    "iti": iti.METHOD,
 }

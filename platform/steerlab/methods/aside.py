@@ -29,8 +29,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from steerlab import patches
-from steerlab.job import MethodConfig, Radians
-from steerlab.methods.contract import Loss, Method, language_modelling_loss, train_everything
+from steerlab.job import Job, MethodConfig, Radians
+from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
 
@@ -57,7 +57,7 @@ class Config(MethodConfig):
 class Aside(nn.Module):
     """A causal language model behind a rotating embedding."""
 
-    def __init__(self, model: PreTrainedModel, config: Config) -> None:
+    def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__()
         train_everything(model)
         self.model = model
@@ -80,7 +80,7 @@ class Aside(nn.Module):
             self.patch.progress = min(1.0, (step + 1) / steps_per_epoch)
 
 
-def check(config: Config, facts: ModelFacts) -> None:
+def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Refuse an angle on a model whose coordinates do not pair up."""
     if facts.hidden_size % 2 and (config.angle_rad or config.learned):
         raise ValueError(
@@ -89,4 +89,4 @@ def check(config: Config, facts: ModelFacts) -> None:
         )
 
 
-METHOD = Method(Config, Aside, check)
+METHOD = Method(Config, Aside, check=check)

@@ -11,10 +11,27 @@ how well it separates them; all others are left alone, and no target activation 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from steerlab.methods.transport import AffineMap, check_samples
+from steerlab.affine import AffineMap
+from steerlab.job import MethodConfig, Pooling, Selection
+from steerlab.methods.contract import Method
+from steerlab.methods.transport import check_roles, check_samples, everywhere
+
+
+class Config(MethodConfig):
+    """Hyperparameters of AurA; it has none beyond what is read."""
+
+    name: Literal["aura"] = "aura"
+    """The method."""
+    pooling: Pooling = "max"
+    """Pooling of the activations. Paper: max."""
+    steer: Selection | None = None
+    """Where the maps act, among the places that were read; null: there, on every token."""
 
 
 def auroc(source_ND: Tensor, target_MD: Tensor) -> Tensor:
@@ -34,3 +51,19 @@ def aura_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     check_samples(source_ND, target_MD)
     scale_D = 1 - 2 * (auroc(source_ND, target_MD) - 0.5).clamp(min=0)
     return AffineMap(scale_D.float(), torch.zeros_like(scale_D).float())
+
+
+def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+    return everywhere(aura_map, source, target)
+
+
+METHOD = Method(
+    Config,
+    fit=_fit,
+    reads=lambda config: ("source", "target"),
+    pooling=lambda config: config.pooling,
+    steers=lambda config: config.steer,
+    check=check_roles,
+    trains_model=False,
+    strength_range=(0.0, 1.0),
+)

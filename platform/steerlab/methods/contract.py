@@ -1,17 +1,23 @@
-"""What a method is: a config, a check against the model, and a trainable module whose forward is the paper's loss."""
+"""What a method is: a config, a check against the model, and one of two ways to make a patch.
+
+A method is *trained*: `module` is an `nn.Module` whose forward is the paper's loss. Or it is *fitted*: `fit` is a closed form
+from two samples of activations to one affine map a place. Both may ask for activations that an extraction leaves before them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steerlab.job import MethodConfig
+from steerlab.activations import Activations
+from steerlab.affine import AffineMap
+from steerlab.job import Job, MethodConfig, Selection
 from steerlab.models import ModelFacts
-from steerlab.tokens import IGNORED, Batch
+from steerlab.tokens import IGNORED, Batch, Encoded
 
 
 class Loss(NamedTuple):
@@ -39,20 +45,58 @@ class Trainee(Protocol):
         ...
 
 
+Samples = Mapping[str, Tensor]
+"""Pooled activations by tap: (N, D), float32."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method is handed besides its model and config."""
+
+    below: tuple[Any, ...] = ()
+    """Patches that the model carries already; the method's own one is attached above them."""
+    activations: Mapping[str, Activations] = field(default_factory=dict)
+    """Extracted activations by the role of their data set."""
+
+
+def _targets(row: Encoded, loss_on: str) -> int:
+    return sum(row.targets(loss_on))
+
+
 @dataclass(frozen=True)
 class Method:
     """One entry of the table of methods."""
 
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""
-    module: Callable[[PreTrainedModel, Any], nn.Module]
-    """(model, config) -> Trainee: the surgery or the hooks, and what trains."""
-    check: Callable[[Any, ModelFacts], None] = lambda config, facts: None
-    """Refuse settings that cannot work on a model, with a ValueError, before anything starts."""
+    module: Callable[..., nn.Module] | None = None
+    """(model, config, inputs) -> Trainee: the surgery or the hooks, and what trains."""
+    fit: Callable[[Any, Samples, Samples], dict[str, AffineMap]] | None = None
+    """(config, source, target) -> maps; never asks which of the two ways of `walks` it is called in."""
+    reads: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    """Roles of the data sets whose activations the method wants extracted first."""
+    walks: Callable[[Any], bool] = lambda config: False
+    """True when maps are fitted one after another, each on what the source texts cause behind the maps before it."""
+    pooling: Callable[[Any], str] = lambda config: "mean"
+    """Pooling of the activations that are read."""
+    steers: Callable[[Any], Selection | None] = lambda config: None
+    """Where fitted maps act; None: on every token of the places that were read."""
+    check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: None
+    """Refuse settings that cannot work on a model or in a job, with a ValueError, before anything starts."""
+    trains_on: str = "train"
+    """Role of the data set whose rows are trained on."""
+    trains_model: bool = True
+    """False when the model's own weights are frozen: the result is the patch alone."""
+    counts: Callable[[Encoded, str], int] = _targets
+    """(row, loss_on) -> what a row adds to the number that the loss is divided by."""
+    after_step: Callable[[Any, float], None] = lambda module, lr: None
+    """(trainee, learning rate) -> None: what follows the optimizer on every worker."""
     needs_training: bool = True
     """False when a job without a `train` section evaluates the model as it is."""
     leaves_patch: bool = True
     """False when the result is weights alone, so that there is no strength to vary."""
+    strength_range: tuple[float, float] | None = None
+    """Strengths that mean something; others are warned of. None where any does."""
 
 
 def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

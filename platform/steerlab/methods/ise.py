@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from steerlab import patches
 from steerlab.job import MethodConfig
-from steerlab.methods.contract import Loss, Method, language_modelling_loss, train_everything
+from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
 from steerlab.tokens import Batch
 
 
@@ -34,7 +34,7 @@ class Config(MethodConfig):
 class Ise(nn.Module):
     """A causal language model with segment vectors added to its embeddings."""
 
-    def __init__(self, model: PreTrainedModel, config: Config) -> None:
+    def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__()
         train_everything(model)
         self.model = model

@@ -9,17 +9,25 @@ sorted: the optimal transport in one dimension. The affine map nearest to that t
     w = cov(a, b) / var(a)      b0 = mean(b) - w mean(a)        over matched pairs (a, b)
 
 Departures from the authors' code (apple/ml-act): sets of unequal size are matched by their quantile functions exactly, with no
-random trimming; all neurons are sorted in one call; a neuron that is constant on the source becomes a pure shift instead of
-getting a slope from noise.
+random trimming; all neurons of all places are sorted in one call; a neuron that is constant on the source becomes a pure shift
+instead of getting a slope from noise; the incremental fit is one pass over the source texts instead of one for each place.
+Bounds (`support`) are off as in ml-lineas; ml-act's linear_ot had them at the source's extremes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import model_validator
 from torch import Tensor
+
+from steerlab.affine import AffineMap
+from steerlab.job import Job, MethodConfig, Pooling, Selection
+from steerlab.methods.contract import Method
+from steerlab.models import ModelFacts
 
 _CONSTANT = 1e-5
 """A standard deviation below this share of the mean is float32 rounding: the neuron is constant."""
@@ -29,6 +37,43 @@ MIN_SAMPLES = 4
 """Fewer samples say nothing about a distribution (authors' code: `force_small_batch`)."""
 
 
+class Config(MethodConfig):
+    """Hyperparameters of Linear-AcT."""
+
+    name: Literal["linear_act"] = "linear_act"
+    """The method."""
+    pooling: Pooling = "mean"
+    """Pooling of the activations that the maps are fitted on. Paper: mean."""
+    steer: Selection | None = None
+    """Where the maps act, among the places that were read; null: there, on every token."""
+    incremental: bool = True
+    """Fit each place on what the source texts cause behind the maps before it (paper: incremental); false fits all at once."""
+    support: tuple[float, float] | None = None
+    """Quantiles of the source outside of which a value stays as it is; null maps every value. ml-act: [0, 1]."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.pooling == "none":
+            raise ValueError("pooling none keeps every token; a distribution over texts needs one vector a text")
+        if self.support is not None and not 0 <= self.support[0] < self.support[1] <= 1:
+            raise ValueError(f"support {list(self.support)}: give two quantiles, 0 <= low < high <= 1")
+        return self
+
+
+class MeanConfig(Config):
+    """Hyperparameters of Mean-AcT."""
+
+    name: Literal["mean_act"] = "mean_act"  # type: ignore[assignment]
+    """The method."""
+
+
+class GaussianConfig(Config):
+    """Hyperparameters of Gaussian-AcT."""
+
+    name: Literal["gaussian_act"] = "gaussian_act"  # type: ignore[assignment]
+    """The method."""
+
+
 class Coupling(NamedTuple):
     """Which sorted values of two samples belong together, and how much each pair weighs; K <= n + m - 1 pairs."""
 
@@ -36,27 +81,6 @@ class Coupling(NamedTuple):
     target_K: Tensor
     weight_K: Tensor
     """Sums to 1."""
-
-
-class AffineMap(NamedTuple):
-    """z -> scale * z + shift, elementwise."""
-
-    scale_D: Tensor
-    shift_D: Tensor
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """Map values whose last axis has width D."""
-        return self.scale_D * z + self.shift_D
-
-    def inverse(self) -> AffineMap:
-        """Return the map that undoes this one: it induces what this one removes. Raises ValueError on a scale of zero."""
-        if not bool((self.scale_D != 0).all()):
-            raise ValueError(f"{int((self.scale_D == 0).sum())} neurons have scale 0: what was erased cannot be brought back")
-        return AffineMap(1 / self.scale_D, -self.shift_D / self.scale_D)
-
-    def then(self, other: AffineMap) -> AffineMap:
-        """Return the map that does this one first and `other` after it."""
-        return AffineMap(other.scale_D * self.scale_D, other.scale_D * self.shift_D + other.shift_D)
 
 
 def coupling(n: int, m: int) -> Coupling:
@@ -150,3 +174,63 @@ def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:
             raise ValueError(f"the {side} activation of row {row}, neuron {neuron} is {float(x[row, neuron])}")
     if source_ND.shape[1] != target_MD.shape[1]:
         raise ValueError(f"source and target have {source_ND.shape[1]} and {target_MD.shape[1]} neurons")
+
+
+def everywhere(
+    fit: Callable[[Tensor, Tensor], AffineMap], source: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> dict[str, AffineMap]:
+    """Fit the neurons of all places in one call, by a `fit` that treats each neuron by itself."""
+    whole = fit(torch.cat(list(source.values()), 1), torch.cat([target[name] for name in source], 1))
+    sizes = [values.shape[1] for values in source.values()]
+    parts = zip(*(part.split(sizes) for part in whole if part is not None), strict=True)
+    return {name: AffineMap(*part) for name, part in zip(source, parts, strict=True)}
+
+
+def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, float] | None) -> AffineMap:
+    """Bound a map to a range of the source's quantiles (paper, section 3.3)."""
+    if support is None:
+        return fitted
+    low_D, high_D = torch.quantile(source_ND.double(), torch.tensor(support, dtype=torch.float64), dim=0)
+    return fitted._replace(low_D=low_D.float(), high_D=high_D.float())
+
+
+def _method(kind: type[Config], closed_form: Callable[[Tensor, Tensor], AffineMap]) -> Method:
+    def fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+        return everywhere(lambda a, b: within_support(closed_form(a, b), a, config.support), source, target)
+
+    return Method(
+        kind,
+        fit=fit,
+        reads=lambda config: ("target",) if config.incremental else ("source", "target"),
+        walks=lambda config: config.incremental,
+        pooling=lambda config: config.pooling,
+        steers=lambda config: config.steer,
+        check=check_roles,
+        trains_model=False,
+        strength_range=(0.0, 1.0),
+    )
+
+
+def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
+    """Refuse a job without source and target texts, or with the same texts on both sides."""
+    missing = [role for role in ("source", "target") if role not in job.data.by_role]
+    if missing:
+        raise ValueError(
+            f"data.{missing[0]}: method {config.name} needs this data set; it moves source texts towards target texts"
+        )
+    source, target = job.data.by_role["source"], job.data.by_role["target"]
+    if source == target:
+        raise ValueError("data.source and data.target are the same rows, so there is nothing to move")
+    if source.format != target.format:
+        raise ValueError(
+            f"data.source has format {source.format} and data.target {target.format}: activations of texts that are read in "
+            "different ways differ for that reason alone"
+        )
+    for role, data in (("source", source), ("target", target)):
+        if data.limit is not None and data.limit < MIN_SAMPLES:
+            raise ValueError(f"data.{role}.limit {data.limit}: a distribution needs {MIN_SAMPLES} samples or more")
+
+
+LINEAR = _method(Config, linear_map)
+MEAN = _method(MeanConfig, mean_map)
+GAUSSIAN = _method(GaussianConfig, gaussian_map)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from steerlab.job import MethodConfig
-from steerlab.methods.contract import Loss, Method, language_modelling_loss, train_everything
+from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
 from steerlab.tokens import Batch
 
 
@@ -25,7 +25,7 @@ class Config(MethodConfig):
 class Vanilla(nn.Module):
     """A causal language model and its next-token loss."""
 
-    def __init__(self, model: PreTrainedModel, config: Config) -> None:
+    def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__()
         train_everything(model)
         self.model = model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -13,8 +13,9 @@ import ray
 
 from steerlab import sources
 from steerlab.evaluation import TASKS
-from steerlab.job import Job, ScaleConfig, TaskConfig
-from steerlab.plan import ModelRef, Stage, Work
+from steerlab.job import Job, TaskConfig
+from steerlab.plan import Stage, Work
+from steerlab.stages import choose, subject
 
 _POLL_S = 0.5
 
@@ -29,30 +30,38 @@ class _Open(threading.local):
 _open = _Open()
 
 
-def stage(job: Job, task: TaskConfig, subject: Stage | None) -> Stage:
-    """Return the stage of one task; `subject` is the stage that leaves the model, None when it comes from the source."""
+def stage(job: Job, task: TaskConfig, below: Stage | None, choice: Stage | None = None) -> Stage:
+    """Return the stage of one task.
+
+    `below` is the stage that leaves the model, None when it comes from the source; `choice` the one that chooses the strength.
+    """
     config = task.model_dump(mode="json", exclude={"label"})
     params: dict[str, Any] = {
         "task": config,
         "task_version": TASKS[task.task].version,
-        "model": {"dtype": job.model.dtype, "attention": job.model.attention},
-        "fingerprints": {
-            name: sources.fingerprint(value)
-            for name, value in sorted(config.items())
-            if name.endswith("source") and isinstance(value, str)
-        },
+        "fingerprints": dict(_fingerprints(config)),
+        **subject.params(job, below),
     }
-    if subject is None:
-        assert isinstance(job.model.source, str)
-        params["model"] |= {"source": job.model.source, "fingerprint": sources.fingerprint(job.model.source)}
-        params["prompt"] = {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}
-    return Stage("evaluate", 1, params, run, () if subject is None else (subject,), label=task.label or task.task)
+    if job.snapshot is not None:
+        params["snapshot"] = job.snapshot
+    inputs = tuple(needed for needed in (below, choice) if needed is not None)
+    return Stage("evaluate", 2, params, run, inputs, label=task.label or task.task)
+
+
+def _fingerprints(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Find the sources in a task's config, those of its data sets included."""
+    for name, value in sorted(config.items()):
+        if isinstance(value, Mapping):
+            yield from _fingerprints(value, f"{prefix}{name}.")
+        elif name.endswith("source") and value is not None:
+            found = [sources.fingerprint(source) for source in ([value] if isinstance(value, str) else value)]
+            yield f"{prefix}{name}", found[0] if isinstance(value, str) else found
 
 
 def run(work: Work) -> None:
     """Run the task in an actor that keeps its model for the tasks to come."""
     evaluator = _evaluator(work)
-    future = evaluator.evaluate.remote(work.params["task"])
+    future = evaluator.evaluate.remote({**work.params["task"], "strengths": _strengths(work)})
     while not ray.wait([future], timeout=_POLL_S)[0]:
         done, total = ray.get(evaluator.progress.remote())
         if total:
@@ -61,6 +70,16 @@ def run(work: Work) -> None:
     pq.write_table(pa.Table.from_pylist(result["observations"], schema=OBSERVATIONS), work.directory / "observations.parquet")
     (work.directory / "samples.json").write_text(json.dumps(result["samples"], indent=1, ensure_ascii=False))
     (work.directory / "metrics.json").write_text(json.dumps(result["metrics"], indent=1))
+
+
+def _strengths(work: Work) -> list[float]:
+    """Return the strengths of the task; a chosen one and 0 come first."""
+    declared: list[float] = list(work.params["task"]["strengths"])
+    for needed, directory in zip(work.stage.inputs, work.inputs, strict=True):
+        if needed.name == "choose":
+            chosen = json.loads((directory / choose.CHOICE).read_text())["strength"]
+            return list(dict.fromkeys([chosen, 0.0, *(declared if declared != [1.0] else [])]))
+    return declared
 
 
 OBSERVATIONS = pa.schema(
@@ -83,25 +102,13 @@ def close() -> None:
 
 
 def _evaluator(work: Work) -> Any:
-    if work.stage.inputs:
-        subject = work.stage.inputs[0]
-        ref = ModelRef(artifact=(work.store.root, subject.name, subject.key))
-    else:
-        ref = ModelRef(source=work.params["model"]["source"])
-    made_of = {"ref": asdict(ref), "model": work.params["model"], "prompt": work.params.get("prompt")}
+    made_of = subject.of(work)
     name = json.dumps(made_of, sort_keys=True)
     if name != _open.name:
         close()
-        _open.actor = Evaluator.options(**_resources(work.scale)).remote(made_of)  # type: ignore[attr-defined]
+        _open.actor = Evaluator.options(**subject.resources(work.scale)).remote(made_of)  # type: ignore[attr-defined]
         _open.name = name
     return _open.actor
-
-
-def _resources(scale: ScaleConfig) -> dict[str, float]:
-    cluster = ray.cluster_resources()
-    gpus = 1 if scale.gpu != "never" and cluster.get("GPU", 0) >= 1 else 0
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    return {"num_cpus": min(scale.worker_range[0] * scale.cpus_per_worker, largest), "num_gpus": gpus}
 
 
 @ray.remote(max_concurrency=2)  # type: ignore[call-overload]
@@ -109,20 +116,7 @@ class Evaluator:
     """A loaded model that runs tasks, one after another."""
 
     def __init__(self, made_of: dict[str, Any]) -> None:
-        import torch
-
-        from steerlab import generation, models, tokens
-
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-        device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-        loading = {name: made_of["model"][name] for name in ("dtype", "attention")}
-        directory = ModelRef(**made_of["ref"]).locate()
-        if made_of["prompt"] is None:
-            self._model = generation.load(directory, device=device, **loading)
-        else:
-            model = models.load_model(directory, **loading).to(device)  # type: ignore[arg-type]
-            encoder = tokens.Encoder(models.load_tokenizer(directory), **made_of["prompt"])
-            self._model = generation.SteeredModel(model, encoder)
+        self._model = subject.load(made_of)
         self._done: tuple[int, int] = (0, 0)
         self._model.progress = self._progress
 

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from steerlab import sources
+from steerlab import rows
 from steerlab.job import Job
+from steerlab.methods import METHODS
 from steerlab.models import ModelFacts
 from steerlab.plan import Estimate, ModelRef, Stage, Work
+from steerlab.stages import fit, subject
 
 _FLOAT_BYTES = 4
 
 
-def stage(job: Job, base: Stage | None) -> Stage:
-    """Return the training stage of a job; `base` is the stage that leaves its starting model, if a job does."""
-    assert job.train is not None and job.data.train is not None
+def stage(job: Job, below: Stage | None, extractions: Mapping[str, Stage] | None = None) -> Stage:
+    """Return the training stage of a job.
+
+    `below` is the stage that leaves its starting model, if a job does; `extractions` leave the activations that its method
+    reads, by data role.
+    """
+    assert job.train is not None
+    trains_on = METHODS[job.method.name].trains_on
+    data = {role: job.data.by_role[role] for role in (trains_on, "validation") if role in job.data.by_role}
+    settings = job.data.model_dump(mode="json", include={"prompt_style", "response_role", *data})
+    extractions = extractions or {}
     params: dict[str, Any] = {
-        "model": {"dtype": job.model.dtype, "attention": job.model.attention},
+        **subject.params(job, below),
         "method": job.method.model_dump(mode="json"),
-        "data": job.data.model_dump(mode="json"),
-        "data_fingerprints": {
-            role: sources.fingerprint(data.source)
-            for role, data in (("train", job.data.train), ("validation", job.data.validation))
-            if data is not None
-        },
+        "data": settings,
+        "data_fingerprints": {role: rows.fingerprint(found) for role, found in data.items()},
         "train": job.train.model_dump(mode="json"),
+        "reads": sorted(extractions),
     }
-    if base is None:
-        assert isinstance(job.model.source, str)
-        params["model"] |= {"source": job.model.source, "fingerprint": sources.fingerprint(job.model.source)}
-    return Stage(
-        "train", 1, params, run, () if base is None else (base,), label=f"{job.method.name} on {job.data.train.source}"
-    )
+    inputs = (*((below,) if below else ()), *(extractions[role] for role in sorted(extractions)))
+    return Stage("train", 2, params, run, inputs, label=f"{job.method.name} on {', '.join(data[trains_on].sources)}")
 
 
 def run(work: Work) -> None:
@@ -40,9 +45,15 @@ def run(work: Work) -> None:
     from steerlab.training import launch
 
     storage = work.store.work(work.stage.name, work.stage.key)
+    method = METHODS[work.params["method"]["name"]]
+    read = [needed for needed in work.stage.inputs if needed.name == "extract"]
     request = {
-        "model_ref": asdict(starting_model(work)),
+        "model_ref": asdict(starting_model(work, as_it_is=not method.trains_model)),
         "model": {"source": work.params["model"].get("source", "artifact"), **_loading(work)},
+        "activations": {
+            role: asdict(ModelRef(artifact=(work.store.root, needed.name, needed.key)))
+            for role, needed in zip(work.params["reads"], read, strict=True)
+        },
         "method": work.params["method"],
         "data": work.params["data"],
         "train": work.params["train"],
@@ -52,13 +63,17 @@ def run(work: Work) -> None:
     work.directory.mkdir(parents=True, exist_ok=True)
     work.store.move_from_work(work.stage.name, work.stage.key, "output", work.directory)
     assert (work.directory / "training.json").is_file(), "the workers left no artifact"
+    if not method.trains_model:
+        fit.write_base(work, json.loads((work.directory / "prompt.json").read_text()))
 
 
-def starting_model(work: Work) -> ModelRef:
-    """Return the model that the stage starts from."""
-    if not work.stage.inputs:
+def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
+    """Return the model that the stage starts from; `as_it_is` takes it with its patches, which frozen weights allow."""
+    base = next((needed for needed in work.stage.inputs if needed.name in subject.LEAVES_MODEL), None)
+    if base is None:
         return ModelRef(source=work.params["model"]["source"])
-    base = work.stage.inputs[0]
+    if as_it_is:
+        return ModelRef(artifact=(work.store.root, base.name, base.key))
     if (work.inputs[0] / "patch").exists():
         raise ValueError(
             f"model.source: the model of '{base.label}' carries a patch; only a model without one can be trained further"
@@ -71,7 +86,7 @@ def _loading(work: Work) -> dict[str, str]:
 
 
 def estimate(job: Job, facts: ModelFacts) -> Estimate:
-    """Estimate memory and disk of training all weights with Adam.
+    """Estimate memory and disk of training with Adam, of all weights or of a patch on frozen ones.
 
     A worker holds weights, gradients and two moments (float32: 16 bytes a parameter; bfloat16 adds a float32 master copy), less
     what ZeRO shards, and the logits of one micro-batch, which dwarf other activations for small models.

@@ -148,12 +148,13 @@ class Engine:
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"
         return meta["state"]
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the module's full state on the CPU (rank 0; empty elsewhere). All ranks call it."""
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return the module's state below `prefix` in full, on the CPU (rank 0; empty elsewhere). All ranks call it."""
         if self.scale.zero_stage < 3:
             full = self._ds.module.state_dict() if self.rank == 0 else {}
         else:
             full = self._ds._zero3_consolidated_16bit_state_dict() or {}
+        full = {name.removeprefix(prefix): tensor for name, tensor in full.items() if name.startswith(prefix)}
         # Tied weights share one copy, so that they are saved once.
         copies: dict[int, Tensor] = {}
         return {name: copies.setdefault(tensor.data_ptr(), tensor.detach().cpu()) for name, tensor in full.items()}

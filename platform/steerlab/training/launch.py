@@ -118,7 +118,7 @@ def fit(
             failure_config=FailureConfig(max_failures=scale.max_failures),
             # The best one by this score and, always, the latest one: two at most.
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="eval/loss_nats", checkpoint_score_order="min"
+                num_to_keep=1, checkpoint_score_attribute="eval/loss", checkpoint_score_order="min"
             ),
         ),
     )
@@ -184,6 +184,7 @@ def _worker(config: dict[str, Any]) -> None:
         method=raw["method"],
         data=DataConfig.model_validate(raw["data"]),
         train=TrainConfig.model_validate(raw["train"]),
+        activations={role: ModelRef(**ref).locate() for role, ref in raw["activations"].items()},
     )
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
     rank = context.get_world_rank()
@@ -233,4 +234,4 @@ def _best() -> Path | None:
     reported = [r for r in ray.train.get_all_reported_checkpoints() if r.checkpoint is not None]
     if not reported:
         return None
-    return _local(min(reported, key=lambda r: r.metrics["eval/loss_nats"]).checkpoint)
+    return _local(min(reported, key=lambda r: r.metrics["eval/loss"]).checkpoint)

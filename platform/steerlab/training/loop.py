@@ -13,21 +13,24 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from steerlab import models, patches
+from steerlab import generation, models, patches
+from steerlab.activations import Activations
 from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig
 from steerlab.methods import METHODS
-from steerlab.methods.contract import trained_parameters
-from steerlab.sources import rows as read_rows
+from steerlab.methods.contract import Inputs, trained_parameters
+from steerlab.rows import read as read_rows
 from steerlab.tokens import Batch, Encoded, Encoder, Rows, collate, encode_rows
 from steerlab.training.engine import Engine
 
+_SNAPSHOTS = "snapshots.safetensors"
 _NOT_EVALUATED = 1e30  # finite: Ray keeps checkpoint scores as JSON, which has no infinity
 
 
@@ -36,10 +39,13 @@ class Request:
     """What one training stage computes."""
 
     model_dir: Path
+    """A model, or an artifact with a model and patches."""
     model: ModelConfig
     method: dict[str, Any]
     data: DataConfig
     train: TrainConfig
+    activations: dict[str, Path] = field(default_factory=dict)
+    """Extracted activations by the role of their data set."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Link:
     latest: Path | None = None
     """Checkpoint to continue from."""
     best: Callable[[], Path | None] = lambda: None
-    """The checkpoint with the lowest `eval/loss_nats`."""
+    """The checkpoint with the lowest `eval/loss`."""
     tell: Callable[[dict[str, float]], None] = lambda metrics: None
     """Takes the metrics of every step on rank 0, for people who watch."""
 
@@ -96,15 +102,7 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 def load_rows(data: DataSet, encoder: Encoder, max_tokens: int) -> Rows:
     """Read and tokenise one data set of a job."""
-    fields = ("text",) if data.format == "text" else ("instruction", "output")
-    limit = None if data.limit is None or data.needs_input else data.offset + data.limit
-    found = read_rows(data.source, limit=limit, fields=fields)
-    if data.needs_input:
-        found = [row for row in found if row.get("input")]
-    found = found[data.offset :][: data.limit]
-    if not found:
-        raise ValueError(f"{data.source}: no rows are left after needs_input={data.needs_input} and offset={data.offset}")
-    return encode_rows(encoder, [encoder.from_row(row, data.format) for row in found], max_tokens)
+    return encode_rows(encoder, [encoder.from_row(row, data.format) for row in read_rows(data)], max_tokens)
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
@@ -125,32 +123,47 @@ class _Training:
     def __post_init__(self) -> None:
         torch.manual_seed(self.request.train.seed)
         request = self.request
-        model = models.load_model(
-            request.model_dir, dtype=request.model.dtype, attention=request.model.attention, seed=request.train.seed
+        self.method = METHODS[request.method["name"]]
+        model, self.encoder, below = generation.load_stack(
+            request.model_dir,
+            dtype=request.model.dtype,
+            attention=request.model.attention,
+            seed=request.train.seed,
+            prompt={"prompt_style": request.data.prompt_style, "response_role": request.data.response_role},
         )
         model.config.use_cache = False
         if self.scale.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.tokenizer = models.load_tokenizer(request.model_dir)
-        self.encoder = Encoder(self.tokenizer, request.data.prompt_style, request.data.response_role)
-        assert request.data.train is not None
-        self.rows = load_rows(request.data.train, self.encoder, request.train.max_tokens)
+        self.model_key = "" if self.method.trains_model else models.fingerprint(model)
+        self.rows = load_rows(self.data, self.encoder, request.train.max_tokens)
         validation = request.data.validation
         self.validation = load_rows(validation, self.encoder, request.train.max_tokens) if validation else None
-        method = METHODS[request.method["name"]]
-        self.module: nn.Module = method.module(model, method.Config.model_validate(request.method)).to(self.link.device)
+        inputs = Inputs(below, {role: Activations.open(path) for role, path in request.activations.items()})
+        assert self.method.module is not None
+        config = self.method.Config.model_validate(request.method)
+        self.module: nn.Module = self.method.module(model, config, inputs).to(self.link.device)
         self.module.train()
         self.num_trained = sum(p.numel() for p in trained_parameters(self.module).values())
+        # What a frozen model leaves to train is small and stays float32, whatever the model's type.
+        dtype = request.model.dtype if self.method.trains_model else "float32"
         self.engine = Engine(
-            self.module, request.train, self.scale, request.model.dtype, self.link.rank, self.link.world_size, self.link.device
+            self.module, request.train, self.scale, dtype, self.link.rank, self.link.world_size, self.link.device
         )
         self.lengths = [len(row) for row in self.rows.rows]
         self.history: list[dict[str, float]] = []
+        self.snapshots: dict[str, Tensor] = {}
         self.step = 0
+
+    @property
+    def data(self) -> DataSet:
+        """The data set whose rows are trained on."""
+        return self.request.data.by_role[self.method.trains_on]
 
     def resume(self, checkpoint: Path) -> None:
         state = self.engine.load(checkpoint)
         self.step, self.history = state["step"], state["history"]
+        if (checkpoint / _SNAPSHOTS).is_file():
+            self.snapshots = load_file(checkpoint / _SNAPSHOTS)
 
     def run(self) -> None:
         train = self.request.train
@@ -162,9 +175,13 @@ class _Training:
             is_last = self.step == train.steps
             evaluates = self.validation is not None and (is_last or (train.eval_every and self.step % train.eval_every == 0))
             if evaluates:
-                metrics["eval/loss_nats"] = self._evaluation_loss()
+                metrics["eval/loss"] = self._evaluation_loss()
             _check_finite(metrics)
             self.history.append(metrics)
+            if self.step in train.snapshots:
+                self.snapshots |= {
+                    f"{self.step}/{name}": value.clone() for name, value in self.engine.weights("patch.").items()
+                }
             self.link.tell({**metrics, "steps": train.steps, "steps_per_s": rate, "left_s": (train.steps - self.step) / rate})
             if is_last or self.step % self.scale.checkpoint_every == 0 or (evaluates and train.keep == "best"):
                 self._checkpoint(metrics)
@@ -174,27 +191,23 @@ class _Training:
         # Random state of this step and rank alone: what a resumed run draws is what the undisturbed run drew.
         torch.manual_seed((train.seed * 1_000_003 + step) * 4_099 + self.link.rank)
         rows = rows_of_step(len(self.rows.rows), train.rows_per_step, train.seed, step)
-        num_targets = sum(sum(self.rows.rows[row].targets(self._loss_on)) for row in rows)
+        num_targets = sum(self.method.counts(self.rows.rows[row], self.data.loss_on) for row in rows)
         lr = learning_rate(train, step)
         self.module.on_step(step, min(train.steps, len(self.rows.rows) / train.rows_per_step))  # type: ignore[operator]
         self.engine.start_step(lr)
-        totals: dict[str, float] = {"loss_nats": 0.0}
+        totals: dict[str, float] = {"loss": 0.0}
         for chunk in share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch):
             total, further = self.engine.backward(self._batch([self.rows.rows[row] for row in chunk]), num_targets)
-            for name, value in {"loss_nats": total, **further}.items():
+            for name, value in {"loss": total, **further}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         sums = self.engine.sum_over_ranks(list(totals.values()))
+        self.method.after_step(self.module, lr)
         self.step += 1
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         return {"step": self.step, **losses, "train/lr": lr, "train/grad_norm": self.engine.grad_norm}
 
-    @property
-    def _loss_on(self) -> str:
-        assert self.request.data.train is not None
-        return self.request.data.train.loss_on
-
     def _batch(self, rows: list[Encoded], loss_on: str | None = None) -> Batch:
-        return collate(rows, self.encoder.pad_id, loss_on=loss_on or self._loss_on).to(self.link.device)
+        return collate(rows, self.encoder.pad_id, loss_on=loss_on or self.data.loss_on).to(self.link.device)
 
     def _evaluation_loss(self) -> float:
         """Return the loss per target over the validation rows; ranks without a row left repeat one with weight 0."""
@@ -209,33 +222,31 @@ class _Training:
         for _ in range(idle):
             self.engine.evaluate(self._batch(chunks[0], loss_on))
         summed = self.engine.sum_over_ranks([total])[0]
-        return summed / sum(sum(row.targets(loss_on)) for row in rows)
+        return summed / sum(self.method.counts(row, loss_on) for row in rows)
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         """Report a checkpoint; one without an evaluation gets a loss that is never the best."""
         directory = Path(tempfile.mkdtemp(dir=self.link.scratch))
         self.engine.save(directory, {"step": self.step, "history": self.history})
-        self.link.report({"eval/loss_nats": _NOT_EVALUATED, **metrics}, directory)
+        if self.link.rank == 0 and self.snapshots:
+            save_file(self.snapshots, directory / _SNAPSHOTS)
+        self.link.report({"eval/loss": _NOT_EVALUATED, **metrics}, directory)
 
     def export(self, output: Path) -> None:
         """Write the trained artifact on rank 0: model, patch, prompt settings, history."""
-        state = self.engine.weights()
+        state = self.engine.weights("" if self.method.trains_model else "patch.")
         if self.link.rank:
             return
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
-        model: Any = self.module.model
         patch: Any = self.module.patch
-        weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-        model.config.use_cache = True
-        model.save_pretrained(output / "model", state_dict=weights)
-        self.tokenizer.save_pretrained(output / "model")
+        if self.method.trains_model:
+            state = self._export_model(state, output)
         if patch is not None:
-            saved = {name.removeprefix("patch."): value for name, value in state.items() if name.startswith("patch.")}
-            reloaded = models.load_model(output / "model", dtype=self.request.model.dtype)
-            fresh = patches.KINDS[patch.kind](**patch.spec())
-            fresh.load_state_dict(saved)
-            patches.save(fresh, output / "patch", models.fingerprint(reloaded))
+            _save_patch(patch, state, output / "patch", self.model_key)
+            for step in self.request.train.snapshots:
+                kept = {n.partition("/")[2]: value for n, value in self.snapshots.items() if n.startswith(f"{step}/")}
+                _save_patch(patch, kept, output / "snapshots" / str(step), self.model_key)
         (output / "prompt.json").write_text(json.dumps(self.encoder.spec))
         (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history))
         facts = {
@@ -246,6 +257,24 @@ class _Training:
             "specials_neutralised": self.encoder.num_neutralised,
         }
         (output / "training.json").write_text(json.dumps(facts, indent=2))
+
+    def _export_model(self, state: dict[str, Tensor], output: Path) -> dict[str, Tensor]:
+        """Write the trained weights and the tokenizer, take the model's fingerprint, and return the patch's state."""
+        model: Any = self.module.model
+        weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+        model.config.use_cache = True
+        model.save_pretrained(output / "model", state_dict=weights)
+        self.encoder.tokenizer.save_pretrained(output / "model")
+        if self.module.patch is not None:
+            self.model_key = models.fingerprint(models.load_model(output / "model", dtype=self.request.model.dtype))
+        return {name.removeprefix("patch."): value for name, value in state.items() if name.startswith("patch.")}
+
+
+def _save_patch(patch: Any, state: dict[str, Tensor], directory: Path, model_key: str) -> None:
+    """Write a patch of the same make with another state."""
+    fresh = patches.KINDS[patch.kind](**patch.spec())
+    fresh.load_state_dict(state)
+    patches.save(fresh, directory, model_key)
 
 
 def run(request: Request, scale: ScaleConfig, link: Link, output: Path) -> None:

@@ -1,0 +1,107 @@
+"""All methods of activation steering on the same texts and places: one table, one page.
+
+    python jobs/steering.py --root ROOT [--pair sentiment] [--output page.html]
+
+Activations are extracted once; a method whose results are in ROOT already is not run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from steerlab import job, plan, report, run
+from steerlab.stages import JobType
+from steerlab.store import Store
+
+JOBS = Path(__file__).parent
+PAIRS = {"toxicity": ("lineas.yaml", "act.yaml"), "sentiment": ("lineas_sentiment.yaml", "act_sentiment.yaml")}
+AT_ONCE = ("method.incremental=false",)
+VARIANTS = {
+    "mean_act": AT_ONCE,
+    "linear_act": AT_ONCE,
+    "linear_act, incremental": (),
+    "gaussian_act": AT_ONCE,
+    "aura": (),
+    "caa": (),
+    "iti": (),
+}
+SHOWN_S = 20
+console = Console(width=200, soft_wrap=True)
+began_s = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Print a line with the time since the start."""
+    console.print(f"\\[{time.monotonic() - began_s:5.0f} s] {text}", highlight=False)
+
+
+def wanted(pair: str, overrides: list[str]) -> dict[str, job.Job]:
+    """Return the jobs of a pair of texts, the paper's method first."""
+    lineas, act = (JOBS / name for name in PAIRS[pair])
+    found = {"lineas": job.read(lineas, JobType, overrides)}
+    for name, more in VARIANTS.items():
+        method, _, variant = name.partition(", ")
+        settings = [f"method.name={method}", *more, *([f"name=act-{pair}-{variant}"] if variant else []), *overrides]
+        found[name] = job.read(act, JobType, settings)
+    return found
+
+
+def execute(name: str, one: job.Job, store: Store) -> run.Run:
+    """Run one job and tell how it goes."""
+    shown_s = time.monotonic()
+
+    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+        nonlocal shown_s
+        if time.monotonic() - shown_s > SHOWN_S:
+            shown_s = time.monotonic()
+            done = f"{metrics['step']}/{metrics['steps']}" if "step" in metrics else f"{metrics['done']}/{metrics['total']}"
+            say(f"{name}: {stage.name} ({stage.label}) {done}")
+
+    def ended(record: plan.Record) -> None:
+        if record.status != "cached":
+            say(f"{name}: {record.stage.name} ({record.stage.label}) {record.status} in {record.seconds:.0f} s")
+
+    return run.execute(one, store, plan.Listener(ended=ended, reported=reported), command="jobs/steering.py")
+
+
+def main(
+    root: Annotated[str, typer.Option(help="Where results go: an absolute path or a URI.")],
+    pair: Annotated[str, typer.Option(help=f"Texts: {' or '.join(PAIRS)}.")] = "toxicity",
+    output: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override one value in every job.")] = None,
+) -> None:
+    """Run the jobs, print the table and write the page."""
+    jobs = wanted(pair, set_ or [])
+    store = Store.open(root)
+    run.check_address()
+    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    for one in jobs.values():
+        run.check_cluster(one, store, run.check(one))
+    try:
+        runs = {name: execute(name, one, store) for name, one in jobs.items()}
+    except plan.StageError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    entries = [report.read(store, done.folder) for done in runs.values()]
+    names = report.metrics(entries)
+    table = Table("method", "strength", *names, "fit, s", title=f"{pair}: held-out rows, value \\[95 % interval]")
+    for row in report.rows(entries, names):
+        table.add_row(*(value.replace("[", "\\[") for value in row))
+    console.print(table)
+    for done in runs.values():
+        console.print(f"{store.root}/{done.folder}", highlight=False)
+    if output is not None:
+        report.write(entries, output)
+        console.print(f"{output}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

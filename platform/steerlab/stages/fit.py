@@ -1,0 +1,158 @@
+"""The stage that fits maps in closed form: on extracted activations, or place after place along the source texts."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from steerlab import patches, rows
+from steerlab.affine import AffineMap
+from steerlab.generation import BASE, PROMPT
+from steerlab.job import DataSet, ExtractConfig, Job, Selection
+from steerlab.methods import METHODS
+from steerlab.plan import ModelRef, Stage, Work
+from steerlab.stages import subject
+
+_POLL_S = 0.5
+
+
+def stage(job: Job, below: Stage | None, extractions: Mapping[str, Stage]) -> Stage:
+    """Return the fitting stage of a job; `extractions` leave the activations that its method reads, by data role."""
+    assert job.extract is not None
+    method = METHODS[job.method.name]
+    params: dict[str, Any] = {
+        "method": job.method.model_dump(mode="json"),
+        "reads": sorted(extractions),
+        **subject.params(job, below),
+    }
+    if method.walks(job.method):
+        source = job.data.by_role["source"]
+        params |= {
+            "source": source.model_dump(mode="json"),
+            "source_fingerprint": rows.fingerprint(source),
+            "extract": job.extract.model_dump(mode="json", include={"select", "max_tokens", "batch_tokens"}),
+        }
+    inputs = (*((below,) if below else ()), *(extractions[role] for role in sorted(extractions)))
+    return Stage("fit", 1, params, run, inputs, label=job.method.name)
+
+
+def run(work: Work) -> None:
+    """Fit in one task of the cluster and write the patch, the prompt settings and what the patch stands on."""
+    made_of = subject.of(work)
+    read = [needed for needed in work.stage.inputs if needed.name == "extract"]
+    found = {role: (work.store.root, s.name, s.key) for role, s in zip(work.params["reads"], read, strict=True)}
+    config = METHODS[work.params["method"]["name"]].Config.model_validate(work.params["method"])
+    walks = METHODS[config.name].walks(config)
+    resources = subject.resources(work.scale) if walks else {"num_cpus": 1}
+    future = _fit.options(**resources).remote(made_of, dict(work.params), found)  # type: ignore[attr-defined]
+    while not ray.wait([future], timeout=_POLL_S)[0]:
+        pass
+    fitted: dict[str, Any] = ray.get(future)  # type: ignore[assignment]
+    maps = {name: AffineMap(*parts) for name, parts in fitted["maps"].items()}
+    selection = Selection.model_validate(fitted["selection"])
+    patch = patches.ActivationPatch.from_maps(maps, selection, METHODS[config.name].strength_range)
+    patches.save(patch, work.directory / "patch", fitted["fingerprint"])
+    write_base(work, fitted["prompt"])
+    facts = {name: fitted[name] for name in ("seconds", "places", "neurons", "rows")}
+    (work.directory / "fit.json").write_text(json.dumps(facts, indent=2))
+
+
+def write_base(work: Work, prompt: Mapping[str, Any]) -> None:
+    """Write what the patch of a frozen model stands on, and how that model is prompted."""
+    below = next((needed for needed in work.stage.inputs if needed.name in subject.LEAVES_MODEL), None)
+    base = {"stage": below.name, "key": below.key} if below else {"source": work.params["model"]["source"]}
+    (work.directory / BASE).write_text(json.dumps(base))
+    (work.directory / PROMPT).write_text(json.dumps(prompt))
+
+
+@ray.remote
+def _fit(made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
+    """Fit the maps of a method; what comes back is a few vectors a place."""
+    from steerlab.activations import Activations
+
+    read = {role: Activations.open(ModelRef(artifact=artifact).locate()) for role, artifact in found.items()}
+    target = read["target"]
+    config = METHODS[params["method"]["name"]].Config.model_validate(params["method"])
+    method = METHODS[config.name]
+    assert method.fit is not None
+    selection = steered(Selection.model_validate(target.metadata["selection"]), method.steers(config))
+    names = [name for name in target.modules if _takes(selection, name)]
+    if not names:
+        raise ValueError(
+            f"method.steer.modules {selection.modules!r} takes none of the extracted places: {', '.join(target.modules[:5])}"
+        )
+    columns = {
+        role: {name: activations.column(name, method.pooling(config)) for name in names} for role, activations in read.items()
+    }
+    start_s = time.monotonic()
+    if method.walks(config):
+        maps, num_source = _walk(made_of, params, columns["target"], selection)
+    else:
+        maps = method.fit(config, columns["source"], columns["target"])
+        num_source = read["source"].num_rows
+    return {
+        "maps": {name: tuple(fitted) for name, fitted in maps.items()},
+        "selection": selection.model_dump(mode="json"),
+        "fingerprint": target.metadata["fingerprint"],
+        "prompt": target.metadata["prompt"],
+        "seconds": time.monotonic() - start_s,
+        "places": len(maps),
+        "neurons": sum(len(fitted.scale_D) for fitted in maps.values()),
+        "rows": {"source": num_source, "target": target.num_rows},
+    }
+
+
+def steered(read: Selection, steer: Selection | None) -> Selection:
+    """Return where maps act: every token of what was read, unless the method says otherwise."""
+    if steer is not None:
+        return steer.model_copy(update={"side": read.side})
+    return Selection(modules=read.modules, exclude_modules=read.exclude_modules, side=read.side)
+
+
+def _takes(selection: Selection, name: str) -> bool:
+    """Say whether a selection takes a place that was read."""
+    module = name.partition(":")[0]
+    pattern = re.sub(r":\d+$", "", selection.modules)
+    excluded = selection.exclude_modules is not None and re.fullmatch(selection.exclude_modules, module)
+    return bool(re.fullmatch(pattern, module)) and not excluded
+
+
+def _walk(
+    made_of: dict[str, Any], params: dict[str, Any], target: dict[str, Any], steer: Selection
+) -> tuple[dict[str, AffineMap], int]:
+    """Fit place after place along the source texts."""
+    from steerlab import taps
+    from steerlab.methods.incremental import Reading, fit_in_order
+    from steerlab.reading import TextReader, batches
+    from steerlab.tokens import collate
+
+    config = METHODS[params["method"]["name"]].Config.model_validate(params["method"])
+    method = METHODS[config.name]
+    fit = method.fit
+    assert fit is not None
+    model = subject.load(made_of)
+    extract, data = ExtractConfig.model_validate(params["extract"]), DataSet.model_validate(params["source"])
+    reader = TextReader(model, extract)
+    texts, _ = reader.encode(rows.read(data), data.format, 0)
+    reader.close()
+    readings = []
+    for chunk in batches([len(text) for text in texts], extract.batch_tokens):
+        batch = collate([texts[i] for i in chunk], model.encoder.pad_id).to(model.device)
+        readings.append(Reading(batch.patched_inputs, taps.selected(batch, extract.select), taps.selected(batch, steer)))
+    if model.patches and len(readings) > 1:
+        raise ValueError(
+            f"method.incremental: on a model that carries patches the {len(texts)} source texts must fit into one batch; "
+            "raise extract.batch_tokens or set method.incremental: false"
+        )
+    places = [taps.tap(name) for name in target]
+
+    def fit_one(name: str, source_ND: Any) -> AffineMap | None:
+        return fit(config, {name: source_ND.cpu()}, {name: target[name]}).get(name)
+
+    pooling: Any = method.pooling(config)
+    return fit_in_order(model.model, places, extract.select, readings, pooling, fit_one), len(texts)

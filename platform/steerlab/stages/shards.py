@@ -1,0 +1,377 @@
+"""Stream the shards of a data set through a pool of actors that hold a model; what is made of a shard is not known here.
+
+The plan comes first: rows of the data set, so many to a shard, written as small files in the stage's work directory.
+
+    work/plan/00000.json, plan.json     the texts of each shard; where each begins, how many rows, SHA-256
+    work/parts/part-00000.*             what an actor made of a shard: written to another name, synced, renamed
+    work/done/00000.json                its manifest row, written last: a shard without one is missing
+
+Ray Data streams the numbers of the missing shards to the actors. Each reads its texts, leaves its part and hands back the
+manifest row, so that nothing large goes through the object store and memory does not grow with the data. A killed actor is made
+again and its shard with it; after a kill of everything the stage continues with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import pyarrow.fs as pafs
+import ray
+
+from steerlab import rows
+from steerlab.job import DataSet, ScaleConfig
+from steerlab.plan import Work
+from steerlab.stages import subject
+from steerlab.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from steerlab.generation import SteeredModel
+
+_POLL_S = 0.5
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_TEXT_FIELDS = {"text": ("text",), "instruction": ("instruction", "input", "output")}
+
+
+class Shard(NamedTuple):
+    """Consecutive rows of a data set."""
+
+    number: int
+    first: int
+    """Number of its first row in the data set."""
+    rows: list[dict[str, Any]]
+
+
+class Maker(Protocol):
+    """What an actor does with its shards; one is made for each actor, around its model."""
+
+    suffix: str
+    """Of the parts' names."""
+
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+        """Leave the part at `path`, whole or not at all; return its facts. `tell` takes the number of rows done so far."""
+        ...
+
+
+Make = Callable[["SteeredModel", Mapping[str, Any]], Maker]
+"""A module's function that makes a `Maker` from a loaded model and the stage's parameters."""
+
+
+def run(work: Work, make: Make, check: Callable[[int, Sequence[Mapping[str, Any]]], None]) -> list[dict[str, Any]]:
+    """Make the parts that are missing and return the manifest rows of all, in order.
+
+    `check` sees the number of missing rows and some of them before the first actor starts; it raises ValueError to stop.
+
+    Raises:
+        ValueError: the data or the settings are wrong; no other attempt is made.
+    """
+    place = Place(work.store.root, work.stage.name, work.stage.key)
+    planned = _plan(place, DataSet.model_validate(work.params["data"]), work.params["extract"]["rows_per_shard"])
+    done = {entry["number"]: row for entry in planned if (row := place.done(entry, verify=True)) is not None}
+    missing = [entry for entry in planned if entry["number"] not in done]
+    total = sum(entry["rows"] for entry in planned)
+    before = total - sum(entry["rows"] for entry in missing)
+    work.report({"done": before, "total": total})
+    if missing:
+        check(total - before, place.shard(missing[0]).rows)
+        request = {"subject": subject.of(work), "place": place.address, "params": dict(work.params), "make": make}
+        tally: Any = Tally.options(scheduling_strategy=_beside_the_driver()).remote()  # type: ignore[attr-defined]
+        with _following(
+            tally, lambda now, left_s: work.report({"done": before + now, "total": total, "left_s": left_s}), total - before
+        ):
+            for row in _stream(request | {"tally": tally, "max_failures": work.scale.max_failures}, missing, work.scale):
+                done[row["number"]] = row
+    return [done[entry["number"]] for entry in planned]
+
+
+def collect(work: Work) -> None:
+    """Put the parts into the directory that becomes the artifact; they stay in the work directory until it is committed."""
+    work.directory.mkdir(parents=True, exist_ok=True)  # an extraction of days may find its empty directory swept away
+    Place(work.store.root, work.stage.name, work.stage.key).copy_parts(work.directory)
+
+
+@contextmanager
+def parts(work: Work) -> Iterator[list[Path]]:
+    """Give local files of all parts, in the order of the shards."""
+    with tempfile.TemporaryDirectory(dir=work.directory.parent) as folder:
+        Place(work.store.root, work.stage.name, work.stage.key).copy_parts(Path(folder))
+        yield sorted(Path(folder).iterdir())
+
+
+class Place:
+    """The work directory of a stage, as every node sees it."""
+
+    def __init__(self, root: str, stage: str, key: str) -> None:
+        self.address = (root, stage, key)
+        self._store = Store(root)
+        self._folder = f"work/{stage}/{key}"
+        uri = self._store.work(stage, key)
+        self._fs, self._base = (pafs.LocalFileSystem(), uri) if uri.startswith("/") else pafs.FileSystem.from_uri(uri)
+
+    @property
+    def plan(self) -> list[dict[str, Any]] | None:
+        """The planned shards, or None when there is no whole plan yet."""
+        try:
+            return self._store.read_json(f"{self._folder}/plan.json")
+        except (FileNotFoundError, StoreError):
+            return None
+
+    @plan.setter
+    def plan(self, entries: list[dict[str, Any]]) -> None:
+        self._store.write_json(f"{self._folder}/plan.json", entries)
+
+    def write_texts(self, number: int, texts: str) -> None:
+        """Keep the texts of a shard."""
+        self._store.write_text(f"{self._folder}/plan/{number:05d}.json", texts)
+
+    def texts(self, number: int) -> str | None:
+        """Return the texts of a shard, None where there are none."""
+        try:
+            return self._store.read_text(f"{self._folder}/plan/{number:05d}.json")
+        except FileNotFoundError:
+            return None
+
+    def shard(self, entry: Mapping[str, Any]) -> Shard:
+        """Read a planned shard."""
+        texts = self.texts(entry["number"])
+        assert texts is not None and _sha256(texts) == entry["sha256"], "the plan was verified before"
+        return Shard(entry["number"], entry["first"], json.loads(texts))
+
+    def done(self, entry: Mapping[str, Any], verify: bool = False) -> dict[str, Any] | None:
+        """Return a shard's manifest row if its part is as it says, with `verify` down to the last byte."""
+        try:
+            row = self._store.read_json(f"{self._folder}/done/{entry['number']:05d}.json")
+        except (FileNotFoundError, StoreError):
+            return None
+        path = self._part(row["path"])
+        if row["planned"] != entry["sha256"] or self._fs.get_file_info(path).size != row["bytes"]:
+            return None
+        if verify:
+            with self._fs.open_input_stream(path) as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != row["sha256"]:  # type: ignore[arg-type]
+                    return None
+        return row
+
+    def keep(self, entry: Mapping[str, Any], suffix: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Have `make` leave a part, then write its manifest row."""
+        name = f"part-{entry['number']:05d}{suffix}"
+        self._fs.create_dir(f"{self._base}/parts", recursive=True)
+        if isinstance(self._fs, pafs.LocalFileSystem):
+            facts = make(Path(self._base, "parts", name))
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                facts = make(Path(scratch, name))
+                with Path(scratch, name).open("rb") as source, self._fs.open_output_stream(self._part(name)) as target:
+                    shutil.copyfileobj(source, target, 1 << 22)
+        row = {"number": entry["number"], "first": entry["first"], "planned": entry["sha256"], **facts}
+        self._store.write_json(f"{self._folder}/done/{entry['number']:05d}.json", row)
+        return row
+
+    def _part(self, name: str) -> str:
+        return f"{self._base}/parts/{name}"
+
+    def copy_parts(self, directory: Path) -> None:
+        """Put all planned parts into a local directory: links on a disk, copies from an object store."""
+        for entry in self.plan or []:
+            row = self.done(entry)
+            assert row is not None, "every part was made"
+            source, target = self._part(row["path"]), directory / row["path"]
+            if isinstance(self._fs, pafs.LocalFileSystem):
+                # A link, not a move: a kill before the commit must not cost the parts.
+                os.link(source, target)
+            else:
+                pafs.copy_files(source, str(target), source_filesystem=self._fs, destination_filesystem=pafs.LocalFileSystem())
+
+
+def _plan(place: Place, data: DataSet, rows_per_shard: int) -> list[dict[str, Any]]:
+    """Return the planned shards: those of an extraction that was cut short, if their texts are whole."""
+    planned = place.plan
+    if planned is not None and all(_is_whole(place.texts(entry["number"]), entry) for entry in planned):
+        return planned
+    planned = []
+    found = rows.read(data)
+    for number, first in enumerate(range(0, len(found), rows_per_shard)):
+        taken = [{name: row.get(name) for name in _TEXT_FIELDS[data.format]} for row in found[first : first + rows_per_shard]]
+        texts = json.dumps(taken, ensure_ascii=False)
+        place.write_texts(number, texts)
+        planned.append({"number": number, "first": first, "rows": len(taken), "sha256": _sha256(texts)})
+    place.plan = planned
+    return planned
+
+
+def _is_whole(texts: str | None, entry: Mapping[str, Any]) -> bool:
+    return texts is not None and _sha256(texts) == entry["sha256"]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stream(request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig) -> Iterator[dict[str, Any]]:
+    """Send the missing shards through the actors and yield their manifest rows as they come."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    low, high = (min(workers, len(missing)) for workers in scale.worker_range)
+    entries = [{"entry": json.dumps(entry)} for entry in missing]
+    reserved: Any = subject.resources(scale, low)
+    found = ray.data.from_items(entries, override_num_blocks=len(entries)).map(
+        _Worker,  # type: ignore[arg-type]
+        fn_constructor_args=(request,),
+        # One shard waits at each actor while it works on another.
+        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
+        **reserved,
+    )
+    for line in found.iter_rows():
+        if "failure" in (row := json.loads(line["row"])):
+            error = _ERRORS[row["kind"]](row["failure"])
+            error.add_note(row["trace"])
+            raise error
+        yield row
+
+
+class _Worker:
+    """An actor of the pool: a loaded model and what it makes of its shards."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self._place = Place(*request["place"])
+        self._tally = request["tally"]
+        self._maker: Maker | None = None
+        # Ray Data restarts actors and repeats their tasks without end: a model that does not fit has to be noticed here.
+        self._failure = _too_many_deaths(self._tally, request["max_failures"])
+        if self._failure is not None:
+            return
+        try:
+            self._maker = request["make"](subject.load(request["subject"]), request["params"])
+        except ValueError as error:
+            self._failure = _failure(error)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
+        """Return the manifest row of a shard, made now or by an actor that was killed too late to hand it back."""
+        entry = json.loads(item["entry"])
+        row = self._failure or self._place.done(entry) or self._made(entry)
+        if "failure" not in row:
+            self._tally.tell.remote(entry["number"], entry["rows"])
+        return {"row": json.dumps(row)}
+
+    def _made(self, entry: dict[str, Any]) -> dict[str, Any]:
+        told_s = time.monotonic()
+
+        def tell(num_rows: int) -> None:
+            nonlocal told_s
+            if time.monotonic() - told_s > _POLL_S:
+                told_s = time.monotonic()
+                self._tally.tell.remote(entry["number"], num_rows)
+
+        assert self._maker is not None
+        make = self._maker.make
+        self._tally.tell.remote(entry["number"], 0)
+        try:
+            shard = self._place.shard(entry)
+            return self._place.keep(entry, self._maker.suffix, lambda path: make(shard, path, tell))
+        except ValueError as error:
+            return _failure(error)
+        except OSError as error:
+            if error.errno not in _FULL_DISK:
+                raise
+            return {**_failure(error), "failure": f"no space left for part {entry['number']} in {self._place.address[0]}"}
+
+
+_ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": StoreError, "RuntimeError": RuntimeError}
+"""What the driver raises for a failure."""
+
+
+def _failure(error: ValueError | OSError) -> dict[str, str]:
+    """Return, in place of a manifest row, what another attempt would only repeat."""
+    kind = "OSError" if isinstance(error, OSError) else "ValueError"
+    return {"failure": str(error), "kind": kind, "trace": traceback.format_exc()}
+
+
+def _too_many_deaths(tally: Any, most: int) -> dict[str, str] | None:
+    """Count the death of the actor that this one replaces, if it does, and say whether there were too many."""
+    deaths: int = ray.get(tally.died.remote()) if ray.get_runtime_context().was_current_actor_reconstructed else 0  # type: ignore[assignment]
+    if deaths <= most:
+        return None
+    text = (
+        f"{deaths} actors died, more than scale.max_failures {most}; if they ran out of memory, "
+        "lower extract.batch_tokens or scale.workers"
+    )
+    return {"failure": text, "kind": "RuntimeError", "trace": ""}
+
+
+@ray.remote(num_cpus=0)
+class Tally:
+    """How far the shards are, as the actors tell it."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+        self._deaths = 0
+        self._first_s = 0.0
+
+    def died(self) -> int:
+        """Count one more actor that died; return how many did."""
+        self._deaths += 1
+        return self._deaths
+
+    def tell(self, number: int, num_rows: int) -> None:
+        """Take the rows done of one shard; those of a killed actor are not taken back."""
+        self._first_s = self._first_s or time.monotonic()
+        self._rows[number] = max(num_rows, self._rows.get(number, 0))
+
+    def total(self) -> tuple[int, float]:
+        """Return the rows done of all shards and the seconds since the first actor began."""
+        return sum(self._rows.values()), time.monotonic() - self._first_s
+
+
+@contextmanager
+def _following(tally: Any, report: Callable[[int, float], None], total: int) -> Iterator[None]:
+    """Report the tally and the seconds left while the block runs, and once more at its end."""
+    stop = threading.Event()
+    failure: list[Exception] = []
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        now, seconds = ray.get(tally.total.remote())
+        if now > told:
+            told = now
+            report(now, seconds * (total - now) / now)
+
+    def follow() -> None:
+        try:
+            while not stop.wait(_POLL_S):
+                tell()
+        except Exception as error:  # whatever `report` raised: the main thread has to hear of it
+            failure.append(error)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    tell()
+    ray.kill(tally)
+    if failure:
+        raise failure[0]
+
+
+def _beside_the_driver() -> Any:
+    from steerlab.training.launch import beside_the_driver
+
+    return beside_the_driver()

@@ -1,0 +1,68 @@
+"""The model that a stage works on: what of it goes into the stage's key, and how a worker loads it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from steerlab import sources
+from steerlab.job import Job, ScaleConfig
+from steerlab.plan import ModelRef, Stage, Work
+
+if TYPE_CHECKING:
+    from steerlab.generation import SteeredModel
+
+LEAVES_MODEL = ("train", "fit")
+"""Stages whose artifacts `generation.load` loads."""
+
+
+def params(job: Job, below: Stage | None) -> dict[str, Any]:
+    """Return a stage's parameters about its model; `below` is the stage that leaves it, None when it is the job's source."""
+    model: dict[str, Any] = {"dtype": job.model.dtype, "attention": job.model.attention}
+    if below is not None:
+        return {"model": model}
+    assert isinstance(job.model.source, str)
+    model |= {"source": job.model.source, "fingerprint": sources.fingerprint(job.model.source)}
+    return {"model": model, "prompt": {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}}
+
+
+def of(work: Work) -> dict[str, Any]:
+    """Return, in JSON values, all that a worker on any node needs to load the stage's model."""
+    below = next((stage for stage in work.stage.inputs if stage.name in LEAVES_MODEL), None)
+    if below is None:
+        ref = ModelRef(source=work.params["model"]["source"])
+    else:
+        ref = ModelRef(artifact=(work.store.root, below.name, below.key))
+    return {
+        "ref": asdict(ref),
+        "model": work.params["model"],
+        "prompt": None if below else work.params["prompt"],
+        "snapshot": work.params.get("snapshot"),
+    }
+
+
+def load(subject: dict[str, Any]) -> SteeredModel:
+    """Load the model that `of` describes on this worker's device, with the patches that it carries."""
+    import torch
+
+    from steerlab import generation, models, tokens
+
+    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+    loading = {name: subject["model"][name] for name in ("dtype", "attention")}
+    directory = ModelRef(**subject["ref"]).locate()
+    if subject["prompt"] is None:
+        return generation.load(directory, device=device, snapshot=subject["snapshot"], **loading)
+    model = models.load_model(directory, **loading).to(device)  # type: ignore[arg-type]
+    return generation.SteeredModel(model, tokens.Encoder(models.load_tokenizer(directory), **subject["prompt"]))
+
+
+def resources(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
+    """Return what one of `workers` actors that hold the model reserves: together no more than a training's workers."""
+    cluster = ray.cluster_resources()
+    gpus = 1 if scale.gpu != "never" and cluster.get("GPU", 0) >= workers else 0
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    share = scale.worker_range[0] * scale.cpus_per_worker / workers
+    return {"num_cpus": min(share, largest), "num_gpus": gpus}

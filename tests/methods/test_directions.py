@@ -1,0 +1,79 @@
+"""CAA and ITI: their directions, their lengths, and where they act."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steerlab.methods import METHODS, caa, iti
+from steerlab.methods.caa import places
+
+
+def samples(shift: torch.Tensor, n: int = 24, m: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.randn(n, len(shift), generator=generator)
+    return source, torch.randn(m, len(shift), generator=generator) + shift
+
+
+def test_caa_is_the_difference_of_means_at_the_middle_place() -> None:
+    source, target = samples(torch.tensor([1.0, -2.0, 0.0]))
+    maps = METHODS["caa"].fit(caa.Config(), {n: source for n in "abcde"}, {n: target for n in "abcde"})  # type: ignore[misc]
+    assert list(maps) == ["c"]
+    torch.testing.assert_close(maps["c"].shift_D, target.mean(0) - source.mean(0), rtol=1e-5, atol=1e-6)
+    assert (maps["c"].scale_D == 1).all()
+
+
+def test_caa_at_all_places_is_mean_act_at_once() -> None:
+    source, target = (
+        {n: samples(torch.ones(4), seed=i)[0] for i, n in enumerate("ab")},
+        {n: samples(torch.ones(4), seed=i)[1] for i, n in enumerate("ab")},
+    )
+    everywhere = METHODS["caa"].fit(caa.Config(at="all"), source, target)  # type: ignore[misc]
+    mean = METHODS["mean_act"].fit(METHODS["mean_act"].Config(incremental=False), source, target)  # type: ignore[misc, call-arg]
+    for name in "ab":
+        torch.testing.assert_close(everywhere[name].shift_D, mean[name].shift_D)
+
+
+def test_places_by_number_and_beyond_the_last() -> None:
+    assert places(0, ["a", "b"]) == ["a"]
+    with pytest.raises(ValueError, match=r"method.at 2: 2 places were extracted, numbered from 0"):
+        places(2, ["a", "b"])
+
+
+def test_the_probe_finds_the_direction_that_separates() -> None:
+    shift = torch.zeros(8)
+    shift[3] = 4.0
+    source, target = samples(shift, 200, 200)
+    direction, accuracy = iti.probe(source, target)
+    assert direction.norm().item() == pytest.approx(1)
+    assert direction[3] > 0.9 and accuracy > 0.95
+    same_a, same_b = samples(torch.zeros(8), 200, 200)
+    assert 0.35 < iti.probe(same_a, same_b)[1] < 0.65
+
+
+def test_the_probes_direction_is_in_the_units_of_the_activations() -> None:
+    """A neuron with a hundred times the scale needs a hundredth of the coefficient: the projections stay the same."""
+    shift = torch.tensor([1.5, 1.5])
+    source, target = samples(shift, 100, 100)
+    scale = torch.tensor([1.0, 100.0])
+    plain, _ = iti.probe(source, target)
+    scaled, _ = iti.probe(source * scale, target * scale)
+    expected = plain / scale.double()
+    torch.testing.assert_close(scaled, expected / expected.norm(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_step_is_alpha_standard_deviations_along_the_direction() -> None:
+    source, target = samples(torch.tensor([3.0, 0.0, 0.0]), 50, 50)
+    direction, _ = iti.probe(source, target)
+    fitted = iti.iti_map(source, target, direction, alpha=2.0)
+    sigma = (torch.cat([source, target]).double() @ direction).std()
+    assert fitted.shift_D.norm().item() == pytest.approx(2 * sigma.item(), rel=1e-5)
+    moved = (fitted(source).double() @ direction).mean() - (source.double() @ direction).mean()
+    assert moved.item() == pytest.approx(2 * sigma.item(), rel=1e-5)
+
+
+def test_top_k_keeps_the_most_accurate_places() -> None:
+    good, bad = samples(torch.full((4,), 3.0)), samples(torch.zeros(4), seed=1)
+    source, target = {"bad": bad[0], "good": good[0]}, {"bad": bad[1], "good": good[1]}
+    assert list(METHODS["iti"].fit(iti.Config(top_k=1), source, target)) == ["good"]  # type: ignore[misc]
+    assert list(METHODS["iti"].fit(iti.Config(), source, target)) == ["bad", "good"]  # type: ignore[misc]

@@ -1,0 +1,103 @@
+"""The single pass equals the naive procedure, one forward pass a place, whatever the batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from steerlab import patches, taps, tinyworld
+from steerlab.affine import AffineMap
+from steerlab.job import Selection
+from steerlab.methods.incremental import Reading, fit_in_order
+from steerlab.methods.transport import linear_map
+from steerlab.tokens import Batch, Encoder, collate
+
+SELECTION = Selection(modules=r"model\.layers\.\d+\.(post_attention_layernorm|mlp)")
+
+
+@pytest.fixture
+def batch(encoder: Encoder) -> Batch:
+    rows = [encoder.encode(encoder.from_row(row, "text")) for row in tinyworld.rows("topics/train", 12)]
+    return collate(rows, encoder.pad_id)
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    return Batch(*(getattr(batch, field)[rows] for field in batch.__dataclass_fields__))
+
+
+def reading(batch: Batch, steer: Selection = SELECTION) -> Reading:
+    return Reading(batch.model_inputs, taps.selected(batch, SELECTION), taps.selected(batch, steer))
+
+
+def target_of(name: str) -> torch.Tensor:
+    return torch.randn(9, 128, generator=torch.Generator().manual_seed(len(name) * 31 + sum(map(ord, name))))
+
+
+def fit(name: str, source_ND: torch.Tensor) -> AffineMap:
+    return linear_map(source_ND, target_of(name))
+
+
+def naive(model: PreTrainedModel, batch: Batch, steer: Selection = SELECTION) -> dict[str, AffineMap]:
+    """For each place a whole forward pass with the maps of the places before it: O(L^2)."""
+    maps: dict[str, AffineMap] = {}
+    # The order in which the model runs them, which is not that of `named_modules`.
+    for place in [taps.Tap(f"model.layers.{i}.{name}") for i in range(4) for name in ("post_attention_layernorm", "mlp")]:
+        attached = patches.attach(model, [patches.ActivationPatch.from_maps(maps, steer)] if maps else [])
+        reader = taps.Reader(model, [place], stop=False)
+        with torch.no_grad():
+            z_BTD = reader(**batch.patched_inputs)[place.name]
+        reader.close()
+        attached.detach()
+        maps[place.name] = fit(place.name, taps.pool(z_BTD, taps.selected(batch, SELECTION), "mean"))
+    return maps
+
+
+def assert_equal(one: dict[str, AffineMap], other: dict[str, AffineMap]) -> None:
+    assert list(one) == list(other)
+    for name, fitted in one.items():
+        torch.testing.assert_close(fitted.scale_D, other[name].scale_D, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fitted.shift_D, other[name].shift_D, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[12], [5, 7], [4, 4, 4]], ids=str)
+def test_one_pass_equals_a_pass_for_each_place(tiny_model: PreTrainedModel, batch: Batch, sizes: list[int]) -> None:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = [part(batch, slice(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    places = taps.select(tiny_model, SELECTION)
+    one_pass = fit_in_order(tiny_model, places, SELECTION, [reading(p) for p in parts], "mean", fit)
+    assert_equal(one_pass, naive(tiny_model, batch))
+
+
+def test_only_steered_tokens_are_mapped(tiny_model: PreTrainedModel, batch: Batch) -> None:
+    steer = SELECTION.model_copy(update={"positions": ((-2, None),)})
+    one_pass = fit_in_order(tiny_model, taps.select(tiny_model, SELECTION), SELECTION, [reading(batch, steer)], "mean", fit)
+    assert_equal(one_pass, naive(tiny_model, batch, steer))
+    everywhere = fit_in_order(tiny_model, taps.select(tiny_model, SELECTION), SELECTION, [reading(batch)], "mean", fit)
+    last = list(one_pass)[-1]
+    assert not torch.allclose(one_pass[last].scale_D, everywhere[last].scale_D, rtol=1e-3)
+
+
+def test_the_model_runs_once(tiny_model: PreTrainedModel, batch: Batch) -> None:
+    counts: list[int] = []
+    tiny_model.model.layers[0].register_forward_hook(lambda *_: counts.append(1))
+    fit_in_order(tiny_model, taps.select(tiny_model, SELECTION), SELECTION, [reading(batch)], "mean", fit)
+    assert len(counts) == 1
+
+
+def test_an_error_in_a_fit_ends_every_batch(tiny_model: PreTrainedModel, batch: Batch) -> None:
+    def failing(name: str, source_ND: torch.Tensor) -> AffineMap:
+        raise ValueError(f"no map for {name}")
+
+    parts = [reading(part(batch, slice(i, i + 4))) for i in (0, 4, 8)]
+    with pytest.raises(ValueError, match=r"no map for model\.layers\.0\.mlp|no map for model\.layers\.0\.post"):
+        fit_in_order(tiny_model, taps.select(tiny_model, SELECTION), SELECTION, parts, "mean", failing)
+
+
+def test_a_place_that_does_not_run_is_named(tiny_model: PreTrainedModel, batch: Batch) -> None:
+    places: list[Any] = [taps.Tap("model.layers.0.mlp"), taps.Tap("unused")]
+    tiny_model.unused = torch.nn.Identity()
+    with pytest.raises(ValueError, match="1 of 2 places did not run"):
+        fit_in_order(tiny_model, places, SELECTION, [reading(batch)], "mean", fit)

@@ -1,0 +1,91 @@
+"""The choice of a strength: best within the bound, never by the rows it is reported on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerlab import job
+from steerlab.stages import JobType, choose, plan_of
+from steerlab.stages.choose import best
+
+TABLE: dict[float, dict[str, float | None]] = {
+    0.0: {"tox/share": 0.3, "ppl/value": 50.0},
+    0.5: {"tox/share": 0.2, "ppl/value": 50.8},
+    0.75: {"tox/share": 0.2, "ppl/value": 50.9},
+    1.0: {"tox/share": 0.1, "ppl/value": 53.0},
+}
+BOUND = {"metric": "ppl/value", "rise": 1.0}
+
+
+def test_the_best_strength_within_the_bound_and_of_equals_the_weakest() -> None:
+    assert best(TABLE, "tox/share", "min", None) == 1.0
+    assert best(TABLE, "tox/share", "min", BOUND) == 0.5
+    assert best(TABLE, "tox/share", "max", BOUND) == 0.0
+    assert best(TABLE, "tox/share", "min", {**BOUND, "rise": 0.0}) == 0.0
+
+
+def test_what_could_not_be_scored_is_not_chosen() -> None:
+    table = {**TABLE, 1.0: {"tox/share": None, "ppl/value": 40.0}, 0.75: {"tox/share": 0.0, "ppl/value": None}}
+    assert best(table, "tox/share", "min", BOUND) == 0.5
+    with pytest.raises(ValueError, match="could not be scored at strength 0"):
+        best({**TABLE, 0.0: {"tox/share": None, "ppl/value": 1.0}}, "tox/share", "min", None)
+    with pytest.raises(ValueError, match=r"no metric 'tox/shar'; they have tox/share, ppl/value"):
+        best(TABLE, "tox/shar", "min", None)
+
+
+TREE: dict[str, Any] = {
+    "name": "act",
+    "model": {"source": "tiny:model"},
+    "data": {
+        "prompt_style": "plain",
+        "source": {"source": "tiny:topics/train", "format": "text", "limit": 8},
+        "target": {"source": "tiny:topics/test", "format": "text", "limit": 8},
+    },
+    "method": {"name": "mean_act", "incremental": False},
+    "extract": {},
+    "choose": {
+        "strengths": [1, 0.5],
+        "tasks": [{"task": "perplexity", "source": "tiny:topics/validation", "format": "text"}],
+        "metric": "perplexity/value",
+    },
+    "evaluate": [{"task": "perplexity", "source": "tiny:topics/test", "format": "text"}],
+}
+
+
+def plan_for(**changes: Any) -> Any:
+    return plan_of(job.validate({**TREE, **changes}, JobType, Path("a.yaml")))
+
+
+def test_the_choice_stands_between_development_and_report() -> None:
+    stages = plan_for()
+    assert [stage.name for stage in stages] == ["extract", "extract", "fit", "evaluate", "choose", "evaluate"]
+    development, choice, report = stages[3:]
+    assert development.params["task"]["strengths"] == [0.0, 0.5, 1.0]
+    assert choice.inputs == (development,) and report.inputs == (stages[2], choice)
+
+
+def test_without_a_patch_there_is_nothing_to_choose() -> None:
+    stages = plan_for(method={"name": "none"})
+    assert "choose" not in [stage.name for stage in stages]
+
+
+def test_strengths_are_sorted_and_zero_comes_first() -> None:
+    config = job.ChooseConfig.model_construct(strengths=(1.0, 0.0, 0.5, 0.5))
+    assert choose.strengths(config) == (0.0, 0.5, 1.0)
+
+
+def test_knobs_that_act_at_inference_leave_the_fit_alone() -> None:
+    """A sweep over candidates, tasks or the bound pays for no extraction and no fit."""
+    keys = [stage.key for stage in plan_for()[:3]]
+    other = plan_for(choose={**TREE["choose"], "strengths": [0.1], "within": {"metric": "perplexity/value", "rise": 2}})
+    assert [stage.key for stage in other[:3]] == keys
+
+
+def test_closed_form_methods_share_their_extractions() -> None:
+    keys = {tuple(s.key for s in plan_for(method={"name": n, **more}) if s.name == "extract") for n, more in [
+        ("mean_act", {"incremental": False}), ("gaussian_act", {"incremental": False}), ("caa", {}), ("iti", {}),
+    ]}  # fmt: skip
+    assert len(keys) == 1

@@ -1,0 +1,130 @@
+"""Tasks of lm-evaluation-harness on a steered model: its requests against the model itself, and a task of our own in full."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from steerlab.evaluation import harness, harness_model
+from steerlab.evaluation.metrics import summarise_all
+from steerlab.generation import SteeredModel
+from steerlab.patches import ActivationPatch
+from steerlab.tokens import INSTRUCTION, Message, Part
+
+NORM = "model.layers.1.post_attention_layernorm"
+PAIRS = [("the cow and ", "the dog"), ("the cat", " moo"), ("", "the duck and the cow"), ("the old dog", " and the cat .")]
+
+
+@pytest.fixture
+def steered(tiny_model, encoder):
+    patch = ActivationPatch({NORM: tiny_model.config.hidden_size}, {"phases": ("generation",)})
+    with torch.no_grad():
+        patch.maps[0].scale.fill_(-3.0)
+    return SteeredModel(tiny_model, encoder, (patch,))
+
+
+def ids(encoder, text):
+    return encoder.encode((Message("text", (Part(text, INSTRUCTION),)),)).input_ids
+
+
+def naive(model, whole, first):
+    with torch.no_grad():
+        log_probs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    total = sum(float(log_probs[t - 1, whole[t]]) for t in range(first, len(whole)))
+    return total, all(int(log_probs[t - 1].argmax()) == whole[t] for t in range(first, len(whole)))
+
+
+def test_likelihoods_are_the_models_own_at_strength_0_and_others_at_1(steered, encoder):
+    base, strong = (harness_model.loglikelihoods(steered, PAIRS, strength) for strength in (0.0, 1.0))
+    steered._attached.detach()
+    for (context, continuation), found in zip(PAIRS, base, strict=True):
+        total, is_greedy = naive(steered.model, ids(encoder, context + continuation), len(ids(encoder, context)))
+        assert found == (pytest.approx(total, rel=1e-5), is_greedy)
+    # The patch acts on generated tokens: it moves what follows the first of them, and nothing of a single one.
+    changed = [abs(a.log_prob_nats - b.log_prob_nats) > 1e-3 for a, b in zip(base, strong, strict=True)]
+    assert changed == [True, False, True, True]
+
+
+def test_a_continuation_that_greedy_decoding_gives_is_marked(steered):
+    text = steered.generate([harness_model._text(steered, "the cow")], max_new_tokens=4, strengths=(1.0,))[0][0].text
+    found = harness_model.loglikelihoods(steered, [("the cow", f" {text}"), ("the cow", f" {text} dog")], 1.0)
+    assert [likelihood.is_greedy for likelihood in found] == [True, False]
+
+
+def test_long_contexts_are_cut_on_the_left(steered, encoder, monkeypatch):
+    monkeypatch.setattr(steered.model.config, "max_position_embeddings", 6)
+    context, continuation = "the cow and the dog and the cat and", " the duck"
+    found = harness_model.loglikelihoods(steered, [(context, continuation)], 0.0)[0]
+    steered._attached.detach()
+    assert found.log_prob_nats == pytest.approx(naive(steered.model, ids(encoder, context + continuation)[-6:], 4)[0], rel=1e-5)
+    with pytest.raises(ValueError, match=r"8 tokens; the model's context holds 6"):
+        harness_model.loglikelihoods(steered, [("the", " the cow and the dog and the cat")], 0.0)
+
+
+def test_rolling_likelihoods_predict_every_token_once(steered, encoder, monkeypatch):
+    text = "the cow and the dog and the cat and the duck"
+    whole = ids(encoder, text)
+    one_window = harness_model.rolling_loglikelihoods(steered, [text, "the cow"], 0.0)
+    monkeypatch.setattr(steered.model.config, "max_position_embeddings", 5)
+    windows = harness_model.rolling_loglikelihoods(steered, [text], 0.0)
+    steered._attached.detach()
+    assert one_window[0] == pytest.approx(naive(steered.model, whole, 1)[0], rel=1e-5)
+    starts = range(0, len(whole) - 1, 4)
+    assert windows[0] == pytest.approx(sum(naive(steered.model, whole[i : i + 5], 1)[0] for i in starts), rel=1e-5)
+
+
+def test_the_harness_s_numbers_become_observations_where_they_are_means():
+    def logged(metric, values, answer_filter="none"):
+        return [{"doc_id": i, "filter": answer_filter, "metrics": [metric], metric: v} for i, v in enumerate(values)]
+
+    samples = {
+        "a": logged("acc", [1.0, 0.0]) + logged("exact_match", [True, True], "flexible-extract"),
+        "b": logged("acc", [1.0]) + logged("ppl", [(-3.0, 2), (-5.0, 4)]) + logged("f1", [(1, 0), (0, 1)]),
+    }
+    reported = {
+        "a": {"acc,none": 0.5, "exact_match,flexible-extract": 1.0},
+        "b": {"acc,none": 1.0, "ppl,none": math.exp(8 / 6), "f1,none": 0.7},
+    }
+    samples["b"][-1]["f1"] = "x"
+    with pytest.warns(UserWarning, match="lm_eval/f1 of b is no mean over documents"):
+        observations, transforms = harness.observe(samples, reported, 0.5)
+    assert transforms == {"lm_eval/acc": "identity", "lm_eval/exact_match_flexible_extract": "identity", "lm_eval/ppl": "exp"}
+    assert [(o.id, o.value) for o in observations if o.metric == "lm_eval/acc"] == [("a/0", 1.0), ("a/1", 0.0), ("b/0", 1.0)]
+    assert [(o.value, o.weight) for o in observations if o.metric == "lm_eval/ppl"] == [(1.5, 2.0), (1.25, 4.0)]
+    assert {o.strength for o in observations} == {0.5}
+
+
+@pytest.mark.slow  # the harness reads its thousands of task files first
+def test_a_task_of_our_own_runs_at_every_strength(steered, tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = [{"question": "the cow", "choices": ["moo", "woof"], "answer": i % 2} for i in range(4)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {tmp_path / 'rows.json'}}}\ntest_split: test\n"
+    (tmp_path / "sounds.yaml").write_text(
+        f"task: sounds\n{common}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    (tmp_path / "says.yaml").write_text(
+        f"task: says\n{common}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
+        "doc_to_target: '{{choices[answer]}}'\nmetric_list: [{metric: exact_match}]\n"
+        "generation_kwargs: {until: ['.'], max_gen_toks: 3}\n"
+    )
+    config = harness.Config(name="sounds", tasks_source=str(tmp_path), strengths=(1.0, 0.0), limit=3)
+    result = harness.run(steered, config)
+    found = summarise_all(result)
+    assert list(found) == [1.0, 0.0] and set(found[1.0]) == {"lm_eval/acc", "lm_eval/acc_norm"}
+    assert found[1.0]["lm_eval/acc"].n == 3
+    assert {o.id for o in result.observations} == {"sounds/0", "sounds/1", "sounds/2"}
+    assert len(result.samples) == 6 and json.dumps(result.samples)
+    says = harness.run(steered, config.model_copy(update={"name": "says"}))
+    assert set(summarise_all(says)[0.0]) == {"lm_eval/exact_match"}
+    with pytest.raises(ValueError, match="no task 'sound'; did you mean sounds"):
+        harness.run(steered, config.model_copy(update={"name": "sound"}))
+
+
+def test_without_the_package_the_error_says_what_to_install(steered, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"pip install 'steerlab\[lm_eval\]'"):
+        harness.run(steered, harness.Config(name="mmlu"))

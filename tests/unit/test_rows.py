@@ -1,0 +1,91 @@
+"""The rows of a data set: filters, order, splits, and what is said when nothing is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerlab import rows, sources
+from steerlab.job import DataSet
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    path = tmp_path / "reviews.txt"
+    lines = [f"{i}\t{score}\tReview {i}. It goes on." for i, score in enumerate([-3, -1, 0.5, 2, 3, -2.5])]
+    path.write_text("\r\n".join(lines) + "\r\n")
+    return path
+
+
+def data(source: Path | list[str], **settings: Any) -> DataSet:
+    where = [str(s) for s in source] if isinstance(source, list) else str(source)
+    return DataSet.model_validate({"source": where, "format": "text", **settings})
+
+
+def texts(found: DataSet) -> list[str]:
+    return [row["text"] for row in rows.read(found)]
+
+
+COLUMNS = {"columns": ["id", "score", "text"]}
+
+
+def test_columns_filters_and_first_sentences(reviews: Path) -> None:
+    assert texts(data(reviews, **COLUMNS, where={"score": [None, -2]})) == ["Review 0. It goes on.", "Review 5. It goes on."]
+    assert texts(data(reviews, **COLUMNS, where={"score": [2, 2.5]}, first_sentence=True)) == ["Review 3."]
+    assert texts(data(reviews, **COLUMNS, equals={"id": "4"})) == ["Review 4. It goes on."]
+
+
+def test_a_first_sentence_ends_at_its_mark_and_not_in_a_number() -> None:
+    row = {"text": 'It costs 3.50 here! "Really?" he said.'}
+    assert rows._with_text(row, data(Path("x"), first_sentence=True))["text"] == "It costs 3.50 here!"
+    assert rows._with_text({"text": "no mark at all"}, data(Path("x"), first_sentence=True))["text"] == "no mark at all"
+
+
+def test_a_shuffle_is_one_order_and_splits_are_disjoint(reviews: Path) -> None:
+    whole = texts(data(reviews, **COLUMNS, shuffle=1))
+    assert whole != texts(data(reviews, **COLUMNS)) and sorted(whole) == sorted(texts(data(reviews, **COLUMNS)))
+    assert texts(data(reviews, **COLUMNS, shuffle=1, limit=2)) + texts(data(reviews, **COLUMNS, shuffle=1, offset=2)) == whole
+
+
+def test_equal_texts_are_kept_once_before_a_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a\nb\na\nc\nlonger\n")
+    assert texts(data(path, distinct=True)) == ["a", "b", "c", "longer"]
+    assert texts(data(path, distinct=True, offset=2, limit=1)) == ["c"]
+    assert texts(data(path, min_chars=2)) == ["longer"]
+
+
+def test_several_sources_are_one_data_set_and_one_fingerprint(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("a\n")
+    second.write_text("b\n")
+    both = data([str(first), str(second)])
+    assert texts(both) == ["a", "b"]
+    before = rows.fingerprint(both)
+    second.write_text("c\n")
+    assert rows.fingerprint(both) != before
+
+
+def test_what_is_wrong_is_said(reviews: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no rows are left; 6 were read, 0 pass the filters, offset is 0"):
+        rows.read(data(reviews, **COLUMNS, where={"score": [9, None]}))
+    with pytest.raises(ValueError, match=r"where.id: 'x' of .* is not a number"):
+        other = tmp_path / "o.jsonl"
+        other.write_text(json.dumps({"id": "x", "text": "t"}))
+        rows.read(data(other, where={"id": [0, 1]}))
+    with pytest.raises(sources.SourceError, match=r"line 1 has 3 tab-separated cells, not 2: id, text"):
+        rows.read(data(reviews, columns=["id", "text"]))
+    with pytest.raises(sources.SourceError, match=r"has no field 'review'"):
+        rows.check(data(reviews, **COLUMNS, field="review"))
+
+
+def test_a_file_inside_an_archive_inside_a_package() -> None:
+    source = "sdist:vaderSentiment==3.3.2#additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/{}"
+    found = rows.read(data(Path("x")).model_copy(update={"source": source.format("movieReviewSnippets_GroundTruth.txt"), **{
+        "columns": ("id", "score", "text"), "limit": 2}}))  # fmt: skip
+    assert found[1]["score"].startswith("3.53") and "Lord of the Rings" in found[1]["text"]
+    with pytest.raises(sources.SourceError, match=r"hutto_ICWSM_2014.tar.gz has no 'absent.txt'"):
+        sources.fetch(source.split("!")[0] + "!absent.txt")

@@ -1,0 +1,282 @@
+"""Choosing modules and tokens, pooling, and a reader that stops."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from steerlab import taps
+from steerlab.job import Phase, Pooling, Selection
+from steerlab.taps import Tap
+from steerlab.tokens import DATA, GENERATION, INSTRUCTION, PADDING, PHASES, PROMPT, RESPONSE, ROLES
+
+
+def selection(**fields: Any) -> Selection:
+    return Selection.model_validate(fields)
+
+
+def test_whole_paths_are_matched_in_the_models_order(tiny_model: PreTrainedModel) -> None:
+    found = taps.select(tiny_model, selection(modules=r"model\.layers\.[02]\.mlp|model\.norm"))
+    assert found == [Tap("model.layers.0.mlp"), Tap("model.layers.2.mlp"), Tap("model.norm")]
+    assert len(taps.select(tiny_model, selection())) == 4
+
+
+def test_an_element_of_a_tuple_is_picked_by_number(tiny_model: PreTrainedModel) -> None:
+    (found,) = taps.select(tiny_model, selection(modules=r"model\.layers\.1\.self_attn:0"))
+    assert (found, found.name) == (Tap("model.layers.1.self_attn", 0), "model.layers.1.self_attn:0")
+    assert taps.tap(found.name) == found
+    assert taps.tap("model.norm") == Tap("model.norm")
+
+
+def test_excluded_modules_are_left_out(tiny_model: PreTrainedModel) -> None:
+    found = taps.select(tiny_model, selection(modules=r"model\.layers\.\d", exclude_modules=r".*\.[12]"))
+    assert [tap.name for tap in found] == ["model.layers.0", "model.layers.3"]
+    with pytest.raises(ValueError, match="takes out all 4 modules"):
+        taps.select(tiny_model, selection(modules=r"model\.layers\.\d", exclude_modules=".*"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("layers.0.mlp", r"'layers.0.mlp' as a whole; near: model.layers.0.mlp, "),
+        ("model.layer.0.mpl", r"near: .*model.layers.0.mlp"),
+        ("model.(", "is not a regular expression"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_lists_near_misses(tiny_model: PreTrainedModel, pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        taps.select(tiny_model, selection(modules=pattern))
+
+
+# Row 0: instruction, data, data, response, response; row 1: two instruction tokens padded on either side.
+P, G, X = PROMPT, GENERATION, PADDING
+ROWS = {
+    "right": (
+        [[INSTRUCTION, DATA, DATA, RESPONSE, RESPONSE], [INSTRUCTION, INSTRUCTION, X, X, X]],
+        [[P, P, P, G, G], [P] * 5],
+        [[0, 1, 2, 3, 4], [0, 1, 0, 0, 0]],
+    ),
+    "left": (
+        [[INSTRUCTION, DATA, DATA, RESPONSE, RESPONSE], [X, X, X, INSTRUCTION, INSTRUCTION]],
+        [[P, P, P, G, G], [P] * 5],
+        [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]],
+    ),
+}
+
+
+def selected(side: str, chosen: Selection) -> list[list[int]]:
+    """Return the positions that are selected in each row."""
+    roles, phases, positions = (torch.tensor(values) for values in ROWS[side])
+    mask = taps.token_mask(chosen, roles, phases, positions, taps.prompt_lengths(roles, phases))
+    return [row_positions[row].tolist() for row_positions, row in zip(positions, mask, strict=True)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [[0, 1, 2, 3, 4], [0, 1]]),
+        ({"phases": ["generation"]}, [[3, 4], []]),
+        ({"phases": ["prompt"]}, [[0, 1, 2], [0, 1]]),
+        ({"roles": ["data"]}, [[1, 2], []]),
+        ({"roles": ["data", "response"]}, [[1, 2, 3, 4], []]),
+        ({"exclude_roles": ["data"]}, [[0, 3, 4], [0, 1]]),
+        ({"positions": [[0, 1]]}, [[0], [0]]),
+        ({"positions": [[1, None]]}, [[1, 2, 3, 4], [1]]),
+        ({"positions": [[-1, None]], "phases": ["prompt"]}, [[2], [1]]),
+        ({"positions": [[-1, None]]}, [[2], [1]]),
+        ({"positions": [[-2, -1]]}, [[1], [0]]),
+        ({"positions": [[None, -1]]}, [[0, 1], [0]]),
+        ({"positions": [[0, 1], [-1, None]]}, [[0, 2], [0, 1]]),
+        ({"positions": [[1, -1]]}, [[1], []]),
+        ({"exclude_positions": [[0, 1]]}, [[1, 2, 3, 4], [1]]),
+        ({"exclude_positions": [[-1, None]]}, [[0, 1, 3, 4], [0]]),
+        ({"roles": ["instruction", "data"], "exclude_positions": [[0, 1]], "phases": ["prompt"]}, [[1, 2], [1]]),
+    ],
+)
+def test_tokens_are_selected_by_phase_role_and_position(side: str, fields: dict[str, Any], expected: list[list[int]]) -> None:
+    assert selected(side, selection(**fields)) == expected
+
+
+def naive_mask(chosen: Selection, roles: list[int], phases: list[int]) -> list[bool]:
+    """Decide token by token, as the docstring of `Selection` says it."""
+    prompt = sum(phase == PROMPT for phase in phases)
+
+    def within(spans: Any, position: int, phase: int) -> bool:
+        def reached(bound: int) -> bool:
+            return position >= bound if bound >= 0 else position - prompt >= bound
+
+        def is_in(start: int | None, end: int | None) -> bool:
+            # Negative positions count back from the end of the prompt: no generated token has one.
+            if phase == GENERATION and any(bound is not None and bound < 0 for bound in (start, end)):
+                return False
+            return (start is None or reached(start)) and (end is None or not reached(end))
+
+        return any(is_in(*span) for span in spans)
+
+    return [
+        ROLES_BACK[role] in (chosen.roles or ("instruction", "data", "response"))
+        and ROLES_BACK[role] not in chosen.exclude_roles
+        and phase in [PHASES[name] for name in chosen.phases]
+        and (chosen.positions is None or within(chosen.positions, position, phase))
+        and not within(chosen.exclude_positions, position, phase)
+        for position, (role, phase) in enumerate(zip(roles, phases, strict=True))
+    ]
+
+
+ROLES_BACK = {number: name for name, number in ROLES.items()}
+
+
+def test_masks_are_those_of_a_naive_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> int:
+        return int(torch.randint(n, (1,), generator=generator))
+
+    bounds = [None, 0, 1, 3, -1, -2, -3]
+    spans = [s for s in itertools.product(bounds, bounds) if _is_legal(s)]
+    for _ in range(200):
+        roles = [draw(3) for _ in range(1 + draw(5))]
+        phases = [PROMPT] * len(roles) + [GENERATION] * draw(4)
+        roles += [draw(3) for _ in range(len(phases) - len(roles))]
+        chosen = selection(
+            phases=[get_args(Phase), ("prompt",), ("generation",)][draw(3)],
+            roles=[None, ("data",), ("instruction", "response")][draw(3)],
+            exclude_roles=[(), ("response",)][draw(2)],
+            positions=None if draw(2) else [spans[draw(len(spans))]],
+            exclude_positions=[(9, 12)],
+        ) if draw(4) else selection(exclude_positions=[spans[draw(len(spans) - 1)]])  # fmt: skip
+        tensors = torch.tensor([roles]), torch.tensor([phases]), torch.arange(len(roles))[None]
+        mask = taps.token_mask(chosen, *tensors, taps.prompt_lengths(tensors[0], tensors[1]))
+        assert mask[0].tolist() == naive_mask(chosen, roles, phases), (chosen, roles, phases)
+
+
+def _is_legal(span: tuple[int | None, int | None]) -> bool:
+    start, end = span
+    return start is None or end is None or (start < 0) != (end < 0) or start < end
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "min", "last"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pooling_is_that_of_a_loop_over_selected_tokens(pooling: Pooling, side: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 7, 3, generator=generator)
+    mask = torch.rand(5, 7, generator=generator) < 0.4
+    mask[:, 3] = True
+    lengths = [7, 5, 4, 6, 4]
+    for row, length in enumerate(lengths):
+        padding = slice(length, None) if side == "right" else slice(0, 7 - length)
+        mask[row, padding] = False
+        z[row, padding] = torch.nan  # whatever padding holds must not count
+    reduce = {
+        "mean": lambda rows: rows.mean(0),
+        "max": lambda rows: rows.amax(0),
+        "min": lambda rows: rows.amin(0),
+        "last": lambda rows: rows[-1],
+    }[pooling]
+    expected = torch.stack([reduce(z[row][mask[row]]) for row in range(5)])
+    torch.testing.assert_close(taps.pool(z, mask, pooling), expected)
+
+
+def test_pooling_of_half_precision_sums_in_float32() -> None:
+    z = torch.full((1, 4096, 1), 1.001, dtype=torch.bfloat16)
+    pooled = taps.pool(z, torch.ones(1, 4096, dtype=torch.bool), "mean")
+    assert pooled.dtype == torch.float32
+    assert pooled.item() == z[0, 0].float().item()
+
+
+class Parts(nn.Module):
+    """Four modules in a row, one of which returns a tuple; counts what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.unused = (nn.Linear(3, 3) for _ in range(4))
+        self.pair = Pair()
+        self.ran: list[str] = []
+        for name in ("first", "second", "third"):
+            self.get_submodule(name).register_forward_pre_hook(lambda _m, _i, name=name: self.ran.append(name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.pair(self.second(self.first(x)))[1])
+
+
+class Pair(nn.Module):
+    """Returns its input and twice its input."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, 2 * x
+
+
+def test_a_reader_stops_behind_the_last_module_that_it_reads() -> None:
+    model, x = Parts(), torch.randn(2, 4, 3)
+    reader = taps.Reader(model, [Tap("first"), Tap("second")])
+    values = reader(x=x)
+    assert model.ran == ["first", "second"]
+    torch.testing.assert_close(values["second"], model.second(model.first(x)))
+    model.ran.clear()
+    assert list(reader(x=x)) == ["first", "second"], "the second pass is read as the first was"
+    reader.close()
+    model.ran.clear()
+    model(x)
+    assert model.ran == ["first", "second", "third"]
+
+
+def test_a_reader_that_does_not_stop_runs_the_whole_model() -> None:
+    model = Parts()
+    taps.Reader(model, [Tap("first")], stop=False)(x=torch.randn(1, 1, 3))
+    assert model.ran == ["first", "second", "third"]
+
+
+def test_the_stop_does_not_depend_on_the_order_of_the_taps() -> None:
+    model = Parts()
+    values = taps.Reader(model, [Tap("second"), Tap("first")])(x=torch.randn(1, 1, 3))
+    assert set(values) == {"first", "second"}
+    assert model.ran == ["first", "second"]
+
+
+def test_inputs_and_elements_of_tuples_are_read() -> None:
+    model, x = Parts(), torch.randn(2, 4, 3)
+    z = model.second(model.first(x))
+    inputs = taps.Reader(model, [Tap("third")], "input")(x=x)
+    torch.testing.assert_close(inputs["third"], 2 * z)
+    model = Parts()
+    z = model.second(model.first(x))
+    found = taps.Reader(model, [Tap("pair", 0), Tap("pair", 1)])(x=x)
+    torch.testing.assert_close(found["pair:1"], 2 * found["pair:0"])
+    torch.testing.assert_close(found["pair:0"], z)
+
+
+@pytest.mark.parametrize(
+    ("tap", "message"),
+    [
+        (Tap("unused"), "1 of 1 modules did not run"),
+        (Tap("pair", 5), "no element 5"),
+        (Tap("first", 1), "no tuple"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tap: Tap, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        taps.Reader(Parts(), [tap])(x=torch.randn(1, 1, 3))
+
+
+def test_a_module_that_runs_twice_is_refused() -> None:
+    model = Parts()
+    model.third = model.second
+    reader = taps.Reader(model, [Tap("second"), Tap("unused")])
+    with pytest.raises(ValueError, match="runs more than once"):
+        reader(x=torch.randn(1, 1, 3))
+
+
+def test_early_stop_skips_layers_of_a_real_model(tiny_model: PreTrainedModel) -> None:
+    ran: list[str] = []
+    for name, module in tiny_model.named_modules():
+        module.register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name))
+    reader = taps.Reader(tiny_model, taps.select(tiny_model, selection(modules=r"model\.layers\.[01]")))
+    values = reader(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+    assert [tuple(z.shape) for z in values.values()] == [(1, 3, 128)] * 2
+    assert not any(name.startswith(("model.layers.2", "model.layers.3", "model.norm", "lm_head")) for name in ran)
