@@ -47,6 +47,9 @@ def wanted(pair: str, overrides: list[str]) -> dict[str, job.Job]:
     """Return the jobs of a pair of texts, the paper's method first."""
     lineas, act = (JOBS / name for name in PAIRS[pair])
     found = {"lineas": job.read(lineas, JobType, overrides)}
+    # The maps after 30 of the 100 steps: kept by the same training, so they cost their evaluation alone.
+    early = ["snapshot=30", f"name=lineas-{pair}-30-steps", *overrides]
+    found["lineas, 30 steps"] = job.read(lineas, JobType, early)
     for name, more in VARIANTS.items():
         method, _, variant = name.partition(", ")
         settings = [f"method.name={method}", *more, *([f"name=act-{pair}-{variant}"] if variant else []), *overrides]

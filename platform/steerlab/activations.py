@@ -25,11 +25,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
@@ -83,18 +84,21 @@ def metadata_of(found: pa.Schema) -> dict[str, Any]:
 
 
 def table(about: Mapping[str, Any], values: Mapping[str, npt.NDArray[np.float32]], to: pa.Schema) -> pa.Table:
-    """Make a table of the schema `to`; `about` holds the first columns, `values` an (N, D) array for each of the others.
+    """Make a table of the schema `to`; `about` holds the first columns, `values` an (N, D) array for each other one.
 
     Raises:
         ValueError: a value exceeds the range of float16.
     """
-    columns = [pa.array(about[name], kind) for name, kind in zip(to.names, to.types, strict=True) if name in about]
-    for name, values_ND in values.items():
-        kind: Any = to.field(name).type
+    columns = []
+    for name, kind in zip(to.names, to.types, strict=True):
+        if name in about:
+            columns.append(pa.array(about[name], kind))
+            continue
+        values_ND, vector = values[name], cast(pa.FixedSizeListType, kind)
         with np.errstate(over="ignore"):  # an overflow is looked for below, and said in full
-            stored_ND = values_ND.astype(kind.value_type.to_pandas_dtype())
+            stored_ND = values_ND.astype(vector.value_type.to_pandas_dtype())
         _check_range(name, values_ND, stored_ND, about["sample_id"])
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(stored_ND.ravel()), type=kind))
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(stored_ND.ravel()), type=vector))
     return pa.Table.from_arrays(columns, schema=to)
 
 
@@ -251,16 +255,24 @@ class Activations:
             )
         return torch.from_numpy(values_ND.astype(np.float32))
 
+    @cached_property
+    def _fragments(self) -> list[tuple[Path, pads.Fragment]]:
+        """The parts, whose footers are read once for all columns."""
+        options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+        kind = pads.ParquetFileFormat(default_fragment_scan_options=options)
+        paths = [self.directory / part["path"] for part in self.parts]
+        return [(path, next(pads.dataset(path, format=kind).get_fragments())) for path in paths]
+
     def _read(self, name: str) -> pa.ChunkedArray:
-        found = [self._read_part(self.directory / part["path"], name) for part in self.parts]
+        found = [_read_part(path, fragment, name) for path, fragment in self._fragments]
         return pa.chunked_array([chunk for column in found for chunk in column.chunks], type=found[0].type)
 
-    def _read_part(self, path: Path, name: str) -> pa.ChunkedArray:
-        try:
-            # Memory-mapped: of a part with many columns only the pages of this one are touched.
-            return pq.read_table(path, columns=[name], page_checksum_verification=True, memory_map=True).column(name)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise _damaged(path, " ".join(str(error).split())) from error
+
+def _read_part(path: Path, fragment: pads.Fragment, name: str) -> pa.ChunkedArray:
+    try:
+        return fragment.to_table(columns=[name]).column(name)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _damaged(path, " ".join(str(error).split())) from error
 
 
 def _opened(path: Path, part: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,11 @@ class AffineMap(NamedTuple):
             return mapped
         return torch.where((z >= self.low_D) & (z <= self.high_D), mapped, z)
 
+    def to(self, device: torch.device) -> AffineMap:
+        """Return the map on a device."""
+        low_D, high_D = (None if bound is None else bound.to(device) for bound in (self.low_D, self.high_D))
+        return AffineMap(self.scale_D.to(device), self.shift_D.to(device), low_D, high_D)
+
     def inverse(self) -> AffineMap:
         """Return the map that undoes this one: it induces what this one removes.
 

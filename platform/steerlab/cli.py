@@ -134,7 +134,6 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
     """Show what would run and what is cached, with memory and disk estimates."""
     from steerlab import plan, stages
     from steerlab import run as runs
-    from steerlab.stages import train
 
     with _explained():
         store = _store(root)
@@ -144,13 +143,11 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
         if as_json:
             print(json.dumps({"stages": [record.as_dict() for record in records]}, indent=1))
             return
-        trained = stages.trainings(wanted)
         table = Table(
             "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}"
         )
         for record in records:
-            owner = trained.get(record.stage.key)
-            needs = train.estimate(owner, facts) if owner else plan.Estimate()
+            needs = runs.estimate(record.stage, wanted, facts)
             sizes = [_size(n) for n in (needs.memory_bytes, needs.disk_bytes, needs.work_bytes)]
             table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
         console.print(table)
@@ -164,7 +161,7 @@ def generate(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or a folder made by export.")],
     prompt: Annotated[str, typer.Option(help="The instruction.")],
     data: Annotated[str, typer.Option(help="The data that the instruction is about.")] = "",
-    strength: Annotated[list[float] | None, typer.Option(help="Strength of the patch; may be repeated.")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="Strengths of the patch: --strength 0 0.5 1.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
     root: RootOption = None,
@@ -390,4 +387,22 @@ def _size(num_bytes: int) -> str:
 
 def main() -> None:
     """Run the command line."""
+    sys.argv[1:] = repeated(sys.argv[1:], "--strength")
     app()
+
+
+def repeated(arguments: list[str], option: str) -> list[str]:
+    """Write `--option 0 0.5 1` as an option for each number."""
+    found: list[str] = []
+    for argument in arguments:
+        is_next_value = len(found) > 1 and found[-2] == option and _is_number(found[-1])
+        found += [option, argument] if is_next_value and _is_number(argument) else [argument]
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

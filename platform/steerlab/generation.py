@@ -24,6 +24,8 @@ from steerlab.tokens import GENERATION, Conversation, Encoded, Encoder, collate
 _T = TypeVar("_T")
 PROMPT, BASE = "prompt.json", "base.json"
 """Files of an artifact: its prompt settings, and what the patch of a frozen model stands on."""
+_NUCLEUS = 512
+"""Tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
 _BATCH_TOKENS = 4096
 """Tokens in one batch: prompts, padding and what may be generated."""
 
@@ -247,7 +249,7 @@ class SteeredModel:
             raise ValueError(f"strengths {list(strengths)} were asked for, but this model carries no patch to scale")
         means = self.patches[-1].strength_range if self.patches else None
         outside = [strength for strength in strengths if means and not means[0] <= strength <= means[1]]
-        if outside:
+        if outside and means:
             warnings.warn(
                 f"strengths {outside} lie outside of {list(means)}, where this patch was made to be used", stacklevel=3
             )
@@ -271,13 +273,23 @@ def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform
             logits_BV[row, index] = torch.where(value > 0, value / factor, value * factor)
     if uniform_B is None:
         return logits_BV.argmax(-1)
-    probs_BV, order_BV = torch.softmax(logits_BV / sampling.temperature, -1).sort(stable=True, dim=-1, descending=True)
-    before_BV = probs_BV.cumsum(-1) - probs_BV
-    probs_BV = torch.where(before_BV < sampling.top_p, probs_BV, 0)
-    cumulative_BV = probs_BV.cumsum(-1)
-    target_B1 = uniform_B.to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
-    rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp(max=logits_BV.shape[-1] - 1)
-    return order_BV.gather(-1, rank_B1)[:, 0]
+    probs_BK, order_BK = _most_likely(torch.softmax(logits_BV / sampling.temperature, -1), sampling.top_p)
+    before_BK = probs_BK.cumsum(-1) - probs_BK
+    probs_BK = torch.where(before_BK < sampling.top_p, probs_BK, 0)
+    cumulative_BK = probs_BK.cumsum(-1)
+    target_B1 = uniform_B.to(cumulative_BK)[:, None] * cumulative_BK[:, -1:]
+    rank_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True).clamp(max=probs_BK.shape[-1] - 1)
+    return order_BK.gather(-1, rank_B1)[:, 0]
+
+
+def _most_likely(probs_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return probabilities, the largest first, and their tokens: as many as the nucleus of every row needs, or all."""
+    if top_p < 1 and probs_BV.shape[-1] > _NUCLEUS:
+        # Sorting a whole vocabulary takes longer than the model's own layers.
+        probs_BK, order_BK = probs_BV.topk(_NUCLEUS, dim=-1)
+        if bool((probs_BK.sum(-1) > top_p).all()):
+            return probs_BK, order_BK
+    return probs_BV.sort(stable=True, dim=-1, descending=True)
 
 
 def _uniforms(prompts: Sequence[int], num: int, seed: int) -> Tensor:

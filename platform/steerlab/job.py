@@ -350,7 +350,7 @@ class TaskConfig(Frozen):
     """Rows evaluated; null takes all."""
     strengths: tuple[float, ...] = Field((1.0,), min_length=1)
     """Strengths of the patch, evaluated in one batch; the first one gives the headline metrics. With `choose` the chosen
-    strength and 0 come first."""
+    strength comes first, and the model without the patch is measured as strength 0."""
     seed: int = 0
     """Seed of sampling and of the choice of rows."""
 
@@ -360,8 +360,20 @@ class Limit(Frozen):
 
     metric: str
     """Name of a metric of the development tasks, `perplexity/value`."""
-    rise: float = Field(ge=0)
-    """The metric may exceed its value at strength 0 by this much."""
+    rise: float | None = Field(None, ge=0)
+    """The metric may exceed its value at strength 0 by this much (AcT's paper: one point of perplexity, at 14)."""
+    factor: float | None = Field(None, ge=1)
+    """Or: the metric may be this many times its value at strength 0."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Limit:
+        if (self.rise is None) == (self.factor is None):
+            raise ValueError("give one of rise and factor")
+        return self
+
+    def highest(self, start: float) -> float:
+        """Return what the metric may be at most when it is `start` at strength 0."""
+        return start + self.rise if self.rise is not None else start * (self.factor or 1)
 
 
 class ChooseConfig(Frozen):
@@ -376,7 +388,7 @@ class ChooseConfig(Frozen):
     mode: Literal["min", "max"] = "min"
     """Direction."""
     within: Limit | None = None
-    """Strengths that break this bound are out (AcT's paper: one point of perplexity)."""
+    """Strengths that break this bound are out."""
 
 
 class Job(Frozen):
@@ -431,8 +443,8 @@ def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskCon
     """Make the closed job type whose `method` and `evaluate` are unions over the given configs."""
     method: Any = Annotated[reduce(lambda a, b: a | b, methods), Field(discriminator="name")]  # type: ignore[arg-type]
     task: Any = Annotated[reduce(lambda a, b: a | b, tasks), Field(discriminator="task")]  # type: ignore[arg-type]
-    tasks: Any = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
-    choose = create_model("ChooseConfig", __base__=ChooseConfig, __doc__=ChooseConfig.__doc__, tasks=tasks)
+    chosen_by: Any = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
+    choose = create_model("ChooseConfig", __base__=ChooseConfig, __doc__=ChooseConfig.__doc__, tasks=chosen_by)
     fields: dict[str, Any] = {
         "method": (method, Field(description=Job.model_fields["method"].description)),
         "choose": (choose | None, Field(None, description=Job.model_fields["choose"].description)),

@@ -229,7 +229,7 @@ def _scale_rms_norm(norm: nn.Module, scale_D: Tensor) -> None:
 
 def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> list[str]:
     """Return the linear layers whose input is the norm's output itself, found by one forward pass over three tokens."""
-    output: list[Tensor] = []
+    output: list[Any] = []
     found: list[str] = []
 
     def follow(name: str) -> Any:

@@ -72,8 +72,11 @@ class Patch(Protocol):
     """What the four kinds have in common."""
 
     kind: ClassVar[str]
-    strength_range: tuple[float, float] | None
-    """Strengths that mean something for the method that made the patch; others are warned of. None where any does."""
+
+    @property
+    def strength_range(self) -> tuple[float, float] | None:
+        """Strengths that mean something for the patch's method; others are warned of. None where any does."""
+        ...
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
         """Register the hooks of patch `number` of a stack."""
@@ -146,7 +149,7 @@ class EmbeddingPatch(nn.Module):
     """
 
     kind: ClassVar[str] = "embedding"
-    strength_range = None
+    strength_range: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -337,7 +340,7 @@ class LogitPatch(nn.Module):
     """
 
     kind: ClassVar[str] = "logit"
-    strength_range = None
+    strength_range: tuple[float, float] | None = None
 
     def __init__(self, hidden_size: int, vocab_size: int, rank: int = 0) -> None:
         super().__init__()
@@ -382,7 +385,7 @@ class WeightPatch(nn.Module):
     """Differences of weights: W = W_base + strength * delta (WaRP, folded). The strength is one for all rows of a call."""
 
     kind: ClassVar[str] = "weight"
-    strength_range = None
+    strength_range: tuple[float, float] | None = None
 
     def __init__(self, shapes: dict[str, list[int]]) -> None:
         super().__init__()

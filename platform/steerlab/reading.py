@@ -20,6 +20,8 @@ from steerlab.generation import SteeredModel
 from steerlab.job import ExtractConfig
 from steerlab.tokens import INSTRUCTION, ROLES, Batch, Encoded, collate
 
+PADDING_SHARE = 0.125
+"""Most of a batch that may be padding."""
 _ROLE_NAMES = {number: name for name, number in ROLES.items()}
 
 
@@ -102,7 +104,7 @@ class TextReader:
         Raises:
             ValueError: no token of a text is selected.
         """
-        for chunk in batches([len(text) for text in texts], self._config.batch_tokens):
+        for chunk in batches([len(text) for text in texts], self._config.batch_tokens, PADDING_SHARE):
             batch = collate([texts[i] for i in chunk], self._model.encoder.pad_id)
             yield self.read_batch(batch, torch.tensor(chunk), first)
 
@@ -139,17 +141,25 @@ class TextReader:
                     f"extract.select.modules: {name} gives a tensor of shape {tuple(z_BTD.shape)}, not one vector for each of "
                     f"{tuple(batch.roles.shape)} tokens"
                 )
-        return found
+        # A module may run before another that stands before it in the model.
+        return {tap.name: found[tap.name] for tap in self._taps}
 
 
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Group numbers of texts by length, longest first, so that a padded batch stays within `batch_tokens`."""
+def batches(lengths: Sequence[int], batch_tokens: int, padding: float = 1.0) -> Iterator[list[int]]:
+    """Group numbers of texts by length, longest first, so that a padded batch stays within `batch_tokens`.
+
+    A batch ends earlier where another text would make more than the share `padding` of it padding: a few short texts cost less
+    in a pass of their own. Lengths shrink by a factor from batch to batch then, so this adds few.
+    """
     chunk: list[int] = []
+    tokens = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if chunk and (len(chunk) + 1) * lengths[chunk[0]] > batch_tokens:
+        padded = (len(chunk) + 1) * lengths[chunk[0] if chunk else i]
+        if chunk and (padded > batch_tokens or tokens + lengths[i] < (1 - padding) * padded):
             yield chunk
-            chunk = []
+            chunk, tokens = [], 0
         chunk.append(i)
+        tokens += lengths[i]
     if chunk:
         yield chunk
 

@@ -52,6 +52,14 @@ def check(data: DataSet) -> None:
         )
 
 
+def describe(data: DataSet) -> str:
+    """Name a data set in a few words: the file of its first source, and how many more there are."""
+    first = data.sources[0]
+    name = re.split(r"[/#!]", first)[-1] if first.startswith(("wheel:", "sdist:")) else first
+    more = len(data.sources) - 1
+    return f"{name} and {more} more" if more else name
+
+
 def fingerprint(data: DataSet) -> str | list[str]:
     """Return a value that changes when the data behind the sources changes; part of a stage's key."""
     found = [sources.fingerprint(source) for source in data.sources]

@@ -23,7 +23,19 @@ from steerlab import models, plan, rows, sources, taps
 from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
 from steerlab.job import Job, base_job, dump
 from steerlab.methods import METHODS
-from steerlab.stages import JobType, evaluate, leaves_patch, model_stage, plan_of, targets_of, train, trainings
+from steerlab.stages import (
+    Evaluation,
+    JobType,
+    evaluate,
+    evaluations,
+    extract,
+    extractions,
+    leaves_patch,
+    model_stage,
+    plan_of,
+    train,
+    trainings,
+)
 from steerlab.stages.choose import CHOICE
 from steerlab.store import Store
 from steerlab.tokens import Encoder
@@ -220,6 +232,16 @@ def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
         raise ValueError(f"ROOT '{store.root}' has {free / 1e9:.1f} GB free; training needs about {needed / 1e9:.1f} GB")
 
 
+def estimate(stage: plan.Stage, job: Job, facts: models.ModelFacts) -> plan.Estimate:
+    """Estimate what a stage of a job's plan needs; nothing where that is small."""
+    if stage.key in (trained := trainings(job)):
+        return train.estimate(trained[stage.key], facts)
+    if stage.key in (read := extractions(job)):
+        directory = models.prepare(sources.fetch(_first_source(job)))
+        return extract.estimate(*read[stage.key], facts, directory)
+    return plan.Estimate()
+
+
 def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") -> Run:
     """Run a job's plan and leave a run folder, also when a stage fails.
 
@@ -250,10 +272,8 @@ def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") 
     summary = summarise(job, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
     store.write_json(f"{folder}/summary.json", summary)
-    for stage in targets_of(job):
-        if stage.name == "evaluate":
-            samples = json.loads((store.local(stage.name, stage.key) / "samples.json").read_text())
-            store.write_json(f"{folder}/samples/{stage.label}.json", samples)
+    for found in evaluations(job):
+        store.write_json(f"{folder}/samples/{found.stage.label}.json", _samples(store, found))
     tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, exit_code=0)
     return Run(folder, summary, records)
 
@@ -276,21 +296,46 @@ def summarise(job: Job, store: Store) -> dict[str, Any]:
     headline: dict[str, Any] = {}
     strengths: dict[str, dict[str, Any]] = {}
     choice: dict[str, Any] | None = None
-    for stage in targets_of(job):
-        if stage.name != "evaluate":
-            continue
+    measured: dict[str, str] = {}
+    for found in evaluations(job):
+        stage = found.stage
         for needed in stage.inputs:
             if needed.name == "choose":
                 choice = json.loads((store.local(needed.name, needed.key) / CHOICE).read_text())
-        saved = json.loads((store.local(stage.name, stage.key) / "metrics.json").read_text())
-        for number, (strength, metrics) in enumerate(saved["strengths"].items()):
+        measured[stage.label] = stage.key
+        for number, (strength, metrics) in enumerate(_measured_strengths(store, found).items()):
             named = {_named(name, stage.label): metric for name, metric in metrics.items()}
             strengths.setdefault(strength, {}).update(named)
             if number == 0:
                 headline.update(named)
     left = model_stage(job)
     model = None if left is None else {"stage": left.name, "key": left.key, "snapshot": job.snapshot}
-    return {"metrics": headline, "strengths": strengths, "choice": choice, "model": model, "schema": 1}
+    return {
+        "metrics": headline,
+        "strengths": strengths,
+        "choice": choice,
+        "model": model,
+        "evaluations": measured,
+        "schema": 1,
+    }
+
+
+def _measured_strengths(store: Store, found: Evaluation) -> dict[str, dict[str, Any]]:
+    """Return a task's metrics by strength, the headline's first; the model without the patch is strength 0."""
+    saved = json.loads((store.local("evaluate", found.stage.key) / "metrics.json").read_text())["strengths"]
+    if found.baseline is not None:
+        plain = json.loads((store.local("evaluate", found.baseline.key) / "metrics.json").read_text())["strengths"]
+        saved.setdefault("0.0", next(iter(plain.values())))
+    return saved
+
+
+def _samples(store: Store, found: Evaluation) -> list[dict[str, Any]]:
+    """Return a task's readable samples, those of the model without the patch as strength 0."""
+    kept = json.loads((store.local("evaluate", found.stage.key) / "samples.json").read_text())
+    if found.baseline is None:
+        return kept
+    plain = json.loads((store.local("evaluate", found.baseline.key) / "samples.json").read_text())
+    return [*kept, *({**sample, "strength": 0.0} for sample in plain)]
 
 
 def _named(metric: str, label: str) -> str:
@@ -328,17 +373,15 @@ class _Measured(NamedTuple):
 
 def _measured(store: Store, folder: str) -> dict[str, _Measured]:
     found: dict[str, _Measured] = {}
-    for line in store.read_json(f"{folder}/plan.json")["stages"]:
-        if line["name"] != "evaluate":
-            continue
-        directory = store.local("evaluate", line["key"])
-        params = store.manifest("evaluate", line["key"])["meta"]["params"]
+    for label, key in store.read_json(f"{folder}/summary.json")["evaluations"].items():
+        directory = store.local("evaluate", key)
+        params = store.manifest("evaluate", key)["meta"]["params"]
         task = [{**params["task"], "strengths": None}, params["task_version"], params["fingerprints"]]
         saved = json.loads((directory / "metrics.json").read_text())
         first = float(next(iter(saved["strengths"])))
         for row in pq.read_table(directory / "observations.parquet").to_pylist():
             if row["strength"] == first:
-                name = _named(row["metric"], line["label"])
+                name = _named(row["metric"], label)
                 transform = saved["transforms"].get(row["metric"], "identity")
                 found.setdefault(name, _Measured([], transform, task)).observations.append(Observation(**row))
     return found

@@ -75,7 +75,7 @@ class Bench:
         reader = reading.TextReader(self.steered, asked.extract)
         self.texts, _ = reader.encode(self.rows, "text", 0)
         reader.close()
-        chunks = reading.batches([len(text) for text in self.texts], asked.extract.batch_tokens)
+        chunks = reading.batches([len(text) for text in self.texts], asked.extract.batch_tokens, reading.PADDING_SHARE)
         pad = self.steered.encoder.pad_id
         self.batches = [tokens.collate([self.texts[i] for i in chunk], pad) for chunk in chunks]
         starts = range(0, len(self.texts), ARRIVAL_ROWS)
@@ -130,7 +130,7 @@ def stage_s(rows: int, root: str) -> tuple[float, float, Path]:
     from steerlab.stages import extract
     from steerlab.store import Store
 
-    asked, store = the_job(rows, rows // 4), Store.open(root)
+    asked, store = the_job(rows, rows), Store.open(root)
     stage = extract.stage(asked, "source", None)
     start_s = time.time()
     plan.run([stage], store, asked.scale, plan.Listener(), [])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from steerlab import job
+from steerlab.job import Limit
 from steerlab.stages import JobType, choose, plan_of
 from steerlab.stages.choose import best
 
@@ -17,14 +18,22 @@ TABLE: dict[float, dict[str, float | None]] = {
     0.75: {"tox/share": 0.2, "ppl/value": 50.9},
     1.0: {"tox/share": 0.1, "ppl/value": 53.0},
 }
-BOUND = {"metric": "ppl/value", "rise": 1.0}
+BOUND = Limit(metric="ppl/value", rise=1.0)
 
 
 def test_the_best_strength_within_the_bound_and_of_equals_the_weakest() -> None:
     assert best(TABLE, "tox/share", "min", None) == 1.0
     assert best(TABLE, "tox/share", "min", BOUND) == 0.5
     assert best(TABLE, "tox/share", "max", BOUND) == 0.0
-    assert best(TABLE, "tox/share", "min", {**BOUND, "rise": 0.0}) == 0.0
+    assert best(TABLE, "tox/share", "min", Limit(metric="ppl/value", rise=0.0)) == 0.0
+    assert best(TABLE, "tox/share", "min", Limit(metric="ppl/value", factor=1.06)) == 1.0
+    assert best(TABLE, "tox/share", "min", Limit(metric="ppl/value", factor=1.017)) == 0.5
+
+
+@pytest.mark.parametrize("bounds", [{}, {"rise": 1, "factor": 2}])
+def test_a_bound_is_a_rise_or_a_factor(bounds: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="give one of rise and factor"):
+        Limit.model_validate({"metric": "ppl/value", **bounds})
 
 
 def test_what_could_not_be_scored_is_not_chosen() -> None:
@@ -61,10 +70,23 @@ def plan_for(**changes: Any) -> Any:
 
 def test_the_choice_stands_between_development_and_report() -> None:
     stages = plan_for()
-    assert [stage.name for stage in stages] == ["extract", "extract", "fit", "evaluate", "choose", "evaluate"]
-    development, choice, report = stages[3:]
-    assert development.params["task"]["strengths"] == [0.0, 0.5, 1.0]
-    assert choice.inputs == (development,) and report.inputs == (stages[2], choice)
+    names = ["extract", "extract", "fit", "evaluate", "evaluate", "choose", "evaluate", "evaluate"]
+    assert [stage.name for stage in stages] == names
+    development, plain, choice, report, baseline = stages[3:]
+    assert development.params["task"]["strengths"] == [0.5, 1.0]
+    assert choice.inputs == (development, plain) and report.inputs == (stages[2], choice)
+    assert plain.inputs == baseline.inputs == ()
+
+
+def test_the_model_without_a_patch_is_measured_once_for_all_methods() -> None:
+    """Strength 0 is the same model whatever the method: its evaluations are those of method none."""
+    baselines = [
+        [stage.key for stage in plan_for(method=method) if stage.name == "evaluate" and not stage.inputs]
+        for method in ({"name": "mean_act", "incremental": False}, {"name": "caa"})
+    ]
+    assert baselines[0] == baselines[1] and len(baselines[0]) == 2
+    alone = [stage.key for stage in plan_for(method={"name": "none"}) if stage.name == "evaluate"]
+    assert alone == baselines[0][1:]
 
 
 def test_without_a_patch_there_is_nothing_to_choose() -> None:
@@ -72,9 +94,9 @@ def test_without_a_patch_there_is_nothing_to_choose() -> None:
     assert "choose" not in [stage.name for stage in stages]
 
 
-def test_strengths_are_sorted_and_zero_comes_first() -> None:
+def test_candidates_are_sorted_and_zero_is_evaluated_apart() -> None:
     config = job.ChooseConfig.model_construct(strengths=(1.0, 0.0, 0.5, 0.5))
-    assert choose.strengths(config) == (0.0, 0.5, 1.0)
+    assert choose.candidates(config) == (0.5, 1.0)
 
 
 def test_knobs_that_act_at_inference_leave_the_fit_alone() -> None:

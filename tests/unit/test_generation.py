@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from steerlab import generation as decoding
 from steerlab import tinyworld
 from steerlab.generation import Sampling, SteeredModel, choose
 from steerlab.patches import EmbeddingPatch
@@ -121,6 +122,21 @@ def test_a_prompt_beyond_the_context_is_refused(steered: SteeredModel, encoder: 
     limit = steered.model.config.max_position_embeddings
     with pytest.raises(ValueError, match=f"the model's context holds {limit}"):
         steered.generate([encoder.conversation("a", "b " * limit)], max_new_tokens=1)
+
+
+def test_a_nucleus_among_the_likeliest_tokens_is_that_of_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaked rows need few tokens, a flat one all of them; either way the choice is that of a full sort."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.rand(1, 300, generator=generator) * 1e-3
+    logits, uniform = torch.cat([5 * torch.randn(40, 300, generator=generator), flat]), torch.rand(41, generator=generator)
+    chosen = {}
+    for size in (16, 300):
+        monkeypatch.setattr(decoding, "_NUCLEUS", size)
+        for rows in (slice(0, 40), slice(0, 41)):
+            found = choose(logits[rows].clone(), [[]] * len(logits[rows]), Sampling(1.0, 0.6), uniform[rows])
+            chosen[size, rows.stop] = found
+    assert torch.equal(chosen[16, 40], chosen[300, 40]) and torch.equal(chosen[16, 41], chosen[300, 41])
+    assert torch.equal(chosen[16, 41][:40], chosen[16, 40])
 
 
 def test_the_nucleus_keeps_the_token_that_crosses_p() -> None:

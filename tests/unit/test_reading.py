@@ -99,6 +99,14 @@ def test_widths_are_known_before_a_text_is_read(encoder: Encoder) -> None:
     assert {name: z_MD.shape[1] for name, z_MD in next(reader.read(texts())).values.items()} == reader.widths
 
 
+def test_columns_stand_in_the_models_order_whatever_runs_first(encoder: Encoder) -> None:
+    """A layer's MLP stands before its norms and runs between them."""
+    chosen = config("llama", select={"modules": r"model\.layers\.0\.(mlp|.*layernorm)"})
+    reader = reading.TextReader(random_model("llama", encoder), chosen)
+    expected = [f"model.layers.0.{name}" for name in ("mlp", "input_layernorm", "post_attention_layernorm")]
+    assert reader.modules == list(reader.widths) == list(next(reader.read(texts())).values) == expected
+
+
 def test_patches_are_seen(encoder: Encoder) -> None:
     """A rotation of data tokens reaches what is read, and changes the model's key."""
     plain, rotated = random_model("llama", encoder), random_model("llama", encoder, patches.EmbeddingPatch(16, 1.5))
@@ -149,6 +157,10 @@ def test_batches_are_of_similar_length_and_within_the_limit() -> None:
     assert sorted(i for chunk in found for i in chunk) == list(range(7))
     assert all(len(chunk) * max(lengths[i] for i in chunk) <= 20 for chunk in found)
     assert [max(lengths[i] for i in chunk) for chunk in found] == [20, 9, 8, 2]
+    assert list(reading.batches(lengths, 1000)) == [[3, 1, 6, 4, 0, 5, 2]]
+    few = list(reading.batches(lengths, 1000, 0.125))
+    assert few == [[3], [1, 6, 4], [0], [5], [2]]
+    assert len(list(reading.batches(list(range(1, 513)), 10**6, 0.125))) < 25
     assert list(reading.batches([50], 20)) == [[0]], "a text longer than the limit goes alone"
 
 

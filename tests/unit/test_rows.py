@@ -69,6 +69,20 @@ def test_several_sources_are_one_data_set_and_one_fingerprint(tmp_path: Path) ->
     assert rows.fingerprint(both) != before
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("tiny:topics/train", "tiny:topics/train"),
+        ("hf:owner/name#train", "hf:owner/name#train"),
+        ("sdist:a==1#data/x.json", "x.json"),
+        ("sdist:a==1#b/c.tar.gz!d/e.txt", "e.txt"),
+        (["wheel:a==1#b/x.txt", "wheel:a==1#b/y.txt"], "x.txt and 1 more"),
+    ],
+)
+def test_a_data_set_in_a_few_words(source: Any, said: str) -> None:
+    assert rows.describe(DataSet.model_validate({"source": source, "format": "text"})) == said
+
+
 def test_what_is_wrong_is_said(reviews: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no rows are left; 6 were read, 0 pass the filters, offset is 0"):
         rows.read(data(reviews, **COLUMNS, where={"score": [9, None]}))

@@ -74,7 +74,8 @@ class _Walk:
         fit: Fit,
         progress: Callable[[int, int], None],
     ) -> None:
-        self._places, self._batches, self._pooling, self._fit, self._progress = places, batches, pooling, fit, progress
+        self._places, self._batches, self._fit, self._progress = places, batches, fit, progress
+        self._pooling: Pooling = pooling
         self._order: list[str] = []
         self._pooled: dict[int, Tensor] = {}
         self._here = threading.local()
@@ -143,8 +144,7 @@ class _Walk:
                 fitted = self._fit(place, pooled_ND.clone())
             self._order.append(place)
             if fitted is not None:
-                parts = (None if part is None else part.to(pooled_ND.device) for part in fitted)
-                self.maps[place] = AffineMap(*parts)
+                self.maps[place] = fitted.to(pooled_ND.device)
             self._progress(len(self._order), len(self._places))
         except BaseException as error:
             self.error = error

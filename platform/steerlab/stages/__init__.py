@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from steerlab.evaluation import TASKS
-from steerlab.job import Job, base_job, job_type
+from steerlab.job import Job, TaskConfig, base_job, job_type
 from steerlab.methods import METHODS
 from steerlab.plan import Stage, ordered
 from steerlab.stages import choose, evaluate, extract, fit, moments, train
@@ -22,26 +23,47 @@ def plan_of(job: Job) -> list[Stage]:
 def targets_of(job: Job) -> list[Stage]:
     """Return the stages whose results the job asks for."""
     subject = model_stage(job)
-    tasks = evaluations(job, subject)
+    found = evaluations(job)
+    tasks = [*(one.stage for one in found), *(one.baseline for one in found if one.baseline is not None)]
     return [*readings(job).values(), *(tasks or ([subject] if subject else []))]
 
 
-def evaluations(job: Job, subject: Stage | None) -> list[Stage]:
-    """Return the stages of a job's tasks; where the strength is chosen, that is done before them."""
-    choice = None
-    if job.choose is not None and leaves_patch(job):
-        candidates = {"strengths": choose.strengths(job.choose)}
-        development = [evaluate.stage(job, task.model_copy(update=candidates), subject) for task in job.choose.tasks]
-        choice = choose.stage(job, development)
-    return [evaluate.stage(job, task, subject, choice) for task in job.evaluate]
+class Evaluation(NamedTuple):
+    """One task of a job: the stage that runs it, and the one that runs it on the model without the job's patch."""
+
+    stage: Stage
+    baseline: Stage | None
+    """Shared by all jobs that patch the same model; only where the strength is chosen."""
+
+
+def evaluations(job: Job) -> list[Evaluation]:
+    """Return a job's tasks; where the strength is chosen, that is done before them, on development rows."""
+    subject = model_stage(job)
+    if job.choose is None or not leaves_patch(job):
+        return [Evaluation(evaluate.stage(job, task, subject), None) for task in job.evaluate]
+    candidates = choose.candidates(job.choose)
+    tasks = [_changed(task, "development", candidates) for task in job.choose.tasks]
+    development = [evaluate.stage(job, task, subject) for task in tasks]
+    choice = choose.stage(job, development, [_baseline(job, task) for task in tasks])
+    return [Evaluation(evaluate.stage(job, task, subject, choice), _baseline(job, task)) for task in job.evaluate]
+
+
+def _baseline(job: Job, task: TaskConfig) -> Stage:
+    """Return the task on the model that the job's patch is attached to: strength 0, whatever the patch."""
+    plain = job.model_copy(update={"snapshot": None})
+    return evaluate.stage(plain, _changed(task, "strength 0", (1.0,)), _below(job))
+
+
+def _changed(task: TaskConfig, note: str, strengths: tuple[float, ...]) -> TaskConfig:
+    """Return a task at other strengths, with a note in its label for people."""
+    return task.model_copy(update={"strengths": strengths, "label": f"{task.label or task.task}, {note}"})
 
 
 def readings(job: Job) -> dict[str, Stage]:
     """Return the extractions that are asked for their own sake, by the role of their data set."""
     if job.extract is None or METHODS[job.method.name].reads(job.method):
         return {}
-    base = base_job(job, JobType)
-    below = None if base is None else model_stage(base)
+    below = _below(job)
     kind = moments if job.extract.keep == "moments" else extract
     return {role: kind.stage(job, role, below) for role in job.data.by_role}
 
@@ -54,6 +76,14 @@ def trainings(job: Job) -> dict[str, Job]:
     return {**found, stage.key: job} if stage is not None and stage.name == "train" and job.train is not None else found
 
 
+def extractions(job: Job) -> dict[str, tuple[Job, str]]:
+    """Return the jobs that extract in a job's plan, with the role of the data set, by the key of the stage."""
+    base, below = base_job(job, JobType), _below(job)
+    found = {} if base is None else extractions(base)
+    read = {role: extract.stage(job, role, below) for role in METHODS[job.method.name].reads(job.method)}
+    return found | {stage.key: (job, role) for role, stage in (read | readings(job)).items()}
+
+
 def leaves_patch(job: Job) -> bool:
     """Say whether the model that a job evaluates carries a patch; if its method makes none it may be the base job's."""
     base = base_job(job, JobType)
@@ -64,10 +94,15 @@ def leaves_patch(job: Job) -> bool:
 
 def model_stage(job: Job) -> Stage | None:
     """Return the stage that leaves the job's model, or None when the job only evaluates the model of its source."""
-    base = base_job(job, JobType)
-    below = None if base is None else model_stage(base)
+    below = _below(job)
     method = METHODS[job.method.name]
     extractions: Mapping[str, Stage] = {role: extract.stage(job, role, below) for role in method.reads(job.method)}
     if method.fit is not None:
         return fit.stage(job, below, extractions)
     return below if job.train is None else train.stage(job, below, extractions)
+
+
+def _below(job: Job) -> Stage | None:
+    """Return the stage that leaves the model that a job starts from, None when that is its source."""
+    base = base_job(job, JobType)
+    return None if base is None else model_stage(base)

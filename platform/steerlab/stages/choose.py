@@ -4,47 +4,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
-from steerlab.job import ChooseConfig, Job
+from steerlab.job import ChooseConfig, Job, Limit
 from steerlab.plan import Stage, Work
 
 CHOICE = "choice.json"
 
 
-def stage(job: Job, development: Sequence[Stage]) -> Stage:
-    """Return the choosing stage; `development` are the evaluations of `job.choose.tasks` at every candidate."""
+def stage(job: Job, development: Sequence[Stage], baselines: Sequence[Stage]) -> Stage:
+    """Return the choosing stage, behind the evaluations of its tasks at the candidates and without a patch."""
     assert job.choose is not None
     rule = job.choose.model_dump(mode="json", include={"metric", "mode", "within"})
-    params = {**rule, "labels": [stage.label for stage in development]}
-    return Stage("choose", 1, params, run, tuple(development), label=job.choose.metric)
+    params = {**rule, "labels": [task.label or task.task for task in job.choose.tasks]}
+    # The two models one after the other: each is loaded once.
+    return Stage("choose", 1, params, run, (*development, *baselines), label=job.choose.metric)
 
 
-def strengths(choose: ChooseConfig) -> tuple[float, ...]:
-    """Return what the development tasks are run at: 0 and the candidates."""
-    return (0.0, *(strength for strength in sorted(set(choose.strengths)) if strength))
+def candidates(choose: ChooseConfig) -> tuple[float, ...]:
+    """Return the strengths that the development tasks are run at; 0 is the model without a patch, evaluated apart."""
+    return tuple(strength for strength in sorted(set(choose.strengths)) if strength)
 
 
 def run(work: Work) -> None:
     """Read the development metrics and keep the best strength that stays within the bound."""
     table: dict[float, dict[str, float | None]] = {}
-    for label, directory in zip(work.params["labels"], work.inputs, strict=True):
-        saved = json.loads((directory / "metrics.json").read_text())["strengths"]
-        for strength, metrics in saved.items():
+    num_tasks = len(work.params["labels"])
+    for label, steered, baseline in zip(work.params["labels"], work.inputs[:num_tasks], work.inputs[num_tasks:], strict=True):
+        found = json.loads((steered / "metrics.json").read_text())["strengths"]
+        (plain,) = json.loads((baseline / "metrics.json").read_text())["strengths"].values()
+        for strength, metrics in {0.0: plain, **found}.items():
             named = {f"{label}/{name.partition('/')[2]}": metric["value"] for name, metric in metrics.items()}
             table.setdefault(float(strength), {}).update(named)
-    chosen = best(table, work.params["metric"], work.params["mode"], work.params["within"])
-    found = {"strength": chosen, "rule": {n: work.params[n] for n in ("metric", "mode", "within")}, "table": table}
-    (work.directory / CHOICE).write_text(json.dumps(found, indent=1))
+    within = work.params["within"]
+    bound = None if within is None else Limit.model_validate(within)
+    chosen = best(table, work.params["metric"], work.params["mode"], bound)
+    rule = {name: work.params[name] for name in ("metric", "mode", "within")}
+    (work.directory / CHOICE).write_text(json.dumps({"strength": chosen, "rule": rule, "table": table}, indent=1))
 
 
-def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, within: dict[str, Any] | None) -> float:
+def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, within: Limit | None) -> float:
     """Return the strength with the best metric, 0 among them; of equals the weakest.
 
     Raises:
         ValueError: the development tasks have no such metric, or could not score it at strength 0.
     """
-    for name in (metric, *([within["metric"]] if within else [])):
+    for name in (metric, *([within.metric] if within else [])):
         if name not in table[0.0]:
             raise ValueError(f"choose: the development tasks have no metric {name!r}; they have {', '.join(table[0.0])}")
         if table[0.0][name] is None:
@@ -54,8 +58,8 @@ def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, wi
     def allowed(values: dict[str, float | None]) -> bool:
         if within is None:
             return True
-        value, start = values[within["metric"]], table[0.0][within["metric"]]
-        return value is not None and start is not None and value <= start + within["rise"]
+        value, start = values[within.metric], table[0.0][within.metric]
+        return value is not None and start is not None and value <= within.highest(start)
 
     scored = {s: sign * value for s, values in table.items() if (value := values[metric]) is not None and allowed(values)}
     return min(scored, key=lambda strength: (scored[strength], strength))

@@ -73,12 +73,12 @@ def run(work: Work) -> None:
 
 
 def _strengths(work: Work) -> list[float]:
-    """Return the strengths of the task; a chosen one and 0 come first."""
+    """Return the strengths of the task; a chosen one comes first, and without others declared alone."""
     declared: list[float] = list(work.params["task"]["strengths"])
     for needed, directory in zip(work.stage.inputs, work.inputs, strict=True):
         if needed.name == "choose":
             chosen = json.loads((directory / choose.CHOICE).read_text())["strength"]
-            return list(dict.fromkeys([chosen, 0.0, *(declared if declared != [1.0] else [])]))
+            return list(dict.fromkeys([chosen, *(declared if declared != [1.0] else [])]))
     return declared
 
 

@@ -38,7 +38,7 @@ def stage(job: Job, role: str, below: Stage | None) -> Stage:
         params(job, role, below, exclude={"keep", "second_moment"}),
         run,
         () if below is None else (below,),
-        label=f"{role}: {', '.join(job.data.by_role[role].sources)}",
+        label=f"{role}: {rows.describe(job.data.by_role[role])}",
     )
 
 

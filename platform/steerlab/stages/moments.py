@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steerlab import rows
 from steerlab.activations import size_and_sha256
 from steerlab.job import ExtractConfig, Job
 from steerlab.plan import Stage, Work
@@ -25,7 +26,7 @@ def stage(job: Job, role: str, below: Stage | None) -> Stage:
         extract.params(job, role, below, exclude={"dtype"}),
         run,
         () if below is None else (below,),
-        label=f"{role}: {', '.join(job.data.by_role[role].sources)}",
+        label=f"{role}: {rows.describe(job.data.by_role[role])}",
     )
 
 

@@ -37,7 +37,7 @@ def stage(job: Job, below: Stage | None, extractions: Mapping[str, Stage] | None
         "reads": sorted(extractions),
     }
     inputs = (*((below,) if below else ()), *(extractions[role] for role in sorted(extractions)))
-    return Stage("train", 2, params, run, inputs, label=f"{job.method.name} on {', '.join(data[trains_on].sources)}")
+    return Stage("train", 2, params, run, inputs, label=f"{job.method.name} on {rows.describe(data[trains_on])}")
 
 
 def run(work: Work) -> None:
@@ -100,8 +100,11 @@ def estimate(job: Job, facts: ModelFacts) -> Estimate:
         + _FLOAT_BYTES / (workers if stage_number >= 2 else 1)
         + state / (workers if stage_number >= 1 else 1)
     )
-    logits = 3 * _FLOAT_BYTES * job.train.micro_batch * job.train.max_tokens * facts.vocab_size
     layers = 16 * weight * job.train.micro_batch * job.train.max_tokens * facts.hidden_size * facts.num_layers
+    if not METHODS[job.method.name].trains_model:
+        # Frozen weights need no gradients and no moments; the patch is small beside them.
+        return Estimate(memory_bytes=int(facts.num_parameters * weight + layers))
+    logits = 3 * _FLOAT_BYTES * job.train.micro_batch * job.train.max_tokens * facts.vocab_size
     model_bytes = facts.num_parameters * weight
     return Estimate(
         memory_bytes=int(facts.num_parameters * per_parameter + logits + layers),
