@@ -32,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Rotate and steer a model's representations: run jobs, compare and try their results.",
 )
+_FOLD_TOLERANCE = 1e-2
+"""Nats of log-probability by which a folded checkpoint may miss the patched model: rounding, in bfloat16 too."""
 console = Console()
 errors = Console(stderr=True)
 
@@ -170,7 +172,8 @@ def generate(
     from steerlab import generation
 
     with _explained():
-        model = generation.load(_artifact(run_folder, root))
+        artifact, snapshot = _artifact(run_folder, root)
+        model = generation.load(artifact, snapshot=snapshot)
         strengths = tuple(strength or (1.0,))
         conversation = model.encoder.conversation(prompt, data)
         outputs = model.generate([conversation], max_new_tokens=max_new_tokens, temperature=temperature, strengths=strengths)
@@ -193,13 +196,16 @@ def export(
     with _explained():
         if directory.exists():
             raise ValueError(f"{directory} exists already; name a new folder")
-        artifact = _artifact(run_folder, root)
-        loaded = generation.load(artifact)
+        artifact, snapshot = _artifact(run_folder, root)
+        loaded = generation.load(artifact, snapshot=snapshot)
+        strengths = [*[1.0] * (len(loaded.patches) - 1), strength]
+        probe = [loaded.encoder.conversation("Say what the text is about.", "It is about nothing in particular.")]
+        expected = loaded.token_log_probs(probe, strength=strength)[0].log_prob if loaded.patches else None
         try:
-            for patch in loaded.patches:
-                patch.fold(loaded.model, strength)
+            for patch, value in zip(loaded.patches, strengths, strict=False):
+                patch.fold(loaded.model, value)
         except patches.CannotFold as reason:
-            shutil.copytree(artifact, directory)
+            _write_apart(artifact, snapshot, directory)
             console.print(f"not folded: {escape(str(reason))}. Three lines load it:\n", soft_wrap=True)
             console.print(
                 f"  from steerlab import load\n  model = load({str(directory)!r})\n  print(model.answer('instruction', 'data'))"
@@ -207,7 +213,23 @@ def export(
             return
         models.save_model(loaded.model, loaded.encoder.tokenizer, directory)
         (directory / "prompt.json").write_text(json.dumps(loaded.encoder.spec))
+        found = generation.load(directory).token_log_probs(probe)[0].log_prob
+        if expected is not None and max(abs(a - b) for a, b in zip(expected, found, strict=True)) > _FOLD_TOLERANCE:
+            shutil.rmtree(directory)
+            raise ValueError("the saved checkpoint does not compute what the patched model does, so nothing was exported")
         console.print(f"AutoModelForCausalLM.from_pretrained({str(directory)!r}) loads it")
+
+
+def _write_apart(artifact: Path, snapshot: int | None, directory: Path) -> None:
+    """Write a model and the patch on it, which cannot become weights, into one folder."""
+    from steerlab import generation, models, patches
+
+    model, encoder, stack = generation.load_stack(artifact, snapshot=snapshot)
+    if len(stack) > 1:
+        raise ValueError(f"this run stacks {len(stack)} patches that do not all fold into weights: load its run folder instead")
+    models.save_model(model, encoder.tokenizer, directory / "model")
+    patches.save(stack[0], directory / "patch", models.fingerprint(model))
+    (directory / generation.PROMPT).write_text(json.dumps(encoder.spec))
 
 
 @app.command()
@@ -299,10 +321,10 @@ def _split(folder: str) -> tuple[str | None, str]:
     return (head, middle.lstrip("/") + tail) if middle else (None, folder)
 
 
-def _artifact(folder: str, root: str | None) -> Path:
-    """Return the model of a run folder, or an exported folder itself."""
+def _artifact(folder: str, root: str | None) -> tuple[Path, int | None]:
+    """Return the model of a run folder and the snapshot that the run means, or an exported folder itself."""
     if (Path(folder) / "prompt.json").is_file():
-        return Path(folder)
+        return Path(folder), None
     from steerlab.plan import located
 
     found_root, below = _split(folder)
@@ -316,7 +338,7 @@ def _artifact(folder: str, root: str | None) -> Path:
         raise missing from None
     if subject is None:
         raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
-    return located(store, subject["stage"], subject["key"])
+    return located(store, subject["stage"], subject["key"]), subject["snapshot"]
 
 
 @contextmanager

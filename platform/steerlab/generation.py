@@ -359,6 +359,13 @@ def load_stack(
     return model, encoder, (*below, patches.load(patch_dir, model if (directory / BASE).is_file() else None))
 
 
+def model_directory(directory: Path) -> Path:
+    """Return where the config and the tokenizer of a source or an artifact lie, whatever patches stand on it."""
+    if (directory / BASE).is_file():
+        return model_directory(_base_of(directory))
+    return directory / "model" if (directory / "model").is_dir() else directory
+
+
 def _base_of(directory: Path) -> Path:
     base = json.loads((directory / BASE).read_text())
     if "source" in base:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from steerlab import cli, generation, job, plan, report, run
@@ -150,5 +151,16 @@ def test_the_command_line_writes_the_page_and_shows_strengths(cluster: None, sto
     result = runner.invoke(cli.app, [*generate, *[a for s in ("0", "0.5", "1", "3") for a in ("--strength", s)]])
     assert result.exit_code == 0, result.output
     assert "outside of [0.0, 1.0]" in " ".join(result.output.split())
+    exported = tmp_path / "exported"
+    result = runner.invoke(cli.app, ["export", f"{store.root}/{done.folder}", str(exported), "--strength", "0.5"])
+    assert result.exit_code == 0 and "AutoModelForCausalLM" in result.output, result.output
+    steered = generation.load(artifact(store, done))
+    prompt = [steered.encoder.conversation("the old", "ship")]
+    expected = steered.token_log_probs(prompt, strength=0.5)[0].log_prob
+    row = steered.encoder.encode(prompt[0])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(exported)(torch.tensor([row.input_ids])).logits.log_softmax(-1)
+    found = logits[0, :-1].gather(-1, torch.tensor(row.input_ids[1:])[:, None])[:, 0]
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
     missing = runner.invoke(cli.app, ["report", f"{store.root}/runs/lineas/absent"])
     assert missing.exit_code == 2 and "no finished run folder" in missing.output

@@ -197,10 +197,10 @@ def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> 
     free = work.store.free_bytes()
     if free is None:
         return
-    from steerlab import models
+    from steerlab import generation, models
 
     config, made_of = ExtractConfig.model_validate(work.params["extract"]), subject.of(work)
-    directory = _checkpoint(ModelRef(**made_of["ref"]).locate())
+    directory = generation.model_directory(ModelRef(**made_of["ref"]).locate())
     widths = _widths(models.skeleton(directory), config)
     if config.keep == "moments":
         needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)
@@ -214,15 +214,6 @@ def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> 
             f"ROOT '{work.store.root}' has {free / 1e9:.1f} GB free; {num_rows:,} rows and {len(widths)} columns of "
             f"{max(widths)} neurons need about {needed / 1e9:.1f} GB: {less}"
         )
-
-
-def _checkpoint(directory: Path) -> Path:
-    """Return where config and tokenizer lie of a model that is a source, or an artifact that may stand on others."""
-    from steerlab import generation
-
-    while (directory / generation.BASE).is_file():
-        directory = generation._base_of(directory)
-    return directory / "model" if (directory / "model").is_dir() else directory
 
 
 def _widths(skeleton: Any, config: ExtractConfig) -> list[int]:
