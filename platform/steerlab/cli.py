@@ -201,6 +201,7 @@ def export(
         strengths = [*[1.0] * (len(loaded.patches) - 1), strength]
         probe = [loaded.encoder.conversation("Say what the text is about.", "It is about nothing in particular.")]
         expected = loaded.token_log_probs(probe, strength=strength)[0].log_prob if loaded.patches else None
+        loaded.detach()
         try:
             for patch, value in zip(loaded.patches, strengths, strict=False):
                 patch.fold(loaded.model, value)
@@ -225,7 +226,7 @@ def _write_apart(artifact: Path, snapshot: int | None, directory: Path) -> None:
     from steerlab import generation, models, patches
 
     model, encoder, stack = generation.load_stack(artifact, snapshot=snapshot)
-    if len(stack) > 1:
+    if len(stack) != 1:
         raise ValueError(f"this run stacks {len(stack)} patches that do not all fold into weights: load its run folder instead")
     models.save_model(model, encoder.tokenizer, directory / "model")
     patches.save(stack[0], directory / "patch", models.fingerprint(model))

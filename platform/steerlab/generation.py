@@ -70,6 +70,10 @@ class SteeredModel:
         self.model.eval()
         self._attached = patches.attach(self.model, self.patches)
 
+    def detach(self) -> None:
+        """Take the patches off the model, which can then be changed itself."""
+        self._attached.detach()
+
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""

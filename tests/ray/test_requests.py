@@ -37,7 +37,9 @@ def path(tmp_path: Path) -> Path:
     ("overrides", "message"),
     [
         (["data.train=null"], "data.train: this key is required"),
-        (["train=null"], "neither a train nor an evaluate section"),
+        (["train=null"], "neither a train nor an extract nor an evaluate section"),
+        (["model.dtype=bfloat16"], "bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3"),
+        (["train.snapshots=[1]"], "train.snapshots: method vanilla trains the model itself"),
         (["train=null", "method.name=aside"], "train: this key is required by method aside"),
         (["train.keep=best"], "that needs data.validation"),
         (["train.max_tokens=100000"], "the context of LlamaForCausalLM holds"),

@@ -85,7 +85,7 @@ def test_lineas_from_job_to_report(cluster: None, store: Store, tmp_path: Path) 
     assert list(done.summary["strengths"]) == [str(done.summary["choice"]["strength"]), "0.0"]
 
     # Strength 0 is the model itself: the same job without a method measures the same.
-    none = do(store, {**LINEAS, "name": "none", "method": {"name": "none"}, "train": None}, tmp_path)
+    none = do(store, {**LINEAS, "name": "none", "method": {"name": "none"}, "train": None, "extract": None}, tmp_path)
     base = none.summary["metrics"]["perplexity/value"]["value"]
     assert done.summary["strengths"]["0.0"]["perplexity/value"]["value"] == base
     assert [r.status for r in none.records] == ["cached"] * len(none.records)
@@ -136,7 +136,7 @@ def test_fits_on_one_extraction_and_a_stack_of_two(cluster: None, store: Store, 
 
 def test_a_fit_of_what_says_nothing_fails_with_the_reason(cluster: None, store: Store, tmp_path: Path) -> None:
     data = {**DATA, "target": {**DATA["target"], "equals": {"label": "sea"}, "limit": None, "offset": 10**6}}  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="no rows are left"):
+    with pytest.raises(plan.StageError, match=r"stage extract \(target: tiny:topics/train\) failed: .*no rows are left"):
         do(store, {**LINEAS, "method": {"name": "aura"}, "train": None, "data": data}, tmp_path)
 
 
