@@ -19,6 +19,7 @@ from steerlab.store import Store
 
 MAX_TEXTS = 6
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
+_WITHOUT = "strength 0"
 _HELD_OUT = "held-out rows, with 95 % interval"
 
 
@@ -82,8 +83,11 @@ def fit_seconds(store: Store, model: dict[str, Any] | None) -> float | None:
 
 
 def metrics(entries: Sequence[Entry]) -> list[str]:
-    """Return the names of all metrics, in the order in which the runs give them."""
-    return list(dict.fromkeys(name for entry in entries for name in entry.summary["metrics"]))
+    """Return the names of all metrics: what strengths were chosen by, then what it was bounded by, then the others in order."""
+    rules = [entry.choice["rule"] for entry in entries if entry.choice]
+    first = [rule["metric"] for rule in rules] + [rule["within"]["metric"] for rule in rules if rule["within"]]
+    found = [name for entry in entries for name in entry.summary["metrics"]]
+    return list(dict.fromkeys([*(name for name in first if name in found), *found]))
 
 
 def cell(metric: dict[str, Any] | None) -> str:
@@ -94,7 +98,7 @@ def cell(metric: dict[str, Any] | None) -> str:
         return f"{metric['value']:.3g}"
     digits = 3 if abs(metric["value"]) < 10 else 1
     interval = f"[{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
-    unparsable = f", {metric['unparsable']} unparsable" if metric["unparsable"] else ""
+    unparsable = f" ({metric['unparsable']} unparsable)" if metric["unparsable"] else ""
     return f"{metric['value']:.{digits}f} {interval}{unparsable}"
 
 
@@ -189,9 +193,11 @@ def texts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
                 if "continuation" not in sample or sample["strength"] not in (0.0, entry.strength):
                     continue
                 row = found.setdefault((task, sample["id"]), {"task": task, "prompt": sample["prompt"], "outputs": {}})
-                name = "strength 0" if sample["strength"] == 0 else entry.name
+                name = _WITHOUT if sample["strength"] == 0 else entry.name
                 row["outputs"].setdefault(name, sample["continuation"])
     whole = [row for row in found.values() if len(row["outputs"]) > 1]
+    for row in whole:
+        row["outputs"] = dict(sorted(row["outputs"].items(), key=lambda output: output[0] != _WITHOUT))
     return whole[:MAX_TEXTS]
 
 

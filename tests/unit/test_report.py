@@ -56,7 +56,7 @@ def test_the_table_starts_with_strength_0() -> None:
 def test_cells() -> None:
     assert cell(None) == cell({"value": None}) == "\u2013"
     assert cell({"value": 1.0, "low": None, "high": None, "unparsable": 0}) == "1"
-    assert cell({"value": 0.5, "low": 0.25, "high": 0.75, "unparsable": 2}) == "0.500 [0.250, 0.750], 2 unparsable"
+    assert cell({"value": 0.5, "low": 0.25, "high": 0.75, "unparsable": 2}) == "0.500 [0.250, 0.750] (2 unparsable)"
 
 
 def test_the_page_is_whole_and_texts_are_text() -> None:
