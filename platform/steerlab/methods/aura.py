@@ -19,8 +19,8 @@ from torch import Tensor
 
 from steerlab.affine import AffineMap
 from steerlab.job import MethodConfig, Pooling, Selection
-from steerlab.methods.contract import Method
-from steerlab.methods.transport import check_roles, check_samples, everywhere
+from steerlab.methods.contract import check_samples, fitted
+from steerlab.methods.transport import everywhere
 
 
 class Config(MethodConfig):
@@ -57,13 +57,4 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return everywhere(aura_map, source, target)
 
 
-METHOD = Method(
-    Config,
-    fit=_fit,
-    reads=lambda config: ("source", "target"),
-    pooling=lambda config: config.pooling,
-    steers=lambda config: config.steer,
-    check=check_roles,
-    trains_model=False,
-    strength_range=(0.0, 1.0),
-)
+METHOD = fitted(Config, _fit, strength_range=(0.0, 1.0))

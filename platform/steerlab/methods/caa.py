@@ -20,8 +20,8 @@ from torch import Tensor
 
 from steerlab.affine import AffineMap
 from steerlab.job import MethodConfig, Pooling, Selection
-from steerlab.methods.contract import Method
-from steerlab.methods.transport import check_roles, mean_map
+from steerlab.methods.contract import fitted
+from steerlab.methods.transport import mean_map
 
 
 class Config(MethodConfig):
@@ -51,12 +51,4 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return {name: mean_map(source[name], target[name]) for name in places(config.at, list(source))}
 
 
-METHOD = Method(
-    Config,
-    fit=_fit,
-    reads=lambda config: ("source", "target"),
-    pooling=lambda config: config.pooling,
-    steers=lambda config: config.steer,
-    check=check_roles,
-    trains_model=False,
-)
+METHOD = fitted(Config, _fit)

@@ -45,6 +45,8 @@ class Trainee(Protocol):
         ...
 
 
+MIN_SAMPLES = 4
+"""Fewer samples say nothing about a distribution (authors' code: `force_small_batch`)."""
 Samples = Mapping[str, Tensor]
 """Pooled activations by tap: (N, D), float32."""
 
@@ -115,3 +117,59 @@ def train_everything(model: PreTrainedModel) -> None:
     """Let every weight receive gradients; transformers leaves a loaded model so, a frozen one may come from elsewhere."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def fitted(
+    kind: type[MethodConfig],
+    fit: Callable[[Any, Samples, Samples], dict[str, AffineMap]],
+    walks: Callable[[Any], bool] = lambda config: False,
+    strength_range: tuple[float, float] | None = None,
+) -> Method:
+    """Return the entry of a closed form; its config has `pooling` and `steer`. One that walks reads the target alone."""
+    return Method(
+        kind,
+        fit=fit,
+        reads=lambda config: ("target",) if walks(config) else ("source", "target"),
+        walks=walks,
+        pooling=lambda config: config.pooling,
+        steers=lambda config: config.steer,
+        check=check_roles,
+        trains_model=False,
+        strength_range=strength_range,
+    )
+
+
+def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
+    """Refuse a job without source and target texts, or with the same texts on both sides."""
+    missing = [role for role in ("source", "target") if role not in job.data.by_role]
+    if missing:
+        raise ValueError(
+            f"data.{missing[0]}: method {config.name} needs this data set; it moves source texts towards target texts"
+        )
+    source, target = job.data.by_role["source"], job.data.by_role["target"]
+    if source == target:
+        raise ValueError("data.source and data.target are the same rows, so there is nothing to move")
+    if source.format != target.format:
+        raise ValueError(
+            f"data.source has format {source.format} and data.target {target.format}: activations of texts that are read in "
+            "different ways differ for that reason alone"
+        )
+    for role, data in (("source", source), ("target", target)):
+        if data.limit is not None and data.limit < MIN_SAMPLES:
+            raise ValueError(f"data.{role}.limit {data.limit}: a distribution needs {MIN_SAMPLES} samples or more")
+
+
+def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:
+    """Refuse samples that no map can be fitted on.
+
+    Raises:
+        ValueError: fewer than 4 samples on a side, other widths, or a value that is no number.
+    """
+    for side, x in (("source", source_ND), ("target", target_MD)):
+        if len(x) < MIN_SAMPLES:
+            raise ValueError(f"the {side} has {len(x)} samples; a distribution needs {MIN_SAMPLES} or more")
+        if not bool(x.isfinite().all()):
+            row, neuron = (int(i) for i in (~x.isfinite()).nonzero()[0])
+            raise ValueError(f"the {side} activation of row {row}, neuron {neuron} is {float(x[row, neuron])}")
+    if source_ND.shape[1] != target_MD.shape[1]:
+        raise ValueError(f"source and target have {source_ND.shape[1]} and {target_MD.shape[1]} neurons")

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from steerlab.affine import AffineMap
 from steerlab.job import MethodConfig, Pooling, Selection
-from steerlab.methods.contract import Method
-from steerlab.methods.transport import check_roles, check_samples
+from steerlab.methods.contract import check_samples, fitted
 
 _FOLDS = 4
 
@@ -82,12 +81,4 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return {name: iti_map(source[name], target[name], probes[name][0], config.alpha) for name in source if name in best}
 
 
-METHOD = Method(
-    Config,
-    fit=_fit,
-    reads=lambda config: ("source", "target"),
-    pooling=lambda config: config.pooling,
-    steers=lambda config: config.steer,
-    check=check_roles,
-    trains_model=False,
-)
+METHOD = fitted(Config, _fit)

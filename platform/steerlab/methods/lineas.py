@@ -36,8 +36,8 @@ from transformers import PreTrainedModel
 from steerlab import models, patches, taps
 from steerlab.affine import AffineLayer
 from steerlab.job import Job, MethodConfig, Pooling, Selection
-from steerlab.methods.contract import Inputs, Loss, Method
-from steerlab.methods.transport import MIN_SAMPLES, check_roles, coupling
+from steerlab.methods.contract import MIN_SAMPLES, Inputs, Loss, Method, check_roles
+from steerlab.methods.transport import coupling
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
 

@@ -25,16 +25,13 @@ from pydantic import model_validator
 from torch import Tensor
 
 from steerlab.affine import AffineMap
-from steerlab.job import Job, MethodConfig, Pooling, Selection
-from steerlab.methods.contract import Method
-from steerlab.models import ModelFacts
+from steerlab.job import MethodConfig, Pooling, Selection
+from steerlab.methods.contract import Method, check_samples, fitted
 
 _CONSTANT = 1e-5
 """A standard deviation below this share of the mean is float32 rounding: the neuron is constant."""
 _GAUSSIAN_MIN_STD = 1e-4
 """Gaussian-AcT leaves neurons alone that spread less (authors' code)."""
-MIN_SAMPLES = 4
-"""Fewer samples say nothing about a distribution (authors' code: `force_small_batch`)."""
 
 
 class Config(MethodConfig):
@@ -160,22 +157,6 @@ def _sorted(x_ND: Tensor) -> Tensor:
     return x_ND.T.contiguous().sort(dim=1).values
 
 
-def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:
-    """Refuse samples that no map can be fitted on.
-
-    Raises:
-        ValueError: fewer than 4 samples on a side, other widths, or a value that is no number.
-    """
-    for side, x in (("source", source_ND), ("target", target_MD)):
-        if len(x) < MIN_SAMPLES:
-            raise ValueError(f"the {side} has {len(x)} samples; a distribution needs {MIN_SAMPLES} or more")
-        if not bool(x.isfinite().all()):
-            row, neuron = (int(i) for i in (~x.isfinite()).nonzero()[0])
-            raise ValueError(f"the {side} activation of row {row}, neuron {neuron} is {float(x[row, neuron])}")
-    if source_ND.shape[1] != target_MD.shape[1]:
-        raise ValueError(f"source and target have {source_ND.shape[1]} and {target_MD.shape[1]} neurons")
-
-
 def everywhere(
     fit: Callable[[Tensor, Tensor], AffineMap], source: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> dict[str, AffineMap]:
@@ -198,37 +179,7 @@ def _method(kind: type[Config], closed_form: Callable[[Tensor, Tensor], AffineMa
     def fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
         return everywhere(lambda a, b: within_support(closed_form(a, b), a, config.support), source, target)
 
-    return Method(
-        kind,
-        fit=fit,
-        reads=lambda config: ("target",) if config.incremental else ("source", "target"),
-        walks=lambda config: config.incremental,
-        pooling=lambda config: config.pooling,
-        steers=lambda config: config.steer,
-        check=check_roles,
-        trains_model=False,
-        strength_range=(0.0, 1.0),
-    )
-
-
-def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
-    """Refuse a job without source and target texts, or with the same texts on both sides."""
-    missing = [role for role in ("source", "target") if role not in job.data.by_role]
-    if missing:
-        raise ValueError(
-            f"data.{missing[0]}: method {config.name} needs this data set; it moves source texts towards target texts"
-        )
-    source, target = job.data.by_role["source"], job.data.by_role["target"]
-    if source == target:
-        raise ValueError("data.source and data.target are the same rows, so there is nothing to move")
-    if source.format != target.format:
-        raise ValueError(
-            f"data.source has format {source.format} and data.target {target.format}: activations of texts that are read in "
-            "different ways differ for that reason alone"
-        )
-    for role, data in (("source", source), ("target", target)):
-        if data.limit is not None and data.limit < MIN_SAMPLES:
-            raise ValueError(f"data.{role}.limit {data.limit}: a distribution needs {MIN_SAMPLES} samples or more")
+    return fitted(kind, fit, walks=lambda config: config.incremental, strength_range=(0.0, 1.0))
 
 
 LINEAR = _method(Config, linear_map)
