@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from steerlab import job, plan, run
+from steerlab import capacity, job, plan, run
 from steerlab.stages import JobType
 from steerlab.store import Store
 
@@ -69,7 +69,7 @@ def main(root: Annotated[str, typer.Option(help="Where results go: an absolute p
     store = Store.open(root)
     ray.init(logging_level=logging.ERROR, log_to_driver=False)
     for wanted in (base, *columns.values()):
-        run.check_cluster(wanted, store, run.check(wanted))
+        capacity.check_cluster(wanted, store, run.check(wanted))
     try:
         runs = {"base": execute("base", base, store)}
         with ThreadPoolExecutor(2) as pool:

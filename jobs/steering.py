@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from steerlab import job, plan, report, run
+from steerlab import capacity, job, plan, report, run
 from steerlab.stages import JobType
 from steerlab.store import Store
 
@@ -28,6 +28,7 @@ VARIANTS = {
     "mean_act": AT_ONCE,
     "linear_act": AT_ONCE,
     "linear_act, incremental": (),
+    "linear_act, incremental on o_proj": ("extract.select.modules=.*self_attn\\.o_proj",),  # the place of its paper
     "gaussian_act": AT_ONCE,
     "aura": (),
     "caa": (),
@@ -52,7 +53,8 @@ def wanted(pair: str, overrides: list[str]) -> dict[str, job.Job]:
     found["lineas, 30 steps"] = job.read(lineas, JobType, early)
     for name, more in VARIANTS.items():
         method, _, variant = name.partition(", ")
-        settings = [f"method.name={method}", *more, *([f"name=act-{pair}-{variant}"] if variant else []), *overrides]
+        own = [f"name=act-{pair}-{variant.replace(' ', '-')}"] if variant else []
+        settings = [f"method.name={method}", *more, *own, *overrides]
         found[name] = job.read(act, JobType, settings)
     return found
 
@@ -87,7 +89,7 @@ def main(
     run.check_address()
     ray.init(logging_level=logging.ERROR, log_to_driver=False)
     for one in jobs.values():
-        run.check_cluster(one, store, run.check(one))
+        capacity.check_cluster(one, store, run.check(one))
     try:
         runs = {name: execute(name, one, store) for name, one in jobs.items()}
     except plan.StageError as error:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,6 +110,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run the plan of one or more jobs; prints a table and the run folders."""
+    from steerlab import capacity
     from steerlab import run as runs
 
     # Ray prints warnings of its own to standard output; with --json that holds the results and nothing else.
@@ -120,7 +121,7 @@ def run(
         facts = [runs.check(job) for job in wanted]
         with _ray():
             for job, found in zip(wanted, facts, strict=True):
-                runs.check_cluster(job, store, found)
+                capacity.check_cluster(job, store, found)
             done = []
             for job in wanted:
                 with _progress(quiet=as_json) as listener:
@@ -134,7 +135,7 @@ def run(
 @app.command("plan")
 def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
     """Show what would run and what is cached, with memory and disk estimates."""
-    from steerlab import plan, stages
+    from steerlab import capacity, plan, stages
     from steerlab import run as runs
 
     with _explained():
@@ -142,20 +143,29 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
         wanted = _read(job, set_)
         facts = runs.check(wanted)
         records = plan.status(stages.plan_of(wanted), store)
+        needs = capacity.estimates(wanted, facts)
         if as_json:
-            print(json.dumps({"stages": [record.as_dict() for record in records]}, indent=1))
+            print(json.dumps({"stages": [record.as_dict() | _needed(record, needs) for record in records]}, indent=1))
+            capacity.check_machine(records, needs, store)
             return
         table = Table(
             "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}"
         )
         for record in records:
-            needs = runs.estimate(record.stage, wanted, facts)
-            sizes = [_size(n) for n in (needs.memory_bytes, needs.disk_bytes, needs.work_bytes)]
+            sizes = [_size(n) for n in _needed(record, needs).values()]
             table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
         console.print(table)
         console.print(
             f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; rough estimates"
         )
+        capacity.check_machine(records, needs, store)
+
+
+def _needed(record: plan.Record, needs: Mapping[str, plan.Estimate]) -> dict[str, int]:
+    from steerlab.plan import Estimate
+
+    need = needs.get(record.stage.key, Estimate())
+    return {"memory_bytes": need.memory_bytes, "disk_bytes": need.disk_bytes, "work_bytes": need.work_bytes}
 
 
 @app.command()

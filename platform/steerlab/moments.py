@@ -8,17 +8,17 @@ number of rows costs digits. Axes besides those of tokens.py: M vectors.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from steerlab.activations import resolved_column, written_whole
+from steerlab.activations import resolved_column
+from steerlab.tensorfile import Shape, writing
 
 TENSORS, SUMMARY = "moments.safetensors", "moments.json"
 
@@ -55,16 +55,29 @@ def merged(a: Sums, b: Sums) -> Sums:
     )
 
 
-def save_sums(found: Mapping[str, Sums], path: Path) -> None:
-    """Write the sums of every column to a file that appears whole or not at all."""
-    tensors: dict[str, Tensor] = {}
-    for name, known in found.items():
-        tensors |= {f"{name}/mean": known.mean_D, f"{name}/squares": known.squares_D}
-        if known.products_DD is not None:
-            tensors[f"{name}/products"] = known.products_DD
-    counts = {name: str(known.num_vectors) for name, known in found.items()}
-    with written_whole(path) as scratch:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch, metadata=counts)
+def num_bytes(width: int, products: bool) -> int:
+    """Return the bytes of the sums of one column."""
+    return sum(shape.num_bytes for shape in _shapes("", width, products).values()) + 8
+
+
+def _shapes(name: str, width: int, products: bool, kinds: Sequence[str] = ("mean", "squares", "products")) -> dict[str, Shape]:
+    sizes = ([width], [width], [width, width])
+    found = {f"{name}/{kind}": Shape(torch.float64, size) for kind, size in zip(kinds, sizes, strict=True)}
+    return found if products else dict(list(found.items())[:2])
+
+
+def save_sums(found: Iterable[tuple[str, Sums]], widths: Mapping[str, int], products: bool, path: Path) -> None:
+    """Write the sums of every column as they come, to a file that appears whole or not at all."""
+    shapes: dict[str, Shape] = {}
+    for name, width in widths.items():
+        shapes |= _shapes(name, width, products) | {f"{name}/count": Shape(torch.int64, [])}
+    with writing(path, shapes) as writer:
+        for name, known in found:
+            writer.write(f"{name}/mean", known.mean_D)
+            writer.write(f"{name}/squares", known.squares_D)
+            if known.products_DD is not None:
+                writer.write(f"{name}/products", known.products_DD)
+            writer.write(f"{name}/count", torch.tensor(known.num_vectors))
 
 
 def merge_files(paths: Sequence[Path], column: str) -> Sums:
@@ -74,21 +87,24 @@ def merge_files(paths: Sequence[Path], column: str) -> Sums:
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             products = file.get_tensor(f"{column}/products") if f"{column}/products" in names else None
-            count = int(file.metadata()[column])
+            count = int(file.get_tensor(f"{column}/count"))
             known = Sums(count, file.get_tensor(f"{column}/mean"), file.get_tensor(f"{column}/squares"), products)
         total = known if total is None else merged(total, known)
     assert total is not None, "there is a shard"
     return total
 
 
-def save(found: Mapping[str, Sums], directory: Path, summary: Mapping[str, Any]) -> None:
-    """Write the moments of every column, means over its vectors, and what they are of."""
-    tensors: dict[str, Tensor] = {}
-    for name, known in found.items():
-        tensors |= {f"{name}/mean": known.mean_D, f"{name}/variance": known.squares_D / known.num_vectors}
-        if known.products_DD is not None:
-            tensors[f"{name}/second_moment"] = known.products_DD / known.num_vectors
-    save_file(tensors, directory / TENSORS)
+def save(found: Iterable[tuple[str, Sums]], directory: Path, summary: Mapping[str, Any]) -> None:
+    """Write the moments of every column as they come, means over its vectors, and what they are of."""
+    shapes: dict[str, Shape] = {}
+    for name, width in summary["widths"].items():
+        shapes |= _shapes(name, width, summary["second_moment"], ("mean", "variance", "second_moment"))
+    with writing(directory / TENSORS, shapes) as writer:
+        for name, known in found:
+            writer.write(f"{name}/mean", known.mean_D)
+            writer.write(f"{name}/variance", known.squares_D / known.num_vectors)
+            if known.products_DD is not None:
+                writer.write(f"{name}/second_moment", known.products_DD / known.num_vectors)
     (directory / SUMMARY).write_text(json.dumps(dict(summary), indent=1))
 
 

@@ -392,6 +392,14 @@ class WeightPatch(nn.Module):
         self.shapes = dict(shapes)
         self.deltas = nn.ParameterList([nn.Parameter(torch.zeros(shape), requires_grad=False) for shape in shapes.values()])
 
+    @classmethod
+    def of(cls, differences: Mapping[str, Tensor]) -> WeightPatch:
+        """Make the patch of differences by the weights' names."""
+        patch = cls({name: list(difference.shape) for name, difference in differences.items()})
+        for delta, difference in zip(patch.deltas, differences.values(), strict=True):
+            delta.data = difference.contiguous()
+        return patch.eval()
+
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
         """Write W_base + strength * delta before each forward pass whose strength differs from the last one's."""
         weights = [model.get_parameter(name) for name in self.shapes]

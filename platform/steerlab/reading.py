@@ -51,9 +51,11 @@ class Vectors(NamedTuple):
 class TextReader:
     """Reads the taps of a selection for batches of texts; holds hooks on the model until `close`."""
 
-    def __init__(self, model: SteeredModel, config: ExtractConfig) -> None:
+    def __init__(self, model: SteeredModel, config: ExtractConfig, modules: Sequence[str] | None = None) -> None:
+        """Read all that the config selects or, of that, only the taps with the names `modules`."""
         self._model, self._config = model, config
-        self._taps = taps.select(model.model, config.select)
+        selected = taps.select(model.model, config.select)
+        self._taps = [tap for tap in selected if modules is None or tap.name in modules]
         self._reader = taps.Reader(model.model, self._taps, config.select.side)
 
     def close(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from steerlab import sources
 from steerlab.job import DataSet
 
 _SENTENCE = re.compile(r"(?s).*?[.!?…][\"'\u201d\u2019)\]]*(?=\s|$)")
-_INSTRUCTION_FIELDS = ("instruction", "output")
 
 
 def read(data: DataSet) -> list[dict[str, Any]]:
@@ -19,17 +19,14 @@ def read(data: DataSet) -> list[dict[str, Any]]:
     Raises:
         ValueError: a source is wrong, a row lacks a field, or no row is left.
     """
-    fields = ((data.field,) if data.format == "text" else _INSTRUCTION_FIELDS) + tuple(data.where) + tuple(data.equals)
-    found: list[dict[str, Any]] = []
-    for source in data.sources:
-        found += sources.rows(source, limit=_needed(data), fields=fields, columns=data.columns)
+    found = [row for source in data.sources for row in _source_rows(source, data, _needed(data))]
     kept = [_with_text(row, data) for row in found if _keeps(row, data)]
     if data.format == "text":
         kept = [row for row in kept if len(row["text"]) >= max(1, data.min_chars)]
-    if data.format == "text" and data.distinct:
-        first: dict[str, dict[str, Any]] = {}
+    if data.distinct:
+        first: dict[Any, dict[str, Any]] = {}
         for row in kept:
-            first.setdefault(row["text"], row)
+            first.setdefault(_content(row, data), row)
         kept = list(first.values())
     if data.shuffle is not None:
         # Of Python's generator only `random()` gives the same numbers in every version.
@@ -47,9 +44,7 @@ def read(data: DataSet) -> list[dict[str, Any]]:
 def check(data: DataSet) -> None:
     """Refuse a data set whose first row is not as its format says; reads no further where the file allows it."""
     for source in data.sources:
-        sources.rows(
-            source, limit=1, fields=(data.field,) if data.format == "text" else _INSTRUCTION_FIELDS, columns=data.columns
-        )
+        _source_rows(source, data, 1)
 
 
 def describe(data: DataSet) -> str:
@@ -66,9 +61,26 @@ def fingerprint(data: DataSet) -> str | list[str]:
     return found[0] if isinstance(data.source, str) else found
 
 
+def _source_rows(source: str, data: DataSet, limit: int | None) -> list[dict[str, Any]]:
+    """Read the rows of one source under their new names."""
+    old = {new: name for name, new in data.rename.items()}
+    fields = [old.get(name, name) for name in data.needed_fields]
+    found = sources.rows(source, limit=limit, fields=fields, columns=data.columns)
+    return [_renamed(row, data.rename, source) for row in found] if data.rename else found
+
+
+def _renamed(row: dict[str, Any], names: Mapping[str, str], source: str) -> dict[str, Any]:
+    for name in names:
+        if name not in row:
+            raise ValueError(f"rename.{name}: a row of {source} has no such field (it has: {', '.join(row)})")
+    kept = {name: value for name, value in row.items() if name not in names and name not in names.values()}
+    return kept | {new: row[name] for name, new in names.items()}
+
+
 def _needed(data: DataSet) -> int | None:
     """Return how many rows of a source suffice; None where a later step may leave any of them out."""
-    passes_all = not (data.where or data.equals or data.needs_input or data.format == "text") and data.shuffle is None
+    filters = data.where or data.equals or data.needs_input or data.distinct or data.format == "text"
+    passes_all = not filters and data.shuffle is None
     return data.offset + data.limit if passes_all and data.limit is not None else None
 
 
@@ -85,6 +97,11 @@ def _keeps(row: dict[str, Any], data: DataSet) -> bool:
         if (low is not None and number < low) or (high is not None and number > high):
             return False
     return True
+
+
+def _content(row: dict[str, Any], data: DataSet) -> Any:
+    """Return what makes two rows equal: the text, or the prompt."""
+    return row["text"] if data.format == "text" else (str(row["instruction"]), str(row.get("input") or ""))
 
 
 def _with_text(row: dict[str, Any], data: DataSet) -> dict[str, Any]:

@@ -28,13 +28,10 @@ from steerlab.stages import (
     JobType,
     evaluate,
     evaluations,
-    extract,
-    extractions,
+    first_source,
     leaves_patch,
     model_stage,
     plan_of,
-    train,
-    trainings,
 )
 from steerlab.stages.choose import CHOICE
 from steerlab.store import Store
@@ -45,8 +42,6 @@ _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow",
 _ABANDONED_S = 24 * 3600
 """Half-filled directories of killed processes are removed when nothing was written to them for so long."""
 _CONNECT_S = 5.0
-_SAFETY = 1.1
-"""Free disk asked for, relative to the estimate."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ def check_address() -> None:
 
 def facts_of(job: Job) -> models.ModelFacts:
     """Return the sizes of a job's model; a job that builds on another has the architecture of that one's source."""
-    return models.facts(sources.fetch(_first_source(job)))
+    return models.facts(sources.fetch(first_source(job)))
 
 
 def check(job: Job) -> models.ModelFacts:
@@ -180,9 +175,11 @@ def _warn_of_strengths(job: Job) -> None:
 
 def _check_places(job: Job) -> None:
     """Refuse a selection of modules that the model does not have; no weight is loaded for that."""
-    if job.extract is None and METHODS[job.method.name].steers(job.method) is None:
-        return
-    skeleton = models.skeleton(sources.fetch(_first_source(job)))
+    skeleton = models.skeleton(sources.fetch(first_source(job)))
+    try:
+        METHODS[job.method.name].prepares(job.method, skeleton)
+    except ValueError as error:
+        raise ValueError(f"method: {error}") from None
     named = {
         "extract.select": job.extract.select if job.extract else None,
         "method.steer": METHODS[job.method.name].steers(job.method),
@@ -195,51 +192,12 @@ def _check_places(job: Job) -> None:
                 raise ValueError(f"{key}: {error}") from None
 
 
-def _first_source(job: Job) -> str:
-    """Return the source at the bottom of a job that may build on others."""
-    base = base_job(job, JobType)
-    if base is not None:
-        return _first_source(base)
-    assert isinstance(job.model.source, str)
-    return job.model.source
-
-
 def _check_template(job: Job) -> None:
     """Refuse a chat template that cannot hold an instruction, data and a response."""
     if isinstance(job.model.source, str):
         tokenizer = models.load_tokenizer(sources.fetch(job.model.source))
         encoder = Encoder(tokenizer, job.data.prompt_style, job.data.response_role)
         encoder.encode(encoder.conversation("instruction", "data", "response"))
-
-
-def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
-    """Refuse what the cluster or the disk cannot hold; Ray must be connected."""
-    from steerlab.training import launch
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if store.is_local and len(nodes) > 1:
-        raise ValueError(
-            f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
-        )
-    if job.train is None:
-        return
-    launch.check_resources(job.scale)
-    missing = [owner for key, owner in trainings(job).items() if not store.has("train", key)]
-    estimates = [train.estimate(owner, facts) for owner in missing]
-    needed = int(sum(e.disk_bytes + e.work_bytes for e in estimates) * _SAFETY)
-    free = store.free_bytes()
-    if free is not None and free < needed:
-        raise ValueError(f"ROOT '{store.root}' has {free / 1e9:.1f} GB free; training needs about {needed / 1e9:.1f} GB")
-
-
-def estimate(stage: plan.Stage, job: Job, facts: models.ModelFacts) -> plan.Estimate:
-    """Estimate what a stage of a job's plan needs; nothing where that is small."""
-    if stage.key in (trained := trainings(job)):
-        return train.estimate(trained[stage.key], facts)
-    if stage.key in (read := extractions(job)):
-        directory = models.prepare(sources.fetch(_first_source(job)))
-        return extract.estimate(*read[stage.key], facts, directory)
-    return plan.Estimate()
 
 
 def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") -> Run:

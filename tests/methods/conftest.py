@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab import activations, reading
+from steerlab import activations, moments, reading
 from steerlab.activations import Activations
 from steerlab.generation import SteeredModel
-from steerlab.job import ExtractConfig
+from steerlab.job import ExtractConfig, MethodConfig
+from steerlab.methods.contract import Method, Moments, OverParts, OverRows, Preparation, Source
+from steerlab.stages import prepare
+from steerlab.stages.moments import SumsOfShard
+from steerlab.stages.shards import Shard
+from steerlab.tensorfile import Parts
 from steerlab.tokens import Encoder
 
 Extracted = Callable[..., Activations]
+Prepared = Callable[..., dict[str, Path]]
 
 
 @pytest.fixture
@@ -46,3 +53,46 @@ def extracted(tmp_path: Path, encoder: Encoder) -> Extracted:
         return Activations.open(directory)
 
     return read
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, encoder: Encoder) -> Prepared:
+    """A function (method, config, model, rows) -> directories: what its preparations leave, as their stages make it."""
+
+    def run(method: Method, config: MethodConfig, model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for asked in method.prepares(config, model):
+            directory = tmp_path / f"{asked.name}-{len(list(tmp_path.iterdir()))}"
+            directory.mkdir()
+            steered = SteeredModel(model, encoder)
+            needed = {name: found[name] for name in asked.needs}
+            _prepare(asked, steered, needed, list(rows), directory)
+            steered.detach()
+            found[asked.name] = directory
+        return found
+
+    return run
+
+
+def _prepare(
+    asked: Preparation, model: SteeredModel, needed: dict[str, Path], rows: list[dict[str, Any]], directory: Path
+) -> None:
+    shard = Shard(0, 0, rows)
+    data = {"format": "instruction", "loss_on": "response"}
+    path = directory / "part-00000.safetensors"
+    match asked:
+        case Moments():
+            params = {"extract": asked.extract.model_dump(mode="json"), "data": data, "role": asked.role}
+            made = SumsOfShard(model, params).make(shard, path, lambda done: None)
+            summary = {**made["about"], "count": made["rows"]}
+            saved = ((name, moments.merge_files([path], name)) for name in made["about"]["widths"])
+            moments.save(saved, directory, summary)
+        case OverRows():
+            maker = prepare._SumOfShard(asked.start, {}, model, {**asked.params, "data": data})
+            maker._needed = needed
+            Parts.write_index(directory, {"all": maker.make(shard, path, lambda done: None)}, {"all": path.name})
+        case OverParts():
+            source = Source(asked.params, needed, model if asked.reads_model else None)
+            files = {part: f"part-{number:05d}.safetensors" for number, part in enumerate(asked.parts)}
+            facts = {part: asked.make(source, part, directory / file) for part, file in files.items()}
+            Parts.write_index(directory, facts, files)

@@ -31,16 +31,17 @@ Make = Callable[[str, PreTrainedModel], Any]
 
 
 @pytest.fixture
-def make(extracted: Any) -> Make:
-    """A function (name, model) -> trainee, with activations of other texts where the method reads some."""
+def make(extracted: Any, prepared: Any) -> Make:
+    """A function (name, model) -> trainee, with what the method reads and prepares, of other texts."""
 
     def trainee(name: str, model: PreTrainedModel) -> torch.nn.Module:
         method = METHODS[name]
         texts = [row["text"] for row in tinyworld.rows("topics/train", 8)]
         read = {role: extracted(model, texts) for role in method.reads(method.Config())}
+        before = prepared(method, method.Config(), model, tinyworld.rows("refusals/train", 8))
         torch.manual_seed(0)
         assert method.module is not None
-        return method.module(model, method.Config(), Inputs(activations=read))
+        return method.module(model, method.Config(), Inputs(activations=read, prepared=before))
 
     return trainee
 
@@ -79,6 +80,7 @@ def test_steps_lower_the_loss_and_move_only_what_trains(
     losses = []
     for step in range(4):
         module.on_step(step, 10.0)  # type: ignore[operator]
+        METHODS[name].before_pass(module, True)
         loss = module(batch).total
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -95,14 +97,16 @@ def test_the_saved_result_gives_the_same_logits(
     name: str, make: Make, tiny_model: PreTrainedModel, batch: Batch, encoder: Encoder, tmp_path: Path
 ) -> None:
     """What is trained, saved and loaded again is one model: the loss through the loaded patch equals the trained one's."""
+    method, fingerprint = METHODS[name], models.fingerprint(tiny_model)
+    models.save_model(tiny_model, encoder.tokenizer, tmp_path / "model")
+    (tmp_path / "prompt.json").write_text('{"prompt_style": "plain", "response_role": "data"}')
     module = make(name, tiny_model).eval()
     inputs = batch.patched_inputs if module.patch else batch.model_inputs
     with torch.no_grad():
         expected = module.model(**inputs).logits
-    models.save_model(tiny_model, encoder.tokenizer, tmp_path / "model")
-    (tmp_path / "prompt.json").write_text('{"prompt_style": "plain", "response_role": "data"}')
     if module.patch is not None:
-        patches.save(module.patch, tmp_path / "patch", models.fingerprint(tiny_model))
+        patch = method.finished(module, module.patch.state_dict()) if method.finished else module.patch
+        patches.save(patch, tmp_path / "patch", fingerprint)
     loaded = generation.load(tmp_path)
     assert bool(loaded.patches) == METHODS[name].leaves_patch
     with torch.no_grad():

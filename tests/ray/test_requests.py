@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from steerlab import job, run
+from steerlab import capacity, job, run
 from steerlab.stages import JobType
 from steerlab.store import Store
 
@@ -60,14 +60,14 @@ def test_what_is_known_before_the_start_is_refused_before_the_start(path: Path, 
 def test_more_workers_than_the_cluster_has(cluster: None, path: Path, tmp_path: Path) -> None:
     wanted = job.read(path, JobType, ["scale.workers=8"])
     with pytest.raises(ValueError, match=r"scale.workers 8 x scale.cpus_per_worker 1 = 8 CPUs, but the cluster has 2"):
-        run.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+        capacity.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
 
 
 def test_a_disk_that_is_too_full(cluster: None, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "free_bytes", lambda self: 1_000_000)
     wanted = job.read(path, JobType)
     with pytest.raises(ValueError, match=r"has 0.0 GB free; training needs about 0\.\d+ GB"):
-        run.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+        capacity.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
 
 
 def test_an_address_where_no_cluster_answers(path: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_an_address_where_no_cluster_answers(path: Path, tmp_path: Path) -> None
 def test_gpus_that_are_not_there(cluster: None, path: Path, tmp_path: Path) -> None:
     wanted = job.read(path, JobType, ["scale.gpu=require"])
     with pytest.raises(ValueError, match="1 workers need a GPU each, the cluster has 0"):
-        run.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+        capacity.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
 
 
 def test_an_empty_data_set_and_a_row_without_the_field(path: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from steerlab import generation, job, plan, run
+from steerlab import capacity, generation, job, plan, run
 from steerlab.stages import JobType, plan_of
 from steerlab.store import Store
 
@@ -65,7 +65,7 @@ def test_a_job_from_file_to_result(cluster: None, jobs: Path) -> None:
     wanted = job.read(jobs / "aside.yaml", JobType)
     facts = run.check(wanted)
     store = Store.open(str(jobs / "root"))
-    run.check_cluster(wanted, store, facts)
+    capacity.check_cluster(wanted, store, facts)
     lines: list[dict[str, Any]] = []
     result = run.execute(wanted, store, plan.Listener(reported=lambda stage, metrics: lines.append(metrics)))
     assert [(r.stage.name, r.status) for r in result.records] == [("train", "ran"), ("train", "ran"), ("evaluate", "ran")]

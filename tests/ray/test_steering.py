@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from steerlab import cli, generation, job, plan, report, run
+from steerlab import capacity, cli, generation, job, plan, report, run
 from steerlab.stages import JobType
 from steerlab.store import Store
 
@@ -58,7 +58,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def do(store: Store, tree: dict[str, Any], folder: Path) -> run.Run:
     wanted = job.validate(tree, JobType, folder / "a.yaml")
-    run.check_cluster(wanted, store, run.check(wanted))
+    capacity.check_cluster(wanted, store, run.check(wanted))
     return run.execute(wanted, store, plan.Listener())
 
 

@@ -52,6 +52,7 @@ def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], s
             eval_every=2,
             **settings["train"],
         ),
+        prepared={name: Path(path) for name, path in settings.get("prepared", {}).items()},
     )
     best: list[tuple[float, Path]] = []
 
@@ -100,9 +101,8 @@ def train(
     if stop_at:
         return {}, []
     lines = (root / "output" / "metrics.jsonl").read_text().splitlines()
-    weights = load_file(root / "output" / "model" / "model.safetensors") | load_file(
-        root / "output" / "patch" / "patch.safetensors"
-    )
+    files = [root / "output" / "model" / "model.safetensors", root / "output" / "patch" / "patch.safetensors"]
+    weights = {name: tensor for file in files if file.is_file() for name, tensor in load_file(file).items()}
     return weights, [json.loads(line) for line in lines]
 
 
@@ -162,6 +162,58 @@ def test_sharded_state_does_not_and_says_why(tmp_path: Path) -> None:
         WorldSizeError, match="written by 2 workers with zero_stage 1; it cannot continue on 1 with zero_stage 1"
     ):
         engine.load(tmp_path)
+
+
+ROTATED = {"name": "warp", "keep_ratio": 0.3, "rotation": "random", "mask": "random", "others": "train"}
+
+
+def rotated(root: Path, workers: int, **settings: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """Train coefficients in random coordinates behind a random mask: preparations that need no model."""
+    from steerlab.methods import METHODS
+    from steerlab.methods.contract import OverParts, Source
+    from steerlab.models import skeleton
+    from steerlab.tensorfile import Parts
+
+    method, folders = METHODS["warp"], {}
+    tinyworld.write_model(root / "model")
+    for asked in method.prepares(method.Config.model_validate(ROTATED), skeleton(root / "model")):
+        assert isinstance(asked, OverParts)
+        folders[asked.name] = root / asked.name
+        folders[asked.name].mkdir(exist_ok=True)
+        files = {part: f"{number}.safetensors" for number, part in enumerate(asked.parts)}
+        facts = {
+            part: asked.make(Source(asked.params, {}, None), part, root / asked.name / file) for part, file in files.items()
+        }
+        Parts.write_index(root / asked.name, facts, files)
+    return train(root, workers, method=ROTATED, prepared={name: str(path) for name, path in folders.items()}, **settings)
+
+
+@pytest.fixture(scope="module")
+def one_rotated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """The reference for coefficients: one process, no sharding."""
+    return rotated(tmp_path_factory.mktemp("rotated"), 1)
+
+
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+def test_coefficients_train_alike_under_zero(zero_stage: int, one_rotated: Any, tmp_path: Path) -> None:
+    """Gradients are rotated once a step, for all of its passes, on each worker before they are summed over workers."""
+    weights, history = rotated(tmp_path, 2, scale={"zero_stage": zero_stage})
+    close(weights, one_rotated[0], atol=5e-4)
+    for ours, theirs in zip(history, one_rotated[1], strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+        assert ours.get("eval/loss") == pytest.approx(theirs.get("eval/loss"), abs=1e-5)
+    assert history[-1]["train/loss"] < 0.95 * history[0]["train/loss"]
+
+
+@pytest.mark.slow
+def test_coefficients_resume_bit_for_bit(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    weights, history = rotated(tmp_path / "a", 2, scale={"zero_stage": 1})
+    rotated(tmp_path / "b", 2, stop_at=3, scale={"zero_stage": 1})
+    resumed, continued = rotated(tmp_path / "b", 2, resume=True, scale={"zero_stage": 1})
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    assert continued == history
 
 
 @pytest.mark.slow

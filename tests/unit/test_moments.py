@@ -12,7 +12,16 @@ from steerlab import moments
 from steerlab.moments import Moments
 
 NAMES = ["a", "b"]
-SUMMARY = {"model_key": "k", "architecture": "Tiny", "pooling": ["mean"], "modules": NAMES, "count": 40, "second_moment": True}
+WIDTHS = dict.fromkeys(NAMES, 5)
+SUMMARY = {
+    "widths": WIDTHS,
+    "model_key": "k",
+    "architecture": "Tiny",
+    "pooling": ["mean"],
+    "modules": NAMES,
+    "count": 40,
+    "second_moment": True,
+}
 
 
 def vectors(offset: float = 0.0) -> torch.Tensor:
@@ -39,9 +48,9 @@ def test_files_are_merged_in_their_order(tmp_path: Path) -> None:
     z = vectors()
     paths = [tmp_path / f"part-{i}.safetensors" for i in range(3)]
     for path, part in zip(paths, z.split([10, 20, 10]), strict=True):
-        moments.save_sums({name: moments.sums(part, products=True) for name in NAMES}, path)
+        moments.save_sums(((name, moments.sums(part, products=True)) for name in NAMES), WIDTHS, True, path)
     assert sorted(tmp_path.iterdir()) == paths, "no other name is left"
-    moments.save({name: moments.merge_files(paths, name) for name in NAMES}, tmp_path, SUMMARY)
+    moments.save(((name, moments.merge_files(paths, name)) for name in NAMES), tmp_path, SUMMARY)
     found = Moments.open(tmp_path, "k")
     assert (found.modules, found.count) == (NAMES, 40)
     torch.testing.assert_close(found.mean("a"), z.double().mean(0))
@@ -52,9 +61,8 @@ def test_files_are_merged_in_their_order(tmp_path: Path) -> None:
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no moments: there is no moments.json"):
         Moments.open(tmp_path)
-    moments.save(
-        {name: moments.sums(vectors(), products=False) for name in NAMES}, tmp_path, SUMMARY | {"second_moment": False}
-    )
+    plain = ((name, moments.sums(vectors(), products=False)) for name in NAMES)
+    moments.save(plain, tmp_path, SUMMARY | {"second_moment": False})
     found = Moments.open(tmp_path)
     with pytest.raises(ValueError, match=r"set extract.second_moment"):
         found.second_moment("a")

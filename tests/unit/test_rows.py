@@ -58,6 +58,50 @@ def test_equal_texts_are_kept_once_before_a_split(tmp_path: Path) -> None:
     assert texts(data(path, min_chars=2)) == ["longer"]
 
 
+def instructions(path: Path, rows: list[dict[str, Any]], **settings: Any) -> DataSet:
+    path.write_text(json.dumps(rows))
+    return DataSet.model_validate({"source": str(path), **settings})
+
+
+def test_equal_prompts_are_kept_once_whatever_their_answers(tmp_path: Path) -> None:
+    given = [("a", "", "1"), ("a", None, "2"), ("a", "x", "3"), ("b", "", "4"), ("c", "", "5")]
+    found = [{"instruction": i, "input": x, "output": o} for i, x, o in given]
+    kept = instructions(tmp_path / "a.json", found, distinct=True, offset=1, limit=2)
+    assert [row["output"] for row in rows.read(kept)] == ["3", "4"]
+
+
+def test_fields_get_other_names_before_anything_else(tmp_path: Path) -> None:
+    found = [
+        {"prompt": "burn it", "llama3_output": "no", "output": "take fire", "kind": 1, "context": None},
+        {"prompt": "wash it", "llama3_output": "yes", "output": "take water", "kind": 2, "context": "the car"},
+    ]
+    names = {"prompt": "instruction", "llama3_output": "output", "context": "input", "kind": "class"}
+    data = instructions(tmp_path / "a.json", found, rename=names, where={"class": [2, None]})
+    assert rows.read(data) == [{"instruction": "wash it", "output": "yes", "class": 2, "input": "the car"}]
+    rows.check(data)
+    swapped = instructions(tmp_path / "a.json", found, rename={"prompt": "output", "output": "instruction"})
+    assert rows.read(swapped)[0]["instruction"] == "take fire" and rows.read(swapped)[0]["output"] == "burn it"
+
+
+def test_what_cannot_be_renamed_is_said(tmp_path: Path) -> None:
+    found = [{"question": "q", "answer": "a"}]
+    with pytest.raises(sources.SourceError, match=r"row 1 has no field 'qestion' \(it has: question, answer\)"):
+        rows.check(instructions(tmp_path / "a.json", found, rename={"qestion": "instruction", "answer": "output"}))
+    names = {"question": "instruction", "answer": "output", "kontext": "input"}
+    with pytest.raises(ValueError, match=r"rename.kontext: a row of .* has no such field \(it has: question, answer\)"):
+        rows.read(instructions(tmp_path / "a.json", found, rename=names))
+    with pytest.raises(ValueError, match="rename gives the name 'output' to two fields"):
+        DataSet(source="a", rename={"question": "output", "answer": "output"})
+    with pytest.raises(ValueError, match="rename takes the field 'output' away, which format instruction or a filter needs"):
+        DataSet(source="a", rename={"output": "answer"})
+
+
+def test_names_that_nobody_changes_leave_a_data_set_as_it_was() -> None:
+    assert "rename" not in DataSet(source="a").model_dump()
+    renamed = DataSet(source="a", rename={"question": "instruction"})
+    assert DataSet.model_validate(renamed.model_dump()) == renamed
+
+
 def test_several_sources_are_one_data_set_and_one_fingerprint(tmp_path: Path) -> None:
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text("a\n")

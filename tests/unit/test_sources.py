@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from steerlab import tinyworld
-from steerlab.sources import PINS, Source, SourceError, fetch, fingerprint, parse, rows
+from steerlab.sources import GENERATORS, PINS, Source, SourceError, fetch, fingerprint, parse, rows
 
 _BACKEND = """
 import os, pathlib
@@ -92,6 +92,8 @@ def test_parse_takes_every_form_apart() -> None:
     assert parse("s3://b/p#x").kind == "uri"
     assert parse("a/b#c") == Source("a/b#c", "path", "a/b#c")
     assert parse("tiny:refusals/test") == Source("tiny:refusals/test", "tiny", "refusals/test")
+    text = "gym:gsm_symbolic?seed=3&size=20"
+    assert parse(text) == Source(text, "gym", "gsm_symbolic", inside="seed=3&size=20")
     text = f"wheel:a-b==1.0.post1@sha256:{sha}#p/q.json"
     assert parse(text) == Source(text, "wheel", "a-b", "1.0.post1", sha, "p/q.json")
 
@@ -103,6 +105,9 @@ def test_parse_takes_every_form_apart() -> None:
         ("sdist:a==1@sha256:12", "is not sdist:NAME==VERSION"),
         ("wheel:a==1#../../etc/passwd", "points out of its package"),
         ("hf:a/b/c", "is not hf:owner/name"),
+        ("gym:gsm_symbolic", r"is not gym:NAME\?seed=N&size=N"),
+        ("gym:gsm_symbolic?seed=0&size=0", r"is not gym:NAME\?seed=N&size=N"),
+        ("gym:sudoku?seed=0&size=1", "no generator 'sudoku' here, only gsm_symbolic"),
         ("job:other.yaml", "model of another job"),
         ("", "empty"),
     ],
@@ -293,6 +298,15 @@ def test_rows_of_text_are_its_lines(tmp_path: Path) -> None:
     assert rows(str(tmp_path / "wiki.txt")) == [{"text": "one"}, {"text": "two"}]
 
 
+@pytest.mark.parametrize("name", ["a.yaml", "a.yml", "a.prompt"])
+def test_rows_of_yaml_are_its_one_list_of_objects(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("- {value: one}\n- {value: two}\n")
+    assert rows(str(path)) == [{"value": "one"}, {"value": "two"}]
+    path.write_text("name: set\nauthors: [ann, bob]\nseeds:\n- value: one\n  kinds: [a, b]\n- value: two\n")
+    assert rows(str(path), fields=("value",)) == [{"value": "one", "kinds": ["a", "b"]}, {"value": "two"}]
+
+
 def test_optional_fields_are_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"output": "o", "input": "i"}, {"output": "o"}, {"output": "o", "input": null}]')
@@ -312,6 +326,10 @@ def test_optional_fields_are_filled_in(tmp_path: Path) -> None:
         ("a.csv", "output,b\n1,2,3\n", "a.csv row 1 has another number of cells"),
         ("a.csv", "output,b\n1\n", "a.csv row 1 has another number of cells"),
         ("a.parquet", "no", "a.parquet is not a Parquet file"),
+        ("a.yaml", "{", "a.yaml is not YAML"),
+        ("a.yaml", "one", "a.yaml holds one str, not a list of objects"),
+        ("a.prompt", "a: [{x: 1}]\nb: [{x: 1}]", r"a.prompt holds 2 lists of objects, not one \(its keys: a, b\)"),
+        ("a.prompt", "authors: [ann]", "a.prompt holds 0 lists of objects, not one"),
         ("a.xml", "<a/>", r"a.xml is of no type that is read here \(.json, .jsonl"),
     ],
 )
@@ -355,3 +373,39 @@ def test_tiny_world_gives_rows_a_model_and_a_version(tmp_path: Path) -> None:
     assert fetch("tiny:model", tmp_path) == model
     with pytest.raises(SourceError, match="the made-up world's model is tiny:model"):
         fetch("tiny:instructions/train", tmp_path)
+
+
+# Generated problems
+
+
+def test_generated_problems_are_the_same_in_every_process(tmp_path: Path) -> None:
+    """Whoever sees another digest has a Python whose random numbers differ: the fingerprint has to say so then."""
+    digests = set()
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "packages").symlink_to(fetch("wheel:reasoning-gym==0.1.25").parent)
+        digests.add(_sha256(fetch("gym:gsm_symbolic?seed=7&size=40", tmp_path / name))[:16])
+    assert digests == {"62bcadd546542558"}
+
+
+def test_generated_problems_hold_a_question_and_its_solution() -> None:
+    found = rows("gym:gsm_symbolic?seed=7&size=40", fields=("instruction", "output", "answer"))
+    assert len(found) == 40
+    assert all(row["output"].rpartition("#### ")[2].replace(",", "") == row["answer"].replace(",", "") for row in found)
+    assert found[:10] == rows("gym:gsm_symbolic?seed=7&size=10"), "fewer rows are the beginning of more"
+    assert found != rows("gym:gsm_symbolic?seed=8&size=40")
+
+
+def test_fingerprint_of_generated_problems_names_package_seed_and_size() -> None:
+    source = "gym:gsm_symbolic?seed=7&size=40"
+    found = fingerprint(source)
+    assert found.startswith(f"{source}@wheel:reasoning-gym==0.1.25@sha256:{PINS['wheel:reasoning-gym==0.1.25']}")
+    assert found != fingerprint("gym:gsm_symbolic?seed=8&size=40")
+
+
+def test_a_generator_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GENERATORS, "gsm_symbolic", "reasoning_gym.arithmetic.time_intervals_of_no_kind")
+    (tmp_path / "packages").symlink_to(fetch("wheel:reasoning-gym==0.1.25").parent)
+    with pytest.raises(SourceError, match=r"'gym:gsm_symbolic.*' could not be generated: ModuleNotFoundError"):
+        fetch("gym:gsm_symbolic?seed=0&size=1", tmp_path)
+    assert list((tmp_path / "gym").iterdir()) == []

@@ -2,6 +2,7 @@
 
 from steerlab.evaluation import (
     alpaca,
+    arithmetic,
     bipia,
     concept,
     forbidden_words,
@@ -9,6 +10,7 @@ from steerlab.evaluation import (
     injection,
     perplexity,
     probing,
+    refusal,
     sentiment,
     separation,
     struq,
@@ -29,5 +31,7 @@ TASKS: dict[str, Task] = {
     "toxicity": Task(toxicity.Config, toxicity.run),
     "sentiment": Task(sentiment.Config, sentiment.run),
     "concept": Task(concept.Config, concept.run),
+    "refusal": Task(refusal.Config, refusal.run),
+    "math": Task(arithmetic.Config, arithmetic.run),
     "lm_eval": Task(harness.Config, harness.run),
 }

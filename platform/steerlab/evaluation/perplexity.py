@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steerlab import rows, sources
-from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows, number
+from steerlab import sources
+from steerlab.evaluation.items import ALPACA, Numbered, choose, data_rows, instruction_rows, number
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel, TokenLogProbs
 from steerlab.job import DataSet, TaskConfig
@@ -87,8 +87,7 @@ def conversation(model: SteeredModel, row: dict[str, Any], config: Config) -> Co
 
 def _rows(config: Config) -> list[Numbered]:
     if config.data is not None:
-        found = [Numbered(str(i), row) for i, row in enumerate(rows.read(config.data), config.data.offset)]
-        return choose(found, config.limit, config.seed)
+        return data_rows(config.data, config.limit, config.seed)
     if config.format == "instruction":
         return instruction_rows(
             config.source,

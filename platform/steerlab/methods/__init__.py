@@ -1,6 +1,6 @@
 """The table of methods. A further method is one new file here and one line below."""
 
-from steerlab.methods import aside, aura, caa, ise, iti, lineas, none, transport, vanilla
+from steerlab.methods import aside, aura, caa, ise, iti, lineas, none, transport, vanilla, warp
 from steerlab.methods.contract import Method
 
 METHODS: dict[str, Method] = {
@@ -8,6 +8,7 @@ METHODS: dict[str, Method] = {
     "vanilla": vanilla.METHOD,
     "aside": aside.METHOD,
     "ise": ise.METHOD,
+    "warp": warp.METHOD,
     "lineas": lineas.METHOD,
     "linear_act": transport.LINEAR,
     "mean_act": transport.MEAN,

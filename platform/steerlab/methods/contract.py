@@ -1,22 +1,27 @@
 """What a method is: a config, a check against the model, and one of two ways to make a patch.
 
 A method is *trained*: `module` is an `nn.Module` whose forward is the paper's loss. Or it is *fitted*: `fit` is a closed form
-from two samples of activations to one affine map a place. Both may ask for activations that an extraction leaves before them.
+from two samples of activations to one affine map a place. Both may ask for activations that an extraction leaves before them,
+and a trained one for preparations of its own, stages that are cached like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from steerlab.activations import Activations
 from steerlab.affine import AffineMap
-from steerlab.job import Job, MethodConfig, Selection
+from steerlab.generation import SteeredModel
+from steerlab.job import ExtractConfig, Job, MethodConfig, Selection
 from steerlab.models import ModelFacts
+from steerlab.plan import Estimate
+from steerlab.tensorfile import Shape
 from steerlab.tokens import IGNORED, Batch, Encoded
 
 
@@ -59,6 +64,89 @@ class Inputs:
     """Patches that the model carries already; the method's own one is attached above them."""
     activations: Mapping[str, Activations] = field(default_factory=dict)
     """Extracted activations by the role of their data set."""
+    prepared: Mapping[str, Path] = field(default_factory=dict)
+    """What the method's preparations left, by their name."""
+
+
+NOTHING = Estimate()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A preparation: moments of what the model computes on the rows of a data set (moments.py says what is in them)."""
+
+    name: ClassVar[str] = "moments"
+    needs: ClassVar[tuple[str, ...]] = ()
+    role: str
+    extract: ExtractConfig
+
+
+class Sums(Protocol):
+    """What is added up over the batches of a data set."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Names and shapes of the tensors, float32."""
+        ...
+
+    def add(self, batch: Batch, number: int) -> None:
+        """Add what one batch gives; `number` is the batch's in the data set, for messages."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the sums, in the order of `shapes`."""
+        ...
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        ...
+
+
+@dataclass(frozen=True)
+class OverRows:
+    """A preparation: a sum over batches of consecutive rows of a data set, spread over workers that hold the model."""
+
+    name: str
+    version: int
+    role: str
+    params: Mapping[str, Any]
+    """What it declares besides the model and the rows: JSON values; `rows_per_batch`, `rows_per_shard` (a multiple of it) and
+    `max_tokens` are among them."""
+    start: Callable[[SteeredModel, Mapping[str, Any], Mapping[str, Path]], Sums]
+    """(model, params, directories of what it needs) -> sums at zero."""
+    needs: tuple[str, ...] = ()
+    """Names of the preparations before it."""
+    estimate: Estimate = NOTHING
+    """Besides the model."""
+
+
+@dataclass(frozen=True)
+class OverParts:
+    """A preparation: parts that are made each by itself, one task a part, from what others left or from the weights."""
+
+    name: str
+    version: int
+    params: Mapping[str, Any]
+    parts: tuple[str, ...]
+    make: Callable[[Source, str, Path], dict[str, Any]]
+    """(source, part, path of the safetensors file to write) -> what is to be known of it."""
+    needs: tuple[str, ...] = ()
+    reads_model: bool = False
+    """True when the parts are made from the model's weights."""
+    estimate: Estimate = NOTHING
+
+
+class Source(NamedTuple):
+    """What a part is made from."""
+
+    params: Mapping[str, Any]
+    needed: Mapping[str, Path]
+    """Directories of the preparations before, by name."""
+    model: SteeredModel | None
+    """Where the model is read."""
+
+
+Preparation = Moments | OverRows | OverParts
 
 
 def _targets(row: Encoded, loss_on: str) -> int:
@@ -83,6 +171,17 @@ class Method:
     """Pooling of the activations that are read."""
     steers: Callable[[Any], Selection | None] = lambda config: None
     """Where fitted maps act; None: on every token of the places that were read."""
+    prepares: Callable[[Any, PreTrainedModel], tuple[Preparation, ...]] = lambda config, skeleton: ()
+    """(config, the model's modules without weights) -> stages before the training, each after those that it needs."""
+    trains_with: tuple[str, ...] = ()
+    """Names of the preparations that the training reads, where there are such."""
+    finished: Callable[[Any, dict[str, Tensor]], Any] | None = None
+    """(trainee, trained state of its patch) -> the patch that is saved; None: one of the same make with that state."""
+    before_pass: Callable[[Any, bool], None] = lambda module, is_last: None
+    """(trainee, whether the step's gradients are complete after it) -> None: what comes before each forward pass."""
+    trains: Callable[[Any, PreTrainedModel], tuple[int, int]] | None = None
+    """(config, skeleton) -> trained parameters and bytes of a worker besides model and optimizer, where the model's own weights
+    are frozen; None: a small patch."""
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: None
     """Refuse settings that cannot work on a model or in a job, with a ValueError, before anything starts."""
     trains_on: str = "train"

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from steerlab.evaluation import TASKS
 from steerlab.job import Job, TaskConfig, base_job, job_type
 from steerlab.methods import METHODS
+from steerlab.methods.contract import Preparation
 from steerlab.plan import Stage, ordered
-from steerlab.stages import choose, evaluate, extract, fit, moments, train
+from steerlab.stages import choose, evaluate, extract, fit, moments, prepare, train
 
 JobType: type[Job] = job_type([m.Config for m in METHODS.values()], [t.Config for t in TASKS.values()])
 """The closed type of a job: every method and every task of this version."""
@@ -64,8 +65,9 @@ def readings(job: Job) -> dict[str, Stage]:
     if job.extract is None or METHODS[job.method.name].reads(job.method):
         return {}
     below = _below(job)
-    kind = moments if job.extract.keep == "moments" else extract
-    return {role: kind.stage(job, role, below) for role in job.data.by_role}
+    if job.extract.keep == "moments":
+        return {role: moments.stage(job, role, below, job.extract) for role in job.data.by_role}
+    return {role: extract.stage(job, role, below) for role in job.data.by_role}
 
 
 def trainings(job: Job) -> dict[str, Job]:
@@ -84,6 +86,15 @@ def extractions(job: Job) -> dict[str, tuple[Job, str]]:
     return found | {stage.key: (job, role) for role, stage in (read | readings(job)).items()}
 
 
+def prepared_for(job: Job) -> dict[str, tuple[Job, Preparation]]:
+    """Return the preparations in a job's plan with the jobs whose methods asked for them, by the key of the stage."""
+    base = base_job(job, JobType)
+    found = {} if base is None else prepared_for(base)
+    asked = prepare.preparations(job, first_source(job))
+    made = prepare.stages(job, _below(job), asked)
+    return found | {made[preparation.name].key: (job, preparation) for preparation in asked}
+
+
 def leaves_patch(job: Job) -> bool:
     """Say whether the model that a job evaluates carries a patch; if its method makes none it may be the base job's."""
     base = base_job(job, JobType)
@@ -99,7 +110,24 @@ def model_stage(job: Job) -> Stage | None:
     extractions: Mapping[str, Stage] = {role: extract.stage(job, role, below) for role in method.reads(job.method)}
     if method.fit is not None:
         return fit.stage(job, below, extractions)
-    return below if job.train is None else train.stage(job, below, extractions)
+    if job.train is None:
+        return below
+    prepared = preparations(job)
+    return train.stage(job, below, extractions, {name: prepared[name] for name in method.trains_with if name in prepared})
+
+
+def preparations(job: Job) -> dict[str, Stage]:
+    """Return the stages that a job's method asks for before its training, by name."""
+    return prepare.stages(job, _below(job), prepare.preparations(job, first_source(job)))
+
+
+def first_source(job: Job) -> str:
+    """Return the source at the bottom of a job that may build on others."""
+    base = base_job(job, JobType)
+    if base is not None:
+        return first_source(base)
+    assert isinstance(job.model.source, str)
+    return job.model.source
 
 
 def _below(job: Job) -> Stage | None:

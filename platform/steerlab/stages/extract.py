@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _GROUP_BYTES = 1 << 28
 """Activations held before they are written as a row group: a part may be larger than the memory."""
+SUMS_HELD_BYTES = 4 << 30
+"""Moments that an actor holds at once: there are as many passes over the texts as that takes."""
 _SAFETY = 1.1
 """Free disk asked for, relative to the estimate."""
 _TEXTS_JUDGED = 256
@@ -32,25 +34,25 @@ _TEXTS_JUDGED = 256
 
 def stage(job: Job, role: str, below: Stage | None) -> Stage:
     """Return the stage that extracts the activations of one data set of the job; `below` leaves the model, if a stage does."""
+    assert job.extract is not None
     return Stage(
         "extract",
         1,
-        params(job, role, below, exclude={"keep", "second_moment"}),
+        params(job, role, below, job.extract, exclude={"keep", "second_moment"}),
         run,
         () if below is None else (below,),
         label=f"{role}: {rows.describe(job.data.by_role[role])}",
     )
 
 
-def params(job: Job, role: str, below: Stage | None, exclude: set[str]) -> dict[str, Any]:
+def params(job: Job, role: str, below: Stage | None, config: ExtractConfig, exclude: set[str]) -> dict[str, Any]:
     """Return what decides which texts are read, how, and of which model."""
-    assert job.extract is not None
     data = job.data.by_role[role]
     return {
         "role": role,
         "data": data.model_dump(mode="json", exclude={"loss_on"}),
         "data_fingerprint": rows.fingerprint(data),
-        "extract": job.extract.model_dump(mode="json", exclude=exclude),
+        "extract": config.model_dump(mode="json", exclude=exclude),
         **subject.params(job, below),
     }
 
@@ -58,7 +60,9 @@ def params(job: Job, role: str, below: Stage | None, exclude: set[str]) -> dict[
 def run(work: Work) -> None:
     """Extract what is missing in a pool of actors, then gather the parts."""
     start_s = time.monotonic()
-    made = shards.run(work, RowsOfShard, lambda num_rows, some: check_disk(work, num_rows, some))
+    made = shards.run(
+        work, RowsOfShard, work.params["extract"]["rows_per_shard"], lambda num_rows, some: check_disk(work, num_rows, some)
+    )
     shards.collect(work)
     (work.directory / activations.PARTS).write_text(
         json.dumps([{name: row[name] for name in _FACTS} for row in made], indent=1)
@@ -163,7 +167,7 @@ def text_sha256(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def estimate(job: Job, role: str, facts: ModelFacts, directory: Path) -> Estimate:
+def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, directory: Path) -> Estimate:
     """Estimate memory and disk of extracting one of the job's data sets; reads the data, and tokenises some of it.
 
     `directory` holds the model's config and tokenizer.
@@ -172,18 +176,20 @@ def estimate(job: Job, role: str, facts: ModelFacts, directory: Path) -> Estimat
     """
     from steerlab import models
 
-    assert job.extract is not None
-    config, data = job.extract, job.data.by_role[role]
+    data = job.data.by_role[role]
     texts = rows.read(data)
     prompt = {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}
     widths = _widths(models.skeleton(directory), config)
     vectors = len(texts) * _vectors_per_text(directory, prompt, config, data.format, texts)
     weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
-    batch_bytes = 4 * config.batch_tokens * sum(widths)
     if config.keep == "moments":
-        parts = -(-len(texts) // config.rows_per_shard)
-        one = _moment_bytes(widths, config)
-        return Estimate(memory_bytes=weights + batch_bytes + one, disk_bytes=one, work_bytes=one * parts)
+        one, parts = _moment_bytes(widths, config), -(-len(texts) // config.rows_per_shard)
+        held = max(
+            _moment_bytes(widths[start:end], config) + 4 * config.batch_tokens * sum(widths[start:end])
+            for start, end in spans([_moment_bytes([width], config) for width in widths], SUMS_HELD_BYTES)
+        )
+        return Estimate(memory_bytes=weights + held, disk_bytes=one, work_bytes=one * parts)
+    batch_bytes = 4 * config.batch_tokens * sum(widths)
     disk_bytes = int(vectors * sum(widths) * _value_bytes(config))
     return Estimate(memory_bytes=weights + batch_bytes + 3 * min(_GROUP_BYTES, disk_bytes), disk_bytes=disk_bytes)
 

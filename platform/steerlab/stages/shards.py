@@ -69,7 +69,9 @@ Make = Callable[["SteeredModel", Mapping[str, Any]], Maker]
 """A module's function that makes a `Maker` from a loaded model and the stage's parameters."""
 
 
-def run(work: Work, make: Make, check: Callable[[int, Sequence[Mapping[str, Any]]], None]) -> list[dict[str, Any]]:
+def run(
+    work: Work, make: Make, rows_per_shard: int, check: Callable[[int, Sequence[Mapping[str, Any]]], None]
+) -> list[dict[str, Any]]:
     """Make the parts that are missing and return the manifest rows of all, in order.
 
     `check` sees the number of missing rows and some of them before the first actor starts; it raises ValueError to stop.
@@ -78,7 +80,7 @@ def run(work: Work, make: Make, check: Callable[[int, Sequence[Mapping[str, Any]
         ValueError: the data or the settings are wrong; no other attempt is made.
     """
     place = Place(work.store.root, work.stage.name, work.stage.key)
-    planned = _plan(place, DataSet.model_validate(work.params["data"]), work.params["extract"]["rows_per_shard"])
+    planned = _plan(place, DataSet.model_validate(work.params["data"]), rows_per_shard)
     done = {entry["number"]: row for entry in planned if (row := place.done(entry, verify=True)) is not None}
     missing = [entry for entry in planned if entry["number"] not in done]
     total = sum(entry["rows"] for entry in planned)

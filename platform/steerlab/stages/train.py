@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from steerlab import rows
 from steerlab.job import Job
 from steerlab.methods import METHODS
@@ -17,11 +19,16 @@ from steerlab.stages import fit, subject
 _FLOAT_BYTES = 4
 
 
-def stage(job: Job, below: Stage | None, extractions: Mapping[str, Stage] | None = None) -> Stage:
+def stage(
+    job: Job,
+    below: Stage | None,
+    extractions: Mapping[str, Stage] | None = None,
+    prepared: Mapping[str, Stage] | None = None,
+) -> Stage:
     """Return the training stage of a job.
 
     `below` is the stage that leaves its starting model, if a job does; `extractions` leave the activations that its method
-    reads, by data role.
+    reads, by data role; `prepared` are the preparations that it trains with.
     """
     assert job.train is not None
     trains_on = METHODS[job.method.name].trains_on
@@ -36,7 +43,11 @@ def stage(job: Job, below: Stage | None, extractions: Mapping[str, Stage] | None
         "train": job.train.model_dump(mode="json"),
         "reads": sorted(extractions),
     }
-    inputs = (*((below,) if below else ()), *(extractions[role] for role in sorted(extractions)))
+    inputs = (
+        *((below,) if below else ()),
+        *(extractions[role] for role in sorted(extractions)),
+        *(prepared or {}).values(),
+    )
     return Stage("train", 2, params, run, inputs, label=f"{job.method.name} on {rows.describe(data[trains_on])}")
 
 
@@ -53,6 +64,11 @@ def run(work: Work) -> None:
         "activations": {
             role: asdict(ModelRef(artifact=(work.store.root, needed.name, needed.key)))
             for role, needed in zip(work.params["reads"], read, strict=True)
+        },
+        "prepared": {
+            needed.name: asdict(ModelRef(artifact=(work.store.root, needed.name, needed.key)))
+            for needed in work.stage.inputs
+            if needed.name in method.trains_with
         },
         "method": work.params["method"],
         "data": work.params["data"],
@@ -85,29 +101,40 @@ def _loading(work: Work) -> dict[str, str]:
     return {name: work.params["model"][name] for name in ("dtype", "attention")}
 
 
-def estimate(job: Job, facts: ModelFacts) -> Estimate:
-    """Estimate memory and disk of training with Adam, of all weights or of a patch on frozen ones.
+def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate:
+    """Estimate memory and disk of training with Adam: of all weights, of some that their method counts, or of a small patch.
 
     A worker holds weights, gradients and two moments (float32: 16 bytes a parameter; bfloat16 adds a float32 master copy), less
     what ZeRO shards, and the logits of one micro-batch, which dwarf other activations for small models.
     """
     assert job.train is not None
+    method, is_float32 = METHODS[job.method.name], job.model.dtype == "float32"
+    weight = _FLOAT_BYTES if is_float32 else 2
+    layers = 16 * weight * job.train.micro_batch * job.train.max_tokens * facts.hidden_size * facts.num_layers
+    logits = 3 * _FLOAT_BYTES * job.train.micro_batch * job.train.max_tokens * facts.vocab_size
+    if method.trains_model:
+        own, state = weight, 8 if is_float32 else 12
+        trained, more = facts.num_parameters, 0
+    elif method.trains is not None:
+        own, state = _FLOAT_BYTES, 8
+        trained, more = method.trains(job.method, skeleton)
+        more += facts.num_parameters * weight
+    else:
+        # Frozen weights need no gradients and no moments; the patch is small beside them.
+        return Estimate(memory_bytes=int(facts.num_parameters * weight + layers))
+    sharded = _per_parameter(job, own, state)
+    return Estimate(
+        memory_bytes=int(trained * sharded + more + logits + layers),
+        disk_bytes=trained * own,
+        work_bytes=3 * int(trained * (own + state)),
+    )
+
+
+def _per_parameter(job: Job, weight: int, state: int) -> float:
+    """Return the bytes of a trained parameter on a worker: itself, its gradient and what the optimizer keeps of it."""
     workers, stage_number = job.scale.worker_range[0], job.scale.zero_stage
-    weight = _FLOAT_BYTES if job.model.dtype == "float32" else 2
-    state = 8 if job.model.dtype == "float32" else 12
-    per_parameter = (
+    return (
         weight / (workers if stage_number == 3 else 1)
         + _FLOAT_BYTES / (workers if stage_number >= 2 else 1)
         + state / (workers if stage_number >= 1 else 1)
-    )
-    layers = 16 * weight * job.train.micro_batch * job.train.max_tokens * facts.hidden_size * facts.num_layers
-    if not METHODS[job.method.name].trains_model:
-        # Frozen weights need no gradients and no moments; the patch is small beside them.
-        return Estimate(memory_bytes=int(facts.num_parameters * weight + layers))
-    logits = 3 * _FLOAT_BYTES * job.train.micro_batch * job.train.max_tokens * facts.vocab_size
-    model_bytes = facts.num_parameters * weight
-    return Estimate(
-        memory_bytes=int(facts.num_parameters * per_parameter + logits + layers),
-        disk_bytes=model_bytes,
-        work_bytes=3 * int(facts.num_parameters * (weight + state)),
     )

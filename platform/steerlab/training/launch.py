@@ -185,6 +185,7 @@ def _worker(config: dict[str, Any]) -> None:
         data=DataConfig.model_validate(raw["data"]),
         train=TrainConfig.model_validate(raw["train"]),
         activations={role: ModelRef(**ref).locate() for role, ref in raw["activations"].items()},
+        prepared={name: ModelRef(**ref).locate() for name, ref in raw["prepared"].items()},
     )
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
     rank = context.get_world_rank()

@@ -46,6 +46,8 @@ class Request:
     train: TrainConfig
     activations: dict[str, Path] = field(default_factory=dict)
     """Extracted activations by the role of their data set."""
+    prepared: dict[str, Path] = field(default_factory=dict)
+    """What the method's preparations left, by their name."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ class _Training:
         self.rows = load_rows(self.data, self.encoder, request.train.max_tokens)
         validation = request.data.validation
         self.validation = load_rows(validation, self.encoder, request.train.max_tokens) if validation else None
-        inputs = Inputs(below, {role: Activations.open(path) for role, path in request.activations.items()})
+        activations = {role: Activations.open(path) for role, path in request.activations.items()}
+        inputs = Inputs(below, activations, request.prepared)
         assert self.method.module is not None
         config = self.method.Config.model_validate(request.method)
         self.module: nn.Module = self.method.module(model, config, inputs).to(self.link.device)
@@ -196,7 +199,9 @@ class _Training:
         self.module.on_step(step, min(train.steps, len(self.rows.rows) / train.rows_per_step))  # type: ignore[operator]
         self.engine.start_step(lr)
         totals: dict[str, float] = {"loss": 0.0}
-        for chunk in share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch):
+        chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
+        for number, chunk in enumerate(chunks, 1):
+            self.method.before_pass(self.module, number == len(chunks))
             total, further = self.engine.backward(self._batch([self.rows.rows[row] for row in chunk]), num_targets)
             for name, value in {"loss": total, **further}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
@@ -243,10 +248,10 @@ class _Training:
         if self.method.trains_model:
             state = self._export_model(state, output)
         if patch is not None:
-            _save_patch(patch, state, output / "patch", self.model_key)
+            patches.save(self._finished(state), output / "patch", self.model_key)
             for step in self.request.train.snapshots:
                 kept = {n.partition("/")[2]: value for n, value in self.snapshots.items() if n.startswith(f"{step}/")}
-                _save_patch(patch, kept, output / "snapshots" / str(step), self.model_key)
+                patches.save(self._finished(kept), output / "snapshots" / str(step), self.model_key)
         (output / "prompt.json").write_text(json.dumps(self.encoder.spec))
         (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history))
         facts = {
@@ -258,6 +263,15 @@ class _Training:
         }
         (output / "training.json").write_text(json.dumps(facts, indent=2))
 
+    def _finished(self, state: dict[str, Tensor]) -> Any:
+        """Return the patch to save for a trained state."""
+        if self.method.finished is not None:
+            return self.method.finished(self.module, state)
+        patch: Any = self.module.patch
+        fresh = patches.KINDS[patch.kind](**patch.spec())
+        fresh.load_state_dict(state)
+        return fresh
+
     def _export_model(self, state: dict[str, Tensor], output: Path) -> dict[str, Tensor]:
         """Write the trained weights and the tokenizer, take the model's fingerprint, and return the patch's state."""
         model: Any = self.module.model
@@ -268,13 +282,6 @@ class _Training:
         if self.module.patch is not None:
             self.model_key = models.fingerprint(models.load_model(output / "model", dtype=self.request.model.dtype))
         return {name.removeprefix("patch."): value for name, value in state.items() if name.startswith("patch.")}
-
-
-def _save_patch(patch: Any, state: dict[str, Tensor], directory: Path, model_key: str) -> None:
-    """Write a patch of the same make with another state."""
-    fresh = patches.KINDS[patch.kind](**patch.spec())
-    fresh.load_state_dict(state)
-    patches.save(fresh, directory, model_key)
 
 
 def run(request: Request, scale: ScaleConfig, link: Link, output: Path) -> None:

@@ -1,0 +1,89 @@
+"""What the stages of a job need, and whether there is so much of it: said, and refused, before anything starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import ray
+
+from steerlab import models, plan, sources
+from steerlab.job import Job
+from steerlab.stages import extract, extractions, first_source, plan_of, prepare, prepared_for, train, trainings
+from steerlab.store import Store
+
+Estimates = Mapping[str, plan.Estimate]
+"""By the key of the stage; nothing where it is small."""
+_SAFETY = 1.1
+"""Free disk asked for, relative to the estimate."""
+
+
+def estimates(job: Job, facts: models.ModelFacts) -> Estimates:
+    """Estimate what the stages of a job's plan need."""
+    source = sources.fetch(first_source(job))
+    directory, skeleton = models.prepare(source), models.skeleton(source)
+    found: dict[str, plan.Estimate] = {}
+    for key, (owner, role) in extractions(job).items():
+        assert owner.extract is not None
+        found[key] = extract.estimate(owner, role, owner.extract, facts, directory)
+    for key, (owner, asked) in prepared_for(job).items():
+        found[key] = prepare.estimate(owner, asked, facts, directory)
+    for key, owner in trainings(job).items():
+        found[key] = train.estimate(owner, facts, skeleton)
+    return found
+
+
+def check_disk(records: list[plan.Record], needs: Estimates, store: Store) -> None:
+    """Refuse stages that are still to run and together need more disk than ROOT has.
+
+    Raises:
+        ValueError: with what each of them needs.
+    """
+    free = store.free_bytes()
+    left = {r.stage.name: needs[r.stage.key] for r in records if r.status != "cached" and r.stage.key in needs}
+    sizes = {name: int((need.disk_bytes + need.work_bytes) * _SAFETY) for name, need in left.items()}
+    if free is not None and sum(sizes.values()) > free:
+        parts = " + ".join(f"{name} {size / 1e9:.1f}" for name, size in sizes.items() if size)
+        raise ValueError(f"ROOT '{store.root}' has {free / 1e9:.1f} GB free; needed are about {parts} GB")
+
+
+def check_memory(records: list[plan.Record], needs: Estimates, available: int, where: str) -> None:
+    """Refuse a stage that needs more memory than there is.
+
+    Raises:
+        ValueError: with the stage that needs most.
+    """
+    left = [(needs[r.stage.key].memory_bytes, r.stage.name) for r in records if r.status != "cached" and r.stage.key in needs]
+    most, name = max(left, default=(0, ""))
+    if most > available:
+        raise ValueError(
+            f"stage {name} needs about {most / 1e9:.1f} GB of memory a worker; {where} has {available / 1e9:.1f} GB"
+        )
+
+
+def check_machine(records: list[plan.Record], needs: Estimates, store: Store) -> None:
+    """Refuse what this machine cannot hold, where a job would run on it. Raises ValueError."""
+    check_disk(records, needs, store)
+    if store.is_local and not os.environ.get("RAY_ADDRESS"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        check_memory(records, needs, memory, "this machine")
+
+
+def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
+    """Refuse what the cluster or the disk cannot hold; Ray must be connected. Raises ValueError."""
+    from steerlab.training import launch
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if store.is_local and len(nodes) > 1:
+        raise ValueError(
+            f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
+        )
+    if job.train is None:
+        return
+    launch.check_resources(job.scale)
+    records = plan.status(plan_of(job), store)
+    needs = estimates(job, facts)
+    check_disk(records, needs, store)
+    if not launch.uses_gpu(job.scale):
+        largest = max(sum(node["Resources"].get(name, 0) for name in ("memory", "object_store_memory")) for node in nodes)
+        check_memory(records, needs, int(largest), "the largest node")

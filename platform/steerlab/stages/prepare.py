@@ -1,0 +1,205 @@
+"""The stages that come before a method's training, as the method asks for them: moments, sums over rows, parts.
+
+What is made is the method's business (contract.py); here is how it is spread over the cluster and continued after a kill. All
+leave a directory that `tensorfile.Parts` opens, but moments have their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+from safetensors import safe_open
+
+from steerlab import models, rows, sources
+from steerlab.activations import size_and_sha256
+from steerlab.job import Job
+from steerlab.methods import METHODS
+from steerlab.methods.contract import Moments, OverParts, OverRows, Preparation, Source
+from steerlab.models import ModelFacts
+from steerlab.plan import Estimate, ModelRef, Stage, Work
+from steerlab.stages import extract, moments, shards, subject
+from steerlab.tensorfile import Parts, Shape, writing
+from steerlab.tokens import collate, encode_rows
+
+if TYPE_CHECKING:
+    from steerlab.generation import SteeredModel
+
+_POLL_S = 0.5
+_WHOLE = "all"
+"""Name of the only part of a sum."""
+
+
+def preparations(job: Job, source: str) -> tuple[Preparation, ...]:
+    """Return what a job's method asks for before its training; `source` is that of the model at the bottom of the job."""
+    method = METHODS[job.method.name]
+    if job.train is None:
+        return ()
+    return method.prepares(job.method, models.skeleton(sources.fetch(source)))
+
+
+def stages(job: Job, below: Stage | None, asked: tuple[Preparation, ...]) -> dict[str, Stage]:
+    """Return the stages of a job's preparations by name; `below` leaves the model, if a stage does."""
+    found: dict[str, Stage] = {}
+    for preparation in asked:
+        found[preparation.name] = _stage(job, below, preparation, [found[name] for name in preparation.needs])
+    return found
+
+
+def _stage(job: Job, below: Stage | None, preparation: Preparation, needed: list[Stage]) -> Stage:
+    match preparation:
+        case Moments():
+            return moments.stage(job, preparation.role, below, preparation.extract)
+        case OverRows():
+            data = job.data.by_role[preparation.role]
+            params = {
+                **preparation.params,
+                "data": data.model_dump(mode="json"),
+                "data_fingerprint": rows.fingerprint(data),
+                **subject.params(job, below),
+            }
+            inputs = (*((below,) if below else ()), *needed)
+            label = f"{preparation.role}: {rows.describe(data)}"
+            return Stage(preparation.name, preparation.version, params, partial(_sum, preparation), inputs, label)
+        case OverParts():
+            params = {**preparation.params, **(subject.params(job, below) if preparation.reads_model else {})}
+            inputs = (*((below,) if below and preparation.reads_model else ()), *needed)
+            label = ", ".join(preparation.parts[:1]) if len(preparation.parts) == 1 else f"{len(preparation.parts)} parts"
+            return Stage(preparation.name, preparation.version, params, partial(_make, preparation), inputs, label)
+
+
+def estimate(job: Job, asked: Preparation, facts: ModelFacts, directory: Path) -> Estimate:
+    """Estimate what a preparation needs; `directory` holds the model's config and tokenizer."""
+    if isinstance(asked, Moments):
+        return extract.estimate(job, asked.role, asked.extract, facts, directory)
+    weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
+    own = asked.estimate
+    if isinstance(asked, OverParts):
+        return own if not asked.reads_model else replace(own, memory_bytes=own.memory_bytes + weights)
+    num_shards = -(-len(rows.read(job.data.by_role[asked.role])) // asked.params["rows_per_shard"])
+    logits = 3 * 4 * asked.params["rows_per_batch"] * asked.params["max_tokens"] * facts.vocab_size
+    memory_bytes = own.memory_bytes + weights + logits
+    return replace(own, memory_bytes=memory_bytes, work_bytes=own.work_bytes * num_shards)
+
+
+def _needed(work: Work) -> dict[str, dict[str, Any]]:
+    """Return where the artifacts of the preparations before lie, valid on every node."""
+    inputs = [stage for stage in work.stage.inputs if stage.name not in subject.LEAVES_MODEL]
+    return {stage.name: asdict(ModelRef(artifact=(work.store.root, stage.name, stage.key))) for stage in inputs}
+
+
+def _located(needed: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    return {name: ModelRef(**ref).locate() for name, ref in needed.items()}
+
+
+def _sum(preparation: OverRows, work: Work) -> None:
+    """Sum the shards that are missing in a pool of actors, then add them up in the order of the shards."""
+    maker = partial(_SumOfShard, preparation.start, _needed(work))
+    made = shards.run(work, maker, work.params["rows_per_shard"], lambda num_rows, some: None)
+    work.directory.mkdir(parents=True, exist_ok=True)
+    name = "part-00000.safetensors"
+    with shards.parts(work) as paths:
+        _add_up(paths, work.directory / name)
+    facts = {fact: sum(row[fact] for row in made) for fact in ("rows", "batches", "tokens", "cut", "dropped")}
+    Parts.write_index(work.directory, {_WHOLE: facts}, {_WHOLE: name})
+
+
+def _add_up(paths: list[Path], target: Path) -> None:
+    """Write the sum of each tensor over some files, holding one of it at once."""
+    with safe_open(paths[0], "pt") as first:
+        shapes = {name: Shape(torch.float32, first.get_slice(name).get_shape()) for name in first.offset_keys()}
+    with writing(target, shapes) as writer:
+        for name in shapes:
+            total: torch.Tensor | None = None
+            for path in paths:
+                with safe_open(path, "pt") as file:
+                    tensor = file.get_tensor(name)
+                total = tensor if total is None else total + tensor
+            assert total is not None
+            writer.write(name, total)
+
+
+class _SumOfShard:
+    """Makes the sum over a shard's batches; a shard holds whole batches, so that the shards change no batch."""
+
+    suffix = ".safetensors"
+
+    def __init__(
+        self, start: Callable[..., Any], needed: Mapping[str, Any], model: SteeredModel, params: Mapping[str, Any]
+    ) -> None:
+        self._start, self._needed, self._model, self._params = start, _located(needed), model, params
+
+    def make(self, shard: shards.Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+        """Leave the sums at `path`."""
+        encoder, size = self._model.encoder, self._params["rows_per_batch"]
+        conversations = [encoder.from_row(row, self._params["data"]["format"]) for row in shard.rows]
+        found = encode_rows(encoder, conversations, self._params["max_tokens"])
+        sums = self._start(self._model, self._params, self._needed)
+        try:
+            for first in range(0, len(found.rows), size):
+                batch = collate(found.rows[first : first + size], encoder.pad_id, loss_on=self._params["data"]["loss_on"])
+                sums.add(batch.to(self._model.device), (shard.first + first) // size)
+                tell(first)
+        finally:
+            sums.close()
+        with writing(path, sums.shapes) as writer:
+            for name, tensor in sums.tensors():
+                writer.write(name, tensor)
+        return {
+            "path": path.name,
+            **size_and_sha256(path),
+            "rows": len(found.rows),
+            "batches": -(-len(found.rows) // size),
+            "tokens": sum(len(row) for row in found.rows),
+            "cut": found.num_cut,
+            "dropped": found.num_dropped,
+        }
+
+
+def _make(preparation: OverParts, work: Work) -> None:
+    """Make the parts that are missing, one task each."""
+    place = shards.Place(work.store.root, work.stage.name, work.stage.key)
+    entries = [
+        {"number": number, "first": number, "rows": 1, "name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()}
+        for number, name in enumerate(preparation.parts)
+    ]
+    place.plan = entries
+    done = {entry["name"]: row for entry in entries if (row := place.done(entry, verify=True)) is not None}
+    made_of = subject.of(work) if preparation.reads_model else None
+    request = (preparation.make, dict(work.params), _needed(work), place.address, made_of)
+    num_cpus = min(work.scale.cpus_per_worker, ray.cluster_resources().get("CPU", 1))
+    left = [_make_part.options(num_cpus=num_cpus).remote(*request, entry) for entry in entries if entry["name"] not in done]  # type: ignore[attr-defined]
+    while left:
+        ended, left = ray.wait(left, timeout=_POLL_S)
+        done |= {row["name"]: row for row in ray.get(ended)}
+        work.report({"done": len(done), "total": len(entries)})
+    work.directory.mkdir(parents=True, exist_ok=True)
+    place.copy_parts(work.directory)
+    facts = {name: done[name]["facts"] for name in preparation.parts}
+    Parts.write_index(work.directory, facts, {name: done[name]["path"] for name in preparation.parts})
+
+
+@ray.remote
+def _make_part(
+    make: Callable[[Source, str, Path], dict[str, Any]],
+    params: dict[str, Any],
+    needed: dict[str, Any],
+    address: tuple[str, str, str],
+    made_of: dict[str, Any] | None,
+    entry: dict[str, Any],
+) -> dict[str, Any]:
+    """Make one part and return its manifest row."""
+    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    source = Source(params, _located(needed), None if made_of is None else subject.load(made_of))
+
+    def keep(path: Path) -> dict[str, Any]:
+        facts = make(source, entry["name"], path)
+        return {"path": path.name, "name": entry["name"], "facts": facts, **size_and_sha256(path)}
+
+    return shards.Place(*address).keep(entry, ".safetensors", keep)
