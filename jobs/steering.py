@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +96,7 @@ def main(
     except plan.StageError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    entries = [report.read(store, done.folder) for done in runs.values()]
+    entries = [replace(report.read(store, done.folder), name=name) for name, done in runs.items()]
     names = report.metrics(entries)
     table = Table("method", "strength", *names, "fit, s", title=f"{pair}: held-out rows, value \\[95 % interval]")
     for row in report.rows(entries, names):

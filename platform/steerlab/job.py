@@ -88,6 +88,8 @@ class DataSet(Frozen):
     rename: dict[str, str] = Field({}, exclude_if=lambda renamed: not renamed)
     """Fields under other names, {question: instruction, answer: output}; everything else here goes by the new ones. What a row
     had under a new name is dropped."""
+    fill: dict[str, str] = Field({}, exclude_if=lambda filled: not filled)
+    """Fields that every row gets with one text, {output: "I can't help with that."}, in place of what it had."""
     where: dict[str, tuple[float | None, float | None]] = {}
     """Keep rows whose number in a field lies in [low, high]; null is open."""
     equals: dict[str, str] = {}
@@ -109,6 +111,8 @@ class DataSet(Frozen):
     """Keep only rows whose `input` is not empty (instruction format)."""
     loss_on: Literal["all", "response"] = "all"
     """Tokens in the loss: all but padding (ASIDE's paper), or the response only."""
+    also: tuple[DataSet, ...] = Field((), exclude_if=lambda others: not others)
+    """Data sets of the same format whose rows follow: a share of other data mixed in."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -134,6 +138,12 @@ class DataSet(Frozen):
         for name in self.needed_fields:
             if name in self.rename and name not in new:
                 raise ValueError(f"rename takes the field {name!r} away, which format {self.format} or a filter needs")
+        for other in self.also:
+            if (other.format, other.loss_on) != (self.format, self.loss_on):
+                raise ValueError(
+                    f"also: rows of format {other.format} with loss_on {other.loss_on} do not go with format {self.format} and "
+                    f"loss_on {self.loss_on}"
+                )
         return self
 
 

@@ -19,6 +19,8 @@ from steerlab.store import Store
 
 MAX_TEXTS = 6
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
+_WIDE = 8.0
+"""Costs that differ by more than this factor are drawn on a logarithmic axis."""
 _WITHOUT = "strength 0"
 _HELD_OUT = "held-out rows, with 95 % interval"
 
@@ -164,6 +166,9 @@ def figure(entries: Sequence[Entry]) -> str | None:
         template="plotly_white", height=560, margin={"l": 60, "r": 20, "t": 20, "b": 60},
         font={"family": "system-ui, sans-serif", "size": 13}, xaxis_title=cost, yaxis_title=effect,
     )  # fmt: skip
+    costs = [x for x, _ in points]
+    if 0 < _WIDE * min(costs) < max(costs):
+        drawn.update_xaxes(type="log", dtick="D2")
     return str(drawn.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False, "responsive": True}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Mapping
@@ -38,13 +39,15 @@ def read(data: DataSet) -> list[dict[str, Any]]:
             f"{', '.join(data.sources)}: no rows are left; {len(found)} were read, {len(kept)} pass the filters, "
             f"offset is {data.offset}"
         )
-    return taken
+    return [*taken, *(row for other in data.also for row in read(other))]
 
 
 def check(data: DataSet) -> None:
     """Refuse a data set whose first row is not as its format says; reads no further where the file allows it."""
     for source in data.sources:
         _source_rows(source, data, 1)
+    for other in data.also:
+        check(other)
 
 
 def describe(data: DataSet) -> str:
@@ -58,15 +61,19 @@ def describe(data: DataSet) -> str:
 def fingerprint(data: DataSet) -> str | list[str]:
     """Return a value that changes when the data behind the sources changes; part of a stage's key."""
     found = [sources.fingerprint(source) for source in data.sources]
+    if data.also:
+        return [*found, *(json.dumps(fingerprint(other)) for other in data.also)]
     return found[0] if isinstance(data.source, str) else found
 
 
 def _source_rows(source: str, data: DataSet, limit: int | None) -> list[dict[str, Any]]:
     """Read the rows of one source under their new names."""
     old = {new: name for name, new in data.rename.items()}
-    fields = [old.get(name, name) for name in data.needed_fields]
+    fields = [old.get(name, name) for name in data.needed_fields if name not in data.fill]
     found = sources.rows(source, limit=limit, fields=fields, columns=data.columns)
-    return [_renamed(row, data.rename, source) for row in found] if data.rename else found
+    if data.rename:
+        found = [_renamed(row, data.rename, source) for row in found]
+    return [row | data.fill for row in found]
 
 
 def _renamed(row: dict[str, Any], names: Mapping[str, str], source: str) -> dict[str, Any]:

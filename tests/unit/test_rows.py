@@ -147,3 +147,28 @@ def test_a_file_inside_an_archive_inside_a_package() -> None:
     assert found[1]["score"].startswith("3.53") and "Lord of the Rings" in found[1]["text"]
     with pytest.raises(sources.SourceError, match=r"hutto_ICWSM_2014.tar.gz has no 'absent.txt'"):
         sources.fetch(source.split("!")[0] + "!absent.txt")
+
+
+def test_rows_of_other_data_are_mixed_in_behind_the_own_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"value": "do harm"}\n{"value": "do more harm"}\n')
+    (tmp_path / "b.jsonl").write_text('{"instruction": "say hi", "output": "hi"}\n' * 3)
+    own = {
+        "source": str(tmp_path / "a.jsonl"),
+        "rename": {"value": "instruction"},
+        "fill": {"output": "no"},
+        "loss_on": "response",
+    }
+    other = {"source": str(tmp_path / "b.jsonl"), "limit": 2, "loss_on": "response"}
+    data = DataSet.model_validate({**own, "limit": 1, "also": [other]})
+    rows.check(data)
+    found = [(row["instruction"], row["output"]) for row in rows.read(data)]
+    assert found == [("do harm", "no"), ("say hi", "hi"), ("say hi", "hi")]
+    before = rows.fingerprint(data)
+    (tmp_path / "b.jsonl").write_text('{"instruction": "say ho", "output": "ho"}\n' * 3)
+    assert rows.fingerprint(data) != before
+    with pytest.raises(ValueError, match=r"also: rows of format instruction with loss_on all do not go with"):
+        DataSet.model_validate({**own, "also": [{**other, "loss_on": "all"}]})
+
+
+def test_what_is_not_set_leaves_no_trace_in_keys() -> None:
+    assert not {"rename", "fill", "also"} & set(DataSet(source="tiny:topics/train").model_dump(mode="json"))

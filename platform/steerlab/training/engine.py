@@ -125,7 +125,8 @@ class Engine:
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
         """Write this rank's part of a checkpoint; all ranks call it."""
-        self._ds.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False)
+        # Frozen weights are those of the model that the run starts from.
+        self._ds.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
         if self.rank == 0:
             meta = {"world_size": self.world_size, "zero_stage": self.scale.zero_stage, "state": state}
             (directory / _META).write_text(json.dumps(meta))
@@ -144,7 +145,7 @@ class Engine:
                 f"{self.world_size} with zero_stage {self.scale.zero_stage}, because sharded optimizer state does not move. "
                 "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or delete the checkpoint"
             )
-        loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG)
+        loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"
         return meta["state"]
 

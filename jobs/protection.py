@@ -1,0 +1,169 @@
+"""Safety against utility over keep_ratio, with the controls and baselines of Safety-WaRP: one table, one figure.
+
+    python jobs/protection.py --root ROOT [--pair smollm2] [--seeds 3] [--output page.html]
+
+Moments, basis and importance are computed once, whatever the number of ratios and seeds; what is in ROOT is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import ray
+import typer
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from steerlab import capacity, job, plan, run
+from steerlab.stages import JobType
+from steerlab.store import Store
+
+JOBS = Path(__file__).parent
+PAIRS = {"tiny": ("tiny/safety.yaml", "tiny/warp.yaml"), "smollm2": ("safety.yaml", "warp.yaml")}
+METRICS = ("refusal/attack_success", "refusal/over_refusal", "math/solved")
+RATIOS = (0.0, 0.01, 0.05, 0.1, 0.2)
+COLOURS = {"eigenvectors": "#4269d0", "no rotation": "#efb118", "random rotation": "#ff725c"}
+console = Console(width=180, soft_wrap=True)
+began_s = time.monotonic()
+
+
+class Variant(NamedTuple):
+    """A line of the table."""
+
+    group: str
+    ratio: float | None
+    overrides: tuple[str, ...]
+    strength: str = "1.0"
+    """Of the metrics that are shown."""
+    trains: bool = True
+
+
+def variants(ratios: tuple[float, ...], control_ratio: float) -> list[Variant]:
+    """Return the method at every ratio, its controls and the baselines."""
+    rotations = {"eigenvectors": "safety", "no rotation": "none", "random rotation": "random"}
+    found = [Variant("before", None, (), trains=False)]
+    found += [
+        Variant("full fine-tuning", None, ("method={name: vanilla}", "data.safety=null")),
+        Variant("safety rows mixed in", None, ("method={name: vanilla}", "data.safety=null", "data.train.also=MIXED")),
+        Variant("selected layers, half way", None, ("method.keep_ratio=0", "method.rotation=none"), strength="0.5"),
+    ]
+    for name, rotation in rotations.items():
+        found += [Variant(name, ratio, (f"method.rotation={rotation}", f"method.keep_ratio={ratio}")) for ratio in ratios]
+    for mask in ("random", "magnitude"):
+        found.append(Variant(f"{mask} mask", control_ratio, (f"method.mask={mask}", f"method.keep_ratio={control_ratio}")))
+    return found
+
+
+def wanted(pair: str, variant: Variant, seed: int, overrides: list[str]) -> job.Job:
+    """Return the job of a variant and seed."""
+    before, tuned = (JOBS / name for name in PAIRS[pair])
+    if not variant.trains:
+        return job.read(before, JobType, overrides)
+    safety = job.read(tuned, JobType).data.by_role["safety"].model_dump(mode="json")
+    mixed = json.dumps([{**safety, "limit": max(1, (safety["limit"] or 100) // 2)}])
+    settings = [text.replace("MIXED", mixed) for text in variant.overrides]
+    # Strength 0.5 of a patch is half way between the weights before and after.
+    strengths = [f"evaluate.{number}.strengths=[1, 0.5]" for number in range(2)] if variant.strength != "1.0" else []
+    seeds = [f"train.seed={seed}", *([] if "vanilla" in " ".join(settings) else [f"method.seed={seed}"])]
+    return job.read(tuned, JobType, [*settings, *strengths, *seeds, *overrides])
+
+
+def execute(one: job.Job, store: Store) -> run.Run:
+    """Run one job and say what of it was run."""
+
+    def ended(record: plan.Record) -> None:
+        if record.status != "cached":
+            what = f"{record.stage.name} ({record.stage.label}) {record.status} in {record.seconds:.0f} s"
+            console.print(f"\\[{time.monotonic() - began_s:5.0f} s] {what}", highlight=False)
+
+    return run.execute(one, store, plan.Listener(ended=ended), command="jobs/protection.py")
+
+
+def over_seeds(values: list[float]) -> tuple[float, float]:
+    """Return the mean over seeds and half of its 95 % interval (Student's t); nan for one seed."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def cell(metrics: list[dict[str, Any]]) -> str:
+    """Write the mean over seeds with its interval; with one seed, the interval over items."""
+    values = [metric["value"] for metric in metrics]
+    if None in values:
+        return "\u2013"
+    if len(values) == 1:
+        return f"{values[0]:.3f} \\[{metrics[0]['low']:.3f}, {metrics[0]['high']:.3f}]"
+    mean, half = over_seeds(values)
+    return f"{mean:.3f} \u00b1 {half:.3f}"
+
+
+def figure(found: dict[Variant, list[dict[str, Any]]]) -> Any:
+    """Draw attack success against problems solved: a line over keep_ratio for each rotation, a point for each other variant."""
+    import plotly.graph_objects as go
+
+    drawn = go.Figure()
+    groups: dict[str, list[Variant]] = {}
+    for variant in found:
+        groups.setdefault(variant.group, []).append(variant)
+    for group, members in groups.items():
+        points = [[over_seeds([s[name]["value"] for s in found[v]]) for v in members] for name in (METRICS[2], METRICS[0])]
+        (x, dx), (y, dy) = (([mean for mean, _ in axis], [half for _, half in axis]) for axis in points)
+        drawn.add_scatter(
+            x=x, y=y, name=group, mode="lines+markers+text" if len(members) > 1 else "markers",
+            text=[f"{v.ratio:g}" for v in members if v.ratio is not None], textposition="top center",
+            error_x={"array": dx, "thickness": 1, "width": 3}, error_y={"array": dy, "thickness": 1, "width": 3},
+            marker={"size": 9, "symbol": "circle" if len(members) > 1 else "diamond"}, line={"color": COLOURS.get(group)},
+        )  # fmt: skip
+    drawn.update_layout(
+        template="plotly_white", height=620, xaxis_title="problems solved (higher is better)",
+        yaxis_title="attack success (lower is better)", font={"family": "system-ui, sans-serif", "size": 13},
+        title="Safety against utility; the labels are keep_ratio, the bars 95 % intervals over seeds",
+    )  # fmt: skip
+    return drawn
+
+
+def main(
+    root: Annotated[str, typer.Option(help="Where results go: an absolute path or a URI.")],
+    pair: Annotated[str, typer.Option(help=f"Jobs: {' or '.join(PAIRS)}.")] = "tiny",
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    ratios: Annotated[str, typer.Option(help="Values of keep_ratio.")] = ",".join(map(str, RATIOS)),
+    control_ratio: Annotated[float, typer.Option(help="keep_ratio of the random and the magnitude mask.")] = 0.1,
+    output: Annotated[Path | None, typer.Option(help="HTML page with the figure.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override one value in every job.")] = None,
+) -> None:
+    """Run the jobs, print the table and draw the figure."""
+    store = Store.open(root)
+    asked = variants(tuple(float(ratio) for ratio in ratios.split(",")), control_ratio)
+    jobs = {v: [wanted(pair, v, seed, set_ or []) for seed in range(seeds if v.trains else 1)] for v in asked}
+    facts = {variant: run.check(group[0]) for variant, group in jobs.items()}
+    run.check_address()
+    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    found: dict[Variant, list[dict[str, Any]]] = {}
+    try:
+        for variant, group in jobs.items():
+            capacity.check_cluster(group[0], store, facts[variant])
+            summaries = [execute(one, store).summary["strengths"] for one in group]
+            found[variant] = [strengths[variant.strength] for strengths in summaries]
+    except plan.StageError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    table = Table("", "keep_ratio", *METRICS, title=f"{pair}: held-out rows, {seeds} seeds, 95 % intervals")
+    for variant, metrics in found.items():
+        ratio = "" if variant.ratio is None else f"{variant.ratio:g}"
+        table.add_row(variant.group, ratio, *(cell([one[name] for one in metrics]) for name in METRICS))
+    console.print(table)
+    if output is not None:
+        figure(found).write_html(output, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
+        console.print(f"{output}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
