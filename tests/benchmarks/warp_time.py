@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for passes in (1, 8):
         steps = {kind: Step(kind, basis) for kind in ("plain", "warp", "explicit")}
-        seconds = medians({kind: (lambda step=step: step.run(passes)) for kind, step in steps.items()})
+        seconds = medians({kind: partial(step.run, passes) for kind, step in steps.items()})
         found[f"accumulation {passes}"] = {
             "plain step, s": seconds["plain"],
             "warp / plain": seconds["warp"] / seconds["plain"],

@@ -183,6 +183,7 @@ def test_a_killed_job_started_again_continues_to_the_same_bits(jobs: Path, undis
     assert not glob.glob(str(root / "work/*/*")), "checkpoints are removed once the artifact stands"
 
 
+@pytest.mark.slow
 def test_a_driver_killed_between_stages_leaves_no_half_artifact(jobs: Path) -> None:
     """The kill comes as soon as the first stage's artifact stands; the second run takes it as it is and goes on."""
     task = {"task": "separation", "source": "tiny:separation/test", "limit": 6, "max_new_tokens": 4}

@@ -99,6 +99,7 @@ def test_lineas_from_job_to_report(cluster: None, store: Store, tmp_path: Path) 
     assert "perplexity/value" in text and "plotly" in text and "strength 0 (no patch)" in text
 
 
+@pytest.mark.slow
 def test_one_worker_gives_the_maps_of_two(cluster: None, store: Store, tmp_path: Path) -> None:
     two = artifact(store, do(store, {**LINEAS, "evaluate": []}, tmp_path))
     alone = {**LINEAS, "evaluate": [], "scale": {"workers": 1}}

@@ -146,6 +146,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(zero_stage: int, t
     assert continued == history
 
 
+@pytest.mark.slow
 def test_replicated_state_continues_on_another_number_of_workers(one_worker: Any, tmp_path: Path) -> None:
     train(tmp_path, 2, stop_at=3)
     weights, _ = train(tmp_path, 1, resume=True)
@@ -194,7 +195,7 @@ def one_rotated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, tor
     return rotated(tmp_path_factory.mktemp("rotated"), 1)
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
 def test_coefficients_train_alike_under_zero(zero_stage: int, one_rotated: Any, tmp_path: Path) -> None:
     """Gradients are rotated once a step, for all of its passes, on each worker before they are summed over workers."""
     weights, history = rotated(tmp_path, 2, scale={"zero_stage": zero_stage})
