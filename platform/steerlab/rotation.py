@@ -7,6 +7,7 @@ response of all outputs to the direction u_j. Axes besides those of tokens.py: M
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -122,72 +123,136 @@ def unpacked(bits: Tensor, sizes: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=sizes[0] * sizes[1]).astype(bool)).view(sizes)
 
 
-class _Effective(torch.autograd.Function):
-    """The weight W of a layer as a function of its change D: the forward pass takes W as it was made, nothing is computed."""
+class SharedInput:
+    """An orthonormal basis of the inputs of some layers, and what they all read in it, computed once for them."""
 
-    @staticmethod
-    def forward(ctx: Any, change_MN: Tensor, layer: RotatedLayer) -> Tensor:
-        ctx.layer = layer
-        return layer.weight_MN.detach()
+    def __init__(self, vectors_NN: Tensor, num_outputs: int) -> None:
+        # It stays mapped from the disk, and on a GPU it is there only while it is used.
+        self._vectors_NN = vectors_NN
+        self.num_outputs = num_outputs
+        """Of all the layers together."""
+        self._read: weakref.ref[Tensor] | None = None
+        self._rotated: Tensor | None = None
 
-    @staticmethod
-    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.layer.gradient_of_change(grad_MN), None
+    def vectors(self, like: Tensor) -> Tensor:
+        """Return the basis, (N, N), where and as a tensor is."""
+        return self._vectors_NN.to(like.device, like.dtype)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Return x U; the layers that are given the same tensor share the product, and its gradient."""
+        if self._rotated is None or self._read is None or self._read() is not x:
+            self._read, self._rotated = weakref.ref(x), x @ self.vectors(x)
+        return self._rotated
+
+    def forget(self) -> None:
+        """Let go of what was read."""
+        self._read = self._rotated = None
 
 
 class RotatedLayer(nn.Module):
-    """A linear layer whose weight is W_0 + D U^T; what trains is D, where it is not frozen."""
+    """A linear layer whose weight is W = W_0 + D U^T; what trains is D, where it is not frozen.
+
+    dL/dD = ((dL/dW) U) * free. It is computed in one of two ways, whichever multiplies less: from dL/dW, added up over the
+    passes of a step and rotated once (then W is made once a step, too); or, in a step of one pass with fewer tokens than the
+    layers behind one input have outputs, from rotated inputs, y = (x U)(W_0 U + D)^T, where no matrix is rotated at all.
+    """
 
     start_MN: Tensor
-    weight_MN: Tensor
     free_MN: Tensor
 
-    def __init__(self, linear: nn.Module, frozen_MN: Tensor, vectors_NN: Tensor | None) -> None:
+    def __init__(self, linear: nn.Module, frozen_MN: Tensor, shared: SharedInput | None) -> None:
         super().__init__()
         start_MN = models.linear_weight(linear).detach()
         self.change_MN = nn.Parameter(torch.zeros(start_MN.shape, dtype=_wide(start_MN.dtype)))
         self.register_buffer("start_MN", start_MN, persistent=False)
-        self.register_buffer("weight_MN", start_MN.clone(), persistent=False)
         self.register_buffer("free_MN", ~frozen_MN, persistent=False)
-        # No buffer: it stays mapped from the disk, and on a GPU it is there only while it is used.
-        self._vectors_NN = vectors_NN
+        self.shared = shared
+        self._made: dict[bool, Tensor] = {}
         self._pending_MN: Tensor | None = None
-        self.completes_step = True
+        self._begun = self._is_alone = False
+        self._is_last = True
         bias: Any = linear.bias
         del linear._parameters["weight"]
-        linear.forward = lambda x: nn.functional.linear(x, self.weight(), bias)  # type: ignore[method-assign]
+        linear.forward = lambda x: self._apply_to(x, bias)  # type: ignore[method-assign]
 
-    def weight(self) -> Tensor:
-        """Return W, through which gradients reach D."""
-        return _Effective.apply(self.change_MN, self)  # type: ignore[no-any-return]
+    def start_step(self) -> None:
+        """Begin with other changes: the optimizer, or a checkpoint, has moved them."""
+        self._begun = self._is_alone = False
+        self._made.clear()
+        if self.shared is not None:
+            self.shared.forget()
+
+    def start_pass(self, is_last: bool) -> None:
+        """Begin a forward and backward pass of a step; `is_last` says whether gradients are complete after it."""
+        self._is_alone = is_last and not self._begun
+        self._begun, self._is_last = True, is_last
+
+    def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        by_inputs = self._takes_rotated(x)
+        matrix_MN = _Effective.apply(self.change_MN, self, by_inputs)
+        if by_inputs:
+            assert self.shared is not None
+            x = self.shared.rotated(x)
+        return nn.functional.linear(x, matrix_MN, bias)  # type: ignore[arg-type]
+
+    def _takes_rotated(self, x: Tensor) -> bool:
+        num_tokens = x.numel() // x.shape[-1]
+        fits = self.shared is not None and num_tokens < self.shared.num_outputs
+        # In bfloat16 a basis is not orthonormal any more.
+        return fits and self._is_alone and torch.is_grad_enabled() and x.dtype == self.change_MN.dtype
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Make W of the present D."""
-        self.weight_MN.copy_(self.start_MN + self._in_weights(self.change_MN))
+    def matrix(self, rotated: bool = False) -> Tensor:
+        """Return W or, rotated, W U, (M, N), for the present changes."""
+        if rotated not in self._made:
+            if rotated:
+                assert self.shared is not None
+                self._made[rotated] = self._start_rotated().add(self.change_MN)
+            else:
+                self._made[rotated] = (self.start_MN + self._in_weights(self.change_MN)).to(self.start_MN.dtype)
+        return self._made[rotated].detach()
+
+    def _start_rotated(self) -> Tensor:
+        """Return W_0 U, made once."""
+        if not hasattr(self, "start_rotated_MN"):
+            assert self.shared is not None
+            product_MN = self.start_MN @ self.shared.vectors(self.start_MN)
+            self.register_buffer("start_rotated_MN", product_MN, persistent=False)
+        return self.start_rotated_MN  # type: ignore[return-value]
 
     def difference(self, change_MN: Tensor) -> Tensor:
         """Return D U^T, on the CPU."""
         return self._in_weights(change_MN.cpu())
 
-    def gradient_of_change(self, grad_MN: Tensor) -> Tensor:
-        """Return ((dL/dW) U) * (1 - F), once a step for the sum over its passes; zeros before the last of them."""
+    def gradient_of_change(self, grad_MN: Tensor, by_inputs: bool) -> Tensor:
+        """Return the gradient of D from that of the matrix used; zeros before a step's last pass, which makes up for them."""
+        if by_inputs:
+            return grad_MN * self.free_MN
         grad_MN = grad_MN.to(self.change_MN.dtype)
         if self._pending_MN is not None:
             grad_MN = self._pending_MN.add_(grad_MN)
-        if not self.completes_step:
+        if not self._is_last:
             self._pending_MN = grad_MN
             return grad_MN.new_zeros(()).expand_as(grad_MN)
         self._pending_MN = None
-        rotated_MN = grad_MN if self._vectors_NN is None else grad_MN @ self._vectors(grad_MN)
+        rotated_MN = grad_MN if self.shared is None else grad_MN @ self.shared.vectors(grad_MN)
         return rotated_MN * self.free_MN
 
     def _in_weights(self, change_MN: Tensor) -> Tensor:
-        return change_MN if self._vectors_NN is None else change_MN @ self._vectors(change_MN).T
+        return change_MN if self.shared is None else change_MN @ self.shared.vectors(change_MN).T
 
-    def _vectors(self, like: Tensor) -> Tensor:
-        assert self._vectors_NN is not None
-        return self._vectors_NN.to(like.device, like.dtype)
+
+class _Effective(torch.autograd.Function):
+    """The matrix of a layer as a function of its change: the forward pass takes it as it was made, nothing is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, change_MN: Tensor, layer: RotatedLayer, by_inputs: bool) -> Tensor:
+        ctx.layer, ctx.by_inputs = layer, by_inputs
+        return layer.matrix(by_inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.layer.gradient_of_change(grad_MN, ctx.by_inputs), None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

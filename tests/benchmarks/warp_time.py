@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,11 @@ class Step:
         torch.manual_seed(0)
         self.model = LlamaForCausalLM(LlamaConfig(**SIZES)).requires_grad_(False)  # type: ignore[arg-type]
         places = models.weight_places(self.model, PAPER_TYPES, range(LAYERS))
+        outputs = Counter[str]()
+        for place in places:
+            outputs[place.input_of] += place.shape[0]
+        sizes = {place.input_of: place.shape[1] for place in places}
+        shared = {name: rotation.SharedInput(basis[size], outputs[name]) for name, size in sizes.items()}
         self.rotated: list[rotation.RotatedLayer] = []
         trained: list[Any] = []
         for place in places:
@@ -61,7 +67,7 @@ class Step:
             elif kind == "explicit":
                 trained.append(Explicit(linear, frozen_MN, basis[place.shape[1]]).rotated_MN)
             else:
-                self.rotated.append(rotation.RotatedLayer(linear, frozen_MN, basis[place.shape[1]]))
+                self.rotated.append(rotation.RotatedLayer(linear, frozen_MN, shared[place.input_of]))
                 trained.append(self.rotated[-1].change_MN)
         self.optimizer = torch.optim.Adam(trained, lr=1e-4)
         self.ids = torch.randint(0, SIZES["vocab_size"], (ROWS, TOKENS))
@@ -70,10 +76,10 @@ class Step:
         """Take one step and return its seconds."""
         start_s = time.perf_counter()
         for layer in self.rotated:
-            layer.refresh()
+            layer.start_step()
         for number in range(passes):
             for layer in self.rotated:
-                layer.completes_step = number == passes - 1
+                layer.start_pass(number == passes - 1)
             logits = self.model(input_ids=self.ids, use_cache=False).logits
             nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten()).backward()
         self.optimizer.step()

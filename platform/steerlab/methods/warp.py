@@ -12,8 +12,8 @@ For a linear layer y = W x, with W of shape (M, N) and inputs x over all tokens 
 5. fold        W replaces W_0; inference costs what it did
 
 D is what an optimizer sees, so any elementwise one is right, also flattened and partitioned by ZeRO 0 to 2, and a frozen
-coefficient, whose gradient is always 0, does not move by a bit whatever momentum or decay do. The forward pass uses the plain
-W, which is made once a step; gradients are added up over a step's passes before they are rotated.
+coefficient, whose gradient is always 0, does not move by a bit whatever momentum or decay do. What of it is computed where is
+in rotation.py.
 
 Departures from the manuscript and its code:
 - coefficients are ranked one by one; the seed code ranks output rows by a norm that no rotation changes, so that its basis has
@@ -376,39 +376,37 @@ class Warp(nn.Module):
         chosen = places(model, config)
         if basis is not None:
             check_basis(basis, model)
+        shared = {} if basis is None else _shared_inputs(basis, chosen)
         rotated = {}
         for place in chosen:
             frozen_MN = rotation.unpacked(mask.tensor(place.module), place.shape)
-            vectors_NN = None if basis is None else basis.tensor(f"{place.input_of}/vectors")
-            rotated[place.module] = rotation.RotatedLayer(model.get_submodule(place.module), frozen_MN, vectors_NN)
+            linear = model.get_submodule(place.module)
+            rotated[place.module] = rotation.RotatedLayer(linear, frozen_MN, shared.get(place.input_of))
         others = dict(model.named_parameters()) if config.others == "train" else {}
         self._start = {name: weight.detach().cpu().clone() for name, weight in others.items()}
         for weight in others.values():
             weight.requires_grad_(True)
         self.patch = Rotated(rotated, others)
         patches.attach(model, inputs.below)
-        self._stale = False
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
-        if self._stale:
-            for layer in self.patch.rotated():
-                layer.refresh()
-            self._stale = False
         return Loss(language_modelling_loss(self.model(**batch.patched_inputs).logits, batch.labels), {})
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Make the weights anew: the optimizer, or a checkpoint, has moved the changes."""
-        self._stale = True
+        """Begin with the changes that the optimizer, or a checkpoint, has left."""
+        for layer in self.patch.rotated():
+            layer.start_step()
 
     def after_step(self, lr: float) -> None:
-        """Make the weights anew where they are next used, be it for an evaluation."""
-        self._stale = True
+        """Let an evaluation see the step."""
+        for layer in self.patch.rotated():
+            layer.start_step()
 
     def before_pass(self, is_last: bool) -> None:
         """Let gradients be rotated in a step's last pass, for all of its passes."""
         for layer in self.patch.rotated():
-            layer.completes_step = is_last
+            layer.start_pass(is_last)
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return what was trained as differences of plain weights (step 5), one layer at a time."""
@@ -421,6 +419,14 @@ class Warp(nn.Module):
         return patches.WeightPatch.of(differences)
 
 
+def _shared_inputs(basis: Parts, chosen: list[WeightPlace]) -> dict[str, rotation.SharedInput]:
+    """Return the bases by the layers' inputs."""
+    outputs: dict[str, int] = {}
+    for place in chosen:
+        outputs[place.input_of] = outputs.get(place.input_of, 0) + place.shape[0]
+    return {name: rotation.SharedInput(basis.tensor(f"{name}/vectors"), num) for name, num in outputs.items()}
+
+
 def check_basis(basis: Parts, model: PreTrainedModel) -> None:
     """Refuse a basis of another model's activations."""
     for group, facts in basis.facts.items():
@@ -431,7 +437,7 @@ def check_basis(basis: Parts, model: PreTrainedModel) -> None:
 
 
 def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
-    """Return the number of coefficients, and the bytes of W beside W_0, a sum over passes, the mask and one basis."""
+    """Return the number of coefficients, and the bytes of W and W_0 U beside W_0, of the mask and of one basis."""
     chosen = places(skeleton, config)
     num = sum(place.shape[0] * place.shape[1] for place in chosen)
     others = sum(p.numel() for p in skeleton.parameters()) - num if config.others == "train" else 0
