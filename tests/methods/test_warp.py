@@ -15,6 +15,8 @@ from steerlab import models, patches, rotation, tinyworld
 from steerlab.methods import warp
 from steerlab.methods.contract import Inputs, language_modelling_loss
 from steerlab.methods.warp import Config, Warp
+from steerlab.moments import TENSORS
+from steerlab.stages import extract
 from steerlab.tensorfile import Parts
 from steerlab.tokens import Batch, Encoder, collate
 
@@ -259,6 +261,15 @@ def test_other_weights_train_where_they_are_asked_to(
     torch.testing.assert_close(folded, trained, rtol=1e-5, atol=1e-4)
 
 
+def test_second_moments_read_in_several_passes_are_the_same_bits(
+    tiny_model: PreTrainedModel, prepared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepared(warp.METHOD, config(), tiny_model, SAFETY)["moments"]
+    monkeypatch.setattr(extract, "SUMS_HELD_BYTES", 1)
+    apart = prepared(warp.METHOD, config(), tiny_model, SAFETY)["moments"]
+    assert (whole / TENSORS).read_bytes() == (apart / TENSORS).read_bytes()
+
+
 def test_layers_that_share_an_input_share_a_basis(tiny_model: PreTrainedModel, prepared: Any) -> None:
     wanted = config(layer_type=ALL_TYPES, target_layers=[2])
     before = prepared(warp.METHOD, wanted, tiny_model, SAFETY)
@@ -268,6 +279,13 @@ def test_layers_that_share_an_input_share_a_basis(tiny_model: PreTrainedModel, p
     for group in Parts.open(before["basis"]).facts:
         vectors = Parts.open(before["basis"]).tensor(f"{group}/vectors").double()
         torch.testing.assert_close(vectors.T @ vectors, torch.eye(len(vectors), dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_too_few_rows_for_a_whole_basis_are_said(tiny_model: PreTrainedModel, prepared: Any) -> None:
+    facts = Parts.open(prepared(warp.METHOD, config(), tiny_model, SAFETY[:2])["basis"]).facts
+    for group, known in facts.items():
+        assert known["rank"] <= known["vectors"] < known["size"]
+        assert f"the inputs of {group} span {known['rank']} of {known['size']} directions" in known["note"]
 
 
 FAMILIES = {

@@ -17,7 +17,7 @@ from steerlab.stages import JobType, preparations
 from steerlab.store import Store
 from steerlab.tensorfile import Parts
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:the inputs of .* span")]
 
 WARP: dict[str, Any] = {
     "name": "warp",

@@ -129,7 +129,7 @@ class OverParts:
     params: Mapping[str, Any]
     parts: tuple[str, ...]
     make: Callable[[Source, str, Path], dict[str, Any]]
-    """(source, part, path of the safetensors file to write) -> what is to be known of it."""
+    """(source, part, path of the safetensors file to write) -> what is to be known of it; people are told its `note`."""
     needs: tuple[str, ...] = ()
     reads_model: bool = False
     """True when the parts are made from the model's weights."""

@@ -180,8 +180,14 @@ def _eigenbasis(source: Source, group: str, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"basis of the inputs of {group}: {error}") from None
     _write(path, {f"{group}/vectors": basis.vectors_NN, f"{group}/values": basis.values_N})
-    of = {name: moments.metadata[name] for name in ("fingerprint", "architecture")}
-    return {"rank": basis.rank, "size": len(basis.values_N), "vectors": moments.count, **of}
+    size = len(basis.values_N)
+    facts = {"rank": basis.rank, "size": size, "vectors": moments.count}
+    if basis.rank < size:
+        facts["note"] = (
+            f"the inputs of {group} span {basis.rank} of {size} directions on {moments.count} tokens of data.safety; others "
+            "are arbitrary, and more rows would say something about them"
+        )
+    return facts | {name: moments.metadata[name] for name in ("fingerprint", "architecture")}
 
 
 def _random_basis(source: Source, group: str, path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ leave a directory that `tensorfile.Parts` opens, but moments have their own.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -182,6 +183,9 @@ def _make(preparation: OverParts, work: Work) -> None:
     work.directory.mkdir(parents=True, exist_ok=True)
     place.copy_parts(work.directory)
     facts = {name: done[name]["facts"] for name in preparation.parts}
+    notes = [known["note"] for known in facts.values() if "note" in known]
+    if notes:
+        warnings.warn(notes[0] + (f" (and {len(notes) - 1} more like this)" if len(notes) > 1 else ""), stacklevel=2)
     Parts.write_index(work.directory, facts, {name: done[name]["path"] for name in preparation.parts})
 
 
