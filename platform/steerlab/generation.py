@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from steerlab import models, patches, sources, taps
-from steerlab.tokens import GENERATION, Conversation, Encoded, Encoder, collate
+from steerlab.tokens import GENERATION, Batch, Conversation, Encoded, Encoder, collate
 
 _T = TypeVar("_T")
 PROMPT, BASE = "prompt.json", "base.json"
@@ -56,6 +56,27 @@ class Sampling(NamedTuple):
 
 
 @dataclass
+class Decoding:
+    """A batch that is being continued, with the cache of what it has read."""
+
+    model: PreTrainedModel
+    shared: dict[str, Any]
+    """Arguments of every forward pass: roles and phases of what is written, strengths, the cache."""
+    mask_BT: Tensor
+    position_B1: Tensor
+    """Positions of the last tokens read."""
+    logits_BV: Tensor
+    """Of the next token."""
+
+    def step(self, token_B: Tensor) -> None:
+        """Read one more token of every row."""
+        self.position_B1 = self.position_B1 + 1
+        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.position_B1)], 1)
+        inputs = {"input_ids": token_B[:, None], "attention_mask": self.mask_BT, "position_ids": self.position_B1}
+        self.logits_BV = self.model(**inputs, **self.shared).logits[:, -1]
+
+
+@dataclass
 class SteeredModel:
     """A model, its tokenizer's encoder and the patches attached to it."""
 
@@ -68,6 +89,10 @@ class SteeredModel:
 
     def __post_init__(self) -> None:
         self.model.eval()
+        self.attach()
+
+    def attach(self) -> None:
+        """Hang the patches on the model again."""
         self._attached = patches.attach(self.model, self.patches)
 
     def detach(self) -> None:
@@ -109,7 +134,7 @@ class SteeredModel:
         Raises:
             ValueError: when a prompt and its continuation exceed the model's positions.
         """
-        self._check_strengths(strengths)
+        self.check_strengths(strengths)
         encoded = list(self.encoder.encode_all(prompts))
         self._check_lengths(encoded, max_new_tokens)
         sampling = Sampling(temperature, top_p, repetition_penalty)
@@ -129,13 +154,14 @@ class SteeredModel:
     @torch.inference_mode()
     def token_log_probs(self, conversations: Sequence[Conversation], *, strength: float = 1.0) -> list[TokenLogProbs]:
         """Score the tokens of complete rows under the steered model."""
-        self._check_strengths((strength,))
+        self.check_strengths((strength,))
         encoded = list(self.encoder.encode_all(conversations))
         self._check_lengths(encoded, 0)
         results: dict[int, TokenLogProbs] = {}
         for chunk in self._chunks(list(range(len(encoded))), lambda i: len(encoded[i])):
             batch = collate([encoded[i] for i in chunk], self.encoder.pad_id).to(self.device)
-            logits_BTV = self._forward(batch.patched_inputs, torch.full((len(chunk),), strength)).logits
+            strengths = self._strengths(torch.full((len(chunk),), strength))
+            logits_BTV = self.model(**batch.patched_inputs, strengths=strengths).logits
             log_probs_BT = _gathered_log_probs(logits_BTV[:, :-1], batch.input_ids[:, 1:]).cpu()
             for row, i in enumerate(chunk):
                 length = len(encoded[i]) - 1
@@ -150,7 +176,7 @@ class SteeredModel:
         self, conversations: Sequence[Conversation], *, strength: float = 1.0
     ) -> Iterator[tuple[Tensor, Encoded]]:
         """Yield (L+1, T, D) float32 hidden states on the CPU for each row: the patched embedding, then every layer's output."""
-        self._check_strengths((strength,))
+        self.check_strengths((strength,))
         embedding = next(n for n, m in self.model.named_modules() if m is models.embedding(self.model))
         names = [embedding, *models.layer_names(self.model)]
         reader = taps.Reader(self.model, [taps.Tap(name) for name in names])
@@ -162,6 +188,15 @@ class SteeredModel:
         finally:
             reader.close()
 
+    def prefill(self, batch: Batch, strength_B: Tensor) -> Decoding:
+        """Read prompts, padded on the left, and return what continues them."""
+        cache = DynamicCache(config=self.model.config)
+        shared = {"strengths": self._strengths(strength_B), "past_key_values": cache, "use_cache": True}
+        out = self.model(**batch.patched_inputs, **shared, logits_to_keep=1)
+        zero_B1 = torch.zeros_like(batch.position_ids[:, -1:])
+        written = {"roles": zero_B1 + self.encoder.response_role_id, "phases": zero_B1 + GENERATION}
+        return Decoding(self.model, {**written, **shared}, batch.attention_mask, batch.position_ids[:, -1:], out.logits[:, -1])
+
     def _strengths(self, strength_B: Tensor) -> Tensor | None:
         """Return the strengths of the stack: the newest patch is scaled, those it stands on stay at 1.
 
@@ -172,9 +207,6 @@ class SteeredModel:
         below_NB = torch.ones(len(self.patches) - 1, len(strength_B))
         return torch.cat([below_NB, strength_B[None].to(below_NB)]).to(self.device)
 
-    def _forward(self, inputs: dict[str, Any], strength_B: Tensor, **kwargs: Any) -> Any:
-        return self.model(**inputs, strengths=self._strengths(strength_B), **kwargs)
-
     def _decode(
         self,
         rows: list[Encoded],
@@ -184,21 +216,14 @@ class SteeredModel:
         uniforms_BT: Tensor | None,
         stop: Sequence[str],
     ) -> list[list[int]]:
-        """Prefill once, then decode with a cache; rows are padded on the left so that all end together."""
-        batch = collate(rows, self.encoder.pad_id, side="left").to(self.device)
-        cache, mask_BT = DynamicCache(config=self.model.config), batch.attention_mask
-        out = self._forward(batch.patched_inputs, strength_B, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        position_B1 = batch.position_ids[:, -1:]
-        new = {
-            "roles": torch.full_like(position_B1, self.encoder.response_role_id),
-            "phases": torch.full_like(position_B1, GENERATION),
-        }
+        """Continue rows until each has ended; they are padded on the left so that all end together."""
+        decoding = self.prefill(collate(rows, self.encoder.pad_id, side="left").to(self.device), strength_B)
         seen = [row.input_ids.copy() for row in rows]
         written: list[list[int]] = [[] for _ in rows]
         running = [True] * len(rows)
         for step in range(max_new_tokens):
             uniform_B = None if uniforms_BT is None else uniforms_BT[:, step]
-            chosen_B = choose(out.logits[:, -1].float(), seen, sampling, uniform_B)
+            chosen_B = choose(decoding.logits_BV.float(), seen, sampling, uniform_B)
             for row, token in enumerate(chosen_B.tolist()):
                 if running[row]:
                     written[row].append(token)
@@ -206,10 +231,7 @@ class SteeredModel:
                     running[row] = token not in self._end_ids and not self._stopped(written[row], stop)
             if not any(running) or step == max_new_tokens - 1:
                 return written
-            position_B1 = position_B1 + 1
-            mask_BT = torch.cat([mask_BT, torch.ones_like(position_B1)], 1)
-            inputs = {"input_ids": chosen_B[:, None], "attention_mask": mask_BT, "position_ids": position_B1, **new}
-            out = self._forward(inputs, strength_B, past_key_values=cache, use_cache=True)
+            decoding.step(chosen_B)
         return written
 
     @property
@@ -248,7 +270,8 @@ class SteeredModel:
         if chunk:
             yield chunk
 
-    def _check_strengths(self, strengths: Sequence[float]) -> None:
+    def check_strengths(self, strengths: Sequence[float]) -> None:
+        """Warn of strengths outside of the patch's range. Raises ValueError when there is no patch to scale."""
         if not self.patches and any(strength != 1 for strength in strengths):
             raise ValueError(f"strengths {list(strengths)} were asked for, but this model carries no patch to scale")
         means = self.patches[-1].strength_range if self.patches else None
@@ -259,9 +282,9 @@ class SteeredModel:
             )
 
     def _check_lengths(self, rows: Sequence[Encoded], max_new_tokens: int) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = models.max_positions(self.model)
         for number, row in enumerate(rows):
-            if limit and len(row) + max_new_tokens > limit:
+            if len(row) + max_new_tokens > limit:
                 raise ValueError(
                     f"row {number} has {len(row)} tokens and {max_new_tokens} new ones; the model's context holds {limit}"
                 )
@@ -318,13 +341,14 @@ def load(
     dtype: str | None = None,
     attention: str = "sdpa",
     device: str | torch.device = "cpu",
+    prompt: Mapping[str, Any] | None = None,
     snapshot: int | None = None,
 ) -> SteeredModel:
     """Load an artifact or an exported folder: model (in its saved dtype if none is given), patches, prompt settings.
 
-    `snapshot` takes the patch as it was after that training step.
+    `prompt` holds the settings of a plain model, which has none; `snapshot` takes the patch as it was after that training step.
     """
-    model, encoder, stack = load_stack(directory, dtype=dtype, attention=attention, snapshot=snapshot)
+    model, encoder, stack = load_stack(directory, dtype=dtype, attention=attention, prompt=prompt, snapshot=snapshot)
     return SteeredModel(model.to(device), encoder, tuple(patch.to(device) for patch in stack))  # type: ignore[arg-type]
 
 

@@ -478,7 +478,7 @@ class Job(Frozen):
 def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskConfig]]) -> type[Job]:
     """Make the closed job type whose `method` and `evaluate` are unions over the given configs."""
     method: Any = Annotated[reduce(lambda a, b: a | b, methods), Field(discriminator="name")]  # type: ignore[arg-type]
-    task: Any = Annotated[reduce(lambda a, b: a | b, tasks), Field(discriminator="task")]  # type: ignore[arg-type]
+    task = task_union(tasks)
     chosen_by: Any = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
     choose = create_model("ChooseConfig", __base__=ChooseConfig, __doc__=ChooseConfig.__doc__, tasks=chosen_by)
     fields: dict[str, Any] = {
@@ -487,6 +487,11 @@ def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskCon
         "evaluate": (tuple[task, ...], Field((), description=Job.model_fields["evaluate"].description)),
     }
     return create_model("Job", __base__=Job, __doc__=Job.__doc__, **fields)
+
+
+def task_union(tasks: Iterable[type[TaskConfig]]) -> Any:
+    """Make the closed union of tasks' configs, for a field that holds a task."""
+    return Annotated[reduce(lambda a, b: a | b, tasks), Field(discriminator="task")]  # type: ignore[arg-type]
 
 
 def read(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> Job:

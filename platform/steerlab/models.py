@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,11 @@ def _locked(path: Path) -> Iterator[None]:
 def embedding(model: PreTrainedModel) -> nn.Module:
     """Return the input embedding."""
     return model.get_input_embeddings()
+
+
+def max_positions(model: PreTrainedModel) -> float:
+    """Return how many tokens a model's context holds; infinity where its config names no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
 def head(model: PreTrainedModel) -> nn.Module:

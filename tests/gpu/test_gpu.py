@@ -1,4 +1,4 @@
-"""What only a GPU can show: bfloat16 weights, device placement by the tensors themselves, the rotation's exactness there."""
+"""What only a GPU can show: bfloat16 weights, device placement by the tensors themselves, memory, exact rotations there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from steerlab import models, tinyworld
+from steerlab.evaluation import efficiency
 from steerlab.generation import SteeredModel
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs
-from steerlab.patches import EmbeddingPatch, rotate
+from steerlab.patches import EmbeddingPatch, LogitPatch, rotate
 from steerlab.tokens import Encoder, collate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -50,3 +51,17 @@ def test_generation_on_the_gpu_equals_the_cpu(tiny_dir: Path, encoder: Encoder) 
         patch = EmbeddingPatch(model.config.hidden_size, 1.0).to(device)
         texts.append([g.text for g in SteeredModel(model, encoder, (patch,)).generate(prompts, max_new_tokens=6)[0]])
     assert texts[0] == texts[1]
+
+
+def test_peak_memory_is_that_of_each_form_alone(tiny_dir: Path, encoder: Encoder) -> None:
+    """A patch's tensors count where it is attached only, and the folded copy is not charged for the model beside it."""
+    model = models.load_model(tiny_dir).to("cuda")  # type: ignore[arg-type]
+    patch = LogitPatch(model.config.hidden_size, model.config.vocab_size).to("cuda")
+    settings = {"batch_sizes": (2,), "prompt_tokens": 16, "new_tokens": 4, "repeats": 2, "folded": True}
+    result = efficiency.run(SteeredModel(model, encoder, (patch,)), efficiency.Config.model_validate(settings))
+    found = {o.metric.removeprefix("efficiency/"): o.value for o in result.observations}
+    plain, folded = found["unpatched_peak_memory_bytes_batch_2"], found["folded_peak_memory_bytes_batch_2"]
+    assert plain > 4 * model.num_parameters()
+    assert found["peak_memory_bytes_batch_2"] >= plain + 4 * patch.up.numel()
+    assert folded == pytest.approx(plain, rel=0.01)
+    assert found["control_memory_ratio_batch_2"] == pytest.approx(1, abs=0.01)

@@ -5,6 +5,8 @@ from steerlab.evaluation import (
     arithmetic,
     bipia,
     concept,
+    controllability,
+    efficiency,
     forbidden_words,
     harness,
     injection,
@@ -15,10 +17,11 @@ from steerlab.evaluation import (
     separation,
     struq,
     toxicity,
+    win_rate,
 )
 from steerlab.evaluation.metrics import Task
 
-TASKS: dict[str, Task] = {
+_TASKS: dict[str, Task] = {
     "separation": Task(separation.Config, separation.run),
     "injection": Task(injection.Config, injection.run),
     "struq": Task(struq.Config, struq.run),
@@ -33,5 +36,9 @@ TASKS: dict[str, Task] = {
     "concept": Task(concept.Config, concept.run),
     "refusal": Task(refusal.Config, refusal.run),
     "math": Task(arithmetic.Config, arithmetic.run),
+    "win_rate": Task(win_rate.Config, win_rate.run),
+    "efficiency": Task(efficiency.Config, efficiency.run),
     "lm_eval": Task(harness.Config, harness.run),
 }
+
+TASKS: dict[str, Task] = {**_TASKS, "controllability": controllability.over(_TASKS)}

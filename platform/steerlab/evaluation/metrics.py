@@ -1,8 +1,8 @@
 """What a task returns, and how observations become numbers with an error.
 
-Every number is a weighted mean over items, so that shares (weight 1), conditional shares (weight 0 takes an item out, as in
-SEP) and means over tokens (weight = tokens) share one formula and one standard error. What could not be judged has the value
-None: it is counted, and is part of no mean.
+A number is a weighted mean over items, so that shares (weight 1), conditional shares (weight 0 takes an item out, as in
+SEP) and means over tokens (weight = tokens) share one formula and one standard error; times alone are medians. What could not
+be judged has the value None: it is counted, and is part of no mean.
 """
 
 from __future__ import annotations
@@ -11,26 +11,21 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from scipy.special import stdtrit
 
+from steerlab.evaluation import intervals
 from steerlab.job import TaskConfig
 
 if TYPE_CHECKING:
     from steerlab.generation import SteeredModel
 
-Transform = Literal["identity", "exp"]
+Transform = Literal["identity", "exp", "share", "bootstrap", "median"]
+"""How the observations of a metric become a number: see `summarise`."""
 
 MAX_SAMPLES = 20
 """Readable samples that a task keeps."""
-
-_Z = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution."""
-
-_RESAMPLED_AT_ONCE = 2_000_000
-"""Entries of one block of bootstrap indices (16 MB)."""
 
 
 class Observation(NamedTuple):
@@ -75,12 +70,12 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What a task found: observations, a few readable samples, and how means of a metric are transformed."""
+    """What a task found: observations, a few readable samples, and how a metric is summarised."""
 
     observations: list[Observation]
     samples: list[dict[str, Any]]
     transforms: dict[str, str] = field(default_factory=dict)
-    """metric -> `exp`, for metrics that are not plain means."""
+    """metric -> a `Transform`, for metrics that are not plain means."""
 
 
 class Task(NamedTuple):
@@ -103,6 +98,10 @@ def summarise(observations: Sequence[Observation], transform: str = "identity") 
     of any other mean it is f(m +- t s), with s the error of m and t the quantile of Student's distribution for n - 1. Numbers
     in [0, 1] that happen to be all 0 or 1 get Wilson's as well, which is then wider than it had to be.
 
+    The other transforms say of a metric what its numbers do not show. `share`: they lie in [0, 1], and Wilson's interval holds
+    for their mean, halves or not. `bootstrap`: the interval of their mean is that of items drawn anew. `median`: they are no
+    mean but a median, with the interval of the sign test, and its length over 2 x 1.96 as error (McKean and Schrader, 1984).
+
     Raises:
         ValueError: when a weight is negative or the transform is unknown.
     """
@@ -111,22 +110,14 @@ def summarise(observations: Sequence[Observation], transform: str = "identity") 
     n = len(value_N)
     if n == 0:
         return Metric(None, None, 0, unparsable)
+    if transform == "median":
+        return _median(value_N, unparsable)
     mean = float(weight_N @ value_N / weight_N.sum())
     value, slope = _transformed(mean, transform)
     error = _error(value_N, weight_N, mean)
-    is_share = transform == "identity" and _is_share(value_N, weight_N)
-    interval = wilson(mean, n) if is_share else _student(mean, error, n)
+    interval = _interval(value_N, weight_N, mean, error, transform)
     low, high = (None, None) if interval is None else (_transformed(end, transform)[0] for end in interval)
     return Metric(value, None if error is None else slope * error, n, unparsable, low, high)
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share of n items."""
-    shrink = 1 + _Z**2 / n
-    centre = (share + _Z**2 / (2 * n)) / shrink
-    half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / shrink
-    # At 0 and 1 the formula's end is that number itself, but for rounding.
-    return (0.0 if share == 0 else centre - half), (1.0 if share == 1 else centre + half)
 
 
 def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
@@ -148,7 +139,7 @@ def paired_difference(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Difference:
-    """Compare one metric of two runs over the items they share: f(mean of a) - f(mean of b).
+    """Compare one metric of two runs over the items they share: f(mean of a) - f(mean of b), or that of their medians.
 
     The interval holds the middle 95 % of the difference when the shared items are drawn anew with replacement (bootstrap), so
     what makes an item hard for both runs cancels. Each side keeps its own weights. Resamples in which one side has
@@ -166,7 +157,7 @@ def paired_difference(
     products_2N = weights_2N * np.array([[runs[i].value for i in shared] for runs in (by_id_a, by_id_b)], dtype=float)
     if not weights_2N.sum(axis=1).all():
         raise ValueError(f"one of the two runs has no scored item among the {len(shared)} shared ones: all weights are 0")
-    difference = _differences(products_2N.sum(axis=1), weights_2N.sum(axis=1), transform)
+    difference = _differences(products_2N, weights_2N, transform)
     draws_R = _bootstrap(products_2N, weights_2N, transform, num_resamples, np.random.default_rng(seed))
     low, high = np.quantile(draws_R, [0.025, 0.975])
     return Difference(float(difference), float(low), float(high), len(shared))
@@ -205,21 +196,31 @@ def _is_share(value_N: np.ndarray, weight_N: np.ndarray) -> bool:
     return bool(np.isin(value_N, (0.0, 1.0)).all() and (weight_N == weight_N[0]).all())
 
 
-def _student(mean: float, error: float | None, n: int) -> tuple[float, float] | None:
-    if error is None:
-        return None
-    half = float(stdtrit(n - 1, 0.975)) * error
-    return mean - half, mean + half
+def _interval(
+    value_N: np.ndarray, weight_N: np.ndarray, mean: float, error: float | None, transform: str
+) -> tuple[float, float] | None:
+    if transform == "bootstrap":
+        return intervals.bootstrap(value_N, weight_N)
+    if transform == "share" or (transform == "identity" and _is_share(value_N, weight_N)):
+        return intervals.wilson(mean, len(value_N))
+    return intervals.student(mean, error, len(value_N))
+
+
+def _median(value_N: np.ndarray, unparsable: int) -> Metric:
+    """Summarise equal items by their median."""
+    low, high = intervals.sign(value_N) or (None, None)
+    error = None if low is None or high is None else (high - low) / (2 * intervals.Z)
+    return Metric(float(np.median(value_N)), error, len(value_N), unparsable, low, high)
 
 
 def _transformed(mean: float, transform: str) -> tuple[float, float]:
     """Return f(mean) and |f'(mean)|; a mean whose exponential overflows gives infinity."""
-    if transform == "identity":
-        return mean, 1.0
     if transform == "exp":
         value = float(np.exp(np.minimum(mean, 709.0)))
         return value, value
-    raise ValueError(f"unknown transform {transform!r}: identity or exp")
+    if transform not in get_args(Transform):
+        raise ValueError(f"unknown transform {transform!r}: one of {', '.join(get_args(Transform))}")
+    return mean, 1.0
 
 
 def _by_id(observations: Sequence[Observation]) -> Mapping[str, Observation]:
@@ -231,25 +232,21 @@ def _by_id(observations: Sequence[Observation]) -> Mapping[str, Observation]:
     return found
 
 
-def _differences(products_2: np.ndarray, weights_2: np.ndarray, transform: str) -> np.ndarray:
-    """Return f(a) - f(b) from weighted sums; axis 0 is the two runs."""
-    mean_2 = products_2 / weights_2
-    if transform not in ("identity", "exp"):
-        raise ValueError(f"unknown transform {transform!r}: identity or exp")
-    transformed = np.exp(np.minimum(mean_2, 709.0)) if transform == "exp" else mean_2
+def _differences(products: np.ndarray, weights: np.ndarray, transform: str) -> np.ndarray:
+    """Return f(a) - f(b) of weighted items; the first axis is the two runs, the last one the items."""
+    if transform not in get_args(Transform):
+        raise ValueError(f"unknown transform {transform!r}: one of {', '.join(get_args(Transform))}")
+    found = np.median(products / weights, axis=-1) if transform == "median" else products.sum(axis=-1) / weights.sum(axis=-1)
+    transformed = np.exp(np.minimum(found, 709.0)) if transform == "exp" else found
     return transformed[0] - transformed[1]
 
 
 def _bootstrap(
     products_2N: np.ndarray, weights_2N: np.ndarray, transform: str, num_resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    num_items = products_2N.shape[1]
-    block = max(1, _RESAMPLED_AT_ONCE // num_items)
     found = []
-    for start in range(0, num_resamples, block):
-        index_RN = rng.integers(0, num_items, (min(block, num_resamples - start), num_items))
-        weights_2R = weights_2N[:, index_RN].sum(axis=-1)
-        usable_R = weights_2R.all(axis=0)
-        products_2R = products_2N[:, index_RN].sum(axis=-1)
-        found.append(_differences(products_2R[:, usable_R], weights_2R[:, usable_R], transform))
+    for index_RN in intervals.resampled(products_2N.shape[1], num_resamples, rng):
+        weights_2RN = weights_2N[:, index_RN]
+        usable_R = weights_2RN.sum(axis=-1).all(axis=0)
+        found.append(_differences(products_2N[:, index_RN][:, usable_R], weights_2RN[:, usable_R], transform))
     return np.concatenate(found)

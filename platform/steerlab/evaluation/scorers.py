@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from steerlab import models, sources
 from steerlab.tokens import INSTRUCTION, Encoder, Message, Part, collate
@@ -55,17 +55,10 @@ def classifier(source: str, label: str, device: torch.device | str = "cpu") -> S
     Raises:
         ValueError: when the source holds no trained classifier or does not know the label.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    directory = sources.fetch(source)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
-    if loading["missing_keys"]:
-        raise ValueError(f"{source} is no trained classifier: it lacks {', '.join(sorted(loading['missing_keys']))}")
-    labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    model, tokenizer = load_classifier(source, device)
+    labels = class_names(model)
     if label not in labels:
         raise ValueError(f"{source} has no class {label!r}; its classes: {', '.join(labels)}")
-    model = model.eval().to(device)
     has_exclusive_classes = len(labels) > 1 and model.config.problem_type != "multi_label_classification"
 
     @torch.inference_mode()
@@ -78,6 +71,23 @@ def classifier(source: str, label: str, device: torch.device | str = "cpu") -> S
         return found
 
     return probabilities
+
+
+def load_classifier(source: str, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a sequence classifier. Raises ValueError when the source holds no trained one."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    directory = sources.fetch(source)
+    model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(f"{source} is no trained classifier: it lacks {', '.join(sorted(loading['missing_keys']))}")
+    return model.eval().to(device), AutoTokenizer.from_pretrained(directory)
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of a classifier's classes, in the order of its outputs."""
+    config: Any = model.config
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
 def similarity(source: str, references: Sequence[str], device: torch.device | str = "cpu") -> Scorer:
@@ -94,27 +104,40 @@ def similarity(source: str, references: Sequence[str], device: torch.device | st
 def yes_or_no(source: str, question: Callable[[str], str], device: torch.device | str = "cpu") -> Scorer:
     """Load a causal language model as a judge: 1 where its next token rather says Yes than No, 0 where No, None where neither.
 
-    The question is the user's turn of the model's chat template, or plain text where it has none.
-
     Raises:
         ValueError: when the model's vocabulary has no single token for Yes or for No.
+    """
+    answers = first_or_second(source, ("Yes", "No"), device)
+    return lambda texts: answers([question(text) for text in texts])
+
+
+def first_or_second(source: str, words: tuple[str, str], device: torch.device | str = "cpu") -> Scorer:
+    """Load a causal language model that answers questions with one of two words: 1 for the first, 0 for the second.
+
+    A question is the user's turn of the model's chat template, or plain text where it has none. Where the most likely next
+    token is neither word, or the question is longer than the model's context, nobody can tell.
+
+    Raises:
+        ValueError: when the model's vocabulary has no single token for one of the words.
     """
     directory = models.prepare(sources.fetch(source))
     saved = json.loads((directory / "config.json").read_text())
     model = models.load_model(directory, dtype=saved.get("dtype") or saved.get("torch_dtype") or "float32").to(device)  # type: ignore[arg-type]
     encoder = Encoder(models.load_tokenizer(directory))
-    yes, no = (answer_ids(encoder, word) for word in ("Yes", "No"))
-    if not yes or not no:
-        raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {'No' if yes else 'Yes'}")
+    first, second = (answer_ids(encoder, word) for word in words)
+    if not first or not second:
+        raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {words[1] if first else words[0]}")
+    longest = models.max_positions(model)
 
     @torch.inference_mode()
     def answers(texts: Sequence[str]) -> list[float | None]:
-        rows = list(encoder.encode_all([(Message("user", (Part(question(t), INSTRUCTION),)),) for t in texts]))
-        found: list[float | None] = []
-        for batch in _batches(rows):
-            padded = collate(batch, encoder.pad_id, side="left").to(device)
+        rows = list(encoder.encode_all([(Message("user", (Part(text, INSTRUCTION),)),) for text in texts]))
+        found: list[float | None] = [None] * len(rows)
+        for batch in _batches([i for i, row in enumerate(rows) if len(row) <= longest]):
+            padded = collate([rows[i] for i in batch], encoder.pad_id, side="left").to(device)
             logits_BV = model(**padded.model_inputs, logits_to_keep=1).logits[:, -1].float()
-            found += [decide(logits_V, yes, no) for logits_V in logits_BV.log_softmax(-1)]
+            for i, log_probs_V in zip(batch, logits_BV.log_softmax(-1), strict=True):
+                found[i] = decide(log_probs_V, first, second)
         return found
 
     return answers

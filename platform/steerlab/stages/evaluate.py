@@ -53,6 +53,9 @@ def _fingerprints(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
     for name, value in sorted(config.items()):
         if isinstance(value, Mapping):
             yield from _fingerprints(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for number, item in enumerate(value):
+                yield from _fingerprints(item, f"{prefix}{name}.{number}.")
         elif name.endswith("source") and value is not None:
             found = [sources.fingerprint(source) for source in ([value] if isinstance(value, str) else value)]
             yield f"{prefix}{name}", found[0] if isinstance(value, str) else found

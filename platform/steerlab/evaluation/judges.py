@@ -1,0 +1,168 @@
+"""Judges of two answers to one prompt: which is better?
+
+A judge takes pairs and gives a verdict for each: 1 where the first answer wins, 0 where the second does, 0.5 for a tie, None
+where it cannot tell. Equal texts are a tie and are never shown to one. Rows that do not fit into a judge's context whole are
+not cut, since what is judged would be another answer: nobody can tell.
+
+A reward is a number for one answer, or None; of two answers the one with the higher reward wins.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from steerlab import models
+from steerlab.evaluation import scorers
+from steerlab.generation import SteeredModel
+
+QUESTION = (
+    "Here are a prompt and two responses to it.\n\nPrompt: {prompt}\n\nResponse 1: {first}\n\nResponse 2: {second}\n\n"
+    "Which response is better? Answer with 1 or 2."
+)
+PLACES: tuple[str, ...] = ("prompt", "first", "second")
+"""What a question has to be filled with."""
+
+
+class Answer(NamedTuple):
+    """An answer and what it answers."""
+
+    instruction: str
+    data: str
+    text: str
+    finished: bool = True
+    """False when it was cut, so that its end is not the author's."""
+
+    @property
+    def prompt(self) -> str:
+        """Instruction and data as one text."""
+        return f"{self.instruction}\n\n{self.data}" if self.data else self.instruction
+
+
+Pair = tuple[Answer, Answer]
+Verdict = float | None
+Judge = Callable[[Sequence[Pair]], list[Verdict]]
+Reward = Callable[[Sequence[Answer]], list[float | None]]
+
+
+def decide(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
+    """Return the verdicts over pairs; equal texts are a tie."""
+    different = [pair for pair in pairs if pair[0].text != pair[1].text]
+    verdicts = iter(judge(different) if different else [])
+    return [0.5 if first.text == second.text else next(verdicts) for first, second in pairs]
+
+
+def by_reward(reward: Reward) -> Judge:
+    """Return the judge that prefers the higher reward; each answer is rewarded once, in however many pairs it stands."""
+
+    def judge(pairs: Sequence[Pair]) -> list[Verdict]:
+        answers = list(dict.fromkeys(answer for pair in pairs for answer in pair))
+        rewards = dict(zip(answers, reward(answers), strict=True))
+        return [_higher(rewards[first], rewards[second]) for first, second in pairs]
+
+    return judge
+
+
+def _higher(first: float | None, second: float | None) -> Verdict:
+    if first is None or second is None:
+        return None
+    return 0.5 if first == second else float(first > second)
+
+
+def implicit_reward(policy: SteeredModel, reference: SteeredModel | None = None) -> Reward:
+    """Return log pi(answer | prompt) - log pi_ref(answer | prompt) in nats, summed over the answer's tokens.
+
+    The reward that a policy trained by DPO stands for, up to a factor and a term of the prompt alone, neither of which changes
+    which of two answers is better (Rafailov et al., arXiv 2305.18290, eq. 5). Without a reference it is the policy itself at
+    strength 0.
+    """
+
+    def rewards(answers: Sequence[Answer]) -> list[float | None]:
+        under_policy = log_likelihoods(policy, answers, 1.0)
+        under_reference = log_likelihoods(reference or policy, answers, 1.0 if reference else 0.0)
+        return [None if p is None or r is None else p - r for p, r in zip(under_policy, under_reference, strict=True)]
+
+    return rewards
+
+
+def log_likelihoods(model: SteeredModel, answers: Sequence[Answer], strength: float) -> list[float | None]:
+    """Return log p(answer | prompt) in nats; the end of the turn counts where the answer's author wrote it."""
+    conversations = [model.encoder.conversation(a.instruction, a.data, a.text) for a in answers]
+    rows = list(model.encoder.encode_all(conversations))
+    fitting = [i for i, row in enumerate(rows) if len(row) <= models.max_positions(model.model)]
+    scored = model.token_log_probs([conversations[i] for i in fitting], strength=strength) if fitting else []
+    found: list[float | None] = [None] * len(answers)
+    for i, scores in zip(fitting, scored, strict=True):
+        tokens = zip(scores.log_prob, scores.in_response, rows[i].parts[1:], strict=True)
+        # The answer is the last part; the end of its turn belongs to the template.
+        found[i] = sum(value for value, inside, part in tokens if inside and (part >= 0 or answers[i].finished))
+    return found
+
+
+def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
+    """Load a sequence classifier with one output, which it gives to a prompt with its answer.
+
+    The two are the turns of the tokenizer's chat template, or a pair of texts where it has none. They are read one at a time:
+    many reward models have no token for padding.
+
+    Raises:
+        ValueError: when the classifier has several classes.
+    """
+    model, tokenizer = scorers.load_classifier(source, device)
+    if model.config.num_labels != 1:
+        raise ValueError(f"{source} is no reward model: it has the classes {', '.join(scorers.class_names(model))}, not one")
+    longest = min(tokenizer.model_max_length, models.max_positions(model))
+
+    @torch.inference_mode()
+    def reward(answer: Answer) -> float | None:
+        inputs: Any = _turns(tokenizer, answer) if tokenizer.chat_template else tokenizer(answer.prompt, answer.text)
+        inputs = inputs.convert_to_tensors("pt", prepend_batch_axis=True).to(device)
+        return None if inputs["input_ids"].shape[1] > longest else float(model(**inputs).logits[0, 0])
+
+    return lambda answers: [reward(answer) for answer in answers]
+
+
+def _turns(tokenizer: Any, answer: Answer) -> Any:
+    turns = [{"role": "user", "content": answer.prompt}, {"role": "assistant", "content": answer.text}]
+    return tokenizer.apply_chat_template(turns, return_dict=True)
+
+
+def language_model(
+    source: str, question: str = QUESTION, *, both_orders: bool = True, seed: int = 0, device: torch.device | str = "cpu"
+) -> Judge:
+    """Load a causal language model that is asked which of two answers is better, 1 or 2.
+
+    With `both_orders` it is asked twice, and the answers tie unless the same one wins from both places: models prefer a place.
+    Otherwise the order of each pair is drawn at random.
+    """
+    ask = scorers.first_or_second(source, ("1", "2"), device)
+
+    def judge(pairs: Sequence[Pair]) -> list[Verdict]:
+        if both_orders:
+            forward = ask([asked(question, first, second) for first, second in pairs])
+            backward = ask([asked(question, second, first) for first, second in pairs])
+            return [agreed(a, b) for a, b in zip(forward, backward, strict=True)]
+        generator = random.Random(seed)
+        swapped = [generator.random() < 0.5 for _ in pairs]
+        shown = [(b, a) if swap else (a, b) for (a, b), swap in zip(pairs, swapped, strict=True)]
+        verdicts = ask([asked(question, first, second) for first, second in shown])
+        return [1 - v if swap and v is not None else v for v, swap in zip(verdicts, swapped, strict=True)]
+
+    return judge
+
+
+def asked(question: str, first: Answer, second: Answer) -> str:
+    """Fill the places of a question; what looks like a place inside a text stays as it is."""
+    texts: dict[str, str] = dict(zip(PLACES, (first.prompt, first.text, second.text), strict=True))
+    return re.sub(r"\{(" + "|".join(PLACES) + r")\}", lambda place: texts[place[1]], question)
+
+
+def agreed(forward: Verdict, backward: Verdict) -> Verdict:
+    """Join the verdicts of both orders, each 1 where the answer shown first wins; they tie where the orders disagree."""
+    if forward is None or backward is None:
+        return None
+    return 0.5 if forward == backward else forward

@@ -1,0 +1,189 @@
+"""How often is the model's answer better than the same model's without the patch, or than a given one?
+
+Every prompt is answered at every strength, and each answer stands against that of strength 0 (or the reference answer of its
+row). One judge decides, and gives the metric its name:
+
+    win_rate/implicit         an implicit reward: which of the two a model trained on preferences would rather write than the
+                              model that it was trained from (`implicit_source`). No judge from outside is needed; it is one
+                              only as far as that training went, and flatters a model that is judged by itself
+    win_rate/reward_model     a reward model: a Hugging Face sequence classifier with one output (`judge_source`)
+    win_rate/language_model   a causal language model that is asked, in both orders (`judge_source`)
+
+1 is a win, 0 a loss, a tie a half; the interval is Wilson's. Beside it stands
+
+    win_rate/ties             pairs without a winner: equal texts, equal rewards, orders that disagree
+    win_rate/longer           the win rate of a judge that only counts tokens: judges favour length
+    win_rate/answer_tokens    mean length of the answers, as the model's own tokenizer reads them
+    win_rate/opponent_tokens  that of what they stand against
+    win_rate/unfinished       answers cut at `max_new_tokens`
+
+A verdict that cannot be read, and a pair that does not fit into the judge's context, are counted as unparsable. Against itself
+the model at strength 0 ties everywhere. All of it is deterministic for a given seed.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from steerlab import generation, models, sources
+from steerlab.evaluation import judges
+from steerlab.evaluation.items import ALPACA, Numbered, data_rows, has_input
+from steerlab.evaluation.judges import Answer, Pair, Verdict
+from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.generation import SteeredModel
+from steerlab.job import DataSet, TaskConfig
+
+
+def require_prompts(data: DataSet) -> DataSet:
+    """Return a data set of prompts. Raises ValueError when its format is another."""
+    if data.format not in ("instruction", "text"):
+        raise ValueError(f"prompts are instruction rows or plain texts: set prompts.format to one of them, not {data.format}")
+    return data
+
+
+class Config(TaskConfig):
+    """Pairwise comparison with the model at strength 0, or with reference answers."""
+
+    task: Literal["win_rate"] = "win_rate"
+    """This task."""
+    prompts: Annotated[DataSet, AfterValidator(require_prompts)] = DataSet.model_validate({"source": ALPACA})
+    """Instruction rows, whose output is the reference, or plain texts."""
+    against: Literal["base", "reference"] = "base"
+    """base: the same model at strength 0; reference: the row's output."""
+    implicit_source: str | None = None
+    """An artifact, an exported folder or a model whose log-likelihood ratio to its base is the reward."""
+    implicit_base_source: str | None = None
+    """That base; null takes the same model at strength 0, which needs a patch on it."""
+    judge_source: str | None = None
+    """A reward model (a sequence classifier with one output) or a causal language model, as its config.json says."""
+    question: str = judges.QUESTION
+    """What a language model is asked; {prompt}, {first} and {second} are filled in."""
+    both_orders: bool = True
+    """Ask a language model in both orders and call it a tie where they disagree; false asks once, in an order drawn by the
+    seed."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest answer in tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature; 0 is greedy. Both answers to a prompt are drawn with the same numbers."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of sampling."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if bool(self.judge_source) == bool(self.implicit_source):
+            raise ValueError("one judge decides: set either implicit_source or judge_source")
+        if self.implicit_base_source and not self.implicit_source:
+            raise ValueError("implicit_base_source is the base of implicit_source, which is missing")
+        if self.against == "reference" and self.prompts.format != "instruction":
+            raise ValueError("against reference needs answers: set prompts.format to instruction")
+        missing = [place for place in judges.PLACES if f"{{{place}}}" not in self.question]
+        if missing:
+            raise ValueError(f"question lacks {', '.join(f'{{{place}}}' for place in missing)}")
+        if not self.judge_source and (not self.both_orders or self.question != judges.QUESTION):
+            raise ValueError("question and both_orders are for a language model: set judge_source")
+        return self
+
+
+def run(model: SteeredModel, config: Config) -> Result:
+    """Answer every prompt at every strength and have the pairs judged."""
+    name, judge = _judge(model, config)
+    items = data_rows(config.prompts, config.limit, config.seed)
+    pairs = _pairs(model, items, config)
+    verdicts = iter(judges.decide(judge, [pair for row in pairs for pair in row]))
+    observations, samples = [], []
+    for strength, row in zip(config.strengths, pairs, strict=True):
+        for item, pair in zip(items, row, strict=True):
+            verdict = next(verdicts)
+            lengths = [len(model.encoder.tokenizer.encode(a.text, add_special_tokens=False)) for a in pair]
+            observations += observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
+            samples.append(_sample(item.id, strength, pair, verdict))
+    return Result(observations, spread(samples), {f"win_rate/{name}": "share", "win_rate/longer": "share"})
+
+
+def observe(
+    judge: str, item_id: str, pair: Pair, verdict: Verdict, num_tokens: tuple[int, int], strength: float = 1.0
+) -> list[Observation]:
+    """Turn one verdict and the lengths of both answers into observations."""
+    own, other = num_tokens
+    values = {
+        judge: verdict,
+        "ties": None if verdict is None else float(verdict == 0.5),
+        "longer": 0.5 if own == other else float(own > other),
+        "answer_tokens": float(own),
+        "opponent_tokens": float(other),
+        "unfinished": float(not pair[0].finished),
+    }
+    return [Observation(f"win_rate/{name}", item_id, value, 1.0, strength) for name, value in values.items()]
+
+
+def _pairs(model: SteeredModel, items: list[Numbered], config: Config) -> list[list[Pair]]:
+    """Return each answer with its opponent, indexed [strength][prompt]."""
+    prompts = [_texts(item.row, config.prompts.format) for item in items]
+    base = 0.0 if model.patches else 1.0  # a model without a patch is its own base
+    strengths = list(dict.fromkeys((*config.strengths, *((base,) if config.against == "base" else ()))))
+    found = model.generate(
+        [model.encoder.conversation(*prompt) for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        strengths=strengths,
+    )
+    answers = {
+        strength: [Answer(*prompt, output.text.strip(), output.finished) for prompt, output in zip(prompts, row, strict=True)]
+        for strength, row in zip(strengths, found, strict=True)
+    }
+    given = [Answer(*prompt, str(item.row.get("output")).strip()) for prompt, item in zip(prompts, items, strict=True)]
+    opponents = answers[base] if config.against == "base" else given
+    return [list(zip(answers[strength], opponents, strict=True)) for strength in config.strengths]
+
+
+def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Judge]:
+    """Load the judge, before anything is answered, and say what it is."""
+    if config.implicit_source is not None:
+        policy = _load(config.implicit_source, model)
+        if config.implicit_base_source is None and not policy.patches:
+            raise ValueError(f"{config.implicit_source} carries no patch to take off: set implicit_base_source")
+        reference = None if config.implicit_base_source is None else _load(config.implicit_base_source, policy)
+        return "implicit", judges.by_reward(judges.implicit_reward(policy, reference))
+    assert config.judge_source is not None
+    if not _is_classifier(config.judge_source):
+        return "language_model", judges.language_model(
+            config.judge_source, config.question, both_orders=config.both_orders, seed=config.seed, device=model.device
+        )
+    if not config.both_orders or config.question != judges.QUESTION:
+        raise ValueError(f"question and both_orders are for a language model, but {config.judge_source} is a reward model")
+    return "reward_model", judges.by_reward(judges.reward_model(config.judge_source, model.device))
+
+
+def _load(source: str, like: SteeredModel) -> SteeredModel:
+    """Load a model in the type of another and on its device; where it has no prompt settings of its own, with that one's."""
+    dtype = str(like.model.dtype).removeprefix("torch.")
+    return generation.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=like.encoder.spec)
+
+
+def _is_classifier(source: str) -> bool:
+    saved = json.loads((models.prepare(sources.fetch(source)) / "config.json").read_text())
+    return any(name.endswith("ForSequenceClassification") for name in saved.get("architectures") or ())
+
+
+def _texts(row: dict[str, Any], data_format: str) -> tuple[str, str]:
+    """Return a row's instruction and data; a plain text is an instruction."""
+    if data_format == "text":
+        return row["text"], ""
+    return str(row["instruction"]), str(row["input"]) if has_input(row) else ""
+
+
+def _sample(item_id: str, strength: float, pair: Pair, verdict: Verdict) -> dict[str, Any]:
+    answer, opponent = pair
+    return {
+        "id": item_id,
+        "strength": strength,
+        "prompt": answer.prompt,
+        "answer": answer.text,
+        "opponent": opponent.text,
+        "verdict": verdict,
+    }
