@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from steerlab import models, patches, sources, taps
-from steerlab.tokens import GENERATION, Batch, Conversation, Encoded, Encoder, collate
+from steerlab.tokens import GENERATION, Batch, Conversation, Encoded, Encoder, Row, collate
 
 _T = TypeVar("_T")
 PROMPT, BASE = "prompt.json", "base.json"
@@ -156,12 +156,9 @@ class SteeredModel:
         """Score the tokens of complete rows under the steered model."""
         self.check_strengths((strength,))
         encoded = list(self.encoder.encode_all(conversations))
-        self._check_lengths(encoded, 0)
         results: dict[int, TokenLogProbs] = {}
-        for chunk in self._chunks(list(range(len(encoded))), lambda i: len(encoded[i])):
-            batch = collate([encoded[i] for i in chunk], self.encoder.pad_id).to(self.device)
-            strengths = self._strengths(torch.full((len(chunk),), strength))
-            logits_BTV = self.model(**batch.patched_inputs, strengths=strengths).logits
+        for chunk, batch in self.batches(encoded):
+            logits_BTV = self.logits(batch, strength)
             log_probs_BT = _gathered_log_probs(logits_BTV[:, :-1], batch.input_ids[:, 1:]).cpu()
             for row, i in enumerate(chunk):
                 length = len(encoded[i]) - 1
@@ -170,6 +167,22 @@ class SteeredModel:
                 )
             self.progress(len(results), len(encoded))
         return [results[i] for i in range(len(encoded))]
+
+    def batches(self, rows: Sequence[Row], loss_on: str = "all") -> Iterator[tuple[list[int], Batch]]:
+        """Yield padded batches of whole rows on the model's device, and which rows each holds; the longest rows first.
+
+        Raises:
+            ValueError: a row exceeds the model's positions.
+        """
+        self._check_lengths(rows, 0)
+        for chunk in self._chunks(list(range(len(rows))), lambda i: len(rows[i]) * len(rows[i].sequences)):
+            yield chunk, collate([rows[i] for i in chunk], self.encoder.pad_id, loss_on=loss_on).to(self.device)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, strength: float) -> Tensor:
+        """Return the logits of a batch at one strength, (B, T, V)."""
+        strengths = self._strengths(torch.full((len(batch.labels),), strength))
+        return self.model(**batch.patched_inputs, strengths=strengths, use_cache=False).logits
 
     @torch.inference_mode()
     def hidden_states(
@@ -281,7 +294,7 @@ class SteeredModel:
                 f"strengths {outside} lie outside of {list(means)}, where this patch was made to be used", stacklevel=3
             )
 
-    def _check_lengths(self, rows: Sequence[Encoded], max_new_tokens: int) -> None:
+    def _check_lengths(self, rows: Sequence[Row], max_new_tokens: int) -> None:
         limit = models.max_positions(self.model)
         for number, row in enumerate(rows):
             if len(row) + max_new_tokens > limit:

@@ -78,8 +78,9 @@ class DataSet(Frozen):
     source: str | tuple[str, ...]
     """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, yaml, parquet, csv, txt), `sdist:NAME==VERSION#path`,
     `gym:NAME?seed=N&size=N`, `tiny:NAME`; several are read one after another."""
-    format: Literal["instruction", "text"] = "instruction"
-    """instruction: fields instruction, input (optional), output; text: one field, named by `field`."""
+    format: Literal["instruction", "text", "preference"] = "instruction"
+    """instruction: fields instruction, input (optional), output; text: one field, named by `field`; preference: a prompt with a
+    preferred and another response, in any of the forms that pairs.py lists."""
     field: str = "text"
     """Field that holds the text (format text)."""
     columns: tuple[str, ...] | None = None
@@ -109,8 +110,11 @@ class DataSet(Frozen):
     """Rows skipped first (after everything above), so that one file can be split."""
     needs_input: bool = False
     """Keep only rows whose `input` is not empty (instruction format)."""
+    skip_bad: bool = Field(False, exclude_if=lambda skips: not skips)
+    """Leave out what is no pair (format preference: equal or empty responses, dialogues that part before their end) and warn of
+    how many, in place of refusing the data set."""
     loss_on: Literal["all", "response"] = "all"
-    """Tokens in the loss: all but padding (ASIDE's paper), or the response only."""
+    """Tokens in the loss: all but padding (ASIDE's paper), or the response only, as it always is for format preference."""
     also: tuple[DataSet, ...] = Field((), exclude_if=lambda others: not others)
     """Data sets of the same format whose rows follow: a share of other data mixed in."""
 
@@ -122,13 +126,25 @@ class DataSet(Frozen):
     @property
     def needed_fields(self) -> tuple[str, ...]:
         """Fields that every row must have, by their new names."""
-        named = (self.field,) if self.format == "text" else ("instruction", "output")
-        return tuple(dict.fromkeys((*named, *self.where, *self.equals)))
+        named = {"text": (self.field,), "instruction": ("instruction", "output"), "preference": ("chosen", "rejected")}
+        return tuple(dict.fromkeys((*named[self.format], *self.where, *self.equals)))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _responses(cls, values: Any) -> Any:
+        """Let the loss of pairs be that of their responses where nothing is said."""
+        if isinstance(values, dict) and values.get("format") == "preference":
+            return {"loss_on": "response", **values}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> DataSet:
         if self.format == "text" and self.loss_on == "response":
             raise ValueError("loss_on response needs format instruction: plain text has no response")
+        if self.format == "preference" and self.loss_on == "all":
+            raise ValueError("loss_on all: a preference is one of responses; format preference needs loss_on response")
+        if self.skip_bad and self.format != "preference":
+            raise ValueError(f"skip_bad is about pairs; rows of format {self.format} are none")
         if not self.sources:
             raise ValueError("source is an empty list")
         new = list(self.rename.values())
@@ -251,8 +267,11 @@ class DataConfig(Frozen):
     """Texts whose activations are moved, away from what they have in common."""
     target: DataSet | None = None
     """Texts whose activations are the goal."""
+    preference: DataSet | None = None
+    """Pairs of a preferred and another response (format preference)."""
     prompt_style: Literal["aside", "plain"] = "aside"
-    """aside: the paper's framing with Instruction/Input/Response headings; plain: the texts alone inside the chat template."""
+    """aside: the paper's framing with Instruction/Input/Response headings; plain: the texts alone inside the chat template.
+    Prompts that come as messages are turns of their own in either."""
     response_role: Literal["data", "instruction", "response"] = "data"
     """Role of response tokens (ASIDE's paper: data)."""
 
@@ -265,8 +284,16 @@ class DataConfig(Frozen):
             "safety": self.safety,
             "source": self.source,
             "target": self.target,
+            "preference": self.preference,
         }
         return {role: data for role, data in named.items() if data is not None}
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        for role, data in self.by_role.items():
+            if role != "validation" and (data.format == "preference") != (role == "preference"):
+                raise ValueError(f"{role}: rows of format {data.format} do not belong there; pairs go to data.preference")
+        return self
 
 
 class TrainConfig(Frozen):

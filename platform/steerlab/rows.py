@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import random
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from steerlab import sources
+from steerlab import pairs, sources
 from steerlab.job import DataSet
 
 _SENTENCE = re.compile(r"(?s).*?[.!?…][\"'\u201d\u2019)\]]*(?=\s|$)")
 
 
 def read(data: DataSet) -> list[dict[str, Any]]:
-    """Return the rows of a data set; rows of format text hold their text in the field `text`, whatever it was called.
+    """Return the rows of a data set; rows of format text hold their text in the field `text`, whatever it was called, and pairs
+    are in the one form of pairs.py.
 
     Raises:
-        ValueError: a source is wrong, a row lacks a field, or no row is left.
+        ValueError: a source is wrong, a row lacks a field or is no pair, or no row is left.
     """
     found = [row for source in data.sources for row in _source_rows(source, data, _needed(data))]
-    kept = [_with_text(row, data) for row in found if _keeps(row, data)]
+    formed = [_in_form(row, data, number) for number, row in enumerate(found, 1) if _keeps(row, data)]
+    kept = [row for row in formed if row is not None]
+    if len(kept) < len(formed):
+        warnings.warn(f"{describe(data)}: {len(formed) - len(kept)} of {len(formed)} rows are no pairs, left out", stacklevel=2)
     if data.format == "text":
         kept = [row for row in kept if len(row["text"]) >= max(1, data.min_chars)]
     if data.distinct:
@@ -45,7 +50,8 @@ def read(data: DataSet) -> list[dict[str, Any]]:
 def check(data: DataSet) -> None:
     """Refuse a data set whose first row is not as its format says; reads no further where the file allows it."""
     for source in data.sources:
-        _source_rows(source, data, 1)
+        for row in _source_rows(source, data, 1):
+            _in_form(row, data, 1)
     for other in data.also:
         check(other)
 
@@ -86,7 +92,7 @@ def _renamed(row: dict[str, Any], names: Mapping[str, str], source: str) -> dict
 
 def _needed(data: DataSet) -> int | None:
     """Return how many rows of a source suffice; None where a later step may leave any of them out."""
-    filters = data.where or data.equals or data.needs_input or data.distinct or data.format == "text"
+    filters = data.where or data.equals or data.needs_input or data.distinct or data.skip_bad or data.format == "text"
     passes_all = not filters and data.shuffle is None
     return data.offset + data.limit if passes_all and data.limit is not None else None
 
@@ -107,11 +113,24 @@ def _keeps(row: dict[str, Any], data: DataSet) -> bool:
 
 
 def _content(row: dict[str, Any], data: DataSet) -> Any:
-    """Return what makes two rows equal: the text, or the prompt."""
+    """Return what makes two rows equal: the text, the prompt, or all of a pair."""
+    if data.format == "preference":
+        return json.dumps([row[name] for name in pairs.FIELDS])
     return row["text"] if data.format == "text" else (str(row["instruction"]), str(row.get("input") or ""))
 
 
-def _with_text(row: dict[str, Any], data: DataSet) -> dict[str, Any]:
+def _in_form(row: dict[str, Any], data: DataSet, number: int) -> dict[str, Any] | None:
+    """Return a row as its format wants it, None for a pair that is to be left out.
+
+    `number` counts the rows that were read from 1, for messages.
+    """
+    if data.format == "preference":
+        try:
+            return row | pairs.pair(row)
+        except ValueError as error:
+            if data.skip_bad:
+                return None
+            raise ValueError(f"{describe(data)} row {number}: {error}") from None
     if data.format != "text":
         return row
     text = str(row[data.field]).strip()

@@ -135,6 +135,12 @@ def _check_training(job: Job) -> None:
         raise ValueError(f"train: method {name} trains nothing; remove this section")
     if method.trains_on not in job.data.by_role:
         raise ValueError(f"data.{method.trains_on}: this key is required, because method {name} trains on it")
+    trained, validation = job.data.by_role[method.trains_on], job.data.validation
+    if validation is not None and (validation.format == "preference") != (trained.format == "preference"):
+        raise ValueError(
+            f"data.validation: rows of format {validation.format} have not the loss of method {name}, which trains on format "
+            f"{trained.format}"
+        )
     if job.train.keep == "best" and job.data.validation is None:
         raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
     if method.trains_model and job.model.dtype == "bfloat16" and job.scale.zero_stage == 0:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from steerlab.activations import written_whole
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 
 
 class Shape(NamedTuple):
@@ -51,8 +58,8 @@ class TensorWriter:
         expected, shape = self._left.pop(0)
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, shape.dtype, tuple(shape.sizes)):
             raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} comes where {expected} {shape} was announced")
-        # Over numpy's buffer: bytes() would copy a tensor of gigabytes once more.
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).numpy().data)
+        # Over numpy's buffer: bytes() would copy a tensor of gigabytes once more. As bytes: numpy has no bfloat16.
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def check_whole(self) -> None:
         """Raise ValueError when an announced tensor did not come."""
@@ -102,7 +109,16 @@ class Parts:
         Raises:
             ValueError: there is none of this name.
         """
-        if name not in self._file_of:
-            raise ValueError(f"{self.directory} holds no {name}; it has {', '.join(list(self._file_of)[:3])} ...")
-        with safe_open(self.directory / self._file_of[name], "pt") as file:
-            return file.get_tensor(name)
+        (found,) = self.tensors([name])
+        return found
+
+    def tensors(self, names: Sequence[str]) -> list[Tensor]:
+        """Return tensors, each as `tensor` does, opening each file once."""
+        unknown = [name for name in names if name not in self._file_of]
+        if unknown:
+            raise ValueError(f"{self.directory} holds no {unknown[0]}; it has {', '.join(list(self._file_of)[:3])} ...")
+        found: dict[str, Tensor] = {}
+        for path in {self._file_of[name] for name in names}:
+            with safe_open(self.directory / path, "pt") as file:
+                found |= {name: file.get_tensor(name) for name in names if self._file_of[name] == path}
+        return [found[name] for name in names]

@@ -11,7 +11,7 @@ nothing. Template text carries the role of the message before it (ASIDE's conven
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -77,10 +77,38 @@ class Encoded:
         """Keep the first `length` tokens."""
         return Encoded(self.input_ids[:length], self.roles[:length], self.in_response[:length], self.parts[:length])
 
+    @property
+    def sequences(self) -> tuple[Encoded, ...]:
+        """What of the row goes through the model."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with a preferred and another response: a row of two sequences."""
+
+    chosen: Encoded
+    rejected: Encoded
+
+    def __len__(self) -> int:
+        return max(len(self.chosen), len(self.rejected))
+
+    def targets(self, loss_on: str) -> list[bool]:
+        """Say which tokens are predicted in the loss, those of the preferred sequence first."""
+        return [*self.chosen.targets(loss_on), *self.rejected.targets(loss_on)]
+
+    @property
+    def sequences(self) -> tuple[Encoded, ...]:
+        """What of the row goes through the model."""
+        return (self.chosen, self.rejected)
+
+
+Row = Encoded | Pair
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded rows, every tensor of shape (B, T)."""
+    """Padded sequences, every tensor of shape (B, T) but the last; those of a row stand one behind the other."""
 
     input_ids: Tensor
     roles: Tensor
@@ -89,6 +117,8 @@ class Batch:
     labels: Tensor
     phases: Tensor
     """`GENERATION` for the tokens of a response, `PROMPT` for all others."""
+    numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """Number of each sequence's row in its data set, (B,); empty where nobody counts."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor."""
@@ -110,13 +140,19 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Encoded],
+    rows: Sequence[Row],
     pad_id: int,
     side: Literal["left", "right"] = "right",
     loss_on: str = "all",
+    numbers: Sequence[int] = (),
 ) -> Batch:
-    """Pad rows to the longest; ids, roles, mask, positions and labels are padded on the same side."""
-    longest = max(len(row) for row in rows)
+    """Pad rows to the longest; ids, roles, mask, positions and labels are padded on the same side.
+
+    A pair gives two sequences, the preferred one first. `numbers` are those of the rows in their data set.
+    """
+    counted = [number for row, number in zip(rows, numbers, strict=bool(numbers)) for _ in row.sequences]
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    longest = max(len(row) for row in sequences)
 
     def pad(values: Sequence[int], fill: int) -> list[int]:
         padding = [fill] * (longest - len(values))
@@ -124,15 +160,16 @@ def collate(
 
     labels = [
         [token if chosen else IGNORED for token, chosen in zip(row.input_ids, row.targets(loss_on), strict=True)]
-        for row in rows
+        for row in sequences
     ]
     return Batch(
-        input_ids=torch.tensor([pad(row.input_ids, pad_id) for row in rows]),
-        roles=torch.tensor([pad(row.roles, PADDING) for row in rows]),
-        attention_mask=torch.tensor([pad([1] * len(row), 0) for row in rows]),
-        position_ids=torch.tensor([pad(range(len(row)), 0) for row in rows]),
+        input_ids=torch.tensor([pad(row.input_ids, pad_id) for row in sequences]),
+        roles=torch.tensor([pad(row.roles, PADDING) for row in sequences]),
+        attention_mask=torch.tensor([pad([1] * len(row), 0) for row in sequences]),
+        position_ids=torch.tensor([pad(range(len(row)), 0) for row in sequences]),
         labels=torch.tensor([pad(row, IGNORED) for row in labels]),
-        phases=torch.tensor([pad([int(inside) for inside in row.in_response], PROMPT) for row in rows]),
+        phases=torch.tensor([pad([int(inside) for inside in row.in_response], PROMPT) for row in sequences]),
+        numbers=torch.tensor(counted, dtype=torch.long),
     )
 
 
@@ -204,10 +241,29 @@ class Encoder:
         return (*messages, Message("assistant", (Part(response, self.response_role_id),)))
 
     def from_row(self, row: Mapping[str, Any], data_format: str) -> Conversation:
-        """Make the conversation of a data row in one of the formats of `DataSet.format`."""
+        """Make the conversation of a data row in one of the formats of `DataSet.format`. Raises ValueError if it has two."""
+        if data_format == "preference":
+            raise ValueError("rows of format preference are pairs of conversations: they train methods and are evaluated on")
         if data_format == "text":
             return (Message("text", (Part(str(row["text"]), INSTRUCTION),)),)
         return self.conversation(str(row["instruction"]), str(row.get("input") or ""), str(row["output"]))
+
+    def from_pair(self, row: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
+        """Make the two conversations of a preference row, in the form of pairs.py: the preferred one first.
+
+        A text is asked as any instruction is, in the prompt style; messages are turns of their own.
+        """
+        chosen, rejected = (self._continued(row["prompt"], str(row[name])) for name in ("chosen", "rejected"))
+        return chosen, rejected
+
+    def _continued(self, prompt: str | Sequence[Mapping[str, str]], response: str) -> Conversation:
+        if isinstance(prompt, str):
+            return self.conversation(prompt, response=response)
+        return (*map(self._turn, prompt), self._turn({"role": "assistant", "content": response}))
+
+    def _turn(self, message: Mapping[str, str]) -> Message:
+        role = self.response_role_id if message["role"] == "assistant" else INSTRUCTION
+        return Message(message["role"], (Part(message["content"], role),))  # type: ignore[arg-type]
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokenise a conversation once, as a whole; a prompt ends with the assistant's header."""
@@ -252,12 +308,14 @@ class Encoder:
         literals = self._template(tuple(message.speaker for message in conversation))
         stretches = [_Stretch(literals[0], conversation[0].parts[0].role, _TEMPLATE_PART, "template")]
         number = 0
-        for message, literal in zip(conversation, literals[1:], strict=True):
-            kind = "response" if message.speaker == "assistant" else "prompt"
+        for place, (message, literal) in enumerate(zip(conversation, literals[1:], strict=True), 1):
+            # An assistant's turn that another one follows is part of the prompt.
+            responds = message.speaker == "assistant" and place == len(conversation)
+            kind = "response" if responds else "prompt"
             for part in message.parts:
                 stretches.append(_Stretch(part.text, part.role, number, kind))
                 number += 1
-            tail = "tail" if message.speaker == "assistant" else "template"
+            tail = "tail" if responds else "template"
             # The role of the message's first part: a probe with another role at its end must not colour the header.
             stretches.append(_Stretch(literal, message.parts[0].role, _TEMPLATE_PART, tail))
         return stretches
@@ -314,11 +372,26 @@ class _Stretch(NamedTuple):
 class Rows(NamedTuple):
     """Tokenised rows of a data set and what truncation did to it."""
 
-    rows: list[Encoded]
+    rows: list[Row]
+    numbers: list[int]
+    """Their numbers in the data set."""
     num_cut: int
-    """Rows whose response was cut at `max_tokens`."""
+    """Rows whose response was cut at `max_tokens`; of a pair, one of the two."""
     num_dropped: int
-    """Rows left out because instruction and data alone did not fit, or because they were empty."""
+    """Rows left out because instruction and data alone did not fit, or because they were empty; pairs, too, whose responses
+    differ behind the cut only."""
+
+    def check(self, max_tokens: int) -> None:
+        """Raise ValueError when no row fits."""
+        if not self.rows:
+            raise ValueError(f"no row fits into {max_tokens} tokens: {self.num_dropped} prompts are longer (train.max_tokens)")
+
+
+def encode_data(encoder: Encoder, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int) -> Rows:
+    """Tokenise rows of a data set; the boundary between roles is never cut away silently. There may be no row left."""
+    if data_format == "preference":
+        return _encode_pairs(encoder, [encoder.from_pair(row) for row in rows], max_tokens)
+    return _encode_each(encoder, [encoder.from_row(row, data_format) for row in rows], max_tokens)
 
 
 def encode_rows(encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int) -> Rows:
@@ -327,17 +400,45 @@ def encode_rows(encoder: Encoder, conversations: Sequence[Conversation], max_tok
     Raises:
         ValueError: when no row fits.
     """
-    rows, num_cut, num_dropped = [], 0, 0
-    for conversation, row in zip(conversations, encoder.encode_all(conversations), strict=True):
-        is_text = conversation[0].speaker == "text"
-        prompt = 1 if is_text else next((t for t, inside in enumerate(row.in_response) if inside), len(row))
-        if prompt >= max_tokens or len(row) < 2:  # a row of one token has nothing to predict
+    found = _encode_each(encoder, conversations, max_tokens)
+    found.check(max_tokens)
+    return found
+
+
+def _encode_each(encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int) -> Rows:
+    def fitted(conversation: Conversation, row: Encoded) -> tuple[Row | None, bool]:
+        prompt = 1 if conversation[0].speaker == "text" else _prompt_length(row)
+        fits = prompt < max_tokens and len(row) > 1  # a row of one token has nothing to predict
+        return row.cut(max_tokens) if fits else None, len(row) > max_tokens
+
+    return _kept(map(fitted, conversations, encoder.encode_all(conversations)))
+
+
+def _encode_pairs(encoder: Encoder, conversations: Sequence[tuple[Conversation, Conversation]], max_tokens: int) -> Rows:
+    def fitted(chosen: Encoded, rejected: Encoded) -> tuple[Row | None, bool]:
+        pair = Pair(chosen.cut(max_tokens), rejected.cut(max_tokens))
+        has_room = all(_prompt_length(row) < max_tokens for row in (chosen, rejected))
+        fits = has_room and pair.chosen.input_ids != pair.rejected.input_ids
+        return pair if fits else None, max(len(chosen), len(rejected)) > max_tokens
+
+    encoded = encoder.encode_all([conversation for both in conversations for conversation in both])
+    return _kept(map(fitted, encoded, encoded))
+
+
+def _kept(fitted: Iterable[tuple[Row | None, bool]]) -> Rows:
+    """Gather rows, each None where it is dropped, and whether it was cut."""
+    rows: list[Row] = []
+    numbers: list[int] = []
+    num_cut = num_dropped = 0
+    for number, (row, cut) in enumerate(fitted):
+        if row is None:
             num_dropped += 1
-        elif len(row) > max_tokens:
-            num_cut += 1
-            rows.append(row.cut(max_tokens))
-        else:
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"no row fits into {max_tokens} tokens: {num_dropped} prompts are longer (train.max_tokens)")
-    return Rows(rows, num_cut, num_dropped)
+            continue
+        rows.append(row)
+        numbers.append(number)
+        num_cut += cut
+    return Rows(rows, numbers, num_cut, num_dropped)
+
+
+def _prompt_length(row: Encoded) -> int:
+    return next((t for t, inside in enumerate(row.in_response) if inside), len(row))

@@ -15,7 +15,7 @@ from steerlab import activations, moments, reading
 from steerlab.activations import Activations
 from steerlab.generation import SteeredModel
 from steerlab.job import ExtractConfig, MethodConfig
-from steerlab.methods.contract import Method, Moments, OverParts, OverRows, Preparation, Source
+from steerlab.methods.contract import Method, Moments, OfEachRow, OverParts, OverRows, Preparation, Source
 from steerlab.stages import prepare
 from steerlab.stages.moments import SumsOfShard
 from steerlab.stages.shards import Shard
@@ -57,16 +57,21 @@ def extracted(tmp_path: Path, encoder: Encoder) -> Extracted:
 
 @pytest.fixture
 def prepared(tmp_path: Path, encoder: Encoder) -> Prepared:
-    """A function (method, config, model, rows) -> directories: what its preparations leave, as their stages make it."""
+    """A function (method, config, model, rows) -> directories: what its preparations leave, as their stages make it.
 
-    def run(method: Method, config: MethodConfig, model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> dict[str, Path]:
+    Rows are pairs where the method trains on them; those kept are cut at `max_tokens`.
+    """
+
+    def run(
+        method: Method, config: MethodConfig, model: PreTrainedModel, rows: Sequence[dict[str, Any]], max_tokens: int = 64
+    ) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for asked in method.prepares(config, model):
             directory = tmp_path / f"{asked.name}-{len(list(tmp_path.iterdir()))}"
             directory.mkdir()
             steered = SteeredModel(model, encoder)
             needed = {name: found[name] for name in asked.needs}
-            _prepare(asked, steered, needed, list(rows), directory)
+            _prepare(asked, steered, needed, list(rows), directory, max_tokens)
             steered.detach()
             found[asked.name] = directory
         return found
@@ -75,7 +80,12 @@ def prepared(tmp_path: Path, encoder: Encoder) -> Prepared:
 
 
 def _prepare(
-    asked: Preparation, model: SteeredModel, needed: dict[str, Path], rows: list[dict[str, Any]], directory: Path
+    asked: Preparation,
+    model: SteeredModel,
+    needed: dict[str, Path],
+    rows: list[dict[str, Any]],
+    directory: Path,
+    max_tokens: int,
 ) -> None:
     shard = Shard(0, 0, rows)
     data = {"format": "instruction", "loss_on": "response"}
@@ -91,6 +101,14 @@ def _prepare(
             maker = prepare._SumOfShard(asked.start, {}, model, {**asked.params, "data": data})
             maker._needed = needed
             Parts.write_index(directory, {"all": maker.make(shard, path, lambda done: None)}, {"all": path.name})
+        case OfEachRow():
+            params = {**asked.params, "data": data | {"format": "preference"}, "max_tokens": max_tokens}
+            facts = {}
+            for first in range(0, len(rows), size := asked.params["rows_per_shard"]):
+                part = directory / f"part-{first // size:05d}.safetensors"
+                maker = prepare._RowsOfShard(asked.start, model, params)
+                facts[part.name] = maker.make(Shard(first // size, first, rows[first : first + size]), part, lambda done: None)
+            Parts.write_index(directory, facts, {name: name for name in facts})
         case OverParts():
             source = Source(asked.params, needed, model if asked.reads_model else None)
             files = {part: f"part-{number:05d}.safetensors" for number, part in enumerate(asked.parts)}

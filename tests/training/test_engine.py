@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import shutil
 from datetime import timedelta
@@ -14,9 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from steerlab import tinyworld
-from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig
+from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 
 STEPS = 6
+INSTRUCTIONS = {
+    "train": {"source": "tiny:instructions/train", "limit": 50},
+    "validation": {"source": "tiny:instructions/validation", "limit": 7},
+}
 
 
 class Stopped(Exception):
@@ -36,11 +41,7 @@ def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], s
         Path(settings["model_dir"]),
         ModelConfig(source="tiny:model", dtype=settings.get("dtype", "float32")),
         settings["method"],
-        DataConfig(
-            train=DataSet(source="tiny:instructions/train", limit=50),
-            validation=DataSet(source="tiny:instructions/validation", limit=7),
-            prompt_style="plain",
-        ),
+        DataConfig.model_validate({"prompt_style": "plain", **settings.get("data", INSTRUCTIONS)}),
         TrainConfig(
             steps=STEPS,
             lr=5e-3,
@@ -217,7 +218,37 @@ def test_coefficients_resume_bit_for_bit(tmp_path: Path) -> None:
     assert continued == history
 
 
+PAIRS = {
+    "preference": {"source": "tiny:preferences/train", "limit": 50, "format": "preference"},
+    "validation": {"source": "tiny:preferences/validation", "limit": 7, "format": "preference"},
+}
+
+
+@pytest.mark.parametrize("name", ["iav", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_pairs_train_alike_on_two_workers(name: str, zero_stage: int, tmp_path: Path) -> None:
+    """A pair stays together, and the loss is that of the step's pairs."""
+    settings = {"method": {"name": name}, "data": PAIRS, "train": {"max_tokens": 29}}
+    weights, history = train(tmp_path / "one", 1, **settings)
+    others, theirs = train(tmp_path / "two", 2, scale={"zero_stage": zero_stage}, **settings)
+    close(weights, others, atol=5e-4)
+    assert history[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert history[-1]["eval/loss"] < history[1]["eval/loss"] < math.log(2)
+    for ours, their in zip(history, theirs, strict=True):
+        assert ours["train/loss"] == pytest.approx(their["train/loss"], abs=1e-5)
+        assert ours.get("eval/loss") == pytest.approx(their.get("eval/loss"), abs=1e-5)
+    facts = json.loads((tmp_path / "one" / "output" / "training.json").read_text())
+    assert facts["rows"] == 50 and 0 < facts["rows_cut"] < 50
+
+
 @pytest.mark.slow
 def test_bfloat16_trains(tmp_path: Path) -> None:
     _, history = train(tmp_path, 2, scale={"zero_stage": 2}, dtype="bfloat16")
+    assert history[-1]["train/loss"] < 0.9 * history[0]["train/loss"]
+
+
+@pytest.mark.slow
+def test_a_vector_trains_in_float32_on_a_frozen_bfloat16_model(tmp_path: Path) -> None:
+    weights, history = train(tmp_path, 1, method={"name": "iav"}, data=PAIRS, dtype="bfloat16")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert history[-1]["train/loss"] < 0.9 * history[0]["train/loss"]

@@ -46,7 +46,7 @@ def activation(model: PreTrainedModel) -> ActivationPatch:
 
 
 def logit(model: PreTrainedModel) -> LogitPatch:
-    return randomised(LogitPatch(model.config.hidden_size, model.config.vocab_size, rank=4))
+    return randomised(LogitPatch(model.config.hidden_size, model.config.vocab_size, "low_rank", 4))
 
 
 def weight(model: PreTrainedModel) -> WeightPatch:

@@ -114,8 +114,7 @@ def score(model: SteeredModel, rows: Sequence[Row], strength: float) -> list[Lik
     found: dict[int, Likelihood] = {}
     for chunk in _chunks(rows, model.batch_tokens):
         batch = collate([rows[i].tokens for i in chunk], model.encoder.pad_id, side="left").to(model.device)
-        strengths = None if strength == 1 else torch.full((len(chunk),), strength, device=model.device)
-        logits_BTV = model.model(**batch.patched_inputs, strengths=strengths, use_cache=False).logits
+        logits_BTV = model.logits(batch, strength)
         for i, logits_TV, ids_T in zip(chunk, logits_BTV, batch.input_ids, strict=True):
             # Padded on the left: the last tokens are the row's own, each predicted by the one before it.
             log_probs_SV = logits_TV[-rows[i].num_scored - 1 : -1].float().log_softmax(-1)

@@ -1,6 +1,6 @@
 """The table of methods. A further method is one new file here and one line below."""
 
-from steerlab.methods import aside, aura, caa, ise, iti, lineas, none, transport, vanilla, warp
+from steerlab.methods import aside, aura, caa, dpo, iav, ise, iti, lineas, none, transport, vanilla, warp
 from steerlab.methods.contract import Method
 
 METHODS: dict[str, Method] = {
@@ -16,4 +16,6 @@ METHODS: dict[str, Method] = {
     "aura": aura.METHOD,
     "caa": caa.METHOD,
     "iti": iti.METHOD,
+    "iav": iav.METHOD,
+    "dpo": dpo.METHOD,
 }

@@ -22,7 +22,7 @@ from steerlab.job import ExtractConfig, Job, MethodConfig, Selection
 from steerlab.models import ModelFacts
 from steerlab.plan import Estimate
 from steerlab.tensorfile import Shape
-from steerlab.tokens import IGNORED, Batch, Encoded
+from steerlab.tokens import IGNORED, Batch, Row
 
 
 class Loss(NamedTuple):
@@ -146,10 +146,44 @@ class Source(NamedTuple):
     """Where the model is read."""
 
 
-Preparation = Moments | OverRows | OverParts
+class Keeper(Protocol):
+    """What is kept of each row of a data set."""
+
+    def shapes(self, number: int, row: Row) -> Mapping[str, Shape]:
+        """Names and shapes of the tensors that will be kept of the row of this number; no two rows share a name."""
+        ...
+
+    def keep(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of a batch's rows, row by row, in the order of `shapes`."""
+        ...
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        ...
 
 
-def _targets(row: Encoded, loss_on: str) -> int:
+@dataclass(frozen=True)
+class OfEachRow:
+    """A preparation: tensors of every row that the training will see, cut as it cuts them, so that no model need run there."""
+
+    name: str
+    version: int
+    role: str
+    params: Mapping[str, Any]
+    """What it declares besides the model, the rows and `train.max_tokens`: JSON values; `batch_tokens` and `rows_per_shard` are
+    among them."""
+    start: Callable[[SteeredModel, Mapping[str, Any]], Keeper]
+    """(model, params) -> keeper."""
+    values_per_target: int
+    """Numbers kept of each token in the loss, in the model's type; for estimates."""
+    needs: tuple[str, ...] = ()
+    """None: the model and the rows are enough."""
+
+
+Preparation = Moments | OverRows | OverParts | OfEachRow
+
+
+def _targets(row: Row, loss_on: str) -> int:
     return sum(row.targets(loss_on))
 
 
@@ -182,13 +216,15 @@ class Method:
     trains: Callable[[Any, PreTrainedModel], tuple[int, int]] | None = None
     """(config, skeleton) -> trained parameters and bytes of a worker besides model and optimizer, where the model's own weights
     are frozen; None: a small patch."""
+    holds_logits: bool = True
+    """False when the loss makes logits in pieces, so that those of a batch are never there at once; for estimates."""
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: None
     """Refuse settings that cannot work on a model or in a job, with a ValueError, before anything starts."""
     trains_on: str = "train"
     """Role of the data set whose rows are trained on."""
     trains_model: bool = True
     """False when the model's own weights are frozen: the result is the patch alone."""
-    counts: Callable[[Encoded, str], int] = _targets
+    counts: Callable[[Row, str], int] = _targets
     """(row, loss_on) -> what a row adds to the number that the loss is divided by."""
     after_step: Callable[[Any, float], None] = lambda module, lr: None
     """(trainee, learning rate) -> None: what follows the optimizer on every worker."""

@@ -1,4 +1,4 @@
-"""The stages that come before a method's training, as the method asks for them: moments, sums over rows, parts.
+"""The stages that come before a method's training, as it asks for them: moments, sums over rows, tensors of each row, parts.
 
 What is made is the method's business (contract.py); here is how it is spread over the cluster and continued after a kill. All
 leave a directory that `tensorfile.Parts` opens, but moments have their own.
@@ -18,21 +18,23 @@ import ray
 import torch
 from safetensors import safe_open
 
-from steerlab import models, rows, sources
+from steerlab import models, reading, rows, sources
 from steerlab.activations import size_and_sha256
 from steerlab.job import Job
 from steerlab.methods import METHODS
-from steerlab.methods.contract import Moments, OverParts, OverRows, Preparation, Source
+from steerlab.methods.contract import Moments, OfEachRow, OverParts, OverRows, Preparation, Source
 from steerlab.models import ModelFacts
 from steerlab.plan import Estimate, ModelRef, Stage, Work
 from steerlab.stages import extract, moments, shards, subject
 from steerlab.tensorfile import Parts, Shape, writing
-from steerlab.tokens import collate, encode_rows
+from steerlab.tokens import Encoder, collate, encode_data, encode_rows
 
 if TYPE_CHECKING:
     from steerlab.generation import SteeredModel
 
 _POLL_S = 0.5
+_ROWS_JUDGED = 256
+"""Rows that are tokenised to judge the length of all."""
 _WHOLE = "all"
 """Name of the only part of a sum."""
 
@@ -57,17 +59,20 @@ def _stage(job: Job, below: Stage | None, preparation: Preparation, needed: list
     match preparation:
         case Moments():
             return moments.stage(job, preparation.role, below, preparation.extract)
-        case OverRows():
-            data = job.data.by_role[preparation.role]
+        case OverRows() | OfEachRow():
+            assert job.train is not None
+            data, sums = job.data.by_role[preparation.role], isinstance(preparation, OverRows)
             params = {
                 **preparation.params,
+                **({} if sums else {"max_tokens": job.train.max_tokens}),
                 "data": data.model_dump(mode="json"),
                 "data_fingerprint": rows.fingerprint(data),
                 **subject.params(job, below),
             }
             inputs = (*((below,) if below else ()), *needed)
             label = f"{preparation.role}: {rows.describe(data)}"
-            return Stage(preparation.name, preparation.version, params, partial(_sum, preparation), inputs, label)
+            run = partial(_sum if sums else _keep, preparation)  # type: ignore[arg-type]
+            return Stage(preparation.name, preparation.version, params, run, inputs, label)
         case OverParts():
             params = {**preparation.params, **(subject.params(job, below) if preparation.reads_model else {})}
             inputs = (*((below,) if below and preparation.reads_model else ()), *needed)
@@ -80,6 +85,8 @@ def estimate(job: Job, asked: Preparation, facts: ModelFacts, directory: Path) -
     if isinstance(asked, Moments):
         return extract.estimate(job, asked.role, asked.extract, facts, directory)
     weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
+    if isinstance(asked, OfEachRow):
+        return _estimate_rows(job, asked, weights, directory)
     own = asked.estimate
     if isinstance(asked, OverParts):
         return own if not asked.reads_model else replace(own, memory_bytes=own.memory_bytes + weights)
@@ -87,6 +94,20 @@ def estimate(job: Job, asked: Preparation, facts: ModelFacts, directory: Path) -
     logits = 3 * 4 * asked.params["rows_per_batch"] * asked.params["max_tokens"] * facts.vocab_size
     memory_bytes = own.memory_bytes + weights + logits
     return replace(own, memory_bytes=memory_bytes, work_bytes=own.work_bytes * num_shards)
+
+
+def _estimate_rows(job: Job, asked: OfEachRow, weights: int, directory: Path) -> Estimate:
+    """Estimate the disk of kept rows from the length of some of them; a batch of them is held beside the model."""
+    assert job.train is not None
+    data = job.data.by_role[asked.role]
+    found = rows.read(data)
+    encoder = Encoder(models.load_tokenizer(directory), job.data.prompt_style, job.data.response_role)
+    some = found[:: -(-len(found) // _ROWS_JUDGED)]
+    encoded = encode_data(encoder, some, data.format, job.train.max_tokens).rows
+    values = asked.values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)
+    value_bytes = models.DTYPES[job.model.dtype].itemsize
+    disk_bytes = int(value_bytes * values / len(some) * len(found))
+    return Estimate(weights + 16 * value_bytes * asked.params["batch_tokens"] * asked.values_per_target, disk_bytes)
 
 
 def _needed(work: Work) -> dict[str, dict[str, Any]]:
@@ -160,6 +181,56 @@ class _SumOfShard:
             "tokens": sum(len(row) for row in found.rows),
             "cut": found.num_cut,
             "dropped": found.num_dropped,
+        }
+
+
+def _keep(preparation: OfEachRow, work: Work) -> None:
+    """Make the shards that are missing in a pool of actors, and index the tensors of all."""
+    maker = partial(_RowsOfShard, preparation.start)
+    made = shards.run(work, maker, work.params["rows_per_shard"], lambda num_rows, some: None)
+    shards.collect(work)
+    facts = {row["path"]: {name: row[name] for name in _RowsOfShard.facts} for row in made}
+    Parts.write_index(work.directory, facts, {path: path for path in facts})
+
+
+class _RowsOfShard:
+    """Keeps tensors of a shard's rows, those of a batch at a time in memory."""
+
+    suffix = ".safetensors"
+    facts = ("rows", "cut", "dropped", "fingerprint")
+
+    def __init__(self, start: Callable[..., Any], model: SteeredModel, params: Mapping[str, Any]) -> None:
+        self._start, self._model, self._params = start, model, params
+
+    def make(self, shard: shards.Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+        """Leave the tensors at `path`, in the order of the batches; rows of similar length go together."""
+        encoder, data = self._model.encoder, self._params["data"]
+        found = encode_data(encoder, shard.rows, data["format"], self._params["max_tokens"])
+        numbers = [shard.first + number for number in found.numbers]
+        chunks = list(reading.batches([len(row) for row in found.rows], self._params["batch_tokens"], reading.PADDING_SHARE))
+        keeper = self._start(self._model, self._params)
+        shapes = {
+            name: shape for chunk in chunks for i in chunk for name, shape in keeper.shapes(numbers[i], found.rows[i]).items()
+        }
+        num_done = 0
+        try:
+            with writing(path, shapes) as writer, torch.no_grad():
+                for chunk in chunks:
+                    chosen = [numbers[i] for i in chunk]
+                    batch = collate([found.rows[i] for i in chunk], encoder.pad_id, loss_on=data["loss_on"], numbers=chosen)
+                    for name, tensor in keeper.keep(batch.to(self._model.device)):
+                        writer.write(name, tensor)
+                    num_done += len(chunk)
+                    tell(num_done)
+        finally:
+            keeper.close()
+        return {
+            "path": path.name,
+            **size_and_sha256(path),
+            "rows": len(found.rows),
+            "cut": found.num_cut,
+            "dropped": found.num_dropped,
+            "fingerprint": models.fingerprint(self._model.model),
         }
 
 

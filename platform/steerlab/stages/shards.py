@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import pyarrow.fs as pafs
 import ray
 
-from steerlab import rows
+from steerlab import pairs, rows
 from steerlab.job import DataSet, ScaleConfig
 from steerlab.plan import Work
 from steerlab.stages import subject
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-_TEXT_FIELDS = {"text": ("text",), "instruction": ("instruction", "input", "output")}
+_TEXT_FIELDS = {"text": ("text",), "instruction": ("instruction", "input", "output"), "preference": pairs.FIELDS}
 
 
 class Shard(NamedTuple):

@@ -110,8 +110,10 @@ def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate
     assert job.train is not None
     method, is_float32 = METHODS[job.method.name], job.model.dtype == "float32"
     weight = _FLOAT_BYTES if is_float32 else 2
-    layers = 16 * weight * job.train.micro_batch * job.train.max_tokens * facts.hidden_size * facts.num_layers
-    logits = 3 * _FLOAT_BYTES * job.train.micro_batch * job.train.max_tokens * facts.vocab_size
+    sequences = 2 if job.data.by_role[method.trains_on].format == "preference" else 1
+    tokens = sequences * job.train.micro_batch * job.train.max_tokens
+    layers = 16 * weight * tokens * facts.hidden_size * facts.num_layers
+    logits = 3 * _FLOAT_BYTES * tokens * facts.vocab_size if method.holds_logits else 0
     if method.trains_model:
         own, state = weight, 8 if is_float32 else 12
         trained, more = facts.num_parameters, 0

@@ -27,7 +27,7 @@ from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainCon
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.rows import read as read_rows
-from steerlab.tokens import Batch, Encoded, Encoder, Rows, collate, encode_rows
+from steerlab.tokens import Batch, Encoder, Rows, collate, encode_data
 from steerlab.training.engine import Engine
 
 _SNAPSHOTS = "snapshots.safetensors"
@@ -104,7 +104,9 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 def load_rows(data: DataSet, encoder: Encoder, max_tokens: int) -> Rows:
     """Read and tokenise one data set of a job."""
-    return encode_rows(encoder, [encoder.from_row(row, data.format) for row in read_rows(data)], max_tokens)
+    found = encode_data(encoder, read_rows(data), data.format, max_tokens)
+    found.check(max_tokens)
+    return found
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
@@ -202,7 +204,7 @@ class _Training:
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
         for number, chunk in enumerate(chunks, 1):
             self.method.before_pass(self.module, number == len(chunks))
-            total, further = self.engine.backward(self._batch([self.rows.rows[row] for row in chunk]), num_targets)
+            total, further = self.engine.backward(self._batch(self.rows, chunk, self.data.loss_on), num_targets)
             for name, value in {"loss": total, **further}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         sums = self.engine.sum_over_ranks(list(totals.values()))
@@ -211,21 +213,22 @@ class _Training:
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         return {"step": self.step, **losses, "train/lr": lr, "train/grad_norm": self.engine.grad_norm}
 
-    def _batch(self, rows: list[Encoded], loss_on: str | None = None) -> Batch:
-        return collate(rows, self.encoder.pad_id, loss_on=loss_on or self.data.loss_on).to(self.link.device)
+    def _batch(self, of: Rows, chosen: Sequence[int], loss_on: str) -> Batch:
+        rows, numbers = [of.rows[i] for i in chosen], [of.numbers[i] for i in chosen]
+        return collate(rows, self.encoder.pad_id, loss_on=loss_on, numbers=numbers).to(self.link.device)
 
     def _evaluation_loss(self) -> float:
         """Return the loss per target over the validation rows; ranks without a row left repeat one with weight 0."""
         assert self.validation is not None and self.request.data.validation is not None
         rows, loss_on = self.validation.rows, self.request.data.validation.loss_on
         size = self.request.train.micro_batch
-        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        chunks = [range(len(rows))[i : i + size] for i in range(0, len(rows), size)]
         mine = chunks[self.link.rank :: self.link.world_size]
         # Under ZeRO 3 a forward pass is collective: every rank makes equally many.
         idle = -(-len(chunks) // self.link.world_size) - len(mine)
-        total = sum(float(self.engine.evaluate(self._batch(chunk, loss_on))) for chunk in mine)
+        total = sum(float(self.engine.evaluate(self._batch(self.validation, chunk, loss_on))) for chunk in mine)
         for _ in range(idle):
-            self.engine.evaluate(self._batch(chunks[0], loss_on))
+            self.engine.evaluate(self._batch(self.validation, chunks[0], loss_on))
         summed = self.engine.sum_over_ranks([total])[0]
         return summed / sum(self.method.counts(row, loss_on) for row in rows)
 

@@ -1,0 +1,120 @@
+"""DPO of the whole model: what a vector on the logits is compared with.
+
+Rafailov et al., "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", NeurIPS 2023,
+https://arxiv.org/abs/2305.18290, eq. 7.
+
+    L = -log sigmoid( beta sum_t [ (log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l) ] )
+
+pi_ref is the model at the start, of which a frozen copy is held: twice the memory of the weights, and one more forward pass a
+step. What is left is the difference of all weights as a patch, so that the strength interpolates between reference and policy,
+strength 0 is the reference bit for bit, and the tasks need no second model.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from steerlab import patches, preference
+from steerlab.job import Job, MethodConfig
+from steerlab.methods.contract import Inputs, Loss, Method, train_everything
+from steerlab.models import ModelFacts
+from steerlab.tokens import Batch
+
+
+class Config(MethodConfig):
+    """Hyperparameters of DPO."""
+
+    name: Literal["dpo"] = "dpo"
+    """The method."""
+    beta: float = Field(0.1, ge=0)
+    """Steepness of the preference: margins of 1 / beta nats count. Paper: 0.1 (0.5 for summaries)."""
+    length_average: bool = False
+    """Means over the tokens of a response in place of sums."""
+
+
+class Whole(nn.Module):
+    """What trains: every weight of the model."""
+
+    kind = "weight"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.names = [name for name, _ in model.named_parameters()]
+        self.weights = nn.ParameterList(model.parameters())
+
+
+class Dpo(nn.Module):
+    """A policy and its frozen reference."""
+
+    def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
+        super().__init__()
+        if any(patch.kind == "weight" for patch in inputs.below):
+            raise ValueError("model.source: the model's weights are patched already; `steerlab export` makes them its own")
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        train_everything(model)
+        self.model = model
+        self.config = config
+        self.patch = Whole(model)
+        patches.attach(model, inputs.below)
+        patches.attach(self.reference, copy.deepcopy(inputs.below))
+
+    def train(self, mode: bool = True) -> Dpo:
+        """Train the policy; the reference has no dropout."""
+        super().train(mode)
+        self.reference.train(False)
+        return self
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the summed loss of the pairs (eq. 7)."""
+        tokens = preference.predicted(batch)
+        with torch.no_grad():
+            reference_N = _log_probs(tokens.at(self.reference(**batch.patched_inputs, use_cache=False).logits), tokens.target_N)
+        policy_N = _log_probs(tokens.at(self.model(**batch.patched_inputs).logits), tokens.target_N)
+        loss_P, margin_P = preference.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
+        return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
+
+    def on_step(self, step: int, steps_per_epoch: float) -> None:
+        """Nothing follows the training."""
+
+    def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
+        """Return how far the weights have moved."""
+        start = dict(self.reference.named_parameters())
+        return patches.WeightPatch.of(
+            {name: state[f"weights.{i}"].cpu() - start[name].detach().cpu() for i, name in enumerate(self.patch.names)}
+        )
+
+
+def _log_probs(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(preference.wide(logits_NV), target_N, reduction="none")
+
+
+def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
+    """Return the number of weights, and the bytes of the reference."""
+    num = sum(parameter.numel() for parameter in skeleton.parameters())
+    return num, 4 * num
+
+
+def check(config: Config, facts: ModelFacts, job: Job) -> None:
+    """Refuse weights without the digits to move in."""
+    if job.model.dtype == "bfloat16":
+        raise ValueError("model.dtype bfloat16: method dpo keeps no float32 copies of the weights; set float32")
+    if job.scale.zero_stage == 3:
+        raise ValueError("scale.zero_stage 3: the differences to the reference are taken of whole weights; use 0, 1 or 2")
+
+
+METHOD = Method(
+    Config,
+    Dpo,
+    finished=Dpo.finished,
+    trains=trains,
+    check=check,
+    trains_on="preference",
+    trains_model=False,
+    counts=lambda row, loss_on: 1,
+)
