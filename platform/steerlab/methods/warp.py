@@ -181,7 +181,7 @@ def _eigenbasis(source: Source, group: str, path: Path) -> dict[str, Any]:
         raise ValueError(f"basis of the inputs of {group}: {error}") from None
     _write(path, {f"{group}/vectors": basis.vectors_NN, f"{group}/values": basis.values_N})
     size = len(basis.values_N)
-    facts = {"rank": basis.rank, "size": size, "vectors": moments.count}
+    facts: dict[str, Any] = {"rank": basis.rank, "size": size, "vectors": moments.count}
     if basis.rank < size:
         facts["note"] = (
             f"the inputs of {group} span {basis.rank} of {size} directions on {moments.count} tokens of data.safety; others "
