@@ -1,6 +1,6 @@
 """Safety against utility over keep_ratio, with the controls and baselines of Safety-WaRP: one table, one figure.
 
-    python jobs/protection.py --root ROOT [--pair smollm2] [--seeds 3] [--output page.html]
+    python jobs/protection.py --root ROOT [--pair smollm2] [--seeds 3] [--others train] [--output page.html]
 
 Moments, basis and importance are computed once, whatever the number of ratios and seeds; what is in ROOT is not run again.
 """
@@ -61,8 +61,8 @@ def variants(ratios: tuple[float, ...], control_ratio: float) -> list[Variant]:
     return found
 
 
-def wanted(pair: str, variant: Variant, seed: int, overrides: list[str]) -> job.Job:
-    """Return the job of a variant and seed."""
+def wanted(pair: str, variant: Variant, seed: int, others: str, overrides: list[str]) -> job.Job:
+    """Return the job of a variant and seed; `others` says what weights outside of the selected layers do."""
     before, tuned = (JOBS / name for name in PAIRS[pair])
     if not variant.trains:
         return job.read(before, JobType, overrides)
@@ -71,8 +71,8 @@ def wanted(pair: str, variant: Variant, seed: int, overrides: list[str]) -> job.
     settings = [text.replace("MIXED", mixed) for text in variant.overrides]
     # Strength 0.5 of a patch is half way between the weights before and after.
     strengths = [f"evaluate.{number}.strengths=[1, 0.5]" for number in range(2)] if variant.strength != "1.0" else []
-    seeds = [f"train.seed={seed}", *([] if "vanilla" in " ".join(settings) else [f"method.seed={seed}"])]
-    return job.read(tuned, JobType, [*settings, *strengths, *seeds, *overrides])
+    own = [] if "vanilla" in " ".join(settings) else [f"method.seed={seed}", f"method.others={others}"]
+    return job.read(tuned, JobType, [*settings, *strengths, f"train.seed={seed}", *own, *overrides])
 
 
 def execute(one: job.Job, store: Store) -> run.Run:
@@ -136,13 +136,14 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     ratios: Annotated[str, typer.Option(help="Values of keep_ratio.")] = ",".join(map(str, RATIOS)),
     control_ratio: Annotated[float, typer.Option(help="keep_ratio of the random and the magnitude mask.")] = 0.1,
+    others: Annotated[str, typer.Option(help="Weights outside of the selected layers: frozen or train.")] = "frozen",
     output: Annotated[Path | None, typer.Option(help="HTML page with the figure.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override one value in every job.")] = None,
 ) -> None:
     """Run the jobs, print the table and draw the figure."""
     store = Store.open(root)
     asked = variants(tuple(float(ratio) for ratio in ratios.split(",")), control_ratio)
-    jobs = {v: [wanted(pair, v, seed, set_ or []) for seed in range(seeds if v.trains else 1)] for v in asked}
+    jobs = {v: [wanted(pair, v, seed, others, set_ or []) for seed in range(seeds if v.trains else 1)] for v in asked}
     facts = {variant: run.check(group[0]) for variant, group in jobs.items()}
     run.check_address()
     ray.init(logging_level=logging.ERROR, log_to_driver=False)
