@@ -33,6 +33,11 @@ def estimates(job: Job, facts: models.ModelFacts) -> Estimates:
     return found
 
 
+def in_words(num_bytes: int) -> str:
+    """Write a size for people."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def check_disk(records: list[plan.Record], needs: Estimates, store: Store) -> None:
     """Refuse stages that are still to run and together need more disk than ROOT has.
 
@@ -40,11 +45,11 @@ def check_disk(records: list[plan.Record], needs: Estimates, store: Store) -> No
         ValueError: with what each of them needs.
     """
     free = store.free_bytes()
-    left = {r.stage.name: needs[r.stage.key] for r in records if r.status != "cached" and r.stage.key in needs}
-    sizes = {name: int((need.disk_bytes + need.work_bytes) * _SAFETY) for name, need in left.items()}
-    if free is not None and sum(sizes.values()) > free:
-        parts = " + ".join(f"{name} {size / 1e9:.1f}" for name, size in sizes.items() if size)
-        raise ValueError(f"ROOT '{store.root}' has {free / 1e9:.1f} GB free; needed are about {parts} GB")
+    left = [(r.stage.name, needs[r.stage.key]) for r in records if r.status != "cached" and r.stage.key in needs]
+    sizes = [(name, int((need.disk_bytes + need.work_bytes) * _SAFETY)) for name, need in left]
+    if free is not None and sum(size for _, size in sizes) > free:
+        parts = " + ".join(f"{in_words(size)} ({name})" for name, size in sizes if size)
+        raise ValueError(f"ROOT '{store.root}' has {in_words(free)} free; needed are about {parts}")
 
 
 def check_memory(records: list[plan.Record], needs: Estimates, available: int, where: str) -> None:
@@ -56,9 +61,7 @@ def check_memory(records: list[plan.Record], needs: Estimates, available: int, w
     left = [(needs[r.stage.key].memory_bytes, r.stage.name) for r in records if r.status != "cached" and r.stage.key in needs]
     most, name = max(left, default=(0, ""))
     if most > available:
-        raise ValueError(
-            f"stage {name} needs about {most / 1e9:.1f} GB of memory a worker; {where} has {available / 1e9:.1f} GB"
-        )
+        raise ValueError(f"stage {name} needs about {in_words(most)} of memory a worker; {where} has {in_words(available)}")
 
 
 def check_machine(records: list[plan.Record], needs: Estimates, store: Store) -> None:

@@ -152,7 +152,7 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
             "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}"
         )
         for record in records:
-            sizes = [_size(n) for n in _needed(record, needs).values()]
+            sizes = [capacity.in_words(n) if n else "small" for n in _needed(record, needs).values()]
             table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
         console.print(table)
         console.print(
@@ -412,10 +412,6 @@ def _cell(metric: dict[str, Any] | None) -> str:
     interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"
     unparsable = f", {metric['unparsable']} unparsable" if metric["unparsable"] else ""
     return f"{metric['value']:.3f}{interval} ({metric['n']}{unparsable})"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB" if num_bytes else "small"
 
 
 def main() -> None:

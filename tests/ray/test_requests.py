@@ -66,7 +66,7 @@ def test_more_workers_than_the_cluster_has(cluster: None, path: Path, tmp_path: 
 def test_a_disk_that_is_too_full(cluster: None, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "free_bytes", lambda self: 1_000_000)
     wanted = job.read(path, JobType)
-    with pytest.raises(ValueError, match=r"has 0.0 GB free; training needs about 0\.\d+ GB"):
+    with pytest.raises(ValueError, match=r"has 1\.0 MB free; needed are about \d+\.\d MB \(train\)"):
         capacity.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
 
 
