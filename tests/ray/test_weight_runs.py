@@ -149,6 +149,6 @@ def test_a_7b_model_is_planned_in_bytes(tmp_path: Path) -> None:
     assert found["basis"].memory_bytes < 5e9
     records = plan.status([*preparations(wanted).values()], Store.open(str(tmp_path / "root")))
     with pytest.raises(
-        ValueError, match=r"stage importance needs about \d+\.\d GB of memory a worker; this machine has 8\.0 GB"
+        ValueError, match=r"stage importance needs about \d+\.\d+ GB of memory a worker; this machine has 8\.00 GB"
     ):
         capacity.check_memory(records, needs, int(8e9), "this machine")
