@@ -71,7 +71,7 @@ class Bench:
         self.steered = generation.SteeredModel(models.load_model(directory), tokens.Encoder(models.load_tokenizer(directory)))
         self.rows = data_rows.read(asked.data.by_role["source"])
         self.taps = taps.select(self.steered.model, asked.extract.select)
-        self.params = extract.stage(asked, "source", None).params
+        self.params = extract.stage(asked, "source", None, asked.extract).params
         reader = reading.TextReader(self.steered, asked.extract)
         self.texts, _ = reader.encode(self.rows, "text", 0)
         reader.close()
@@ -131,7 +131,7 @@ def stage_s(rows: int, root: str) -> tuple[float, float, Path]:
     from steerlab.store import Store
 
     asked, store = the_job(rows, rows), Store.open(root)
-    stage = extract.stage(asked, "source", None)
+    stage = extract.stage(asked, "source", None, asked.extract)
     start_s = time.time()
     plan.run([stage], store, asked.scale, plan.Listener(), [])
     end_s = time.time()

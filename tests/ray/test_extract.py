@@ -45,7 +45,7 @@ def wanted(limit: int = 60, model: str = "tiny:model", workers: int = 2, failure
 
 def run(asked: Job, root: str, kind: Any = extract, told: list[dict[str, Any]] | None = None) -> Path:
     """Run the one stage and return its artifact."""
-    store, stage = Store.open(root), kind.stage(asked, "source", None)
+    store, stage = Store.open(root), kind.stage(asked, "source", None, asked.extract)
     lines = [] if told is None else told
     plan.run([stage], store, asked.scale, plan.Listener(reported=lambda _, line: lines.append(line)), [])
     assert not store.list(f"work/{stage.name}"), "nothing is left to continue with"
@@ -214,12 +214,15 @@ def test_a_disk_that_is_too_small_is_said_before_the_start(tmp_path: Path, monke
 
 
 def test_estimates_are_near_what_is_written(undisturbed: Path) -> None:
-    asked = wanted()
     directory = sources.fetch("tiny:model")
-    facts = models.facts(directory)
-    expected = extract.estimate(asked, "source", facts, directory).disk_bytes
+
+    def disk_bytes(asked: Job) -> int:
+        assert asked.extract is not None
+        return extract.estimate(asked, "source", asked.extract, models.facts(directory), directory).disk_bytes
+
+    expected = disk_bytes(wanted())
     assert expected == 60 * 4 * 128 * 4
-    assert extract.estimate(wanted(pooling=["none"]), "source", facts, directory).disk_bytes > 5 * expected
+    assert disk_bytes(wanted(pooling=["none"])) > 5 * expected
 
 
 MANY = {"limit": 2000, "rows_per_shard": 50, "batch_tokens": 16, "failures": 50}

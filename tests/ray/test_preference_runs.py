@@ -81,6 +81,7 @@ def test_more_alphas_and_another_beta_share_what_came_before(cluster: None, stor
     assert ran(steeper) == ["train"]
 
 
+@pytest.mark.slow
 def test_the_cached_run_is_the_uncached_one(cluster: None, store: Store, tmp_path: Path) -> None:
     _, cached = do(store, tmp_path)
     _, plain = do(store, tmp_path, method={**IAV["method"], "cache": False}, evaluate=[])

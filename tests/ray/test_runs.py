@@ -169,6 +169,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_bits(jobs: Pat
     assert [json.loads(line)["step"] for line in Path(history).read_text().splitlines()] == list(range(1, 31))
 
 
+@pytest.mark.slow
 def test_a_killed_job_started_again_continues_to_the_same_bits(jobs: Path, undisturbed: Any) -> None:
     root = jobs / "root"
     process = subprocess.Popen(command(jobs, *LONG), env=environment(), stdout=subprocess.DEVNULL)
@@ -208,6 +209,7 @@ def test_a_driver_killed_between_stages_leaves_no_half_artifact(jobs: Path) -> N
     assert [stage["status"] for stage in stages] == ["cached", "ran"]
 
 
+@pytest.mark.slow
 def test_a_failing_stage_names_itself_and_the_log(jobs: Path) -> None:
     """A loss that is not a number ends the stage at once: no retries, exit code 1, a message with the log."""
     arguments = ["--set", "train.lr=1e30", "--set", "train.clip_norm=0", "--set", "train.optimizer=sgd"]

@@ -29,7 +29,7 @@ WARP: dict[str, Any] = {
     },
     "method": {"name": "warp", "keep_ratio": 0.1, "target_layers": [0, 1], "rows_per_shard": 8},
     "train": {"steps": 2, "lr": 2e-3, "micro_batch": 4, "grad_accum": 2, "max_tokens": 64},
-    "scale": {"workers": 2},
+    "scale": {"workers": 1},
     "evaluate": [{"task": "perplexity", "source": "tiny:arithmetic/test", "limit": 8, "strengths": [1, 0.5, 0]}],
 }
 
@@ -98,13 +98,13 @@ def tmp_path_model(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_one_worker_sums_what_two_do(cluster: None, store: Store, tmp_path: Path) -> None:
+def test_two_workers_sum_what_one_does(cluster: None, store: Store, tmp_path: Path) -> None:
     wanted, _ = do(store, tmp_path)
     other = Store.open(str(tmp_path / "other"))
-    alone = job.validate({**WARP, "scale": {"workers": 1}}, JobType, tmp_path / "a.yaml")
-    run.execute(alone, other, plan.Listener())
+    two = job.validate({**WARP, "scale": {"workers": 2}}, JobType, tmp_path / "a.yaml")
+    run.execute(two, other, plan.Listener())
     stages = preparations(wanted)
-    assert preparations(alone)["importance"].key == stages["importance"].key
+    assert preparations(two)["importance"].key == stages["importance"].key
     for name in ("basis", "importance", "mask"):
         ours, theirs = (Parts.open(one.local(name, stages[name].key)) for one in (store, other))
         for tensor in ours._file_of:

@@ -65,9 +65,15 @@ def readings(job: Job) -> dict[str, Stage]:
     if job.extract is None or METHODS[job.method.name].reads(job.method):
         return {}
     below = _below(job)
-    if job.extract.keep == "moments":
-        return {role: moments.stage(job, role, below, job.extract) for role in job.data.by_role}
-    return {role: extract.stage(job, role, below) for role in job.data.by_role}
+    kind = moments if job.extract.keep == "moments" else extract
+    return {role: kind.stage(job, role, below, job.extract) for role in job.data.by_role}
+
+
+def _read_for_method(job: Job, below: Stage | None) -> dict[str, Stage]:
+    """Return the extractions that a job's method reads, by the role of their data set."""
+    roles = METHODS[job.method.name].reads(job.method)
+    assert job.extract is not None or not roles, "a job whose method reads activations says where"
+    return {} if job.extract is None else {role: extract.stage(job, role, below, job.extract) for role in roles}
 
 
 def trainings(job: Job) -> dict[str, Job]:
@@ -82,7 +88,7 @@ def extractions(job: Job) -> dict[str, tuple[Job, str]]:
     """Return the jobs that extract in a job's plan, with the role of the data set, by the key of the stage."""
     base, below = base_job(job, JobType), _below(job)
     found = {} if base is None else extractions(base)
-    read = {role: extract.stage(job, role, below) for role in METHODS[job.method.name].reads(job.method)}
+    read = _read_for_method(job, below)
     return found | {stage.key: (job, role) for role, stage in (read | readings(job)).items()}
 
 
@@ -107,7 +113,7 @@ def model_stage(job: Job) -> Stage | None:
     """Return the stage that leaves the job's model, or None when the job only evaluates the model of its source."""
     below = _below(job)
     method = METHODS[job.method.name]
-    extractions: Mapping[str, Stage] = {role: extract.stage(job, role, below) for role in method.reads(job.method)}
+    extractions: Mapping[str, Stage] = _read_for_method(job, below)
     if method.fit is not None:
         return fit.stage(job, below, extractions)
     if job.train is None:

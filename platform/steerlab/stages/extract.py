@@ -32,13 +32,12 @@ _TEXTS_JUDGED = 256
 """Texts that are tokenised to judge the length of all."""
 
 
-def stage(job: Job, role: str, below: Stage | None) -> Stage:
+def stage(job: Job, role: str, below: Stage | None, config: ExtractConfig) -> Stage:
     """Return the stage that extracts the activations of one data set of the job; `below` leaves the model, if a stage does."""
-    assert job.extract is not None
     return Stage(
         "extract",
         1,
-        params(job, role, below, job.extract, exclude={"keep", "second_moment"}),
+        params(job, role, below, config, exclude={"keep", "second_moment"}),
         run,
         () if below is None else (below,),
         label=f"{role}: {rows.describe(job.data.by_role[role])}",
