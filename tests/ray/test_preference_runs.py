@@ -73,6 +73,7 @@ def test_a_job_caches_trains_and_evaluates_over_alphas(cluster: None, store: Sto
     assert facts["trained_parameters"] == models.head(model.model).weight.numel()
 
 
+@pytest.mark.slow
 def test_more_alphas_and_another_beta_share_what_came_before(cluster: None, store: Store, tmp_path: Path) -> None:
     do(store, tmp_path)
     _, more = do(store, tmp_path, evaluate=[{**TASK, "strengths": [0.25, 0.75]}])

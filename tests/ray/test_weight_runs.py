@@ -52,13 +52,8 @@ def stages_run(store: Store, folder: Path, ratios: tuple[float, ...]) -> Counter
     return Counter(record.stage.name for done in runs for record in done.records if record.status == "ran")
 
 
-def test_ratios_share_all_that_comes_before_the_mask(cluster: None, store: Store, tmp_path: Path) -> None:
-    ran = stages_run(store, tmp_path, (0.1, 0.2))
-    assert ran == {"moments": 1, "basis": 1, "importance": 1, "mask": 2, "train": 2, "evaluate": 2}
-
-
 @pytest.mark.slow
-def test_five_ratios_share_it_too(cluster: None, tmp_path: Path) -> None:
+def test_five_ratios_share_all_that_comes_before_the_mask(cluster: None, tmp_path: Path) -> None:
     ran = stages_run(Store.open(str(tmp_path / "root")), tmp_path, (0.0, 0.01, 0.05, 0.1, 0.2))
     assert ran == {"moments": 1, "basis": 1, "importance": 1, "mask": 5, "train": 5, "evaluate": 5}
 
