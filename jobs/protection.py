@@ -43,15 +43,18 @@ class Variant(NamedTuple):
     strength: str = "1.0"
     """Of the metrics that are shown."""
     trains: bool = True
+    baseline: bool = False
+    """Plain training, which has no settings of the method."""
 
 
 def variants(ratios: tuple[float, ...], control_ratio: float) -> list[Variant]:
     """Return the method at every ratio, its controls and the baselines."""
     rotations = {"eigenvectors": "safety", "no rotation": "none", "random rotation": "random"}
+    plain = ("method={name: vanilla}", "data.safety=null")
     found = [Variant("before", None, (), trains=False)]
     found += [
-        Variant("full fine-tuning", None, ("method={name: vanilla}", "data.safety=null")),
-        Variant("safety rows mixed in", None, ("method={name: vanilla}", "data.safety=null", "data.train.also=MIXED")),
+        Variant("full fine-tuning", None, plain, baseline=True),
+        Variant("safety rows mixed in", None, (*plain, "data.train.also=MIXED"), baseline=True),
         Variant("selected layers, half way", None, ("method.keep_ratio=0", "method.rotation=none"), strength="0.5"),
     ]
     for name, rotation in rotations.items():
@@ -71,7 +74,7 @@ def wanted(pair: str, variant: Variant, seed: int, others: str, overrides: list[
     settings = [text.replace("MIXED", mixed) for text in variant.overrides]
     # Strength 0.5 of a patch is half way between the weights before and after.
     strengths = [f"evaluate.{number}.strengths=[1, 0.5]" for number in range(2)] if variant.strength != "1.0" else []
-    own = [] if "vanilla" in " ".join(settings) else [f"method.seed={seed}", f"method.others={others}"]
+    own = [] if variant.baseline else [f"method.seed={seed}", f"method.others={others}"]
     return job.read(tuned, JobType, [*settings, *strengths, f"train.seed={seed}", *own, *overrides])
 
 

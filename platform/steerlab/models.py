@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -82,9 +83,41 @@ def facts(directory: str | Path) -> ModelFacts:
 
 
 def skeleton(directory: str | Path) -> PreTrainedModel:
-    """Return a model's modules without any weights: their paths and shapes."""
+    """Return a model's modules without any weights: their paths and shapes, to be read only."""
+    directory = prepare(Path(directory))
+    return _skeleton(directory, (directory / "config.json").read_text())
+
+
+@lru_cache(maxsize=8)
+def _skeleton(directory: Path, config: str) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(prepare(Path(directory))))
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+
+
+def config_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Return a model's config as JSON values, from which `from_config` makes one like it."""
+    return json.loads(model.config.to_json_string(use_diff=False))
+
+
+def from_config(config: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a model with random weights, float32."""
+    made = AutoConfig.for_model(**config)
+    return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+
+
+def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """Return a copy of a model that has its first decoder layers only. Raises ValueError if it has no more than these."""
+    names = layer_names(model)
+    if not 0 < num_layers < len(names):
+        raise ValueError(f"{num_layers} layers: {type(model).__name__} has {len(names)}, of which a shorter model has fewer")
+    config = config_of(model)
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) == len(names):
+            config[name] = value[:num_layers]  # what is said of each layer
+    sizes = {name for name in ("num_hidden_layers", "n_layer") if name in config}
+    cut = from_config(config | dict.fromkeys(sizes, num_layers)).to(dtype=model.dtype, device=model.device)
+    cut.load_state_dict({name: value for name, value in model.state_dict().items() if name in cut.state_dict()})
+    return cut.eval()
 
 
 def has_weights(directory: Path) -> bool:
@@ -258,7 +291,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 def linear_weight(module: nn.Module, stored: Tensor | None = None) -> Tensor:
     """Return a view (outputs, inputs) of a linear layer's weight, or of a tensor that is stored as it is."""
     weight: Any = module.weight if stored is None else stored
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if stores_transposed(module) else weight
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Say whether a linear layer stores its weight as (inputs, outputs)."""
+    return isinstance(module, Conv1D)
 
 
 def fingerprint(model: nn.Module) -> str:

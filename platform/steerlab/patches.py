@@ -1,4 +1,4 @@
-"""The four kinds of patch: what a method leaves on a model, and how several of them share one model.
+"""The kinds of patch: what a method leaves on a model, and how several of them share one model.
 
 `attach` hangs patches on a model by hooks. The model is then called as before, with three more keyword arguments that the hooks
 read: `roles` and `phases` (B, T), the role and the phase of every token of this very call (one column in cached decoding), and
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from steerlab import models, taps
 from steerlab.affine import AffineLayer, AffineMap
@@ -69,7 +70,7 @@ class Forward:
 
 
 class Patch(Protocol):
-    """What the four kinds have in common."""
+    """What the kinds have in common."""
 
     kind: ClassVar[str]
 
@@ -428,15 +429,22 @@ def _keep_only(kept: list[Tensor], output: Any) -> None:
 
 
 class WeightPatch(nn.Module):
-    """Differences of weights: W = W_base + strength * delta (WaRP, folded). The strength is one for all rows of a call."""
+    """Differences of weights: W = W_base + strength * delta (WaRP, DPO). The strength is one for all rows of a call.
+
+    With a `rank` a difference is kept as the product of two matrices, which are multiplied when it is written (LoRA).
+    """
 
     kind: ClassVar[str] = "weight"
     strength_range: tuple[float, float] | None = None
 
-    def __init__(self, shapes: dict[str, list[int]]) -> None:
+    def __init__(self, shapes: dict[str, list[int]], rank: int = 0) -> None:
         super().__init__()
-        self.shapes = dict(shapes)
-        self.deltas = nn.ParameterList([nn.Parameter(torch.zeros(shape), requires_grad=False) for shape in shapes.values()])
+        self.shapes, self.rank = dict(shapes), rank
+        if rank:
+            self.ups = _frozen([shape[0], rank] for shape in shapes.values())
+            self.downs = _frozen([rank, shape[1]] for shape in shapes.values())
+        else:
+            self.deltas = _frozen(shapes.values())
 
     @classmethod
     def of(cls, differences: Mapping[str, Tensor]) -> WeightPatch:
@@ -445,6 +453,23 @@ class WeightPatch(nn.Module):
         for delta, difference in zip(patch.deltas, differences.values(), strict=True):
             delta.data = difference.contiguous()
         return patch.eval()
+
+    @classmethod
+    def of_factors(cls, factors: Mapping[str, tuple[Tensor, Tensor]]) -> WeightPatch:
+        """Make the patch of differences up @ down by the weights' names; all have one rank."""
+        shapes = {name: [len(up_MR), down_RN.shape[1]] for name, (up_MR, down_RN) in factors.items()}
+        patch = cls(shapes, next(iter(factors.values()))[0].shape[1])
+        for up, down, (up_MR, down_RN) in zip(patch.ups, patch.downs, factors.values(), strict=True):
+            up.data, down.data = up_MR.contiguous(), down_RN.contiguous()
+        return patch.eval()
+
+    def differences(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the difference of each weight."""
+        if not self.rank:
+            yield from zip(self.shapes, self.deltas, strict=True)
+            return
+        for name, up_MR, down_RN in zip(self.shapes, self.ups, self.downs, strict=True):
+            yield name, up_MR @ down_RN
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
         """Write W_base + strength * delta before each forward pass whose strength differs from the last one's."""
@@ -455,7 +480,7 @@ class WeightPatch(nn.Module):
         def write(strength: float) -> None:
             if strength == state["strength"]:
                 return
-            for weight, start, delta in zip(weights, base, self.deltas, strict=True):
+            for weight, start, (_, delta) in zip(weights, base, self.differences(), strict=True):
                 weight.data.copy_(start if strength == 0 else start + strength * delta.to(start))
             state["strength"] = strength
 
@@ -471,7 +496,7 @@ class WeightPatch(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """Return the names and shapes of the changed weights."""
-        return {"shapes": self.shapes}
+        return {"shapes": self.shapes, "rank": self.rank}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the differences."""
@@ -479,9 +504,13 @@ class WeightPatch(nn.Module):
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
         """Add the differences to the weights."""
-        for name, delta in zip(self.shapes, self.deltas, strict=True):
+        for name, delta in self.differences():
             weight = model.get_parameter(name)
             weight.data.add_(strength * delta.to(weight))
+
+
+def _frozen(shapes: Iterable[list[int]]) -> nn.ParameterList:
+    return nn.ParameterList([nn.Parameter(torch.zeros(shape), requires_grad=False) for shape in shapes])
 
 
 class _Restoring(RemovableHandle):
@@ -495,11 +524,85 @@ class _Restoring(RemovableHandle):
         self._restore()
 
 
+class SecondModelPatch(nn.Module):
+    """A second language model whose log-probabilities are added to the logits: z = z_base + alpha log pi_r (GenARM).
+
+    It reads the tokens that the model reads, with a cache of its own beside the model's. `config` is its transformers config.
+    """
+
+    kind: ClassVar[str] = "second_model"
+    strength_range: tuple[float, float] | None = None
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.second = models.from_config(config)
+        self._caches: WeakKeyDictionary[Any, DynamicCache] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, second: PreTrainedModel) -> SecondModelPatch:
+        """Make the patch of a model, which it holds from then on."""
+        with torch.device("meta"):
+            patch = cls(models.config_of(second))
+        patch.second = second
+        return patch
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Run the second model before the first, and act on the output of the first one's head.
+
+        Raises:
+            ValueError: the two have other vocabularies.
+        """
+        own, other = (models.linear_shape(models.head(one))[0] for one in (self.second, model))
+        if own != other:
+            raise ValueError(f"the second model has {own} tokens, {type(model).__name__} has {other}")
+        self.second.to(device=model.device, dtype=model.dtype)
+        log_probs: list[Tensor] = []
+
+        def read(_model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if cache is not None and cache not in self._caches:
+                self._caches[cache] = DynamicCache(config=self.second.config)
+            passed = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
+            inputs = {name: kwargs[name] for name in passed if name in kwargs}
+            own_cache = None if cache is None else self._caches[cache]
+            logits_BTV = self.second(**inputs, past_key_values=own_cache, use_cache=cache is not None).logits
+            log_probs[:] = [logits_BTV.float().log_softmax(-1)]
+
+        def edit(_module: nn.Module, _inputs: Any, logits_BTV: Tensor) -> Tensor:
+            alpha, added_BTV = forward.strength(number, 3), log_probs.pop()
+            return logits_BTV + (added_BTV if alpha is None else alpha * added_BTV).to(logits_BTV.dtype)
+
+        return [
+            model.register_forward_pre_hook(read, with_kwargs=True),
+            models.head(model).register_forward_hook(edit),
+        ]
+
+    def spec(self) -> dict[str, Any]:
+        """Return the second model's config."""
+        return {"config": self.config}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the second model's weights, tied ones once."""
+        return dict(self.named_parameters())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights of which those that are tied may stand there once."""
+        once = {name for name, _ in self.named_parameters()}
+        tied = {name for name, _ in self.named_parameters(remove_duplicate=False)} - once
+        return super().load_state_dict({**{name: self.get_parameter(name) for name in tied}, **state_dict}, strict, assign)
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Refuse: two models are not one."""
+        raise CannotFold("a second model's log-probabilities are no weights of the first")
+
+
 KINDS: dict[str, Callable[..., Any]] = {
     "embedding": EmbeddingPatch,
     "activation": ActivationPatch,
     "logit": LogitPatch,
     "weight": WeightPatch,
+    "second_model": SecondModelPatch,
 }
 
 

@@ -394,17 +394,6 @@ def encode_data(encoder: Encoder, rows: Sequence[Mapping[str, Any]], data_format
     return _encode_each(encoder, [encoder.from_row(row, data_format) for row in rows], max_tokens)
 
 
-def encode_rows(encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int) -> Rows:
-    """Tokenise rows; the boundary between roles is never cut away silently.
-
-    Raises:
-        ValueError: when no row fits.
-    """
-    found = _encode_each(encoder, conversations, max_tokens)
-    found.check(max_tokens)
-    return found
-
-
 def _encode_each(encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int) -> Rows:
     def fitted(conversation: Conversation, row: Encoded) -> tuple[Row | None, bool]:
         prompt = 1 if conversation[0].speaker == "text" else _prompt_length(row)

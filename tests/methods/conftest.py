@@ -106,7 +106,7 @@ def _prepare(
             facts = {}
             for first in range(0, len(rows), size := asked.params["rows_per_shard"]):
                 part = directory / f"part-{first // size:05d}.safetensors"
-                maker = prepare._RowsOfShard(asked.start, model, params)
+                maker = prepare._TensorsOfShard(asked.start, model, params)
                 facts[part.name] = maker.make(Shard(first // size, first, rows[first : first + size]), part, lambda done: None)
             Parts.write_index(directory, facts, {name: name for name in facts})
         case OverParts():

@@ -15,7 +15,7 @@ from steerlab.tokens import (
     Encoder,
     Part,
     collate,
-    encode_rows,
+    encode_data,
 )
 
 
@@ -101,15 +101,14 @@ def test_ids_roles_labels_and_positions_stay_aligned(encoder: Encoder, side: str
 
 
 def test_truncation_is_counted_and_never_cuts_the_prompt(encoder: Encoder) -> None:
-    short = encoder.conversation("give the topic", "lamp", "farm")
-    long_response = encoder.conversation("give the topic", "lamp", "farm " * 40)
-    long_data = encoder.conversation("give the topic", "lamp " * 40, "farm")
-    found = encode_rows(encoder, [short, long_response, long_data], max_tokens=20)
+    texts = [("lamp", "farm"), ("lamp", "farm " * 40), ("lamp " * 40, "farm")]
+    rows = [{"instruction": "give the topic", "input": data, "output": output} for data, output in texts]
+    found = encode_data(encoder, rows, "instruction", max_tokens=20)
     assert (len(found.rows), found.num_cut, found.num_dropped) == (2, 1, 1)
     assert len(found.rows[1]) == 20
     assert any(found.rows[1].in_response)
     with pytest.raises(ValueError, match="no row fits into 20 tokens"):
-        encode_rows(encoder, [long_data], max_tokens=20)
+        encode_data(encoder, rows[2:], "instruction", max_tokens=20).check(20)
 
 
 def test_the_paper_style_frames_and_names_a_missing_input(tiny_dir: object) -> None:

@@ -1,4 +1,4 @@
-"""DPO of the whole model: what a vector on the logits is compared with.
+"""DPO of the whole model or of low-rank adapters: what a vector on the logits is compared with.
 
 Rafailov et al., "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", NeurIPS 2023,
 https://arxiv.org/abs/2305.18290, eq. 7.
@@ -6,13 +6,16 @@ https://arxiv.org/abs/2305.18290, eq. 7.
     L = -log sigmoid( beta sum_t [ (log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l) ] )
 
 pi_ref is the model at the start, of which a frozen copy is held: twice the memory of the weights, and one more forward pass a
-step. What is left is the difference of all weights as a patch, so that the strength interpolates between reference and policy,
-strength 0 is the reference bit for bit, and the tasks need no second model.
+step. With `lora` low-rank adapters train, and the reference is the same model with these off. What is left is the difference of
+weights as a patch, so that the strength interpolates between reference and policy, strength 0 is the reference bit for bit, and
+the tasks need no second model.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -22,6 +25,7 @@ from transformers import PreTrainedModel
 
 from steerlab import patches, preference
 from steerlab.job import Job, MethodConfig
+from steerlab.methods.adapters import Adapters, Lora, num_trained
 from steerlab.methods.contract import Inputs, Loss, Method, train_everything
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
@@ -36,6 +40,8 @@ class Config(MethodConfig):
     """Steepness of the preference: margins of 1 / beta nats count. Paper: 0.1 (0.5 for summaries)."""
     length_average: bool = False
     """Means over the tokens of a response in place of sums."""
+    lora: Lora | None = None
+    """Train low-rank adapters; {} takes their defaults. Null trains all weights."""
 
 
 class Whole(nn.Module):
@@ -56,25 +62,29 @@ class Dpo(nn.Module):
         super().__init__()
         if any(patch.kind == "weight" for patch in inputs.below):
             raise ValueError("model.source: the model's weights are patched already; `steerlab export` makes them its own")
-        self.reference = copy.deepcopy(model).requires_grad_(False)
-        train_everything(model)
         self.model = model
         self.config = config
-        self.patch = Whole(model)
+        self.reference: PreTrainedModel | None = None
+        if config.lora is None:
+            self.reference = copy.deepcopy(model).requires_grad_(False)
+            patches.attach(self.reference, copy.deepcopy(inputs.below))
+            train_everything(model)
+        self.patch = Whole(model) if config.lora is None else Adapters(model, config.lora)
         patches.attach(model, inputs.below)
-        patches.attach(self.reference, copy.deepcopy(inputs.below))
 
     def train(self, mode: bool = True) -> Dpo:
-        """Train the policy; the reference has no dropout."""
+        """Train the policy; the reference has no dropout, nor has a frozen model."""
         super().train(mode)
-        self.reference.train(False)
+        for fixed in (self.reference, None if self.config.lora is None else self.model):
+            if fixed is not None:
+                fixed.train(False)
         return self
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs (eq. 7)."""
         tokens = preference.predicted(batch)
-        with torch.no_grad():
-            reference_N = _log_probs(tokens.at(self.reference(**batch.patched_inputs, use_cache=False).logits), tokens.target_N)
+        with torch.no_grad(), self._reference() as reference:
+            reference_N = _log_probs(tokens.at(reference(**batch.patched_inputs, use_cache=False).logits), tokens.target_N)
         policy_N = _log_probs(tokens.at(self.model(**batch.patched_inputs).logits), tokens.target_N)
         loss_P, margin_P = preference.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
@@ -82,8 +92,21 @@ class Dpo(nn.Module):
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Nothing follows the training."""
 
+    @contextmanager
+    def _reference(self) -> Iterator[PreTrainedModel]:
+        """Give the model at the start."""
+        if isinstance(self.patch, Adapters):
+            with self.patch.off():
+                yield self.model
+        else:
+            assert self.reference is not None
+            yield self.reference
+
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return how far the weights have moved."""
+        if isinstance(self.patch, Adapters):
+            return self.patch.finished(state)
+        assert self.reference is not None
         start = dict(self.reference.named_parameters())
         return patches.WeightPatch.of(
             {name: state[f"weights.{i}"].cpu() - start[name].detach().cpu() for i, name in enumerate(self.patch.names)}
@@ -95,15 +118,17 @@ def _log_probs(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 
 def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
-    """Return the number of weights, and the bytes of the reference."""
+    """Return the number of weights that train, and the bytes of the reference where it is a copy."""
+    if config.lora is not None:
+        return num_trained(skeleton, config.lora), 0
     num = sum(parameter.numel() for parameter in skeleton.parameters())
     return num, 4 * num
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Refuse weights without the digits to move in."""
-    if job.model.dtype == "bfloat16":
-        raise ValueError("model.dtype bfloat16: method dpo keeps no float32 copies of the weights; set float32")
+    if job.model.dtype == "bfloat16" and config.lora is None:
+        raise ValueError("model.dtype bfloat16: method dpo keeps no float32 copies of the weights; set float32, or method.lora")
     if job.scale.zero_stage == 3:
         raise ValueError("scale.zero_stage 3: the differences to the reference are taken of whole weights; use 0, 1 or 2")
 

@@ -299,9 +299,7 @@ def _mask(config: Config, chosen: list[WeightPlace]) -> OverParts:
     params = {
         "keep_ratio": config.keep_ratio,
         "scope": config.scope,
-        "places": {
-            place.module: [list(place.shape), place.outputs and [list(span) for span in place.outputs]] for place in chosen
-        },
+        "places": {place.module: [list(place.shape), _spans(place)] for place in chosen},
         **({"seed": config.seed} if config.mask == "random" else {}),
     }
     needs = () if config.mask == "random" else ("importance",)
@@ -435,8 +433,9 @@ def _shared_inputs(basis: Parts, chosen: list[WeightPlace]) -> dict[str, rotatio
 
 def check_basis(basis: Parts, model: PreTrainedModel) -> None:
     """Refuse a basis of another model's activations."""
+    own = models.fingerprint(model)
     for group, facts in basis.facts.items():
-        if facts.get("fingerprint", (own := models.fingerprint(model))) != own:
+        if facts.get("fingerprint", own) != own:
             raise ValueError(
                 f"the basis of {group} was made from activations of another model ({facts['architecture']}) than this"
             )

@@ -27,7 +27,7 @@ from steerlab.models import ModelFacts
 from steerlab.plan import Estimate, ModelRef, Stage, Work
 from steerlab.stages import extract, moments, shards, subject
 from steerlab.tensorfile import Parts, Shape, writing
-from steerlab.tokens import Encoder, collate, encode_data, encode_rows
+from steerlab.tokens import Encoder, collate, encode_data
 
 if TYPE_CHECKING:
     from steerlab.generation import SteeredModel
@@ -160,8 +160,8 @@ class _SumOfShard:
     def make(self, shard: shards.Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
         """Leave the sums at `path`."""
         encoder, size = self._model.encoder, self._params["rows_per_batch"]
-        conversations = [encoder.from_row(row, self._params["data"]["format"]) for row in shard.rows]
-        found = encode_rows(encoder, conversations, self._params["max_tokens"])
+        found = encode_data(encoder, shard.rows, self._params["data"]["format"], self._params["max_tokens"])
+        found.check(self._params["max_tokens"])
         sums = self._start(self._model, self._params, self._needed)
         try:
             for first in range(0, len(found.rows), size):
@@ -186,14 +186,14 @@ class _SumOfShard:
 
 def _keep(preparation: OfEachRow, work: Work) -> None:
     """Make the shards that are missing in a pool of actors, and index the tensors of all."""
-    maker = partial(_RowsOfShard, preparation.start)
+    maker = partial(_TensorsOfShard, preparation.start)
     made = shards.run(work, maker, work.params["rows_per_shard"], lambda num_rows, some: None)
     shards.collect(work)
-    facts = {row["path"]: {name: row[name] for name in _RowsOfShard.facts} for row in made}
+    facts = {row["path"]: {name: row[name] for name in _TensorsOfShard.facts} for row in made}
     Parts.write_index(work.directory, facts, {path: path for path in facts})
 
 
-class _RowsOfShard:
+class _TensorsOfShard:
     """Keeps tensors of a shard's rows, those of a batch at a time in memory."""
 
     suffix = ".safetensors"
