@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import statistics
-import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import ray
 import typer
-from rich.console import Console
 from rich.table import Table
-from scipy import stats
+from study import cell, console, execute, over_seeds
 
 from steerlab import capacity, job, plan, run
 from steerlab.stages import JobType
@@ -30,8 +26,6 @@ PAIRS = {"tiny": ("tiny/safety.yaml", "tiny/warp.yaml"), "smollm2": ("safety.yam
 METRICS = ("refusal/attack_success", "refusal/over_refusal", "math/solved")
 RATIOS = (0.0, 0.01, 0.05, 0.1, 0.2)
 COLOURS = {"eigenvectors": "#4269d0", "no rotation": "#efb118", "random rotation": "#ff725c"}
-console = Console(width=180, soft_wrap=True)
-began_s = time.monotonic()
 
 
 class Variant(NamedTuple):
@@ -76,36 +70,6 @@ def wanted(pair: str, variant: Variant, seed: int, others: str, overrides: list[
     strengths = [f"evaluate.{number}.strengths=[1, 0.5]" for number in range(2)] if variant.strength != "1.0" else []
     own = [] if variant.baseline else [f"method.seed={seed}", f"method.others={others}"]
     return job.read(tuned, JobType, [*settings, *strengths, f"train.seed={seed}", *own, *overrides])
-
-
-def execute(one: job.Job, store: Store) -> run.Run:
-    """Run one job and say what of it was run."""
-
-    def ended(record: plan.Record) -> None:
-        if record.status != "cached":
-            what = f"{record.stage.name} ({record.stage.label}) {record.status} in {record.seconds:.0f} s"
-            console.print(f"\\[{time.monotonic() - began_s:5.0f} s] {what}", highlight=False)
-
-    return run.execute(one, store, plan.Listener(ended=ended), command="jobs/protection.py")
-
-
-def over_seeds(values: list[float]) -> tuple[float, float]:
-    """Return the mean over seeds and half of its 95 % interval (Student's t); nan for one seed."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def cell(metrics: list[dict[str, Any]]) -> str:
-    """Write the mean over seeds with its interval; with one seed, the interval over items."""
-    values = [metric["value"] for metric in metrics]
-    if None in values:
-        return "\u2013"
-    if len(values) == 1:
-        return f"{values[0]:.3f} \\[{metrics[0]['low']:.3f}, {metrics[0]['high']:.3f}]"
-    mean, half = over_seeds(values)
-    return f"{mean:.3f} \u00b1 {half:.3f}"
 
 
 def figure(found: dict[Variant, list[dict[str, Any]]]) -> Any:
@@ -154,7 +118,8 @@ def main(
     try:
         for variant, group in jobs.items():
             capacity.check_cluster(group[0], store, facts[variant])
-            summaries = [execute(one, store).summary["strengths"] for one in group]
+            done = [execute(f"{variant.group} {variant.ratio or ''}", one, store, "jobs/protection.py") for one in group]
+            summaries = [one.summary["strengths"] for one in done]
             found[variant] = [strengths[variant.strength] for strengths in summaries]
     except plan.StageError as error:
         console.print(str(error), style="red", markup=False)

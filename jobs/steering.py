@@ -8,15 +8,14 @@ Activations are extracted once; a method whose results are in ROOT already is no
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import ray
 import typer
-from rich.console import Console
 from rich.table import Table
+from study import console, execute
 
 from steerlab import capacity, job, plan, report, run
 from steerlab.stages import JobType
@@ -35,14 +34,6 @@ VARIANTS = {
     "caa": (),
     "iti": (),
 }
-SHOWN_S = 20
-console = Console(width=200, soft_wrap=True)
-began_s = time.monotonic()
-
-
-def say(text: str) -> None:
-    """Print a line with the time since the start."""
-    console.print(f"\\[{time.monotonic() - began_s:5.0f} s] {text}", highlight=False)
 
 
 def wanted(pair: str, overrides: list[str]) -> dict[str, job.Job]:
@@ -60,24 +51,6 @@ def wanted(pair: str, overrides: list[str]) -> dict[str, job.Job]:
     return found
 
 
-def execute(name: str, one: job.Job, store: Store) -> run.Run:
-    """Run one job and tell how it goes."""
-    shown_s = time.monotonic()
-
-    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
-        nonlocal shown_s
-        if time.monotonic() - shown_s > SHOWN_S:
-            shown_s = time.monotonic()
-            done = f"{metrics['step']}/{metrics['steps']}" if "step" in metrics else f"{metrics['done']}/{metrics['total']}"
-            say(f"{name}: {stage.name} ({stage.label}) {done}")
-
-    def ended(record: plan.Record) -> None:
-        if record.status != "cached":
-            say(f"{name}: {record.stage.name} ({record.stage.label}) {record.status} in {record.seconds:.0f} s")
-
-    return run.execute(one, store, plan.Listener(ended=ended, reported=reported), command="jobs/steering.py")
-
-
 def main(
     root: Annotated[str, typer.Option(help="Where results go: an absolute path or a URI.")],
     pair: Annotated[str, typer.Option(help=f"Texts: {' or '.join(PAIRS)}.")] = "toxicity",
@@ -92,7 +65,7 @@ def main(
     for one in jobs.values():
         capacity.check_cluster(one, store, run.check(one))
     try:
-        runs = {name: execute(name, one, store) for name, one in jobs.items()}
+        runs = {name: execute(name, one, store, "jobs/steering.py") for name, one in jobs.items()}
     except plan.StageError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None

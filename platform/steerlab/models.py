@@ -115,7 +115,8 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
         if isinstance(value, list) and len(value) == len(names):
             config[name] = value[:num_layers]  # what is said of each layer
     sizes = {name for name in ("num_hidden_layers", "n_layer") if name in config}
-    cut = from_config(config | dict.fromkeys(sizes, num_layers)).to(dtype=model.dtype, device=model.device)
+    cut: Any = from_config(config | dict.fromkeys(sizes, num_layers))
+    cut = cut.to(dtype=model.dtype, device=model.device)
     cut.load_state_dict({name: value for name, value in model.state_dict().items() if name in cut.state_dict()})
     return cut.eval()
 

@@ -536,7 +536,7 @@ class SecondModelPatch(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = dict(config)
-        self.second = models.from_config(config)
+        self.second: Any = models.from_config(config)
         self._caches: WeakKeyDictionary[Any, DynamicCache] = WeakKeyDictionary()
 
     @classmethod

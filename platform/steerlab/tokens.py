@@ -253,13 +253,15 @@ class Encoder:
 
         A text is asked as any instruction is, in the prompt style; messages are turns of their own.
         """
-        chosen, rejected = (self._continued(row["prompt"], str(row[name])) for name in ("chosen", "rejected"))
+        chosen, rejected = (self.dialogue(row["prompt"], str(row[name])) for name in ("chosen", "rejected"))
         return chosen, rejected
 
-    def _continued(self, prompt: str | Sequence[Mapping[str, str]], response: str) -> Conversation:
+    def dialogue(self, prompt: str | Sequence[Mapping[str, str]], response: str | None = None) -> Conversation:
+        """Make the messages of a text or of messages {role, content}; `response` None makes a prompt to be continued."""
         if isinstance(prompt, str):
             return self.conversation(prompt, response=response)
-        return (*map(self._turn, prompt), self._turn({"role": "assistant", "content": response}))
+        turns = tuple(map(self._turn, prompt))
+        return turns if response is None else (*turns, self._turn({"role": "assistant", "content": response}))
 
     def _turn(self, message: Mapping[str, str]) -> Message:
         role = self.response_role_id if message["role"] == "assistant" else INSTRUCTION

@@ -302,6 +302,42 @@ def test_references_are_the_rows_outputs(tiny_model: PreTrainedModel, encoder: E
     assert summarise_all(result)[1.0]["win_rate/opponent_tokens"].value == 3
 
 
+def test_pairs_are_prompts_whose_chosen_response_is_the_reference(steered: SteeredModel, exported: str, tmp_path: Path) -> None:
+    """Of a dialogue every turn is asked, and judged: not the last one alone."""
+    said = [{"role": "user", "content": "the cow"}, {"role": "assistant", "content": "the dog"}]
+    said.append({"role": "user", "content": "who is it ?"})
+    rows = [{"prompt": prompt, "chosen": "the old cow", "rejected": "cat"} for prompt in ("who is it ?", said)]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(rows))
+    pairs = {"source": str(path), "format": "preference"}
+    result = win_rate.run(steered, config(prompts=pairs, against="reference", implicit_source=exported, max_new_tokens=12))
+    dialogue = "User: the cow\n\nAssistant: the dog\n\nUser: who is it ?"
+    assert [sample["prompt"] for sample in result.samples] == ["who is it ?", dialogue]
+    assert {sample["opponent"] for sample in result.samples} == {"the old cow"}
+    prompts = [steered.encoder.conversation("who is it ?"), steered.encoder.dialogue(said)]
+    expected = [found.text.strip() for found in steered.generate(prompts, max_new_tokens=12)[0]]
+    assert [sample["answer"] for sample in result.samples] == expected and expected[0] != expected[1]
+
+
+def test_the_best_of_several_answers_is_the_one_that_the_reward_ranks_first(
+    steered: SteeredModel, tiny_model: PreTrainedModel, encoder: Encoder, exported: str
+) -> None:
+    steered.detach()
+    plain = SteeredModel(tiny_model, encoder)
+    drawing = {"temperature": 1.0, "best_of": 4, "best_by_source": exported, "implicit_source": exported, "limit": 10}
+    result = win_rate.run(plain, config(**drawing))
+    prompts = [encoder.conversation(sample["prompt"]) for sample in result.samples]
+    drawn = [[o.text.strip() for o in plain.generate(prompts, max_new_tokens=6, temperature=1.0, seed=n)[0]] for n in range(4)]
+    reward = judges.implicit_reward(win_rate._load(exported, plain))
+    for number, sample in enumerate(result.samples):
+        candidates = [Answer(sample["prompt"], "", texts[number], False) for texts in drawn]
+        rewards = reward(candidates)
+        assert reward([Answer(sample["prompt"], "", sample["answer"], False)]) == [max(rewards)]  # type: ignore[type-var]
+        assert sample["opponent"] == drawn[0][number]
+    found = summarise_all(result)[1.0]["win_rate/implicit"]
+    assert found.value is not None and found.value > 0.7, "it is judged by what chose it"
+
+
 def test_the_implicit_judge_may_be_two_models(steered: SteeredModel, exported: str, tiny_dir: Path) -> None:
     plain = str(Path(exported) / "model")
     with pytest.raises(ValueError, match="carries no patch to take off: set implicit_base_source"):
@@ -333,8 +369,10 @@ def test_a_reward_model_and_a_language_model_are_told_apart(
         ({"implicit_source": "a", "both_orders": False}, "are for a language model: set judge_source"),
         (
             {"judge_source": "a", "against": "reference", "prompts": {"source": "tiny:topics/test", "format": "text"}},
-            "against reference needs answers: set prompts.format to instruction",
+            "against reference needs answers: set prompts.format to instruction or preference",
         ),
+        ({"judge_source": "a", "best_of": 4}, "best_of more than one needs best_by_source"),
+        ({"judge_source": "a", "best_of": 4, "best_by_source": "b"}, "best_of draws answers: set a temperature"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(fields: dict[str, object], message: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from steerlab import models
 from steerlab.evaluation import scorers
 from steerlab.generation import SteeredModel
+from steerlab.tokens import Conversation, Encoder
 
 QUESTION = (
     "Here are a prompt and two responses to it.\n\nPrompt: {prompt}\n\nResponse 1: {first}\n\nResponse 2: {second}\n\n"
@@ -36,11 +37,28 @@ class Answer(NamedTuple):
     text: str
     finished: bool = True
     """False when it was cut, so that its end is not the author's."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """(speaker, text) of the dialogue that it answers, in place of instruction and data."""
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The turns {role, content} that it answers."""
+        turns = self.turns or (("user", f"{self.instruction}\n\n{self.data}" if self.data else self.instruction),)
+        return [{"role": speaker, "content": text} for speaker, text in turns]
 
     @property
     def prompt(self) -> str:
-        """Instruction and data as one text."""
-        return f"{self.instruction}\n\n{self.data}" if self.data else self.instruction
+        """What it answers as one text; of several turns each begins with its speaker."""
+        if len(self.messages) == 1:
+            return self.messages[0]["content"]
+        return "\n\n".join(f"{message['role'].title()}: {message['content']}" for message in self.messages)
+
+    def conversation(self, encoder: Encoder, answered: bool = True) -> Conversation:
+        """Make the conversation with the answer, or the prompt of one."""
+        text = self.text if answered else None
+        if self.turns:
+            return encoder.dialogue(self.messages, text)
+        return encoder.conversation(self.instruction, self.data, text)
 
 
 Pair = tuple[Answer, Answer]
@@ -91,7 +109,7 @@ def implicit_reward(policy: SteeredModel, reference: SteeredModel | None = None)
 
 def log_likelihoods(model: SteeredModel, answers: Sequence[Answer], strength: float) -> list[float | None]:
     """Return log p(answer | prompt) in nats; the end of the turn counts where the answer's author wrote it."""
-    conversations = [model.encoder.conversation(a.instruction, a.data, a.text) for a in answers]
+    conversations = [answer.conversation(model.encoder) for answer in answers]
     rows = list(model.encoder.encode_all(conversations))
     fitting = [i for i, row in enumerate(rows) if len(row) <= models.max_positions(model.model)]
     scored = model.token_log_probs([conversations[i] for i in fitting], strength=strength) if fitting else []
@@ -127,7 +145,7 @@ def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
 
 
 def _turns(tokenizer: Any, answer: Answer) -> Any:
-    turns = [{"role": "user", "content": answer.prompt}, {"role": "assistant", "content": answer.text}]
+    turns = [*answer.messages, {"role": "assistant", "content": answer.text}]
     return tokenizer.apply_chat_template(turns, return_dict=True)
 
 

@@ -1,7 +1,8 @@
 """How often is the model's answer better than the same model's without the patch, or than a given one?
 
 Every prompt is answered at every strength, and each answer stands against that of strength 0 (or the reference answer of its
-row). One judge decides, and gives the metric its name:
+row). With `best_of` N several answers are drawn, and the one stands that an implicit reward ranks first: what a reward buys
+without any training, for N times the cost. One judge decides, and gives the metric its name:
 
     win_rate/implicit         an implicit reward: which of the two a model trained on preferences would rather write than the
                               model that it was trained from (`implicit_source`). No judge from outside is needed; it is one
@@ -24,6 +25,8 @@ the model at strength 0 ties everywhere. All of it is deterministic for a given 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -36,11 +39,13 @@ from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet, TaskConfig
 
+FORMATS = ("instruction", "text", "preference")
+
 
 def require_prompts(data: DataSet) -> DataSet:
     """Return a data set of prompts. Raises ValueError when its format is another."""
-    if data.format not in ("instruction", "text"):
-        raise ValueError(f"prompts are instruction rows or plain texts: set prompts.format to one of them, not {data.format}")
+    if data.format not in FORMATS:
+        raise ValueError(f"prompts are rows of one of the formats {', '.join(FORMATS)}: set prompts.format, not {data.format}")
     return data
 
 
@@ -50,9 +55,9 @@ class Config(TaskConfig):
     task: Literal["win_rate"] = "win_rate"
     """This task."""
     prompts: Annotated[DataSet, AfterValidator(require_prompts)] = DataSet.model_validate({"source": ALPACA})
-    """Instruction rows, whose output is the reference, or plain texts."""
+    """Instruction rows, whose output is the reference; pairs, whose chosen response is; or plain texts."""
     against: Literal["base", "reference"] = "base"
-    """base: the same model at strength 0; reference: the row's output."""
+    """base: the same model at strength 0; reference: the row's output, or its chosen response."""
     implicit_source: str | None = None
     """An artifact, an exported folder or a model whose log-likelihood ratio to its base is the reward."""
     implicit_base_source: str | None = None
@@ -64,6 +69,10 @@ class Config(TaskConfig):
     both_orders: bool = True
     """Ask a language model in both orders and call it a tie where they disagree; false asks once, in an order drawn by the
     seed."""
+    best_of: int = Field(1, ge=1)
+    """Answers that are drawn for each prompt; their opponent is one of strength 0. Needs a temperature."""
+    best_by_source: str | None = None
+    """What ranks them: a patched model as in `implicit_source`. The judge should be another, or it judges its own choice."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer in tokens."""
     temperature: float = Field(0.0, ge=0)
@@ -77,8 +86,12 @@ class Config(TaskConfig):
             raise ValueError("one judge decides: set either implicit_source or judge_source")
         if self.implicit_base_source and not self.implicit_source:
             raise ValueError("implicit_base_source is the base of implicit_source, which is missing")
-        if self.against == "reference" and self.prompts.format != "instruction":
-            raise ValueError("against reference needs answers: set prompts.format to instruction")
+        if self.against == "reference" and self.prompts.format == "text":
+            raise ValueError("against reference needs answers: set prompts.format to instruction or preference")
+        if (self.best_of > 1) != bool(self.best_by_source):
+            raise ValueError("best_of more than one needs best_by_source, which ranks the answers, and the other way round")
+        if self.best_of > 1 and not self.temperature:
+            raise ValueError("best_of draws answers: set a temperature, since greedy ones are all the same")
         missing = [place for place in judges.PLACES if f"{{{place}}}" not in self.question]
         if missing:
             raise ValueError(f"question lacks {', '.join(f'{{{place}}}' for place in missing)}")
@@ -121,24 +134,52 @@ def observe(
 
 def _pairs(model: SteeredModel, items: list[Numbered], config: Config) -> list[list[Pair]]:
     """Return each answer with its opponent, indexed [strength][prompt]."""
-    prompts = [_texts(item.row, config.prompts.format) for item in items]
+    asked = [_asked(item.row, config.prompts.format) for item in items]
     base = 0.0 if model.patches else 1.0  # a model without a patch is its own base
     strengths = list(dict.fromkeys((*config.strengths, *((base,) if config.against == "base" else ()))))
+    drawn = [_answers(model, asked, strengths, config, number) for number in range(config.best_of)]
+    best = _best(model, drawn, config)
+    opponents = drawn[0][base] if config.against == "base" else asked
+    return [list(zip(best[strength], opponents, strict=True)) for strength in config.strengths]
+
+
+Answers = dict[float, list[Answer]]
+"""Answers to all prompts by strength."""
+
+
+def _answers(model: SteeredModel, asked: list[Answer], strengths: list[float], config: Config, number: int) -> Answers:
+    """Answer every prompt at every strength, for the time `number`."""
     found = model.generate(
-        [model.encoder.conversation(*prompt) for prompt in prompts],
+        [one.conversation(model.encoder, answered=False) for one in asked],
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
-        seed=config.seed,
+        seed=config.seed * config.best_of + number,
         strengths=strengths,
     )
-    answers = {
-        strength: [Answer(*prompt, output.text.strip(), output.finished) for prompt, output in zip(prompts, row, strict=True)]
+    return {
+        strength: [one._replace(text=o.text.strip(), finished=o.finished) for one, o in zip(asked, row, strict=True)]
         for strength, row in zip(strengths, found, strict=True)
     }
-    given = [Answer(*prompt, str(item.row.get("output")).strip()) for prompt, item in zip(prompts, items, strict=True)]
-    opponents = answers[base] if config.against == "base" else given
-    return [list(zip(answers[strength], opponents, strict=True)) for strength in config.strengths]
+
+
+def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
+    """Return the answers with the highest reward; one that cannot be rewarded is the last choice."""
+    if config.best_by_source is None:
+        return drawn[0]
+    policy = _load(config.best_by_source, model)
+    if not policy.patches:
+        raise ValueError(f"{config.best_by_source} carries no patch, so it gives no implicit reward")
+    reward = judges.implicit_reward(policy)
+
+    def best(answers: Sequence[Answer]) -> Answer:
+        rewards = [-math.inf if value is None else value for value in reward(answers)]
+        return answers[rewards.index(max(rewards))]
+
+    return {
+        strength: [best(candidates) for candidates in zip(*(answers[strength] for answers in drawn), strict=True)]
+        for strength in drawn[0]
+    }
 
 
 def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Judge]:
@@ -170,11 +211,16 @@ def _is_classifier(source: str) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in saved.get("architectures") or ())
 
 
-def _texts(row: dict[str, Any], data_format: str) -> tuple[str, str]:
-    """Return a row's instruction and data; a plain text is an instruction."""
+def _asked(row: dict[str, Any], data_format: str) -> Answer:
+    """Return a row's prompt with its reference answer, where it has one; a plain text is an instruction."""
     if data_format == "text":
-        return row["text"], ""
-    return str(row["instruction"]), str(row["input"]) if has_input(row) else ""
+        return Answer(row["text"], "", "")
+    if data_format == "instruction":
+        return Answer(str(row["instruction"]), str(row["input"]) if has_input(row) else "", str(row.get("output")).strip())
+    prompt, chosen = row["prompt"], row["chosen"].strip()
+    if isinstance(prompt, str):
+        return Answer(prompt, "", chosen)
+    return Answer("", "", chosen, turns=tuple((message["role"], message["content"]) for message in prompt))
 
 
 def _sample(item_id: str, strength: float, pair: Pair, verdict: Verdict) -> dict[str, Any]:

@@ -61,13 +61,15 @@ class Genarm(nn.Module):
         second = copy.deepcopy(model) if config.num_layers is None else models.first_layers(model, config.num_layers)
         self.model = model.requires_grad_(False)
         self.config = config
+        self.second = second
+        self.patch: nn.Module
         if config.lora is None:
             train_everything(second)
-            self.patch: nn.Module = patches.SecondModelPatch.of(second)
+            self.patch = added = patches.SecondModelPatch.of(second)
+            patches.attach(model, [*inputs.below, added])
         else:
             self.patch = Adapters(second, config.lora)
-        self.second = second
-        patches.attach(model, [*inputs.below, *([self.patch] if config.lora is None else [])])
+            patches.attach(model, inputs.below)
 
     def train(self, mode: bool = True) -> Genarm:
         """Train the reward model: a frozen model has no dropout."""

@@ -1,0 +1,147 @@
+"""IAV against DPO, LoRA and GenARM on the same pairs: implicit accuracy and KL to the base over alpha.
+
+    python jobs/preferences.py --root ROOT [--pair smollm2] [--seeds 3] [--win-rate] [--output page.html]
+
+All trainings see the same pairs in the same order for the same number of steps. What is in ROOT is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import ray
+import typer
+from rich.table import Table
+from study import cell, console, execute, over_seeds
+
+from steerlab import capacity, job, plan, run
+from steerlab.stages import JobType
+from steerlab.store import Store
+
+JOBS = Path(__file__).parent
+FOLDERS = {"tiny": JOBS / "tiny", "smollm2": JOBS}
+ALPHAS = (1.0, 0.5, 1.5, 2.0)
+METRICS = ("preference/accuracy", "preference/margin", "preference/kl")
+BEST_OF = 8
+
+
+class Variant(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    file: str
+    overrides: tuple[str, ...] = ()
+    colour: str = "#6b7280"
+
+
+VARIANTS = (
+    Variant("IAV, linear", "iav.yaml", (), "#4269d0"),
+    Variant("IAV, rank 16", "iav.yaml", ("method.head=low_rank", "method.rank=16"), "#97bbf5"),
+    Variant("IAV, MLP 64", "iav.yaml", ("method.head=mlp", "method.rank=64"), "#6cc5b0"),
+    Variant("DPO, all weights", "dpo.yaml", (), "#ff725c"),
+    Variant("DPO, LoRA", "dpo.yaml", ("method.lora={}", "train.lr=LORA_LR"), "#efb118"),
+    Variant("GenARM", "genarm.yaml", (), "#a463f2"),
+)
+LORA_LR = {"tiny": "1.0e-3", "smollm2": "2.0e-4"}
+
+
+def wanted(pair: str, variant: Variant, seed: int, overrides: list[str]) -> job.Job:
+    """Return the job of a variant and seed."""
+    own = [text.replace("LORA_LR", LORA_LR[pair]) for text in variant.overrides]
+    alphas = f"evaluate.0.strengths={list(ALPHAS)}"
+    return job.read(FOLDERS[pair] / variant.file, JobType, [*own, alphas, f"train.seed={seed}", *overrides])
+
+
+def win_rates(pair: str, runs: dict[str, list[run.Run]], store: Store, judge: str, overrides: list[str]) -> Table:
+    """Let the base, its best answer of several, and every variant answer held-out prompts; the reward of one of them judges."""
+    by_dpo = {"implicit_source": _left(store, runs[judge][0])}
+    asked = {"task": "win_rate", "prompts": _pairs(pair), "temperature": 0.7, "max_new_tokens": 64, **by_dpo}
+    table = Table("", "win rate", "longer", "tokens", title=f"answers against the base's; judge: the reward of {judge}")
+    none = ["method={name: none}", "train=null", "choose=null"]
+    best = {**asked, "best_of": BEST_OF, "best_by_source": _left(store, runs["IAV, linear"][0])}
+    entries = [(f"best of {BEST_OF} by IAV's reward", VARIANTS[0].file, none, best)]
+    entries += [(v.name, v.file, [text.replace("LORA_LR", LORA_LR[pair]) for text in v.overrides], asked) for v in VARIANTS]
+    for name, file, settings, task in entries:
+        one = job.read(FOLDERS[pair] / file, JobType, [*settings, f"evaluate=[{json.dumps(task)}]", *overrides])
+        run.check(one)
+        metrics = execute(name, one, store, "jobs/preferences.py").summary["metrics"]
+        columns = ("implicit", "longer", "answer_tokens")
+        table.add_row(name, *(cell([metrics[f"win_rate/{column}"]]) for column in columns))
+    return table
+
+
+def _left(store: Store, done: run.Run) -> str:
+    left = done.summary["model"]
+    return str(store.local(left["stage"], left["key"]))
+
+
+def _pairs(pair: str) -> dict[str, Any]:
+    return job.read(FOLDERS[pair] / "iav.yaml", JobType).evaluate[0].model_dump(mode="json")["pairs"]
+
+
+def figure(found: dict[str, list[dict[str, Any]]]) -> Any:
+    """Draw implicit accuracy against KL to the base, a line over alpha for each variant."""
+    import plotly.graph_objects as go
+
+    drawn = go.Figure()
+    for variant in VARIANTS:
+        alphas = sorted(ALPHAS)
+        points = [[[s[str(alpha)][name]["value"] for s in found[variant.name]] for alpha in alphas] for name in METRICS]
+        accuracies, kls = ([over_seeds(values) for values in points[number]] for number in (0, 2))
+        drawn.add_scatter(
+            x=[mean for mean, _ in kls], y=[mean for mean, _ in accuracies], name=variant.name, mode="lines+markers+text",
+            text=[f"{alpha:g}" for alpha in alphas], textposition="top center",
+            error_y={"array": [half for _, half in accuracies], "thickness": 1, "width": 3},
+            marker={"size": 9}, line={"color": variant.colour},
+        )  # fmt: skip
+    drawn.update_layout(
+        template="plotly_white", height=620, xaxis_title="KL to the base, nats a response token", xaxis_type="log",
+        yaxis_title="implicit accuracy on held-out pairs", font={"family": "system-ui, sans-serif", "size": 13},
+        title="What alpha buys and what it costs; the labels are alpha, the bars 95 % intervals over seeds",
+    )  # fmt: skip
+    return drawn
+
+
+def main(
+    root: Annotated[str, typer.Option(help="Where results go: an absolute path or a URI.")],
+    pair: Annotated[str, typer.Option(help=f"Jobs: {' or '.join(FOLDERS)}.")] = "tiny",
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    win_rate: Annotated[bool, typer.Option(help="Let every variant answer held-out prompts, too.")] = False,
+    judge: Annotated[str, typer.Option(help="Variant whose implicit reward judges answers.")] = "DPO, all weights",
+    output: Annotated[Path | None, typer.Option(help="HTML page with the figure.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override one value in every job.")] = None,
+) -> None:
+    """Run the jobs, print the tables and draw the figure."""
+    store = Store.open(root)
+    jobs = {variant.name: [wanted(pair, variant, seed, set_ or []) for seed in range(seeds)] for variant in VARIANTS}
+    facts = {name: run.check(group[0]) for name, group in jobs.items()}
+    run.check_address()
+    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        runs = {}
+        for name, group in jobs.items():
+            capacity.check_cluster(group[0], store, facts[name])
+            runs[name] = [execute(name, one, store, "jobs/preferences.py") for one in group]
+        answers = win_rates(pair, runs, store, judge, set_ or []) if win_rate else None
+    except plan.StageError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    found = {name: [done.summary["strengths"] for done in group] for name, group in runs.items()}
+    table = Table("", "alpha", *METRICS, title=f"{pair}: held-out pairs, {seeds} seeds, 95 % intervals")
+    for name, strengths in found.items():
+        for alpha in sorted(ALPHAS):
+            cells = (cell([one[str(alpha)][metric] for one in strengths]) for metric in METRICS)
+            table.add_row(name if alpha == min(ALPHAS) else "", f"{alpha:g}", *cells)
+    console.print(table)
+    if answers is not None:
+        console.print(answers)
+    if output is not None:
+        figure(found).write_html(output, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
+        console.print(f"{output}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
