@@ -103,6 +103,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     ratios: Annotated[str, typer.Option(help="Values of keep_ratio.")] = ",".join(map(str, RATIOS)),
     control_ratio: Annotated[float, typer.Option(help="keep_ratio of the random and the magnitude mask.")] = 0.1,
+    only: Annotated[list[str] | None, typer.Option(help="Lines of the table to run, by name; all if not given.")] = None,
     others: Annotated[str, typer.Option(help="Weights outside of the selected layers: frozen or train.")] = "frozen",
     output: Annotated[Path | None, typer.Option(help="HTML page with the figure.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override one value in every job.")] = None,
@@ -110,6 +111,10 @@ def main(
     """Run the jobs, print the table and draw the figure."""
     store = Store.open(root)
     asked = variants(tuple(float(ratio) for ratio in ratios.split(",")), control_ratio)
+    unknown = set(only or []) - {variant.group for variant in asked}
+    if unknown:
+        raise typer.BadParameter(f"{unknown.pop()} is no line; lines are {', '.join(dict.fromkeys(v.group for v in asked))}")
+    asked = [variant for variant in asked if variant.group in (only or [variant.group])]
     jobs = {v: [wanted(pair, v, seed, others, set_ or []) for seed in range(seeds if v.trains else 1)] for v in asked}
     facts = {variant: run.check(group[0]) for variant, group in jobs.items()}
     run.check_address()
