@@ -18,18 +18,22 @@ _SAFETY = 1.1
 """Free disk asked for, relative to the estimate."""
 
 
-def estimates(job: Job, facts: models.ModelFacts) -> Estimates:
-    """Estimate what the stages of a job's plan need."""
+def estimates(job: Job, facts: models.ModelFacts, records: list[plan.Record]) -> Estimates:
+    """Estimate what the stages of a job's plan need that are still to run; some are judged by the length of their rows."""
+    left = {record.stage.key for record in records if record.status != "cached"}
     source = sources.fetch(first_source(job))
     directory, skeleton = models.prepare(source), models.skeleton(source)
     found: dict[str, plan.Estimate] = {}
     for key, (owner, role) in extractions(job).items():
         assert owner.extract is not None
-        found[key] = extract.estimate(owner, role, owner.extract, facts, directory)
+        if key in left:
+            found[key] = extract.estimate(owner, role, owner.extract, facts, directory)
     for key, (owner, asked) in prepared_for(job).items():
-        found[key] = prepare.estimate(owner, asked, facts, directory)
+        if key in left:
+            found[key] = prepare.estimate(owner, asked, facts, directory)
     for key, owner in trainings(job).items():
-        found[key] = train.estimate(owner, facts, skeleton)
+        if key in left:
+            found[key] = train.estimate(owner, facts, skeleton)
     return found
 
 
@@ -85,7 +89,7 @@ def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
         return
     launch.check_resources(job.scale)
     records = plan.status(plan_of(job), store)
-    needs = estimates(job, facts)
+    needs = estimates(job, facts, records)
     check_disk(records, needs, store)
     if not launch.uses_gpu(job.scale):
         largest = max(sum(node["Resources"].get(name, 0) for name in ("memory", "object_store_memory")) for node in nodes)

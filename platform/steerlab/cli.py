@@ -143,7 +143,7 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
         wanted = _read(job, set_)
         facts = runs.check(wanted)
         records = plan.status(stages.plan_of(wanted), store)
-        needs = capacity.estimates(wanted, facts)
+        needs = capacity.estimates(wanted, facts, records)
         if as_json:
             print(json.dumps({"stages": [record.as_dict() | _needed(record, needs) for record in records]}, indent=1))
             capacity.check_machine(records, needs, store)
@@ -152,7 +152,8 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
             "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}"
         )
         for record in records:
-            sizes = [capacity.in_words(n) if n else "small" for n in _needed(record, needs).values()]
+            nothing = "\u2013" if record.status == "cached" else "small"
+            sizes = [capacity.in_words(n) if n else nothing for n in _needed(record, needs).values()]
             table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
         console.print(table)
         console.print(

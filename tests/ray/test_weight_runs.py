@@ -134,7 +134,8 @@ def test_a_7b_model_is_planned_in_bytes(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
     tree = {**WARP, "model": {"source": str(directory)}, "method": {"name": "warp", "rows_per_shard": 512}}
     wanted = job.validate(tree, JobType, tmp_path / "a.yaml")
-    needs = capacity.estimates(wanted, run.check(wanted))
+    records = plan.status([*preparations(wanted).values()], Store.open(str(tmp_path / "root")))
+    needs = capacity.estimates(wanted, run.check(wanted), records)
     found = {name: needs[stage.key] for name, stage in preparations(wanted).items()}
     assert found["basis"].disk_bytes == 4 * 32 * (2 * 4096**2 + 11008**2)
     assert found["mask"].disk_bytes == 32 * (3 * 4096**2 + 2 * 4096 * 11008) / 8
@@ -142,7 +143,6 @@ def test_a_7b_model_is_planned_in_bytes(tmp_path: Path) -> None:
     weights = 4 * 6.5e9
     assert found["moments"].memory_bytes < weights + 8e9, "not all at once"
     assert found["basis"].memory_bytes < 5e9
-    records = plan.status([*preparations(wanted).values()], Store.open(str(tmp_path / "root")))
     with pytest.raises(
         ValueError, match=r"stage importance needs about \d+\.\d+ GB of memory a worker; this machine has 8\.00 GB"
     ):

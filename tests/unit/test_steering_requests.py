@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from steerlab import capacity, job, run
+from steerlab import capacity, job, plan, run
 from steerlab.stages import JobType, plan_of
+from steerlab.store import Store
 
 TEXT = {"source": "tiny:topics/train", "format": "text", "limit": 8}
 LINEAS: dict[str, Any] = {
@@ -84,7 +85,7 @@ def test_strengths_outside_of_the_range_are_warned_of(path: Path) -> None:
 def test_what_a_stage_needs_is_estimated(path: Path) -> None:
     wanted = job.read(path, JobType, ["data.target.limit=100"])
     facts = run.check(wanted)
-    needs = capacity.estimates(wanted, facts)
+    needs = capacity.estimates(wanted, facts, plan.status(plan_of(wanted), Store.open(str(path.parent / "root"))))
     found = {stage.name: needs[stage.key] for stage in plan_of(wanted) if stage.key in needs}
     assert 0.5 < found["extract"].disk_bytes / (100 * 4 * 128 * 4) < 2, "100 rows of four places of 128 float32"
     assert found["train"].disk_bytes == 0 and found["train"].memory_bytes > 4 * facts.num_parameters
