@@ -90,6 +90,19 @@ def test_the_cached_run_is_the_uncached_one(cluster: None, store: Store, tmp_pat
     torch.testing.assert_close(weights(store, cached), weights(store, plain), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{"name": "dpo", "lora": {}}, {"name": "genarm", "num_layers": 2}], ids=lambda m: m["name"])
+def test_the_baselines_run_on_two_workers_over_alphas(
+    method: dict[str, Any], cluster: None, store: Store, tmp_path: Path
+) -> None:
+    _, done = do(store, tmp_path, method=method)
+    assert ran(done) == ["train", "evaluate"]
+    found = done.summary["strengths"]
+    assert found["1.0"]["preference/accuracy"]["value"] > 0.7
+    kl = [found[alpha]["preference/kl"]["value"] for alpha in ("0.0", "0.5", "1.0", "2.0")]
+    assert kl[0] == 0 and kl == sorted(kl)
+
+
 def test_bad_requests_say_what_would_be_right(tmp_path: Path) -> None:
     def refused(match: str, **changes: Any) -> None:
         with pytest.raises((ValueError, job.JobError), match=match):
