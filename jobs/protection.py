@@ -23,7 +23,8 @@ from steerlab.store import Store
 
 JOBS = Path(__file__).parent
 PAIRS = {"tiny": ("tiny/safety.yaml", "tiny/warp.yaml"), "smollm2": ("safety.yaml", "warp.yaml")}
-METRICS = ("refusal/attack_success", "refusal/over_refusal", "math/solved")
+SAFETY = ("refusal/attack_success", "refusal/over_refusal")
+UTILITY = {"tiny": ("math/solved", "problems solved (higher is better)"), "smollm2": ("perplexity/value", "perplexity (lower)")}
 RATIOS = (0.0, 0.01, 0.05, 0.1, 0.2)
 COLOURS = {"eigenvectors": "#4269d0", "no rotation": "#efb118", "random rotation": "#ff725c"}
 
@@ -72,8 +73,8 @@ def wanted(pair: str, variant: Variant, seed: int, others: str, overrides: list[
     return job.read(tuned, JobType, [*settings, *strengths, f"train.seed={seed}", *own, *overrides])
 
 
-def figure(found: dict[Variant, list[dict[str, Any]]]) -> Any:
-    """Draw attack success against problems solved: a line over keep_ratio for each rotation, a point for each other variant."""
+def figure(found: dict[Variant, list[dict[str, Any]]], utility: tuple[str, str]) -> Any:
+    """Draw attack success against utility: a line over keep_ratio for each rotation, a point for each other variant."""
     import plotly.graph_objects as go
 
     drawn = go.Figure()
@@ -81,7 +82,7 @@ def figure(found: dict[Variant, list[dict[str, Any]]]) -> Any:
     for variant in found:
         groups.setdefault(variant.group, []).append(variant)
     for group, members in groups.items():
-        points = [[over_seeds([s[name]["value"] for s in found[v]]) for v in members] for name in (METRICS[2], METRICS[0])]
+        points = [[over_seeds([s[name]["value"] for s in found[v]]) for v in members] for name in (utility[0], SAFETY[0])]
         (x, dx), (y, dy) = (([mean for mean, _ in axis], [half for _, half in axis]) for axis in points)
         drawn.add_scatter(
             x=x, y=y, name=group, mode="lines+markers+text" if len(members) > 1 else "markers",
@@ -90,7 +91,7 @@ def figure(found: dict[Variant, list[dict[str, Any]]]) -> Any:
             marker={"size": 9, "symbol": "circle" if len(members) > 1 else "diamond"}, line={"color": COLOURS.get(group)},
         )  # fmt: skip
     drawn.update_layout(
-        template="plotly_white", height=620, xaxis_title="problems solved (higher is better)",
+        template="plotly_white", height=620, xaxis_title=utility[1],
         yaxis_title="attack success (lower is better)", font={"family": "system-ui, sans-serif", "size": 13},
         title="Safety against utility; the labels are keep_ratio, the bars 95 % intervals over seeds",
     )  # fmt: skip
@@ -129,13 +130,16 @@ def main(
     except plan.StageError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    table = Table("", "keep_ratio", *METRICS, title=f"{pair}: held-out rows, {seeds} seeds, 95 % intervals")
+    shown = (*SAFETY, UTILITY[pair][0])
+    table = Table("", "keep_ratio", *shown, title=f"{pair}: held-out rows, {seeds} seeds, 95 % intervals")
     for variant, metrics in found.items():
         ratio = "" if variant.ratio is None else f"{variant.ratio:g}"
-        table.add_row(variant.group, ratio, *(cell([one[name] for one in metrics]) for name in METRICS))
+        table.add_row(variant.group, ratio, *(cell([one[name] for one in metrics]) for name in shown))
     console.print(table)
     if output is not None:
-        figure(found).write_html(output, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
+        figure(found, UTILITY[pair]).write_html(
+            output, include_plotlyjs=True, config={"displaylogo": False, "responsive": True}
+        )
         console.print(f"{output}", highlight=False)
 
 
