@@ -62,9 +62,11 @@ def variants(ratios: tuple[float, ...], control_ratio: float) -> list[Variant]:
 def wanted(pair: str, variant: Variant, seed: int, others: str, overrides: list[str]) -> job.Job:
     """Return the job of a variant and seed; `others` says what weights outside of the selected layers do."""
     before, tuned = (JOBS / name for name in PAIRS[pair])
+    plain = job.read(tuned, JobType)
     if not variant.trains:
-        return job.read(before, JobType, overrides)
-    safety = job.read(tuned, JobType).data.by_role["safety"].model_dump(mode="json")
+        tasks = [task.model_dump(mode="json") for task in plain.evaluate]
+        return job.read(before, JobType, [f"evaluate={json.dumps(tasks)}"])
+    safety = plain.data.by_role["safety"].model_dump(mode="json")
     mixed = json.dumps([{**safety, "limit": max(1, (safety["limit"] or 100) // 2)}])
     settings = [text.replace("MIXED", mixed) for text in variant.overrides]
     # Strength 0.5 of a patch is half way between the weights before and after.
@@ -107,7 +109,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Lines of the table to run, by name; all if not given.")] = None,
     others: Annotated[str, typer.Option(help="Weights outside of the selected layers: frozen or train.")] = "frozen",
     output: Annotated[Path | None, typer.Option(help="HTML page with the figure.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override one value in every job.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one value in every job but that of phase 0.")
+    ] = None,
 ) -> None:
     """Run the jobs, print the table and draw the figure."""
     store = Store.open(root)
