@@ -110,7 +110,7 @@ def main(
     others: Annotated[str, typer.Option(help="Weights outside of the selected layers: frozen or train.")] = "frozen",
     output: Annotated[Path | None, typer.Option(help="HTML page with the figure.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one value in every job but that of phase 0.")
+        list[str] | None, typer.Option("--set", help="Override one value in every job but phase 0's.")
     ] = None,
 ) -> None:
     """Run the jobs, print the table and draw the figure."""
