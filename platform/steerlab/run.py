@@ -21,7 +21,7 @@ import ray
 
 from steerlab import models, plan, rows, sources, taps
 from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
-from steerlab.job import Job, base_job, dump
+from steerlab.job import DataSet, Job, base_job, dump
 from steerlab.methods import METHODS
 from steerlab.stages import (
     Evaluation,
@@ -150,13 +150,20 @@ def _check_training(job: Job) -> None:
 
 
 def _check_tasks(job: Job) -> None:
-    """Refuse labels that occur twice, strengths of a model without a patch, and a choice by a metric that is not measured."""
+    """Refuse labels that occur twice, rows of tasks that are not as their format says, strengths of a model without a patch, and
+    a choice by a metric that is not measured."""
     development = job.choose.tasks if job.choose else ()
     for section, tasks in (("evaluate", job.evaluate), ("choose.tasks", development)):
         labels = [task.label or task.task for task in tasks]
         for number, task in enumerate(tasks):
             if labels.index(labels[number]) != number:
                 raise ValueError(f"{section}.{number}: the job has {labels[number]} already; give one of them another `label`")
+            for name, value in task:
+                if isinstance(value, DataSet):
+                    try:
+                        rows.check(value)
+                    except ValueError as error:
+                        raise ValueError(f"{section}.{number}.{name}: {error}") from None
             if any(strength != 1 for strength in task.strengths) and not leaves_patch(job):
                 raise ValueError(
                     f"{section}.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale"

@@ -143,7 +143,7 @@ class _Training:
         validation = request.data.validation
         self.validation = load_rows(validation, self.encoder, request.train.max_tokens) if validation else None
         activations = {role: Activations.open(path) for role, path in request.activations.items()}
-        inputs = Inputs(below, activations, request.prepared)
+        inputs = Inputs(tuple(patch.to(self.link.device) for patch in below), activations, request.prepared)
         assert self.method.module is not None
         config = self.method.Config.model_validate(request.method)
         self.module: nn.Module = self.method.module(model, config, inputs).to(self.link.device)
