@@ -150,7 +150,7 @@ def _check_training(job: Job) -> None:
 
 
 def _check_tasks(job: Job) -> None:
-    """Refuse labels that occur twice, rows of tasks that are not as their format says, strengths of a model without a patch, and
+    """Refuse labels that occur twice, rows of tasks that are not as their format says, strengths without a patch, and
     a choice by a metric that is not measured."""
     development = job.choose.tasks if job.choose else ()
     for section, tasks in (("evaluate", job.evaluate), ("choose.tasks", development)):
