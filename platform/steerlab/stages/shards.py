@@ -230,7 +230,8 @@ def _stream(request: dict[str, Any], missing: list[dict[str, Any]], scale: Scale
     context.enable_progress_bars = False
     low, high = (min(workers, len(missing)) for workers in scale.worker_range)
     entries = [{"entry": json.dumps(entry)} for entry in missing]
-    reserved: Any = subject.resources(scale, low)
+    # As for all workers, also where fewer shards are left: the threads of an actor change the last bits of its sums.
+    reserved: Any = subject.resources(scale, scale.worker_range[0])
     found = ray.data.from_items(entries, override_num_blocks=len(entries)).map(
         _Worker,  # type: ignore[arg-type]
         fn_constructor_args=(request,),
