@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import ray
 
-from steerlab import models, plan, rows, sources, taps
+from steerlab import meters, models, plan, rows, sources, taps
 from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
 from steerlab.job import Job, base_job, dump
 from steerlab.methods import METHODS
@@ -32,11 +32,12 @@ from steerlab.stages import (
     leaves_patch,
     model_stage,
     plan_of,
+    trainings,
 )
 from steerlab.stages.choose import CHOICE
 from steerlab.store import Store
 from steerlab.tokens import Encoder
-from steerlab.tracking import Tracker
+from steerlab.tracking import Place, Tracker
 
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
 _ABANDONED_S = 24 * 3600
@@ -206,8 +207,8 @@ def _check_template(job: Job) -> None:
         encoder.encode(encoder.conversation("instruction", "data", "response"))
 
 
-def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") -> Run:
-    """Run a job's plan and leave a run folder, also when a stage fails.
+def execute(job: Job, store: Store, listener: plan.Listener, command: str = "", place: Place = Place()) -> Run:  # noqa: B008
+    """Run a job's plan and leave a run folder, also when a stage fails; `place` is where W&B shows the run.
 
     Raises:
         plan.StageError: a stage failed; the message names it, the cause and the log.
@@ -216,11 +217,13 @@ def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") 
     folder = f"runs/{job.name}/{run_id}"
     store.write_text(f"{folder}/job.yaml", dump(job))
     store.write_json(f"{folder}/environment.json", environment(command))
-    scratch = Path(store.root.removeprefix("file://")) / folder if store.is_local else Path.home() / ".cache/steerlab/wandb"
-    tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch)
+    scratch = (
+        Path(store.root.removeprefix("file://")) / folder if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
+    )
+    tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, place)
     store.sweep_temporary(_ABANDONED_S)
     records: list[plan.Record] = []
-    following = _following(store, folder, tracker, listener)
+    following = _following(job, store, folder, tracker, listener)
     try:
         plan.run(plan_of(job), store, job.scale, following, records)
     except BaseException as error:
@@ -237,22 +240,42 @@ def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") 
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
     store.write_json(f"{folder}/summary.json", summary)
     for found in evaluations(job):
-        store.write_json(f"{folder}/samples/{found.stage.label}.json", _samples(store, found))
+        samples = _samples(store, found)
+        store.write_json(f"{folder}/samples/{found.stage.label}.json", samples)
+        tracker.table(f"samples/{found.stage.label}", samples)
     tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, exit_code=0)
     return Run(folder, summary, records)
 
 
-def _following(store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
+def _following(job: Job, store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
     """Pass events on, and keep every line of metrics."""
+    keys = list(trainings(job))
+    own = model_stage(job)
 
     def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
         if "step" in metrics:
             line = {"stage": stage.name, "key": stage.key[:12], **metrics}
             store.append_line(f"{folder}/metrics.jsonl", line)
-            tracker.log({name: value for name, value in metrics.items() if name not in ("steps", "left_s")})
+            shown = {name: value for name, value in metrics.items() if name not in ("steps", "left_s")}
+            # The trainings below a job's own have axes of their own: base/train, base/base/train.
+            depth = 0 if stage.key not in keys else len(keys) - keys.index(stage.key) - (own is not None and own.key in keys)
+            tracker.log(shown, "base/" * depth + stage.name)
+        meters.reported(stage, metrics)
         listener.reported(stage, metrics)
 
-    return plan.Listener(listener.started, listener.ended, reported)
+    def ended(record: plan.Record) -> None:
+        stage = record.stage
+        inputs = [(needed.name, needed.key, _uri(store, needed)) for needed in stage.inputs]
+        tracker.stage(stage.name, stage.key, stage.label, record.status, record.seconds, _uri(store, stage), inputs)
+        meters.ended(record)
+        listener.ended(record)
+
+    return plan.Listener(listener.started, ended, reported)
+
+
+def _uri(store: Store, stage: plan.Stage) -> str:
+    path = f"{store.root}/artifacts/{stage.name}/{stage.key}"
+    return path if "://" in path else f"file://{path}"
 
 
 def summarise(job: Job, store: Store) -> dict[str, Any]:
