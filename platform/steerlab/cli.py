@@ -273,18 +273,20 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN_OR_SWEEP...", help="Run and sweep folders.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     root: RootOption = None,
 ) -> None:
-    """Write runs side by side to one static page: results with intervals, effect against fluency, texts."""
+    """Write runs and sweeps to one static page: results with intervals, figures, texts, images, how they were made."""
     from steerlab import report as reports
 
     with _explained():
         found = [_split(folder) for folder in runs]
-        entries = [reports.read(_store(root or found_root), below) for found_root, below in found]
-        reports.write(entries, output)
-        console.print(f"{output}: {len(entries)} runs", highlight=False)
+        opened = [(_store(root or found_root), below) for found_root, below in found]
+        entries = [reports.read(store, below) for store, below in opened if not below.startswith("sweeps/")]
+        sweeps = [reports.read_sweep(store, below) for store, below in opened if below.startswith("sweeps/")]
+        reports.write(entries, output, sweeps)
+        console.print(f"{output}: {len(entries)} runs, {len(sweeps)} sweeps", highlight=False)
 
 
 @app.command()
@@ -326,10 +328,13 @@ def doctor(root: RootOption = None) -> None:
 
 
 def _split(folder: str) -> tuple[str | None, str]:
-    """Return ROOT and the path below it of a run folder: ROOT/runs/NAME/ID, a path or a URI."""
+    """Return ROOT and the path below it of a run or sweep folder: ROOT/runs/NAME/ID, ROOT/sweeps/NAME/ID, a path or a URI."""
     whole = folder if "://" in folder else str(Path(folder).absolute())
-    head, middle, tail = whole.rstrip("/").rpartition("/runs/")
-    return (head, middle.lstrip("/") + tail) if middle else (None, folder)
+    for kind in ("/runs/", "/sweeps/"):
+        head, middle, tail = whole.rstrip("/").rpartition(kind)
+        if middle and tail.count("/") == 1:
+            return head, middle.lstrip("/") + tail
+    return None, folder
 
 
 def _artifact(folder: str, root: str | None) -> tuple[Path, int | None]:

@@ -174,6 +174,10 @@ class Store:
         """Read a JSON file. Raises StoreError if it is not JSON, FileNotFoundError if it is absent."""
         return _parse(self._read(relpath), f"{self.root}/{relpath}")
 
+    def read_bytes(self, relpath: str) -> bytes:
+        """Read a file below ROOT whole."""
+        return self._read(relpath)
+
     def append_line(self, relpath: str, obj: Any) -> None:
         """Append `obj` as one line of JSON. An object store rewrites the file: keep one writer a file there."""
         line = json.dumps(obj, ensure_ascii=False, allow_nan=False).encode() + b"\n"
