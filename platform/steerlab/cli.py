@@ -158,11 +158,7 @@ def sweep(
             return
         with _ray():
             driver.check_cluster(asked, store)
-            say = (
-                (lambda line: None)
-                if as_json
-                else (lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
-            )
+            say = _quiet if as_json else _say
             outcome = driver.sweep(asked, store, resume=resume, command=" ".join(sys.argv), say=say)
         if outcome.interrupted:
             raise KeyboardInterrupt
@@ -172,6 +168,14 @@ def sweep(
         _print_sweep(outcome, store.root)
     if outcome.summary["best"] is None:
         raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _quiet(line: str) -> None:
+    """Say nothing: standard output holds the results alone."""
 
 
 def _print_estimate(found: dict[str, Any], as_json: bool) -> None:

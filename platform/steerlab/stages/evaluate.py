@@ -128,7 +128,7 @@ def _evaluator(work: Work) -> Any:
     return _open.actor
 
 
-@ray.remote(max_concurrency=2)  # type: ignore[call-overload]
+@ray.remote(max_concurrency=2, scheduling_strategy=subject.ANYWHERE)  # type: ignore[call-overload]
 class Evaluator:
     """A loaded model that runs tasks, one after another."""
 
@@ -153,7 +153,7 @@ _loaded: tuple[dict[str, Any], Any] | None = None
 """What a warm process evaluated last, and its model: the tasks of one trial follow each other."""
 
 
-@ray.remote
+@ray.remote(scheduling_strategy=subject.ANYWHERE)
 def _evaluate(made_of: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Run one task on the model that this process used last, or load it."""
     global _loaded

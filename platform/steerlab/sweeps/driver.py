@@ -189,7 +189,10 @@ class _Clerk(tune.Callback):
         self._history, self._feed, self._metric, self._mode = history, feed, metric, mode
         self._write, self._say = write, say
         self._written_s = 0.0
-        self._rungs: dict[int, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave everything out of what Ray Tune pickles: nobody reads that."""
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._history.add("start", unit=self._unit(trial).number)
@@ -200,18 +203,16 @@ class _Clerk(tune.Callback):
             return
         if "outcome" in result:
             self._settle(unit, json.loads(result["outcome"]))
-        elif "step" in result:
+        # A training that went on after a death reports steps again.
+        elif "step" in result and result["step"] > self._last_step(unit):
             (value,) = (result[name] for name in ("eval/loss", "train/loss") if name in result)
-            # A training that went on after a death reports steps again.
-            if result["step"] > self._rungs.get(unit.number, 0):
-                self._rungs[unit.number] = result["step"]
-                self._history.add("report", unit=unit.number, step=result["step"], value=value)
+            self._history.add("report", unit=unit.number, step=result["step"], value=value)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         unit = self._unit(trial)
         if not self._history.courses[unit.number].settled:
-            step = self._rungs.get(unit.number, 0)
-            self._history.add("prune", unit=unit.number, reason=f"stopped by the scheduler after step {step}")
+            reason = f"stopped by the scheduler after step {self._last_step(unit)}"
+            self._history.add("prune", unit=unit.number, reason=reason)
             self._tell(unit)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -219,6 +220,10 @@ class _Clerk(tune.Callback):
         if not self._history.courses[unit.number].settled:
             self._history.add("fail", unit=unit.number, reason=f"its process died more than {_MAX_DEATHS} times")
             self._tell(unit)
+
+    def _last_step(self, unit: Unit) -> int:
+        reports = self._history.courses[unit.number].reports
+        return reports[-1][0] if reports else 0
 
     def _unit(self, trial: Any) -> Unit:
         return self._feed.units[trial.trial_id]

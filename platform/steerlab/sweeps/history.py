@@ -6,8 +6,8 @@
     stop      it was interrupted                     fail      the unit failed, and why
     end       every unit is settled                  prune     the scheduler stopped the unit
 
-Only the sweep's own process writes. What was trained and measured is in the artifacts: a unit whose line is missing runs again and
-finds them there.
+Only the sweep's own process writes. What was trained and measured is in the artifacts: a unit whose line is missing runs
+again and finds them there.
 """
 
 from __future__ import annotations

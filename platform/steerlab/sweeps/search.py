@@ -1,7 +1,7 @@
 """Hand units to Ray Tune: those that the history has pending, then those that a searcher suggests.
 
-A sweep can go on after any crash because its truth is the history, not the searcher: Optuna's study is made anew from the settled
-units, and the random state of suggestion n is a function of (seed, n). Ray Tune's own experiment state is never read.
+A sweep can go on after any crash because its truth is the history, not the searcher: Optuna's study is made anew from the
+settled units, and the random state of suggestion n is a function of (seed, n). Ray Tune's own experiment state is never read.
 """
 
 from __future__ import annotations
@@ -21,16 +21,13 @@ from steerlab.sweeps.history import Course, History
 from steerlab.sweeps.space import STRENGTH, Point, Space, draw, finite
 from steerlab.sweeps.trials import Trial, Unit, trial_id
 
-SCORE = "score"
-_LONE = "value"
-
 
 class Feed(Searcher):
     """Ray Tune's searcher of every sweep."""
 
     def __init__(self, history: History, request: Callable[[Unit], dict[str, Any]], suggester: Suggester | None) -> None:
         """Take units from the history, then from `suggester`; `request` writes what a trial process is handed."""
-        super().__init__(metric=SCORE, mode="max")
+        super().__init__()
         self._history, self._request, self._suggester = history, request, suggester
         self._pending = list(history.pending)
         self.units: dict[str, Unit] = {}
@@ -50,6 +47,10 @@ class Feed(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Let the searcher learn from the history, which has the result by now."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave everything out of what Ray Tune pickles: nobody reads that."""
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the history is what is gone on with."""

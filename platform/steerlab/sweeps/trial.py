@@ -105,8 +105,8 @@ def _training_metrics(job: Job, store: Store) -> dict[str, float]:
 def stage_columns(records: Sequence[plan.Record]) -> dict[str, Any]:
     """Return seconds, whether it was cached, and the key of every stage.
 
-    A stage goes by its name, an evaluation by `evaluate.<label>`; those of the job that this one builds on by `<name>.1`, of the
-    next one below by `<name>.2`.
+    A stage goes by its name, an evaluation by `evaluate.<label>`; those of the job that this one builds on by `<name>.1`, of
+    the next one below by `<name>.2`.
     """
     row: dict[str, Any] = {}
     taken: set[str] = set()

@@ -1,8 +1,8 @@
 """Turn the points of a search space into trials and these into jobs.
 
-A trial is one point. Trials that differ in the strength of the patch alone are one unit: one job with one trained patch and one
-evaluation, whose tasks run at all their strengths in one batch. Steps of one training (`snapshot`) are units of their own that share
-the training, because each of them is another patch.
+A trial is one point. Trials that differ in the strength of the patch alone are one unit: one job with one trained patch and
+one evaluation, whose tasks run at all their strengths in one batch. Steps of one training (`snapshot`) are units of their own
+that share the training, because each of them is another patch.
 """
 
 from __future__ import annotations

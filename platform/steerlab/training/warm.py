@@ -1,8 +1,8 @@
 """Train one worker in a process that stays for the next training: what a sweep of small trials needs.
 
-A Ray Train run of its own takes about 16 s on 2 cores to start and stop, whatever it trains. Here Ray Train runs in its local mode
-inside a Ray task, and Ray keeps the processes of its tasks: the imports are paid once a process. The loop, its checkpoints and its
-bits are those of `launch`; a process that dies is replaced, and the loop goes on from the newest checkpoint.
+A Ray Train run of its own takes about 16 s on 2 cores to start and stop, whatever it trains. Here Ray Train runs in its local
+mode inside a Ray task, and Ray keeps the processes of its tasks: the imports are paid once a process. The loop and its bits are
+those of `launch`; a process that dies is replaced, and the loop goes on from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def fit(request: dict[str, Any], scale: ScaleConfig, *, storage: str, report: Ca
             raise
 
 
-@ray.remote(num_returns="streaming")
+@ray.remote(num_returns="streaming", scheduling_strategy="DEFAULT")
 def _train(request: dict[str, Any], scale: dict[str, Any], storage: str) -> Iterator[dict[str, Any]]:
     """Yield the metrics of each step while the loop runs in a thread beside."""
     lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -91,7 +91,7 @@ class _Stopped(BaseException):
 def _run(
     request: dict[str, Any], scale: ScaleConfig, storage: str, lines: queue.SimpleQueue[Any], stopped: threading.Event
 ) -> None:
-    """Run the loop under Ray Train's local mode; that of TorchTrainer would take down the process group, which DeepSpeed keeps."""
+    """Run the loop under Ray Train's local mode; TorchTrainer's would take down the process group, which DeepSpeed keeps."""
 
     def tell(metrics: dict[str, float]) -> None:
         if stopped.is_set():
@@ -106,7 +106,7 @@ def _run(
             scaling_config=ScalingConfig(num_workers=0),
             run_config=RunConfig(name="warm", storage_path=tempfile.gettempdir()),
         ).fit()
-    except BaseException as found:  # noqa: BLE001: handed over to the task, which raises it
+    except BaseException as found:  # the task raises it
         error = found
     lines.put(_End(error))
 
