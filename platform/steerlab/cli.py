@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from steerlab import plan
     from steerlab.job import Job
     from steerlab.run import Run
+    from steerlab.sweeps.driver import Outcome
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,7 +48,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(how_to_go_on: str = "run the same command again to continue from the last checkpoint") -> Iterator[None]:
     """Turn errors for people into one message and an exit code, and warnings into a line each."""
     from steerlab.plan import StageError
 
@@ -67,7 +68,7 @@ def _explained() -> Iterator[None]:
         errors.print(f"[red]error[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to continue from the last checkpoint")
+        errors.print(f"interrupted; {how_to_go_on}")
         raise typer.Exit(1) from None
 
 
@@ -130,6 +131,87 @@ def run(
         print(json.dumps([{"folder": f"{store.root}/{r.folder}", "summary": r.summary} for r in done], indent=1))
     else:
         _print_results(list(zip(wanted, done, strict=True)), store.root)
+
+
+@app.command()
+def sweep(
+    job: JobArgument,
+    space: Annotated[Path, typer.Argument(help="Search space (Python): SPACE, METRIC, MODE.")],
+    samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or times each grid is gone through.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show trials, stages, time and bytes; start nothing.")] = False,
+    set_: SetOption = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a job's trials over a search space; stages that they share run once."""
+    from steerlab.sweeps import driver, estimate, trials
+    from steerlab.sweeps import space as spaces
+
+    chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with _explained("run the same command with --resume to go on"), chatter:
+        store = _store(root)
+        asked = driver.asked(trials.plan(job, set_ or (), spaces.load(space)), samples, seeds)
+        if dry_run:
+            _print_estimate(estimate.of(asked, store), as_json)
+            return
+        with _ray():
+            driver.check_cluster(asked, store)
+            say = _quiet if as_json else _say
+            outcome = driver.sweep(asked, store, resume=resume, command=" ".join(sys.argv), say=say)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+    if as_json:
+        print(json.dumps({"folder": f"{store.root}/{outcome.folder}", "summary": outcome.summary}, indent=1))
+    else:
+        _print_sweep(outcome, store.root)
+    if outcome.summary["best"] is None:
+        raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _quiet(line: str) -> None:
+    """Say nothing: standard output holds the results alone."""
+
+
+def _print_estimate(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=1), file=sys.__stdout__)
+        return
+    from steerlab.capacity import in_words
+
+    table = Table("stage", "distinct", "cached", "to run", "seconds", "disk")
+    for name, line in found["stages"].items():
+        seconds = "unknown" if line["seconds"] is None else f"{line['seconds']:.0f}"
+        counts = (str(line[part]) for part in ("distinct", "cached", "to_run"))
+        table.add_row(escape(name), *counts, seconds, in_words(line["bytes"]) if line["bytes"] else "small")
+    console.print(table)
+    console.print(escape(found["words"]), soft_wrap=True, highlight=False)
+
+
+def _print_sweep(outcome: Outcome, root: str) -> None:
+    summary = outcome.summary
+    best, counts = summary["best"], summary["counts"]
+    console.print(", ".join(f"{number} {name}" for name, number in counts.items()))
+    if best is None:
+        errors.print("[red]failed[/red] no trial finished; the reasons are in trials.parquet and history.jsonl", soft_wrap=True)
+    else:
+        params = ", ".join(f"{key} = {value}" for key, value in best["params"].items())
+        console.print(
+            f"best of {summary['metric']}: {_cell(best | {'n': len(best['seeds']), 'unparsable': 0})} with {escape(params)}"
+        )
+        others = summary["indistinguishable"]
+        console.print(f"not distinguishable from it: {'unknown' if others is None else ', '.join(others) or 'no other trial'}")
+        rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, so they flatter it"
+        table = Table("metric", f"on {rows}")
+        for name, metric in (summary["test"] or {}).items():
+            table.add_row(name, _cell({"unparsable": 0, **metric}))
+        console.print(table)
+    console.print(f"{root}/{outcome.folder}", soft_wrap=True, highlight=False)
 
 
 @app.command("plan")
@@ -294,6 +376,7 @@ def submit(
     job: JobArgument,
     address: Annotated[str, typer.Option(help="Dashboard address of the cluster, http://HOST:8265.")],
     root: Annotated[str, typer.Option(help="ROOT on the cluster: an absolute path or a URI.")],
+    space: Annotated[Path | None, typer.Option(help="Search space: submit the sweep over it.")] = None,
     set_: SetOption = None,
 ) -> None:
     """Run a job on a cluster through Ray's job API and follow its log."""
@@ -301,7 +384,12 @@ def submit(
 
     with _explained():
         _read(job, set_)
-        raise typer.Exit(send(job, address=address, root=root, overrides=set_ or ()))
+        if space is not None:
+            from steerlab.sweeps import space as spaces
+            from steerlab.sweeps import trials
+
+            trials.plan(job, set_ or (), spaces.load(space))
+        raise typer.Exit(send(job, address=address, root=root, space=space, overrides=set_ or ()))
 
 
 @app.command()
@@ -373,7 +461,7 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
     def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
         nonlocal printed_s, printed
         done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
-        note = f"loss {metrics['train/loss']:.4f}, {metrics['steps_per_s']:.2f} steps/s" if "step" in metrics else ""
+        note = f"loss {metrics['train/loss']:.4f}, {metrics.get('steps_per_s', 0):.2f} steps/s" if "step" in metrics else ""
         if stage.key not in tasks:
             tasks[stage.key] = bar.add_task(f"{stage.name} ({stage.label})", total=total, note="")
         bar.update(tasks[stage.key], completed=done, total=total, note=note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import socket
 import subprocess
@@ -207,13 +208,22 @@ def _check_template(job: Job) -> None:
         encoder.encode(encoder.conversation("instruction", "data", "response"))
 
 
-def execute(job: Job, store: Store, listener: plan.Listener, command: str = "", place: Place = Place()) -> Run:  # noqa: B008
-    """Run a job's plan and leave a run folder, also when a stage fails; `place` is where W&B shows the run.
+def execute(
+    job: Job,
+    store: Store,
+    listener: plan.Listener,
+    command: str = "",
+    run_id: str | None = None,
+    place: Place = Place(),  # noqa: B008
+) -> Run:
+    """Run a job's plan and leave a run folder, also when a stage fails; with the id of an earlier run, go on in its folder.
+
+    `place` is where W&B shows the run.
 
     Raises:
         plan.StageError: a stage failed; the message names it, the cause and the log.
     """
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    run_id = run_id or new_id()
     folder = f"runs/{job.name}/{run_id}"
     store.write_text(f"{folder}/job.yaml", dump(job))
     store.write_json(f"{folder}/environment.json", environment(command))
@@ -238,6 +248,7 @@ def execute(job: Job, store: Store, listener: plan.Listener, command: str = "", 
         evaluate.close()
     summary = summarise(job, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
+    _check_numbers(summary, f"{store.root}/{folder}")
     store.write_json(f"{folder}/summary.json", summary)
     for found in evaluations(job):
         samples = _samples(store, found)
@@ -247,15 +258,32 @@ def execute(job: Job, store: Store, listener: plan.Listener, command: str = "", 
     return Run(folder, summary, records)
 
 
+def _check_numbers(summary: dict[str, Any], folder: str) -> None:
+    """Refuse a metric that is not a number: a table with one in it would be read as if it were. Raises plan.StageError."""
+    for strength, metrics in summary["strengths"].items():
+        for name, metric in metrics.items():
+            if metric["value"] is not None and not math.isfinite(metric["value"]):
+                raise plan.StageError(f"metric {name} at strength {strength} is {metric['value']}; run folder: {folder}")
+
+
+def new_id() -> str:
+    """Return the name of a folder that nobody else makes: the time, to be read, and a random end."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
 def _following(job: Job, store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
-    """Pass events on, and keep every line of metrics."""
+    """Pass events on, and keep every line of metrics once: a run that goes on repeats steps of the one that was killed."""
+    kept: dict[str, int] = {}
+    for line in store.read_lines(f"{folder}/metrics.jsonl"):
+        kept[line["key"]] = max(kept.get(line["key"], 0), line["step"])
     keys = list(trainings(job))
     own = model_stage(job)
 
     def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
-        if "step" in metrics:
+        if "step" in metrics and metrics["step"] > kept.get(stage.key[:12], 0):
             line = {"stage": stage.name, "key": stage.key[:12], **metrics}
             store.append_line(f"{folder}/metrics.jsonl", line)
+        if "step" in metrics:
             shown = {name: value for name, value in metrics.items() if name not in ("steps", "left_s")}
             # The trainings below a job's own have axes of their own: base/train, base/base/train.
             depth = 0 if stage.key not in keys else len(keys) - keys.index(stage.key) - (own is not None and own.key in keys)
