@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,6 +142,10 @@ def sweep(
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show trials, stages, time and bytes; start nothing.")] = False,
+    backend: Annotated[str, typer.Option(help="Who chooses the points: ray, or wandb (with --wandb-sweep).")] = "ray",
+    wandb_sweep: Annotated[
+        str | None, typer.Option(metavar="ENTITY/PROJECT/ID", help="The W&B sweep that chooses; see wandb-sweep.")
+    ] = None,
     set_: SetOption = None,
     root: RootOption = None,
     as_json: JsonOption = False,
@@ -152,14 +157,18 @@ def sweep(
     chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with _explained("run the same command with --resume to go on"), chatter:
         store = _store(root)
+        if backend not in ("ray", "wandb") or (backend == "wandb") != (wandb_sweep is not None):
+            raise ValueError("--backend is ray, or wandb together with --wandb-sweep ENTITY/PROJECT/ID")
         asked = driver.asked(trials.plan(job, set_ or (), spaces.load(space)), samples, seeds)
+        asked = replace(asked, units=[]) if wandb_sweep is not None else asked
         if dry_run:
             _print_estimate(estimate.of(asked, store), as_json)
             return
         with _ray():
             driver.check_cluster(asked, store)
             say = _quiet if as_json else _say
-            outcome = driver.sweep(asked, store, resume=resume, command=" ".join(sys.argv), say=say)
+            command = " ".join(sys.argv)
+            outcome = driver.sweep(asked, store, resume=resume, command=command, say=say, wandb_sweep=wandb_sweep)
         if outcome.interrupted:
             raise KeyboardInterrupt
     if as_json:
@@ -369,6 +378,64 @@ def report(
         sweeps = [reports.read_sweep(store, below) for store, below in opened if below.startswith("sweeps/")]
         reports.write(entries, output, sweeps)
         console.print(f"{output}: {len(entries)} runs, {len(sweeps)} sweeps", highlight=False)
+
+
+@app.command("wandb-sweep")
+def wandb_sweep(
+    job: JobArgument,
+    space: Annotated[Path, typer.Argument(help="Search space (Python): SPACE, METRIC, MODE.")],
+    method: Annotated[
+        str | None, typer.Option(help="grid, random or bayes; default: grid where every entry is a list.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Print a search space as the YAML of a W&B sweep, to be pasted into its page."""
+    import yaml
+
+    from steerlab import wandb_space
+    from steerlab.sweeps import space as spaces
+    from steerlab.sweeps import trials
+
+    with _explained():
+        if method not in (None, "grid", "random", "bayes"):
+            raise ValueError(f"--method {method}: W&B has grid, random and bayes")
+        found = trials.plan(job, set_ or (), spaces.load(space))
+        config = wandb_space.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method)
+    typer.echo(f"# run by: steerlab sweep {job} {space} --backend wandb --wandb-sweep ENTITY/PROJECT/ID")
+    typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
+
+
+@app.command("wandb-send")
+def wandb_send(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders on this machine.")]) -> None:
+    """Send runs to W&B again that could not be sent, or were offline; what the server has is not doubled."""
+    from steerlab import tracking
+
+    with _explained():
+        for folder in runs:
+            if not (folder / "wandb" / tracking.spool.SETTINGS).is_file():
+                raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
+            status = tracking.send(folder / "wandb")
+            if status.get("state") != "online" or not status.get("done"):
+                raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")
+            console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
+
+
+dashboards = typer.Typer(no_args_is_help=True, help="W&B workspaces and a report, as code.")
+app.add_typer(dashboards, name="dashboards")
+
+
+@dashboards.command()
+def push(
+    project: Annotated[str, typer.Option(help="ENTITY/PROJECT in W&B.")],
+    folder: Annotated[Path, typer.Option(help="Folder with the definitions.")] = Path("dashboards"),
+    only: Annotated[list[str] | None, typer.Option(help="Names of some of them.")] = None,
+) -> None:
+    """Write the workspaces and the report of a folder to a W&B project."""
+    from steerlab import dashboards as boards
+
+    with _explained():
+        for name, url in boards.push(boards.load(folder, only or ()), project).items():
+            console.print(f"{name}: {url}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import time
 import traceback
 import uuid
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from steerlab.stages import (
 from steerlab.stages.choose import CHOICE
 from steerlab.store import Store
 from steerlab.tokens import Encoder
-from steerlab.tracking import Place, Tracker
+from steerlab.tracking import FINISH_WAIT_S, Place, Tracker
 
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
 _ABANDONED_S = 24 * 3600
@@ -227,9 +227,11 @@ def execute(
     folder = f"runs/{job.name}/{run_id}"
     store.write_text(f"{folder}/job.yaml", dump(job))
     store.write_json(f"{folder}/environment.json", environment(command))
-    scratch = (
-        Path(store.root.removeprefix("file://")) / folder if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
-    )
+    local = Path(store.root.removeprefix("file://")) / folder
+    scratch = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
+    # A sweep's trial waits for nothing: its writer outlives it.
+    wait_s = FINISH_WAIT_S if place.group is None else 0
+    place = replace(place, tags=(*place.tags, job.method.name))
     tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, place)
     store.sweep_temporary(_ABANDONED_S)
     records: list[plan.Record] = []
@@ -239,7 +241,7 @@ def execute(
     except BaseException as error:
         store.write_text(f"{folder}/error.txt", "".join(traceback.format_exception(error)))
         store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
-        tracker.finish({}, exit_code=1)
+        tracker.finish({}, 1, wait_s)
         if not isinstance(error, Exception):
             raise
         name = f"{records[-1].stage.name} ({records[-1].stage.label})" if records else "(none)"
@@ -254,7 +256,8 @@ def execute(
         samples = _samples(store, found)
         store.write_json(f"{folder}/samples/{found.stage.label}.json", samples)
         tracker.table(f"samples/{found.stage.label}", samples)
-    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, exit_code=0)
+    tracker.images_below(local / "samples" / "images")
+    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s)
     return Run(folder, summary, records)
 
 

@@ -239,6 +239,17 @@ _VIEWER = {
     "id": "x", "username": "me", "flags": "{}", "entity": "me", "name": "me", "email": "", "admin": False, "deletedAt": None,
     "teams": {"edges": []}, "apiKeys": {"edges": []},
 }  # fmt: skip
+_NODE = {
+    "cursor": "x",
+    "node": {
+        "id": "x",
+        "name": "tests",
+        "entityName": "me",
+        "createdAt": "2026-01-01T00:00:00Z",
+        "isBenchmark": False,
+        "user": None,
+    },
+}
 _ANSWERS: dict[str, Any] = {
     "Viewer": lambda state, given: {"viewer": _VIEWER, "serverInfo": {}},
     "ServerFeaturesQuery": lambda state, given: {"serverInfo": {"features": []}},
@@ -255,5 +266,8 @@ _ANSWERS: dict[str, Any] = {
     "UpsertSweep": _sweep,
     "CreateAgent": lambda state, given: {"createAgent": {"agent": {"id": "agent1"}}},
     "Heartbeat": _heartbeat,
+    "GetProjects": lambda state, given: {"models": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": [_NODE]}},
+    "ProjectInternalId": lambda state, given: {"project": {"id": "x", "internalId": "x"}},
     "UpsertView2": _view,
+    "upsertView": _view,
 }

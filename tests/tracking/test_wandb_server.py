@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import standin
 
@@ -30,7 +30,7 @@ track = TrackConfig.model_validate({"wandb": {"project": "tests", "mode": mode}}
 tracker = tracking.Tracker(track, "trial-1", "trial", {"seed": 0}, pathlib.Path(directory))
 for step in range(first, last + 1):
     tracker.log({"step": step, "train/loss": 1 / step})
-pathlib.Path(directory, "writer.pid").write_text(str(tracking._writer.pid))
+pathlib.Path(directory, "ready").touch()
 if not ends:
     time.sleep(600)
 tracker.finish({"metric": 0.5}, 0, wait_s=60)
@@ -64,6 +64,19 @@ def start(first: int, last: int, ends: bool, directory: Path, mode: str = "onlin
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, *arguments], env={**os.environ, "PYTHONPATH": str(Path(steerlab.__file__).parents[1])}
     )
+
+
+def kill_writer(directory: Path) -> None:
+    """Kill the process that holds the spool's lock, and W&B's own beside it."""
+    lock = str(directory / "wandb" / "writer.lock")
+    (writer,) = [
+        process
+        for process in psutil.process_iter()
+        if "steerlab.tracking.writer" in process.cmdline() and lock in [file.path for file in process.open_files()]
+    ]
+    for child in writer.children():
+        child.kill()
+    writer.kill()
 
 
 def steps(state: standin.Standin, run: str = "trial-1") -> list[int]:
@@ -119,7 +132,7 @@ def test_a_killed_and_resumed_run_has_neither_gaps_nor_doubles(server: standin.S
     first.kill()
     first.wait()
     if dies == "driver and writer":  # as when the machine goes: whatever was not sent yet is in the file alone
-        os.killpg(int((tmp_path / "writer.pid").read_text()), signal.SIGKILL)
+        kill_writer(tmp_path)
     second = start(11, 30, ends=True, directory=tmp_path)  # from the checkpoint of step 10
     assert second.wait(timeout=120) == 0
     assert steps(server) == list(range(1, 31))

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,11 @@ import ray
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 
-from steerlab import capacity, plan, run
+from steerlab import capacity, meters, plan, run, tracking
 from steerlab import job as jobs
 from steerlab.job import Job, JobError
 from steerlab.store import Store
-from steerlab.sweeps import results, search, trials
+from steerlab.sweeps import page, results, search, trials
 from steerlab.sweeps.history import History
 from steerlab.sweeps.space import finite, is_grid
 from steerlab.sweeps.trial import DRIVER_CPUS, run_unit
@@ -129,8 +130,18 @@ def _scale_of(found: Plan, unit: Unit) -> jobs.ScaleConfig:
     return found.job_of(unit.shared, unit.seeds[0], unit.strengths).scale
 
 
-def sweep(asked: Asked, store: Store, *, resume: bool, command: str, say: Say = lambda line: None) -> Outcome:
+def sweep(
+    asked: Asked,
+    store: Store,
+    *,
+    resume: bool,
+    command: str,
+    say: Say = lambda line: None,
+    wandb_sweep: str | None = None,
+) -> Outcome:
     """Run what is left of a sweep and write what it found; Ray must be connected.
+
+    `wandb_sweep` (ENTITY/PROJECT/ID) is a sweep of W&B that chooses the points, in place of the space's own search.
 
     Raises:
         ValueError: there is nothing to go on with, another process runs it, or a trial does not fit.
@@ -142,7 +153,8 @@ def sweep(asked: Asked, store: Store, *, resume: bool, command: str, say: Say = 
             history = _begin(asked, store, folder)
             left = len(history.pending)
             say(f"{folder}: {len(history.courses)} units, {left} left, {num_at_once} at once" if asked.units else f"{folder}")
-            interrupted = _run(asked, store, folder, history, num_at_once, command, say)
+            interrupted = _run(asked, store, folder, history, num_at_once, command, say, wandb_sweep)
+            tracking.drain(tracking.FINISH_WAIT_S)
             return Outcome(folder, _conclude(asked, store, folder, history, interrupted, command, say), interrupted)
     except plan.Held:
         raise ValueError(f"{store.root}/{folder} is run by another process; wait for it or stop it first") from None
@@ -196,6 +208,7 @@ class _Clerk(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._history.add("start", unit=self._unit(trial).number)
+        meters.trials(self._history.folder, Counter(course.status for course in self._history.courses.values()))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         unit = self._unit(trial)
@@ -242,6 +255,7 @@ class _Clerk(tune.Callback):
 
     def _tell(self, unit: Unit) -> None:
         course, all_courses = self._history.courses[unit.number], self._history.courses
+        meters.trials(self._history.folder, Counter(course.status for course in all_courses.values()))
         params = ", ".join(f"{key}={value}" for key, value in unit.shared.items())
         measured = "" if course.score is None else f", {self._metric} {course.score:.4g}"
         self._say(
@@ -252,10 +266,22 @@ class _Clerk(tune.Callback):
             self._write()
 
 
-def _run(asked: Asked, store: Store, folder: str, history: History, num_at_once: int, command: str, say: Say) -> bool:
+def _run(
+    asked: Asked,
+    store: Store,
+    folder: str,
+    history: History,
+    num_at_once: int,
+    command: str,
+    say: Say,
+    wandb_sweep: str | None,
+) -> bool:
     """Let Ray Tune run what is not settled; say whether it was interrupted."""
-    suggester = None
-    if asked.plan.space.search_alg is not None:
+    suggester: search.Suggests | None = None
+    agent = None
+    if wandb_sweep is not None:
+        agent = suggester = page.Agent(wandb_sweep, asked.plan, asked.seeds, store, folder)
+    elif asked.plan.space.search_alg is not None:
         space, mode = asked.plan.space, asked.plan.mode
         suggester = search.Suggester(space, mode, asked.plan.strengths, asked.seeds, asked.num_samples)
     elif not history.pending:
@@ -263,7 +289,13 @@ def _run(asked: Asked, store: Store, folder: str, history: History, num_at_once:
     scheduler = asked.plan.space.scheduler
     if scheduler is not None:
         search.replay(scheduler, history)
-    feed = search.Feed(history, lambda unit: _request(asked, store, folder, unit, command), suggester)
+    sweep_id = page.begin(asked.plan, store, folder) if wandb_sweep is None else wandb_sweep.rpartition("/")[2]
+
+    def request(unit: Unit) -> dict[str, Any]:
+        shown = {"page": sweep_id, "wandb_run": agent.runs.get(unit.name) if agent is not None else None}
+        return _request(asked, store, folder, unit, {"command": command, **shown})
+
+    feed = search.Feed(history, request, suggester)
     write = lambda: results.write_table(store, f"{folder}/trials.parquet", results.all_rows(history))  # noqa: E731
     write()
     _quiet()
@@ -300,7 +332,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _request(asked: Asked, store: Store, folder: str, unit: Unit, command: str) -> dict[str, Any]:
+def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str, Any]) -> dict[str, Any]:
     """Write down what the process that runs a unit needs to know."""
     made = [asked.plan.job_of(unit.shared, seed, unit.strengths) for seed in unit.seeds]
     choose = asked.plan.job.choose
@@ -314,7 +346,7 @@ def _request(asked: Asked, store: Store, folder: str, unit: Unit, command: str) 
         "metric": asked.plan.metric,
         "within": None if bound is None else bound.model_dump(mode="json"),
         "watched": getattr(scheduler, "_metric", None),
-        "command": command,
+        **told,
     }
     return {"request": json.dumps(request)}
 

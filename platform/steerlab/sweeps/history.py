@@ -48,6 +48,7 @@ class History:
 
     def __init__(self, store: Store, folder: str) -> None:
         """Read what there is; units that ran when the sweep died are pending again."""
+        self.folder = folder
         self._store, self._path = store, f"{folder}/history.jsonl"
         self.courses: dict[int, Course] = {}
         self.settled: list[int] = []

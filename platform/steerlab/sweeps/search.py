@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 from ray.tune.schedulers import TrialScheduler
@@ -22,10 +22,23 @@ from steerlab.sweeps.space import STRENGTH, Point, Space, draw, finite
 from steerlab.sweeps.trials import Trial, Unit, trial_id
 
 
+class Suggests(Protocol):
+    """Who makes units as the sweep goes on: Optuna here, or a sweep of W&B."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there may be more later when there is none now."""
+        ...
+
+    def next(self, history: History) -> Unit | None:
+        """Return the next unit, if there is one now."""
+        ...
+
+
 class Feed(Searcher):
     """Ray Tune's searcher of every sweep."""
 
-    def __init__(self, history: History, request: Callable[[Unit], dict[str, Any]], suggester: Suggester | None) -> None:
+    def __init__(self, history: History, request: Callable[[Unit], dict[str, Any]], suggester: Suggests | None) -> None:
         """Take units from the history, then from `suggester`; `request` writes what a trial process is handed."""
         super().__init__()
         self._history, self._request, self._suggester = history, request, suggester
@@ -41,7 +54,7 @@ class Feed(Searcher):
             unit = suggested
             self._history.suggest(unit)
         else:
-            return Searcher.FINISHED
+            return None if self._suggester is not None and self._suggester.waiting else Searcher.FINISHED
         self.units[trial_id] = unit
         return self._request(unit)
 
@@ -74,6 +87,11 @@ class Suggester:
         self._own_sampler = space.search_alg._sampler
         self._distributions: dict[str, Any] = OptunaSearch.convert_search_space(searched)
         self._direction = "minimize" if mode == "min" else "maximize"
+
+    @property
+    def waiting(self) -> bool:
+        """Optuna always has its next point at hand."""
+        return False
 
     def next(self, history: History) -> Unit | None:
         """Return the next unit, or None when there are enough. A point that was there is not suggested again."""

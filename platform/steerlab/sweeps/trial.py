@@ -16,6 +16,7 @@ from steerlab.job import Job, Limit
 from steerlab.run import Run
 from steerlab.stages import JobType, model_stage
 from steerlab.store import Store
+from steerlab.sweeps import page
 from steerlab.sweeps.space import STRENGTH
 from steerlab.sweeps.trials import Trial, Unit
 
@@ -33,7 +34,8 @@ def run_unit(config: dict[str, Any]) -> None:
         for number, (seed, tree) in enumerate(zip(unit.seeds, request["jobs"], strict=True)):
             job = JobType.model_validate(tree)
             listener = plan.Listener(reported=_watched(job, request["watched"] if number == 0 else None, tune.report))
-            done = run.execute(job, store, listener, request["command"], run_id=f"{request['sweep']}-{unit.name}-{seed}")
+            run_id, place = f"{request['sweep']}-{unit.name}-{seed}", page.place_of(request, unit, job, seed)
+            done = run.execute(job, store, listener, request["command"], run_id=run_id, place=place)
             rows += rows_of(job, done, store, unit, seed, request["metric"], request["within"])
     except (plan.StageError, ValueError, OSError) as error:
         tune.report({"outcome": json.dumps({"reason": " ".join(str(error).split())[:1000]})})

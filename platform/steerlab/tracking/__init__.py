@@ -10,6 +10,7 @@ file with the real client. Killed, resumed, offline, or cut off for an hour: eve
 
 from __future__ import annotations
 
+import netrc
 import os
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from urllib.parse import urlsplit
 
 from steerlab.job import TrackConfig
 from steerlab.tracking import spool
@@ -27,9 +29,13 @@ from steerlab.tracking.spool import Spool
 FINISH_WAIT_S = 5.0
 """Longest time that the end of a run waits for its writer, which goes on by itself."""
 MAX_TABLE_ROWS = 1000
+MAX_IMAGES = 64
+"""Of one strength and guidance."""
 _NO_KEY = "no W&B API key: the run is written offline; upload it with `wandb sync`"
 _REASONS = ("no W&B API key", "as the job asks")
-_writer: subprocess.Popen[bytes] | None = None
+_POLL_S = 0.05
+_writer: IO[bytes] | None = None
+"""What this process' writer reads."""
 _open_spools: list[Spool] = []
 
 
@@ -43,6 +49,8 @@ class Place:
     """The W&B sweep that the run is a trial of (`sweeps.begin`)."""
     job_type: str | None = None
     tags: tuple[str, ...] = ()
+    run_id: str | None = None
+    """The id of the W&B run where it is not the run's own: a W&B agent is told under which id to log."""
     parameters: tuple[tuple[str, Any], ...] = ()
     """What the trial varies, by path. W&B's sweep pages look for these names at the top of the config."""
 
@@ -56,11 +64,15 @@ def mode_of(track: TrackConfig) -> str:
 
 
 def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
+    """Look where `wandb login` keeps keys; the client itself would take 0.2 s to import and keeps what it once found."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    import wandb
-
-    return bool(wandb.api.api_key)
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        return host is not None and netrc.netrc(str(path)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class Tracker:
@@ -88,7 +100,7 @@ class Tracker:
             "mode": mode,
             "reason": _REASONS[0] if keyless else _REASONS[1] if mode == "offline" else None,
             "url": os.environ.get("WANDB_BASE_URL"),
-            "id": run_id,
+            "id": place.run_id or run_id,
             "name": name,
             "group": place.group,
             "sweep_id": place.sweep_id,
@@ -129,6 +141,14 @@ class Tracker:
                 {"kind": "images", "key": key, "paths": [str(path) for path in paths], "captions": list(captions)}
             )
 
+    def images_below(self, folder: Path) -> None:
+        """Record the images of a run, samples/images/{strength}_{guidance}/{id}.png: a list for each setting."""
+        for setting in sorted(folder.iterdir()) if self._spool is not None and folder.is_dir() else ():
+            paths = sorted(setting.glob("*.png"))[:MAX_IMAGES]
+            strength, _, guidance = setting.name.partition("_")
+            captions = [f"{path.stem}, strength {strength}" + (f", guidance {guidance}" if guidance else "") for path in paths]
+            self.images(f"images/{setting.name}", paths, captions)
+
     def stage(
         self, name: str, key: str, label: str, status: str, seconds: float, uri: str, inputs: Sequence[tuple[str, str, str]]
     ) -> None:
@@ -145,7 +165,7 @@ class Tracker:
         self._spool.close()
         deadline_s = time.monotonic() + wait_s
         while not _is_settled(self._spool) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
+            time.sleep(_POLL_S)
         if wait_s > 0:
             _explain(self._spool)
 
@@ -155,7 +175,7 @@ def drain(wait_s: float) -> None:
     deadline_s = time.monotonic() + wait_s
     for found in _open_spools:
         while not _is_settled(found) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
+            time.sleep(_POLL_S)
         _explain(found)
     _open_spools.clear()
 
@@ -163,10 +183,12 @@ def drain(wait_s: float) -> None:
 def close(wait_s: float) -> None:
     """End this process' writer after it sent what it has; without this it ends by itself, some time after this process."""
     global _writer
-    if _writer is not None and _writer.stdin is not None:
-        _writer.stdin.close()
-        _writer.wait(wait_s)
+    if _writer is not None:
+        _writer.close()
     _writer = None
+    deadline_s = time.monotonic() + wait_s
+    while not all(map(_is_settled, _open_spools)) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
     _open_spools.clear()
 
 
@@ -178,28 +200,34 @@ def send(directory: Path) -> dict[str, Any]:
     settings = spool.read_json(directory / spool.SETTINGS)
     spool.write_json(directory / spool.SETTINGS, {**settings, "mode": "online", "reason": None})
     (directory / spool.STATUS).unlink(missing_ok=True)
-    process = _started(directory)
-    process.communicate(f"{directory}\n".encode())
+    _started(directory).communicate(f"{directory}\n".encode())
     return spool.read_status(directory)
 
 
 def _serve(directory: Path) -> None:
-    """Hand a spool to this process' writer, which is started with the first."""
+    """Hand a spool to this process' writer, which is started with the first, and again if it died."""
     global _writer
-    if _writer is None or _writer.poll() is not None:
-        _writer = _started(directory)
-    assert _writer.stdin is not None
-    _writer.stdin.write(f"{directory}\n".encode())
-    _writer.stdin.flush()
+    line = f"{directory}\n".encode()
+    if _writer is not None:
+        try:
+            _writer.write(line)
+            return
+        except BrokenPipeError:
+            _writer = None
+    starter = _started(directory, "--detach")
+    starter.wait()
+    assert starter.stdin is not None
+    _writer = starter.stdin
+    _writer.write(line)
 
 
-def _started(directory: Path) -> subprocess.Popen[bytes]:
+def _started(directory: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start a writer in a session of its own, so that what interrupts this process does not interrupt it."""
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (directory / "writer.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "steerlab.tracking.writer"],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+            [sys.executable, "-m", "steerlab.tracking.writer", *options],
+            stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
 

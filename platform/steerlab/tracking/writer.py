@@ -35,7 +35,12 @@ _RESUMED = "a process of this run was lost before it could say that it ended"
 
 
 def main() -> None:
-    """Serve the spools named on standard input until it ends."""
+    """Serve the spools named on standard input until it ends; with `--detach`, as nobody's child.
+
+    Ray kills the children of a worker that ends, and a sweep's trials end before all of them is sent.
+    """
+    if "--detach" in sys.argv and os.fork():
+        os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ended = threading.Event()
     threads = []
