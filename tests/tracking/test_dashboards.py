@@ -31,7 +31,7 @@ def test_names_of_columns() -> None:
 
 def test_every_board_serialises_to_names_that_wandb_knows() -> None:
     boards = dashboards.load(FOLDER)
-    assert list(boards)[0] == "overview" and {"aside", "warp", "steering", "iav", "diffusion"} <= set(boards)
+    assert next(iter(boards)) == "overview" and {"aside", "warp", "steering", "iav", "diffusion"} <= set(boards)
     for board in boards.values():
         spec = spec_of(board)
         sections = {s["name"]: s["panels"] for s in spec["section"]["panelBankConfig"]["sections"]}

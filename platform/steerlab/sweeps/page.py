@@ -16,7 +16,7 @@ from steerlab.job import Job, JobError
 from steerlab.store import Store
 from steerlab.sweeps.history import History
 from steerlab.sweeps.search import with_strengths
-from steerlab.sweeps.space import Space
+from steerlab.sweeps.space import Space, finite
 from steerlab.sweeps.trials import Plan, Trial, Unit, trial_id
 from steerlab.tracking import Place, sweeps
 from steerlab.wandb_space import sweep_config
@@ -32,11 +32,25 @@ def begin(found: Plan, store: Store, folder: str) -> str | None:
     local = Path(store.root.removeprefix("file://")) / folder
     directory = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / folder.rpartition("/")[2]
     try:
-        config = sweep_config(found.job.name, found.space.entries, found.metric, found.mode)
+        config = sweep_config(found.job.name, _apart(found.space.entries), found.metric, found.mode)
     except ValueError as error:
         warnings.warn(f"{error}: the sweep's page in W&B names no such parameter", stacklevel=2)
         config = sweep_config(found.job.name, {}, found.metric, found.mode)
     return sweeps.begin(found.job.track, config, directory)
+
+
+def _apart(entries: dict[str, Any]) -> dict[str, Any]:
+    """Name each field that an entry sets by itself: that is how trials name them."""
+    single: dict[str, Any] = {}
+    for entry, value in entries.items():
+        keys, values = [key.strip() for key in entry.split(",")], finite(value)
+        if len(keys) == 1 or values is None:
+            single[entry] = value
+            continue
+        for number, key in enumerate(keys):
+            distinct = {repr(one[number]): one[number] for one in values}
+            single[key] = {"grid_search": list(distinct.values())}
+    return single
 
 
 def place_of(request: dict[str, Any], unit: Unit, job: Job, seed: int) -> Place:

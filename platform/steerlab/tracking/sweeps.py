@@ -117,7 +117,7 @@ class Agent:
         from wandb.apis.public.sweeps import _register_agent
 
         *before, sweep_id = self.path.strip("/").split("/")
-        overrides = dict(zip(("project", "entity"), reversed(before), strict=False))
+        overrides: Any = dict(zip(("project", "entity"), reversed(before), strict=False))
         self._api = wandb.Api(overrides=overrides, timeout=int(CALL_S))
         try:
             self._agent_id = _register_agent(self._api, self.host, sweep_id=sweep_id)["id"]
