@@ -128,7 +128,7 @@ def test_eight_alphas_are_one_training_and_one_evaluation(cluster: None, tmp_pat
 
 
 def test_a_trial_that_fails_fails_alone_and_two_processes_do_not_run_one_sweep(cluster: None, tmp_path: Path) -> None:
-    """A loss that is not a number ends its trial with the reason; the others, trained in warm processes, have the usual bits."""
+    """A loss that is no number ends its trial with the reason; the others, trained in warm processes, have the usual bits."""
     text = "SPACE = {'train.lr, train.optimizer': tune.grid_search([(1e-3, 'adamw'), (1e30, 'sgd'), (3e-3, 'adamw')])}\n" + BEST
     tree = {**ASIDE, "train": {**ASIDE["train"], "clip_norm": 0}}
     store, outcome, rows = do(tmp_path, ask(tmp_path, tree, text))

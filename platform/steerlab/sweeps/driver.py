@@ -218,7 +218,9 @@ class _Clerk(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         unit = self._unit(trial)
         if not self._history.courses[unit.number].settled:
-            self._history.add("fail", unit=unit.number, reason=f"its process died more than {_MAX_DEATHS} times")
+            error = trial.get_error()
+            cause = "" if error is None else f", the last time of {run.root_cause(error)}"
+            self._history.add("fail", unit=unit.number, reason=f"its process failed {_MAX_DEATHS + 1} times{cause}")
             self._tell(unit)
 
     def _last_step(self, unit: Unit) -> int:

@@ -172,6 +172,7 @@ def best_line(best: Scored, metric: str) -> dict[str, Any]:
         "low": best.low,
         "high": best.high,
         "stderr": best.stderr,
+        "n": first.get(f"n.{metric}") if len(best.rows) == 1 else len(best.rows),
         "seeds": [row["seed"] for row in best.rows],
         "runs": [row["run"] for row in best.rows],
     }
