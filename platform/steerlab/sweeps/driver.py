@@ -109,7 +109,9 @@ def concurrency(asked: Asked) -> int:
     Raises:
         ValueError: a trial asks for more than the cluster can ever have, with the arithmetic.
     """
-    scales = {_scale_of(asked.plan, unit) for unit in asked.units} or {asked.plan.job_of({}, None, asked.plan.strengths).scale}
+    found = asked.plan
+    made = [found.job_of(u.shared, u.seeds[0], u.strengths) for u in asked.units] or [found.job_of({}, None, found.strengths)]
+    scales = {job.scale.model_dump_json(): job.scale for job in made}.values()
     available = launch.resources()
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     fits = []
@@ -123,10 +125,6 @@ def concurrency(asked: Asked) -> int:
             fits.append(available["GPU"] / workers)
     # Drivers of 0.01 CPU stand beside what they start: a cluster of 2 CPUs still runs two trainings of one.
     return max(1, int(min(fits) + 2 * DRIVER_CPUS))
-
-
-def _scale_of(found: Plan, unit: Unit) -> jobs.ScaleConfig:
-    return found.job_of(unit.shared, unit.seeds[0], unit.strengths).scale
 
 
 def sweep(asked: Asked, store: Store, *, resume: bool, command: str, say: Say = lambda line: None) -> Outcome:
