@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import yaml
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 
@@ -165,16 +166,26 @@ def _begin(asked: Asked, store: Store, folder: str) -> History:
 def _latest(asked: Asked, store: Store) -> str:
     """Return the newest sweep of the same job over the same space. Raises ValueError if there is none."""
     name = asked.plan.job.name
+    wanted = _identity(json.loads(json.dumps(asked.described())), asked.plan.job.model_dump(mode="json"))
     for sweep_id in reversed(store.list(f"sweeps/{name}")):
         folder = f"sweeps/{name}/{sweep_id}"
         try:
-            is_same = store.read_json(f"{folder}/space.json") == json.loads(json.dumps(asked.described()))
-            if is_same and store.read_text(f"{folder}/job.yaml") == jobs.dump(asked.plan.job):
+            space = store.read_json(f"{folder}/space.json")
+            tree = yaml.safe_load(store.read_text(f"{folder}/job.yaml"))
+            if _identity(space, tree) == wanted:
                 return folder
         except FileNotFoundError:  # killed before it had begun
             continue
     raise ValueError(
         f"--resume: {store.root}/sweeps/{name} has no sweep of this job over this space (same files, --set, --samples, --seeds)"
+    )
+
+
+def _identity(space: dict[str, Any], tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what must be equal for a sweep to be gone on with: not where the space lies, nor how the work is spread."""
+    return (
+        {name: value for name, value in space.items() if name != "path"},
+        {name: value for name, value in tree.items() if name not in ("scale", "track")},
     )
 
 
@@ -286,10 +297,10 @@ def _run(asked: Asked, store: Store, folder: str, history: History, num_at_once:
         ),
     )
     tuner.fit()
-    if history.pending:
-        history.add("stop")
-        return True
-    return False
+    if not history.pending and (suggester is None or suggester.next(history) is None):
+        return False
+    history.add("stop")
+    return True
 
 
 def _quiet() -> None:
