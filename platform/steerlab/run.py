@@ -14,6 +14,7 @@ import traceback
 import uuid
 import warnings
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -426,7 +427,9 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
+@cache
 def _git(*arguments: str) -> str | None:
+    """Ask git once a process: what runs is what was imported, whatever is committed since."""
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=False

@@ -128,7 +128,7 @@ def test_eight_alphas_are_one_training_and_one_evaluation(cluster: None, tmp_pat
 
 
 def test_a_trial_that_fails_fails_alone_and_two_processes_do_not_run_one_sweep(cluster: None, tmp_path: Path) -> None:
-    """A loss that is not a number ends its trial with the reason; the others, trained in warm processes, have the usual bits."""
+    """A loss that is no number ends its trial with the reason; the sweep goes on."""
     text = "SPACE = {'train.lr, train.optimizer': tune.grid_search([(1e-3, 'adamw'), (1e30, 'sgd'), (3e-3, 'adamw')])}\n" + BEST
     tree = {**ASIDE, "train": {**ASIDE["train"], "clip_norm": 0}}
     store, outcome, rows = do(tmp_path, ask(tmp_path, tree, text))
@@ -140,16 +140,20 @@ def test_a_trial_that_fails_fails_alone_and_two_processes_do_not_run_one_sweep(c
         pytest.raises(ValueError, match="is run by another process"),
     ):
         driver.sweep(ask(tmp_path, tree, text), store, resume=True, command="test")
-    other = Store.open(str(tmp_path / "other"))
-    usual = job.validate({**tree, "train": {**tree["train"], "lr": 1e-3}}, JobType, tmp_path / "a.yaml")
-    key = plan_of(usual)[0].key
-    assert key == rows[0]["key.train"]
+    seen = (tmp_path / "root" / rows[0]["run"] / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in seen] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_warm_process_trains_to_the_bits_of_a_ray_train_run_of_its_own(cluster: None, tmp_path: Path) -> None:
+    store, _, rows = do(tmp_path, ask(tmp_path, ASIDE, "SPACE = {'train.lr': tune.grid_search([2e-3, 1e-3])}\n" + BEST))
+    usual = job.validate({**ASIDE, "train": {**ASIDE["train"], "lr": 1e-3}}, JobType, tmp_path / "a.yaml")
+    other, key = Store.open(str(tmp_path / "other")), plan_of(usual)[0].key
+    assert key == rows[1]["key.train"]
     run.execute(usual, other, plan.Listener())
     paths = [side.local("train", key) / "model/model.safetensors" for side in (store, other)]
     warm, cold = (load_file(path) for path in paths)
     assert warm.keys() == cold.keys() and all(torch.equal(warm[name], cold[name]) for name in warm)
-    seen = (tmp_path / "root" / rows[0]["run"] / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in seen] == [1, 2, 3]
 
 
 @pytest.mark.slow

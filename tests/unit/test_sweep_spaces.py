@@ -125,6 +125,28 @@ def test_points_drawn_at_random_are_the_same_for_the_same_seed_and_count_once(jo
         ask(job, "SPACE = {'train.lr': tune.grid_search([1e-3])}\n" + GOOD, samples=3)
 
 
+def test_every_kind_of_domain_is_drawn_checked_and_written(job: Path) -> None:
+    text = (
+        "SPACE = {'train.lr': tune.qloguniform(1e-4, 1e-2, 1e-4), 'train.steps': tune.randint(2, 6), 'train.momentum': "
+        "tune.quniform(0.0, 0.9, 0.1), 'train.warmup_steps': tune.lograndint(1, 2), 'train.clip_norm': 1.0, "
+        "'train.seed': tune.sample_from(lambda spec: 7)}\n" + GOOD
+    )
+    asked = ask(job, text, samples=4)
+    points = [trial.params for unit in asked.units for trial in unit.trials]
+    assert json.loads(json.dumps(points)) == points and {point["train.seed"] for point in points} == {7}
+    kinds = {key: entry["kind"] for key, entry in asked.described()["space"].items()}
+    assert kinds == {
+        "train.lr": "loguniform",
+        "train.steps": "randint",
+        "train.momentum": "uniform",
+        "train.warmup_steps": "lograndint",
+        "train.clip_norm": "constant",
+        "train.seed": "sample_from",
+    }
+    made = asked.plan.job_of(points[0], 0, ())
+    assert made.train is not None and made.train.seed == 7, "a seed of the space is the seed"
+
+
 def test_the_strengths_of_choose_are_an_axis_and_its_tasks_choose() -> None:
     path = ROOT / "search_spaces/steering_steps.py"
     asked = driver.asked(trials.plan(ROOT / "jobs/tiny/lineas.yaml", (), spaces.load(path)), None, 1)

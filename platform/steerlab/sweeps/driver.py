@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import yaml
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 
@@ -110,7 +111,9 @@ def concurrency(asked: Asked) -> int:
     Raises:
         ValueError: a trial asks for more than the cluster can ever have, with the arithmetic.
     """
-    scales = {_scale_of(asked.plan, unit) for unit in asked.units} or {asked.plan.job_of({}, None, asked.plan.strengths).scale}
+    found = asked.plan
+    made = [found.job_of(u.shared, u.seeds[0], u.strengths) for u in asked.units] or [found.job_of({}, None, found.strengths)]
+    scales = {job.scale.model_dump_json(): job.scale for job in made}.values()
     available = launch.resources()
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     fits = []
@@ -124,10 +127,6 @@ def concurrency(asked: Asked) -> int:
             fits.append(available["GPU"] / workers)
     # Drivers of 0.01 CPU stand beside what they start: a cluster of 2 CPUs still runs two trainings of one.
     return max(1, int(min(fits) + 2 * DRIVER_CPUS))
-
-
-def _scale_of(found: Plan, unit: Unit) -> jobs.ScaleConfig:
-    return found.job_of(unit.shared, unit.seeds[0], unit.strengths).scale
 
 
 def sweep(
@@ -179,16 +178,26 @@ def _begin(asked: Asked, store: Store, folder: str) -> History:
 def _latest(asked: Asked, store: Store) -> str:
     """Return the newest sweep of the same job over the same space. Raises ValueError if there is none."""
     name = asked.plan.job.name
+    wanted = _identity(json.loads(json.dumps(asked.described())), asked.plan.job.model_dump(mode="json"))
     for sweep_id in reversed(store.list(f"sweeps/{name}")):
         folder = f"sweeps/{name}/{sweep_id}"
         try:
-            is_same = store.read_json(f"{folder}/space.json") == json.loads(json.dumps(asked.described()))
-            if is_same and store.read_text(f"{folder}/job.yaml") == jobs.dump(asked.plan.job):
+            space = store.read_json(f"{folder}/space.json")
+            tree = yaml.safe_load(store.read_text(f"{folder}/job.yaml"))
+            if _identity(space, tree) == wanted:
                 return folder
         except FileNotFoundError:  # killed before it had begun
             continue
     raise ValueError(
         f"--resume: {store.root}/sweeps/{name} has no sweep of this job over this space (same files, --set, --samples, --seeds)"
+    )
+
+
+def _identity(space: dict[str, Any], tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what must be equal for a sweep to be gone on with: not where the space lies, nor how the work is spread."""
+    return (
+        {name: value for name, value in space.items() if name != "path"},
+        {name: value for name, value in tree.items() if name not in ("scale", "track")},
     )
 
 
@@ -231,7 +240,9 @@ class _Clerk(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         unit = self._unit(trial)
         if not self._history.courses[unit.number].settled:
-            self._history.add("fail", unit=unit.number, reason=f"its process died more than {_MAX_DEATHS} times")
+            error = trial.get_error()
+            cause = "" if error is None else f", the last time of {run.root_cause(error)}"
+            self._history.add("fail", unit=unit.number, reason=f"its process failed {_MAX_DEATHS + 1} times{cause}")
             self._tell(unit)
 
     def _last_step(self, unit: Unit) -> int:
@@ -318,10 +329,10 @@ def _run(
         ),
     )
     tuner.fit()
-    if history.pending:
-        history.add("stop")
-        return True
-    return False
+    if not history.pending and (suggester is None or suggester.next(history) is None):
+        return False
+    history.add("stop")
+    return True
 
 
 def _quiet() -> None:

@@ -145,7 +145,8 @@ def _observations(row: dict[str, Any], metric: str, store: Store) -> _Measured |
         return None
     directory = store.local("evaluate", key)
     saved = json.loads((directory / "metrics.json").read_text())
-    strength = float(row.get(f"param.{STRENGTH}", next(iter(saved["strengths"]))))
+    given = row.get(f"param.{STRENGTH}")
+    strength = float(next(iter(saved["strengths"])) if given is None else given)
     table = pq.read_table(directory / "observations.parquet", filters=[("strength", "=", strength)]).to_pylist()
     chosen = [Observation(**item) for item in table if item["metric"].partition("/")[2] == name]
     return _Measured(chosen, saved["transforms"].get(chosen[0].metric, "identity")) if chosen else None
@@ -172,6 +173,7 @@ def best_line(best: Scored, metric: str) -> dict[str, Any]:
         "low": best.low,
         "high": best.high,
         "stderr": best.stderr,
+        "n": first.get(f"n.{metric}") if len(best.rows) == 1 else len(best.rows),
         "seeds": [row["seed"] for row in best.rows],
         "runs": [row["run"] for row in best.rows],
     }

@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import optuna
 from ray.tune.schedulers import TrialScheduler
@@ -86,7 +86,7 @@ class Suggester:
         self._seed = space.search_alg._seed or 0
         self._own_sampler = space.search_alg._sampler
         self._distributions: dict[str, Any] = OptunaSearch.convert_search_space(searched)
-        self._direction = "minimize" if mode == "min" else "maximize"
+        self._direction: Literal["minimize", "maximize"] = "minimize" if mode == "min" else "maximize"
 
     @property
     def waiting(self) -> bool:

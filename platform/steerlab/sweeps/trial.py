@@ -90,7 +90,7 @@ def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: s
 
 def _is_within(bound: Limit, measured: dict[str, Any], plain: dict[str, Any] | None) -> bool:
     """Say whether a trial keeps the bound of the job's `choose`; strength 0 is the start that it is measured from."""
-    value, start = measured[bound.metric]["value"], (plain or {}).get(bound.metric, {}).get("value")
+    value, start = (side.get(bound.metric, {}).get("value") for side in (measured, plain or {}))
     return value is not None and start is not None and value <= bound.highest(start)
 
 

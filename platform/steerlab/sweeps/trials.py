@@ -199,6 +199,11 @@ def _steps(space: Space) -> tuple[int, ...]:
 
 def _check_metric(found: Plan) -> None:
     job = found.job_of({}, None, ())
+    choose = found.job.choose
+    if found.development and choose is not None and choose.within is not None:
+        reason = unmeasured(choose.within.metric, job.evaluate)
+        if reason is not None:
+            raise JobError(f"{found.path}: choose.within: {choose.within.metric} is not measured: {reason}")
     if found.metric in _TRAINING_METRICS:
         if job.train is None or (found.metric == "eval/loss" and job.data.validation is None):
             raise JobError(

@@ -120,7 +120,8 @@ def _loop(raw: dict[str, Any], scale: ScaleConfig, storage: str, tell: Callable[
     gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        store: Any = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
     kept = _Checkpoints(storage)
     is_remote = "://" in storage
