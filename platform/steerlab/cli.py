@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from steerlab import plan
     from steerlab.job import Job
     from steerlab.run import Run
+    from steerlab.sweeps.driver import Outcome
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,7 +49,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(how_to_go_on: str = "run the same command again to continue from the last checkpoint") -> Iterator[None]:
     """Turn errors for people into one message and an exit code, and warnings into a line each."""
     from steerlab.plan import StageError
 
@@ -67,7 +69,7 @@ def _explained() -> Iterator[None]:
         errors.print(f"[red]error[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to continue from the last checkpoint")
+        errors.print(f"interrupted; {how_to_go_on}")
         raise typer.Exit(1) from None
 
 
@@ -130,6 +132,95 @@ def run(
         print(json.dumps([{"folder": f"{store.root}/{r.folder}", "summary": r.summary} for r in done], indent=1))
     else:
         _print_results(list(zip(wanted, done, strict=True)), store.root)
+
+
+@app.command()
+def sweep(
+    job: JobArgument,
+    space: Annotated[Path, typer.Argument(help="Search space (Python): SPACE, METRIC, MODE.")],
+    samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or times each grid is gone through.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show trials, stages, time and bytes; start nothing.")] = False,
+    backend: Annotated[str, typer.Option(help="Who chooses the points: ray, or wandb (with --wandb-sweep).")] = "ray",
+    wandb_sweep: Annotated[
+        str | None, typer.Option(metavar="ENTITY/PROJECT/ID", help="The W&B sweep that chooses; see wandb-sweep.")
+    ] = None,
+    set_: SetOption = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a job's trials over a search space; stages that they share run once."""
+    from steerlab.sweeps import driver, estimate, trials
+    from steerlab.sweeps import space as spaces
+
+    chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with _explained("run the same command with --resume to go on"), chatter:
+        store = _store(root)
+        if backend not in ("ray", "wandb") or (backend == "wandb") != (wandb_sweep is not None):
+            raise ValueError("--backend is ray, or wandb together with --wandb-sweep ENTITY/PROJECT/ID")
+        asked = driver.asked(trials.plan(job, set_ or (), spaces.load(space)), samples, seeds)
+        asked = replace(asked, units=[]) if wandb_sweep is not None else asked
+        if dry_run:
+            _print_estimate(estimate.of(asked, store), as_json)
+            return
+        with _ray():
+            driver.check_cluster(asked, store)
+            say = _quiet if as_json else _say
+            command = " ".join(sys.argv)
+            outcome = driver.sweep(asked, store, resume=resume, command=command, say=say, wandb_sweep=wandb_sweep)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+    if as_json:
+        print(json.dumps({"folder": f"{store.root}/{outcome.folder}", "summary": outcome.summary}, indent=1))
+    else:
+        _print_sweep(outcome, store.root)
+    if outcome.summary["best"] is None:
+        raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _quiet(line: str) -> None:
+    """Say nothing: standard output holds the results alone."""
+
+
+def _print_estimate(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=1), file=sys.__stdout__)
+        return
+    from steerlab.capacity import in_words
+
+    table = Table("stage", "distinct", "cached", "to run", "seconds", "disk")
+    for name, line in found["stages"].items():
+        seconds = "unknown" if line["seconds"] is None else f"{line['seconds']:.0f}"
+        counts = (str(line[part]) for part in ("distinct", "cached", "to_run"))
+        table.add_row(escape(name), *counts, seconds, in_words(line["bytes"]) if line["bytes"] else "small")
+    console.print(table)
+    console.print(escape(found["words"]), soft_wrap=True, highlight=False)
+
+
+def _print_sweep(outcome: Outcome, root: str) -> None:
+    summary = outcome.summary
+    best, counts = summary["best"], summary["counts"]
+    console.print(", ".join(f"{number} {name}" for name, number in counts.items()))
+    if best is None:
+        errors.print("[red]failed[/red] no trial finished; the reasons are in trials.parquet and history.jsonl", soft_wrap=True)
+    else:
+        params = ", ".join(f"{key} = {value}" for key, value in best["params"].items())
+        console.print(
+            f"best of {summary['metric']}: {_cell(best | {'n': len(best['seeds']), 'unparsable': 0})} with {escape(params)}"
+        )
+        others = summary["indistinguishable"]
+        console.print(f"not distinguishable from it: {'unknown' if others is None else ', '.join(others) or 'no other trial'}")
+        rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, so they flatter it"
+        table = Table("metric", f"on {rows}")
+        for name, metric in (summary["test"] or {}).items():
+            table.add_row(name, _cell({"unparsable": 0, **metric}))
+        console.print(table)
+    console.print(f"{root}/{outcome.folder}", soft_wrap=True, highlight=False)
 
 
 @app.command("plan")
@@ -274,18 +365,78 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN_OR_SWEEP...", help="Run and sweep folders.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     root: RootOption = None,
 ) -> None:
-    """Write runs side by side to one static page: results with intervals, effect against fluency, texts."""
+    """Write runs and sweeps to one static page: results with intervals, figures, texts, images, how they were made."""
     from steerlab import report as reports
 
     with _explained():
         found = [_split(folder) for folder in runs]
-        entries = [reports.read(_store(root or found_root), below) for found_root, below in found]
-        reports.write(entries, output)
-        console.print(f"{output}: {len(entries)} runs", highlight=False)
+        opened = [(_store(root or found_root), below) for found_root, below in found]
+        entries = [reports.read(store, below) for store, below in opened if not below.startswith("sweeps/")]
+        sweeps = [reports.read_sweep(store, below) for store, below in opened if below.startswith("sweeps/")]
+        reports.write(entries, output, sweeps)
+        console.print(f"{output}: {len(entries)} runs, {len(sweeps)} sweeps", highlight=False)
+
+
+@app.command("wandb-sweep")
+def wandb_sweep(
+    job: JobArgument,
+    space: Annotated[Path, typer.Argument(help="Search space (Python): SPACE, METRIC, MODE.")],
+    method: Annotated[
+        str | None, typer.Option(help="grid, random or bayes; default: grid where every entry is a list.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Print a search space as the YAML of a W&B sweep, to be pasted into its page."""
+    import yaml
+
+    from steerlab import wandb_space
+    from steerlab.sweeps import space as spaces
+    from steerlab.sweeps import trials
+
+    with _explained():
+        if method not in (None, "grid", "random", "bayes"):
+            raise ValueError(f"--method {method}: W&B has grid, random and bayes")
+        found = trials.plan(job, set_ or (), spaces.load(space))
+        config = wandb_space.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method)
+    typer.echo(f"# run by: steerlab sweep {job} {space} --backend wandb --wandb-sweep ENTITY/PROJECT/ID")
+    typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
+
+
+@app.command("wandb-send")
+def wandb_send(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders on this machine.")]) -> None:
+    """Send runs to W&B again that could not be sent, or were offline; what the server has is not doubled."""
+    from steerlab import tracking
+
+    with _explained():
+        for folder in runs:
+            if not (folder / "wandb" / tracking.spool.SETTINGS).is_file():
+                raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
+            status = tracking.send(folder / "wandb")
+            if status.get("state") != "online" or not status.get("done"):
+                raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")
+            console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
+
+
+dashboards = typer.Typer(no_args_is_help=True, help="W&B workspaces and a report, as code.")
+app.add_typer(dashboards, name="dashboards")
+
+
+@dashboards.command()
+def push(
+    project: Annotated[str, typer.Option(help="ENTITY/PROJECT in W&B.")],
+    folder: Annotated[Path, typer.Option(help="Folder with the definitions.")] = Path("dashboards"),
+    only: Annotated[list[str] | None, typer.Option(help="Names of some of them.")] = None,
+) -> None:
+    """Write the workspaces and the report of a folder to a W&B project."""
+    from steerlab import dashboards as boards
+
+    with _explained():
+        for name, url in boards.push(boards.load(folder, only or ()), project).items():
+            console.print(f"{name}: {url}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -293,6 +444,7 @@ def submit(
     job: JobArgument,
     address: Annotated[str, typer.Option(help="Dashboard address of the cluster, http://HOST:8265.")],
     root: Annotated[str, typer.Option(help="ROOT on the cluster: an absolute path or a URI.")],
+    space: Annotated[Path | None, typer.Option(help="Search space: submit the sweep over it.")] = None,
     set_: SetOption = None,
 ) -> None:
     """Run a job on a cluster through Ray's job API and follow its log."""
@@ -300,7 +452,12 @@ def submit(
 
     with _explained():
         _read(job, set_)
-        raise typer.Exit(send(job, address=address, root=root, overrides=set_ or ()))
+        if space is not None:
+            from steerlab.sweeps import space as spaces
+            from steerlab.sweeps import trials
+
+            trials.plan(job, set_ or (), spaces.load(space))
+        raise typer.Exit(send(job, address=address, root=root, space=space, overrides=set_ or ()))
 
 
 @app.command()
@@ -327,10 +484,13 @@ def doctor(root: RootOption = None) -> None:
 
 
 def _split(folder: str) -> tuple[str | None, str]:
-    """Return ROOT and the path below it of a run folder: ROOT/runs/NAME/ID, a path or a URI."""
+    """Return ROOT and the path below it of a run or sweep folder: ROOT/runs/NAME/ID, ROOT/sweeps/NAME/ID, a path or a URI."""
     whole = folder if "://" in folder else str(Path(folder).absolute())
-    head, middle, tail = whole.rstrip("/").rpartition("/runs/")
-    return (head, middle.lstrip("/") + tail) if middle else (None, folder)
+    for kind in ("/runs/", "/sweeps/"):
+        head, middle, tail = whole.rstrip("/").rpartition(kind)
+        if middle and tail.count("/") == 1:
+            return head, middle.lstrip("/") + tail
+    return None, folder
 
 
 def _artifact(folder: str, root: str | None) -> tuple[Path, int | None]:
@@ -369,7 +529,7 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
     def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
         nonlocal printed_s, printed
         done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
-        note = f"loss {metrics['train/loss']:.4f}, {metrics['steps_per_s']:.2f} steps/s" if "step" in metrics else ""
+        note = f"loss {metrics['train/loss']:.4f}, {metrics.get('steps_per_s', 0):.2f} steps/s" if "step" in metrics else ""
         if stage.key not in tasks:
             tasks[stage.key] = bar.add_task(f"{stage.name} ({stage.label})", total=total, note="")
         bar.update(tasks[stage.key], completed=done, total=total, note=note)

@@ -359,6 +359,9 @@ class ScaleConfig(Frozen):
     """Steps between checkpoints: the most that a kill can cost, twice over when the newest was not yet committed."""
     max_failures: int = Field(3, ge=0)
     """Worker failures survived before the stage fails."""
+    warm: bool | None = None
+    """Train one worker and evaluate in processes that stay for the next training, which saves their start; null does so for a
+    sweep's trials of one worker without a GPU."""
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -372,6 +375,8 @@ class ScaleConfig(Frozen):
             raise ValueError(f"workers is a number of at least 1 or a pair [min, max], not {self.workers}")
         if low != high and self.zero_stage:
             raise ValueError("elastic workers need zero_stage 0: ZeRO 1-3 shards cannot be loaded on another number of workers")
+        if self.warm and high > 1:
+            raise ValueError(f"warm is about trainings of one worker; workers is {self.workers}")
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload needs zero_stage 1, 2 or 3")
         return self
@@ -527,10 +532,15 @@ def read(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> Jo
     Raises:
         JobError: with one message that names the file, the key, the value and what is allowed.
     """
+    return validate(read_tree(path, overrides), kind, Path(path))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a job file as a tree of scalars, overrides applied, nothing validated. Raises JobError."""
     tree = _load_yaml(Path(path))
     for override in overrides:
         _override(tree, override)
-    return validate(tree, kind, Path(path))
+    return tree
 
 
 def validate(tree: Mapping[str, Any], kind: type[Job], path: Path) -> Job:
@@ -540,6 +550,11 @@ def validate(tree: Mapping[str, Any], kind: type[Job], path: Path) -> Job:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise JobError(explain(error, kind, str(path))) from None
+
+
+def inlined(tree: Mapping[str, Any], kind: type[Job], path: Path) -> dict[str, Any]:
+    """Return a job's tree with the jobs it builds on inside, so that it stands alone. Raises JobError."""
+    return _inline_jobs(dict(tree), kind, path)
 
 
 def dump(job: Job) -> str:
@@ -572,16 +587,10 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
-    """Set one value in place; list items are addressed by number (`evaluate.0.limit=20`)."""
+    """Set one value in place, as it is written on the command line."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise JobError(f"--set {text}: expected a.b=c")
-    node: Any = tree
-    *parents, last = key.split(".")
-    for part in parents:
-        node = node[_index(node, part, text)] if isinstance(node, list) else node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise JobError(f"--set {text}: {part} holds {node!r}, not a group of settings")
     parsed = yaml.safe_load(value)
     # YAML 1.1 reads 2e-5 (no dot) as text; people mean the number.
     if isinstance(parsed, str):
@@ -589,13 +598,28 @@ def _override(tree: dict[str, Any], text: str) -> None:
             parsed = float(parsed)
         except ValueError:
             pass
-    place: Any = _index(node, last, text) if isinstance(node, list) else last
-    node[place] = parsed
+    put(tree, key, parsed, f"--set {text}")
 
 
-def _index(node: list[Any], part: str, text: str) -> int:
+def put(tree: dict[str, Any], key: str, value: Any, asked: str) -> None:
+    """Set one value in place; list items are addressed by number (`evaluate.0.limit`).
+
+    Raises:
+        JobError: the path leads through a value or past the end of a list; the message begins with `asked`.
+    """
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node[_index(node, part, asked)] if isinstance(node, list) else node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise JobError(f"{asked}: {part} holds {node!r}, not a group of settings")
+    place: Any = _index(node, last, asked) if isinstance(node, list) else last
+    node[place] = value
+
+
+def _index(node: list[Any], part: str, asked: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise JobError(f"--set {text}: {part} is not an item of a list of {len(node)} (numbered from 0)")
+        raise JobError(f"{asked}: {part} is not an item of a list of {len(node)} (numbered from 0)")
     return int(part)
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -206,21 +206,33 @@ def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener)
     store.discard_work(stage.name, stage.key)
 
 
+class Held(RuntimeError):
+    """Somebody else holds a claim that nobody wants to wait for."""
+
+
+def claim(store: Store, stage: Stage) -> AbstractContextManager[None]:
+    """Hold the only right to run a stage; wait for whoever has it."""
+    return hold(store, f"{stage.name}-{stage.key}", wait=True)
+
+
 @contextmanager
-def claim(store: Store, stage: Stage) -> Iterator[None]:
-    """Hold the only right to run a stage; it ends with the process that holds it, however that dies.
+def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
+    """Hold a claim; it ends with the process that holds it, however that dies. Raises Held if it is taken and not waited for.
 
     On a local ROOT it is a file lock, which the kernel gives back; elsewhere the name of a Ray actor, which Ray gives back when
     the driver that made it is gone. Two Ray clusters on one bucket are not kept apart.
     """
     if store.is_local:
-        path = Path(store.root.removeprefix("file://")) / "claims" / f"{stage.name}-{stage.key}.lock"
+        path = Path(store.root.removeprefix("file://")) / "claims" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Held(name) from None
             yield
         return
-    actor = _claim_actor(f"claim-{stage.name}-{stage.key}")
+    actor = _claim_actor(f"claim-{name}", wait)
     try:
         yield
     finally:
@@ -229,7 +241,7 @@ def claim(store: Store, stage: Stage) -> Iterator[None]:
         ray.kill(actor)
 
 
-def _claim_actor(name: str) -> Any:
+def _claim_actor(name: str, wait: bool) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -245,4 +257,6 @@ def _claim_actor(name: str) -> Any:
             ray.get(actor.held.remote())
             return actor
         except ValueError:  # the name is taken: somebody else is running this stage
+            if not wait:
+                raise Held(name) from None
             time.sleep(_POLL_S)

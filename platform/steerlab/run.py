@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import socket
 import subprocess
@@ -12,14 +13,15 @@ import time
 import traceback
 import uuid
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import ray
 
-from steerlab import models, plan, rows, sources, taps
+from steerlab import meters, models, plan, rows, sources, taps
 from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
 from steerlab.job import DataSet, Job, base_job, dump
 from steerlab.methods import METHODS
@@ -32,11 +34,12 @@ from steerlab.stages import (
     leaves_patch,
     model_stage,
     plan_of,
+    trainings,
 )
 from steerlab.stages.choose import CHOICE
 from steerlab.store import Store
 from steerlab.tokens import Encoder
-from steerlab.tracking import Tracker
+from steerlab.tracking import FINISH_WAIT_S, Place, Tracker
 
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
 _ABANDONED_S = 24 * 3600
@@ -213,27 +216,40 @@ def _check_template(job: Job) -> None:
         encoder.encode(encoder.conversation("instruction", "data", "response"))
 
 
-def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") -> Run:
-    """Run a job's plan and leave a run folder, also when a stage fails.
+def execute(
+    job: Job,
+    store: Store,
+    listener: plan.Listener,
+    command: str = "",
+    run_id: str | None = None,
+    place: Place = Place(),  # noqa: B008
+) -> Run:
+    """Run a job's plan and leave a run folder, also when a stage fails; with the id of an earlier run, go on in its folder.
+
+    `place` is where W&B shows the run.
 
     Raises:
         plan.StageError: a stage failed; the message names it, the cause and the log.
     """
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    run_id = run_id or new_id()
     folder = f"runs/{job.name}/{run_id}"
     store.write_text(f"{folder}/job.yaml", dump(job))
     store.write_json(f"{folder}/environment.json", environment(command))
-    scratch = Path(store.root.removeprefix("file://")) / folder if store.is_local else Path.home() / ".cache/steerlab/wandb"
-    tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch)
+    local = Path(store.root.removeprefix("file://")) / folder
+    scratch = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
+    # A sweep's trial waits for nothing: its writer outlives it.
+    wait_s = FINISH_WAIT_S if place.group is None else 0
+    place = replace(place, tags=(*place.tags, job.method.name))
+    tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, place)
     store.sweep_temporary(_ABANDONED_S)
     records: list[plan.Record] = []
-    following = _following(store, folder, tracker, listener)
+    following = _following(job, store, folder, tracker, listener)
     try:
         plan.run(plan_of(job), store, job.scale, following, records)
     except BaseException as error:
         store.write_text(f"{folder}/error.txt", "".join(traceback.format_exception(error)))
         store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
-        tracker.finish({}, exit_code=1)
+        tracker.finish({}, 1, wait_s)
         if not isinstance(error, Exception):
             raise
         name = f"{records[-1].stage.name} ({records[-1].stage.label})" if records else "(none)"
@@ -242,24 +258,63 @@ def execute(job: Job, store: Store, listener: plan.Listener, command: str = "") 
         evaluate.close()
     summary = summarise(job, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
+    _check_numbers(summary, f"{store.root}/{folder}")
     store.write_json(f"{folder}/summary.json", summary)
     for found in evaluations(job):
-        store.write_json(f"{folder}/samples/{found.stage.label}.json", _samples(store, found))
-    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, exit_code=0)
+        samples = _samples(store, found)
+        store.write_json(f"{folder}/samples/{found.stage.label}.json", samples)
+        tracker.table(f"samples/{found.stage.label}", samples)
+    tracker.images_below(local / "samples" / "images")
+    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s)
     return Run(folder, summary, records)
 
 
-def _following(store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
-    """Pass events on, and keep every line of metrics."""
+def _check_numbers(summary: dict[str, Any], folder: str) -> None:
+    """Refuse a metric that is not a number: a table with one in it would be read as if it were. Raises plan.StageError."""
+    for strength, metrics in summary["strengths"].items():
+        for name, metric in metrics.items():
+            if metric["value"] is not None and not math.isfinite(metric["value"]):
+                raise plan.StageError(f"metric {name} at strength {strength} is {metric['value']}; run folder: {folder}")
+
+
+def new_id() -> str:
+    """Return the name of a folder that nobody else makes: the time, to be read, and a random end."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
+def _following(job: Job, store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
+    """Pass events on, and keep every line of metrics once: a run that goes on repeats steps of the one that was killed."""
+    kept: dict[str, int] = {}
+    for line in store.read_lines(f"{folder}/metrics.jsonl"):
+        kept[line["key"]] = max(kept.get(line["key"], 0), line["step"])
+    keys = list(trainings(job))
+    own = model_stage(job)
 
     def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
-        if "step" in metrics:
+        if "step" in metrics and metrics["step"] > kept.get(stage.key[:12], 0):
             line = {"stage": stage.name, "key": stage.key[:12], **metrics}
             store.append_line(f"{folder}/metrics.jsonl", line)
-            tracker.log({name: value for name, value in metrics.items() if name not in ("steps", "left_s")})
+        if "step" in metrics:
+            shown = {name: value for name, value in metrics.items() if name not in ("steps", "left_s")}
+            # The trainings below a job's own have axes of their own: base/train, base/base/train.
+            depth = 0 if stage.key not in keys else len(keys) - keys.index(stage.key) - (own is not None and own.key in keys)
+            tracker.log(shown, "base/" * depth + stage.name)
+        meters.reported(stage, metrics)
         listener.reported(stage, metrics)
 
-    return plan.Listener(listener.started, listener.ended, reported)
+    def ended(record: plan.Record) -> None:
+        stage = record.stage
+        inputs = [(needed.name, needed.key, _uri(store, needed)) for needed in stage.inputs]
+        tracker.stage(stage.name, stage.key, stage.label, record.status, record.seconds, _uri(store, stage), inputs)
+        meters.ended(record)
+        listener.ended(record)
+
+    return plan.Listener(listener.started, ended, reported)
+
+
+def _uri(store: Store, stage: plan.Stage) -> str:
+    path = f"{store.root}/artifacts/{stage.name}/{stage.key}"
+    return path if "://" in path else f"file://{path}"
 
 
 def summarise(job: Job, store: Store) -> dict[str, Any]:
@@ -379,7 +434,9 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
+@cache
 def _git(*arguments: str) -> str | None:
+    """Ask git once a process: what runs is what was imported, whatever is committed since."""
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=False

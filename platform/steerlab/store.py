@@ -166,6 +166,10 @@ class Store:
         """Write a text file, whole or not at all."""
         self._write(relpath, text.encode())
 
+    def write_bytes(self, relpath: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        self._write(relpath, content)
+
     def read_text(self, relpath: str) -> str:
         """Read a text file. Raises FileNotFoundError if it is absent."""
         return self._read(relpath).decode()
@@ -173,6 +177,10 @@ class Store:
     def read_json(self, relpath: str) -> Any:
         """Read a JSON file. Raises StoreError if it is not JSON, FileNotFoundError if it is absent."""
         return _parse(self._read(relpath), f"{self.root}/{relpath}")
+
+    def read_bytes(self, relpath: str) -> bytes:
+        """Read a file below ROOT whole."""
+        return self._read(relpath)
 
     def append_line(self, relpath: str, obj: Any) -> None:
         """Append `obj` as one line of JSON. An object store rewrites the file: keep one writer a file there."""

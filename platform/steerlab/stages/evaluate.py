@@ -62,17 +62,31 @@ def _fingerprints(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 
 
 def run(work: Work) -> None:
-    """Run the task in an actor that keeps its model for the tasks to come."""
+    """Run the task in an actor that keeps its model for the tasks to come, or in a warm process."""
+    config = {**work.params["task"], "strengths": _strengths(work)}
+    result = _in_warm_process(work, config) if work.scale.warm else _in_actor(work, config)
+    pq.write_table(pa.Table.from_pylist(result["observations"], schema=OBSERVATIONS), work.directory / "observations.parquet")
+    (work.directory / "samples.json").write_text(json.dumps(result["samples"], indent=1, ensure_ascii=False))
+    (work.directory / "metrics.json").write_text(json.dumps(result["metrics"], indent=1))
+
+
+def _in_actor(work: Work, config: dict[str, Any]) -> dict[str, Any]:
     evaluator = _evaluator(work)
-    future = evaluator.evaluate.remote({**work.params["task"], "strengths": _strengths(work)})
+    future = evaluator.evaluate.remote(config)
     while not ray.wait([future], timeout=_POLL_S)[0]:
         done, total = ray.get(evaluator.progress.remote())
         if total:
             work.report({"done": done, "total": total})
-    result: dict[str, Any] = ray.get(future)  # type: ignore[assignment]
-    pq.write_table(pa.Table.from_pylist(result["observations"], schema=OBSERVATIONS), work.directory / "observations.parquet")
-    (work.directory / "samples.json").write_text(json.dumps(result["samples"], indent=1, ensure_ascii=False))
-    (work.directory / "metrics.json").write_text(json.dumps(result["metrics"], indent=1))
+    return ray.get(future)  # type: ignore[return-value]
+
+
+def _in_warm_process(work: Work, config: dict[str, Any]) -> dict[str, Any]:
+    """Run the task where Ray keeps processes between tasks: nothing is imported again, and no actor started."""
+    options = {**subject.resources(work.scale), "max_retries": work.scale.max_failures}
+    future = _evaluate.options(**options).remote(subject.of(work), config)  # type: ignore[attr-defined]
+    while not ray.wait([future], timeout=_POLL_S)[0]:
+        pass
+    return ray.get(future)
 
 
 def _strengths(work: Work) -> list[float]:
@@ -114,7 +128,7 @@ def _evaluator(work: Work) -> Any:
     return _open.actor
 
 
-@ray.remote(max_concurrency=2)  # type: ignore[call-overload]
+@ray.remote(max_concurrency=2, scheduling_strategy=subject.ANYWHERE)  # type: ignore[call-overload]
 class Evaluator:
     """A loaded model that runs tasks, one after another."""
 
@@ -132,16 +146,35 @@ class Evaluator:
 
     def evaluate(self, config: dict[str, Any]) -> dict[str, Any]:
         """Run one task and summarise its observations, for each strength."""
-        from steerlab.evaluation.metrics import summarise_all
+        return _outcome(self._model, config)
 
-        task = TASKS[config["task"]]
-        result = task.run(self._model, task.Config.model_validate(config))
-        metrics = {
-            str(strength): {name: metric._asdict() for name, metric in found.items()}
-            for strength, found in summarise_all(result).items()
-        }
-        return {
-            "observations": [observation._asdict() for observation in result.observations],
-            "samples": result.samples,
-            "metrics": {"strengths": metrics, "transforms": result.transforms},
-        }
+
+_loaded: tuple[dict[str, Any], Any] | None = None
+"""What a warm process evaluated last, and its model: the tasks of one trial follow each other."""
+
+
+@ray.remote(scheduling_strategy=subject.ANYWHERE)
+def _evaluate(made_of: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Run one task on the model that this process used last, or load it."""
+    global _loaded
+    if _loaded is None or _loaded[0] != made_of:
+        _loaded = None  # two models at once may not fit
+        _loaded = (made_of, subject.load(made_of))
+    return _outcome(_loaded[1], config)
+
+
+def _outcome(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Run one task and summarise its observations, for each strength."""
+    from steerlab.evaluation.metrics import summarise_all
+
+    task = TASKS[config["task"]]
+    result = task.run(model, task.Config.model_validate(config))
+    metrics = {
+        str(strength): {name: metric._asdict() for name, metric in found.items()}
+        for strength, found in summarise_all(result).items()
+    }
+    return {
+        "observations": [observation._asdict() for observation in result.observations],
+        "samples": result.samples,
+        "metrics": {"strengths": metrics, "transforms": result.transforms},
+    }

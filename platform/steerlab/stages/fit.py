@@ -70,7 +70,7 @@ def write_base(work: Work, prompt: Mapping[str, Any]) -> None:
     (work.directory / PROMPT).write_text(json.dumps(prompt))
 
 
-@ray.remote
+@ray.remote(scheduling_strategy=subject.ANYWHERE)
 def _fit(made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
     """Fit the maps of a method; what comes back is a few vectors a place."""
     from steerlab.activations import Activations

@@ -260,7 +260,7 @@ def _make(preparation: OverParts, work: Work) -> None:
     Parts.write_index(work.directory, facts, {name: done[name]["path"] for name in preparation.parts})
 
 
-@ray.remote
+@ray.remote(scheduling_strategy=subject.ANYWHERE)
 def _make_part(
     make: Callable[[Source, str, Path], dict[str, Any]],
     params: dict[str, Any],

@@ -14,6 +14,8 @@ from steerlab.plan import ModelRef, Stage, Work
 if TYPE_CHECKING:
     from steerlab.generation import SteeredModel
 
+ANYWHERE = "DEFAULT"
+"""Scheduling of what a stage starts: said aloud, it is not in the placement group of a trial, which fits a driver alone."""
 LEAVES_MODEL = ("train", "fit")
 """Stages whose artifacts `generation.load` loads."""
 

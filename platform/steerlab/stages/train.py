@@ -53,7 +53,7 @@ def stage(
 
 def run(work: Work) -> None:
     """Train under Ray Train and DeepSpeed; checkpoints lie in the stage's work directory and survive any kill."""
-    from steerlab.training import launch
+    from steerlab.training import launch, warm
 
     storage = work.store.work(work.stage.name, work.stage.key)
     method = METHODS[work.params["method"]["name"]]
@@ -74,7 +74,10 @@ def run(work: Work) -> None:
         "data": work.params["data"],
         "train": work.params["train"],
     }
-    launch.fit(request, work.scale, storage=storage, name="checkpoints", report=work.report)
+    if work.scale.warm:
+        warm.fit(request, work.scale, storage=storage, report=work.report)
+    else:
+        launch.fit(request, work.scale, storage=storage, name="checkpoints", report=work.report)
     # A training of days may find its empty directory swept away.
     work.directory.mkdir(parents=True, exist_ok=True)
     work.store.move_from_work(work.stage.name, work.stage.key, "output", work.directory)

@@ -9,7 +9,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 import ray
@@ -21,6 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 from steerlab.plan import ModelRef
+
+if TYPE_CHECKING:
+    from steerlab.training.loop import Request
 
 _POLL_S = 0.5
 
@@ -166,6 +169,21 @@ class _Following:
                 self._report(line)
 
 
+def loop_request(raw: dict[str, Any]) -> Request:
+    """Return what the loop computes, with all inputs as directories of this node."""
+    from steerlab.training import loop
+
+    return loop.Request(
+        model_dir=ModelRef(**raw["model_ref"]).locate(),
+        model=ModelConfig.model_validate(raw["model"]),
+        method=raw["method"],
+        data=DataConfig.model_validate(raw["data"]),
+        train=TrainConfig.model_validate(raw["train"]),
+        activations={role: ModelRef(**ref).locate() for role, ref in raw["activations"].items()},
+        prepared={name: ModelRef(**ref).locate() for name, ref in raw["prepared"].items()},
+    )
+
+
 def _worker(config: dict[str, Any]) -> None:
     """Run the loop on one rank."""
     import torch
@@ -177,16 +195,7 @@ def _worker(config: dict[str, Any]) -> None:
         return
     context = ray.train.get_context()
     scale = ScaleConfig.model_validate(config["scale"])
-    raw = config["request"]
-    request = loop.Request(
-        model_dir=ModelRef(**raw["model_ref"]).locate(),
-        model=ModelConfig.model_validate(raw["model"]),
-        method=raw["method"],
-        data=DataConfig.model_validate(raw["data"]),
-        train=TrainConfig.model_validate(raw["train"]),
-        activations={role: ModelRef(**ref).locate() for role, ref in raw["activations"].items()},
-        prepared={name: ModelRef(**ref).locate() for name, ref in raw["prepared"].items()},
-    )
+    request = loop_request(config["request"])
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
     rank = context.get_world_rank()
     checkpoint = ray.train.get_checkpoint()

@@ -169,6 +169,9 @@ class _Training:
         self.step, self.history = state["step"], state["history"]
         if (checkpoint / _SNAPSHOTS).is_file():
             self.snapshots = load_file(checkpoint / _SNAPSHOTS)
+        # What the killed run told last may not have arrived.
+        for line in self.history:
+            self.link.tell({**line, "steps": self.request.train.steps})
 
     def run(self) -> None:
         train = self.request.train
@@ -300,4 +303,5 @@ def run(request: Request, scale: ScaleConfig, link: Link, output: Path) -> None:
         if best is not None:
             training.engine.load(best)
     training.export(output)
+    training.engine.close()
     training.engine.close()

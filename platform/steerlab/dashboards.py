@@ -1,0 +1,210 @@
+"""W&B workspaces and a report from small definitions: the files of `dashboards/`, one a method and an overview.
+
+A definition is a Python file with BOARD, a `Board`: which runs it shows, by the tag that every run of a method carries, and
+which parameters and metrics. `steerlab dashboards push` writes them with wandb-workspaces (the `dashboards` extra).
+
+How names are serialised, which wandb-workspaces leaves to its user (issue 46 there): a job lies in W&B as nested config, so
+the path `method.angle_rad` is the column `config:method.value.angle_rad`, `.value` behind the first part; that is what `Config`
+makes of the path. Items of lists have no columns. Filters put no `.value` anywhere, so runs are picked by tag, never by config.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+_MISSING = "this needs wandb-workspaces: pip install 'steerlab[dashboards]'"
+
+
+@dataclass(frozen=True)
+class Board:
+    """What one workspace shows."""
+
+    title: str
+    about: str
+    """One or two sentences for the report."""
+    metrics: tuple[str, ...]
+    """Summary metrics, the most important first: its importance is drawn, and the others are its cost."""
+    parameters: tuple[str, ...]
+    """Fields of the job by path, for parallel coordinates and for metric against parameter."""
+    methods: tuple[str, ...] = ()
+    """Methods whose runs it shows, by tag; none shows every run."""
+    curves: tuple[str, ...] = ("train/loss",)
+    """Training metrics over `train/step`."""
+    log: frozenset[str] = frozenset()
+    """Parameters and metrics on logarithmic axes."""
+    media: tuple[str, ...] = ()
+    """Keys of tables and images."""
+    in_report: bool = True
+
+    @property
+    def filters(self) -> str:
+        """The filter expression that picks its runs."""
+        return f"Tags in {list(self.methods)}" if self.methods else ""
+
+
+def column(parameter: str) -> str:
+    """Return W&B's name of a field of the job, as a column."""
+    first, dot, rest = parameter.partition(".")
+    return f"config:{first}.value{dot}{rest}"
+
+
+def panels(board: Board) -> dict[str, list[Any]]:
+    """Return the panels of a board by section."""
+    wr = _reports()
+    goal, *costs = board.metrics
+    return {
+        "Results": [
+            wr.ParallelCoordinatesPlot(columns=_columns(board), layout=wr.Layout(w=24, h=9)),
+            wr.ParameterImportancePlot(with_respect_to=goal, layout=wr.Layout(y=9, w=12, h=7)),
+            wr.RunComparer(diff_only="split", layout=wr.Layout(x=12, y=9, w=12, h=7)),
+        ],
+        "Metric against parameter": [
+            _scatter(board, wr.Config(parameter), goal, parameter in board.log, number)
+            for number, parameter in enumerate(board.parameters)
+        ],
+        "Pareto": [
+            _scatter(board, wr.SummaryMetric(cost), goal, cost in board.log, number, title=f"{goal} against {cost}")
+            for number, cost in enumerate(costs)
+        ],
+        "Training": [
+            wr.LinePlot(x=_axis_of(curve), y=[curve], layout=_place(number), smoothing_factor=0)
+            for number, curve in enumerate(board.curves)
+        ],
+        "Samples": [
+            wr.MediaBrowser(media_keys=[key], layout=wr.Layout(y=8 * number, w=24, h=8))
+            for number, key in enumerate(board.media)
+        ],
+    }
+
+
+def _columns(board: Board) -> list[Any]:
+    wr = _reports()
+    asked = [(wr.Config(path), path) for path in board.parameters] + [(wr.SummaryMetric(name), name) for name in board.metrics]
+    return [
+        wr.ParallelCoordinatesPlotColumn(metric=metric, display_name=name, log=name in board.log or None)
+        for metric, name in asked
+    ]
+
+
+def _scatter(board: Board, x: Any, metric: str, log_x: bool, number: int, title: str | None = None) -> Any:
+    wr = _reports()
+    log_y = metric in board.log or None
+    return wr.ScatterPlot(title=title, x=x, y=wr.SummaryMetric(metric), log_x=log_x or None, log_y=log_y, layout=_place(number))
+
+
+def _axis_of(curve: str) -> str:
+    """Return the step axis of a training metric: that of its group."""
+    return f"{curve.rpartition('/')[0]}/step"
+
+
+def _place(number: int) -> Any:
+    """Place a panel on a grid of three columns; W&B's grid is 24 units wide."""
+    return _reports().Layout(x=8 * (number % 3), y=6 * (number // 3), w=8, h=6)
+
+
+def workspace(board: Board, entity: str, project: str) -> ws.Workspace:
+    """Return a board as a saved view of a project."""
+    ws = _workspaces()
+    pinned = [column(path) for path in board.parameters] + [f"summary:{name}" for name in board.metrics]
+    sections = [ws.Section(name=name, panels=shown, is_open=True) for name, shown in panels(board).items() if shown]
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=board.title,
+        sections=sections,
+        runset_settings=ws.RunsetSettings(
+            filters=board.filters, order=[ws.Ordering(ws.Summary(board.metrics[0]), ascending=False)], pinned_columns=pinned
+        ),
+        auto_generate_panels=False,
+    )
+
+
+def report(boards: Sequence[Board], entity: str, project: str) -> wr.Report:
+    """Return one report about all boards: a chapter each, with its own set of runs."""
+    wr = _reports()
+    blocks: list[Any] = [wr.TableOfContents()]
+    for board in boards:
+        runs = wr.Runset(entity=entity, project=project, name=board.title, filters=board.filters)
+        shown = panels(board)
+        blocks += [wr.H1(board.title), wr.P(board.about)]
+        for name in ("Results", "Metric against parameter", "Pareto"):
+            if shown[name]:
+                blocks += [wr.H2(name), wr.PanelGrid(runsets=[runs], panels=shown[name])]
+    return wr.Report(entity=entity, project=project, title="steerlab", description="All methods, side by side", blocks=blocks,
+                     width="fluid")  # fmt: skip
+
+
+def load(folder: Path, only: Sequence[str] = ()) -> dict[str, Board]:
+    """Run the definitions of a folder; `overview` comes first.
+
+    Raises:
+        ValueError: there is no such folder or name, or a file defines no board.
+    """
+    files = {path.stem: path for path in sorted(folder.glob("*.py"), key=lambda path: (path.stem != "overview", path.stem))}
+    unknown = [name for name in only if name not in files]
+    if not files or unknown:
+        raise ValueError(
+            f"{folder} has no definition {unknown[0] if unknown else 'at all'}; there are {', '.join(files) or 'none'}"
+        )
+    found = {}
+    for name, path in files.items():
+        if only and name not in only:
+            continue
+        board = getattr(_module(path), "BOARD", None)
+        if not isinstance(board, Board):
+            raise ValueError(f"{path} defines no BOARD = Board(...)")
+        found[name] = board
+    return found
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"dashboards_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def push(boards: Mapping[str, Board], path: str) -> dict[str, str]:
+    """Write boards, and a report about those that want to be in it, to ENTITY/PROJECT; returns their addresses.
+
+    Raises:
+        ValueError: the path is no such path, wandb-workspaces is not installed, or W&B refuses.
+    """
+    import wandb
+
+    entity, slash, project = path.partition("/")
+    if not slash or not entity or not project:
+        raise ValueError(f"--project {path}: expected ENTITY/PROJECT")
+    _workspaces()
+    try:
+        urls = {name: workspace(board, entity, project).save().url for name, board in boards.items()}
+        chapters = [board for board in boards.values() if board.in_report]
+        return urls | ({"report": report(chapters, entity, project).save().url} if chapters else {})
+    except wandb.Error as error:
+        raise ValueError(f"W&B refused: {' '.join(str(error).split())[:300]}") from None
+
+
+def _reports() -> Any:
+    try:
+        import wandb_workspaces.reports.v2 as wr
+    except ImportError:
+        raise ValueError(_MISSING) from None
+    return wr
+
+
+def _workspaces() -> Any:
+    try:
+        import wandb_workspaces.workspaces as ws
+    except ImportError:
+        raise ValueError(_MISSING) from None
+    return ws

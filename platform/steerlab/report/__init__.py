@@ -1,0 +1,145 @@
+"""Runs and sweeps on one static page: results with intervals, figures, texts, images, and how they were made.
+
+The page is one file that needs no server and no network. It follows the reader's light or dark theme, fits a phone and works
+by keyboard. Whatever a model wrote is shown as text.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steerlab.report import figures, samples, sweep_figures, tables
+from steerlab.report.drawing import Figure, front
+from steerlab.report.reading import Entry, Sweep, fit_seconds, read, read_sweep
+from steerlab.report.samples import texts
+from steerlab.report.tables import cell, metrics, rows
+
+__all__ = ["Entry", "Sweep", "cell", "fit_seconds", "front", "metrics", "page", "read", "read_sweep", "rows", "texts", "write"]
+_TOLD = 2
+"""Best trials of a sweep whose texts and images are shown."""
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Sequence[Sweep] = ()) -> str:
+    """Return the page as HTML."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    template = resources.files("steerlab.report").joinpath("page.html").read_text(encoding="utf-8")
+    drawn: list[Figure] = []
+
+    def put(figure: Figure | None, name: str) -> dict[str, Any] | None:
+        """Give a figure its number on the page."""
+        if figure is None:
+            return None
+        drawn.append(figure)
+        return {"id": len(drawn) - 1, "name": name, "height": figure["layout"]["height"], "metrics": figure["metrics"]}
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    shown = [*entries, *(run for sweep in sweeps for run in sweep.runs)]
+    told = [*entries, *(run for sweep in sweeps for run in sweep.runs[:_TOLD])]
+    names = metrics(entries)
+    sections = {
+        "sweeps": [_sweep(sweep, put) for sweep in sweeps],
+        "runs": {"names": names, "rows": tables.overview(entries, names)} if entries else None,
+        "choices": put(figures.choices(shown), "Effect against fluency"),
+        "training": put(figures.training(shown), "Training"),
+        "timeline": put(figures.timeline(shown), "Stages"),
+        "layers": put(figures.by_layer(shown), "By layer"),
+        "texts": texts(told),
+        "galleries": samples.galleries(told),
+        "made": [_made(entry) for entry in shown],
+    }
+    return environment.from_string(template).render(
+        title=title,
+        counts=_counts(entries, sweeps),
+        figures_json=_script(drawn),
+        plotly=get_plotlyjs() if drawn else "",
+        **sections,
+    )
+
+
+def _counts(entries: Sequence[Entry], sweeps: Sequence[Sweep]) -> str:
+    parts = [(len(sweeps), "sweep"), (sum(len(sweep.trials) for sweep in sweeps), "trial"), (len(entries), "run")]
+    return ", ".join(f"{number} {word}{'' if number == 1 else 's'}" for number, word in parts if number)
+
+
+def _script(drawn: Sequence[Figure]) -> str:
+    """Return figures as JSON that can stand inside of a script element, whatever texts it holds."""
+    text = json.dumps(drawn, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _sweep(sweep: Sweep, put: Any) -> dict[str, Any]:
+    header, body = tables.trials(sweep)
+    best = sweep.summary.get("best") or {}
+    return {
+        "name": sweep.name,
+        "folder": f"{sweep.root}/{sweep.folder}",
+        "metric": sweep.metric,
+        "goal": "more" if sweep.maximises else "less",
+        "facts": tables.facts(sweep),
+        "header": header,
+        "body": body,
+        "against": [
+            put(figure, name) for name in sweep.parameters[:8] if (figure := sweep_figures.against(sweep, name)) is not None
+        ],
+        "parallel": put(sweep_figures.parallel(sweep), "Parallel coordinates"),
+        "pareto": put(sweep_figures.pareto(sweep), "Pareto front"),
+        "costs": put(sweep_figures.costs_of(sweep), "Seconds by stage"),
+        "even": len(sweep.summary.get("indistinguishable") or ()),
+        "splits": _splits(sweep),
+        "best": best,
+        "reproduce": f"steerlab run {shlex.quote(f'{sweep.root}/{sweep.folder}/best.yaml')} --root {shlex.quote(sweep.root)}",
+        "job": _readable(sweep.job),
+        "space": json.dumps(sweep.space, indent=1, ensure_ascii=False),
+    }
+
+
+def _splits(sweep: Sweep) -> list[tuple[str, str]]:
+    """Return the best trial's value on the rows that it was chosen by, and on those that are reported."""
+    found = []
+    for split, note in (("development", "chosen by"), ("test", "reported")):
+        value = sweep.summary.get(split)
+        if isinstance(value, dict) and "value" not in value:
+            value = value.get(sweep.metric or "")
+        if isinstance(value, int | float):
+            value = {"value": value}
+        if isinstance(value, dict) and value.get("value") is not None:
+            found.append((f"{split} rows, {note}", cell({"unparsable": 0, "low": None, "high": None, **value})))
+    return found
+
+
+def _made(entry: Entry) -> dict[str, Any]:
+    environment = {"git": None, "git_changes": "", "created": "", "versions": {}, "command": "", "cluster": {}, "nodes": None}
+    return {
+        "name": entry.name,
+        "folder": entry.folder,
+        "stages": entry.stages,
+        "environment": environment | entry.environment,
+        "job": _readable(entry.job),
+        "reproduce": _command(entry),
+    }
+
+
+def _command(entry: Entry) -> str:
+    """Return what reproduces a run: its resolved job, at its commit."""
+    command = f"steerlab run {shlex.quote(f'{entry.root}/{entry.folder}/job.yaml')} --root {shlex.quote(entry.root)}"
+    commit = entry.environment.get("git")
+    return f"git checkout {commit}\n{command}" if commit else command
+
+
+def _readable(job: dict[str, Any]) -> str:
+    return str(yaml.dump(job, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, width=100))
+
+
+def write(entries: Sequence[Entry], path: Path, sweeps: Sequence[Sweep] = ()) -> None:
+    """Write the page to a file."""
+    path.write_text(page(entries, path.stem, sweeps), encoding="utf-8")

@@ -1,0 +1,86 @@
+"""A Plotly figure in Plotly's own JSON, and what all figures of the page share.
+
+Colours are names, `@0` to `@9`, `@s0` to `@s4` (shades), `@ink`, `@soft`, `@line`, `@paper` and `@bad`, which the page turns
+into those of the light or the dark theme. A figure may hold traces for several metrics: those carry `meta: {"metric": name}`,
+and the page shows one metric at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+MAX_METRICS = 12
+"""Metrics among which a figure's menu chooses."""
+Figure = dict[str, Any]
+
+
+def front(points: Sequence[tuple[float, float]], maximise: bool = False) -> list[int]:
+    """Return the Pareto front of (cost, effect) points by number, by rising cost: no other point is as good in both.
+
+    Less cost is better; so is less effect, unless `maximise`.
+    """
+    sign = -1 if maximise else 1
+    found: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
+        if not found or sign * points[i][1] < sign * points[found[-1]][1]:
+            found.append(i)
+    return found
+
+
+def label(text: Any) -> str:
+    """Return a text as Plotly draws it, letter by letter: it would read tags."""
+    return escape(str(text), quote=False)
+
+
+class Drawing:
+    """A Plotly figure being made: traces and layout in Plotly's own words, which the tests have Plotly check."""
+
+    def __init__(self) -> None:
+        self.data: list[dict[str, Any]] = []
+        self.layout: dict[str, Any] = {"xaxis": {}, "yaxis": {}}
+
+    def add_scatter(self, **trace: Any) -> None:
+        """Add points or lines."""
+        self.data.append({"type": "scatter", **trace})
+
+    def add_bar(self, **trace: Any) -> None:
+        """Add bars."""
+        self.data.append({"type": "bar", **trace})
+
+    def axis(self, name: str, title: str | None = None, **settings: Any) -> None:
+        """Set up `xaxis` or `yaxis`."""
+        self.layout[name] |= settings | ({} if title is None else {"title": {"text": label(title)}})
+
+    def done(self, height: int, metrics: Sequence[str] = (), axis: str = "y") -> Figure:
+        """Return what the page needs; `axis` is the one that is named after the chosen metric."""
+        layout = {**self.layout, "height": height}
+        return {"data": self.data, "layout": layout, "metrics": list(metrics), "axis": axis}
+
+
+def bars(metrics: Sequence[Mapping[str, Any]], colour: str) -> dict[str, Any]:
+    """Return the error bars of metrics, to the ends of their intervals."""
+    ends = [_ends(metric) for metric in metrics]
+    above = [max(0.0, high - metric["value"]) for metric, (_, high) in zip(metrics, ends, strict=True)]
+    below = [max(0.0, metric["value"] - low) for metric, (low, _) in zip(metrics, ends, strict=True)]
+    return {"array": above, "arrayminus": below, "thickness": 1.2, "width": 3, "color": colour}
+
+
+def _ends(metric: Mapping[str, Any]) -> tuple[float, float]:
+    value = metric["value"]
+    if metric.get("low") is not None and metric.get("high") is not None:
+        return metric["low"], metric["high"]
+    half = 1.96 * (metric.get("stderr") or 0.0)
+    return value - half, value + half
+
+
+_COSTS = (
+    "kl", "perplexity", "toxic", "loss", "nll", "attack", "latency", "memory", "seconds", "_s", "error", "executed",
+)  # fmt: skip
+
+
+def is_cost(metric: str) -> bool:
+    """Say whether less of a metric is better, by its name; what names say nothing of counts as better when higher."""
+    name = metric.lower()
+    return any(word in name if len(word) > 2 else name.endswith(word) for word in _COSTS)

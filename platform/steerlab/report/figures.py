@@ -1,0 +1,157 @@
+"""The figures about runs: effect against fluency, training, stages, layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steerlab.report.drawing import MAX_METRICS, Drawing, Figure, bars, front, label
+from steerlab.report.reading import Entry
+
+_WIDE = 8.0
+"""Costs that differ by more than this factor are drawn on a logarithmic axis."""
+
+
+def choices(entries: Sequence[Entry]) -> Figure | None:
+    """Draw effect against fluency for the runs whose strength was chosen within a bound; None without any."""
+    chosen = [entry for entry in entries if entry.choice and entry.choice["rule"]["within"]]
+    if not chosen:
+        return None
+    rule: dict[str, Any] = chosen[0].choice["rule"] if chosen[0].choice else {}
+    effect, cost = rule["metric"], rule["within"]["metric"]
+    drawn = Drawing()
+    points: list[tuple[float, float]] = []
+    for number, entry in enumerate(chosen):
+        colour = f"@{number % 10}"
+        table = {float(s): values for s, values in (entry.choice or {})["table"].items()}
+        line = [(s, table[s].get(cost), table[s].get(effect)) for s in sorted(table)]
+        line = [point for point in line if None not in point]
+        points += [(x, y) for _, x, y in line]
+        drawn.add_scatter(
+            x=[x for _, x, _ in line], y=[y for _, _, y in line], text=[f"strength {s:g}" for s, _, _ in line],
+            mode="lines+markers", name=label(entry.name), legendgroup=entry.name, marker={"size": 7, "color": colour},
+            line={"color": colour, "width": 1.5},
+            hovertemplate=f"%{{text}}<br>%{{x:.1f}}, %{{y:.3f}}<extra>{label(entry.name)}</extra>",
+        )  # fmt: skip
+        _add_held_out(drawn, entry, cost, effect, colour)
+    best = front(points, rule["mode"] == "max")
+    drawn.add_scatter(
+        x=[points[i][0] for i in best], y=[points[i][1] for i in best], mode="lines", name="Pareto front (development)",
+        line={"color": "@ink", "width": 1, "dash": "dot", "shape": "hv"}, hoverinfo="skip",
+    )  # fmt: skip
+    drawn.add_scatter(
+        x=[None], y=[None], mode="markers", name="held-out rows, 95 % interval",
+        marker={"symbol": "star", "size": 12, "color": "@ink"},
+    )  # fmt: skip
+    drawn.axis("xaxis", cost)
+    drawn.axis("yaxis", effect)
+    costs = [x for x, _ in points]
+    if costs and 0 < _WIDE * min(costs) < max(costs):
+        drawn.axis("xaxis", type="log", dtick="D2")
+    return drawn.done(520)
+
+
+def _add_held_out(drawn: Drawing, entry: Entry, cost: str, effect: str, colour: str) -> None:
+    """Draw a run's metrics on the rows that it reports on."""
+    x, y = (entry.summary["metrics"].get(name) for name in (cost, effect))
+    if not x or not y or x["value"] is None or y["value"] is None:
+        return
+    drawn.add_scatter(
+        x=[x["value"]], y=[y["value"]], mode="markers", legendgroup=entry.name, showlegend=False, name=label(entry.name),
+        marker={"symbol": "star", "size": 12, "color": colour}, error_x=bars([x], colour), error_y=bars([y], colour),
+        hovertemplate=f"held-out rows, strength {entry.strength:g}<br>%{{x:.1f}}, %{{y:.3f}}<extra>{label(entry.name)}</extra>",
+    )  # fmt: skip
+
+
+def training(entries: Sequence[Entry]) -> Figure | None:
+    """Draw what training reported over its steps, a line a run."""
+    names = list(dict.fromkeys(name for entry in entries for name, points in entry.curves.items() if len(points) > 1))
+    names.sort(key=lambda name: ("loss" not in name, "eval" in name))
+    drawn = Drawing()
+    for name in names[:MAX_METRICS]:
+        for number, entry in enumerate(entries):
+            points = entry.curves.get(name, [])
+            drawn.add_scatter(
+                x=[step for step, _ in points], y=[value for _, value in points], mode="lines", name=label(entry.name),
+                line={"color": f"@{number % 10}", "width": 1.6}, meta={"metric": name},
+                hovertemplate=f"step %{{x}}: %{{y:.4g}}<extra>{label(entry.name)}</extra>",
+            )  # fmt: skip
+    if not names:
+        return None
+    drawn.axis("xaxis", "step")
+    return drawn.done(380, names[:MAX_METRICS])
+
+
+def timeline(entries: Sequence[Entry]) -> Figure | None:
+    """Draw each run's stages one after another: full where they ran, a tick where the store had them, red where they failed."""
+    drawn = Drawing()
+    names = list(dict.fromkeys(stage["name"] for entry in entries for stage in entry.stages))
+    if not names:
+        return None
+    rows = [f"{label(entry.name)}" for entry in entries]
+    doubled = {row for row in rows if rows.count(row) > 1}
+    rows = [f"{row} {entry.folder[-6:]}" if row in doubled else row for row, entry in zip(rows, entries, strict=True)]
+    for number, name in enumerate(names):
+        bars = _bars_of(entries, rows, name)
+        ran = [bar for bar in bars if bar["status"] != "cached"]
+        drawn.add_bar(
+            y=[bar["row"] for bar in ran], x=[bar["seconds"] for bar in ran], base=[bar["start"] for bar in ran],
+            orientation="h", name=label(name), legendgroup=name,
+            marker={"color": [f"@{number % 10}" if bar["status"] == "ran" else "@bad" for bar in ran], "line": {"width": 0}},
+            text=[label(f"{bar['label']}: {bar['status']}") for bar in ran], textposition="none",
+            hovertemplate="%{text}<br>%{x:.1f} s<extra>" + label(name) + "</extra>",
+        )  # fmt: skip
+        cached = [bar for bar in bars if bar["status"] == "cached"]
+        drawn.add_scatter(
+            y=[bar["row"] for bar in cached], x=[bar["start"] for bar in cached], mode="markers", name=f"{label(name)}, cached",
+            legendgroup=name, showlegend=not ran and bool(cached),
+            marker={"symbol": "line-ns-open", "size": 14, "color": f"@{number % 10}", "line": {"width": 2}},
+            text=[label(f"{bar['label']}: cached") for bar in cached],
+            hovertemplate="%{text}<extra>" + label(name) + "</extra>",
+        )  # fmt: skip
+    drawn.layout |= {"barmode": "overlay", "bargap": 0.45}
+    drawn.axis("xaxis", "seconds since the start of the run")
+    drawn.axis("yaxis", autorange="reversed", type="category", categoryorder="array", categoryarray=rows)
+    return drawn.done(150 + 34 * len(rows))
+
+
+def _bars_of(entries: Sequence[Entry], rows: Sequence[str], name: str) -> list[dict[str, Any]]:
+    found = []
+    for entry, row in zip(entries, rows, strict=True):
+        start = 0.0
+        for stage in entry.stages:
+            if stage["name"] == name:
+                found.append({**stage, "row": row, "start": start})
+            start += stage["seconds"]
+    return found
+
+
+def by_layer(entries: Sequence[Entry]) -> Figure | None:
+    """Draw metrics that are measured at every layer (`probing/layer_NN`) over the layers, and once without any patch."""
+    drawn = Drawing()
+    stems: dict[str, None] = {}
+    plain = next((entry.summary["strengths"]["0.0"] for entry in entries if "0.0" in entry.summary["strengths"]), {})
+    lines = [(label(entry.name), entry.summary["metrics"], f"@{number % 10}", "solid") for number, entry in enumerate(entries)]
+    for name, metrics, colour, dash in [*lines, ("strength 0 (no patch)", plain, "@soft", "dot")]:
+        for stem, points in _layers(metrics).items():
+            stems[stem] = None
+            drawn.add_scatter(
+                x=[layer for layer, _ in points], y=[metric["value"] for _, metric in points], mode="lines+markers", name=name,
+                meta={"metric": stem}, marker={"size": 6, "color": colour}, line={"color": colour, "width": 1.6, "dash": dash},
+                error_y=bars([metric for _, metric in points], colour),
+                hovertemplate=f"layer %{{x}}: %{{y:.3f}}<extra>{name}</extra>",
+            )  # fmt: skip
+    if not stems:
+        return None
+    drawn.axis("xaxis", "layer (0 is the embedding)")
+    return drawn.done(380, list(stems))
+
+
+def _layers(metrics: Mapping[str, Any]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """Group metrics by what stands before `layer_NN`."""
+    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for name, metric in metrics.items():
+        stem, layer, number = name.rpartition("layer_")
+        if layer and number.isdigit() and metric["value"] is not None:
+            found.setdefault(f"{stem}layer", []).append((int(number), metric))
+    return {stem: sorted(points, key=lambda point: point[0]) for stem, points in found.items()}

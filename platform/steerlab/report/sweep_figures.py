@@ -1,0 +1,216 @@
+"""The figures about a sweep: metrics against parameters, parallel coordinates, the Pareto front, what trials cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from steerlab.report.drawing import MAX_METRICS, Drawing, Figure, bars, front, is_cost, label
+from steerlab.report.reading import Sweep
+
+_WIDE_PARAMETER = 30.0
+"""Parameters whose values differ by more than this factor are drawn on a logarithmic axis."""
+_NUM_SHADES = 5
+_LONG = 22
+"""Longer names lose their beginning."""
+_MANY_TRIALS = 30
+"""More trials than this have no names at their bars."""
+
+
+def measured(trial: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """Return one metric of a row of trials.parquet; None where it was not measured."""
+    value = trial.get(f"metric.{name}")
+    if value is None or not math.isfinite(value):
+        return None
+    return {"value": value, **{part: trial.get(f"{part}.{name}") for part in ("stderr", "low", "high", "n")}, "unparsable": 0}
+
+
+def standing(sweep: Sweep) -> Callable[[Mapping[str, Any]], int]:
+    """Return a function that says of a row: 2 the best trial, 1 not distinguishable from it, 0 any other."""
+    even = set(sweep.summary.get("indistinguishable") or ())
+    return lambda trial: 2 if trial["trial_id"] == sweep.best else 1 if trial["trial_id"] in even else 0
+
+
+_GROUPS = (
+    ("other trials", "@soft", "circle", 7),
+    ("not distinguishable from the best", "@0", "circle", 8),
+    ("best", "@1", "star", 14),
+)
+"""Name, colour, symbol and size of the points of trials, by `standing`."""
+
+
+def against(sweep: Sweep, parameter: str) -> Figure | None:
+    """Draw every metric against one parameter, with intervals; a thin line joins the means of equal values."""
+    values = [trial.get(f"param.{parameter}") for trial in sweep.trials]
+    if len({str(value) for value in values if value is not None}) < 2:
+        return None
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values if value is not None)
+    stands = standing(sweep)
+    drawn = Drawing()
+    for metric in sweep.metrics[:MAX_METRICS]:
+        points = [(t.get(f"param.{parameter}"), m, t) for t in sweep.trials if (m := measured(t, metric)) is not None]
+        points = [(x if numeric else label(x), m, t) for x, m, t in points if x is not None]
+        _add_means(drawn, points, metric, numeric)
+        for group, (name, colour, symbol, size) in enumerate(_GROUPS):
+            own = [point for point in points if stands(point[2]) == group]
+            drawn.add_scatter(
+                x=[x for x, _, _ in own], y=[m["value"] for _, m, _ in own], mode="markers", name=name, meta={"metric": metric},
+                marker={"color": colour, "symbol": symbol, "size": size}, error_y=bars([m for _, m, _ in own], colour),
+                text=[label(f"{t['trial_id']}, seed {t.get('seed')}") for _, _, t in own],
+                hovertemplate="%{x}: %{y:.4g}<extra>%{text}</extra>", showlegend=bool(own),
+            )  # fmt: skip
+    drawn.axis("xaxis", parameter)
+    numbers = [value for value in values if value is not None]
+    if numeric and min(numbers) > 0 and max(numbers) / min(numbers) > _WIDE_PARAMETER:
+        drawn.axis("xaxis", type="log")
+    if not numeric:
+        drawn.axis("xaxis", type="category")
+    return drawn.done(380, sweep.metrics[:MAX_METRICS])
+
+
+def _add_means(drawn: Drawing, points: Sequence[tuple[Any, dict[str, Any], Any]], metric: str, numeric: bool) -> None:
+    grouped: dict[Any, list[float]] = {}
+    for x, found, _ in points:
+        grouped.setdefault(x, []).append(found["value"])
+    if not numeric or len(grouped) > max(2, len(points) // 2 + 1) > 40:
+        return
+    order = sorted(grouped)
+    drawn.add_scatter(
+        x=order, y=[sum(grouped[x]) / len(grouped[x]) for x in order], mode="lines", name="mean", meta={"metric": metric},
+        line={"color": "@line", "width": 2}, hoverinfo="skip", showlegend=False,
+    )  # fmt: skip
+
+
+def parallel(sweep: Sweep) -> Figure | None:
+    """Draw the trials as lines across their parameters and metrics, in shades of the sweep's metric; the best stands out."""
+    varied = [name for name in sweep.parameters if len({str(t.get(f"param.{name}")) for t in sweep.trials}) > 1]
+    rows = sweep.finished[::-1]
+    if sweep.metric is None or not varied or len(rows) < 2:
+        return None
+    shown = [name for name in sweep.metrics[:3] if all(measured(row, name) for row in rows)]
+    axes = [_scaled(name, [row.get(f"param.{name}") for row in rows]) for name in varied]
+    axes += [_scaled(name, [row[f"metric.{name}"] for row in rows], most_ticks=2) for name in shown]
+    drawn = Drawing()
+    stands = standing(sweep)
+    for shade, group in enumerate(_shades(len(rows))):
+        ends = [rows[group[i]][f"metric.{sweep.metric}"] for i in (0, -1)]
+        name = f"{min(ends):.3g} to {max(ends):.3g}" if len(group) > 1 else f"{ends[0]:.3g}"
+        _add_lines(drawn, axes, [i for i in group if stands(rows[i]) < 2], rows, name, f"@s{shade}", 1.3)
+    _add_lines(drawn, axes, [i for i in range(len(rows)) if stands(rows[i]) == 2], rows, "best", "@1", 3)
+    notes = [note for number, axis in enumerate(axes) for note in _ticks(number, axis)]
+    spine = {"type": "line", "y0": 0, "y1": 1, "layer": "below", "line": {"color": "@line", "width": 1.5}}
+    drawn.layout |= {"annotations": notes, "shapes": [{**spine, "x0": number, "x1": number} for number in range(len(axes))]}
+    drawn.axis("xaxis", visible=False, range=[-0.35, len(axes) - 0.65], fixedrange=True)
+    drawn.axis("yaxis", visible=False, range=[-0.06, 1.16], fixedrange=True)
+    return drawn.done(420)
+
+
+class _Axis(NamedTuple):
+    name: str
+    heights: list[float]
+    """Of the trials, 0 to 1."""
+    ticks: list[tuple[float, str]]
+
+
+def _scaled(name: str, values: Sequence[Any], most_ticks: int = 8) -> _Axis:
+    """Place values on one axis: numbers on a linear or a logarithmic scale, anything else evenly by its names."""
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        texts = ["none" if value is None else str(value) for value in values]
+        kinds = sorted(set(texts))
+        places = {kind: number / max(1, len(kinds) - 1) for number, kind in enumerate(kinds)}
+        return _Axis(name, [places[text] for text in texts], [(place, kind) for kind, place in places.items()])
+    few = sorted(set(values))
+    wide = few[0] > 0 and few[-1] / few[0] > _WIDE_PARAMETER
+    scale: Callable[[float], float] = math.log if wide else float
+    low, high = scale(few[0]), scale(few[-1])
+    heights = {value: (scale(value) - low) / (high - low) if high > low else 0.5 for value in few}
+    written = few if len(few) <= most_ticks else [few[0], few[-1]]
+    return _Axis(name, [heights[value] for value in values], [(heights[value], f"{value:.4g}") for value in written])
+
+
+def _shades(num_rows: int) -> list[range]:
+    """Cut rows in order into at most as many groups of equal size as there are shades."""
+    num = min(_NUM_SHADES, num_rows)
+    return [range(i * num_rows // num, (i + 1) * num_rows // num) for i in range(num)]
+
+
+def _add_lines(
+    drawn: Drawing, axes: Sequence[_Axis], numbers: Sequence[int], rows: Sequence[Any], name: str, colour: str, width: float
+) -> None:
+    """Add trials as one trace, whose lines are apart where it has no value."""
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    texts: list[str] = []
+    for i in numbers:
+        xs += [*range(len(axes)), None]
+        ys += [*(axis.heights[i] for axis in axes), None]
+        texts += [label(rows[i]["trial_id"])] * (len(axes) + 1)
+    drawn.add_scatter(
+        x=xs, y=ys, text=texts, mode="lines+markers", name=name, line={"color": colour, "width": width},
+        marker={"color": colour, "size": 4 + width}, showlegend=bool(numbers), hovertemplate="%{text}<extra></extra>",
+    )  # fmt: skip
+
+
+def _ticks(number: int, axis: _Axis) -> list[dict[str, Any]]:
+    """Return the name of an axis, above it, and its values, beside it."""
+    plain = {"showarrow": False, "x": number}
+    name = axis.name if len(axis.name) < _LONG else "…" + axis.name[1 - _LONG :]
+    above = {**plain, "y": 1.12, "text": label(name), "font": {"size": 12}}
+    beside = {**plain, "xanchor": "right", "xshift": -7, "font": {"size": 11, "color": "@soft"}, "bgcolor": "@paper"}
+    return [above, *({**beside, "y": height, "text": label(text)} for height, text in axis.ticks)]
+
+
+def pareto(sweep: Sweep) -> Figure | None:
+    """Draw the sweep's metric against the others, with the front and the chosen trial."""
+    if sweep.metric is None or len(sweep.metrics) < 2:
+        return None
+    rule = (sweep.job.get("choose") or {}).get("within") or {}
+    costs = sorted((name for name in sweep.metrics if name != sweep.metric), key=lambda name: name != rule.get("metric"))
+    stands = standing(sweep)
+    drawn = Drawing()
+    usable = []
+    for cost in costs[:MAX_METRICS]:
+        rows = [(c, e, t) for t in sweep.trials if (c := measured(t, cost)) and (e := measured(t, sweep.metric))]
+        if len(rows) < 2:
+            continue
+        usable.append(cost)
+        sign = 1 if is_cost(cost) else -1
+        best = front([(sign * c["value"], e["value"]) for c, e, _ in rows], sweep.maximises)
+        drawn.add_scatter(
+            x=[rows[i][0]["value"] for i in best], y=[rows[i][1]["value"] for i in best], mode="lines", meta={"metric": cost},
+            name="Pareto front", line={"color": "@ink", "width": 1, "dash": "dot", "shape": "hv"}, hoverinfo="skip",
+        )  # fmt: skip
+        for group, (name, colour, symbol, size) in enumerate(_GROUPS):
+            own = [row for row in rows if stands(row[2]) == group]
+            drawn.add_scatter(
+                x=[c["value"] for c, _, _ in own], y=[e["value"] for _, e, _ in own], mode="markers", meta={"metric": cost},
+                name="chosen" if group == 2 else name, marker={"color": colour, "symbol": symbol, "size": size},
+                error_x=bars([c for c, _, _ in own], colour), error_y=bars([e for _, e, _ in own], colour),
+                text=[label(f"{t['trial_id']}, seed {t.get('seed')}") for _, _, t in own],
+                hovertemplate="%{x:.4g}, %{y:.4g}<extra>%{text}</extra>", showlegend=bool(own),
+            )  # fmt: skip
+    drawn.axis("yaxis", sweep.metric)
+    return drawn.done(440, usable, axis="x") if usable else None
+
+
+def costs_of(sweep: Sweep) -> Figure | None:
+    """Draw what each trial cost, by stage; what the store had already is left out."""
+    stages = [name.removeprefix("seconds.") for name in sweep.trials[0] if name.startswith("seconds.")] if sweep.trials else []
+    if not stages:
+        return None
+    drawn = Drawing()
+    names = [
+        label(f"{trial['trial_id']}" + (f" · {trial['seed']}" if trial.get("seed") is not None else ""))
+        for trial in sweep.trials
+    ]
+    for number, stage in enumerate(stages):
+        spent = [0.0 if trial.get(f"cached.{stage}") else trial.get(f"seconds.{stage}") or 0.0 for trial in sweep.trials]
+        drawn.add_bar(
+            x=names, y=spent, name=label(stage), marker={"color": f"@{number % 10}", "line": {"width": 0}},
+            hovertemplate="%{x}: %{y:.1f} s<extra>" + label(stage) + "</extra>",
+        )  # fmt: skip
+    drawn.layout |= {"barmode": "stack", "bargap": 0.15}
+    drawn.axis("yaxis", "seconds that ran")
+    drawn.axis("xaxis", type="category", showticklabels=len(names) <= _MANY_TRIALS)
+    return drawn.done(320)

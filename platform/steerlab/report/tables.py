@@ -1,0 +1,145 @@
+"""The tables of the page: runs and trials with intervals, and the best value of each column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steerlab.report.drawing import is_cost
+from steerlab.report.reading import Entry, Sweep
+from steerlab.report.sweep_figures import measured, standing
+
+DASH = "\u2013"
+Cells = list[dict[str, Any]]
+
+
+def metrics(entries: Sequence[Entry]) -> list[str]:
+    """Return the names of all metrics: what strengths were chosen by, then what it was bounded by, then the others in order.
+
+    What is measured at every layer is a figure, not a column.
+    """
+    rules = [entry.choice["rule"] for entry in entries if entry.choice]
+    first = [rule["metric"] for rule in rules] + [rule["within"]["metric"] for rule in rules if rule["within"]]
+    found = [name for entry in entries for name in entry.summary["metrics"] if "layer_" not in name]
+    return list(dict.fromkeys([*(name for name in first if name in found), *found]))
+
+
+def cell(metric: Mapping[str, Any] | None) -> str:
+    """Write a metric with its interval, a dash where nothing was scored."""
+    if metric is None or metric["value"] is None:
+        return DASH
+    if metric.get("low") is None or metric.get("high") is None:
+        return f"{metric['value']:.3g}"
+    digits = 3 if abs(metric["value"]) < 10 else 1
+    interval = f"[{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
+    unparsable = f" ({metric['unparsable']} unparsable)" if metric["unparsable"] else ""
+    return f"{metric['value']:.{digits}f} {interval}{unparsable}"
+
+
+def rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[str]]:
+    """Return the table's body: a run a line, and before them the model at strength 0 where a run has it."""
+    found = []
+    baselines = [entry.summary["strengths"]["0.0"] for entry in entries if "0.0" in entry.summary["strengths"]]
+    if baselines:
+        found.append(["strength 0 (no patch)", "0", *(cell(baselines[0].get(name)) for name in names), DASH])
+    for entry in entries:
+        values = [cell(entry.summary["metrics"].get(name)) for name in names]
+        fit = DASH if entry.fit_s is None else f"{entry.fit_s:.2g}" if entry.fit_s < 10 else f"{entry.fit_s:.0f}"
+        found.append([entry.name, f"{entry.strength:g}" if entry.summary.get("model") else DASH, *values, fit])
+    return found
+
+
+def overview(entries: Sequence[Entry], names: Sequence[str]) -> list[Cells]:
+    """Return `rows` as cells that say which value of a column is the best among the runs, and which sort key a cell has."""
+    texts = rows(entries, names)
+    values: list[list[float | None]] = [[_value(entry.summary["metrics"].get(name)) for name in names] for entry in entries]
+    if len(texts) > len(entries):
+        baseline = next(entry.summary["strengths"]["0.0"] for entry in entries if "0.0" in entry.summary["strengths"])
+        values.insert(0, [_value(baseline.get(name)) for name in names])
+    first = len(texts) - len(entries)
+    best = [_best([row[i] for row in values[first:]], minimise=is_cost(name)) for i, name in enumerate(names)]
+    found = []
+    for number, line in enumerate(texts):
+        marks = [False, False, *(number >= first and len(entries) > 1 and value is not None and value == top
+                 for value, top in zip(values[number], best, strict=True)), False]  # fmt: skip
+        keys = [None, None, *values[number], None]
+        found.append([_split(text, mark, key) for text, mark, key in zip(line, marks, keys, strict=True)])
+    return found
+
+
+def _value(metric: Mapping[str, Any] | None) -> float | None:
+    return metric["value"] if metric is not None else None
+
+
+def _best(values: Sequence[float | None], *, minimise: bool) -> float | None:
+    """Return the best of a column, None where all are equal: then there is nothing to point at."""
+    known = [value for value in values if value is not None]
+    if len(set(known)) < 2:
+        return None
+    return min(known) if minimise else max(known)
+
+
+def _split(text: str, best: bool, key: float | None) -> dict[str, Any]:
+    """Return a cell whose interval can be set smaller than its value."""
+    value, bracket, interval = text.partition(" [")
+    return {"value": value, "interval": bracket.strip() + interval, "best": best, "key": key}
+
+
+def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
+    """Return the header and the lines of the table of trials: the best first, those without a value last."""
+    stands = standing(sweep)
+    shown = sweep.metrics[:6]
+    seeded = len({trial.get("seed") for trial in sweep.trials}) > 1
+    header = ["trial", *(["seed"] if seeded else []), *sweep.parameters, *shown, "ran, s", "state"]
+    ranked = sweep.finished
+    ranked += [trial for trial in sweep.trials if trial not in ranked]
+    body = []
+    for trial in ranked:
+        mark = ("", "\u2248", "\u2605")[stands(trial)]
+        line: Cells = [{**_plain(f"{mark} {trial['trial_id']}".strip()), "best": stands(trial) == 2}]
+        if seeded:
+            line.append(_plain(trial.get("seed")))
+        line += [_plain(trial.get(f"param.{name}")) for name in sweep.parameters]
+        found = [measured(trial, name) for name in shown]
+        line += [_split(cell(metric), stands(trial) == 2, metric["value"] if metric else None) for metric in found]
+        line.append(_plain(round(ran_s(trial), 1)))
+        state = trial.get("status") or "finished"
+        line.append({"value": state, "interval": trial.get("reason") or "", "best": False, "key": None, "state": state})
+        body.append(line)
+    return header, body
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return {"value": text, "interval": "", "best": False, "key": value if number else None}
+
+
+def ran_s(trial: Mapping[str, Any]) -> float:
+    """Return the seconds of a trial's stages that ran for it."""
+    stages = [name.removeprefix("seconds.") for name in trial if name.startswith("seconds.")]
+    spent = [trial[f"seconds.{stage}"] or 0.0 for stage in stages if not trial.get(f"cached.{stage}")]
+    return sum(value for value in spent if math.isfinite(value))
+
+
+def facts(sweep: Sweep) -> list[tuple[str, str]]:
+    """Return what a sweep is about in a few numbers, each with its name."""
+    states: dict[str, int] = {}
+    for trial in sweep.trials:
+        state = trial.get("status") or "finished"
+        states[state] = states.get(state, 0) + 1
+    stages = [name for name in (sweep.trials[0] if sweep.trials else {}) if name.startswith("cached.")]
+    flags = [trial[name] for trial in sweep.trials for name in stages if trial.get(name) is not None]
+    best = next((trial for trial in sweep.finished if trial["trial_id"] == sweep.best), None)
+    found = [("trials", str(len({trial["trial_id"] for trial in sweep.trials})))]
+    found += [(state, str(number)) for state, number in states.items() if state != "finished"]
+    if best is not None and sweep.metric is not None:
+        found.append((f"best {sweep.metric}", cell(measured(best, sweep.metric))))
+    if flags:
+        found.append(("stages taken from the store", f"{sum(flags)} of {len(flags)}"))
+    seconds = sweep.summary.get("seconds")
+    found.append(("seconds that stages ran", f"{sum(map(ran_s, sweep.trials)):.0f}"))
+    if isinstance(seconds, int | float):
+        found.append(("seconds from start to end", f"{seconds:.0f}"))
+    return found

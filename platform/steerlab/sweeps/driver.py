@@ -1,0 +1,422 @@
+"""Run a sweep from its job and space to its table: begin or go on, let Ray Tune run the units, say what came out.
+
+ROOT/sweeps/<job's name>/<sweep id>/   job.yaml, space.json, history.jsonl, trials.parquet, summary.json, best.yaml, tune/
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import yaml
+from ray import tune
+from ray.tune.search import ConcurrencyLimiter
+
+from steerlab import capacity, meters, plan, run, tracking
+from steerlab import job as jobs
+from steerlab.job import Job, JobError
+from steerlab.store import Store
+from steerlab.sweeps import page, results, search, trials
+from steerlab.sweeps.history import History
+from steerlab.sweeps.space import finite, is_grid
+from steerlab.sweeps.trial import DRIVER_CPUS, run_unit
+from steerlab.sweeps.trials import Plan, Unit
+from steerlab.training import launch
+
+SCHEMA = 1
+_SEED = 0
+_TABLE_EVERY_S = 5.0
+_DEFAULT_SAMPLES = 10
+_MAX_DEATHS = 3
+"""Deaths of a trial's process that it survives."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A sweep as it was asked for, checked, its known units made."""
+
+    plan: Plan
+    num_samples: int
+    seeds: tuple[int, ...]
+    units: list[Unit]
+    """All of them for grid and random search; none where a searcher suggests them."""
+
+    def described(self) -> dict[str, Any]:
+        """Return what makes this sweep another one than its neighbours."""
+        return {
+            "schema": SCHEMA,
+            "path": str(self.plan.space.path),
+            "metric": self.plan.metric,
+            "mode": self.plan.mode,
+            **self.plan.space.described(),
+            "development": list(self.plan.development),
+            "strengths": list(self.plan.strengths),
+            "samples": self.num_samples,
+            "seeds": list(self.seeds),
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep left."""
+
+    folder: str
+    """Path below ROOT."""
+    summary: dict[str, Any]
+    interrupted: bool
+
+
+def asked(found: Plan, num_samples: int | None, num_seeds: int) -> Asked:
+    """Make the units of a sweep and check them; nothing is started.
+
+    Raises:
+        ValueError: with one message for people.
+    """
+    seeds = trials.seeds_of(found, num_seeds)
+    entries = found.space.entries
+    drawn = any(not is_grid(entry) and finite(entry) != [entry] for entry in entries.values())
+    samples = num_samples or (_DEFAULT_SAMPLES if drawn else 1)
+    if samples > 1 and not drawn:
+        raise JobError(f"--samples {samples}: {found.space.path} is a grid, in which every point counts once")
+    units: list[Unit] = []
+    if found.space.search_alg is None:
+        points = search.drawn_points(found.space, found.strengths, samples, _SEED)
+        units = trials.grouped(found, points, seeds, apart=True, drawn=drawn)
+    trials.check(found, units)
+    if found.space.scheduler is not None:
+        _aim(found)
+    return Asked(found, samples, seeds, units)
+
+
+def _aim(found: Plan) -> None:
+    """Give a scheduler without a metric the loss that the training reports. Raises JobError where nothing is trained."""
+    if found.job.train is None:
+        raise JobError(f"{found.space.path}: SCHEDULER stops trainings early, and the job trains nothing")
+    scheduler: Any = found.space.scheduler
+    metric = "eval/loss" if found.job.data.validation is not None else "train/loss"
+    scheduler.set_search_properties(metric, "min")
+
+
+def concurrency(asked: Asked) -> int:
+    """Return how many trials the cluster can run at once.
+
+    Raises:
+        ValueError: a trial asks for more than the cluster can ever have, with the arithmetic.
+    """
+    found = asked.plan
+    made = [found.job_of(u.shared, u.seeds[0], u.strengths) for u in asked.units] or [found.job_of({}, None, found.strengths)]
+    scales = {job.scale.model_dump_json(): job.scale for job in made}.values()
+    available = launch.resources()
+    largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    fits = []
+    for scale in scales:
+        launch.check_resources(scale)
+        workers, cpus = scale.worker_range[0], scale.cpus_per_worker
+        if cpus > max(largest, available["CPU"] if len(ray.nodes()) == 1 else 0.0):
+            raise ValueError(f"scale.cpus_per_worker {cpus:g}, but the largest node has {largest:g} CPUs")
+        fits.append(available["CPU"] / (workers * cpus + DRIVER_CPUS))
+        if launch.uses_gpu(scale):
+            fits.append(available["GPU"] / workers)
+    # Drivers of 0.01 CPU stand beside what they start: a cluster of 2 CPUs still runs two trainings of one.
+    return max(1, int(min(fits) + 2 * DRIVER_CPUS))
+
+
+def sweep(
+    asked: Asked,
+    store: Store,
+    *,
+    resume: bool,
+    command: str,
+    say: Say = lambda line: None,
+    wandb_sweep: str | None = None,
+) -> Outcome:
+    """Run what is left of a sweep and write what it found; Ray must be connected.
+
+    `wandb_sweep` (ENTITY/PROJECT/ID) is a sweep of W&B that chooses the points, in place of the space's own search.
+
+    Raises:
+        ValueError: there is nothing to go on with, another process runs it, or a trial does not fit.
+    """
+    num_at_once = concurrency(asked)
+    folder = _latest(asked, store) if resume else f"sweeps/{asked.plan.job.name}/{run.new_id()}"
+    try:
+        with plan.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False):
+            history = _begin(asked, store, folder)
+            left = len(history.pending)
+            say(f"{folder}: {len(history.courses)} units, {left} left, {num_at_once} at once" if asked.units else f"{folder}")
+            interrupted = _run(asked, store, folder, history, num_at_once, command, say, wandb_sweep)
+            tracking.drain(tracking.FINISH_WAIT_S)
+            return Outcome(folder, _conclude(asked, store, folder, history, interrupted, command, say), interrupted)
+    except plan.Held:
+        raise ValueError(f"{store.root}/{folder} is run by another process; wait for it or stop it first") from None
+
+
+def _begin(asked: Asked, store: Store, folder: str) -> History:
+    """Write down what the sweep is, or read how far it came."""
+    history = History(store, folder)
+    if history.started:
+        history.add("resume")
+    else:
+        store.write_text(f"{folder}/job.yaml", jobs.dump(asked.plan.job))
+        store.write_json(f"{folder}/space.json", asked.described())
+        store.write_json(f"{folder}/environment.json", run.environment(""))
+        history.add("begin", sweep=folder.rpartition("/")[2], job=asked.plan.job.name)
+    for unit in asked.units:
+        if unit.number not in history.courses:
+            history.suggest(unit)
+    return history
+
+
+def _latest(asked: Asked, store: Store) -> str:
+    """Return the newest sweep of the same job over the same space. Raises ValueError if there is none."""
+    name = asked.plan.job.name
+    wanted = _identity(json.loads(json.dumps(asked.described())), asked.plan.job.model_dump(mode="json"))
+    for sweep_id in reversed(store.list(f"sweeps/{name}")):
+        folder = f"sweeps/{name}/{sweep_id}"
+        try:
+            space = store.read_json(f"{folder}/space.json")
+            tree = yaml.safe_load(store.read_text(f"{folder}/job.yaml"))
+            if _identity(space, tree) == wanted:
+                return folder
+        except FileNotFoundError:  # killed before it had begun
+            continue
+    raise ValueError(
+        f"--resume: {store.root}/sweeps/{name} has no sweep of this job over this space (same files, --set, --samples, --seeds)"
+    )
+
+
+def _identity(space: dict[str, Any], tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what must be equal for a sweep to be gone on with: not where the space lies, nor how the work is spread."""
+    return (
+        {name: value for name, value in space.items() if name != "path"},
+        {name: value for name, value in tree.items() if name not in ("scale", "track")},
+    )
+
+
+class _Clerk(tune.Callback):
+    """Write what Ray Tune sees into the history, and the table every few seconds."""
+
+    def __init__(
+        self, history: History, feed: search.Feed, metric: str, mode: str, write: Callable[[], None], say: Say
+    ) -> None:
+        self._history, self._feed, self._metric, self._mode = history, feed, metric, mode
+        self._write, self._say = write, say
+        self._written_s = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave everything out of what Ray Tune pickles: nobody reads that."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._history.add("start", unit=self._unit(trial).number)
+        meters.trials(self._history.folder, Counter(course.status for course in self._history.courses.values()))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        unit = self._unit(trial)
+        if self._history.courses[unit.number].settled:
+            return
+        if "outcome" in result:
+            self._settle(unit, json.loads(result["outcome"]))
+        # A training that went on after a death reports steps again.
+        elif "step" in result and result["step"] > self._last_step(unit):
+            (value,) = (result[name] for name in ("eval/loss", "train/loss") if name in result)
+            self._history.add("report", unit=unit.number, step=result["step"], value=value)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        unit = self._unit(trial)
+        if not self._history.courses[unit.number].settled:
+            reason = f"stopped by the scheduler after step {self._last_step(unit)}"
+            self._history.add("prune", unit=unit.number, reason=reason)
+            self._tell(unit)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        unit = self._unit(trial)
+        if not self._history.courses[unit.number].settled:
+            error = trial.get_error()
+            cause = "" if error is None else f", the last time of {run.root_cause(error)}"
+            self._history.add("fail", unit=unit.number, reason=f"its process failed {_MAX_DEATHS + 1} times{cause}")
+            self._tell(unit)
+
+    def _last_step(self, unit: Unit) -> int:
+        reports = self._history.courses[unit.number].reports
+        return reports[-1][0] if reports else 0
+
+    def _unit(self, trial: Any) -> Unit:
+        return self._feed.units[trial.trial_id]
+
+    def _settle(self, unit: Unit, outcome: dict[str, Any]) -> None:
+        rows = outcome.get("rows", [])
+        found = results.scored(rows, self._metric)
+        best = results.best_of(found, self._mode)
+        if best is not None:
+            self._history.add("finish", unit=unit.number, score=best.value, rows=rows)
+        else:
+            broken = next((row["reason"] for row in rows if row["reason"]), "no trial of it keeps the bound of `choose`")
+            kind = "finish" if found else "fail"
+            self._history.add(kind, unit=unit.number, rows=rows, reason=outcome.get("reason", broken))
+        self._tell(unit)
+
+    def _tell(self, unit: Unit) -> None:
+        course, all_courses = self._history.courses[unit.number], self._history.courses
+        meters.trials(self._history.folder, Counter(course.status for course in all_courses.values()))
+        params = ", ".join(f"{key}={value}" for key, value in unit.shared.items())
+        measured = "" if course.score is None else f", {self._metric} {course.score:.4g}"
+        self._say(
+            f"{len(self._history.settled)}/{len(all_courses)} {unit.name} {course.status}{measured} ({params}) {course.reason}"
+        )
+        if time.monotonic() - self._written_s > _TABLE_EVERY_S:
+            self._written_s = time.monotonic()
+            self._write()
+
+
+def _run(
+    asked: Asked,
+    store: Store,
+    folder: str,
+    history: History,
+    num_at_once: int,
+    command: str,
+    say: Say,
+    wandb_sweep: str | None,
+) -> bool:
+    """Let Ray Tune run what is not settled; say whether it was interrupted."""
+    suggester: search.Suggests | None = None
+    agent = None
+    if wandb_sweep is not None:
+        agent = suggester = page.Agent(wandb_sweep, asked.plan, asked.seeds, store, folder)
+    elif asked.plan.space.search_alg is not None:
+        space, mode = asked.plan.space, asked.plan.mode
+        suggester = search.Suggester(space, mode, asked.plan.strengths, asked.seeds, asked.num_samples)
+    elif not history.pending:
+        return False
+    scheduler = asked.plan.space.scheduler
+    if scheduler is not None:
+        search.replay(scheduler, history)
+    sweep_id = page.begin(asked.plan, store, folder) if wandb_sweep is None else wandb_sweep.rpartition("/")[2]
+
+    def request(unit: Unit) -> dict[str, Any]:
+        shown = {"page": sweep_id, "wandb_run": agent.runs.get(unit.name) if agent is not None else None}
+        return _request(asked, store, folder, unit, {"command": command, **shown})
+
+    feed = search.Feed(history, request, suggester)
+    write = lambda: results.write_table(store, f"{folder}/trials.parquet", results.all_rows(history))  # noqa: E731
+    write()
+    _quiet()
+    tuner = tune.Tuner(
+        tune.with_resources(run_unit, {"CPU": DRIVER_CPUS}),
+        tune_config=tune.TuneConfig(
+            search_alg=ConcurrencyLimiter(feed, max_concurrent=num_at_once),
+            scheduler=scheduler,
+            num_samples=-1,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: feed.units[trial.trial_id].name,
+            trial_dirname_creator=lambda trial: feed.units[trial.trial_id].name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=f"{store.root}/{folder}",
+            callbacks=[_Clerk(history, feed, asked.plan.metric, asked.plan.mode, write, say)],
+            failure_config=tune.FailureConfig(max_failures=_MAX_DEATHS),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    if not history.pending and (suggester is None or suggester.next(history) is None):
+        return False
+    history.add("stop")
+    return True
+
+
+def _quiet() -> None:
+    """Keep Ray Tune from writing what the history says, and from printing what nobody here reads."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str, Any]) -> dict[str, Any]:
+    """Write down what the process that runs a unit needs to know."""
+    made = [asked.plan.job_of(unit.shared, seed, unit.strengths) for seed in unit.seeds]
+    choose = asked.plan.job.choose
+    bound = choose.within if choose is not None and asked.plan.development else None
+    scheduler: Any = asked.plan.space.scheduler
+    request = {
+        "root": store.root,
+        "sweep": folder.rpartition("/")[2],
+        "unit": unit.as_dict(),
+        "jobs": [job.model_dump(mode="json") for job in made],
+        "metric": asked.plan.metric,
+        "within": None if bound is None else bound.model_dump(mode="json"),
+        "watched": getattr(scheduler, "_metric", None),
+        **told,
+    }
+    return {"request": json.dumps(request)}
+
+
+def _conclude(
+    asked: Asked, store: Store, folder: str, history: History, interrupted: bool, command: str, say: Say
+) -> dict[str, Any]:
+    """Write table and summary; of a sweep that is complete, also the best trial's own run on the rows that report."""
+    rows = results.all_rows(history)
+    results.write_table(store, f"{folder}/trials.parquet", rows)
+    metric = asked.plan.metric
+    found = results.scored(rows, metric)
+    best = results.best_of(found, asked.plan.mode)
+    statuses = [row["status"] for row in rows]
+    summary: dict[str, Any] = {
+        "schema": SCHEMA,
+        "metric": metric,
+        "mode": asked.plan.mode,
+        "complete": not interrupted,
+        "best": None,
+        "indistinguishable": None,
+        "development": None,
+        "test": None,
+        "counts": {"trials": len({row["trial_id"] for row in rows})} | {s: statuses.count(s) for s in sorted(set(statuses))},
+        "seconds": results.seconds_of(rows),
+    }
+    if best is not None:
+        summary["best"] = results.best_line(best, metric)
+        if asked.plan.development:
+            summary["development"] = results.metrics_of_rows(best.rows)
+        store.write_text(f"{folder}/best.yaml", jobs.dump(_best_job(asked.plan, best, None)))
+    if best is not None and not interrupted:
+        summary["indistinguishable"] = results.indistinguishable(found, best, metric, store)
+        say(f"best: trial {best.trial_id}, {metric} {best.value:.4g}; its own tasks follow")
+        done = [_report(_best_job(asked.plan, best, seed), store, folder, seed, command) for seed in asked.seeds]
+        summary["test"] = {
+            name: results.over_seeds([r.summary["metrics"][name] for r in done]) for name in done[0].summary["metrics"]
+        }
+        summary["test_runs"] = [result.folder for result in done]
+    store.write_json(f"{folder}/summary.json", summary)
+    if not interrupted:
+        history.add("end")
+    return summary
+
+
+def _best_job(found: Plan, best: results.Scored, seed: int | None) -> Job:
+    params = {name.removeprefix("param."): value for name, value in best.rows[0].items() if name.startswith("param.")}
+    return found.best_job(params, seed)
+
+
+def _report(job: Job, store: Store, folder: str, seed: int, command: str) -> run.Run:
+    """Run the best trial's own tasks: those of the job, on the rows that nothing was chosen by."""
+    if job.scale.worker_range == (1, 1) and job.scale.warm is None:
+        job = job.model_copy(update={"scale": job.scale.model_copy(update={"warm": not launch.uses_gpu(job.scale)})})
+    run_id = f"{folder.rpartition('/')[2]}-best-{seed}"
+    return run.execute(job, store, plan.Listener(), command, run_id=run_id)
+
+
+def check_cluster(asked: Asked, store: Store) -> None:
+    """Refuse what the cluster or the disk cannot hold. Raises ValueError."""
+    job = asked.plan.job_of(asked.units[0].shared if asked.units else {}, None, asked.plan.strengths)
+    capacity.check_cluster(job, store, run.facts_of(job))

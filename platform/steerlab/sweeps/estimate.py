@@ -1,0 +1,90 @@
+"""What a sweep would cost, before it starts: distinct stages, what of them is there, seconds and bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from steerlab import capacity, plan, run
+from steerlab.stages import plan_of
+from steerlab.store import Store
+from steerlab.sweeps import search, trials
+from steerlab.sweeps.driver import Asked
+
+_MOST_COMPARED = 200
+"""Artifacts of a kind that an estimate looks at."""
+
+
+def of(asked: Asked, store: Store) -> dict[str, Any]:
+    """Return trials, and of each kind of stage how many are distinct, cached and to run, with seconds and bytes.
+
+    Seconds are those of the artifact of the same kind whose parameters differ least; None where there is no such artifact.
+    """
+    units = asked.units or _stand_ins(asked)
+    found: dict[str, plan.Stage] = {}
+    needs: dict[str, plan.Estimate] = {}
+    for unit in units:
+        for seed in unit.seeds:
+            job = asked.plan.job_of(unit.shared, seed, unit.strengths)
+            new = [stage for stage in plan_of(job) if stage.key not in found]
+            found |= {stage.key: stage for stage in new}
+            if new:
+                needs |= capacity.estimates(job, run.facts_of(job))
+    records = plan.status(list(found.values()), store)
+    lines: dict[str, dict[str, Any]] = {}
+    for record in records:
+        line = lines.setdefault(record.stage.name, {"distinct": 0, "cached": 0, "to_run": 0, "seconds": 0.0, "bytes": 0})
+        line["distinct"] += 1
+        line["cached" if record.status == "cached" else "to_run"] += 1
+    for name, line in lines.items():
+        left = [record.stage for record in records if record.stage.name == name and record.status != "cached"]
+        line["bytes"] = sum(needs[stage.key].disk_bytes for stage in left if stage.key in needs)
+        line["seconds"] = _seconds(left, store)
+    num_trials = sum(len(unit.trials) * len(unit.seeds) for unit in units)
+    return {"trials": num_trials, "units": len(units), "stages": lines, "words": _words(asked, num_trials, lines)}
+
+
+def _words(asked: Asked, num_trials: int, lines: Mapping[str, Mapping[str, Any]]) -> str:
+    known = sum(line["seconds"] for line in lines.values() if line["seconds"] is not None)
+    unknown = sum(line["to_run"] for line in lines.values() if line["seconds"] is None)
+    drawn = "" if asked.units else ", at points drawn at random in place of those that the searcher will choose"
+    more = f", and {unknown} of which nothing like them has run here" if unknown else ""
+    return f"{num_trials} trials{drawn}; about {known:.0f} s of stages one after another{more}"
+
+
+def _stand_ins(asked: Asked) -> list[trials.Unit]:
+    points = search.drawn_points(asked.plan.space, asked.plan.strengths, asked.num_samples, 0)
+    return trials.grouped(asked.plan, points, asked.seeds, apart=False, drawn=True)
+
+
+def _seconds(stages: list[plan.Stage], store: Store) -> float | None:
+    """Return the seconds of stages of one kind by what their nearest relatives took."""
+    if not stages:
+        return 0.0
+    name = stages[0].name
+    known = [
+        store.manifest(name, key)["meta"] for key in store.list(f"artifacts/{name}")[:_MOST_COMPARED] if store.has(name, key)
+    ]
+    if not known:
+        return None
+    flat = [(dict(_flat(meta["params"])), meta["seconds"]) for meta in known]
+    total = 0.0
+    for stage in stages:
+        own = dict(_flat(stage.params))
+        near, seconds = min(flat, key=lambda entry: _distance(own, entry[0]))
+        steps, near_steps = own.get("train.steps"), near.get("train.steps")
+        total += seconds * (steps / near_steps if steps and near_steps else 1.0)
+    return total
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, int | float | str | None) else json.dumps(value)
+
+
+def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> int:
+    return sum(a.get(name) != b.get(name) for name in a.keys() | b.keys())

@@ -1,0 +1,101 @@
+"""What a sweep remembers: one line an event, appended and never changed; from it the sweep goes on after any crash.
+
+    begin     the sweep starts                       suggest   a unit: its trials, their parameters, its seeds
+    resume    it goes on after a crash or a stop     start     a process runs the unit (again after that process died)
+    report    a value that the scheduler saw         finish    the unit's rows: parameters, metrics, seconds, keys
+    stop      it was interrupted                     fail      the unit failed, and why
+    end       every unit is settled                  prune     the scheduler stopped the unit
+
+Only the sweep's own process writes. What was trained and measured is in the artifacts: a unit whose line is missing runs
+again and finds them there.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from steerlab.store import Store
+from steerlab.sweeps.trials import Unit
+
+Status = Literal["pending", "running", "finished", "failed", "pruned"]
+_SETTLES: dict[str, Status] = {"finish": "finished", "fail": "failed", "prune": "pruned"}
+
+
+@dataclass
+class Course:
+    """What became of a unit so far."""
+
+    unit: Unit
+    status: Status = "pending"
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """What it measured, a row a trial and seed."""
+    reason: str = ""
+    reports: list[tuple[int, float]] = field(default_factory=list)
+    """(step, value) that the scheduler saw."""
+    score: float | None = None
+    """What the searcher was told."""
+
+    @property
+    def settled(self) -> bool:
+        """Say whether nothing is left to do."""
+        return self.status in ("finished", "failed", "pruned")
+
+
+class History:
+    """The events of one sweep."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        """Read what there is; units that ran when the sweep died are pending again."""
+        self.folder = folder
+        self._store, self._path = store, f"{folder}/history.jsonl"
+        self.courses: dict[int, Course] = {}
+        self.settled: list[int] = []
+        """Numbers of the settled units, in the order in which they were."""
+        self.started = self.ended = False
+        for line in store.read_lines(self._path):
+            self._apply(line)
+        for course in self.courses.values():
+            if course.status == "running":
+                course.status = "pending"
+
+    def add(self, event: str, **facts: Any) -> None:
+        """Append an event."""
+        line = {"event": event, "time": round(time.time(), 3), **facts}
+        self._store.append_line(self._path, line)
+        self._apply(line)
+
+    def suggest(self, unit: Unit) -> None:
+        """Append a unit. Raises ValueError if there is one with a trial and seed of the same name."""
+        taken = {(trial.trial_id, seed) for c in self.courses.values() for trial in c.unit.trials for seed in c.unit.seeds}
+        for trial in unit.trials:
+            if any((trial.trial_id, seed) in taken for seed in unit.seeds):
+                raise ValueError(f"trial {trial.trial_id} is in the sweep already: {trial.params}")
+        self.add("suggest", **unit.as_dict())
+
+    def _apply(self, line: dict[str, Any]) -> None:
+        event = line["event"]
+        if event == "begin":
+            self.started = True
+        self.ended = event == "end"
+        if event == "suggest":
+            unit = Unit.from_dict(line)
+            self.courses[unit.number] = Course(unit)
+        if "unit" not in line:
+            return
+        course = self.courses[line["unit"]]
+        if event == "start":
+            course.status = "running"
+        elif event == "report":
+            course.reports.append((line["step"], line["value"]))
+        elif event in _SETTLES and not course.settled:
+            course.status = _SETTLES[event]
+            course.rows, course.reason = line.get("rows", []), line.get("reason", "")
+            course.score = line.get("score")
+            self.settled.append(line["unit"])
+
+    @property
+    def pending(self) -> list[Unit]:
+        """Units that are not settled, in order."""
+        return [course.unit for course in self.courses.values() if not course.settled]

@@ -1,0 +1,187 @@
+"""Hand units to Ray Tune: those that the history has pending, then those that a searcher suggests.
+
+A sweep can go on after any crash because its truth is the history, not the searcher: Optuna's study is made anew from the
+settled units, and the random state of suggestion n is a function of (seed, n). Ray Tune's own experiment state is never read.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Literal, Protocol
+
+import optuna
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from steerlab.sweeps.history import Course, History
+from steerlab.sweeps.space import STRENGTH, Point, Space, draw, finite
+from steerlab.sweeps.trials import Trial, Unit, trial_id
+
+
+class Suggests(Protocol):
+    """Who makes units as the sweep goes on: Optuna here, or a sweep of W&B."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there may be more later when there is none now."""
+        ...
+
+    def next(self, history: History) -> Unit | None:
+        """Return the next unit, if there is one now."""
+        ...
+
+
+class Feed(Searcher):
+    """Ray Tune's searcher of every sweep."""
+
+    def __init__(self, history: History, request: Callable[[Unit], dict[str, Any]], suggester: Suggests | None) -> None:
+        """Take units from the history, then from `suggester`; `request` writes what a trial process is handed."""
+        super().__init__()
+        self._history, self._request, self._suggester = history, request, suggester
+        self._pending = list(history.pending)
+        self.units: dict[str, Unit] = {}
+        """By Ray Tune's name of the trial."""
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the configuration of the next trial."""
+        if self._pending:
+            unit = self._pending.pop(0)
+        elif self._suggester is not None and (suggested := self._suggester.next(self._history)) is not None:
+            unit = suggested
+            self._history.suggest(unit)
+        else:
+            return None if self._suggester is not None and self._suggester.waiting else Searcher.FINISHED
+        self.units[trial_id] = unit
+        return self._request(unit)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Let the searcher learn from the history, which has the result by now."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave everything out of what Ray Tune pickles: nobody reads that."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the history is what is gone on with."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Never called: see `save`."""
+        raise NotImplementedError
+
+
+class Suggester:
+    """Optuna over a space, as a function of the history."""
+
+    def __init__(self, space: Space, mode: str, strengths: tuple[float, ...], seeds: tuple[int, ...], num_trials: int) -> None:
+        """Search all entries but a strength of known values, which every unit answers."""
+        assert space.search_alg is not None
+        self._space, self._strengths, self._seeds, self._num_trials = space, strengths, seeds, num_trials
+        entries = {k: _as_domain(v) for k, v in space.entries.items() if not (k == STRENGTH and finite(v) is not None)}
+        self._constants = {key: value for key, value in entries.items() if not hasattr(value, "sample")}
+        searched = {key: value for key, value in entries.items() if key not in self._constants}
+        self._seed = space.search_alg._seed or 0
+        self._own_sampler = space.search_alg._sampler
+        self._distributions: dict[str, Any] = OptunaSearch.convert_search_space(searched)
+        self._direction: Literal["minimize", "maximize"] = "minimize" if mode == "min" else "maximize"
+
+    @property
+    def waiting(self) -> bool:
+        """Optuna always has its next point at hand."""
+        return False
+
+    def next(self, history: History) -> Unit | None:
+        """Return the next unit, or None when there are enough. A point that was there is not suggested again."""
+        known = {trial.trial_id for course in history.courses.values() for trial in course.unit.trials}
+        number = len(history.courses) + 1
+        if number > self._num_trials:
+            return None
+        study = self._study(history)
+        for attempt in range(20):
+            study.sampler = self._own_sampler or optuna.samplers.TPESampler(seed=(self._seed * 100_003 + number) * 31 + attempt)
+            asked = study.ask(self._distributions)
+            point = self._point(asked.params)
+            trials = [Trial(trial_id(p), p) for p in with_strengths(point, self._strengths)]
+            if not any(trial.trial_id in known for trial in trials):
+                return Unit(number, tuple(trials), self._seeds)
+            study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        return None  # a small space that has nothing new
+
+    def _study(self, history: History) -> Any:
+        """Make the study of the units settled so far, in their order."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(direction=self._direction)
+        for number in history.settled:
+            course = history.courses[number]
+            params = self._params(course.unit.shared | _lone_strength(course.unit, self._distributions))
+            has_value = course.status == "finished" and course.score is not None
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=params,
+                    distributions=self._distributions,
+                    value=course.score if has_value else None,
+                    state=optuna.trial.TrialState.COMPLETE if has_value else optuna.trial.TrialState.FAIL,
+                )
+            )
+        return study
+
+    def _point(self, params: dict[str, Any]) -> Point:
+        point: Point = {}
+        for entry in self._space.entries:
+            if entry in params or entry in self._constants:
+                value = params[entry] if entry in params else self._constants[entry]
+                point |= self._space.spread(entry, json.loads(value) if "," in entry else value)
+        return point
+
+    def _params(self, point: Point) -> dict[str, Any]:
+        """Return Optuna's parameters of a point: the reverse of `_point`."""
+        params = {}
+        for entry in self._distributions:
+            keys = [key.strip() for key in entry.split(",")]
+            params[entry] = json.dumps([point[key] for key in keys]) if len(keys) > 1 else point[entry]
+        return params
+
+
+def _as_domain(entry: Any) -> Any:
+    """Write choices of several values as texts, the only kind that Optuna keeps."""
+    values = finite(entry)
+    if hasattr(entry, "categories") and values and any(isinstance(value, list | tuple) for value in values):
+        changed = copy.copy(entry)
+        changed.categories = [json.dumps(list(value)) for value in values]
+        return changed
+    return entry
+
+
+def _lone_strength(unit: Unit, distributions: dict[str, Any]) -> Point:
+    return {STRENGTH: unit.strengths[0]} if STRENGTH in distributions else {}
+
+
+def with_strengths(point: Point, strengths: tuple[float, ...]) -> list[Point]:
+    """Return a point at each of the strengths, itself where there are none."""
+    return [{**point, STRENGTH: strength} for strength in strengths] or [point]
+
+
+def drawn_points(space: Space, strengths: tuple[float, ...], num_samples: int, seed: int) -> list[Point]:
+    """Return the points of grid and random search; a strength of known values is part of every one."""
+    entries = {k: v for k, v in space.entries.items() if not (k == STRENGTH and strengths)}
+    points = list(draw(space, entries, num_samples, seed)) if entries else [{}]
+    return [whole for point in points for whole in with_strengths(point, strengths)]
+
+
+def replay(scheduler: TrialScheduler, history: History) -> None:
+    """Show a scheduler what it saw before the sweep was cut short, so that its rungs are what they were."""
+    controller: Any = None
+    for course in history.courses.values():
+        if course.settled and course.reports:
+            _show(scheduler, controller, course)
+
+
+def _show(scheduler: TrialScheduler, controller: Any, course: Course) -> None:
+    time_attr, metric = scheduler._time_attr, scheduler._metric  # type: ignore[attr-defined]
+    stand_in: Any = SimpleNamespace(trial_id=course.unit.name)
+    scheduler.on_trial_add(controller, stand_in)
+    for step, value in course.reports:
+        scheduler.on_trial_result(controller, stand_in, {time_attr: step, metric: value})

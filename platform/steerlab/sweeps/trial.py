@@ -1,0 +1,125 @@
+"""What runs in Ray Tune's processes: the jobs of a unit, one after another, and the rows that come of them.
+
+The process is a driver: it holds 0.01 CPU, reads and writes artifacts, waits for stages that another trial runs, and asks the
+cluster for what it does not wait for. Ray Tune keeps it for the next unit, so that its imports are paid once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from steerlab import plan, run
+from steerlab.job import Job, Limit
+from steerlab.run import Run
+from steerlab.stages import JobType, model_stage
+from steerlab.store import Store
+from steerlab.sweeps import page
+from steerlab.sweeps.space import STRENGTH
+from steerlab.sweeps.trials import Trial, Unit
+
+DRIVER_CPUS = 0.01
+
+
+def run_unit(config: dict[str, Any]) -> None:
+    """Run a unit and report its rows to Ray Tune, or why there are none; only the death of a process is left to Tune."""
+    from ray import tune
+
+    request = json.loads(config["request"])
+    unit, store = Unit.from_dict(request["unit"]), Store(request["root"])
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, (seed, tree) in enumerate(zip(unit.seeds, request["jobs"], strict=True)):
+            job = JobType.model_validate(tree)
+            listener = plan.Listener(reported=_watched(job, request["watched"] if number == 0 else None, tune.report))
+            run_id, place = f"{request['sweep']}-{unit.name}-{seed}", page.place_of(request, unit, job, seed)
+            done = run.execute(job, store, listener, request["command"], run_id=run_id, place=place)
+            rows += rows_of(job, done, store, unit, seed, request["metric"], request["within"])
+    except (plan.StageError, ValueError, OSError) as error:
+        tune.report({"outcome": json.dumps({"reason": " ".join(str(error).split())[:1000]})})
+        return
+    tune.report({"outcome": json.dumps({"rows": rows})})
+
+
+def _watched(
+    job: Job, metric: str | None, report: Callable[[dict[str, Any]], None]
+) -> Callable[[plan.Stage, dict[str, Any]], None]:
+    """Return a listener that shows a scheduler the metric that it goes by, as the job's own training reports it."""
+    own = model_stage(job) if metric is not None else None
+
+    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+        if own is not None and stage.key == own.key and metric in metrics:
+            report({"step": metrics["step"], metric: metrics[metric]})
+
+    return reported
+
+
+def rows_of(
+    job: Job, done: Run, store: Store, unit: Unit, seed: int, metric: str, within: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Return a row for each trial of a unit: what it measured, what that took, and where it lies."""
+    stages = stage_columns(done.records)
+    training = _training_metrics(job, store)
+    bound = None if within is None else Limit.model_validate(within)
+    return [
+        _row(trial, seed, done, training, metric, bound) | stages | {"run": done.folder}
+        for trial in unit.trials
+    ]  # fmt: skip
+
+
+def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: str, bound: Limit | None) -> dict[str, Any]:
+    strengths: dict[str, dict[str, Any]] = done.summary["strengths"]
+    measured = strengths[str(float(trial.params[STRENGTH]))] if STRENGTH in trial.params else done.summary["metrics"]
+    row: dict[str, Any] = {"trial_id": trial.trial_id, "seed": trial.params.get("train.seed", seed)}
+    row |= {f"param.{key}": value for key, value in trial.params.items()}
+    row |= {f"metric.{key}": value for key, value in training.items()}
+    for key, metric in measured.items():
+        row[f"metric.{key}"] = metric["value"]
+        row |= {f"{part}.{key}": metric[part] for part in ("stderr", "low", "high", "n")}
+    value = row.get(f"metric.{name}")
+    is_number = value is not None and math.isfinite(value)
+    known = ", ".join(key.removeprefix("metric.") for key in row if key.startswith("metric."))
+    reason = f"{name} is {value}" if f"metric.{name}" in row else f"{name} was not measured; there are {known}"
+    row |= {"status": "finished" if is_number else "failed", "reason": "" if is_number else reason}
+    if bound is not None:
+        row["within"] = _is_within(bound, measured, strengths.get("0.0"))
+    return row
+
+
+def _is_within(bound: Limit, measured: dict[str, Any], plain: dict[str, Any] | None) -> bool:
+    """Say whether a trial keeps the bound of the job's `choose`; strength 0 is the start that it is measured from."""
+    value, start = (side.get(bound.metric, {}).get("value") for side in (measured, plain or {}))
+    return value is not None and start is not None and value <= bound.highest(start)
+
+
+def _training_metrics(job: Job, store: Store) -> dict[str, float]:
+    """Return the losses at the step that the job evaluates."""
+    left = model_stage(job)
+    if left is None or left.name != "train" or job.train is None:
+        return {}
+    lines = (store.local("train", left.key) / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[(job.snapshot or len(lines)) - 1])
+    return {name: last[name] for name in ("train/loss", "eval/loss") if name in last}
+
+
+def stage_columns(records: Sequence[plan.Record]) -> dict[str, Any]:
+    """Return seconds, whether it was cached, and the key of every stage.
+
+    A stage goes by its name, an evaluation by `evaluate.<label>`; those of the job that this one builds on by `<name>.1`, of
+    the next one below by `<name>.2`.
+    """
+    row: dict[str, Any] = {}
+    taken: set[str] = set()
+    for record in reversed(records):
+        name = record.stage.name
+        if name == "evaluate":
+            name = f"evaluate.{record.stage.label}"
+        depth = next(n for n in range(len(records) + 1) if (f"{name}.{n}" if n else name) not in taken)
+        column = f"{name}.{depth}" if depth else name
+        taken.add(column)
+        row[f"seconds.{column}"] = round(record.seconds, 3)
+        row[f"cached.{column}"] = record.status == "cached"
+        row[f"key.{column}"] = record.stage.key
+    return row

@@ -1,0 +1,269 @@
+"""Turn the points of a search space into trials and these into jobs.
+
+A trial is one point. Trials that differ in the strength of the patch alone are one unit: one job with one trained patch and
+one evaluation, whose tasks run at all their strengths in one batch. Steps of one training (`snapshot`) are units of their own
+that share the training, because each of them is another patch.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from steerlab import job as jobs
+from steerlab import run
+from steerlab.evaluation.names import unmeasured
+from steerlab.job import Job, JobError
+from steerlab.stages import JobType, leaves_patch
+from steerlab.sweeps.space import STRENGTH, Point, Space, extremes, finite
+
+SNAPSHOT = "snapshot"
+_TRAINING_METRICS = ("train/loss", "eval/loss")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the space."""
+
+    trial_id: str
+    """Eight digits of the point's SHA-256: equal points are the same trial."""
+    params: Point
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Trials that one job answers, once a seed."""
+
+    number: int
+    trials: tuple[Trial, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Name within the sweep, and part of the names of its run folders."""
+        return f"{self.number:04d}-{self.trials[0].trial_id}"
+
+    @property
+    def shared(self) -> Point:
+        """The parameters of its job: those of its trials but the strength."""
+        return {key: value for key, value in self.trials[0].params.items() if key != STRENGTH}
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The strengths of its trials; empty where the job says them."""
+        return tuple(trial.params[STRENGTH] for trial in self.trials if STRENGTH in trial.params)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the unit as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Unit:
+        """Read what `as_dict` returned."""
+        return cls(found["number"], tuple(Trial(**trial) for trial in found["trials"]), tuple(found["seeds"]))
+
+
+def trial_id(params: Point) -> str:
+    """Name a point by its values."""
+    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep asks of every trial: the job, the space, the metric, the rows that choose."""
+
+    path: Path
+    """The job file."""
+    tree: dict[str, Any]
+    """The job as it is written, overrides applied, the jobs it builds on inlined."""
+    job: Job
+    space: Space
+    metric: str
+    mode: str
+    development: tuple[dict[str, Any], ...]
+    """Tasks on development rows; empty where the job has none."""
+    strengths: tuple[float, ...]
+    """Strengths that every unit answers; empty where strength is no axis, or one that is searched point by point."""
+    snapshots: tuple[int, ...]
+    """Steps after which every training keeps its patch."""
+
+    def job_of(self, point: Point, seed: int | None, strengths: Sequence[float]) -> Job:
+        """Return the job that a unit runs. Raises JobError if the point makes none."""
+        tree = self._tree(point, seed)
+        if self.development:
+            tree["evaluate"], tree["choose"] = list(copy.deepcopy(self.development)), None
+        return self._valid(tree, point, strengths, warm=True)
+
+    def best_job(self, point: Point, seed: int | None) -> Job:
+        """Return the job that reports a trial on the rows of the job's own tasks."""
+        shared = {key: value for key, value in point.items() if key != STRENGTH}
+        tree = self._tree(shared, seed)
+        if STRENGTH in point:
+            tree["choose"] = None
+        return self._valid(tree, shared, [point[STRENGTH]] if STRENGTH in point else [], warm=False)
+
+    def _tree(self, point: Point, seed: int | None) -> dict[str, Any]:
+        tree = copy.deepcopy(self.tree)
+        if self.snapshots:
+            train = tree.setdefault("train", {})
+            train["snapshots"] = sorted({*train.get("snapshots", ()), *self.snapshots})
+        for key, value in point.items():
+            jobs.put(tree, key, value, f"{self.space.path}: SPACE[{key!r}]")
+        if seed is not None and tree.get("train") and "train.seed" not in point:
+            tree["train"]["seed"] = seed
+        return tree
+
+    def _valid(self, tree: dict[str, Any], point: Point, strengths: Sequence[float], *, warm: bool) -> Job:
+        if strengths:
+            bound = self.job.choose.within if self.job.choose is not None and self.development else None
+            zero = [0.0] if bound is not None and 0.0 not in strengths else []
+            for task in tree.get("evaluate") or ():
+                task["strengths"] = [*strengths, *zero]
+        try:
+            found = jobs.validate(tree, JobType, self.path)
+        except JobError as error:
+            reason = str(error).removeprefix(f"{self.path}: ")
+            given = ", ".join(f"{key} = {value!r}" for key, value in point.items())
+            raise JobError(f"{self.space.path}: SPACE with {given}: {reason}") from None
+        is_small = found.scale.worker_range == (1, 1) and found.scale.warm is None
+        if warm and is_small and not _takes_gpu(found):
+            return found.model_copy(update={"scale": found.scale.model_copy(update={"warm": True})})
+        return found
+
+
+def _takes_gpu(job: Job) -> bool:
+    import ray
+
+    from steerlab.training import launch
+
+    return job.scale.gpu == "require" or (ray.is_initialized() and launch.uses_gpu(job.scale))
+
+
+def plan(path: Path, overrides: Sequence[str], space: Space) -> Plan:
+    """Read the job and find what the space leaves open: the metric, the rows that choose, the strengths.
+
+    Raises:
+        JobError: with one message for people.
+    """
+    tree = jobs.inlined(jobs.read_tree(path, overrides), JobType, path)
+    job = jobs.validate(tree, JobType, path)
+    _check_keys(space)
+    patched = leaves_patch(job)
+    development = space.development
+    if not development and job.choose is not None:
+        development = tuple(task.model_dump(mode="json") for task in job.choose.tasks)
+    metric = space.metric or (job.choose.metric if job.choose is not None else None)
+    if metric is None:
+        raise JobError(f"{space.path}: METRIC is missing: the metric that is made best, such as 'separation/sep'")
+    given = space.mode or (job.choose.mode if job.choose is not None and metric == job.choose.metric else None)
+    if given is None:
+        raise JobError(f"{space.path}: MODE is missing: 'min' or 'max' of {metric}")
+    strengths: list[float] = []
+    if STRENGTH in space.entries:
+        strengths = [float(value) for value in finite(space.entries[STRENGTH]) or ()]
+    elif job.choose is not None and patched:
+        strengths = sorted({0.0, *job.choose.strengths})
+    snapshots = _steps(space)
+    found = Plan(path, tree, job, space, metric, given, tuple(development), tuple(strengths), snapshots)
+    _check_metric(found)
+    return found
+
+
+def _check_keys(space: Space) -> None:
+    """Refuse keys whose first part is no field of a job; deeper ones are the job's own business."""
+    known = [*JobType.model_fields, STRENGTH]
+    for entry in space.entries:
+        for key in space.spread(entry, [None] * len(entry.split(","))) if "," in entry else [entry]:
+            first = key.partition(".")[0]
+            if first not in known:
+                near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise JobError(f"{space.path}: SPACE[{entry!r}]: unknown key; {hint}valid beginnings: {', '.join(known)}")
+
+
+def _steps(space: Space) -> tuple[int, ...]:
+    """Return the steps that `snapshot` may be."""
+    if SNAPSHOT not in space.entries:
+        return ()
+    values = finite(space.entries[SNAPSHOT])
+    if values is None or not all(isinstance(value, int) for value in values):
+        raise JobError(f"{space.path}: SPACE['snapshot'] names the steps to keep: tune.grid_search or tune.choice of numbers")
+    return tuple(sorted(set(values)))
+
+
+def _check_metric(found: Plan) -> None:
+    job = found.job_of({}, None, ())
+    choose = found.job.choose
+    if found.development and choose is not None and choose.within is not None:
+        reason = unmeasured(choose.within.metric, job.evaluate)
+        if reason is not None:
+            raise JobError(f"{found.path}: choose.within: {choose.within.metric} is not measured: {reason}")
+    if found.metric in _TRAINING_METRICS:
+        if job.train is None or (found.metric == "eval/loss" and job.data.validation is None):
+            raise JobError(
+                f"{found.space.path}: METRIC {found.metric}: the job measures none; it needs train and data.validation"
+            )
+        return
+    reason = unmeasured(found.metric, job.evaluate)
+    if reason is not None:
+        rows = "the development tasks" if found.development else "evaluate"
+        raise JobError(f"{found.space.path}: METRIC {found.metric} is not measured by {rows}: {reason}")
+
+
+def check(found: Plan, units: Iterable[Unit]) -> None:
+    """Refuse what cannot work before anything starts: every value of the space by itself, and every unit that is known.
+
+    Raises:
+        ValueError: with one message for people.
+    """
+    run.check(found.job_of({}, None, found.strengths))
+    for entry, domain in found.space.entries.items():
+        if entry == STRENGTH:
+            continue
+        for value in extremes(domain):
+            try:
+                run.check(found.job_of(found.space.spread(entry, value), None, found.strengths))
+            except JobError:
+                raise
+            except ValueError as error:
+                raise JobError(f"{found.space.path}: SPACE[{entry!r}] = {value!r}: {error}") from None
+    for unit in units:
+        found.job_of(unit.shared, unit.seeds[0], unit.strengths)
+
+
+def grouped(found: Plan, points: Iterable[Point], seeds: Sequence[int], *, apart: bool, drawn: bool) -> list[Unit]:
+    """Make units of points: those that differ in strength alone together, in the order in which they come.
+
+    `apart` makes a unit of each seed. Points that were `drawn` may repeat each other and count once.
+
+    Raises:
+        JobError: a grid names the same trial twice.
+    """
+    by_shared: dict[str, dict[str, Trial]] = {}
+    for point in points:
+        trial = Trial(trial_id(point), point)
+        shared = {key: value for key, value in point.items() if key != STRENGTH}
+        group = by_shared.setdefault(json.dumps(shared, sort_keys=True), {})
+        if trial.trial_id in group and not drawn:
+            raise JobError(f"{found.space.path}: SPACE gives the trial {trial.trial_id} twice: {point}")
+        group[trial.trial_id] = trial
+    choices = [(seed,) for seed in seeds] if apart else [tuple(seeds)]
+    pairs = [(tuple(group.values()), chosen) for group in by_shared.values() for chosen in choices]
+    return [Unit(number, trials, chosen) for number, (trials, chosen) in enumerate(pairs, 1)]
+
+
+def seeds_of(found: Plan, num_seeds: int) -> tuple[int, ...]:
+    """Return the training seeds of every trial, the job's own first. Raises JobError where nothing is trained."""
+    if found.job.train is None:
+        if num_seeds > 1:
+            raise JobError(f"--seeds {num_seeds}: the job trains nothing, so its result depends on no seed of training")
+        return (0,)
+    if num_seeds > 1 and any(key.strip() == "train.seed" for entry in found.space.entries for key in entry.split(",")):
+        raise JobError(f"--seeds {num_seeds}: SPACE sets train.seed itself")
+    return tuple(found.job.train.seed + number for number in range(num_seeds))

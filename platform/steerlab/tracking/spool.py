@@ -1,0 +1,118 @@
+"""What a run has to say to a dashboard, as an append-only file: the part that never waits for a network.
+
+The driver appends events; another process reads them and talks to Weights & Biases. The number of a history line in this file
+is its step there, so whoever sends the file again, after a kill or a lost connection, neither skips nor doubles a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+EVENTS = "events.jsonl"
+SETTINGS = "settings.json"
+STATUS = "status.json"
+HISTORY = ("log", "table", "images")
+"""Kinds of events that are lines of the history."""
+
+
+class Spool:
+    """The events of one run in one directory; a second process of the same run continues the file."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.mode: str = settings["mode"]
+        (directory / STATUS).unlink(missing_ok=True)
+        write_json(directory / SETTINGS, settings)
+        self.last_step: dict[str, float] = {}
+        """The last value on each axis."""
+        self.told: set[str] = set()
+        """Keys of tables, images and stages that are in the file."""
+        self._file = _opened(directory / EVENTS)
+        for event in read(directory / EVENTS):
+            self._remember(event)
+        self.append({"kind": "open"})
+
+    def append(self, event: dict[str, Any]) -> None:
+        """Write one event; on return it survives the death of this process."""
+        line = json.dumps({"time": round(time.time(), 3), **event}, allow_nan=True)
+        self._file.write(line.encode() + b"\n")
+        self._remember(event)
+
+    def status(self) -> dict[str, Any]:
+        """Return what the writer last said of itself."""
+        return read_status(self.directory)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _remember(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "log":
+            self.last_step[event["axis"]] = max(event["data"][event["axis"]], self.last_step.get(event["axis"], float("-inf")))
+        elif "key" in event:
+            self.told.add(event["key"])
+
+
+def _opened(path: Path) -> Any:
+    """Open for appending, without the torn line that a kill may have left."""
+    if path.exists():
+        whole = path.read_bytes()
+        if not whole.endswith(b"\n"):
+            with path.open("r+b") as torn:
+                torn.truncate(whole.rfind(b"\n") + 1)
+    return path.open("ab", buffering=0)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the whole lines of a file of events."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+
+
+def follow(path: Path, ended: Any, poll_s: float = 0.1) -> Iterator[dict[str, Any]]:
+    """Read events as they are written, until one says that the run is over or `ended()` and nothing is left.
+
+    Events before the last `open` tell of earlier processes of the run; their `finish` is no end.
+    """
+    past = sum(1 for event in read(path) if event["kind"] == "open")
+    with path.open("rb") as file:
+        opened, rest = 0, b""
+        while True:
+            over = ended()
+            rest += file.read()
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                event = json.loads(line)
+                opened += event["kind"] == "open"
+                if event["kind"] != "finish" or opened >= past:
+                    yield event
+                if event["kind"] == "finish" and opened >= past:
+                    return
+            if not lines:
+                if over:
+                    return
+                time.sleep(poll_s)
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """Return what the writer of a spool last said of itself; empty before its first word."""
+    return read_json(directory / STATUS) if (directory / STATUS).exists() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a small file."""
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)

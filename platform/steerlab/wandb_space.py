@@ -1,0 +1,95 @@
+"""A search space in Ray Tune's vocabulary as the configuration of a Weights & Biases sweep.
+
+W&B draws the values; their meaning stays the same. What W&B cannot draw (a function, values that depend on each other) is
+refused with the entry's name. Entries that set several fields at once become one parameter whose values are lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Normal, Quantized
+
+Method = Literal["grid", "random", "bayes"]
+
+
+def sweep_config(
+    name: str,
+    space: Mapping[str, Any],
+    metric: str,
+    mode: Literal["min", "max"],
+    method: Method | None = None,
+    min_steps: int | None = None,
+) -> dict[str, Any]:
+    """Return W&B's configuration of a sweep.
+
+    `method` is by default grid where every entry is a list, else random; `min_steps` asks for W&B's hyperband, which stops
+    trials that do poorly after so many reports.
+
+    Raises:
+        ValueError: an entry has no counterpart, or a grid is asked for where there are ranges.
+    """
+    parameters = {key: parameter(key, entry) for key, entry in space.items()}
+    ranges = [key for key, found in parameters.items() if "distribution" in found]
+    if method == "grid" and ranges:
+        raise ValueError(f"SPACE[{ranges[0]!r}] is a range; W&B's grid needs lists of values: use random or bayes")
+    chosen = method or ("random" if ranges or any(isinstance(entry, Domain) for entry in space.values()) else "grid")
+    goal = {"min": "minimize", "max": "maximize"}[mode]
+    config: dict[str, Any] = {
+        "name": name,
+        "method": chosen,
+        "metric": {"name": metric, "goal": goal},
+        "parameters": parameters,
+    }
+    if min_steps is not None:
+        config["early_terminate"] = {"type": "hyperband", "min_iter": min_steps}
+    return config
+
+
+def parameter(key: str, entry: Any) -> dict[str, Any]:
+    """Return W&B's form of one entry of a space.
+
+    Raises:
+        ValueError: W&B has none.
+    """
+    if isinstance(entry, dict) and set(entry) == {"grid_search"}:
+        return {"values": [_plain(value) for value in entry["grid_search"]]}
+    if isinstance(entry, Categorical):
+        return {"values": [_plain(value) for value in entry.categories]}
+    if isinstance(entry, Float | Integer):
+        return _range(key, entry)
+    if isinstance(entry, Domain) or callable(entry):
+        raise ValueError(f"SPACE[{key!r}]: W&B draws no values from a function (tune.sample_from)")
+    if isinstance(entry, dict):
+        raise ValueError(f"SPACE[{key!r}]: a nested space; name the whole path, as in {key + '.field'!r}")
+    return {"value": _plain(entry)}
+
+
+def _range(key: str, entry: Float | Integer) -> dict[str, Any]:
+    sampler: Any = entry.get_sampler()
+    step = sampler.q if isinstance(sampler, Quantized) else None
+    inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
+    if isinstance(inner, Normal):
+        shape = {"mu": inner.mean, "sigma": inner.sd}
+        return {"distribution": "q_normal", **shape, "q": step} if step else {"distribution": "normal", **shape}
+    low, high = entry.lower, entry.upper
+    if low is None or high is None or math.isinf(low) or math.isinf(high):
+        raise ValueError(f"SPACE[{key!r}]: a range needs two ends")
+    if isinstance(entry, Integer):
+        # Ray Tune leaves the upper end of a range of integers out, W&B has it in; both include it where they round to steps.
+        step, high = step if step and step > 1 else None, high if step and step > 1 else high - 1
+    if isinstance(inner, LogUniform):
+        whole = isinstance(entry, Integer)
+        if step or whole:
+            return {"distribution": "q_log_uniform_values", "min": low, "max": high, "q": step or 1}
+        return {"distribution": "log_uniform_values", "min": low, "max": high}
+    if step:
+        return {"distribution": "q_uniform", "min": low, "max": high, "q": step}
+    return {"distribution": "int_uniform" if isinstance(entry, Integer) else "uniform", "min": low, "max": high}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML writes it: tuples are lists."""
+    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value

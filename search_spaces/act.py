@@ -1,0 +1,16 @@
+"""The closed-form maps beside each other, each with the pooling that it is made for; activations are extracted once."""
+
+from ray import tune
+
+SPACE = {
+    "method.name, method.pooling": tune.grid_search(
+        [
+            ("linear_act", "mean"),
+            ("mean_act", "mean"),
+            ("gaussian_act", "mean"),
+            ("caa", "mean"),
+            ("iti", "mean"),
+            ("aura", "max"),
+        ]
+    ),
+}
