@@ -166,6 +166,10 @@ class Store:
         """Write a text file, whole or not at all."""
         self._write(relpath, text.encode())
 
+    def write_bytes(self, relpath: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        self._write(relpath, content)
+
     def read_text(self, relpath: str) -> str:
         """Read a text file. Raises FileNotFoundError if it is absent."""
         return self._read(relpath).decode()

@@ -1,6 +1,6 @@
 """The table of methods. A further method is one new file here and one line below."""
 
-from steerlab.methods import aside, aura, caa, dpo, iav, ise, iti, lineas, none, transport, vanilla, warp
+from steerlab.methods import aside, aura, caa, denoise, dpo, iav, ise, iti, lineas, none, transport, vanilla, warp
 from steerlab.methods.contract import Method
 
 METHODS: dict[str, Method] = {
@@ -18,4 +18,5 @@ METHODS: dict[str, Method] = {
     "iti": iti.METHOD,
     "iav": iav.METHOD,
     "dpo": dpo.METHOD,
+    "denoise": denoise.METHOD,
 }
