@@ -128,6 +128,7 @@ class Diffusion(nn.Module):
         self.family, self.pipeline, self.sampler = _FAMILIES[architecture], pipeline, sampler
         self.architecture = architecture
         self._here = threading.local()
+        self._latest: Pass | None = None
         self._encoded: dict[tuple[str, bool], dict[str, Tensor]] = {}
         self._checkpointing = False
         self.denoiser.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -162,8 +163,8 @@ class Diffusion(nn.Module):
 
     @property
     def now(self) -> Pass | None:
-        """The pass that runs in this thread; None outside of the denoiser."""
-        return getattr(self._here, "now", None)
+        """The pass that runs in this thread or, between passes, ran last: the backward pass may compute activations again."""
+        return getattr(self._here, "now", self._latest)
 
     @property
     def num_reads(self) -> int:
@@ -176,7 +177,16 @@ class Diffusion(nn.Module):
         return self._checkpointing
 
     def gradient_checkpointing_enable(self, **_options: Any) -> None:
-        """Compute activations again in the backward pass."""
+        """Compute activations again in the backward pass.
+
+        Raises:
+            ValueError: patches act in some steps only, and what is computed again does not know its step.
+        """
+        if self.sampler.steer is not None:
+            raise ValueError(
+                f"scale.gradient_checkpointing with model.sampler.steer {list(self.sampler.steer)}: what is computed again "
+                "does not know its step; steer all steps or leave checkpointing off"
+            )
         self.denoiser.enable_gradient_checkpointing()
         self._checkpointing = True
 
@@ -192,7 +202,7 @@ class Diffusion(nn.Module):
         """
         guidance = self.sampler.guidance if guidance is None else guidance
         here = self._here
-        here.step, here.now, here.seeds = -1, None, list(seeds)
+        here.step, here.seeds = -1, list(seeds)
         arguments = {
             **self._conditions(prompts, guidance > 1),
             **self._schedule(steps),
@@ -207,7 +217,7 @@ class Diffusion(nn.Module):
                 raise ValueError(f"sampler.timesteps: {error}") from None
             raise
         finally:
-            here.now = here.seeds = None
+            here.seeds = None
 
     def _schedule(self, steps: int | None) -> dict[str, Any]:
         sampler, takes = self.sampler, inspect.signature(type(self.pipeline).__call__).parameters
@@ -253,6 +263,7 @@ class Diffusion(nn.Module):
         sampler, step = self.sampler, here.step
         steered = sampler.steer is None or step in sampler.steer
         here.now = Pass(step, step in sampler.read, steered, half, num_rows, sampler.unconditional, self.device)
+        self._latest = here.now
         through = sampler.differentiate
         here.grad = None
         if through is not None and step not in through and torch.is_grad_enabled():
@@ -265,7 +276,6 @@ class Diffusion(nn.Module):
             return
         if here.grad is not None:
             torch.set_grad_enabled(here.grad)
-        here.now = None
         if output is None:
             return  # an error, or a reader that has all it wants
         value = output[0]
@@ -300,7 +310,7 @@ def load(
     name, kind = _class_of(directory)
     family = _FAMILIES[name]
     if any((directory / family.denoiser).glob("*.safetensors")):
-        pipeline = kind.from_pretrained(directory, torch_dtype=_DTYPES[dtype], **family.options)
+        pipeline = kind.from_pretrained(directory, dtype=_DTYPES[dtype], **family.options)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
