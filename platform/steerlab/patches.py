@@ -112,7 +112,7 @@ class CannotFold(ValueError):
 class Attached:
     """Patches on a model until `detach`."""
 
-    model: PreTrainedModel
+    model: nn.Module
     patches: tuple[Patch, ...]
     forward: Forward = field(default_factory=Forward)
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -138,7 +138,7 @@ class Attached:
         return args, kwargs
 
 
-def attach(model: PreTrainedModel, patches: Sequence[Patch]) -> Attached:
+def attach(model: Any, patches: Sequence[Patch]) -> Attached:
     """Attach a stack of patches; they act in the order of the model's forward pass, each with its own strength."""
     if any(isinstance(getattr(hook, "__self__", None), Attached) for hook in model._forward_pre_hooks.values()):
         raise ValueError("this model already carries patches: detach them, or attach all of them as one stack")

@@ -343,17 +343,17 @@ def set_scheduler(pipeline: Any, sampler: SamplerConfig) -> None:
 def scheduler_like(own: Any, sampler: SamplerConfig) -> Any:
     """Return the scheduler that a sampler asks for in place of a pipeline's own; `set_scheduler` says what is refused."""
     import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-    if sampler.scheduler is None:
-        kind = type(own)
-    else:
-        kind = getattr(diffusers, sampler.scheduler, None)
-        if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise ValueError(
-                f"sampler.scheduler {sampler.scheduler!r} is no scheduler of diffusers; the pipeline's is {type(own).__name__}"
-            )
+    kind: Any = type(own) if sampler.scheduler is None else getattr(diffusers, sampler.scheduler, None)
+    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(
+            f"sampler.scheduler {sampler.scheduler!r} is no scheduler of diffusers; the pipeline's is {type(own).__name__}"
+        )
     mine, others = {type(own).__name__, *own._compatibles}, {kind.__name__, *kind._compatibles}
-    if type(own).__name__ not in others and kind.__name__ not in mine:
+    listed = type(own).__name__ in others or kind.__name__ in mine
+    # Those that diffusers lists nowhere (LCM, TCD) go with schedules of the same sort: of betas, or of flows.
+    if not listed and _follows_betas(type(own)) != _follows_betas(kind):
         raise ValueError(
             f"sampler.scheduler {kind.__name__}: the pipeline cannot take it in place of its {type(own).__name__}; it takes "
             f"{', '.join(sorted(mine))}"
@@ -364,6 +364,10 @@ def scheduler_like(own: Any, sampler: SamplerConfig) -> Any:
     if sampler.timesteps is not None and "timesteps" not in inspect.signature(kind.set_timesteps).parameters:
         raise ValueError(f"sampler.timesteps: {kind.__name__} takes a number of steps only")
     return kind.from_config(own.config, **sampler.options)
+
+
+def _follows_betas(kind: Any) -> bool:
+    return "beta_start" in inspect.signature(kind.__init__).parameters
 
 
 def check_scheduler(directory: Path, sampler: SamplerConfig) -> None:
@@ -393,7 +397,8 @@ def _class_of(directory: Path) -> tuple[str, type[Any]]:
 
 def _parts(directory: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """Make the modules and the scheduler of a pipeline from their configs."""
-    import diffusers
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     index = json.loads((directory / INDEX).read_text())
     for name, entry in index.items():
@@ -404,7 +409,7 @@ def _parts(directory: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, Any
             continue
         if issubclass(made, PreTrainedModel):
             yield name, made(AutoConfig.from_pretrained(directory / name))
-        elif issubclass(made, diffusers.ModelMixin | diffusers.SchedulerMixin):
+        elif issubclass(made, ModelMixin | SchedulerMixin):
             yield name, made.from_config(made.load_config(directory / name))  # type: ignore[union-attr]
 
 

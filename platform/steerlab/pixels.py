@@ -6,12 +6,14 @@ in [-1, 1] and hands out images in [0, 1]. Axes: B images, C channels, H and W p
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -70,7 +72,8 @@ class PixelPipeline(DiffusionPipeline):
         """
         if self.words is not None:
             return {"encoder_hidden_states": self.words(prompts)}
-        classes = list(self.config.classes)
+        settings: Any = self.config
+        classes = list(settings.classes)
         unknown = [prompt for prompt in prompts if prompt and prompt not in classes]
         if unknown:
             raise ValueError(f"prompt {unknown[0]!r} is no class of the model: {', '.join(classes)}")
@@ -111,7 +114,5 @@ class PixelPipeline(DiffusionPipeline):
         return ((x_BCHW / 2 + 0.5).clamp(0, 1),)
 
     def _step_arguments(self, generator: list[torch.Generator] | None) -> dict[str, Any]:
-        import inspect
-
         takes = inspect.signature(self.scheduler.step).parameters
         return {"generator": generator} if "generator" in takes else {}

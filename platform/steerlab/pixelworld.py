@@ -52,7 +52,7 @@ def rows(name: str, locate: Callable[[str], Path], limit: int | None = None) -> 
 def _digits(split: str) -> list[dict[str, Any]]:
     from sklearn.datasets import load_digits
 
-    found = load_digits()
+    found: Any = load_digits()
     images_NHW: Pixels = np.round(found.images * (255 / 16)).astype(np.uint8)
     labels_N = found.target
     ink_N = found.images.sum((1, 2))

@@ -68,7 +68,7 @@ def _trained(data_json: str, field: str, seed: int) -> Classifier:
     from sklearn.neural_network import MLPClassifier
 
     images_NCHW, labels = _labelled(DataSet.model_validate_json(data_json), field)
-    classes = tuple(dict.fromkeys(sorted(labels)))
+    classes: tuple[str, ...] = tuple(sorted(set(labels)))
     if len(classes) < 2:
         raise ValueError(f"classifier: all rows have {field} {classes[0]!r}; there is nothing to tell apart")
     pixels_NP = images_NCHW.flatten(1).numpy()
