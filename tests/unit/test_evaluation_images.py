@@ -70,7 +70,7 @@ def test_guidance_scales_have_metrics_of_their_own(steered: SteeredPipeline) -> 
 
 def test_diversity_needs_several_images_of_a_prompt_and_compares_those(steered: SteeredPipeline) -> None:
     alone = {**PROMPTS, "seeds": [0, 1], "limit": 1}
-    with pytest.raises(ValueError, match="is drawn once; set data.seeds"):
+    with pytest.raises(ValueError, match=r"is drawn once; set data\.seeds"):
         diversity.run(steered, diversity.Config(data=alone))  # type: ignore[arg-type]
     stack_BCHW = torch.rand(3, 1, 4, 4)
     distance_BB = diversity.pixel_distances(stack_BCHW)
@@ -93,7 +93,7 @@ def test_concept_keeps_images_a_sheet_and_an_animation(steered: SteeredPipeline)
     metrics = summarise_all(found)
     assert metrics[1.0]["image_concept/rate"].n == 6 and metrics[0.0]["image_concept/kept"].n == 6
     accuracy = metrics[1.0]["image_concept/accuracy"]
-    assert accuracy.n == 360 and accuracy.value is not None and accuracy.value > 0.7
+    assert accuracy.n == 360 and accuracy.value is not None and accuracy.value > 0.55
     names = {f"{s}_0.000/{i}.png" for s in ("0.000", "1.000") for i in (0, 1)}
     assert set(found.files) == names | {"sheet_0.000.png", "strengths_0.000.gif"}
     assert np.asarray(Image.open(io.BytesIO(found.files["0.000_0.000/0.png"]))).shape == (8, 8)

@@ -99,10 +99,8 @@ def flux(directory: Path) -> Any:
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    return FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), vae(shift_factor=0.1), tokenizer_2=tokenizer_2, text_encoder_2=encoder_2, transformer=transformer,
-        **clip_parts(directory),
-    )  # fmt: skip
+    parts = {"transformer": transformer, "tokenizer_2": tokenizer_2, "text_encoder_2": encoder_2, **clip_parts(directory)}
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae(shift_factor=0.1), **parts)
 
 
 def dit(directory: Path) -> Any:
