@@ -346,7 +346,7 @@ def scheduler_like(own: Any, sampler: SamplerConfig) -> Any:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     kind: Any = type(own) if sampler.scheduler is None else getattr(diffusers, sampler.scheduler, None)
-    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+    if not _is_a(kind, SchedulerMixin):
         raise ValueError(
             f"sampler.scheduler {sampler.scheduler!r} is no scheduler of diffusers; the pipeline's is {type(own).__name__}"
         )
@@ -364,6 +364,10 @@ def scheduler_like(own: Any, sampler: SamplerConfig) -> Any:
     if sampler.timesteps is not None and "timesteps" not in inspect.signature(kind.set_timesteps).parameters:
         raise ValueError(f"sampler.timesteps: {kind.__name__} takes a number of steps only")
     return kind.from_config(own.config, **sampler.options)
+
+
+def _is_a(kind: Any, parent: type[Any]) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, parent)
 
 
 def _follows_betas(kind: Any) -> bool:

@@ -47,7 +47,8 @@ def run(model: SteeredPipeline, config: Config) -> Result:
                 for strength, values in zip(config.strengths, values_SB, strict=False)
                 for item, value in zip(items, values, strict=True)
             ]
-    return Result(observations, [])
+    # All ones at strength 0, which are no share.
+    return Result(observations, [], {observation.metric: "bootstrap" for observation in observations})
 
 
 def _compared(model: SteeredPipeline, config: Config, images_SBCHW: Tensor, plain: int) -> dict[str, list[list[float]]]:

@@ -70,7 +70,7 @@ def _trained(data_json: str, field: str, seed: int) -> Classifier:
     images_NCHW, labels = _labelled(DataSet.model_validate_json(data_json), field)
     classes: tuple[str, ...] = tuple(sorted(set(labels)))
     if len(classes) < 2:
-        raise ValueError(f"classifier: all rows have {field} {classes[0]!r}; there is nothing to tell apart")
+        raise ValueError(f"classifier: all rows have {field} {labels[0]!r}; there is nothing to tell apart")
     pixels_NP = images_NCHW.flatten(1).numpy()
     model = MLPClassifier((_HIDDEN,), max_iter=_ROUNDS, random_state=seed, tol=0, n_iter_no_change=_ROUNDS, alpha=1e-3)
     import warnings
