@@ -109,9 +109,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Lines of the table to run, by name; all if not given.")] = None,
     others: Annotated[str, typer.Option(help="Weights outside of the selected layers: frozen or train.")] = "frozen",
     output: Annotated[Path | None, typer.Option(help="HTML page with the figure.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one value in every job but phase 0's.")
-    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override one value in every job but phase 0's.")] = None,
 ) -> None:
     """Run the jobs, print the table and draw the figure."""
     store = Store.open(root)

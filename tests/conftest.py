@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab import tinyworld
+from steerlab import pixelworld, tinyworld
 from steerlab.models import load_model, load_tokenizer
 from steerlab.tokens import Encoder
 
@@ -36,6 +36,14 @@ def tiny_model(tiny_dir: Path) -> PreTrainedModel:
 def encoder(tiny_dir: Path) -> Encoder:
     """The tiny world's tokenizer with plain prompts."""
     return Encoder(load_tokenizer(tiny_dir), prompt_style="plain")
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that draws 8 x 8 digits from captions: configs, no weights."""
+    directory = tmp_path_factory.mktemp("digits")
+    pixelworld.write_model("digits-model", directory)
+    return directory
 
 
 @pytest.fixture

@@ -19,6 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from steerlab import models, patches, sources, taps
+from steerlab.conditioning import Prompter
+from steerlab.pipelines import Diffusion
+from steerlab.sampling import SteeredPipeline
 from steerlab.tokens import GENERATION, Batch, Conversation, Encoded, Encoder, Row, collate
 
 _T = TypeVar("_T")
@@ -356,13 +359,25 @@ def load(
     device: str | torch.device = "cpu",
     prompt: Mapping[str, Any] | None = None,
     snapshot: int | None = None,
-) -> SteeredModel:
+    sampler: Mapping[str, Any] | None = None,
+) -> Any:
     """Load an artifact or an exported folder: model (in its saved dtype if none is given), patches, prompt settings.
 
-    `prompt` holds the settings of a plain model, which has none; `snapshot` takes the patch as it was after that training step.
+    It becomes a `SteeredModel`, or a `SteeredPipeline` that draws as `sampler` says. `prompt` holds the settings of a plain
+    model, which has none; `snapshot` takes the patch as it was after that training step.
     """
-    model, encoder, stack = load_stack(directory, dtype=dtype, attention=attention, prompt=prompt, snapshot=snapshot)
-    return SteeredModel(model.to(device), encoder, tuple(patch.to(device) for patch in stack))  # type: ignore[arg-type]
+    model, encoder, stack = load_stack(
+        directory, dtype=dtype, attention=attention, prompt=prompt, snapshot=snapshot, sampler=sampler
+    )
+    kind: Any = SteeredPipeline if isinstance(model, Diffusion) else SteeredModel
+    return kind(model.to(device), encoder, tuple(patch.to(device) for patch in stack))
+
+
+def encoder_of(model: Any, directory: Path, prompt: Mapping[str, Any] | None) -> Any:
+    """Return what makes rows of data into inputs of a model: the encoder of its tokenizer, or a pipeline's prompter."""
+    if isinstance(model, Diffusion):
+        return Prompter(model)
+    return Encoder(models.load_tokenizer(directory), **(prompt or {}))
 
 
 def load_stack(
@@ -373,7 +388,8 @@ def load_stack(
     seed: int = 0,
     prompt: Mapping[str, Any] | None = None,
     snapshot: int | None = None,
-) -> tuple[PreTrainedModel, Encoder, tuple[Any, ...]]:
+    sampler: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any, tuple[Any, ...]]:
     """Load a model, its encoder and the patches of its artifacts, the lowest first, none attached yet.
 
     A directory without prompt settings of its own is a plain model, prompted by `prompt`. An artifact of a frozen model holds
@@ -381,17 +397,19 @@ def load_stack(
     """
     directory = Path(directory)
     if not (directory / PROMPT).is_file():
-        model = models.load_model(directory, dtype=dtype or "float32", attention=attention, seed=seed)
-        return model, Encoder(models.load_tokenizer(directory), **(prompt or {})), ()
+        model = models.load_model(directory, dtype=dtype or "float32", attention=attention, seed=seed, sampler=sampler)
+        return model, encoder_of(model, directory, prompt), ()
     prompt = json.loads((directory / PROMPT).read_text())
     below: tuple[Any, ...] = ()
     if (directory / BASE).is_file():
-        model, encoder, below = load_stack(_base_of(directory), dtype=dtype, attention=attention, prompt=prompt)
+        base = _base_of(directory)
+        model, encoder, below = load_stack(base, dtype=dtype, attention=attention, prompt=prompt, sampler=sampler)
     else:
         checkpoint = directory / "model" if (directory / "model").is_dir() else directory
-        saved = json.loads((checkpoint / "config.json").read_text()).get("dtype") or "float32"
-        model = models.load_model(checkpoint, dtype=dtype or saved, attention=attention)
-        encoder = Encoder(models.load_tokenizer(checkpoint), **(prompt or {}))
+        model = models.load_model(
+            checkpoint, dtype=dtype or models.saved_dtype(checkpoint), attention=attention, sampler=sampler
+        )
+        encoder = encoder_of(model, checkpoint, prompt)
     patch_dir = directory / "patch" if snapshot is None else directory / "snapshots" / str(snapshot)
     if not patches.exists(patch_dir):
         if snapshot is not None:

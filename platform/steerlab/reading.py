@@ -18,7 +18,7 @@ from steerlab import models, taps
 from steerlab.activations import column_name
 from steerlab.generation import SteeredModel
 from steerlab.job import ExtractConfig
-from steerlab.tokens import INSTRUCTION, ROLES, Batch, Encoded, collate
+from steerlab.tokens import ROLES, Batch, Encoded
 
 PADDING_SHARE = 0.125
 """Most of a batch that may be padding."""
@@ -69,9 +69,8 @@ class TextReader:
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """D of every column, found by a forward pass over two rows of three tokens; the order is the model's."""
-        row = Encoded([self._model.encoder.pad_id] * 3, [INSTRUCTION] * 3, [False] * 3, [0] * 3)
-        batch = collate([row, row], self._model.encoder.pad_id).to(self._model.device)
+        """D of every column, found by a forward pass over two small rows; the order is the model's."""
+        batch = self._model.encoder.small_batch().to(self._model.device)
         with torch.inference_mode():
             found = self._forward(batch)
         poolings = self._config.pooling
@@ -86,9 +85,10 @@ class TextReader:
         conversations = [self._model.encoder.from_row(row, data_format) for row in rows]
         limit, num_cut, texts = self._config.max_tokens, 0, []
         for number, text in enumerate(self._model.encoder.encode_all(conversations), first):
-            num_cut += len(text) > limit
-            self._check_context(text.cut(limit), number)
-            texts.append(text.cut(limit))
+            kept = text.cut(limit)
+            num_cut += len(kept) < len(text)
+            self._check_context(kept, number)
+            texts.append(kept)
         return texts, num_cut
 
     def _check_context(self, text: Encoded, number: int) -> None:
@@ -107,7 +107,7 @@ class TextReader:
             ValueError: no token of a text is selected.
         """
         for chunk in batches([len(text) for text in texts], self._config.batch_tokens, PADDING_SHARE):
-            batch = collate([texts[i] for i in chunk], self._model.encoder.pad_id)
+            batch = self._model.encoder.collate([texts[i] for i in chunk])
             yield self.read_batch(batch, torch.tensor(chunk), first)
 
     @torch.inference_mode()
@@ -136,9 +136,9 @@ class TextReader:
         return Vectors(row_B, None, None, None, values)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        found = self._reader(**batch.patched_inputs, use_cache=False)
+        found = self._reader(**batch.read_inputs)
         for name, z_BTD in found.items():
-            if z_BTD.dim() != 3 or z_BTD.shape[:2] != batch.roles.shape:
+            if isinstance(batch, Batch) and (z_BTD.dim() != 3 or z_BTD.shape[:2] != batch.roles.shape):
                 raise ValueError(
                     f"extract.select.modules: {name} gives a tensor of shape {tuple(z_BTD.shape)}, not one vector for each of "
                     f"{tuple(batch.roles.shape)} tokens"
@@ -198,15 +198,12 @@ def model_key(model: SteeredModel) -> str:
 
 def about_model(model: SteeredModel, config: ExtractConfig) -> dict[str, Any]:
     """Return what is written beside activations: of which model they are, and what was read of it."""
-    tokenizer = model.encoder.tokenizer
     return {
         "model_key": model_key(model),
         "fingerprint": models.fingerprint(model.model),
         "architecture": type(model.model).__name__,
         "patches": [patch.kind for patch in model.patches],
-        "tokenizer": type(tokenizer).__name__,
-        "tokenizer_sha256": hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
-        "prompt": model.encoder.spec,
+        **model.encoder.about,
         "modules": [tap.name for tap in taps.select(model.model, config.select)],
         "pooling": list(config.pooling),
         "selection": config.select.model_dump(mode="json"),

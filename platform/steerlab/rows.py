@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from steerlab import pairs, sources
 from steerlab.job import DataSet
 
@@ -27,6 +29,8 @@ def read(data: DataSet) -> list[dict[str, Any]]:
     kept = [row for row in formed if row is not None]
     if len(kept) < len(formed):
         warnings.warn(f"{describe(data)}: {len(formed) - len(kept)} of {len(formed)} rows are no pairs, left out", stacklevel=2)
+    if data.subset is not None:
+        kept = _of_subset(kept, data)
     if data.format == "text":
         kept = [row for row in kept if len(row["text"]) >= max(1, data.min_chars)]
     if data.distinct:
@@ -44,11 +48,32 @@ def read(data: DataSet) -> list[dict[str, Any]]:
             f"{', '.join(data.sources)}: no rows are left; {len(found)} were read, {len(kept)} pass the filters, "
             f"offset is {data.offset}"
         )
-    return [*taken, *(row for other in data.also for row in read(other))]
+    return [*_asked(taken, data), *(row for other in data.also for row in read(other))]
+
+
+def _of_subset(found: list[dict[str, Any]], data: DataSet) -> list[dict[str, Any]]:
+    """Keep the rows of one subset. Raises ValueError, with the subsets that there are, if none is of it."""
+    names = list(dict.fromkeys(row.get("subset") for row in found))
+    if names == [None]:
+        raise ValueError(f"subset {data.subset!r}: {describe(data)} is no JSON object of lists of texts")
+    if data.subset not in names:
+        raise ValueError(f"subset {data.subset!r}: {describe(data)} has no such subset; it has {', '.join(map(str, names))}")
+    return [row for row in found if row["subset"] == data.subset]
+
+
+def _asked(taken: list[dict[str, Any]], data: DataSet) -> list[dict[str, Any]]:
+    """Write tags behind prompts and repeat them for their seeds."""
+    if data.tags:
+        taken = [{**row, "text": f"{row['text']}, {data.tags[i % len(data.tags)]}"} for i, row in enumerate(taken)]
+    if data.seeds is not None:
+        taken = [{**row, "seed": seed} for row in taken for seed in range(*data.seeds)]
+    return taken
 
 
 def check(data: DataSet) -> None:
     """Refuse a data set whose first row is not as its format says; reads no further where the file allows it."""
+    if data.subset is not None:
+        read(data)  # which subsets there are is known at the end of the file alone
     for source in data.sources:
         for row in _source_rows(source, data, 1):
             _in_form(row, data, 1)
@@ -92,7 +117,15 @@ def _renamed(row: dict[str, Any], names: Mapping[str, str], source: str) -> dict
 
 def _needed(data: DataSet) -> int | None:
     """Return how many rows of a source suffice; None where a later step may leave any of them out."""
-    filters = data.where or data.equals or data.needs_input or data.distinct or data.skip_bad or data.format == "text"
+    filters = (
+        data.where
+        or data.equals
+        or data.subset is not None
+        or data.needs_input
+        or data.distinct
+        or data.skip_bad
+        or data.format == "text"
+    )
     passes_all = not filters and data.shuffle is None
     return data.offset + data.limit if passes_all and data.limit is not None else None
 
@@ -116,6 +149,8 @@ def _content(row: dict[str, Any], data: DataSet) -> Any:
     """Return what makes two rows equal: the text, the prompt, or all of a pair."""
     if data.format == "preference":
         return json.dumps([row[name] for name in pairs.FIELDS])
+    if data.format == "image":
+        return row["text"], np.asarray(row["image"]).tobytes()
     return row["text"] if data.format == "text" else (str(row["instruction"]), str(row.get("input") or ""))
 
 
@@ -131,6 +166,8 @@ def _in_form(row: dict[str, Any], data: DataSet, number: int) -> dict[str, Any] 
             if data.skip_bad:
                 return None
             raise ValueError(f"{describe(data)} row {number}: {error}") from None
+    if data.format == "image":
+        return {**row, "text": str(row[data.field])}
     if data.format != "text":
         return row
     text = str(row[data.field]).strip()

@@ -22,6 +22,8 @@ import pyarrow.parquet as pq
 import ray
 
 from steerlab import meters, models, plan, rows, sources, taps
+from steerlab.conditioning import check_data
+from steerlab.evaluation import TASKS
 from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
 from steerlab.job import DataSet, Job, base_job, dump
 from steerlab.methods import METHODS
@@ -101,6 +103,7 @@ def check(job: Job) -> models.ModelFacts:
         rows.check(data)
     _check_tasks(job)
     found = facts_of(job)
+    _check_kind(job, found)
     _check_template(job)
     _check_places(job)
     METHODS[job.method.name].check(job.method, found, job)
@@ -208,9 +211,43 @@ def _check_places(job: Job) -> None:
                 raise ValueError(f"{key}: {error}") from None
 
 
+def _check_kind(job: Job, found: models.ModelFacts) -> None:
+    """Refuse a method, data or tasks that are not for the kind of model that there is."""
+    kind = job.model.kind
+    if found.kind != kind:
+        raise ValueError(f"model.kind {kind}: the source holds a {found.architecture}; set kind: {found.kind}")
+    method = METHODS[job.method.name]
+    if kind not in method.kinds:
+        raise ValueError(f"method {job.method.name} works on models of kind {', '.join(method.kinds)}; this one is {kind}")
+    development = job.choose.tasks if job.choose else ()
+    for section, tasks in (("evaluate", job.evaluate), ("choose.tasks", development)):
+        for number, task in enumerate(tasks):
+            if kind not in TASKS[task.task].kinds:
+                fitting = ", ".join(name for name, other in TASKS.items() if kind in other.kinds)
+                raise ValueError(
+                    f"{section}.{number}: task {task.task} is none for a model of kind {kind}; there are {fitting}"
+                )
+    if kind == "diffusion":
+        _check_drawing(job)
+
+
+def _check_drawing(job: Job) -> None:
+    for role, data in job.data.by_role.items():
+        check_data(role, data)
+    if job.extract is not None and "none" in job.extract.pooling:
+        raise ValueError("extract.pooling none keeps tokens; an image has none: pool over its pixels")
+    models.check_sampler(sources.fetch(first_source(job)), job.model.drawing)
+    method = METHODS[job.method.name]
+    if method.walks(job.method) and len(job.model.drawing.read) > 1:
+        raise ValueError(
+            f"model.sampler.read {list(job.model.drawing.read)}: method.incremental fits along one step; read one, or set "
+            "method.incremental: false"
+        )
+
+
 def _check_template(job: Job) -> None:
     """Refuse a chat template that cannot hold an instruction, data and a response."""
-    if isinstance(job.model.source, str):
+    if isinstance(job.model.source, str) and job.model.kind == "causal_lm":
         tokenizer = models.load_tokenizer(sources.fetch(job.model.source))
         encoder = Encoder(tokenizer, job.data.prompt_style, job.data.response_role)
         encoder.encode(encoder.conversation("instruction", "data", "response"))
@@ -264,6 +301,7 @@ def execute(
         samples = _samples(store, found)
         store.write_json(f"{folder}/samples/{found.stage.label}.json", samples)
         tracker.table(f"samples/{found.stage.label}", samples)
+    _keep_images(job, store, folder)
     tracker.images_below(local / "samples" / "images")
     tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s)
     return Run(folder, summary, records)
@@ -280,6 +318,16 @@ def _check_numbers(summary: dict[str, Any], folder: str) -> None:
 def new_id() -> str:
     """Return the name of a folder that nobody else makes: the time, to be read, and a random end."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
+def _keep_images(job: Job, store: Store, folder: str) -> None:
+    """Put the images that tasks have kept into the run's folder: those of the first such task as `images`, where pages look."""
+    folders = {found.stage.label: store.local("evaluate", found.stage.key) / evaluate.FILES for found in evaluations(job)}
+    drawing = {label: kept for label, kept in folders.items() if kept.is_dir()}
+    for number, (label, kept) in enumerate(drawing.items()):
+        name = label if number else "images"
+        for file in sorted(path for path in kept.rglob("*") if path.is_file()):
+            store.write_bytes(f"{folder}/samples/{name}/{file.relative_to(kept).as_posix()}", file.read_bytes())
 
 
 def _following(job: Job, store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:

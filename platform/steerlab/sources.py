@@ -11,6 +11,8 @@ One grammar for both:
     gym:NAME?seed=N&size=N                       problems that reasoning-gym makes up: a name of GENERATORS. The same rows for
                                                  the same numbers; row i of seed s is drawn from s + i
     tiny:NAME                                    rows of the made-up world; tiny:model is its untrained model
+    pixels:NAME                                  small images with captions, and untrained models that draw (pixelworld.py)
+    deb:NAME[@sha256:HEX][#path]                 a file inside a Debian package: downloaded with apt, unpacked, never installed
 """
 
 import csv
@@ -39,9 +41,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
-from steerlab import tinyworld
+from steerlab import pixelworld, tinyworld
 
 PINS: dict[str, str] = {
+    "deb:dataset-fashion-mnist": "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
     "sdist:llamafactory==0.9.5": "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
     "sdist:vaderSentiment==3.3.2": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     "wheel:alt-profanity-check==1.9.1": "cccb8ce072306bac21188670777a25cfb1de978aa8c7a93c8e4a43c03b3945c3",
@@ -56,13 +59,14 @@ PINS: dict[str, str] = {
 GENERATORS = {"gsm_symbolic": "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic"}
 """Data set of reasoning-gym -> the module that makes it."""
 
-Kind = Literal["hf", "path", "uri", "wheel", "sdist", "gym", "tiny"]
+Kind = Literal["hf", "path", "uri", "wheel", "sdist", "gym", "tiny", "pixels", "deb"]
 RepoType = Literal["model", "dataset"]
 _PACKAGE = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)(@sha256:(?P<sha256>[0-9a-f]{64}))?(#(?P<inside>.+))?"
 )
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^#@]+))?(#(?P<inside>.+))?")
 _GYM = re.compile(r"(?P<name>\w+)\?(?P<inside>seed=[0-9]+&size=[1-9][0-9]*)")
+_DEB = re.compile(r"(?P<name>[a-z0-9][a-z0-9+.-]+)(@sha256:(?P<sha256>[0-9a-f]{64}))?(#(?P<inside>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -98,8 +102,10 @@ def parse(source: str) -> Source:
         return Source(source, "hf", match["name"], match["revision"] or "", inside=match["inside"] or "")
     if scheme == "gym":
         return _parse_gym(source, rest)
-    if scheme == "tiny":
-        return Source(source, "tiny", rest)
+    if scheme in ("tiny", "pixels"):
+        return Source(source, "tiny" if scheme == "tiny" else "pixels", rest)
+    if scheme == "deb":
+        return _parse_deb(source, rest)
     if scheme == "job":
         raise SourceError(f"'{source}' names the model of another job: only a job's model.source may do that")
     if not source:
@@ -140,6 +146,10 @@ def fingerprint(source: str) -> str:
         return f"{source}@{GYM}@sha256:{PINS[GYM]}@{_GYM_ROWS}"
     if parsed.kind == "tiny":
         return f"{source}@{tinyworld.VERSION}"
+    if parsed.kind == "pixels":
+        return f"{source}@{pixelworld.VERSION}"
+    if parsed.kind == "deb":
+        return f"deb:{parsed.name}@sha256:{_pin(parsed)}{f'#{parsed.inside}' if parsed.inside else ''}"
     if parsed.kind == "uri":
         return f"{source}@{_listing_sha256(parsed)}"
     path = _existing(parsed)
@@ -156,7 +166,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Read the first `limit` rows (None: all) of a data set as dictionaries.
 
-    Files: .json (a list of objects), .yaml, .yml and .prompt (such a list, or an object that holds one), .jsonl, .parquet,
+    Files: .json (a list of objects, or subsets {name: [texts]}, whose rows are {"text", "subset"}),
+    .yaml, .yml and .prompt (a list of objects, or an object that holds one), .jsonl, .parquet,
     .csv, .tsv, .txt (one {"text": ...} a line); otherwise a hub data set, generated problems or the made-up world.
     Every row must have `fields`; where it lacks one of `optional`, it gets the value given there. `columns` names the
     tab-separated columns of a text file without a header.
@@ -191,7 +202,7 @@ def _parse_package(source: str, kind: Literal["wheel", "sdist"], rest: str) -> S
 
 
 def _pin(source: Source) -> str:
-    package = f"{source.kind}:{source.name}=={source.version}"
+    package = f"{source.kind}:{source.name}{f'=={source.version}' if source.version else ''}"
     if not (pin := source.sha256 or PINS.get(package, "")):
         raise SourceError(
             f"'{source.text}' has no pinned hash: write {package}@sha256:HEX, where `pip hash FILE` prints HEX"
@@ -498,6 +509,79 @@ def _tiny_rows(source: Source, limit: int | None) -> Iterator[dict[str, Any]]:
     return iter(tinyworld.rows(source.name, limit))
 
 
+def _fetch_pixels(source: Source, cache: Path) -> Path:
+    root = cache / "pixels" / f"{source.name.replace('/', '-')}-{pixelworld.VERSION}"
+    if not root.exists():
+        with _filled_once(root) as directory:
+            (directory / "content").mkdir()
+            try:
+                pixelworld.write_model(source.name, directory / "content")
+            except ValueError as error:
+                raise SourceError(str(error)) from None
+    return root
+
+
+def _pixel_rows(source: Source, limit: int | None) -> Iterator[dict[str, Any]]:
+    try:
+        return iter(pixelworld.rows(source.name, fetch, limit))
+    except ValueError as error:
+        raise SourceError(str(error)) from None
+
+
+# Debian packages
+
+
+def _parse_deb(source: str, rest: str) -> Source:
+    if not (match := _DEB.fullmatch(rest)):
+        raise SourceError(f"'{source}' is not deb:NAME[@sha256:HEX][#path/inside]")
+    inside = match["inside"] or ""
+    if _escapes(inside):
+        raise SourceError(f"'{source}' points out of its package")
+    return Source(source, "deb", match["name"], sha256=match["sha256"] or "", inside=inside)
+
+
+def _fetch_deb(source: Source, cache: Path) -> Path:
+    pin = _pin(source)
+    root = cache / "packages" / f"deb-{source.name}-{pin[:16]}"
+    if not root.exists():
+        with _filled_once(root) as directory:
+            archive = _download_deb(source, directory)
+            if _file_sha256(archive, archive.stat().st_size, archive.stat().st_mtime_ns) != pin:
+                raise SourceError(f"'{source.text}': the archive's SHA-256 is not the pinned {pin}; nothing of it was unpacked")
+            _run(source, ["dpkg-deb", "-x", str(archive), str(directory / "content")], directory, "unpacked with dpkg-deb")
+    path = root / source.inside
+    if not path.exists():
+        raise SourceError(f"{source.text}: the package has no '{source.inside}'; {_nearby(path)}")
+    return path
+
+
+def _download_deb(source: Source, directory: Path) -> Path:
+    """Download one package as apt's lists name it; where these are missing the user has to run `apt-get update`."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise SourceError(
+            f"'{source.text}' is a Debian package, and this machine has no apt-get and dpkg-deb: unpack it elsewhere "
+            f"(apt-get download {source.name}; dpkg-deb -x FILE DIRECTORY) and give the path"
+        )
+    _run(
+        source,
+        ["apt-get", "download", "-q", source.name],
+        directory,
+        "downloaded; run `apt-get update` as root if apt lacks it",
+    )
+    found = list(directory.glob("*.deb"))
+    if len(found) != 1:
+        raise SourceError(f"'{source.text}': apt-get download left {len(found)} archives")
+    return found[0]
+
+
+def _run(source: Source, command: Sequence[str], directory: Path, what: str) -> None:
+    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("E:")]
+        reason = " ".join(errors[-2:]) or " ".join(result.stderr.split())[-300:]
+        raise SourceError(f"'{source.text}' could not be {what}: {reason}")
+
+
 _FETCH: dict[Kind, Callable[[Source, Path], Path]] = {
     "hf": _fetch_hub,
     "path": _fetch_path,
@@ -506,6 +590,8 @@ _FETCH: dict[Kind, Callable[[Source, Path], Path]] = {
     "sdist": _fetch_package,
     "gym": _fetch_gym,
     "tiny": _fetch_tiny,
+    "pixels": _fetch_pixels,
+    "deb": _fetch_deb,
 }
 
 
@@ -515,6 +601,8 @@ _FETCH: dict[Kind, Callable[[Source, Path], Path]] = {
 def _iterate(source: Source, limit: int | None) -> Iterator[dict[str, Any]]:
     if source.kind == "tiny":
         return _tiny_rows(source, limit)
+    if source.kind == "pixels":
+        return _pixel_rows(source, limit)
     return _hub_rows(source) if source.kind == "hf" else _file_rows(fetch(source.text))
 
 
@@ -532,7 +620,14 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SourceError(f"{path.name} is not JSON: {error}") from error
+    if isinstance(content, dict) and content and all(_is_texts(value) for value in content.values()):
+        yield from ({"text": text, "subset": name} for name, texts in content.items() for text in texts)
+        return
     yield from _objects(content, path)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _yaml_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steerlab import models
+from steerlab.conditioning import Drawings
 from steerlab.job import Pooling, Selection, Span
 from steerlab.tokens import GENERATION, PADDING, PHASES, PROMPT, ROLES, Batch
 
@@ -54,12 +56,29 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
         partial = [name for name in names if _compiled(pattern).search(name)]
         near = partial or difflib.get_close_matches(pattern, names, n=5, cutoff=0.2)
         raise ValueError(f"no module path matches {pattern!r} as a whole; near: {', '.join(near[:5])}")
-    if selection.exclude_modules is None:
-        return [Tap(name, element) for name in found]
-    left = [name for name in found if not _compiled(selection.exclude_modules).fullmatch(name)]
-    if not left:
-        raise ValueError(f"exclude_modules {selection.exclude_modules!r} takes out all {len(found)} modules of {pattern!r}")
+    left = found
+    if selection.exclude_modules is not None:
+        left = [name for name in found if not _compiled(selection.exclude_modules).fullmatch(name)]
+        if not left:
+            raise ValueError(f"exclude_modules {selection.exclude_modules!r} takes out all {len(found)} modules of {pattern!r}")
+    _check_part(left, models.steered_part(model), selection)
     return [Tap(name, element) for name in left]
+
+
+def _check_part(names: Sequence[str], part: str | None, selection: Selection) -> None:
+    """Refuse modules outside of the one part of a pipeline that is read and steered."""
+    if part is None:
+        return
+    outside = [name for name in names if name != part and not name.startswith(f"{part}.")]
+    if outside:
+        others = ", ".join(dict.fromkeys(name.partition(".")[0] for name in outside))
+        which = "only modules" if len(outside) == len(names) else f"{len(outside)} of {len(names)} modules"
+        raise ValueError(
+            f"modules {selection.modules!r} matches {which} of {others}; a pipeline is read and steered in its {part}: "
+            f"write {part}.{selection.modules.removeprefix('.')}"
+        )
+    if not selection.takes_all_tokens:
+        raise ValueError("phases, roles and positions select tokens; an image has none: leave them out")
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -112,8 +131,10 @@ def prompt_lengths(roles_BT: Tensor, phases_BT: Tensor) -> Tensor:
     return ((roles_BT != PADDING) & (phases_BT != GENERATION)).sum(1)
 
 
-def selected(batch: Batch, selection: Selection) -> Tensor:
-    """Say which tokens of a padded batch are selected, (B, T)."""
+def selected(batch: Batch | Drawings, selection: Selection) -> Tensor:
+    """Say which tokens of a padded batch are selected, (B, T); (B, 1) where all of a row are, as in images."""
+    if isinstance(batch, Drawings):
+        return torch.ones(len(batch.prompts), 1, dtype=torch.bool)
     prompt_B = prompt_lengths(batch.roles, batch.phases)
     return token_mask(selection, batch.roles, batch.phases, batch.position_ids, prompt_B)
 
@@ -121,8 +142,11 @@ def selected(batch: Batch, selection: Selection) -> Tensor:
 def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
     """Reduce each row's selected tokens to one vector, (B, D), in float32; the other tokens do not count, whatever they hold.
 
-    Every row must have a selected token. Images come as (B, pixels, channels).
+    Every row must have a selected token. Images come as (B, pixels, channels), with a mask of (B, 1) for all of them.
     """
+    if mask_BT.shape[1] == 1 and pooling == "mean":
+        return z_BTD.float().mean(1)  # the same, without a pass over the mask
+    mask_BT = mask_BT.expand(z_BTD.shape[:2])
     mask_BT1 = mask_BT.unsqueeze(-1)
     match pooling:
         case "mean":
@@ -165,6 +189,25 @@ def replaced(output: Any, element: int | None, value: Tensor) -> Any:
     return type(output)(items)
 
 
+def feature_axis(module: nn.Module, rank: int) -> int:
+    """Return the axis of a module's neurons: that of channels, 1, in convolutions and what normalises them, else the last one.
+
+    A value of four axes is an image, (B, C, H, W), unless a linear layer or a norm of the last axis made it. A GroupNorm inside
+    an attention block sees (B, C, pixels).
+    """
+    if isinstance(module, nn.GroupNorm | nn.modules.conv._ConvNd | nn.modules.batchnorm._NormBase):
+        return 1
+    if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm):
+        return rank - 1
+    return 1 if rank == 4 else rank - 1
+
+
+def as_tokens(z: Tensor, axis: int) -> Tensor:
+    """Return a value with its neurons on the last axis and all others but the first as one, (B, T, D)."""
+    last = z.movedim(axis, -1)
+    return last.flatten(1, -2) if last.dim() > 2 else last.unsqueeze(1)
+
+
 class _Done(Exception):
     """Ends a forward pass whose last module has been read."""
 
@@ -173,12 +216,13 @@ class Reader:
     """Reads taps of a model while it runs.
 
     Calling it runs the model and returns each tap's value of that pass; with `stop` no further than the last tap. Patches
-    that are to be seen must be attached before. `close` removes the hooks.
+    that are to be seen must be attached before. `close` removes the hooks. Of a drawing the steps that the sampler reads give
+    values, each image's pixels of all of them as (B, pixels, channels), from the rows that have a prompt.
     """
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], side: str = "output", *, stop: bool = True) -> None:
-        self._model, self._stop, self._number = model, stop, len(taps)
-        self._values: dict[str, Tensor] | None = None
+        self._model, self._stop, self._number, self._reads = model, stop, len(taps), models.num_reads(model)
+        self._values: dict[str, list[Tensor]] | None = None
         """None outside of a call: gradient checkpointing runs modules again, which is nothing to read."""
         self._handles = [self._hook(place, side) for place in taps]
 
@@ -191,9 +235,10 @@ class Reader:
             pass
         finally:
             self._values = None
-        if len(values) < self._number:
-            raise ValueError(f"{self._number - len(values)} of {self._number} modules did not run in a forward pass")
-        return values
+        missing = self._number - sum(len(found) == self._reads for found in values.values())
+        if missing:
+            raise ValueError(f"{missing} of {self._number} modules did not run in a forward pass")
+        return {name: found[0] if len(found) == 1 else torch.cat(found, 1) for name, found in values.items()}
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -209,14 +254,20 @@ class Reader:
         )
 
     def _keep(self, place: Tap, output: Any) -> None:
-        if self._values is None:
+        call = models.running(self._model)
+        if self._values is None or (call is not None and not call.is_read):
             return
-        if place.name in self._values:
+        found = self._values.setdefault(place.name, [])
+        if len(found) == self._reads:
             raise ValueError(
                 f"{place.module} runs more than once in a forward pass, so what is meant by its value is not clear"
             )
-        self._values[place.name] = value_at(output, place.element, f"the value of {place.module}")
-        if self._stop and len(self._values) == self._number:
+        value = value_at(output, place.element, f"the value of {place.module}")
+        if call is not None:
+            axis = feature_axis(self._model.get_submodule(place.module), value.dim())
+            value = as_tokens(value[call.conditional], axis)
+        found.append(value)
+        if self._stop and sum(map(len, self._values.values())) == self._number * self._reads:
             raise _Done
 
 

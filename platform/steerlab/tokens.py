@@ -10,9 +10,12 @@ nothing. Template text carries the role of the message before it (ASIDE's conven
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
@@ -138,6 +141,11 @@ class Batch:
         """Arguments of a forward of a model that carries patches."""
         return {**self.model_inputs, "roles": self.roles, "phases": self.phases}
 
+    @property
+    def read_inputs(self) -> dict[str, Any]:
+        """Arguments of a forward whose activations are read: nothing is kept for a next token."""
+        return {**self.patched_inputs, "use_cache": False}
+
 
 def collate(
     rows: Sequence[Row],
@@ -222,6 +230,40 @@ class Encoder:
     def spec(self) -> dict[str, str]:
         """Settings that a saved model needs to be prompted as it was trained."""
         return {"prompt_style": self.prompt_style, "response_role": self.response_role}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is written beside activations about how texts were read."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
+        return {
+            "tokenizer": type(self.tokenizer).__name__,
+            "tokenizer_sha256": hashlib.sha256(vocabulary).hexdigest(),
+            "prompt": self.spec,
+        }
+
+    def small_batch(self) -> Batch:
+        """Return two rows of three tokens, by which the widths of modules are found."""
+        row = Encoded([self.pad_id] * 3, [INSTRUCTION] * 3, [False] * 3, [0] * 3)
+        return self.collate([row, row])
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer beside a model."""
+        self.tokenizer.save_pretrained(directory)
+
+    def encode_data(self, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int) -> Rows:
+        """Tokenise rows of a data set; see the function of this name."""
+        return encode_data(self, rows, data_format, max_tokens)
+
+    def collate(
+        self,
+        rows: Sequence[Row],
+        *,
+        loss_on: str = "all",
+        numbers: Sequence[int] = (),
+        side: Literal["left", "right"] = "right",
+    ) -> Batch:
+        """Pad rows to the longest; see the function of this name."""
+        return collate(rows, self.pad_id, side, loss_on, numbers)
 
     def conversation(self, instruction: str, data: str | Sequence[Part] = "", response: str | None = None) -> Conversation:
         """Make the messages of one row; `data` may come as parts, `response` None makes a prompt to be continued.

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 
 from steerlab import activations, moments, reading
 from steerlab.activations import Activations
+from steerlab.conditioning import Prompter
 from steerlab.generation import SteeredModel
 from steerlab.job import ExtractConfig, MethodConfig
 from steerlab.methods.contract import Method, Moments, OfEachRow, OverParts, OverRows, Preparation, Source
+from steerlab.pipelines import Diffusion
+from steerlab.sampling import SteeredPipeline
 from steerlab.stages import prepare
 from steerlab.stages.moments import SumsOfShard
 from steerlab.stages.shards import Shard
@@ -30,9 +33,9 @@ Prepared = Callable[..., dict[str, Path]]
 def extracted(tmp_path: Path, encoder: Encoder) -> Extracted:
     """A function (model, texts, **extract settings) -> activations."""
 
-    def read(model: PreTrainedModel, texts: Sequence[str], label: str = "target", **settings: object) -> Activations:
+    def read(model: Any, texts: Sequence[str], label: str = "target", **settings: object) -> Activations:
         config = ExtractConfig.model_validate(settings)
-        steered = SteeredModel(model, encoder)
+        steered: Any = SteeredPipeline(model, Prompter(model)) if isinstance(model, Diffusion) else SteeredModel(model, encoder)
         reader = reading.TextReader(steered, config)
         encoded, _ = reader.encode([{"text": text} for text in texts], "text", 0)
         values: dict[str, torch.Tensor] = {}

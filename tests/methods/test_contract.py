@@ -1,4 +1,4 @@
-"""One contract for every entry of the table of methods."""
+"""One contract for every entry of the table of methods, on every kind of model that it works on."""
 
 from __future__ import annotations
 
@@ -8,48 +8,87 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from steerlab import generation, models, patches, tinyworld
+from steerlab import generation, models, patches, pixelworld, taps, tinyworld
+from steerlab.conditioning import Prompter
+from steerlab.job import MethodConfig, Selection
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
-from steerlab.tokens import Batch, Encoder, collate, encode_data
+from steerlab.tokens import Encoder, collate, encode_data
 
+TRAINED = [(name, kind) for name, method in METHODS.items() if method.module for kind in method.kinds]
 each_method = pytest.mark.parametrize("name", METHODS)
-each_trained = pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.module])
+each_trained = pytest.mark.parametrize(("name", "kind"), TRAINED)
 each_fitted = pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.fit])
 # LinEAS compares whole distributions; WaRP's gradients of a step are one, its loss is vanilla's.
-additive = pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.module and n not in ("lineas", "warp")])
+additive = pytest.mark.parametrize(("name", "kind"), [pair for pair in TRAINED if pair[0] not in ("lineas", "warp")])
+
+SAMPLER = {"steps": 3, "guidance": 2.0, "read": [0, 1]}
+STEERED = {"modules": "unet.*norm.*"}
 
 
 @pytest.fixture
-def batch(name: str, encoder: Encoder) -> Batch:
-    """Rows of the kind that the method trains on."""
-    kind, data_format = KINDS.get(METHODS[name].trains_on, ("instructions", "instruction"))
-    rows = encode_data(encoder, tinyworld.rows(f"{kind}/train", 6), data_format, 64).rows
+def model_dir(kind: str, tiny_dir: Path, digits_dir: Path) -> Path:
+    """A small model of the kind, without weights."""
+    return tiny_dir if kind == "causal_lm" else digits_dir
+
+
+@pytest.fixture
+def model(model_dir: Path) -> Any:
+    """The model with random weights, the same in every test."""
+    return models.load_model(model_dir, seed=0, sampler=SAMPLER)
+
+
+@pytest.fixture
+def batch(name: str, kind: str, encoder: Encoder, model: Any) -> Any:
+    """Rows of the sort that the method trains on."""
+    if kind == "diffusion":
+        data_format = "image" if METHODS[name].trains_on == "train" else "text"
+        prompter = Prompter(model)
+        rows = prompter.encode_data(pixelworld.rows("digits/train", Path)[:6], data_format, 0).rows
+        return prompter.collate(rows, numbers=range(6))  # type: ignore[arg-type]
+    texts, data_format = TEXTS.get(METHODS[name].trains_on, ("instructions", "instruction"))
+    rows = encode_data(encoder, tinyworld.rows(f"{texts}/train", 6), data_format, 64).rows
     return collate(rows, encoder.pad_id, loss_on="response" if data_format == "preference" else "all", numbers=range(6))
 
 
-KINDS = {"preference": ("preferences", "preference")}
+TEXTS = {"preference": ("preferences", "preference")}
 
 
-Make = Callable[[str, PreTrainedModel], Any]
+Make = Callable[[str, str, Any], Any]
 
 
 @pytest.fixture
 def make(extracted: Any, prepared: Any) -> Make:
-    """A function (name, model) -> trainee, with what the method reads and prepares, of other texts."""
+    """A function (name, kind, model) -> trainee, with what the method reads and prepares, of other texts."""
 
-    def trainee(name: str, model: PreTrainedModel) -> torch.nn.Module:
-        method = METHODS[name]
-        texts = [row["text"] for row in tinyworld.rows("topics/train", 8)]
-        read = {role: extracted(model, texts) for role in method.reads(method.Config())}
-        before = prepared(method, method.Config(), model, tinyworld.rows("refusals/train", 8))
+    def trainee(name: str, kind: str, model: Any) -> torch.nn.Module:
+        method, config = METHODS[name], config_of(name, kind)
+        if kind == "diffusion":
+            texts = [row["text"] for row in pixelworld.rows("digits/test", Path)[:8]]
+            read = {role: extracted(model, texts, select=STEERED) for role in method.reads(config)}
+            before = {}
+        else:
+            texts = [row["text"] for row in tinyworld.rows("topics/train", 8)]
+            read = {role: extracted(model, texts) for role in method.reads(config)}
+            before = prepared(method, config, model, tinyworld.rows("refusals/train", 8))
         torch.manual_seed(0)
         assert method.module is not None
-        return method.module(model, method.Config(), Inputs(activations=read, prepared=before))
+        return method.module(model, config, Inputs(activations=read, prepared=before))
 
     return trainee
+
+
+def config_of(name: str, kind: str) -> MethodConfig:
+    """The method's defaults, with places that the kind of model has."""
+    fields = METHODS[name].Config.model_fields
+    return METHODS[name].Config.model_validate({"steer": STEERED} if kind == "diffusion" and "steer" in fields else {})
+
+
+def output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Logits, or images."""
+    found = model(**inputs)
+    return found if isinstance(found, torch.Tensor) else found.logits
 
 
 @each_method
@@ -66,19 +105,18 @@ def test_every_field_is_documented(name: str) -> None:
 
 
 @additive
-def test_the_loss_is_a_sum_over_targets(name: str, make: Make, tiny_model: PreTrainedModel, batch: Batch) -> None:
+def test_the_loss_is_a_sum_over_targets(name: str, kind: str, make: Make, model: Any, batch: Any) -> None:
     """Any split of a batch adds up to the same loss, so passes and workers may be split at will."""
-    module = make(name, tiny_model)
+    module = make(name, kind, model)
     whole = module(batch).total
-    parts = [Batch(*(getattr(batch, f)[i : i + 2] for f in batch.__dataclass_fields__)) for i in range(0, len(batch.labels), 2)]
+    fields = [getattr(batch, name) for name in batch.__dataclass_fields__]
+    parts = [type(batch)(*(value[i : i + 2] for value in fields)) for i in range(0, len(fields[0]), 2)]
     torch.testing.assert_close(sum(module(part).total for part in parts), whole, rtol=1e-5, atol=1e-4)
 
 
 @each_trained
-def test_steps_lower_the_loss_and_move_only_what_trains(
-    name: str, make: Make, tiny_model: PreTrainedModel, batch: Batch
-) -> None:
-    module = make(name, tiny_model)
+def test_steps_lower_the_loss_and_move_only_what_trains(name: str, kind: str, make: Make, model: Any, batch: Any) -> None:
+    module = make(name, kind, model)
     trained = trained_parameters(module)
     assert trained
     frozen = {n: p.detach().clone() for n, p in module.named_parameters() if n not in trained}
@@ -100,23 +138,26 @@ def test_steps_lower_the_loss_and_move_only_what_trains(
 
 @each_trained
 def test_the_saved_result_gives_the_same_logits(
-    name: str, make: Make, tiny_model: PreTrainedModel, batch: Batch, encoder: Encoder, tmp_path: Path
+    name: str, kind: str, make: Make, model: Any, batch: Any, encoder: Encoder, tmp_path: Path
 ) -> None:
     """What is trained, saved and loaded again is one model: the loss through the loaded patch equals the trained one's."""
-    method, fingerprint = METHODS[name], models.fingerprint(tiny_model)
-    models.save_model(tiny_model, encoder.tokenizer, tmp_path / "model")
+    method, fingerprint = METHODS[name], models.fingerprint(model)
+    if kind == "causal_lm":
+        models.save_model(model, encoder.tokenizer, tmp_path / "model")
+    else:
+        models.save_trained(model, {}, tmp_path / "model")
     (tmp_path / "prompt.json").write_text('{"prompt_style": "plain", "response_role": "data"}')
-    module = make(name, tiny_model).eval()
-    inputs = batch.patched_inputs if module.patch else batch.model_inputs
+    module = make(name, kind, model).eval()
+    inputs = batch.patched_inputs if module.patch or kind == "diffusion" else batch.model_inputs
     with torch.no_grad():
-        expected = module.model(**inputs).logits
+        expected = output(module.model, inputs)
     if module.patch is not None:
         patch = method.finished(module, module.patch.state_dict()) if method.finished else module.patch
         patches.save(patch, tmp_path / "patch", fingerprint)
-    loaded = generation.load(tmp_path)
+    loaded = generation.load(tmp_path, sampler=SAMPLER)
     assert bool(loaded.patches) == METHODS[name].leaves_patch
     with torch.no_grad():
-        assert torch.equal(loaded.model(**batch.patched_inputs).logits, expected)
+        assert torch.equal(output(loaded.model, batch.patched_inputs), expected)
 
 
 @each_fitted
@@ -149,14 +190,12 @@ def test_a_fit_refuses_what_says_nothing(name: str) -> None:
 
 
 @each_trained
-def test_gradient_checkpointing_changes_no_gradient(name: str, make: Make, tiny_dir: Path, batch: Batch) -> None:
+def test_gradient_checkpointing_changes_no_gradient(name: str, kind: str, make: Make, model_dir: Path, batch: Any) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = models.load_model(tiny_dir, seed=0).train()
-        model.config.use_cache = False
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        module = make(name, model).train()
+        model = models.load_model(model_dir, seed=0, sampler=SAMPLER).train()
+        models.start_training(model, checkpointing)
+        module = make(name, kind, model).train()
         module(batch).total.backward()
         gradients.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -171,3 +210,35 @@ def test_no_other_file_names_the_method(name: str) -> None:
     for folder in ("training", "stages", "evaluation"):
         for file in (package / folder).rglob("*.py"):
             assert f'"{name}"' not in file.read_text(), f"{file} names the method {name}"
+
+
+@each_fitted
+def test_maps_fitted_on_a_pipeline_act_on_it(name: str, digits_dir: Path, extracted: Any) -> None:
+    """The patch of a fit, attached, makes of every pixel of a place what the map makes of it."""
+    method = METHODS[name]
+    assert method.fit is not None and "diffusion" in method.kinds
+    pipeline = models.load_model(digits_dir, seed=0, sampler={"steps": 2, "guidance": 2.0})
+    config, place = method.Config(), {"modules": "unet.mid_block.resnets.0.norm2"}
+    pooling = method.pooling(config)
+    texts = [row["text"] for row in pixelworld.rows("digits/test", Path)[:16]]
+    read = [extracted(pipeline, part, select=place, pooling=[pooling]) for part in (texts[:8], texts[8:])]
+    source, target = ({tap: found.column(tap, pooling) for tap in found.modules} for found in read)
+    maps = method.fit(config, source, target)
+    before = values_at(pipeline, texts, place)
+    attached = patches.attach(pipeline, (patches.ActivationPatch.from_maps(maps, Selection.model_validate(place)),))
+    after = values_at(pipeline, texts, place)
+    attached.detach()
+    (fitted,) = maps.values()
+    torch.testing.assert_close(after, fitted(before), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(before, after)
+
+
+def values_at(pipeline: Any, texts: list[str], place: dict[str, str]) -> torch.Tensor:
+    """What a pipeline computes at one place, (B, pixels, D)."""
+    prompter = Prompter(pipeline)
+    batch = prompter.collate([prompter.from_row({"text": text}, "text") for text in texts])
+    reader = taps.Reader(pipeline, taps.select(pipeline, Selection.model_validate(place)))
+    with torch.no_grad():
+        (value,) = reader(**batch.read_inputs).values()
+    reader.close()
+    return value

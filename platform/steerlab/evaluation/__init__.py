@@ -4,11 +4,15 @@ from steerlab.evaluation import (
     alpaca,
     arithmetic,
     bipia,
+    clip_score,
     concept,
     controllability,
+    diversity,
     efficiency,
     forbidden_words,
     harness,
+    image_concept,
+    image_similarity,
     injection,
     perplexity,
     preference,
@@ -21,6 +25,8 @@ from steerlab.evaluation import (
     win_rate,
 )
 from steerlab.evaluation.metrics import Task
+
+_IMAGES = ("diffusion",)
 
 _TASKS: dict[str, Task] = {
     "separation": Task(separation.Config, separation.run),
@@ -41,6 +47,10 @@ _TASKS: dict[str, Task] = {
     "win_rate": Task(win_rate.Config, win_rate.run),
     "efficiency": Task(efficiency.Config, efficiency.run),
     "lm_eval": Task(harness.Config, harness.run),
+    "image_concept": Task(image_concept.Config, image_concept.run, kinds=_IMAGES),
+    "image_similarity": Task(image_similarity.Config, image_similarity.run, kinds=_IMAGES),
+    "diversity": Task(diversity.Config, diversity.run, kinds=_IMAGES),
+    "clip_score": Task(clip_score.Config, clip_score.run, kinds=_IMAGES),
 }
 
 TASKS: dict[str, Task] = {**_TASKS, "controllability": controllability.over(_TASKS)}

@@ -11,15 +11,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from steerlab.evaluation import intervals
 from steerlab.job import TaskConfig
-
-if TYPE_CHECKING:
-    from steerlab.generation import SteeredModel
 
 Transform = Literal["identity", "exp", "share", "bootstrap", "median"]
 """How the observations of a metric become a number: see `summarise`."""
@@ -76,15 +73,20 @@ class Result:
     samples: list[dict[str, Any]]
     transforms: dict[str, str] = field(default_factory=dict)
     """metric -> a `Transform`, for metrics that are not plain means."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Files kept beside the metrics, by their path below the task's folder: images."""
 
 
 class Task(NamedTuple):
     """An evaluation: its config, and the function that runs it on a model."""
 
     Config: type[TaskConfig]
-    run: Callable[[SteeredModel, Any], Result]
+    run: Callable[[Any, Any], Result]
+    """(`SteeredModel` or `SteeredPipeline`, config) -> what was found."""
     version: int = 1
     """Raised whenever the task's own data or scoring changes, so that older results are not taken for new ones."""
+    kinds: tuple[str, ...] = ("causal_lm",)
+    """Kinds of model that the task evaluates."""
 
 
 def summarise(observations: Sequence[Observation], transform: str = "identity") -> Metric:

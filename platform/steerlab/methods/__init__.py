@@ -1,6 +1,6 @@
 """The table of methods. A further method is one new file here and one line below."""
 
-from steerlab.methods import aside, aura, caa, dpo, genarm, iav, ise, iti, lineas, none, transport, vanilla, warp
+from steerlab.methods import aside, aura, caa, denoise, dpo, genarm, iav, ise, iti, lineas, none, transport, vanilla, warp
 from steerlab.methods.contract import Method
 
 METHODS: dict[str, Method] = {
@@ -19,4 +19,5 @@ METHODS: dict[str, Method] = {
     "iav": iav.METHOD,
     "dpo": dpo.METHOD,
     "genarm": genarm.METHOD,
+    "denoise": denoise.METHOD,
 }

@@ -234,6 +234,11 @@ class Method:
     """False when the result is weights alone, so that there is no strength to vary."""
     strength_range: tuple[float, float] | None = None
     """Strengths that mean something; others are warned of. None where any does."""
+    kinds: tuple[str, ...] = ("causal_lm",)
+    """Kinds of model that the method works on."""
+
+
+ANY_KIND = ("causal_lm", "diffusion")
 
 
 def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -271,6 +276,7 @@ def fitted(
         check=check_roles,
         trains_model=False,
         strength_range=strength_range,
+        kinds=ANY_KIND,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerlab import taps
+from steerlab import models, taps
 from steerlab.affine import AffineMap
 from steerlab.job import Pooling, Selection
 
@@ -24,7 +24,7 @@ from steerlab.job import Pooling, Selection
 class Reading(NamedTuple):
     """One batch of source texts: the model's inputs, and which tokens are pooled and which are mapped."""
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     read_BT: Tensor
     steered_BT: Tensor
 
@@ -106,8 +106,17 @@ class _Walk:
         module, where = model.get_submodule(place.module), f"the value of {place.module}"
 
         def edit(value: Any) -> Any:
+            call = models.running(model)
             z = taps.value_at(value, place.element, where)
-            return taps.replaced(value, place.element, self._arrive(place.name, z))
+            if call is None:
+                return taps.replaced(value, place.element, self._arrive(place.name, z))
+            if not call.is_read:
+                return value
+            axis = taps.feature_axis(module, z.dim())
+            mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis))
+            z_last = z.movedim(axis, -1).clone()
+            z_last[call.conditional] = mapped_BTD.reshape(z_last[call.conditional].shape)
+            return taps.replaced(value, place.element, z_last.movedim(-1, axis))
 
         if side == "input":
             return module.register_forward_pre_hook(

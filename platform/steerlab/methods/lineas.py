@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from steerlab import models, patches, taps
 from steerlab.affine import AffineLayer
 from steerlab.job import Job, MethodConfig, Pooling, Selection
-from steerlab.methods.contract import MIN_SAMPLES, Inputs, Loss, Method, check_roles
+from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, Method, check_roles
 from steerlab.methods.transport import coupling
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
@@ -181,12 +181,12 @@ def whole_batch(pooled_BS: Tensor) -> tuple[Tensor, int]:
 
 
 def _widths(model: PreTrainedModel, steer: Selection) -> dict[str, int]:
-    """Find the widths of the steered places by one forward pass over one token."""
+    """Find the widths of the steered places by one forward pass over one token or image."""
     places = taps.select(model, steer)
     reader = taps.Reader(model, places, steer.side)
     try:
         with torch.no_grad():
-            return {name: value.shape[-1] for name, value in reader(input_ids=torch.zeros(1, 1, dtype=torch.long)).items()}
+            return {name: value.shape[-1] for name, value in reader(**models.small_inputs(model)).items()}
     finally:
         reader.close()
 
@@ -244,4 +244,5 @@ METHOD = Method(
     counts=lambda row, loss_on: 1,
     after_step=Lineas.after_step,
     strength_range=_STRENGTHS,
+    kinds=ANY_KIND,
 )

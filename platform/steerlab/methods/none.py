@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from steerlab.job import MethodConfig
-from steerlab.methods.contract import Method
+from steerlab.methods.contract import ANY_KIND, Method
 
 
 class Config(MethodConfig):
@@ -15,4 +15,4 @@ class Config(MethodConfig):
     """The method."""
 
 
-METHOD = Method(Config, trains_model=False, needs_training=False, leaves_patch=False)
+METHOD = Method(Config, trains_model=False, needs_training=False, leaves_patch=False, kinds=ANY_KIND)

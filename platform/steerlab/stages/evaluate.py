@@ -18,6 +18,8 @@ from steerlab.plan import Stage, Work
 from steerlab.stages import choose, subject
 
 _POLL_S = 0.5
+FILES = "files"
+"""Folder of an evaluation's images."""
 
 
 class _Open(threading.local):
@@ -67,6 +69,9 @@ def run(work: Work) -> None:
     result = _in_warm_process(work, config) if work.scale.warm else _in_actor(work, config)
     pq.write_table(pa.Table.from_pylist(result["observations"], schema=OBSERVATIONS), work.directory / "observations.parquet")
     (work.directory / "samples.json").write_text(json.dumps(result["samples"], indent=1, ensure_ascii=False))
+    for path, content in result["files"].items():
+        (work.directory / FILES / path).parent.mkdir(parents=True, exist_ok=True)
+        (work.directory / FILES / path).write_bytes(content)
     (work.directory / "metrics.json").write_text(json.dumps(result["metrics"], indent=1))
 
 
@@ -176,5 +181,6 @@ def _outcome(model: Any, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "observations": [observation._asdict() for observation in result.observations],
         "samples": result.samples,
+        "files": result.files,
         "metrics": {"strengths": metrics, "transforms": result.transforms},
     }

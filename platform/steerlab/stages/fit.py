@@ -129,7 +129,6 @@ def _walk(
     from steerlab import taps
     from steerlab.methods.incremental import Reading, fit_in_order
     from steerlab.reading import TextReader, batches
-    from steerlab.tokens import collate
 
     config = METHODS[params["method"]["name"]].Config.model_validate(params["method"])
     method = METHODS[config.name]
@@ -142,7 +141,7 @@ def _walk(
     reader.close()
     readings = []
     for chunk in batches([len(text) for text in texts], extract.batch_tokens):
-        batch = collate([texts[i] for i in chunk], model.encoder.pad_id).to(model.device)
+        batch = model.encoder.collate([texts[i] for i in chunk]).to(model.device)
         readings.append(Reading(batch.patched_inputs, taps.selected(batch, extract.select), taps.selected(batch, steer)))
     if model.patches and len(readings) > 1:
         raise ValueError(

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-_TEXT_FIELDS = {"text": ("text",), "instruction": ("instruction", "input", "output"), "preference": pairs.FIELDS}
+_TEXT_FIELDS = {"text": ("text", "seed"), "instruction": ("instruction", "input", "output"), "preference": pairs.FIELDS}
 
 
 class Shard(NamedTuple):
@@ -205,7 +205,8 @@ def _plan(place: Place, data: DataSet, rows_per_shard: int) -> list[dict[str, An
     planned = []
     found = rows.read(data)
     for number, first in enumerate(range(0, len(found), rows_per_shard)):
-        taken = [{name: row.get(name) for name in _TEXT_FIELDS[data.format]} for row in found[first : first + rows_per_shard]]
+        chosen = found[first : first + rows_per_shard]
+        taken = [{name: row.get(name) for name in _TEXT_FIELDS[data.format] if name != "seed" or name in row} for row in chosen]
         texts = json.dumps(taken, ensure_ascii=False)
         place.write_texts(number, texts)
         planned.append({"number": number, "first": first, "rows": len(taken), "sha256": _sha256(texts)})

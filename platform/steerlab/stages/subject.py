@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from steerlab import sources
 from steerlab.job import Job, ScaleConfig
 from steerlab.plan import ModelRef, Stage, Work
-
-if TYPE_CHECKING:
-    from steerlab.generation import SteeredModel
 
 ANYWHERE = "DEFAULT"
 """Scheduling of what a stage starts: said aloud, it is not in the placement group of a trial, which fits a driver alone."""
@@ -22,12 +19,21 @@ LEAVES_MODEL = ("train", "fit")
 
 def params(job: Job, below: Stage | None) -> dict[str, Any]:
     """Return a stage's parameters about its model; `below` is the stage that leaves it, None when it is the job's source."""
-    model: dict[str, Any] = {"dtype": job.model.dtype, "attention": job.model.attention}
+    model: dict[str, Any] = {"dtype": job.model.dtype, "attention": job.model.attention, **_drawing(job)}
     if below is not None:
         return {"model": model}
     assert isinstance(job.model.source, str)
     model |= {"source": job.model.source, "fingerprint": sources.fingerprint(job.model.source)}
     return {"model": model, "prompt": {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}}
+
+
+def _drawing(job: Job) -> dict[str, Any]:
+    """Return how a diffusion model draws; nothing for other kinds, whose keys have no such part."""
+    if job.model.kind != "diffusion":
+        return {}
+    sampler = job.model.drawing
+    weights = {} if sampler.denoiser is None else {"denoiser_fingerprint": sources.fingerprint(sampler.denoiser)}
+    return {"kind": "diffusion", "sampler": sampler.model_dump(mode="json"), **weights}
 
 
 def of(work: Work) -> dict[str, Any]:
@@ -45,20 +51,18 @@ def of(work: Work) -> dict[str, Any]:
     }
 
 
-def load(subject: dict[str, Any]) -> SteeredModel:
+def load(subject: dict[str, Any]) -> Any:
     """Load the model that `of` describes on this worker's device, with the patches that it carries."""
     import torch
 
-    from steerlab import generation, models, tokens
+    from steerlab import generation
 
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-    loading = {name: subject["model"][name] for name in ("dtype", "attention")}
+    loading = {name: subject["model"].get(name) for name in ("dtype", "attention", "sampler")}
     directory = ModelRef(**subject["ref"]).locate()
-    if subject["prompt"] is None:
-        return generation.load(directory, device=device, snapshot=subject["snapshot"], **loading)
-    model = models.load_model(directory, **loading).to(device)  # type: ignore[arg-type]
-    return generation.SteeredModel(model, tokens.Encoder(models.load_tokenizer(directory), **subject["prompt"]))
+    snapshot = subject["snapshot"] if subject["prompt"] is None else None
+    return generation.load(directory, device=device, snapshot=snapshot, prompt=subject["prompt"], **loading)
 
 
 def resources(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:

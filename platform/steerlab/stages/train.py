@@ -100,8 +100,9 @@ def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
     return ModelRef(artifact=(work.store.root, base.name, base.key), subfolder="model")
 
 
-def _loading(work: Work) -> dict[str, str]:
-    return {name: work.params["model"][name] for name in ("dtype", "attention")}
+def _loading(work: Work) -> dict[str, Any]:
+    model = work.params["model"]
+    return {name: model[name] for name in ("dtype", "attention", "kind", "sampler") if name in model}
 
 
 def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate:

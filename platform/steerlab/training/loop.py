@@ -27,7 +27,7 @@ from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainCon
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.rows import read as read_rows
-from steerlab.tokens import Batch, Encoder, Rows, collate, encode_data
+from steerlab.tokens import Batch, Encoder, Rows
 from steerlab.training.engine import Engine
 
 _SNAPSHOTS = "snapshots.safetensors"
@@ -104,7 +104,7 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 def load_rows(data: DataSet, encoder: Encoder, max_tokens: int) -> Rows:
     """Read and tokenise one data set of a job."""
-    found = encode_data(encoder, read_rows(data), data.format, max_tokens)
+    found = encoder.encode_data(read_rows(data), data.format, max_tokens)
     found.check(max_tokens)
     return found
 
@@ -133,11 +133,10 @@ class _Training:
             dtype=request.model.dtype,
             attention=request.model.attention,
             seed=request.train.seed,
+            sampler=request.model.drawing.model_dump(mode="json"),
             prompt={"prompt_style": request.data.prompt_style, "response_role": request.data.response_role},
         )
-        model.config.use_cache = False
-        if self.scale.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.start_training(model, self.scale.gradient_checkpointing)
         self.model_key = "" if self.method.trains_model else models.fingerprint(model)
         self.rows = load_rows(self.data, self.encoder, request.train.max_tokens)
         validation = request.data.validation
@@ -218,7 +217,7 @@ class _Training:
 
     def _batch(self, of: Rows, chosen: Sequence[int], loss_on: str) -> Batch:
         rows, numbers = [of.rows[i] for i in chosen], [of.numbers[i] for i in chosen]
-        return collate(rows, self.encoder.pad_id, loss_on=loss_on, numbers=numbers).to(self.link.device)
+        return self.encoder.collate(rows, loss_on=loss_on, numbers=numbers).to(self.link.device)
 
     def _evaluation_loss(self) -> float:
         """Return the loss per target over the validation rows; ranks without a row left repeat one with weight 0."""
@@ -282,9 +281,8 @@ class _Training:
         """Write the trained weights and the tokenizer, take the model's fingerprint, and return the patch's state."""
         model: Any = self.module.model
         weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-        model.config.use_cache = True
-        model.save_pretrained(output / "model", state_dict=weights)
-        self.encoder.tokenizer.save_pretrained(output / "model")
+        models.save_trained(model, weights, output / "model")
+        self.encoder.save(output / "model")
         if self.module.patch is not None:
             self.model_key = models.fingerprint(models.load_model(output / "model", dtype=self.request.model.dtype))
         return {name.removeprefix("patch."): value for name, value in state.items() if name.startswith("patch.")}
