@@ -101,6 +101,12 @@ class Sweep:
         return sorted(scored, key=lambda trial: trial[key], reverse=self.maximises)
 
     @property
+    def paid(self) -> list[bool]:
+        """Whether a row is the one that its run's seconds count for: trials that only differ in strength share a run."""
+        seen: set[str] = set()
+        return [trial.get("run") is None or not (trial["run"] in seen or seen.add(trial["run"])) for trial in self.trials]
+
+    @property
     def best(self) -> str | None:
         """The id of the best trial: what the sweep says, else the best row."""
         said = (self.summary.get("best") or {}).get("trial_id")

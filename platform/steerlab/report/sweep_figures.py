@@ -205,7 +205,10 @@ def costs_of(sweep: Sweep) -> Figure | None:
         for trial in sweep.trials
     ]
     for number, stage in enumerate(stages):
-        spent = [0.0 if trial.get(f"cached.{stage}") else trial.get(f"seconds.{stage}") or 0.0 for trial in sweep.trials]
+        spent = [
+            trial.get(f"seconds.{stage}") or 0.0 if paid and not trial.get(f"cached.{stage}") else 0.0
+            for trial, paid in zip(sweep.trials, sweep.paid, strict=True)
+        ]
         drawn.add_bar(
             x=names, y=spent, name=label(stage), marker={"color": f"@{number % 10}", "line": {"width": 0}},
             hovertemplate="%{x}: %{y:.1f} s<extra>" + label(stage) + "</extra>",

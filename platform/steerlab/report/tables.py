@@ -130,7 +130,8 @@ def facts(sweep: Sweep) -> list[tuple[str, str]]:
         state = trial.get("status") or "finished"
         states[state] = states.get(state, 0) + 1
     stages = [name for name in (sweep.trials[0] if sweep.trials else {}) if name.startswith("cached.")]
-    flags = [trial[name] for trial in sweep.trials for name in stages if trial.get(name) is not None]
+    paying = [trial for trial, paid in zip(sweep.trials, sweep.paid, strict=True) if paid]
+    flags = [trial[name] for trial in paying for name in stages if trial.get(name) is not None]
     best = next((trial for trial in sweep.finished if trial["trial_id"] == sweep.best), None)
     found = [("trials", str(len({trial["trial_id"] for trial in sweep.trials})))]
     found += [(state, str(number)) for state, number in states.items() if state != "finished"]
@@ -139,7 +140,7 @@ def facts(sweep: Sweep) -> list[tuple[str, str]]:
     if flags:
         found.append(("stages taken from the store", f"{sum(flags)} of {len(flags)}"))
     seconds = sweep.summary.get("seconds")
-    found.append(("seconds that stages ran", f"{sum(map(ran_s, sweep.trials)):.0f}"))
+    found.append(("seconds that stages ran", f"{sum(map(ran_s, paying)):.0f}"))
     if isinstance(seconds, int | float):
         found.append(("seconds from start to end", f"{seconds:.0f}"))
     return found

@@ -329,7 +329,8 @@ def _run(
         ),
     )
     tuner.fit()
-    if not history.pending and (suggester is None or suggester.next(history) is None):
+    is_exhausted = suggester is None or (not suggester.waiting and suggester.next(history) is None)
+    if not history.pending and is_exhausted:
         return False
     history.add("stop")
     return True
