@@ -1,6 +1,6 @@
 """A job, a search space, and the trials that Ray Tune makes of them.
 
 `space.py` reads and checks a search space, `trials.py` turns its points into jobs, `search.py` hands them to Ray Tune,
-`trial.py` runs them in Tune's processes, `history.py` is what a sweep remembers, `results.py` what it found, `driver.py` the
-whole, `estimate.py` what it would cost.
+`trial.py` runs them in Tune's processes, `history.py` is what a sweep remembers and `clerk.py` who writes it down,
+`results.py` what it found, `driver.py` the whole, `estimate.py` what it would cost.
 """

@@ -1,0 +1,104 @@
+"""Write what Ray Tune sees into the history of a sweep, and the table every few seconds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+
+from steerlab import meters, run
+from steerlab.sweeps import results, search
+from steerlab.sweeps.history import History
+from steerlab.sweeps.trials import Unit
+
+MAX_DEATHS = 3
+"""Deaths of a trial's process that it survives."""
+Say = Callable[[str], None]
+_TABLE_EVERY_S = 5.0
+
+
+class Clerk(tune.Callback):
+    """Ray Tune's callback in every sweep."""
+
+    def __init__(
+        self, history: History, feed: search.Feed, metric: str, mode: str, write: Callable[[], None], say: Say
+    ) -> None:
+        self._history, self._feed, self._metric, self._mode = history, feed, metric, mode
+        self._write, self._say = write, say
+        self._written_s = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave everything out of what Ray Tune pickles: nobody reads that."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A process runs a unit."""
+        self._history.add("start", unit=self._unit(trial).number)
+        self._count()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """It reported a loss for the scheduler, or its rows."""
+        unit = self._unit(trial)
+        if self._history.courses[unit.number].settled:
+            return
+        if "outcome" in result:
+            self._settle(unit, json.loads(result["outcome"]))
+        # A training that went on after a death reports steps again.
+        elif "step" in result and result["step"] > self._last_step(unit):
+            (value,) = (result[name] for name in ("eval/loss", "train/loss") if name in result)
+            self._history.add("report", unit=unit.number, step=result["step"], value=value)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """It is done; without rows the scheduler stopped it."""
+        unit = self._unit(trial)
+        if not self._history.courses[unit.number].settled:
+            reason = f"stopped by the scheduler after step {self._last_step(unit)}"
+            self._history.add("prune", unit=unit.number, reason=reason)
+            self._tell(unit)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Its process failed more often than it may."""
+        unit = self._unit(trial)
+        if not self._history.courses[unit.number].settled:
+            error = trial.get_error()
+            cause = "" if error is None else f", the last time of {run.root_cause(error)}"
+            self._history.add("fail", unit=unit.number, reason=f"its process failed {MAX_DEATHS + 1} times{cause}")
+            self._tell(unit)
+
+    def _last_step(self, unit: Unit) -> int:
+        reports = self._history.courses[unit.number].reports
+        return reports[-1][0] if reports else 0
+
+    def _unit(self, trial: Any) -> Unit:
+        return self._feed.units[trial.trial_id]
+
+    def _settle(self, unit: Unit, outcome: dict[str, Any]) -> None:
+        rows = outcome.get("rows", [])
+        found = results.scored(rows, self._metric)
+        best = results.best_of(found, self._mode)
+        if best is not None:
+            self._history.add("finish", unit=unit.number, score=best.value, rows=rows)
+        else:
+            broken = next((row["reason"] for row in rows if row["reason"]), "no trial of it keeps the bound of `choose`")
+            kind = "finish" if found else "fail"
+            self._history.add(kind, unit=unit.number, rows=rows, reason=outcome.get("reason", broken))
+        self._tell(unit)
+
+    def _count(self) -> None:
+        meters.trials(self._history.folder, Counter(course.status for course in self._history.courses.values()))
+
+    def _tell(self, unit: Unit) -> None:
+        course, all_courses = self._history.courses[unit.number], self._history.courses
+        self._count()
+        params = ", ".join(f"{key}={value}" for key, value in unit.shared.items())
+        measured = "" if course.score is None else f", {self._metric} {course.score:.4g}"
+        self._say(
+            f"{len(self._history.settled)}/{len(all_courses)} {unit.name} {course.status}{measured} ({params}) {course.reason}"
+        )
+        if time.monotonic() - self._written_s > _TABLE_EVERY_S:
+            self._written_s = time.monotonic()
+            self._write()
