@@ -29,7 +29,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 CLOTHES = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 """Fashion-MNIST's classes by number, in a word each."""
 STYLES = ("thin", "bold")
-FASHION = "deb:dataset-fashion-mnist#usr/share/dataset-fashion-mnist"
+FASHION = "deb:dataset-fashion-mnist#usr/share/datasets/fashion-mnist"
 _TEST_EVERY = 5
 _FASHION_SIDE = 16
 _FASHION_FILES = {"train": "train", "test": "t10k"}

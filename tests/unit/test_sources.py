@@ -119,7 +119,7 @@ def test_parse_refuses(source: str, message: str) -> None:
 
 def test_pins_are_packages_with_hashes() -> None:
     for package, sha256 in PINS.items():
-        assert parse(package).kind in ("wheel", "sdist")
+        assert parse(package).kind in ("wheel", "sdist", "deb")
         assert fingerprint(package) == f"{package}@sha256:{sha256}"
         parse(f"{package}@sha256:{sha256}")
 
