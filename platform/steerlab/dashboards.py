@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
 _MISSING = "this needs wandb-workspaces: pip install 'steerlab[dashboards]'"
@@ -128,7 +127,7 @@ def workspace(board: Board, entity: str, project: str) -> ws.Workspace:
     )
 
 
-def report(boards: Sequence[Board], entity: str, project: str) -> wr.Report:
+def report(boards: Sequence[Board], entity: str, project: str) -> Any:
     """Return one report about all boards: a chapter each, with its own set of runs."""
     wr = _reports()
     blocks: list[Any] = [wr.TableOfContents()]

@@ -16,7 +16,7 @@ import yaml
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 
-from steerlab import capacity, meters, plan, run, tracking
+from steerlab import capacity, plan, run, tracking
 from steerlab import job as jobs
 from steerlab.job import Job, JobError
 from steerlab.store import Store

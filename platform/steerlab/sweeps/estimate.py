@@ -30,7 +30,7 @@ def of(asked: Asked, store: Store) -> dict[str, Any]:
             new = [stage for stage in plan_of(job) if stage.key not in found]
             found |= {stage.key: stage for stage in new}
             if new:
-                needs |= capacity.estimates(job, run.facts_of(job))
+                needs |= capacity.estimates(job, run.facts_of(job), plan.status(new, store))
     records = plan.status(list(found.values()), store)
     lines: dict[str, dict[str, Any]] = {}
     for record in records:

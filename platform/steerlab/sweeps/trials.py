@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from steerlab import job as jobs
 from steerlab import run
@@ -85,7 +85,7 @@ class Plan:
     job: Job
     space: Space
     metric: str
-    mode: str
+    mode: Literal["min", "max"]
     development: tuple[dict[str, Any], ...]
     """Tasks on development rows; empty where the job has none."""
     strengths: tuple[float, ...]
