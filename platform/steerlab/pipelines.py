@@ -327,7 +327,7 @@ def skeleton(directory: Path) -> Diffusion:
     """Return a pipeline's modules without any weights."""
     name, _ = _class_of(directory)
     with torch.device("meta"):
-        parts = {part: module for part, module in _parts(directory) if isinstance(module, nn.Module)}
+        parts = dict(_parts(directory, with_scheduler=False))
     return Diffusion(name, parts, None, SamplerConfig.model_validate({}))
 
 
@@ -399,7 +399,7 @@ def _class_of(directory: Path) -> tuple[str, type[Any]]:
     return name, PixelPipeline if name == PixelPipeline.__name__ else getattr(diffusers, name)
 
 
-def _parts(directory: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+def _parts(directory: Path, only: Sequence[str] = (), with_scheduler: bool = True) -> Iterator[tuple[str, Any]]:
     """Make the modules and the scheduler of a pipeline from their configs."""
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -413,7 +413,7 @@ def _parts(directory: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, Any
             continue
         if issubclass(made, PreTrainedModel):
             yield name, made(AutoConfig.from_pretrained(directory / name))
-        elif issubclass(made, ModelMixin | SchedulerMixin):
+        elif issubclass(made, ModelMixin) or (with_scheduler and issubclass(made, SchedulerMixin)):
             yield name, made.from_config(made.load_config(directory / name))  # type: ignore[union-attr]
 
 
