@@ -302,4 +302,3 @@ def run(request: Request, scale: ScaleConfig, link: Link, output: Path) -> None:
             training.engine.load(best)
     training.export(output)
     training.engine.close()
-    training.engine.close()
