@@ -1,95 +1,142 @@
-"""The quickstart: the tiny base model, then vanilla, ISE and ASIDE at several angles, evaluated, in one table.
+"""The quickstart: every method on the tiny world, a sweep of each one's own knob, and one page about all of it.
 
 Entry point of jobs/quickstart.sh, which sends it to a cluster with `ray job submit`; it runs in any steerlab environment:
 
-    python jobs/quickstart.py --root ROOT
+    python jobs/quickstart.py --root ROOT [--output page.html]
 
-Two jobs run at a time when the cluster has two CPUs. What is in ROOT already is not run again.
+Two lanes run side by side, what they share once. What is in ROOT already is not run again.
 """
 
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import ray
 import typer
-from rich.console import Console
 from rich.table import Column, Table
+from study import console, execute, say
 
-from steerlab import capacity, job, plan, run
+from steerlab import capacity, job, plan, report, run
 from steerlab.stages import JobType
 from steerlab.store import Store
+from steerlab.sweeps import driver, space, trials
 
-JOBS = Path(__file__).parent / "tiny"
-COLUMNS = {
-    "vanilla": ("vanilla.yaml", ()),
-    "ISE": ("ise.yaml", ()),
-    "ASIDE pi/4": ("aside.yaml", ("method.angle_rad=pi/4",)),
-    "ASIDE pi/2": ("aside.yaml", ("method.angle_rad=pi/2",)),
-    "ASIDE 3pi/4": ("aside.yaml", ("method.angle_rad=3*pi/4",)),
-}
-SHOWN_S = 10
-console = Console(width=130)
-began_s = time.monotonic()
+REPOSITORY = Path(__file__).parents[1]
+WARM = ("scale.warm=true",)
+"""Processes that stay: a small training starts in a second instead of ten."""
 
 
-def say(text: str) -> None:
-    """Print a line with the time since the start."""
-    console.print(f"\\[{time.monotonic() - began_s:4.0f} s] {text}", highlight=False)
+class Part(NamedTuple):
+    """A job of the quickstart, or the sweep of its knob."""
+
+    name: str
+    file: str
+    """Below jobs/."""
+    overrides: tuple[str, ...] = ()
+    knob: str | None = None
+    """File in search_spaces/ without its suffix; None runs the job itself."""
 
 
-def execute(name: str, wanted: job.Job, store: Store) -> run.Run:
-    """Run one job and tell how it goes."""
-    shown_s = time.monotonic()
+SMOLLM2 = (
+    "choose=null", "method.name=gaussian_act", "evaluate.0.prompts.limit=48", "evaluate.1.data.limit=40",
+    "evaluate.0.strengths=[0.25, 0, 0.5]", "evaluate.1.strengths=[0.25, 0, 0.5]", "scale.cpus_per_worker=1",
+)  # fmt: skip
+LANES = (
+    (
+        Part("base model", "tiny/base.yaml"),
+        Part("ASIDE", "tiny/aside.yaml", knob="rotation_angle"),
+        Part("vanilla", "tiny/vanilla.yaml"),
+        Part("ISE", "tiny/ise.yaml"),
+        Part("IAV", "tiny/iav.yaml", knob="alpha"),
+        Part("DPO", "tiny/dpo.yaml"),
+    ),
+    (
+        Part("digits", "tiny/digits.yaml"),
+        Part("diffusion", "tiny/diffusion_lineas.yaml", knob="diffusion_strength"),
+        Part("Gaussian-AcT on SmolLM2", "act.yaml", SMOLLM2),
+        Part("Safety-WaRP", "tiny/warp.yaml", knob="keep_ratio"),
+        Part("LinEAS", "tiny/lineas.yaml", knob="steering_steps"),
+    ),
+)
 
-    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
-        nonlocal shown_s
-        if "step" in metrics and time.monotonic() - shown_s > SHOWN_S:
-            shown_s = time.monotonic()
-            say(
-                f"{name}: step {metrics['step']}/{metrics['steps']}, loss {metrics['train/loss']:.3f}, "
-                f"{metrics['left_s']:.0f} s left"
-            )
 
-    def ended(record: plan.Record) -> None:
-        if record.status != "cached":
-            say(f"{name}: {record.stage.name} ({record.stage.label}) {record.status} in {record.seconds:.0f} s")
+class Checked(NamedTuple):
+    """A part that can start."""
 
-    return run.execute(wanted, store, plan.Listener(ended=ended, reported=reported), command="jobs/quickstart.py")
+    part: Part
+    todo: job.Job | driver.Asked
 
 
-def main(root: Annotated[str, typer.Option(help="Where results go: an absolute path or a URI.")]) -> None:
-    """Run the jobs and print the table."""
-    base = job.read(JOBS / "base.yaml", JobType)
-    columns = {name: job.read(JOBS / file, JobType, overrides) for name, (file, overrides) in COLUMNS.items()}
+def check(part: Part) -> Checked:
+    """Read a part's files and refuse what cannot work."""
+    file, overrides = REPOSITORY / "jobs" / part.file, [*part.overrides, *WARM]
+    if part.knob is None:
+        wanted = job.read(file, JobType, overrides)
+        run.check(wanted)
+        return Checked(part, wanted)
+    knob = space.load(REPOSITORY / "search_spaces" / f"{part.knob}.py")
+    return Checked(part, driver.asked(trials.plan(file, overrides, knob), None, 1))
+
+
+def perform(checked: Checked, store: Store) -> str:
+    """Run a part, or go on with its sweep, and return its folder."""
+    name, command = checked.part.name, "jobs/quickstart.py"
+    if isinstance(checked.todo, job.Job):
+        return execute(name, checked.todo, store, command).folder
+    is_begun = driver.latest(checked.todo, store) is not None
+    return driver.sweep(checked.todo, store, resume=is_begun, command=command, say=lambda line: say(f"{name}: {line}")).folder
+
+
+def shown(found: report.Sweep) -> Table:
+    """Return a sweep's trials as a table in the order of its knob."""
+    header, body = report.tables.trials(found)
+    body.sort(key=lambda line: [cell["key"] or 0 for cell in line[1:2]])
+    table = Table(*(Column(name, no_wrap=True) for name in header[1:5]), title=f"{found.name}, one seed")
+    for line in body:
+        table.add_row(*(f"{cell['value']} {cell['interval']}".replace("[", "\\[") for cell in line[1:5]))
+    return table
+
+
+def compared(entries: Sequence[report.Entry]) -> Table:
+    """Return what runs of jobs measured, a line a run."""
+    names = report.metrics(entries)
+    table = Table("run", *names)
+    for entry in entries:
+        table.add_row(entry.name, *(report.cell(entry.summary["metrics"].get(name)).replace("[", "\\[") for name in names))
+    return table
+
+
+def main(
+    root: Annotated[str, typer.Option(help="Where results go: an absolute path or a URI.")],
+    output: Annotated[Path | None, typer.Option(help="The page; default ROOT/quickstart.html.")] = None,
+) -> None:
+    """Run all parts, print what they found, write the page."""
     store = Store.open(root)
+    lanes = [[check(part) for part in lane] for lane in LANES]
     ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    for wanted in (base, *columns.values()):
-        capacity.check_cluster(wanted, store, run.check(wanted))
+    for checked in (checked for lane in lanes for checked in lane):
+        if isinstance(checked.todo, job.Job):
+            capacity.check_cluster(checked.todo, store, run.facts_of(checked.todo))
+        else:
+            driver.check_cluster(checked.todo, store)
     try:
-        runs = {"base": execute("base", base, store)}
-        with ThreadPoolExecutor(2) as pool:
-            runs |= zip(columns, pool.map(lambda name: execute(name, columns[name], store), columns), strict=True)
-    except plan.StageError as error:
-        console.print(str(error), style="red", soft_wrap=True, markup=False)
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            done = list(pool.map(lambda lane: [perform(checked, store) for checked in lane], lanes))
+    except (plan.StageError, ValueError) as error:
+        console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    table = Table(Column("tiny world", no_wrap=True), *runs, title="Tiny-world results, one seed: value +- standard error")
-    for metric in runs["base"].summary["metrics"]:
-        table.add_row(metric, *(cell(done.summary["metrics"][metric]) for done in runs.values()))
-    console.print(table)
-    for name, done in runs.items():
-        console.print(f"{name}: {store.root}/{done.folder}", soft_wrap=True, highlight=False)
-
-
-def cell(metric: dict[str, Any]) -> str:
-    """Write a metric, or a dash when nothing was scored."""
-    if metric["value"] is None:
-        return "-"
-    return f"{metric['value']:.2f}" + ("" if metric["stderr"] is None else f" +- {metric['stderr']:.2f}")
+    folders = [folder for lane in done for folder in lane]
+    entries = [report.read(store, folder) for folder in folders if folder.startswith("runs/")]
+    sweeps = [report.read_sweep(store, folder) for folder in folders if folder.startswith("sweeps/")]
+    for sweep in sweeps:
+        console.print(shown(sweep))
+    page = output or Path(root).expanduser() / "quickstart.html" if "://" not in root else Path("quickstart.html")
+    report.write(entries, page, sweeps)
+    say(f"{len(entries)} runs and {len(sweeps)} sweeps on one page: {page}")
 
 
 if __name__ == "__main__":

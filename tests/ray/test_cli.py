@@ -25,6 +25,7 @@ JOB = {
     "data": {"prompt_style": "plain", "train": {"source": "tiny:instructions/train", "limit": 32}},
     "method": {"name": "vanilla"},
     "train": {"steps": 2, "lr": 2e-3, "micro_batch": 8, "max_tokens": 64},
+    "scale": {"warm": True},
     "evaluate": [{"task": "perplexity", "source": "tiny:instructions/test", "limit": 8}],
 }
 

@@ -25,7 +25,7 @@ IAV: dict[str, Any] = {
     "data": {"prompt_style": "plain", "preference": PAIRS},
     "method": {"name": "iav", "cache": True, "rows_per_shard": 20, "lambda_l2": 0.0},
     "train": {"steps": 8, "lr": 1e-2, "micro_batch": 8, "max_tokens": 64},
-    "scale": {"workers": 2},
+    "scale": {"warm": True},
     "evaluate": [{**TASK, "strengths": [1, 0, 0.5, 1.5, 2]}],
 }
 
@@ -85,7 +85,7 @@ def test_more_alphas_and_another_beta_share_what_came_before(cluster: None, stor
 @pytest.mark.slow
 def test_the_cached_run_is_the_uncached_one(cluster: None, store: Store, tmp_path: Path) -> None:
     _, cached = do(store, tmp_path)
-    _, plain = do(store, tmp_path, method={**IAV["method"], "cache": False}, evaluate=[])
+    _, plain = do(store, tmp_path, method={**IAV["method"], "cache": False}, scale={"workers": 2}, evaluate=[])
     assert ran(plain) == ["train"]
     torch.testing.assert_close(weights(store, cached), weights(store, plain), atol=1e-5, rtol=1e-5)
 
@@ -95,7 +95,7 @@ def test_the_cached_run_is_the_uncached_one(cluster: None, store: Store, tmp_pat
 def test_the_baselines_run_on_two_workers_over_alphas(
     method: dict[str, Any], cluster: None, store: Store, tmp_path: Path
 ) -> None:
-    _, done = do(store, tmp_path, method=method)
+    _, done = do(store, tmp_path, method=method, scale={"workers": 2})
     assert ran(done) == ["train", "evaluate"]
     found = done.summary["strengths"]
     assert found["1.0"]["preference/accuracy"]["value"] > 0.7

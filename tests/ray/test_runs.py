@@ -147,11 +147,12 @@ def final_weights(root: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The final weights of the long run when nobody disturbs it."""
+def undisturbed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The final weights of the long run when nobody disturbs it, on the cluster that the tests share."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
-    subprocess.run(command(folder, *LONG), env=environment(), check=True, capture_output=True)
+    wanted = job.read(folder / "base.yaml", JobType, LONG[1::2])
+    run.execute(wanted, Store.open(str(folder / "root")), plan.Listener())
     return final_weights(folder / "root")
 
 

@@ -34,7 +34,7 @@ LINEAS: dict[str, Any] = {
     "train": {
         "steps": 4, "lr": 0.02, "optimizer": "adam", "micro_batch": 8, "max_tokens": 64, "clip_norm": 0, "snapshots": [2],
     },
-    "scale": {"workers": 2, "checkpoint_every": 3},
+    "scale": {"warm": True, "checkpoint_every": 3},
     "choose": {
         "strengths": [0.5, 1],
         "metric": "perplexity/value",
@@ -101,10 +101,10 @@ def test_lineas_from_job_to_report(cluster: None, store: Store, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_one_worker_gives_the_maps_of_two(cluster: None, store: Store, tmp_path: Path) -> None:
-    two = artifact(store, do(store, {**LINEAS, "evaluate": []}, tmp_path))
-    alone = {**LINEAS, "evaluate": [], "scale": {"workers": 1}}
+    one = artifact(store, do(store, {**LINEAS, "evaluate": []}, tmp_path))
+    wider = {**LINEAS, "evaluate": [], "scale": {"workers": 2}}
     other = Store.open(str(tmp_path / "other"))
-    one = artifact(other, do(other, alone, tmp_path))
+    two = artifact(other, do(other, wider, tmp_path))
     assert one.name == two.name, "how the work is spread is no part of the key"
     first, second = load_file(one / "patch/patch.safetensors"), load_file(two / "patch/patch.safetensors")
     for name, value in first.items():

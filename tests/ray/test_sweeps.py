@@ -22,7 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from steerlab import job, plan, run
+from steerlab import job, plan, report, run
 from steerlab.stages import JobType, plan_of
 from steerlab.store import Store
 from steerlab.sweeps import driver, estimate, trials
@@ -204,6 +204,29 @@ def test_a_trial_that_can_never_fit_is_refused_with_the_arithmetic(cluster: None
         do(tmp_path, ask(tmp_path, ASIDE, text))
     assert driver.concurrency(ask(tmp_path, ASIDE, "SPACE = {'train.lr': tune.grid_search([1e-3])}\n" + BEST)) == 2
     assert driver.concurrency(ask(tmp_path, ASIDE, "SPACE = {'scale.workers': tune.grid_search([2])}\n" + BEST)) == 1
+
+
+@pytest.mark.slow
+def test_two_hundred_trials_leave_the_driver_flat_and_the_report_fast(cluster: None, tmp_path: Path) -> None:
+    """The driver of trial 200 is no larger than that of trial 40 by more than what the rows themselves take."""
+    tree = {**ASIDE, "method": {"name": "none"}, "train": None, "data": {"prompt_style": "plain"}}
+    text = "SPACE = {'evaluate.0.limit': tune.grid_search(list(range(1, 201)))}\n" + BEST
+    asked, store = ask(tmp_path, tree, text), Store.open(str(tmp_path / "root"))
+    sizes: list[int] = []
+    outcome = driver.sweep(
+        asked, store, resume=False, command="test", say=lambda line: sizes.append(psutil.Process().memory_info().rss)
+    )
+    rows = table(tmp_path, outcome.folder)
+    assert len(rows) == 200 and {row["status"] for row in rows} == {"finished"}
+    grown = sizes[-1] - sizes[40]
+    print(f"{grown / 2**20:.1f} MiB from trial 40 to trial 200")
+    assert grown < 20 * 2**20
+    start_s = time.process_time()
+    report.write([], tmp_path / "page.html", [report.read_sweep(store, outcome.folder)])
+    assert time.process_time() - start_s < 10, "the issue's own bar, in seconds of this process"
+    start_s = time.process_time()
+    assert driver.sweep(asked, store, resume=True, command="test").folder == outcome.folder
+    assert time.process_time() - start_s < 10
 
 
 # Kills

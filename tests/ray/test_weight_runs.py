@@ -29,7 +29,7 @@ WARP: dict[str, Any] = {
     },
     "method": {"name": "warp", "keep_ratio": 0.1, "target_layers": [0, 1], "rows_per_shard": 8},
     "train": {"steps": 2, "lr": 2e-3, "micro_batch": 4, "grad_accum": 2, "max_tokens": 64},
-    "scale": {"workers": 1},
+    "scale": {"warm": True},
     "evaluate": [{"task": "perplexity", "source": "tiny:arithmetic/test", "limit": 8, "strengths": [1, 0.5, 0]}],
 }
 

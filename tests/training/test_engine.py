@@ -90,7 +90,8 @@ def train(
     if not model_dir.exists():
         tinyworld.write_model(model_dir)
     settings = {"model_dir": str(model_dir), "method": {"name": "aside", "learned": True}, "scale": {}, "train": {}, **settings}
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["steerlab.training.loop", "deepspeed"])  # the ranks of all tests share the imports
     processes = [
         context.Process(target=rank_main, args=(r, workers, str(root), settings, stop_at, resume)) for r in range(workers)
     ]

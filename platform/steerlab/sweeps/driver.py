@@ -140,7 +140,7 @@ def sweep(
         ValueError: there is nothing to go on with, another process runs it, or a trial does not fit.
     """
     num_at_once = concurrency(asked)
-    folder = _latest(asked, store) if resume else f"sweeps/{asked.plan.job.name}/{run.new_id()}"
+    folder = _to_resume(asked, store) if resume else f"sweeps/{asked.plan.job.name}/{run.new_id()}"
     try:
         with plan.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False):
             history = _begin(asked, store, folder)
@@ -169,8 +169,8 @@ def _begin(asked: Asked, store: Store, folder: str) -> History:
     return history
 
 
-def _latest(asked: Asked, store: Store) -> str:
-    """Return the newest sweep of the same job over the same space. Raises ValueError if there is none."""
+def latest(asked: Asked, store: Store) -> str | None:
+    """Return the folder of the newest sweep of the same job over the same space, None if there is none."""
     name = asked.plan.job.name
     wanted = _identity(json.loads(json.dumps(asked.described())), asked.plan.job.model_dump(mode="json"))
     for sweep_id in reversed(store.list(f"sweeps/{name}")):
@@ -182,9 +182,17 @@ def _latest(asked: Asked, store: Store) -> str:
                 return folder
         except FileNotFoundError:  # killed before it had begun
             continue
-    raise ValueError(
-        f"--resume: {store.root}/sweeps/{name} has no sweep of this job over this space (same files, --set, --samples, --seeds)"
-    )
+    return None
+
+
+def _to_resume(asked: Asked, store: Store) -> str:
+    found = latest(asked, store)
+    if found is None:
+        raise ValueError(
+            f"--resume: {store.root}/sweeps/{asked.plan.job.name} has no sweep of this job over this space "
+            "(same files, --set, --samples, --seeds)"
+        )
+    return found
 
 
 def _identity(space: dict[str, Any], tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
