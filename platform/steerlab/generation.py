@@ -8,9 +8,8 @@ the batch and on other strengths by rounding alone.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +21,7 @@ from steerlab import models, patches, sources, taps
 from steerlab.conditioning import Prompter
 from steerlab.pipelines import Diffusion
 from steerlab.sampling import SteeredPipeline
+from steerlab.stack import Steered
 from steerlab.tokens import GENERATION, Batch, Conversation, Encoded, Encoder, Row, collate
 
 _T = TypeVar("_T")
@@ -80,27 +80,12 @@ class Decoding:
 
 
 @dataclass
-class SteeredModel:
-    """A model, its tokenizer's encoder and the patches attached to it."""
+class SteeredModel(Steered):
+    """A language model, its tokenizer's encoder and the patches attached to it."""
 
     model: PreTrainedModel
     encoder: Encoder
-    patches: tuple[Any, ...] = ()
     batch_tokens: int = _BATCH_TOKENS
-    progress: Callable[[int, int], None] = lambda done, total: None
-    _attached: patches.Attached = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.model.eval()
-        self.attach()
-
-    def attach(self) -> None:
-        """Hang the patches on the model again."""
-        self._attached = patches.attach(self.model, self.patches)
-
-    def detach(self) -> None:
-        """Take the patches off the model, which can then be changed itself."""
-        self._attached.detach()
 
     @property
     def num_layers(self) -> int:
@@ -213,16 +198,6 @@ class SteeredModel:
         written = {"roles": zero_B1 + self.encoder.response_role_id, "phases": zero_B1 + GENERATION}
         return Decoding(self.model, {**written, **shared}, batch.attention_mask, batch.position_ids[:, -1:], out.logits[:, -1])
 
-    def _strengths(self, strength_B: Tensor) -> Tensor | None:
-        """Return the strengths of the stack: the newest patch is scaled, those it stands on stay at 1.
-
-        A strength of 1 everywhere takes the path without mixing: exactly what was trained.
-        """
-        if bool((strength_B == 1).all()):
-            return None
-        below_NB = torch.ones(len(self.patches) - 1, len(strength_B))
-        return torch.cat([below_NB, strength_B[None].to(below_NB)]).to(self.device)
-
     def _decode(
         self,
         rows: list[Encoded],
@@ -285,17 +260,6 @@ class SteeredModel:
             chunk.append(item)
         if chunk:
             yield chunk
-
-    def check_strengths(self, strengths: Sequence[float]) -> None:
-        """Warn of strengths outside of the patch's range. Raises ValueError when there is no patch to scale."""
-        if not self.patches and any(strength != 1 for strength in strengths):
-            raise ValueError(f"strengths {list(strengths)} were asked for, but this model carries no patch to scale")
-        means = self.patches[-1].strength_range if self.patches else None
-        outside = [strength for strength in strengths if means and not means[0] <= strength <= means[1]]
-        if outside and means:
-            warnings.warn(
-                f"strengths {outside} lie outside of {list(means)}, where this patch was made to be used", stacklevel=3
-            )
 
     def _check_lengths(self, rows: Sequence[Row], max_new_tokens: int) -> None:
         limit = models.max_positions(self.model)

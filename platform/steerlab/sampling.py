@@ -6,42 +6,26 @@ of one prompt and seed differ by strength and guidance alone. Strengths share ba
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerlab import patches
 from steerlab.conditioning import Drawing, Prompter
 from steerlab.pipelines import Diffusion
+from steerlab.stack import Steered
 
 
 @dataclass
-class SteeredPipeline:
+class SteeredPipeline(Steered):
     """A pipeline and the patches attached to it."""
 
     model: Diffusion
     encoder: Prompter
-    patches: tuple[Any, ...] = ()
-    progress: Callable[[int, int], None] = lambda done, total: None
-    _attached: patches.Attached = field(init=False)
     _last: tuple[Any, Tensor] | None = field(init=False, default=None)
     """What was drawn last and how: tasks of one job ask for the same images."""
-
-    def __post_init__(self) -> None:
-        self.model.eval()
-        self.attach()
-
-    def attach(self) -> None:
-        """Hang the patches on the pipeline again."""
-        self._attached = patches.attach(self.model, self.patches)
-
-    def detach(self) -> None:
-        """Take the patches off the pipeline."""
-        self._attached.detach()
 
     @property
     def device(self) -> torch.device:
@@ -80,20 +64,6 @@ class SteeredPipeline:
 
     def _draw(self, drawings: list[Drawing], strengths: list[float], guidance: float | None, steps: int | None) -> Tensor:
         inputs = self.encoder.collate(drawings).patched_inputs
-        if all(strength == 1 for strength in strengths):
-            return self.model(**inputs, guidance=guidance, steps=steps).cpu()
-        # The newest patch is scaled, those it stands on stay at 1.
-        strength_B = torch.tensor(strengths, device=self.device)
-        strengths_NB = torch.cat([torch.ones(len(self.patches) - 1, len(strengths), device=self.device), strength_B[None]])
-        return self.model(**inputs, guidance=guidance, steps=steps, strengths=strengths_NB).cpu()
-
-    def check_strengths(self, strengths: Sequence[float]) -> None:
-        """Warn of strengths outside of the patch's range. Raises ValueError when there is no patch to scale."""
-        if not self.patches and any(strength != 1 for strength in strengths):
-            raise ValueError(f"strengths {list(strengths)} were asked for, but this pipeline carries no patch to scale")
-        means = self.patches[-1].strength_range if self.patches else None
-        outside = [strength for strength in strengths if means and not means[0] <= strength <= means[1]]
-        if outside and means:
-            warnings.warn(
-                f"strengths {outside} lie outside of {list(means)}, where this patch was made to be used", stacklevel=3
-            )
+        strengths_NB = self._strengths(torch.tensor(strengths))
+        steered = {} if strengths_NB is None else {"strengths": strengths_NB}
+        return self.model(**inputs, guidance=guidance, steps=steps, **steered).cpu()
