@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import ray
 import typer
 from rich.table import Table
-from study import cell, console, execute, over_seeds
+from study import Line, cell, console, draw, execute
 
 from steerlab import capacity, job, plan, run
 from steerlab.stages import JobType
@@ -26,6 +26,11 @@ FOLDERS = {"tiny": JOBS / "tiny", "smollm2": JOBS}
 ALPHAS = (1.0, 0.5, 1.5, 2.0)
 METRICS = ("preference/accuracy", "preference/margin", "preference/kl")
 BEST_OF = 8
+TITLES = (
+    "What alpha buys and what it costs; the labels are alpha, the bars 95 % intervals over seeds",
+    "KL to the base, nats a response token",
+    "implicit accuracy on held-out pairs",
+)
 
 
 class Variant(NamedTuple):
@@ -82,27 +87,15 @@ def _pairs(pair: str) -> dict[str, Any]:
     return job.read(FOLDERS[pair] / "iav.yaml", JobType).evaluate[0].model_dump(mode="json")["pairs"]
 
 
-def figure(found: dict[str, list[dict[str, Any]]]) -> Any:
-    """Draw implicit accuracy against KL to the base, a line over alpha for each variant."""
-    import plotly.graph_objects as go
+def lines(found: dict[str, list[dict[str, Any]]]) -> list[Line]:
+    """Return implicit accuracy against KL to the base, a line over alpha for each variant."""
+    alphas = sorted(ALPHAS)
 
-    drawn = go.Figure()
-    for variant in VARIANTS:
-        alphas = sorted(ALPHAS)
-        points = [[[s[str(alpha)][name]["value"] for s in found[variant.name]] for alpha in alphas] for name in METRICS]
-        accuracies, kls = ([over_seeds(values) for values in points[number]] for number in (0, 2))
-        drawn.add_scatter(
-            x=[mean for mean, _ in kls], y=[mean for mean, _ in accuracies], name=variant.name, mode="lines+markers+text",
-            text=[f"{alpha:g}" for alpha in alphas], textposition="top center",
-            error_y={"array": [half for _, half in accuracies], "thickness": 1, "width": 3},
-            marker={"size": 9}, line={"color": variant.colour},
-        )  # fmt: skip
-    drawn.update_layout(
-        template="plotly_white", height=620, xaxis_title="KL to the base, nats a response token", xaxis_type="log",
-        yaxis_title="implicit accuracy on held-out pairs", font={"family": "system-ui, sans-serif", "size": 13},
-        title="What alpha buys and what it costs; the labels are alpha, the bars 95 % intervals over seeds",
-    )  # fmt: skip
-    return drawn
+    def values(variant: Variant, metric: str) -> list[list[float]]:
+        return [[seed[str(alpha)][metric]["value"] for seed in found[variant.name]] for alpha in alphas]
+
+    labels = [f"{alpha:g}" for alpha in alphas]
+    return [Line(v.name, labels, values(v, METRICS[2]), values(v, METRICS[0]), v.colour) for v in VARIANTS]
 
 
 def main(
@@ -139,8 +132,7 @@ def main(
     if answers is not None:
         console.print(answers)
     if output is not None:
-        figure(found).write_html(output, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
-        console.print(f"{output}", highlight=False)
+        draw(lines(found), TITLES, output, log_x=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import ray
 import typer
 from rich.table import Table
-from study import cell, console, execute, over_seeds
+from study import Line, cell, console, draw, execute
 
 from steerlab import capacity, job, plan, run
 from steerlab.stages import JobType
@@ -75,29 +75,25 @@ def wanted(pair: str, variant: Variant, seed: int, others: str, overrides: list[
     return job.read(tuned, JobType, [*settings, *strengths, f"train.seed={seed}", *own, *overrides])
 
 
-def figure(found: dict[Variant, list[dict[str, Any]]], utility: tuple[str, str]) -> Any:
-    """Draw attack success against utility: a line over keep_ratio for each rotation, a point for each other variant."""
-    import plotly.graph_objects as go
-
-    drawn = go.Figure()
+def lines(found: dict[Variant, list[dict[str, Any]]], utility: str) -> list[Line]:
+    """Return attack success against utility: a line over keep_ratio for each rotation, a point for each other variant."""
     groups: dict[str, list[Variant]] = {}
     for variant in found:
         groups.setdefault(variant.group, []).append(variant)
-    for group, members in groups.items():
-        points = [[over_seeds([s[name]["value"] for s in found[v]]) for v in members] for name in (utility[0], SAFETY[0])]
-        (x, dx), (y, dy) = (([mean for mean, _ in axis], [half for _, half in axis]) for axis in points)
-        drawn.add_scatter(
-            x=x, y=y, name=group, mode="lines+markers+text" if len(members) > 1 else "markers",
-            text=[f"{v.ratio:g}" for v in members if v.ratio is not None], textposition="top center",
-            error_x={"array": dx, "thickness": 1, "width": 3}, error_y={"array": dy, "thickness": 1, "width": 3},
-            marker={"size": 9, "symbol": "circle" if len(members) > 1 else "diamond"}, line={"color": COLOURS.get(group)},
-        )  # fmt: skip
-    drawn.update_layout(
-        template="plotly_white", height=620, xaxis_title=utility[1],
-        yaxis_title="attack success (lower is better)", font={"family": "system-ui, sans-serif", "size": 13},
-        title="Safety against utility; the labels are keep_ratio, the bars 95 % intervals over seeds",
-    )  # fmt: skip
-    return drawn
+
+    def values(members: list[Variant], metric: str) -> list[list[float]]:
+        return [[seed[metric]["value"] for seed in found[variant]] for variant in members]
+
+    return [
+        Line(
+            group,
+            [f"{v.ratio:g}" if v.ratio is not None else "" for v in members],
+            values(members, utility),
+            values(members, SAFETY[0]),
+            COLOURS.get(group),
+        )
+        for group, members in groups.items()
+    ]
 
 
 def main(
@@ -139,10 +135,8 @@ def main(
         table.add_row(variant.group, ratio, *(cell([one[name] for one in metrics]) for name in shown))
     console.print(table)
     if output is not None:
-        figure(found, UTILITY[pair]).write_html(
-            output, include_plotlyjs=True, config={"displaylogo": False, "responsive": True}
-        )
-        console.print(f"{output}", highlight=False)
+        title = "Safety against utility; the labels are keep_ratio, the bars 95 % intervals over seeds"
+        draw(lines(found, UTILITY[pair][0]), (title, UTILITY[pair][1], "attack success (lower is better)"), output)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Two lanes run side by side, what they share once. What is in ROOT already is not
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +27,8 @@ from steerlab.store import Store
 from steerlab.sweeps import driver, space, trials
 
 REPOSITORY = Path(__file__).parents[1]
-WARM = ("scale.warm=true",)
-"""Processes that stay: a small training starts in a second instead of ten."""
+SMALL = ("scale.warm=true", "scale.cpus_per_worker=1")
+"""Processes that stay, of one core each: small trainings start within a second, and two lanes run side by side."""
 
 
 class Part(NamedTuple):
@@ -43,13 +44,12 @@ class Part(NamedTuple):
 
 SMOLLM2 = (
     "choose=null", "method.name=gaussian_act", "evaluate.0.prompts.limit=48", "evaluate.1.data.limit=40",
-    "evaluate.0.strengths=[0.25, 0, 0.5]", "evaluate.1.strengths=[0.25, 0, 0.5]", "scale.cpus_per_worker=1",
+    "evaluate.0.strengths=[0.25, 0, 0.5]", "evaluate.1.strengths=[0.25, 0, 0.5]",
 )  # fmt: skip
 LANES = (
     (
         Part("base model", "tiny/base.yaml"),
         Part("ASIDE", "tiny/aside.yaml", knob="rotation_angle"),
-        Part("vanilla", "tiny/vanilla.yaml"),
         Part("ISE", "tiny/ise.yaml"),
         Part("IAV", "tiny/iav.yaml", knob="alpha"),
         Part("DPO", "tiny/dpo.yaml"),
@@ -73,7 +73,7 @@ class Checked(NamedTuple):
 
 def check(part: Part) -> Checked:
     """Read a part's files and refuse what cannot work."""
-    file, overrides = REPOSITORY / "jobs" / part.file, [*part.overrides, *WARM]
+    file, overrides = REPOSITORY / "jobs" / part.file, [*part.overrides, *SMALL]
     if part.knob is None:
         wanted = job.read(file, JobType, overrides)
         run.check(wanted)
@@ -101,12 +101,12 @@ def shown(found: report.Sweep) -> Table:
     return table
 
 
-def compared(entries: Sequence[report.Entry]) -> Table:
-    """Return what runs of jobs measured, a line a run."""
-    names = report.metrics(entries)
-    table = Table("run", *names)
+def listed(entries: Sequence[report.Entry]) -> Table:
+    """Return what the runs of jobs measured, a line a metric."""
+    table = Table("run", "metric", "value \\[95 % interval]", title="jobs, one seed")
     for entry in entries:
-        table.add_row(entry.name, *(report.cell(entry.summary["metrics"].get(name)).replace("[", "\\[") for name in names))
+        for name, metric in entry.summary["metrics"].items():
+            table.add_row(entry.name, name, report.cell(metric).replace("[", "\\["))
     return table
 
 
@@ -123,15 +123,20 @@ def main(
             capacity.check_cluster(checked.todo, store, run.facts_of(checked.todo))
         else:
             driver.check_cluster(checked.todo, store)
+    pool = ThreadPoolExecutor(len(lanes))
     try:
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            done = list(pool.map(lambda lane: [perform(checked, store) for checked in lane], lanes))
+        done = list(pool.map(lambda lane: [perform(checked, store) for checked in lane], lanes))
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on where this one was")
+        ray.shutdown()
+        os._exit(130)  # lanes in other threads are not waited for: what they have is in ROOT
     except (plan.StageError, ValueError) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
     folders = [folder for lane in done for folder in lane]
     entries = [report.read(store, folder) for folder in folders if folder.startswith("runs/")]
     sweeps = [report.read_sweep(store, folder) for folder in folders if folder.startswith("sweeps/")]
+    console.print(listed(entries))
     for sweep in sweeps:
         console.print(shown(sweep))
     page = output or Path(root).expanduser() / "quickstart.html" if "://" not in root else Path("quickstart.html")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from scipy import stats
@@ -60,3 +62,36 @@ def cell(metrics: list[dict[str, Any]]) -> str:
         return f"{values[0]:.3f}" + (f" \\[{only['low']:.3f}, {only['high']:.3f}]" if only["low"] is not None else "")
     mean, half = over_seeds(values)
     return f"{mean:.3f} \u00b1 {half:.3f}"
+
+
+class Line(NamedTuple):
+    """A line of a figure: at each point, the values that the seeds gave."""
+
+    name: str
+    labels: Sequence[str]
+    x: Sequence[list[float]]
+    y: Sequence[list[float]]
+    colour: str | None = None
+
+
+def draw(lines: Sequence[Line], titles: tuple[str, str, str], output: Path, *, log_x: bool = False) -> None:
+    """Write a page that shows one measure against another, `titles` being those of the figure, of x and of y."""
+    import plotly.graph_objects as go
+
+    drawn = go.Figure()
+    for line in lines:
+        (x, dx), (y, dy) = (([mean for mean, _ in axis], [half for _, half in axis])
+                            for axis in ([over_seeds(values) for values in points] for points in (line.x, line.y)))  # fmt: skip
+        several = len(line.labels) > 1
+        drawn.add_scatter(
+            x=x, y=y, name=line.name, mode="lines+markers+text" if several else "markers",
+            text=list(line.labels), textposition="top center",
+            error_x={"array": dx, "thickness": 1, "width": 3}, error_y={"array": dy, "thickness": 1, "width": 3},
+            marker={"size": 9, "symbol": "circle" if several else "diamond"}, line={"color": line.colour},
+        )  # fmt: skip
+    drawn.update_layout(
+        template="plotly_white", height=620, title=titles[0], xaxis_title=titles[1], yaxis_title=titles[2],
+        xaxis_type="log" if log_x else "linear", font={"family": "system-ui, sans-serif", "size": 13},
+    )  # fmt: skip
+    drawn.write_html(output, include_plotlyjs=True, config={"displaylogo": False, "responsive": True})
+    console.print(f"{output}", highlight=False)

@@ -7,6 +7,6 @@ from math import pi
 
 from ray import tune
 
-SPACE = {"method.angle_rad": tune.grid_search([0.0, pi / 8, pi / 4, 3 * pi / 8, pi / 2, 3 * pi / 4, pi])}
+SPACE = {"method.angle_rad": tune.grid_search([0.0, pi / 4, pi / 2, 3 * pi / 4, pi])}
 METRIC = "separation/sep"
 MODE = "max"

@@ -1,0 +1,33 @@
+"""The parts of the quickstart are jobs and sweeps that could start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerlab import job
+from steerlab.methods import METHODS
+from steerlab.sweeps import driver
+
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+@pytest.fixture
+def quickstart(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(JOBS))
+    import quickstart
+
+    return quickstart
+
+
+def test_every_part_that_needs_no_download_can_start(quickstart: Any) -> None:
+    parts = [part for lane in quickstart.LANES for part in lane if part.file.startswith("tiny/")]
+    checked = {part.name: quickstart.check(part).todo for part in parts}
+    sweeps = {name: todo for name, todo in checked.items() if isinstance(todo, driver.Asked)}
+    knobs = {key for todo in sweeps.values() for unit in todo.units for trial in unit.trials for key in trial.params}
+    assert knobs == {"method.angle_rad", "method.keep_ratio", "snapshot", "strength"}
+    jobs_ = [todo if isinstance(todo, job.Job) else todo.plan.job for todo in checked.values()]
+    assert all(one.scale.warm and one.scale.cpus_per_worker == 1 for one in jobs_)
+    assert {"aside", "ise", "warp", "lineas", "iav", "dpo"} <= {one.method.name for one in jobs_} <= set(METHODS)
