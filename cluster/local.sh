@@ -101,6 +101,8 @@ start() {
     # --block ties the cluster to one process: stopping that process stops this cluster alone, unlike `ray stop`.
     # Entry points of jobs say `python`: let them find this one.
     PATH="$(dirname "$(command -v "$python")"):$PATH"
+    # Processes stay a while after their task, so that the next one pays for no imports; Ray's own default is a second.
+    export RAY_idle_worker_killing_time_threshold_ms="${RAY_idle_worker_killing_time_threshold_ms:-60000}"
     # A session of its own keeps it alive when this shell ends, and makes one process group of all that it starts.
     # The shell lets background commands ignore SIGINT; entry points would inherit that and not hear `ray job stop`.
     "$python" -c 'import os, signal, sys

@@ -8,11 +8,9 @@ All trainings see the same pairs in the same order for the same number of steps.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import ray
 import typer
 from rich.table import Table
 from study import Line, cell, console, draw, execute
@@ -111,8 +109,7 @@ def main(
     store = Store.open(root)
     jobs = {variant.name: [wanted(pair, variant, seed, set_ or []) for seed in range(seeds)] for variant in VARIANTS}
     facts = {name: run.check(group[0]) for name, group in jobs.items()}
-    run.check_address()
-    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    run.connect()
     try:
         runs = {}
         for name, group in jobs.items():

@@ -8,11 +8,9 @@ Moments, basis and importance are computed once, whatever the number of ratios a
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import ray
 import typer
 from rich.table import Table
 from study import Line, cell, console, draw, execute
@@ -116,8 +114,7 @@ def main(
     asked = [variant for variant in asked if variant.group in (only or [variant.group])]
     jobs = {v: [wanted(pair, v, seed, others, set_ or []) for seed in range(seeds if v.trains else 1)] for v in asked}
     facts = {variant: run.check(group[0]) for variant, group in jobs.items()}
-    run.check_address()
-    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    run.connect()
     found: dict[Variant, list[dict[str, Any]]] = {}
     try:
         for variant, group in jobs.items():

@@ -9,7 +9,6 @@ Two lanes run side by side, what they share once. What is in ROOT already is not
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,14 +42,14 @@ class Part(NamedTuple):
 
 
 SMOLLM2 = (
-    "choose=null", "method.name=gaussian_act", "evaluate.0.prompts.limit=48", "evaluate.1.data.limit=40",
-    "evaluate.0.strengths=[0.25, 0, 0.5]", "evaluate.1.strengths=[0.25, 0, 0.5]",
+    "choose=null", "method.name=gaussian_act", "evaluate.0.prompts.limit=12", "evaluate.0.max_new_tokens=16",
+    "evaluate.1.data.limit=12", "evaluate.0.strengths=[0.25, 0]", "evaluate.1.strengths=[0.25, 0]",
 )  # fmt: skip
 LANES = (
     (
         Part("base model", "tiny/base.yaml"),
-        Part("ASIDE", "tiny/aside.yaml", knob="rotation_angle"),
-        Part("ISE", "tiny/ise.yaml"),
+        Part("ASIDE", "tiny/aside.yaml", ("train.steps=100",), knob="rotation_angle"),
+        Part("ISE", "tiny/ise.yaml", ("train.steps=100",)),
         Part("IAV", "tiny/iav.yaml", knob="alpha"),
         Part("DPO", "tiny/dpo.yaml"),
     ),
@@ -58,7 +57,7 @@ LANES = (
         Part("digits", "tiny/digits.yaml"),
         Part("diffusion", "tiny/diffusion_lineas.yaml", knob="diffusion_strength"),
         Part("Gaussian-AcT on SmolLM2", "act.yaml", SMOLLM2),
-        Part("Safety-WaRP", "tiny/warp.yaml", knob="keep_ratio"),
+        Part("Safety-WaRP", "tiny/warp.yaml", ("train.steps=75",), knob="keep_ratio"),
         Part("LinEAS", "tiny/lineas.yaml", knob="steering_steps"),
     ),
 )
@@ -117,7 +116,7 @@ def main(
     """Run all parts, print what they found, write the page."""
     store = Store.open(root)
     lanes = [[check(part) for part in lane] for lane in LANES]
-    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    run.connect()
     for checked in (checked for lane in lanes for checked in lane):
         if isinstance(checked.todo, job.Job):
             capacity.check_cluster(checked.todo, store, run.facts_of(checked.todo))

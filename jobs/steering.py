@@ -7,12 +7,10 @@ Activations are extracted once; a method whose results are in ROOT already is no
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import ray
 import typer
 from rich.table import Table
 from study import console, execute
@@ -60,8 +58,7 @@ def main(
     """Run the jobs, print the table and write the page."""
     jobs = wanted(pair, set_ or [])
     store = Store.open(root)
-    run.check_address()
-    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    run.connect()
     for one in jobs.values():
         capacity.check_cluster(one, store, run.check(one))
     try:

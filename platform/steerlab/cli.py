@@ -89,15 +89,12 @@ def _store(root: str | None) -> Any:
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    """Join the cluster that is there ($RAY_ADDRESS or one started on this machine), else start one for this command."""
-    import logging
-
+    """Join a cluster, or start one for this command."""
     import ray
 
     from steerlab import run as runs
 
-    runs.check_address()
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
+    runs.connect()
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import socket
@@ -47,6 +48,7 @@ _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow",
 _ABANDONED_S = 24 * 3600
 """Half-filled directories of killed processes are removed when nothing was written to them for so long."""
 _CONNECT_S = 5.0
+_IDLE_MS = 60_000
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ def check_address() -> None:
             f"no Ray cluster answers at RAY_ADDRESS {host}:{port} ({error}); start it, or unset RAY_ADDRESS to use a cluster "
             "of this machine or one made for the command"
         ) from None
+
+
+def connect() -> None:
+    """Join the cluster that is there ($RAY_ADDRESS or one started on this machine), else start one for this process.
+
+    Processes of a cluster that is started here stay a while after their task: the next one then pays for no imports. Ray's own
+    second is shorter than the pauses between the stages of a job.
+
+    Raises:
+        ValueError: nothing answers at $RAY_ADDRESS.
+    """
+    check_address()
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(_IDLE_MS))
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
 
 
 def facts_of(job: Job) -> models.ModelFacts:

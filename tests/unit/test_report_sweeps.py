@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def write_run(store: Store, name: str, alpha: float, seed: int, *, pictures: boo
             path = Path(store.root) / folder / "samples" / "images" / f"{strength:.3f}_1.000" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16), (int(255 * strength), 40 * number, 120)).save(path)
+    if pictures:  # a contact sheet lies beside the folders
+        Image.new("RGB", (48, 16)).save(Path(store.root) / folder / "samples/images/sheet_1.000.png")
     return folder
 
 
@@ -190,6 +193,23 @@ def test_texts_are_text_and_nothing_is_loaded(store: Store, tmp_path: Path) -> N
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", outside) and "@import" not in outside
     assert page.count("plotly.js v") == 1 and "default-src 'none'" in page
     assert "steerlab run" in page and "/best.yaml" in page
+
+
+def test_runs_that_measured_other_rows_have_no_best_and_a_baseline_each(store: Store) -> None:
+    entries = [report.read(store, write_run(store, name, alpha, 0)) for name, alpha in (("one", 0.5), ("two", 0.75))]
+    column = 2 + (names := report.metrics(entries)).index("perplexity/value")
+
+    def with_jobs(*limits: int, sources: tuple[str, str] = ("a", "a")) -> list[Any]:
+        tasks = [{"task": "perplexity", "limit": limit, "strengths": [1.0]} for limit in limits]
+        jobs = [{**e.job, "model": {"source": s}, "evaluate": [t]} for e, s, t in zip(entries, sources, tasks, strict=True)]
+        return [replace(entry, job=job) for entry, job in zip(entries, jobs, strict=True)]
+
+    alike = tables.overview(with_jobs(8, 8), names)
+    assert [line[0]["value"] for line in alike] == ["strength 0 (no patch)", "aside (one)", "aside (two)"]
+    assert [line[column]["best"] for line in alike] == [False, True, False]
+    other = tables.overview(with_jobs(8, 9, sources=("a", "b")), names)
+    assert [line[0]["value"] for line in other[:2]] == ["strength 0 of aside (one)", "strength 0 of aside (two)"]
+    assert not any(line[column]["best"] for line in other)
 
 
 def test_images_stay_within_the_budget(store: Store) -> None:

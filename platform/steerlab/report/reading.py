@@ -222,10 +222,10 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def images(store: Store, folder: str) -> dict[str, list[tuple[str, str]]]:
-    """Find a run's images: samples/images/{strength}_{guidance}/{id}.png."""
+    """Find a run's images: samples/images/{strength}_{guidance}/{id}.png; contact sheets lie beside these folders."""
     below = f"{folder}/samples/images"
     found = {}
-    for setting in sorted(store.list(below)):
+    for setting in sorted(name for name in store.list(below) if not name.endswith((".png", ".gif"))):
         names = [name for name in store.list(f"{below}/{setting}") if name.endswith(".png")]
         found[setting] = [(name.removesuffix(".png"), f"{below}/{setting}/{name}") for name in sorted(names, key=_natural)]
     return {setting: pictures for setting, pictures in found.items() if pictures}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,11 +39,12 @@ def cell(metric: Mapping[str, Any] | None) -> str:
 
 
 def rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[str]]:
-    """Return the table's body: a run a line, and before them the model at strength 0 where a run has it."""
+    """Return the table's body: a run a line, and before them the models at strength 0 where a run has measured that."""
+    plain = _unsteered(entries)
     found = []
-    baselines = [entry.summary["strengths"]["0.0"] for entry in entries if "0.0" in entry.summary["strengths"]]
-    if baselines:
-        found.append(["strength 0 (no patch)", "0", *(cell(baselines[0].get(name)) for name in names), DASH])
+    for entry in plain:
+        name = "strength 0 (no patch)" if len(plain) == 1 else f"strength 0 of {entry.name}"
+        found.append([name, "0", *(cell(entry.summary["strengths"]["0.0"].get(name)) for name in names), DASH])
     for entry in entries:
         values = [cell(entry.summary["metrics"].get(name)) for name in names]
         fit = DASH if entry.fit_s is None else f"{entry.fit_s:.2g}" if entry.fit_s < 10 else f"{entry.fit_s:.0f}"
@@ -50,22 +52,46 @@ def rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[str]]:
     return found
 
 
+def _unsteered(entries: Sequence[Entry]) -> list[Entry]:
+    """Return a run for each model that some run has measured at strength 0."""
+    by_model: dict[str, Entry] = {}
+    for entry in entries:
+        if "0.0" in entry.summary["strengths"]:
+            by_model.setdefault(json.dumps(entry.job.get("model"), sort_keys=True), entry)
+    return list(by_model.values())
+
+
 def overview(entries: Sequence[Entry], names: Sequence[str]) -> list[Cells]:
-    """Return `rows` as cells that say which value of a column is the best among the runs, and which sort key a cell has."""
-    texts = rows(entries, names)
-    values: list[list[float | None]] = [[_value(entry.summary["metrics"].get(name)) for name in names] for entry in entries]
-    if len(texts) > len(entries):
-        baseline = next(entry.summary["strengths"]["0.0"] for entry in entries if "0.0" in entry.summary["strengths"])
-        values.insert(0, [_value(baseline.get(name)) for name in names])
-    first = len(texts) - len(entries)
-    best = [_best([row[i] for row in values[first:]], minimise=is_cost(name)) for i, name in enumerate(names)]
+    """Return `rows` as cells that say which value of a column is the best among the runs, and which sort key a cell has.
+
+    Runs that measured a metric on other rows, or otherwise, have no best one.
+    """
+    plain = _unsteered(entries)
+    values = [[_value(entry.summary["strengths"]["0.0"].get(name)) for name in names] for entry in plain]
+    values += [[_value(entry.summary["metrics"].get(name)) for name in names] for entry in entries]
+    first = len(plain)
+    best = [
+        _best([row[i] for row in values[first:]], minimise=is_cost(name)) if _comparable(entries, name) else None
+        for i, name in enumerate(names)
+    ]
     found = []
-    for number, line in enumerate(texts):
+    for number, line in enumerate(rows(entries, names)):
         marks = [False, False, *(number >= first and len(entries) > 1 and value is not None and value == top
                  for value, top in zip(values[number], best, strict=True)), False]  # fmt: skip
         keys = [None, None, *values[number], None]
         found.append([_split(text, mark, key) for text, mark, key in zip(line, marks, keys, strict=True)])
     return found
+
+
+def _comparable(entries: Sequence[Entry], metric: str) -> bool:
+    """Say whether all runs that have a metric measured it by the same task on the same rows."""
+    label, asked = metric.partition("/")[0], set()
+    for entry in entries:
+        if metric in entry.summary["metrics"]:
+            for task in entry.job.get("evaluate") or ():
+                if (task.get("label") or task.get("task")) == label:
+                    asked.add(json.dumps({**task, "strengths": None}, sort_keys=True))
+    return len(asked) <= 1
 
 
 def _value(metric: Mapping[str, Any] | None) -> float | None:
