@@ -4,7 +4,7 @@ Entry point of jobs/quickstart.sh, which sends it to a cluster with `ray job sub
 
     python jobs/quickstart.py --root ROOT [--output page.html]
 
-Two lanes run side by side, what they share once. What is in ROOT already is not run again.
+Lanes run side by side; stages that they share run once. What is in ROOT already is not run again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from steerlab import capacity, job, plan, report, run
 from steerlab.stages import JobType
 from steerlab.store import Store
 from steerlab.sweeps import driver, space, trials
+from steerlab.training import warm
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ("scale.warm=true", "scale.cpus_per_worker=1")
-"""Processes that stay, of one core each: small trainings start within a second, and two lanes run side by side."""
+"""Processes that stay, of one core each: small trainings start within a second, and lanes run side by side."""
 
 
 class Part(NamedTuple):
@@ -48,19 +49,22 @@ SMOLLM2 = (
 LANES = (
     (
         Part("base model", "tiny/base.yaml"),
-        Part("ASIDE", "tiny/aside.yaml", ("train.steps=100",), knob="rotation_angle"),
-        Part("ISE", "tiny/ise.yaml", ("train.steps=100",)),
-        Part("IAV", "tiny/iav.yaml", knob="alpha"),
-        Part("DPO", "tiny/dpo.yaml"),
+        Part("ASIDE", "tiny/aside.yaml", ("train.steps=75",), knob="rotation_angle"),
+        Part("ISE", "tiny/ise.yaml", ("train.steps=75",)),
     ),
     (
         Part("digits", "tiny/digits.yaml"),
         Part("diffusion", "tiny/diffusion_lineas.yaml", knob="diffusion_strength"),
-        Part("Gaussian-AcT on SmolLM2", "act.yaml", SMOLLM2),
-        Part("Safety-WaRP", "tiny/warp.yaml", ("train.steps=75",), knob="keep_ratio"),
         Part("LinEAS", "tiny/lineas.yaml", knob="steering_steps"),
     ),
+    (
+        Part("Gaussian-AcT on SmolLM2", "act.yaml", SMOLLM2),
+        Part("Safety-WaRP", "tiny/warp.yaml", ("train.steps=50",), knob="keep_ratio"),
+        Part("IAV", "tiny/iav.yaml", knob="alpha"),
+        Part("DPO", "tiny/dpo.yaml"),
+    ),
 )
+"""Three lanes keep two cores busy: one of them always waits for something."""
 
 
 class Checked(NamedTuple):
@@ -115,8 +119,9 @@ def main(
 ) -> None:
     """Run all parts, print what they found, write the page."""
     store = Store.open(root)
-    lanes = [[check(part) for part in lane] for lane in LANES]
     run.connect()
+    warm.prepare(len(LANES))
+    lanes = [[check(part) for part in lane] for lane in LANES]
     for checked in (checked for lane in lanes for checked in lane):
         if isinstance(checked.todo, job.Job):
             capacity.check_cluster(checked.todo, store, run.facts_of(checked.todo))

@@ -58,6 +58,17 @@ def fit(request: dict[str, Any], scale: ScaleConfig, *, storage: str, report: Ca
             raise
 
 
+def prepare(num_processes: int) -> None:
+    """Let processes that will train import what that needs, while the caller does something else; returns at once."""
+    for _ in range(num_processes):
+        _import.remote()
+
+
+@ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")
+def _import() -> None:
+    import steerlab.training.loop  # noqa: F401
+
+
 @ray.remote(num_returns="streaming", scheduling_strategy="DEFAULT")
 def _train(request: dict[str, Any], scale: dict[str, Any], storage: str) -> Iterator[dict[str, Any]]:
     """Yield the metrics of each step while the loop runs in a thread beside."""
