@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from steerlab import report
-from steerlab.report import samples, sweep_figures, tables
+from steerlab.report import figures, samples, sweep_figures, tables
 from steerlab.store import Store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -210,6 +210,14 @@ def test_runs_that_measured_other_rows_have_no_best_and_a_baseline_each(store: S
     other = tables.overview(with_jobs(8, 9, sources=("a", "b")), names)
     assert [line[0]["value"] for line in other[:2]] == ["strength 0 of aside (one)", "strength 0 of aside (two)"]
     assert not any(line[column]["best"] for line in other)
+
+
+def test_losses_of_another_size_are_drawn_on_a_logarithmic_axis(store: Store) -> None:
+    one = report.read(store, write_run(store, "one", 0.5, 0))
+    big = replace(one, curves={"train/loss": [(1, 500.0), (2, 300.0)]})
+    alone, both = figures.training([one]), figures.training([one, big])
+    assert alone is not None and both is not None
+    assert "type" not in alone["layout"]["yaxis"] and both["layout"]["yaxis"]["type"] == "log"
 
 
 def test_images_stay_within_the_budget(store: Store) -> None:

@@ -10,6 +10,8 @@ from steerlab.report.reading import Entry
 
 _WIDE = 8.0
 """Costs that differ by more than this factor are drawn on a logarithmic axis."""
+_MANY_TIMES = 100.0
+"""Losses likewise."""
 
 
 def choices(entries: Sequence[Entry]) -> Figure | None:
@@ -79,6 +81,9 @@ def training(entries: Sequence[Entry]) -> Figure | None:
     if not names:
         return None
     drawn.axis("xaxis", "step")
+    losses = [value for entry in entries for name, points in entry.curves.items() if "loss" in name for _, value in points]
+    if losses and min(losses) > 0 and max(losses) > _MANY_TIMES * min(losses):
+        drawn.axis("yaxis", type="log")  # losses of several methods, or one that falls by orders of magnitude
     return drawn.done(380, names[:MAX_METRICS])
 
 
