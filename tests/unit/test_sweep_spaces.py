@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -80,7 +82,14 @@ def test_searchers_and_schedulers_that_cannot_work_are_refused(job: Path) -> Non
     with pytest.raises(JobError, match=r"time_attr 'training_iteration'; it must be 'step'"):
         ask(job, asha + "SCHEDULER = ASHAScheduler()\n")
     asked = ask(job, asha + "SCHEDULER = ASHAScheduler(time_attr='step', grace_period=2, max_t=4)\n", samples=3)
-    assert asked.plan.space.scheduler._metric == "eval/loss"  # type: ignore[union-attr]
+    scheduler: Any = asked.plan.space.scheduler
+    assert scheduler._metric == "eval/loss"
+    trial = SimpleNamespace(trial_id="a")
+    scheduler.on_trial_add(None, trial)
+    last = scheduler.on_trial_result(None, trial, {"step": 4, "eval/loss": 1.0})
+    assert last == "CONTINUE", "a training that reached its last step is evaluated yet"
+    with pytest.raises(JobError, match="max_t 3 stops every trial before its 4 steps end"):
+        ask(job, asha + "SCHEDULER = ASHAScheduler(time_attr='step', grace_period=2, max_t=3)\n")
 
 
 def test_a_space_that_fails_shows_its_own_lines_and_no_others(job: Path) -> None:

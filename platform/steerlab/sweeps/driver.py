@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import yaml
 from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import ConcurrencyLimiter
 
 from steerlab import capacity, plan, run, tracking
@@ -91,10 +92,24 @@ def asked(found: Plan, num_samples: int | None, num_seeds: int) -> Asked:
 
 
 def _aim(found: Plan) -> None:
-    """Give a scheduler without a metric the loss that the training reports. Raises JobError where nothing is trained."""
+    """Give a scheduler without a metric the loss that the training reports, and let trainings end by themselves.
+
+    Raises:
+        JobError: nothing is trained, or the scheduler would stop every trial before its training ends.
+    """
     if found.job.train is None:
         raise JobError(f"{found.space.path}: SCHEDULER stops trainings early, and the job trains nothing")
     scheduler: Any = found.space.scheduler
+    if isinstance(scheduler, AsyncHyperBandScheduler):
+        steps = max((value for value in finite(found.space.entries.get("train.steps")) or [] if value), default=0)
+        steps = steps or found.job.train.steps
+        if scheduler._max_t < steps:
+            raise JobError(
+                f"{found.space.path}: SCHEDULER: max_t {scheduler._max_t:g} stops every trial before its {steps} steps end"
+            )
+        # What reaches its last step is evaluated yet: Ray Tune's default would stop it there.
+        for part in (scheduler, *scheduler._brackets):
+            part._stop_last_trials = False
     metric = "eval/loss" if found.job.data.validation is not None else "train/loss"
     scheduler.set_search_properties(metric, "min")
 
