@@ -1,6 +1,6 @@
 """Run a sweep from its job and space to its table: begin or go on, let Ray Tune run the units, say what came out.
 
-ROOT/sweeps/<job's name>/<sweep id>/   job.yaml, space.json, history.jsonl, trials.parquet, summary.json, best.yaml, tune/
+ROOT/sweeps/<job>/<sweep id>/   job.yaml, space.json, history.jsonl, units/, trials.parquet, summary.json, best.yaml, tune/
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from steerlab import capacity, plan, run, tracking
 from steerlab import job as jobs
 from steerlab.job import Job, JobError
 from steerlab.store import Store
-from steerlab.sweeps import page, results, search, trials
+from steerlab.sweeps import page, processes, results, search, trials
 from steerlab.sweeps.clerk import MAX_DEATHS, Clerk, Say
 from steerlab.sweeps.history import History
 from steerlab.sweeps.space import finite, is_grid
@@ -251,6 +251,7 @@ def _run(
     write = lambda: results.write_table(store, f"{folder}/trials.parquet", results.all_rows(history))  # noqa: E731
     write()
     _quiet()
+    processes.keep()
     tuner = tune.Tuner(
         tune.with_resources(run_unit, {"CPU": DRIVER_CPUS}),
         tune_config=tune.TuneConfig(
@@ -281,18 +282,19 @@ def _quiet() -> None:
     """Keep Ray Tune from writing what the history says, and from printing what nobody here reads."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # A unit's last report is its rows, which a scheduler has no use for.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str, Any]) -> dict[str, Any]:
-    """Write down what the process that runs a unit needs to know."""
+    """Write down what the process that runs a unit needs to know, and return where: Ray Tune keeps what it is given."""
     made = [asked.plan.job_of(unit.shared, seed, unit.strengths) for seed in unit.seeds]
     choose = asked.plan.job.choose
     bound = choose.within if choose is not None and asked.plan.development else None
     scheduler: Any = asked.plan.space.scheduler
     request = {
-        "root": store.root,
         "sweep": folder.rpartition("/")[2],
         "unit": unit.as_dict(),
         "jobs": [job.model_dump(mode="json") for job in made],
@@ -301,7 +303,9 @@ def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str
         "watched": getattr(scheduler, "_metric", None),
         **told,
     }
-    return {"request": json.dumps(request)}
+    path = f"{folder}/units/{unit.name}.json"
+    store.write_json(path, request)
+    return {"root": store.root, "request": path}
 
 
 def _conclude(

@@ -27,8 +27,9 @@ def run_unit(config: dict[str, Any]) -> None:
     """Run a unit and report its rows to Ray Tune, or why there are none; only the death of a process is left to Tune."""
     from ray import tune
 
-    request = json.loads(config["request"])
-    unit, store = Unit.from_dict(request["unit"]), Store(request["root"])
+    store = Store(config["root"])
+    request = store.read_json(config["request"])
+    unit = Unit.from_dict(request["unit"])
     rows: list[dict[str, Any]] = []
     try:
         for number, (seed, tree) in enumerate(zip(unit.seeds, request["jobs"], strict=True)):

@@ -1,0 +1,45 @@
+"""The processes of a sweep's trials stay until the sweep ends.
+
+Ray Tune lets go of all but one idle process, and a trial whose process is still starting takes an idle one over and ends its
+own in the middle of its imports. With trials that are shorter than these imports (seconds), that starts and ends a process a
+trial: hundreds of megabytes and both cores for nothing. A sweep never has more processes than trials that run at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ray.tune import tune
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.utils.object_cache import _ObjectCache
+
+
+class _Kept(_ObjectCache):
+    """Idle processes, all of which are kept until there is nothing left to run."""
+
+    def cache_object(self, key: Any, obj: Any) -> bool:
+        self._cached_objects[key].append(obj)
+        self._num_cached_objects += 1
+        return True
+
+    def flush_cached_objects(self, force_all: bool = False) -> Iterator[Any]:
+        if force_all:
+            yield from super().flush_cached_objects(force_all=True)
+
+
+class _Controller(TuneController):
+    """Ray Tune's loop, with these processes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._actor_cache = _Kept()
+
+    def _maybe_reuse_cached_actor(self, trial: Any) -> bool:
+        """Give an idle process to a trial that has none on its way."""
+        return trial not in self._trial_to_actor and super()._maybe_reuse_cached_actor(trial)
+
+
+def keep() -> None:
+    """Let the sweeps of this process keep their processes; Ray Tune has no setting for that."""
+    tune.TuneController = _Controller
