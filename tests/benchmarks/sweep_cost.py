@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import ray
 import torch
 import yaml
 
-from steerlab import plan, run, sources
+from steerlab import run, sources
 from steerlab.evaluation import TASKS
 from steerlab.generation import load
 from steerlab.job import Job
@@ -69,16 +70,11 @@ def swept(asked: driver.Asked, root: Path) -> tuple[float, list[float], int]:
     return took, [b - a for a, b in itertools.pairwise(ends)], psutil.Process().memory_info().rss - before
 
 
-def one_by_one(asked: driver.Asked, folder: Path) -> list[float]:
-    """Return the seconds of every trial, each run by itself with a store of its own."""
-    found = []
-    for unit in asked.units:
-        for number in range(len(unit.trials)):
-            made = asked.plan.job_of(unit.shared, 0, unit.strengths[number : number + 1])
-            start_s = time.monotonic()
-            run.execute(made, Store.open(str(folder / f"{unit.number}-{number}")), plan.Listener())
-            found.append(time.monotonic() - start_s)
-    return found
+def one_by_one(asked: driver.Asked, folder: Path, most: int = 3) -> list[float]:
+    """Return the seconds of the first, a middle and the last trial, each as a sweep of its own with a cold store."""
+    alone = [replace(unit, trials=(trial,)) for unit in asked.units for trial in unit.trials]
+    chosen = [alone[number * (len(alone) - 1) // (most - 1)] for number in range(most)]
+    return [swept(replace(asked, units=[unit]), folder / str(number))[0] for number, unit in enumerate(chosen)]
 
 
 def plainly(made: Job, folder: Path) -> float:
@@ -137,10 +133,10 @@ def main() -> None:
             alone = one_by_one(asked, folder / case / "alone")
             found[case] = {
                 "sweep_s": took,
-                "one_trial_s": statistics.median(alone),
-                "trials_one_by_one_s": sum(alone),
+                "one_trial_s": alone,
+                "trials": (trials_ := sum(len(unit.trials) for unit in asked.units)),
                 "sweep / one trial": took / statistics.median(alone),
-                "sweep / one by one": took / sum(alone),
+                "sweep / trials one by one": took / statistics.mean(alone) / trials_,
             }
             print(case, json.dumps(found[case]), flush=True)
     print(json.dumps(found, indent=1))

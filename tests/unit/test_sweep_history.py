@@ -15,12 +15,13 @@ import pytest
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.utils.object_cache import _ObjectCache
 
 from steerlab.evaluation.intervals import student
 from steerlab.evaluation.metrics import Observation, paired_difference
 from steerlab.stages.evaluate import OBSERVATIONS
 from steerlab.store import Store
-from steerlab.sweeps import results, search
+from steerlab.sweeps import processes, results, search
 from steerlab.sweeps.history import History
 from steerlab.sweeps.space import Space
 from steerlab.sweeps.trials import Trial, Unit, trial_id
@@ -206,3 +207,13 @@ def test_the_table_takes_values_of_any_kind(store: Store) -> None:
     assert table.column("param.y").to_pylist() == ["[1, 2]", "[3]"]
     assert table.column("param.z").to_pylist() == ["one", "2"]
     assert table.column("cached.train").to_pylist() == [True, None]
+
+
+def test_idle_processes_stay_until_nothing_is_left_to_run() -> None:
+    """Ray Tune keeps one; every trial that is shorter than an import would otherwise start a process."""
+    kept, usual = processes._Kept(), _ObjectCache(may_keep_one=True)
+    assert [kept.cache_object("1 CPU", name) for name in "ab"] == [True, True]
+    assert [usual.cache_object("1 CPU", name) for name in "ab"] == [True, False]
+    assert list(kept.flush_cached_objects()) == [] and kept.num_cached_objects == 2
+    assert kept.pop_cached_object("1 CPU") == "a"
+    assert list(kept.flush_cached_objects(force_all=True)) == ["b"] and kept.num_cached_objects == 0

@@ -7,7 +7,7 @@ trial: hundreds of megabytes and both cores for nothing. A sweep never has more 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from ray.tune import tune
@@ -23,7 +23,7 @@ class _Kept(_ObjectCache):
         self._num_cached_objects += 1
         return True
 
-    def flush_cached_objects(self, force_all: bool = False) -> Iterator[Any]:
+    def flush_cached_objects(self, force_all: bool = False) -> Generator[Any, None, None]:
         if force_all:
             yield from super().flush_cached_objects(force_all=True)
 
@@ -42,4 +42,4 @@ class _Controller(TuneController):
 
 def keep() -> None:
     """Let the sweeps of this process keep their processes; Ray Tune has no setting for that."""
-    tune.TuneController = _Controller
+    tune.__dict__["TuneController"] = _Controller
