@@ -2,7 +2,8 @@
 
     python tests/benchmarks/sweep_cost.py [--trials 40] [--nested 3] [-o FILE.json]
 
-Seconds of wall time on the cluster of this machine, tiny models with random weights. `overhead` is the time from one finished
+Seconds of wall time on the cluster of this machine, tiny models with random weights; a trial by itself is a sweep of one, and
+every kind of trial has run before it is timed. `overhead` is the time from one finished
 trial to the next when they run one at a time, less what their training and evaluation take as plain calls in one process.
 """
 
@@ -129,8 +130,9 @@ def main() -> None:
         driver.concurrency = at_once
         for case in options.cases:
             asked = ask(folder / case, *CASES[case])
-            took, _, _ = swept(asked, folder / case / "root")
+            one_by_one(asked, folder / case / "warm", 2)  # imports are paid
             alone = one_by_one(asked, folder / case / "alone")
+            took, _, _ = swept(asked, folder / case / "root")
             found[case] = {
                 "sweep_s": took,
                 "one_trial_s": alone,
