@@ -1,4 +1,4 @@
-"""The quickstart: every method on the tiny world, a sweep of each one's own knob, and one page about all of it.
+"""The quickstart: the methods with their first baselines, a sweep of each one's own knob, and one page about all of it.
 
 Entry point of jobs/quickstart.sh, which sends it to a cluster with `ray job submit`; it runs in any steerlab environment:
 
