@@ -311,7 +311,7 @@ def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str
 def _conclude(
     asked: Asked, store: Store, folder: str, history: History, interrupted: bool, command: str, say: Say
 ) -> dict[str, Any]:
-    """Write table and summary; of a sweep that is complete, also the best trial's own run on the rows that report."""
+    """Write table and summary; of a sweep that is complete, also what the best trial measures on the rows that report."""
     rows = results.all_rows(history)
     results.write_table(store, f"{folder}/trials.parquet", rows)
     metric = asked.plan.metric
@@ -337,16 +337,25 @@ def _conclude(
         store.write_text(f"{folder}/best.yaml", jobs.dump(_best_job(asked.plan, best, None)))
     if best is not None and not interrupted:
         summary["indistinguishable"] = results.indistinguishable(found, best, metric, store)
-        say(f"best: trial {best.trial_id}, {metric} {best.value:.4g}; its own tasks follow")
-        done = [_report(_best_job(asked.plan, best, seed), store, folder, seed, command) for seed in asked.seeds]
-        summary["test"] = {
-            name: results.over_seeds([r.summary["metrics"][name] for r in done]) for name in done[0].summary["metrics"]
-        }
-        summary["test_runs"] = [result.folder for result in done]
+        say(f"best: trial {best.trial_id}, {metric} {best.value:.4g}" + "; its own tasks follow" * bool(asked.plan.development))
+        summary |= _tested(asked, store, folder, best, command)
     store.write_json(f"{folder}/summary.json", summary)
     if not interrupted:
         history.add("end")
     return summary
+
+
+def _tested(asked: Asked, store: Store, folder: str, best: results.Scored, command: str) -> dict[str, Any]:
+    """Return what the best trial measures on the rows of the job's own tasks, and the runs that say so.
+
+    Without development rows these are the rows that it was chosen by, so its own runs have said it already.
+    """
+    if not asked.plan.development:
+        return {"test": results.metrics_of_rows(best.rows), "test_runs": [row["run"] for row in best.rows]}
+    done = [_report(_best_job(asked.plan, best, seed), store, folder, seed, command) for seed in asked.seeds]
+    names = done[0].summary["metrics"]
+    found = {name: results.over_seeds([result.summary["metrics"][name] for result in done]) for name in names}
+    return {"test": found, "test_runs": [result.folder for result in done]}
 
 
 def _best_job(found: Plan, best: results.Scored, seed: int | None) -> Job:
