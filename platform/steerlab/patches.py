@@ -13,20 +13,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache, PreTrainedModel
 
 from steerlab import models, taps
 from steerlab.affine import AffineLayer, AffineMap
 from steerlab.job import Selection
 from steerlab.pipelines import Pass
 from steerlab.tokens import DATA, RESPONSE
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
 
@@ -564,6 +566,8 @@ class SecondModelPatch(nn.Module):
         Raises:
             ValueError: the two have other vocabularies.
         """
+        from transformers import DynamicCache
+
         own, other = (models.linear_shape(models.head(one))[0] for one in (self.second, model))
         if own != other:
             raise ValueError(f"the second model has {own} tokens, {type(model).__name__} has {other}")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
 
 from steerlab.job import SamplerConfig
 
@@ -411,8 +411,8 @@ def _parts(directory: Path, only: Sequence[str] = (), with_scheduler: bool = Tru
         made = getattr(importlib.import_module(entry[0]), entry[1], None)
         if not inspect.isclass(made):
             continue
-        if issubclass(made, PreTrainedModel):
-            yield name, made(AutoConfig.from_pretrained(directory / name))
+        if issubclass(made, transformers.PreTrainedModel):
+            yield name, made(transformers.AutoConfig.from_pretrained(directory / name))
         elif issubclass(made, ModelMixin) or (with_scheduler and issubclass(made, SchedulerMixin)):
             yield name, made.from_config(made.load_config(directory / name))  # type: ignore[union-attr]
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steerlab.activations import Activations
 from steerlab.affine import AffineMap
@@ -23,6 +22,9 @@ from steerlab.models import ModelFacts
 from steerlab.plan import Estimate
 from steerlab.tensorfile import Shape
 from steerlab.tokens import IGNORED, Batch, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Loss(NamedTuple):

@@ -26,12 +26,11 @@ preconditioned problem (as in the authors' code). Axes: S all neurons of all mea
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steerlab import models, patches, taps
 from steerlab.affine import AffineLayer
@@ -40,6 +39,9 @@ from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, Metho
 from steerlab.methods.transport import coupling
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _STRENGTHS = (0.0, 1.0)
 
