@@ -298,8 +298,10 @@ def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
             "different ways differ for that reason alone"
         )
     for role, data in (("source", source), ("target", target)):
-        if data.limit is not None and data.limit < MIN_SAMPLES:
-            raise ValueError(f"data.{role}.limit {data.limit}: a distribution needs {MIN_SAMPLES} samples or more")
+        each = 1 if data.seeds is None else data.seeds[1] - data.seeds[0]
+        if data.limit is not None and data.limit * each < MIN_SAMPLES:
+            drawings = "" if data.seeds is None else f" of {each} seeds each"
+            raise ValueError(f"data.{role}.limit {data.limit}{drawings}: a distribution needs {MIN_SAMPLES} samples or more")
 
 
 def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:
