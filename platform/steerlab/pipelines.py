@@ -14,6 +14,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,9 +46,18 @@ class Pass:
     """Whether patches act on the rows without a prompt as well."""
     device: torch.device
 
+    @property
+    def num_images(self) -> int:
+        """Rows that have a prompt."""
+        return len(range(*self.conditional.indices(self.num_rows)))
+
+    def with_prompt(self, value: Tensor) -> Tensor:
+        """Return the rows that have a prompt."""
+        return value if self.num_images == self.num_rows else value[self.conditional]
+
     def strengths(self, strength_B: Tensor | None) -> Tensor | None:
         """Spread the strengths of the images over the rows of the pass; None for 1 everywhere."""
-        num_images = len(range(*self.conditional.indices(self.num_rows)))
+        num_images = self.num_images
         if num_images == self.num_rows or (self.steers_all and strength_B is None):
             return strength_B
         each_B = torch.ones(num_images, device=self.device) if strength_B is None else strength_B
@@ -220,7 +230,7 @@ class Diffusion(nn.Module):
             here.seeds = None
 
     def _schedule(self, steps: int | None) -> dict[str, Any]:
-        sampler, takes = self.sampler, inspect.signature(type(self.pipeline).__call__).parameters
+        sampler, takes = self.sampler, _arguments(type(self.pipeline))
         found: dict[str, Any] = {"num_inference_steps": steps or sampler.steps, "output_type": "pt"}
         if sampler.timesteps is not None and (steps is None or steps == len(sampler.timesteps)):
             found["timesteps"] = list(sampler.timesteps)
@@ -285,6 +295,11 @@ class Diffusion(nn.Module):
             raise FloatingPointError(
                 f"step {here.step}: the denoiser gives a NaN or infinite value for the image of seed {here.seeds[row]}"
             )
+
+
+@cache
+def _arguments(pipeline: type[Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(pipeline.__call__).parameters)
 
 
 def _images(found: Any) -> Tensor:

@@ -135,8 +135,10 @@ class Lineas(nn.Module):
 
     def support(self) -> float:
         """Return the share of neurons that are steered: |w - 1| or |b| above the threshold."""
-        steered = [(_moved(layer).abs() > self.config.threshold).any(0) for layer in self.patch.layers()]
-        return float(torch.cat(steered).float().mean())
+        layers = self.patch.layers()
+        scale_S, shift_S = (torch.cat(parts).detach() for parts in ([a.scale for a in layers], [a.shift for a in layers]))
+        moved_S = torch.maximum((scale_S - 1).abs(), shift_S.abs())
+        return float((moved_S > self.config.threshold).float().mean())
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """From `refit_from` on, remember what is empty before the optimizer moves it."""
