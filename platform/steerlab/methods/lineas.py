@@ -136,7 +136,7 @@ class Lineas(nn.Module):
     def support(self) -> float:
         """Return the share of neurons that are steered: |w - 1| or |b| above the threshold."""
         layers = self.patch.layers()
-        scale_S, shift_S = (torch.cat(parts).detach() for parts in ([a.scale for a in layers], [a.shift for a in layers]))
+        scale_S, shift_S = (torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("scale", "shift"))
         moved_S = torch.maximum((scale_S - 1).abs(), shift_S.abs())
         return float((moved_S > self.config.threshold).float().mean())
 
