@@ -69,8 +69,8 @@ def _at_strengths(model: SteeredModel, batch: Batch, tokens: Predicted, strength
         reader.close()
     features_NK = newest.features(preference.wide(states.tapped_ND))
     up_VK = newest.up.to(features_NK.dtype)
-    for strength in strengths:
-        yield preference.scores(models.head(model.model), states.last_ND, strength * features_NK, up_VK, tokens.target_N)
+    head = models.head(model.model)
+    yield from preference.scores_at(head, (states.last_ND, features_NK), up_VK, tokens.target_N, strengths)
 
 
 def _responses(scores: Scores, tokens: Predicted) -> list[Response]:

@@ -14,6 +14,7 @@ K features of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -101,10 +102,11 @@ class Scores(NamedTuple):
     """Squared norm of the vector between the logits."""
 
 
-def compared(reference_NV: Tensor, vector_NV: Tensor, target_N: Tensor) -> Scores:
-    """Compare the policy with logits `reference + vector` with its reference."""
+def compared(reference_NV: Tensor, vector_NV: Tensor, target_N: Tensor, reference_lse_N: Tensor | None = None) -> Scores:
+    """Compare the policy with logits `reference + vector` with its reference, whose logsumexp may be known."""
     policy_NV = reference_NV + vector_NV
-    reference_lse_N, policy_lse_N = reference_NV.logsumexp(-1), policy_NV.logsumexp(-1)
+    policy_lse_N = policy_NV.logsumexp(-1)
+    reference_lse_N = reference_NV.logsumexp(-1) if reference_lse_N is None else reference_lse_N
     mean_N = ((policy_NV - policy_lse_N[:, None]).exp() * vector_NV).sum(-1)
     return Scores(
         policy_NV.gather(1, target_N[:, None])[:, 0] - policy_lse_N,
@@ -127,6 +129,30 @@ def scores(
         for piece in zip(last_ND.split(size), features_NK.split(size), target_N.split(size), strict=True)
     ]
     return Scores(*(torch.cat(found) for found in zip(*pieces, strict=True)))
+
+
+@torch.inference_mode()
+def scores_at(
+    head: nn.Module,
+    states: tuple[Tensor, Tensor],
+    up_VK: Tensor,
+    target_N: Tensor,
+    strengths: Sequence[float],
+    chunk: int = CHUNK_LOGITS,
+) -> list[Scores]:
+    """Return what `scores` says of the vector times each strength, without gradients; states are (last_ND, features_NK).
+
+    Both logits are made once for all strengths.
+    """
+    size = max(1, chunk // len(up_VK))
+    found: list[list[Scores]] = [[] for _ in strengths]
+    for last_ND, features_NK, targets in zip(*(values.split(size) for values in (*states, target_N)), strict=True):
+        vector_NV = nn.functional.linear(features_NK, up_VK)
+        reference_NV = head.forward(last_ND).to(vector_NV.dtype)  # without the head's own hooks, as in `_piece`
+        lse_N = reference_NV.logsumexp(-1)
+        for pieces, strength in zip(found, strengths, strict=True):
+            pieces.append(compared(reference_NV, strength * vector_NV, targets, lse_N))
+    return [Scores(*(torch.cat(values) for values in zip(*pieces, strict=True))) for pieces in found]
 
 
 def _piece(head: nn.Module, last_ND: Tensor, features_NK: Tensor, target_N: Tensor, up_VK: Tensor) -> Scores:
