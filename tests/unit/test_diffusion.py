@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,14 +209,17 @@ def test_a_scheduler_with_timesteps_of_its_own_draws_in_one_step(digits_dir: Pat
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ("words.*", "matches only modules of words; a pipeline is read and steered in its unet"),
-        (".*(norm|word).*", "modules of words; a pipeline"),
-        ("unet.*nrm.*", "no module path matches"),
+        ("words.*", r"only modules of words, where nothing is steered; .* in its unet: .* such as unet\.[a-z_.0-9]*norm"),
+        (".*(norm|word).*", r"matches 2 of \d+ modules of words, where nothing is steered; .* modules such as unet\..*norm"),
+        ("unet.*nrm.*", r"no module path matches 'unet\.\*nrm\.\*' as a whole; near: unet\.[^,]*norm"),
     ],
 )
 def test_modules_outside_of_the_denoiser_are_refused(digits_dir: Path, modules: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        taps.select(models.skeleton(digits_dir), Selection(modules=modules))
+    skeleton = models.skeleton(digits_dir)
+    with pytest.raises(ValueError, match=message) as refused:
+        taps.select(skeleton, Selection(modules=modules))
+    suggested = re.findall(r"\b(?:unet|words)\.[\w.]*\w", str(refused.value).replace(repr(modules), ""))
+    assert suggested and all(name.startswith("unet.") and skeleton.get_submodule(name) for name in suggested)
 
 
 def test_tokens_of_an_image_cannot_be_selected(digits_dir: Path) -> None:
