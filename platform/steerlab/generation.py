@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,9 +85,6 @@ class Decoding:
 class SteeredModel(Steered):
     """A language model, its tokenizer's encoder and the patches attached to it."""
 
-    tolerance: ClassVar[float] = 1e-2
-    """Nats: rounding, in bfloat16 too."""
-
     model: PreTrainedModel
     encoder: Encoder
     batch_tokens: int = _BATCH_TOKENS
@@ -123,6 +120,11 @@ class SteeredModel(Steered):
         """Return the log-probabilities (nats) of the tokens of a fixed conversation, (T-1,)."""
         prompt = self.encoder.conversation("Say what the text is about.", "It is about nothing in particular.")
         return torch.tensor(self.token_log_probs([prompt], strength=strength)[0].log_prob)
+
+    @property
+    def tolerance(self) -> float:
+        """Nats, in bfloat16 too."""
+        return 1e-2
 
     def save_model(self, directory: Path) -> None:
         """Write the model and its tokenizer as transformers does."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,9 +24,6 @@ from steerlab.stack import Asked, Shown, Steered
 @dataclass
 class SteeredPipeline(Steered):
     """A pipeline and the patches attached to it."""
-
-    tolerance: ClassVar[float] = 1 / 255
-    """Of the range of pixels: a level of grey."""
 
     model: Diffusion
     encoder: Prompter
@@ -57,6 +54,11 @@ class SteeredPipeline(Steered):
     def probe(self, strength: float = 1.0) -> Tensor:
         """Draw one image from the noise of seed 0, (C, H, W)."""
         return self.draw([self.encoder.small_drawing()], strengths=(strength,))[0, 0]
+
+    @property
+    def tolerance(self) -> float:
+        """One level of grey of 255; eight in types of 16 bits."""
+        return (1 if self.model.denoiser.dtype == torch.float32 else 8) / 255
 
     def save_model(self, directory: Path) -> None:
         """Write the pipeline as diffusers does, with the job's scheduler and weights of the denoiser."""

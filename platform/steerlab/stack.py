@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,9 +50,6 @@ class Shown(NamedTuple):
 class Steered:
     """A model and the patches attached to it, the oldest first; strength scales the newest."""
 
-    tolerance: ClassVar[float]
-    """By how much `probe` may differ between a model with patches and one with the same maps in its weights: rounding."""
-
     model: Any
     encoder: Any
     patches: tuple[Any, ...] = ()
@@ -82,6 +79,11 @@ class Steered:
 
     def probe(self, strength: float = 1.0) -> Tensor:
         """Compute something small and fixed, by which two copies of a model are compared."""
+        raise NotImplementedError
+
+    @property
+    def tolerance(self) -> float:
+        """By how much `probe` may differ, root mean square, where patches have become weights: rounding."""
         raise NotImplementedError
 
     def save_model(self, directory: Path) -> None:
