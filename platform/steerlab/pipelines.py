@@ -251,7 +251,9 @@ class Diffusion(nn.Module):
         }
         call = inspect.unwrap(type(self.pipeline).__call__)  # without torch.no_grad, which diffusers wraps around it
         try:
-            return _images(call(self.pipeline, **arguments)[0])
+            images_BCHW = _images(call(self.pipeline, **arguments)[0])
+            self._check_finite(images_BCHW, "the image is NaN or infinite behind the denoiser (scheduler or decoder),")
+            return images_BCHW
         except (ValueError, TypeError) as error:
             if "timesteps" in str(error) and self.sampler.timesteps is not None:
                 raise ValueError(f"sampler.timesteps: {error}") from None
@@ -318,13 +320,15 @@ class Diffusion(nn.Module):
             torch.set_grad_enabled(here.grad)
         if output is None:
             return  # an error, or a reader that has all it wants
-        value = output[0]
-        good_R = value.detach().flatten(1).isfinite().all(1)
+        self._check_finite(output[0], "the denoiser gives a NaN or infinite value for the image")
+
+    def _check_finite(self, value_R: Tensor, what: str) -> None:
+        """Name step and seed of the first row that is not finite; rows are images, once or twice."""
+        here = self._here
+        good_R = value_R.detach().flatten(1).isfinite().all(1)
         if not bool(good_R.all()):
             row = int(good_R.int().argmin()) % len(here.seeds)
-            raise FloatingPointError(
-                f"step {here.step}: the denoiser gives a NaN or infinite value for the image of seed {here.seeds[row]}"
-            )
+            raise FloatingPointError(f"step {here.step}: {what} of seed {here.seeds[row]}")
 
 
 def _images(found: Any) -> Tensor:

@@ -182,6 +182,23 @@ def test_a_nan_names_step_and_seed(digits_dir: Path) -> None:
         drawn(model, what=[Drawing("bold three", 40, 64), Drawing("thin one", 41, 64)])
 
 
+def test_a_nan_behind_the_denoiser_names_step_and_seed(digits_dir: Path) -> None:
+    """As a decoder in half precision gives: what the denoiser computes is finite."""
+    model = pipeline(digits_dir)
+    scheduler = model.pipeline.scheduler
+    plain_step = scheduler.step
+
+    def overflowing(predicted: torch.Tensor, t: int, sample: torch.Tensor, **options: Any) -> Any:
+        found = plain_step(predicted, t, sample, **options)
+        if int(t) == int(scheduler.timesteps[-1]):
+            found.prev_sample[1] = torch.nan
+        return found
+
+    scheduler.step = overflowing
+    with pytest.raises(FloatingPointError, match=r"step 2: .* behind the denoiser \(scheduler or decoder\), of seed 41"):
+        drawn(model, what=[Drawing("bold three", 40, 64), Drawing("thin one", 41, 64)])
+
+
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
