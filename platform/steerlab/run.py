@@ -261,9 +261,7 @@ def _check_drawing(job: Job) -> None:
     base = base_job(job, JobType)
     while job.model.drawing.denoiser is not None and base is not None:
         if base.train is not None and METHODS[base.method.name].trains_model:
-            raise ValueError(
-                f"model.sampler.denoiser: the job {base.name} trains its denoiser; other weights belong there"
-            )
+            raise ValueError(f"model.sampler.denoiser: the job {base.name} trains its denoiser; other weights belong there")
         base = base_job(base, JobType)
     method = METHODS[job.method.name]
     if method.walks(job.method) and len(job.model.drawing.read) > 1:
