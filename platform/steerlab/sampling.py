@@ -89,7 +89,8 @@ class SteeredPipeline(Steered):
             FloatingPointError: a NaN or infinite value; step and seed are named.
         """
         self.check_strengths(strengths)
-        asked = ([(d.prompt, d.seed) for d in drawings], tuple(strengths), guidance, steps)
+        acting = self.patches if self._attached.handles else ()
+        asked = ([(d.prompt, d.seed) for d in drawings], tuple(strengths), guidance, steps, acting)
         if self._last is not None and self._last[0] == asked:
             return self._last[1]
         jobs = [(s, p) for p in range(len(drawings)) for s in range(len(strengths))]

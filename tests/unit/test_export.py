@@ -144,6 +144,19 @@ def test_what_cannot_fold_says_why_and_lies_apart(
     assert torch.equal(drawn(load(tmp_path / "zero"), prompt), drawn(patched, prompt, 0.0))
 
 
+def test_of_a_stack_the_newest_patch_folds_at_the_strength(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Two maps of the same places, in their order: the one below stays whole."""
+    folders = [left(tmp_path / name, bases["digits"], modules, {"steps": 2}) for name, modules in (("a", NORMS), ("b", LAYERS))]
+    model = models.load_model(bases["digits"], sampler={"steps": 2})
+    stack = tuple(patches.load(folder / "patch", model) for folder in (folders[0], folders[0], folders[1]))
+    steered = SteeredPipeline(model, generation.encoder_of(model, bases["digits"], None), stack)
+    expected, whole = drawn(steered, PROMPT, 0.4), drawn(steered, PROMPT, 1.0)
+    steered.fold(0.4)
+    assert steered.patches == ()
+    torch.testing.assert_close(drawn(steered, PROMPT), expected, atol=1e-4, rtol=0)
+    assert (whole - expected).abs().max() > 0.02
+
+
 def test_flux_is_given_its_guidance_and_has_no_half_without_a_prompt(bases: dict[str, Path]) -> None:
     model = models.load_model(bases["flux"], sampler={"guidance": 4.0})
     assert model.unsteered_share() is None
