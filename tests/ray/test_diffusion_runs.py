@@ -29,20 +29,23 @@ STEPS = 32
 
 
 def write_jobs(folder: Path) -> Path:
-    """Write jobs/tiny/digits.yaml and diffusion_lineas.yaml with few steps and drawings; return the second."""
-    base, steered = (yaml.safe_load((JOBS / name).read_text()) for name in ("digits.yaml", "diffusion_lineas.yaml"))
+    """Write the jobs of jobs/tiny with few steps and drawings: digits.yaml, act.yaml, lineas.yaml; return the last."""
+    base, *steering = (yaml.safe_load((JOBS / f"{name}.yaml").read_text()) for name in NAMES)
     base |= {"evaluate": [], "train": base["train"] | {"steps": STEPS}}
-    steered["train"] |= {"steps": 3, "micro_batch": 8}
-    for role in ("source", "target"):
-        steered["data"][role] |= {"limit": 8}
-    few = {"limit": 3, "seeds": [0, 1]}
-    concept, similarity = steered["evaluate"][:2]
-    for task in (concept, similarity):
-        task |= {"data": task["data"] | few, "strengths": [1, 0, 0.5]}
-    steered |= {"evaluate": [concept, similarity], "scale": {"warm": True, "checkpoint_every": 4}}
     (folder / "digits.yaml").write_text(yaml.safe_dump(base))
-    (folder / "lineas.yaml").write_text(yaml.safe_dump(steered))
+    for name, tree in zip(("act", "lineas"), steering, strict=True):
+        if "train" in tree:
+            tree["train"] |= {"steps": 3, "micro_batch": 8}
+        for role in ("source", "target"):
+            tree["data"][role] |= {"limit": 8}
+        for task in tree["evaluate"]:
+            task |= {"data": task["data"] | {"limit": 3, "seeds": [0, 1]}, "strengths": [1, 0, 0.5]}
+        tree |= {"evaluate": tree["evaluate"][:2], "scale": {"warm": True, "checkpoint_every": 4}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     return folder / "lineas.yaml"
+
+
+NAMES = ("digits", "diffusion_act", "diffusion_lineas")
 
 
 Reported = Callable[[plan.Stage, dict[str, Any]], None]
@@ -117,6 +120,20 @@ def test_a_run_is_drawn_from_and_exported_by_hand(undisturbed: tuple[Path, Store
     found = generation.load(folder / "exported").picture("thin three", seed=3, strength=0.5)  # type: ignore[union-attr]
     with Image.open(images / "0.500_2.000/3.png") as kept:
         assert np.array_equal(np.asarray(found), np.asarray(kept))
+
+
+def test_maps_are_fitted_along_the_pipeline_on_the_same_base(undisturbed: tuple[Path, Store, run.Run]) -> None:
+    """Linear-AcT place after place: the base model is that of the other job, and strength 0 is measured the same."""
+    folder, store, lineas = undisturbed
+    done = do(folder / "act.yaml", store)
+    found = [(record.stage.name, record.status) for record in done.records]
+    assert found == [("train", "cached"), ("extract", "ran"), ("fit", "ran"), ("evaluate", "ran"), ("evaluate", "ran")]
+    plain, other = (of.summary["strengths"]["0.0"]["image_concept/rate"]["value"] for of in (done, lineas))
+    assert plain == other
+    assert done.summary["strengths"]["1.0"]["image_similarity/ssim"]["value"] < 0.999
+    steered = generation.load(store.local(done.summary["model"]["stage"], done.summary["model"]["key"]))
+    places = {name for name, _ in steered.model.named_modules() if name.startswith("unet.") and "norm" in name}
+    assert set(steered.patches[0].sizes) == places
 
 
 @pytest.mark.slow
