@@ -1,6 +1,6 @@
 """IAV against DPO, LoRA and GenARM on the same pairs: implicit accuracy and KL to the base over alpha.
 
-    python jobs/preferences.py --root ROOT [--pair smollm2] [--seeds 3] [--win-rate] [--output page.html]
+    python jobs/preferences.py --root ROOT [--pair smollm2] [--seeds 3] [--only NAME] [--win-rate] [--output page.html]
 
 All trainings see the same pairs in the same order for the same number of steps. What is in ROOT is not run again.
 """
@@ -66,7 +66,8 @@ def win_rates(pair: str, runs: dict[str, list[run.Run]], store: Store, judge: st
     none = ["method={name: none}", "train=null", "choose=null"]
     best = {**asked, "best_of": BEST_OF, "best_by_source": _left(store, runs["IAV, linear"][0])}
     entries = [(f"best of {BEST_OF} by IAV's reward", VARIANTS[0].file, none, best)]
-    entries += [(v.name, v.file, [text.replace("LORA_LR", LORA_LR[pair]) for text in v.overrides], asked) for v in VARIANTS]
+    chosen = [variant for variant in VARIANTS if variant.name in runs]
+    entries += [(v.name, v.file, [text.replace("LORA_LR", LORA_LR[pair]) for text in v.overrides], asked) for v in chosen]
     for name, file, settings, task in entries:
         one = job.read(FOLDERS[pair] / file, JobType, [*settings, f"evaluate=[{json.dumps(task)}]", *overrides])
         run.check(one)
@@ -93,13 +94,15 @@ def lines(found: dict[str, list[dict[str, Any]]]) -> list[Line]:
         return [[seed[str(alpha)][metric]["value"] for seed in found[variant.name]] for alpha in alphas]
 
     labels = [f"{alpha:g}" for alpha in alphas]
-    return [Line(v.name, labels, values(v, METRICS[2]), values(v, METRICS[0]), v.colour) for v in VARIANTS]
+    chosen = [variant for variant in VARIANTS if variant.name in found]
+    return [Line(v.name, labels, values(v, METRICS[2]), values(v, METRICS[0]), v.colour) for v in chosen]
 
 
 def main(
     root: Annotated[str, typer.Option(help="Where results go: an absolute path or a URI.")],
     pair: Annotated[str, typer.Option(help=f"Jobs: {' or '.join(FOLDERS)}.")] = "tiny",
     seeds: Annotated[int, typer.Option(min=1)] = 3,
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(v.name for v in VARIANTS)}.")] = None,
     win_rate: Annotated[bool, typer.Option(help="Let every variant answer held-out prompts, too.")] = False,
     judge: Annotated[str, typer.Option(help="Variant whose implicit reward judges answers.")] = "DPO, all weights",
     output: Annotated[Path | None, typer.Option(help="HTML page with the figure.")] = None,
@@ -107,7 +110,11 @@ def main(
 ) -> None:
     """Run the jobs, print the tables and draw the figure."""
     store = Store.open(root)
-    jobs = {variant.name: [wanted(pair, variant, seed, set_ or []) for seed in range(seeds)] for variant in VARIANTS}
+    unknown = [name for name in only or () if name not in {variant.name for variant in VARIANTS}]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(variant.name for variant in VARIANTS)}")
+    chosen = [variant for variant in VARIANTS if not only or variant.name in only]
+    jobs = {variant.name: [wanted(pair, variant, seed, set_ or []) for seed in range(seeds)] for variant in chosen}
     facts = {name: run.check(group[0]) for name, group in jobs.items()}
     run.connect()
     try:

@@ -81,6 +81,13 @@ class AffineLayer(nn.Module):
             mapped = torch.where(tokens_BT.unsqueeze(-1), mapped, value)
         return mapped.to(z.dtype)
 
+    def merged(self, norm: nn.GroupNorm | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """Return weight and bias with which a norm computes this map of what it computes with its own; gradients reach both."""
+        if norm.weight is None:
+            return self.scale, self.shift
+        shift = self.shift if norm.bias is None else torch.addcmul(self.shift, self.scale, norm.bias)
+        return self.scale * norm.weight, shift
+
     @torch.no_grad()
     def set(self, fitted: AffineMap) -> None:
         """Take over a fitted map."""

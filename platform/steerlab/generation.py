@@ -11,11 +11,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from steerlab import models, patches, sources, taps
 from steerlab.conditioning import Prompter
@@ -23,6 +22,9 @@ from steerlab.pipelines import Diffusion
 from steerlab.sampling import SteeredPipeline
 from steerlab.stack import Asked, Shown, Steered
 from steerlab.tokens import GENERATION, Batch, Conversation, Encoded, Encoder, Row, collate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _T = TypeVar("_T")
 PROMPT, BASE = "prompt.json", "base.json"
@@ -228,6 +230,8 @@ class SteeredModel(Steered):
 
     def prefill(self, batch: Batch, strength_B: Tensor) -> Decoding:
         """Read prompts, padded on the left, and return what continues them."""
+        from transformers import DynamicCache
+
         cache = DynamicCache(config=self.model.config)
         shared = {"strengths": self._strengths(strength_B), "past_key_values": cache, "use_cache": True}
         out = self.model(**batch.patched_inputs, **shared, logits_to_keep=1)

@@ -12,25 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from steerlab import pipelines, sources
 from steerlab.job import SamplerConfig
 from steerlab.pipelines import Diffusion, Pass
 
-transformers_logging.disable_progress_bar()
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+transformers.logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -68,15 +63,17 @@ def load_model(
         return pipelines.load(directory, settings, dtype=dtype, seed=seed, denoiser=denoiser)
     kwargs: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention}
     if has_weights(directory):
-        return AutoModelForCausalLM.from_pretrained(directory, **kwargs).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, **kwargs).eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), **kwargs).eval()
+        return transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(directory), **kwargs
+        ).eval()
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies beside a model."""
-    return AutoTokenizer.from_pretrained(prepare(Path(directory)))
+    return transformers.AutoTokenizer.from_pretrained(prepare(Path(directory)))
 
 
 def facts(directory: str | Path) -> ModelFacts:
@@ -118,7 +115,7 @@ def skeleton(directory: str | Path) -> Any:
 @lru_cache(maxsize=8)
 def _skeleton(directory: Path, config: str) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))
 
 
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -128,8 +125,8 @@ def config_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def from_config(config: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model with random weights, float32."""
-    made = AutoConfig.for_model(**config)
-    return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    made = transformers.AutoConfig.for_model(**config)
+    return transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
@@ -229,14 +226,14 @@ def _dequantise(gguf: Path) -> Path:
     with _locked(target.with_suffix(".lock")):
         if not target.exists():
             scratch = Path(tempfile.mkdtemp(dir=gguf.parent))
-            model = AutoModelForCausalLM.from_pretrained(
+            model = transformers.AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
             )
             model.save_pretrained(scratch)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+            transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
             scratch.rename(target)
     return target
 
@@ -334,7 +331,7 @@ def weight_places(model: PreTrainedModel, types: Sequence[str], layers: Sequence
     if outside:
         raise ValueError(f"layer {outside[0]}: {type(model).__name__} has the layers 0 to {len(names) - 1}")
     first = model.get_submodule(names[0])
-    modules = {name for name, module in first.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    modules = {name for name, module in first.named_modules() if isinstance(module, nn.Linear) or stores_transposed(module)}
     table = max((_LLAMA_LIKE, _GPT2, _GPT_NEOX), key=lambda known: sum(path in modules for path in known.values()))
     there = [kind for kind, path in table.items() if path in modules]
     missing = [kind for kind in types if kind not in there]
@@ -371,7 +368,7 @@ def _fused_outputs(model: PreTrainedModel, path: str, size: int, chosen: Sequenc
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return (outputs, inputs) of a linear layer."""
     rows, columns = module.weight.shape  # type: ignore[union-attr]
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)  # type: ignore[return-value]
+    return (columns, rows) if stores_transposed(module) else (rows, columns)  # type: ignore[return-value]
 
 
 def linear_weight(module: nn.Module, stored: Tensor | None = None) -> Tensor:
@@ -382,6 +379,8 @@ def linear_weight(module: nn.Module, stored: Tensor | None = None) -> Tensor:
 
 def stores_transposed(module: nn.Module) -> bool:
     """Say whether a linear layer stores its weight as (inputs, outputs)."""
+    from transformers.pytorch_utils import Conv1D
+
     return isinstance(module, Conv1D)
 
 
@@ -420,7 +419,7 @@ def fold_affine(model: Any, name: str, scale_D: Tensor, shift_D: Tensor) -> None
         if isinstance(module, _BY_OUTPUT):
             by_output = module.weight.double().movedim(0, -1) * scale_D
             _scaled(model, name, by_output.movedim(-1, 0), scale_D, shift_D)
-        elif isinstance(module, Conv1D | _WITH_GAINS):
+        elif module is not None and (isinstance(module, _WITH_GAINS) or stores_transposed(module)):
             _scaled(model, name, module.weight.double() * scale_D, scale_D, shift_D)
         elif type(module).__name__.endswith("RMSNorm"):
             _fold_into_rms_norm(model, name, scale_D, shift_D)

@@ -13,20 +13,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache, PreTrainedModel
 
 from steerlab import models, taps
 from steerlab.affine import AffineLayer, AffineMap
 from steerlab.job import Selection
 from steerlab.pipelines import Pass
 from steerlab.tokens import DATA, RESPONSE
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
 
@@ -295,11 +297,14 @@ class ActivationPatch(nn.Module):
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
         """Act on every tap's output, or on its first argument."""
         return [
-            self._hook_one(model, taps.tap(name), layer, forward, number)
+            handle
             for name, layer in zip(self.sizes, self.layers(), strict=True)
+            for handle in self._hook_one(model, taps.tap(name), layer, forward, number)
         ]
 
-    def _hook_one(self, model: nn.Module, place: taps.Tap, layer: nn.Module, forward: Forward, number: int) -> RemovableHandle:
+    def _hook_one(
+        self, model: nn.Module, place: taps.Tap, layer: AffineLayer, forward: Forward, number: int
+    ) -> list[RemovableHandle]:
         where = f"the value of {place.module}"
 
         module = model.get_submodule(place.module)
@@ -314,10 +319,40 @@ class ActivationPatch(nn.Module):
             return taps.replaced(value, place.element, mapped.movedim(-1, axis))
 
         if self.selection.side == "input":
-            return module.register_forward_pre_hook(
-                lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit), with_kwargs=True
-            )
-        return module.register_forward_hook(lambda _m, _i, output: edit(output))
+            rewrite = lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit)  # noqa: E731
+            return [module.register_forward_pre_hook(rewrite, with_kwargs=True)]
+        if type(module) in (nn.GroupNorm, nn.LayerNorm) and not module._forward_hooks and not self.bounded:
+            return self._hook_norm(module, layer, forward, number, edit)  # type: ignore[arg-type]
+        return [module.register_forward_hook(lambda _m, _i, output: edit(output))]
+
+    def _hook_norm(
+        self,
+        norm: nn.GroupNorm | nn.LayerNorm,
+        layer: AffineLayer,
+        forward: Forward,
+        number: int,
+        edit: Callable[[Any], Any],
+    ) -> list[RemovableHandle]:
+        """Act on a norm's output; while the map trains, on its weights for the time of the call.
+
+        Gradients are then sums that the norm's own backward pass has, and no passes over all values.
+        """
+        own: list[dict[str, Any]] = []
+
+        def enter(_norm: nn.Module, args: tuple[Any, ...]) -> None:
+            is_whole = forward.acts and self.selection.takes_all_tokens and forward.strength(number, 1) is None
+            trains = layer.scale.requires_grad and torch.is_grad_enabled()
+            if is_whole and trains and args and args[0].dtype == layer.scale.dtype:
+                own.append({"weight": norm.weight, "bias": norm.bias})
+                norm._parameters.update(zip(("weight", "bias"), layer.merged(norm), strict=True))  # type: ignore[arg-type]
+
+        def leave(_norm: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+            if not own:
+                return None if output is None else edit(output)
+            norm._parameters.update(own.pop())
+            return output
+
+        return [norm.register_forward_pre_hook(enter), norm.register_forward_hook(leave, always_call=True)]
 
     def spec(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -569,6 +604,8 @@ class SecondModelPatch(nn.Module):
         Raises:
             ValueError: the two have other vocabularies.
         """
+        from transformers import DynamicCache
+
         own, other = (models.linear_shape(models.head(one))[0] for one in (self.second, model))
         if own != other:
             raise ValueError(f"the second model has {own} tokens, {type(model).__name__} has {other}")

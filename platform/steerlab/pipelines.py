@@ -14,14 +14,15 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
 
 from steerlab.job import SamplerConfig
 
@@ -46,9 +47,18 @@ class Pass:
     """Whether patches act on the rows without a prompt as well."""
     device: torch.device
 
+    @property
+    def num_images(self) -> int:
+        """Rows that have a prompt."""
+        return len(range(*self.conditional.indices(self.num_rows)))
+
+    def with_prompt(self, value: Tensor) -> Tensor:
+        """Return the rows that have a prompt."""
+        return value if self.num_images == self.num_rows else value[self.conditional]
+
     def strengths(self, strength_B: Tensor | None) -> Tensor | None:
         """Spread the strengths of the images over the rows of the pass; None for 1 everywhere."""
-        num_images = len(range(*self.conditional.indices(self.num_rows)))
+        num_images = self.num_images
         if num_images == self.num_rows or (self.steers_all and strength_B is None):
             return strength_B
         each_B = torch.ones(num_images, device=self.device) if strength_B is None else strength_B
@@ -262,7 +272,7 @@ class Diffusion(nn.Module):
             here.seeds = None
 
     def _schedule(self, steps: int | None) -> dict[str, Any]:
-        sampler, takes = self.sampler, inspect.signature(type(self.pipeline).__call__).parameters
+        sampler, takes = self.sampler, _arguments(type(self.pipeline))
         found: dict[str, Any] = {"num_inference_steps": steps or sampler.steps, "output_type": "pt"}
         if sampler.timesteps is not None and (steps is None or steps == len(sampler.timesteps)):
             found["timesteps"] = list(sampler.timesteps)
@@ -329,6 +339,11 @@ class Diffusion(nn.Module):
         if not bool(good_R.all()):
             row = int(good_R.int().argmin()) % len(here.seeds)
             raise FloatingPointError(f"step {here.step}: {what} of seed {here.seeds[row]}")
+
+
+@cache
+def _arguments(pipeline: type[Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(pipeline.__call__).parameters)
 
 
 def _images(found: Any) -> Tensor:
@@ -465,8 +480,8 @@ def _parts(directory: Path, only: Sequence[str] = (), with_scheduler: bool = Tru
         made = getattr(importlib.import_module(entry[0]), entry[1], None)
         if not inspect.isclass(made):
             continue
-        if issubclass(made, PreTrainedModel):
-            yield name, made(AutoConfig.from_pretrained(directory / name))
+        if issubclass(made, transformers.PreTrainedModel):
+            yield name, made(transformers.AutoConfig.from_pretrained(directory / name))
         elif issubclass(made, ModelMixin) or (with_scheduler and issubclass(made, SchedulerMixin)):
             yield name, made.from_config(made.load_config(directory / name))  # type: ignore[union-attr]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,13 +107,15 @@ class PixelPipeline(DiffusionPipeline):
         sides = self.unet.config.sample_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
         shape = (len(prompt), self.unet.config.in_channels, height, width)
-        x_BCHW = randn_tensor(shape, generator=generator, device=self.unet.device, dtype=self.unet.dtype)
+        weight = next(self.unet.parameters())  # diffusers' own properties walk all modules
+        device = weight.device
+        x_BCHW = randn_tensor(shape, generator=generator, device=device, dtype=weight.dtype)
         guided = guidance_scale > 1
         condition = self.condition([*([""] * len(prompt) if guided else []), *prompt])
         if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=self.unet.device)
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:
-            self.scheduler.set_timesteps(timesteps=list(timesteps), device=self.unet.device)
+            self.scheduler.set_timesteps(timesteps=list(timesteps), device=device)
         x_BCHW = x_BCHW * self.scheduler.init_noise_sigma
         step_arguments = self._step_arguments(generator)
         for t in self.scheduler.timesteps:
@@ -125,5 +128,9 @@ class PixelPipeline(DiffusionPipeline):
         return ((x_BCHW / 2 + 0.5).clamp(0, 1),)
 
     def _step_arguments(self, generator: list[torch.Generator] | None) -> dict[str, Any]:
-        takes = inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if "generator" in takes else {}
+        return {"generator": generator} if "generator" in _step_arguments(type(self.scheduler)) else {}
+
+
+@cache
+def _step_arguments(scheduler: type[Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(scheduler.step).parameters)

@@ -14,15 +14,17 @@ K features of a head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from steerlab import models, taps
 from steerlab.tokens import IGNORED, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 1 << 24
 """Logits of one piece: 64 MB in float32; a handful of such tensors are held at once, whatever the batch and the vocabulary."""

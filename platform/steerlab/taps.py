@@ -163,7 +163,7 @@ def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
     Every row must have a selected token. Images come as (B, pixels, channels), with a mask of (B, 1) for all of them.
     """
     if mask_BT.shape[1] == 1 and pooling == "mean":
-        return z_BTD.float().mean(1)  # the same, without a pass over the mask
+        return z_BTD.float().sum(1) / z_BTD.shape[1]  # the same, without a pass over the mask; its gradient is none either
     mask_BT = mask_BT.expand(z_BTD.shape[:2])
     mask_BT1 = mask_BT.unsqueeze(-1)
     match pooling:
@@ -283,7 +283,7 @@ class Reader:
         value = value_at(output, place.element, f"the value of {place.module}")
         if call is not None:
             axis = feature_axis(self._model.get_submodule(place.module), value.dim())
-            value = as_tokens(value[call.conditional], axis)
+            value = as_tokens(call.with_prompt(value), axis)
         found.append(value)
         if self._stop and sum(map(len, self._values.values())) == self._number * self._reads:
             raise _Done

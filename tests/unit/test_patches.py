@@ -278,3 +278,58 @@ def test_a_stack_of_maps_is_their_composition(tiny_model: PreTrainedModel) -> No
     stacked.detach()
     patches.attach(tiny_model, [ActivationPatch.from_maps({NORM: one.then(two)}, selection)])
     torch.testing.assert_close(logits(tiny_model), expected, atol=1e-5, rtol=1e-5)
+
+
+def small_network(norm: torch.nn.Module, channels_last: bool) -> tuple[torch.nn.Sequential, torch.Tensor]:
+    shape = (2, 5, 8) if channels_last else (2, 8, 3, 3)
+    return torch.nn.Sequential(norm, torch.nn.SiLU()), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("norm", "channels_last"),
+    [
+        (torch.nn.GroupNorm(2, 8), False),
+        (torch.nn.GroupNorm(2, 8, affine=False), False),
+        (torch.nn.LayerNorm(8), True),
+        (torch.nn.LayerNorm(8, bias=False), True),
+    ],
+)
+def test_a_map_that_trains_behind_a_norm_is_the_map_of_its_output(norm: torch.nn.Module, channels_last: bool) -> None:
+    """Merged into the norm's weights for the call: same values, same gradients, and the weights are the norm's own again."""
+    network, x = small_network(norm, channels_last)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False).copy_(torch.rand(8))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    patch = ActivationPatch({"0": 8}, Selection(modules="0"))
+    layer = patch.layers()[0]
+    layer.set(AffineMap(torch.linspace(0.5, 2, 8), torch.linspace(-1, 1, 8)))
+    plain = norm(x)
+    scale, shift = (value.detach().clone().requires_grad_() for value in (layer.scale, layer.shift))
+    shape = (8,) if channels_last else (8, 1, 1)
+    expected = torch.nn.functional.silu(plain * scale.view(shape) + shift.view(shape))
+    expected.square().sum().backward()
+    attached = patches.attach(network, [patch])
+    got = network(x)
+    got.square().sum().backward()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(layer.scale.grad, scale.grad)
+    torch.testing.assert_close(layer.shift.grad, shift.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected)
+    with pytest.raises(RuntimeError):
+        network(x[..., :5] if channels_last else x[:, :5])
+    attached.detach()
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(norm(x), plain)
+
+
+def test_a_map_that_trains_above_another_one_of_the_same_norm_acts_behind_it() -> None:
+    network, x = small_network(torch.nn.LayerNorm(8), True)
+    below, above = (ActivationPatch({"0": 8}, Selection(modules="0")) for _ in range(2))
+    below.layers()[0].set(AffineMap(torch.full((8,), 2.0), torch.ones(8)))
+    above.layers()[0].set(AffineMap(torch.full((8,), 3.0), torch.zeros(8)))
+    expected = torch.nn.functional.silu(3 * (2 * network[0](x) + 1))
+    patches.attach(network, [below, above])
+    torch.testing.assert_close(network(x), expected)
+    assert torch.equal(network[0].weight, torch.ones(8)), "left as it was"

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steerlab import models, patches
 from steerlab.job import Frozen
 from steerlab.models import LayerType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NAME = "default"
 
@@ -42,6 +43,9 @@ class Adapters(nn.Module):
     kind = "weight"
 
     def __init__(self, model: PreTrainedModel, config: Lora) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
         super().__init__()
         self.config = config
         self.names = [place.module for place in places(model, config)]

@@ -23,16 +23,18 @@ Departures from the authors' code (egozverev/aside a2de054):
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from steerlab import patches
 from steerlab.job import Job, MethodConfig, Radians
 from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SHIFT_STD = 0.02  # the authors' segment embedding is a missing key to the loader, which draws N(0, 0.02)
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steerlab.activations import Activations
 from steerlab.affine import AffineMap
@@ -23,6 +22,9 @@ from steerlab.models import ModelFacts
 from steerlab.plan import Estimate
 from steerlab.tensorfile import Shape
 from steerlab.tokens import IGNORED, Batch, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Loss(NamedTuple):
@@ -296,8 +298,10 @@ def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
             "different ways differ for that reason alone"
         )
     for role, data in (("source", source), ("target", target)):
-        if data.limit is not None and data.limit < MIN_SAMPLES:
-            raise ValueError(f"data.{role}.limit {data.limit}: a distribution needs {MIN_SAMPLES} samples or more")
+        each = 1 if data.seeds is None else data.seeds[1] - data.seeds[0]
+        if data.limit is not None and data.limit * each < MIN_SAMPLES:
+            drawings = "" if data.seeds is None else f" of {each} seeds each"
+            raise ValueError(f"data.{role}.limit {data.limit}{drawings}: a distribution needs {MIN_SAMPLES} samples or more")
 
 
 def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:

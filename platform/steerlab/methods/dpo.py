@@ -16,12 +16,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steerlab import patches, preference
 from steerlab.job import Job, MethodConfig
@@ -29,6 +28,9 @@ from steerlab.methods.adapters import Adapters, Lora, num_trained
 from steerlab.methods.contract import Inputs, Loss, Method, train_everything
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Config(MethodConfig):

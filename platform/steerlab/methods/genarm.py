@@ -21,11 +21,10 @@ Departures from the paper:
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steerlab import models, patches, preference
 from steerlab.job import Job, MethodConfig
@@ -33,6 +32,9 @@ from steerlab.methods.adapters import Adapters, Lora, num_trained
 from steerlab.methods.contract import Inputs, Loss, Method, train_everything
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Config(MethodConfig):

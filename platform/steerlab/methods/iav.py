@@ -30,12 +30,11 @@ Since h does not change, `cache` computes it once: the training then reads it fr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steerlab import models, patches, preference
 from steerlab.generation import SteeredModel
@@ -45,6 +44,9 @@ from steerlab.models import ModelFacts
 from steerlab.preference import Predicted, States
 from steerlab.tensorfile import Parts, Shape
 from steerlab.tokens import Batch, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _STRENGTHS = (0.0, 2.0)
 

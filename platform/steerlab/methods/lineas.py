@@ -26,12 +26,11 @@ preconditioned problem (as in the authors' code). Axes: S all neurons of all mea
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steerlab import models, patches, taps
 from steerlab.affine import AffineLayer
@@ -40,6 +39,9 @@ from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, Metho
 from steerlab.methods.transport import coupling
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _STRENGTHS = (0.0, 1.0)
 
@@ -133,8 +135,10 @@ class Lineas(nn.Module):
 
     def support(self) -> float:
         """Return the share of neurons that are steered: |w - 1| or |b| above the threshold."""
-        steered = [(_moved(layer).abs() > self.config.threshold).any(0) for layer in self.patch.layers()]
-        return float(torch.cat(steered).float().mean())
+        layers = self.patch.layers()
+        scale_S, shift_S = (torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("scale", "shift"))
+        moved_S = torch.maximum((scale_S - 1).abs(), shift_S.abs())
+        return float((moved_S > self.config.threshold).float().mean())
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """From `refit_from` on, remember what is empty before the optimizer moves it."""

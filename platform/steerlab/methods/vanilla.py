@@ -5,14 +5,16 @@ The same prompts, rows, loss and optimizer as the methods it is compared with; t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from steerlab.job import MethodConfig
 from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
 from steerlab.tokens import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Config(MethodConfig):

@@ -28,12 +28,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steerlab import models, patches, rotation
 from steerlab.generation import SteeredModel
@@ -54,6 +53,9 @@ from steerlab.moments import Moments as SavedMoments
 from steerlab.plan import Estimate
 from steerlab.tensorfile import Parts, Shape, writing
 from steerlab.tokens import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PAPER_TYPES: tuple[LayerType, ...] = ("attn_q", "attn_k", "attn_v", "ffn_up", "ffn_down")
 _RANGES = ("all", "early", "middle", "late", "last")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from steerlab import rows
 from steerlab.job import Job
@@ -15,6 +13,9 @@ from steerlab.methods import METHODS
 from steerlab.models import ModelFacts
 from steerlab.plan import Estimate, ModelRef, Stage, Work
 from steerlab.stages import fit, subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FLOAT_BYTES = 4
 
