@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from steerlab.generation import SteeredModel, load
+    from steerlab.generation import SteeredModel, SteeredPipeline, load
 
-__all__ = ["SteeredModel", "load"]
+__all__ = ["SteeredModel", "SteeredPipeline", "load"]
 
 
 def __getattr__(name: str) -> Any:

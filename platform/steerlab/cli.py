@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 a stage failed, 2 the request was wrong.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 import warnings
@@ -34,8 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Rotate and steer a model's representations: run jobs, compare and try their results.",
 )
-_FOLD_TOLERANCE = 1e-2
-"""Nats of log-probability by which a folded checkpoint may miss the patched model: rounding, in bfloat16 too."""
 console = Console()
 errors = Console(stderr=True)
 
@@ -62,7 +59,7 @@ def _explained(how_to_go_on: str = "run the same command again to continue from 
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = say
             yield
-    except StageError as error:
+    except (StageError, FloatingPointError) as error:
         errors.print(f"[red]failed[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
@@ -260,26 +257,35 @@ def _needed(record: plan.Record, needs: Mapping[str, plan.Estimate]) -> dict[str
 @app.command()
 def generate(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or a folder made by export.")],
-    prompt: Annotated[str, typer.Option(help="The instruction.")],
-    data: Annotated[str, typer.Option(help="The data that the instruction is about.")] = "",
+    prompt: Annotated[str, typer.Option(help="The instruction, or what is to be drawn.")],
+    data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="Strengths of the patch: --strength 0 0.5 1.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of an image's noise, or of sampled tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most; default 64.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Of sampled tokens; 0, the default, is greedy.")] = None,
+    guidance: Annotated[list[float] | None, typer.Option(min=0, help="Guidance scales of images; default: the job's.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for images.")] = Path("images"),
     root: RootOption = None,
 ) -> None:
-    """Try a result by hand; several strengths side by side."""
+    """Try a result by hand; several strengths side by side: texts, or images with a contact sheet and an animation."""
     from steerlab import generation
+    from steerlab.stack import Asked
 
     with _explained():
-        artifact, snapshot = _artifact(run_folder, root)
-        model = generation.load(artifact, snapshot=snapshot)
-        strengths = tuple(strength or (1.0,))
-        conversation = model.encoder.conversation(prompt, data)
-        outputs = model.generate([conversation], max_new_tokens=max_new_tokens, temperature=temperature, strengths=strengths)
+        scales = None if guidance is None else tuple(guidance)
+        asked = Asked(prompt, tuple(strength or (1.0,)), seed, data, max_new_tokens, temperature, scales)
+        artifact, loading = _artifact(run_folder, root)
+        shown = generation.load(artifact, **loading).side_by_side(asked)
+        for path, content in shown.files.items():
+            (output / path).parent.mkdir(parents=True, exist_ok=True)
+            (output / path).write_bytes(content)
         table = Table("strength", "output")
-        for value, (output,) in zip(strengths, outputs, strict=True):
-            table.add_row(f"{value:g}", escape(output.text))
+        for value, text in shown.outputs:
+            table.add_row(f"{value:g}", escape(text))
         console.print(table)
+        if shown.files:
+            overview = sorted(shown.files.keys() - {text for _, text in shown.outputs})
+            console.print(f"in {output}, with {', '.join(overview)}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -289,47 +295,15 @@ def export(
     strength: Annotated[float, typer.Option(help="Strength at which a patch is folded.")] = 1.0,
     root: RootOption = None,
 ) -> None:
-    """Write a checkpoint that plain transformers loads; a patch that cannot be folded is written beside it."""
-    from steerlab import generation, models, patches
+    """Write a checkpoint that plain transformers or diffusers loads; a patch that cannot be folded is written beside it."""
+    from steerlab import export as exports
 
     with _explained():
-        if directory.exists():
-            raise ValueError(f"{directory} exists already; name a new folder")
-        artifact, snapshot = _artifact(run_folder, root)
-        loaded = generation.load(artifact, snapshot=snapshot)
-        strengths = [*[1.0] * (len(loaded.patches) - 1), strength]
-        probe = [loaded.encoder.conversation("Say what the text is about.", "It is about nothing in particular.")]
-        expected = loaded.token_log_probs(probe, strength=strength)[0].log_prob if loaded.patches else None
-        loaded.detach()
-        try:
-            for patch, value in zip(loaded.patches, strengths, strict=False):
-                patch.fold(loaded.model, value)
-        except patches.CannotFold as reason:
-            _write_apart(artifact, snapshot, directory)
-            console.print(f"not folded: {escape(str(reason))}. Three lines load it:\n", soft_wrap=True)
-            console.print(
-                f"  from steerlab import load\n  model = load({str(directory)!r})\n  print(model.answer('instruction', 'data'))"
-            )
-            return
-        models.save_model(loaded.model, loaded.encoder.tokenizer, directory)
-        (directory / "prompt.json").write_text(json.dumps(loaded.encoder.spec))
-        found = generation.load(directory).token_log_probs(probe)[0].log_prob
-        if expected is not None and max(abs(a - b) for a, b in zip(expected, found, strict=True)) > _FOLD_TOLERANCE:
-            shutil.rmtree(directory)
-            raise ValueError("the saved checkpoint does not compute what the patched model does, so nothing was exported")
-        console.print(f"AutoModelForCausalLM.from_pretrained({str(directory)!r}) loads it")
-
-
-def _write_apart(artifact: Path, snapshot: int | None, directory: Path) -> None:
-    """Write a model and the patch on it, which cannot become weights, into one folder."""
-    from steerlab import generation, models, patches
-
-    model, encoder, stack = generation.load_stack(artifact, snapshot=snapshot)
-    if len(stack) != 1:
-        raise ValueError(f"this run stacks {len(stack)} patches that do not all fold into weights: load its run folder instead")
-    models.save_model(model, encoder.tokenizer, directory / "model")
-    patches.save(stack[0], directory / "patch", models.fingerprint(model))
-    (directory / generation.PROMPT).write_text(json.dumps(encoder.spec))
+        artifact, loading = _artifact(run_folder, root)
+        written = exports.write(artifact, directory, strength=strength, loading=loading)
+        if written.reason is not None:
+            console.print(f"not folded: {escape(written.reason)}. Three lines load it:", soft_wrap=True)
+        console.print(f"\n{escape(written.lines)}\n", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -490,10 +464,12 @@ def _split(folder: str) -> tuple[str | None, str]:
     return None, folder
 
 
-def _artifact(folder: str, root: str | None) -> tuple[Path, int | None]:
-    """Return the model of a run folder and the snapshot that the run means, or an exported folder itself."""
+def _artifact(folder: str, root: str | None) -> tuple[Path, dict[str, Any]]:
+    """Return the model of a run folder and how the run's job loads it, or an exported folder itself."""
     if (Path(folder) / "prompt.json").is_file():
-        return Path(folder), None
+        return Path(folder), {}
+    import yaml
+
     from steerlab.plan import located
 
     found_root, below = _split(folder)
@@ -507,7 +483,9 @@ def _artifact(folder: str, root: str | None) -> tuple[Path, int | None]:
         raise missing from None
     if subject is None:
         raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
-    return located(store, subject["stage"], subject["key"]), subject["snapshot"]
+    model = yaml.safe_load(store.read_text(f"{below}/job.yaml"))["model"]
+    loading = {name: model[name] for name in ("dtype", "sampler") if name in model}
+    return located(store, subject["stage"], subject["key"]), {"snapshot": subject["snapshot"], **loading}
 
 
 @contextmanager
@@ -574,7 +552,8 @@ def _cell(metric: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Run the command line."""
-    sys.argv[1:] = repeated(sys.argv[1:], "--strength")
+    for option in ("--strength", "--guidance"):
+        sys.argv[1:] = repeated(sys.argv[1:], option)
     app()
 
 

@@ -87,13 +87,13 @@ class Prompter:
         config = model.config
         sides = getattr(config, "sample_size", None) or 64
         height, width = (sides, sides) if isinstance(sides, int) else sides[-2:]
-        self._small_prompt = model.small_prompt
+        self._model = model
         self._channels, self._size, self._pixels = config.in_channels, (height, width), height * width
 
     @property
-    def spec(self) -> dict[str, str]:
-        """Settings of prompting: none."""
-        return {}
+    def spec(self) -> dict[str, Any]:
+        """How the pipeline draws: what is kept beside a result, so that it is loaded as it was made."""
+        return {"sampler": self._model.sampler.model_dump(mode="json")}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -102,7 +102,11 @@ class Prompter:
 
     def small_batch(self) -> Drawings:
         """Return two drawings, by which the widths of modules are found."""
-        return self.collate([Drawing(self._small_prompt, 0, self._pixels)] * 2)
+        return self.collate([self.small_drawing()] * 2)
+
+    def small_drawing(self) -> Drawing:
+        """Return a drawing that any pipeline understands."""
+        return Drawing(self._model.small_prompt, 0, self._pixels)
 
     def save(self, directory: Path) -> None:
         """Write nothing: a pipeline keeps its own tokenizers."""

@@ -20,7 +20,7 @@ from steerlab import models, patches, sources, taps
 from steerlab.conditioning import Prompter
 from steerlab.pipelines import Diffusion
 from steerlab.sampling import SteeredPipeline
-from steerlab.stack import Steered
+from steerlab.stack import Asked, Shown, Steered
 from steerlab.tokens import GENERATION, Batch, Conversation, Encoded, Encoder, Row, collate
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ PROMPT, BASE = "prompt.json", "base.json"
 """Files of an artifact: its prompt settings, and what the patch of a frozen model stands on."""
 _NUCLEUS = 512
 """Tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
+_SHOWN_TOKENS = 64
+"""Tokens that are generated for people who do not say how many."""
 _BATCH_TOKENS = 4096
 """Tokens in one batch: prompts, padding and what may be generated."""
 
@@ -103,6 +105,41 @@ class SteeredModel(Steered):
         """Answer one instruction about one piece of data, greedily."""
         prompt = self.encoder.conversation(instruction, data)
         return self.generate([prompt], max_new_tokens=max_new_tokens, strengths=(strength,))[0][0].text
+
+    def side_by_side(self, asked: Asked) -> Shown:
+        """Continue a prompt at several strengths."""
+        asked.check("a language model", "data", "max_new_tokens", "temperature", "seed")
+        outputs = self.generate(
+            [self.encoder.conversation(asked.prompt, asked.data or "")],
+            max_new_tokens=asked.max_new_tokens or _SHOWN_TOKENS,
+            temperature=asked.temperature or 0.0,
+            seed=asked.seed or 0,
+            strengths=asked.strengths,
+        )
+        return Shown([(s, output.text) for s, (output,) in zip(asked.strengths, outputs, strict=True)], {})
+
+    def probe(self, strength: float = 1.0) -> Tensor:
+        """Return the log-probabilities (nats) of the tokens of a fixed conversation, (T-1,)."""
+        prompt = self.encoder.conversation("Say what the text is about.", "It is about nothing in particular.")
+        return torch.tensor(self.token_log_probs([prompt], strength=strength)[0].log_prob)
+
+    @property
+    def tolerance(self) -> float:
+        """Nats, in bfloat16 too."""
+        return 1e-2
+
+    def save_model(self, directory: Path) -> None:
+        """Write the model and its tokenizer as transformers does."""
+        models.save_model(self.model, self.encoder.tokenizer, directory)
+
+    def loading_lines(self, directory: Path) -> str:
+        """Return Python that loads what `save_model` wrote."""
+        kind = "AutoModelForCausalLM"
+        return f"from transformers import {kind}\nmodel = {kind}.from_pretrained({str(directory)!r})"
+
+    def asking_line(self) -> str:
+        """Return Python that answers."""
+        return "print(model.answer('instruction', 'data'))"
 
     @torch.inference_mode()
     def generate(
@@ -328,17 +365,19 @@ def load(
     prompt: Mapping[str, Any] | None = None,
     snapshot: int | None = None,
     sampler: Mapping[str, Any] | None = None,
-) -> Any:
+) -> SteeredModel | SteeredPipeline:
     """Load an artifact or an exported folder: model (in its saved dtype if none is given), patches, prompt settings.
 
-    It becomes a `SteeredModel`, or a `SteeredPipeline` that draws as `sampler` says. `prompt` holds the settings of a plain
-    model, which has none; `snapshot` takes the patch as it was after that training step.
+    A pipeline draws as `sampler` says, or else as the result was made. `prompt` holds the settings of a plain model, which has
+    none; `snapshot` takes the patch as it was after that training step.
     """
     model, encoder, stack = load_stack(
         directory, dtype=dtype, attention=attention, prompt=prompt, snapshot=snapshot, sampler=sampler
     )
-    kind: Any = SteeredPipeline if isinstance(model, Diffusion) else SteeredModel
-    return kind(model.to(device), encoder, tuple(patch.to(device) for patch in stack))
+    placed = tuple(patch.to(device) for patch in stack)
+    if isinstance(model, Diffusion):
+        return SteeredPipeline(model.to(device), encoder, placed)
+    return SteeredModel(model.to(device), encoder, placed)
 
 
 def encoder_of(model: Any, directory: Path, prompt: Mapping[str, Any] | None) -> Any:
@@ -367,13 +406,16 @@ def load_stack(
     if not (directory / PROMPT).is_file():
         model = models.load_model(directory, dtype=dtype or "float32", attention=attention, seed=seed, sampler=sampler)
         return model, encoder_of(model, directory, prompt), ()
-    prompt = json.loads((directory / PROMPT).read_text())
+    prompt = dict(json.loads((directory / PROMPT).read_text()))
+    sampler = prompt.get("sampler") if sampler is None else sampler
     below: tuple[Any, ...] = ()
     if (directory / BASE).is_file():
         base = _base_of(directory)
         model, encoder, below = load_stack(base, dtype=dtype, attention=attention, prompt=prompt, sampler=sampler)
     else:
         checkpoint = directory / "model" if (directory / "model").is_dir() else directory
+        # Other weights of a denoiser are in the checkpoint, trained further or not.
+        sampler = None if sampler is None else {**sampler, "denoiser": None}
         model = models.load_model(
             checkpoint, dtype=dtype or models.saved_dtype(checkpoint), attention=attention, sampler=sampler
         )

@@ -152,6 +152,8 @@ def check_sampler(directory: str | Path, sampler: SamplerConfig) -> None:
 
 def saved_dtype(directory: Path) -> str:
     """Return the type in which a checkpoint's weights were saved; float32 where that is not said."""
+    if pipelines.is_pipeline(directory):
+        return pipelines.saved_dtype(directory)
     config = directory / "config.json"
     return (json.loads(config.read_text()).get("dtype") or "float32") if config.is_file() else "float32"
 
@@ -166,16 +168,21 @@ def running(model: nn.Module) -> Pass | None:
     return model.now if isinstance(model, Diffusion) else None
 
 
+def unsteered_share(model: nn.Module) -> str | None:
+    """Say on which part of what a model computes patches do not act; None where they act on all of it."""
+    return model.unsteered_share() if isinstance(model, Diffusion) else None
+
+
 def num_reads(model: nn.Module) -> int:
     """Return how often a module is read in one call of the model."""
     return model.num_reads if isinstance(model, Diffusion) else 1
 
 
-def small_inputs(model: nn.Module) -> dict[str, Any]:
+def small_inputs(model: Any) -> dict[str, Any]:
     """Return arguments of a short call of the model, by which the widths of modules are found."""
     if isinstance(model, Diffusion):
         return {"prompts": [model.small_prompt], "seeds": [0]}
-    return {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+    return {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=model.device)}
 
 
 def start_training(model: Any, checkpointing: bool) -> None:
@@ -396,37 +403,57 @@ _BIAS_FLAGS = {"mlp": "mlp_bias", "self_attn": "attention_bias"}
 """Blocks of Llama-like models whose linear layers have biases if the config says so."""
 
 
-def fold_affine(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
+def fold_affine(model: Any, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
     """Merge z -> scale * z + shift of a module's output into weights: its own, and for a shift that it cannot hold into the
     biases of the linear layers behind it.
+
+    D counts the features of the last axis, or the channels of a convolution and of what normalises channels.
 
     Raises:
         ValueError: the module or the architecture has no place for it; the message says why.
     """
-    module = model.get_submodule(name) if ":" not in name else None
+    module: Any = model.get_submodule(name) if ":" not in name else None
+    if isinstance(module, _WITH_GAINS) and module.weight is None:
+        raise ValueError(f"{name} is a {type(module).__name__} without weights: its map has no place")
     with torch.no_grad():
-        if isinstance(module, nn.Linear):
-            module.weight.copy_(scale_D[:, None] * module.weight.double())
-            _set_bias(module, scale_D * _bias(module) + shift_D)
-        elif module is not None and stores_transposed(module):
-            weight = linear_weight(module)
-            weight.copy_(scale_D[:, None] * weight.double())
-            _set_bias(module, scale_D * _bias(module) + shift_D)
-        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
-            module.weight.copy_(scale_D * module.weight.double())
-            _set_bias(module, scale_D * _bias(module) + shift_D)
+        if isinstance(module, _BY_OUTPUT):
+            by_output = module.weight.double().movedim(0, -1) * scale_D
+            _scaled(model, name, by_output.movedim(-1, 0), scale_D, shift_D)
+        elif module is not None and (isinstance(module, _WITH_GAINS) or stores_transposed(module)):
+            _scaled(model, name, module.weight.double() * scale_D, scale_D, shift_D)
         elif type(module).__name__.endswith("RMSNorm"):
-            assert module is not None
-            followers = _linear_followers(model, module) if bool(shift_D.any()) else []
-            _scale_rms_norm(module, scale_D)
-            for path in followers:
-                linear = model.get_submodule(path)
-                assert isinstance(linear, nn.Linear)
-                _declare_bias(model, path)
-                _set_bias(linear, _bias(linear) + linear.weight.double() @ shift_D)
+            _fold_into_rms_norm(model, name, scale_D, shift_D)
         else:
             kind = "an element of a tuple" if module is None else f"a {type(module).__name__}"
-            raise ValueError(f"{name} is {kind}: only the map of a linear layer or of a norm folds into weights")
+            raise ValueError(f"{name} is {kind}: only the map of a linear layer, a convolution or a norm folds into weights")
+
+
+_BY_OUTPUT = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+"""Layers whose weight has its outputs first."""
+_WITH_GAINS = nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
+"""Layers whose weight is a factor of each output."""
+
+
+def _scaled(model: Any, name: str, weight: Tensor, scale_D: Tensor, shift_D: Tensor) -> None:
+    """Give a module its scaled weight, and the bias that goes with it."""
+    module = model.get_submodule(name)
+    if module.bias is None and bool(shift_D.any()):
+        _declare_bias(model, name)
+    module.weight.copy_(weight)
+    if module.bias is not None:
+        _set_bias(module, scale_D * _bias(module) + shift_D)
+
+
+def _fold_into_rms_norm(model: Any, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
+    """Scale the gain; the shift goes into the biases of the linear layers that read the norm."""
+    norm = model.get_submodule(name)
+    followers = _linear_followers(model, norm) if bool(shift_D.any()) else []
+    _scale_rms_norm(norm, scale_D)
+    for path in followers:
+        linear = model.get_submodule(path)
+        if linear.bias is None:
+            _declare_bias(model, path)
+        _set_bias(linear, _bias(linear) + linear.weight.double() @ shift_D)
 
 
 def _bias(module: nn.Module) -> Tensor | float:
@@ -442,6 +469,8 @@ def _set_bias(module: nn.Module, bias_D: Tensor) -> None:
 def _scale_rms_norm(norm: nn.Module, scale_D: Tensor) -> None:
     """Scale the gain of an RMS norm, which some architectures keep as the gain and others as the gain less one."""
     weight: Any = norm.weight
+    if weight is None:
+        raise ValueError(f"a {type(norm).__name__} without weights: the map has no place")
     before = weight.detach().clone()
     probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
     wanted = scale_D.to(weight.device) * norm(probe).double()
@@ -453,8 +482,8 @@ def _scale_rms_norm(norm: nn.Module, scale_D: Tensor) -> None:
     raise ValueError(f"the gain of a {type(norm).__name__} is not kept in a way that is known here")
 
 
-def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> list[str]:
-    """Return the linear layers whose input is the norm's output itself, found by one forward pass over three tokens."""
+def _linear_followers(model: Any, norm: nn.Module) -> list[str]:
+    """Return the linear layers whose input is the norm's output itself, found by one short call."""
     output: list[Any] = []
     found: list[str] = []
 
@@ -464,7 +493,7 @@ def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> list[str]:
     handles = [norm.register_forward_hook(lambda _m, _i, value: output.append(value))]
     handles += [m.register_forward_pre_hook(follow(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     try:
-        model(input_ids=torch.tensor([[0, 1, 2]], device=model.device), use_cache=False)
+        model(**small_inputs(model))
     finally:
         for handle in handles:
             handle.remove()
@@ -475,14 +504,11 @@ def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> list[str]:
     return found
 
 
-def _declare_bias(model: PreTrainedModel, path: str) -> None:
+def _declare_bias(model: Any, path: str) -> None:
     """Give the linear layers of a block the biases that the saved config then promises."""
     parent, _, _ = path.rpartition(".")
-    linear: Any = model.get_submodule(path)
-    if linear.bias is not None:
-        return
     flag = _BIAS_FLAGS.get(parent.rpartition(".")[2], "")
-    if not hasattr(model.config, flag):
+    if not isinstance(model.get_submodule(path), nn.Linear) or not hasattr(model.config, flag):
         raise ValueError(
             f"{path} has no bias, and the config of {type(model).__name__} cannot give it one: the shift has no place"
         )

@@ -368,7 +368,12 @@ class ActivationPatch(nn.Module):
         return self.state_dict()
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
-        """Merge into weights: a linear layer or a norm takes the scale; it, or the linear layers behind it, the shift."""
+        """Merge into weights: a linear layer, a convolution or a norm takes the scale; it, or the linear layers behind it, the
+        shift."""
+        if strength == 0:
+            return
+        if (share := models.unsteered_share(model)) is not None:
+            raise CannotFold(f"{share}, and weights act on everything")
         if not self.selection.takes_all_tokens or self.selection.side == "input" or self.bounded:
             raise CannotFold("only maps of all tokens, without bounds and of outputs are weights in disguise")
         for name, layer in zip(self.sizes, self.layers(), strict=True):

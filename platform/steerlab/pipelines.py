@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -81,6 +82,10 @@ class _Family(NamedTuple):
     """(pipeline, a prompt) -> further arguments, the same for all prompts."""
     gives_arrays: bool = False
     """Images come as NumPy arrays alone."""
+    example: Callable[[Any], str] = lambda pipeline: "a photo"
+    """A prompt that the pipeline understands."""
+    doubles: bool = True
+    """Whether guidance above 1 makes a batch of two halves; else it is a number that the denoiser is given."""
     options: Mapping[str, Any] = {}
     """Arguments of loading."""
 
@@ -120,11 +125,15 @@ _FAMILIES: dict[str, _Family] = {
     "StableDiffusionPipeline": _Family("unet", "second", _encode_clip, options={"safety_checker": None}),
     "StableDiffusionXLPipeline": _Family("unet", "second", _encode_two_clips),
     "FluxPipeline": _Family(
-        "transformer", "second", _encode_flux, lambda pipeline, prompt: {"max_sequence_length": _flux_length(pipeline)}
+        "transformer",
+        "second",
+        _encode_flux,
+        lambda pipeline, prompt: {"max_sequence_length": _flux_length(pipeline)},
+        doubles=False,
     ),
     # DiTPipeline puts the classes first and the null class behind them.
-    "DiTPipeline": _Family("transformer", "first", _encode_class, gives_arrays=True),
-    "PixelPipeline": _Family("unet", "second"),
+    "DiTPipeline": _Family("transformer", "first", _encode_class, gives_arrays=True, example=lambda pipeline: "0"),
+    "PixelPipeline": _Family("unet", "second", example=lambda pipeline: pipeline.prompts[0]),
 }
 
 
@@ -156,10 +165,8 @@ class Diffusion(nn.Module):
 
     @property
     def small_prompt(self) -> str:
-        """A prompt that any pipeline of the kind understands."""
-        if self.family.encode is _encode_class:
-            return "0"
-        return "" if self.pipeline is None or not self.pipeline.config.get("classes") else self.pipeline.config.classes[0]
+        """A prompt that the pipeline understands."""
+        return self.family.example(self.pipeline)
 
     @property
     def config(self) -> Any:
@@ -180,6 +187,39 @@ class Diffusion(nn.Module):
     def num_reads(self) -> int:
         """Passes of a drawing that are read."""
         return len(self.sampler.read)
+
+    def unsteered_share(self) -> str | None:
+        """Say on which part of what the denoiser computes patches do not act; None where they act on all of it."""
+        sampler = self.sampler
+        if sampler.steer is not None and set(sampler.steer) != set(range(sampler.steps)):
+            return f"patches act in the steps {list(sampler.steer)} of {sampler.steps} alone (sampler.steer)"
+        if self._doubles(sampler.guidance) and not sampler.unconditional:
+            return f"at guidance {sampler.guidance:g} the half without a prompt is not steered (sampler.unconditional)"
+        return None
+
+    def _doubles(self, guidance: float) -> bool:
+        """Say whether a guided step is a batch of two halves."""
+        # A denoiser that takes the scale as a condition (latent consistency models) draws with one.
+        return guidance > 1 and self.family.doubles and getattr(self.config, "time_cond_proj_dim", None) is None
+
+    def loading_lines(self, directory: Path) -> str:
+        """Return Python that loads what the pipeline's library wrote, and draws as the sampler says."""
+        kind, sampler = type(self.pipeline), self.sampler
+        module = "diffusers" if kind.__module__.startswith("diffusers.") else kind.__module__
+        settings = {
+            "num_inference_steps": sampler.steps,
+            "timesteps": None if sampler.timesteps is None else list(sampler.timesteps),
+            "guidance_scale": sampler.guidance,
+            "height": sampler.size and sampler.size[0],
+            "width": sampler.size and sampler.size[1],
+        }
+        prompt = int(self.small_prompt) if self.small_prompt.isdigit() else self.small_prompt  # a class by its number
+        given = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
+        return (
+            f"from {module} import {kind.__name__}\n"
+            f"pipeline = {kind.__name__}.from_pretrained({str(directory)!r})\n"
+            f"images = pipeline([{prompt!r}], {given})[0]"
+        )
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -214,14 +254,16 @@ class Diffusion(nn.Module):
         here = self._here
         here.step, here.seeds = -1, list(seeds)
         arguments = {
-            **self._conditions(prompts, guidance > 1),
+            **self._conditions(prompts, self._doubles(guidance)),
             **self._schedule(steps),
             "guidance_scale": guidance,
             "generator": [torch.Generator().manual_seed(int(seed)) for seed in seeds],
         }
         call = inspect.unwrap(type(self.pipeline).__call__)  # without torch.no_grad, which diffusers wraps around it
         try:
-            return _images(call(self.pipeline, **arguments)[0])
+            images_BCHW = _images(call(self.pipeline, **arguments)[0])
+            self._check_finite(images_BCHW, "the image is NaN or infinite behind the denoiser (scheduler or decoder),")
+            return images_BCHW
         except (ValueError, TypeError) as error:
             if "timesteps" in str(error) and self.sampler.timesteps is not None:
                 raise ValueError(f"sampler.timesteps: {error}") from None
@@ -288,13 +330,15 @@ class Diffusion(nn.Module):
             torch.set_grad_enabled(here.grad)
         if output is None:
             return  # an error, or a reader that has all it wants
-        value = output[0]
-        good_R = value.detach().flatten(1).isfinite().all(1)
+        self._check_finite(output[0], "the denoiser gives a NaN or infinite value for the image")
+
+    def _check_finite(self, value_R: Tensor, what: str) -> None:
+        """Name step and seed of the first row that is not finite; rows are images, once or twice."""
+        here = self._here
+        good_R = value_R.detach().flatten(1).isfinite().all(1)
         if not bool(good_R.all()):
             row = int(good_R.int().argmin()) % len(here.seeds)
-            raise FloatingPointError(
-                f"step {here.step}: the denoiser gives a NaN or infinite value for the image of seed {here.seeds[row]}"
-            )
+            raise FloatingPointError(f"step {here.step}: {what} of seed {here.seeds[row]}")
 
 
 @cache
@@ -336,6 +380,16 @@ def load(
     pipeline.set_progress_bar_config(disable=True)
     parts = {part: module.eval() for part, module in pipeline.components.items() if isinstance(module, nn.Module)}
     return Diffusion(name, parts, pipeline, sampler)
+
+
+def saved_dtype(directory: Path) -> str:
+    """Return the type in which the denoiser's weights were saved; float32 where there are none."""
+    name, _ = _class_of(directory)
+    for file in sorted((directory / _FAMILIES[name].denoiser).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for weight in opened.keys():  # noqa: SIM118
+                return str(opened.get_tensor(weight).dtype).removeprefix("torch.")
+    return "float32"
 
 
 def skeleton(directory: Path) -> Diffusion:

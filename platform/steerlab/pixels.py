@@ -37,6 +37,11 @@ class CaptionTable(ModelMixin, ConfigMixin):
         index_BN = torch.tensor([self.indices(caption) for caption in captions], device=self.place.device)
         return self.word(index_BN) + self.place
 
+    @property
+    def known(self) -> list[str]:
+        """The words of the table."""
+        return list(self._index)
+
     def indices(self, caption: str) -> list[int]:
         """Return the numbers of a caption's words, filled up with that of no word.
 
@@ -60,10 +65,16 @@ class PixelPipeline(DiffusionPipeline):
     scheduler: Any
     words: CaptionTable | None
 
-    def __init__(self, unet: Any, scheduler: Any, words: CaptionTable | None = None, classes: Sequence[str] = ()) -> None:
+    def __init__(self, unet: Any, scheduler: Any, words: CaptionTable | None = None, classes: list[str] | None = None) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, words=words)
-        self.register_to_config(classes=list(classes))
+        self.register_to_config(classes=list(classes or ()))
+
+    @property
+    def prompts(self) -> list[str]:
+        """Words or classes, each of which is a prompt."""
+        settings: Any = self.config
+        return list(settings.classes) if self.words is None else self.words.known
 
     def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the denoiser is given of prompts; the empty one is no condition.

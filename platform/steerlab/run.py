@@ -115,8 +115,8 @@ def check(job: Job) -> models.ModelFacts:
         if model_stage(base) is None:
             raise ValueError(f"model.source: the job {base.name} leaves no model of its own, so there is none to start from")
     _check_method(job)
-    for data in job.data.by_role.values():
-        rows.check(data)
+    for role, data in job.data.by_role.items():
+        _check_rows(f"data.{role}", data)
     _check_tasks(job)
     found = facts_of(job)
     _check_kind(job, found)
@@ -182,10 +182,7 @@ def _check_tasks(job: Job) -> None:
                 raise ValueError(f"{section}.{number}: the job has {labels[number]} already; give one of them another `label`")
             for name, value in task:
                 if isinstance(value, DataSet):
-                    try:
-                        rows.check(value)
-                    except ValueError as error:
-                        raise ValueError(f"{section}.{number}.{name}: {error}") from None
+                    _check_rows(f"{section}.{number}.{name}", value)
             if any(strength != 1 for strength in task.strengths) and not leaves_patch(job):
                 raise ValueError(
                     f"{section}.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale"
@@ -195,6 +192,14 @@ def _check_tasks(job: Job) -> None:
         for name in (job.choose.metric, *([job.choose.within.metric] if job.choose.within else [])):
             if name.partition("/")[0] not in known:
                 raise ValueError(f"choose: {name} is measured by none of choose.tasks ({', '.join(known)})")
+
+
+def _check_rows(key: str, data: DataSet) -> None:
+    """Refuse rows that are not as the data set says, with the key in the job. Raises ValueError."""
+    try:
+        rows.check(data)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _warn_of_strengths(job: Job) -> None:
@@ -253,6 +258,11 @@ def _check_drawing(job: Job) -> None:
     if job.extract is not None and "none" in job.extract.pooling:
         raise ValueError("extract.pooling none keeps tokens; an image has none: pool over its pixels")
     models.check_sampler(sources.fetch(first_source(job)), job.model.drawing)
+    base = base_job(job, JobType)
+    while job.model.drawing.denoiser is not None and base is not None:
+        if base.train is not None and METHODS[base.method.name].trains_model:
+            raise ValueError(f"model.sampler.denoiser: the job {base.name} trains its denoiser; other weights belong there")
+        base = base_job(base, JobType)
     method = METHODS[job.method.name]
     if method.walks(job.method) and len(job.model.drawing.read) > 1:
         raise ValueError(

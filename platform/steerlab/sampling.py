@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from steerlab import models, pictures
 from steerlab.conditioning import Drawing, Prompter
 from steerlab.pipelines import Diffusion
-from steerlab.stack import Steered
+from steerlab.stack import Asked, Shown, Steered
 
 
 @dataclass
@@ -31,6 +34,43 @@ class SteeredPipeline(Steered):
     def device(self) -> torch.device:
         """Device of the denoiser."""
         return self.model.device
+
+    def picture(
+        self, prompt: str, *, seed: int = 0, strength: float = 1.0, guidance: float | None = None, steps: int | None = None
+    ) -> Image.Image:
+        """Draw one image; `guidance` and `steps` take the place of the sampler's."""
+        drawing = self.encoder.from_row({"text": prompt, "seed": seed}, "text")
+        return pictures.picture(self.draw([drawing], strengths=(strength,), guidance=guidance, steps=steps)[0, 0])
+
+    def side_by_side(self, asked: Asked) -> Shown:
+        """Draw a prompt from one noise at several strengths and guidance scales: images, contact sheets, animations."""
+        asked.check("a pipeline", "seed", "guidance")
+        seed, scales = asked.seed or 0, asked.guidance or (self.model.sampler.guidance,)
+        drawing = self.encoder.from_row({"text": asked.prompt, "seed": seed}, "text")
+        images = {scale: self.draw([drawing], strengths=asked.strengths, guidance=scale) for scale in scales}
+        outputs = [(s, pictures.path(s, scale, str(seed))) for scale in scales for s in asked.strengths]
+        return Shown(outputs, pictures.files(images, asked.strengths, [str(seed)], [asked.prompt]))
+
+    def probe(self, strength: float = 1.0) -> Tensor:
+        """Draw one image from the noise of seed 0, (C, H, W)."""
+        return self.draw([self.encoder.small_drawing()], strengths=(strength,))[0, 0]
+
+    @property
+    def tolerance(self) -> float:
+        """One level of grey of 255; eight in types of 16 bits."""
+        return (1 if self.model.denoiser.dtype == torch.float32 else 8) / 255
+
+    def save_model(self, directory: Path) -> None:
+        """Write the pipeline as diffusers does, with the job's scheduler and weights of the denoiser."""
+        models.save_trained(self.model, {}, directory)
+
+    def loading_lines(self, directory: Path) -> str:
+        """Return Python that loads and calls what `save_model` wrote."""
+        return self.model.loading_lines(directory)
+
+    def asking_line(self) -> str:
+        """Return Python that draws."""
+        return f"model.picture({self.model.small_prompt!r}, seed=0).save('image.png')"
 
     @torch.inference_mode()
     def draw(
@@ -49,7 +89,8 @@ class SteeredPipeline(Steered):
             FloatingPointError: a NaN or infinite value; step and seed are named.
         """
         self.check_strengths(strengths)
-        asked = ([(d.prompt, d.seed) for d in drawings], tuple(strengths), guidance, steps)
+        acting = self.patches if self._attached.handles else ()
+        asked = ([(d.prompt, d.seed) for d in drawings], tuple(strengths), guidance, steps, acting)
         if self._last is not None and self._last[0] == asked:
             return self._last[1]
         jobs = [(s, p) for p in range(len(drawings)) for s in range(len(strengths))]

@@ -1,16 +1,49 @@
-"""A loaded model with a stack of patches on it: what language models and diffusion pipelines have in common."""
+"""A loaded model with a stack of patches on it: what language models and diffusion pipelines have in common.
+
+Whoever tries a result by hand or writes it out for other libraries talks to a `Steered` and does not ask which kind it is.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steerlab import patches
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asks of a loaded model by hand; None is left to the model."""
+
+    prompt: str
+    strengths: tuple[float, ...] = (1.0,)
+    seed: int | None = None
+    data: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    guidance: tuple[float, ...] | None = None
+
+    def check(self, kind: str, *known: str) -> None:
+        """Refuse settings that mean nothing to a kind of model. Raises ValueError."""
+        given = [name for name, value in vars(self).items() if value is not None and name not in ("prompt", "strengths")]
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is not None:
+            raise ValueError(f"{unknown.replace('_', '-')} means nothing to {kind}, which takes {', '.join(known)}")
+
+
+class Shown(NamedTuple):
+    """What came of it."""
+
+    outputs: list[tuple[float, str]]
+    """Strength and output: a text, or the path of an image in `files`."""
+    files: dict[str, bytes]
+    """Path -> content."""
 
 
 @dataclass
@@ -39,6 +72,42 @@ class Steered:
     def device(self) -> torch.device:
         """Device of the model's inputs."""
         raise NotImplementedError
+
+    def side_by_side(self, asked: Asked) -> Shown:
+        """Answer a prompt at several strengths, for people. Raises ValueError for settings that mean nothing here."""
+        raise NotImplementedError
+
+    def probe(self, strength: float = 1.0) -> Tensor:
+        """Compute something small and fixed, by which two copies of a model are compared."""
+        raise NotImplementedError
+
+    @property
+    def tolerance(self) -> float:
+        """By how much `probe` may differ, root mean square, where patches have become weights: rounding."""
+        raise NotImplementedError
+
+    def save_model(self, directory: Path) -> None:
+        """Write the model, without its patches, as a checkpoint of its own library."""
+        raise NotImplementedError
+
+    def loading_lines(self, directory: Path) -> str:
+        """Return Python that loads what `save_model` wrote with that library alone."""
+        raise NotImplementedError
+
+    def asking_line(self) -> str:
+        """Return Python that asks `model`, as `steerlab.load` returned it."""
+        raise NotImplementedError
+
+    def fold(self, strength: float) -> None:
+        """Merge the patches into the model's weights, the newest one at a strength, and take them off.
+
+        Raises:
+            patches.CannotFold: the algebra does not allow it; some of the weights may have changed.
+        """
+        self.detach()
+        for number, patch in enumerate(self.patches, 1):
+            patch.fold(self.model, strength if number == len(self.patches) else 1.0)
+        self.patches = ()
 
     def check_strengths(self, strengths: Sequence[float]) -> None:
         """Warn of strengths outside of the patch's range. Raises ValueError when there is no patch to scale."""

@@ -52,7 +52,9 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
         pattern, element = match["modules"], int(match["element"])
     names = [name for name, _ in model.named_modules() if name]
     found = [name for name in names if _compiled(pattern).fullmatch(name)]
+    part = models.steered_part(model)
     if not found:
+        names = _inside(names, part)
         partial = [name for name in names if _compiled(pattern).search(name)]
         near = partial or difflib.get_close_matches(pattern, names, n=5, cutoff=0.2)
         raise ValueError(f"no module path matches {pattern!r} as a whole; near: {', '.join(near[:5])}")
@@ -61,24 +63,40 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
         left = [name for name in found if not _compiled(selection.exclude_modules).fullmatch(name)]
         if not left:
             raise ValueError(f"exclude_modules {selection.exclude_modules!r} takes out all {len(found)} modules of {pattern!r}")
-    _check_part(left, models.steered_part(model), selection)
+    if part is not None:
+        _check_part(left, names, part, selection)
     return [Tap(name, element) for name in left]
 
 
-def _check_part(names: Sequence[str], part: str | None, selection: Selection) -> None:
+def _inside(names: Sequence[str], part: str | None) -> list[str]:
+    """Return the modules of one part of a model; None is all of it."""
+    return [name for name in names if part is None or name == part or name.startswith(f"{part}.")]
+
+
+def _check_part(chosen: Sequence[str], names: Sequence[str], part: str, selection: Selection) -> None:
     """Refuse modules outside of the one part of a pipeline that is read and steered."""
-    if part is None:
-        return
-    outside = [name for name in names if name != part and not name.startswith(f"{part}.")]
+    inside = _inside(chosen, part)
+    outside = [name for name in chosen if name not in inside]
     if outside:
         others = ", ".join(dict.fromkeys(name.partition(".")[0] for name in outside))
-        which = "only modules" if len(outside) == len(names) else f"{len(outside)} of {len(names)} modules"
+        which = f"{len(outside)} of {len(chosen)} modules" if inside else "only modules"
+        near = ", ".join((inside or _alike(outside, _inside(names, part)))[:5])
         raise ValueError(
-            f"modules {selection.modules!r} matches {which} of {others}; a pipeline is read and steered in its {part}: "
-            f"write {part}.{selection.modules.removeprefix('.')}"
+            f"modules {selection.modules!r} matches {which} of {others}, where nothing is steered; a pipeline is read and "
+            f"steered in its {part}: let the expression begin with it, for modules such as {near}"
         )
     if not selection.takes_all_tokens:
         raise ValueError("phases, roles and positions select tokens; an image has none: leave them out")
+
+
+def _alike(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
+    """Return the candidates whose last name is most like one of the names' last names, or else the norms among them."""
+    by_leaf: dict[str, list[str]] = {}
+    for candidate in candidates:
+        by_leaf.setdefault(candidate.rpartition(".")[2], []).append(candidate)
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    alike = [leaf for name in leaves for leaf in difflib.get_close_matches(name, by_leaf, n=2)]
+    return [found for leaf in dict.fromkeys(alike) for found in by_leaf[leaf]] or [n for n in candidates if "norm" in n]
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from steerlab.conditioning import Prompter
 from steerlab.job import MethodConfig, Selection
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
+from steerlab.sampling import SteeredPipeline
 from steerlab.tokens import Encoder, collate, encode_data
 
 TRAINED = [(name, kind) for name, method in METHODS.items() if method.module for kind in method.kinds]
@@ -210,6 +212,70 @@ def test_no_other_file_names_the_method(name: str) -> None:
     for folder in ("training", "stages", "evaluation"):
         for file in (package / folder).rglob("*.py"):
             assert f'"{name}"' not in file.read_text(), f"{file} names the method {name}"
+
+
+DRAWING = [name for name, method in METHODS.items() if "diffusion" in method.kinds]
+SAMPLERS = {"one step": {"steps": 1}, "guided steps": {"steps": 4, "guidance": 2.0, "read": [0, 2]}}
+
+
+@pytest.fixture
+def left(make: Make, extracted: Any) -> Callable[[str, Any], Any]:
+    """A function (method's name, pipeline) -> the patch that the method leaves on it, None where it leaves none."""
+
+    def patch_of(name: str, pipeline: Any) -> Any:
+        method = METHODS[name]
+        texts = [row["text"] for row in pixelworld.rows("digits/test", Path)[:16]]
+        if method.fit is not None:
+            config, pooling = method.Config(), method.pooling(method.Config())
+            read = [extracted(pipeline, part, select=STEERED, pooling=[pooling]) for part in (texts[:8], texts[8:])]
+            source, target = ({tap: found.column(tap, pooling) for tap in found.modules} for found in read)
+            maps = method.fit(config, source, target)
+            return patches.ActivationPatch.from_maps(maps, Selection.model_validate(STEERED), method.strength_range)
+        if not method.leaves_patch:
+            return None
+        module: Any = make(name, "diffusion", pipeline)
+        prompter = Prompter(pipeline)
+        batch = prompter.collate([prompter.from_row({"text": text}, "text") for text in texts[:8]], numbers=range(8))
+        optimizer = torch.optim.Adam(trained_parameters(module).values(), lr=0.1)
+        for step in range(2):
+            module.on_step(step, 1.0)
+            optimizer.zero_grad()
+            module(batch).total.backward()
+            optimizer.step()
+        return method.finished(module, module.patch.state_dict()) if method.finished else module.patch
+
+    return patch_of
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("name", DRAWING)
+def test_what_a_method_leaves_on_a_pipeline(
+    name: str, sampler: dict[str, Any], left: Callable[[str, Any], Any], digits_dir: Path, tmp_path: Path
+) -> None:
+    """Saved and loaded, it draws with one step and with several; at strength 0 the bits are those of the pipeline itself."""
+    base = models.load_model(digits_dir, seed=0, sampler=sampler)
+    models.save_trained(base, {}, tmp_path / "base")
+    made_on = models.load_model(tmp_path / "base", sampler=sampler)
+    patch, fingerprint = left(name, made_on), models.fingerprint(base)
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left/base.json").write_text(json.dumps({"source": str(tmp_path / "base")}))
+    (tmp_path / "left/prompt.json").write_text(json.dumps(Prompter(base).spec))
+    if patch is not None:
+        patches.save(patch, tmp_path / "left/patch", fingerprint)
+    loaded: Any = generation.load(tmp_path / "left")
+    assert bool(loaded.patches) == METHODS[name].leaves_patch and loaded.model.sampler == base.sampler
+
+    drawings = [Prompter(base).from_row({"text": text, "seed": 5}, "text") for text in ("thin three", "bold two")]
+    plain = SteeredPipeline(base, Prompter(base)).draw([drawing for drawing in drawings for _ in range(3)])[0][::3]
+    if not loaded.patches:
+        assert torch.equal(loaded.draw([drawing for drawing in drawings for _ in range(3)])[0][::3], plain)
+        return
+    images = loaded.draw(drawings, strengths=(0.0, 0.5, 1.0))
+    assert torch.equal(images[0], plain) and images.isfinite().all()
+    assert not torch.equal(images[1], plain) and not torch.equal(images[2], images[1])
+    other = models.load_model(digits_dir, seed=1, sampler=sampler)
+    with pytest.raises(ValueError, match="made for another model than this Diffusion"):
+        patches.load(tmp_path / "left/patch", other)
 
 
 @each_fitted

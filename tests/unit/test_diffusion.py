@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,23 @@ def test_a_nan_names_step_and_seed(digits_dir: Path) -> None:
         drawn(model, what=[Drawing("bold three", 40, 64), Drawing("thin one", 41, 64)])
 
 
+def test_a_nan_behind_the_denoiser_names_step_and_seed(digits_dir: Path) -> None:
+    """As a decoder in half precision gives: what the denoiser computes is finite."""
+    model = pipeline(digits_dir)
+    scheduler = model.pipeline.scheduler
+    plain_step = scheduler.step
+
+    def overflowing(predicted: torch.Tensor, t: int, sample: torch.Tensor, **options: Any) -> Any:
+        found = plain_step(predicted, t, sample, **options)
+        if int(t) == int(scheduler.timesteps[-1]):
+            found.prev_sample[1] = torch.nan
+        return found
+
+    scheduler.step = overflowing
+    with pytest.raises(FloatingPointError, match=r"step 2: .* behind the denoiser \(scheduler or decoder\), of seed 41"):
+        drawn(model, what=[Drawing("bold three", 40, 64), Drawing("thin one", 41, 64)])
+
+
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
@@ -208,14 +226,17 @@ def test_a_scheduler_with_timesteps_of_its_own_draws_in_one_step(digits_dir: Pat
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ("words.*", "matches only modules of words; a pipeline is read and steered in its unet"),
-        (".*(norm|word).*", "modules of words; a pipeline"),
-        ("unet.*nrm.*", "no module path matches"),
+        ("words.*", r"only modules of words, where nothing is steered; .* in its unet: .* such as unet\.[a-z_.0-9]*norm"),
+        (".*(norm|word).*", r"matches 2 of \d+ modules of words, where nothing is steered; .* modules such as unet\..*norm"),
+        ("unet.*nrm.*", r"no module path matches 'unet\.\*nrm\.\*' as a whole; near: unet\.[^,]*norm"),
     ],
 )
 def test_modules_outside_of_the_denoiser_are_refused(digits_dir: Path, modules: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        taps.select(models.skeleton(digits_dir), Selection(modules=modules))
+    skeleton = models.skeleton(digits_dir)
+    with pytest.raises(ValueError, match=message) as refused:
+        taps.select(skeleton, Selection(modules=modules))
+    suggested = re.findall(r"\b(?:unet|words)\.[\w.]*\w", str(refused.value).replace(repr(modules), ""))
+    assert suggested and all(name.startswith("unet.") and skeleton.get_submodule(name) for name in suggested)
 
 
 def test_tokens_of_an_image_cannot_be_selected(digits_dir: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from steerlab import models, taps
+from steerlab import models, pictures, taps
 from steerlab.affine import AffineMap
 from steerlab.conditioning import Prompter
-from steerlab.evaluation import diversity, image_concept, image_similarity, images, vision
+from steerlab.evaluation import diversity, image_concept, image_similarity, vision
 from steerlab.evaluation.metrics import Result, summarise_all
 from steerlab.job import DataSet, Selection
 from steerlab.patches import ActivationPatch
@@ -114,7 +114,7 @@ def test_tasks_with_the_same_prompts_draw_once(steered: SteeredPipeline) -> None
 def test_a_sheet_has_a_row_a_prompt_and_a_column_a_strength() -> None:
     stack = torch.zeros(3, 2, 1, 8, 8)
     stack[2, 1] = 1.0
-    found = np.asarray(images.sheet(stack, (0.0, 0.5, 1.0), ("a", "b")).convert("L"))
+    found = np.asarray(pictures.sheet(stack, (0.0, 0.5, 1.0), ("a", "b")).convert("L"))
     assert found.shape == (14 + 2 * 50, found.shape[1])
     left = found.shape[1] - 3 * 50
     assert found[14 + 60, left + 10] == 0 and (found[14 + 52 : 14 + 96, left + 102 : left + 146] == 255).all()

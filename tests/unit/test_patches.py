@@ -149,7 +149,7 @@ def test_what_cannot_fold_says_why(tiny_model: PreTrainedModel) -> None:
     with pytest.raises(CannotFold, match="depends on token roles"):
         embedding(tiny_model).fold(tiny_model, 1.0)
     EmbeddingPatch(tiny_model.config.hidden_size).fold(tiny_model, 1.0)
-    with pytest.raises(CannotFold, match=r"model.layers.1 is a LlamaDecoderLayer: only the map of a linear layer or of a norm"):
+    with pytest.raises(CannotFold, match=r"model.layers.1 is a LlamaDecoderLayer: only the map of a linear layer, a conv"):
         ActivationPatch({"model.layers.1": tiny_model.config.hidden_size}).fold(tiny_model, 1.0)
     for settings in ({"positions": [[-1, None]]}, {"side": "input"}):
         with pytest.raises(CannotFold, match="only maps of all tokens, without bounds and of outputs"):

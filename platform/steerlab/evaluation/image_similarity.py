@@ -40,7 +40,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
     items, drawn = draw(model, config, strengths)
     observations = []
     for scale in drawn:
-        plain = strengths.index(next(s for s in strengths if s == 0))
+        plain = strengths.index(min(strengths, key=abs))
         for metric, values_SB in _compared(model, config, scale.images_SBCHW, plain).items():
             observations += [
                 Observation(f"image_similarity/{metric}{scale.suffix}", item.id, value, 1.0, strength)

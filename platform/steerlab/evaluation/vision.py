@@ -18,7 +18,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from steerlab import rows, sources
+from steerlab import pictures, rows, sources
 from steerlab.job import DataSet
 
 Floats = npt.NDArray[np.float32]
@@ -170,9 +170,7 @@ def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
 
 
 def _pictures(images_NCHW: Tensor) -> list[Any]:
-    from steerlab.evaluation.images import picture
-
-    return [picture(image).convert("RGB") for image in images_NCHW]
+    return [pictures.picture(image).convert("RGB") for image in images_NCHW]
 
 
 def _direction(found: Any) -> Tensor:

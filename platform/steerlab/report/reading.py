@@ -36,6 +36,8 @@ class Entry:
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     """Training metric -> (step, value)."""
     images: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    sheets: dict[str, str] = field(default_factory=dict)
+    """Contact sheets: guidance -> path."""
     """`strength_guidance` -> (image id, path below ROOT)."""
     store: Store | None = None
 
@@ -136,6 +138,7 @@ def read(store: Store, folder: str) -> Entry:
         fit_s=fit_seconds(store, summary.get("model")),
         curves=curves(store, folder),
         images=images(store, folder),
+        sheets=sheets(store, folder),
         store=store,
     )
 
@@ -229,6 +232,13 @@ def images(store: Store, folder: str) -> dict[str, list[tuple[str, str]]]:
         names = [name for name in store.list(f"{below}/{setting}") if name.endswith(".png")]
         found[setting] = [(name.removesuffix(".png"), f"{below}/{setting}/{name}") for name in sorted(names, key=_natural)]
     return {setting: pictures for setting, pictures in found.items() if pictures}
+
+
+def sheets(store: Store, folder: str) -> dict[str, str]:
+    """Find a run's contact sheets: samples/images/sheet_{guidance}.png."""
+    below = f"{folder}/samples/images"
+    names = sorted(name for name in store.list(below) if name.startswith("sheet_") and name.endswith(".png"))
+    return {f"{float(name[6:-4]):g}": f"{below}/{name}" for name in names}
 
 
 def _natural(name: str) -> tuple[int, str]:

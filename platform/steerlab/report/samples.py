@@ -15,6 +15,8 @@ IMAGE_BYTES = 12_000_000
 """Bytes of all images of a page together; beyond them images are left out, and that is said."""
 _THUMBNAIL = 256
 """Larger images are embedded at this many pixels a side."""
+_SHEET = 2000
+"""Larger contact sheets are embedded at this many pixels a side."""
 _WITHOUT = "strength 0"
 _OUTPUTS = ("continuation", "output", "output_in_data", "answer", "response", "generation")
 _PROMPTS = ("prompt", "instruction", "question")
@@ -100,10 +102,21 @@ def _gallery(entry: Entry, budget_bytes: int) -> dict[str, Any]:
     return {
         "name": entry.name,
         "frames": frames,
+        "sheets": list(_sheets(entry, budget_bytes - used)),
         "strengths": list(dict.fromkeys(frame["strength"] for frame in frames)),
         "guidances": list(dict.fromkeys(frame["guidance"] for frame in frames)),
         "left_out": len(ids) - len(columns),
     }
+
+
+def _sheets(entry: Entry, budget_bytes: int) -> Iterator[dict[str, str]]:
+    """Yield the contact sheets that there is room for."""
+    assert entry.store is not None
+    for guidance, path in entry.sheets.items():
+        uri = _embedded(entry.store.read_bytes(path), _SHEET)
+        budget_bytes -= len(uri)
+        if budget_bytes >= 0:
+            yield {"guidance": guidance, "uri": uri}
 
 
 def _setting(name: str) -> tuple[float, float]:
@@ -124,13 +137,13 @@ def _column_of(entry: Entry, name: str) -> Iterator[tuple[str, str]]:
                 yield setting, _embedded(entry.store.read_bytes(path))
 
 
-def _embedded(png: bytes) -> str:
+def _embedded(png: bytes, side: int = _THUMBNAIL) -> str:
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as image:
-        if max(image.size) > _THUMBNAIL:
+        if max(image.size) > side:
             smaller = image.convert("RGB")
-            smaller.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            smaller.thumbnail((side, side))
             buffer = io.BytesIO()
             smaller.save(buffer, "JPEG", quality=85)
             return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
