@@ -15,6 +15,11 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUnifo
 Method = Literal["grid", "random", "bayes"]
 
 
+def metric_name(metric: str) -> str:
+    """Return what W&B calls a metric: a training's evaluation loss lies on the axis of its training there."""
+    return f"train/{metric}" if metric == "eval/loss" else metric
+
+
 def sweep_config(
     name: str,
     space: Mapping[str, Any],
@@ -40,7 +45,7 @@ def sweep_config(
     config: dict[str, Any] = {
         "name": name,
         "method": chosen,
-        "metric": {"name": metric, "goal": goal},
+        "metric": {"name": metric_name(metric), "goal": goal},
         "parameters": parameters,
     }
     if min_steps is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import standin
 import yaml
 
 from steerlab.job import TrackConfig
-from steerlab.tracking import sweeps
+from steerlab.tracking import agents, sweeps
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 CONFIG = {"name": "angles", "method": "grid", "parameters": {"method.angle_rad": {"values": [0, 1]}}}
@@ -52,18 +53,49 @@ def test_offline_sweeps_have_no_page(tmp_path: Path) -> None:
     assert sweeps.begin(tracked("offline"), CONFIG, tmp_path) is None
 
 
-def test_an_agent_takes_what_the_server_says(server: standin.Standin) -> None:
-    agent = sweeps.Agent("me/tests/sweep1")
-    server.commands = [
-        [{"type": "run", "run_id": "r1", "args": {"method.angle_rad": {"value": 0.5}}}],
-        [],
-        [{"type": "stop", "run_id": "r1"}],
-        [{"type": "exit"}],
+def test_agents_take_a_run_each_and_hear_what_is_to_stop(server: standin.Standin) -> None:
+    server.config = CONFIG
+    server.queue = [(f"r{number}", {"method.angle_rad": number / 2}) for number in (1, 2, 3)]
+    found = agents.Agents("me/tests/sweep9", 2)
+    assert found.config == CONFIG and server.agents == ["agent1", "agent2"]
+    found.poll()
+    assert [found.take() for _ in range(3)] == [
+        agents.Suggestion("r1", {"method.angle_rad": 0.5}),
+        agents.Suggestion("r2", {"method.angle_rad": 1.0}),
+        None,
     ]
-    agent.poll([])
-    assert agent.suggestions == [sweeps.Suggestion("r1", {"method.angle_rad": 0.5})]
-    agent.poll(["r1"])
-    agent.poll(["r1"])
-    assert agent.stopped == {"r1"} and not agent.ended
-    agent.poll([])
-    assert agent.ended and server.heartbeats == [{}, {"r1": True}, {"r1": True}, {}]
+    server.stops = lambda run, lines: run == "r1"
+    found.poll()
+    assert found.stopped == {"r1"} and found.take() is None, "an agent that has a run gets no other"
+    found.release("r1")
+    found.poll()
+    third = found.take()
+    assert third is not None and third.run_id == "r3" and not found.stopped and not found.ended
+    for run in ("r2", "r3"):
+        found.release(run)
+    found.poll()
+    assert found.ended
+    alive = [runs for _, runs in server.heartbeats]
+    assert alive == [{}, {}, {"r1": True}, {"r2": True}, {}, {"r2": True}, {}, {}]
+
+
+def test_agents_go_on_with_runs_of_an_earlier_process_and_a_cancelled_sweep_stops_them(server: standin.Standin) -> None:
+    server.config = CONFIG
+    found = agents.Agents("me/tests/sweep9", 2)
+    found.start(["r7"])
+    deadline_s = time.monotonic() + 30
+    while ("agent1", {"r7": True}) not in server.heartbeats or len(server.heartbeats) < 2:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    found._obey("agent1", {"type": "exit"})
+    assert found.stopped == {"r7"} and found.ended
+    found.close()
+
+
+def test_agents_are_refused_before_anything_starts(server: standin.Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="W&B has no sweep me/tests/nowhere, or refuses it"):
+        agents.Agents("me/tests/nowhere", 1)
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", "/nowhere")
+    with pytest.raises(ValueError, match="no W&B API key: set WANDB_API_KEY or run `wandb login`"):
+        agents.Agents("me/tests/sweep1", 1)

@@ -3,7 +3,7 @@
 Either the platform's own sweep is shown there: `begin` makes the page before the first trial and every trial's run is created
 with its id (`Place.sweep_id`); runs that exist already, such as those of a sweep that was offline, are put on a page afterwards
 by `begin(..., prior_runs=ids)`. Or W&B chooses the values: a sweep is defined in its page (`steerlab wandb-sweep` writes the
-YAML), and `Agent` asks the server what to run next while the trials are executed on the Ray cluster like any others.
+YAML), and `agents` ask the server what to run next while the trials are executed on the Ray cluster like any others.
 
 The calls of `begin` and `end` run in a process of their own with a time limit: a sweep never waits long for its page.
 """
@@ -16,9 +16,8 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from steerlab.job import TrackConfig
 from steerlab.tracking import mode_of, spool
@@ -79,70 +78,6 @@ def main() -> None:
     )
     print(json.dumps({"id": found, "project": request["project"], "entity": request["entity"]}), flush=True)
     os._exit(0)  # W&B's service would be waited for without a bound
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A trial that W&B asks for."""
-
-    run_id: str
-    """The id that its W&B run must have (`Tracker`'s `run_id`)."""
-    parameters: dict[str, Any]
-    """Values by the names of the sweep's parameters: paths of fields of the job."""
-
-
-@dataclass
-class Agent:
-    """Asks a W&B sweep what to run next, for as many trials at a time as the cluster holds.
-
-    agent = Agent("team/steerlab/abc123")
-    while not agent.ended:
-        agent.poll(running=ids)      # every few seconds
-        agent.suggestions            # to be started; take them out of the list
-        agent.stopped                # ids of runs that the sweep's early stopping wants ended
-    """
-
-    path: str
-    """ENTITY/PROJECT/SWEEP, PROJECT/SWEEP or SWEEP."""
-    host: str = "ray"
-    suggestions: list[Suggestion] = field(default_factory=list)
-    stopped: set[str] = field(default_factory=set)
-    ended: bool = False
-    """The sweep has nothing more to run, or was stopped or deleted in its page."""
-    _api: Any = None
-    _agent_id: str = ""
-
-    def __post_init__(self) -> None:
-        import wandb
-        from wandb.apis.public.sweeps import _register_agent
-
-        *before, sweep_id = self.path.strip("/").split("/")
-        overrides: Any = dict(zip(("project", "entity"), reversed(before), strict=False))
-        self._api = wandb.Api(overrides=overrides, timeout=int(CALL_S))
-        try:
-            self._agent_id = _register_agent(self._api, self.host, sweep_id=sweep_id)["id"]
-        except (wandb.Error, TypeError, KeyError) as error:
-            raise ValueError(f"W&B has no sweep {self.path}, or refuses it: {' '.join(str(error).split())[:300]}") from None
-
-    def poll(self, running: Sequence[str]) -> None:
-        """Say which runs are alive, and take what the sweep says to do; an unreachable server says nothing."""
-        from wandb.apis.public.sweeps import _agent_heartbeat
-        from wandb.sdk.sweeps import SweepNotFoundError
-
-        try:
-            commands = _agent_heartbeat(self._api, self._agent_id, {}, {run: True for run in running})
-        except SweepNotFoundError:
-            self.ended = True
-            return
-        for command in commands:
-            kind: Literal["run", "resume", "stop", "exit"] = command["type"]
-            if kind in ("run", "resume"):
-                values = {name: value["value"] for name, value in (command.get("args") or {}).items()}
-                self.suggestions.append(Suggestion(command["run_id"], values))
-            elif kind == "stop":
-                self.stopped.add(command["run_id"])
-            elif kind == "exit":
-                self.ended = True
 
 
 if __name__ == "__main__":
