@@ -148,7 +148,7 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Run a job's trials over a search space; stages that they share run once."""
-    from steerlab.sweeps import driver, estimate, trials
+    from steerlab.sweeps import agent, driver, estimate, trials
     from steerlab.sweeps import space as spaces
 
     chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
@@ -157,7 +157,9 @@ def sweep(
         if backend not in ("ray", "wandb") or (backend == "wandb") != (wandb_sweep is not None):
             raise ValueError("--backend is ray, or wandb together with --wandb-sweep ENTITY/PROJECT/ID")
         asked = driver.asked(trials.plan(job, set_ or (), spaces.load(space)), samples, seeds)
-        asked = replace(asked, units=[]) if wandb_sweep is not None else asked
+        if wandb_sweep is not None:
+            agent.check(wandb_sweep, asked.plan)
+            asked = replace(asked, units=[])
         if dry_run:
             _print_estimate(estimate.of(asked, store), as_json)
             return
@@ -385,6 +387,9 @@ def wandb_sweep(
     method: Annotated[
         str | None, typer.Option(help="grid, random or bayes; default: grid where every entry is a list.")
     ] = None,
+    min_reports: Annotated[
+        int | None, typer.Option(min=1, help="Let W&B stop trials whose loss does poorly after so many reports (hyperband).")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Print a search space as the YAML of a W&B sweep, to be pasted into its page."""
@@ -398,7 +403,12 @@ def wandb_sweep(
         if method not in (None, "grid", "random", "bayes"):
             raise ValueError(f"--method {method}: W&B has grid, random and bayes")
         found = trials.plan(job, set_ or (), spaces.load(space))
-        config = wandb_space.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method)
+        if min_reports is not None and found.metric not in trials.TRAINING_METRICS:
+            raise ValueError(
+                f"--min-reports: {found.metric} is measured once, at the end; W&B can only stop a trial by METRIC "
+                + " or ".join(trials.TRAINING_METRICS)
+            )
+        config = wandb_space.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method, min_reports)
     typer.echo(f"# run by: steerlab sweep {job} {space} --backend wandb --wandb-sweep ENTITY/PROJECT/ID")
     typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
 

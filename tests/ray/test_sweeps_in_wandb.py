@@ -103,7 +103,7 @@ def test_a_sweep_whose_values_wandb_chooses(server: standin.Standin, tmp_path: P
     monkeypatch.setattr(stops, "GRACE_S", 2.0)
     store = Store.open(str(tmp_path / "root"))
     asked = replace(ask(tmp_path, CHOSEN), units=[])
-    server.config = sweep_config("aside", asked.plan.space.entries, "train/loss", "min", min_steps=5)
+    server.config = sweep_config("aside", asked.plan.space.entries, "train/loss", "min", min_reports=5)
     server.stops = lambda run, lines: sum("train/loss" in line for line in lines) >= 5
     server.queue = [
         ("first", chosen(0.1)),

@@ -5,7 +5,6 @@ So stages are shared, a restart goes on with the units that the history has, and
 
 from __future__ import annotations
 
-import json
 import warnings
 from typing import Any
 
@@ -15,11 +14,29 @@ from steerlab.sweeps.history import History
 from steerlab.sweeps.search import with_strengths
 from steerlab.sweeps.space import Space
 from steerlab.sweeps.trials import Plan, Trial, Unit, trial_id
-from steerlab.tracking import agents
-from steerlab.wandb_space import metric_name
+from steerlab.tracking import NO_KEY, agents, has_key
+from steerlab.wandb_space import metric_name, parameter_name
 
 RUNS = "wandb_runs.json"
 WHY = "W&B stopped it"
+
+
+def check(path: str, found: Plan) -> None:
+    """Refuse a job whose runs would not be runs of the sweep: W&B chooses by what it is sent. Nothing is asked of a server.
+
+    Raises:
+        ValueError: the job is not tracked online, or in another project, or there is no key.
+    """
+    track = found.job.track
+    if track.wandb is None or track.wandb.mode != "online":
+        raise JobError(f"{found.path}: --backend wandb needs track.wandb with mode: online; W&B chooses by what it is sent")
+    *before, _ = path.strip("/").split("/")
+    asked = dict(zip(("project", "entity"), reversed(before), strict=False))
+    for name, own in (("project", track.wandb.project), ("entity", track.wandb.entity)):
+        if name in asked and own is not None and own != asked[name]:
+            raise JobError(f"{found.path}: track.wandb.{name} is {own}, and the sweep {path} lies in another one")
+    if not has_key():
+        raise ValueError(NO_KEY)
 
 
 class Agent:
@@ -31,7 +48,7 @@ class Agent:
         Raises:
             ValueError: W&B refuses, would never hear of the trials, or varies what the space does not.
         """
-        _check_track(path, found)
+        check(path, found)
         self._agents = agents.Agents(path, num_at_once)
         _check_config(self._agents.config, found)
         self._plan, self._seeds = found, seeds
@@ -110,18 +127,6 @@ def _is_known(unit: Unit, history: History) -> bool:
     return any(trial.trial_id in known for trial in unit.trials)
 
 
-def _check_track(path: str, found: Plan) -> None:
-    """Refuse a job whose runs would not be runs of the sweep: W&B chooses by what it is sent."""
-    track = found.job.track
-    if track.wandb is None or track.wandb.mode != "online":
-        raise JobError(f"{found.path}: --backend wandb needs track.wandb with mode: online; W&B chooses by what it is sent")
-    *before, _ = path.strip("/").split("/")
-    asked = dict(zip(("project", "entity"), reversed(before), strict=False))
-    for name, own in (("project", track.wandb.project), ("entity", track.wandb.entity)):
-        if name in asked and own is not None and own != asked[name]:
-            raise JobError(f"{found.path}: track.wandb.{name} is {own}, and the sweep {path} lies in another one")
-
-
 def _check_config(config: dict[str, Any], found: Plan) -> None:
     """Compare a sweep with the space before anything starts."""
     point_of(found.space, {name: _value_of(entry) for name, entry in config.get("parameters", {}).items()})
@@ -142,8 +147,9 @@ def point_of(space: Space, parameters: dict[str, Any]) -> dict[str, Any]:
         JobError: W&B's sweep has a parameter that the space lacks: they were not made of the same file.
     """
     point: dict[str, Any] = {}
-    for entry, value in parameters.items():
-        if entry not in space.entries:
-            raise JobError(f"W&B's sweep varies {entry}, which {space.path} does not: {json.dumps(sorted(space.entries))}")
-        point |= space.spread(entry, value)
+    entries = {parameter_name(entry): entry for entry in space.entries}
+    for name, value in parameters.items():
+        if name not in entries:
+            raise JobError(f"W&B's sweep varies {name}, which {space.path} does not: {', '.join(sorted(entries))}")
+        point |= space.spread(entries[name], value)
     return point

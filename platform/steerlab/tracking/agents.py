@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
-from steerlab.tracking import has_key
+from steerlab.tracking import NO_KEY, has_key
 
 HEARTBEAT_S = 3.0
 _TIMEOUT_S = 30
 _CLOSE_S = 1.0
-_NO_KEY = "no W&B API key: set WANDB_API_KEY or run `wandb login`; W&B chooses nothing for somebody whom it does not know"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Agents:
         from wandb.apis.public.sweeps import _register_agent, _sweep_with_runs
 
         if not has_key():
-            raise ValueError(_NO_KEY)
+            raise ValueError(NO_KEY)
         *before, sweep_id = path.strip("/").split("/")
         overrides: Any = dict(zip(("project", "entity"), reversed(before), strict=False))
         self._suggestions: SimpleQueue[Suggestion] = SimpleQueue()
