@@ -452,11 +452,19 @@ def submit(
     address: Annotated[str, typer.Option(help="Dashboard address of the cluster, http://HOST:8265.")],
     root: Annotated[str, typer.Option(help="ROOT on the cluster: an absolute path or a URI.")],
     space: Annotated[Path | None, typer.Option(help="Search space: submit the sweep over it.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of a sweep: points to draw, or times a grid is gone through.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of a sweep: training seeds of every trial.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
     set_: SetOption = None,
 ) -> None:
-    """Run a job on a cluster through Ray's job API and follow its log."""
+    """Run a job or a sweep on a cluster through Ray's job API and follow its log."""
     from steerlab.submit import submit as send
 
+    given = {"--samples": samples, "--seeds": seeds}
+    options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    options += ["--resume"] if resume else []
     with _explained():
         _read(job, set_)
         if space is not None:
@@ -464,7 +472,7 @@ def submit(
             from steerlab.sweeps import trials
 
             trials.plan(job, set_ or (), spaces.load(space))
-        raise typer.Exit(send(job, address=address, root=root, space=space, overrides=set_ or ()))
+        raise typer.Exit(send(job, address=address, root=root, space=space, overrides=set_ or (), options=options))
 
 
 @app.command()

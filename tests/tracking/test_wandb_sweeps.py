@@ -11,6 +11,9 @@ import standin
 import yaml
 
 from steerlab.job import TrackConfig
+from steerlab.sweeps import space as spaces
+from steerlab.sweeps import trials
+from steerlab.sweeps.agent import unit_of
 from steerlab.tracking import agents, sweeps
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -84,7 +87,7 @@ def test_agents_go_on_with_runs_of_an_earlier_process_and_a_cancelled_sweep_stop
     found = agents.Agents("me/tests/sweep9", 2)
     found.start(["r7"])
     deadline_s = time.monotonic() + 30
-    while ("agent1", {"r7": True}) not in server.heartbeats or len(server.heartbeats) < 2:
+    while ("agent1", {"r7": True}) not in server.heartbeats or list(found._runs) != ["agent1"]:
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
     found._obey("agent1", {"type": "exit"})
@@ -99,3 +102,13 @@ def test_agents_are_refused_before_anything_starts(server: standin.Standin, monk
     monkeypatch.setenv("NETRC", "/nowhere")
     with pytest.raises(ValueError, match="no W&B API key: set WANDB_API_KEY or run `wandb login`"):
         agents.Agents("me/tests/sweep1", 1)
+
+
+def test_a_strength_that_wandb_chooses_is_a_trial_of_its_own() -> None:
+    """The platform's own search answers all strengths by one unit; W&B's run has one result."""
+    folder = Path(__file__).parents[2]
+    found = trials.plan(folder / "jobs/tiny/iav.yaml", (), spaces.load(folder / "search_spaces/alpha.py"))
+    assert len(found.strengths) > 2
+    units = [unit_of(found, {"strength": strength}, 1, (0,)) for strength in (0, 0.5)]
+    assert [[trial.params for trial in unit.trials] for unit in units] == [[{"strength": 0.0}], [{"strength": 0.5}]]
+    assert found.job_of(units[1].shared, 0, units[1].strengths).evaluate[0].strengths == (0.5,)

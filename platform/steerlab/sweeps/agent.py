@@ -12,7 +12,7 @@ from steerlab.job import JobError
 from steerlab.store import Store
 from steerlab.sweeps.history import History
 from steerlab.sweeps.search import with_strengths
-from steerlab.sweeps.space import Space
+from steerlab.sweeps.space import STRENGTH, Space
 from steerlab.sweeps.trials import Plan, Trial, Unit, trial_id
 from steerlab.tracking import NO_KEY, agents, has_key
 from steerlab.wandb_space import metric_name, parameter_name
@@ -93,7 +93,7 @@ class Agent:
         while (suggestion := self._agents.take()) is not None:
             if suggestion.run_id in self.runs.values():  # `resume`: the history has it, settled or to be gone on with
                 continue
-            unit = self._unit(suggestion.parameters, len(history.courses) + 1)
+            unit = unit_of(self._plan, suggestion.parameters, len(history.courses) + 1, self._seeds)
             if _is_known(unit, history):
                 warnings.warn(f"W&B asks for {suggestion.parameters} again, which is not run twice", stacklevel=2)
                 self._agents.release(suggestion.run_id)
@@ -107,11 +107,6 @@ class Agent:
             history.add("fail", unit=unit.number, reason=reason)
             self.settled(unit)
         return None
-
-    def _unit(self, parameters: dict[str, Any], number: int) -> Unit:
-        point = point_of(self._plan.space, parameters)
-        trials = tuple(Trial(trial_id(one), one) for one in with_strengths(point, self._plan.strengths))
-        return Unit(number, trials, self._seeds)
 
     def _refusal(self, unit: Unit) -> str | None:
         """Return why a unit's values make no job, if so: W&B's ranges may have been changed in its page."""
@@ -138,6 +133,17 @@ def _check_config(config: dict[str, Any], found: Plan) -> None:
 def _value_of(entry: dict[str, Any]) -> Any:
     """Return one of the values that W&B's form of an entry can have; any number for a range."""
     return entry["value"] if "value" in entry else next(iter(entry.get("values", [0])))
+
+
+def unit_of(found: Plan, parameters: dict[str, Any], number: int, seeds: tuple[int, ...]) -> Unit:
+    """Return the unit of what W&B asks for: one trial where W&B chooses the strength too, since its run has one result.
+
+    Raises:
+        JobError: W&B's sweep has a parameter that the space lacks.
+    """
+    point = point_of(found.space, parameters)
+    points = [{**point, STRENGTH: float(point[STRENGTH])}] if STRENGTH in point else with_strengths(point, found.strengths)
+    return Unit(number, tuple(Trial(trial_id(one), one) for one in points), seeds)
 
 
 def point_of(space: Space, parameters: dict[str, Any]) -> dict[str, Any]:
