@@ -587,7 +587,8 @@ def _cell(metric: dict[str, Any] | None) -> str:
         return "-"
     interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"
     unparsable = f", {metric['unparsable']} unparsable" if metric["unparsable"] else ""
-    return f"{metric['value']:.3f}{interval} ({metric['n']}{unparsable})"
+    # A training's loss has no items.
+    return f"{metric['value']:.3f}{interval}" + ("" if metric["n"] is None else f" ({metric['n']}{unparsable})")
 
 
 def main() -> None:
