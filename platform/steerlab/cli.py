@@ -414,18 +414,39 @@ def wandb_sweep(
 
 
 @app.command("wandb-send")
-def wandb_send(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders on this machine.")]) -> None:
-    """Send runs to W&B again that could not be sent, or were offline; what the server has is not doubled."""
-    from steerlab import tracking
+def wandb_send(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SWEEP...", help="Their folders on this machine.")],
+) -> None:
+    """Send runs to W&B that could not be sent, or were offline; what the server has is not doubled.
+
+    A sweep is sent with all its runs, and gets its page if it has none.
+    """
+    from steerlab.tracking import sweeps
 
     with _explained():
-        for folder in runs:
-            if not (folder / "wandb" / tracking.spool.SETTINGS).is_file():
-                raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
-            status = tracking.send(folder / "wandb")
-            if status.get("state") != "online" or not status.get("done"):
-                raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")
-            console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
+        for folder in map(Path.absolute, folders):
+            if not sweeps.is_sweep(folder):
+                _send(folder)
+                continue
+            # ROOT/sweeps/NAME/ID has its runs in ROOT/runs/NAME/ID-*; the last may be the best trial's own, which is no trial.
+            runs = sorted(folder.parents[2].glob(f"runs/{folder.parent.name}/{folder.name}-*"))
+            ids = {run: _send(run) for run in runs}
+            trials = [name for run, name in ids.items() if not run.name.startswith(f"{folder.name}-best-")]
+            console.print(f"{folder}: on the page of sweep {sweeps.send(folder, trials)}", soft_wrap=True, highlight=False)
+
+
+def _send(folder: Path) -> str:
+    """Send a run and return its id in W&B."""
+    from steerlab import tracking
+
+    settings = folder / "wandb" / tracking.spool.SETTINGS
+    if not settings.is_file():
+        raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
+    status = tracking.send(folder / "wandb")
+    if status.get("state") != "online" or not status.get("done"):
+        raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")
+    console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
+    return tracking.spool.read_json(settings)["id"]
 
 
 dashboards = typer.Typer(no_args_is_help=True, help="W&B workspaces and a report, as code.")

@@ -92,13 +92,16 @@ class Sent:
 
     def stop(self) -> int:
         """Stop the job as somebody would, and return what `steerlab submit` ends with."""
+        start_s = time.monotonic()
         job_id = self.log.read_text().partition("sent as ")[2].partition(":")[0]
         done = subprocess.run(
             [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", job_id, "--address", self.variables["ADDRESS"]],
             env=self.variables, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0 and "was stopped" in done.stdout + done.stderr, done.stdout + done.stderr
-        return self.process.wait(60)
+        code = self.process.wait(60)
+        print(f"ray job stop: {time.monotonic() - start_s:.1f} s until all was over")
+        return code
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from steerlab import dashboards, tracking
 from steerlab.cli import app
 from steerlab.job import TrackConfig
+from steerlab.tracking import sweeps
 
 REPOSITORY = Path(__file__).parents[2]
 LOSS = """from ray import tune
@@ -108,10 +109,10 @@ def test_what_wandb_sweep_refuses(job: Path, arguments: list[str], message: str)
 # wandb-send
 
 
-def tracked(folder: Path, mode: str) -> None:
+def tracked(folder: Path, mode: str, run_id: str = "run-1") -> None:
     """Leave a run folder as a run does."""
     track = TrackConfig.model_validate({"wandb": {"project": "tests", "mode": mode}})
-    run = tracking.Tracker(track, "run-1", "aside", {"seed": 0}, folder)
+    run = tracking.Tracker(track, run_id, "aside", {"seed": 0}, folder)
     for step in range(1, 31):
         run.log({"step": step, "train/loss": 1 / step})
     run.table("samples/separation", [{"prompt": "a", "output": "b"}])
@@ -148,6 +149,21 @@ def test_a_run_that_had_no_key_says_what_sends_it(
 def test_a_folder_that_was_never_tracked_is_refused(server: standin.Standin, tmp_path: Path) -> None:
     refused = call("wandb-send", tmp_path, code=2)
     assert "is no folder of a run that was tracked in W&B" in " ".join(refused.stderr.split()) and not server.runs
+
+
+@pytest.mark.slow
+def test_an_offline_sweep_is_sent_with_its_runs_and_its_page(server: standin.Standin, tmp_path: Path) -> None:
+    folder = tmp_path / "sweeps/aside/s1"
+    track = TrackConfig.model_validate({"wandb": {"project": "tests", "mode": "offline"}})
+    assert sweeps.begin(track, {"name": "aside", "method": "grid", "parameters": {"train.lr": {"values": [1]}}}, folder) is None
+    for name in ("0001-a-0", "0002-b-0", "best-0"):
+        tracked(tmp_path / f"runs/aside/s1-{name}", "offline", f"s1-{name}")
+    for _ in range(2):
+        assert f"{folder}: on the page of sweep sweep1" in call("wandb-send", folder).stdout
+        assert sorted(server.runs) == ["s1-0001-a-0", "s1-0002-b-0", "s1-best-0"] and len(server.sweeps) == 1
+        assert all(len(server.lines(run)) == 31 for run in server.runs) and not server.overwritten
+    (asked,) = server.sweeps.values()
+    assert asked["priorRunsFilters"] == '{"$or": [{"name": "s1-0001-a-0"}, {"name": "s1-0002-b-0"}]}'
 
 
 # dashboards push
