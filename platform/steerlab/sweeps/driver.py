@@ -310,7 +310,7 @@ def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str
     }
     path = f"{folder}/units/{unit.name}.json"
     store.write_json(path, request)
-    return {"root": store.root, "request": path}
+    return {"root": store.root, "request": path, "warm": all(job.scale.warm for job in made)}
 
 
 def _conclude(
