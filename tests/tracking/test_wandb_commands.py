@@ -30,7 +30,7 @@ METRIC, MODE = "train/loss", "min"
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
-def call(*arguments: str | Path, code: int = 0) -> Result:
+def call(*arguments: str | int | Path, code: int = 0) -> Result:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, (result.output, result.exception)
     return result
