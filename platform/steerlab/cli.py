@@ -145,7 +145,7 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Run a job's trials over a search space; stages that they share run once."""
-    from steerlab.sweeps import driver, estimate, trials
+    from steerlab.sweeps import agent, driver, estimate, trials
     from steerlab.sweeps import space as spaces
 
     chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
@@ -154,7 +154,9 @@ def sweep(
         if backend not in ("ray", "wandb") or (backend == "wandb") != (wandb_sweep is not None):
             raise ValueError("--backend is ray, or wandb together with --wandb-sweep ENTITY/PROJECT/ID")
         asked = driver.asked(trials.plan(job, set_ or (), spaces.load(space)), samples, seeds)
-        asked = replace(asked, units=[]) if wandb_sweep is not None else asked
+        if wandb_sweep is not None:
+            agent.check(wandb_sweep, asked.plan)
+            asked = replace(asked, units=[])
         if dry_run:
             _print_estimate(estimate.of(asked, store), as_json)
             return
@@ -359,6 +361,9 @@ def wandb_sweep(
     method: Annotated[
         str | None, typer.Option(help="grid, random or bayes; default: grid where every entry is a list.")
     ] = None,
+    min_reports: Annotated[
+        int | None, typer.Option(min=1, help="Let W&B stop trials whose loss does poorly after so many reports (hyperband).")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Print a search space as the YAML of a W&B sweep, to be pasted into its page."""
@@ -372,24 +377,50 @@ def wandb_sweep(
         if method not in (None, "grid", "random", "bayes"):
             raise ValueError(f"--method {method}: W&B has grid, random and bayes")
         found = trials.plan(job, set_ or (), spaces.load(space))
-        config = wandb_space.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method)
+        if min_reports is not None and found.metric not in trials.TRAINING_METRICS:
+            raise ValueError(
+                f"--min-reports: {found.metric} is measured once, at the end; W&B can only stop a trial by METRIC "
+                + " or ".join(trials.TRAINING_METRICS)
+            )
+        config = wandb_space.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method, min_reports)
     typer.echo(f"# run by: steerlab sweep {job} {space} --backend wandb --wandb-sweep ENTITY/PROJECT/ID")
     typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
 
 
 @app.command("wandb-send")
-def wandb_send(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders on this machine.")]) -> None:
-    """Send runs to W&B again that could not be sent, or were offline; what the server has is not doubled."""
-    from steerlab import tracking
+def wandb_send(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SWEEP...", help="Their folders on this machine.")],
+) -> None:
+    """Send runs to W&B that could not be sent, or were offline; what the server has is not doubled.
+
+    A sweep is sent with all its runs, and gets its page if it has none.
+    """
+    from steerlab.tracking import sweeps
 
     with _explained():
-        for folder in runs:
-            if not (folder / "wandb" / tracking.spool.SETTINGS).is_file():
-                raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
-            status = tracking.send(folder / "wandb")
-            if status.get("state") != "online" or not status.get("done"):
-                raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")
-            console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
+        for folder in map(Path.absolute, folders):
+            if not sweeps.is_sweep(folder):
+                _send(folder)
+                continue
+            # ROOT/sweeps/NAME/ID has its runs in ROOT/runs/NAME/ID-*; the last may be the best trial's own, which is no trial.
+            runs = sorted(folder.parents[2].glob(f"runs/{folder.parent.name}/{folder.name}-*"))
+            ids = {run: _send(run) for run in runs}
+            trials = [name for run, name in ids.items() if not run.name.startswith(f"{folder.name}-best-")]
+            console.print(f"{folder}: on the page of sweep {sweeps.send(folder, trials)}", soft_wrap=True, highlight=False)
+
+
+def _send(folder: Path) -> str:
+    """Send a run and return its id in W&B."""
+    from steerlab import tracking
+
+    settings = folder / "wandb" / tracking.spool.SETTINGS
+    if not settings.is_file():
+        raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
+    status = tracking.send(folder / "wandb")
+    if status.get("state") != "online" or not status.get("done"):
+        raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")
+    console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
+    return tracking.spool.read_json(settings)["id"]
 
 
 dashboards = typer.Typer(no_args_is_help=True, help="W&B workspaces and a report, as code.")
@@ -416,11 +447,19 @@ def submit(
     address: Annotated[str, typer.Option(help="Dashboard address of the cluster, http://HOST:8265.")],
     root: Annotated[str, typer.Option(help="ROOT on the cluster: an absolute path or a URI.")],
     space: Annotated[Path | None, typer.Option(help="Search space: submit the sweep over it.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of a sweep: points to draw, or times a grid is gone through.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of a sweep: training seeds of every trial.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
     set_: SetOption = None,
 ) -> None:
-    """Run a job on a cluster through Ray's job API and follow its log."""
+    """Run a job or a sweep on a cluster through Ray's job API and follow its log."""
     from steerlab.submit import submit as send
 
+    given = {"--samples": samples, "--seeds": seeds}
+    options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    options += ["--resume"] if resume else []
     with _explained():
         _read(job, set_)
         if space is not None:
@@ -428,7 +467,7 @@ def submit(
             from steerlab.sweeps import trials
 
             trials.plan(job, set_ or (), spaces.load(space))
-        raise typer.Exit(send(job, address=address, root=root, space=space, overrides=set_ or ()))
+        raise typer.Exit(send(job, address=address, root=root, space=space, overrides=set_ or (), options=options))
 
 
 @app.command()
@@ -547,7 +586,8 @@ def _cell(metric: dict[str, Any] | None) -> str:
         return "-"
     interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"
     unparsable = f", {metric['unparsable']} unparsable" if metric["unparsable"] else ""
-    return f"{metric['value']:.3f}{interval} ({metric['n']}{unparsable})"
+    # A training's loss has no items.
+    return f"{metric['value']:.3f}{interval}" + ("" if metric["n"] is None else f" ({metric['n']}{unparsable})")
 
 
 def main() -> None:

@@ -466,7 +466,7 @@ class WandbConfig(Frozen):
     entity: str | None = None
     """Team or user; null uses the account's default."""
     mode: Literal["online", "offline", "disabled"] = "online"
-    """offline writes files for `wandb sync`; online without a key falls back to offline and says so."""
+    """offline writes files that `steerlab wandb-send` sends; online without a key falls back to offline and says so."""
 
 
 class TrackConfig(Frozen):

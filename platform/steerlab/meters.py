@@ -23,7 +23,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from steerlab.plan import Record, Stage
 
 _SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000]
-STATES = ("pending", "running", "finished", "pruned", "failed")
+STATES = ("pending", "running", "finished", "pruned", "stopped", "failed")
 _rows: dict[str, float] = {}
 
 

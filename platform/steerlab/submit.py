@@ -35,13 +35,15 @@ def submit(
     root: str,
     space: Path | None = None,
     overrides: Sequence[str] = (),
+    options: Sequence[str] = (),
     working_dir: Path = Path("."),
     follow: bool = True,
 ) -> int:
     """Send the job (with `space`: the sweep) in `job_path` to the cluster at `address`, an http(s) URL.
 
     The working directory is uploaded without what .gitignore and .rayignore name; the entry point runs in its copy on the
-    cluster. `overrides` are `key=value`. With `follow`, logs are printed until the job ends; Ctrl-C leaves it running.
+    cluster. `overrides` are `key=value`, `options` those of `steerlab sweep`. With `follow`, logs are printed until the job
+    ends; Ctrl-C leaves it running.
 
     Returns:
         The entry point's exit code; 0 as soon as the job is accepted if it is not followed; 130 after Ctrl-C.
@@ -51,7 +53,7 @@ def submit(
             not answer (any more) or asks for a token that is missing or wrong.
     """
     working_dir = working_dir.resolve()
-    command = entrypoint(job_path, root=root, space=space, overrides=overrides, working_dir=working_dir)
+    command = entrypoint(job_path, root=root, space=space, overrides=overrides, options=options, working_dir=working_dir)
     check_upload(working_dir)
     client = _connect(address if "://" in address else f"http://{address}")
     job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env(working_dir), metadata={"job": str(job_path)})
@@ -68,7 +70,13 @@ def submit(
 
 
 def entrypoint(
-    job_path: Path, *, root: str, space: Path | None = None, overrides: Sequence[str] = (), working_dir: Path = Path(".")
+    job_path: Path,
+    *,
+    root: str,
+    space: Path | None = None,
+    overrides: Sequence[str] = (),
+    options: Sequence[str] = (),
+    working_dir: Path = Path("."),
 ) -> str:
     """Return the command that the cluster runs in its copy of the working directory. Raises SubmitError."""
     if not (root.startswith("/") or "://" in root):
@@ -76,8 +84,10 @@ def entrypoint(
             f"ROOT '{root}' is relative: on the cluster it would vanish with the uploaded copy."
             " Give a URI (s3://bucket/folder, or file:///folder that all nodes see), or an absolute path on a one-node cluster."
         )
+    if options and space is None:
+        raise SubmitError(f"{' '.join(options)}: that is for a sweep; name its search space with --space")
     files = [_inside(path, working_dir.resolve()) for path in (job_path, space) if path is not None]
-    arguments = ["run" if space is None else "sweep", *files, "--root", root]
+    arguments = ["run" if space is None else "sweep", *files, "--root", root, *options]
     for override in overrides:
         arguments += ["--set", override]
     return shlex.join(["python", "-m", "steerlab", *arguments])

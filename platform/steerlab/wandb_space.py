@@ -1,7 +1,8 @@
 """A search space in Ray Tune's vocabulary as the configuration of a Weights & Biases sweep.
 
 W&B draws the values; their meaning stays the same. What W&B cannot draw (a function, values that depend on each other) is
-refused with the entry's name. Entries that set several fields at once become one parameter whose values are lists.
+refused with the entry's name. Entries that set several fields at once become one parameter whose values are lists and whose
+name is all of theirs, method.name--method.pooling: W&B allows no commas.
 """
 
 from __future__ import annotations
@@ -15,24 +16,29 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUnifo
 Method = Literal["grid", "random", "bayes"]
 
 
+def metric_name(metric: str) -> str:
+    """Return what W&B calls a metric: a training's evaluation loss lies on the axis of its training there."""
+    return f"train/{metric}" if metric == "eval/loss" else metric
+
+
 def sweep_config(
     name: str,
     space: Mapping[str, Any],
     metric: str,
     mode: Literal["min", "max"],
     method: Method | None = None,
-    min_steps: int | None = None,
+    min_reports: int | None = None,
 ) -> dict[str, Any]:
     """Return W&B's configuration of a sweep.
 
-    `method` is by default grid where every entry is a list, else random; `min_steps` asks for W&B's hyperband, which stops
+    `method` is by default grid where every entry is a list, else random; `min_reports` asks for W&B's hyperband, which stops
     trials that do poorly after so many reports.
 
     Raises:
         ValueError: an entry has no counterpart, or a grid is asked for where there are ranges.
     """
-    parameters = {key: parameter(key, entry) for key, entry in space.items()}
-    ranges = [key for key, found in parameters.items() if "distribution" in found]
+    parameters = {parameter_name(key): parameter(key, entry) for key, entry in space.items()}
+    ranges = [key for key in space if "distribution" in parameters[parameter_name(key)]]
     if method == "grid" and ranges:
         raise ValueError(f"SPACE[{ranges[0]!r}] is a range; W&B's grid needs lists of values: use random or bayes")
     chosen = method or ("random" if ranges or any(isinstance(entry, Domain) for entry in space.values()) else "grid")
@@ -40,12 +46,17 @@ def sweep_config(
     config: dict[str, Any] = {
         "name": name,
         "method": chosen,
-        "metric": {"name": metric, "goal": goal},
+        "metric": {"name": metric_name(metric), "goal": goal},
         "parameters": parameters,
     }
-    if min_steps is not None:
-        config["early_terminate"] = {"type": "hyperband", "min_iter": min_steps}
+    if min_reports is not None:
+        config["early_terminate"] = {"type": "hyperband", "min_iter": min_reports}
     return config
+
+
+def parameter_name(entry: str) -> str:
+    """Return what W&B calls an entry of a space."""
+    return "--".join(key.strip() for key in entry.split(","))
 
 
 def parameter(key: str, entry: Any) -> dict[str, Any]:

@@ -189,8 +189,10 @@ SCHEDULER = ASHAScheduler(time_attr='step', grace_period=2, reduction_factor=2, 
 
 
 @pytest.mark.slow
-def test_asha_stops_trainings_that_fall_behind(cluster: None, tmp_path: Path) -> None:
-    tree = {**ASIDE, "train": {**ASIDE["train"], "steps": 40}}
+@pytest.mark.parametrize("warm", [True, False])
+def test_asha_stops_trainings_that_fall_behind(cluster: None, tmp_path: Path, warm: bool) -> None:
+    """Also those in workers of their own, whose process is not handed on while they are at work."""
+    tree = {**ASIDE, "train": {**ASIDE["train"], "steps": 40}, "scale": {"warm": warm}}
     _, outcome, rows = do(tmp_path, ask(tmp_path, tree, ASHA))
     by_status = {
         status: [row["param.train.lr"] for row in rows if row["status"] == status] for status in ("finished", "pruned")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import yaml
 
 from steerlab import report, tracking
 from steerlab.store import Store
-from steerlab.sweeps import driver, trials
+from steerlab.sweeps import driver, stops, trials
 from steerlab.sweeps import space as spaces
+from steerlab.tracking import agents
+from steerlab.wandb_space import sweep_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 TREE: dict[str, Any] = {
@@ -47,27 +52,25 @@ def server() -> Iterator[standin.Standin]:
         ray.shutdown()
 
 
-def ask(folder: Path) -> driver.Asked:
-    (folder / "a.yaml").write_text(yaml.safe_dump(TREE))
-    (folder / "space.py").write_text(SPACE)
+def ask(folder: Path, space: str = SPACE, tree: dict[str, Any] = TREE) -> driver.Asked:
+    (folder / "a.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "space.py").write_text(space)
     return driver.asked(trials.plan(folder / "a.yaml", (), spaces.load(folder / "space.py")), None, 1)
 
 
-def settled(server: standin.Standin, num_runs: int) -> bool:
-    """Wait for the trials' writers, which outlive their trials."""
-    import time
-
-    deadline_s = time.monotonic() + 120
-    while sum(1 for codes in server.exits.values() if codes) < num_runs and time.monotonic() < deadline_s:
+def until(condition: Callable[[], bool], wait_s: float = 120) -> None:
+    """Wait, for the trials' writers above all, which outlive their trials."""
+    deadline_s = time.monotonic() + wait_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "this did not come to pass"
         time.sleep(0.2)
-    return sum(1 for codes in server.exits.values() if codes) == num_runs
 
 
 def test_the_trials_of_a_sweep_are_the_runs_of_its_page(server: standin.Standin, tmp_path: Path) -> None:
     store = Store.open(str(tmp_path / "root"))
     done = driver.sweep(ask(tmp_path), store, resume=False, command="test")
     assert not done.interrupted and list(server.sweeps) == ["sweep1"]
-    assert settled(server, 3), "two trials, and the best one's own report"
+    until(lambda: sum(map(bool, server.exits.values())) == 2)
     on_page = {name: found for name, found in server.runs.items() if found.get("sweep") == "sweep1"}
     assert len(on_page) == 2 and {found["groupName"] for found in on_page.values()} == {done.folder.rpartition("/")[2]}
     for name, found in on_page.items():
@@ -78,17 +81,73 @@ def test_the_trials_of_a_sweep_are_the_runs_of_its_page(server: standin.Standin,
     assert "method.angle_rad" in (tmp_path / "page.html").read_text()
 
 
-def test_a_sweep_whose_values_wandb_chooses(server: standin.Standin, tmp_path: Path) -> None:
-    from dataclasses import replace
+CHOSEN = """from ray import tune
+SPACE = {
+    "method.angle_rad": tune.uniform(0.0, 1.6),
+    "train.steps": tune.choice([3, 100_000]),
+    "scale.warm": tune.choice([True, False]),
+}
+METRIC, MODE = "train/loss", "min"
+"""
 
+
+def chosen(angle: float, steps: int = 3, warm: bool = True) -> dict[str, Any]:
+    return {"method.angle_rad": angle, "train.steps": steps, "scale.warm": warm}
+
+
+def test_a_sweep_whose_values_wandb_chooses(server: standin.Standin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs at once; one is stopped where it trains, one whose training runs in other processes is ended with them."""
+    import ray
+
+    monkeypatch.setattr(agents, "HEARTBEAT_S", 0.3)
+    monkeypatch.setattr(stops, "GRACE_S", 2.0)
     store = Store.open(str(tmp_path / "root"))
-    server.commands = [
-        [{"type": "run", "run_id": f"chosen-{angle}", "args": {"method.angle_rad": {"value": angle}}}] for angle in (0.0, 1.5)
-    ] + [[{"type": "exit"}]]  # fmt: skip
-    asked = replace(ask(tmp_path), units=[])
-    done = driver.sweep(asked, store, resume=False, command="test", wandb_sweep="me/tests/sweep9")
-    assert done.summary["counts"]["finished"] == 2
-    rows = report.read_sweep(store, done.folder).trials
-    assert sorted(row["param.method.angle_rad"] for row in rows) == [0.0, 1.5]
-    assert settled(server, 6)
-    assert {"chosen-0.0", "chosen-1.5"} <= set(server.runs) and server.runs["chosen-1.5"]["sweep"] == "sweep9"
+    asked = replace(ask(tmp_path, CHOSEN), units=[])
+    server.config = sweep_config("aside", asked.plan.space.entries, "train/loss", "min", min_reports=5)
+    server.stops = lambda run, lines: sum("train/loss" in line for line in lines) >= 5
+    server.queue = [
+        ("first", chosen(0.1)),
+        ("stopped", chosen(0.2, 100_000)),
+        ("repeated", chosen(0.1)),
+        ("invalid", chosen(0.3, -1)),
+        ("ended", chosen(0.4, 100_000, warm=False)),
+        ("last", chosen(0.5)),
+    ]
+    with pytest.warns(UserWarning, match="W&B asks for .* again, which is not run twice"):
+        done = driver.sweep(asked, store, resume=False, command="test", wandb_sweep="me/tests/sweep9")
+    rows = {row["param.method.angle_rad"]: row for row in report.read_sweep(store, done.folder).trials}
+    statuses = {angle: row["status"] for angle, row in rows.items()}
+    assert statuses == {0.1: "finished", 0.2: "stopped", 0.3: "failed", 0.4: "stopped", 0.5: "finished"}
+    assert re.fullmatch(r"W&B stopped it after step \d+ of train", rows[0.2]["reason"])
+    assert rows[0.4]["reason"] == "W&B stopped it; its process was ended" and "train.steps" in rows[0.3]["reason"]
+    assert done.summary["counts"] == {"trials": 5, "failed": 1, "finished": 2, "stopped": 2} and done.summary["complete"]
+    until(lambda: ray.available_resources().get("CPU") == 2)  # what was ended holds nothing
+    until(lambda: all(server.exits[run] for run in ("first", "stopped", "ended", "last")))
+    for run in ("first", "stopped", "ended", "last"):
+        steps = [line["train/step"] for line in server.lines(run) if "train/step" in line]
+        assert steps == list(range(1, len(steps) + 1)) and server.runs[run]["sweep"] == "sweep9"
+        assert len(steps) == 3 if run in ("first", "last") else 5 <= len(steps) < 100_000
+    assert len(server.agents) == 2 and all(len(runs) < 2 for _, runs in server.heartbeats)
+    number = len(server.heartbeats)
+    again = driver.sweep(asked, store, resume=True, command="test", wandb_sweep="me/tests/sweep9")
+    assert again.folder == done.folder and again.summary["counts"] == done.summary["counts"]
+    assert all(not runs for _, runs in server.heartbeats[number:]), "a trial that W&B stopped is settled"
+
+
+@pytest.mark.parametrize(
+    ("track", "config", "message"),
+    [
+        ({"project": "tests", "mode": "offline"}, {}, "needs track.wandb with mode: online"),
+        ({"project": "other", "mode": "online"}, {}, "track.wandb.project is other, and the sweep me/tests/s lies in another"),
+        ({"project": "tests"}, {"parameters": {"train.lr": {"min": 0, "max": 1}}}, "W&B's sweep varies train.lr, which .* not"),
+    ],
+)
+def test_what_wandb_cannot_choose_for_is_refused(
+    server: standin.Standin, tmp_path: Path, track: dict[str, Any], config: dict[str, Any], message: str
+) -> None:
+    server.config = config
+    store = Store.open(str(tmp_path / "root"))
+    asked = replace(ask(tmp_path, SPACE, {**TREE, "track": {"wandb": track}}), units=[])
+    with pytest.raises(ValueError, match=message):
+        driver.sweep(asked, store, resume=False, command="test", wandb_sweep="me/tests/s")
+    assert not store.list("sweeps")

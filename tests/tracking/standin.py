@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,9 +34,15 @@ class Standin:
     used: list[dict[str, Any]] = field(default_factory=list)
     sweeps: dict[str, dict[str, Any]] = field(default_factory=dict)
     views: list[dict[str, Any]] = field(default_factory=list)
-    heartbeats: list[dict[str, Any]] = field(default_factory=list)
-    commands: list[list[dict[str, Any]]] = field(default_factory=list)
-    """What the next heartbeats of an agent are answered with."""
+    agents: list[str] = field(default_factory=list)
+    heartbeats: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Agent, and the runs that it said are alive."""
+    queue: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Runs and their parameters for agents that have none alive; when it is empty, they are told to exit."""
+    stops: Callable[[str, list[dict[str, Any]]], bool] = lambda run, lines: False
+    """Early termination: says by its history whether a run that is alive is to stop."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Of every sweep that nobody made here."""
     unknown: list[str] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -220,10 +226,30 @@ def _sweep(state: Standin, given: dict[str, Any]) -> dict[str, Any]:
     return {"upsertSweep": {"sweep": {"name": name, "id": name, "project": _PROJECT}, "configValidationWarnings": []}}
 
 
+def _agent(state: Standin, given: dict[str, Any]) -> dict[str, Any]:
+    state.agents.append(f"agent{len(state.agents) + 1}")
+    return {"createAgent": {"agent": {"id": state.agents[-1]}}}
+
+
 def _heartbeat(state: Standin, given: dict[str, Any]) -> dict[str, Any]:
-    state.heartbeats.append(json.loads(given["runState"]))
-    commands = state.commands.pop(0) if state.commands else []
+    alive = json.loads(given["runState"])
+    state.heartbeats.append((given["id"], alive))
+    commands: list[dict[str, Any]]
+    if alive:
+        commands = [{"type": "stop", "run_id": run} for run in alive if state.stops(run, state.lines(run))]
+    elif state.queue:
+        run, parameters = state.queue.pop(0)
+        commands = [{"type": "run", "run_id": run, "args": {name: {"value": value} for name, value in parameters.items()}}]
+    else:
+        commands = [{"type": "exit"}]
     return {"agentHeartbeat": {"agent": {"id": given["id"]}, "commands": json.dumps(commands)}}
+
+
+def _sweep_with_runs(state: Standin, given: dict[str, Any]) -> dict[str, Any]:
+    known = state.sweeps.get(given["sweep"])
+    config = known["config"] if known is not None else json.dumps(state.config)
+    found = {"id": "x", "name": given["sweep"], "state": "RUNNING", "config": config, "runs": {"edges": []}}
+    return {"project": {"sweep": None if given["sweep"] == "nowhere" else found}}
 
 
 def _view(state: Standin, given: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +290,8 @@ _ANSWERS: dict[str, Any] = {
     "CreateArtifact": _artifact,
     "UseArtifact": _use,
     "UpsertSweep": _sweep,
-    "CreateAgent": lambda state, given: {"createAgent": {"agent": {"id": "agent1"}}},
+    "CreateAgent": _agent,
+    "SweepWithRuns": _sweep_with_runs,
     "Heartbeat": _heartbeat,
     "GetProjects": lambda state, given: {"models": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": [_NODE]}},
     "ProjectInternalId": lambda state, given: {"project": {"id": "x", "internalId": "x"}},

@@ -199,7 +199,7 @@ def test_offline_files_of_a_resumed_run_hold_everything_once(server: standin.Sta
     assert not server.runs
     (file,) = tmp_path.rglob("*.wandb")
     done = subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", str(file.parent)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "wandb", "sync", str(file.parent)], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert steps(server) == list(range(1, 31))

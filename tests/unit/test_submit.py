@@ -35,6 +35,20 @@ def test_entrypoint_of_a_job(folder: Path) -> None:
 def test_entrypoint_of_a_sweep(folder: Path) -> None:
     command = entrypoint(folder / "jobs" / "a b.yaml", root="/r", space=folder / "spaces" / "s.py", working_dir=folder)
     assert command == "python -m steerlab sweep 'jobs/a b.yaml' spaces/s.py --root /r"
+    again = entrypoint(
+        folder / "jobs" / "a b.yaml",
+        root="/r",
+        space=folder / "spaces" / "s.py",
+        overrides=("train.lr=1",),
+        options=("--seeds", "2", "--resume"),
+        working_dir=folder,
+    )
+    assert again == f"{command} --seeds 2 --resume --set train.lr=1"
+
+
+def test_options_of_a_sweep_need_a_space(folder: Path) -> None:
+    with pytest.raises(SubmitError, match="--resume: that is for a sweep; name its search space with --space"):
+        entrypoint(folder / "jobs" / "a b.yaml", root="/r", options=("--resume",), working_dir=folder)
 
 
 @pytest.mark.parametrize("root", ["out", "./out", "~/out", ""])

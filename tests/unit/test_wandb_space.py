@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray import tune
 
+from steerlab.job import JobError
+from steerlab.sweeps import space as spaces
+from steerlab.sweeps.agent import point_of
 from steerlab.wandb_space import parameter, sweep_config
 
 
@@ -33,9 +38,9 @@ def test_each_kind_of_entry(entry: Any, meant: dict[str, Any]) -> None:
 
 def test_a_whole_space() -> None:
     space = {"train.lr": tune.loguniform(1e-4, 1e-2), "method.name, method.pooling": tune.grid_search([("aura", "max")])}
-    config = sweep_config("job", space, "separation/sep", "max", min_steps=20)
+    config = sweep_config("job", space, "separation/sep", "max", min_reports=20)
     assert config["method"] == "random" and config["metric"] == {"name": "separation/sep", "goal": "maximize"}
-    assert config["parameters"]["method.name, method.pooling"] == {"values": [["aura", "max"]]}
+    assert config["parameters"]["method.name--method.pooling"] == {"values": [["aura", "max"]]}
     assert config["early_terminate"] == {"type": "hyperband", "min_iter": 20}
     assert sweep_config("job", {"snapshot": tune.grid_search([1])}, "m", "min")["method"] == "grid"
     assert sweep_config("job", space, "m", "min", "bayes")["method"] == "bayes"
@@ -52,3 +57,17 @@ def test_a_whole_space() -> None:
 def test_what_wandb_cannot_draw(space: dict[str, Any], method: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sweep_config("job", space, "m", "min", method)
+
+
+def test_names_are_those_that_wandb_takes_and_lead_back() -> None:
+    """Its schema allows letters, digits, underscores, dots and dashes; a comma or a blank is refused."""
+    folder = Path(__file__).parents[2] / "search_spaces"
+    found = [spaces.load(path) for path in sorted(folder.glob("*.py"))]
+    assert any("," in entry for space in found for entry in space.entries)
+    for space in found:
+        parameters = sweep_config("job", space.entries, "m", "min")["parameters"]
+        assert all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name) for name in parameters), space.path
+        values = {name: entry.get("values", [0])[0] for name, entry in parameters.items()}
+        assert set(point_of(space, values)) == {key.strip() for entry in space.entries for key in entry.split(",")}
+    with pytest.raises(JobError, match=r"W&B's sweep varies train.lrr, which .* does not: "):
+        point_of(found[0], {"train.lrr": 1})

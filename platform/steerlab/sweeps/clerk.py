@@ -11,7 +11,9 @@ from typing import Any
 from ray import tune
 
 from steerlab import meters, run
-from steerlab.sweeps import results, search
+from steerlab.store import Store
+from steerlab.sweeps import processes, results, search, stops
+from steerlab.sweeps.agent import WHY, Agent
 from steerlab.sweeps.history import History
 from steerlab.sweeps.trials import Unit
 
@@ -25,8 +27,20 @@ class Clerk(tune.Callback):
     """Ray Tune's callback in every sweep."""
 
     def __init__(
-        self, history: History, feed: search.Feed, metric: str, mode: str, write: Callable[[], None], say: Say
+        self,
+        history: History,
+        feed: search.Feed,
+        metric: str,
+        mode: str,
+        write: Callable[[], None],
+        say: Say,
+        store: Store,
+        agent: Agent | None = None,
     ) -> None:
+        """Write `history`; `agent` says which units W&B wants stopped."""
+        self._store, self._agent = store, agent
+        self._stopping: dict[int, float] = {}
+        """Units that are to stop, and when they were asked to."""
         self._history, self._feed, self._metric, self._mode = history, feed, metric, mode
         self._write, self._say = write, say
         self._written_s = 0.0
@@ -34,6 +48,18 @@ class Clerk(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave everything out of what Ray Tune pickles: nobody reads that."""
         return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Ask units that W&B stops to stop, and end the process of one that does not."""
+        wanted = self._agent.stopped if self._agent is not None else set()
+        for trial, unit in self._feed.units.items() if wanted else ():
+            if unit.name not in wanted or self._history.courses[unit.number].settled:
+                continue
+            if unit.number not in self._stopping:
+                self._stopping[unit.number] = time.monotonic()
+                stops.ask(self._store, self._history.folder, unit.name, WHY)
+            elif time.monotonic() - self._stopping[unit.number] > stops.GRACE_S:
+                processes.end(trial)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A process runs a unit."""
@@ -53,12 +79,16 @@ class Clerk(tune.Callback):
             self._history.add("report", unit=unit.number, step=result["step"], value=value)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """It is done; without rows the scheduler stopped it."""
+        """It is done; without rows the scheduler stopped it, or its process was ended because W&B stopped it."""
         unit = self._unit(trial)
-        if not self._history.courses[unit.number].settled:
+        if self._history.courses[unit.number].settled:
+            return
+        if unit.number in self._stopping:
+            self._history.add("stop", unit=unit.number, reason=f"{WHY}; its process was ended")
+        else:
             reason = f"stopped by the scheduler after step {self._last_step(unit)}"
             self._history.add("prune", unit=unit.number, reason=reason)
-            self._tell(unit)
+        self._tell(unit)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process failed more often than it may."""
@@ -77,6 +107,9 @@ class Clerk(tune.Callback):
         return self._feed.units[trial.trial_id]
 
     def _settle(self, unit: Unit, outcome: dict[str, Any]) -> None:
+        if "stopped" in outcome:
+            self._history.add("stop", unit=unit.number, reason=outcome["stopped"])
+            return self._tell(unit)
         rows = outcome.get("rows", [])
         found = results.scored(rows, self._metric)
         best = results.best_of(found, self._mode)
@@ -93,6 +126,8 @@ class Clerk(tune.Callback):
 
     def _tell(self, unit: Unit) -> None:
         course, all_courses = self._history.courses[unit.number], self._history.courses
+        if self._agent is not None:
+            self._agent.settled(unit)
         self._count()
         params = ", ".join(f"{key}={value}" for key, value in unit.shared.items())
         measured = "" if course.score is None else f", {self._metric} {course.score:.4g}"

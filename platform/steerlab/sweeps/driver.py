@@ -22,6 +22,7 @@ from steerlab import job as jobs
 from steerlab.job import Job, JobError
 from steerlab.store import Store
 from steerlab.sweeps import page, processes, results, search, trials
+from steerlab.sweeps.agent import Agent
 from steerlab.sweeps.clerk import MAX_DEATHS, Clerk, Say
 from steerlab.sweeps.history import History
 from steerlab.sweeps.space import finite, is_grid
@@ -155,13 +156,14 @@ def sweep(
         ValueError: there is nothing to go on with, another process runs it, or a trial does not fit.
     """
     num_at_once = concurrency(asked)
+    agent = Agent(wandb_sweep, asked.plan, asked.seeds, num_at_once) if wandb_sweep is not None else None
     folder = _to_resume(asked, store) if resume else f"sweeps/{asked.plan.job.name}/{run.new_id()}"
     try:
         with plan.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False):
             history = _begin(asked, store, folder)
             left = len(history.pending)
             say(f"{folder}: {len(history.courses)} units, {left} left, {num_at_once} at once" if asked.units else f"{folder}")
-            interrupted = _run(asked, store, folder, history, num_at_once, command, say, wandb_sweep)
+            interrupted = _run(asked, store, folder, history, num_at_once, command, say, agent)
             tracking.drain(tracking.FINISH_WAIT_S)
             return Outcome(folder, _conclude(asked, store, folder, history, interrupted, command, say), interrupted)
     except plan.Held:
@@ -226,13 +228,12 @@ def _run(
     num_at_once: int,
     command: str,
     say: Say,
-    wandb_sweep: str | None,
+    agent: Agent | None,
 ) -> bool:
     """Let Ray Tune run what is not settled; say whether it was interrupted."""
-    suggester: search.Suggests | None = None
-    agent = None
-    if wandb_sweep is not None:
-        agent = suggester = page.Agent(wandb_sweep, asked.plan, asked.seeds, store, folder)
+    suggester: search.Suggests | None = agent
+    if agent is not None:
+        agent.start(store, folder, history)
     elif asked.plan.space.search_alg is not None:
         space, mode = asked.plan.space, asked.plan.mode
         suggester = search.Suggester(space, mode, asked.plan.strengths, asked.seeds, asked.num_samples)
@@ -241,11 +242,11 @@ def _run(
     scheduler = asked.plan.space.scheduler
     if scheduler is not None:
         search.replay(scheduler, history)
-    sweep_id = page.begin(asked.plan, store, folder) if wandb_sweep is None else wandb_sweep.rpartition("/")[2]
+    sweep_id = page.begin(asked.plan, store, folder) if agent is None else agent.sweep_id
 
     def request(unit: Unit) -> dict[str, Any]:
         shown = {"page": sweep_id, "wandb_run": agent.runs.get(unit.name) if agent is not None else None}
-        return _request(asked, store, folder, unit, {"command": command, **shown})
+        return _request(asked, store, folder, unit, {"command": command, "stoppable": agent is not None, **shown})
 
     feed = search.Feed(history, request, suggester)
     write = lambda: results.write_table(store, f"{folder}/trials.parquet", results.all_rows(history))  # noqa: E731
@@ -265,12 +266,16 @@ def _run(
         run_config=tune.RunConfig(
             name="tune",
             storage_path=f"{store.root}/{folder}",
-            callbacks=[Clerk(history, feed, asked.plan.metric, asked.plan.mode, write, say)],
+            callbacks=[Clerk(history, feed, asked.plan.metric, asked.plan.mode, write, say, store, agent)],
             failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             verbose=0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        if agent is not None:
+            agent.close()
     is_exhausted = suggester is None or (not suggester.waiting and suggester.next(history) is None)
     if not history.pending and is_exhausted:
         return False
@@ -305,7 +310,7 @@ def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str
     }
     path = f"{folder}/units/{unit.name}.json"
     store.write_json(path, request)
-    return {"root": store.root, "request": path}
+    return {"root": store.root, "request": path, "warm": all(job.scale.warm for job in made)}
 
 
 def _conclude(

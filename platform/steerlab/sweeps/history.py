@@ -5,6 +5,7 @@
     report    a value that the scheduler saw         finish    the unit's rows: parameters, metrics, seconds, keys
     stop      it was interrupted                     fail      the unit failed, and why
     end       every unit is settled                  prune     the scheduler stopped the unit
+                                                     stop      W&B stopped the unit, and when
 
 Only the sweep's own process writes. What was trained and measured is in the artifacts: a unit whose line is missing runs
 again and finds them there.
@@ -19,8 +20,8 @@ from typing import Any, Literal
 from steerlab.store import Store
 from steerlab.sweeps.trials import Unit
 
-Status = Literal["pending", "running", "finished", "failed", "pruned"]
-_SETTLES: dict[str, Status] = {"finish": "finished", "fail": "failed", "prune": "pruned"}
+Status = Literal["pending", "running", "finished", "failed", "pruned", "stopped"]
+_SETTLES: dict[str, Status] = {"finish": "finished", "fail": "failed", "prune": "pruned", "stop": "stopped"}
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Course:
     @property
     def settled(self) -> bool:
         """Say whether nothing is left to do."""
-        return self.status in ("finished", "failed", "pruned")
+        return self.status in _SETTLES.values()
 
 
 class History:

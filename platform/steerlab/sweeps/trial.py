@@ -16,11 +16,12 @@ from steerlab.job import Job, Limit
 from steerlab.run import Run
 from steerlab.stages import JobType, model_stage
 from steerlab.store import Store
-from steerlab.sweeps import page
+from steerlab.sweeps import page, stops
 from steerlab.sweeps.space import STRENGTH
 from steerlab.sweeps.trials import Trial, Unit
 
 DRIVER_CPUS = 0.01
+Reported = Callable[[plan.Stage, dict[str, Any]], None]
 
 
 def run_unit(config: dict[str, Any]) -> None:
@@ -30,23 +31,36 @@ def run_unit(config: dict[str, Any]) -> None:
     store = Store(config["root"])
     request = store.read_json(config["request"])
     unit = Unit.from_dict(request["unit"])
+    obey = stops.Obedience(store, config["request"])
     rows: list[dict[str, Any]] = []
     try:
         for number, (seed, tree) in enumerate(zip(unit.seeds, request["jobs"], strict=True)):
             job = JobType.model_validate(tree)
-            listener = plan.Listener(reported=_watched(job, request["watched"] if number == 0 else None, tune.report))
+            watched = _watched(job, request["watched"] if number == 0 else None, tune.report)
+            listener = plan.Listener(reported=watched)
+            if request["stoppable"]:
+                listener = plan.Listener(obey.before, reported=_both(watched, obey.during))
             run_id, place = f"{request['sweep']}-{unit.name}-{seed}", page.place_of(request, unit, job, seed)
             done = run.execute(job, store, listener, request["command"], run_id=run_id, place=place)
             rows += rows_of(job, done, store, unit, seed, request["metric"], request["within"])
+    except stops.Stopped as stopped:
+        tune.report({"outcome": json.dumps({"stopped": str(stopped)})})
+        return
     except (plan.StageError, ValueError, OSError) as error:
         tune.report({"outcome": json.dumps({"reason": " ".join(str(error).split())[:1000]})})
         return
     tune.report({"outcome": json.dumps({"rows": rows})})
 
 
-def _watched(
-    job: Job, metric: str | None, report: Callable[[dict[str, Any]], None]
-) -> Callable[[plan.Stage, dict[str, Any]], None]:
+def _both(first: Reported, second: Reported) -> Reported:
+    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+        first(stage, metrics)
+        second(stage, metrics)
+
+    return reported
+
+
+def _watched(job: Job, metric: str | None, report: Callable[[dict[str, Any]], None]) -> Reported:
     """Return a listener that shows a scheduler the metric that it goes by, as the job's own training reports it."""
     own = model_stage(job) if metric is not None else None
 

@@ -24,7 +24,7 @@ from steerlab.stages import JobType, leaves_patch
 from steerlab.sweeps.space import STRENGTH, Point, Space, extremes, finite
 
 SNAPSHOT = "snapshot"
-_TRAINING_METRICS = ("train/loss", "eval/loss")
+TRAINING_METRICS = ("train/loss", "eval/loss")
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _check_metric(found: Plan) -> None:
         reason = unmeasured(choose.within.metric, job.evaluate)
         if reason is not None:
             raise JobError(f"{found.path}: choose.within: {choose.within.metric} is not measured: {reason}")
-    if found.metric in _TRAINING_METRICS:
+    if found.metric in TRAINING_METRICS:
         if job.train is None or (found.metric == "eval/loss" and job.data.validation is None):
             raise JobError(
                 f"{found.space.path}: METRIC {found.metric}: the job measures none; it needs train and data.validation"

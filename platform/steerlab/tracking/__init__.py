@@ -31,7 +31,8 @@ FINISH_WAIT_S = 5.0
 MAX_TABLE_ROWS = 1000
 MAX_IMAGES = 64
 """Of one strength and guidance."""
-_NO_KEY = "no W&B API key: the run is written offline; upload it with `wandb sync`"
+NO_KEY = "no W&B API key: set WANDB_API_KEY or run `wandb login`"
+_OFFLINE = "no W&B API key: the run is written offline; once there is a key, `steerlab wandb-send RUN` sends it"
 _REASONS = ("no W&B API key", "as the job asks")
 _POLL_S = 0.05
 _writer: IO[bytes] | None = None
@@ -60,11 +61,14 @@ def mode_of(track: TrackConfig) -> str:
     wanted = track.wandb
     if wanted is None or wanted.mode == "disabled":
         return "disabled"
-    return "offline" if wanted.mode == "online" and not _has_key() else wanted.mode
+    return "offline" if wanted.mode == "online" and not has_key() else wanted.mode
 
 
-def _has_key() -> bool:
-    """Look where `wandb login` keeps keys; the client itself would take 0.2 s to import and keeps what it once found."""
+def has_key() -> bool:
+    """Say whether there is an API key, where `wandb login` keeps keys.
+
+    The client itself would take 0.2 s to import and keeps what it once found.
+    """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
@@ -93,7 +97,7 @@ class Tracker:
             return
         keyless = mode == "offline" and track.wandb.mode == "online"
         if keyless:
-            warnings.warn(_NO_KEY, stacklevel=2)
+            warnings.warn(_OFFLINE, stacklevel=2)
         settings = {
             "project": track.wandb.project,
             "entity": track.wandb.entity,
@@ -196,7 +200,12 @@ def send(directory: Path) -> dict[str, Any]:
     """Send the run of a spool's directory again, online; lines that the server holds are not doubled.
 
     Returns the writer's status.
+
+    Raises:
+        ValueError: there is no key.
     """
+    if not has_key():
+        raise ValueError(NO_KEY)
     settings = spool.read_json(directory / spool.SETTINGS)
     spool.write_json(directory / spool.SETTINGS, {**settings, "mode": "online", "reason": None})
     (directory / spool.STATUS).unlink(missing_ok=True)

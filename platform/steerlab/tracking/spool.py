@@ -16,6 +16,8 @@ from typing import Any
 EVENTS = "events.jsonl"
 SETTINGS = "settings.json"
 STATUS = "status.json"
+FIRST = "first.json"
+"""What step the first line is on the server, since a line was sent; below 0 where the server had lines from a lost spool."""
 HISTORY = ("log", "table", "images")
 """Kinds of events that are lines of the history."""
 

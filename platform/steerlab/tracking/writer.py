@@ -158,7 +158,13 @@ class _History:
         self.held = run.starting_step if self.online else 0
         """Lines of the history that the server holds."""
         self.number = 0
+        self.seen = 0
+        """Lines of the spool so far."""
         self.axes: set[str] = set()
+        self.first = directory / spool.FIRST
+        if self.first.exists():
+            self.number = spool.read_json(self.first)["step"]
+            return
         earlier = [event["kind"] for event in spool.read(self.events)]
         if self.held and not any(kind in spool.HISTORY for kind in earlier[: _last(earlier, "open")]):
             self.number = self.held  # the machine that held the spool's first lines is gone
@@ -183,8 +189,11 @@ class _History:
             self.run.define_metric(event["axis"])
             self.run.define_metric(event["axis"].rpartition("/")[0] + "/*", step_metric=event["axis"])
         if self.number >= self.held and not self._is_known(event):
+            if self.online and not self.first.exists():
+                spool.write_json(self.first, {"step": self.number - self.seen})
             _keep(event, lambda event: self.run.log({**_content(event), "_timestamp": event["time"]}, self.number, commit=True))
         self.number += 1
+        self.seen += 1
 
     def _is_known(self, event: dict[str, Any]) -> bool:
         """Say whether a line of a lost spool is in the server's summary already."""
