@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source cluster/environment.sh
 
 python="${PYTHON:-python}"
-needed="deepspeed diffusers importlinter optuna peft plotly pyright pytest ray ruff sklearn torch transformers typer vaderSentiment wandb"
+needed="deepspeed diffusers importlinter optuna peft plotly pyright pytest ray ruff sklearn torch transformers typer vaderSentiment wandb xdist"
 # shellcheck disable=SC2086
 if "$python" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, sys.argv[1:]))' $needed 2>/dev/null; then
     PATH="$(dirname "$(command -v "$python")"):$PATH"
@@ -32,5 +32,8 @@ check pyright --pythonpath "$(command -v python)"
 code=0
 echo "== pytest $*"
 [[ ${#failed[@]} -eq 0 ]] || printf 'failed before the tests: %s\n' "${failed[@]}"
+if [[ $# -eq 0 ]]; then
+    set -- -n 2 --dist loadgroup # what waits for Ray leaves a core to the others
+fi
 python -m pytest "$@" || code=$?
 [[ ${#failed[@]} -eq 0 && $code -eq 0 ]] || exit 1
