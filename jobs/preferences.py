@@ -114,6 +114,9 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(variant.name for variant in VARIANTS)}")
     chosen = [variant for variant in VARIANTS if not only or variant.name in only]
+    missing = [name for name in (judge, VARIANTS[0].name) if name not in {variant.name for variant in chosen}]
+    if win_rate and missing:
+        raise typer.BadParameter(f"--win-rate asks {missing[0]!r}, which --only leaves out")
     jobs = {variant.name: [wanted(pair, variant, seed, set_ or []) for seed in range(seeds)] for variant in chosen}
     facts = {name: run.check(group[0]) for name, group in jobs.items()}
     run.connect()

@@ -448,7 +448,7 @@ def check_scheduler(directory: Path, sampler: SamplerConfig) -> None:
     _, kind = _class_of(directory)
     own = next(part for _, part in _parts(directory, only=("scheduler",)))
     scheduler_like(own, sampler)
-    takes = inspect.signature(kind.__call__).parameters
+    takes = _arguments(kind)
     for setting, argument in (("timesteps", "timesteps"), ("size", "height")):
         if getattr(sampler, setting) is not None and argument not in takes:
             raise ValueError(f"sampler.{setting}: a {kind.__name__} has no such setting")

@@ -128,9 +128,9 @@ class PixelPipeline(DiffusionPipeline):
         return ((x_BCHW / 2 + 0.5).clamp(0, 1),)
 
     def _step_arguments(self, generator: list[torch.Generator] | None) -> dict[str, Any]:
-        return {"generator": generator} if "generator" in _step_arguments(type(self.scheduler)) else {}
+        return {"generator": generator} if "generator" in _taken_by_step(type(self.scheduler)) else {}
 
 
 @cache
-def _step_arguments(scheduler: type[Any]) -> frozenset[str]:
+def _taken_by_step(scheduler: type[Any]) -> frozenset[str]:
     return frozenset(inspect.signature(scheduler.step).parameters)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,6 @@ if not ends:
     time.sleep(600)
 tracker.finish({"metric": 0.5}, 0, wait_s=60)
 """
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[standin.Standin]:
-    with standin.serving() as state:
-        monkeypatch.setenv("WANDB_BASE_URL", state.url)
-        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-        tracking.close(30)  # a writer has its server from the environment that it starts in
-        yield state
-        tracking.close(120)
 
 
 def tracker(directory: Path, run_id: str = "run-1", place: Place = Place()) -> Tracker:  # noqa: B008
