@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +65,6 @@ def test_parameters_are_fields_of_jobs() -> None:
                 names = board.methods or tuple(METHODS)
                 assert any(rest in METHODS[name].Config.model_fields for name in names), path
         assert set(board.methods) <= set(METHODS)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[standin.Standin]:
-    with standin.serving() as state:
-        monkeypatch.setenv("WANDB_BASE_URL", state.url)
-        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        yield state
 
 
 def test_push_writes_views_and_a_report(server: standin.Standin) -> None:

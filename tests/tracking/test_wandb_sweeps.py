@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,6 @@ CONFIG = {"name": "angles", "method": "grid", "parameters": {"method.angle_rad":
 
 def tracked(mode: str = "online") -> TrackConfig:
     return TrackConfig.model_validate({"wandb": {"project": "tests", "entity": "me", "mode": mode}})
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[standin.Standin]:
-    with standin.serving() as state:
-        monkeypatch.setenv("WANDB_BASE_URL", state.url)
-        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        yield state
 
 
 def test_a_page_is_made_once_and_found_again(server: standin.Standin, tmp_path: Path) -> None:
