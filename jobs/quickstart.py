@@ -4,7 +4,7 @@ Entry point of jobs/quickstart.sh, which sends it to a cluster with `ray job sub
 
     python jobs/quickstart.py --root ROOT [--output page.html]
 
-Lanes run side by side; stages that they share run once. What is in ROOT already is not run again.
+Some parts run side by side; stages that they share run once. What is in ROOT already is not run again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from steerlab.training import warm
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ("scale.warm=true", "scale.cpus_per_worker=1")
-"""Processes that stay, of one core each: small trainings start within a second, and lanes run side by side."""
+"""Processes that stay, of one core each: small stages start within a second, and parts run side by side."""
+AT_ONCE = 3
+"""Parts that run side by side, each with one trial at a time: two cores have work while one part waits for something."""
 
 
 class Part(NamedTuple):
@@ -46,25 +48,19 @@ SMOLLM2 = (
     "choose=null", "method.name=gaussian_act", "evaluate.0.prompts.limit=12", "evaluate.0.max_new_tokens=16",
     "evaluate.1.data.limit=12", "evaluate.0.strengths=[0.25, 0]", "evaluate.1.strengths=[0.25, 0]",
 )  # fmt: skip
-LANES = (
-    (
-        Part("base model", "tiny/base.yaml"),
-        Part("ASIDE", "tiny/aside.yaml", ("train.steps=75",), knob="rotation_angle"),
-        Part("ISE", "tiny/ise.yaml", ("train.steps=75",)),
-    ),
-    (
-        Part("digits", "tiny/digits.yaml"),
-        Part("diffusion", "tiny/diffusion_lineas.yaml", knob="diffusion_strength"),
-        Part("LinEAS", "tiny/lineas.yaml", knob="steering_steps"),
-    ),
-    (
-        Part("Gaussian-AcT on SmolLM2", "act.yaml", SMOLLM2),
-        Part("Safety-WaRP", "tiny/warp.yaml", ("train.steps=50",), knob="keep_ratio"),
-        Part("IAV", "tiny/iav.yaml", knob="alpha"),
-        Part("DPO", "tiny/dpo.yaml"),
-    ),
+PARTS = (
+    Part("base model", "tiny/base.yaml"),
+    Part("digits", "tiny/digits.yaml"),
+    Part("Gaussian-AcT on SmolLM2", "act.yaml", SMOLLM2),
+    Part("Safety-WaRP", "tiny/warp.yaml", ("train.steps=50",), knob="keep_ratio"),
+    Part("ASIDE", "tiny/aside.yaml", ("train.steps=75",), knob="rotation_angle"),
+    Part("diffusion", "tiny/diffusion_lineas.yaml", knob="diffusion_strength"),
+    Part("LinEAS", "tiny/lineas.yaml", knob="steering_steps"),
+    Part("IAV", "tiny/iav.yaml", knob="alpha"),
+    Part("ISE", "tiny/ise.yaml", ("train.steps=75",)),
+    Part("DPO", "tiny/dpo.yaml"),
 )
-"""Three lanes keep two cores busy: one of them always waits for something."""
+"""In the order in which they begin: first what others build on, the shortest last."""
 
 
 class Checked(NamedTuple):
@@ -91,7 +87,10 @@ def perform(checked: Checked, store: Store) -> str:
     if isinstance(checked.todo, job.Job):
         return execute(name, checked.todo, store, command).folder
     is_begun = driver.latest(checked.todo, store) is not None
-    return driver.sweep(checked.todo, store, resume=is_begun, command=command, say=lambda line: say(f"{name}: {line}")).folder
+    found = driver.sweep(
+        checked.todo, store, resume=is_begun, command=command, say=lambda line: say(f"{name}: {line}"), at_once=1
+    )
+    return found.folder
 
 
 def shown(found: report.Sweep) -> Table:
@@ -120,24 +119,23 @@ def main(
     """Run all parts, print what they found, write the page."""
     store = Store.open(root)
     run.connect()
-    warm.prepare(len(LANES))
-    lanes = [[check(part) for part in lane] for lane in LANES]
-    for checked in (checked for lane in lanes for checked in lane):
+    warm.prepare(AT_ONCE)
+    parts = [check(part) for part in PARTS]
+    for checked in parts:
         if isinstance(checked.todo, job.Job):
             capacity.check_cluster(checked.todo, store, run.facts_of(checked.todo))
         else:
             driver.check_cluster(checked.todo, store)
-    pool = ThreadPoolExecutor(len(lanes))
+    pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        done = list(pool.map(lambda lane: [perform(checked, store) for checked in lane], lanes))
+        folders = list(pool.map(lambda checked: perform(checked, store), parts))
     except KeyboardInterrupt:
         say("stopped; the same command goes on where this one was")
         ray.shutdown()
-        os._exit(130)  # lanes in other threads are not waited for: what they have is in ROOT
+        os._exit(130)  # parts in other threads are not waited for: what they have is in ROOT
     except (plan.StageError, ValueError) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    folders = [folder for lane in done for folder in lane]
     entries = [report.read(store, folder) for folder in folders if folder.startswith("runs/")]
     sweeps = [report.read_sweep(store, folder) for folder in folders if folder.startswith("sweeps/")]
     console.print(listed(entries))

@@ -135,6 +135,7 @@ def sweep(
     samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or times each grid is gone through.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Trials that run at a time at most; else all that fit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show trials, stages, time and bytes; start nothing.")] = False,
     backend: Annotated[str, typer.Option(help="Who chooses the points: ray, or wandb (with --wandb-sweep).")] = "ray",
     wandb_sweep: Annotated[
@@ -164,7 +165,9 @@ def sweep(
             driver.check_cluster(asked, store)
             say = _quiet if as_json else _say
             command = " ".join(sys.argv)
-            outcome = driver.sweep(asked, store, resume=resume, command=command, say=say, wandb_sweep=wandb_sweep)
+            outcome = driver.sweep(
+                asked, store, resume=resume, command=command, say=say, at_once=at_once, wandb_sweep=wandb_sweep
+            )
         if outcome.interrupted:
             raise KeyboardInterrupt
     if as_json:
@@ -451,13 +454,14 @@ def submit(
         int | None, typer.Option(min=1, help="Of a sweep: points to draw, or times a grid is gone through.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Of a sweep: training seeds of every trial.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Of a sweep: trials that run at a time at most.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
     set_: SetOption = None,
 ) -> None:
     """Run a job or a sweep on a cluster through Ray's job API and follow its log."""
     from steerlab.submit import submit as send
 
-    given = {"--samples": samples, "--seeds": seeds}
+    given = {"--samples": samples, "--seeds": seeds, "--at-once": at_once}
     options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
     options += ["--resume"] if resume else []
     with _explained():

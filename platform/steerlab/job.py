@@ -436,8 +436,8 @@ class ScaleConfig(Frozen):
     max_failures: int = Field(3, ge=0)
     """Worker failures survived before the stage fails."""
     warm: bool | None = None
-    """Train one worker and evaluate in processes that stay for the next training, which saves their start; null does so for a
-    sweep's trials of one worker without a GPU."""
+    """Read activations, train one worker and evaluate in processes that stay for the next stage, which saves their start; null
+    does so for a sweep's trials of one worker without a GPU."""
 
     @property
     def worker_range(self) -> tuple[int, int]:

@@ -338,11 +338,12 @@ class ActivationPatch(nn.Module):
         Gradients are then sums that the norm's own backward pass has, and no passes over all values.
         """
         own: list[dict[str, Any]] = []
+        takes_all = self.selection.takes_all_tokens
 
         def enter(_norm: nn.Module, args: tuple[Any, ...]) -> None:
-            is_whole = forward.acts and self.selection.takes_all_tokens and forward.strength(number, 1) is None
-            trains = layer.scale.requires_grad and torch.is_grad_enabled()
-            if is_whole and trains and args and args[0].dtype == layer.scale.dtype:
+            trains = takes_all and layer.scale.requires_grad and torch.is_grad_enabled()
+            is_whole = trains and forward.acts and forward.strength(number, 1) is None
+            if is_whole and args and args[0].dtype == layer.scale.dtype:
                 own.append({"weight": norm.weight, "bias": norm.bias})
                 norm._parameters.update(zip(("weight", "bias"), layer.merged(norm), strict=True))  # type: ignore[arg-type]
 

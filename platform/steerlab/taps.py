@@ -266,12 +266,12 @@ class Reader:
     def _hook(self, place: Tap, side: str) -> Any:
         module = self._model.get_submodule(place.module)
         if side == "output":
-            return module.register_forward_hook(lambda _m, _i, output: self._keep(place, output))
+            return module.register_forward_hook(lambda _m, _i, output: self._keep(place, module, output))
         return module.register_forward_pre_hook(
-            lambda _m, args, kwargs: self._keep(place, first_argument(args, kwargs)), with_kwargs=True
+            lambda _m, args, kwargs: self._keep(place, module, first_argument(args, kwargs)), with_kwargs=True
         )
 
-    def _keep(self, place: Tap, output: Any) -> None:
+    def _keep(self, place: Tap, module: nn.Module, output: Any) -> None:
         call = models.running(self._model)
         if self._values is None or (call is not None and not call.is_read):
             return
@@ -282,8 +282,7 @@ class Reader:
             )
         value = value_at(output, place.element, f"the value of {place.module}")
         if call is not None:
-            axis = feature_axis(self._model.get_submodule(place.module), value.dim())
-            value = as_tokens(call.with_prompt(value), axis)
+            value = as_tokens(call.with_prompt(value), feature_axis(module, value.dim()))
         found.append(value)
         if self._stop and sum(map(len, self._values.values())) == self._number * self._reads:
             raise _Done

@@ -27,11 +27,12 @@ from step_time import RESULTS, said, spread
 
 from steerlab import models, pixelworld, taps
 from steerlab.conditioning import Drawing, Prompter
-from steerlab.job import ExtractConfig, Selection
+from steerlab.job import ExtractConfig, Selection, TrainConfig
 from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas
 from steerlab.patches import ActivationPatch
 from steerlab.sampling import SteeredPipeline
+from steerlab.training.engine import make_optimizer
 
 NORMS = Selection(modules="unet.*norm.*")
 ROWS, STRENGTHS, IMAGES = 32, 11, 8
@@ -90,7 +91,7 @@ def lineas_step(directory: Path, steps: int) -> dict[str, Any]:
         loaded.detach()
         trainee = Lineas(model, Config(steer=NORMS), Inputs(activations={"target": target}))  # type: ignore[arg-type]
     batch = loaded.encoder.collate(drawings)
-    optimizer = torch.optim.Adam([p for p in trainee.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.9))
+    optimizer = make_optimizer(trainee, TrainConfig(steps=1, lr=1e-2, optimizer="adam", betas=(0.9, 0.9)))
 
     def step() -> None:
         trainee.on_step(0, 1.0)

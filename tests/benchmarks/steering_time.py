@@ -25,11 +25,12 @@ import torch
 from step_time import RESULTS, said, spread
 
 from steerlab import activations, generation, job, models, reading, rows, sources, taps, tokens
-from steerlab.job import ExtractConfig
+from steerlab.job import ExtractConfig, TrainConfig
 from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas
 from steerlab.methods.transport import linear_map
 from steerlab.stages import JobType
+from steerlab.training.engine import make_optimizer
 
 JOB = Path(__file__).parents[2] / "jobs" / "lineas.yaml"
 D, SAMPLES = 4096, 512
@@ -97,7 +98,7 @@ def lineas_step(steps: int) -> dict[str, Any]:
         trainee = Lineas(
             loaded.model, Config.model_validate(wanted.method.model_dump()), Inputs(activations={"target": target})
         )
-    optimizer = torch.optim.Adam([p for p in trainee.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.9))
+    optimizer = make_optimizer(trainee, TrainConfig(steps=1, lr=1e-2, optimizer="adam", betas=(0.9, 0.9)))
 
     def step() -> None:
         trainee.on_step(0, 1.0)

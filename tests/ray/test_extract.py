@@ -7,7 +7,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ pytestmark = pytest.mark.ray
 LAYERS = [f"model.layers.{i}.post_attention_layernorm" for i in range(4)]
 
 
-def wanted(limit: int = 60, model: str = "tiny:model", workers: int = 2, failures: int = 3, **read: Any) -> Job:
+def wanted(
+    limit: int = 60, model: str = "tiny:model", workers: int = 2, failures: int = 3, warm: bool = False, **read: Any
+) -> Job:
     data = {"source": "tiny:topics/train", "format": "text", "limit": limit}
     tree = {
         "name": "read",
@@ -38,7 +42,7 @@ def wanted(limit: int = 60, model: str = "tiny:model", workers: int = 2, failure
         "data": {"source": data},
         "method": {"name": "vanilla"},
         "extract": {"rows_per_shard": 10, "batch_tokens": 64, **read},
-        "scale": {"workers": workers, "max_failures": failures},
+        "scale": {"workers": workers, "max_failures": failures, "warm": warm},
     }
     return job.validate(tree, JobType, Path("read.yaml"))
 
@@ -92,6 +96,16 @@ def test_rows_are_in_sample_order_and_as_read_one_by_one(undisturbed: Path) -> N
     summary = json.loads((undisturbed / "extraction.json").read_text())
     assert (summary["texts"], summary["rows"], summary["cut"], summary["nan"]) == (60, 60, 0, 0)
     assert summary["widths"] == dict.fromkeys(LAYERS, 128)
+
+
+def test_a_warm_process_gives_the_same_rows_and_is_used_again(undisturbed: Path, tmp_path: Path) -> None:
+    assert all_rows(run(wanted(workers=1, warm=True), str(tmp_path / "rows"))).equals(all_rows(undisturbed))
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    reads = {"workers": 1, "warm": True, "select": {"modules": ".*mlp"}}
+    run(wanted(**reads), str(tmp_path / "rows"))
+    run(wanted(**reads, keep="moments"), str(tmp_path / "rows"), moments)
+    new = [p for p in psutil.Process().children(recursive=True) if p.pid not in before and "MapWorker" in " ".join(p.cmdline())]
+    assert not new
 
 
 def test_one_actor_and_a_file_uri_give_the_same_rows(undisturbed: Path, tmp_path: Path) -> None:
@@ -245,16 +259,16 @@ class Printed(list[dict[str, Any]]):
 
 
 class Killing(list[dict[str, Any]]):
-    """Kills an actor of the pool each time that the progress passes a mark."""
+    """Kills an actor of the pool, or a warm process, each time that the progress passes a mark."""
 
-    def __init__(self, marks: list[int]) -> None:
+    def __init__(self, marks: list[int], which: str = "MapWorker") -> None:
         self.marks = sorted(marks, reverse=True)
-        self.kills = 0
+        self.which, self.kills = which, 0
 
     def append(self, line: dict[str, Any]) -> None:
         super().append(line)
         if self.marks and line["done"] >= self.marks[-1]:
-            actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
+            actors = [p for p in psutil.Process().children(recursive=True) if self.which in " ".join(p.cmdline())]
             random.choice(actors).kill()
             self.marks.pop()
             self.kills += 1
@@ -294,10 +308,19 @@ def kill(process: subprocess.Popen[str], what: str) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_actors_are_replaced_and_the_rows_are_the_same(undisturbed_many: pa.Table, tmp_path: Path, kills: int) -> None:
-    told = Killing([random.randint(1, 1500) for _ in range(kills)])
-    artifact = run(wanted(**MANY), str(tmp_path), told=told)
+WARM = "ray::Map(_in_warm_process)"
+
+
+@pytest.mark.parametrize(
+    ("kills", "which"),
+    [(1, "MapWorker"), pytest.param(3, "MapWorker", marks=pytest.mark.slow), pytest.param(3, WARM, marks=pytest.mark.slow)],
+)
+def test_killed_workers_are_replaced_and_the_rows_are_the_same(
+    undisturbed_many: pa.Table, tmp_path: Path, kills: int, which: str
+) -> None:
+    told = Killing([random.randint(1, 1500) for _ in range(kills)], which)
+    warm = {"warm": True, "workers": 1} if which == WARM else {}
+    artifact = run(wanted(**MANY, **warm), str(tmp_path), told=told)
     assert told.kills == kills
     assert all_rows(artifact).equals(undisturbed_many)
 
@@ -324,3 +347,29 @@ def test_an_extraction_whose_actors_always_die_ends(cluster: None, tmp_path: Pat
     told = Killing([1, 300])
     with pytest.raises(RuntimeError, match=r"2 actors died, more than scale.max_failures 1; .* lower extract.batch_tokens"):
         run(wanted(**MANY | {"failures": 1}), str(tmp_path), told=told)
+
+
+@pytest.mark.slow
+def test_a_shard_whose_process_always_dies_ends_the_extraction(cluster: None, tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def always_kill() -> None:
+        kills = 0
+        while not over.wait(0.1):
+            begun = [int(path.read_text()) for path in tmp_path.glob("work/*/*/attempts/*.json")]
+            if begun and begun[0] > kills:
+                kills += 1
+                for process in psutil.Process().children(recursive=True):
+                    with suppress(psutil.Error):
+                        if WARM in " ".join(process.cmdline()):
+                            process.kill()
+
+    killer = threading.Thread(target=always_kill)
+    killer.start()
+    match = r"2 processes died, more than scale.max_failures 1; .* lower extract.batch_tokens"
+    try:
+        with pytest.raises(RuntimeError, match=match):
+            run(wanted(2000, rows_per_shard=2000, batch_tokens=16, failures=1, warm=True, workers=1), str(tmp_path))
+    finally:
+        over.set()
+        killer.join()

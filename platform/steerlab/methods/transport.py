@@ -16,6 +16,7 @@ Bounds (`support`) are off as in ml-lineas; ml-act's linear_ot had them at the s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
@@ -80,6 +81,7 @@ class Coupling(NamedTuple):
     """Sums to 1."""
 
 
+@functools.lru_cache
 def coupling(n: int, m: int) -> Coupling:
     """Match the sorted values of samples of size n and m by their quantile functions.
 

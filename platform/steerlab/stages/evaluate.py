@@ -154,18 +154,10 @@ class Evaluator:
         return _outcome(self._model, config)
 
 
-_loaded: tuple[dict[str, Any], Any] | None = None
-"""What a warm process evaluated last, and its model: the tasks of one trial follow each other."""
-
-
 @ray.remote(scheduling_strategy=subject.ANYWHERE)
 def _evaluate(made_of: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Run one task on the model that this process used last, or load it."""
-    global _loaded
-    if _loaded is None or _loaded[0] != made_of:
-        _loaded = None  # two models at once may not fit
-        _loaded = (made_of, subject.load(made_of))
-    return _outcome(_loaded[1], config)
+    """Run one task; those of one trial follow each other, and the process keeps their model."""
+    return _outcome(subject.kept(f"evaluate {json.dumps(made_of, sort_keys=True)}", made_of), config)
 
 
 def _outcome(model: Any, config: dict[str, Any]) -> dict[str, Any]:

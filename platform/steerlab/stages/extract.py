@@ -80,7 +80,7 @@ def run(work: Work) -> None:
 _FACTS = ("path", "rows", "bytes", "sha256", "nan", "bad_module", "bad_row", "seconds")
 
 
-class RowsOfShard:
+class RowsOfShard(shards.Maker):
     """Makes a Parquet part of a shard; its rows are in the order of the data set."""
 
     suffix = ".parquet"
@@ -95,7 +95,7 @@ class RowsOfShard:
         self._schema = activations.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Remove the reader's hooks."""
         self._reader.close()
 
     @property

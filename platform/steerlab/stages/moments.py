@@ -69,7 +69,7 @@ class _Facts:
     num_cut: int = 0
 
 
-class SumsOfShard:
+class SumsOfShard(shards.Maker):
     """Makes the sums of a shard, one column after another, in a safetensors file.
 
     Second moments of a whole model may be larger than it: the places are read in as many passes over the texts as it takes to

@@ -147,7 +147,7 @@ def _add_up(paths: list[Path], target: Path) -> None:
             writer.write(name, total)
 
 
-class _SumOfShard:
+class _SumOfShard(shards.Maker):
     """Makes the sum over a shard's batches; a shard holds whole batches, so that the shards change no batch."""
 
     suffix = ".safetensors"
@@ -193,7 +193,7 @@ def _keep(preparation: OfEachRow, work: Work) -> None:
     Parts.write_index(work.directory, facts, {path: path for path in facts})
 
 
-class _TensorsOfShard:
+class _TensorsOfShard(shards.Maker):
     """Keeps tensors of a shard's rows, those of a batch at a time in memory."""
 
     suffix = ".safetensors"

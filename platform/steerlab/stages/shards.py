@@ -8,7 +8,8 @@ The plan comes first: rows of the data set, so many to a shard, written as small
 
 Ray Data streams the numbers of the missing shards to the actors. Each reads its texts, leaves its part and hands back the
 manifest row, so that nothing large goes through the object store and memory does not grow with the data. A killed actor is made
-again and its shard with it; after a kill of everything the stage continues with the shards that are missing.
+again and its shard with it; after a kill of everything the stage continues with the shards that are missing. With `scale.warm`
+tasks take the actors' place: their processes stay for the next stage, which saves a small one most of its time.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import pyarrow.fs as pafs
 import ray
@@ -54,15 +58,18 @@ class Shard(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-class Maker(Protocol):
+class Maker(ABC):
     """What an actor does with its shards; one is made for each actor, around its model."""
 
-    suffix: str
+    suffix: ClassVar[str]
     """Of the parts' names."""
 
+    @abstractmethod
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
         """Leave the part at `path`, whole or not at all; return its facts. `tell` takes the number of rows done so far."""
-        ...
+
+    def close(self) -> None:  # noqa: B027
+        """Take off the model what was put on it, where something stays on it between shards."""
 
 
 Make = Callable[["SteeredModel", Mapping[str, Any]], Maker]
@@ -89,12 +96,13 @@ def run(
     if missing:
         check(total - before, place.shard(missing[0]).rows)
         request = {"subject": subject.of(work), "place": place.address, "params": dict(work.params), "make": make}
-        tally: Any = Tally.options(scheduling_strategy=_beside_the_driver()).remote()  # type: ignore[attr-defined]
-        with _following(
-            tally, lambda now, left_s: work.report({"done": before + now, "total": total, "left_s": left_s}), total - before
-        ):
-            for row in _stream(request | {"tally": tally, "max_failures": work.scale.max_failures}, missing, work.scale):
-                done[row["number"]] = row
+        request |= {"max_failures": work.scale.max_failures, "run": uuid.uuid4().hex}
+
+        def report(now: int, left_s: float) -> None:
+            work.report({"done": before + now, "total": total, "left_s": left_s})
+
+        made = (_by_processes if work.scale.warm else _by_actors)(request, missing, work.scale, report)
+        done |= {row["number"]: row for row in made}
     return [done[entry["number"]] for entry in planned]
 
 
@@ -166,6 +174,16 @@ class Place:
                     return None
         return row
 
+    def attempts(self, number: int, run: str) -> int:
+        """Count an attempt of one run at a shard; return how many there were before."""
+        path = f"{self._folder}/attempts/{run}-{number:05d}.json"
+        try:
+            before: int = self._store.read_json(path)  # type: ignore[assignment]
+        except FileNotFoundError:
+            before = 0
+        self._store.write_json(path, before + 1)
+        return before
+
     def keep(self, entry: Mapping[str, Any], suffix: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Have `make` leave a part, then write its manifest row."""
         name = f"part-{entry['number']:05d}{suffix}"
@@ -222,8 +240,28 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _by_actors(
+    request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
+) -> Iterator[dict[str, Any]]:
+    """Make the missing shards in a pool of actors and yield their manifest rows as they come."""
+    tally: Any = Tally.options(scheduling_strategy=_beside_the_driver()).remote()  # type: ignore[attr-defined]
+    with _following(tally, report, sum(entry["rows"] for entry in missing)):
+        yield from _stream(request | {"tally": tally}, missing, scale)
+
+
+def _by_processes(
+    request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
+) -> Iterator[dict[str, Any]]:
+    """Make the missing shards in warm processes. No actor follows them: Ray would give it the process that is warm."""
+    started_s, num_rows, now = time.monotonic(), {entry["number"]: entry["rows"] for entry in missing}, 0
+    for row in _stream(request | {"tally": None}, missing, scale):
+        now += num_rows[row["number"]]
+        report(now, (time.monotonic() - started_s) * (sum(num_rows.values()) - now) / now)
+        yield row
+
+
 def _stream(request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig) -> Iterator[dict[str, Any]]:
-    """Send the missing shards through the actors and yield their manifest rows as they come."""
+    """Send the missing shards to the workers and yield their manifest rows as they come."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -233,13 +271,17 @@ def _stream(request: dict[str, Any], missing: list[dict[str, Any]], scale: Scale
     entries = [{"entry": json.dumps(entry)} for entry in missing]
     # As for all workers, also where fewer shards are left: the threads of an actor change the last bits of its sums.
     reserved: Any = subject.resources(scale, scale.worker_range[0])
-    found = ray.data.from_items(entries, override_num_blocks=len(entries)).map(
-        _Worker,  # type: ignore[arg-type]
-        fn_constructor_args=(request,),
-        # One shard waits at each actor while it works on another.
-        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
-        **reserved,
-    )
+    source = ray.data.from_items(entries, override_num_blocks=len(entries))
+    if scale.warm:
+        found = source.map(partial(_in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), **reserved)
+    else:
+        found = source.map(
+            _Worker,  # type: ignore[arg-type]
+            fn_constructor_args=(request,),
+            # One shard waits at each actor while it works on another.
+            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
+            **reserved,
+        )
     for line in found.iter_rows():
         if "failure" in (row := json.loads(line["row"])):
             error = _ERRORS[row["kind"]](row["failure"])
@@ -248,29 +290,54 @@ def _stream(request: dict[str, Any], missing: list[dict[str, Any]], scale: Scale
         yield row
 
 
+def _in_warm_process(request: dict[str, Any], item: dict[str, Any]) -> dict[str, str]:
+    """Return the manifest row of a shard from a process that keeps the model for the stage's next one."""
+    deaths = Place(*request["place"]).attempts(json.loads(item["entry"])["number"], request["run"])
+    failure = _too_many_deaths(deaths, "processes", request["max_failures"])
+    if failure is not None:
+        return {"row": json.dumps(failure)}
+    owner = json.dumps(request["place"])
+    worker = _Worker(request, lambda made_of: subject.kept(owner, made_of))
+    try:
+        return worker(item)
+    finally:
+        worker.close()
+
+
 class _Worker:
     """An actor of the pool: a loaded model and what it makes of its shards."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any], load: Callable[[dict[str, Any]], Any] = subject.load) -> None:
         self._place = Place(*request["place"])
         self._tally = request["tally"]
         self._maker: Maker | None = None
         # Ray Data restarts actors and repeats their tasks without end: a model that does not fit has to be noticed here.
-        self._failure = _too_many_deaths(self._tally, request["max_failures"])
+        is_new = self._tally is not None and ray.get_runtime_context().was_current_actor_reconstructed
+        deaths: int = ray.get(self._tally.died.remote()) if is_new else 0  # type: ignore[assignment]
+        self._failure = _too_many_deaths(deaths, "actors", request["max_failures"])
         if self._failure is not None:
             return
         try:
-            self._maker = request["make"](subject.load(request["subject"]), request["params"])
+            self._maker = request["make"](load(request["subject"]), request["params"])
         except ValueError as error:
             self._failure = _failure(error)
+
+    def close(self) -> None:
+        """Leave the model without hooks."""
+        if self._maker is not None:
+            self._maker.close()
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
         """Return the manifest row of a shard, made now or by an actor that was killed too late to hand it back."""
         entry = json.loads(item["entry"])
         row = self._failure or self._place.done(entry) or self._made(entry)
         if "failure" not in row:
-            self._tally.tell.remote(entry["number"], entry["rows"])
+            self._tell(entry, entry["rows"])
         return {"row": json.dumps(row)}
+
+    def _tell(self, entry: dict[str, Any], num_rows: int) -> None:
+        if self._tally is not None:
+            self._tally.tell.remote(entry["number"], num_rows)
 
     def _made(self, entry: dict[str, Any]) -> dict[str, Any]:
         told_s = time.monotonic()
@@ -279,11 +346,11 @@ class _Worker:
             nonlocal told_s
             if time.monotonic() - told_s > _POLL_S:
                 told_s = time.monotonic()
-                self._tally.tell.remote(entry["number"], num_rows)
+                self._tell(entry, num_rows)
 
         assert self._maker is not None
         make = self._maker.make
-        self._tally.tell.remote(entry["number"], 0)
+        self._tell(entry, 0)
         try:
             shard = self._place.shard(entry)
             return self._place.keep(entry, self._maker.suffix, lambda path: make(shard, path, tell))
@@ -305,13 +372,12 @@ def _failure(error: ValueError | OSError) -> dict[str, str]:
     return {"failure": str(error), "kind": kind, "trace": traceback.format_exc()}
 
 
-def _too_many_deaths(tally: Any, most: int) -> dict[str, str] | None:
-    """Count the death of the actor that this one replaces, if it does, and say whether there were too many."""
-    deaths: int = ray.get(tally.died.remote()) if ray.get_runtime_context().was_current_actor_reconstructed else 0  # type: ignore[assignment]
+def _too_many_deaths(deaths: int, which: str, most: int) -> dict[str, str] | None:
+    """Return a failure where another attempt would only be one more death."""
     if deaths <= most:
         return None
     text = (
-        f"{deaths} actors died, more than scale.max_failures {most}; if they ran out of memory, "
+        f"{deaths} {which} died, more than scale.max_failures {most}; if they ran out of memory, "
         "lower extract.batch_tokens or scale.workers"
     )
     return {"failure": text, "kind": "RuntimeError", "trace": ""}

@@ -72,3 +72,16 @@ def resources(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     share = scale.worker_range[0] * scale.cpus_per_worker / workers
     return {"num_cpus": min(share, largest), "num_gpus": gpus}
+
+
+_kept: tuple[str, Any] | None = None
+"""Who used a model last in this process, and the model."""
+
+
+def kept(owner: str, subject: dict[str, Any]) -> Any:
+    """Return the model that `owner` used last in this process, or load it; what another one used is let go of first."""
+    global _kept
+    if _kept is None or _kept[0] != owner:
+        _kept = None  # two models at once may not fit
+        _kept = (owner, load(subject))
+    return _kept[1]

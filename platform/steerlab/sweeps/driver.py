@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,16 +147,18 @@ def sweep(
     resume: bool,
     command: str,
     say: Say = lambda line: None,
+    at_once: int | None = None,
     wandb_sweep: str | None = None,
 ) -> Outcome:
     """Run what is left of a sweep and write what it found; Ray must be connected.
 
-    `wandb_sweep` (ENTITY/PROJECT/ID) is a sweep of W&B that chooses the points, in place of the space's own search.
+    `at_once` trials run at a time at most, None for as many as the cluster fits. `wandb_sweep` (ENTITY/PROJECT/ID) is a sweep
+    of W&B that chooses the points, in place of the space's own search.
 
     Raises:
         ValueError: there is nothing to go on with, another process runs it, or a trial does not fit.
     """
-    num_at_once = concurrency(asked)
+    num_at_once = min(concurrency(asked), at_once or sys.maxsize)
     agent = Agent(wandb_sweep, asked.plan, asked.seeds, num_at_once) if wandb_sweep is not None else None
     folder = _to_resume(asked, store) if resume else f"sweeps/{asked.plan.job.name}/{run.new_id()}"
     try:
