@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -200,6 +201,40 @@ def test_asha_stops_trainings_that_fall_behind(cluster: None, tmp_path: Path, wa
     assert 3e-3 in by_status["finished"] and len(by_status["pruned"]) >= 2 and min(by_status["finished"]) >= 1e-3
     assert all("stopped by the scheduler after step" in row["reason"] for row in rows if row["status"] == "pruned")
     assert outcome.summary["best"]["params"] == {"train.lr": 3e-3}
+
+
+class Watch:
+    """Looks for the processes that train, and keeps the largest number of them at one moment."""
+
+    def __enter__(self) -> Watch:
+        self.most, self._over = 0, threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.1):
+            now = 0
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    now += process.cmdline()[:1] == ["ray::_train"]
+            self.most = max(self.most, now)
+
+
+def test_two_cpus_train_two_trials_of_one_at_the_same_time(cluster: None, tmp_path: Path) -> None:
+    tree = {**ASIDE, "train": {**ASIDE["train"], "steps": 40}}
+    asked = ask(tmp_path, tree, "SPACE = {'train.lr': tune.grid_search([1e-3, 2e-3, 3e-3])}\n" + BEST)
+    with Watch() as seen:
+        _, _, rows = do(tmp_path, asked)
+    assert {row["status"] for row in rows} == {"finished"} and seen.most == 2
+    asked = ask(tmp_path, tree, "SPACE = {'train.lr': tune.grid_search([4e-3, 5e-3])}\n" + BEST)
+    with Watch() as seen:
+        driver.sweep(asked, Store.open(str(tmp_path / "root")), resume=False, command="test", at_once=1)
+    assert seen.most == 1
 
 
 def test_a_trial_that_can_never_fit_is_refused_with_the_arithmetic(cluster: None, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from steerlab.sweeps.agent import Agent
 from steerlab.sweeps.clerk import MAX_DEATHS, Clerk, Say
 from steerlab.sweeps.history import History
 from steerlab.sweeps.space import finite, is_grid
-from steerlab.sweeps.trial import DRIVER_CPUS, run_unit
+from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES, run_unit
 from steerlab.sweeps.trials import Plan, Unit
 from steerlab.training import launch
 
@@ -133,11 +133,11 @@ def concurrency(asked: Asked) -> int:
         workers, cpus = scale.worker_range[0], scale.cpus_per_worker
         if cpus > max(largest, available["CPU"] if len(ray.nodes()) == 1 else 0.0):
             raise ValueError(f"scale.cpus_per_worker {cpus:g}, but the largest node has {largest:g} CPUs")
-        fits.append(available["CPU"] / (workers * cpus + DRIVER_CPUS))
+        fits.append(available["CPU"] / (workers * cpus))
         if launch.uses_gpu(scale):
             fits.append(available["GPU"] / workers)
-    # Drivers of 0.01 CPU stand beside what they start: a cluster of 2 CPUs still runs two trainings of one.
-    return max(1, int(min(fits) + 2 * DRIVER_CPUS))
+    fits.append(ray.cluster_resources().get("memory", 0) / DRIVER_MEMORY_BYTES)
+    return max(1, int(min(fits)))
 
 
 def sweep(
@@ -257,7 +257,7 @@ def _run(
     _quiet()
     processes.keep()
     tuner = tune.Tuner(
-        tune.with_resources(run_unit, {"CPU": DRIVER_CPUS}),
+        tune.with_resources(run_unit, {"memory": DRIVER_MEMORY_BYTES}),
         tune_config=tune.TuneConfig(
             search_alg=ConcurrencyLimiter(feed, max_concurrent=num_at_once),
             scheduler=scheduler,

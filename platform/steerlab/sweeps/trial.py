@@ -1,7 +1,7 @@
 """What runs in Ray Tune's processes: the jobs of a unit, one after another, and the rows that come of them.
 
-The process is a driver: it holds 0.01 CPU, reads and writes artifacts, waits for stages that another trial runs, and asks the
-cluster for what it does not wait for. Ray Tune keeps it for the next unit, so that its imports are paid once.
+The process is a driver: it holds no CPU, only memory, reads and writes artifacts, waits for stages that another trial runs, and
+asks the cluster for what it does not wait for. Ray Tune keeps it for the next unit, so that its imports are paid once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from steerlab.sweeps import page, stops
 from steerlab.sweeps.space import STRENGTH
 from steerlab.sweeps.trials import Trial, Unit
 
-DRIVER_CPUS = 0.01
+DRIVER_MEMORY_BYTES = 512 << 20
+"""What a driver reserves. Ray Tune wants something, and an actor that waits keeps what it holds: with a hundredth of a CPU for
+each driver, two CPUs would run one training of one CPU at a time."""
 Reported = Callable[[plan.Stage, dict[str, Any]], None]
 
 
