@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from steering_time import extracted
+from steering_time import extracted, timed
 from step_time import RESULTS, said, spread
 
 from steerlab import models, pixelworld, taps
@@ -36,19 +36,6 @@ from steerlab.training.engine import make_optimizer
 
 NORMS = Selection(modules="unet.*norm.*")
 ROWS, STRENGTHS, IMAGES = 32, 11, 8
-
-
-def timed(functions: dict[str, Callable[[], Any]], steps: int) -> dict[str, list[float]]:
-    """Time functions in turn, the order changing from step to step; the first step of each warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for step in range(steps + 1):
-        names = list(functions)
-        for name in names[step % len(names) :] + names[: step % len(names)]:
-            start_s = time.process_time()
-            functions[name]()
-            if step:
-                seconds[name].append(time.process_time() - start_s)
-    return seconds
 
 
 class DenoiserAlone:
@@ -102,7 +89,7 @@ def lineas_step(directory: Path, steps: int) -> dict[str, Any]:
 
     prompts = [drawing.prompt for drawing in drawings]
     alone = [DenoiserAlone(models.load_model(directory, sampler=sampler).requires_grad_(False), prompts) for _ in range(2)]
-    seconds = timed({"lineas": step, "denoiser": alone[0].step, "control": alone[1].step}, steps)
+    seconds = timed({"lineas": step, "denoiser": alone[0].step, "control": alone[1].step}, steps, time.process_time)
     ratios = {n: [a / b for a, b in zip(seconds[n], seconds["denoiser"], strict=True)] for n in ("lineas", "control")}
     return {
         **{f"{name}_to_denoiser": spread(found) for name, found in ratios.items()},
@@ -133,7 +120,7 @@ def drawing(directory: Path, steps: int) -> dict[str, Any]:
         "together": forget(lambda: steered.draw(drawings, strengths=strengths)),
         "apart": forget(lambda: [steered.draw(drawings, strengths=(strength,)) for strength in strengths]),
     }
-    seconds = timed(functions, steps)
+    seconds = timed(functions, steps, time.process_time)
     ratio = [a / b for a, b in zip(seconds["together"], seconds["apart"], strict=True)]
     found: dict[str, Any] = {f"{name}_cpu_s": spread(values) for name, values in seconds.items()}
     return {**found, "together_to_apart": spread(ratio), "images": IMAGES, "strengths": STRENGTHS}

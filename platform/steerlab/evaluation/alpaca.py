@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import ALPACA, Numbered, has_input, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result
 from steerlab.generation import Generation, SteeredModel
@@ -49,14 +50,9 @@ def run(model: SteeredModel, config: Config) -> Result:
     rows = instruction_rows(
         config.source, needs_input=config.needs_input, offset=config.offset, limit=config.limit, seed=config.seed
     )
-    answers = model.generate(
-        [model.encoder.conversation(str(item.row["instruction"]), _data(item)) for item in rows],
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        strengths=config.strengths,
-    )
+    prompts = [model.encoder.conversation(str(item.row["instruction"]), _data(item)) for item in rows]
     observations, samples = [], []
-    for strength, outputs in zip(config.strengths, answers, strict=True):
+    for strength, outputs in answers(model, prompts, config):
         name = config.generator if len(config.strengths) == 1 else f"{config.generator}_strength_{strength:g}"
         for item, output in zip(rows, outputs, strict=True):
             observations += observe(item.id, output, strength)

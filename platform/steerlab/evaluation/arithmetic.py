@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import Numbered, data_rows
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
@@ -73,14 +74,9 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Answer every problem at every strength."""
     items = data_rows(config.prompts, config.limit, config.seed)
     solutions = [_solution(item, config.prompts) for item in items]
-    answers = model.generate(
-        [model.encoder.conversation(str(item.row["instruction"]), str(item.row.get("input") or "")) for item in items],
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        strengths=config.strengths,
-    )
+    prompts = [model.encoder.conversation(str(item.row["instruction"]), str(item.row.get("input") or "")) for item in items]
     observations, samples = [], []
-    for strength, outputs in zip(config.strengths, answers, strict=True):
+    for strength, outputs in answers(model, prompts, config):
         for item, solution, output in zip(items, solutions, outputs, strict=True):
             found = final_number(output.text)
             observations += judge(item.id, solution, found, strength)

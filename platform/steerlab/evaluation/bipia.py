@@ -35,6 +35,7 @@ from pydantic import Field
 from rapidfuzz import fuzz
 
 from steerlab import sources
+from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import choose, number
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
@@ -114,16 +115,9 @@ class Attempt(NamedTuple):
 def run(model: SteeredModel, config: Config) -> Result:
     """Attack every context in every place, at every strength."""
     attempts = load(config)
-    answers = model.generate(
-        [model.encoder.conversation(a.instruction, a.data) for a in attempts],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        strengths=config.strengths,
-    )
+    prompts = [model.encoder.conversation(a.instruction, a.data) for a in attempts]
     observations, samples = [], []
-    for strength, outputs in zip(config.strengths, answers, strict=True):
+    for strength, outputs in answers(model, prompts, config):
         verdicts = [judge(a.attack, o.text, config.emoji_ratio) for a, o in zip(attempts, outputs, strict=True)]
         observations += observe(attempts, verdicts, strength)
         samples += [_sample(a, o.text, v, strength) for a, o, v in zip(attempts, outputs, verdicts, strict=True)]

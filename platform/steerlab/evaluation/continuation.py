@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from steerlab import rows
+from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import Numbered, choose
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet, TaskConfig
@@ -55,16 +56,8 @@ def read_prompts(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
 
 def continue_texts(model: SteeredModel, prompts: Sequence[str], config: ContinuationConfig) -> list[list[str]]:
     """Continue every prompt at every strength; the result is indexed [strength][prompt]."""
-    found = model.generate(
-        [conversation(model.encoder, prompt) for prompt in prompts],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        repetition_penalty=config.repetition_penalty,
-        seed=config.seed,
-        strengths=config.strengths,
-    )
-    return [[generation.text for generation in row] for row in found]
+    found = answers(model, [conversation(model.encoder, prompt) for prompt in prompts], config)
+    return [[generation.text for generation in row] for _, row in found]
 
 
 def conversation(encoder: Encoder, prompt: str, continuation: str | None = None) -> Conversation:

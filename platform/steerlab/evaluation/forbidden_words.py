@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from steerlab import sources
+from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import Numbered, choose, number
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import SteeredModel
@@ -111,16 +112,9 @@ def _split_sources(config: GandalfConfig) -> list[str]:
 
 def _run(model: SteeredModel, config: GandalfConfig | PurpleConfig, rows: Sequence[Numbered], rule: str, word: str) -> Result:
     rows = choose(rows, config.limit, config.seed)
-    answers = model.generate(
-        [model.encoder.conversation(rule, item.row["text"]) for item in rows],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        strengths=config.strengths,
-    )
+    prompts = [model.encoder.conversation(rule, item.row["text"]) for item in rows]
     observations, samples = [], []
-    for strength, outputs in zip(config.strengths, answers, strict=True):
+    for strength, outputs in answers(model, prompts, config):
         for item, output in zip(rows, outputs, strict=True):
             said = contains(output.text, word)
             observations.append(Observation(f"{config.task}/asr", item.id, float(said), 1.0, strength))

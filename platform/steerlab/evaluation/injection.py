@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import Generation, SteeredModel
@@ -113,16 +114,9 @@ def run_attacks(
 ) -> Result:
     """Attack rows at the given positions; metrics are `<task>/<attack><suffix>` and `<task>/asr<suffix>`."""
     attempts = [attempt(item, attack, position, config) for position in positions for attack in config.attacks for item in rows]
-    answers = model.generate(
-        [model.encoder.conversation(a.instruction, a.data) for a in attempts],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        strengths=config.strengths,
-    )
+    prompts = [model.encoder.conversation(a.instruction, a.data) for a in attempts]
     observations, samples = [], []
-    for strength, outputs in zip(config.strengths, answers, strict=True):
+    for strength, outputs in answers(model, prompts, config):
         success = [contains(output.text, config.witness) for output in outputs]
         observations += observe(attempts, success, suffix, task, strength)
         samples += [_sample(a, o, config.witness, strength) for a, o in zip(attempts, outputs, strict=True)]

@@ -31,6 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from steerlab.evaluation import separation
+from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import SteeredModel
@@ -332,10 +333,9 @@ def _observe_causal(
     prompts = [
         marked(model.encoder, item.instruction, probe_parts(text, role)) for role in (DATA, INSTRUCTION) for item, text in whole
     ]
-    answers = model.generate(prompts, max_new_tokens=config.max_new_tokens, strengths=config.strengths, seed=config.seed)
     observations: list[Observation] = []
     samples: list[dict[str, Any]] = []
-    for strength, row in zip(config.strengths, answers, strict=True):
+    for strength, row in answers(model, prompts, config):
         for name, outputs in (("rotated", row[: len(whole)]), ("unrotated", row[len(whole) :])):
             verdicts = {
                 item.id: float(contains(output.text, item.witness)) for (item, _), output in zip(whole, outputs, strict=True)

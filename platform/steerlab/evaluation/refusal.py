@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, StringConstraints
 
 from steerlab.evaluation import scorers
+from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import data_rows
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
@@ -90,14 +91,9 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Ask every prompt at every strength and look for refusals."""
     judge = _judge(model, config)
     asked = load(config)
-    answers = model.generate(
-        [model.encoder.conversation(a.instruction, a.data) for a in asked],
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        strengths=config.strengths,
-    )
+    prompts = [model.encoder.conversation(a.instruction, a.data) for a in asked]
     observations, samples = [], []
-    for strength, outputs in zip(config.strengths, answers, strict=True):
+    for strength, outputs in answers(model, prompts, config):
         texts = [output.text for output in outputs]
         for a, text, refused in zip(asked, texts, scorers.score(judge, texts), strict=True):
             observations += observe(a, refused, strength)

@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from steerlab import sources
+from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import ALPACA, Numbered, choose, has_input, number
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import Generation, SteeredModel
@@ -86,9 +87,8 @@ def run(model: SteeredModel, config: Config) -> Result:
     encoder = model.encoder
     prompts = [encoder.conversation(item.instruction, item.data_with_probe) for item in items]
     prompts += [encoder.conversation(item.instruction_with_probe, item.data) for item in items]
-    answers = model.generate(prompts, max_new_tokens=config.max_new_tokens, strengths=config.strengths, seed=config.seed)
     observations, samples = [], []
-    for strength, row in zip(config.strengths, answers, strict=True):
+    for strength, row in answers(model, prompts, config):
         in_data, in_instruction = row[: len(items)], row[len(items) :]
         for item, d, i in zip(items, in_data, in_instruction, strict=True):
             observations += judge(item, d.text, i.text, strength)
