@@ -27,8 +27,10 @@ from steerlab.tokens import IGNORED, Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_LOGITS = 1 << 24
-"""Logits of one piece: 64 MB in float32; a handful of such tensors are held at once, whatever the batch and the vocabulary."""
+CHUNK_LOGITS = 1 << 23
+"""Logits of one piece: 32 MB in float32; a handful of such tensors are held at once, whatever the batch and the vocabulary.
+On the CPU larger ones take a quarter to a half longer: the C library gives their memory back each time, and the kernel clears
+it again."""
 
 
 class Predicted(NamedTuple):
