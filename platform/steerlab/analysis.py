@@ -56,10 +56,10 @@ def _at_strengths(model: SteeredModel, batch: Batch, tokens: Predicted, strength
     """Yield the scores of a batch's response tokens at every strength."""
     *below, newest = model.patches or (None,)
     if newest is None or newest.kind != "logit" or any(patch.kind == "logit" for patch in below):
-        base_NV = preference.wide(tokens.at(model.logits(batch, 0.0 if newest else 1.0)))
+        base_NV = preference.wide(model.logits(batch, 0.0 if newest else 1.0, tokens.places)[0])
         for strength in strengths:
             changes = newest is not None and strength != 0
-            policy_NV = preference.wide(tokens.at(model.logits(batch, strength))) if changes else base_NV
+            policy_NV = preference.wide(model.logits(batch, strength, tokens.places)[0]) if changes else base_NV
             yield preference.compared(base_NV, policy_NV - base_NV, tokens.target_N)
         return
     reader = preference.StateReader(model.model, newest.layer)
@@ -104,7 +104,7 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
     model.check_strengths((strength, 0.0))
     batch = collate([model.encoder.encode(conversation)], model.encoder.pad_id, loss_on="response").to(model.device)
     tokens = preference.predicted(batch)
-    base_NV, policy_NV = (preference.wide(tokens.at(model.logits(batch, s))) for s in (0.0, strength))
+    base_NV, policy_NV = (preference.wide(model.logits(batch, s, tokens.places)[0]) for s in (0.0, strength))
     vector_NV = policy_NV - base_NV
     scores = preference.compared(base_NV, vector_NV, tokens.target_N)
     return [

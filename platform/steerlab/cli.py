@@ -294,6 +294,40 @@ def generate(
 
 
 @app.command()
+def explain(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or a folder made by export.")],
+    prompt: Annotated[str, typer.Option(help="The instruction.")],
+    data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
+    response: Annotated[str | None, typer.Option(help="Response to look at; default: the model's own, greedily.")] = None,
+    strength: Annotated[float, typer.Option(help="Strength of the patch.")] = 1.0,
+    top: Annotated[int, typer.Option(min=1, help="Tokens to name at each place.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own response.")] = 32,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a patch does at each token of a response: what it promotes and demotes, its norm, the KL to the base."""
+    from steerlab import analysis, generation
+
+    with _explained():
+        artifact, loading = _artifact(run_folder, root)
+        model = generation.load(artifact, **loading)
+        if not isinstance(model, generation.SteeredModel):
+            raise ValueError(f"{run_folder} draws images; what is explained are the tokens of a language model")
+        text = response or model.answer(prompt, data or "", max_new_tokens=max_new_tokens, strength=strength)
+        if not text:
+            raise ValueError("the model answers nothing to this prompt: give it words with --response")
+        found = analysis.explain(model, model.encoder.conversation(prompt, data or "", text), num=top, strength=strength)
+        if as_json:
+            print(json.dumps({"response": text, "tokens": [effect._asdict() for effect in found]}, indent=1))
+            return
+        table = Table("token", "norm", "KL, nats", "promotes", "demotes", title=escape(f"strength {strength:g}: {text}"))
+        for effect in found:
+            moved = (", ".join(f"{t!r} {by:+.2f}" for t, by in tokens) for tokens in (effect.promoted, effect.demoted))
+            table.add_row(escape(repr(effect.token)), f"{effect.norm:.2f}", f"{effect.kl:.4f}", *map(escape, moved))
+        console.print(table)
+
+
+@app.command()
 def export(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
     directory: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],

@@ -206,10 +206,10 @@ class SteeredModel(Steered):
             yield chunk, collate([rows[i] for i in chunk], self.encoder.pad_id, loss_on=loss_on).to(self.device)
 
     @torch.inference_mode()
-    def logits(self, batch: Batch, strength: float) -> Tensor:
-        """Return the logits of a batch at one strength, (B, T, V)."""
+    def logits(self, batch: Batch, strength: float, only: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the logits of a batch at one strength, (B, T, V), or those of some rows and positions, (1, N, V)."""
         strengths = self._strengths(torch.full((len(batch.labels),), strength))
-        return self.model(**batch.patched_inputs, strengths=strengths, use_cache=False).logits
+        return self.model(**batch.patched_inputs, strengths=strengths, only=only, use_cache=False).logits
 
     @torch.inference_mode()
     def hidden_states(

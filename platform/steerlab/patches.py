@@ -1,9 +1,9 @@
 """The kinds of patch: what a method leaves on a model, and how several of them share one model.
 
-`attach` hangs patches on a model by hooks. The model is then called as before, with three more keyword arguments that the hooks
+`attach` hangs patches on a model by hooks. The model is then called as before, with a few more keyword arguments that the hooks
 read: `roles` and `phases` (B, T), the role and the phase of every token of this very call (one column in cached decoding), and
 `strengths`, (B,) for all patches or (N, B) with a row for each. Strength 0 is the model without the patch, bit for bit; left
-out, every strength is 1.
+out, every strength is 1. With `only`, rows and positions of N tokens, the logits of these alone are made, (1, N, V).
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Forward:
     position_BT: Tensor | None = None
     strengths_NB: Tensor | None = None
     """None when every strength is 1."""
+    only: tuple[Tensor, Tensor] | None = None
+    """Rows and positions of the tokens whose logits are made; None: all."""
     running: Callable[[], Pass | None] = lambda: None
     """The pass of a drawing that runs, None in a language model."""
     _masks: dict[Selection, Tensor] = field(default_factory=dict)
@@ -59,6 +61,15 @@ class Forward:
         if (call := self.running()) is not None:
             strength_B = call.strengths(strength_B)
         return None if strength_B is None else strength_B.view(-1, *[1] * (rank - 1))
+
+    def picked(self, values_BTX: Tensor) -> Tensor:
+        """Return the values of the tokens whose logits are made: all of them, or (1, N, X)."""
+        return values_BTX if self.only is None else values_BTX[self.only][None]
+
+    def strength_of_logits(self, number: int) -> Tensor | None:
+        """Return the strengths of patch `number` where logits are made, (B, 1, 1) or (1, N, 1); None means 1."""
+        strength_B11 = self.strength(number, 3)
+        return strength_B11 if strength_B11 is None or self.only is None else strength_B11[self.only[0]].transpose(0, 1)
 
     @property
     def acts(self) -> bool:
@@ -126,11 +137,14 @@ class Attached:
             handle.remove()
         self.handles.clear()
 
-    def take_arguments(self, _model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def take_arguments(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Keep what the hooks of this call read; it stays until the next call, for recomputation."""
         self.forward.roles_BT = kwargs.pop("roles", None)
         self.forward.phases_BT = kwargs.pop("phases", None)
         self.forward.position_BT = kwargs.get("position_ids")
+        self.forward.only = kwargs.pop("only", None)
+        if self.forward.only is not None:
+            self._hand_over_picked(models.head(model))
         self.forward._masks.clear()
         strengths = kwargs.pop("strengths", None)
         if strengths is not None:
@@ -139,6 +153,15 @@ class Attached:
                 raise ValueError(f"{len(strengths)} rows of strengths for {len(self.patches)} patches")
         self.forward.strengths_NB = strengths
         return args, kwargs
+
+    def _hand_over_picked(self, head: nn.Module) -> None:
+        """Give the head, in this call, the states of the tokens whose logits are made."""
+
+        def pick(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            handle.remove()
+            return (self.forward.picked(args[0]), *args[1:])
+
+        handle = head.register_forward_pre_hook(pick)
 
 
 def attach(model: Any, patches: Sequence[Patch]) -> Attached:
@@ -439,9 +462,9 @@ class LogitPatch(nn.Module):
             handles.append(layer.register_forward_hook(lambda _m, _i, output: _keep_only(tapped, output)))
 
         def edit(_module: nn.Module, inputs: tuple[Tensor, ...], logits_BTV: Tensor) -> Tensor:
-            alpha = forward.strength(number, 3)
+            alpha = forward.strength_of_logits(number)
             # The head may be given the last tokens only.
-            h_BTD = tapped.pop()[:, -logits_BTV.shape[1] :] if tapped else inputs[0]
+            h_BTD = forward.picked(tapped.pop())[:, -logits_BTV.shape[1] :] if tapped else inputs[0]
             vector_BTV = self(h_BTD)
             return logits_BTV + (vector_BTV if alpha is None else alpha.to(vector_BTV.dtype) * vector_BTV)
 
@@ -620,14 +643,15 @@ class SecondModelPatch(nn.Module):
             passed = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
             inputs = {name: kwargs[name] for name in passed if name in kwargs}
             own_cache = None if cache is None else self._caches[cache]
-            logits_BTV = self.second(**inputs, past_key_values=own_cache, use_cache=cache is not None).logits
-            log_probs[:] = [logits_BTV.float().log_softmax(-1)]
+            given = {"past_key_values": own_cache, "use_cache": cache is not None, "only": forward.only}
+            log_probs[:] = [self.second(**inputs, **given).logits.float().log_softmax(-1)]
 
         def edit(_module: nn.Module, _inputs: Any, logits_BTV: Tensor) -> Tensor:
-            alpha, added_BTV = forward.strength(number, 3), log_probs.pop()
+            alpha, added_BTV = forward.strength_of_logits(number), log_probs.pop()
             return logits_BTV + (added_BTV if alpha is None else alpha * added_BTV).to(logits_BTV.dtype)
 
         return [
+            *attach(self.second, ()).handles,
             model.register_forward_pre_hook(read, with_kwargs=True),
             models.head(model).register_forward_hook(edit),
         ]

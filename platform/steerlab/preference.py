@@ -42,9 +42,14 @@ class Predicted(NamedTuple):
     target_N: Tensor
     """The token."""
 
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Rows and positions that predict the tokens."""
+        return self.sequence_N, self.position_N
+
     def at(self, values_BTX: Tensor) -> Tensor:
         """Pick what stands at the positions, (N, X)."""
-        return values_BTX[self.sequence_N, self.position_N]
+        return values_BTX[self.places]
 
 
 def predicted(batch: Batch) -> Predicted:
@@ -52,6 +57,12 @@ def predicted(batch: Batch) -> Predicted:
     target_BT = batch.labels[:, 1:]
     sequence_N, position_N = (target_BT != IGNORED).nonzero(as_tuple=True)
     return Predicted(sequence_N, position_N, target_BT[sequence_N, position_N])
+
+
+def log_probs(model: nn.Module, batch: Batch, tokens: Predicted) -> Tensor:
+    """Return the log-probabilities (nats) of tokens under a model with its patches, (N,); no other logits are made."""
+    logits_NV = model(**batch.patched_inputs, only=tokens.places, use_cache=False).logits[0]
+    return -nn.functional.cross_entropy(wide(logits_NV), tokens.target_N, reduction="none")
 
 
 class States(NamedTuple):

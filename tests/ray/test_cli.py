@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from steerlab import job, load, plan, run
+from steerlab import analysis, job, load, plan, run
 from steerlab.cli import app
 from steerlab.stages import JobType
 from steerlab.store import Store
@@ -67,6 +67,28 @@ def test_generate_puts_strengths_side_by_side(done: tuple[Path, dict[str, str]])
     ).output
     assert "strength" in output
     assert call("generate", str(folder), "--prompt", "a", code=2).exit_code == 2
+
+
+def test_explain_names_the_tokens_that_a_patch_moves(done: tuple[Path, dict[str, str]]) -> None:
+    folder, folders = done
+    asked = ["--prompt", "give the topic", "--data", "lamp", "--top", "2"]
+    patched = ["explain", str(folder / "root" / folders["aside"]), *asked]
+    found = json.loads(call(*patched, "--response", "home", "--json").output)
+    model = load(folder / "root" / _trained(folder / "root", folders["aside"]))
+    expected = analysis.explain(model, model.encoder.conversation("give the topic", "lamp", "home"), num=2)
+    assert found["response"] == "home"
+    assert found["tokens"] == json.loads(json.dumps([effect._asdict() for effect in expected]))
+    assert any(token["kl"] > 0 for token in found["tokens"])
+    at_0 = json.loads(call(*patched, "--response", "home", "--strength", "0", "--json").output)["tokens"]
+    assert {token["kl"] for token in at_0} == {token["norm"] for token in at_0} == {0.0}
+    assert "promotes" in call(*patched, "--max-new-tokens", "3").output
+    refused = call("explain", str(folder / "root" / folders["vanilla"]), *asked, "--response", "home", code=2).output
+    assert "carries no patch" in " ".join(refused.split())
+
+
+def _trained(root: Path, run_folder: str) -> str:
+    subject = json.loads((root / run_folder / "summary.json").read_text())["model"]
+    return f"artifacts/{subject['stage']}/{subject['key']}"
 
 
 def test_a_vanilla_model_exports_to_plain_transformers(done: tuple[Path, dict[str, str]], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 from steerlab import models, patches, taps
 from steerlab.affine import AffineMap
 from steerlab.job import Selection
-from steerlab.patches import ActivationPatch, CannotFold, EmbeddingPatch, LogitPatch, WeightPatch
+from steerlab.patches import ActivationPatch, CannotFold, EmbeddingPatch, LogitPatch, SecondModelPatch, WeightPatch
 
 IDS = torch.tensor([[1, 3, 20, 4, 30, 5], [1, 3, 40, 4, 50, 5]])
 ROLES = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
@@ -53,6 +53,14 @@ def weight(model: PreTrainedModel) -> WeightPatch:
     return randomised(WeightPatch({f"{LINEAR}.weight": list(model.get_parameter(f"{LINEAR}.weight").shape)}))
 
 
+def logit_of_layer(model: PreTrainedModel) -> LogitPatch:
+    return randomised(LogitPatch(model.config.hidden_size, model.config.vocab_size, "mlp", 4, layer=0))
+
+
+def second_model(model: PreTrainedModel) -> SecondModelPatch:
+    return randomised(SecondModelPatch(models.config_of(model)))
+
+
 MAKERS: list[Callable[[PreTrainedModel], Any]] = [embedding, activation, logit, weight]
 each_kind = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
@@ -61,7 +69,7 @@ def logits(model: PreTrainedModel, strengths: list[float] | None = None, **kwarg
     if strengths is not None:
         kwargs["strengths"] = torch.tensor(strengths)
     with torch.no_grad():
-        return model(IDS, **kwargs).logits
+        return model(input_ids=IDS, **kwargs).logits
 
 
 @each_kind
@@ -87,6 +95,19 @@ def test_a_strength_for_each_row_equals_separate_calls(make: Any, tiny_model: Pr
     for row, strength in enumerate([0.3, 1.4]):
         alone = logits(tiny_model, [strength] * 2, roles=ROLES)
         torch.testing.assert_close(mixed[row], alone[row], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [*MAKERS[:3], logit_of_layer, second_model], ids=lambda make: make.__name__)
+def test_only_some_logits_are_made_and_they_are_those_of_a_whole_call(make: Any, tiny_model: PreTrainedModel) -> None:
+    made: list[int] = []
+    models.head(tiny_model).register_forward_hook(lambda _m, inputs, _o: made.append(inputs[0].shape[:-1].numel()))
+    patches.attach(tiny_model, [make(tiny_model)])
+    only = (torch.tensor([0, 0, 1]), torch.tensor([2, 4, 1]))
+    for strengths in (None, [0.3, 1.4], [0.0, 0.0]):
+        whole = logits(tiny_model, strengths, roles=ROLES)
+        some = logits(tiny_model, strengths, roles=ROLES, only=only)
+        torch.testing.assert_close(some, whole[only][None], atol=1e-5, rtol=1e-5)
+    assert made == [IDS.numel(), 3] * 3
 
 
 def test_a_weight_patch_refuses_a_mixed_batch(tiny_model: PreTrainedModel) -> None:

@@ -86,8 +86,8 @@ class Dpo(nn.Module):
         """Return the summed loss of the pairs (eq. 7)."""
         tokens = preference.predicted(batch)
         with torch.no_grad(), self._reference() as reference:
-            reference_N = _log_probs(tokens.at(reference(**batch.patched_inputs, use_cache=False).logits), tokens.target_N)
-        policy_N = _log_probs(tokens.at(self.model(**batch.patched_inputs).logits), tokens.target_N)
+            reference_N = preference.log_probs(reference, batch, tokens)
+        policy_N = preference.log_probs(self.model, batch, tokens)
         loss_P, margin_P = preference.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
@@ -113,10 +113,6 @@ class Dpo(nn.Module):
         return patches.WeightPatch.of(
             {name: state[f"weights.{i}"].cpu() - start[name].detach().cpu() for i, name in enumerate(self.patch.names)}
         )
-
-
-def _log_probs(logits_NV: Tensor, target_N: Tensor) -> Tensor:
-    return -nn.functional.cross_entropy(preference.wide(logits_NV), target_N, reduction="none")
 
 
 def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:

@@ -71,6 +71,7 @@ class Genarm(nn.Module):
             patches.attach(model, [*inputs.below, added])
         else:
             self.patch = Adapters(second, config.lora)
+            patches.attach(second, ())
             patches.attach(model, inputs.below)
 
     def train(self, mode: bool = True) -> Genarm:
@@ -82,8 +83,7 @@ class Genarm(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs."""
         tokens = preference.predicted(batch)
-        logits_NV = tokens.at(self.second(**batch.model_inputs).logits)
-        log_prob_N = -nn.functional.cross_entropy(preference.wide(logits_NV), tokens.target_N, reduction="none")
+        log_prob_N = preference.log_probs(self.second, batch, tokens)
         loss_P, margin_P = preference.dpo(log_prob_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
