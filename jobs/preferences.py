@@ -2,7 +2,9 @@
 
     python jobs/preferences.py --root ROOT [--pair smollm2] [--seeds 3] [--only NAME] [--win-rate] [--output page.html]
 
-All trainings see the same pairs in the same order for the same number of steps. What is in ROOT is not run again.
+All trainings see the same pairs in the same order for the same number of steps. With `--train-dtype bfloat16` they read the
+model in bfloat16, which is faster; what they leave is evaluated in the job's type all the same. What is in ROOT is not run
+again.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from steerlab.store import Store
 JOBS = Path(__file__).parent
 FOLDERS = {"tiny": JOBS / "tiny", "smollm2": JOBS}
 ALPHAS = (1.0, 0.5, 1.5, 2.0)
+"""Unless `--set evaluate.0.strengths=[...]` says otherwise."""
 METRICS = ("preference/accuracy", "preference/margin", "preference/kl")
 BEST_OF = 8
 TITLES = (
@@ -51,11 +54,19 @@ VARIANTS = (
 LORA_LR = {"tiny": "1.0e-3", "smollm2": "2.0e-4"}
 
 
-def wanted(pair: str, variant: Variant, seed: int, overrides: list[str]) -> job.Job:
-    """Return the job of a variant and seed."""
+def wanted(pair: str, variant: Variant, seed: int, overrides: list[str], train_dtype: str | None) -> job.Job:
+    """Return the job of a variant and seed; one that trains in another type is the base of one that evaluates."""
     own = [text.replace("LORA_LR", LORA_LR[pair]) for text in variant.overrides]
     alphas = f"evaluate.0.strengths={list(ALPHAS)}"
-    return job.read(FOLDERS[pair] / variant.file, JobType, [*own, alphas, f"train.seed={seed}", *overrides])
+    file = FOLDERS[pair] / variant.file
+    one = job.read(file, JobType, [*own, alphas, f"train.seed={seed}", *overrides])
+    if train_dtype is None or train_dtype == one.model.dtype:
+        return one
+    asked = one.model_dump(mode="json")
+    trains = {**asked, "model": {**asked["model"], "dtype": train_dtype}, "evaluate": []}
+    trains["scale"] = {**asked["scale"], "zero_stage": max(1, one.scale.zero_stage)}  # for float32 copies
+    evaluates = {**asked, "model": {**asked["model"], "source": trains}, "method": {"name": "none"}, "train": None}
+    return job.validate(evaluates, JobType, file)
 
 
 def win_rates(pair: str, runs: dict[str, list[run.Run]], store: Store, judge: str, overrides: list[str]) -> Table:
@@ -86,15 +97,20 @@ def _pairs(pair: str) -> dict[str, Any]:
     return job.read(FOLDERS[pair] / "iav.yaml", JobType).evaluate[0].model_dump(mode="json")["pairs"]
 
 
+def alphas_of(strengths: list[dict[str, Any]]) -> list[str]:
+    """Return the alphas that a variant was measured at, without that of the base."""
+    return sorted((alpha for alpha in strengths[0] if float(alpha)), key=float)
+
+
 def lines(found: dict[str, list[dict[str, Any]]]) -> list[Line]:
     """Return implicit accuracy against KL to the base, a line over alpha for each variant."""
-    alphas = sorted(ALPHAS)
+    chosen = [variant for variant in VARIANTS if variant.name in found]
+    alphas = alphas_of(found[chosen[0].name])
+    labels = [f"{float(alpha):g}" for alpha in alphas]
 
     def values(variant: Variant, metric: str) -> list[list[float]]:
-        return [[seed[str(alpha)][metric]["value"] for seed in found[variant.name]] for alpha in alphas]
+        return [[seed[alpha][metric]["value"] for seed in found[variant.name]] for alpha in alphas]
 
-    labels = [f"{alpha:g}" for alpha in alphas]
-    chosen = [variant for variant in VARIANTS if variant.name in found]
     return [Line(v.name, labels, values(v, METRICS[2]), values(v, METRICS[0]), v.colour) for v in chosen]
 
 
@@ -105,6 +121,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(v.name for v in VARIANTS)}.")] = None,
     win_rate: Annotated[bool, typer.Option(help="Let every variant answer held-out prompts, too.")] = False,
     judge: Annotated[str, typer.Option(help="Variant whose implicit reward judges answers.")] = "DPO, all weights",
+    train_dtype: Annotated[str | None, typer.Option(help="Type of the weights in training; default: the jobs'.")] = None,
     output: Annotated[Path | None, typer.Option(help="HTML page with the figure.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override one value in every job.")] = None,
 ) -> None:
@@ -117,7 +134,7 @@ def main(
     missing = [name for name in (judge, VARIANTS[0].name) if name not in {variant.name for variant in chosen}]
     if win_rate and missing:
         raise typer.BadParameter(f"--win-rate asks {missing[0]!r}, which --only leaves out")
-    jobs = {variant.name: [wanted(pair, variant, seed, set_ or []) for seed in range(seeds)] for variant in chosen}
+    jobs = {v.name: [wanted(pair, v, seed, set_ or [], train_dtype) for seed in range(seeds)] for v in chosen}
     facts = {name: run.check(group[0]) for name, group in jobs.items()}
     run.connect()
     try:
@@ -132,9 +149,9 @@ def main(
     found = {name: [done.summary["strengths"] for done in group] for name, group in runs.items()}
     table = Table("", "alpha", *METRICS, title=f"{pair}: held-out pairs, {seeds} seeds, 95 % intervals")
     for name, strengths in found.items():
-        for alpha in sorted(ALPHAS):
-            cells = (cell([one[str(alpha)][metric] for one in strengths]) for metric in METRICS)
-            table.add_row(name if alpha == min(ALPHAS) else "", f"{alpha:g}", *cells)
+        for number, alpha in enumerate(alphas_of(strengths)):
+            cells = (cell([one[alpha][metric] for one in strengths]) for metric in METRICS)
+            table.add_row("" if number else name, f"{float(alpha):g}", *cells)
     console.print(table)
     if answers is not None:
         console.print(answers)

@@ -385,10 +385,13 @@ def stores_transposed(module: nn.Module) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over the names, shapes and first values of all weights: cheap, and different for other weights."""
+    """Return a SHA-256 over the names, shapes and first values of all weights: cheap, and different for other weights.
+
+    It is the same for the same weights in float32 and in bfloat16: a patch that was trained on one stands on the other.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()[:8].to("cpu", torch.float64).tolist()
+        values = parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).to(torch.float64).tolist()
         digest.update(json.dumps([name, list(parameter.shape), values]).encode())
     return digest.hexdigest()
 

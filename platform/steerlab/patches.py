@@ -556,7 +556,8 @@ class WeightPatch(nn.Module):
             if strength == state["strength"]:
                 return
             for weight, start, (_, delta) in zip(weights, base, self.differences(), strict=True):
-                weight.data.copy_(start if strength == 0 else start + strength * delta.to(start))
+                # A difference in float32 on weights in bfloat16 is rounded once, in the sum.
+                weight.data.copy_(start if strength == 0 else start + strength * delta.to(start.device))
             state["strength"] = strength
 
         def before(_model: nn.Module, _args: Any) -> None:
@@ -581,7 +582,7 @@ class WeightPatch(nn.Module):
         """Add the differences to the weights."""
         for name, delta in self.differences():
             weight = model.get_parameter(name)
-            weight.data.add_(strength * delta.to(weight))
+            weight.data.copy_(weight + strength * delta.to(weight.device))
 
 
 def _frozen(shapes: Iterable[list[int]]) -> nn.ParameterList:

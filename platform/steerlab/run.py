@@ -28,6 +28,7 @@ from steerlab.evaluation import TASKS
 from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
 from steerlab.job import DataSet, Job, base_job, dump
 from steerlab.methods import METHODS
+from steerlab.methods.contract import check_masters
 from steerlab.stages import (
     Evaluation,
     JobType,
@@ -165,8 +166,8 @@ def _check_training(job: Job) -> None:
         )
     if job.train.keep == "best" and job.data.validation is None:
         raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
-    if method.trains_model and job.model.dtype == "bfloat16" and job.scale.zero_stage == 0:
-        raise ValueError("model.dtype bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3")
+    if method.trains_model:
+        check_masters(job)
     if method.trains_model and job.train.snapshots:
         raise ValueError(f"train.snapshots: method {name} trains the model itself, so a patch alone is no snapshot of it")
 

@@ -1,11 +1,11 @@
 """What alignment costs at inference: folded, low-rank and full IAV heads, DPO and GenARM against the model as it is.
 
-    python tests/benchmarks/decode_cost.py [--write] [--batch 1] [--repeats 10]
+    python tests/benchmarks/decode_cost.py [--write] [--batch 1] [--repeats 10] [--only NAME ...]
 
 SmolLM2-135M writes a fixed number of tokens with a cache; the contenders take turns, and every ratio is to the model as it is
-in the same turn. Heads and reward models are random: their cost does not depend on what they say. DPO's change is folded.
-Memory is the highest resident size while a process of its own generates with one contender, less what the process held before
-it loaded the model.
+in the same turn, which runs twice; the control is one of these over the other. Heads and reward models are random: their cost
+does not depend on what they say. DPO's change is folded. Memory is the highest resident size while a process of its own
+generates with one contender, less what the process held before it loaded the model.
 """
 
 from __future__ import annotations
@@ -132,33 +132,38 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=10, help="2 or more")
+    parser.add_argument("--only", action="append", choices=NAMES[2:], help="beside the base and its control; default: all")
     parser.add_argument("--alone")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.alone:
         print(alone(arguments.alone, arguments.batch))
         return
+    names = (BASE, CONTROL, *(name for name in NAMES[2:] if not arguments.only or name in arguments.only))
     model, encoder = load()
-    peaks = {name: peak_bytes(name, arguments.batch) for name in NAMES}
-    found = [contender(name, model, encoder) for name in NAMES]
+    peaks = {name: peak_bytes(name, arguments.batch) for name in names}
+    found = [contender(name, model, encoder) for name in names]
     with found[0].open() as plain:
         batch = efficiency.prompts(plain, arguments.batch, PROMPT_TOKENS, 0)
-    generator, seconds = random.Random(0), {name: [] for name in NAMES}
+    generator, seconds = random.Random(0), {name: [] for name in names}
     for number in range(arguments.repeats + 1):
         for one in sorted(found, key=lambda _: generator.random()):
             with one.open() as steered:
                 _, decode_s = efficiency.generate(steered, batch, one.strength, NEW_TOKENS, time.perf_counter)
             if number:  # the first turn warms up
                 seconds[one.name].append(decode_s / (NEW_TOKENS - 1))
-    results: dict[str, Any] = {"batch": arguments.batch, "repeats": arguments.repeats, "threads": 2, "torch": torch.__version__}
+    results: dict[str, Any] = {"batch": arguments.batch, "threads": 2, "torch": torch.__version__}
     table = Table(
         "", "ms a token", "ratio to base", "peak memory, ratio", title=f"batch {arguments.batch}, {NEW_TOKENS} tokens"
     )
-    for name in NAMES:
-        ratios = [own / base for own, base in zip(seconds[name], seconds[BASE], strict=True)]
+    both = [statistics.fmean(pair) for pair in zip(seconds[BASE], seconds[CONTROL], strict=True)]
+    for name in names[1:]:
+        base = seconds[BASE] if name == CONTROL else both
+        ratios = [own / plain for own, plain in zip(seconds[name], base, strict=True)]
         ratio, error = mean(ratios)
         median_ms = 1e3 * statistics.median(seconds[name])
         results[name] = {"ms": median_ms, "ratio": ratio, "stderr": error, "median": statistics.median(ratios)}
+        results[name] |= {"repeats": arguments.repeats, "base_ms": 1e3 * statistics.median(both)}
         results[name] |= {"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks[BASE]}
         shown = f"{ratio:.3f} \u00b1 {error:.3f} (median {statistics.median(ratios):.3f})"
         table.add_row(name, f"{median_ms:.1f}", shown, f"{peaks[name] / peaks[BASE]:.2f}")
@@ -166,7 +171,8 @@ def main() -> None:
     if arguments.write:
         RESULT.parent.mkdir(exist_ok=True)
         saved = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        RESULT.write_text(json.dumps(saved | {f"batch {arguments.batch}": results}, indent=1) + "\n")
+        key = f"batch {arguments.batch}"
+        RESULT.write_text(json.dumps({**saved, key: {**saved.get(key, {}), **results}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

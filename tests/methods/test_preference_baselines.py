@@ -110,6 +110,20 @@ def test_the_patch_of_adapters_is_the_model_that_they_were_trained_in(
     torch.testing.assert_close(difference, by_hand, rtol=1e-4, atol=1e-6)
 
 
+def test_adapters_of_a_bfloat16_model_train_and_are_kept_in_float32(tiny_dir: Path, batch: Batch, tmp_path: Path) -> None:
+    module = made(dpo, models.load_model(tiny_dir, dtype="bfloat16", seed=0), lora=LORA)
+    assert {p.dtype for p in trained_parameters(module).values()} == {torch.float32}
+    assert {p.dtype for p in module.parameters() if not p.requires_grad} == {torch.bfloat16}
+    # Steps far below the resolution of bfloat16 add up.
+    start = [p.detach().clone() for p in module.patch.downs]
+    losses = train(module, batch, steps=4, lr=1e-5)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    moved = torch.cat([(p.detach() - s).flatten() for p, s in zip(module.patch.downs, start, strict=True)])
+    assert (moved != 0).float().mean() > 0.9
+    patch = finished(module, tmp_path)
+    assert {p.dtype for p in patch.parameters()} == {torch.float32}
+
+
 def test_a_type_of_layer_that_the_model_lacks_is_named() -> None:
     with pytest.raises(ValueError, match="ffn_gate: GPT2LMHeadModel has no such linear layers; it has attn_q"):
         made(dpo, gpt2(), lora={"layer_type": ["ffn_gate"]})

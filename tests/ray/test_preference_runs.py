@@ -115,6 +115,9 @@ def test_bad_requests_say_what_would_be_right(tmp_path: Path) -> None:
     refused(r"data.validation: rows of format instruction", data={"preference": PAIRS, "validation": plain})
     refused(r"method: layer 9: LlamaForCausalLM has the layers 0 to 3", method={"name": "iav", "layer": 9})
     refused(r"scale.zero_stage 3", scale={"zero_stage": 3})
+    for name in ("dpo", "genarm"):
+        few = {"source": "tiny:model", "dtype": "bfloat16"}
+        refused(r"needs scale.zero_stage 1, 2 or 3", method={"name": name}, model=few, evaluate=[])
     refused(r"loss_on response", data={"preference": {**PAIRS, "loss_on": "all"}})
     (tmp_path / "bad.json").write_text(json.dumps([{"prompt": "a", "chosen": "b", "rejected": "b"}]))
     bad = {"source": str(tmp_path / "bad.json"), "format": "preference"}

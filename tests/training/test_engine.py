@@ -248,6 +248,17 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     assert history[-1]["train/loss"] < 0.9 * history[0]["train/loss"]
 
 
+def test_differences_of_bfloat16_weights_are_those_of_their_float32_copies(tmp_path: Path) -> None:
+    settings = {"method": {"name": "dpo"}, "data": PAIRS, "scale": {"zero_stage": 1}, "train": {"max_tokens": 29}}
+    weights, history = train(tmp_path, 2, dtype="bfloat16", **settings)
+    assert history[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert history[-1]["train/loss"] < 0.9 * history[0]["train/loss"]
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    # Differences of rounded weights would themselves be whole steps of bfloat16.
+    between = torch.cat([(weight != weight.bfloat16()).flatten() for weight in weights.values()])
+    assert between.float().mean() > 0.8
+
+
 @pytest.mark.slow
 def test_a_vector_trains_in_float32_on_a_frozen_bfloat16_model(tmp_path: Path) -> None:
     weights, history = train(tmp_path, 1, method={"name": "iav"}, data=PAIRS, dtype="bfloat16")

@@ -116,6 +116,29 @@ def test_a_weight_patch_refuses_a_mixed_batch(tiny_model: PreTrainedModel) -> No
         logits(tiny_model, [0.5, 1.0])
 
 
+def test_a_weight_patch_rounds_once_in_a_model_of_few_digits(tiny_dir: Path) -> None:
+    name, few = f"{LINEAR}.weight", torch.bfloat16
+    model = models.load_model(tiny_dir, dtype="bfloat16")
+    base = model.get_parameter(name).detach().clone()
+    patch = weight(model)
+    expected = (base.double() + 0.7 * patch.deltas[0].detach().double()).to(torch.float32).to(few)
+    attached = patches.attach(model, [patch])
+    logits(model, [0.7, 0.7])
+    assert torch.equal(model.get_parameter(name), expected)
+    attached.detach()
+    assert torch.equal(model.get_parameter(name), base)
+    patch.fold(model, 0.7)
+    assert torch.equal(model.get_parameter(name), expected) and model.get_parameter(name).dtype == few
+
+
+def test_a_patch_stands_on_the_same_weights_in_another_type(tiny_dir: Path, tmp_path: Path) -> None:
+    few = models.load_model(tiny_dir, seed=0).bfloat16()
+    patches.save(logit(few), tmp_path / "patch", models.fingerprint(few))
+    assert patches.load(tmp_path / "patch", models.load_model(tiny_dir, seed=0)).kind == "logit"
+    with pytest.raises(ValueError, match="made for another model"):
+        patches.load(tmp_path / "patch", models.load_model(tiny_dir, seed=1))
+
+
 def test_a_stack_gives_each_patch_its_own_strength(tiny_model: PreTrainedModel) -> None:
     stack = [make(tiny_model) for make in MAKERS]
     base = logits(tiny_model)

@@ -60,6 +60,10 @@ class Adapters(nn.Module):
         inject_adapter_in_model(asked, model.requires_grad_(False), _NAME)
         layers = [model.get_submodule(name) for name in self.names]
         self._layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
+        # peft gives them the type of the weights; an optimizer's steps are lost in bfloat16.
+        for layer in self._layers:
+            layer.lora_A[_NAME].float()
+            layer.lora_B[_NAME].float()
         self.downs = nn.ParameterList([layer.lora_A[_NAME].weight for layer in self._layers])  # type: ignore[list-item]
         self.ups = nn.ParameterList([layer.lora_B[_NAME].weight for layer in self._layers])  # type: ignore[list-item]
 

@@ -261,6 +261,12 @@ def train_everything(model: PreTrainedModel) -> None:
         parameter.requires_grad_(True)
 
 
+def check_masters(job: Job) -> None:
+    """Refuse to train the model's own weights in bfloat16 where the optimizer keeps no float32 copies of them."""
+    if job.model.dtype == "bfloat16" and job.scale.zero_stage == 0:
+        raise ValueError("model.dtype bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3")
+
+
 def fitted(
     kind: type[MethodConfig],
     fit: Callable[[Any, Samples, Samples], dict[str, AffineMap]],

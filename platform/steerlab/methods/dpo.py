@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from steerlab import patches, preference
 from steerlab.job import Job, MethodConfig
 from steerlab.methods.adapters import Adapters, Lora, num_trained
-from steerlab.methods.contract import Inputs, Loss, Method, train_everything
+from steerlab.methods.contract import Inputs, Loss, Method, check_masters, train_everything
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
 
@@ -124,9 +124,9 @@ def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
-    """Refuse weights without the digits to move in."""
-    if job.model.dtype == "bfloat16" and config.lora is None:
-        raise ValueError("model.dtype bfloat16: method dpo keeps no float32 copies of the weights; set float32, or method.lora")
+    """Refuse weights without the digits to move in, and shards."""
+    if config.lora is None:
+        check_masters(job)
     if job.scale.zero_stage == 3:
         raise ValueError("scale.zero_stage 3: the differences to the reference are taken of whole weights; use 0, 1 or 2")
 

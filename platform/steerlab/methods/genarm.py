@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from steerlab import models, patches, preference
 from steerlab.job import Job, MethodConfig
 from steerlab.methods.adapters import Adapters, Lora, num_trained
-from steerlab.methods.contract import Inputs, Loss, Method, train_everything
+from steerlab.methods.contract import Inputs, Loss, Method, check_masters, train_everything
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
 
@@ -117,8 +117,8 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Refuse what the reward model cannot be made of or trained under."""
     if config.num_layers is not None and config.num_layers >= facts.num_layers:
         raise ValueError(f"method.num_layers {config.num_layers}: the model has {facts.num_layers}; null takes all of them")
-    if job.model.dtype == "bfloat16" and config.lora is None:
-        raise ValueError("model.dtype bfloat16: the reward model has no float32 copies of its weights; set float32, or lora")
+    if config.lora is None:
+        check_masters(job)
     if job.scale.zero_stage == 3:
         raise ValueError("scale.zero_stage 3: the reward model is saved whole from one worker; use 0, 1 or 2")
 

@@ -22,7 +22,9 @@ Departures from the authors' code:
   log pi_z alone). `length_average` keeps its mean in place of the sum;
 - the KL is that to the base; the seed's is that of two frozen models, which no gradient reaches;
 - |a|^2 as in the manuscript, over both responses; the code takes |a| over the chosen one;
-- other heads: low rank, an MLP, and heads on an earlier layer, which do not fold.
+- other heads: low rank, an MLP, and heads on an earlier layer, which do not fold;
+- the model itself never trains: with trained weights the base's logits are no reference, and what is left is DPO. For both,
+  train the weights with methods/dpo.py and put the vector on its result (`model: {source: "job:dpo.yaml"}`).
 
 Since h does not change, `cache` computes it once: the training then reads it from the disk and never runs the model.
 """
@@ -71,8 +73,6 @@ class Config(MethodConfig):
     """Weight of the vector's squared norm a response token; 0 is none. Seed: 0.01."""
     length_average: bool = False
     """Means over the tokens of a response in place of sums, as in the seed: long responses weigh no more than short ones."""
-    backbone: Literal["frozen"] = "frozen"
-    """The model itself does not train."""
     cache: bool = False
     """Compute the hidden states of all response tokens once, on disk, in the model's type; training reads them there. The loss
     of data.validation still runs the model."""
@@ -202,7 +202,7 @@ def prepares(config: Config, skeleton: PreTrainedModel) -> tuple[Preparation, ..
         return ()
     params = {"layer": config.layer, "batch_tokens": config.batch_tokens, "rows_per_shard": config.rows_per_shard}
     width = models.linear_shape(models.head(skeleton))[1]
-    return (OfEachRow("hidden", 1, "preference", params, Hidden, width * len(_names(config.layer))),)
+    return (OfEachRow("hidden", 2, "preference", params, Hidden, width * len(_names(config.layer))),)
 
 
 def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:

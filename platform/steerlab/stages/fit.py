@@ -38,7 +38,7 @@ def stage(job: Job, below: Stage | None, extractions: Mapping[str, Stage]) -> St
             "extract": job.extract.model_dump(mode="json", include={"select", "max_tokens", "batch_tokens"}),
         }
     inputs = (*((below,) if below else ()), *(extractions[role] for role in sorted(extractions)))
-    return Stage("fit", 1, params, run, inputs, label=job.method.name)
+    return Stage("fit", 2, params, run, inputs, label=job.method.name)
 
 
 def run(work: Work) -> None:

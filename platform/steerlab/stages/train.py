@@ -49,7 +49,7 @@ def stage(
         *(extractions[role] for role in sorted(extractions)),
         *(prepared or {}).values(),
     )
-    return Stage("train", 2, params, run, inputs, label=f"{job.method.name} on {rows.describe(data[trains_on])}")
+    return Stage("train", 3, params, run, inputs, label=f"{job.method.name} on {rows.describe(data[trains_on])}")
 
 
 def run(work: Work) -> None:

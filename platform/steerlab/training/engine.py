@@ -151,16 +151,34 @@ class Engine:
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"
         return meta["state"]
 
-    def weights(self, prefix: str = "") -> dict[str, Tensor]:
-        """Return the module's state below `prefix` in full, on the CPU (rank 0; empty elsewhere). All ranks call it."""
+    def weights(self, prefix: str = "", *, masters: bool = False) -> dict[str, Tensor]:
+        """Return the module's state below `prefix` in full, on the CPU (rank 0; empty elsewhere). All ranks call it.
+
+        `masters` takes, of weights that train in bfloat16, the float32 copies that the optimizer moves.
+        """
         if self.scale.zero_stage < 3:
             full = self._ds.module.state_dict() if self.rank == 0 else {}
         else:
             full = self._ds._zero3_consolidated_16bit_state_dict() or {}
+        if masters and self.dtype == "bfloat16":
+            copies = self._masters(prefix)
+            full = {**full, **copies} if self.rank == 0 else {}
         full = {name.removeprefix(prefix): tensor for name, tensor in full.items() if name.startswith(prefix)}
         # Tied weights share one copy, so that they are saved once.
-        copies: dict[int, Tensor] = {}
-        return {name: copies.setdefault(tensor.data_ptr(), tensor.detach().cpu()) for name, tensor in full.items()}
+        once: dict[int, Tensor] = {}
+        return {name: once.setdefault(tensor.data_ptr(), tensor.detach().cpu()) for name, tensor in full.items()}
+
+    def _masters(self, prefix: str) -> dict[str, Tensor]:
+        """Gather the float32 copies of what trains below a prefix, on every rank."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._ds.module.named_parameters(remove_duplicate=False):
+            if name.startswith(prefix) and parameter.requires_grad:
+                copy = safe_get_full_fp32_param(parameter)
+                assert copy is not None, f"the optimizer keeps no float32 copy of {name}"
+                found[name] = copy
+        return found
 
     def close(self) -> None:
         """Release hooks and buffers."""

@@ -147,9 +147,10 @@ class _Training:
         config = self.method.Config.model_validate(request.method)
         self.module: nn.Module = self.method.module(model, config, inputs).to(self.link.device)
         self.module.train()
-        self.num_trained = sum(p.numel() for p in trained_parameters(self.module).values())
-        # What a frozen model leaves to train is small and stays float32, whatever the model's type.
-        dtype = request.model.dtype if self.method.trains_model else "float32"
+        trained = trained_parameters(self.module).values()
+        self.num_trained = sum(p.numel() for p in trained)
+        # What a method adds to a frozen model is float32, whatever the model's type, and needs no second copy.
+        dtype = "bfloat16" if any(p.dtype == torch.bfloat16 for p in trained) else "float32"
         self.engine = Engine(
             self.module, request.train, self.scale, dtype, self.link.rank, self.link.world_size, self.link.device
         )
@@ -186,9 +187,8 @@ class _Training:
             _check_finite(metrics)
             self.history.append(metrics)
             if self.step in train.snapshots:
-                self.snapshots |= {
-                    f"{self.step}/{name}": value.clone() for name, value in self.engine.weights("patch.").items()
-                }
+                kept = self.engine.weights("patch.", masters=True)
+                self.snapshots |= {f"{self.step}/{name}": value.clone() for name, value in kept.items()}
             self.link.tell({**metrics, "steps": train.steps, "steps_per_s": rate, "left_s": (train.steps - self.step) / rate})
             if is_last or self.step % self.scale.checkpoint_every == 0 or (evaluates and train.keep == "best"):
                 self._checkpoint(metrics)
@@ -244,7 +244,7 @@ class _Training:
 
     def export(self, output: Path) -> None:
         """Write the trained artifact on rank 0: model, patch, prompt settings, history."""
-        state = self.engine.weights("" if self.method.trains_model else "patch.")
+        state = self.engine.weights() if self.method.trains_model else self.engine.weights("patch.", masters=True)
         if self.link.rank:
             return
         shutil.rmtree(output, ignore_errors=True)
