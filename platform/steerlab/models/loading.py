@@ -1,0 +1,236 @@
+"""Read and write checkpoints: whole models, their sizes without weights, models like another one."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from steerlab import pipelines, sources
+from steerlab.job import SamplerConfig
+from steerlab.models.places import layer_names
+from steerlab.pipelines import Diffusion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+transformers.logging.disable_progress_bar()
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before its weights are loaded; methods check their settings against it."""
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    num_parameters: int
+    max_positions: int
+    has_pad_token: bool
+    kind: str = "causal_lm"
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    seed: int = 0,
+    sampler: Mapping[str, Any] | None = None,
+) -> Any:
+    """Load a checkpoint in evaluation mode; a directory with a config but no weights is initialised from `seed`.
+
+    A pipeline becomes a `pipelines.Diffusion`, which draws as `sampler` (the fields of `SamplerConfig`) says.
+    """
+    directory = prepare(Path(directory))
+    if pipelines.is_pipeline(directory):
+        settings = SamplerConfig.model_validate(sampler or {})
+        denoiser = None if settings.denoiser is None else sources.fetch(settings.denoiser)
+        return pipelines.load(directory, settings, dtype=dtype, seed=seed, denoiser=denoiser)
+    kwargs: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention}
+    if has_weights(directory):
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, **kwargs).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(directory), **kwargs
+        ).eval()
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model."""
+    return transformers.AutoTokenizer.from_pretrained(prepare(Path(directory)))
+
+
+def facts(directory: str | Path) -> ModelFacts:
+    """Read a model's sizes from its config, without its weights."""
+    directory = prepare(Path(directory))
+    model = skeleton(directory)
+    config: Any = model.config
+    if isinstance(model, Diffusion):
+        return _facts_of_pipeline(model)
+    return ModelFacts(
+        architecture=type(model).__name__,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        max_positions=getattr(config, "max_position_embeddings", 0) or 0,
+        has_pad_token=load_tokenizer(directory).pad_token_id is not None,
+    )
+
+
+def _facts_of_pipeline(model: Diffusion) -> ModelFacts:
+    """Sizes of a pipeline; width and depth, for estimates, are those of its widest level and of its blocks."""
+    config: Any = model.config
+    widths = getattr(config, "block_out_channels", None)
+    width = max(widths) if widths else config.num_attention_heads * config.attention_head_dim
+    depth = len(widths) if widths else getattr(config, "num_layers", 1)
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelFacts(model.architecture, width, depth, 0, parameters, 0, False, "diffusion")
+
+
+def skeleton(directory: str | Path) -> Any:
+    """Return a model's modules without any weights: their paths and shapes, to be read only."""
+    directory = prepare(Path(directory))
+    if pipelines.is_pipeline(directory):
+        return pipelines.skeleton(directory)
+    return _skeleton(directory, (directory / "config.json").read_text())
+
+
+@lru_cache(maxsize=8)
+def _skeleton(directory: Path, config: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))
+
+
+def config_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Return a model's config as JSON values, from which `from_config` makes one like it."""
+    return json.loads(model.config.to_json_string(use_diff=False))
+
+
+def from_config(config: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a model with random weights, float32."""
+    made = transformers.AutoConfig.for_model(**config)
+    return transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+
+
+def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """Return a copy of a model that has its first decoder layers only. Raises ValueError if it has no more than these."""
+    names = layer_names(model)
+    if not 0 < num_layers < len(names):
+        raise ValueError(f"{num_layers} layers: {type(model).__name__} has {len(names)}, of which a shorter model has fewer")
+    config = config_of(model)
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) == len(names):
+            config[name] = value[:num_layers]  # what is said of each layer
+    sizes = {name for name in ("num_hidden_layers", "n_layer") if name in config}
+    cut: Any = from_config(config | dict.fromkeys(sizes, num_layers))
+    cut = cut.to(dtype=model.dtype, device=model.device)
+    cut.load_state_dict({name: value for name, value in model.state_dict().items() if name in cut.state_dict()})
+    return cut.eval()
+
+
+def check_sampler(directory: str | Path, sampler: SamplerConfig) -> None:
+    """Refuse a sampler that a pipeline cannot take, without loading its weights. Raises ValueError."""
+    pipelines.check_scheduler(prepare(Path(directory)), sampler)
+
+
+def saved_dtype(directory: Path) -> str:
+    """Return the type in which a checkpoint's weights were saved; float32 where that is not said."""
+    if pipelines.is_pipeline(directory):
+        return pipelines.saved_dtype(directory)
+    config = directory / "config.json"
+    return (json.loads(config.read_text()).get("dtype") or "float32") if config.is_file() else "float32"
+
+
+def start_training(model: Any, checkpointing: bool) -> None:
+    """Make a loaded model fit for training; with `checkpointing` activations are computed again in the backward pass."""
+    if not isinstance(model, Diffusion):
+        model.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def save_trained(model: Any, weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Write the trained weights, by the names of the model's parameters, as a checkpoint that its library loads."""
+    if isinstance(model, Diffusion):
+        model.load_state_dict(dict(weights), strict=False)
+        model.pipeline.save_pretrained(directory)
+        return
+    model.config.use_cache = True
+    model.save_pretrained(directory, state_dict=dict(weights))
+
+
+def has_weights(directory: Path) -> bool:
+    """Say whether a model directory holds weights or only a config."""
+    return any(next(directory.glob(pattern), None) for pattern in _WEIGHTS)
+
+
+def prepare(directory: Path) -> Path:
+    """Return a directory that transformers loads directly; a GGUF file is dequantised once and kept beside it."""
+    if (directory / "config.json").is_file() or pipelines.is_pipeline(directory):
+        return directory
+    gguf = sorted(directory.rglob("*.gguf")) if directory.is_dir() else []
+    if len(gguf) != 1:
+        found = f"{len(gguf)} GGUF files" if gguf else "neither config.json nor a GGUF file"
+        raise ValueError(f"{directory} holds no model: expected config.json, model_index.json or one .gguf file, found {found}")
+    return _dequantise(gguf[0])
+
+
+def _dequantise(gguf: Path) -> Path:
+    from transformers import GgufConfig
+
+    target = gguf.parent / f"{gguf.stem}.dequantised"
+    with _locked(target.with_suffix(".lock")):
+        if not target.exists():
+            scratch = Path(tempfile.mkdtemp(dir=gguf.parent))
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            model.save_pretrained(scratch)
+            transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+            scratch.rename(target)
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 over the names, shapes and first values of all weights: cheap, and different for other weights.
+
+    It is the same for the same weights in float32 and in bfloat16: a patch that was trained on one stands on the other.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).to(torch.float64).tolist()
+        digest.update(json.dumps([name, list(parameter.shape), values]).encode())
+    return digest.hexdigest()
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a checkpoint that plain transformers loads."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,110 @@
+"""Rotated and shifted input embeddings: ASIDE and ISE."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steerlab import models
+from steerlab.patches.attaching import CannotFold, Forward
+from steerlab.tokens import DATA, RESPONSE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class EmbeddingPatch(nn.Module):
+    """Rotation and shift of input embeddings by token role (ASIDE, arXiv 2503.10566; ISE, arXiv 2410.09102).
+
+    Data tokens are rotated by `angle_rad` in every pair of coordinates (2k, 2k+1); `shift` adds a trained vector for each of
+    the three roles. The angle is kept as a number, the rotation costs O(D) and nothing is stored for it. With `learned` each
+    pair has its own angle, `angle_rad` plus a trained difference, so that it stays a rotation and starts at `angle_rad`.
+    """
+
+    kind: ClassVar[str] = "embedding"
+    strength_range: tuple[float, float] | None = None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        angle_rad: float = 0.0,
+        direction: Literal["right", "left"] = "right",
+        learned: bool = False,
+        shift: bool = False,
+    ) -> None:
+        super().__init__()
+        if hidden_size % 2 and (angle_rad or learned):
+            raise ValueError(f"a rotation needs pairs of coordinates; the hidden size {hidden_size} is odd")
+        self.hidden_size = hidden_size
+        self.angle_rad = angle_rad
+        self.direction: Literal["right", "left"] = direction
+        self.difference_P = nn.Parameter(torch.zeros(hidden_size // 2)) if learned else None
+        self.shift_RD = nn.Parameter(torch.zeros(RESPONSE + 1, hidden_size)) if shift else None
+        self.progress = 1.0
+        """Share of the angle in use; below 1 only while training with a gradual rotation."""
+
+    def forward(self, e_BTD: Tensor, roles_BT: Tensor, strength_B11: Tensor | None = None) -> Tensor:
+        """Rotate and shift embeddings; roles (B, T), strength (B, 1, 1) or None for 1."""
+        out_BTD = e_BTD
+        if self.angle_rad or self.difference_P is not None:
+            angle: Tensor | float = self.angle_rad * self.progress
+            if self.difference_P is not None:
+                angle = (self.angle_rad + self.difference_P.float()) * self.progress
+            if strength_B11 is not None:
+                angle = strength_B11.float() * angle
+            rotated_BTD = rotate(e_BTD, angle, self.direction)
+            out_BTD = torch.where((roles_BT == DATA).unsqueeze(-1), rotated_BTD, e_BTD)
+        if self.shift_RD is not None:
+            # Padding (role 3) has no row of its own; its value is never attended to.
+            shift_BTD = self.shift_RD[roles_BT.clamp(max=RESPONSE)]
+            out_BTD = out_BTD + (shift_BTD if strength_B11 is None else strength_B11 * shift_BTD).to(out_BTD.dtype)
+        return out_BTD
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Act on the output of the input embedding; the output head is not touched, tied or not."""
+
+        def edit(_module: nn.Module, _inputs: Any, e_BTD: Tensor) -> Tensor:
+            return self(e_BTD, forward.roles(), forward.strength(number, 3))
+
+        return [models.embedding(model).register_forward_hook(edit)]
+
+    def spec(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "hidden_size": self.hidden_size,
+            "angle_rad": self.angle_rad,
+            "direction": self.direction,
+            "learned": self.difference_P is not None,
+            "shift": self.shift_RD is not None,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the trained angles and shifts, if any."""
+        return self.state_dict()
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Fold only what does nothing: one table cannot hold two embeddings of a token."""
+        if strength and (self.angle_rad or self.difference_P is not None or self.shift_RD is not None):
+            raise CannotFold("an embedding patch depends on token roles, which plain transformers does not know")
+
+
+def rotate(x: Tensor, angle: Tensor | float, direction: str = "right") -> Tensor:
+    """Rotate every pair (2k, 2k+1) of the last axis by `angle` (radians; broadcast over pairs) in float32.
+
+    right: (u, v) -> (u cos a + v sin a, v cos a - u sin a), the row vector times the block-diagonal matrix of
+    METHODS 1.2 (ASIDE, section 4); left is right with -a.
+    """
+    if direction == "left":
+        angle = -angle
+    if isinstance(angle, Tensor):
+        cos: Tensor | float = torch.cos(angle)
+        sin: Tensor | float = torch.sin(angle)
+    else:
+        # In double precision; a quarter turn is then exactly a swap and a change of sign.
+        cos, sin = (0.0 if abs(c) < 1e-12 else c for c in (math.cos(angle), math.sin(angle)))
+    u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((u * cos + v * sin, v * cos - u * sin), -1).flatten(-2).to(x.dtype)

@@ -1,0 +1,110 @@
+"""A vector on the logits, made by a second head: IAV."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steerlab import models, taps
+from steerlab.patches.attaching import CannotFold, Forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LogitPatch(nn.Module):
+    """A head on a hidden state h, added to the logits: z = z_base + alpha a(h) with a = up f(h) (IAV). Zero at the start.
+
+    linear: f(h) = h, `up` is the full V x D matrix. low_rank: f(h) = down h, `rank` features. mlp: f(h) = gelu(down h + bias).
+    h is what the language modelling head takes or, with `layer`, the output of a decoder layer.
+    """
+
+    kind: ClassVar[str] = "logit"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        head: Literal["linear", "low_rank", "mlp"] = "linear",
+        rank: int = 0,
+        layer: int | None = None,
+        strength_range: tuple[float, float] | list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if (rank > 0) == (head == "linear"):
+            raise ValueError(f"a {head} head of rank {rank}: low_rank and mlp have a rank, linear has none")
+        self.hidden_size, self.vocab_size, self.rank, self.layer = hidden_size, vocab_size, rank, layer
+        self.head: Literal["linear", "low_rank", "mlp"] = head
+        self.strength_range = None if strength_range is None else (strength_range[0], strength_range[1])
+        self.up = nn.Parameter(torch.zeros(vocab_size, rank or hidden_size))
+        self.down = nn.Parameter(torch.randn(rank, hidden_size) / math.sqrt(hidden_size)) if rank else None
+        self.bias = nn.Parameter(torch.zeros(rank)) if head == "mlp" else None
+
+    def features(self, h: Tensor) -> Tensor:
+        """Return f(h), of which the vector is a linear function, in the type of h."""
+        if self.down is None:
+            return h
+        inner = nn.functional.linear(h, self.down.to(h.dtype), None if self.bias is None else self.bias.to(h.dtype))
+        return inner if self.bias is None else nn.functional.gelu(inner)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the vector of every position, (..., V)."""
+        return nn.functional.linear(self.features(h), self.up.to(h.dtype))
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Act on the output of the language modelling head.
+
+        Raises:
+            ValueError: the model's head is of another width or vocabulary.
+        """
+        self._check_fits(model)
+        tapped: list[Tensor] = []
+        handles = []
+        if self.layer is not None:
+            layer = model.get_submodule(models.layer_names(model)[self.layer])
+            handles.append(layer.register_forward_hook(lambda _m, _i, output: _keep_only(tapped, output)))
+
+        def edit(_module: nn.Module, inputs: tuple[Tensor, ...], logits_BTV: Tensor) -> Tensor:
+            alpha = forward.strength_of_logits(number)
+            # The head may be given the last tokens only.
+            h_BTD = forward.picked(tapped.pop())[:, -logits_BTV.shape[1] :] if tapped else inputs[0]
+            vector_BTV = self(h_BTD)
+            return logits_BTV + (vector_BTV if alpha is None else alpha.to(vector_BTV.dtype) * vector_BTV)
+
+        return [*handles, models.head(model).register_forward_hook(edit)]
+
+    def _check_fits(self, model: PreTrainedModel) -> None:
+        vocab_size, hidden_size = models.linear_shape(models.head(model))
+        if (vocab_size, hidden_size) != (self.vocab_size, self.hidden_size):
+            raise ValueError(
+                f"the logit patch has {self.vocab_size} tokens and width {self.hidden_size}, the head of "
+                f"{type(model).__name__} has {vocab_size} and {hidden_size}"
+            )
+
+    def spec(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        names = ("hidden_size", "vocab_size", "head", "rank", "layer", "strength_range")
+        return {name: getattr(self, name) for name in names}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the head."""
+        return self.state_dict()
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Add the head, times alpha, to the model's own; tied embeddings are untied first."""
+        if self.head == "mlp" or self.layer is not None:
+            raise CannotFold("the vector is no linear function of what the language modelling head takes")
+        self._check_fits(model)
+        head = models.head(model)
+        matrix_VD = self.up if self.down is None else self.up @ self.down
+        folded_VD = models.linear_weight(head).detach().double() + strength * matrix_VD.detach().double()
+        head.weight = nn.Parameter(models.linear_weight(head, folded_VD).to(head.weight.dtype), requires_grad=False)  # type: ignore[arg-type, union-attr]
+        model.config.tie_word_embeddings = False
+
+
+def _keep_only(kept: list[Tensor], output: Any) -> None:
+    kept[:] = [taps.value_at(output, None, "a decoder layer's output")]

@@ -1,0 +1,93 @@
+"""A second model beside the first: GenARM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steerlab import models
+from steerlab.patches.attaching import CannotFold, Forward, attach
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+
+class SecondModelPatch(nn.Module):
+    """A second language model whose log-probabilities are added to the logits: z = z_base + alpha log pi_r (GenARM).
+
+    It reads the tokens that the model reads, with a cache of its own beside the model's. `config` is its transformers config.
+    """
+
+    kind: ClassVar[str] = "second_model"
+    strength_range: tuple[float, float] | None = None
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.second: Any = models.from_config(config)
+        self._caches: WeakKeyDictionary[Any, DynamicCache] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, second: PreTrainedModel) -> SecondModelPatch:
+        """Make the patch of a model, which it holds from then on."""
+        with torch.device("meta"):
+            patch = cls(models.config_of(second))
+        patch.second = second
+        return patch
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Run the second model before the first, and act on the output of the first one's head.
+
+        Raises:
+            ValueError: the two have other vocabularies.
+        """
+        from transformers import DynamicCache
+
+        own, other = (models.linear_shape(models.head(one))[0] for one in (self.second, model))
+        if own != other:
+            raise ValueError(f"the second model has {own} tokens, {type(model).__name__} has {other}")
+        self.second.to(device=model.device, dtype=model.dtype)
+        log_probs: list[Tensor] = []
+
+        def read(_model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if cache is not None and cache not in self._caches:
+                self._caches[cache] = DynamicCache(config=self.second.config)
+            passed = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
+            inputs = {name: kwargs[name] for name in passed if name in kwargs}
+            own_cache = None if cache is None else self._caches[cache]
+            given = {"past_key_values": own_cache, "use_cache": cache is not None, "only": forward.only}
+            log_probs[:] = [self.second(**inputs, **given).logits.float().log_softmax(-1)]
+
+        def edit(_module: nn.Module, _inputs: Any, logits_BTV: Tensor) -> Tensor:
+            alpha, added_BTV = forward.strength_of_logits(number), log_probs.pop()
+            return logits_BTV + (added_BTV if alpha is None else alpha * added_BTV).to(logits_BTV.dtype)
+
+        return [
+            *attach(self.second, ()).handles,
+            model.register_forward_pre_hook(read, with_kwargs=True),
+            models.head(model).register_forward_hook(edit),
+        ]
+
+    def spec(self) -> dict[str, Any]:
+        """Return the second model's config."""
+        return {"config": self.config}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the second model's weights, tied ones once."""
+        return dict(self.named_parameters())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights of which those that are tied may stand there once."""
+        once = {name for name, _ in self.named_parameters()}
+        tied = {name for name, _ in self.named_parameters(remove_duplicate=False)} - once
+        return super().load_state_dict({**{name: self.get_parameter(name) for name in tied}, **state_dict}, strict, assign)
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Refuse: two models are not one."""
+        raise CannotFold("a second model's log-probabilities are no weights of the first")

@@ -1,0 +1,112 @@
+"""Differences of weights: Safety-WaRP, DPO, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steerlab.patches.attaching import Forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class WeightPatch(nn.Module):
+    """Differences of weights: W = W_base + strength * delta (WaRP, DPO). The strength is one for all rows of a call.
+
+    With a `rank` a difference is kept as the product of two matrices, which are multiplied when it is written (LoRA).
+    """
+
+    kind: ClassVar[str] = "weight"
+    strength_range: tuple[float, float] | None = None
+
+    def __init__(self, shapes: dict[str, list[int]], rank: int = 0) -> None:
+        super().__init__()
+        self.shapes, self.rank = dict(shapes), rank
+        if rank:
+            self.ups = _frozen([shape[0], rank] for shape in shapes.values())
+            self.downs = _frozen([rank, shape[1]] for shape in shapes.values())
+        else:
+            self.deltas = _frozen(shapes.values())
+
+    @classmethod
+    def of(cls, differences: Mapping[str, Tensor]) -> WeightPatch:
+        """Make the patch of differences by the weights' names."""
+        patch = cls({name: list(difference.shape) for name, difference in differences.items()})
+        for delta, difference in zip(patch.deltas, differences.values(), strict=True):
+            delta.data = difference.contiguous()
+        return patch.eval()
+
+    @classmethod
+    def of_factors(cls, factors: Mapping[str, tuple[Tensor, Tensor]]) -> WeightPatch:
+        """Make the patch of differences up @ down by the weights' names; all have one rank."""
+        shapes = {name: [len(up_MR), down_RN.shape[1]] for name, (up_MR, down_RN) in factors.items()}
+        patch = cls(shapes, next(iter(factors.values()))[0].shape[1])
+        for up, down, (up_MR, down_RN) in zip(patch.ups, patch.downs, factors.values(), strict=True):
+            up.data, down.data = up_MR.contiguous(), down_RN.contiguous()
+        return patch.eval()
+
+    def differences(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the difference of each weight."""
+        if not self.rank:
+            yield from zip(self.shapes, self.deltas, strict=True)
+            return
+        for name, up_MR, down_RN in zip(self.shapes, self.ups, self.downs, strict=True):
+            yield name, up_MR @ down_RN
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Write W_base + strength * delta before each forward pass whose strength differs from the last one's."""
+        weights = [model.get_parameter(name) for name in self.shapes]
+        base = [weight.detach().clone() for weight in weights]
+        state = {"strength": 0.0}
+
+        def write(strength: float) -> None:
+            if strength == state["strength"]:
+                return
+            for weight, start, (_, delta) in zip(weights, base, self.differences(), strict=True):
+                # A difference in float32 on weights in bfloat16 is rounded once, in the sum.
+                weight.data.copy_(start if strength == 0 else start + strength * delta.to(start.device))
+            state["strength"] = strength
+
+        def before(_model: nn.Module, _args: Any) -> None:
+            strength_B = forward.strength(number, 1)
+            values = [1.0] if strength_B is None else strength_B.unique().tolist()
+            if len(values) > 1:
+                raise ValueError(f"a weight patch has one strength for all rows of a call, got {values}")
+            write(values[0])
+
+        handle = model.register_forward_pre_hook(before)
+        return [_Restoring(handle, lambda: write(0.0))]
+
+    def spec(self) -> dict[str, Any]:
+        """Return the names and shapes of the changed weights."""
+        return {"shapes": self.shapes, "rank": self.rank}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the differences."""
+        return self.state_dict()
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Add the differences to the weights."""
+        for name, delta in self.differences():
+            weight = model.get_parameter(name)
+            weight.data.copy_(weight + strength * delta.to(weight.device))
+
+
+def _frozen(shapes: Iterable[list[int]]) -> nn.ParameterList:
+    return nn.ParameterList([nn.Parameter(torch.zeros(shape), requires_grad=False) for shape in shapes])
+
+
+class _Restoring(RemovableHandle):
+    """A hook's handle that also puts the weights back when it is removed."""
+
+    def __init__(self, handle: RemovableHandle, restore: Callable[[], None]) -> None:
+        self._handle, self._restore = handle, restore
+
+    def remove(self) -> None:
+        self._handle.remove()
+        self._restore()
