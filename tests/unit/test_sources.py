@@ -226,7 +226,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bucket"
     folder.mkdir()
     served = pafs.SubTreeFileSystem(str(folder), pafs.LocalFileSystem())
-    monkeypatch.setattr("steerlab.sources._open", lambda uri: (served, uri.partition("://")[2]))
+    monkeypatch.setattr("steerlab.sources.files._open", lambda uri: (served, uri.partition("://")[2]))
     monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
     return folder
 

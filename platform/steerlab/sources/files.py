@@ -1,0 +1,79 @@
+"""Files that are there already: paths, and what pyarrow's filesystems reach."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from steerlab.sources.cache import file_sha256, filled_once, nearby
+from steerlab.sources.grammar import Source, SourceError
+
+
+def existing(source: Source) -> Path:
+    """Return the path of a source. Raises SourceError, with what lies near it, if there is nothing."""
+    path = Path(source.name).expanduser().absolute()
+    if not path.exists():
+        hub = f" (for the hub write hf:{source.name})" if re.fullmatch(r"[\w.-]+/[\w.-]+", source.name) else ""
+        raise SourceError(f"'{source.text}' does not exist{hub}; {nearby(path)}")
+    return path
+
+
+def fetch_path(source: Source, cache: Path) -> Path:
+    """Return the path itself."""
+    return existing(source)
+
+
+def _open(uri: str) -> tuple[pafs.FileSystem, str]:
+    return pafs.FileSystem.from_uri(uri)
+
+
+def _remote(source: Source) -> tuple[pafs.FileSystem, str, list[pafs.FileInfo]]:
+    """Open a URI and list its files, sorted by path."""
+    try:
+        filesystem, path = _open(source.name)
+        info = filesystem.get_file_info(path)
+        if info.type == pafs.FileType.File:
+            return filesystem, path, [info]
+        listing = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SourceError(f"'{source.text}' cannot be read: {' '.join(str(error).split())}") from error
+    files = sorted((info for info in listing if info.type == pafs.FileType.File), key=lambda info: info.path)
+    if not files:
+        raise SourceError(f"'{source.text}' does not exist")
+    return filesystem, path, files
+
+
+def listing_sha256(source: Source) -> str:
+    """Hash a URI with the names, sizes and times of its files."""
+    listing = [(info.path, info.size, info.mtime_ns) for info in _remote(source)[2]]
+    return hashlib.sha256(json.dumps([source.name, listing]).encode()).hexdigest()
+
+
+def fetch_uri(source: Source, cache: Path) -> Path:
+    """Return a local copy of what a URI names, made anew when its listing changes."""
+    filesystem, path, files = _remote(source)
+    root = cache / "uris" / listing_sha256(source)
+    copy = root / PurePosixPath(path).name
+    if not root.exists():
+        with filled_once(root) as directory:
+            for info in files:
+                target = directory / "content" / copy.name / PurePosixPath(info.path).relative_to(path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with filesystem.open_input_stream(info.path) as stream, target.open("wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 22)
+    return copy
+
+
+def content_sha256(path: Path) -> str:
+    """Hash the content of a file, or of a directory's files with their names, sorted."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else ""
+        state = file.stat()
+        digest.update(f"{name}\0{file_sha256(file, state.st_size, state.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
