@@ -95,10 +95,11 @@ class Bench:
 
     def actor(self, directory: Path) -> None:
         """Do what an actor does with a shard: tokenise, batch, run, pool, write."""
-        from steerlab.stages import extract, shards
+        from steerlab.stages import extract
+        from steerlab.stages.shard_plan import Shard
 
         maker = extract.RowsOfShard(self.steered, self.params)
-        maker.make(shards.Shard(0, 0, self.rows), directory / "part-00000.parquet", lambda rows: None)
+        maker.make(Shard(0, 0, self.rows), directory / "part-00000.parquet", lambda rows: None)
         maker.close()
 
     def pickles(self, directory: Path) -> None:

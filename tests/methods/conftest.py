@@ -21,7 +21,7 @@ from steerlab.pipelines import Diffusion
 from steerlab.sampling import SteeredPipeline
 from steerlab.stages import prepare
 from steerlab.stages.moments import SumsOfShard
-from steerlab.stages.shards import Shard
+from steerlab.stages.shard_plan import Shard
 from steerlab.tensorfile import Parts
 from steerlab.tokens import Encoder
 

@@ -16,6 +16,7 @@ from steerlab.job import ExtractConfig, Job
 from steerlab.models import ModelFacts
 from steerlab.plan import Estimate, ModelRef, Stage, Work
 from steerlab.stages import shards, subject
+from steerlab.stages.shard_plan import Shard
 
 if TYPE_CHECKING:
     from steerlab.generation import SteeredModel
@@ -102,7 +103,7 @@ class RowsOfShard(shards.Maker):
     def _keeps_tokens(self) -> bool:
         return self._config.pooling == ("none",)
 
-    def make(self, shard: shards.Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
         """Leave the part at `path`; hold no more than a row group of it at once."""
         start_s = time.monotonic()
         texts, num_cut = self._reader.encode(shard.rows, self._format, shard.first)
@@ -116,7 +117,7 @@ class RowsOfShard(shards.Maker):
             "widths": self._reader.widths,
         }
 
-    def _tables(self, shard: shards.Shard, texts: Sequence[Encoded], tell: Callable[[int], None]) -> Iterator[pa.Table]:
+    def _tables(self, shard: Shard, texts: Sequence[Encoded], tell: Callable[[int], None]) -> Iterator[pa.Table]:
         from steerlab import reading
 
         vector_bytes = 4 * sum(self._reader.widths.values())
@@ -129,7 +130,7 @@ class RowsOfShard(shards.Maker):
                 tell(num_done)
             yield self._table(reading.in_order(found), shard, start)
 
-    def _table(self, vectors: Vectors, shard: shards.Shard, start: int) -> pa.Table:
+    def _table(self, vectors: Vectors, shard: Shard, start: int) -> pa.Table:
         from steerlab import reading
 
         rows_M = [start + row for row in vectors.row_M.tolist()]

@@ -13,6 +13,7 @@ from steerlab.activations import size_and_sha256
 from steerlab.job import ExtractConfig, Job
 from steerlab.plan import Stage, Work
 from steerlab.stages import extract, shards
+from steerlab.stages.shard_plan import Shard
 
 if TYPE_CHECKING:
     from steerlab.generation import SteeredModel
@@ -94,7 +95,7 @@ class SumsOfShard(shards.Maker):
             "label": params["role"],
         }
 
-    def make(self, shard: shards.Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
         """Leave the sums at `path`."""
         from steerlab import moments
 
@@ -112,7 +113,7 @@ class SumsOfShard(shards.Maker):
             "about": self._about,
         }
 
-    def _sums(self, shard: shards.Shard, facts: _Facts, tell: Callable[[int], None]) -> Iterator[tuple[str, Sums]]:
+    def _sums(self, shard: Shard, facts: _Facts, tell: Callable[[int], None]) -> Iterator[tuple[str, Sums]]:
         """Yield the sums of every column, those of a pass together."""
         from steerlab import reading
 

@@ -26,6 +26,7 @@ from steerlab.methods.contract import Moments, OfEachRow, OverParts, OverRows, P
 from steerlab.models import ModelFacts
 from steerlab.plan import Estimate, ModelRef, Stage, Work
 from steerlab.stages import extract, moments, shards, subject
+from steerlab.stages.shard_plan import Place, Shard
 from steerlab.tensorfile import Parts, Shape, writing
 from steerlab.tokens import Encoder, collate, encode_data
 
@@ -157,7 +158,7 @@ class _SumOfShard(shards.Maker):
     ) -> None:
         self._start, self._needed, self._model, self._params = start, _located(needed), model, params
 
-    def make(self, shard: shards.Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
         """Leave the sums at `path`."""
         encoder, size = self._model.encoder, self._params["rows_per_batch"]
         found = encode_data(encoder, shard.rows, self._params["data"]["format"], self._params["max_tokens"])
@@ -202,7 +203,7 @@ class _TensorsOfShard(shards.Maker):
     def __init__(self, start: Callable[..., Any], model: SteeredModel, params: Mapping[str, Any]) -> None:
         self._start, self._model, self._params = start, model, params
 
-    def make(self, shard: shards.Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
         """Leave the tensors at `path`, in the order of the batches; rows of similar length go together."""
         encoder, data = self._model.encoder, self._params["data"]
         found = encode_data(encoder, shard.rows, data["format"], self._params["max_tokens"])
@@ -236,7 +237,7 @@ class _TensorsOfShard(shards.Maker):
 
 def _make(preparation: OverParts, work: Work) -> None:
     """Make the parts that are missing, one task each."""
-    place = shards.Place(work.store.root, work.stage.name, work.stage.key)
+    place = Place(work.store.root, work.stage.name, work.stage.key)
     entries = [
         {"number": number, "first": number, "rows": 1, "name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()}
         for number, name in enumerate(preparation.parts)
@@ -277,4 +278,4 @@ def _make_part(
         facts = make(source, entry["name"], path)
         return {"path": path.name, "name": entry["name"], "facts": facts, **size_and_sha256(path)}
 
-    return shards.Place(*address).keep(entry, ".safetensors", keep)
+    return Place(*address).keep(entry, ".safetensors", keep)

@@ -1,25 +1,17 @@
 """Stream the shards of a data set through a pool of actors that hold a model; what is made of a shard is not known here.
 
-The plan comes first: rows of the data set, so many to a shard, written as small files in the stage's work directory.
-
-    work/plan/00000.json, plan.json     the texts of each shard; where each begins, how many rows, SHA-256
-    work/parts/part-00000.*             what an actor made of a shard: written to another name, synced, renamed
-    work/done/00000.json                its manifest row, written last: a shard without one is missing
-
-Ray Data streams the numbers of the missing shards to the actors. Each reads its texts, leaves its part and hands back the
-manifest row, so that nothing large goes through the object store and memory does not grow with the data. A killed actor is made
-again and its shard with it; after a kill of everything the stage continues with the shards that are missing. With `scale.warm`
-tasks take the actors' place: their processes stay for the next stage, which saves a small one most of its time.
+The plan comes first (shard_plan.py): rows of the data set, so many to a shard, as small files in the stage's work directory. Ray
+Data streams the numbers of the missing shards to the actors. Each reads its texts, leaves its part and hands back the manifest
+row, so that nothing large goes through the object store and memory does not grow with the data. A killed actor is made again
+and its shard with it; after a kill of everything the stage continues with the shards that are missing. With `scale.warm` tasks
+take the actors' place: their processes stay for the next stage, which saves a small one most of its time.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
-import os
-import shutil
 import tempfile
 import threading
 import time
@@ -30,32 +22,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pyarrow.fs as pafs
 import ray
 
-from steerlab import pairs, rows
 from steerlab.job import DataSet, ScaleConfig
 from steerlab.plan import Work
-from steerlab.stages import subject
-from steerlab.store import Store, StoreError
+from steerlab.stages import shard_plan, subject
+from steerlab.stages.shard_plan import Place, Shard
+from steerlab.store import StoreError
 
 if TYPE_CHECKING:
     from steerlab.generation import SteeredModel
 
 _POLL_S = 0.5
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-_TEXT_FIELDS = {"text": ("text", "seed"), "instruction": ("instruction", "input", "output"), "preference": pairs.FIELDS}
-
-
-class Shard(NamedTuple):
-    """Consecutive rows of a data set."""
-
-    number: int
-    first: int
-    """Number of its first row in the data set."""
-    rows: list[dict[str, Any]]
 
 
 class Maker(ABC):
@@ -87,7 +68,7 @@ def run(
         ValueError: the data or the settings are wrong; no other attempt is made.
     """
     place = Place(work.store.root, work.stage.name, work.stage.key)
-    planned = _plan(place, DataSet.model_validate(work.params["data"]), rows_per_shard)
+    planned = shard_plan.planned(place, DataSet.model_validate(work.params["data"]), rows_per_shard)
     done = {entry["number"]: row for entry in planned if (row := place.done(entry, verify=True)) is not None}
     missing = [entry for entry in planned if entry["number"] not in done]
     total = sum(entry["rows"] for entry in planned)
@@ -118,126 +99,6 @@ def parts(work: Work) -> Iterator[list[Path]]:
     with tempfile.TemporaryDirectory(dir=work.directory.parent) as folder:
         Place(work.store.root, work.stage.name, work.stage.key).copy_parts(Path(folder))
         yield sorted(Path(folder).iterdir())
-
-
-class Place:
-    """The work directory of a stage, as every node sees it."""
-
-    def __init__(self, root: str, stage: str, key: str) -> None:
-        self.address = (root, stage, key)
-        self._store = Store(root)
-        self._folder = f"work/{stage}/{key}"
-        uri = self._store.work(stage, key)
-        self._fs, self._base = (pafs.LocalFileSystem(), uri) if uri.startswith("/") else pafs.FileSystem.from_uri(uri)
-
-    @property
-    def plan(self) -> list[dict[str, Any]] | None:
-        """The planned shards, or None when there is no whole plan yet."""
-        try:
-            return self._store.read_json(f"{self._folder}/plan.json")
-        except (FileNotFoundError, StoreError):
-            return None
-
-    @plan.setter
-    def plan(self, entries: list[dict[str, Any]]) -> None:
-        self._store.write_json(f"{self._folder}/plan.json", entries)
-
-    def write_texts(self, number: int, texts: str) -> None:
-        """Keep the texts of a shard."""
-        self._store.write_text(f"{self._folder}/plan/{number:05d}.json", texts)
-
-    def texts(self, number: int) -> str | None:
-        """Return the texts of a shard, None where there are none."""
-        try:
-            return self._store.read_text(f"{self._folder}/plan/{number:05d}.json")
-        except FileNotFoundError:
-            return None
-
-    def shard(self, entry: Mapping[str, Any]) -> Shard:
-        """Read a planned shard."""
-        texts = self.texts(entry["number"])
-        assert texts is not None and _sha256(texts) == entry["sha256"], "the plan was verified before"
-        return Shard(entry["number"], entry["first"], json.loads(texts))
-
-    def done(self, entry: Mapping[str, Any], verify: bool = False) -> dict[str, Any] | None:
-        """Return a shard's manifest row if its part is as it says, with `verify` down to the last byte."""
-        try:
-            row = self._store.read_json(f"{self._folder}/done/{entry['number']:05d}.json")
-        except (FileNotFoundError, StoreError):
-            return None
-        path = self._part(row["path"])
-        if row["planned"] != entry["sha256"] or self._fs.get_file_info(path).size != row["bytes"]:
-            return None
-        if verify:
-            with self._fs.open_input_stream(path) as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != row["sha256"]:  # type: ignore[arg-type]
-                    return None
-        return row
-
-    def attempts(self, number: int, run: str) -> int:
-        """Count an attempt of one run at a shard; return how many there were before."""
-        path = f"{self._folder}/attempts/{run}-{number:05d}.json"
-        try:
-            before: int = self._store.read_json(path)  # type: ignore[assignment]
-        except FileNotFoundError:
-            before = 0
-        self._store.write_json(path, before + 1)
-        return before
-
-    def keep(self, entry: Mapping[str, Any], suffix: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Have `make` leave a part, then write its manifest row."""
-        name = f"part-{entry['number']:05d}{suffix}"
-        self._fs.create_dir(f"{self._base}/parts", recursive=True)
-        if isinstance(self._fs, pafs.LocalFileSystem):
-            facts = make(Path(self._base, "parts", name))
-        else:
-            with tempfile.TemporaryDirectory() as scratch:
-                facts = make(Path(scratch, name))
-                with Path(scratch, name).open("rb") as source, self._fs.open_output_stream(self._part(name)) as target:
-                    shutil.copyfileobj(source, target, 1 << 22)
-        row = {"number": entry["number"], "first": entry["first"], "planned": entry["sha256"], **facts}
-        self._store.write_json(f"{self._folder}/done/{entry['number']:05d}.json", row)
-        return row
-
-    def _part(self, name: str) -> str:
-        return f"{self._base}/parts/{name}"
-
-    def copy_parts(self, directory: Path) -> None:
-        """Put all planned parts into a local directory: links on a disk, copies from an object store."""
-        for entry in self.plan or []:
-            row = self.done(entry)
-            assert row is not None, "every part was made"
-            source, target = self._part(row["path"]), directory / row["path"]
-            if isinstance(self._fs, pafs.LocalFileSystem):
-                # A link, not a move: a kill before the commit must not cost the parts.
-                os.link(source, target)
-            else:
-                pafs.copy_files(source, str(target), source_filesystem=self._fs, destination_filesystem=pafs.LocalFileSystem())
-
-
-def _plan(place: Place, data: DataSet, rows_per_shard: int) -> list[dict[str, Any]]:
-    """Return the planned shards: those of an extraction that was cut short, if their texts are whole."""
-    planned = place.plan
-    if planned is not None and all(_is_whole(place.texts(entry["number"]), entry) for entry in planned):
-        return planned
-    planned = []
-    found = rows.read(data)
-    for number, first in enumerate(range(0, len(found), rows_per_shard)):
-        chosen = found[first : first + rows_per_shard]
-        taken = [{name: row.get(name) for name in _TEXT_FIELDS[data.format] if name != "seed" or name in row} for row in chosen]
-        texts = json.dumps(taken, ensure_ascii=False)
-        place.write_texts(number, texts)
-        planned.append({"number": number, "first": first, "rows": len(taken), "sha256": _sha256(texts)})
-    place.plan = planned
-    return planned
-
-
-def _is_whole(texts: str | None, entry: Mapping[str, Any]) -> bool:
-    return texts is not None and _sha256(texts) == entry["sha256"]
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _by_actors(
