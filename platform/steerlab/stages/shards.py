@@ -1,6 +1,6 @@
 """Stream the shards of a data set through a pool of actors that hold a model; what is made of a shard is not known here.
 
-The plan comes first (shard_plan.py): rows of the data set, so many to a shard, as small files in the stage's work directory. Ray
+The plan comes first (shard_plan.py): rows of the data set, so many to a shard, as small files in the work directory. Ray
 Data streams the numbers of the missing shards to the actors. Each reads its texts, leaves its part and hands back the manifest
 row, so that nothing large goes through the object store and memory does not grow with the data. A killed actor is made again
 and its shard with it; after a kill of everything the stage continues with the shards that are missing. With `scale.warm` tasks
