@@ -26,6 +26,7 @@ FOLDERS = {"tiny": JOBS / "tiny", "smollm2": JOBS}
 ALPHAS = (1.0, 0.5, 1.5, 2.0)
 """Unless `--set evaluate.0.strengths=[...]` says otherwise."""
 METRICS = ("preference/accuracy", "preference/margin", "preference/kl")
+CONTROL = "preference/shorter"
 BEST_OF = 8
 TITLES = (
     "What alpha buys and what it costs; the labels are alpha, the bars 95 % intervals over seeds",
@@ -153,6 +154,8 @@ def main(
             cells = (cell([one[alpha][metric] for one in strengths]) for metric in METRICS)
             table.add_row("" if number else name, f"{float(alpha):g}", *cells)
     console.print(table)
+    control = next(iter(next(iter(found.values()))[0].values()))[CONTROL]
+    console.print(f"a policy that only likes brevity would reach an accuracy of {cell([control])} on these pairs")
     if answers is not None:
         console.print(answers)
     if output is not None:

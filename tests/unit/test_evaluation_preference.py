@@ -96,8 +96,8 @@ def test_the_task_reports_every_metric_at_every_strength(tiny_model: PreTrainedM
     result = run(patched(vector, tiny_model, encoder), Config(pairs=PAIRS, strengths=STRENGTHS))
     found = summarise_all(result)
     assert list(found) == list(STRENGTHS)
-    names = {"preference/accuracy", "preference/margin", "preference/likelihood_accuracy", "preference/kl"}
-    assert all(set(metrics) == names for metrics in found.values())
+    names = ("accuracy", "margin", "likelihood_accuracy", "kl", "shorter")
+    assert all(set(metrics) == {f"preference/{name}" for name in names} for metrics in found.values())
     assert all(m.n == 7 and m.unparsable == 0 for name, m in found[1.0].items())
     assert found[0.0]["preference/accuracy"].n == 0 and found[0.0]["preference/accuracy"].value is None
     assert found[0.0]["preference/margin"].value == 0 and found[0.0]["preference/kl"].value == 0
@@ -113,10 +113,12 @@ def test_margins_and_shares_by_hand() -> None:
         "preference/margin": (0.5 * (2 - 1), 1.0),
         "preference/likelihood_accuracy": (0.0, 1.0),
         "preference/kl": (pytest.approx(0.2), 6.0),
+        "preference/shorter": (1.0, 1.0),
     }
     assert all(o.value is None for o in observe("a", None, 0.5, 1.0, True))
     worse = observe("a", Scored(scored.rejected, scored.chosen), 0.5, 1.0, True)
-    assert [o.value for o in worse[:3]] == [0.0, -0.5, 1.0]
+    assert [o.value for o in worse[:3]] == [0.0, -0.5, 1.0] and worse[4].value == 0.0
+    assert observe("a", Scored(scored.chosen, scored.chosen), 0.5, 1.0, True)[4].value == 0.5
 
 
 def test_a_model_without_a_patch_has_likelihoods_only(tiny_model: PreTrainedModel, encoder: Encoder) -> None:

@@ -7,6 +7,8 @@ the implicit reward of a policy is beta log pi / pi_ref):
     preference/accuracy              pairs with a margin above 0, the implicit accuracy         higher is better
     preference/likelihood_accuracy   pairs whose chosen response has the higher log pi_alpha; long responses lose
     preference/kl                    KL(pi_alpha || pi_0), nats a response token                what it costs
+    preference/shorter               pairs whose chosen response has fewer tokens (a tie is a half): the accuracy of a policy
+                                     that only likes brevity, and 1 less it of one that likes length; a control
 
 At strength 0, and for a model without a patch, every margin is 0, so there is no accuracy. Log-probabilities are sums over
 the tokens of a response. A pair that is longer than `max_tokens` is not scored.
@@ -73,14 +75,15 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, compares: bool) -> list[Observation]:
     """Turn one pair's scores, None where it has none, into observations; `compares` says that the policy is not the base."""
-    names = [f"preference/{name}" for name in ("accuracy", "margin", "likelihood_accuracy", "kl")]
+    names = [f"preference/{name}" for name in ("accuracy", "margin", "likelihood_accuracy", "kl", "shorter")]
     if scored is None:
         return [Observation(name, pair_id, None, 1.0, strength) for name in names]
     chosen, rejected = scored
     num_tokens = chosen.num_tokens + rejected.num_tokens
     gap, likelier = margin(scored, beta), chosen.log_prob > rejected.log_prob
-    values = (float(gap > 0), gap, float(likelier), (chosen.kl + rejected.kl) / num_tokens)
-    weights = (float(compares), 1.0, 1.0, float(num_tokens))
+    shorter = 0.5 if chosen.num_tokens == rejected.num_tokens else float(chosen.num_tokens < rejected.num_tokens)
+    values = (float(gap > 0), gap, float(likelier), (chosen.kl + rejected.kl) / num_tokens, shorter)
+    weights = (float(compares), 1.0, 1.0, float(num_tokens), 1.0)
     return [Observation(n, pair_id, value, w, strength) for n, value, w in zip(names, values, weights, strict=True)]
 
 
