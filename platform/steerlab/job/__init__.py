@@ -1,0 +1,59 @@
+"""The typed job: read a YAML file, apply overrides, validate, dump, print its JSON schema.
+
+A job is data of scalars. The methods' and tasks' own configs sit beside their mathematics; `job_type` joins them into one
+closed type, so that a misspelt key anywhere ends in one short message before anything starts.
+"""
+
+from steerlab.job.data import DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
+from steerlab.job.frozen import Frozen, JobError, Radians
+from steerlab.job.messages import explain
+from steerlab.job.model import JOB_PREFIX, ModelConfig, SamplerConfig
+from steerlab.job.reading import base_job, dump, inlined, put, read, read_tree, schema, validate
+from steerlab.job.settings import (
+    ChooseConfig,
+    Limit,
+    MethodConfig,
+    ScaleConfig,
+    TaskConfig,
+    TrackConfig,
+    TrainConfig,
+    WandbConfig,
+)
+from steerlab.job.whole import Job, job_type, task_union
+
+__all__ = [
+    "JOB_PREFIX",
+    "ChooseConfig",
+    "DataConfig",
+    "DataSet",
+    "ExtractConfig",
+    "Frozen",
+    "Job",
+    "JobError",
+    "Limit",
+    "MethodConfig",
+    "ModelConfig",
+    "Phase",
+    "Pooling",
+    "Radians",
+    "Role",
+    "SamplerConfig",
+    "ScaleConfig",
+    "Selection",
+    "Span",
+    "TaskConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "base_job",
+    "dump",
+    "explain",
+    "inlined",
+    "job_type",
+    "put",
+    "read",
+    "read_tree",
+    "schema",
+    "task_union",
+    "validate",
+]
