@@ -1,6 +1,6 @@
 """Choose modules and tokens, read what a model computes there, and pool it: the same words for reading and for steering.
 
-A `Selection` (job.py) says where. `select` turns it into taps, `token_mask` into the tokens of one call, `pool` makes one
+A `Selection` (job/data.py) says where. `select` turns it into taps, `token_mask` into the tokens of one call, `pool` makes one
 vector a row of them. A `Reader` runs the model no further than the last module that is read.
 """
 
