@@ -64,8 +64,8 @@ def wanted(pair: str, variant: Variant, seed: int, overrides: list[str], train_d
     if train_dtype is None or train_dtype == one.model.dtype:
         return one
     asked = one.model_dump(mode="json")
+    asked["scale"]["zero_stage"] = max(1, one.scale.zero_stage)  # for float32 copies; both jobs are spread as the last one says
     trains = {**asked, "model": {**asked["model"], "dtype": train_dtype}, "evaluate": []}
-    trains["scale"] = {**asked["scale"], "zero_stage": max(1, one.scale.zero_stage)}  # for float32 copies
     evaluates = {**asked, "model": {**asked["model"], "source": trains}, "method": {"name": "none"}, "train": None}
     return job.validate(evaluates, JobType, file)
 

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=list(CASES), help="sweeps that are compared with their trials")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = str(Path(run.__file__).parent.parent)
+    os.environ["PYTHONPATH"] = str(Path(run.__file__).parents[2])
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     torch.set_num_threads(1)
     ray.init(num_cpus=None if os.environ.get("RAY_ADDRESS") else 2, log_to_driver=False, logging_level="ERROR")

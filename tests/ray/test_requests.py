@@ -74,7 +74,7 @@ def test_an_address_where_no_cluster_answers(path: Path, tmp_path: Path) -> None
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     command = [sys.executable, "-m", "steerlab", "run", str(path), "--root", str(tmp_path / "root")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(run.__file__).parent.parent), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(run.__file__).parents[2]), "RAY_ADDRESS": f"127.0.0.1:{port}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert f"no Ray cluster answers at RAY_ADDRESS 127.0.0.1:{port}" in done.stderr
@@ -102,7 +102,7 @@ def test_the_command_line_ends_with_code_2_and_one_message(path: Path, tmp_path:
         [sys.executable, "-m", "steerlab", "run", str(path), "--root", str(root), "--set", "trian.steps=1"],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(Path(run.__file__).parent.parent), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": str(Path(run.__file__).parents[2]), "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 2
     assert "trian: unknown key; did you mean 'train'?" in done.stderr

@@ -104,7 +104,7 @@ def command(jobs: Path, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    package = Path(run.__file__).parent.parent
+    package = Path(run.__file__).parents[2]
     return {**os.environ, "PYTHONPATH": str(package), "RAY_ADDRESS": "local"}
 
 

@@ -280,7 +280,7 @@ LONG = {**ASIDE, "train": {**ASIDE["train"], "steps": 12}, "scale": {"checkpoint
 
 
 def start(folder: Path, address: str, *arguments: str) -> subprocess.Popen[bytes]:
-    package = Path(run.__file__).parent.parent
+    package = Path(run.__file__).parents[2]
     command = [sys.executable, "-m", "steerlab", "sweep", "a.yaml", "space.py", "--root", str(folder / "root"), *arguments]
     variables = {**os.environ, "PYTHONPATH": str(package), "RAY_ADDRESS": address}
     with (folder / "log.txt").open("ab") as log:

@@ -155,6 +155,13 @@ def test_replicated_state_continues_on_another_number_of_workers(one_worker: Any
     close(weights, one_worker[0], atol=2e-4)
 
 
+def test_bfloat16_weights_without_float32_copies_are_refused() -> None:
+    from steerlab.training.engine import Engine
+
+    with pytest.raises(ValueError, match=r"needs scale.zero_stage 1, 2 or 3, not 0"):
+        Engine(torch.nn.Linear(2, 2), TrainConfig(steps=1, lr=1.0), ScaleConfig(), "bfloat16", 0, 1, torch.device("cpu"))
+
+
 def test_sharded_state_does_not_and_says_why(tmp_path: Path) -> None:
     from steerlab.training.engine import Engine, WorldSizeError
 

@@ -40,6 +40,9 @@ class Engine:
     device: torch.device
 
     def __post_init__(self) -> None:
+        if self.dtype == "bfloat16" and self.scale.zero_stage == 0:
+            # A job's own settings were checked; those of a job below it are spread as the one above asks.
+            raise ValueError("bfloat16 weights train with float32 copies, which needs scale.zero_stage 1, 2 or 3, not 0")
         if self.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # Ray Train sets it; a plain process may not

@@ -1,0 +1,22 @@
+"""One execution of a job: what is checked before it starts, the run folder it leaves, and how two runs compare."""
+
+from steerlab.run.checks import check, facts_of
+from steerlab.run.cluster import check_address, connect
+from steerlab.run.comparison import compare
+from steerlab.run.execution import Run, default_root, execute, new_id
+from steerlab.run.record import environment, root_cause, summarise
+
+__all__ = [
+    "Run",
+    "check",
+    "check_address",
+    "compare",
+    "connect",
+    "default_root",
+    "environment",
+    "execute",
+    "facts_of",
+    "new_id",
+    "root_cause",
+    "summarise",
+]

@@ -1,0 +1,195 @@
+"""What is checked before anything starts: settings, rows and model, refused with the key and what would be right."""
+
+from __future__ import annotations
+
+import warnings
+
+from steerlab import models, rows, sources, taps
+from steerlab.conditioning import check_data
+from steerlab.evaluation import TASKS
+from steerlab.job import DataSet, Job, base_job
+from steerlab.methods import METHODS
+from steerlab.methods.contract import check_masters
+from steerlab.stages import JobType, first_source, leaves_patch, model_stage
+from steerlab.tokens import Encoder
+
+
+def facts_of(job: Job) -> models.ModelFacts:
+    """Return the sizes of a job's model; a job that builds on another has the architecture of that one's source."""
+    return models.facts(sources.fetch(first_source(job)))
+
+
+def check(job: Job) -> models.ModelFacts:
+    """Refuse what cannot work, before anything starts.
+
+    Raises:
+        ValueError: with one message for people.
+    """
+    base = base_job(job, JobType)
+    if base is not None:
+        check(base)
+        if model_stage(base) is None:
+            raise ValueError(f"model.source: the job {base.name} leaves no model of its own, so there is none to start from")
+    _check_method(job)
+    for role, data in job.data.by_role.items():
+        _check_rows(f"data.{role}", data)
+    _check_tasks(job)
+    found = facts_of(job)
+    _check_kind(job, found)
+    _check_template(job)
+    _check_places(job)
+    METHODS[job.method.name].check(job.method, found, job)
+    _warn_of_strengths(job)
+    if job.train is not None and found.max_positions and job.train.max_tokens > found.max_positions:
+        raise ValueError(
+            f"train.max_tokens {job.train.max_tokens}: the context of {found.architecture} holds {found.max_positions} tokens"
+        )
+    return found
+
+
+def _check_method(job: Job) -> None:
+    """Refuse sections that the method lacks or has no use for."""
+    method, name = METHODS[job.method.name], job.method.name
+    if job.train is not None:
+        _check_training(job)
+    elif method.module is not None and method.needs_training and (base_job(job, JobType) is None or not method.trains_model):
+        raise ValueError(f"train: this key is required by method {name}")
+    if method.reads(job.method):
+        if job.extract is None:
+            raise ValueError(f"extract: this key is required by method {name}: it says where the model is read, and how")
+        if job.extract.keep != "rows":
+            raise ValueError(f"extract.keep {job.extract.keep}: method {name} is fitted on the rows")
+        wanted = method.pooling(job.method)
+        if wanted not in job.extract.pooling:
+            raise ValueError(f"method.pooling {wanted}: extract.pooling is {list(job.extract.pooling)}; add it there")
+    if not (job.train or job.evaluate or job.extract or method.fit):
+        raise ValueError("the job has neither a train nor an extract nor an evaluate section, so there is nothing to do")
+
+
+def _check_training(job: Job) -> None:
+    assert job.train is not None
+    method, name = METHODS[job.method.name], job.method.name
+    if method.module is None:
+        raise ValueError(f"train: method {name} trains nothing; remove this section")
+    if method.trains_on not in job.data.by_role:
+        raise ValueError(f"data.{method.trains_on}: this key is required, because method {name} trains on it")
+    trained, validation = job.data.by_role[method.trains_on], job.data.validation
+    if validation is not None and (validation.format == "preference") != (trained.format == "preference"):
+        raise ValueError(
+            f"data.validation: rows of format {validation.format} have not the loss of method {name}, which trains on format "
+            f"{trained.format}"
+        )
+    if job.train.keep == "best" and job.data.validation is None:
+        raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
+    if method.trains_model:
+        check_masters(job)
+    if method.trains_model and job.train.snapshots:
+        raise ValueError(f"train.snapshots: method {name} trains the model itself, so a patch alone is no snapshot of it")
+
+
+def _check_tasks(job: Job) -> None:
+    """Refuse labels that occur twice, rows of tasks that are not as their format says, strengths without a patch, and
+    a choice by a metric that is not measured."""
+    development = job.choose.tasks if job.choose else ()
+    for section, tasks in (("evaluate", job.evaluate), ("choose.tasks", development)):
+        labels = [task.label or task.task for task in tasks]
+        for number, task in enumerate(tasks):
+            if labels.index(labels[number]) != number:
+                raise ValueError(f"{section}.{number}: the job has {labels[number]} already; give one of them another `label`")
+            for name, value in task:
+                if isinstance(value, DataSet):
+                    _check_rows(f"{section}.{number}.{name}", value)
+            if any(strength != 1 for strength in task.strengths) and not leaves_patch(job):
+                raise ValueError(
+                    f"{section}.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale"
+                )
+    if job.choose is not None:
+        known = [task.label or task.task for task in development]
+        for name in (job.choose.metric, *([job.choose.within.metric] if job.choose.within else [])):
+            if name.partition("/")[0] not in known:
+                raise ValueError(f"choose: {name} is measured by none of choose.tasks ({', '.join(known)})")
+
+
+def _check_rows(key: str, data: DataSet) -> None:
+    """Refuse rows that are not as the data set says, with the key in the job. Raises ValueError."""
+    try:
+        rows.check(data)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _warn_of_strengths(job: Job) -> None:
+    """Warn of strengths outside of the range that the method's maps are made for."""
+    means = METHODS[job.method.name].strength_range
+    asked = {*(job.choose.strengths if job.choose else ()), *(s for task in job.evaluate for s in task.strengths)}
+    outside = sorted(strength for strength in asked if means and not means[0] <= strength <= means[1])
+    if outside:
+        warnings.warn(
+            f"strengths {outside} lie outside of {list(means or ())}, where method {job.method.name} is meant", stacklevel=2
+        )
+
+
+def _check_places(job: Job) -> None:
+    """Refuse a selection of modules that the model does not have; no weight is loaded for that."""
+    skeleton = models.skeleton(sources.fetch(first_source(job)))
+    try:
+        METHODS[job.method.name].prepares(job.method, skeleton)
+    except ValueError as error:
+        raise ValueError(f"method: {error}") from None
+    named = {
+        "extract.select": job.extract.select if job.extract else None,
+        "method.steer": METHODS[job.method.name].steers(job.method),
+    }
+    for key, selection in named.items():
+        if selection is not None:
+            try:
+                taps.select(skeleton, selection)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+
+
+def _check_kind(job: Job, found: models.ModelFacts) -> None:
+    """Refuse a method, data or tasks that are not for the kind of model that there is."""
+    kind = job.model.kind
+    if found.kind != kind:
+        raise ValueError(f"model.kind {kind}: the source holds a {found.architecture}; set kind: {found.kind}")
+    method = METHODS[job.method.name]
+    if kind not in method.kinds:
+        raise ValueError(f"method {job.method.name} works on models of kind {', '.join(method.kinds)}; this one is {kind}")
+    development = job.choose.tasks if job.choose else ()
+    for section, tasks in (("evaluate", job.evaluate), ("choose.tasks", development)):
+        for number, task in enumerate(tasks):
+            if kind not in TASKS[task.task].kinds:
+                fitting = ", ".join(name for name, other in TASKS.items() if kind in other.kinds)
+                raise ValueError(
+                    f"{section}.{number}: task {task.task} is none for a model of kind {kind}; there are {fitting}"
+                )
+    if kind == "diffusion":
+        _check_drawing(job)
+
+
+def _check_drawing(job: Job) -> None:
+    for role, data in job.data.by_role.items():
+        check_data(role, data)
+    if job.extract is not None and "none" in job.extract.pooling:
+        raise ValueError("extract.pooling none keeps tokens; an image has none: pool over its pixels")
+    models.check_sampler(sources.fetch(first_source(job)), job.model.drawing)
+    base = base_job(job, JobType)
+    while job.model.drawing.denoiser is not None and base is not None:
+        if base.train is not None and METHODS[base.method.name].trains_model:
+            raise ValueError(f"model.sampler.denoiser: the job {base.name} trains its denoiser; other weights belong there")
+        base = base_job(base, JobType)
+    method = METHODS[job.method.name]
+    if method.walks(job.method) and len(job.model.drawing.read) > 1:
+        raise ValueError(
+            f"model.sampler.read {list(job.model.drawing.read)}: method.incremental fits along one step; read one, or set "
+            "method.incremental: false"
+        )
+
+
+def _check_template(job: Job) -> None:
+    """Refuse a chat template that cannot hold an instruction, data and a response."""
+    if isinstance(job.model.source, str) and job.model.kind == "causal_lm":
+        tokenizer = models.load_tokenizer(sources.fetch(job.model.source))
+        encoder = Encoder(tokenizer, job.data.prompt_style, job.data.response_role)
+        encoder.encode(encoder.conversation("instruction", "data", "response"))

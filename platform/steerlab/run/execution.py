@@ -1,0 +1,140 @@
+"""One execution of a job: its stages, and the run folder that it leaves."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from steerlab import meters, plan
+from steerlab.job import Job, dump
+from steerlab.run.record import check_numbers, environment, root_cause, samples_of, summarise
+from steerlab.stages import evaluate, evaluations, model_stage, plan_of, trainings
+from steerlab.store import Store
+from steerlab.tracking import FINISH_WAIT_S, Place, Tracker
+
+_ABANDONED_S = 24 * 3600
+"""Half-filled directories of killed processes are removed when nothing was written to them for so long."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished execution and where its record lies."""
+
+    folder: str
+    """Path below ROOT."""
+    summary: dict[str, Any]
+    records: list[plan.Record]
+
+
+def default_root() -> str:
+    """Return $STEERLAB_ROOT or ~/steerlab."""
+    return os.environ.get("STEERLAB_ROOT") or str(Path("~/steerlab").expanduser())
+
+
+def execute(
+    job: Job,
+    store: Store,
+    listener: plan.Listener,
+    command: str = "",
+    run_id: str | None = None,
+    place: Place = Place(),  # noqa: B008
+) -> Run:
+    """Run a job's plan and leave a run folder, also when a stage fails; with the id of an earlier run, go on in its folder.
+
+    `place` is where W&B shows the run.
+
+    Raises:
+        plan.StageError: a stage failed; the message names it, the cause and the log.
+    """
+    run_id = run_id or new_id()
+    folder = f"runs/{job.name}/{run_id}"
+    store.write_text(f"{folder}/job.yaml", dump(job))
+    store.write_json(f"{folder}/environment.json", environment(command))
+    local = Path(store.root.removeprefix("file://")) / folder
+    scratch = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
+    # A sweep's trial waits for nothing: its writer outlives it.
+    wait_s = FINISH_WAIT_S if place.group is None else 0
+    place = replace(place, tags=(*place.tags, job.method.name))
+    tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, place)
+    store.sweep_temporary(_ABANDONED_S)
+    records: list[plan.Record] = []
+    following = _following(job, store, folder, tracker, listener)
+    try:
+        plan.run(plan_of(job), store, job.scale, following, records)
+    except BaseException as error:
+        store.write_text(f"{folder}/error.txt", "".join(traceback.format_exception(error)))
+        store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
+        tracker.finish({}, 1, wait_s)
+        if not isinstance(error, Exception):
+            raise
+        name = f"{records[-1].stage.name} ({records[-1].stage.label})" if records else "(none)"
+        raise plan.StageError(f"stage {name} failed: {root_cause(error)}; log: {store.root}/{folder}/error.txt") from error
+    finally:
+        evaluate.close()
+    summary = summarise(job, store)
+    store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
+    check_numbers(summary, f"{store.root}/{folder}")
+    store.write_json(f"{folder}/summary.json", summary)
+    for found in evaluations(job):
+        samples = samples_of(store, found)
+        store.write_json(f"{folder}/samples/{found.stage.label}.json", samples)
+        tracker.table(f"samples/{found.stage.label}", samples)
+    _keep_images(job, store, folder)
+    tracker.images_below(local / "samples" / "images")
+    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s)
+    return Run(folder, summary, records)
+
+
+def new_id() -> str:
+    """Return the name of a folder that nobody else makes: the time, to be read, and a random end."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
+def _keep_images(job: Job, store: Store, folder: str) -> None:
+    """Put the images that tasks have kept into the run's folder: those of the first such task as `images`, where pages look."""
+    folders = {found.stage.label: store.local("evaluate", found.stage.key) / evaluate.FILES for found in evaluations(job)}
+    drawing = {label: kept for label, kept in folders.items() if kept.is_dir()}
+    for number, (label, kept) in enumerate(drawing.items()):
+        name = label if number else "images"
+        for file in sorted(path for path in kept.rglob("*") if path.is_file()):
+            store.write_bytes(f"{folder}/samples/{name}/{file.relative_to(kept).as_posix()}", file.read_bytes())
+
+
+def _following(job: Job, store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
+    """Pass events on, and keep every line of metrics once: a run that goes on repeats steps of the one that was killed."""
+    kept: dict[str, int] = {}
+    for line in store.read_lines(f"{folder}/metrics.jsonl"):
+        kept[line["key"]] = max(kept.get(line["key"], 0), line["step"])
+    keys = list(trainings(job))
+    own = model_stage(job)
+
+    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+        if "step" in metrics and metrics["step"] > kept.get(stage.key[:12], 0):
+            line = {"stage": stage.name, "key": stage.key[:12], **metrics}
+            store.append_line(f"{folder}/metrics.jsonl", line)
+        if "step" in metrics:
+            shown = {name: value for name, value in metrics.items() if name not in ("steps", "left_s")}
+            # The trainings below a job's own have axes of their own: base/train, base/base/train.
+            depth = 0 if stage.key not in keys else len(keys) - keys.index(stage.key) - (own is not None and own.key in keys)
+            tracker.log(shown, "base/" * depth + stage.name)
+        meters.reported(stage, metrics)
+        listener.reported(stage, metrics)
+
+    def ended(record: plan.Record) -> None:
+        stage = record.stage
+        inputs = [(needed.name, needed.key, _uri(store, needed)) for needed in stage.inputs]
+        tracker.stage(stage.name, stage.key, stage.label, record.status, record.seconds, _uri(store, stage), inputs)
+        meters.ended(record)
+        listener.ended(record)
+
+    return plan.Listener(listener.started, ended, reported)
+
+
+def _uri(store: Store, stage: plan.Stage) -> str:
+    path = f"{store.root}/artifacts/{stage.name}/{stage.key}"
+    return path if "://" in path else f"file://{path}"

@@ -1,0 +1,132 @@
+"""What a finished run leaves behind: its summary, the environment it ran in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from steerlab import plan
+from steerlab.job import Job
+from steerlab.stages import Evaluation, evaluations, model_stage
+from steerlab.stages.choose import CHOICE
+from steerlab.store import Store
+
+_PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
+
+
+def check_numbers(summary: dict[str, Any], folder: str) -> None:
+    """Refuse a metric that is not a number: a table with one in it would be read as if it were. Raises plan.StageError."""
+    for strength, metrics in summary["strengths"].items():
+        for name, metric in metrics.items():
+            if metric["value"] is not None and not math.isfinite(metric["value"]):
+                raise plan.StageError(f"metric {name} at strength {strength} is {metric['value']}; run folder: {folder}")
+
+
+def summarise(job: Job, store: Store) -> dict[str, Any]:
+    """Collect the metrics of a job whose stages are all in the store."""
+    headline: dict[str, Any] = {}
+    strengths: dict[str, dict[str, Any]] = {}
+    choice: dict[str, Any] | None = None
+    measured: dict[str, str] = {}
+    for found in evaluations(job):
+        stage = found.stage
+        for needed in stage.inputs:
+            if needed.name == "choose":
+                choice = json.loads((store.local(needed.name, needed.key) / CHOICE).read_text())
+        measured[stage.label] = stage.key
+        for number, (strength, metrics) in enumerate(_measured_strengths(store, found).items()):
+            named = {labelled(name, stage.label): metric for name, metric in metrics.items()}
+            strengths.setdefault(strength, {}).update(named)
+            if number == 0:
+                headline.update(named)
+    left = model_stage(job)
+    model = None if left is None else {"stage": left.name, "key": left.key, "snapshot": job.snapshot}
+    return {
+        "metrics": headline,
+        "strengths": strengths,
+        "choice": choice,
+        "model": model,
+        "evaluations": measured,
+        "schema": 1,
+    }
+
+
+def _measured_strengths(store: Store, found: Evaluation) -> dict[str, dict[str, Any]]:
+    """Return a task's metrics by strength, the headline's first; the model without the patch is strength 0."""
+    saved = json.loads((store.local("evaluate", found.stage.key) / "metrics.json").read_text())["strengths"]
+    if found.baseline is not None:
+        plain = json.loads((store.local("evaluate", found.baseline.key) / "metrics.json").read_text())["strengths"]
+        saved.setdefault("0.0", next(iter(plain.values())))
+    return saved
+
+
+def samples_of(store: Store, found: Evaluation) -> list[dict[str, Any]]:
+    """Return a task's readable samples, those of the model without the patch as strength 0."""
+    kept = json.loads((store.local("evaluate", found.stage.key) / "samples.json").read_text())
+    if found.baseline is None:
+        return kept
+    plain = json.loads((store.local("evaluate", found.baseline.key) / "samples.json").read_text())
+    return [*kept, *({**sample, "strength": 0.0} for sample in plain)]
+
+
+def labelled(metric: str, label: str) -> str:
+    """Return a metric's name under the label of its task."""
+    return f"{label}/{metric.partition('/')[2]}"
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Return what a result depends on besides its job: versions, git commit, hardware."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": command,
+        "python": sys.version.split()[0],
+        "versions": versions,
+        # An uploaded working directory has no repository; `steerlab submit` sends the commit along.
+        "git": _git("rev-parse", "HEAD") or os.environ.get("STEERLAB_GIT_COMMIT"),
+        "git_changes": _git("status", "--porcelain"),
+        "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
+        "nodes": len([node for node in ray.nodes() if node["Alive"]]),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+@cache
+def _git(*arguments: str) -> str | None:
+    """Ask git once a process: what runs is what was imported, whatever is committed since."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the innermost message of an error that came through Ray, in one line."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return root_cause(next(iter(failures.values())))
+    for name in ("cause", "controller_failure", "_base_exc"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException) and inner is not error:
+            return root_cause(inner)
+    text = str(error).strip()
+    if "Traceback" in text or "ray::" in text:  # an error that Ray could only quote: its last line says what happened
+        return text.splitlines()[-1].strip()[:500]
+    return f"{type(error).__name__}: {' '.join(text.split())[:500]}"
