@@ -52,7 +52,7 @@ VARIANTS = (
     Variant("DPO, LoRA", "dpo.yaml", ("method.lora={}", "train.lr=LORA_LR"), "#efb118"),
     Variant("GenARM", "genarm.yaml", (), "#a463f2"),
 )
-LORA_LR = {"tiny": "1.0e-3", "smollm2": "2.0e-4"}
+LORA_LR = {"tiny": "5.0e-4", "smollm2": "2.0e-4"}
 
 
 def wanted(pair: str, variant: Variant, seed: int, overrides: list[str], train_dtype: str | None) -> job.Job:
