@@ -142,6 +142,8 @@ def main() -> None:
     names = (BASE, CONTROL, *(name for name in NAMES[2:] if not arguments.only or name in arguments.only))
     model, encoder = load()
     peaks = {name: peak_bytes(name, arguments.batch) for name in names}
+    # What folds is a copy, in memory of another sort than a mapped file: so is the model that the others share.
+    model = copy.deepcopy(model)
     found = [contender(name, model, encoder) for name in names]
     with found[0].open() as plain:
         batch = efficiency.prompts(plain, arguments.batch, PROMPT_TOKENS, 0)
