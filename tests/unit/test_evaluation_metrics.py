@@ -68,6 +68,12 @@ def test_interval_of_a_share_is_wilsons_also_where_the_error_is_0(successes, n, 
     assert found.stderr == (pytest.approx(math.sqrt(0.21 / 9)) if n == 10 else 0.0 if n > 1 else None)
 
 
+def test_zeros_that_are_no_share_are_certain():
+    found = summarise(observations([0.0] * 9, [1.0] * 9), "mean")
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+    assert summarise(observations([0.0] * 9, [1.0] * 9)).high > 0.2
+
+
 def test_a_mean_of_zeros_and_ones_with_unequal_weights_is_no_share():
     found = summarise(observations([1.0, 0.0], [1.0, 3.0]))
     assert found.low < 0 < found.high

@@ -36,7 +36,7 @@ _TASKS: dict[str, Task] = {
     "gandalf": Task(forbidden_words.GandalfConfig, forbidden_words.run_gandalf),
     "purple": Task(forbidden_words.PurpleConfig, forbidden_words.run_purple),
     "perplexity": Task(perplexity.Config, perplexity.run),
-    "preference": Task(preference.Config, preference.run, version=2),
+    "preference": Task(preference.Config, preference.run, version=3),
     "probing": Task(probing.Config, probing.run),
     "alpaca": Task(alpaca.Config, alpaca.run),
     "toxicity": Task(toxicity.Config, toxicity.run),

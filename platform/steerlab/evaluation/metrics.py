@@ -18,7 +18,7 @@ import numpy as np
 from steerlab.evaluation import intervals
 from steerlab.job import TaskConfig
 
-Transform = Literal["identity", "exp", "share", "bootstrap", "median"]
+Transform = Literal["identity", "mean", "exp", "share", "bootstrap", "median"]
 """How the observations of a metric become a number: see `summarise`."""
 
 MAX_SAMPLES = 20
@@ -98,11 +98,12 @@ def summarise(observations: Sequence[Observation], transform: str = "identity") 
 
     The 95 % interval of a share (every value 0 or 1, equal weights) is Wilson's (JASA 22, 1927), which holds at 0 and 1 too;
     of any other mean it is f(m +- t s), with s the error of m and t the quantile of Student's distribution for n - 1. Numbers
-    in [0, 1] that happen to be all 0 or 1 get Wilson's as well, which is then wider than it had to be.
+    that happen to be all 0 or 1 get Wilson's as well, unless the transform is `mean`.
 
-    The other transforms say of a metric what its numbers do not show. `share`: they lie in [0, 1], and Wilson's interval holds
-    for their mean, halves or not. `bootstrap`: the interval of their mean is that of items drawn anew. `median`: they are no
-    mean but a median, with the interval of the sign test, and its length over 2 x 1.96 as error (McKean and Schrader, 1984).
+    The other transforms say of a metric what its numbers do not show. `mean`: they are no share, whatever they are. `share`:
+    they lie in [0, 1], and Wilson's interval holds for their mean, halves or not. `bootstrap`: the interval of their mean is
+    that of items drawn anew. `median`: they are no mean but a median, with the interval of the sign test, and its length over
+    2 x 1.96 as error (McKean and Schrader, 1984).
 
     Raises:
         ValueError: when a weight is negative or the transform is unknown.

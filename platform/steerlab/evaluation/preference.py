@@ -70,7 +70,8 @@ def run(model: SteeredModel, config: Config) -> Result:
         for n, item in enumerate(items):
             observations += observe(item.id, of.get(n), config.beta, strength, compares)
             samples.append(_sample(item, of.get(n), config.beta, strength))
-    return Result(observations, spread(samples))
+    # At strength 0 both are 0 of every pair: not a share of pairs.
+    return Result(observations, spread(samples), {"preference/margin": "mean", "preference/kl": "mean"})
 
 
 def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, compares: bool) -> list[Observation]:
