@@ -1,6 +1,6 @@
 """All methods of activation steering on the same texts and places: one table, one page.
 
-    python jobs/steering.py --root ROOT [--pair sentiment] [--output page.html]
+    python jobs/steering.py --root ROOT [--pair sentiment] [--only NAME] [--output page.html]
 
 Activations are extracted once; a method whose results are in ROOT already is not run again.
 """
@@ -21,6 +21,7 @@ from steerlab.store import Store
 
 JOBS = Path(__file__).parent
 PAIRS = {"toxicity": ("lineas.yaml", "act.yaml"), "sentiment": ("lineas_sentiment.yaml", "act_sentiment.yaml")}
+EARLY = "lineas, 30 steps"
 AT_ONCE = ("method.incremental=false",)
 VARIANTS = {
     "mean_act": AT_ONCE,
@@ -40,7 +41,7 @@ def wanted(pair: str, overrides: list[str]) -> dict[str, job.Job]:
     found = {"lineas": job.read(lineas, JobType, overrides)}
     # The maps after 30 of the 100 steps: kept by the same training, so they cost their evaluation alone.
     early = ["snapshot=30", f"name=lineas-{pair}-30-steps", *overrides]
-    found["lineas, 30 steps"] = job.read(lineas, JobType, early)
+    found[EARLY] = job.read(lineas, JobType, early)
     for name, more in VARIANTS.items():
         method, _, variant = name.partition(", ")
         own = [f"name=act-{pair}-{variant.replace(' ', '-')}"] if variant else []
@@ -52,11 +53,16 @@ def wanted(pair: str, overrides: list[str]) -> dict[str, job.Job]:
 def main(
     root: Annotated[str, typer.Option(help="Where results go: an absolute path or a URI.")],
     pair: Annotated[str, typer.Option(help=f"Texts: {' or '.join(PAIRS)}.")] = "toxicity",
+    only: Annotated[list[str] | None, typer.Option(help=f"Of lineas, {EARLY}, {', '.join(VARIANTS)}.")] = None,
     output: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override one value in every job.")] = None,
 ) -> None:
     """Run the jobs, print the table and write the page."""
     jobs = wanted(pair, set_ or [])
+    unknown = [name for name in only or () if name not in jobs]
+    if unknown:
+        raise typer.BadParameter(f"--only {unknown[0]!r}: there are {', '.join(jobs)}")
+    jobs = {name: one for name, one in jobs.items() if not only or name in only}
     store = Store.open(root)
     run.connect()
     for one in jobs.values():

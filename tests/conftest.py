@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from steerlab import pixelworld, tinyworld
+from steerlab.encoding import Encoder
 from steerlab.models import load_model, load_tokenizer
-from steerlab.tokens import Encoder
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steerlab.encoding import Rows
 from steerlab.job import DataSet
 from steerlab.pipelines import Diffusion
-from steerlab.tokens import Rows
 
 _SEEDS = 2**31
 
@@ -78,7 +78,7 @@ class Drawings:
 
 
 class Prompter:
-    """Makes drawings of rows: the counterpart of `tokens.Encoder` for a pipeline."""
+    """Makes drawings of rows: the counterpart of `encoding.Encoder` for a pipeline."""
 
     num_neutralised = 0
     pad_id = 0
@@ -89,6 +89,11 @@ class Prompter:
         height, width = (sides, sides) if isinstance(sides, int) else sides[-2:]
         self._model = model
         self._channels, self._size, self._pixels = config.in_channels, (height, width), height * width
+
+    @property
+    def saved_spec(self) -> dict[str, Any]:
+        """The same: a pipeline has no tokenizer apart."""
+        return self.spec
 
     @property
     def spec(self) -> dict[str, Any]:

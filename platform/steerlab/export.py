@@ -42,7 +42,7 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
         _write_apart(loaded, directory)
     else:
         loaded.save_model(directory)
-    (directory / generation.PROMPT).write_text(json.dumps(loaded.encoder.spec))
+    (directory / generation.PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
     saved = generation.load(directory)
     error = float((saved.probe(1.0 if reason is None else strength) - expected).square().mean().sqrt())
     if not error <= loaded.tolerance:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from steerlab import models, patches, sources, taps
+from steerlab import encoding, models, patches, sources, taps
 from steerlab.conditioning import Prompter
+from steerlab.encoding import Encoder
 from steerlab.pipelines import Diffusion
 from steerlab.sampling import SteeredPipeline
 from steerlab.stack import Asked, Shown, Steered
-from steerlab.tokens import GENERATION, Batch, Conversation, Encoded, Encoder, Row, collate
+from steerlab.tokens import GENERATION, Batch, Conversation, Encoded, Row, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,7 +163,7 @@ class SteeredModel(Steered):
             ValueError: when a prompt and its continuation exceed the model's positions.
         """
         self.check_strengths(strengths)
-        encoded = list(self.encoder.encode_all(prompts))
+        encoded = list(self.encoder.encode_all(prompts, continued=True))
         self._check_lengths(encoded, max_new_tokens)
         sampling = Sampling(temperature, top_p, repetition_penalty)
         jobs = [(s, p) for p in range(len(encoded)) for s in range(len(strengths))]
@@ -270,7 +271,7 @@ class SteeredModel(Steered):
     def _end_ids(self) -> set[int]:
         ids: Any = self.model.generation_config.eos_token_id if self.model.generation_config else None
         known = ids if isinstance(ids, list) else [ids]
-        return {int(i) for i in (*known, self.encoder.eos_id) if i is not None}
+        return {int(i) for i in known if i is not None} | self.encoder.end_ids
 
     def _stopped(self, ids: list[int], stop: Sequence[str]) -> bool:
         return bool(stop) and any(text in self.encoder.decode(ids) for text in stop)
@@ -384,7 +385,7 @@ def encoder_of(model: Any, directory: Path, prompt: Mapping[str, Any] | None) ->
     """Return what makes rows of data into inputs of a model: the encoder of its tokenizer, or a pipeline's prompter."""
     if isinstance(model, Diffusion):
         return Prompter(model)
-    return Encoder(models.load_tokenizer(directory), **(prompt or {}))
+    return encoding.load(directory, prompt)
 
 
 def load_stack(

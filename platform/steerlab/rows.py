@@ -81,6 +81,13 @@ def check(data: DataSet) -> None:
         check(other)
 
 
+def first(data: DataSet, num: int) -> list[dict[str, Any]]:
+    """Return the first rows of a data set's own sources in the form of its format, filters aside; reads no further."""
+    found = [row for source in data.sources for row in _source_rows(source, data, num)][:num]
+    formed = (_in_form(row, data, number) for number, row in enumerate(found, 1))
+    return [row for row in formed if row is not None]
+
+
 def describe(data: DataSet) -> str:
     """Name a data set in a few words: the file of its first source, and how many more there are."""
     first = data.sources[0]

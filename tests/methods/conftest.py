@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from steerlab import activations, moments, reading
 from steerlab.activations import Activations
 from steerlab.conditioning import Prompter
+from steerlab.encoding import Encoder
 from steerlab.generation import SteeredModel
 from steerlab.job import ExtractConfig, MethodConfig
 from steerlab.methods.contract import Method, Moments, OfEachRow, OverParts, OverRows, Preparation, Source
@@ -23,7 +24,6 @@ from steerlab.stages import prepare
 from steerlab.stages.moments import SumsOfShard
 from steerlab.stages.shard_plan import Shard
 from steerlab.tensorfile import Parts
-from steerlab.tokens import Encoder
 
 Extracted = Callable[..., Activations]
 Prepared = Callable[..., dict[str, Path]]

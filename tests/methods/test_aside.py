@@ -10,12 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steerlab import patches, tinyworld
+from steerlab.encoding import Encoder
 from steerlab.job import Job
 from steerlab.methods import aside, ise, vanilla
 from steerlab.methods.contract import Inputs
 from steerlab.models import ModelFacts
 from steerlab.patches import EmbeddingPatch, rotate
-from steerlab.tokens import DATA, INSTRUCTION, PADDING, Batch, Encoder, collate
+from steerlab.tokens import DATA, INSTRUCTION, PADDING, Batch, collate
 
 
 def dense_matrix(size: int, angle: float) -> torch.Tensor:

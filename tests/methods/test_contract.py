@@ -12,11 +12,12 @@ import torch
 
 from steerlab import generation, models, patches, pixelworld, taps, tinyworld
 from steerlab.conditioning import Prompter
+from steerlab.encoding import Encoder, encode_data
 from steerlab.job import MethodConfig, Selection
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.sampling import SteeredPipeline
-from steerlab.tokens import Encoder, collate, encode_data
+from steerlab.tokens import collate
 
 TRAINED = [(name, kind) for name, method in METHODS.items() if method.module for kind in method.kinds]
 each_method = pytest.mark.parametrize("name", METHODS)

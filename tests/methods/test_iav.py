@@ -12,12 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
 
 from steerlab import models, patches, tinyworld
+from steerlab.encoding import Encoder, encode_data
 from steerlab.generation import SteeredModel
 from steerlab.methods import dpo, iav
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.patches import ActivationPatch, CannotFold, LogitPatch
 from steerlab.tensorfile import Parts
-from steerlab.tokens import Batch, Encoder, collate, encode_data
+from steerlab.tokens import Batch, collate
 
 PAIRS = tinyworld.rows("preferences/train", 40)
 HEADS: list[dict[str, Any]] = [{}, {"head": "low_rank", "rank": 4}, {"head": "mlp", "rank": 6}, {"layer": 1}]

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from steerlab import patches, taps, tinyworld
 from steerlab.affine import AffineMap
+from steerlab.encoding import Encoder
 from steerlab.job import Selection
 from steerlab.methods.incremental import Reading, fit_in_order
 from steerlab.methods.transport import linear_map
-from steerlab.tokens import Batch, Encoder, collate
+from steerlab.tokens import Batch, collate
 
 SELECTION = Selection(modules=r"model\.layers\.\d+\.(post_attention_layernorm|mlp)")
 

@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from steerlab import models, patches, taps, tinyworld
+from steerlab.encoding import Encoder
 from steerlab.job import Selection
 from steerlab.methods import lineas
 from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas, proximal
-from steerlab.tokens import Batch, Encoder, collate
+from steerlab.tokens import Batch, collate
 
 NORMS = r".*post_attention_layernorm"
 

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from steerlab import models, patches, tinyworld
+from steerlab.encoding import Encoder, encode_data
 from steerlab.generation import SteeredModel
 from steerlab.methods import dpo, genarm
 from steerlab.methods.adapters import Lora, num_trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.patches import CannotFold, SecondModelPatch, WeightPatch
-from steerlab.tokens import Batch, Encoder, collate, encode_data
+from steerlab.tokens import Batch, collate
 
 PAIRS = tinyworld.rows("preferences/train", 12)
 LORA = {"rank": 3, "alpha": 6, "layer_type": ["attn_q", "attn_v", "ffn_down"]}

@@ -64,8 +64,8 @@ def all_rows(artifact: Path) -> pa.Table:
 
 def one_by_one(asked: Job, place: str) -> np.ndarray[Any, Any]:
     """Return the mean of a module's output over each text, each read alone and without this platform's hooks."""
+    from steerlab.encoding import Encoder
     from steerlab.rows import read
-    from steerlab.tokens import Encoder
 
     assert isinstance(asked.model.source, str)
     model = models.load_model(sources.fetch(asked.model.source))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from steerlab import capacity, generation, job, models, plan, run, tinyworld
+from steerlab.encoding import encode_data
 from steerlab.stages import JobType, preparations
 from steerlab.store import Store
 from steerlab.tensorfile import Parts
-from steerlab.tokens import encode_data
 
 pytestmark = pytest.mark.ray
 

@@ -12,6 +12,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from steerlab import job
+from steerlab.encoding import Encoder
 from steerlab.evaluation import TASKS, controllability, perplexity
 from steerlab.evaluation.controllability import Point, judge, kendall, slope
 from steerlab.evaluation.metrics import Observation, Result, Task, summarise, summarise_all
@@ -19,7 +20,6 @@ from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig
 from steerlab.patches import LogitPatch
 from steerlab.stages import JobType, evaluate, plan_of
-from steerlab.tokens import Encoder
 
 GRID = (1.0, 0.0, 0.5)
 TREE: dict[str, Any] = {

@@ -8,11 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from steerlab import tinyworld
+from steerlab.encoding import Encoder
 from steerlab.evaluation import TASKS, alpaca, injection, perplexity, probing, separation
 from steerlab.evaluation.metrics import summarise_all
 from steerlab.generation import SteeredModel
 from steerlab.patches import EmbeddingPatch
-from steerlab.tokens import DATA, INSTRUCTION, Encoder, Part
+from steerlab.tokens import DATA, INSTRUCTION, Part
 
 ROWS = "tiny:instructions/test"
 SEPARATION = "tiny:separation/test"

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from steerlab import analysis, tinyworld
 from steerlab.analysis import Response, Scored
+from steerlab.encoding import Encoder, encode_data
 from steerlab.evaluation import preference
 from steerlab.evaluation.metrics import summarise_all
 from steerlab.evaluation.preference import Config, observe, run
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet
 from steerlab.patches import ActivationPatch, LogitPatch, WeightPatch
-from steerlab.tokens import Encoder, Pair, encode_data
+from steerlab.tokens import Pair
 
 PAIRS = DataSet.model_validate({"source": "tiny:preferences/test", "format": "preference", "limit": 7})
 STRENGTHS = (1.0, 0.0, 0.5)

@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from steerlab import models, patches
+from steerlab.encoding import Encoder
 from steerlab.evaluation import TASKS, judges, win_rate
 from steerlab.evaluation.judges import Answer, Pair
 from steerlab.evaluation.metrics import summarise_all
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet
 from steerlab.patches import LogitPatch
-from steerlab.tokens import Encoder
 
 PROMPTS = DataSet(source="tiny:harmless/test")
 WORDS = ["[UNK]", "[PAD]", "moo", "woof", "quack", "1", "2", "is", "it", "?"]

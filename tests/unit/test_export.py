@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 from steerlab import SteeredPipeline, cli, export, generation, load, models, patches, taps
 from steerlab.affine import AffineMap
 from steerlab.conditioning import Drawing
+from steerlab.encoding import Encoder
 from steerlab.generation import SteeredModel
 from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, CannotFold
 from steerlab.stack import Asked
-from steerlab.tokens import Encoder
 
 MAKERS = {"sd": stable_diffusion, "sdxl": sdxl, "flux": flux, "dit": dit}
 NORMS = r"unet\..*norm\d?|unet\.conv_norm_out"

@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 
 from steerlab import generation as decoding
 from steerlab import tinyworld
+from steerlab.encoding import Encoder
 from steerlab.generation import Sampling, SteeredModel, choose
 from steerlab.patches import EmbeddingPatch
-from steerlab.tokens import Conversation, Encoder, collate
+from steerlab.tokens import Conversation, collate
 
 
 @pytest.fixture

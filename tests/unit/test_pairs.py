@@ -11,9 +11,10 @@ import torch
 from pydantic import ValidationError
 
 from steerlab import rows, tinyworld
+from steerlab.encoding import Encoder, encode_data
 from steerlab.job import DataConfig, DataSet
 from steerlab.pairs import pair
-from steerlab.tokens import IGNORED, Encoder, Pair, collate, encode_data
+from steerlab.tokens import IGNORED, Pair, collate
 
 LLAMAFACTORY = "sdist:llamafactory==0.9.5#data/dpo_en_demo.json"
 

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
 from steerlab import preference, tinyworld
+from steerlab.encoding import Encoder, encode_data
 from steerlab.preference import Predicted, Scores
-from steerlab.tokens import Batch, Encoder, collate, encode_data
+from steerlab.tokens import Batch, collate
 
 SIZES = (5, 3, 2, 6)
 V, D, K, BETA = 50, 8, 4, 0.3

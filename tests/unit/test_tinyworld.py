@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from steerlab import tinyworld
 from steerlab.tinyworld import KINDS, SPLITS, VOCABULARY, WITNESSES, WORD_KINDS, rows
 
-VERSION, DIGEST = "2", "1897cd7b372d9b34"
+VERSION, DIGEST = "3", "1897cd7b372d9b34"
 """Whoever changes the rows raises the version and writes both here."""
 
 ORDER = re.compile(

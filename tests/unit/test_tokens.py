@@ -5,18 +5,8 @@ from __future__ import annotations
 import pytest
 
 from steerlab import tinyworld
-from steerlab.tokens import (
-    DATA,
-    IGNORED,
-    INSTRUCTION,
-    PADDING,
-    RESPONSE,
-    Encoded,
-    Encoder,
-    Part,
-    collate,
-    encode_data,
-)
+from steerlab.encoding import Encoder, encode_data
+from steerlab.tokens import DATA, IGNORED, INSTRUCTION, PADDING, RESPONSE, Encoded, Part, collate
 
 
 def words(encoder: Encoder, row: Encoded, role: int) -> list[str]:

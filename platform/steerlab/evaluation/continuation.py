@@ -12,11 +12,12 @@ from typing import Any
 from pydantic import Field
 
 from steerlab import rows
+from steerlab.encoding import Encoder
 from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import Numbered, choose
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet, TaskConfig
-from steerlab.tokens import INSTRUCTION, Conversation, Encoder, Message, Part
+from steerlab.tokens import INSTRUCTION, Conversation, Message, Part
 
 
 class ContinuationConfig(TaskConfig):
@@ -78,5 +79,6 @@ def _lost_space(encoder: Encoder, continuation: str) -> str:
 
     Whether that word went on with the prompt's last one can no longer be told; it is taken for a new one.
     """
-    keeps = encoder.decode(encoder.encode((Message("text", (Part("a a", INSTRUCTION),)),)).input_ids[-1:]).startswith(" ")
+    words = encoder.encode((Message("text", (Part("a a", INSTRUCTION),)),), continued=True)
+    keeps = encoder.decode(words.input_ids[-1:]).startswith(" ")
     return "" if keeps or not continuation[:1].isalnum() else " "

@@ -77,7 +77,8 @@ def over(tasks: Mapping[str, Task]) -> Task:
     """Make the task over a table of tasks: `of` is the closed union of their configs, and their versions are its own."""
     of = (task_union(task.Config for task in tasks.values()), Field(description=Config.model_fields["of"].description))
     config = create_model("Config", __base__=Config, __doc__=Config.__doc__, __module__=__name__, of=of)
-    return Task(config, partial(run, tasks), 1 + sum(task.version - 1 for task in tasks.values()))
+    version = 1 + sum(task.version - 1 for task in tasks.values())
+    return Task(config, partial(run, tasks), version, chats=lambda config: tasks[config.of.task].chats(config.of))
 
 
 def run(tasks: Mapping[str, Task], model: SteeredModel, config: Config) -> Result:

@@ -1,9 +1,9 @@
 """The steered model as lm-evaluation-harness wants it: log-likelihoods of continuations and of texts, and continuations.
 
-Departures from the harness's own Hugging Face model: a text starts with the tokenizer's beginning-of-sequence token where it
-has one, and context and continuation are tokenised as one text, a token across the seam counting as continuation. The context
-has the role of instructions, a continuation that of responses and the phase of generation, as if the model had written it;
-whole texts (perplexities) are a prompt.
+Departures from the harness's own Hugging Face model: a text starts with a beginning-of-sequence token where the tokenizer
+itself puts one, and context and continuation are tokenised as one text, a token across the seam counting as continuation. The
+context has the role of instructions, a continuation that of responses and the phase of generation, as if the model had written
+it; whole texts (perplexities) are a prompt.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def adapter(model: SteeredModel, strength: float, seed: int) -> Any:
 def loglikelihoods(model: SteeredModel, pairs: Sequence[tuple[str, str]], strength: float) -> list[Likelihood]:
     """Score continuations given their contexts; what does not fit into the model's context is cut from the left."""
     texts = [_text(model, context, continuation) for context, continuation in pairs]
-    rows = [_pair_row(model, encoded) for encoded in model.encoder.encode_all(texts)]
+    rows = [_pair_row(model, encoded) for encoded in model.encoder.encode_all(texts, continued=True)]
     return score(model, rows, strength)
 
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from steerlab import models
+from steerlab.encoding import Encoder
 from steerlab.evaluation import scorers
 from steerlab.generation import SteeredModel
-from steerlab.tokens import Conversation, Encoder
+from steerlab.tokens import Conversation
 
 QUESTION = (
     "Here are a prompt and two responses to it.\n\nPrompt: {prompt}\n\nResponse 1: {first}\n\nResponse 2: {second}\n\n"

@@ -87,6 +87,8 @@ class Task(NamedTuple):
     """Raised whenever the task's own data or scoring changes, so that older results are not taken for new ones."""
     kinds: tuple[str, ...] = ("causal_lm",)
     """Kinds of model that the task evaluates."""
+    chats: Callable[[Any], bool] = lambda config: True
+    """config -> whether the task asks in conversations, so that it needs a chat template that holds them."""
 
 
 def summarise(observations: Sequence[Observation], transform: str = "identity") -> Metric:

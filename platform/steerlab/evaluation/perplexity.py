@@ -45,6 +45,11 @@ class Config(TaskConfig):
     """Longer rows are not scored."""
 
 
+def chats(config: Config) -> bool:
+    """Say whether the rows are conversations."""
+    return (config.format if config.data is None else config.data.format) != "text"
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Score the rows at every strength."""
     if config.data is not None:

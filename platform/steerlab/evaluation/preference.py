@@ -24,11 +24,12 @@ from pydantic import AfterValidator, Field
 
 from steerlab import analysis
 from steerlab.analysis import Scored
+from steerlab.encoding import encode_data
 from steerlab.evaluation.items import Numbered, data_rows
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet, TaskConfig
-from steerlab.tokens import Pair, encode_data
+from steerlab.tokens import Pair
 
 PAIRS = "sdist:llamafactory==0.9.5#data/dpo_en_demo.json"
 

@@ -30,13 +30,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from steerlab.encoding import Encoder
 from steerlab.evaluation import separation
 from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig
-from steerlab.tokens import DATA, INSTRUCTION, Conversation, Encoder, Message, Part
+from steerlab.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 
 Measure = Literal["layers", "concept", "causal", "cosine"]
 

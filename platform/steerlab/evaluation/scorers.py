@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from steerlab import models, sources
-from steerlab.tokens import INSTRUCTION, Encoder, Message, Part, collate
+from steerlab.encoding import Encoder
+from steerlab.tokens import INSTRUCTION, Message, Part, collate
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,7 +126,7 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
     directory = models.prepare(sources.fetch(source))
     saved = json.loads((directory / "config.json").read_text())
     model = models.load_model(directory, dtype=saved.get("dtype") or saved.get("torch_dtype") or "float32").to(device)  # type: ignore[arg-type]
-    encoder = Encoder(models.load_tokenizer(directory))
+    encoder = Encoder(models.load_tokenizer(directory), prompt_style="plain")
     first, second = (answer_ids(encoder, word) for word in words)
     if not first or not second:
         raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {words[1] if first else words[0]}")

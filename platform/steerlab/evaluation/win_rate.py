@@ -203,7 +203,7 @@ def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Judge]:
 def _load(source: str, like: SteeredModel) -> SteeredModel:
     """Load a model in the type of another and on its device; where it has no prompt settings of its own, with that one's."""
     dtype = str(like.model.dtype).removeprefix("torch.")
-    found = generation.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=like.encoder.spec)
+    found = generation.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=like.encoder.saved_spec)
     if not isinstance(found, SteeredModel):
         raise ValueError(f"{source} draws images; what answers here is a language model")
     return found

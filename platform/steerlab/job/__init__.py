@@ -19,7 +19,7 @@ from steerlab.job.settings import (
     TrainConfig,
     WandbConfig,
 )
-from steerlab.job.whole import Job, job_type, task_union
+from steerlab.job.whole import Job, job_type, prompt_settings, task_union
 
 __all__ = [
     "JOB_PREFIX",
@@ -50,6 +50,7 @@ __all__ = [
     "explain",
     "inlined",
     "job_type",
+    "prompt_settings",
     "put",
     "read",
     "read_tree",

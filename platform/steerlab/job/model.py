@@ -63,7 +63,12 @@ class ModelConfig(Frozen):
     """Type of the weights in the forward pass; bfloat16 trains with float32 master weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of transformers."""
-    # Not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
+    # What follows is not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
+    tokenizer: str | None = Field(None, exclude_if=lambda source: source is None)
+    """Source of the tokenizer, where it does not lie beside the model; null takes the model's own."""
+    chat_template: str | None = Field(None, exclude_if=lambda source: source is None)
+    """Chat template in place of the tokenizer's: its text, or the source of a Jinja file, of a `tokenizer_config.json`, or of a
+    model that has one. A base model without a template can be trained and asked with another model's."""
     sampler: SamplerConfig | None = Field(None, exclude_if=lambda sampler: sampler is None)
     """How images are drawn (kind diffusion); null takes the defaults."""
 
@@ -71,6 +76,11 @@ class ModelConfig(Frozen):
     def _check(self) -> ModelConfig:
         if self.sampler is not None and self.kind != "diffusion":
             raise ValueError(f"sampler is about drawing images; kind {self.kind} draws none")
+        for name in ("tokenizer", "chat_template"):
+            if getattr(self, name) is not None and self.kind != "causal_lm":
+                raise ValueError(f"{name} is about texts; kind {self.kind} has none of its own")
+            if getattr(self, name) is not None and not isinstance(self.source, str):
+                raise ValueError(f"{name}: this model is made by another job; set it there, in model.{name} of that job")
         if self.kind == "diffusion" and self.attention == "flash_attention_2":
             raise ValueError("attention flash_attention_2 is a kernel of transformers; diffusers has its own")
         return self

@@ -40,6 +40,11 @@ class Job(Frozen):
     track: TrackConfig = TrackConfig()
     """Reporting."""
 
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """Settings by which texts become tokens, as `encoding.load` takes them."""
+        return prompt_settings(self.model, self.data)
+
     @model_validator(mode="after")
     def _check(self) -> Job:
         if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
@@ -60,6 +65,16 @@ class Job(Frozen):
                     f"(train.micro_batch {self.train.micro_batch} x train.grad_accum {self.train.grad_accum})"
                 )
         return self
+
+
+def prompt_settings(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+    """Return the settings by which texts become tokens: how they are asked, and what does not lie beside the model."""
+    elsewhere = {"tokenizer": model.tokenizer, "chat_template": model.chat_template}
+    return {
+        "prompt_style": data.prompt_style,
+        "response_role": data.response_role,
+        **{name: source for name, source in elsewhere.items() if source is not None},
+    }
 
 
 def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskConfig]]) -> type[Job]:

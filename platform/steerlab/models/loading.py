@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 transformers.logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,10 @@ def load_model(
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model."""
-    return transformers.AutoTokenizer.from_pretrained(prepare(Path(directory)))
+    """Load the tokenizer that lies beside a model, or in a folder of its own."""
+    directory = Path(directory)
+    alone = any((directory / name).is_file() for name in _TOKENIZER_FILES)
+    return transformers.AutoTokenizer.from_pretrained(directory if alone else prepare(directory))
 
 
 def facts(directory: str | Path) -> ModelFacts:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from typing import Any
 
-from steerlab import models, rows, sources, taps
+from steerlab import encoding, models, rows, sources, taps
 from steerlab.conditioning import check_data
+from steerlab.encoding import Encoder
 from steerlab.evaluation import TASKS
 from steerlab.job import DataSet, Job, base_job
 from steerlab.methods import METHODS
 from steerlab.methods.contract import check_masters
 from steerlab.stages import JobType, first_source, leaves_patch, model_stage
-from steerlab.tokens import Encoder
+
+_ROWS_TRIED = 8
+"""Rows of a data set that are tokenised before the start: a template that refuses some texts shows it early."""
 
 
 def facts_of(job: Job) -> models.ModelFacts:
@@ -188,8 +193,37 @@ def _check_drawing(job: Job) -> None:
 
 
 def _check_template(job: Job) -> None:
-    """Refuse a chat template that cannot hold an instruction, data and a response."""
-    if isinstance(job.model.source, str) and job.model.kind == "causal_lm":
-        tokenizer = models.load_tokenizer(sources.fetch(job.model.source))
-        encoder = Encoder(tokenizer, job.data.prompt_style, job.data.response_role)
-        encoder.encode(encoder.conversation("instruction", "data", "response"))
+    """Refuse a chat template that cannot hold what the job asks or trains, and say what is surprising about one that can.
+
+    A job that works on plain texts alone never looks at the template. A model that another job makes was looked at there.
+    """
+    if job.model.kind != "causal_lm":
+        return
+    tasks = (*job.evaluate, *(job.choose.tasks if job.choose else ()))
+    chats = any(TASKS[task.task].chats(task) for task in tasks)
+    trained = {role: data for role, data in job.data.by_role.items() if data.format != "text"}
+    if not chats and not trained:
+        return
+    encoder = encoding.load(sources.fetch(first_source(job)), _prompt_of(job))
+    prompt, whole = (encoder.encode(encoder.conversation("instruction", "data", end)) for end in (None, "response"))
+    if whole.input_ids[: len(prompt)] != prompt.input_ids:
+        raise ValueError("the chat template asks otherwise than it trains: a prompt's tokens are not the first ones of its row")
+    for role, data in trained.items():
+        _check_encoded(f"data.{role}", encoder, data)
+    if isinstance(job.model.source, str):
+        for remark in encoder.template.remarks():
+            warnings.warn(remark, stacklevel=2)
+
+
+def _check_encoded(key: str, encoder: Encoder, data: DataSet) -> None:
+    """Refuse rows that the template or the tokenizer cannot hold, by the first few of them. Raises ValueError."""
+    try:
+        encoder.encode_data(rows.first(data, _ROWS_TRIED), data.format, sys.maxsize)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _prompt_of(job: Job) -> dict[str, Any]:
+    """Return the prompt settings of the job at the bottom, which names the model's source."""
+    base = base_job(job, JobType)
+    return job.prompt if base is None else _prompt_of(base)

@@ -178,9 +178,8 @@ def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, dire
 
     data = job.data.by_role[role]
     texts = rows.read(data)
-    prompt = {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}
     widths = _widths(models.skeleton(directory), config)
-    vectors = len(texts) * _vectors_per_text(directory, prompt, config, data.format, texts)
+    vectors = len(texts) * _vectors_per_text(directory, job.prompt, config, data.format, texts)
     weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
     if config.keep == "moments":
         one, parts = _moment_bytes(widths, config), -(-len(texts) // config.rows_per_shard)
@@ -242,9 +241,9 @@ def _vectors_per_text(
     """Return how many vectors a text gives: one, or the mean number of tokens of some texts."""
     if config.pooling != ("none",):
         return 1
-    from steerlab import models, tokens
+    from steerlab import encoding
 
-    encoder = tokens.Encoder(models.load_tokenizer(directory), **prompt)
+    encoder = encoding.load(directory, prompt)
     some = [encoder.from_row(row, data_format) for row in texts[:: max(1, len(texts) // _TEXTS_JUDGED)]]
     lengths = [min(len(text), config.max_tokens) for text in encoder.encode_all(some)]
     return sum(lengths) / len(lengths)

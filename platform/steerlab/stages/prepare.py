@@ -18,8 +18,9 @@ import ray
 import torch
 from safetensors import safe_open
 
-from steerlab import models, reading, rows, sources
+from steerlab import encoding, models, reading, rows, sources
 from steerlab.activations import size_and_sha256
+from steerlab.encoding import encode_data
 from steerlab.job import Job
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Moments, OfEachRow, OverParts, OverRows, Preparation, Source
@@ -28,7 +29,7 @@ from steerlab.plan import Estimate, ModelRef, Stage, Work
 from steerlab.stages import extract, moments, shards, subject
 from steerlab.stages.shard_plan import Place, Shard
 from steerlab.tensorfile import Parts, Shape, writing
-from steerlab.tokens import Encoder, collate, encode_data
+from steerlab.tokens import collate
 
 if TYPE_CHECKING:
     from steerlab.generation import SteeredModel
@@ -102,7 +103,7 @@ def _estimate_rows(job: Job, asked: OfEachRow, weights: int, directory: Path) ->
     assert job.train is not None
     data = job.data.by_role[asked.role]
     found = rows.read(data)
-    encoder = Encoder(models.load_tokenizer(directory), job.data.prompt_style, job.data.response_role)
+    encoder = encoding.load(directory, job.prompt)
     some = found[:: -(-len(found) // _ROWS_JUDGED)]
     encoded = encode_data(encoder, some, data.format, job.train.max_tokens).rows
     values = asked.values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)

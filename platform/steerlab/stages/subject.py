@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from steerlab import sources
+from steerlab import encoding, sources
 from steerlab.job import Job, ScaleConfig
 from steerlab.plan import ModelRef, Stage, Work
 
@@ -24,7 +24,14 @@ def params(job: Job, below: Stage | None) -> dict[str, Any]:
         return {"model": model}
     assert isinstance(job.model.source, str)
     model |= {"source": job.model.source, "fingerprint": sources.fingerprint(job.model.source)}
-    return {"model": model, "prompt": {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}}
+    elsewhere = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
+    fingerprints = {name: encoding.fingerprint(name, source) for name, source in elsewhere.items() if source is not None}
+    return {
+        "model": model,
+        "prompt": job.prompt,
+        **({"prompt_fingerprints": fingerprints} if fingerprints else {}),
+        **({"encoding": encoding.VERSION} if job.model.kind == "causal_lm" else {}),
+    }
 
 
 def _drawing(job: Job) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def run(work: Work) -> None:
     read = [needed for needed in work.stage.inputs if needed.name == "extract"]
     request = {
         "model_ref": asdict(starting_model(work, as_it_is=not method.trains_model)),
-        "model": {"source": work.params["model"].get("source", "artifact"), **_loading(work)},
+        "model": {"source": work.params["model"].get("source", "artifact"), **_loading(work), **_elsewhere(work)},
         "activations": {
             role: asdict(ModelRef(artifact=(work.store.root, needed.name, needed.key)))
             for role, needed in zip(work.params["reads"], read, strict=True)
@@ -85,6 +85,12 @@ def run(work: Work) -> None:
     assert (work.directory / "training.json").is_file(), "the workers left no artifact"
     if not method.trains_model:
         fit.write_base(work, json.loads((work.directory / "prompt.json").read_text()))
+
+
+def _elsewhere(work: Work) -> dict[str, str]:
+    """Return the sources of tokenizer and chat template, where they do not lie beside the model."""
+    prompt = work.params.get("prompt", {})
+    return {name: prompt[name] for name in ("tokenizer", "chat_template") if name in prompt}
 
 
 def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from steerlab import generation, models, patches
 from steerlab.activations import Activations
-from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig
+from steerlab.encoding import Encoder, Rows
+from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig, prompt_settings
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.rows import read as read_rows
-from steerlab.tokens import Batch, Encoder, Rows
+from steerlab.tokens import Batch
 from steerlab.training.engine import Engine
 
 _SNAPSHOTS = "snapshots.safetensors"
@@ -134,7 +135,7 @@ class _Training:
             attention=request.model.attention,
             seed=request.train.seed,
             sampler=request.model.drawing.model_dump(mode="json"),
-            prompt={"prompt_style": request.data.prompt_style, "response_role": request.data.response_role},
+            prompt=prompt_settings(request.model, request.data),
         )
         models.start_training(model, self.scale.gradient_checkpointing)
         self.model_key = "" if self.method.trains_model else models.fingerprint(model)
@@ -257,7 +258,8 @@ class _Training:
             for step in self.request.train.snapshots:
                 kept = {n.partition("/")[2]: value for n, value in self.snapshots.items() if n.startswith(f"{step}/")}
                 patches.save(self._finished(kept), output / "snapshots" / str(step), self.model_key)
-        (output / "prompt.json").write_text(json.dumps(self.encoder.spec))
+        prompt = self.encoder.saved_spec if self.method.trains_model else self.encoder.spec
+        (output / "prompt.json").write_text(json.dumps(prompt))
         (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history))
         facts = {
             "trained_parameters": self.num_trained,

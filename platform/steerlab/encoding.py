@@ -1,0 +1,592 @@
+"""Conversations and rows of data sets to token ids and roles, in one tokenisation.
+
+Roles come from the structure of a conversation, never from searching text. The chat template's rendering is cut into its
+literal pieces and the messages (templates.py); the character offsets of one joint tokenisation then say which part each token
+came from. Text that imitates a heading or a marker moves nothing. Template text carries the role of the message before it
+(ASIDE's convention: the assistant's header is data).
+
+A plain text is what its tokenizer makes of it: a beginning-of-sequence token stands before it only where `tokenizer(text)` puts
+one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from steerlab import models, sources
+from steerlab.templates import DATE, ChatTemplate, Turn, prints_date
+from steerlab.tokens import DATA, INSTRUCTION, ROLES, Batch, Conversation, Encoded, Message, Pair, Part, Row, collate, pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_T = TypeVar("_T")
+VERSION = 2
+"""Raised whenever the same rows become other tokens, so that what was made of the earlier ones is not taken for new."""
+_TEMPLATE_PART = -1
+_CHUNK_ROWS = 1000
+
+FRAMING = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+
+
+@dataclass
+class Encoder:
+    """A tokenizer with a prompt style: conversations in, `Encoded` rows out."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt_style: Literal["aside", "plain"] = "aside"
+    response_role: Literal["data", "instruction", "response"] = "data"
+    date: str = DATE
+    """The day that a template prints which prints today's."""
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    """Sources of the tokenizer and of the chat template, where they do not lie beside the model."""
+    num_neutralised: int = 0
+    """Special tokens written out in texts (`<|im_end|>` inside data) that were broken up, so far."""
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} gives no character offsets, which roles need; use a fast tokenizer"
+            )
+        self._added = {number: str(token) for number, token in self.tokenizer.added_tokens_decoder.items()}
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(self.tokenizer.all_special_tokens)
+        self._special = re.compile(_any_of(special))
+        self._closing = re.compile(rf"\s*({_any_of(special | set(self._added.values()))})")
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template, or what stands in for it; a template is asked nothing before it is needed."""
+        return ChatTemplate(self.tokenizer, self.date, heading="Response:\n" if self.prompt_style == "aside" else "")
+
+    @property
+    def response_role_id(self) -> int:
+        """Role of generated tokens."""
+        return ROLES[self.response_role]
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills padding."""
+        return pad_id(self.tokenizer)
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the tokenizer's end-of-sequence token."""
+        number: Any = self.tokenizer.eos_token_id
+        return number
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end what the model writes: the end of a sequence, and of a turn in the chat template."""
+        turn = self._end_of_turn
+        ids: list[Any] = [self.eos_id, None if turn is None else self.tokenizer.convert_tokens_to_ids(turn)]
+        return frozenset(int(number) for number in ids if number is not None)
+
+    @cached_property
+    def _end_of_turn(self) -> str | None:
+        """The token that ends the assistant's turn: the first one after an answer, where no text stands before it."""
+        try:
+            found = self._closing.match(self.template.after_answer())
+        except ValueError:
+            return None  # a template that refuses every conversation says so where one is asked for
+        return None if found is None else found[1]
+
+    @property
+    def saved_spec(self) -> dict[str, str]:
+        """Settings that a model needs to be prompted as it was trained, where the tokenizer is saved beside it."""
+        date = {"date": self.date} if prints_date(self.tokenizer) else {}
+        return {"prompt_style": self.prompt_style, "response_role": self.response_role, **date}
+
+    @property
+    def spec(self) -> dict[str, str]:
+        """Settings that a patch on a model needs: those of `saved_spec`, and the sources of tokenizer and template."""
+        return {**self.saved_spec, **self.elsewhere}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is written beside activations about how texts were read."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
+        return {
+            "tokenizer": type(self.tokenizer).__name__,
+            "tokenizer_sha256": hashlib.sha256(vocabulary).hexdigest(),
+            "prompt": self.spec,
+        }
+
+    def small_batch(self) -> Batch:
+        """Return two rows of three tokens, by which the widths of modules are found."""
+        row = Encoded([self.pad_id] * 3, [INSTRUCTION] * 3, [False] * 3, [0] * 3)
+        return self.collate([row, row])
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer beside a model."""
+        self.tokenizer.save_pretrained(directory)
+
+    def encode_data(self, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int) -> Rows:
+        """Tokenise rows of a data set; see the function of this name."""
+        return encode_data(self, rows, data_format, max_tokens)
+
+    def collate(
+        self,
+        rows: Sequence[Row],
+        *,
+        loss_on: str = "all",
+        numbers: Sequence[int] = (),
+        side: Literal["left", "right"] = "right",
+    ) -> Batch:
+        """Pad rows to the longest; see the function of this name."""
+        return collate(rows, self.pad_id, side, loss_on, numbers)
+
+    def conversation(
+        self,
+        instruction: str,
+        data: str | Sequence[Part] = "",
+        response: str | None = None,
+        *,
+        system: str = "",
+        history: Sequence[Sequence[str]] = (),
+    ) -> Conversation:
+        """Make the messages of one row; `data` may come as parts, `response` None makes a prompt to be continued.
+
+        The `aside` style is the paper's (ASIDE, arXiv 2503.10566): framing and `Instruction:` in the system turn, `Input:` in
+        the user turn, `No input` when there is none; a model without a chat template gets `Response:` before the answer. Unlike
+        the authors' code no period is added to the response. `system` stands before the instruction. `history` holds earlier
+        exchanges (user, assistant); their user turns are instructions.
+        """
+        data_parts = (Part(data, DATA),) if isinstance(data, str) else tuple(data)
+        if self.prompt_style == "aside":
+            instruction = f"{FRAMING}\n\nInstruction:\n{instruction}"
+            if len("".join(part.text for part in data_parts)) < 2:
+                data_parts = (Part("No input", DATA),)
+            data_parts = (Part("Input:\n", DATA), *data_parts)
+        if system:
+            instruction = f"{system}\n\n{instruction}"
+        turns = [(speaker, text) for pair in history for speaker, text in zip(("user", "assistant"), pair, strict=True)]
+        earlier = tuple(self._turn({"role": speaker, "content": text}) for speaker, text in turns)
+        messages = (Message("system", (Part(instruction, INSTRUCTION),)), *earlier, Message("user", data_parts))
+        if response is None:
+            return messages
+        return (*messages, Message("assistant", (Part(response, self.response_role_id),)))
+
+    def from_row(self, row: Mapping[str, Any], data_format: str) -> Conversation:
+        """Make the conversation of a data row in one of the formats of `DataSet.format`. Raises ValueError if it has two."""
+        if data_format == "preference":
+            raise ValueError("rows of format preference are pairs of conversations: they train methods and are evaluated on")
+        if data_format == "text":
+            return (Message("text", (Part(row["text"], INSTRUCTION),)),)
+        if data_format == "conversation":
+            return tuple(map(self._turn, row["messages"]))
+        return self.conversation(
+            row["instruction"],
+            row.get("input") or "",
+            checked(row["output"]),
+            system=row.get("system") or "",
+            history=row.get("history") or (),
+        )
+
+    def from_pair(self, row: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
+        """Make the two conversations of a preference row, in the form of pairs.py: the preferred one first.
+
+        A text is asked as any instruction is, in the prompt style; messages are turns of their own.
+        """
+        context = {"data": row.get("input") or "", "system": row.get("system") or ""}
+        chosen, rejected = (self.dialogue(row["prompt"], row[name], **context) for name in ("chosen", "rejected"))
+        return chosen, rejected
+
+    def dialogue(
+        self, prompt: str | Sequence[Mapping[str, str]], response: str | None = None, *, data: str = "", system: str = ""
+    ) -> Conversation:
+        """Make the messages of a text or of messages {role, content}; `response` None makes a prompt to be continued.
+
+        `data` and `system` go with a text; messages hold their own.
+        """
+        if isinstance(prompt, str):
+            return self.conversation(prompt, data, response, system=system)
+        turns = tuple(map(self._turn, prompt))
+        return turns if response is None else (*turns, self._turn({"role": "assistant", "content": response}))
+
+    def _turn(self, message: Mapping[str, str]) -> Message:
+        role = {"assistant": self.response_role_id, "tool": DATA}.get(message["role"], INSTRUCTION)
+        return Message(message["role"], (Part(message["content"], role),))  # type: ignore[arg-type]
+
+    def encode(self, conversation: Conversation, *, continued: bool = False) -> Encoded:
+        """Tokenise a conversation once, as a whole; see `encode_all`."""
+        return next(self.encode_all([conversation], continued=continued))
+
+    def encode_all(
+        self, conversations: Sequence[Conversation], *, continued: bool = False, per_row: int = 1
+    ) -> Iterator[Encoded]:
+        """Tokenise many conversations, a chunk of them in one call of the tokenizer.
+
+        A prompt ends with the assistant's header. Of a plain text that is to be `continued`, what the tokenizer puts after a
+        text (an end-of-sequence token) is left out. `per_row` conversations make a row of the data set, for messages.
+
+        Raises:
+            ValueError: something is no text, or the chat template refuses a conversation; the message names its row, from 1.
+        """
+        for start in range(0, len(conversations), _CHUNK_ROWS):
+            chunk = conversations[start : start + _CHUNK_ROWS]
+            rows = [self._numbered(conversation, (start + i) // per_row) for i, conversation in enumerate(chunk)]
+            texts = ["".join(stretch.text for stretch in stretches) for stretches in rows]
+            with untrimmed_offsets(self.tokenizer):
+                found = self._tokens(texts, [self._as_text(conversation) for conversation in chunk])
+            for conversation, text, stretches, tokens in zip(chunk, texts, rows, found, strict=True):
+                keeps_end = not continued and conversation[0].speaker == "text"
+                yield self._with_roles(text, stretches, tokens, keeps_end)
+
+    def _as_text(self, conversation: Conversation) -> bool:
+        """Say whether the tokenizer puts its own tokens around: a chat template prints them itself."""
+        return conversation[0].speaker == "text" or self.tokenizer.chat_template is None
+
+    def _tokens(self, texts: Sequence[str], as_text: Sequence[bool]) -> list[_Tokens]:
+        """Tokenise texts in their order, with and without the tokenizer's own tokens around them."""
+        found: dict[int, _Tokens] = {}
+        for adds in set(as_text):
+            numbers = [i for i, here in enumerate(as_text) if here == adds]
+            tokens = self.tokenizer(
+                [texts[i] for i in numbers],
+                add_special_tokens=adds,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+                return_attention_mask=False,
+            )
+            columns = (tokens[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+            found |= dict(zip(numbers, map(_Tokens, *columns), strict=True))  # type: ignore[arg-type]
+        return [found[i] for i in range(len(texts))]
+
+    def _with_roles(self, text: str, stretches: list[_Stretch], tokens: _Tokens, keeps_end: bool) -> Encoded:
+        """Give every token the stretch of the character that decides what it is."""
+        owner = [stretch for stretch in stretches for _ in stretch.text]
+        around = [bool(put) and start == end for put, (start, end) in zip(tokens.put, tokens.offsets, strict=True)]
+        first = next((t for t, here in enumerate(around) if not here), len(around))
+        before, after = (_Stretch("", stretch.role, _TEMPLATE_PART) for stretch in (stretches[0], stretches[-1]))
+        ids, owners = [], []
+        for t, number in enumerate(tokens.ids):
+            if around[t] and t >= first and not keeps_end:
+                continue
+            ids.append(number)
+            if around[t] or not owner:
+                owners.append(before if t < first else after)
+            else:
+                owners.append(owner[self._place(text, number, tokens.offsets[t])])
+        return Encoded(
+            input_ids=ids,
+            roles=[stretch.role for stretch in owners],
+            in_response=[stretch.answers and stretch.final for stretch in owners],
+            parts=[stretch.part for stretch in owners],
+            in_answers=[stretch.answers for stretch in owners],
+        )
+
+    def _place(self, text: str, number: int, offsets: tuple[int, int]) -> int:
+        """Return the character of a text that decides what a token is.
+
+        A token that crosses a boundary belongs to the later side: no byte of data is ever read as instruction. An added token
+        may swallow the white space around it (Phi 3's `<|assistant|>` that of the answer) and stands where its own name stands.
+        """
+        start, end = offsets
+        name = self._added.get(number)
+        at = text.find(name, start, end) if name else -1
+        return at if at >= 0 else min(max(start, end - 1), len(text) - 1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of generated ids; special tokens, and the one that ended it, are left out."""
+        written = list(ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids)
+        return str(self.tokenizer.decode(written, skip_special_tokens=True))
+
+    def _numbered(self, conversation: Conversation, number: int) -> list[_Stretch]:
+        try:
+            return self._stretches(tuple(map(self._neutralise, conversation)))
+        except ValueError as error:
+            raise ValueError(f"row {number + 1}: {error}") from None
+
+    def _stretches(self, conversation: Conversation) -> list[_Stretch]:
+        """Interleave the template's literal pieces with the parts."""
+        if conversation[0].speaker == "text":
+            parts = [part for message in conversation for part in message.parts]
+            return [_Stretch(part.text, part.role, number) for number, part in enumerate(parts)]
+        conversation, following = self._folded(conversation)
+        turns = [Turn(message.speaker, "".join(part.text for part in message.parts)) for message in conversation]
+        pieces = self.template.pieces(turns)
+        firsts = [sum(len(message.parts) for message in conversation[:i]) for i in range(len(conversation))]
+        role = conversation[next(piece.message for piece in pieces if piece.message is not None)].parts[0].role
+        answers = final = False
+        stretches: list[_Stretch] = []
+        for text, number, leads in pieces:
+            if number is None or leads:
+                stretches += self._literal(text, role, answers, final) if number is None else [_led(text, conversation, number)]
+                continue
+            parts = _as_printed(conversation[number].parts, turns[number].text, text)
+            answers, final = turns[number].speaker == "assistant", number == len(conversation) - 1
+            role = following[number]
+            stretches += [_Stretch(part.text, part.role, firsts[number] + i, answers, final) for i, part in enumerate(parts)]
+        return stretches
+
+    def _literal(self, text: str, role: int, after_answer: bool, final: bool) -> list[_Stretch]:
+        """Part a literal piece after an answer into what ends the answer's turn and the rest."""
+        ended = self._closing.match(text) if after_answer else None
+        if ended is None or ended[1] != self._end_of_turn:
+            return [_Stretch(text, role, _TEMPLATE_PART)]
+        closing = _Stretch(ended[0], role, _TEMPLATE_PART, answers=True, final=final)
+        return [closing, _Stretch(text[ended.end() :], role, _TEMPLATE_PART)]
+
+    def _folded(self, conversation: Conversation) -> tuple[Conversation, list[int]]:
+        """Put system messages into the user's turn that follows, for a template that has no system turn.
+
+        Returns the messages, and for each the role of the template text after it: that of its own first part. A probe with
+        another role at its end, or a system text before it, must not colour the assistant's header.
+        """
+        fold = not self.template.takes_system
+        messages: list[Message] = []
+        roles: list[int] = []
+        waiting: tuple[Part, ...] = ()
+        for message in conversation:
+            if fold and message.speaker == "system":
+                waiting = _apart(waiting, message.parts)
+                continue
+            if waiting and message.speaker != "user":
+                messages.append(Message("user", waiting))
+                roles.append(waiting[0].role)
+                waiting = ()
+            messages.append(Message(message.speaker, _apart(waiting, message.parts)))
+            roles.append(message.parts[0].role)
+            waiting = ()
+        if waiting:
+            messages.append(Message("user", waiting))
+            roles.append(waiting[0].role)
+        return tuple(messages), roles
+
+    def _neutralise(self, message: Message) -> Message:
+        """Break up special tokens written in a text by a space, so that no text can end a turn or open another."""
+        for part in message.parts:
+            checked(part.text)
+        joined = "".join(part.text for part in message.parts)
+        breaks = {match.start() + 1 for match in self._special.finditer(joined)}
+        if not breaks:
+            return message
+        self.num_neutralised += len(breaks)
+        parts, start = [], 0
+        for part in message.parts:
+            here = "".join((" " if start + i in breaks else "") + c for i, c in enumerate(part.text))
+            parts.append(Part(here, part.role))
+            start += len(part.text)
+        return Message(message.speaker, tuple(parts))
+
+
+def load(directory: Path, prompt: Mapping[str, Any] | None = None) -> Encoder:
+    """Load the tokenizer beside a model, or the one that the prompt settings name, as an encoder.
+
+    `prompt` holds the fields of `Encoder.spec`; None takes the defaults.
+
+    Raises:
+        ValueError: a source is wrong, or holds no chat template.
+    """
+    settings = dict(prompt or {})
+    elsewhere = {name: settings.pop(name) for name in ("tokenizer", "chat_template") if name in settings}
+    source = elsewhere.get("tokenizer")
+    tokenizer = models.load_tokenizer(directory if source is None else sources.fetch(source))
+    if "chat_template" in elsewhere:
+        tokenizer.chat_template = template_of(elsewhere["chat_template"])
+    return Encoder(tokenizer, **settings, elsewhere=elsewhere)
+
+
+def fingerprint(name: str, source: str) -> str:
+    """Return a value that changes when what is behind a source of `Encoder.elsewhere` changes; part of a stage's key."""
+    if name == "tokenizer":
+        return sources.fingerprint(source)
+    return f"sha256:{hashlib.sha256(template_of(source).encode()).hexdigest()}"
+
+
+def template_of(source: str) -> str:
+    """Return a chat template: a text is one itself, everything else is the source of a file or model that holds one.
+
+    Raises:
+        ValueError: the source is wrong, or holds no template.
+    """
+    if "{%" in source or "{{" in source:
+        return source
+    path = sources.fetch(source)
+    if path.is_dir():
+        named = (path / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"))
+        path = next((file for file in named if file.is_file()), path)
+    text = "" if path.is_dir() else path.read_text(encoding="utf-8")
+    template = json.loads(text).get("chat_template") if path.suffix == ".json" else text
+    if not isinstance(template, str) or not template.strip():
+        raise ValueError(f"model.chat_template {source}: there is no chat template in it")
+    return template
+
+
+class _Stretch(NamedTuple):
+    """Characters of a row that share their role."""
+
+    text: str
+    role: int
+    part: int
+    answers: bool = False
+    """True for an assistant's message and what ends its turn."""
+    final: bool = False
+    """True for the last message of the conversation and what ends its turn."""
+
+
+class _Tokens(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    put: list[int]
+    """1 for what the tokenizer put around the text."""
+
+
+def _led(text: str, conversation: Conversation, number: int) -> _Stretch:
+    """Return template text that stands after the prompt: the model writes it before its answer, so it is learnt as that."""
+    return _Stretch(text, conversation[number].parts[0].role, _TEMPLATE_PART, True, number == len(conversation) - 1)
+
+
+def checked(text: Any) -> str:
+    """Return a text. Raises ValueError for what no tokenizer reads."""
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r:.60} is a {type(text).__name__}, not a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"the text {text[:40]!r} holds {half}, half of a character of two (a surrogate)") from None
+    return text
+
+
+@contextmanager
+def untrimmed_offsets(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Let a tokenizer count the spaces of its tokens for a while (byte-level ones with `trim_offsets`, Llama 3 among them).
+
+    Trimmed offsets hide that a token holds the space of a neighbouring part, and point past the text where a token is a space.
+    """
+    backend: Any = tokenizer.backend_tokenizer
+    trimming = [step for step in _steps(backend.post_processor) if getattr(step, "trim_offsets", False)]
+    for step in trimming:
+        step.trim_offsets = False
+    try:
+        yield
+    finally:
+        for step in trimming:
+            step.trim_offsets = True
+
+
+def _steps(processor: Any) -> Iterator[Any]:
+    """Yield a post-processor and, of a sequence of them, each."""
+    if processor is None:
+        return
+    yield processor
+    if hasattr(processor, "__getitem__"):
+        for step in processor:
+            yield from _steps(step)
+
+
+def _apart(first: tuple[Part, ...], second: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Join the parts of two messages with a blank line, where both have a text."""
+    if not any(part.text for part in first) or not any(part.text for part in second):
+        return (*first, *second)
+    return (*first[:-1], Part(f"{first[-1].text}\n\n", first[-1].role), *second)
+
+
+def _as_printed(parts: tuple[Part, ...], text: str, printed: str) -> tuple[Part, ...]:
+    """Return the parts of a message as its template prints them: without white space at the ends, or changed by a filter."""
+    if printed == text:
+        return parts
+    if len(parts) == 1:
+        return (Part(printed, parts[0].role),)
+    at = text.find(printed)
+    if at < 0:
+        raise ValueError(f"the chat template changes a text of several roles ({text[:40]!r}), which can then not be told apart")
+    kept, start = [], 0
+    for part in parts:
+        begin, end = max(start, at), min(start + len(part.text), at + len(printed))
+        kept.append(Part(text[begin : max(begin, end)], part.role))
+        start += len(part.text)
+    return tuple(kept)
+
+
+def _any_of(names: set[str]) -> str:
+    """Return a regular expression for any of some texts, the longest first; none of them matches nothing."""
+    return "|".join(map(re.escape, sorted(filter(None, names), key=len, reverse=True))) or "(?!)"
+
+
+class Rows(NamedTuple):
+    """Tokenised rows of a data set and what truncation did to it."""
+
+    rows: list[Row]
+    numbers: list[int]
+    """Their numbers in the data set."""
+    num_cut: int
+    """Rows whose response was cut at `max_tokens`; of a pair, one of the two."""
+    num_dropped: int
+    """Rows left out because instruction and data alone did not fit, or because they were empty; pairs, too, whose responses
+    differ behind the cut only."""
+
+    def check(self, max_tokens: int) -> None:
+        """Raise ValueError when no row fits."""
+        if not self.rows:
+            raise ValueError(f"no row fits into {max_tokens} tokens: {self.num_dropped} prompts are longer (train.max_tokens)")
+
+
+def encode_data(encoder: Encoder, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int) -> Rows:
+    """Tokenise rows of a data set; the boundary between roles is never cut away silently. There may be no row left."""
+    if data_format == "preference":
+        return _encode_pairs(encoder, _made(encoder.from_pair, rows), max_tokens)
+    return _encode_each(encoder, _made(lambda row: encoder.from_row(row, data_format), rows), max_tokens)
+
+
+def _made(make: Callable[[Mapping[str, Any]], _T], rows: Sequence[Mapping[str, Any]]) -> list[_T]:
+    """Make the conversations of rows. Raises ValueError with the number of a row, from 1, that is wrong."""
+    made = []
+    for number, row in enumerate(rows, 1):
+        try:
+            made.append(make(row))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+    return made
+
+
+def _encode_each(encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int) -> Rows:
+    def fitted(conversation: Conversation, row: Encoded) -> tuple[Row | None, bool]:
+        prompt = 1 if conversation[0].speaker == "text" else _prompt_length(row)
+        fits = prompt < max_tokens and len(row) > 1  # a row of one token has nothing to predict
+        return row.cut(max_tokens) if fits else None, len(row) > max_tokens
+
+    return _kept(map(fitted, conversations, encoder.encode_all(conversations)))
+
+
+def _encode_pairs(encoder: Encoder, conversations: Sequence[tuple[Conversation, Conversation]], max_tokens: int) -> Rows:
+    def fitted(chosen: Encoded, rejected: Encoded) -> tuple[Row | None, bool]:
+        pair = Pair(chosen.cut(max_tokens), rejected.cut(max_tokens))
+        has_room = all(_prompt_length(row) < max_tokens for row in (chosen, rejected))
+        fits = has_room and pair.chosen.input_ids != pair.rejected.input_ids
+        return pair if fits else None, max(len(chosen), len(rejected)) > max_tokens
+
+    encoded = encoder.encode_all([conversation for both in conversations for conversation in both], per_row=2)
+    return _kept(map(fitted, encoded, encoded))
+
+
+def _kept(fitted: Iterable[tuple[Row | None, bool]]) -> Rows:
+    """Gather rows, each None where it is dropped, and whether it was cut."""
+    rows: list[Row] = []
+    numbers: list[int] = []
+    num_cut = num_dropped = 0
+    for number, (row, cut) in enumerate(fitted):
+        if row is None:
+            num_dropped += 1
+            continue
+        rows.append(row)
+        numbers.append(number)
+        num_cut += cut
+    return Rows(rows, numbers, num_cut, num_dropped)
+
+
+def _prompt_length(row: Encoded) -> int:
+    return next((t for t, inside in enumerate(row.in_response) if inside), len(row))

@@ -1,0 +1,339 @@
+"""What a chat template makes of a conversation: the text that it prints, cut into messages and what stands between them.
+
+A template is a program, so it is asked and never read. One rendering with a private character in the place of every message
+shows the literal pieces and the order of the messages. The rendering of the real texts is then followed along these pieces:
+every row is exactly what `apply_chat_template` gives, and a template that changes a text in a way that cannot be followed is
+refused with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jinja2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATE = "2024-07-26"
+"""The day that templates print which print today's: with it a row has the same tokens on every day."""
+
+_FIRST_SENTINEL = 0xE000
+"""Private use area: no template writes these characters, and texts are filled in after the cut."""
+_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+"""What a template raises that does not know a message's role or the form of its content."""
+_DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxX"
+"""Letters of strftime."""
+_SYSTEM = (("system", "user"), ("system", "user", "assistant"))
+_NO_SYSTEM = (("user",), ("user", "assistant"))
+_ANSWERS = ("Yes.", "the answer", "42", "«é»")
+"""Beginnings of answers by which the end of a prompt is chosen."""
+
+
+BLANK_LINES = (
+    "{%- set asked = messages|selectattr('role', 'in', ['user', 'tool'])|list|length -%}{%- set several = asked > 1 -%}"
+    "{%- set names = {'system': '', 'user': 'Human: ', 'assistant': 'Assistant: ', 'tool': 'Tool: '} if several else "
+    "{'assistant': heading} -%}"
+    "{%- for message in messages -%}"
+    "{{ '' if loop.first else '\n\n' }}{{ names[message.role] or '' }}{{ message.content }}"
+    "{{ eos_token if loop.last and message.role == 'assistant' else '' }}"
+    "{%- endfor -%}"
+    "{{ '\n\n' + names.assistant.rstrip(' ') if add_generation_prompt else '' }}"
+)
+"""Template for a base model, which has none: texts one after another, a blank line between them. One exchange ends with a
+`heading`, which says where the data end; a longer conversation names its speakers as HH-RLHF does."""
+
+
+class TemplateError(ValueError):
+    """A template that refuses a conversation, or changes a text so that roles cannot be told; the message is for people."""
+
+
+class _UnlikeError(TemplateError):
+    """A rendering that does not have the pieces of its shape."""
+
+
+class Turn(NamedTuple):
+    """A message as a template sees it."""
+
+    speaker: str
+    text: str
+
+
+class Piece(NamedTuple):
+    """A stretch of the rendered text."""
+
+    text: str
+    message: int | None
+    """Number of the message whose text this is; None for the template's own."""
+    leads: bool = False
+    """The template's own text between the end of a prompt and the answer `message`: a space, as a rule."""
+
+
+class _Shape(NamedTuple):
+    """The literal pieces of a rendering, and the messages between them in the order in which they are printed."""
+
+    literals: list[str]
+    order: list[int]
+
+
+@dataclass
+class ChatTemplate:
+    """The chat template of a tokenizer, asked for its text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    date: str = DATE
+    heading: str = ""
+    """Written before an answer where the tokenizer has no template."""
+    wraps: bool = field(init=False)
+    """The template wants content as a list of {"type": "text"}."""
+    takes_system: bool = field(init=False)
+    """The template prints a system message; where it has none, the system text belongs into the user's turn."""
+    _shapes: dict[Any, _Shape] = field(default_factory=dict)
+    _openings: dict[Any, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.chat_template is None:
+            self._source = f"{{%- set heading = {json.dumps(self.heading)} -%}}{BLANK_LINES}"
+        else:
+            source = str(self.tokenizer.get_chat_template())
+            self._source = f"{_fixed_date(self.date)}{source}" if prints_date(self.tokenizer) else source
+        for takes_system, wraps in ((True, False), (True, True), (False, False), (False, True)):
+            self.takes_system, self.wraps = takes_system, wraps
+            if all(self._prints(speakers) for speakers in self._exchange):
+                return
+        self.takes_system, self.wraps = True, False  # the template prints no form that is known here: its first use says why
+
+    @property
+    def _exchange(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Speakers of a prompt and of the complete row."""
+        return _SYSTEM if self.takes_system else _NO_SYSTEM
+
+    def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
+        """Cut the rendering of a conversation; joined, the pieces are the text that the template prints.
+
+        A conversation that no assistant's turn ends is a prompt, and ends where the answer of a complete row begins.
+
+        Raises:
+            TemplateError: the template refuses the conversation or changes one of its texts.
+        """
+        # Templates may leave out an empty message; an empty answer keeps its place, so that its end is learnt.
+        fixed = tuple("" if not turn.text and turn.speaker != "assistant" else None for turn in turns)
+        try:
+            return self._pieces(turns, fixed)
+        except TemplateError:
+            blank = tuple(turn.text if turn.text.isspace() else text for turn, text in zip(turns, fixed, strict=True))
+            if blank == fixed:
+                raise
+            return self._pieces(turns, blank)  # a template that trims a blank text with what stands before it
+
+    def _pieces(self, turns: Sequence[Turn], fixed: tuple[str | None, ...]) -> list[Piece]:
+        prompt = turns[-1].speaker != "assistant"
+        if prompt:
+            turns, fixed = [*turns, Turn("assistant", _sentinel(len(turns)))], (*fixed, None)
+        shape = self._shape(tuple(turn.speaker for turn in turns), fixed)
+        if shape.order[-1] != len(turns) - 1:
+            raise TemplateError(f"the chat template prints other messages after the answer to {_speakers(turns)}")
+        found = self._follow(turns, shape)
+        opening = self._opening(tuple(turn.speaker for turn in turns), fixed, shape)
+        if prompt:
+            return [*found[:-3], Piece(opening, None)]
+        return list(_parted(found, turns, shape.literals[-2].removeprefix(opening)))
+
+    def _follow(self, turns: Sequence[Turn], shape: _Shape) -> list[Piece]:
+        """Cut the rendering of real texts; where it cannot be followed, name the text without which it could."""
+        try:
+            return list(_followed(self._render(turns), shape, turns))
+        except _UnlikeError:
+            for number in sorted(set(shape.order)):
+                others = [Turn(turn.speaker, _sentinel(number)) if i == number else turn for i, turn in enumerate(turns)]
+                try:
+                    list(_followed(self._render(others), shape, others))
+                except TemplateError:
+                    continue
+                raise TemplateError(_changed(turns[number])) from None
+            raise TemplateError(_changed(turns[shape.order[-1]])) from None
+
+    def after_answer(self) -> str:
+        """Return what the template prints after the last answer. Raises TemplateError where it prints no exchange."""
+        speakers = self._exchange[1]
+        return self._shape(speakers, (None,) * len(speakers)).literals[-1]
+
+    def remarks(self) -> list[str]:
+        """Return what a user of this template should know, a sentence each."""
+        said = []
+        if not self.takes_system:
+            said.append("the chat template has no system turn: the system text begins the user's turn, a blank line after it")
+        if prints_date(self.tokenizer):
+            said.append(f"the chat template prints the date: it is {self.date} in every row and prompt")
+        speakers = self._exchange[1]
+        fixed = (None,) * len(speakers)
+        used, own = self._opening(speakers, fixed, self._shape(speakers, fixed)), self._generation_prompt(speakers, fixed)
+        if own is not None and own.strip() != used.strip():
+            said.append(
+                f"the chat template opens a stored answer with {_short(used)} and a prompt with {_short(own)}: prompts are "
+                "opened as stored answers are, so that what is trained is what is asked"
+            )
+        return said
+
+    def _prints(self, speakers: tuple[str, ...]) -> bool:
+        """Say whether the template prints all messages of these speakers."""
+        try:
+            self._shape(speakers, (None,) * len(speakers))
+        except TemplateError:
+            return False
+        return True
+
+    def _shape(self, speakers: tuple[str, ...], fixed: tuple[str | None, ...], prompt: bool = False) -> _Shape:
+        key = (self.wraps, speakers, fixed, prompt)
+        if key not in self._shapes:
+            self._shapes[key] = self._cut(speakers, fixed, prompt)
+        return self._shapes[key]
+
+    def _cut(self, speakers: tuple[str, ...], fixed: tuple[str | None, ...], prompt: bool) -> _Shape:
+        """Render with one private character in the place of every message, those aside that are `fixed` to a blank text."""
+        marks = [_sentinel(i) for i, text in enumerate(fixed) if text is None]
+        texts = [_sentinel(i) if text is None else text for i, text in enumerate(fixed)]
+        rendered = self._render([Turn(*turn) for turn in zip(speakers, texts, strict=True)], prompt)
+        order = [ord(c) - _FIRST_SENTINEL for c in rendered if c in marks]
+        dropped = [speaker for i, speaker in enumerate(speakers) if fixed[i] is None and i not in order]
+        if dropped:
+            raise TemplateError(f"the chat template drops the {dropped[0]}'s message of {', '.join(speakers)}")
+        answers = [i for i in order if speakers[i] == "assistant"]
+        if len(answers) != len(set(answers)):
+            raise TemplateError(f"the chat template repeats the assistant's message of {', '.join(speakers)}")
+        return _Shape(re.split("|".join(marks) or "(?!)", rendered), order)
+
+    def _render(self, turns: Sequence[Turn], prompt: bool = False) -> str:
+        messages = [
+            {"role": turn.speaker, "content": [{"type": "text", "text": turn.text}] if self.wraps else turn.text}
+            for turn in turns
+        ]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt
+            )
+        except _FAULTS as error:
+            raise TemplateError(f"the chat template refuses the messages {_speakers(turns)}: {_short(str(error))}") from None
+        return str(rendered)
+
+    def _generation_prompt(self, speakers: tuple[str, ...], fixed: tuple[str | None, ...]) -> str | None:
+        """Return what the template itself writes after the last message before an answer; None where it refuses."""
+        try:
+            return self._shape(speakers[:-1], fixed[:-1], prompt=True).literals[-1]
+        except TemplateError:
+            return None
+
+    def _opening(self, speakers: tuple[str, ...], fixed: tuple[str | None, ...], shape: _Shape) -> str:
+        """Choose the end of a prompt: the text between its last message and the answer, such that its ids begin the row's.
+
+        The template's own generation prompt comes first where the row continues it with white space at most (a space, which
+        tokenizers such as Llama's join with the word that follows). Else what stands before the answer of the complete row
+        does, such as the empty thought that Qwen 3 prints before a stored answer.
+        """
+        if (speakers, fixed) not in self._openings:
+            literal, own = shape.literals[-2], self._generation_prompt(speakers, fixed)
+            continued = own is not None and literal.startswith(own) and not literal.removeprefix(own).strip()
+            # A blank line at the end of a prompt is one token of GPT-2, and two before a word: then it may be cut short.
+            shorter = [literal[:end] for end in range(len(literal), len(literal.rstrip()) - 1, -1)]
+            candidates = [own, *shorter] if own is not None and continued else shorter
+            fitting = [text for text in candidates if self._begins_rows(text, shape)]
+            if not fitting:
+                raise TemplateError(
+                    "no prompt of the chat template is the beginning of a row: the tokens before an answer depend on the answer"
+                )
+            self._openings[speakers, fixed] = fitting[0]
+        return self._openings[speakers, fixed]
+
+    def _begins_rows(self, opening: str, shape: _Shape) -> bool:
+        before = "text".join(shape.literals[:-2]) + ("text" if len(shape.literals) > 2 else "")
+        prompt = self._ids(before + opening)
+        rows = (self._ids(before + shape.literals[-2] + answer + shape.literals[-1]) for answer in _ANSWERS)
+        return all(row[: len(prompt)] == prompt for row in rows)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether a tokenizer's chat template prints the day on which it is rendered."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _followed(rendered: str, shape: _Shape, turns: Sequence[Turn]) -> Iterator[Piece]:
+    """Follow a rendering along its literal pieces, each message as it is or without the white space that templates trim."""
+    place = 0
+    for number, literal in enumerate(shape.literals):
+        if not rendered.startswith(literal, place):
+            raise _UnlikeError
+        yield Piece(literal, None)
+        place += len(literal)
+        if number < len(shape.order):
+            message = shape.order[number]
+            text = _printed(rendered, place, shape, number, turns[message])
+            yield Piece(text, message)
+            place += len(text)
+    if place != len(rendered):
+        raise _UnlikeError
+
+
+def _printed(rendered: str, place: int, shape: _Shape, number: int, turn: Turn) -> str:
+    """Return a message as it stands in the rendering."""
+    following = shape.literals[number + 1]
+    last = number + 1 == len(shape.order)
+    for text in _trimmed(turn.text):
+        end = place + len(text)
+        ends = not last or end + len(following) == len(rendered)
+        if ends and rendered.startswith(text, place) and rendered.startswith(following, end):
+            return text
+    # A filter (`tojson`, `upper`): the text ends where the next literal piece begins, if that cannot be mistaken.
+    if following and not last and rendered.count(following, place) == shape.literals[number + 1 :].count(following):
+        return rendered[place : rendered.index(following, place)]
+    raise _UnlikeError
+
+
+def _trimmed(text: str) -> tuple[str, ...]:
+    """Return the forms in which templates print a text."""
+    return (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
+
+
+def _changed(turn: Turn) -> str:
+    return (
+        f"the chat template changes the {turn.speaker}'s text {_short(turn.text)}, so that the roles of its tokens cannot be "
+        "told; write the text as the template prints it, or give another template (model.chat_template)"
+    )
+
+
+def _parted(pieces: Sequence[Piece], turns: Sequence[Turn], lead: str) -> Iterator[Piece]:
+    """Part what stands between a prompt and its answer from the template text before every answer."""
+    for piece, following in zip(pieces, [*(piece.message for piece in pieces[1:]), None], strict=True):
+        answers = lead and following is not None and turns[following].speaker == "assistant" and piece.text.endswith(lead)
+        if answers:
+            yield Piece(piece.text[: -len(lead)], None)
+            yield Piece(lead, following, leads=True)
+        else:
+            yield piece
+
+
+def _speakers(turns: Sequence[Turn]) -> str:
+    return ", ".join(turn.speaker for turn in turns)
+
+
+def _sentinel(number: int) -> str:
+    return chr(_FIRST_SENTINEL + number)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _fixed_date(date: str) -> str:
+    """Return a macro that stands in for `strftime_now`, in which transformers prints the day of the rendering."""
+    day = datetime.fromisoformat(date)
+    replaced = "".join(f"|replace('%{letter}', '{day.strftime(f'%{letter}')}')" for letter in _DIRECTIVES)
+    unpadded = f"|replace('%-d', '{day.day}')|replace('%-m', '{day.month}')"
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{unpadded}{replaced} }}}}{{%- endmacro +%}}"

@@ -1,0 +1,347 @@
+"""Texts and conversations of many families of tokenizers and templates: what a model sees is what its users would give it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import pytest
+from chat_families import FAMILIES, Family, family
+from transformers import PreTrainedTokenizerBase
+
+from steerlab import encoding
+from steerlab.encoding import FRAMING, Encoder, encode_data
+from steerlab.tokens import DATA, IGNORED, INSTRUCTION, PADDING, Encoded, Message, Part, collate
+
+CHATS = tuple(name for name in FAMILIES if family(name).tokenizer.chat_template is not None)
+BASES = tuple(name for name in FAMILIES if name not in CHATS)
+TEXTS = ("The garden was quiet.", "  two spaces, é and 😀\n\n", "a", "say hello\n")
+DAY = datetime(2024, 7, 26)
+
+
+def encoder_of(name: str, style: Any = "plain") -> Encoder:
+    return Encoder(family(name).tokenizer, prompt_style=style)
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], prompt: bool = False) -> str:
+    """What plain transformers prints, on the day on which templates are rendered here."""
+    turned = copy.copy(tokenizer)
+    turned.chat_template = str(tokenizer.chat_template).replace('strftime_now("%d %b %Y")', f'"{DAY:%d %b %Y}"')
+    parts = "part['type']" in turned.chat_template
+    messages = [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in turns]
+    return str(turned.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def users(kind: Family, system: str, user: str) -> list[tuple[str, str]]:
+    """The turns as the users of a model write them."""
+    return [("user", f"{system}\n\n{user}")] if kind.folds_system else [("system", system), ("user", user)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_text_is_what_its_tokenizer_makes_of_it(name: str) -> None:
+    encoder = encoder_of(name)
+    for text in TEXTS:
+        row = encoder.encode(encoder.from_row({"text": text}, "text"))
+        assert row.input_ids == encoder.tokenizer(text)["input_ids"]
+        assert set(row.roles) == {INSTRUCTION}
+        assert not any(row.in_response)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_text_that_is_continued_does_not_end_before_it(name: str) -> None:
+    encoder = encoder_of(name)
+    row = encoder.encode(encoder.from_row({"text": TEXTS[0]}, "text"), continued=True)
+    whole = list(encoder.tokenizer(TEXTS[0])["input_ids"])  # type: ignore[arg-type]
+    ended = name == "llama2 with eos"
+    assert row.input_ids == (whole[:-1] if ended else whole)
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("style", ["plain", "aside"])
+def test_a_row_and_its_prompt_are_what_the_template_prints(name: str, style: str) -> None:
+    kind, encoder = family(name), encoder_of(name, style)
+    instruction, data, answer = "Summarise the text.", "The garden was quiet.", "quiet"
+    system = instruction if style == "plain" else f"{FRAMING}\n\nInstruction:\n{instruction}"
+    user = data if style == "plain" else f"Input:\n{data}"
+    asked = users(kind, system, user)
+    row = encoder.encode(encoder.conversation(instruction, data, answer))
+    prompt = encoder.encode(encoder.conversation(instruction, data))
+    assert row.input_ids == ids_of(encoder.tokenizer, rendered(encoder.tokenizer, [*asked, ("assistant", answer)]))
+    assert row.input_ids[: len(prompt)] == prompt.input_ids
+    assert (prompt.roles, prompt.in_response) == (row.roles[: len(prompt)], row.in_response[: len(prompt)])
+    own = ids_of(encoder.tokenizer, rendered(encoder.tokenizer, asked, prompt=True))
+    assert (prompt.input_ids == own) == kind.own_prompt
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_end_of_a_turn_is_learnt_and_ends_what_is_written(name: str) -> None:
+    kind, encoder = family(name), encoder_of(name)
+    row = encoder.encode(encoder.conversation("Summarise the text.", "The garden", "quiet"))
+    end = encoder.tokenizer.convert_tokens_to_ids(kind.end_of_turn)
+    learnt = [i for i, inside in zip(row.input_ids, row.targets("response"), strict=True) if inside]
+    assert learnt[-1] == end
+    assert learnt.count(end) == 1
+    assert end in encoder.end_ids
+    assert encoder.tokenizer.eos_token_id in encoder.end_ids
+    assert encoder.decode(learnt).strip() == "quiet"
+    assert encoder.decode([*learnt[:-1], end]).strip() == "quiet"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_roles_follow_the_parts_on_both_sides_of_padding(name: str, side: Any) -> None:
+    """Every token that holds a character of a part has the role of the part, or of the one after it."""
+    encoder = encoder_of(name)
+    texts = [("Summarise", " The garden\n", "quiet"), ("say hello", "two  spaces 😀", " the answer"), ("a", "é", "1234")]
+    rows = [encoder.encode(encoder.conversation(*three)) for three in texts]
+    batch = collate(rows, encoder.pad_id, side, "response")
+    for i, (row, (instruction, data, answer)) in enumerate(zip(rows, texts, strict=True)):
+        real = batch.attention_mask[i].bool()
+        assert batch.roles[i][real].tolist() == row.roles
+        assert batch.roles[i][~real].eq(PADDING).all()
+        assert (batch.labels[i][real] != IGNORED).tolist() == row.targets("response")
+        said = {role: _said(encoder, row, role) for role in (INSTRUCTION, DATA)}
+        assert instruction.strip() in said[INSTRUCTION]
+        assert data.strip() in said[DATA]
+        assert answer.strip() in said[DATA]
+        assert data.strip() not in said[INSTRUCTION]
+
+
+def _said(encoder: Encoder, row: Encoded, role: int) -> str:
+    return str(encoder.tokenizer.decode([i for i, r in zip(row.input_ids, row.roles, strict=True) if r == role]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_conversations_train_on_every_answer_or_on_the_last(name: str) -> None:
+    kind, encoder = family(name), encoder_of(name)
+    turns = [("user", "say hello"), ("assistant", "hello"), ("user", "and again"), ("assistant", "hello again")]
+    messages = [{"role": "system", "content": "Be quiet."}, *({"role": role, "content": text} for role, text in turns)]
+    row = encoder.encode(encoder.from_row({"messages": messages}, "conversation"))
+    if encoder.tokenizer.chat_template is not None:
+        asked = [*users(kind, "Be quiet.", "say hello"), *turns[1:]]
+        assert row.input_ids == ids_of(encoder.tokenizer, rendered(encoder.tokenizer, asked))
+    every, last = (_learnt(encoder, row, loss_on) for loss_on in ("response", "last_response"))
+    assert "hello again" in last
+    assert "and again" not in every
+    assert every.count("hello") == 2
+    assert last.count("hello") == 1
+    if encoder.tokenizer.chat_template is not None:
+        assert every.count(str(kind.end_of_turn)) == 2
+
+
+def _learnt(encoder: Encoder, row: Encoded, loss_on: str) -> str:
+    return str(encoder.tokenizer.decode([i for i, inside in zip(row.input_ids, row.targets(loss_on), strict=True) if inside]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pairs_share_their_prompt_and_learn_the_end_of_both_answers(name: str) -> None:
+    encoder = encoder_of(name)
+    rows = [
+        {"prompt": "say hello", "chosen": "hello", "rejected": "the garden"},
+        {"prompt": "Translate", "input": "the garden", "chosen": "hello", "rejected": "again", "system": "Be quiet."},
+        {
+            "prompt": [
+                {"role": "user", "content": "say hello"},
+                {"role": "assistant", "content": "hello"},
+                {"role": "user", "content": "again"},
+            ],
+            "chosen": "hello again",
+            "rejected": "no",
+        },
+    ]
+    found = encode_data(encoder, rows, "preference", 400)
+    end = encoder.tokenizer.convert_tokens_to_ids(family(name).end_of_turn)
+    assert len(found.rows) == len(rows)
+    for pair, row in zip(found.rows, rows, strict=True):
+        prompt = encoder.encode(
+            encoder.dialogue(row["prompt"], data=row.get("input", ""), system=row.get("system", ""))  # type: ignore[arg-type]
+        )
+        for sequence in pair.sequences:
+            assert sequence.input_ids[: len(prompt)] == prompt.input_ids
+            learnt = [i for i, inside in zip(sequence.input_ids, sequence.targets("last_response"), strict=True) if inside]
+            assert learnt[-1] == end
+        both = pair.targets("response")
+        assert sum(both) == sum(sum(sequence.targets("last_response")) for sequence in pair.sequences)
+    assert "the garden" in _said(encoder, found.rows[1].sequences[0], DATA)
+
+
+@pytest.mark.parametrize("name", ["gemma", "mistral"])
+@pytest.mark.parametrize("style", ["plain", "aside"])
+def test_without_a_system_turn_roles_stay_by_position(name: str, style: str) -> None:
+    """Instruction and data share the user's turn; what follows has the role of data, as with a system turn."""
+    encoder = encoder_of(name, style)
+    prompt = encoder.encode(encoder.conversation("Summarise", "say hello"))
+    border = prompt.roles.index(DATA)
+    assert prompt.roles == [INSTRUCTION] * border + [DATA] * (len(prompt) - border)
+    said = _said(encoder, prompt, INSTRUCTION)
+    assert "Summarise" in said
+    assert "Input" not in said
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama3", "llama2 chat", "command-r"])
+def test_a_template_that_trims_trims(name: str) -> None:
+    encoder = encoder_of(name)
+    kind = family(name)
+    row = encoder.encode(encoder.conversation("Summarise ", "\n The garden \n", "  quiet\n"))
+    asked = users(kind, "Summarise ", "\n The garden \n")
+    assert row.input_ids == ids_of(encoder.tokenizer, rendered(encoder.tokenizer, [*asked, ("assistant", "  quiet\n")]))
+    assert "The garden" in _said(encoder, row, DATA)
+
+
+def test_a_template_that_quotes_a_tools_answer_is_followed() -> None:
+    encoder = encoder_of("llama3")
+    messages = [("user", "a"), ("assistant", "call"), ("tool", '{"key": [true]}'), ("assistant", "hello")]
+    row = encoder.encode(
+        encoder.from_row({"messages": [{"role": role, "content": text} for role, text in messages]}, "conversation")
+    )
+    assert row.input_ids == ids_of(encoder.tokenizer, rendered(encoder.tokenizer, messages))
+    assert '\\"key\\"' in _said(encoder, row, DATA)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content | upper }}{% endfor %}",
+            "changes the assistant's text",
+        ),
+        ("{{ messages[0].content }}", "drops"),
+        ("{{ messages | length }}", "drops"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("{{ messages[0].nothing.at_all }}", "refuses the messages"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses the messages"),
+    ],
+)
+def test_a_template_that_cannot_be_followed_is_refused_with_the_reason(template: str, message: str) -> None:
+    tokenizer = copy.deepcopy(family("chatml base").tokenizer)
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, prompt_style="plain")
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(encoder.conversation("say", "hello", "quiet"))
+    text = encoder.encode(encoder.from_row({"text": "hello"}, "text"))  # texts need no template
+    assert text.input_ids == tokenizer("hello")["input_ids"]
+
+
+def test_a_thought_that_the_template_takes_apart_is_refused_with_its_row() -> None:
+    encoder = encoder_of("qwen3")
+    rows = [
+        {"instruction": "a", "input": "", "output": "fine"},
+        {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"},
+    ]
+    with pytest.raises(ValueError, match="row 2: the chat template changes the assistant's text"):
+        encode_data(encoder, rows, "instruction", 400)
+
+
+@pytest.mark.parametrize(("name", "said"), [("qwen3", "think"), ("gemma", "no system turn"), ("llama3.1", "2024-07-26")])
+def test_what_is_surprising_about_a_template_is_said(name: str, said: str) -> None:
+    assert said in "\n".join(encoder_of(name).template.remarks())
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama3", "chatml base", "zephyr"])
+def test_an_ordinary_template_is_not_remarked_upon(name: str) -> None:
+    assert encoder_of(name).template.remarks() == []
+
+
+def test_templates_print_one_date_which_is_kept() -> None:
+    encoder = encoder_of("llama3.1")
+    assert encoder.spec["date"] == "2024-07-26"
+    other = Encoder(encoder.tokenizer, prompt_style="plain", date="2031-01-05")
+    texts = [e.tokenizer.decode(e.encode(e.conversation("a", "hello")).input_ids) for e in (encoder, other)]
+    assert "26 Jul 2024" in texts[0]
+    assert "05 Jan 2031" in texts[1]
+    assert "date" not in encoder_of("llama3").spec
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_model_is_told_where_the_data_end(name: str) -> None:
+    encoder = encoder_of(name, "aside")
+    prompt = encoder.encode(encoder.conversation("Summarise.", "The garden"), continued=True)
+    text = f"{FRAMING}\n\nInstruction:\nSummarise.\n\nInput:\nThe garden\n\nResponse:\n"
+    tokens = list(encoder.tokenizer(text)["input_ids"])  # type: ignore[arg-type]
+    assert prompt.input_ids == (tokens[:-1] if name == "llama2 with eos" else tokens)
+    row = encoder.encode(encoder.conversation("Summarise.", "The garden", "quiet"))
+    assert row.input_ids[: len(prompt)] == prompt.input_ids
+    assert row.input_ids.count(encoder.tokenizer.eos_token_id) == 1 + (name == "gpt2") * 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_offsets_never_point_outside_a_text(name: str) -> None:
+    """White space at the ends and between parts, and characters of several bytes, whatever a tokenizer says of its offsets."""
+    encoder = encoder_of(name)
+    for data in (" ", "  \n", "\n\n ", " hello ", "😀", "e\u0301 ", "\u3000", "\r\n", "<think>"):
+        row = encoder.encode(encoder.conversation("say ", data, " hello "))
+        assert len(row.roles) == len(row.input_ids)
+        assert row.roles[0] == INSTRUCTION
+
+
+@pytest.mark.parametrize("bad", [None, 3, float("nan"), ["a"], {"text": "a"}, b"a", "half \ud83d"])
+@pytest.mark.parametrize("data_format", ["text", "instruction"])
+def test_what_is_no_text_is_refused_with_its_row(bad: Any, data_format: str) -> None:
+    encoder = encoder_of("smollm2")
+    good = {"text": "a", "instruction": "a", "output": "b"}
+    with pytest.raises(ValueError, match=r"row 2: .*(not a text|half of a character)"):
+        encode_data(encoder, [good, {**good, "text": bad, "output": bad}], data_format, 50)
+
+
+def test_trimmed_offsets_are_as_they_were_afterwards() -> None:
+    tokenizer = family("llama3").tokenizer
+    before = str(tokenizer.backend_tokenizer.post_processor)
+    Encoder(tokenizer).encode((Message("text", (Part("hello", INSTRUCTION),)),))
+    assert str(tokenizer.backend_tokenizer.post_processor) == before
+    assert "trim_offsets=True" in before
+
+
+def test_a_space_belongs_to_the_part_that_holds_it() -> None:
+    """Llama 3 trims the spaces of its tokens: the space that begins the data must not count as the instruction's."""
+    encoder = encoder_of("llama3")
+    parts = (Part("say", INSTRUCTION), Part("   ", DATA))
+    row = encoder.encode((Message("text", parts),))
+    assert row.roles[-1] == DATA
+
+
+def test_history_and_system_are_turns_before_the_question() -> None:
+    encoder = encoder_of("smollm2")
+    row = {
+        "instruction": "and again",
+        "input": "the garden",
+        "output": "hello again",
+        "system": "Be quiet.",
+        "history": [["say hello", "hello"]],
+    }
+    encoded = encoder.encode(encoder.from_row(row, "instruction"))
+    turns = [
+        ("system", "Be quiet.\n\nand again"),
+        ("user", "say hello"),
+        ("assistant", "hello"),
+        ("user", "the garden"),
+        ("assistant", "hello again"),
+    ]
+    assert encoded.input_ids == ids_of(encoder.tokenizer, rendered(encoder.tokenizer, turns))
+
+
+def test_a_template_may_come_from_elsewhere(tmp_path: Any) -> None:
+    """Its text, a file, the config of a tokenizer, a folder; what is none is named."""
+    template = str(family("zephyr").tokenizer.chat_template)
+    (tmp_path / "chat.jinja").write_text(template)
+    folder = tmp_path / "model"
+    family("zephyr").tokenizer.save_pretrained(folder)
+    for source in (template, str(tmp_path / "chat.jinja"), str(folder)):
+        assert encoding.template_of(source).strip() == template.strip()
+    (tmp_path / "empty.jinja").write_text(" \n")
+    with pytest.raises(ValueError, match="there is no chat template in it"):
+        encoding.template_of(str(tmp_path / "empty.jinja"))
+    family("gpt2").tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="there is no chat template in it"):
+        encoding.template_of(str(tmp_path / "base"))
+    settings = {"prompt_style": "plain", "chat_template": str(tmp_path / "chat.jinja")}
+    encoder = encoding.load(tmp_path / "base", settings)
+    assert encoder.spec["chat_template"] == settings["chat_template"]
+    assert "chat_template" not in encoder.saved_spec
+    prompt = encoder.encode(encoder.conversation("say", "hello"))
+    assert "<|assistant|>" in encoder.tokenizer.decode(prompt.input_ids)
