@@ -1,0 +1,164 @@
+"""Jobs whose tokenizer and chat template are a stranger's: what is refused before the start, what is said, what keys hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from chat_families import FAMILIES, family
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from steerlab import generation, job, run
+from steerlab.encoding import Encoder
+from steerlab.evaluation import TASKS
+from steerlab.generation import SteeredModel
+from steerlab.stages import JobType, plan_of
+
+ROWS = [
+    {"instruction": "Summarise the text.", "input": "The garden was quiet.", "output": "quiet"},
+    {"instruction": "say hello", "input": "", "output": "hello"},
+]
+
+
+def model_of(name: str, directory: Path, template: str | None = None) -> Path:
+    """Write a small model with the tokenizer of a family, of another template if one is given."""
+    tokenizer = family(name).tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+def job_of(source: Path, tmp_path: Path, rows: list[dict[str, Any]] | None = None, **sections: Any) -> job.Job:
+    """Make a job that trains a model on rows."""
+    (tmp_path / "rows.json").write_text(json.dumps(rows or ROWS))
+    tree = {
+        "name": "a",
+        "model": {"source": str(source)},
+        "data": {"train": {"source": str(tmp_path / "rows.json")}},
+        "method": {"name": "vanilla"},
+        "train": {"steps": 1, "micro_batch": 2, "max_tokens": 256},
+        **sections,
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return job.read(path, JobType)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_passes_the_check(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    run.check(job_of(model_of(name, tmp_path / "model"), tmp_path))
+    surprising = not family(name).own_prompt or family(name).folds_system or name == "llama3.1"
+    assert any("chat template" in str(warning.message) for warning in recwarn) == surprising
+
+
+NEVER = "{{ raise_exception('this model does not chat') }}"
+
+
+def test_a_task_within_another_says_whether_it_asks_in_conversations() -> None:
+    inner = {"toxicity": False, "refusal": True}
+    for name, chats in inner.items():
+        config = TASKS["controllability"].Config.model_validate({"metric": f"{name}/share", "of": {"task": name}})
+        assert TASKS["controllability"].chats(config) == chats
+
+
+def test_a_job_without_conversations_never_looks_at_the_template(tmp_path: Path) -> None:
+    model = model_of("gpt2", tmp_path / "model", NEVER)
+    text = {"source": "tiny:topics/train", "format": "text", "limit": 8}
+    wanted = job_of(
+        model,
+        tmp_path,
+        data={"train": text},
+        evaluate=[
+            {"task": "perplexity", "data": text},
+            {"task": "toxicity", "prompts": text},
+        ],
+    )
+    run.check(wanted)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"data": {"train": {"source": "tiny:topics/train", "format": "text"}}, "evaluate": [{"task": "separation"}]},
+        {"data": {"train": {"source": "tiny:topics/train", "format": "text"}}, "evaluate": [{"task": "perplexity"}]},
+    ],
+)
+def test_a_template_that_refuses_conversations_is_refused_where_they_are_needed(
+    tmp_path: Path, section: dict[str, Any]
+) -> None:
+    model = model_of("gpt2", tmp_path / "model", NEVER)
+    with pytest.raises(ValueError, match=r"the chat template refuses the messages .*this model does not chat"):
+        run.check(job_of(model, tmp_path, **section))
+
+
+def test_rows_that_the_template_changes_are_found_before_the_start(tmp_path: Path) -> None:
+    rows = [*ROWS, {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"}]
+    with pytest.raises(ValueError, match=r"data.train: row 3: the chat template changes the assistant's text"):
+        run.check(job_of(model_of("qwen3", tmp_path / "model"), tmp_path, rows))
+
+
+def test_a_base_model_is_trained_with_another_models_template(tmp_path: Path) -> None:
+    """The template's content is in the key, wherever it lies; the encoder of a worker has it."""
+    model = model_of("gpt2", tmp_path / "model")
+    template = str(family("zephyr").tokenizer.chat_template)
+    files = [tmp_path / name for name in ("chat.jinja", "copy.jinja", "other.jinja")]
+    for file in files:
+        file.write_text(template)
+    files[2].write_text(template.replace("<|", "<<"))
+    jobs = [job_of(model, tmp_path, model={"source": str(model), "chat_template": str(file)}) for file in files]
+    run.check(jobs[0])
+    keys = [plan_of(one)[0].params["prompt_fingerprints"] for one in jobs]
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
+    assert plan_of(jobs[0])[0].key != plan_of(job_of(model, tmp_path))[0].key
+    loaded = generation.load(model, prompt=jobs[0].prompt)
+    assert isinstance(loaded, SteeredModel)
+    prompt = loaded.encoder.encode(loaded.encoder.conversation("say", "hello"))
+    assert "<|assistant|>" in loaded.encoder.tokenizer.decode(prompt.input_ids)
+
+
+def test_a_tokenizer_from_elsewhere_is_taken(tmp_path: Path) -> None:
+    model = model_of("gpt2", tmp_path / "model")
+    family("neox").tokenizer.save_pretrained(tmp_path / "tokenizer")
+    wanted = job_of(model, tmp_path, model={"source": str(model), "tokenizer": str(tmp_path / "tokenizer")})
+    loaded = generation.load(model, prompt=wanted.prompt)
+    assert isinstance(loaded, SteeredModel)
+    assert loaded.encoder.tokenizer.pad_token == "<|padding|>"
+
+
+def test_a_tokenizer_belongs_to_the_job_that_names_the_model(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump({"name": "b", "model": {"source": "tiny:model"}, "method": {"name": "none"}})
+    )
+    with pytest.raises(job.JobError, match=r"tokenizer: this model is made by another job; set it there"):
+        job_of(tmp_path, tmp_path, model={"source": "job:base.yaml", "tokenizer": "tiny:model"})
+
+
+@pytest.mark.parametrize("name", ["gemma", "chatml base", "phi3"])
+def test_what_is_generated_stops_at_the_end_of_a_turn(name: str, tmp_path: Path) -> None:
+    """A model that always ends its turn, in the template's token, which is not the tokenizer's end of a sequence."""
+    encoder = Encoder(family(name).tokenizer, prompt_style="plain")
+    end = encoder.tokenizer.convert_tokens_to_ids(family(name).end_of_turn)
+    assert end != encoder.tokenizer.eos_token_id
+    model = LlamaForCausalLM.from_pretrained(model_of(name, tmp_path / "model"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[end] = 1.0
+    (answer,) = SteeredModel(model.eval(), encoder).generate([encoder.conversation("say", "hello")], max_new_tokens=5)[0]
+    assert (answer.text, answer.num_tokens, answer.finished) == ("", 1, True)
