@@ -267,18 +267,15 @@ class Encoder:
     def _with_roles(self, text: str, stretches: list[_Stretch], tokens: _Tokens, keeps_end: bool) -> Encoded:
         """Give every token the stretch of the character that decides what it is."""
         owner = [stretch for stretch in stretches for _ in stretch.text]
-        around = [bool(put) and start == end for put, (start, end) in zip(tokens.put, tokens.offsets, strict=True)]
-        first = next((t for t, here in enumerate(around) if not here), len(around))
         before, after = (_Stretch("", stretch.role, _TEMPLATE_PART) for stretch in (stretches[0], stretches[-1]))
-        ids, owners = [], []
-        for t, number in enumerate(tokens.ids):
-            if around[t] and t >= first and not keeps_end:
-                continue
-            ids.append(number)
-            if around[t] or not owner:
-                owners.append(before if t < first else after)
-            else:
-                owners.append(owner[self._place(text, number, tokens.offsets[t])])
+        ids = tokens.ids
+        owners = [owner[place] for place in self._places(text, tokens)] if owner else [after] * len(ids)
+        if any(tokens.put):
+            around = [bool(put) and start == end for put, (start, end) in zip(tokens.put, tokens.offsets, strict=True)]
+            first = next((t for t, here in enumerate(around) if not here), len(around))
+            kept = [t for t, here in enumerate(around) if not here or t < first or keeps_end]
+            ids = [ids[t] for t in kept]
+            owners = [(before if t < first else after) if around[t] else owners[t] for t in kept]
         return Encoded(
             input_ids=ids,
             roles=[stretch.role for stretch in owners],
@@ -287,16 +284,18 @@ class Encoder:
             in_answers=[stretch.answers for stretch in owners],
         )
 
-    def _place(self, text: str, number: int, offsets: tuple[int, int]) -> int:
-        """Return the character of a text that decides what a token is.
+    def _places(self, text: str, tokens: _Tokens) -> list[int]:
+        """Return for every token the character of its text that decides what it is.
 
         A token that crosses a boundary belongs to the later side: no byte of data is ever read as instruction. An added token
         may swallow the white space around it (Phi 3's `<|assistant|>` that of the answer) and stands where its own name stands.
         """
-        start, end = offsets
-        name = self._added.get(number)
-        at = text.find(name, start, end) if name else -1
-        return at if at >= 0 else min(max(start, end - 1), len(text) - 1)
+        last = len(text) - 1
+        places = [end - 1 if end > start else min(start, last) for start, end in tokens.offsets]
+        for t, number in enumerate(tokens.ids):
+            if number in self._added and (at := text.find(self._added[number], *tokens.offsets[t])) >= 0:
+                places[t] = at
+        return places
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids; special tokens, and the one that ended it, are left out."""
