@@ -185,6 +185,7 @@ def test_pairs_share_their_prompt_and_learn_the_end_of_both_answers(name: str) -
             assert learnt[-1] == end
         both = pair.targets("response")
         assert sum(both) == sum(sum(sequence.targets("last_response")) for sequence in pair.sequences)
+        assert int((collate([pair], encoder.pad_id, loss_on="response").labels != IGNORED).sum()) == sum(both)
     assert "the garden" in _said(encoder, found.rows[1].sequences[0], DATA)
 
 
@@ -317,9 +318,10 @@ def test_trimmed_offsets_are_as_they_were_afterwards() -> None:
 def test_a_space_belongs_to_the_part_that_holds_it() -> None:
     """Llama 3 trims the spaces of its tokens: the space that begins the data must not count as the instruction's."""
     encoder = encoder_of("llama3")
-    parts = (Part("say", INSTRUCTION), Part("   ", DATA))
+    parts = (Part("say", INSTRUCTION), Part("  ", DATA), Part(" hello", INSTRUCTION))
     row = encoder.encode((Message("text", parts),))
-    assert row.roles[-1] == DATA
+    spaces = [role for number, role in zip(row.input_ids, row.roles, strict=True) if encoder.tokenizer.decode([number]) == "  "]
+    assert spaces == [DATA]
 
 
 def test_history_and_system_are_turns_before_the_question() -> None:
