@@ -17,6 +17,8 @@ from steerlab import turns, values
 from steerlab.turns import Messages
 
 _LISTS = ("messages", "conversations", "conversation")
+KNOWN_BY = (*_LISTS, "completion")
+"""Fields by which an object is known to be a row of one of the forms."""
 _UNUSED = ("tools", "images", "videos", "audios")
 
 
@@ -69,4 +71,6 @@ def _of(value: Any, name: str, role: str) -> Messages:
         if turns.is_dialogue(content):
             return turns.dialogue(content.removesuffix("\n\nAssistant:"))
         return [{"role": role, "content": content}]
+    if isinstance(value, str):
+        raise ValueError(f"{name} is {values.kind(value)}, neither a list of messages nor turns of Human and Assistant")
     return turns.messages([value] if isinstance(value, Mapping) else value, name)

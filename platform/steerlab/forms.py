@@ -56,14 +56,25 @@ def _named(row: Mapping[str, Any], field: str, names: Mapping[str, str]) -> Any:
     if values.is_null(value):
         return None
     try:
-        return next(text for key, text in names.items() if values.same(value, key))
+        return next(text for key, text in names.items() if values.same(value, key) or _is_boolean(value, key))
     except (StopIteration, ValueError):
         raise ValueError(f"map.{field}: {values.kind(value)} is none of {', '.join(names)}") from None
+
+
+def _is_boolean(value: Any, key: str) -> bool:
+    """Say whether a text stands for the boolean that a key of a job was."""
+    return key in ("true", "false") and values.writes_boolean(value, key == "true")
 
 
 def _given(row: Mapping[str, Any], field: str) -> Any:
     value = values.look_up(row, field)
     return None if value is values.MISSING else value
+
+
+def is_row(content: Mapping[str, Any], data: DataSet) -> bool:
+    """Say whether an object holds what tells a row of a format apart, its needed fields aside."""
+    known = {"preference": pairs.KNOWN_BY, "conversation": dialogues.KNOWN_BY}.get(data.format)
+    return known is None or any(name in content for name in known)
 
 
 def formed(row: dict[str, Any], data: DataSet) -> dict[str, Any] | pairs.Judged:

@@ -30,6 +30,9 @@ FIELDS = ("prompt", "chosen", "rejected")
 BESIDE = ("input", "system")
 """What a pair may hold beside them, where its prompt is a text."""
 
+KNOWN_BY = ("chosen", "completions", "completion", "label")
+"""Fields by which an object is known to be a row of one of the forms."""
+
 _SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 _RESPONSES = ("response", "completion", "text")
 _LABELS = {True: ("true", "1"), False: ("false", "0")}

@@ -23,6 +23,9 @@ from steerlab.job import DataSet
 from steerlab.sources import SourceError
 
 _FIRST_LOOKS = (1, 256, None)
+_GENERATED = ("tiny", "gym", "pixels")
+_checked: set[tuple[str, str]] = set()
+"""Data sets in which nothing bad was found, with the state of their files: a sweep checks the same ones for every point."""
 
 
 @dataclass
@@ -66,23 +69,42 @@ def read(data: DataSet) -> list[dict[str, Any]]:
 
 
 def check(data: DataSet) -> None:
-    """Refuse a data set whose first row is not as its format says; reads no further where the file allows it."""
-    if data.subset is not None:
-        read(data)  # which subsets there are is known at the end of the file alone
-    for source in data.sources:
-        _check_first(data.model_copy(update={"source": source}))
+    """Refuse a data set with a row that is not as its format says, and warn of what is left out, before anything starts.
+
+    All rows that a job reads of its files are looked at, one after another, once a process; of data that is made up, the first.
+    """
+    generated = all(sources.parse(source).kind in _GENERATED for source in data.sources)
+    if generated and data.subset is None:
+        for source in data.sources:
+            _check_first(data.model_copy(update={"source": source}))
+    else:
+        _check_all(data)
     for other in data.also:
         check(other)
 
 
 def _check_first(data: DataSet) -> None:
     """Look for the first row that passes the filters; where there is none, or it lacks a field, all rows say what is wrong."""
-    # Judged responses (pairs.py) make pairs only when all of them are known.
-    for look in _FIRST_LOOKS if data.format != "preference" else (None,):
+    for look in _FIRST_LOOKS:
         seen = _begin(data)
         if next(_each(data, seen, look), None) is not None and not seen.absent:
             return
-    read(data.model_copy(update={"also": (), "offset": 0, "limit": None}))
+    _check_all(data.model_copy(update={"offset": 0}))
+
+
+def _check_all(data: DataSet) -> None:
+    key = data.model_dump_json(), json.dumps(fingerprint(data))
+    if key in _checked:
+        return
+    seen, passed = _begin(data), 0
+    end = None if data.limit is None or data.distinct or data.shuffle is not None else data.offset + data.limit
+    for _ in islice(_each(data, seen, _needed(data)), end):
+        passed += 1
+    _check_names(data, seen)
+    if passed <= data.offset:
+        raise _nothing_left(data, seen, passed)
+    _warn(data, seen)
+    _checked.add(key)
 
 
 def describe(data: DataSet) -> str:
@@ -108,15 +130,19 @@ def _begin(data: DataSet) -> _Seen:
 
 def _each(data: DataSet, seen: _Seen, limit: int | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of all sources in their form, of each the first `limit` (None: all), those aside that are left out."""
-    judged = []
+    judged, own = [], _own_fields(data)
+
+    def is_row(content: Mapping[str, Any]) -> bool:
+        return forms.is_row(content, data) and all(values.look_up(content, name) is not values.MISSING for name in own)
+
     for source in data.sources:
-        found = sources.each_row(source, limit=limit, fields=_own_fields(data), columns=data.columns, rows_at=data.rows_at)
+        found = sources.each_row(source, limit=limit, columns=data.columns, rows_at=data.rows_at, is_row=is_row)
         number = 0
         for number, row in enumerate(found, 1):
             try:
                 formed = _one(row, data, seen)
             except ValueError as error:
-                _leave_out(f"{_place(row, source, number)}{error}", data, seen)
+                _leave_out(str(error) if error is row else f"{_place(source, number, error)}{error}", data, seen)
                 continue
             if isinstance(formed, pairs.Judged):
                 judged.append(formed)
@@ -136,18 +162,18 @@ def _own_fields(data: DataSet) -> list[str]:
     old = {new: name for name, new in data.rename.items()}
     made = data.fill.keys() | data.compose.keys()
     composed = [name for template in data.compose.values() for name in compose.fields(template)]
-    needed = [name for name in data.needed_fields if name not in made]
+    needed = [name for name in data.needed_fields if name not in made and data.format != "preference"]
     return [old.get(name, name) for name in (*needed, *composed)]
 
 
-def _place(row: Any, source: str, number: int) -> str:
-    return "" if isinstance(row, SourceError) else f"{sources.short(source)} row {number}: "
+def _place(source: str, number: int, error: ValueError) -> str:
+    return f"{sources.short(source)} row {number}{' ' if str(error).startswith('has ') else ': '}"
 
 
 def _leave_out(reason: str, data: DataSet, seen: _Seen) -> None:
     """Count a bad row, or refuse the data set for it."""
     if not data.skip_bad:
-        raise SourceError(f"{reason.replace(': has ', ' has ', 1)} (skip_bad: true leaves such rows out)")
+        raise SourceError(f"{reason} (skip_bad: true leaves such rows out)")
     seen.bad.append(reason)
 
 

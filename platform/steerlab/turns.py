@@ -47,8 +47,11 @@ def messages(found: Any, name: str) -> Messages:
     Raises:
         ValueError: these are no messages, a speaker is unknown, or a content is no text.
     """
-    if not isinstance(found, Sequence) or isinstance(found, str) or not all(isinstance(entry, Mapping) for entry in found):
+    if not isinstance(found, Sequence) or isinstance(found, str | bytes):
         raise ValueError(f"{name} is neither a text nor a list of messages but a {type(found).__name__}")
+    for i, entry in enumerate(found):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{name}.{i} is {values.kind(entry)}, not a message")
     return [_message(entry, name, f"{name}.{i}") for i, entry in enumerate(found)]
 
 

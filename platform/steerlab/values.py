@@ -90,7 +90,7 @@ def text(value: Any, name: str, *, scalars: bool = False) -> str:
         ValueError: it is something else, or a text with half of a surrogate pair. The message begins with `name`.
     """
     if isinstance(value, str):
-        if half := _SURROGATE.search(value):
+        if not value.isascii() and (half := _SURROGATE.search(value)):
             raise ValueError(f"{name} holds half of a character (\\u{ord(half.group()):04x} alone), which is no text")
         return value
     if scalars and isinstance(value, bool):
@@ -116,7 +116,7 @@ def number(value: Any) -> float | int | Decimal | None:
 
 
 def same(value: Any, wanted: str | int | float | bool) -> bool:
-    """Compare values, not spellings: 1 is 1.0 and the text "1"; true is the text "true" or "True", and no number.
+    """Compare values, not spellings: 1 is 1.0 and the text "1"; true is the text "true", "True" or "yes", and no number.
 
     Raises:
         ValueError: for a list, an object, bytes: nothing that a job could write equals them.
@@ -125,7 +125,7 @@ def same(value: Any, wanted: str | int | float | bool) -> bool:
         return False
     for one, other in ((value, wanted), (wanted, value)):
         if isinstance(one, bool):
-            return other is one if isinstance(other, bool) else _writes_boolean(other, one)
+            return other is one if isinstance(other, bool) else writes_boolean(other, one)
     if is_number(value) and is_number(wanted):
         return value == wanted
     if isinstance(value, str) and isinstance(wanted, str):
@@ -135,8 +135,9 @@ def same(value: Any, wanted: str | int | float | bool) -> bool:
     raise ValueError(f"is {kind(value)}, which is not compared")
 
 
-def _writes_boolean(text: Any, value: bool) -> bool:
-    return isinstance(text, str) and text.strip().lower() == str(value).lower()
+def writes_boolean(text: Any, value: bool) -> bool:
+    """Say whether a text is a spelling of true, or of false; YAML reads yes and no as these too."""
+    return isinstance(text, str) and text.strip().lower() in (("true", "yes") if value else ("false", "no"))
 
 
 def _writes_number(text: Any, value: Any) -> bool:

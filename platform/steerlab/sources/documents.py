@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,18 +25,18 @@ class Asked(NamedTuple):
     """Names of the columns of a text file without a header."""
     rows_at: str | None = None
     """Where the list of rows lies in a JSON or YAML object, as a path."""
-    fields: Collection[str] = ()
-    """What every row must have: an object that has it all is itself a row."""
+    is_row: Callable[[Mapping[str, Any]], bool] | None = None
+    """Says of an object that is alone in its file whether it is itself a row, rather than one that holds them."""
 
 
 def json_line_rows(path: Path, asked: Asked) -> Iterator[Found]:
     """Yield the rows of a file that is meant to hold one JSON value a line; a list of them, or one over many lines, is read."""
-    yield from _one_a_line(path) if _is_one_a_line(path, True) else _documents(path, asked, holds_rows=True)
+    yield from _one_a_line(path) if _is_one_a_line(path, asked, True) else _documents(path, asked)
 
 
 def json_rows(path: Path, asked: Asked) -> Iterator[Found]:
     """Yield the rows of a JSON document, or of many of them, one a line or not."""
-    yield from _one_a_line(path) if _is_one_a_line(path, False) else _documents(path, asked, holds_rows=False)
+    yield from _one_a_line(path) if _is_one_a_line(path, asked, False) else _documents(path, asked)
 
 
 def yaml_rows(path: Path, asked: Asked) -> Iterator[Found]:
@@ -48,20 +48,26 @@ def yaml_rows(path: Path, asked: Asked) -> Iterator[Found]:
     yield from _of_object(content, path, asked) if isinstance(content, Mapping) else _listed(content, path)
 
 
-def _is_one_a_line(path: Path, holds_rows: bool) -> bool:
-    """Say whether a file is read line by line: the first one is a whole value, and where a line may also be a document, not the
-    only one."""
+def _is_one_a_line(path: Path, asked: Asked, holds_rows: bool) -> bool:
+    """Say whether a file is read line by line: the first one is a whole value, and where it is the only one, a row."""
     head = list(islice((line.strip() for line in lines(path) if line.strip()), 2))
     if not head or head[0].startswith("["):
         return False
     try:
-        json.loads(head[0])
+        first = json.loads(head[0])
     except json.JSONDecodeError as error:
         # What breaks at its end goes on in the next line; what breaks before is a bad line.
         return holds_rows and error.pos < len(head[0])
     except (ValueError, RecursionError):
         return holds_rows
-    return holds_rows or len(head) > 1
+    return len(head) > 1 or (holds_rows and not _holds_rows(first, asked))
+
+
+def _holds_rows(document: Any, asked: Asked) -> bool:
+    """Say whether an object that is alone in its file holds the list of rows, and is none itself."""
+    if asked.is_row is None or not isinstance(document, dict) or asked.is_row(document):
+        return False
+    return asked.rows_at is not None or len(dict(_lists(document))) == 1
 
 
 def _one_a_line(path: Path) -> Iterator[Found]:
@@ -73,14 +79,14 @@ def _one_a_line(path: Path) -> Iterator[Found]:
             yield _refused(path, "JSON", error, f" line {number}")
 
 
-def _documents(path: Path, asked: Asked, *, holds_rows: bool) -> Iterator[Found]:
+def _documents(path: Path, asked: Asked) -> Iterator[Found]:
     try:
         found = list(_decoded("".join(lines(path))))
     except SourceError:
         raise
     except (ValueError, RecursionError) as error:
         raise _refused(path, "JSON", error) from error
-    if len(found) == 1 and isinstance(found[0], Mapping) and not holds_rows:
+    if len(found) == 1 and isinstance(found[0], Mapping):
         subsets = _subsets(found[0], asked) if asked.rows_at is None else None
         yield from _of_object(found[0], path, asked) if subsets is None else subsets
     elif len(found) == 1 and not isinstance(found[0], Mapping):
@@ -123,7 +129,7 @@ def _row(row: Any, path: Path, number: int) -> Found:
 
 def _subsets(content: Mapping[str, Any], asked: Asked) -> Iterator[Found] | None:
     """Return the rows of an object of lists of texts, or of texts that commas join (styles of captions); None for another."""
-    is_row = bool(asked.fields) and all(field in content for field in asked.fields)
+    is_row = asked.is_row is not None and asked.is_row(content)
     if not content or not all(_are_texts(value) or (isinstance(value, str) and not is_row) for value in content.values()):
         return None
     return (
@@ -141,7 +147,7 @@ def _of_object(content: Mapping[str, Any], path: Path, asked: Asked) -> Iterator
     """Return the rows of an object that holds a list of them, COCO's captions, or the object where it is a row itself."""
     if asked.rows_at is not None:
         return _at(content, path, asked.rows_at)
-    if asked.fields and all(values.look_up(content, field) is not values.MISSING for field in asked.fields):
+    if asked.is_row is not None and asked.is_row(content):
         return iter([dict(content)])
     held = dict(_lists(content))
     if len(held) != 1 and _are_captions(content):

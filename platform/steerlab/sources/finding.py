@@ -90,16 +90,19 @@ def rows(
     fields: Sequence[str] = (),
     optional: Mapping[str, str] | None = None,
     columns: Sequence[str] | None = None,
+    texts: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Read the first `limit` rows (None: all) of a data set as dictionaries, from what `each_row` reads.
 
-    Every row must have `fields`; where it lacks one of `optional`, it gets the value given there.
+    Every row must have `fields`; where it lacks one of `optional`, it gets the value given there. What a row holds in one of
+    `texts` must be a text.
 
     Raises:
-        SourceError: no such file, no rows, a file of another type, or a row without one of `fields` (from 1).
+        SourceError: no such file, no rows, a file of another type, or a row (from 1) without one of `fields` or with something
+            else than a text.
     """
     found: list[dict[str, Any]] = []
-    for row in each_row(source, limit=limit, fields=fields, columns=columns):
+    for row in each_row(source, limit=limit, columns=columns):
         if isinstance(row, SourceError):
             raise row
         found.append(row)
@@ -113,6 +116,12 @@ def rows(
                 raise SourceError(
                     f"{short(source)} row {number} has nothing in its field '{field}' ({values.kind(row[field])})"
                 )
+        for field in texts:
+            try:
+                if not values.is_null(row.get(field)):
+                    values.text(row[field], f"field '{field}'")
+            except ValueError as error:
+                raise SourceError(f"{short(source)} row {number}: {error}") from None
     defaults = dict(optional or {})
     return [row | {field: value for field, value in defaults.items() if values.is_null(row.get(field))} for row in found]
 
@@ -121,24 +130,25 @@ def each_row(
     source: str,
     *,
     limit: int | None = None,
-    fields: Sequence[str] = (),
     columns: Sequence[str] | None = None,
     rows_at: str | None = None,
+    is_row: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> Iterator[Found]:
     """Yield the first `limit` rows (None: all) of a data set, and in place of a row that is none a SourceError that says why.
 
     Files, each also compressed with gzip, bzip2, xz or zstd: .json, .jsonl and .ndjson (a list of objects, objects one a line
-    or one behind the other, an object that holds one list of them, or subsets {name: [texts]}, whose rows are {"text",
-    "subset"}), .yaml, .yml and .prompt (a list of objects, or an object that holds one), .parquet, .csv, .tsv, .txt (one {"text": ...} a
-    line); a folder that holds the shards of one data set, or a pattern; otherwise a hub data set, generated problems or the
-    made-up world. `columns` names the columns of a text file without a header: separated by commas in .csv, by tabs in others.
-    `rows_at` says where in an object the list of rows lies. An object that has all of `fields` is itself a row.
+    or one behind the other, an object that holds one list of them, or subsets {name: [texts]}, whose rows are
+    {"text", "subset"}), .yaml, .yml and .prompt (a list of objects, or an object that holds one), .parquet, .csv, .tsv, .txt
+    (one {"text": ...} a line); a folder that holds the shards of one data set, or a pattern; otherwise a hub data set,
+    generated problems or the made-up world. `columns` names the columns of a text file without a header, separated by commas
+    in .csv and by tabs in others. `rows_at` says where in an object the list of rows lies; `is_row`, whether an object
+    that is alone in its file is itself a row.
 
     Raises:
         SourceError: no such file, or one that cannot be read.
     """
     parsed = parse(source)
-    asked = Asked(None if columns is None else tuple(columns), rows_at, tuple(fields))
+    asked = Asked(None if columns is None else tuple(columns), rows_at, is_row)
     return itertools.islice(_iterate(parsed, asked, limit), limit)
 
 
