@@ -59,6 +59,7 @@ def _message(message: Mapping[str, Any], field: str, name: str) -> dict[str, str
     speaker, content = (_first(message, keys) for keys in (("role", "from"), ("content", "value")))
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None or content is values.MISSING:
+        speaker = None if speaker is values.MISSING else speaker
         raise ValueError(
             f"a message of {field} has the speaker {speaker!r} and the keys {', '.join(message)}; known are role and content, "
             f"or from and value, with the speakers {', '.join(ROLES)}"
