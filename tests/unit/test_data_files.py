@@ -112,7 +112,7 @@ def test_of_several_lists_one_is_named(tmp_path: Path) -> None:
         SourceError, match=r"rows_at 'data.dev': a.json holds nothing there, .* lists of objects in it: data.train, data.t"
     ):
         texts(source, rows_at="data.dev")
-    with pytest.raises(SourceError, match="rows_at is about JSON and YAML; a.csv is neither"):
+    with pytest.raises(SourceError, match=r"rows_at is about JSON and YAML; a.csv is neither"):
         texts(put(tmp_path, "a.csv", "text\none\n"), rows_at="data")
 
 
@@ -136,8 +136,18 @@ def test_columns_are_separated_as_the_ending_says(tmp_path: Path) -> None:
     assert texts(put(tmp_path, "a.txt", 'Q\t"a, b"\nR\tc\n'), **names) == ['"a, b"', "c"]
     with pytest.raises(SourceError, match=r"row 1 has another number of cells than columns \(question, text\): 3, not 2"):
         texts(put(tmp_path, "b.csv", "Q,a,b\n"), **names)
-    with pytest.raises(SourceError, match="columns name those of a text file without a header; a.json has names of its own"):
+    with pytest.raises(SourceError, match=r"columns name those of a text file without a header; a.json has names of its own"):
         texts(put(tmp_path, "a.json", TWO), **names)
+
+
+def test_quotes_that_quote_nothing_are_text_where_tabs_separate(tmp_path: Path) -> None:
+    assert texts(put(tmp_path, "a.tsv", 'n\ttext\n1\t"Hello" he said\n2\tb "c"\n')) == ['"Hello" he said', 'b "c"']
+    assert texts(put(tmp_path, "b.tsv", 'n\ttext\n1\t"a ""b""\nc"\n')) == ['a "b"\nc']
+
+
+def test_columns_without_a_name_are_no_fields(tmp_path: Path) -> None:
+    data = DataSet(source=put(tmp_path, "a.csv", ",text,\n0,a,\n1,b,\n"), format="text")
+    assert rows.read(data) == [{"text": "a"}, {"text": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +236,7 @@ def test_a_shard_that_is_missing_is_said(tmp_path: Path) -> None:
 
 def test_folders_and_patterns_without_data(tmp_path: Path) -> None:
     (tmp_path / "a.md").touch()
-    with pytest.raises(SourceError, match="is a directory that holds no data: no file that ends in .json"):
+    with pytest.raises(SourceError, match=r"is a directory that holds no data: no file that ends in .json"):
         texts(str(tmp_path))
     with pytest.raises(SourceError, match=r"\*\.jsonl' matches no file"):
         texts(str(tmp_path / "*.jsonl"))

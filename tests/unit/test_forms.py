@@ -1,4 +1,4 @@
-"""Rows in the form of their format: texts that are texts, nested fields, filters by value, composed rows, conversations, pairs."""
+"""Rows in the form of their format: texts, nested fields, filters by value, composed rows, conversations, pairs."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def test_nested_fields_go_by_their_paths_everywhere(read: Any) -> None:
     assert [row["output"] for row in read(given, rename=names)] == ["one", "two", "three"]
     assert [row["output"] for row in read(given, rename=names, where={"meta.level": [2, None]})] == ["two"]
     assert [row["output"] for row in read(given, rename=names, equals={"meta.ok": True})] == ["one"]
-    composed = read(given, compose={"instruction": "{qas.q}", "output": "{meta.level}"}, map={"meta.level": {1: "low", 2: "high"}},
-                    where={"meta.level": [0, None]})  # fmt: skip
+    made = {"compose": {"instruction": "{qas.q}", "output": "{meta.level}"}, "map": {"meta.level": {1: "low", 2: "high"}}}
+    composed = read(given, where={"meta.level": [0, None]}, **made)
     assert [(row["instruction"], row["output"]) for row in composed] == [("Q1", "low"), ("Q2", "high")]
     with pytest.raises(SourceError, match=r"row 1 has no field 'qas.b' \(it has: qas.q, qas.a, meta.level, meta.ok\)"):
         read(given, rename={"qas.b": "instruction", "qas.a.0": "output"})
@@ -268,8 +268,8 @@ HI, HO = says("user", "hi"), says("assistant", "ho")
         ({"messages": [says("user", [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]), HO]}, [HI, HO]),
         (
             {"conversations": [
-                {"from": "human", "value": "hi"}, {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "3"},
-                {"from": "gpt", "value": "ho"},
+                {"from": "human", "value": "hi"}, {"from": "function_call", "value": "{}"},
+                {"from": "observation", "value": "3"}, {"from": "gpt", "value": "ho"},
             ]},
             [HI, says("assistant", "{}"), says("tool", "3"), HO],
         ),
@@ -305,8 +305,8 @@ def test_what_is_no_conversation_is_refused(read: Any, row: dict[str, Any], mess
 def test_what_a_conversation_does_not_use_is_said_once(read: Any) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = read([{"messages": [HI, HO, HI], "tools": "[]"}, {"messages": [says("system", "t"), HI, HO], "system": "s"}] * 2,
-                     "conversation")  # fmt: skip
+        given = [{"messages": [HI, HO, HI], "tools": "[]"}, {"messages": [says("system", "t"), HI, HO], "system": "s"}]
+        found = read(given * 2, "conversation")
     assert [row["messages"][-1] for row in found] == [HO] * 4
     said = "format conversation does not use tools (in 2 rows), turns after the last answer (in 2 rows), system (in 2 rows)"
     assert {str(warning.message).partition("rows.jsonl: ")[2] for warning in caught} == {said}

@@ -74,8 +74,9 @@ def test_numbers_are_texts_only_where_that_is_said() -> None:
 @pytest.mark.parametrize(
     ("value", "wanted", "equal"),
     [
-        (1, 1.0, True), ("1", 1, True), (" 1.0 ", 1, True), (1, "1", True), (1.0, "1", True), ("01", "1", False), ("a", 1, False),
-        (True, True, True), ("True", True, True), ("yes", True, True), ("no", False, True), (True, "true", True), (True, "True", True),
+        (1, 1.0, True), ("1", 1, True), (" 1.0 ", 1, True), (1, "1", True), (1.0, "1", True), ("01", "1", False),
+        ("a", 1, False), (True, True, True), ("True", True, True), ("yes", True, True), ("no", False, True),
+        (True, "true", True), (True, "True", True),
         (1, True, False), (True, 1, False), (0, False, False), ("1", True, False), (False, True, False),
         ("farm", "farm", True), ("farm ", "farm", False), (None, "None", False), (float("nan"), "nan", False), (None, 0, False),
         (Decimal("1.0"), 1, True), (10**400, 1, False),

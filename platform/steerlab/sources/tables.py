@@ -6,6 +6,7 @@ import csv
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,16 +53,16 @@ def _in_memory(path: Path) -> pa.BufferReader:
 def _separated_rows(path: Path, asked: Asked) -> Iterator[Found]:
     """Yield the rows of a table with commas or tabs, whose header is in its first line or in `columns`."""
     csv.field_size_limit(1 << 30)
-    table = csv.reader(lines(path), delimiter="\t" if data_suffix(path)[0] == ".tsv" else ",", strict=True)
+    table = _cells(path)
     try:
         cells = (row for row in table if row)
         names = list(next(cells, [])) if asked.columns is None else list(asked.columns)
         for name in names:
-            if names.count(name) > 1:
+            if name and names.count(name) > 1:
                 raise SourceError(f"{path.name} has two columns of the name {name!r}")
         for number, row in enumerate(cells, 1):
             if len(row) == len(names):
-                yield dict(zip(names, row, strict=True))
+                yield {name: cell for name, cell in zip(names, row, strict=True) if name}
                 continue
             header = "the header" if asked.columns is None else f"columns ({', '.join(names)})"
             yield SourceError(
@@ -69,6 +70,18 @@ def _separated_rows(path: Path, asked: Asked) -> Iterator[Found]:
             )
     except csv.Error as error:
         raise SourceError(f"{path.name} line {table.line_num} is no row of a table: {error}") from error
+
+
+def _cells(path: Path) -> Any:
+    """Return a reader of a table's cells; tables with tabs whose quotes are no quoting but text are read as they are."""
+    if data_suffix(path)[0] != ".tsv":
+        return csv.reader(lines(path), strict=True)
+    try:
+        for _ in csv.reader(lines(path), delimiter="\t", strict=True):
+            pass
+    except csv.Error:
+        return csv.reader(lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(lines(path), delimiter="\t", strict=True)
 
 
 def _text_rows(path: Path, asked: Asked) -> Iterator[Found]:
