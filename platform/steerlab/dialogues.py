@@ -19,7 +19,7 @@ from steerlab.turns import Messages
 _LISTS = ("messages", "conversations", "conversation")
 KNOWN_BY = (*_LISTS, "completion")
 """Fields by which an object is known to be a row of one of the forms."""
-_UNUSED = ("tools", "images", "videos", "audios")
+_UNUSED = ("system_prompt", "tools", "images", "videos", "audios")
 
 
 def conversation(row: Mapping[str, Any]) -> Messages:

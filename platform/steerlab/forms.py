@@ -104,7 +104,10 @@ def unused(row: dict[str, Any], found: dict[str, Any], data: DataSet) -> list[st
     """Name the fields of known forms that a row holds and nobody reads."""
     if data.format == "preference":
         return pairs.unused(row, found)
-    return dialogues.unused(row, found["messages"]) if data.format == "conversation" else []
+    if data.format == "conversation":
+        return dialogues.unused(row, found["messages"])
+    known = ("system_prompt", "tools") if data.format == "instruction" else ()
+    return [name for name in known if row.get(name)]
 
 
 def _paired(row: dict[str, Any]) -> dict[str, Any]:

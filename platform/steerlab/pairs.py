@@ -95,7 +95,7 @@ def unused(row: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
         taken.add("system")
     if not isinstance(found["prompt"], str) and _is_plain(_prompt(_held(row))):
         taken.add("history")
-    return [name for name in ("input", "system", "history", "tools") if name in held - taken]
+    return [name for name in ("input", "system", "history", "system_prompt", "tools") if name in held - taken]
 
 
 def _prompt(held: Mapping[str, Any]) -> str | Messages:

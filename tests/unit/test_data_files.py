@@ -101,6 +101,29 @@ def test_an_object_that_is_a_row_is_one_row(tmp_path: Path) -> None:
     assert texts(put(tmp_path, "b.json", {"text": "one, two"})) == ["one, two"]
 
 
+def test_an_object_of_columns_is_a_table_where_it_has_the_fields(tmp_path: Path) -> None:
+    source = put(tmp_path, "a.json", {"text": ["one", "two"], "label": ["x", "y"]})
+    assert texts(source, equals={"label": "y"}) == ["two"]
+    assert texts(source, field="label") == ["x", "y"]
+    assert texts(put(tmp_path, "b.json", {"none": ["one"], "art": ["two"]})) == ["one", "two"], "subsets, as before"
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_arrow_data_are_read(tmp_path: Path, is_file: bool) -> None:
+    table = pa.Table.from_pylist(TWO)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    path = folder / "data-00000-of-00001.arrow"
+    with (pa.ipc.new_file if is_file else pa.ipc.new_stream)(str(path), table.schema) as writer:
+        writer.write_table(table)
+    put(folder, "dataset_info.json", {"features": {}})
+    put(folder, "state.json", {"_split": None})
+    assert texts(str(folder)) == ["one", "zwölf"]
+    path.write_bytes(path.read_bytes()[:150])
+    with pytest.raises(SourceError, match=r"arrow is not Arrow data, or not whole"):
+        texts(str(path))
+
+
 def test_of_several_lists_one_is_named(tmp_path: Path) -> None:
     source = put(tmp_path, "a.json", {"data": {"train": TWO, "test": [{"text": "three"}]}})
     with pytest.raises(

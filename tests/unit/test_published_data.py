@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from steerlab import job, rows, run
@@ -151,3 +152,18 @@ def test_a_task_is_given_composed_rows_and_names_in_place_of_labels(tmp_path: Pa
     found = checked(tmp_path, wanted)["train"]
     assert [row["output"] for row in found] == ["A", "B", "C", "D", "positive", "negative"]
     assert found[0]["instruction"] == "Q0\nA. a\nB. b\nC. c\nD. d" and found[4]["input"] == "fine"
+
+
+def test_the_data_sets_in_the_readme_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = Path(__file__).parents[2].joinpath("jobs", "README.md").read_text().partition("## Data files")[2]
+    toxic, choice, review = yaml.safe_load(section.split("```yaml\n")[1].split("```")[0])
+    lines(tmp_path / "prompts.jsonl", [{"prompt": {"text": "So", "toxicity": score}} for score in (0.2, 0.7, None)])
+    (tmp_path / "mmlu").mkdir()
+    row = {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "mmlu" / "test-00000-of-00001.parquet")
+    (tmp_path / "sst.csv.gz").write_bytes(gzip.compress(b"sentence,label\nfine,1\npoor,0\n"))
+    monkeypatch.chdir(tmp_path)
+    found = [rows.read(DataSet.model_validate(data)) for data in (toxic, choice, review)]
+    assert [row["text"] for row in found[0]] == ["So"]
+    assert found[1][0]["instruction"].endswith("\nB. 2\nC. 3\nD. 4") and found[1][0]["output"] == "B"
+    assert [row["output"] for row in found[2]] == ["positive", "negative"]

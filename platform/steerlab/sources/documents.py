@@ -87,8 +87,9 @@ def _documents(path: Path, asked: Asked) -> Iterator[Found]:
     except (ValueError, RecursionError) as error:
         raise _refused(path, "JSON", error) from error
     if len(found) == 1 and isinstance(found[0], Mapping):
-        subsets = _subsets(found[0], asked) if asked.rows_at is None else None
-        yield from _of_object(found[0], path, asked) if subsets is None else subsets
+        plain = asked.rows_at is None
+        rows = (_of_columns(found[0], asked) or _subsets(found[0], asked)) if plain else None
+        yield from _of_object(found[0], path, asked) if rows is None else rows
     elif len(found) == 1 and not isinstance(found[0], Mapping):
         yield from _listed(found[0], path)
     else:
@@ -125,6 +126,17 @@ def _row(row: Any, path: Path, number: int) -> Found:
     if isinstance(row, str):
         return {"text": row}
     return row if isinstance(row, dict) else SourceError(f"{path.name} row {number} is a {type(row).__name__}, not an object")
+
+
+def _of_columns(content: Mapping[str, Any], asked: Asked) -> Iterator[Found] | None:
+    """Return the rows of an object that holds a list for each field, all of one length; None for another."""
+    columns = list(content.values())
+    if asked.is_row is None or not asked.is_row(content) or not all(isinstance(column, list) for column in columns):
+        return None
+    holds_messages = any(isinstance(cell, Mapping) for column in columns for cell in column)
+    if holds_messages or len({len(column) for column in columns}) != 1:
+        return None
+    return (dict(zip(content, cells, strict=True)) for cells in zip(*columns, strict=True))
 
 
 def _subsets(content: Mapping[str, Any], asked: Asked) -> Iterator[Found] | None:

@@ -17,6 +17,10 @@ from steerlab.sources.tables import READ
 _SHARD = re.compile(r"^(?P<name>.*?)[-_.]?(?P<number>[0-9]+)(-of-(?P<count>[0-9]+)(-[0-9a-f]{16})?)?$")
 
 
+_ABOUT = ("dataset_info.json", "state.json", "dataset_dict.json")
+"""What `datasets` writes beside shards about them."""
+
+
 def is_pattern(source: Source) -> bool:
     """Say whether a path is a pattern for files (`*`, `?`, `[...]`) and not the name of one."""
     return source.kind == "path" and glob.has_magic(source.name) and not Path(source.name).expanduser().exists()
@@ -45,7 +49,7 @@ def of_folder(folder: Path) -> list[Path]:
     Raises:
         SourceError: it holds none, several, or not all of its shards.
     """
-    inside = (path for path in folder.rglob("*") if path.is_file() and data_suffix(path)[0] in READ)
+    inside = (path for path in folder.rglob("*") if data_suffix(path)[0] in READ and path.is_file() and path.name not in _ABOUT)
     files = sorted((path for path in inside if not _is_hidden(path.relative_to(folder))), key=_order)
     if not files:
         raise SourceError(f"{folder} is a directory that holds no data: no file that ends in {', '.join(READ)}")

@@ -45,6 +45,20 @@ def _parquet_rows(path: Path, asked: Asked) -> Iterator[Found]:
         raise SourceError(f"{path.name} is not a Parquet file, or not a whole one: {' '.join(str(error).split())}") from error
 
 
+def _arrow_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    """Yield the rows of an Arrow stream, as `save_to_disk` of `datasets` writes it, or of an Arrow file (Feather)."""
+    try:
+        with _in_memory(path) if is_compressed(path) else pa.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path.name} is not Arrow data, or not whole: {' '.join(str(error).split())}") from error
+
+
 def _in_memory(path: Path) -> pa.BufferReader:
     with opened(path) as file:
         return pa.BufferReader(file.read())
@@ -109,6 +123,7 @@ READ: dict[str, Callable[[Path, Asked], Iterator[Found]]] = {
     ".yml": yaml_rows,
     ".prompt": yaml_rows,
     ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
     ".csv": _separated_rows,
     ".tsv": _separated_rows,
     ".txt": _text_rows,
