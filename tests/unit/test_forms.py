@@ -313,10 +313,9 @@ def test_what_a_conversation_does_not_use_is_said_once(read: Any) -> None:
 
 
 def test_fields_of_known_forms_that_an_instruction_does_not_use_are_said(read: Any) -> None:
+    row = {"instruction": "a", "output": "b"}
     with pytest.warns(UserWarning, match=r"rows\.jsonl: format instruction does not use system_prompt \(in 2 rows\)"):
-        read(
-            [{"instruction": "a", "output": "b", "system_prompt": "s"}] * 2 + [{"instruction": "a", "output": "b", "tools": ""}]
-        )
+        read([{**row, "system_prompt": "s"}] * 2 + [{**row, "tools": ""}])
 
 
 def test_the_last_response_is_one_of_a_conversation() -> None:
