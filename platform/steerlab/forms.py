@@ -147,11 +147,18 @@ def _as_text(value: Any, name: str, data: DataSet, field: str | None = None) -> 
         raise ValueError(f"{error}{hint}") from None
 
 
+def _other_format(row: Mapping[str, Any]) -> str:
+    """Say which format a row is of that lacks a field of another one."""
+    known = {"conversation": ("messages", "conversations", "conversation"), "preference": ("chosen", "completions")}
+    named = [data_format for data_format, fields in known.items() if any(row.get(name) for name in fields)]
+    return f"; format: {named[-1]} reads such rows" if named else ""
+
+
 def _needed(row: Mapping[str, Any], field: str) -> Any:
     """Return what a row holds in a field. Raises ValueError, with the fields that there are, if it is nothing."""
     value = values.look_up(row, field)
     if value is values.MISSING:
-        raise ValueError(f"has no field '{field}' (it has: {values.names(row)})")
+        raise ValueError(f"has no field '{field}' (it has: {values.names(row)}){_other_format(row)}")
     if values.is_null(value):
         raise ValueError(f"has nothing in its field '{field}' ({values.kind(value)})")
     return value

@@ -78,6 +78,17 @@ def test_what_is_no_text_is_refused_before_the_start_with_row_and_field(
         assert len(read([fine, row], data_format, skip_bad=True)) == 1
 
 
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [({"messages": []}, ""), ({"conversations": [{"from": "human", "value": "hi"}]}, "conversation"),
+     ({"prompt": "p", "messages": [{}], "chosen": "c", "rejected": "r"}, "preference")],
+)  # fmt: skip
+def test_rows_of_another_format_are_recognised(read: Any, row: dict[str, Any], named: str) -> None:
+    with pytest.raises(SourceError, match=r"row 1 has no field 'instruction'") as caught:
+        read([row, row])
+    assert (f"format: {named} reads such rows" in str(caught.value)) is bool(named)
+
+
 def test_numbers_are_texts_where_the_job_says_so(read: Any) -> None:
     given = [{"instruction": "2 + 2", "output": 4, "input": 1.5}, {"instruction": "true?", "output": True}]
     found = read(given, as_text=["output", "input"])
