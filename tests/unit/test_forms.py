@@ -15,6 +15,8 @@ from steerlab.evaluation import perplexity
 from steerlab.evaluation.items import instruction_rows
 from steerlab.job import DataSet
 from steerlab.sources import SourceError
+from steerlab.stages.extract import text_sha256
+from steerlab.stages.shard_plan import planned
 
 
 @pytest.fixture
@@ -254,6 +256,43 @@ def test_new_settings_leave_no_trace_in_keys_where_they_are_not_set() -> None:
     assert list(data.map["a"]) == ["0", "true"]
 
 
+class _Place:
+    """Keeps what is planned."""
+
+    plan: Any = None
+
+    def write_texts(self, number: int, texts: str) -> None:
+        self.written = json.loads(texts)
+
+
+@pytest.mark.parametrize(
+    ("row", "data_format", "kept"),
+    [
+        ({"instruction": "a", "output": "b", "id": 1}, "instruction", ["instruction", "input", "output"]),
+        ({"instruction": "a", "output": "b", "system": "s", "history": [["u", "v"]]}, "instruction",
+         ["instruction", "input", "output", "system", "history"]),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference", ["prompt", "chosen", "rejected"]),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "input": "i"}, "preference", [*pairs.FIELDS, "input"]),
+        ({"prompt": "a", "completion": "b"}, "conversation", ["messages"]),
+    ],
+)  # fmt: skip
+def test_all_that_a_text_is_made_from_goes_into_the_shards(
+    tmp_path: Path, row: dict[str, Any], data_format: str, kept: list[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    place: Any = _Place()
+    planned(place, DataSet.model_validate({"source": str(tmp_path / "a.jsonl"), "format": data_format}), 8)
+    assert [list(text) for text in place.written] == [kept]
+
+
+def test_the_hash_of_a_text_follows_its_system_text_and_its_turns() -> None:
+    row = {"instruction": "a", "input": None, "output": "b"}
+    found = [
+        text_sha256(given) for given in (row, {**row, "system": "s"}, {**row, "history": [["u", "v"]]}, {"messages": [HI, HO]})
+    ]
+    assert len(set(found)) == 4 and text_sha256({"messages": [HI, says("assistant", "no")]}) not in found
+
+
 # Conversations
 
 
@@ -305,6 +344,7 @@ def test_conversations_of_every_form_become_messages(read: Any, row: dict[str, A
             {"messages": [says("user", [{"type": "image_url", "image_url": "x"}]), HO]},
             r"content\.0 is a part of type 'image_url'",
         ),
+        ({"messages": [says("user", [{"type": "thinking", "text": "x"}]), HO]}, r"0 is a part of type 'thinking'"),
         ({"messages": [{"speaker": "user", "text": "hi"}, HO]}, "has the speaker None and the keys speaker, text"),
     ],
 )
