@@ -50,8 +50,12 @@ def _explained(how_to_go_on: str = "run the same command again to continue from 
     """Turn errors for people into one message and an exit code, and warnings into a line each."""
     from steerlab.plan import StageError
 
+    said: set[str] = set()
+
     def say(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        if category is UserWarning:  # libraries warn in words of their own; those are for developers
+        # Libraries warn in words of their own; those are for developers. What is checked and then read would be said twice.
+        if category is UserWarning and str(message) not in said:
+            said.add(str(message))
             errors.print(f"[yellow]warning[/yellow] {escape(str(message))}", soft_wrap=True)
 
     try:

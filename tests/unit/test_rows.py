@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from steerlab import rows, sources
+from steerlab import forms, rows, sources
 from steerlab.job import DataSet
 
 
@@ -40,7 +40,7 @@ def test_columns_filters_and_first_sentences(reviews: Path) -> None:
 
 def test_a_first_sentence_ends_at_its_mark_and_not_in_a_number() -> None:
     wanted = data(Path("x"), first_sentence=True)
-    found = [rows._in_form({"text": text}, wanted, 1) for text in ('It costs 3.50 here! "Really?" he said.', "no mark at all")]
+    found = [forms.formed({"text": text}, wanted) for text in ('It costs 3.50 here! "Really?" he said.', "no mark at all")]
     assert found == [{"text": "It costs 3.50 here!"}, {"text": "no mark at all"}]
 
 

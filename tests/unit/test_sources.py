@@ -339,12 +339,6 @@ def test_rows_say_what_is_wrong(tmp_path: Path, name: str, content: str, message
         rows(str(tmp_path / name), fields=("output",))
 
 
-def test_rows_of_a_directory_name_its_files(tmp_path: Path) -> None:
-    (tmp_path / "part.jsonl").touch()
-    with pytest.raises(SourceError, match=r"is a directory: name one file of it \(part.jsonl\)"):
-        rows(str(tmp_path))
-
-
 def test_hub_out_of_reach_names_the_alternatives(tmp_path: Path) -> None:
     code = """
 from steerlab.sources import SourceError, fetch, fingerprint, rows

@@ -203,7 +203,7 @@ def _scenario(folder: Path, scenario: Scenario, config: Config) -> list[Attempt]
     attacks = programmatic(_attacks(folder, "code" if scenario == "code" else "text", config.split))
     if not attacks:
         raise ValueError(f"no {config.split} attack in {folder} can be judged by a program; see split")
-    contexts = sources.rows(str(_existing(folder / scenario / f"{config.split}.jsonl")), fields=["context"])
+    contexts = sources.rows(str(_existing(folder / scenario / f"{config.split}.jsonl")), fields=["context"], texts=["context"])
     rows = [
         {"name": f"{scenario}/{i}/{attack.name}/{place}", "row": row, "attack": attack, "place": place}
         for place in config.places

@@ -70,7 +70,7 @@ class PurpleConfig(ForbiddenWordConfig):
 
 def run_gandalf(model: SteeredModel, config: GandalfConfig) -> Result:
     """Send every attack to a model that knows the password."""
-    rows = [row for source in _split_sources(config) for row in sources.rows(source, fields=["text"])]
+    rows = [row for source in _split_sources(config) for row in sources.rows(source, fields=["text"], texts=["text"])]
     texts = [Numbered(item.id, {"text": item.row["text"]}) for item in number(rows)]
     return _run(model, config, texts, config.instruction.replace("{secret}", config.secret), config.secret)
 
@@ -92,7 +92,7 @@ def purple_questions(source: str) -> list[str]:
     listed = content.get("prompt") if content else None
     if isinstance(listed, list):
         return [str(text) for text in listed]
-    return [str(row["prompt"]) for row in sources.rows(source, fields=["prompt"])]
+    return [str(row["prompt"]) for row in sources.rows(source, fields=["prompt"], texts=["prompt"])]
 
 
 def _first_object(path: Path) -> dict[str, Any] | None:

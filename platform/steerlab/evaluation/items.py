@@ -55,7 +55,9 @@ def instruction_rows(
     Raises:
         ValueError: when nothing is left.
     """
-    found = number(sources.rows(source, fields=fields, optional={"input": "", "output": ""}))
+    found = number(
+        sources.rows(source, fields=fields, optional={"input": "", "output": ""}, texts=("instruction", "input", "output"))
+    )
     usable = [item for item in found if not needs_input or has_input(item.row)]
     if offset >= len(usable):
         kind = " with an input" if needs_input else ""

