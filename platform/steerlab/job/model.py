@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from steerlab.job.frozen import Frozen
+from steerlab.job.places import Source
 
 JOB_PREFIX = "job:"
 
@@ -26,7 +27,7 @@ class SamplerConfig(Frozen):
     """Scale of classifier-free guidance; up to 1 there is none. Distilled guidance (FLUX) is given to the model as it is."""
     size: tuple[int, int] | None = None
     """Height and width in pixels; null takes the pipeline's."""
-    denoiser: str | None = None
+    denoiser: Source | None = None
     """Source of a safetensors file with other weights of the denoiser: SDXL-Lightning, DMD2."""
     read: tuple[int, ...] = Field((0,), min_length=1)
     """Steps whose activations are read; several are pooled together."""
@@ -55,7 +56,7 @@ class SamplerConfig(Frozen):
 class ModelConfig(Frozen):
     """Which model, and how it is loaded."""
 
-    source: str | dict[str, Any]
+    source: Source | dict[str, Any]
     """A source (`hf:owner/name`, path, URI, `wheel:NAME==VERSION`, `tiny:model`), or `job:FILE`: the model that job trains."""
     kind: Literal["causal_lm", "diffusion"] = "causal_lm"
     """Family of the model."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from steerlab import sources
-from steerlab.job import Job, ScaleConfig
+from steerlab.job import Frozen, Job, ScaleConfig, described
 from steerlab.plan import ModelRef, Stage, Work
 
 ANYWHERE = "DEFAULT"
@@ -23,8 +24,31 @@ def params(job: Job, below: Stage | None) -> dict[str, Any]:
     if below is not None:
         return {"model": model}
     assert isinstance(job.model.source, str)
-    model |= {"source": job.model.source, "fingerprint": sources.fingerprint(job.model.source)}
+    model |= {"source": identity(job.model.source), "fingerprint": sources.fingerprint(job.model.source)}
     return {"model": model, "prompt": {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}}
+
+
+def identity(source: str) -> str:
+    """Return how a source stands in a stage's parameters: a file on disk by its content, any other as it is written."""
+    return sources.fingerprint(source) if sources.parse(source).kind == "path" else source
+
+
+def dumped(config: Frozen, **options: Any) -> dict[str, Any]:
+    """Return a config as it stands in a stage's parameters."""
+    return described(config, identity, **options)
+
+
+def places(job: Job) -> dict[str, str]:
+    """Return where the files on disk lie that a job's own configs name, by their fingerprints."""
+    found: dict[str, str] = {}
+
+    def note(source: str) -> str:
+        if sources.parse(source).kind == "path" and Path(source).exists():
+            found[sources.fingerprint(source)] = source
+        return source
+
+    described(job, note)
+    return found
 
 
 def _drawing(job: Job) -> dict[str, Any]:
@@ -33,7 +57,7 @@ def _drawing(job: Job) -> dict[str, Any]:
         return {}
     sampler = job.model.drawing
     weights = {} if sampler.denoiser is None else {"denoiser_fingerprint": sources.fingerprint(sampler.denoiser)}
-    return {"kind": "diffusion", "sampler": sampler.model_dump(mode="json"), **weights}
+    return {"kind": "diffusion", "sampler": dumped(sampler), **weights}
 
 
 def of(work: Work) -> dict[str, Any]:

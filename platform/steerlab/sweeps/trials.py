@@ -114,7 +114,7 @@ class Plan:
             train = tree.setdefault("train", {})
             train["snapshots"] = sorted({*train.get("snapshots", ()), *self.snapshots})
         for key, value in point.items():
-            jobs.put(tree, key, value, f"{self.space.path}: SPACE[{key!r}]")
+            jobs.put(tree, key, value, f"{self.space.path}: SPACE[{key!r}]", JobType)
         if seed is not None and tree.get("train") and "train.seed" not in point:
             tree["train"]["seed"] = seed
         return tree
@@ -151,7 +151,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> Plan:
     Raises:
         JobError: with one message for people.
     """
-    tree = jobs.inlined(jobs.read_tree(path, overrides), JobType, path)
+    tree = jobs.inlined(jobs.read_tree(path, JobType, overrides), JobType, path)
     job = jobs.validate(tree, JobType, path)
     _check_keys(space)
     patched = leaves_patch(job)
