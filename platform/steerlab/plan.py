@@ -62,7 +62,7 @@ class Work:
     @property
     def params(self) -> Mapping[str, Any]:
         """The declared parameters, with files on disk by their paths."""
-        return _placed(self.stage.params, self.stage.places)
+        return replaced(self.stage.params, self.stage.places)
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class Stage:
         return hashlib.sha256(json.dumps(made_of, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _placed(value: Any, places: Mapping[str, str]) -> Any:
-    """Return parameters with the paths of files in place of their fingerprints."""
+def replaced(value: Any, places: Mapping[str, str]) -> Any:
+    """Return JSON values with other texts in place of those that `places` has."""
     if isinstance(value, Mapping):
-        return {name: _placed(one, places) for name, one in value.items()}
+        return {name: replaced(one, places) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_placed(one, places) for one in value]
+        return [replaced(one, places) for one in value]
     return places.get(value, value) if isinstance(value, str) else value
 
 

@@ -6,7 +6,7 @@ closed type, so that a misspelt key anywhere ends in one short message before an
 
 from steerlab.job.data import DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
 from steerlab.job.frozen import SEED_LIMIT, Frozen, Implied, JobError, Radians, Seed
-from steerlab.job.messages import explain
+from steerlab.job.messages import cut, explain
 from steerlab.job.model import JOB_PREFIX, ModelConfig, SamplerConfig
 from steerlab.job.places import Source, described
 from steerlab.job.reading import base_job, dump, inlined, put, read, read_tree, validate
@@ -52,6 +52,7 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "base_job",
+    "cut",
     "described",
     "dump",
     "explain",

@@ -28,12 +28,20 @@ def _strict(schema: Any, whole: bool = True) -> Any:
     inner = {name: value if name == "metadata" else _strict(value, whole) for name, value in schema.items()}
     if inner.get("type") in ("int", "float", "bool"):
         inner["strict"] = True
-    is_whole = inner.get("type") == "int" or (inner.get("type") == "literal" and any(type(x) is int for x in inner["expected"]))
-    return core_schema.no_info_before_validator_function(_whole, inner) if is_whole and whole else inner  # type: ignore[arg-type]
+    is_number = inner.get("type") == "literal" and all(type(one) is int for one in inner["expected"])
+    if is_number or (inner.get("type") == "int" and whole):
+        return core_schema.no_info_before_validator_function(_number if is_number else _whole, inner)  # type: ignore[arg-type]
+    return inner
 
 
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # which is equal to 0 or 1
+        raise PydanticCustomError("int_type", "Input should be a number")
+    return _whole(value)
 
 
 class Frozen(BaseModel):

@@ -61,6 +61,7 @@ def base_job(job: Job, kind: type[Job]) -> Job | None:
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
+    content = b""
     try:
         content = path.read_bytes()
         tree = yaml12.load(content.decode("utf-8-sig"))
@@ -162,7 +163,9 @@ def _inline_jobs(tree: dict[str, Any], kind: type[Job], path: Path, seen: tuple[
     if here in seen:
         raise JobError(f"{path}: model.source goes in a circle: {' -> '.join(p.name for p in (*seen, here))}")
     model = tree.get("model")
-    source = model.get("source") if isinstance(model, dict) else None
+    if not isinstance(model, dict):
+        return tree
+    source = model.get("source")
     if isinstance(source, str) and source.startswith(JOB_PREFIX):
         other = path.parent / Path(source.removeprefix(JOB_PREFIX)).expanduser()
         below = _inline_jobs(_load_yaml(other), kind, other, (*seen, here))

@@ -147,7 +147,7 @@ _Loader.add_constructor(f"{_CORE}str", _scalar)
 _Loader.add_constructor(f"{_CORE}merge", _scalar)  # as a value it is a text
 _Loader.add_constructor(f"{_CORE}seq", _list)
 _Loader.add_constructor(f"{_CORE}map", _mapping)
-_Loader.add_constructor(None, _unknown)
+_Loader.add_constructor(None, _unknown)  # type: ignore[arg-type]
 
 
 def load(text: str) -> Any:
