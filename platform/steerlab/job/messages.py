@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,43 +28,66 @@ def cut(text: str) -> str:
 
 def explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
     """Turn pydantic's first error into one short message for people."""
-    errors = error.errors()
-    first = errors[0]
-    valid, shown = _keys_at(kind, first["loc"])
-    key = cut(".".join(shown)) or "(top level)"
+    located = [_Located(one, *_keys_at(kind, one["loc"])) for one in error.errors()]
+    first = _deepest(located)
     # Each choice of a union has an error of its own, about the same value.
-    same = [one for one in errors if _keys_at(kind, one["loc"])[1] == shown]
-    others = len(errors) - len(same)
+    same = [one.error for one in located if one.shown == first.shown]
+    same = [one for one in same if not one["type"].endswith("_type")] or same
+    others = sum(one.shown[: len(first.shown)] != first.shown and first.shown[: len(one.shown)] != one.shown for one in located)
     more = f" (and {others} more)" if others else ""
-    match first["type"]:
+    return f"{where}: {_message(first, same)}{more}"
+
+
+class _Located(NamedTuple):
+    """An error of pydantic."""
+
+    error: Any
+    valid: list[str]
+    """Keys of the config that it is in."""
+    shown: list[str]
+    """Where it is, without the tags of unions."""
+
+
+def _deepest(located: Sequence[_Located]) -> _Located:
+    """Return the first error, or the one further down of another choice of its union: that is the choice that was meant."""
+    first = located[0]
+    below = [one for one in located if one.shown[: len(first.shown)] == first.shown]
+    return max(below, key=lambda one: len(one.shown)) if first.error["type"].endswith("_type") else first
+
+
+def _message(first: _Located, same: Sequence[Any]) -> str:
+    error, key = first.error, cut(".".join(first.shown)) or "(top level)"
+    context = error.get("ctx", {})
+    match error["type"]:
         case "extra_forbidden":
-            near = _nearest(str(first["loc"][-1]), valid)
+            near = _nearest(str(error["loc"][-1]), first.valid)
             hint = f"did you mean {near!r}? " if near else ""
-            return f"{where}: {key}: unknown key; {hint}valid keys: {', '.join(valid)}{more}"
+            return f"{key}: unknown key; {hint}valid keys: {', '.join(first.valid)}"
         case "missing":
-            return f"{where}: {key}: this key is required{more}"
+            return f"{key}: this key is required"
         case "invalid_key":
-            return f"{where}: {key}: a key is a text; write it in quotes{more}"
-        case "union_tag_invalid" | "union_tag_not_found":
-            context = first.get("ctx", {})
-            given = str(context.get("tag", "nothing"))
-            tags = context.get("expected_tags", "").replace("'", "")
-            field = str(context["discriminator"]).strip("'")
+            return f"{key}: a key is a text; write it in quotes"
+        case "union_tag_not_found":
+            tag = str(context["discriminator"]).strip("'")
+            return f"{key}.{tag}: this key is required"
+        case "union_tag_invalid":
+            tag, given = str(context["discriminator"]).strip("'"), str(context["tag"])
+            tags = context["expected_tags"].replace("'", "")
             near = _nearest(given, tags.split(", "))
             hint = f"; did you mean {near!r}?" if near else ""
-            return (
-                f"{where}: {key}.{field}: {cut(repr(given))} is not known{hint}" + (f"; valid: {tags}" if tags else "") + more
-            )
-    message = " or ".join(dict.fromkeys(_said(one["msg"], number) for number, one in enumerate(same)))
-    value = first["input"]
+            return f"{key}.{tag}: {cut(repr(given))} is not known{hint}; valid: {tags}"
+    message = " or ".join(dict.fromkeys(_said(one, number) for number, one in enumerate(same)))
+    value = error["input"]
     given = "" if isinstance(value, dict | list | tuple | BaseModel) else f" (given: {cut(repr(value))})"
     hints = [_HINTS.get(one["type"], {}).get(type(value)) for one in same] if _hints_help(value) else []
-    hint = next((f"; {hint}" for hint in hints if hint), "")
-    return f"{where}: {key}: {message}{given}{hint}{more}"
+    return f"{key}: {message}{given}" + next((f"; {hint}" for hint in hints if hint), "")
 
 
-def _said(message: str, number: int) -> str:
-    message = message.removeprefix("Value error, ").replace("a valid tuple", "a list")
+def _said(error: Any, number: int) -> str:
+    if error["type"] == "too_short" and not error["input"]:
+        return "the list is empty"
+    message = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+    message = re.sub(r"a valid dictionary( or .*)?$", "a mapping of keys to values", message)
     return message.removeprefix("Input should be ") if number else message
 
 

@@ -195,12 +195,18 @@ def _character(error: Any) -> str:
 
 
 def _said(error: yaml.MarkedYAMLError) -> str:
-    problem = " ".join(str(error.problem or error.context).split())
-    if "'\\t'" in problem:
-        return "a tab stands where YAML wants spaces"
-    if "expected a single document" in f"{error.context} {problem}":
-        return "a second document begins (---); a file holds one"
-    return problem[:200]
+    """Return what is wrong in the words of who writes the file, where PyYAML's are those of a parser."""
+    context, problem = (" ".join(str(part or "").split()) for part in (error.context, error.problem))
+    told = {
+        "'\\t' that cannot start": "a tab stands where YAML wants spaces",
+        "expected a single document": "a second document begins (---); a file holds one",
+        "scanning an alias": "what begins with * is an alias in YAML",
+        "undefined alias": f"{problem}; what begins with * is an alias in YAML",
+        "scanning an anchor": "what begins with & is an anchor in YAML",
+        "a quoted scalar": "a quote is not closed",
+        "flow": "a [ or { is not closed" if "<stream end>" in problem else problem,
+    }
+    return next((words for part, words in told.items() if part in f"{context} {problem}"), problem)[:200]
 
 
 def _check_size(root: Any) -> None:

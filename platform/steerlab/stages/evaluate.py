@@ -43,7 +43,7 @@ def stage(job: Job, task: TaskConfig, below: Stage | None, choice: Stage | None 
     params: dict[str, Any] = {
         "task": subject.dumped(task, exclude={"label"}),
         "task_version": TASKS[task.task].version,
-        "fingerprints": dict(_fingerprints(described(task, lambda source: {_SOURCE: source}))),
+        "fingerprints": fingerprints(task),
         **subject.params(job, below),
     }
     if job.snapshot is not None:
@@ -52,8 +52,12 @@ def stage(job: Job, task: TaskConfig, below: Stage | None, choice: Stage | None 
     return Stage("evaluate", 2, params, run, inputs, task.label or task.task, subject.places(job))
 
 
+def fingerprints(task: TaskConfig) -> dict[str, Any]:
+    """Return the fingerprints of a task's sources, those of its data sets included, by their keys."""
+    return dict(_fingerprints(described(task, lambda source: {_SOURCE: source})))
+
+
 def _fingerprints(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Return the fingerprints of a task's sources, which stand in `config` under a name of their own, by their keys."""
     for name, value in sorted(config.items()):
         if isinstance(value, Mapping) and _SOURCE in value:
             yield f"{prefix}{name}", sources.fingerprint(value[_SOURCE])
