@@ -42,4 +42,8 @@ runs."""
 
 def described(config: Frozen, naming: Callable[[str], Any], **options: Any) -> dict[str, Any]:
     """Return a config as JSON values, every source in it, however deep, replaced by what `naming` makes of it."""
-    return config.model_dump(mode="json", context={_NAMING: naming}, **options)
+    found: dict[str, Any] = {}
+    config.model_dump(mode="json", context={_NAMING: lambda source: found.setdefault(source)}, **options)
+    # Not while pydantic serializes: it turns what is raised there into a warning.
+    named = {source: naming(source) for source in found}
+    return config.model_dump(mode="json", context={_NAMING: named.__getitem__}, **options)

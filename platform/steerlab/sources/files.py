@@ -20,8 +20,10 @@ def existing(source: Source) -> Path:
         # A job's paths are absolute by now; what was written may have been a hub's name.
         here = Path.cwd()
         below = path.relative_to(here).as_posix() if path.is_relative_to(here) else ""
-        hub = f" (for the hub write hf:{below})" if re.fullmatch(r"[\w.-]+/[\w.-]+", below) else ""
-        raise SourceError(f"'{source.text}' does not exist{hub}; {nearby(path)}")
+        hints = ["relative paths start from the folder in which the command runs"] if below else []
+        hints += [f"for the hub write hf:{below}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", below) else []
+        hint = f" ({'; '.join(hints)})" if hints else ""
+        raise SourceError(f"'{source.text}' does not exist{hint}; {nearby(path)}")
     return path
 
 

@@ -195,7 +195,7 @@ def _next(variants: Iterator[Any], space: Space) -> dict[str, Any] | None:
     except StopIteration:
         return None
     except Exception as error:  # what a function of the space raises, and what Ray Tune makes of it
-        cause = error.__cause__ or error
+        cause = error.__context__ or error  # Ray Tune says which entry it is, not what its function raised
         raise JobError(
             f"{space.path}: SPACE cannot be drawn: {type(cause).__name__}: {str(cause)[:300]}; functions of tune.sample_from "
             "see the other entries by their whole keys: lambda spec: spec.config['train.lr']"
