@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -43,8 +43,10 @@ def places(job: Job) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def note(source: str) -> str:
-        if sources.parse(source).kind == "path" and Path(source).exists():
-            found[sources.fingerprint(source)] = source
+        if sources.parse(source).kind == "path":
+            # What is not there is no part of a stage whose key could be made.
+            with suppress(sources.SourceError):
+                found[sources.fingerprint(source)] = source
         return source
 
     described(job, note)
