@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from steerlab import pictures
 from steerlab.evaluation.items import Numbered, data_rows
-from steerlab.job import DataSet, Frozen, TaskConfig
+from steerlab.job import DataSet, Frozen, TaskConfig, cut
 from steerlab.sampling import SteeredPipeline
 
 _ABOUT_ZERO = 1e-9
@@ -30,12 +31,6 @@ class Grid(Frozen):
     steps: int = Field(ge=2, le=10_000)
     """Their number."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Grid:
-        if not self.min < self.max:
-            raise ValueError(f"a grid of strengths goes from min to a larger max, not from {self.min:g} to {self.max:g}")
-        return self
-
 
 Strengths = Annotated[tuple[float, ...], Field(min_length=1)]
 
@@ -44,7 +39,13 @@ def _grid(value: Any) -> Any:
     """Accept {min, max, steps} beside a list of strengths."""
     if not isinstance(value, dict):
         return value
-    grid = Grid.model_validate(value)
+    wrong = f"a grid of strengths is {{min, max, steps}} with min < max and 2 steps or more, not {cut(str(value))}"
+    try:
+        grid = Grid.model_validate(value)
+    except ValidationError:
+        raise PydanticCustomError("grid", "{wrong}", {"wrong": wrong}) from None
+    if not grid.min < grid.max:
+        raise ValueError(wrong)
     return [round(float(strength), 6) for strength in np.linspace(grid.min, grid.max, grid.steps)]
 
 
