@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 
 import ray
 
 from steerlab import models, plan, sources
 from steerlab.job import Job
-from steerlab.stages import extract, extractions, first_source, plan_of, prepare, prepared_for, train, trainings
+from steerlab.stages import extract, extractions, first_source, plan_of, prepare, prepared_for, subject, train, trainings
 from steerlab.store import Store
 
 Estimates = Mapping[str, plan.Estimate]
@@ -84,6 +85,13 @@ def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
     if store.is_local and len(nodes) > 1:
         raise ValueError(
             f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
+        )
+    files = subject.places(job)
+    if len(nodes) > 1 and files:
+        warnings.warn(
+            f"{', '.join(files.values())}: all {len(nodes)} nodes read this path, so it must lie in a folder that they share; "
+            "else give a URI (s3://, gs://) or hf:",
+            stacklevel=2,
         )
     if job.train is None:
         return

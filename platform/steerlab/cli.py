@@ -37,7 +37,10 @@ console = Console()
 errors = Console(stderr=True)
 
 JobArgument = Annotated[Path, typer.Argument(help="Job file (YAML).")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one value: train.steps=50.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one value, written in YAML: train.steps=50. Paths start from the current folder."),
+]
 RootOption = Annotated[
     str | None,
     typer.Option("--root", help="Where artifacts and runs live: a path or URI. Default: $STEERLAB_ROOT or ~/steerlab."),
@@ -269,7 +272,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The instruction, or what is to be drawn.")],
     data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="Strengths of the patch: --strength 0 0.5 1.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of an image's noise, or of sampled tokens.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of an image's noise, or of sampled tokens.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most; default 64.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Of sampled tokens; 0, the default, is greedy.")] = None,
     guidance: Annotated[list[float] | None, typer.Option(min=0, help="Guidance scales of images; default: the job's.")] = None,

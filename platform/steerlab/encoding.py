@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from steerlab import models, sources
+from steerlab.job import written_out
 from steerlab.templates import DATE, ChatTemplate, Turn, prints_date
 from steerlab.tokens import DATA, INSTRUCTION, ROLES, Batch, Conversation, Encoded, Message, Pair, Part, Row, collate, pad_id
 
@@ -411,7 +412,7 @@ def template_of(source: str) -> str:
     Raises:
         ValueError: the source is wrong, or holds no template.
     """
-    if "{%" in source or "{{" in source:
+    if written_out(source):
         return source
     path = sources.fetch(source)
     if path.is_dir():

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -61,8 +61,8 @@ class Work:
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """The declared parameters."""
-        return self.stage.params
+        """The declared parameters, with files on disk by their paths."""
+        return replaced(self.stage.params, self.stage.places)
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,28 @@ class Stage:
     name: str
     version: int
     params: Mapping[str, Any]
-    """Declared parameters: JSON values only."""
+    """Declared parameters: JSON values only. A file on disk stands there as the fingerprint of its content."""
     run: Callable[[Work], None]
     inputs: tuple[Stage, ...] = ()
     label: str = ""
     """What a person reads; not hashed."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of files on disk -> where they lie; not hashed, so that a file is one artifact however it is called."""
 
     @cached_property
     def key(self) -> str:
         """Address of the artifact."""
         made_of = [self.name, self.version, self.params, [stage.key for stage in self.inputs]]
         return hashlib.sha256(json.dumps(made_of, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def replaced(value: Any, places: Mapping[str, str]) -> Any:
+    """Return JSON values with other texts in place of those that `places` has."""
+    if isinstance(value, Mapping):
+        return {name: replaced(one, places) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [replaced(one, places) for one in value]
+    return places.get(value, value) if isinstance(value, str) else value
 
 
 @dataclass
@@ -201,6 +212,7 @@ def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener)
             "version": stage.version,
             "inputs": [[needed.name, needed.key] for needed in stage.inputs],
             "seconds": round(time.monotonic() - start_s, 3),
+            **({"places": dict(stage.places)} if stage.places else {}),
         }
         store.commit(stage.name, stage.key, directory, meta)
     store.discard_work(stage.name, stage.key)

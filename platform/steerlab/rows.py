@@ -115,7 +115,7 @@ def _check_all(data: DataSet) -> None:
 def describe(data: DataSet) -> str:
     """Name a data set in a few words: the file of its first source, and how many more there are."""
     first = data.sources[0]
-    name = re.split(r"[/#!]", first)[-1] if first.startswith(("wheel:", "sdist:")) else first
+    name = re.split(r"[/#!]", first)[-1] if first.startswith(("wheel:", "sdist:", "/")) else first
     more = len(data.sources) - 1
     return f"{name} and {more} more" if more else name
 

@@ -213,7 +213,7 @@ def test_a_job_holds_the_task_within_with_every_default(tmp_path: Path) -> None:
             r"evaluate.0.of.prompts.fromat: unknown key",
         ),
         ({"of": {"task": "controllability"}}, r"evaluate.0.of.task: 'controllability' is not known"),
-        ({"of": {"limit": 1}}, r"evaluate.0.of.task: 'nothing' is not known"),
+        ({"of": {"limit": 1}}, r"evaluate.0.of.task: this key is required"),
         (
             {"of": {"task": "refusal", "strengths": [0, 1]}},
             r"of.strengths \[0.0, 1.0\]: the grid is set by strengths, beside `of`",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -83,6 +84,131 @@ def test_angles(path: Path, text: str, expected: float) -> None:
 def test_what_is_wrong_is_said(path: Path, override: str, message: str) -> None:
     with pytest.raises(job.JobError, match=message):
         job.read(path, JobType, [override])
+
+
+SETTINGS = {
+    "evaluate": [
+        {"task": "toxicity"},
+        {"task": "perplexity", "source": "tiny:instructions/test", "offset": 3},
+        {"task": "controllability", "of": {"task": "toxicity"}, "metric": "toxicity/score"},
+    ],
+    "data": {"train": {"source": "tiny:instructions/train", "equals": {"meta.label": "x"}}},
+    "choose": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "value"),
+    [
+        ("train.lr=2e-2", "train.lr", 0.02),
+        ("train.steps=1e3", "train.steps", 1000),
+        ("train.steps=010", "train.steps", 10),
+        ("train=null", "train", None),
+        ("name=2026-01-01", "name", "2026-01-01"),
+        ("data.train.subset=no", "data.train.subset", "no"),
+        ("data.train.fill.output=a=b", "data.train.fill.output", "a=b"),
+        ('data.train.fill.output="*.mlp: [x # y"', "data.train.fill.output", "*.mlp: [x # y"),
+        ("method.gradual=true", "method.gradual", True),
+        ('data.train.equals."meta.label"=y', "data.train.equals", {"meta.label": "y"}),
+        ("data.train.equals={meta.label: y}", "data.train.equals", {"meta.label": "y"}),
+        # One value of a default, the rest of which stays.
+        ("evaluate.0.prompts.limit=20", "evaluate.0.prompts", {"limit": 20, "format": "text", "distinct": True}),
+        ("evaluate.0.prompts.source=tiny:x", "evaluate.0.prompts", {"source": "tiny:x", "format": "text", "shuffle": 0}),
+        ("evaluate.2.of.prompts.limit=20", "evaluate.2.of.prompts", {"limit": 20, "format": "text", "distinct": True}),
+        ("evaluate.1.data.limit=20", "evaluate.1.data", {"limit": 20, "source": "tiny:instructions/test", "offset": 3}),
+        ("evaluate.0.label=a.b", "evaluate.0.label", "a.b"),
+        ("scale.workers=2", "scale.workers", 2),
+    ],
+)
+def test_one_value_is_overridden_as_it_is_written(path: Path, override: str, place: str, value: object) -> None:
+    path.write_text(yaml.safe_dump(GOOD | SETTINGS))
+    found: Any = job.read(path, JobType, [override]).model_dump(mode="json")
+    for part in place.split("."):
+        found = found[int(part)] if isinstance(found, list) else found[part]
+    assert found == (found | value if isinstance(value, dict) else value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=[", r"--set name=\[: .* a \[ or { is not closed; a text goes in quotes: 'name=\"...\"'"),
+        ("extract.select.modules=*.mlp", r"what begins with \* is an alias in YAML; a text goes in quotes"),
+        ("name=&a", r"a.yaml: name: "),
+        ("name=@a", r"--set name=@a: .*goes in quotes"),
+        ("name={a", r"--set name={a: .*goes in quotes"),
+        ("name=%a", r"--set name=%a: .*goes in quotes"),
+        ("name=:", r"--set name=:: .*goes in quotes"),
+        ("name=a # b", r"would be a comment"),
+        ("train.steps=.inf", r"--set train.steps=.inf: .*finite numbers"),
+        ("a..b=1", r"'a..b' is no path of a key"),
+        (".a=1", r"is no path of a key"),
+        ("a.=1", r"is no path of a key"),
+        ("=x", r"--set =x: expected a.b=c"),
+        ("", r"--set : expected a.b=c"),
+        ("evaluate.-1.limit=1", r"-1 is not an item of a list of 3"),
+        ("evaluate.\u00b2=1", r"is not an item of a list of 3"),
+        ("train.steps.x=1", r"steps holds 3, not a group of settings"),
+        ("train.steps=true", r"train.steps: .*integer \(given: True\); true and false are no numbers"),
+        ('train.steps="5"', r"train.steps: .*integer \(given: '5'\); write the number without quotes"),
+        ("train.steps=1:30", r"train.steps: .*given: '1:30'"),
+        ("method.gradual=yes", r"method.gradual: .*given: 'yes'\); write true or false"),
+        ("name=123", r"name: .*given: 123\); write a text in quotes"),
+        ("scale.workers=x", r"scale.workers: Input should be a valid integer or a list \(given: 'x'\)"),
+        ("scale.workers=[1]", r"scale.workers.1: this key is required"),
+        ("evaluate=[{}]", r"evaluate.0.task: this key is required"),
+        ("model=5", r"model: Input should be a mapping"),
+        ("model.source={a: 1}", r"model.source: name: this key is required"),
+        ("train.seed=4294967296", r"train.seed: .*less than 4294967296"),
+        ("evaluate.0.seed=-1", r"evaluate.0.seed: .*greater than or equal to 0"),
+        ("name=" + "y" * 10**6, r"name: .*1000002 characters\)"),
+        ("z" * 10**6 + "=1", r"zzz... \(1000000 characters\): unknown key"),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_ends_in_one_line(path: Path, override: str, message: str) -> None:
+    path.write_text(yaml.safe_dump(GOOD | SETTINGS))
+    with pytest.raises(job.JobError, match=message) as caught:
+        job.read(path, JobType, [override])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a.yaml: the file is empty; a job is a mapping"),
+        (b"# nothing\n", "a.yaml: the file is empty"),
+        (b"- a: 1\n", "the file holds a list; a job is a mapping"),
+        (b"text\n", "the file holds one value"),
+        (b"name: a\nx: \xff\n", "a.yaml:2: cannot be read as YAML: the file is no UTF-8 text"),
+        (bytes(range(256)), "the file is no UTF-8 text"),
+        ("name: a\n".encode("utf-16"), "the file is no UTF-8 text"),
+        (b"train: {steps: 1}\nname: a\ntrain: {steps: 2}\n", "a.yaml:3: .*the key 'train' stands in lines 1 and 3"),
+    ],
+)
+def test_a_file_that_is_no_job_is_named_with_its_line(path: Path, content: bytes, message: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(job.JobError, match=message) as caught:
+        job.read(path, JobType)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_and_a_folder(path: Path, tmp_path: Path) -> None:
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert job.read(path, JobType).name == "a"
+    with pytest.raises(job.JobError, match="cannot be read: Is a directory"):
+        job.read(tmp_path, JobType)
+    path.write_bytes(path.read_bytes() + b"1: x\n")
+    with pytest.raises(job.JobError, match=r"a.yaml: 1: a key is a text; write it in quotes$"):
+        job.read(path, JobType)
+
+
+def test_texts_stay_texts_in_free_settings(path: Path) -> None:
+    sampler = "{options: {beta_end: 2e-2, spacing: no, clip: true, power: 1.0, order: 2, name: '2'}}"
+    path.write_text(
+        f"name: a\nmodel: {{source: pixels:digits-model, kind: diffusion, sampler: {sampler}}}\nmethod: {{name: none}}\n"
+    )
+    options = job.read(path, JobType).model.drawing.options
+    assert options == {"beta_end": 0.02, "spacing": "no", "clip": True, "power": 1.0, "order": 2, "name": "2"}
+    assert [type(value) for value in options.values()] == [float, str, bool, float, int, str]
 
 
 def test_elastic_workers_need_replicated_state(path: Path) -> None:

@@ -175,7 +175,9 @@ def test_what_is_not_set_leaves_no_trace_in_keys() -> None:
 
 
 def test_rows_mixed_into_a_tasks_data_set_are_part_of_its_key() -> None:
-    from steerlab.stages.evaluate import _fingerprints
+    from steerlab.evaluation import TASKS
+    from steerlab.stages.evaluate import fingerprints
 
-    config = {"prompts": {"source": "tiny:topics/test", "also": [{"source": "tiny:refusals/test"}]}}
-    assert [name for name, _ in _fingerprints(config)] == ["prompts.also.0.source", "prompts.source"]
+    prompts = {"source": "tiny:topics/test", "also": [{"source": "tiny:refusals/test"}]}
+    task = TASKS["refusal"].Config.model_validate({"prompts": prompts})
+    assert list(fingerprints(task)) == ["prompts.also.0.source", "prompts.source"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,33 @@ def ask(job: Path, text: str, samples: int | None = None, seeds: int = 1, overri
     ("text", "message"),
     [
         (GOOD, "SPACE is missing"),
+        ("SPACE = {}\n" + GOOD, "SPACE is empty"),
+        ("SPACE = [1]\n" + GOOD, "SPACE is of type list"),
+        ("SPCAE = {'train.lr': 1e-3}\n" + GOOD, "SPCAE: unknown name; did you mean SPACE"),
+        ("SPACE = {'strength': [0.5, 1.0]}\n" + GOOD, r"SPACE\['strength'\] is a list; .*tune.grid_search"),
+        ("SPACE = {'train.lr': [1e-3, 1e-2]}\n" + GOOD, r"train.lr: .*for several write tune.grid_search"),
+        ("SPACE = {'train.lr': (1e-3, 1e-2)}\n" + GOOD, r"train.lr: .*for several write tune.grid_search"),
+        ("SPACE = {'train': {'lr': [1e-3, 1e-2]}}\n" + GOOD, r"train.lr: .*for several write tune.grid_search"),
+        ("SPACE = {'strength': tune.grid_search(['x'])}\n" + GOOD, "'x' is no number"),
+        ("SPACE = {'strength': tune.grid_search([True])}\n" + GOOD, "True is no number"),
+        ("SPACE = {'train.lr': tune.grid_search(1e-3)}\n" + GOOD, "take a list of values, not 0.001"),
+        ("SPACE = {'train.lr': tune.grid_search('abc')}\n" + GOOD, "take a list of values, not 'abc'"),
+        ("SPACE = {'train.lr': tune.choice([])}\n" + GOOD, r"SPACE\['train.lr'\] has no values"),
+        ("SPACE = {'train.lr': lambda spec: 1}\n" + GOOD, "is a function; write tune.sample_from"),
+        ("SPACE = {'train.lr': tune.choice([tune.uniform(0, 1), 1])}\n" + GOOD, "is a domain itself"),
+        ("SPACE = {'method': tune.choice([{'name': tune.grid_search(['ise'])}])}\n" + GOOD, "is a domain itself"),
+        ("SPACE = {'train.lr': {1, 2}}\n" + GOOD, "a value of type set"),
+        ("SPACE = {'train.lr': tune.grid_search([float('nan')])}\n" + GOOD, "nan is no value of a setting"),
+        ("SPACE = {1: 2}\n" + GOOD, r"SPACE\[1\]: a key is the path of a field"),
+        ("SPACE = {('train.lr', 'train.steps'): 2}\n" + GOOD, "a key is the path of a field"),
+        ("SPACE = {'train..lr': 2}\n" + GOOD, "a key is the path of a field"),
+        ("SPACE = {'train': {'lr': 1e-3}, 'train.lr': 1e-2}\n" + GOOD, "twice, once nested and once by its whole key"),
+        ("SPACE = {'train.lr, train.steps': tune.grid_search([(1, 2)]), 'train.lr': 1}\n" + GOOD, "both set train.lr"),
+        ("SPACE = {'method': tune.grid_search([{'name': 'ise'}]), 'method.name': 'x'}\n" + GOOD, "both set method.name"),
+        ("SPACE = {'train.lr': tune.sample_from(lambda spec: spec.config.nothing)}\n" + GOOD, "cannot be drawn: .*whole keys"),
+        ("SPACE = {'train.lr': tune.sample_from(lambda spec: 1 / 0)}\n" + GOOD, "SPACE cannot be drawn: ZeroDivisionError"),
+        ("SPACE = {'train.lr': 1e-3}\nMETRIC, MODE = 3, 'min'\n", "METRIC is the name of a metric"),
+        ("SPACE = {'train.lr': 1e-3}\nDEVELOPMENT = {'task': 'x'}\n" + GOOD, "DEVELOPMENT is a list of tasks"),
         ("SPACE = {'method.angle_rat': tune.grid_search([1.0])}\n" + GOOD, r"unknown key; did you mean 'angle_rad'\?"),
         ("SPACE = {'methud.angle_rad': tune.grid_search([1.0])}\n" + GOOD, "unknown key; did you mean 'method'"),
         ("SPACE = {'train.lr': tune.grid_search([1e-3, -1.0])}\n" + GOOD, r"train.lr = -1.0.*greater than 0"),
@@ -72,6 +100,99 @@ def test_a_wrong_space_is_refused_with_one_message(job: Path, text: str, message
         return
     with pytest.raises(ValueError, match=message):
         ask(job, text)
+
+
+def test_ray_tunes_nested_form_is_merged_into_the_job(job: Path) -> None:
+    text = (
+        "import enum, numpy as np\n"
+        "class Schedule(str, enum.Enum):\n    LINE = 'constant'\n"
+        "SPACE = {'train': {'lr': tune.grid_search(np.array([1e-3, 1e-2])), 'betas': (0.9, np.float32(0.5)), "
+        "'schedule': Schedule.LINE, 'warmup_steps': np.int64(1)}, 'method': {'angle_rad': tune.choice([np.float64(0.5)])}, "
+        "'data.train.fill': {'label': 'x'}}\n" + GOOD
+    )
+    asked = ask(job, text, samples=1)
+    points = [trial.params for unit in asked.units for trial in unit.trials]
+    assert [point.pop("train.lr") for point in points] == [1e-3, 1e-2]
+    assert points == 2 * [
+        {
+            "train.betas": [0.9, 0.5],
+            "train.schedule": "constant",
+            "train.warmup_steps": 1,
+            "method.angle_rad": 0.5,
+            "data.train.fill": {"label": "x"},
+        }
+    ]
+    assert json.loads(json.dumps(points)) == points and type(points[0]["train.schedule"]) is str
+    made = asked.plan.job_of(points[0], 0, ())
+    assert made.train is not None and made.train.steps == 4, "what the space leaves out stays"
+
+
+def test_entries_may_depend_on_each_other_by_their_whole_keys(job: Path) -> None:
+    text = "SPACE = {'train': {'lr': tune.grid_search([1e-3, 1e-2])}, 'train.clip_norm': tune.sample_from("
+    asked = ask(job, text + "lambda spec: 100 * spec.config['train.lr'])}\n" + GOOD, samples=1)
+    assert [unit.shared["train.clip_norm"] for unit in asked.units] == pytest.approx([0.1, 1.0])
+
+
+def test_a_list_is_one_value_of_a_field_that_takes_lists(job: Path) -> None:
+    asked = ask(job, "SPACE = {'train.betas': (0.9, 0.99), 'train.lr': tune.grid_search([1e-3])}\n" + GOOD)
+    assert asked.units[0].shared["train.betas"] == [0.9, 0.99]
+
+
+def test_a_space_imports_its_neighbours_and_forgets_them(job: Path, tmp_path: Path) -> None:
+    found = []
+    for folder, values in (("one", "[1e-3]"), ("two", "[1e-2, 1e-1]")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "neighbour_values.py").write_text(f"LRS = {values}\n")
+        path = tmp_path / folder / "space.py"
+        path.write_text(
+            "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom ray import tune\n"
+            "from neighbour_values import LRS\n@dataclass\nclass Own:\n    a: int = 1\n"
+            "SPACE = {'train.lr': tune.grid_search(LRS)}\n"
+        )
+        found.append(spaces.load(path).entries["train.lr"]["grid_search"])
+    assert found == [[1e-3], [1e-2, 1e-1]]
+    assert "neighbour_values" not in sys.modules and str(tmp_path / "two") not in sys.path
+    (tmp_path / "two" / "neighbour_values.py").write_text("\nLRS = 1 / 0\n")
+    with pytest.raises(JobError, match=r"space.py:4: from neighbour_values import LRS\n.*neighbour_values.py:2: LRS = 1 / 0\n"):
+        spaces.load(tmp_path / "two" / "space.py")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"exit()\n", r"space.py:1: exit\(\)\n  SystemExit"),
+        (b"import sys\nsys.exit('enough')\n", "space.py:2: .*\n  SystemExit: enough"),
+        (b"\xff\xfe\n", "SyntaxError|ValueError"),
+        (b"a = 1\x00\n", "SyntaxError|ValueError"),
+        (b"def f():\n    return f()\nf()\n", "RecursionError"),
+    ],
+)
+def test_whatever_a_space_does_ends_in_a_message(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "space.py"
+    path.write_bytes(content)
+    with pytest.raises(JobError, match=message):
+        spaces.load(path)
+
+
+def test_seeds_beyond_the_largest_are_refused(job: Path) -> None:
+    largest = 2**32 - 1
+    assert ask(job, GRID + GOOD, seeds=1, overrides=(f"train.seed={largest}",)).seeds == (largest,)
+    with pytest.raises(JobError, match=rf"--seeds 2: they begin with train.seed {largest} and go beyond {largest}"):
+        ask(job, GRID + GOOD, seeds=2, overrides=(f"train.seed={largest}",))
+
+
+def test_a_value_of_a_default_is_varied_and_the_rest_of_it_stays(job: Path) -> None:
+    text = "SPACE = {'evaluate.1.prompts.limit': tune.grid_search([3, 4])}\n" + GOOD
+    job.write_text(yaml.safe_dump(JOB | {"evaluate": [*JOB["evaluate"], {"task": "toxicity", "limit": 1}]}))  # type: ignore[misc]
+    found = trials.plan(job, (), spaces.load(_written(job, text)))
+    made: Any = found.job_of({"evaluate.1.prompts.limit": 3}, 0, ())
+    assert (made.evaluate[1].prompts.limit, made.evaluate[1].prompts.format) == (3, "text")
+
+
+def _written(job: Path, text: str) -> Path:
+    path = job.parent / "space.py"
+    path.write_text("from ray import tune\n" + text)
+    return path
 
 
 def test_searchers_and_schedulers_that_cannot_work_are_refused(job: Path) -> None:

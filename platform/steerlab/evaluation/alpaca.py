@@ -25,7 +25,7 @@ from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import ALPACA, Numbered, has_input, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result
 from steerlab.generation import Generation, SteeredModel
-from steerlab.job import TaskConfig
+from steerlab.job import Source, TaskConfig
 
 
 class Config(TaskConfig):
@@ -33,7 +33,7 @@ class Config(TaskConfig):
 
     task: Literal["alpaca"] = "alpaca"
     """This task."""
-    source: str = ALPACA
+    source: Source = ALPACA
     """Rows with instruction and, where there is one, input; a field `dataset` is passed on."""
     needs_input: bool = False
     """Use only rows with an input (the paper's second set: AlpacaFarm's 208)."""

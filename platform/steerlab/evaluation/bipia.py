@@ -39,7 +39,7 @@ from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import choose, number
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
-from steerlab.job import TaskConfig
+from steerlab.job import Seed, Source, TaskConfig
 
 DetectorFactory.seed = 0  # langdetect draws at random unless told otherwise
 
@@ -72,7 +72,7 @@ class Config(TaskConfig):
 
     task: Literal["bipia"] = "bipia"
     """This task."""
-    source: str
+    source: Source
     """The benchmark's folder, with the attack files and `<scenario>/test.jsonl`."""
     scenarios: tuple[Scenario, ...] = Field(("email", "table", "qa", "abstract", "code"), min_length=1)
     """Contexts to attack."""
@@ -88,7 +88,7 @@ class Config(TaskConfig):
     """Sampling temperature (the paper samples; its temperature is not known); 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus of sampling."""
-    seed: int = 2024
+    seed: Seed = 2024
     """Seed of sampling, of the middle places and of the choice of items (paper: from 2024)."""
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from steerlab.evaluation import vision
 from steerlab.evaluation.images import ImageConfig, draw
 from steerlab.evaluation.metrics import Observation, Result
+from steerlab.job import Source
 from steerlab.sampling import SteeredPipeline
 
 
@@ -21,7 +22,7 @@ class Config(ImageConfig):
 
     task: Literal["clip_score"] = "clip_score"
     """This task."""
-    clip_source: str = Field(min_length=1)
+    clip_source: Source = Field(min_length=1)
     """CLIP model; the papers' is hf:openai/clip-vit-large-patch14."""
     text: str | None = None
     """What the images are compared with; null: each with its own prompt."""

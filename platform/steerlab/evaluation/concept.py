@@ -29,6 +29,7 @@ from steerlab.evaluation.continuation import ContinuationConfig, continue_texts,
 from steerlab.evaluation.items import Numbered, choose
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
+from steerlab.job import Source
 
 _VOWELS = "aeiou"
 
@@ -52,15 +53,15 @@ class Config(ContinuationConfig):
     """Divides the logits of tokens that occurred; 1 is none."""
     words: tuple[str, ...] = ()
     """Words or phrases that show the concept; empty leaves `concept/words` out."""
-    embedding_source: str | None = scorers.MINILM
+    embedding_source: Source | None = scorers.MINILM
     """Sentence encoder (mean over tokens); null leaves `concept/similarity` out."""
     examples: tuple[str, ...] = ()
     """Sentences that show the concept, for the similarity; empty compares with the concept's own text."""
-    judge_source: str | None = None
+    judge_source: Source | None = None
     """Causal language model that is asked about each continuation."""
     question: str = "Text: {text}\n\nIs this text about {concept}? Answer with Yes or No."
     """What the judge is asked; {text} and {concept} are filled in."""
-    classifier_source: str | None = None
+    classifier_source: Source | None = None
     """Hugging Face sequence classifier, in place of a judge."""
     classifier_label: str | None = None
     """The classifier's class that means that the concept is present: more likely than not counts as present."""

@@ -24,7 +24,7 @@ from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import Numbered, choose, number
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import SteeredModel
-from steerlab.job import TaskConfig
+from steerlab.job import Seed, Source, TaskConfig
 
 
 class ForbiddenWordConfig(TaskConfig):
@@ -36,7 +36,7 @@ class ForbiddenWordConfig(TaskConfig):
     """Sampling temperature; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus of sampling."""
-    seed: int = 2024
+    seed: Seed = 2024
     """Seed of sampling and of the choice of rows (paper: from 2024)."""
 
 
@@ -45,7 +45,7 @@ class GandalfConfig(ForbiddenWordConfig):
 
     task: Literal["gandalf"] = "gandalf"
     """This task."""
-    source: str = "hf:Lakera/gandalf_summarization"
+    source: Source = "hf:Lakera/gandalf_summarization"
     """Rows with a field `text`: the hub's data set, or a file."""
     splits: tuple[str, ...] = Field(("train", "validation", "test"), min_length=1)
     """Splits read from a hub data set (paper: all); a file has none."""
@@ -60,7 +60,7 @@ class PurpleConfig(ForbiddenWordConfig):
 
     task: Literal["purple"] = "purple"
     """This task."""
-    source: str
+    source: Source
     """The published `purple_questions_test.json`, or rows with a field `prompt`."""
     word: str = Field("purple", min_length=1)
     """The forbidden word."""

@@ -26,7 +26,7 @@ from steerlab import sources
 from steerlab.evaluation.harness_model import adapter
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
-from steerlab.job import TaskConfig
+from steerlab.job import Seed, Source, TaskConfig
 
 
 class Config(TaskConfig):
@@ -38,9 +38,9 @@ class Config(TaskConfig):
     """The harness's name of a task or a group: `mmlu`, `truthfulqa_mc2`."""
     num_fewshot: int | None = Field(None, ge=0)
     """Worked examples before each question; null takes the task's own number."""
-    tasks_source: str | None = None
+    tasks_source: Source | None = None
     """Folder with task files of your own; null takes the harness's tasks only."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the few-shot examples and of sampling (the harness's default)."""
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from steerlab.evaluation import vision
 from steerlab.evaluation.images import ImageConfig, draw, files, samples
 from steerlab.evaluation.metrics import Observation, Result, spread
-from steerlab.job import DataSet
+from steerlab.job import DataSet, Source
 from steerlab.sampling import SteeredPipeline
 
 
@@ -37,7 +37,7 @@ class Config(ImageConfig):
     """Images with labels (format image) that the classifier is trained on."""
     held_out: DataSet | None = None
     """Other images, by which the classifier itself is judged."""
-    clip_source: str | None = None
+    clip_source: Source | None = None
     """CLIP model, in place of a classifier."""
     clip_texts: tuple[str, str] = ("A picture of {concept}", "A picture of something")
     """What CLIP chooses between; {concept} is filled in."""

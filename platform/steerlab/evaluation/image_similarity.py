@@ -17,7 +17,7 @@ from torch import Tensor
 from steerlab.evaluation import vision
 from steerlab.evaluation.images import ImageConfig, draw, with_zero
 from steerlab.evaluation.metrics import Observation, Result
-from steerlab.job import DataSet
+from steerlab.job import DataSet, Source
 from steerlab.sampling import SteeredPipeline
 
 
@@ -30,7 +30,7 @@ class Config(ImageConfig):
     """Images with labels (format image) on which the classifier is trained whose features compare."""
     field: str = "label"
     """Field of the classifier's rows that it learns to tell."""
-    embedding_source: str | None = None
+    embedding_source: Source | None = None
     """Model of images, DINOv2 or CLIP."""
 
 

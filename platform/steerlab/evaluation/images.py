@@ -9,25 +9,44 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from steerlab import pictures
 from steerlab.evaluation.items import Numbered, data_rows
-from steerlab.job import DataSet, TaskConfig
+from steerlab.job import DataSet, Frozen, TaskConfig, cut
 from steerlab.sampling import SteeredPipeline
 
 _ABOUT_ZERO = 1e-9
+
+
+class Grid(Frozen):
+    """Strengths at equal distances."""
+
+    min: float
+    """The first one."""
+    max: float
+    """The last one."""
+    steps: int = Field(ge=2, le=10_000)
+    """Their number."""
+
+
+Strengths = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 def _grid(value: Any) -> Any:
     """Accept {min, max, steps} beside a list of strengths."""
     if not isinstance(value, dict):
         return value
-    if set(value) != {"min", "max", "steps"} or int(value["steps"]) < 2 or not value["min"] < value["max"]:
-        raise ValueError(f"a grid of strengths is {{min, max, steps}} with min < max and 2 steps or more, not {value}")
-    found = np.linspace(float(value["min"]), float(value["max"]), int(value["steps"]))
-    return [round(float(strength), 6) for strength in found]
+    wrong = f"a grid of strengths is {{min, max, steps}} with min < max and 2 steps or more, not {cut(str(value))}"
+    try:
+        grid = Grid.model_validate(value)
+    except ValidationError:
+        raise PydanticCustomError("grid", "{wrong}", {"wrong": wrong}) from None
+    if not grid.min < grid.max:
+        raise ValueError(wrong)
+    return [round(float(strength), 6) for strength in np.linspace(grid.min, grid.max, grid.steps)]
 
 
 class ImageConfig(TaskConfig):
@@ -35,7 +54,7 @@ class ImageConfig(TaskConfig):
 
     data: DataSet
     """Prompts (format text); `seeds` draws each of them several times."""
-    strengths: Annotated[tuple[float, ...], BeforeValidator(_grid)] = Field((1.0,), min_length=1)
+    strengths: Annotated[Strengths, BeforeValidator(_grid, json_schema_input_type=Strengths | Grid)] = Field((1.0,))
     """Strengths of the patch, drawn in common batches: a list, or a grid {min, max, steps}."""
     guidance: tuple[float, ...] = ()
     """Guidance scales; empty takes the sampler's. The metrics of all but the first have `@scale` behind their names."""

@@ -30,7 +30,7 @@ from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import Generation, SteeredModel
-from steerlab.job import TaskConfig
+from steerlab.job import Source, TaskConfig
 
 Attack = Literal["none", "naive", "ignore", "escape", "completion"]
 Position = Literal["end", "both"]
@@ -76,7 +76,7 @@ class Config(InjectionConfig):
 
     task: Literal["injection"] = "injection"
     """This task."""
-    source: str = ALPACA
+    source: Source = ALPACA
     """Instruction rows; those with an input are used."""
     offset: int = Field(0, ge=0)
     """Rows with an input that are skipped first: those a job trained on."""

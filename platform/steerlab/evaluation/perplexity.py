@@ -9,7 +9,8 @@ Metric: `perplexity/value`. Its observations are the rows' mean negative log-lik
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -17,10 +18,16 @@ from steerlab import sources
 from steerlab.evaluation.items import ALPACA, Numbered, choose, data_rows, instruction_rows, number
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel, TokenLogProbs
-from steerlab.job import DataSet, TaskConfig
+from steerlab.job import DataSet, Implied, Source, TaskConfig
 from steerlab.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 
 _METRIC = "perplexity/value"
+
+
+def _own_rows(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rows that a config without `data` names, as a data set."""
+    named = {name: config[name] for name in ("source", "format", "needs_input", "offset") if name in config}
+    return {"source": ALPACA, **named}
 
 
 class Config(TaskConfig):
@@ -28,7 +35,7 @@ class Config(TaskConfig):
 
     task: Literal["perplexity"] = "perplexity"
     """This task."""
-    source: str = ALPACA
+    source: Source = ALPACA
     """Rows with instruction, input, output (format instruction) or text (format text)."""
     format: Literal["instruction", "text"] = "instruction"
     """instruction: the response given the prompt; text: the whole text."""
@@ -38,7 +45,7 @@ class Config(TaskConfig):
     """Only rows that have an input; decided before `offset` (instruction rows)."""
     offset: int = Field(0, ge=0)
     """Rows skipped first: those a job trained on."""
-    data: DataSet | None = None
+    data: Annotated[DataSet | None, Implied(_own_rows)] = None
     """The rows as a job's data sets name them (several sources, filters, first sentences); takes the place of source, format,
     needs_input and offset."""
     max_tokens: int = Field(2048, ge=2)

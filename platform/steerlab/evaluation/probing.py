@@ -36,7 +36,7 @@ from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import SteeredModel
-from steerlab.job import TaskConfig
+from steerlab.job import Source, TaskConfig
 from steerlab.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 
 Measure = Literal["layers", "concept", "causal", "cosine"]
@@ -49,7 +49,7 @@ class Config(TaskConfig):
     """This task."""
     measures: tuple[Measure, ...] = Field(("layers", "concept", "causal", "cosine"), min_length=1)
     """What is measured."""
-    source: str = ALPACA
+    source: Source = ALPACA
     """Instruction rows with an input, on which the probes are trained and tested."""
     offset: int = Field(0, ge=0)
     """Rows with an input that are skipped first: those a job trained on."""
@@ -69,7 +69,7 @@ class Config(TaskConfig):
     """Tokens a step (paper: 32)."""
     concept_layer: int | None = Field(None, ge=0)
     """Layer of the concept probe, 0 the embedding; null takes 15/32 of the depth (paper: 15 of 32, 18 of 40)."""
-    separation_source: str | None = None
+    separation_source: Source | None = None
     """SEP rows for concept and causal; null takes the repository's own probes."""
     max_tokens: int = Field(512, ge=8)
     """Rows with longer texts (in tokens) train no probe."""

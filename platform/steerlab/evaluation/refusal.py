@@ -36,7 +36,7 @@ from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import data_rows
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
-from steerlab.job import DataSet, TaskConfig
+from steerlab.job import DataSet, Source, TaskConfig
 
 ADVBENCH = "wheel:pyrit==1.1.0#pyrit/datasets/seed_datasets/local/adv_bench.prompt"
 KEYWORDS = (
@@ -69,7 +69,7 @@ class Config(TaskConfig):
     """prefix: a refusal begins with a keyword (WSR-Tune); anywhere: it holds one (the code of Safety-WaRP)."""
     keywords: tuple[Keyword, ...] = Field(KEYWORDS, min_length=1)
     """Beginnings or parts of a refusal."""
-    classifier_source: str | None = None
+    classifier_source: Source | None = None
     """A Hugging Face sequence classifier that reads the response in place of the keywords, such as
     hf:protectai/distilroberta-base-rejection-v1; more likely than not is a refusal."""
     refusal_label: str = "REJECTION"

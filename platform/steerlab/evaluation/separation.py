@@ -37,7 +37,7 @@ from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import ALPACA, Numbered, choose, has_input, number
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import Generation, SteeredModel
-from steerlab.job import TaskConfig
+from steerlab.job import Source, TaskConfig
 
 POSITIONS = ("ll", "lr", "rl", "rr")
 _FIELDS = ("system_prompt_clean", "prompt_instructed", "system_prompt_instructed", "prompt_clean", "witness")
@@ -49,7 +49,7 @@ class Config(TaskConfig):
 
     task: Literal["separation"] = "separation"
     """This task."""
-    source: str | None = None
+    source: Source | None = None
     """Rows in the published SEP format; null takes the repository's own probes in alpaca rows."""
     offset: int = Field(0, ge=0)
     """Rows skipped first: those a job trained on."""

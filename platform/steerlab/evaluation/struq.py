@@ -20,6 +20,7 @@ from steerlab.evaluation.injection import InjectionConfig, Position, run_attacks
 from steerlab.evaluation.items import instruction_rows
 from steerlab.evaluation.metrics import Result
 from steerlab.generation import SteeredModel
+from steerlab.job import Seed, Source
 
 _SUFFIX: dict[Position, str] = {"end": "_id", "both": "_ood"}
 
@@ -29,11 +30,11 @@ class Config(InjectionConfig):
 
     task: Literal["struq"] = "struq"
     """This task."""
-    source: str
+    source: Source
     """AlpacaFarm evaluation rows (instruction, input, output); rows without an input are left out."""
     positions: tuple[Position, ...] = Field(("end", "both"), min_length=1)
     """end: in distribution; both: out of distribution."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the attacks and of sampling (paper: 42, 43, 44)."""
 
 

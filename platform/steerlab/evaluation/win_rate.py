@@ -37,7 +37,7 @@ from steerlab.evaluation.items import ALPACA, Numbered, data_rows, has_input
 from steerlab.evaluation.judges import Answer, Pair, Verdict
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
-from steerlab.job import DataSet, TaskConfig
+from steerlab.job import DataSet, Source, TaskConfig
 
 FORMATS = ("instruction", "text", "preference")
 
@@ -58,11 +58,11 @@ class Config(TaskConfig):
     """Instruction rows, whose output is the reference; pairs, whose chosen response is; or plain texts."""
     against: Literal["base", "reference"] = "base"
     """base: the same model at strength 0; reference: the row's output, or its chosen response."""
-    implicit_source: str | None = None
+    implicit_source: Source | None = None
     """An artifact, an exported folder or a model whose log-likelihood ratio to its base is the reward."""
-    implicit_base_source: str | None = None
+    implicit_base_source: Source | None = None
     """That base; null takes the same model at strength 0, which needs a patch on it."""
-    judge_source: str | None = None
+    judge_source: Source | None = None
     """A reward model (a sequence classifier with one output) or a causal language model, as its config.json says."""
     question: str = judges.QUESTION
     """What a language model is asked; {prompt}, {first} and {second} are filled in."""
@@ -71,7 +71,7 @@ class Config(TaskConfig):
     seed."""
     best_of: int = Field(1, ge=1)
     """Answers that are drawn for each prompt; their opponent is one of strength 0. Needs a temperature."""
-    best_by_source: str | None = None
+    best_by_source: Source | None = None
     """What ranks them: a patched model as in `implicit_source`. The judge should be another, or it judges its own choice."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer in tokens."""

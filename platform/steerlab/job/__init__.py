@@ -5,10 +5,12 @@ closed type, so that a misspelt key anywhere ends in one short message before an
 """
 
 from steerlab.job.data import DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
-from steerlab.job.frozen import Frozen, JobError, Radians
-from steerlab.job.messages import explain
+from steerlab.job.frozen import SEED_LIMIT, Frozen, Implied, JobError, Radians, Seed
+from steerlab.job.messages import cut, explain
 from steerlab.job.model import JOB_PREFIX, ModelConfig, SamplerConfig
-from steerlab.job.reading import base_job, dump, inlined, put, read, read_tree, schema, validate
+from steerlab.job.places import Source, Template, described, written_out
+from steerlab.job.reading import base_job, dump, inlined, put, read, read_tree, validate
+from steerlab.job.schema import schema
 from steerlab.job.settings import (
     ChooseConfig,
     Limit,
@@ -23,11 +25,13 @@ from steerlab.job.whole import Job, job_type, prompt_settings, task_union
 
 __all__ = [
     "JOB_PREFIX",
+    "SEED_LIMIT",
     "ChooseConfig",
     "DataConfig",
     "DataSet",
     "ExtractConfig",
     "Frozen",
+    "Implied",
     "Job",
     "JobError",
     "Limit",
@@ -39,13 +43,18 @@ __all__ = [
     "Role",
     "SamplerConfig",
     "ScaleConfig",
+    "Seed",
     "Selection",
+    "Source",
     "Span",
     "TaskConfig",
+    "Template",
     "TrackConfig",
     "TrainConfig",
     "WandbConfig",
     "base_job",
+    "cut",
+    "described",
     "dump",
     "explain",
     "inlined",
@@ -57,4 +66,5 @@ __all__ = [
     "schema",
     "task_union",
     "validate",
+    "written_out",
 ]

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from steerlab import compose
-from steerlab.job.frozen import Frozen
+from steerlab.job.frozen import Frozen, Seed
+from steerlab.job.places import Source
 
 
 def _spelt(value: Any) -> Any:
@@ -24,7 +25,7 @@ Names = Annotated[dict[str, str], BeforeValidator(_spelt)]
 class DataSet(Frozen):
     """One data set and how its rows become tokens."""
 
-    source: str | tuple[str, ...]
+    source: Source | Annotated[tuple[Source, ...], Field(min_length=1)]
     """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, yaml, parquet, csv, tsv, txt, compressed or not; a folder of
     shards or a pattern), `sdist:NAME==VERSION#path`, `gym:NAME?seed=N&size=N`, `tiny:NAME`; several are read one after
     another."""
@@ -61,7 +62,7 @@ class DataSet(Frozen):
     """Subset of a JSON object of lists of texts, {none: [...], pixel art: [...]}, by its name."""
     tags: tuple[str, ...] = Field((), exclude_if=lambda tags: not tags)
     """Written behind the texts, after a comma, one after another in turn (format text): styles of captions."""
-    seeds: tuple[int, int] | None = Field(None, exclude_if=lambda seeds: seeds is None)
+    seeds: tuple[Seed, Seed] | None = Field(None, exclude_if=lambda seeds: seeds is None)
     """Each text so many times, once for each seed of the noise in [start, end) (format text, prompts of images). Null: once,
     with a seed that its words decide."""
     first_sentence: bool = False
@@ -71,7 +72,7 @@ class DataSet(Frozen):
     distinct: bool = False
     """Keep the first of equal texts (format instruction: of equal instruction and input) only, so that none is on two sides
     of a split."""
-    shuffle: int | None = None
+    shuffle: Seed | None = None
     """Seed of the order of the rows that are kept; null leaves them as they are."""
     limit: int | None = Field(None, ge=1)
     """Rows taken from `offset` on; null takes all."""
@@ -124,8 +125,6 @@ class DataSet(Frozen):
             raise ValueError(
                 f"loss_on last_response: rows of format {self.format} have one response; conversations have several"
             )
-        if not self.sources:
-            raise ValueError("source is an empty list")
         if self.format == "image" and self.loss_on == "response":
             raise ValueError("loss_on response: an image has no response")
         if self.seeds is not None and not 0 <= self.seeds[0] < self.seeds[1]:

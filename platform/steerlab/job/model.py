@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from steerlab.job.frozen import Frozen
+from steerlab.job.places import Source, Template
 
 JOB_PREFIX = "job:"
 
@@ -26,7 +27,7 @@ class SamplerConfig(Frozen):
     """Scale of classifier-free guidance; up to 1 there is none. Distilled guidance (FLUX) is given to the model as it is."""
     size: tuple[int, int] | None = None
     """Height and width in pixels; null takes the pipeline's."""
-    denoiser: str | None = None
+    denoiser: Source | None = None
     """Source of a safetensors file with other weights of the denoiser: SDXL-Lightning, DMD2."""
     read: tuple[int, ...] = Field((0,), min_length=1)
     """Steps whose activations are read; several are pooled together."""
@@ -55,7 +56,7 @@ class SamplerConfig(Frozen):
 class ModelConfig(Frozen):
     """Which model, and how it is loaded."""
 
-    source: str | dict[str, Any]
+    source: Source | dict[str, Any]
     """A source (`hf:owner/name`, path, URI, `wheel:NAME==VERSION`, `tiny:model`), or `job:FILE`: the model that job trains."""
     kind: Literal["causal_lm", "diffusion"] = "causal_lm"
     """Family of the model."""
@@ -64,9 +65,9 @@ class ModelConfig(Frozen):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of transformers."""
     # What follows is not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
-    tokenizer: str | None = Field(None, exclude_if=lambda source: source is None)
+    tokenizer: Source | None = Field(None, exclude_if=lambda source: source is None)
     """Source of the tokenizer, where it does not lie beside the model; null takes the model's own."""
-    chat_template: str | None = Field(None, exclude_if=lambda source: source is None)
+    chat_template: Template | None = Field(None, exclude_if=lambda source: source is None)
     """Chat template in place of the tokenizer's: its text, or the source of a Jinja file, of a `tokenizer_config.json`, or of a
     model that has one. A base model without a template can be trained and asked with another model's."""
     sampler: SamplerConfig | None = Field(None, exclude_if=lambda sampler: sampler is None)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from steerlab.job.frozen import Frozen
+from steerlab.job.frozen import Frozen, Seed
 
 
 class TrainConfig(Frozen):
@@ -44,7 +44,7 @@ class TrainConfig(Frozen):
     """Weights that become the artifact: of the last step, or of the best evaluation loss."""
     snapshots: tuple[int, ...] = ()
     """Steps after which the patch is kept as well, so that one training answers a sweep over `snapshot`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, row order and dropout."""
 
     @property
@@ -132,7 +132,7 @@ class TaskConfig(Frozen):
     strengths: tuple[float, ...] = Field((1.0,), min_length=1)
     """Strengths of the patch, evaluated in one batch; the first one gives the headline metrics. With `choose` the chosen
     strength comes first, and the model without the patch is measured as strength 0."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling and of the choice of rows."""
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steerlab.conditioning import Drawings
-from steerlab.job import Job, MethodConfig
+from steerlab.job import Job, MethodConfig, Seed
 from steerlab.methods.contract import Inputs, Loss, Method
 from steerlab.models import ModelFacts
 from steerlab.pipelines import Diffusion
@@ -34,8 +34,13 @@ class Config(MethodConfig):
     """The method."""
     drop_prompt: float = Field(0.1, ge=0, lt=1)
     """Share of rows without their prompt. Ho and Salimans: 0.1 to 0.2."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise and the times."""
+
+
+def _draw(seed: int, step: int, number: int) -> int:
+    """Return the seed of a row of a step, in the 64 bits that torch takes."""
+    return (((seed * 1_000_003 + step) << 24) + number) % 2**64
 
 
 class Denoise(nn.Module):
@@ -68,7 +73,7 @@ class Denoise(nn.Module):
         """Draw times, noise and which prompts stay, each row from a generator of its own."""
         times, noise, kept = [], [], []
         for number in batch.numbers.tolist() or range(len(batch.prompts)):
-            generator = torch.Generator().manual_seed(((self.config.seed * 1_000_003 + self._step) << 24) + number)
+            generator = torch.Generator().manual_seed(_draw(self.config.seed, self._step, number))
             times.append(int(torch.randint(self._scheduler.config.num_train_timesteps, (), generator=generator)))
             noise.append(torch.randn(x_BCHW.shape[1:], generator=generator))
             kept.append(float(torch.rand((), generator=generator)) >= self.config.drop_prompt)

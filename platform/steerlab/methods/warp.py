@@ -28,15 +28,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from steerlab import models, patches, rotation
 from steerlab.generation import SteeredModel
-from steerlab.job import ExtractConfig, Job, MethodConfig, Selection
+from steerlab.job import ExtractConfig, Job, MethodConfig, Seed, Selection
 from steerlab.methods.contract import (
     Inputs,
     Loss,
@@ -69,6 +70,25 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, int) else value
 
 
+def _known(value: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    for item in value:
+        if not re.fullmatch(_LAYER, str(item)):
+            message = f"{item!r} is none of {', '.join(_RANGES)}, no number and no span such as 8-15"
+            raise PydanticCustomError("layers", "{message}", {"message": message})
+    return value
+
+
+_LAYER = rf"({'|'.join(_RANGES)}|[0-9]+(-[0-9]+)?)"
+_Layers = tuple[Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=f"^{_LAYER}$")], ...]
+# What may be written: a list, one item, or a text with commas.
+_WrittenLayers = (
+    Annotated[_Layers, Field(min_length=1)] | int | Annotated[str, Field(pattern=f"^ *{_LAYER} *(, *{_LAYER} *)*$")]
+)
+_TYPES = f"({'|'.join(get_args(LayerType))})"
+_Types = Annotated[tuple[LayerType, ...], Field(min_length=1)]
+_WrittenTypes = _Types | Annotated[str, Field(pattern=f"^ *{_TYPES} *(, *{_TYPES} *)*$")]
+
+
 class Config(MethodConfig):
     """Hyperparameters of Safety-WaRP."""
 
@@ -76,7 +96,7 @@ class Config(MethodConfig):
     """The method."""
     keep_ratio: float = Field(0.1, ge=0, le=1)
     """Share of the coefficients that is frozen. Paper: 0.1, swept from 0.01 to 0.2."""
-    layer_type: Annotated[tuple[LayerType, ...], BeforeValidator(_listed)] = (
+    layer_type: Annotated[_Types, BeforeValidator(_listed, json_schema_input_type=_WrittenTypes)] = (
         "attn_q",
         "attn_k",
         "attn_v",
@@ -84,7 +104,12 @@ class Config(MethodConfig):
         "ffn_down",
     )
     """Linear layers that are trained; the default is the paper's."""
-    target_layers: Annotated[tuple[int | str, ...], BeforeValidator(_listed)] = ("all",)
+    target_layers: Annotated[
+        tuple[int | str, ...],
+        Field(min_length=1),
+        AfterValidator(_known),
+        BeforeValidator(_listed, json_schema_input_type=_WrittenLayers),
+    ] = ("all",)
     """Decoder layers: all, early, middle or late (a third each), last, numbers from 0, spans such as 8-15 (inclusive)."""
     scope: Literal["module", "global"] = "module"
     """Whether the share is that of each linear layer (paper) or of all together."""
@@ -100,23 +125,8 @@ class Config(MethodConfig):
     """Longest safety row."""
     rows_per_shard: int = Field(512, ge=1)
     """Safety rows that one worker sums up before it writes; a kill costs at most these."""
-    seed: int = 0
+    seed: Seed = 0
     """Of a random rotation or mask."""
-
-    @field_validator("target_layers")
-    @classmethod
-    def _layers(cls, value: tuple[int | str, ...]) -> tuple[int | str, ...]:
-        for item in value:
-            if str(item) not in _RANGES and not _SPAN.fullmatch(str(item)):
-                raise ValueError(f"{item!r} is none of {', '.join(_RANGES)}, no number and no span such as 8-15")
-        return value
-
-    @field_validator("layer_type", "target_layers")
-    @classmethod
-    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not value:
-            raise ValueError("the list is empty")
-        return value
 
 
 def layers(config: Config, num_layers: int) -> list[int]:

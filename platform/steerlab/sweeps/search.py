@@ -17,8 +17,9 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from steerlab.sweeps.entries import finite
 from steerlab.sweeps.history import Course, History
-from steerlab.sweeps.space import STRENGTH, Point, Space, draw, finite
+from steerlab.sweeps.space import STRENGTH, Point, Space, draw
 from steerlab.sweeps.trials import Trial, Unit, trial_id
 
 

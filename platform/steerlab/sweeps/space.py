@@ -6,15 +6,18 @@
     SCHEDULER    optional: ASHAScheduler(time_attr="step", ...)
     DEVELOPMENT  optional: tasks, as in a job's `evaluate`, by whose metrics the best trial is chosen
 
-A key is the path of a field of the job. `strength` stands for the strength of the patch in every task; values that belong
-together share an entry, {"method.name, method.pooling": tune.grid_search([("aura", "max"), ("caa", "mean")])}.
+A key is the path of a field of the job; nested dicts of fields, {"train": {"lr": ...}}, are merged into it. `strength` stands
+for the strength of the patch in every task; values that belong together share an entry, {"method.name, method.pooling":
+tune.grid_search([("aura", "max"), ("caa", "mean")])}. The file may import others beside it.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +25,10 @@ from typing import Any, Literal
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
-from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, LogUniform, Quantized
+from ray.tune.search.sample import Function
 
-from steerlab.job import JobError
+from steerlab.job import JobError, cut
+from steerlab.sweeps.entries import describe, entries, finite, is_grid, plain
 
 STRENGTH = "strength"
 _NAMES = ("SPACE", "METRIC", "MODE", "SEARCH_ALG", "SCHEDULER", "DEVELOPMENT")
@@ -72,43 +76,75 @@ def load(path: Path) -> Space:
         JobError: the file is absent, fails (with the line that does), or says what Ray Tune or this package cannot take.
     """
     module = _run(path)
-    if not isinstance(getattr(module, "SPACE", None), dict) or not module.SPACE:
-        raise JobError(f"{path}: SPACE is missing: a dict such as {{'method.keep_ratio': tune.grid_search([0.1, 0.2])}}")
     for name in vars(module):
         near = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.8)
         if name.isupper() and name not in _NAMES and near:
             raise JobError(f"{path}: {name}: unknown name; did you mean {near[0]}? Known: {', '.join(_NAMES)}")
-    mode = getattr(module, "MODE", None)
+    written = getattr(module, "SPACE", None)
+    if not isinstance(written, dict) or not written:
+        wrong = "missing" if written is None else "empty" if written == {} else f"of type {type(written).__name__}"
+        raise JobError(f"{path}: SPACE is {wrong}: give a dict such as {{'method.keep_ratio': tune.grid_search([0.1, 0.2])}}")
+    metric, mode = getattr(module, "METRIC", None), getattr(module, "MODE", None)
+    if metric is not None and not isinstance(metric, str):
+        raise JobError(f"{path}: METRIC is the name of a metric such as 'separation/sep', not {cut(repr(metric))}")
     if mode not in (None, "min", "max"):
-        raise JobError(f"{path}: MODE is 'min' or 'max', not {mode!r}")
-    found = Space(
-        path,
-        dict(module.SPACE),
-        getattr(module, "METRIC", None),
-        mode,
-        getattr(module, "SEARCH_ALG", None),
-        getattr(module, "SCHEDULER", None),
-        tuple(getattr(module, "DEVELOPMENT", ())),
-    )
+        raise JobError(f"{path}: MODE is 'min' or 'max', not {cut(repr(mode))}")
+    try:
+        found = Space(
+            path,
+            entries(written),
+            metric,
+            mode,
+            getattr(module, "SEARCH_ALG", None),
+            getattr(module, "SCHEDULER", None),
+            _tasks(getattr(module, "DEVELOPMENT", ())),
+        )
+    except JobError as error:
+        raise JobError(f"{path}: {error}") from None
     _check(found)
     return found
+
+
+def _tasks(development: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(development, list | tuple) or not all(isinstance(task, dict) for task in development):
+        raise JobError("DEVELOPMENT is a list of tasks, each a dict, as in a job's evaluate")
+    return tuple(plain(task, "DEVELOPMENT") for task in development)
 
 
 def _run(path: Path) -> ModuleType:
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=1, cutoff=0.3)
         raise JobError(f"{path}: no such search space" + (f"; did you mean {near[0]}?" if near else ""))
-    module = ModuleType(path.stem)
+    module = ModuleType(f"steerlab_space_{path.stem}")
     module.__file__ = str(path)
     try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), vars(module))
+        with _neighbours(path.parent.absolute(), module):
+            exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except SyntaxError as error:
-        raise JobError(f"{path}:{error.lineno}: {(error.text or '').strip()}\n  SyntaxError: {error.msg}") from None
-    except Exception as error:  # whatever a person's file may raise: all of it is theirs to read
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        lines = "".join(f"{path}:{frame.lineno}: {frame.line}\n" for frame in own)
-        raise JobError(f"{lines}  {type(error).__name__}: {error}") from None
+        where = f"{error.filename or path}:{error.lineno or 1}"
+        raise JobError(f"{where}: {(error.text or '').strip()[:200]}\n  SyntaxError: {error.msg}") from None
+    except (Exception, SystemExit) as error:  # whatever a person's file may raise: all of it is theirs to read
+        folder = path.parent.absolute()
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).absolute().parent == folder]
+        lines = "".join(f"{frame.filename}:{frame.lineno}: {frame.line}\n" for frame in own) or f"{path}\n"
+        raise JobError(f"{lines}  {type(error).__name__}: {str(error)[:500]}") from None
     return module
+
+
+@contextmanager
+def _neighbours(folder: Path, module: ModuleType) -> Iterator[None]:
+    """Let a space's file import the files beside it, as a script may, and forget them: another folder has others."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and Path(file).absolute().is_relative_to(folder):
+                del sys.modules[name]
 
 
 def _check(space: Space) -> None:
@@ -125,6 +161,8 @@ def _check(space: Space) -> None:
                 )
             if isinstance(value, Function):
                 raise JobError(f"{space.path}: SPACE[{entry!r}]: Optuna searches no function (tune.sample_from)")
+            if any(isinstance(one, dict) for one in finite(value) or () if value != one):
+                raise JobError(f"{space.path}: SPACE[{entry!r}]: Optuna searches no dicts; give each field an entry of its own")
     if space.scheduler is None:
         return
     if not isinstance(space.scheduler, _SCHEDULERS):
@@ -135,52 +173,6 @@ def _check(space: Space) -> None:
         raise JobError(f"{space.path}: SCHEDULER has time_attr {time_attr!r}; it must be 'step', which no restart resets")
 
 
-def is_grid(entry: Any) -> bool:
-    """Say whether an entry is a grid_search."""
-    return isinstance(entry, dict) and set(entry) == {"grid_search"}
-
-
-def finite(entry: Any) -> list[Any] | None:
-    """Return the values of an entry that can only have these; None where there is no such list."""
-    if is_grid(entry):
-        return list(entry["grid_search"])
-    if isinstance(entry, Categorical):
-        return list(entry.categories)
-    return None if isinstance(entry, Domain) else [entry]
-
-
-def extremes(entry: Any) -> list[Any]:
-    """Return the values of an entry that have to be valid for all of them to be: every one, or the ends of a range."""
-    values = finite(entry)
-    if values is not None:
-        return values
-    if isinstance(entry, Integer):
-        return [entry.lower, max(entry.lower, entry.upper - 1)]
-    if isinstance(entry, Float):
-        # Ranges without ends (a normal distribution) are checked as they are drawn.
-        return [end for end in (entry.lower, entry.upper) if end is not None and abs(end) != float("inf")]
-    return []
-
-
-def describe(entry: Any) -> dict[str, Any]:
-    """Write an entry as JSON values: its kind, and its values or the ends of its range."""
-    if is_grid(entry):
-        return {"kind": "grid_search", "values": list(entry["grid_search"])}
-    if isinstance(entry, Categorical):
-        return {"kind": "choice", "values": list(entry.categories)}
-    if isinstance(entry, Float | Integer):
-        sampler = entry.get_sampler()
-        step = sampler.q if isinstance(sampler, Quantized) else None
-        inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
-        kind = type(inner).__name__.strip("_").lower() if not isinstance(inner, LogUniform) else "loguniform"
-        number = "randint" if isinstance(entry, Integer) else "uniform"
-        described = {"kind": {"uniform": number, "loguniform": f"log{number}"}.get(kind, kind)}
-        return described | {"low": entry.lower, "high": entry.upper} | ({"step": step} if step else {})
-    if isinstance(entry, Domain):
-        return {"kind": "sample_from"}
-    return {"kind": "constant", "values": [entry]}
-
-
 def draw(space: Space, entries: dict[str, Any], num_samples: int, seed: int) -> Iterator[Point]:
     """Yield the points of Ray Tune's grid and random search: every grid value, `num_samples` times over."""
     import numpy as np
@@ -188,8 +180,23 @@ def draw(space: Space, entries: dict[str, Any], num_samples: int, seed: int) -> 
 
     random_state = np.random.RandomState(seed)
     for _ in range(num_samples):
-        for _, resolved in generate_variants({"config": dict(entries)}, random_state=random_state):
+        variants = iter(generate_variants({"config": dict(entries)}, random_state=random_state))
+        while (resolved := _next(variants, space)) is not None:
             point: Point = {}
-            for entry, value in resolved["config"].items():
-                point |= space.spread(entry, value)
+            for entry, value in resolved.items():
+                point |= space.spread(entry, plain(value, f"{space.path}: SPACE[{entry!r}]"))
             yield point
+
+
+def _next(variants: Iterator[Any], space: Space) -> dict[str, Any] | None:
+    """Return the next point as Ray Tune draws it."""
+    try:
+        return next(variants)[1]["config"]
+    except StopIteration:
+        return None
+    except Exception as error:  # what a function of the space raises, and what Ray Tune makes of it
+        cause = error.__context__ or error  # Ray Tune says which entry it is, not what its function raised
+        raise JobError(
+            f"{space.path}: SPACE cannot be drawn: {type(cause).__name__}: {str(cause)[:300]}; functions of tune.sample_from "
+            "see the other entries by their whole keys: lambda spec: spec.config['train.lr']"
+        ) from None

@@ -19,9 +19,10 @@ from typing import Any, Literal
 from steerlab import job as jobs
 from steerlab import run
 from steerlab.evaluation.names import unmeasured
-from steerlab.job import Job, JobError
+from steerlab.job import SEED_LIMIT, Job, JobError, cut
 from steerlab.stages import JobType, leaves_patch
-from steerlab.sweeps.space import STRENGTH, Point, Space, extremes, finite
+from steerlab.sweeps.entries import extremes, finite
+from steerlab.sweeps.space import STRENGTH, Point, Space
 
 SNAPSHOT = "snapshot"
 TRAINING_METRICS = ("train/loss", "eval/loss")
@@ -114,7 +115,7 @@ class Plan:
             train = tree.setdefault("train", {})
             train["snapshots"] = sorted({*train.get("snapshots", ()), *self.snapshots})
         for key, value in point.items():
-            jobs.put(tree, key, value, f"{self.space.path}: SPACE[{key!r}]")
+            jobs.put(tree, key, value, f"{self.space.path}: SPACE[{key!r}]", JobType)
         if seed is not None and tree.get("train") and "train.seed" not in point:
             tree["train"]["seed"] = seed
         return tree
@@ -129,7 +130,7 @@ class Plan:
             found = jobs.validate(tree, JobType, self.path)
         except JobError as error:
             reason = str(error).removeprefix(f"{self.path}: ")
-            given = ", ".join(f"{key} = {value!r}" for key, value in point.items())
+            given = ", ".join(f"{key} = {cut(repr(value))}" for key, value in point.items())
             raise JobError(f"{self.space.path}: SPACE with {given}: {reason}") from None
         is_small = found.scale.worker_range == (1, 1) and found.scale.warm is None
         if warm and is_small and not _takes_gpu(found):
@@ -151,7 +152,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> Plan:
     Raises:
         JobError: with one message for people.
     """
-    tree = jobs.inlined(jobs.read_tree(path, overrides), JobType, path)
+    tree = jobs.inlined(jobs.read_tree(path, JobType, overrides), JobType, path)
     job = jobs.validate(tree, JobType, path)
     _check_keys(space)
     patched = leaves_patch(job)
@@ -166,7 +167,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> Plan:
         raise JobError(f"{space.path}: MODE is missing: 'min' or 'max' of {metric}")
     strengths: list[float] = []
     if STRENGTH in space.entries:
-        strengths = [float(value) for value in finite(space.entries[STRENGTH]) or ()]
+        strengths = _strengths(space)
     elif job.choose is not None and patched:
         strengths = sorted({0.0, *job.choose.strengths})
     snapshots = _steps(space)
@@ -187,12 +188,23 @@ def _check_keys(space: Space) -> None:
                 raise JobError(f"{space.path}: SPACE[{entry!r}]: unknown key; {hint}valid beginnings: {', '.join(known)}")
 
 
+def _strengths(space: Space) -> list[float]:
+    """Return the strengths that every unit answers."""
+    values = finite(space.entries[STRENGTH]) or []
+    if any(isinstance(value, list) for value in values):
+        raise JobError(f"{space.path}: SPACE['strength'] is a list; for several values write tune.grid_search([0.5, 1.0])")
+    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]
+    if wrong:
+        raise JobError(f"{space.path}: SPACE['strength']: {cut(repr(wrong[0]))} is no number")
+    return [float(value) for value in values]
+
+
 def _steps(space: Space) -> tuple[int, ...]:
     """Return the steps that `snapshot` may be."""
     if SNAPSHOT not in space.entries:
         return ()
     values = finite(space.entries[SNAPSHOT])
-    if values is None or not all(isinstance(value, int) for value in values):
+    if values is None or not all(type(value) is int for value in values):
         raise JobError(f"{space.path}: SPACE['snapshot'] names the steps to keep: tune.grid_search or tune.choice of numbers")
     return tuple(sorted(set(values)))
 
@@ -229,7 +241,9 @@ def check(found: Plan, units: Iterable[Unit]) -> None:
         for value in extremes(domain):
             try:
                 run.check(found.job_of(found.space.spread(entry, value), None, found.strengths))
-            except JobError:
+            except JobError as error:
+                if isinstance(domain, list):
+                    raise JobError(f"{error}; a list is one value: for several write tune.grid_search([...])") from None
                 raise
             except ValueError as error:
                 raise JobError(f"{found.space.path}: SPACE[{entry!r}] = {value!r}: {error}") from None
@@ -266,4 +280,9 @@ def seeds_of(found: Plan, num_seeds: int) -> tuple[int, ...]:
         return (0,)
     if num_seeds > 1 and any(key.strip() == "train.seed" for entry in found.space.entries for key in entry.split(",")):
         raise JobError(f"--seeds {num_seeds}: SPACE sets train.seed itself")
-    return tuple(found.job.train.seed + number for number in range(num_seeds))
+    first = found.job.train.seed
+    if first + num_seeds > SEED_LIMIT:
+        raise JobError(
+            f"--seeds {num_seeds}: they begin with train.seed {first} and go beyond {SEED_LIMIT - 1}, the largest seed"
+        )
+    return tuple(first + number for number in range(num_seeds))
