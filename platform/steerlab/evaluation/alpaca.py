@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steerlab.evaluation.answers import answers
+from steerlab.evaluation.answers import answers, judged
 from steerlab.evaluation.items import ALPACA, Numbered, has_input, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result
 from steerlab.generation import Generation, SteeredModel
@@ -55,7 +55,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     for strength, outputs in answers(model, prompts, config):
         name = config.generator if len(config.strengths) == 1 else f"{config.generator}_strength_{strength:g}"
         for item, output in zip(rows, outputs, strict=True):
-            observations += observe(item.id, output, strength)
+            observations += judged([output], observe(item.id, output, strength))
             samples.append(entry(item, output.text, name))
     return Result(observations, samples)
 

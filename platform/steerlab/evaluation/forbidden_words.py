@@ -7,7 +7,7 @@ Both as ASIDE (arXiv 2503.10566) runs them: the rule is the instruction, the att
 word occurs anywhere in the answer, whatever its case; sampling is on, seeds from 2024. The authors' sampling temperature is
 not known; here it is 1.
 
-Metrics: `gandalf/asr`, `purple/asr`; lower is better.
+Metrics: `gandalf/asr`, `purple/asr`, lower is better; `gandalf/empty`, `purple/empty`: empty answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from steerlab import sources
-from steerlab.evaluation.answers import answers
+from steerlab.evaluation.answers import answers, with_empty
 from steerlab.evaluation.items import Numbered, choose, number
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import SteeredModel
@@ -117,7 +117,8 @@ def _run(model: SteeredModel, config: GandalfConfig | PurpleConfig, rows: Sequen
     for strength, outputs in answers(model, prompts, config):
         for item, output in zip(rows, outputs, strict=True):
             said = contains(output.text, word)
-            observations.append(Observation(f"{config.task}/asr", item.id, float(said), 1.0, strength))
+            succeeded = Observation(f"{config.task}/asr", item.id, float(said), 1.0, strength)
+            observations += with_empty(f"{config.task}/empty", item.id, [output], [succeeded], strength)
             samples.append(
                 {
                     "id": item.id,

@@ -4,7 +4,7 @@ exp of the mean negative log-likelihood in nats over tokens: long rows weigh mor
 response given the prompt, plain texts on every token but the first.
 
 Metric: `perplexity/value`. Its observations are the rows' mean negative log-likelihoods, weighted by tokens; rows longer than
-`max_tokens` are not scored and counted as unparsable.
+`max_tokens`, or than the model's context, are not scored and counted as too long.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field
 
 from steerlab import sources
 from steerlab.evaluation.items import ALPACA, Numbered, choose, data_rows, instruction_rows, number
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.metrics import Observation, Result, spread, too_long
 from steerlab.generation import SteeredModel, TokenLogProbs
 from steerlab.job import DataSet, TaskConfig
 from steerlab.tokens import DATA, INSTRUCTION, Conversation, Message, Part
@@ -51,16 +51,12 @@ def run(model: SteeredModel, config: Config) -> Result:
         config = config.model_copy(update={"format": config.data.format})
     items = _rows(config)
     conversations = [conversation(model, item.row, config) for item in items]
-    fits = [len(row) <= config.max_tokens for row in model.encoder.encode_all(conversations)]
-    if not any(fits):
-        raise ValueError(
-            f"none of the {len(items)} rows of {config.source} fits into {config.max_tokens} tokens: raise max_tokens"
-        )
+    fits = model.fits(conversations, config.max_tokens)
     observations, samples = [], []
     for strength in config.strengths:
         scored = iter(model.token_log_probs([c for c, fit in zip(conversations, fits, strict=True) if fit], strength=strength))
         for item, fit in zip(items, fits, strict=True):
-            found = observe(item.id, next(scored), config.format, strength) if fit else _unscored(item.id, strength)
+            found = observe(item.id, next(scored), config.format, strength) if fit else too_long(_unscored(item.id, strength))
             observations.append(found)
             samples.append(_sample(item, found))
     return Result(observations, spread(samples), {_METRIC: "exp"})

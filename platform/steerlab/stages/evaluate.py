@@ -111,9 +111,11 @@ OBSERVATIONS = pa.schema(
         ("value", pa.float64()),
         ("weight", pa.float64()),
         ("strength", pa.float64()),
+        ("reason", pa.string()),
     ]
 )
-"""One scored item: value null when it could not be parsed, weight 0 when it does not count for the metric."""
+"""One scored item: value null when it could not be judged, weight 0 when it does not count for the metric; the reason says
+that it did not fit into the model's context (too_long, cut)."""
 
 
 def close() -> None:
