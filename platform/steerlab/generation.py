@@ -151,9 +151,9 @@ class SteeredModel(Steered):
         kind = "AutoModelForCausalLM"
         return f"from transformers import {kind}\nmodel = {kind}.from_pretrained({str(directory)!r})"
 
-    def asking_line(self) -> str:
+    def asking_line(self, strength: float = 1.0) -> str:
         """Return Python that answers."""
-        return "print(model.answer('instruction', 'data'))"
+        return f"print(model.answer('instruction', 'data', strength={strength:g}))"
 
     @torch.inference_mode()
     def generate(

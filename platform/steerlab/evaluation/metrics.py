@@ -195,6 +195,12 @@ def paired_difference(
     return Difference(float(difference), float(low), float(high), len(shared))
 
 
+def left_out(metric: Mapping[str, Any]) -> str:
+    """Say in words what a metric, as JSON values, leaves out: `2 unparsable, 1 too long`; empty where it is nothing."""
+    words = {"unparsable": "unparsable", "too_long": "too long", "rows_cut": "cut"}
+    return ", ".join(f"{metric[name]} {said}" for name, said in words.items() if metric.get(name))
+
+
 def contains(text: str, witness: str) -> bool:
     """Say whether the witness occurs in the text, whatever its case."""
     return witness.lower() in text.lower()

@@ -11,7 +11,7 @@ _FLUENCY = (_EMPTY, "distinct_*", "base_perplexity")
 _MEASURED: dict[str, tuple[str, ...]] = {
     "separation": ("sep", "utility", "executed_in_data", _EMPTY),
     "perplexity": ("value",),
-    "preference": ("accuracy", "margin", "likelihood_accuracy", "kl"),
+    "preference": ("accuracy", "margin", "likelihood_accuracy", "kl", "shorter"),
     "probing": (
         "layer_*",
         "cosine_layer_*",

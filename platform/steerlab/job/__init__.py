@@ -18,6 +18,7 @@ from steerlab.job.settings import (
     TrackConfig,
     TrainConfig,
     WandbConfig,
+    headline_first,
 )
 from steerlab.job.whole import Job, job_type, task_union
 
@@ -48,6 +49,7 @@ __all__ = [
     "base_job",
     "dump",
     "explain",
+    "headline_first",
     "inlined",
     "job_type",
     "put",
