@@ -570,7 +570,8 @@ def _strengths(given: list[float] | None, found: _Artifact, loaded: Steered, *, 
 
 
 def _say_strength(reported: Reported) -> None:
-    _say(f"strength {reported.strength:g}: {reported.reason} (--strength takes another)")
+    reason = f", {reported.reason}" if reported.reason else ""
+    _say(f"at strength {reported.strength:g}{reason}; --strength takes another")
 
 
 def _artifact(folder: str, root: str | None) -> _Artifact:

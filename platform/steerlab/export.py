@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from steerlab import generation, models, patches
 
-
 STRENGTH = "strength.json"
 """The strength that is meant where a patch lies beside its model; in weights it is 1."""
 

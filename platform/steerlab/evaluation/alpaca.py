@@ -22,10 +22,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from steerlab.evaluation.answers import answers, judged
-from steerlab.evaluation.items import ALPACA, Numbered, has_input, instruction_rows
+from steerlab.evaluation.items import ALPACA, Numbered, check_rows, has_input, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result
 from steerlab.generation import Generation, SteeredModel
 from steerlab.job import TaskConfig
+from steerlab.models import ModelFacts
 
 
 class Config(TaskConfig):
@@ -43,6 +44,11 @@ class Config(TaskConfig):
     """Name of the model in the leaderboard."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer in tokens."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    check_rows("source", config.source)
 
 
 def run(model: SteeredModel, config: Config) -> Result:

@@ -38,9 +38,10 @@ from rapidfuzz import fuzz
 from steerlab import sources
 from steerlab.evaluation.answers import answers, with_empty
 from steerlab.evaluation.items import choose, number
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.metrics import Observation, Result, about, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig
+from steerlab.models import ModelFacts
 
 DetectorFactory.seed = 0  # langdetect draws at random unless told otherwise
 
@@ -111,6 +112,12 @@ class Attempt(NamedTuple):
     attack: Attack
     instruction: str
     data: str
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a folder that lacks files or attacks. Raises ValueError."""
+    with about("source"):
+        load(config)
 
 
 def run(model: SteeredModel, config: Config) -> Result:

@@ -29,8 +29,9 @@ from steerlab.evaluation import fluency, scorers
 from steerlab.evaluation.answers import with_empty
 from steerlab.evaluation.continuation import ContinuationConfig, continue_texts, sample
 from steerlab.evaluation.items import Numbered, choose
-from steerlab.evaluation.metrics import Result, Score, observed, spread
+from steerlab.evaluation.metrics import Result, Score, about, observed, spread
 from steerlab.generation import SteeredModel
+from steerlab.models import ModelFacts
 
 _VOWELS = "aeiou"
 
@@ -78,6 +79,19 @@ class Config(ContinuationConfig):
         if not all(text.strip() for text in (*self.prompt, *self.words, *self.examples)):
             raise ValueError("an entry of prompt, words or examples is empty")
         return self
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse scorers that are not there, do not know the class or cannot say Yes and No. Raises ValueError."""
+    if config.embedding_source is not None:
+        with about("embedding_source"):
+            scorers.check_model(config.embedding_source)
+    if config.classifier_source is not None and config.classifier_label is not None:
+        with about("classifier_source"):
+            scorers.check_classifier(config.classifier_source, config.classifier_label)
+    if config.judge_source is not None:
+        with about("judge_source"):
+            scorers.check_asked(config.judge_source, ("Yes", "No"))
 
 
 def run(model: SteeredModel, config: Config) -> Result:

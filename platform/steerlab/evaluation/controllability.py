@@ -33,9 +33,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import Field, SerializeAsAny, create_model, model_validator
 
-from steerlab.evaluation.metrics import Observation, Result, Task
+from steerlab.evaluation.metrics import Observation, Result, Task, TokenKinds
 from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig, task_union
+from steerlab.models import ModelFacts
 
 _TAU, _SLOPE = "controllability/tau", "controllability/slope"
 
@@ -77,7 +78,26 @@ def over(tasks: Mapping[str, Task]) -> Task:
     """Make the task over a table of tasks: `of` is the closed union of their configs, and their versions are its own."""
     of = (task_union(task.Config for task in tasks.values()), Field(description=Config.model_fields["of"].description))
     config = create_model("Config", __base__=Config, __doc__=Config.__doc__, __module__=__name__, of=of)
-    return Task(config, partial(run, tasks), 1 + sum(task.version - 1 for task in tasks.values()))
+    return Task(
+        config,
+        partial(run, tasks),
+        1 + sum(task.version - 1 for task in tasks.values()),
+        check=partial(check, tasks),
+        runs_over=partial(runs_over, tasks),
+    )
+
+
+def check(tasks: Mapping[str, Task], config: Config, facts: ModelFacts) -> None:
+    """Refuse what the task within refuses. Raises ValueError with the field within."""
+    try:
+        tasks[config.of.task].check(config.of, facts)
+    except ValueError as error:
+        raise ValueError(f"of.{error}") from None
+
+
+def runs_over(tasks: Mapping[str, Task], config: Config, metric: str | None) -> TokenKinds:
+    """Return the tokens of the task within: tau and slope are those of its metric."""
+    return tasks[config.of.task].runs_over(config.of, config.metric)
 
 
 def run(tasks: Mapping[str, Task], model: SteeredModel, config: Config) -> Result:

@@ -21,10 +21,11 @@ from pydantic import Field
 
 from steerlab import sources
 from steerlab.evaluation.answers import answers, with_empty
-from steerlab.evaluation.items import Numbered, choose, number
-from steerlab.evaluation.metrics import Observation, Result, contains, spread
+from steerlab.evaluation.items import Numbered, check_rows, choose, number
+from steerlab.evaluation.metrics import Observation, Result, about, contains, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig
+from steerlab.models import ModelFacts
 
 
 class ForbiddenWordConfig(TaskConfig):
@@ -79,6 +80,18 @@ def run_purple(model: SteeredModel, config: PurpleConfig) -> Result:
     """Ask every question under the rule."""
     texts = number([{"text": text} for text in purple_questions(config.source)])
     return _run(model, config, texts, config.instruction.replace("{word}", config.word), config.word)
+
+
+def check_gandalf(config: GandalfConfig, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or have no text. Raises ValueError."""
+    for source in _split_sources(config):
+        check_rows("source", source, ("text",))
+
+
+def check_purple(config: PurpleConfig, facts: ModelFacts) -> None:
+    """Refuse a file without questions. Raises ValueError."""
+    with about("source"):
+        purple_questions(config.source)
 
 
 def purple_questions(source: str) -> list[str]:

@@ -25,9 +25,10 @@ from pydantic import Field
 
 from steerlab import sources
 from steerlab.evaluation.harness_model import Fates, adapter
-from steerlab.evaluation.metrics import TOO_LONG, Observation, Result, spread, too_long
+from steerlab.evaluation.metrics import TOO_LONG, Observation, Result, about, spread, too_long
 from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig
+from steerlab.models import ModelFacts
 
 
 class Config(TaskConfig):
@@ -43,6 +44,11 @@ class Config(TaskConfig):
     """Folder with task files of your own; null takes the harness's tasks only."""
     seed: int = 1234
     """Seed of the few-shot examples and of sampling (the harness's default)."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a task that the harness does not know, and say what to install where there is no harness. Raises ValueError."""
+    _library(config)
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -74,13 +80,14 @@ def _library(config: Config) -> tuple[Any, Any]:
         from lm_eval import simple_evaluate  # type: ignore[import-not-found]
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
-        raise ValueError(f"task lm_eval needs a package ({error.name}): pip install 'steerlab[lm_eval]'") from None
-    folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
+        raise ValueError(f"task: lm_eval needs a package ({error.name}): pip install 'steerlab[lm_eval]'") from None
+    with about("tasks_source"):
+        folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
     manager = TaskManager(include_path=folder)
     if config.name not in manager.all_tasks:
         near = difflib.get_close_matches(config.name, manager.all_tasks, n=3)
         raise ValueError(
-            f"lm_eval has no task {config.name!r}"
+            f"name: lm_eval has no task {config.name!r}"
             + (f"; did you mean {', '.join(near)}?" if near else ": see `lm_eval ls tasks`")
         )
     return simple_evaluate, manager

@@ -28,10 +28,11 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from steerlab.evaluation.answers import answers, judged, with_empty
-from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows
+from steerlab.evaluation.items import ALPACA, Numbered, check_rows, choose, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result, contains, spread
 from steerlab.generation import Generation, SteeredModel
 from steerlab.job import TaskConfig
+from steerlab.models import ModelFacts
 
 Attack = Literal["none", "naive", "ignore", "escape", "completion"]
 Position = Literal["end", "both"]
@@ -93,6 +94,11 @@ class Attempt(NamedTuple):
     position: Position
     instruction: str
     data: str
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    check_rows("source", config.source)
 
 
 def run(model: SteeredModel, config: Config) -> Result:

@@ -139,9 +139,8 @@ def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
     Raises:
         ValueError: when the classifier has several classes.
     """
+    check_reward_model(source)
     model, tokenizer = scorers.load_classifier(source, device)
-    if model.config.num_labels != 1:
-        raise ValueError(f"{source} is no reward model: it has the classes {', '.join(scorers.class_names(model))}, not one")
     longest = min(tokenizer.model_max_length, models.max_positions(model))
 
     @torch.inference_mode()
@@ -151,6 +150,13 @@ def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
         return TOO_LONG if inputs["input_ids"].shape[1] > longest else float(model(**inputs).logits[0, 0])
 
     return lambda answers: [reward(answer) for answer in answers]
+
+
+def check_reward_model(source: str) -> None:
+    """Refuse a classifier with several classes, which gives no reward. Raises ValueError."""
+    classes = scorers.check_classifier(source)
+    if len(classes) != 1:
+        raise ValueError(f"{source} is no reward model: it has the classes {', '.join(classes)}, not one")
 
 
 def _turns(tokenizer: Any, answer: Answer) -> Any:

@@ -7,16 +7,19 @@ be judged has the value None: it is counted, by its reason, and is part of no me
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from steerlab.evaluation import intervals
-from steerlab.job import TaskConfig
+from steerlab.job import Phase, Role, TaskConfig
+from steerlab.models import ModelFacts
 
 Transform = Literal["identity", "mean", "exp", "share", "bootstrap", "median"]
 """How the observations of a metric become a number: see `summarise`."""
@@ -30,6 +33,20 @@ Reason = Literal["too_long", "cut"]
 
 MAX_SAMPLES = 20
 """Readable samples that a task keeps."""
+
+
+TokenKinds = frozenset[tuple[Phase, Role]]
+"""Kinds of tokens by phase and role; the role `response` is the job's `data.response_role`."""
+EVERY_TOKEN: TokenKinds = frozenset(itertools.product(get_args(Phase), get_args(Role)))
+
+
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """Put the field of a config before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
 
 
 class Observation(NamedTuple):
@@ -112,6 +129,12 @@ class Task(NamedTuple):
     """Raised whenever the task's own data or scoring changes, so that older results are not taken for new ones."""
     kinds: tuple[str, ...] = ("causal_lm",)
     """Kinds of model that the task evaluates."""
+    check: Callable[[Any, ModelFacts], None] = lambda config, facts: None
+    """Refuse a config that names what is not there (rows, models, packages) or does not go with the model, before anything
+    starts; data sets of the config are checked for all tasks alike. Raises ValueError with the field and what is wrong."""
+    runs_over: Callable[[Any, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
+    """(config, metric) -> the tokens that the patched model is run over for a metric, None for all of them: a patch that acts on none of them leaves
+    the metric as it is without the patch."""
 
 
 def summarise(observations: Sequence[Observation], transform: str = "identity") -> Metric:

@@ -14,10 +14,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from steerlab import sources
-from steerlab.evaluation.items import ALPACA, Numbered, choose, data_rows, instruction_rows, number
-from steerlab.evaluation.metrics import Observation, Result, spread, too_long
+from steerlab.evaluation.items import ALPACA, Numbered, check_rows, choose, data_rows, instruction_rows, number
+from steerlab.evaluation.metrics import EVERY_TOKEN, Observation, Result, TokenKinds, spread, too_long
 from steerlab.generation import SteeredModel, TokenLogProbs
 from steerlab.job import DataSet, TaskConfig
+from steerlab.models import ModelFacts
 from steerlab.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 
 _METRIC = "perplexity/value"
@@ -43,6 +44,20 @@ class Config(TaskConfig):
     needs_input and offset."""
     max_tokens: int = Field(2048, ge=2)
     """Longer rows are not scored."""
+
+
+def runs_over(config: Config, metric: str | None) -> TokenKinds:
+    """Return the tokens of the rows: a plain text is one prompt."""
+    if (config.format if config.data is None else config.data.format) == "text":
+        return frozenset({("prompt", config.role)})
+    return EVERY_TOKEN
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    if config.data is None:
+        fields = ("instruction", "output") if config.format == "instruction" else ("text",)
+        check_rows("source", config.source, fields)
 
 
 def run(model: SteeredModel, config: Config) -> Result:

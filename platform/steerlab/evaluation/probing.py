@@ -35,10 +35,21 @@ from torch import Tensor
 
 from steerlab.evaluation import separation
 from steerlab.evaluation.answers import answers, with_empty
-from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows
-from steerlab.evaluation.metrics import TOO_LONG, Observation, Result, Score, contains, observed, spread
+from steerlab.evaluation.items import ALPACA, Numbered, check_rows, choose, instruction_rows
+from steerlab.evaluation.metrics import (
+    EVERY_TOKEN,
+    TOO_LONG,
+    Observation,
+    Result,
+    Score,
+    TokenKinds,
+    contains,
+    observed,
+    spread,
+)
 from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig
+from steerlab.models import ModelFacts
 from steerlab.tokens import DATA, INSTRUCTION, Conversation, Encoder, Message, Part
 
 Measure = Literal["layers", "concept", "causal", "cosine"]
@@ -106,6 +117,21 @@ class LinearProbe(NamedTuple):
     def says_instruction(self, h_NLD: Tensor) -> Tensor:
         """Classify tokens at every layer: (N, L) of booleans."""
         return ((h_NLD - self.mean_LD) / self.std_LD * self.weight_LD).sum(-1) + self.bias_L > 0
+
+
+def runs_over(config: Config, metric: str | None) -> TokenKinds:
+    """Return the tokens whose states are read, those of prompts; what the model executes it writes itself."""
+    writes = "causal" in config.measures if metric is None else metric in (*_EXECUTED, "probing/empty")
+    return EVERY_TOKEN if writes else frozenset({("prompt", "instruction"), ("prompt", "data")})
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields, and a layer that the model does not have. Raises ValueError."""
+    check_rows("source", config.source)
+    if {"concept", "causal"} & set(config.measures):
+        separation.check_items("separation_source", config.separation_source)
+    if "concept" in config.measures:
+        concept_layer(config, facts.num_layers)
 
 
 def run(model: SteeredModel, config: Config) -> Result:

@@ -35,9 +35,10 @@ from pydantic import Field, StringConstraints
 from steerlab.evaluation import scorers
 from steerlab.evaluation.answers import answers, with_empty
 from steerlab.evaluation.items import data_rows
-from steerlab.evaluation.metrics import Observation, Result, Score, observed, spread
+from steerlab.evaluation.metrics import Observation, Result, Score, about, observed, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet, TaskConfig
+from steerlab.models import ModelFacts
 
 ADVBENCH = "wheel:pyrit==1.1.0#pyrit/datasets/seed_datasets/local/adv_bench.prompt"
 KEYWORDS = (
@@ -86,6 +87,13 @@ class Asked(NamedTuple):
     kind: Kind
     instruction: str
     data: str
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a classifier that is not there or does not know the label. Raises ValueError."""
+    if config.classifier_source is not None:
+        with about("classifier_source"):
+            scorers.check_classifier(config.classifier_source, config.refusal_label)
 
 
 def run(model: SteeredModel, config: Config) -> Result:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from steerlab import models, sources
+from steerlab import generation, models, sources
 from steerlab.evaluation.metrics import TOO_LONG, Score
 from steerlab.tokens import INSTRUCTION, Encoder, Message, Part, collate
 
@@ -58,10 +59,9 @@ def classifier(source: str, label: str, device: torch.device | str = "cpu") -> S
     Raises:
         ValueError: when the source holds no trained classifier or does not know the label.
     """
+    check_classifier(source, label)
     model, tokenizer = load_classifier(source, device)
     labels = class_names(model)
-    if label not in labels:
-        raise ValueError(f"{source} has no class {label!r}; its classes: {', '.join(labels)}")
     has_exclusive_classes = len(labels) > 1 and model.config.problem_type != "multi_label_classification"
 
     @torch.inference_mode()
@@ -128,13 +128,9 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
     Raises:
         ValueError: when the model's vocabulary has no single token for one of the words.
     """
-    directory = models.prepare(sources.fetch(source))
+    directory, encoder, (first, second) = check_asked(source, words)
     saved = json.loads((directory / "config.json").read_text())
     model = models.load_model(directory, dtype=saved.get("dtype") or saved.get("torch_dtype") or "float32").to(device)  # type: ignore[arg-type]
-    encoder = Encoder(models.load_tokenizer(directory))
-    first, second = (answer_ids(encoder, word) for word in words)
-    if not first or not second:
-        raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {words[1] if first else words[0]}")
     longest = models.max_positions(model)
 
     @torch.inference_mode()
@@ -149,6 +145,45 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
         return found
 
     return answers
+
+
+class Asked(NamedTuple):
+    """What is known of a judge before its weights are loaded."""
+
+    directory: Path
+    encoder: Encoder
+    answers: tuple[list[int], list[int]]
+    """Tokens that say the first word, and the second."""
+
+
+def check_asked(source: str, words: tuple[str, str]) -> Asked:
+    """Refuse a model that is not there, or has no token for one of the words that it is to answer with. Raises ValueError."""
+    directory = check_model(source)
+    encoder = Encoder(models.load_tokenizer(directory))
+    first, second = (answer_ids(encoder, word) for word in words)
+    if not first or not second:
+        raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {words[1] if first else words[0]}")
+    return Asked(directory, encoder, (first, second))
+
+
+def check_model(source: str) -> Path:
+    """Return the folder of a model, an artifact or an exported folder. Raises ValueError when it is none."""
+    return models.prepare(generation.model_directory(sources.fetch(source)))
+
+
+def check_classifier(source: str, label: str | None = None) -> list[str]:
+    """Refuse a source that is no sequence classifier, or one that does not know a label; return its classes.
+
+    Raises:
+        ValueError: with the classes that it has.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(check_model(source))
+    classes = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if label is not None and label not in classes:
+        raise ValueError(f"{source} has no class {label!r}; its classes: {', '.join(classes)}")
+    return classes
 
 
 def answer_ids(encoder: Encoder, word: str) -> list[int]:

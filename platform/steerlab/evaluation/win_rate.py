@@ -34,12 +34,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from steerlab import generation, models, sources
-from steerlab.evaluation import judges
+from steerlab.evaluation import judges, scorers
 from steerlab.evaluation.items import ALPACA, Numbered, data_rows, has_input
 from steerlab.evaluation.judges import Answer, Pair, Verdict
-from steerlab.evaluation.metrics import Observation, Result, observed, spread, too_long
+from steerlab.evaluation.metrics import Observation, Result, about, observed, spread, too_long
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet, TaskConfig
+from steerlab.models import ModelFacts
 
 FORMATS = ("instruction", "text", "preference")
 
@@ -100,6 +101,21 @@ class Config(TaskConfig):
         if not self.judge_source and (not self.both_orders or self.question != judges.QUESTION):
             raise ValueError("question and both_orders are for a language model: set judge_source")
         return self
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse judges that are not there, or cannot judge. Raises ValueError."""
+    for name in ("implicit_source", "implicit_base_source", "best_by_source"):
+        source = getattr(config, name)
+        if source is not None:
+            with about(name):
+                scorers.check_model(source)
+    if config.judge_source is not None:
+        with about("judge_source"):
+            if _is_classifier(config.judge_source):
+                judges.check_reward_model(config.judge_source)
+            else:
+                scorers.check_asked(config.judge_source, ("1", "2"))
 
 
 def run(model: SteeredModel, config: Config) -> Result:

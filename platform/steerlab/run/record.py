@@ -22,7 +22,7 @@ from steerlab.stages import Evaluation, evaluations, leaves_patch, model_stage
 from steerlab.stages.choose import CHOICE
 from steerlab.store import Store
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of summary.json; raised when what older readers look for is elsewhere."""
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
 
@@ -38,8 +38,8 @@ def check_numbers(summary: dict[str, Any], folder: str) -> None:
 def summarise(job: Job, store: Store) -> dict[str, Any]:
     """Collect the metrics of a job whose stages are all in the store.
 
-    `metrics` are those of each task's headline, whose strength is in `reported` where there is a patch; `unsteered` names the evaluations of the model
-    without the patch where the strength was chosen, and strength 0 of `strengths` has their numbers.
+    `metrics` are those of each task's headline, whose strength is in `reported` where there is a patch; `unsteered` names the
+    evaluations of the model without the patch where the strength was chosen, and strength 0 of `strengths` has their numbers.
     """
     headline: dict[str, Any] = {}
     strengths: dict[str, dict[str, Any]] = {}
@@ -86,10 +86,11 @@ def _measured_strengths(store: Store, found: Evaluation) -> dict[str, dict[str, 
 
 
 class Reported(NamedTuple):
-    """The strength that a run reported, and where it is from."""
+    """The strength that a run reported."""
 
     strength: float
     reason: str
+    """Where it is from; empty where the run has none to report."""
 
 
 def reported_strength(summary: Mapping[str, Any]) -> Reported:
@@ -97,17 +98,13 @@ def reported_strength(summary: Mapping[str, Any]) -> Reported:
     choice = summary["choice"]
     if choice is not None:
         return Reported(choice["strength"], f"chosen by {choice['rule']['metric']} on development rows")
-    by_task = summary.get("reported") or dict.fromkeys(["its tasks"] if summary["strengths"] else [], _first(summary))
-    if not by_task:
-        return Reported(1.0, "the run has no task that reports one")
-    (task, strength), *others = by_task.items()
+    reported = summary.get("reported") or {}
+    if not reported:
+        return Reported(1.0, "")
+    (task, strength), *others = reported.items()
     different = [f"{other} at {value:g}" for other, value in others if value != strength]
     more = f"; the run reports {', '.join(different)}" if different else ""
     return Reported(strength, f"the one that {task} reports{more}")
-
-
-def _first(summary: Mapping[str, Any]) -> float:
-    return float(next(iter(summary["strengths"]), 1.0))
 
 
 def samples_of(store: Store, found: Evaluation) -> list[dict[str, Any]]:

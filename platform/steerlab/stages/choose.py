@@ -58,9 +58,7 @@ def said_of(choice: Mapping[str, Any]) -> list[str]:
     rule, found = choice["rule"], []
     for name in choice.get("unmoved", ()):
         effect = "the weakest strength was chosen" if name == rule["metric"] else "the bound on it binds nothing"
-        found.append(
-            f"choose: {name} is the same at every strength, so {effect}; see whether the patch acts on the tokens it is measured on"
-        )
+        found.append(f"choose: {name} is the same at every strength, so {effect}; look where the patch acts")
     return found
 
 
