@@ -24,7 +24,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from steerlab import plan
     from steerlab.job import Job
-    from steerlab.run import Reported, Run
+    from steerlab.run import Comparison, Reported, Run
     from steerlab.stack import Steered
     from steerlab.sweeps.driver import Outcome
 
@@ -358,6 +358,9 @@ def export(
 def compare(
     first: Annotated[str, typer.Argument(help="Run folder of the control.")],
     second: Annotated[str, typer.Argument(help="Run folder of the other.")],
+    strength: Annotated[
+        list[float] | None, typer.Option(help="Strength of both, or of each: --strength 0 0.5. Default: what each reported.")
+    ] = None,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -365,21 +368,37 @@ def compare(
     from steerlab import run as runs
 
     with _explained():
-        (first_root, one), (_, other) = _split(first), _split(second)
-        differences = runs.compare(_store(root or first_root), one, other)
+        given: list[float | None] = list(strength or [None])
+        if len(given) > 2:
+            raise ValueError(f"--strength takes one number for both runs, or two, not {len(given)}")
+        sides = []
+        for folder, own in zip((first, second), (given[0], given[-1]), strict=True):
+            found_root, below = _split(folder)
+            sides.append(runs.Side(_store(root or found_root), below, own))
+        found = runs.compare(*sides)
         if as_json:
-            print(json.dumps({name: d._asdict() for name, d in differences.items()}, indent=1))
-            return
-        table = Table("metric", "difference", "95 % interval", "n", "more than noise")
-        for name, d in differences.items():
-            table.add_row(
-                name,
-                f"{d.value:+.3f}",
-                f"[{d.low:+.3f}, {d.high:+.3f}]".replace("[", "\\["),
-                str(d.n),
-                "yes" if d.low > 0 or d.high < 0 else "no",
-            )
-        console.print(table)
+            print(json.dumps(_comparison(found), indent=1))
+        else:
+            _print_comparison(found)
+
+
+def _comparison(found: Comparison) -> dict[str, Any]:
+    metrics = {name: one.difference._asdict() | {"strengths": one.strengths} for name, one in found.metrics.items()}
+    return {"first": found.first._asdict(), "second": found.second._asdict(), "metrics": metrics}
+
+
+def _print_comparison(found: Comparison) -> None:
+    for place, side, named in (("first", 0, found.first), ("second", 1, found.second)):
+        strengths = ", ".join(f"{s:g}" for s in dict.fromkeys(one.strengths[side] for one in found.metrics.values()))
+        at = f", at strength {strengths}" if named.is_steered else ""
+        _say(f"{place}: {named}{at}")
+    table = Table("metric", "strengths", "second - first", "95 % interval", "n", "more than noise")
+    for name, (d, strengths) in found.metrics.items():
+        sides = zip((found.first, found.second), strengths, strict=True)
+        interval = f"[{d.low:+.3f}, {d.high:+.3f}]".replace("[", "\\[")
+        named = ", ".join(f"{strength:g}" if run.is_steered else "-" for run, strength in sides)
+        table.add_row(name, named, f"{d.value:+.3f}", interval, str(d.n), "yes" if d.low > 0 or d.high < 0 else "no")
+    console.print(table)
 
 
 @app.command()

@@ -71,7 +71,7 @@ def check_reach(job: Job) -> None:
         if not _meets(job, selection, TASKS[task.task].runs_over(task, f"{task.task}/{metric}")):
             raise ValueError(
                 f"{key}: {name} has the same value at every strength, because it is measured on tokens that method.steer "
-                f"leaves as they are ({_words(selection)}); take a metric of generated text or of responses, or steer other tokens"
+                f"leaves as they are ({_words(selection)}); take a metric of generated text or of responses, or steer others"
             )
     for number, task in enumerate(job.evaluate):
         if not _meets(job, selection, TASKS[task.task].runs_over(task, None)):
