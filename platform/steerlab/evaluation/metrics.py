@@ -133,8 +133,8 @@ class Task(NamedTuple):
     """Refuse a config that names what is not there (rows, models, packages) or does not go with the model, before anything
     starts; data sets of the config are checked for all tasks alike. Raises ValueError with the field and what is wrong."""
     runs_over: Callable[[Any, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
-    """(config, metric) -> the tokens that the patched model is run over for a metric, None for all of them: a patch that acts on
-    none of them leaves the metric as it is without the patch."""
+    """(config, metric) -> the tokens that the patched model is run over for a metric, None for all of them: a patch that acts
+    on none of them leaves the metric as it is without the patch."""
 
 
 def summarise(observations: Sequence[Observation], transform: str = "identity") -> Metric:

@@ -117,9 +117,9 @@ class _Run(NamedTuple):
         store, folder = side.store, side.folder
         files = store.list(folder)
         where = folder if Path(folder).is_absolute() else f"{store.root}/{folder}"
-        if "space.json" in files:
+        if folder.startswith("sweeps/") or "space.json" in files:
             raise ValueError(
-                f"{where} is a sweep, and runs are compared: give the folder of one of its trials (column `run` of trials.parquet)"
+                f"{where} is a sweep, and runs are compared: give the folder of a trial's run (column `run` of trials.parquet)"
             )
         if "job.yaml" not in files:
             raise ValueError(f"{where} is no run folder (ROOT/runs/NAME/ID)")
@@ -128,8 +128,8 @@ class _Run(NamedTuple):
         summary = store.read_json(f"{folder}/summary.json")
         if summary.get("schema") != SCHEMA:
             raise ValueError(
-                f"{where} was written by another version of steerlab (summary {summary.get('schema')}, not {SCHEMA}): run its job "
-                "again, what has not changed is taken from the store"
+                f"{where} was written by another version of steerlab (summary {summary.get('schema')}, not {SCHEMA}): run its "
+                "job again, what has not changed is taken from the store"
             )
         job = yaml.safe_load(store.read_text(f"{folder}/job.yaml"))
         name = Named(job["name"], folder.rpartition("/")[2], job["method"]["name"], bool(summary["reported"]))
