@@ -142,8 +142,7 @@ def test_a_row_that_is_too_long_costs_that_row(name: str, steered: SteeredModel,
     for strength, metrics in found.items():
         assert metrics.keys() == whole[strength].keys()
         for metric, value in metrics.items():
-            tied_to_the_grid = metric in ("controllability/tau", "controllability/slope")
-            assert value.too_long == (0 if tied_to_the_grid else 1), metric
+            assert value.too_long == 1, metric
             if "layer_" not in metric and "concept_accuracy" not in metric:  # probes are trained anew on other rows
                 same = whole[strength][metric]
                 assert value.n == same.n and near(value.value, same.value), metric
@@ -158,7 +157,7 @@ def test_a_task_whose_rows_are_all_too_long_scores_nothing_and_says_so(
     assert list(found) == [1.0, 0.0]
     metrics = {key: value for metrics in found.values() for key, value in metrics.items()}
     assert metrics and all(value.value is None and value.n == 0 for value in metrics.values())
-    assert all(value.too_long for key, value in metrics.items() if not key.endswith(("/tau", "/slope")))
+    assert all(value.too_long for value in metrics.values())
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in SCORED_AS_THEY_ARE])

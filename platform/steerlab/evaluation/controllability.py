@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import Field, SerializeAsAny, create_model, model_validator
 
-from steerlab.evaluation.metrics import Observation, Result, Task, TokenKinds
+from steerlab.evaluation.metrics import TOO_LONG, Observation, Result, Task, TokenKinds, observed
 from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig, task_union
 from steerlab.models import ModelFacts
@@ -47,7 +47,7 @@ class Config(TaskConfig):
     task: Literal["controllability"] = "controllability"
     """This task."""
     strengths: tuple[float, ...] = Field((1.0, 0.0, 0.25, 0.5, 0.75), min_length=1)
-    """The grid, in any order, evaluated in one batch; the first one gives the headline metric."""
+    """The grid, in any order, evaluated in one batch; the first one, unless it is 0, gives the headline metric."""
     of: SerializeAsAny[TaskConfig]
     """The task within; its rows and its seed are its own."""
     metric: str
@@ -120,6 +120,7 @@ def run(tasks: Mapping[str, Task], model: SteeredModel, config: Config) -> Resul
 def judge(measured: Sequence[Observation], headline: float) -> list[Observation]:
     """Say of every item how its score follows the strength; the observations stand at the strength `headline`."""
     items: dict[str, list[Point]] = defaultdict(list)
+    long = {o.id for o in measured if o.reason == TOO_LONG}
     for o in measured:
         scored = items[o.id]
         if o.value is not None and o.weight > 0:
@@ -127,8 +128,9 @@ def judge(measured: Sequence[Observation], headline: float) -> list[Observation]
     found = []
     for item_id, points in items.items():
         weight = float(np.mean([point.weight for point in points])) if points else 1.0
-        found.append(Observation(_TAU, item_id, kendall(points), 1.0, headline))
-        found.append(Observation(_SLOPE, item_id, slope(points), weight, headline))
+        tau, steepness = (TOO_LONG, TOO_LONG) if item_id in long else (kendall(points), slope(points))
+        found.append(observed(_TAU, item_id, tau, headline))
+        found.append(observed(_SLOPE, item_id, steepness, headline, weight))
     return found
 
 
