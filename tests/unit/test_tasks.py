@@ -253,6 +253,7 @@ def test_whatever_a_task_names_is_looked_for_before_the_start(name: str, steered
         ({"task": "efficiency", "prompt_tokens": 200}, r"prompt_tokens 200 and new_tokens 128 are more than .* 256"),
         ({"task": "probing", "concept_layer": 9, "max_new_tokens": 2}, "concept_layer 9 does not exist"),
         ({"task": "perplexity", "source": "tiny:topics/test"}, r"source: .* has no field 'instruction'"),
+        ({"task": "perplexity", "data": {"source": "tiny:preferences/test", "format": "preference"}}, "data.format preference"),
         ({"task": "diversity", **IMAGES, "classifier": {**SMALL, "format": "text"}}, "classifier.format text: a classifier"),
     ],
 )

@@ -58,6 +58,8 @@ def check(config: Config, facts: ModelFacts) -> None:
     if config.data is None:
         fields = ("instruction", "output") if config.format == "instruction" else ("text",)
         check_rows("source", config.source, fields)
+    elif config.data.format in ("preference", "image"):
+        raise ValueError(f"data.format {config.data.format}: perplexity is that of texts or responses, not of pairs or images")
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -91,8 +93,8 @@ def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: floa
 
 def conversation(model: SteeredModel, row: dict[str, Any], config: Config) -> Conversation:
     """Make the conversation of a row."""
-    if config.format == "instruction":
-        return model.encoder.from_row(row, "instruction")
+    if config.format != "text":
+        return model.encoder.from_row(row, config.format)
     return (Message("text", (Part(str(row["text"]), DATA if config.role == "data" else INSTRUCTION),)),)
 
 
