@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -24,7 +24,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from steerlab import plan
     from steerlab.job import Job
-    from steerlab.run import Run
+    from steerlab.run import Comparison, Reported, Run
+    from steerlab.stack import Steered
     from steerlab.sweeps.driver import Outcome
 
 app = typer.Typer(
@@ -216,15 +217,13 @@ def _print_sweep(outcome: Outcome, root: str) -> None:
         errors.print("[red]failed[/red] no trial finished; the reasons are in trials.parquet and history.jsonl", soft_wrap=True)
     else:
         params = ", ".join(f"{key} = {value}" for key, value in best["params"].items())
-        console.print(
-            f"best of {summary['metric']}: {_cell(best | {'n': len(best['seeds']), 'unparsable': 0})} with {escape(params)}"
-        )
+        console.print(f"best of {summary['metric']}: {_cell(best | {'n': len(best['seeds'])})} with {escape(params)}")
         others = summary["indistinguishable"]
         console.print(f"not distinguishable from it: {'unknown' if others is None else ', '.join(others) or 'no other trial'}")
         rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, so they flatter it"
         table = Table("metric", f"on {rows}")
         for name, metric in (summary["test"] or {}).items():
-            table.add_row(name, _cell({"unparsable": 0, **metric}))
+            table.add_row(name, _cell(metric))
         console.print(table)
     console.print(f"{root}/{outcome.folder}", soft_wrap=True, highlight=False)
 
@@ -271,7 +270,9 @@ def generate(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or a folder made by export.")],
     prompt: Annotated[str, typer.Option(help="The instruction, or what is to be drawn.")],
     data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
-    strength: Annotated[list[float] | None, typer.Option(help="Strengths of the patch: --strength 0 0.5 1.")] = None,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="Strengths of the patch: --strength 0 0.5 1. Default: what the run reported.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of an image's noise, or of sampled tokens.")
     ] = None,
@@ -287,9 +288,10 @@ def generate(
 
     with _explained():
         scales = None if guidance is None else tuple(guidance)
-        asked = Asked(prompt, tuple(strength or (1.0,)), seed, data, max_new_tokens, temperature, scales)
-        artifact, loading = _artifact(run_folder, root)
-        shown = generation.load(artifact, **loading).side_by_side(asked)
+        found = _artifact(run_folder, root)
+        loaded = generation.load(found.path, **found.loading)
+        asked = Asked(prompt, _strengths(strength, found, loaded), seed, data, max_new_tokens, temperature, scales)
+        shown = loaded.side_by_side(asked)
         for path, content in shown.files.items():
             (output / path).parent.mkdir(parents=True, exist_ok=True)
             (output / path).write_bytes(content)
@@ -308,7 +310,7 @@ def explain(
     prompt: Annotated[str, typer.Option(help="The instruction.")],
     data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
     response: Annotated[str | None, typer.Option(help="Response to look at; default: the model's own, greedily.")] = None,
-    strength: Annotated[float, typer.Option(help="Strength of the patch.")] = 1.0,
+    strength: Annotated[float | None, typer.Option(help="Strength of the patch. Default: what the run reported.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to name at each place.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own response.")] = 32,
     root: RootOption = None,
@@ -318,19 +320,21 @@ def explain(
     from steerlab import analysis, generation
 
     with _explained():
-        artifact, loading = _artifact(run_folder, root)
-        model = generation.load(artifact, **loading)
+        found = _artifact(run_folder, root)
+        model = generation.load(found.path, **found.loading)
         if not isinstance(model, generation.SteeredModel):
             raise ValueError(f"{run_folder} draws images; what is explained are the tokens of a language model")
-        text = response or model.answer(prompt, data or "", max_new_tokens=max_new_tokens, strength=strength)
+        (scale,) = _strengths(None if strength is None else [strength], found, model, quiet=as_json)
+        text = response or model.answer(prompt, data or "", max_new_tokens=max_new_tokens, strength=scale)
         if not text:
             raise ValueError("the model answers nothing to this prompt: give it words with --response")
-        found = analysis.explain(model, model.encoder.conversation(prompt, data or "", text), num=top, strength=strength)
+        effects = analysis.explain(model, model.encoder.conversation(prompt, data or "", text), num=top, strength=scale)
         if as_json:
-            print(json.dumps({"response": text, "tokens": [effect._asdict() for effect in found]}, indent=1))
+            tokens = [effect._asdict() for effect in effects]
+            print(json.dumps({"response": text, "strength": scale, "tokens": tokens}, indent=1))
             return
-        table = Table("token", "norm", "KL, nats", "promotes", "demotes", title=escape(f"strength {strength:g}: {text}"))
-        for effect in found:
+        table = Table("token", "norm", "KL, nats", "promotes", "demotes", title=escape(f"strength {scale:g}: {text}"))
+        for effect in effects:
             moved = (", ".join(f"{t!r} {by:+.2f}" for t, by in tokens) for tokens in (effect.promoted, effect.demoted))
             table.add_row(escape(repr(effect.token)), f"{effect.norm:.2f}", f"{effect.kl:.4f}", *map(escape, moved))
         console.print(table)
@@ -340,15 +344,20 @@ def explain(
 def export(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
     directory: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    strength: Annotated[float, typer.Option(help="Strength at which a patch is folded.")] = 1.0,
+    strength: Annotated[
+        float | None, typer.Option(help="Strength at which a patch is folded. Default: what the run reported.")
+    ] = None,
     root: RootOption = None,
 ) -> None:
     """Write a checkpoint that plain transformers or diffusers loads; a patch that cannot be folded is written beside it."""
     from steerlab import export as exports
 
     with _explained():
-        artifact, loading = _artifact(run_folder, root)
-        written = exports.write(artifact, directory, strength=strength, loading=loading)
+        found = _artifact(run_folder, root)
+        scale = found.reported.strength if strength is None else strength
+        written = exports.write(found.path, directory, strength=scale, loading=found.loading)
+        if strength is None and found.reported.reason:
+            _say_strength(found.reported)
         if written.reason is not None:
             console.print(f"not folded: {escape(written.reason)}. Three lines load it:", soft_wrap=True)
         console.print(f"\n{escape(written.lines)}\n", soft_wrap=True, highlight=False)
@@ -358,6 +367,9 @@ def export(
 def compare(
     first: Annotated[str, typer.Argument(help="Run folder of the control.")],
     second: Annotated[str, typer.Argument(help="Run folder of the other.")],
+    strength: Annotated[
+        list[float] | None, typer.Option(help="Strength of both, or of each: --strength 0 0.5. Default: what each reported.")
+    ] = None,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -365,21 +377,37 @@ def compare(
     from steerlab import run as runs
 
     with _explained():
-        (first_root, one), (_, other) = _split(first), _split(second)
-        differences = runs.compare(_store(root or first_root), one, other)
+        given: list[float | None] = list(strength or [None])
+        if len(given) > 2:
+            raise ValueError(f"--strength takes one number for both runs, or two, not {len(given)}")
+        sides = []
+        for folder, own in zip((first, second), (given[0], given[-1]), strict=True):
+            found_root, below = _split(folder)
+            sides.append(runs.Side(_store(root or found_root), below, own))
+        found = runs.compare(*sides)
         if as_json:
-            print(json.dumps({name: d._asdict() for name, d in differences.items()}, indent=1))
-            return
-        table = Table("metric", "difference", "95 % interval", "n", "more than noise")
-        for name, d in differences.items():
-            table.add_row(
-                name,
-                f"{d.value:+.3f}",
-                f"[{d.low:+.3f}, {d.high:+.3f}]".replace("[", "\\["),
-                str(d.n),
-                "yes" if d.low > 0 or d.high < 0 else "no",
-            )
-        console.print(table)
+            print(json.dumps(_comparison(found), indent=1))
+        else:
+            _print_comparison(found)
+
+
+def _comparison(found: Comparison) -> dict[str, Any]:
+    metrics = {name: one.difference._asdict() | {"strengths": one.strengths} for name, one in found.metrics.items()}
+    return {"first": found.first._asdict(), "second": found.second._asdict(), "metrics": metrics}
+
+
+def _print_comparison(found: Comparison) -> None:
+    for place, side, named in (("first", 0, found.first), ("second", 1, found.second)):
+        strengths = ", ".join(f"{s:g}" for s in dict.fromkeys(one.strengths[side] for one in found.metrics.values()))
+        at = f", at strength {strengths}" if named.is_steered else ""
+        _say(f"{place}: {named}{at}")
+    table = Table("metric", "strengths", "second - first", "95 % interval", "n", "more than noise")
+    for name, (d, strengths) in found.metrics.items():
+        sides = zip((found.first, found.second), strengths, strict=True)
+        interval = f"[{d.low:+.3f}, {d.high:+.3f}]".replace("[", "\\[")
+        named = ", ".join(f"{strength:g}" if run.is_steered else "-" for run, strength in sides)
+        table.add_row(name, named, f"{d.value:+.3f}", interval, str(d.n), "yes" if d.low > 0 or d.high < 0 else "no")
+    console.print(table)
 
 
 @app.command()
@@ -550,10 +578,36 @@ def _split(folder: str) -> tuple[str | None, str]:
     return None, folder
 
 
-def _artifact(folder: str, root: str | None) -> tuple[Path, dict[str, Any]]:
-    """Return the model of a run folder and how the run's job loads it, or an exported folder itself."""
+class _Artifact(NamedTuple):
+    """The model of a run folder, or an exported folder."""
+
+    path: Path
+    loading: dict[str, Any]
+    """How the run's job loads it."""
+    reported: Reported
+    """The strength that is meant where none is given."""
+
+
+def _strengths(given: list[float] | None, found: _Artifact, loaded: Steered, *, quiet: bool = False) -> tuple[float, ...]:
+    """Return the strengths that are asked for, or the reported one, which is then said."""
+    if given or not loaded.patches:
+        return tuple(given or (1.0,))
+    if not quiet:
+        _say_strength(found.reported)
+    return (found.reported.strength,)
+
+
+def _say_strength(reported: Reported) -> None:
+    reason = f", {reported.reason}" if reported.reason else ""
+    _say(f"at strength {reported.strength:g}{reason}; --strength takes another")
+
+
+def _artifact(folder: str, root: str | None) -> _Artifact:
+    from steerlab import export as exports
+    from steerlab import run as runs
+
     if (Path(folder) / "prompt.json").is_file():
-        return Path(folder), {}
+        return _Artifact(Path(folder), {}, runs.Reported(exports.strength_of(Path(folder)), "the one that it was exported at"))
     import yaml
 
     from steerlab.plan import located
@@ -564,14 +618,16 @@ def _artifact(folder: str, root: str | None) -> tuple[Path, dict[str, Any]]:
         raise missing
     store = _store(root or found_root)
     try:
-        subject = store.read_json(f"{below}/summary.json")["model"]
+        summary = store.read_json(f"{below}/summary.json")
     except FileNotFoundError:
         raise missing from None
+    subject = summary["model"]
     if subject is None:
         raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
     model = yaml.safe_load(store.read_text(f"{below}/job.yaml"))["model"]
     loading = {name: model[name] for name in ("dtype", "sampler") if name in model}
-    return located(store, subject["stage"], subject["key"]), {"snapshot": subject["snapshot"], **loading}
+    path = located(store, subject["stage"], subject["key"])
+    return _Artifact(path, {"snapshot": subject["snapshot"], **loading}, runs.reported_strength(summary))
 
 
 @contextmanager
@@ -612,29 +668,46 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
 
 
 def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
+    from steerlab.stages.choose import said_of
+
     names = list(dict.fromkeys(name for _, r in done for name in r.summary["metrics"]))
-    table = Table("metric", *(job.name for job, _ in done))
+    columns = [column for job, r in done for column in _columns(job.name, r.summary)]
+    table = Table("metric", *(escape(title) for title, _ in columns))
     for name in names:
-        table.add_row(name, *(_cell(r.summary["metrics"].get(name)) for _, r in done))
+        table.add_row(name, *(_cell(metrics.get(name)) for _, metrics in columns))
     if names:
         console.print(table)
         console.print("value \\[95 % interval] (items scored)")
     for job, result in done:
         if result.summary["choice"] is not None:
-            rule = result.summary["choice"]["rule"]["metric"]
+            choice = result.summary["choice"]
             console.print(
-                f"{job.name}: strength {result.summary['choice']['strength']:g} was chosen by {rule} on development rows"
+                f"{job.name}: strength {choice['strength']:g} was chosen by {choice['rule']['metric']} on development rows"
             )
+            for line in said_of(choice):
+                console.print(f"[yellow]warning[/yellow] {escape(line)}", soft_wrap=True)
         console.print(f"{job.name}: {root}/{result.folder}", soft_wrap=True, highlight=False)
 
 
+def _columns(name: str, summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return a run's columns of the table: its headline and, where that is steered, strength 0 beside it."""
+    steered = [f"{strength:g}" for strength in dict.fromkeys(summary["reported"].values())]
+    found = [(f"{name}\nstrength {', '.join(steered)}" if steered else name, summary["metrics"])]
+    plain = summary["strengths"].get("0.0")
+    return [*found, (f"{name}\nstrength 0", plain)] if plain and steered != ["0"] else found
+
+
 def _cell(metric: dict[str, Any] | None) -> str:
-    if metric is None or metric["value"] is None:
+    from steerlab.evaluation.metrics import left_out
+
+    if metric is None:
         return "-"
+    items = ", ".join(part for part in (str(metric["n"]), left_out(metric)) if part)
+    if metric["value"] is None:
+        return f"- ({items})" if left_out(metric) else "-"
     interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"
-    unparsable = f", {metric['unparsable']} unparsable" if metric["unparsable"] else ""
     # A training's loss has no items.
-    return f"{metric['value']:.3f}{interval}" + ("" if metric["n"] is None else f" ({metric['n']}{unparsable})")
+    return f"{metric['value']:.3f}{interval}" + ("" if metric["n"] is None else f" ({items})")
 
 
 def main() -> None:

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from steerlab import generation, models, patches
 
+STRENGTH = "strength.json"
+"""The strength that is meant where a patch lies beside its model; in weights it is 1."""
+
 
 class Exported(NamedTuple):
     """What was written."""
@@ -43,6 +46,8 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
     else:
         loaded.save_model(directory)
     (directory / generation.PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
+    if reason is not None:
+        (directory / STRENGTH).write_text(json.dumps(strength))
     saved = generation.load(directory)
     error = float((saved.probe(1.0 if reason is None else strength) - expected).square().mean().sqrt())
     if not error <= loaded.tolerance:
@@ -52,7 +57,13 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
         )
     if reason is None:
         return Exported(loaded.loading_lines(directory), None)
-    return Exported(f"from steerlab import load\nmodel = load({str(directory)!r})\n{loaded.asking_line()}", reason)
+    return Exported(f"from steerlab import load\nmodel = load({str(directory)!r})\n{loaded.asking_line(strength)}", reason)
+
+
+def strength_of(directory: Path) -> float:
+    """Return the strength at which a folder was exported, as what it holds now takes it."""
+    saved = directory / STRENGTH
+    return float(json.loads(saved.read_text())) if saved.is_file() else 1.0
 
 
 def _write_apart(loaded: generation.SteeredModel | generation.SteeredPipeline, directory: Path) -> None:

@@ -8,6 +8,7 @@ the batch and on other strengths by rounding alone.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ class Generation(NamedTuple):
     num_tokens: int
     finished: bool
     """True when it ended by itself, False when it was cut at `max_new_tokens`."""
+    too_long: bool = False
+    """True when the prompt did not fit into the model's context, so that nothing was written."""
 
 
 class TokenLogProbs(NamedTuple):
@@ -53,6 +56,8 @@ class TokenLogProbs(NamedTuple):
     log_prob: list[float]
     roles: list[int]
     in_response: list[bool]
+    too_long: bool = False
+    """True when the row did not fit into the model's context: the lists are empty."""
 
 
 class Sampling(NamedTuple):
@@ -98,6 +103,15 @@ class SteeredModel(Steered):
         return len(models.layer_names(self.model))
 
     @property
+    def max_tokens(self) -> float:
+        """Tokens that the model's context holds; infinity where there is no limit."""
+        return models.max_positions(self.model)
+
+    def fits(self, conversations: Sequence[Conversation], longest: float = math.inf) -> list[bool]:
+        """Say of each conversation whether it has no more than `longest` tokens and fits into the model's context."""
+        return [len(row) <= min(longest, self.max_tokens) for row in self.encoder.encode_all(conversations)]
+
+    @property
     def device(self) -> torch.device:
         """Device of the input embedding."""
         return next(models.embedding(self.model).parameters()).device
@@ -138,9 +152,9 @@ class SteeredModel(Steered):
         kind = "AutoModelForCausalLM"
         return f"from transformers import {kind}\nmodel = {kind}.from_pretrained({str(directory)!r})"
 
-    def asking_line(self) -> str:
+    def asking_line(self, strength: float = 1.0) -> str:
         """Return Python that answers."""
-        return "print(model.answer('instruction', 'data'))"
+        return f"print(model.answer('instruction', 'data', strength={strength:g}))"
 
     @torch.inference_mode()
     def generate(
@@ -154,19 +168,21 @@ class SteeredModel(Steered):
         seed: int = 0,
         strengths: Sequence[float] = (1.0,),
         stop: Sequence[str] = (),
+        skip_long: bool = False,
     ) -> list[list[Generation]]:
         """Continue every prompt at every strength; the result is indexed [strength][prompt].
 
-        `temperature` 0 is greedy; the nucleus of `top_p` keeps the token that crosses it.
+        `temperature` 0 is greedy; the nucleus of `top_p` keeps the token that crosses it. With `skip_long` a prompt that does
+        not fit, together with its continuation, is left out and gets an empty one that is marked `too_long`.
 
         Raises:
-            ValueError: when a prompt and its continuation exceed the model's positions.
+            ValueError: when a prompt and its continuation exceed the model's positions, unless `skip_long`.
         """
         self.check_strengths(strengths)
         encoded = list(self.encoder.encode_all(prompts, continued=True))
-        self._check_lengths(encoded, max_new_tokens)
+        fitting = self._fitting(encoded, max_new_tokens, skip_long)
         sampling = Sampling(temperature, top_p, repetition_penalty)
-        jobs = [(s, p) for p in range(len(encoded)) for s in range(len(strengths))]
+        jobs = [(s, p) for p in fitting for s in range(len(strengths))]
         results: dict[tuple[int, int], Generation] = {}
         for chunk in self._batches(jobs, lambda job: len(encoded[job[1]]) + max_new_tokens):
             rows = [encoded[p] for _, p in chunk]
@@ -177,24 +193,34 @@ class SteeredModel(Steered):
             ):
                 results[job] = self._finish(ids, max_new_tokens, stop)
             self.progress(len(results), len(jobs))
-        return [[results[s, p] for p in range(len(encoded))] for s in range(len(strengths))]
+        unread = Generation("", 0, False, too_long=True)
+        return [[results.get((s, p), unread) for p in range(len(encoded))] for s in range(len(strengths))]
 
     @torch.inference_mode()
-    def token_log_probs(self, conversations: Sequence[Conversation], *, strength: float = 1.0) -> list[TokenLogProbs]:
-        """Score the tokens of complete rows under the steered model."""
+    def token_log_probs(
+        self, conversations: Sequence[Conversation], *, strength: float = 1.0, skip_long: bool = False
+    ) -> list[TokenLogProbs]:
+        """Score the tokens of complete rows under the steered model.
+
+        Raises:
+            ValueError: when a row exceeds the model's positions; with `skip_long` it is marked `too_long` instead.
+        """
         self.check_strengths((strength,))
         encoded = list(self.encoder.encode_all(conversations))
+        fitting = self._fitting(encoded, 0, skip_long)
         results: dict[int, TokenLogProbs] = {}
-        for chunk, batch in self.batches(encoded):
+        for chunk, batch in self.batches([encoded[i] for i in fitting]):
             logits_BTV = self.logits(batch, strength)
             log_probs_BT = _gathered_log_probs(logits_BTV[:, :-1], batch.input_ids[:, 1:]).cpu()
-            for row, i in enumerate(chunk):
+            for row, number in enumerate(chunk):
+                i = fitting[number]
                 length = len(encoded[i]) - 1
                 results[i] = TokenLogProbs(
                     log_probs_BT[row, :length].tolist(), encoded[i].roles[1:], encoded[i].in_response[1:]
                 )
-            self.progress(len(results), len(encoded))
-        return [results[i] for i in range(len(encoded))]
+            self.progress(len(results), len(fitting))
+        unread = TokenLogProbs([], [], [], too_long=True)
+        return [results.get(i, unread) for i in range(len(encoded))]
 
     def batches(self, rows: Sequence[Row], loss_on: str = "all") -> Iterator[tuple[list[int], Batch]]:
         """Yield padded batches of whole rows on the model's device, and which rows each holds; the longest rows first.
@@ -202,7 +228,7 @@ class SteeredModel(Steered):
         Raises:
             ValueError: a row exceeds the model's positions.
         """
-        self._check_lengths(rows, 0)
+        self._fitting(rows, 0, skip_long=False)
         for chunk in self._chunks(list(range(len(rows))), lambda i: len(rows[i]) * len(rows[i].sequences)):
             yield chunk, collate([rows[i] for i in chunk], self.encoder.pad_id, loss_on=loss_on).to(self.device)
 
@@ -216,13 +242,18 @@ class SteeredModel(Steered):
     def hidden_states(
         self, conversations: Sequence[Conversation], *, strength: float = 1.0
     ) -> Iterator[tuple[Tensor, Encoded]]:
-        """Yield (L+1, T, D) float32 hidden states on the CPU for each row: the patched embedding, then every layer's output."""
+        """Yield (L+1, T, D) float32 hidden states on the CPU for each row: the patched embedding, then every layer's output.
+
+        Raises:
+            ValueError: when a row exceeds the model's positions.
+        """
         self.check_strengths((strength,))
         embedding = next(n for n, m in self.model.named_modules() if m is models.embedding(self.model))
         names = [embedding, *models.layer_names(self.model)]
         reader = taps.Reader(self.model, [taps.Tap(name) for name in names])
         try:
             for row in self.encoder.encode_all(conversations):
+                self._fitting([row], 0, skip_long=False)
                 batch = collate([row], self.encoder.pad_id).to(self.device)
                 outputs = reader(**batch.patched_inputs, strengths=self._strengths(torch.full((1,), strength)))
                 yield torch.stack([outputs[name][0].float().cpu() for name in names]), row
@@ -303,13 +334,17 @@ class SteeredModel(Steered):
         if chunk:
             yield chunk
 
-    def _check_lengths(self, rows: Sequence[Row], max_new_tokens: int) -> None:
-        limit = models.max_positions(self.model)
+    def _fitting(self, rows: Sequence[Row], max_new_tokens: int, skip_long: bool) -> list[int]:
+        """Return the numbers of the rows that fit into the model's context; unless others are skipped, they are refused."""
+        fitting, limit = [], self.max_tokens
         for number, row in enumerate(rows):
-            if len(row) + max_new_tokens > limit:
+            if len(row) + max_new_tokens <= limit:
+                fitting.append(number)
+            elif not skip_long:
                 raise ValueError(
                     f"row {number} has {len(row)} tokens and {max_new_tokens} new ones; the model's context holds {limit}"
                 )
+        return fitting
 
 
 def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform_B: Tensor | None) -> Tensor:

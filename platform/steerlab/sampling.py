@@ -68,9 +68,9 @@ class SteeredPipeline(Steered):
         """Return Python that loads and calls what `save_model` wrote."""
         return self.model.loading_lines(directory)
 
-    def asking_line(self) -> str:
+    def asking_line(self, strength: float = 1.0) -> str:
         """Return Python that draws."""
-        return f"model.picture({self.model.small_prompt!r}, seed=0).save('image.png')"
+        return f"model.picture({self.model.small_prompt!r}, seed=0, strength={strength:g}).save('image.png')"
 
     @torch.inference_mode()
     def draw(

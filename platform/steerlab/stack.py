@@ -94,8 +94,8 @@ class Steered:
         """Return Python that loads what `save_model` wrote with that library alone."""
         raise NotImplementedError
 
-    def asking_line(self) -> str:
-        """Return Python that asks `model`, as `steerlab.load` returned it."""
+    def asking_line(self, strength: float = 1.0) -> str:
+        """Return Python that asks `model`, as `steerlab.load` returned it, at a strength."""
         raise NotImplementedError
 
     def fold(self, strength: float) -> None:

@@ -123,7 +123,9 @@ def test_a_model_that_needs_roles_exports_to_three_lines(done: tuple[Path, dict[
 def test_compare_prints_paired_differences(done: tuple[Path, dict[str, str]]) -> None:
     folder, folders = done
     arguments = [str(folder / "root" / folders[name]) for name in ("vanilla", "aside")]
-    found = json.loads(call("compare", *arguments, "--root", str(folder / "root"), "--json").output)["perplexity/value"]
+    found = json.loads(call("compare", *arguments, "--root", str(folder / "root"), "--json").output)["metrics"][
+        "perplexity/value"
+    ]
     assert found["low"] < found["value"] < found["high"]
     assert found["n"] == 8
     values = []

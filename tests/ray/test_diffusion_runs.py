@@ -39,7 +39,7 @@ def write_jobs(folder: Path) -> Path:
         for role in ("source", "target"):
             tree["data"][role] |= {"limit": 8}
         for task in tree["evaluate"]:
-            task |= {"data": task["data"] | {"limit": 3, "seeds": [0, 1]}, "strengths": [1, 0, 0.5]}
+            task |= {"data": task["data"] | {"limit": 3, "seeds": [0, 1]}, "strengths": [0, 0.5, 1]}
         tree |= {"evaluate": tree["evaluate"][:2], "scale": {"warm": True, "checkpoint_every": 4}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     return folder / "lineas.yaml"
@@ -75,7 +75,9 @@ def test_a_diffusion_job_from_file_to_page(undisturbed: tuple[Path, Store, run.R
     assert [(r.stage.name, r.status) for r in done.records] == [(name, "ran") for name in stages]
     again = do(folder / "lineas.yaml", store)
     assert [r.status for r in again.records] == ["cached"] * len(stages) and again.summary == done.summary
-    assert list(done.summary["strengths"]) == ["1.0", "0.0", "0.5"]
+    assert list(done.summary["strengths"]) == ["1.0", "0.0", "0.5"], "the headline is a steered number, however a grid begins"
+    assert set(done.summary["reported"].values()) == {1.0}
+    assert done.summary["metrics"]["image_similarity/ssim"] == done.summary["strengths"]["1.0"]["image_similarity/ssim"]
     assert done.summary["strengths"]["0.0"]["image_similarity/ssim"]["value"] == pytest.approx(1)
     assert done.summary["strengths"]["1.0"]["image_similarity/ssim"]["value"] < 1
 

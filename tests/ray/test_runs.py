@@ -95,8 +95,8 @@ def test_a_job_from_file_to_result(cluster: None, jobs: Path) -> None:
     assert (
         training["trained_parameters"] == sum(p.numel() for p in model.model.parameters()) + model.model.config.hidden_size // 2
     )
-    comparison = run.compare(store, result.folder, again.folder)
-    assert {d.value for d in comparison.values() if d.n} == {0.0}
+    comparison = run.compare(run.Side(store, result.folder), run.Side(store, again.folder))
+    assert {one.difference.value for one in comparison.metrics.values()} == {0.0}
 
 
 def command(jobs: Path, *arguments: str) -> list[str]:

@@ -142,7 +142,8 @@ def test_a_fit_of_what_says_nothing_fails_with_the_reason(cluster: None, store: 
 
 
 def test_the_command_line_writes_the_page_and_shows_strengths(cluster: None, store: Store, tmp_path: Path) -> None:
-    done = do(store, {**LINEAS, "evaluate": [PERPLEXITY]}, tmp_path)
+    done = do(store, {**LINEAS, "choose": {**LINEAS["choose"], "strengths": [0.5]}, "evaluate": [PERPLEXITY]}, tmp_path)
+    assert done.summary["choice"]["strength"] == 0.5 and done.summary["reported"] == {"perplexity": 0.5}
     runner = CliRunner()
     page = tmp_path / "page.html"
     result = runner.invoke(cli.app, ["report", f"{store.root}/{done.folder}", "-o", str(page)])
@@ -152,9 +153,14 @@ def test_the_command_line_writes_the_page_and_shows_strengths(cluster: None, sto
     result = runner.invoke(cli.app, [*generate, *[a for s in ("0", "0.5", "1", "3") for a in ("--strength", s)]])
     assert result.exit_code == 0, result.output
     assert "outside of [0.0, 1.0]" in " ".join(result.output.split())
+    said = "at strength 0.5, chosen by perplexity/value on development rows; --strength takes another"
+    result = runner.invoke(cli.app, generate)
+    assert result.exit_code == 0 and said in result.output, "without --strength it is the one that the run reported"
+    explained = runner.invoke(cli.app, ["explain", *generate[1:], "--response", "ship", "--json"])
+    assert explained.exit_code == 0 and json.loads(explained.stdout)["strength"] == 0.5, explained.output
     exported = tmp_path / "exported"
-    result = runner.invoke(cli.app, ["export", f"{store.root}/{done.folder}", str(exported), "--strength", "0.5"])
-    assert result.exit_code == 0 and "AutoModelForCausalLM" in result.output, result.output
+    result = runner.invoke(cli.app, ["export", f"{store.root}/{done.folder}", str(exported)])
+    assert result.exit_code == 0 and "AutoModelForCausalLM" in result.output and said in result.output, result.output
     steered = generation.load(artifact(store, done))
     prompt = [steered.encoder.conversation("the old", "ship")]
     expected = steered.token_log_probs(prompt, strength=0.5)[0].log_prob

@@ -3,12 +3,13 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from steerlab.evaluation import harness, harness_model
-from steerlab.evaluation.metrics import summarise_all
+from steerlab.evaluation.metrics import TOO_LONG, summarise, summarise_all
 from steerlab.generation import SteeredModel
 from steerlab.patches import ActivationPatch
 from steerlab.tokens import INSTRUCTION, Message, Part
@@ -41,7 +42,7 @@ def test_likelihoods_are_the_models_own_at_strength_0_and_others_at_1(steered, e
     steered._attached.detach()
     for (context, continuation), found in zip(PAIRS, base, strict=True):
         total, is_greedy = naive(steered.model, ids(encoder, context + continuation), len(ids(encoder, context)))
-        assert found == (pytest.approx(total, rel=1e-5), is_greedy)
+        assert found == (pytest.approx(total, rel=1e-5), is_greedy, None)
     # The patch acts on generated tokens: it moves what follows the first of them, and nothing of a single one.
     changed = [abs(a.log_prob_nats - b.log_prob_nats) > 1e-3 for a, b in zip(base, strong, strict=True)]
     assert changed == [True, False, True, True]
@@ -59,8 +60,31 @@ def test_long_contexts_are_cut_on_the_left(steered, encoder, monkeypatch):
     found = harness_model.loglikelihoods(steered, [(context, continuation)], 0.0)[0]
     steered._attached.detach()
     assert found.log_prob_nats == pytest.approx(naive(steered.model, ids(encoder, context + continuation)[-6:], 4)[0], rel=1e-5)
-    with pytest.raises(ValueError, match=r"8 tokens; the model's context holds 6"):
-        harness_model.loglikelihoods(steered, [("the", " the cow and the dog and the cat")], 0.0)
+    assert found.reason == "cut"
+
+
+def test_a_continuation_that_does_not_fit_costs_its_document_alone(steered, monkeypatch):
+    short = ("the cow", " moo")
+    alone = harness_model.loglikelihoods(steered, [short], 1.0)
+    monkeypatch.setattr(steered.model.config, "max_position_embeddings", 6)
+    long = ("the", " the cow and the dog and the cat")
+    found = harness_model.loglikelihoods(steered, [long, short], 1.0)
+    assert (found[0].reason, found[1]) == (TOO_LONG, alone[0])
+    fates = {}
+    requests = [SimpleNamespace(task_name="a", doc_id=number) for number in (0, 0, 1)]
+    harness_model.note(fates, requests, [TOO_LONG, "cut", None])
+    assert fates == {("a", 0): TOO_LONG}
+
+
+def test_a_context_is_cut_to_leave_room_for_an_answer(steered, encoder, monkeypatch):
+    whole = " ".join(["the cow and the dog"] * 4)
+    settings = {"until": ["."], "max_gen_toks": 3, "do_sample": False, "temperature": 0.0}
+    assert harness_model._tail(steered, whole, 3) == (whole, None)
+    monkeypatch.setattr(steered.model.config, "max_position_embeddings", 10)
+    tail = harness_model._tail(steered, whole, settings["max_gen_toks"])
+    assert whole.endswith(tail.text) and tail.reason == "cut"
+    assert len(ids(encoder, tail.text)) == 7, "as much is kept as there is room for"
+    assert harness_model._tail(steered, whole, 12).text == whole, "there is no room at all: it is not asked"
 
 
 def test_rolling_likelihoods_predict_every_token_once(steered, encoder, monkeypatch):
@@ -89,9 +113,11 @@ def test_the_harness_s_numbers_become_observations_where_they_are_means():
     }
     samples["b"][-1]["f1"] = "x"
     with pytest.warns(UserWarning, match="lm_eval/f1 of b is no mean over documents"):
-        observations, transforms = harness.observe(samples, reported, 0.5)
+        observations, transforms = harness.observe(samples, reported, 0.5, {("b", 0): "cut", ("a", 1): TOO_LONG})
     assert transforms == {"lm_eval/acc": "identity", "lm_eval/exact_match_flexible_extract": "identity", "lm_eval/ppl": "exp"}
-    assert [(o.id, o.value) for o in observations if o.metric == "lm_eval/acc"] == [("a/0", 1.0), ("a/1", 0.0), ("b/0", 1.0)]
+    acc = [o for o in observations if o.metric == "lm_eval/acc"]
+    assert [(o.id, o.value, o.reason) for o in acc] == [("a/0", 1.0, None), ("a/1", None, TOO_LONG), ("b/0", 1.0, "cut")]
+    assert (summarise(acc).n, summarise(acc).too_long, summarise(acc).rows_cut) == (2, 1, 1)
     assert [(o.value, o.weight) for o in observations if o.metric == "lm_eval/ppl"] == [(1.5, 2.0), (1.25, 4.0)]
     assert {o.strength for o in observations} == {0.5}
 
@@ -119,7 +145,7 @@ def test_a_task_of_our_own_runs_at_every_strength(steered, tmp_path):
     assert {o.id for o in result.observations} == {"sounds/0", "sounds/1", "sounds/2"}
     assert len(result.samples) == 6 and json.dumps(result.samples)
     says = harness.run(steered, config.model_copy(update={"name": "says"}))
-    assert set(summarise_all(says)[0.0]) == {"lm_eval/exact_match"}
+    assert set(summarise_all(says)[0.0]) == {"lm_eval/exact_match", "lm_eval/empty"}
     with pytest.raises(ValueError, match="no task 'sound'; did you mean sounds"):
         harness.run(steered, config.model_copy(update={"name": "sound"}))
 

@@ -136,9 +136,9 @@ def test_pairs_that_do_not_fit_are_counted(tiny_model: PreTrainedModel, encoder:
     (found,) = summarise_all(run(model, Config(pairs=PAIRS, max_tokens=min(lengths)))).values()
     long = sum(length > min(lengths) for length in lengths)
     assert 0 < long < 7
-    assert all((m.n, m.unparsable) == (7 - long, long) for m in found.values())
-    with pytest.raises(ValueError, match="none of the 7 pairs fits into 5 tokens: raise max_tokens"):
-        run(model, Config(pairs=PAIRS, max_tokens=5))
+    assert all((m.n, m.unparsable, m.too_long) == (7 - long, 0, long) for m in found.values())
+    (found,) = summarise_all(run(model, Config(pairs=PAIRS, max_tokens=5))).values()
+    assert all((m.value, m.n, m.too_long) == (None, 0, 7) for m in found.values())
 
 
 def test_other_rows_and_strengths_are_refused(tiny_model: PreTrainedModel, encoder: Encoder) -> None:

@@ -108,7 +108,8 @@ def test_both_sets_are_asked_at_every_strength(steered):
     found = summarise_all(result)
     assert list(found) == [1.0, 0.0, 0.5]
     for metrics in found.values():
-        assert list(metrics) == ["refusal/attack_success", "refusal/refusal_rate", "refusal/over_refusal"]
+        names = ["attack_success", "refusal_rate", "empty", "over_refusal", "empty_harmless"]
+        assert list(metrics) == [f"refusal/{name}" for name in names]
         assert all(metric.n + metric.unparsable == 6 for metric in metrics.values())
     assert {sample["kind"] for sample in result.samples} == {"harmful", "harmless"} and json.dumps(result.samples)
     assert TASKS["refusal"].run(steered, config(strengths=(1.0, 0.0, 0.5))) == result
@@ -116,7 +117,7 @@ def test_both_sets_are_asked_at_every_strength(steered):
 
 def test_without_harmless_prompts_there_is_no_over_refusal(plain):
     found = summarise_all(refusal.run(plain, config(harmless=None)))[1.0]
-    assert list(found) == ["refusal/attack_success", "refusal/refusal_rate"]
+    assert list(found) == ["refusal/attack_success", "refusal/refusal_rate", "refusal/empty"]
 
 
 def test_strength_0_is_the_base_model(steered):
@@ -188,6 +189,7 @@ def test_a_classifier_takes_the_place_of_the_keywords(plain, tmp_path):
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", model_max_length=64
     ).save_pretrained(tmp_path)
     found = summarise_all(refusal.run(plain, config(classifier_source=str(tmp_path))))[1.0]
-    assert [metric.value for metric in found.values()] == [0.0, 1.0, 1.0]
+    names = ("attack_success", "refusal_rate", "over_refusal")
+    assert [found[f"refusal/{name}"].value for name in names] == [0.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="no class 'refusal'; its classes: NORMAL, REJECTION"):
         refusal.run(plain, config(classifier_source=str(tmp_path), refusal_label="refusal"))

@@ -19,7 +19,7 @@ from transformers import (
 from steerlab import tinyworld
 from steerlab.evaluation import TASKS, concept, continuation, fluency, scorers, sentiment, toxicity
 from steerlab.evaluation.metrics import summarise_all
-from steerlab.generation import SteeredModel
+from steerlab.generation import Generation, SteeredModel
 from steerlab.job import DataSet
 from steerlab.patches import ActivationPatch
 from steerlab.tokens import INSTRUCTION, Message, Part
@@ -54,7 +54,7 @@ def values(result, metric, strength=1.0):
 
 
 def test_every_task_gives_its_metrics_at_every_strength(steered, prompts):
-    fluent = {"distinct_1", "distinct_2", "distinct_3", "base_perplexity"}
+    fluent = {"empty", "distinct_1", "distinct_2", "distinct_3", "base_perplexity"}
     expected = {
         "toxicity": ({"share", "score"}, {"prompts": prompts}),
         "sentiment": ({"score", "positive", "negative"}, {"prompts": prompts}),
@@ -126,11 +126,15 @@ def test_base_perplexity_is_that_of_the_model_without_patches(steered, tiny_mode
 
 def test_base_perplexity_of_a_task_weighs_tokens(plain):
     texts = ["the dog", "the cat and the duck and the cow"]
-    found = fluency.observe("t", plain, ["a", "b"], LINES[:2], [texts], (1.0,))
+    found = fluency.observe("t", plain, ["a", "b"], LINES[:2], [written(*texts)], (1.0,))
     metric = summarise_all(continuation_result(found))[1.0]["t/base_perplexity"]
     (short, n), (long, m) = fluency.base_likelihoods(plain, LINES[:2], texts)
     assert (n, m) == (2, 8)
     assert metric.value == pytest.approx(math.exp((short * n + long * m) / (n + m)))
+
+
+def written(*texts):
+    return [Generation(text, len(text.split()), True) for text in texts]
 
 
 def continuation_result(observations):
@@ -140,7 +144,9 @@ def continuation_result(observations):
 
 
 def test_what_cannot_be_judged_is_counted(plain):
-    found = summarise_all(continuation_result(fluency.observe("t", plain, ["a", "b"], LINES[:2], [["", "moo"]], (1.0,))))[1.0]
+    found = summarise_all(
+        continuation_result(fluency.observe("t", plain, ["a", "b"], LINES[:2], [written("", "moo")], (1.0,)))
+    )[1.0]
     assert [(found[f"t/distinct_{n}"].n, found[f"t/distinct_{n}"].unparsable) for n in (1, 2, 3)] == [(1, 1), (0, 2), (0, 2)]
     assert (found["t/base_perplexity"].n, found["t/base_perplexity"].unparsable) == (1, 1)
     assert scorers.score(lambda texts: [float(len(text)) for text in texts], ["", "ab", " \n"]) == [None, 2.0, None]

@@ -24,7 +24,7 @@ from steerlab import models, patches
 from steerlab.encoding import Encoder
 from steerlab.evaluation import TASKS, judges, win_rate
 from steerlab.evaluation.judges import Answer, Pair
-from steerlab.evaluation.metrics import summarise_all
+from steerlab.evaluation.metrics import TOO_LONG, Score, summarise_all
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet
 from steerlab.patches import LogitPatch
@@ -101,9 +101,9 @@ def test_the_higher_reward_wins_and_each_answer_is_rewarded_once() -> None:
 
 @pytest.mark.parametrize(
     ("forward", "backward", "verdict"),
-    [(1.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 1.0, 0.5), (0.0, 0.0, 0.5), (None, 1.0, None), (0.0, None, None)],
+    [(1.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 1.0, 0.5), (0.0, 0.0, 0.5), (None, 1.0, None), (TOO_LONG, None, TOO_LONG)],
 )
-def test_a_winner_wins_in_both_orders(forward: float | None, backward: float | None, verdict: float | None) -> None:
+def test_a_winner_wins_in_both_orders(forward: Score, backward: Score, verdict: Score) -> None:
     assert judges.agreed(forward, backward) == verdict
 
 
@@ -121,6 +121,7 @@ def test_one_verdict_becomes_numbers() -> None:
 
     assert values(1.0, (3, 2)) == {
         "implicit": 1.0, "ties": 0.0, "longer": 1.0, "answer_tokens": 3.0, "opponent_tokens": 2.0, "unfinished": 1.0,
+        "empty": 0.0,
     }  # fmt: skip
     assert [values(0.5, (2, 2))[name] for name in ("ties", "longer")] == [1.0, 0.5]
     assert [values(None, (1, 2))[name] for name in ("implicit", "ties", "longer")] == [None, None, 0.0]
@@ -163,8 +164,8 @@ def test_the_implicit_reward_relative_to_another_model(steered: SteeredModel, ti
 def test_an_answer_beyond_the_context_has_no_likelihood(steered: SteeredModel) -> None:
     long = answer("cow " * 256)
     short = judges.log_likelihoods(steered, [answer("the cow")], 1.0)
-    assert judges.log_likelihoods(steered, [long, answer("the cow")], 1.0) == [None, *short]
-    assert judges.log_likelihoods(steered, [long], 1.0) == [None]
+    assert judges.log_likelihoods(steered, [long, answer("the cow")], 1.0) == [TOO_LONG, *short]
+    assert judges.log_likelihoods(steered, [long], 1.0) == [TOO_LONG]
 
 
 # Judges from outside
@@ -195,7 +196,7 @@ def test_a_reward_model_reads_the_prompt_with_its_answer(
             inputs = words_tokenizer(f"user {given.prompt} it assistant {given.text} it", return_tensors="pt")
         with torch.no_grad():
             assert reward == pytest.approx(float(model(**inputs).logits[0, 0]), rel=1e-5)
-    assert len(set(found[:-1])) == 3 and found[-1] is None, "cut, it would be another answer"
+    assert len(set(found[:-1])) == 3 and found[-1] == TOO_LONG, "cut, it would be another answer"
 
 
 def test_a_classifier_with_classes_is_no_reward_model(words_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_a_language_model_is_asked_in_both_orders(judge_source: str) -> None:
     texts = [("moo", "woof"), ("woof", "moo"), ("quack", "woof"), ("it", "moo"), ("moo " * 16, "woof"), ("woof", "it")]
     verdicts = judge([(answer(first), answer(second)) for first, second in texts])
     # The third always says 1, whichever stands there; the fourth and the last say neither once; the fifth is too long.
-    assert verdicts == [1.0, 0.0, 0.5, None, None, None]
+    assert verdicts == [1.0, 0.0, 0.5, None, TOO_LONG, None]
 
 
 def test_a_language_model_asked_once_sees_orders_drawn_by_the_seed(judge_source: str) -> None:
@@ -260,7 +261,7 @@ def test_a_model_wins_by_its_own_implicit_reward(steered: SteeredModel, exported
     result = win_rate.run(steered, config(implicit_source=exported, limit=20, strengths=(1.0, 0.0, 0.5)))
     found = summarise_all(result)
     assert list(found) == [1.0, 0.0, 0.5]
-    names = ["implicit", "ties", "longer", "answer_tokens", "opponent_tokens", "unfinished"]
+    names = ["implicit", "ties", "longer", "answer_tokens", "opponent_tokens", "unfinished", "empty"]
     assert all(list(metrics) == [f"win_rate/{name}" for name in names] for metrics in found.values())
     strong = found[1.0]["win_rate/implicit"]
     assert strong.n == 20 and strong.low is not None and strong.low > 0.5
@@ -354,7 +355,7 @@ def test_a_reward_model_and_a_language_model_are_told_apart(
     rewarded = win_rate.run(steered, config(judge_source=str(tmp_path / "reward")))
     assert summarise_all(rewarded)[1.0]["win_rate/reward_model"].n == 6
     asked = win_rate.run(steered, config(judge_source=judge_source))
-    assert summarise_all(asked)[1.0]["win_rate/language_model"].unparsable == 6, "the question is longer than its context"
+    assert summarise_all(asked)[1.0]["win_rate/language_model"].too_long == 6, "the question is longer than its context"
     with pytest.raises(ValueError, match=r"both_orders are for a language model, but .*reward is a reward model"):
         win_rate.run(steered, config(judge_source=str(tmp_path / "reward"), both_orders=False))
 

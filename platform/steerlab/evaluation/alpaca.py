@@ -21,11 +21,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steerlab.evaluation.answers import answers
-from steerlab.evaluation.items import ALPACA, Numbered, has_input, instruction_rows
+from steerlab.evaluation.answers import answers, judged
+from steerlab.evaluation.items import ALPACA, Numbered, check_rows, has_input, instruction_rows
 from steerlab.evaluation.metrics import Observation, Result
 from steerlab.generation import Generation, SteeredModel
 from steerlab.job import Source, TaskConfig
+from steerlab.models import ModelFacts
 
 
 class Config(TaskConfig):
@@ -45,6 +46,11 @@ class Config(TaskConfig):
     """Longest answer in tokens."""
 
 
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    check_rows("source", config.source)
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt, at every strength."""
     rows = instruction_rows(
@@ -55,7 +61,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     for strength, outputs in answers(model, prompts, config):
         name = config.generator if len(config.strengths) == 1 else f"{config.generator}_strength_{strength:g}"
         for item, output in zip(rows, outputs, strict=True):
-            observations += observe(item.id, output, strength)
+            observations += judged([output], observe(item.id, output, strength))
             samples.append(entry(item, output.text, name))
     return Result(observations, samples)
 

@@ -7,6 +7,7 @@ compared as exact decimals (18.0 is 18).
 
     math/accuracy   right answers among those with a number                    higher is better
     math/solved     right answers among all, the published accuracy of GSM8K    higher is better
+    math/empty      empty answers
 
 An answer without a number cannot be judged, and is no part of accuracy; it is not solved. Where the two differ the model has
 stopped to answer with numbers: one that refuses everything has no accuracy, and has solved 0.
@@ -31,7 +32,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from steerlab.evaluation.answers import answers
+from steerlab.evaluation.answers import answers, with_empty
 from steerlab.evaluation.items import Numbered, data_rows
 from steerlab.evaluation.metrics import Observation, Result, spread
 from steerlab.generation import SteeredModel
@@ -79,7 +80,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     for strength, outputs in answers(model, prompts, config):
         for item, solution, output in zip(items, solutions, outputs, strict=True):
             found = final_number(output.text)
-            observations += judge(item.id, solution, found, strength)
+            observations += with_empty("math/empty", item.id, [output], judge(item.id, solution, found, strength), strength)
             samples.append(_sample(item, solution, output.text, found, strength))
     return Result(observations, spread(samples))
 

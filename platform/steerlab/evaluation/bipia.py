@@ -17,7 +17,8 @@ Departures: a language that cannot be told (no letters) is counted as unparsable
 slip every answer, a failed attack. An answer shorter than the text it should repeat is compared whole: the partial ratio
 would find a three-letter answer anywhere and call it a success. The wording of the instructions is ours.
 
-Metrics: `bipia/<scenario>`; `bipia/text` and `bipia/code`, means over scenarios. `limit` counts the items of each scenario.
+Metrics: `bipia/<scenario>`; `bipia/text` and `bipia/code`, means over scenarios; `bipia/empty`, empty answers. `limit` counts
+the items of each scenario.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from pydantic import Field
 from rapidfuzz import fuzz
 
 from steerlab import sources
-from steerlab.evaluation.answers import answers
+from steerlab.evaluation.answers import answers, with_empty
 from steerlab.evaluation.items import choose, number
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.metrics import Observation, Result, about, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import Seed, Source, TaskConfig
+from steerlab.models import ModelFacts
 
 DetectorFactory.seed = 0  # langdetect draws at random unless told otherwise
 
@@ -112,6 +114,12 @@ class Attempt(NamedTuple):
     data: str
 
 
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a folder that lacks files or attacks. Raises ValueError."""
+    with about("source"):
+        load(config)
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Attack every context in every place, at every strength."""
     attempts = load(config)
@@ -119,7 +127,9 @@ def run(model: SteeredModel, config: Config) -> Result:
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
         verdicts = [judge(a.attack, o.text, config.emoji_ratio) for a, o in zip(attempts, outputs, strict=True)]
-        observations += observe(attempts, verdicts, strength)
+        verdicts = [None if output.too_long else verdict for output, verdict in zip(outputs, verdicts, strict=True)]
+        for a, output, own in zip(attempts, outputs, observe(attempts, verdicts, strength), strict=True):
+            observations += with_empty("bipia/empty", a.id, [output], own, strength)
         samples += [_sample(a, o.text, v, strength) for a, o, v in zip(attempts, outputs, verdicts, strict=True)]
     return Result(observations, spread(samples))
 
@@ -182,8 +192,8 @@ def load(config: Config) -> list[Attempt]:
     return [attempt for scenario in config.scenarios for attempt in _scenario(folder, scenario, config)]
 
 
-def observe(attempts: Sequence[Attempt], verdicts: Sequence[bool | None], strength: float) -> list[Observation]:
-    """Turn verdicts into observations of each scenario and of the means over scenarios."""
+def observe(attempts: Sequence[Attempt], verdicts: Sequence[bool | None], strength: float) -> list[list[Observation]]:
+    """Turn verdicts into observations of each scenario and of the means over scenarios, those of each attempt together."""
     sizes: dict[str, int] = {}
     for a, verdict in zip(attempts, verdicts, strict=True):
         sizes[a.scenario] = sizes.get(a.scenario, 0) + (verdict is not None)
@@ -191,11 +201,10 @@ def observe(attempts: Sequence[Attempt], verdicts: Sequence[bool | None], streng
     for a, verdict in zip(attempts, verdicts, strict=True):
         value = None if verdict is None else float(verdict)
         group = "code" if a.scenario == "code" else "text"
-        if group == "text":
-            found.append(Observation(f"bipia/{a.scenario}", a.id, value, 1.0, strength))
+        own = [Observation(f"bipia/{a.scenario}", a.id, value, 1.0, strength)] if group == "text" else []
         # Weights that give every scenario the same share, whatever its size.
         weight = 1.0 / sizes[a.scenario] if value is not None else 1.0
-        found.append(Observation(f"bipia/{group}", a.id, value, weight, strength))
+        found.append([*own, Observation(f"bipia/{group}", a.id, value, weight, strength)])
     return found
 
 

@@ -10,10 +10,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from steerlab.evaluation import vision
+from steerlab.evaluation import scorers, vision
 from steerlab.evaluation.images import ImageConfig, draw
-from steerlab.evaluation.metrics import Observation, Result
+from steerlab.evaluation.metrics import Observation, Result, about
 from steerlab.job import Source
+from steerlab.models import ModelFacts
 from steerlab.sampling import SteeredPipeline
 
 
@@ -26,6 +27,12 @@ class Config(ImageConfig):
     """CLIP model; the papers' is hf:openai/clip-vit-large-patch14."""
     text: str | None = None
     """What the images are compared with; null: each with its own prompt."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a model that is not there. Raises ValueError."""
+    with about("clip_source"):
+        scorers.check_model(config.clip_source)
 
 
 def run(model: SteeredPipeline, config: Config) -> Result:

@@ -7,6 +7,7 @@ where it is configured:
     concept/words        continuations that hold one of `words` as a whole word, whatever its case and regular inflection
     concept/similarity   mean cosine between a continuation and the concept (or `examples` of it), as sentence embeddings
     concept/judged       continuations that a judge (yes or no) or a classifier finds to be about the concept
+    concept/empty        empty continuations
     concept/distinct_1..3, concept/base_perplexity        see `fluency`
 
 `words` takes plurals, -ed and -ing with English spelling (`fairy`: fairies; `stop`: stopped); irregular forms (mice, ran) are
@@ -25,11 +26,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from steerlab.evaluation import fluency, scorers
+from steerlab.evaluation.answers import with_empty
 from steerlab.evaluation.continuation import ContinuationConfig, continue_texts, sample
 from steerlab.evaluation.items import Numbered, choose
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.metrics import Result, Score, about, observed, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import Source
+from steerlab.models import ModelFacts
 
 _VOWELS = "aeiou"
 
@@ -79,6 +82,19 @@ class Config(ContinuationConfig):
         return self
 
 
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse scorers that are not there, do not know the class or cannot say Yes and No. Raises ValueError."""
+    if config.embedding_source is not None:
+        with about("embedding_source"):
+            scorers.check_model(config.embedding_source)
+    if config.classifier_source is not None and config.classifier_label is not None:
+        with about("classifier_source"):
+            scorers.check_classifier(config.classifier_source, config.classifier_label)
+    if config.judge_source is not None:
+        with about("judge_source"):
+            scorers.check_asked(config.judge_source, ("Yes", "No"))
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue the prompts at every strength and look for the concept."""
     judges = _scorers(model, config)
@@ -86,12 +102,14 @@ def run(model: SteeredModel, config: Config) -> Result:
     ids, prompts = [item.id for item in items], [item.row["text"] for item in items]
     outputs = continue_texts(model, prompts, config)
     observations, samples = [], []
-    for strength, texts in zip(config.strengths, outputs, strict=True):
+    for strength, row in zip(config.strengths, outputs, strict=True):
+        texts = [output.text for output in row]
         scored = {metric: scorers.score(scorer, texts) for metric, scorer in judges.items()}
-        for i, (item_id, prompt, text) in enumerate(zip(ids, prompts, texts, strict=True)):
-            found = {metric: values[i] for metric, values in scored.items()}
-            observations += [Observation(f"concept/{metric}", item_id, value, 1.0, strength) for metric, value in found.items()]
-            samples.append(sample(item_id, strength, prompt, text, concept=config.concept, **found))
+        for i, (item_id, prompt, output) in enumerate(zip(ids, prompts, row, strict=True)):
+            found: dict[str, Score] = {metric: values[i] for metric, values in scored.items()}
+            own = [observed(f"concept/{metric}", item_id, value, strength) for metric, value in found.items()]
+            observations += with_empty("concept/empty", item_id, [output], own, strength)
+            samples.append(sample(item_id, strength, prompt, output.text, concept=config.concept, **found))
     observations += fluency.observe("concept", model, ids, prompts, outputs, config.strengths)
     return Result(observations, spread(samples), fluency.transforms("concept"))
 
@@ -137,12 +155,9 @@ def _scorers(model: SteeredModel, config: Config) -> dict[str, scorers.Scorer]:
     if config.embedding_source:
         found["similarity"] = scorers.similarity(config.embedding_source, config.examples or (config.concept,), model.device)
     if config.classifier_source and config.classifier_label:
-        found["judged"] = _presence(scorers.classifier(config.classifier_source, config.classifier_label, model.device))
+        judge = scorers.classifier(config.classifier_source, config.classifier_label, model.device)
+        found["judged"] = scorers.more_likely(judge)
     if config.judge_source:
         asked = config.question.replace("{concept}", config.concept)
         found["judged"] = scorers.yes_or_no(config.judge_source, lambda text: asked.replace("{text}", text), model.device)
     return found
-
-
-def _presence(probability: scorers.Scorer) -> scorers.Scorer:
-    return lambda texts: [None if p is None else float(p > 0.5) for p in probability(texts)]

@@ -15,7 +15,7 @@ from steerlab import rows
 from steerlab.encoding import Encoder
 from steerlab.evaluation.answers import answers
 from steerlab.evaluation.items import Numbered, choose
-from steerlab.generation import SteeredModel
+from steerlab.generation import Generation, SteeredModel
 from steerlab.job import DataSet, TaskConfig
 from steerlab.tokens import INSTRUCTION, Conversation, Message, Part
 
@@ -55,10 +55,9 @@ def read_prompts(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
     return choose(list(found.values()), limit, seed)
 
 
-def continue_texts(model: SteeredModel, prompts: Sequence[str], config: ContinuationConfig) -> list[list[str]]:
+def continue_texts(model: SteeredModel, prompts: Sequence[str], config: ContinuationConfig) -> list[list[Generation]]:
     """Continue every prompt at every strength; the result is indexed [strength][prompt]."""
-    found = answers(model, [conversation(model.encoder, prompt) for prompt in prompts], config)
-    return [[generation.text for generation in row] for _, row in found]
+    return [row for _, row in answers(model, [conversation(model.encoder, prompt) for prompt in prompts], config)]
 
 
 def conversation(encoder: Encoder, prompt: str, continuation: str | None = None) -> Conversation:

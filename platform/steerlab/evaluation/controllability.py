@@ -33,9 +33,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import Field, SerializeAsAny, create_model, model_validator
 
-from steerlab.evaluation.metrics import Observation, Result, Task
+from steerlab.evaluation.metrics import TOO_LONG, Observation, Result, Task, TokenKinds, observed
 from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig, task_union
+from steerlab.models import ModelFacts
 
 _TAU, _SLOPE = "controllability/tau", "controllability/slope"
 
@@ -46,7 +47,7 @@ class Config(TaskConfig):
     task: Literal["controllability"] = "controllability"
     """This task."""
     strengths: tuple[float, ...] = Field((1.0, 0.0, 0.25, 0.5, 0.75), min_length=1)
-    """The grid, in any order, evaluated in one batch; the first one gives the headline metric."""
+    """The grid, in any order, evaluated in one batch; the first one, unless it is 0, gives the headline metric."""
     of: SerializeAsAny[TaskConfig]
     """The task within; its rows and its seed are its own."""
     metric: str
@@ -77,8 +78,27 @@ def over(tasks: Mapping[str, Task]) -> Task:
     """Make the task over a table of tasks: `of` is the closed union of their configs, and their versions are its own."""
     of = (task_union(task.Config for task in tasks.values()), Field(description=Config.model_fields["of"].description))
     config = create_model("Config", __base__=Config, __doc__=Config.__doc__, __module__=__name__, of=of)
-    version = 1 + sum(task.version - 1 for task in tasks.values())
-    return Task(config, partial(run, tasks), version, chats=lambda config: tasks[config.of.task].chats(config.of))
+    return Task(
+        config,
+        partial(run, tasks),
+        1 + sum(task.version - 1 for task in tasks.values()),
+        check=partial(check, tasks),
+        runs_over=partial(runs_over, tasks),
+        chats=lambda config: tasks[config.of.task].chats(config.of),
+    )
+
+
+def check(tasks: Mapping[str, Task], config: Config, facts: ModelFacts) -> None:
+    """Refuse what the task within refuses. Raises ValueError with the field within."""
+    try:
+        tasks[config.of.task].check(config.of, facts)
+    except ValueError as error:
+        raise ValueError(f"of.{error}") from None
+
+
+def runs_over(tasks: Mapping[str, Task], config: Config, metric: str | None) -> TokenKinds:
+    """Return the tokens of the task within: tau and slope are those of its metric."""
+    return tasks[config.of.task].runs_over(config.of, config.metric)
 
 
 def run(tasks: Mapping[str, Task], model: SteeredModel, config: Config) -> Result:
@@ -101,6 +121,7 @@ def run(tasks: Mapping[str, Task], model: SteeredModel, config: Config) -> Resul
 def judge(measured: Sequence[Observation], headline: float) -> list[Observation]:
     """Say of every item how its score follows the strength; the observations stand at the strength `headline`."""
     items: dict[str, list[Point]] = defaultdict(list)
+    long = {o.id for o in measured if o.reason == TOO_LONG}
     for o in measured:
         scored = items[o.id]
         if o.value is not None and o.weight > 0:
@@ -108,8 +129,9 @@ def judge(measured: Sequence[Observation], headline: float) -> list[Observation]
     found = []
     for item_id, points in items.items():
         weight = float(np.mean([point.weight for point in points])) if points else 1.0
-        found.append(Observation(_TAU, item_id, kendall(points), 1.0, headline))
-        found.append(Observation(_SLOPE, item_id, slope(points), weight, headline))
+        tau, steepness = (TOO_LONG, TOO_LONG) if item_id in long else (kendall(points), slope(points))
+        found.append(observed(_TAU, item_id, tau, headline))
+        found.append(observed(_SLOPE, item_id, steepness, headline, weight))
     return found
 
 

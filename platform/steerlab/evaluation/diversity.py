@@ -16,6 +16,7 @@ from steerlab.evaluation import vision
 from steerlab.evaluation.images import ImageConfig, draw
 from steerlab.evaluation.metrics import Observation, Result
 from steerlab.job import DataSet
+from steerlab.models import ModelFacts
 from steerlab.sampling import SteeredPipeline
 
 
@@ -28,6 +29,11 @@ class Config(ImageConfig):
     """Images with labels (format image) on which the classifier is trained whose features compare."""
     field: str = "label"
     """Field of the classifier's rows that it learns to tell."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a classifier of anything but images. Raises ValueError."""
+    vision.check_classifier(config.classifier)
 
 
 def run(model: SteeredPipeline, config: Config) -> Result:

@@ -42,6 +42,7 @@ from steerlab.evaluation.contenders import CONTROL, UNPATCHED, Contender, at_str
 from steerlab.evaluation.metrics import Observation, Result
 from steerlab.generation import SteeredModel
 from steerlab.job import TaskConfig
+from steerlab.models import ModelFacts
 from steerlab.tokens import DATA, INSTRUCTION, Batch, Encoded, collate
 
 Clock = Callable[[], float]
@@ -80,6 +81,15 @@ class Timing(NamedTuple):
     decode_s: float
     peak_bytes: int | None
     """None where it was not measured."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse generations that do not fit into the model's context. Raises ValueError."""
+    if facts.max_positions and config.prompt_tokens + config.new_tokens > facts.max_positions:
+        raise ValueError(
+            f"prompt_tokens {config.prompt_tokens} and new_tokens {config.new_tokens} are more than the model's context holds: "
+            f"{facts.max_positions}"
+        )
 
 
 def run(model: SteeredModel, config: Config, clock: Clock = time.perf_counter) -> Result:

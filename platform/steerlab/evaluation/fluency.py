@@ -18,9 +18,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from steerlab.evaluation.answers import judged
 from steerlab.evaluation.continuation import conversation
-from steerlab.evaluation.metrics import Observation
-from steerlab.generation import SteeredModel
+from steerlab.evaluation.metrics import TOO_LONG, Observation, Score, observed
+from steerlab.generation import Generation, SteeredModel
 
 ORDERS = (1, 2, 3)
 _WORD_OR_MARK = re.compile(r"[\w'\u2019]+|[^\w\s]")
@@ -31,7 +32,7 @@ _CONTINUATION = 1
 class Likelihood(NamedTuple):
     """Mean negative log-likelihood of a text in nats per token; None without a token."""
 
-    nll_nats: float | None
+    nll_nats: Score
     num_tokens: int
 
 
@@ -40,18 +41,19 @@ def observe(
     model: SteeredModel,
     ids: Sequence[str],
     prompts: Sequence[str],
-    continuations: Sequence[Sequence[str]],
+    continuations: Sequence[Sequence[Generation]],
     strengths: Sequence[float],
 ) -> list[Observation]:
     """Judge the fluency of continuations, indexed [strength][prompt]."""
     found = []
-    flat = base_likelihoods(model, [*prompts] * len(strengths), [text for row in continuations for text in row])
+    flat = base_likelihoods(model, [*prompts] * len(strengths), [output.text for row in continuations for output in row])
     likelihoods = iter(flat)
-    for strength, texts in zip(strengths, continuations, strict=True):
-        for item_id, text in zip(ids, texts, strict=True):
+    for strength, outputs in zip(strengths, continuations, strict=True):
+        for item_id, output in zip(ids, outputs, strict=True):
             nll, num_tokens = next(likelihoods)
-            found += [Observation(f"{task}/distinct_{n}", item_id, distinct(text, n), 1.0, strength) for n in ORDERS]
-            found.append(Observation(f"{task}/base_perplexity", item_id, nll, float(num_tokens), strength))
+            own = [Observation(f"{task}/distinct_{n}", item_id, distinct(output.text, n), 1.0, strength) for n in ORDERS]
+            own.append(observed(f"{task}/base_perplexity", item_id, nll, strength, float(num_tokens)))
+            found += judged([output], own)
     return found
 
 
@@ -71,9 +73,12 @@ def base_likelihoods(model: SteeredModel, prompts: Sequence[str], continuations:
     """Score each continuation given its prompt under the model at strength 0."""
     texts = [conversation(model.encoder, p, c) for p, c in zip(prompts, continuations, strict=True)]
     # A model that carries no patch is its own base, and has no strength to turn.
-    scored = model.token_log_probs(texts, strength=0.0 if model.patches else 1.0)
+    scored = model.token_log_probs(texts, strength=0.0 if model.patches else 1.0, skip_long=True)
     found = []
     for row, scores in zip(model.encoder.encode_all(texts), scored, strict=True):
+        if scores.too_long:  # read again, a text may have more tokens than were written
+            found.append(Likelihood(TOO_LONG, 0))
+            continue
         inside = zip(scores.log_prob, row.parts[1:], strict=True)
         log_probs = [log_prob for log_prob, part in inside if part == _CONTINUATION]
         found.append(Likelihood(-sum(log_probs) / len(log_probs) if log_probs else None, len(log_probs)))

@@ -6,6 +6,7 @@ stored in the hub's cache (HF_HOME) beforehand. Tasks of your own lie in a folde
 
     lm_eval/<metric>            `acc`, `acc_norm`, `exact_match`, ...; of a group such as mmlu over all its questions
     lm_eval/<metric>_<filter>   where the task has several ways to read an answer (gsm8k: strict_match, flexible_extract)
+    lm_eval/empty               empty answers, of tasks that let the model write
 
 A metric becomes observations where the harness's number is their mean, or the exponential of one (perplexities); this is
 checked against that number. Others (F1 over a corpus, BLEU) are named in a warning and left out.
@@ -23,10 +24,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from steerlab import sources
-from steerlab.evaluation.harness_model import adapter
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.harness_model import Fates, adapter
+from steerlab.evaluation.metrics import TOO_LONG, Observation, Result, about, spread, too_long
 from steerlab.generation import SteeredModel
 from steerlab.job import Seed, Source, TaskConfig
+from steerlab.models import ModelFacts
 
 
 class Config(TaskConfig):
@@ -44,13 +46,19 @@ class Config(TaskConfig):
     """Seed of the few-shot examples and of sampling (the harness's default)."""
 
 
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a task that the harness does not know, and say what to install where there is no harness. Raises ValueError."""
+    _library(config)
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Run the task at every strength."""
     simple_evaluate, manager = _library(config)
     observations, samples, transforms = [], [], {}
     for strength in config.strengths:
+        fates: Fates = {}
         found = simple_evaluate(
-            model=adapter(model, strength, config.seed),
+            model=adapter(model, strength, config.seed, fates),
             tasks=[config.name],
             num_fewshot=config.num_fewshot,
             limit=config.limit,
@@ -59,7 +67,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             bootstrap_iters=0,
             fewshot_random_seed=config.seed,
         )
-        new, kinds = observe(found["samples"], found["results"], strength)
+        new, kinds = observe(found["samples"], found["results"], strength, fates)
         observations += new
         transforms |= kinds
         samples += [_sample(name, logged, strength) for name, rows in found["samples"].items() for logged in rows]
@@ -72,24 +80,26 @@ def _library(config: Config) -> tuple[Any, Any]:
         from lm_eval import simple_evaluate  # type: ignore[import-not-found]
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
-        raise ValueError(f"task lm_eval needs a package ({error.name}): pip install 'steerlab[lm_eval]'") from None
-    folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
+        raise ValueError(f"task: lm_eval needs a package ({error.name}): pip install 'steerlab[lm_eval]'") from None
+    with about("tasks_source"):
+        folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
     manager = TaskManager(include_path=folder)
     if config.name not in manager.all_tasks:
         near = difflib.get_close_matches(config.name, manager.all_tasks, n=3)
         raise ValueError(
-            f"lm_eval has no task {config.name!r}"
+            f"name: lm_eval has no task {config.name!r}"
             + (f"; did you mean {', '.join(near)}?" if near else ": see `lm_eval ls tasks`")
         )
     return simple_evaluate, manager
 
 
 def observe(
-    logged: dict[str, list[dict[str, Any]]], reported: dict[str, dict[str, Any]], strength: float
+    logged: dict[str, list[dict[str, Any]]], reported: dict[str, dict[str, Any]], strength: float, fates: Fates
 ) -> tuple[list[Observation], dict[str, str]]:
     """Turn the harness's logged samples into observations and the transforms of their metrics."""
     found, transforms = [], {}
     for task, samples in logged.items():
+        found += [_fated(o, task, number, fates) for number, o in _empty(task, samples, strength).items()]
         for (metric, answer_filter), group in _by_metric(samples).items():
             number = reported[task].get(f"{metric},{answer_filter}")
             means = _as_means([sample[metric] for sample in group], number)
@@ -99,9 +109,28 @@ def observe(
                 continue
             pairs, transform = means
             transforms[name] = transform
-            ids = [f"{task}/{sample['doc_id']}" for sample in group]
-            found += [Observation(name, i, v, w, strength) for i, (v, w) in zip(ids, pairs, strict=True)]
+            for number, (value, weight) in zip([sample["doc_id"] for sample in group], pairs, strict=True):
+                one = Observation(name, f"{task}/{number}", value, weight, strength)
+                found.append(_fated(one, task, number, fates))
     return found, transforms
+
+
+def _fated(observation: Observation, task: str, number: int, fates: Fates) -> Observation:
+    """Return an observation with what became of its document."""
+    fate = fates.get((task, number))
+    return too_long(observation) if fate == TOO_LONG else observation._replace(reason=fate)
+
+
+def _empty(task: str, samples: Iterable[dict[str, Any]], strength: float) -> dict[int, Observation]:
+    """Say of the documents whose answers are texts how many of these are empty; each document once, whatever its filters."""
+    found = {}
+    for sample in samples:
+        texts = [text for answers in sample.get("resps", ()) for text in answers]
+        if texts and all(isinstance(text, str) for text in texts):
+            share = sum(not text.strip() for text in texts) / len(texts)
+            number = sample["doc_id"]
+            found[number] = Observation("lm_eval/empty", f"{task}/{number}", share, 1.0, strength)
+    return found
 
 
 def _by_metric(samples: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -4,11 +4,15 @@ Departures from the harness's own Hugging Face model: a text starts with a begin
 itself puts one, and context and continuation are tokenised as one text, a token across the seam counting as continuation. The
 context has the role of instructions, a continuation that of responses and the phase of generation, as if the model had written
 it; whole texts (perplexities) are a prompt.
+
+As there, a context that does not fit is cut on the left; a continuation that does not fit by itself is not scored. Both are
+noted for each document.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,11 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from steerlab.evaluation.metrics import TOO_LONG, Reason
 from steerlab.generation import SteeredModel
 from steerlab.tokens import INSTRUCTION, Conversation, Encoded, Message, Part, collate
 
 _MAX_LENGTH = 2048
 """Context of a model whose config names none (the harness's default)."""
+Fates = dict[tuple[str, int], Reason]
+"""Which documents, by task and number, did not fit or were cut."""
 
 
 class Row(NamedTuple):
@@ -28,6 +35,7 @@ class Row(NamedTuple):
 
     tokens: Encoded
     num_scored: int
+    reason: Reason | None = None
 
 
 class Likelihood(NamedTuple):
@@ -36,33 +44,56 @@ class Likelihood(NamedTuple):
     log_prob_nats: float
     is_greedy: bool
     """Greedy decoding would give it."""
+    reason: Reason | None = None
 
 
-def adapter(model: SteeredModel, strength: float, seed: int) -> Any:
-    """Wrap the model at one strength; the class is made here because its base comes from the optional package."""
+class Continued(NamedTuple):
+    """A continuation for the harness."""
+
+    text: str
+    reason: Reason | None = None
+
+
+def adapter(model: SteeredModel, strength: float, seed: int, fates: Fates) -> Any:
+    """Wrap the model at one strength, noting `fates`; the class is made here because its base is of the optional package."""
     from lm_eval.api.model import LM  # type: ignore[import-not-found]
 
     class Steered(LM):
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            return [
-                (found.log_prob_nats, found.is_greedy)
-                for found in loglikelihoods(model, [request.args for request in requests], strength)
-            ]
+            found = loglikelihoods(model, [request.args for request in requests], strength)
+            note(fates, requests, [one.reason for one in found])
+            return [(one.log_prob_nats, one.is_greedy) for one in found]
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
             return rolling_loglikelihoods(model, [request.args[0] for request in requests], strength)
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            return generations(model, [request.args for request in requests], strength, seed)
+            found = generations(model, [request.args for request in requests], strength, seed)
+            note(fates, requests, [one.reason for one in found])
+            return [one.text for one in found]
 
     return Steered()
 
 
+def note(fates: Fates, requests: Sequence[Any], reasons: Sequence[Reason | None]) -> None:
+    """Note what became of the requests' documents; one that was not scored stays so whatever its other requests give."""
+    for request, reason in zip(requests, reasons, strict=True):
+        document = (request.task_name, request.doc_id)
+        if reason is not None and fates.get(document) != TOO_LONG:
+            fates[document] = reason
+
+
 def loglikelihoods(model: SteeredModel, pairs: Sequence[tuple[str, str]], strength: float) -> list[Likelihood]:
-    """Score continuations given their contexts; what does not fit into the model's context is cut from the left."""
+    """Score continuations given their contexts; what does not fit into the model's context is cut from the left.
+
+    A continuation that does not fit gets 0 nats, which the harness can count with, and the reason why that says nothing.
+    """
     texts = [_text(model, context, continuation) for context, continuation in pairs]
     rows = [_pair_row(model, encoded) for encoded in model.encoder.encode_all(texts, continued=True)]
-    return score(model, rows, strength)
+    fitting = [i for i, row in enumerate(rows) if row.reason != TOO_LONG]
+    found = dict(zip(fitting, score(model, [rows[i] for i in fitting], strength), strict=True))
+    unread = Likelihood(0.0, False, TOO_LONG)
+    return [found[i]._replace(reason=row.reason) if i in found else unread for i, row in enumerate(rows)]
 
 
 def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: float) -> list[float]:
@@ -81,31 +112,47 @@ def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: 
     return totals
 
 
-def generations(model: SteeredModel, requests: Sequence[tuple[str, dict[str, Any]]], strength: float, seed: int) -> list[str]:
-    """Continue contexts, those with the same settings in one call."""
+def generations(
+    model: SteeredModel, requests: Sequence[tuple[str, dict[str, Any]]], strength: float, seed: int
+) -> list[Continued]:
+    """Continue contexts, those with the same settings in one call; contexts that do not fit are cut from the left."""
     from lm_eval.models.utils import normalize_gen_kwargs  # type: ignore[import-not-found]
 
     groups: dict[str, list[int]] = defaultdict(list)
     for number, (_, settings) in enumerate(requests):
         groups[json.dumps(settings, sort_keys=True)].append(number)
-    texts = [""] * len(requests)
+    found = [Continued("")] * len(requests)
     for encoded, numbers in groups.items():
         settings = normalize_gen_kwargs(json.loads(encoded))
         ignored = set(settings) - {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
         if ignored:
             warnings.warn(f"lm_eval: settings of generation that are ignored: {', '.join(sorted(ignored))}", stacklevel=2)
-        found = model.generate(
-            [_text(model, requests[number][0]) for number in numbers],
+        contexts = [_tail(model, requests[number][0], settings["max_gen_toks"]) for number in numbers]
+        outputs = model.generate(
+            [_text(model, context.text) for context in contexts],
             max_new_tokens=settings["max_gen_toks"],
             temperature=settings["temperature"] if settings["do_sample"] else 0.0,
             top_p=settings.get("top_p", 1.0),
             seed=seed,
             strengths=(strength,),
             stop=settings["until"],
+            skip_long=True,
         )[0]
-        for number, generation in zip(numbers, found, strict=True):
-            texts[number] = generation.text
-    return texts
+        for number, context, output in zip(numbers, contexts, outputs, strict=True):
+            found[number] = Continued(output.text, TOO_LONG if output.too_long else context.reason)
+    return found
+
+
+def _tail(model: SteeredModel, context: str, num_new: int) -> Continued:
+    """Return the end of a context that leaves room for `num_new` tokens; the whole of it where none would."""
+    room = model.max_tokens - num_new
+    if len(model.encoder.encode(_text(model, context))) <= room or room < 2:
+        return Continued(context)
+    starts = [start for start, _ in model.encoder.tokenizer(context, return_offsets_mapping=True)["offset_mapping"]]
+    # The tokens of a text's end need not be the end of its tokens: it is cut further until it fits.
+    tails = (context[start:] for start in starts[-int(room) :])
+    fitting = (tail for tail in tails if len(model.encoder.encode(_text(model, tail))) <= room)
+    return Continued(next(fitting, context), "cut")
 
 
 @torch.inference_mode()
@@ -155,8 +202,9 @@ def _pair_row(model: SteeredModel, row: Encoded) -> Row:
         row, inside = _joined(prefix, row), [False, *inside]
     size = _max_length(model)
     if num_scored >= size:
-        raise ValueError(f"a continuation has {num_scored} tokens; the model's context holds {size}")
-    return Row(Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:]), num_scored)
+        return Row(row, num_scored, TOO_LONG)
+    kept = Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:])
+    return Row(kept, num_scored, "cut" if len(row) > size else None)
 
 
 def _encoded(ids: list[int], role: int) -> Encoded:
@@ -175,4 +223,4 @@ def _prefix_id(model: SteeredModel) -> int:
 
 
 def _max_length(model: SteeredModel) -> int:
-    return getattr(model.model.config, "max_position_embeddings", None) or _MAX_LENGTH
+    return _MAX_LENGTH if model.max_tokens == math.inf else int(model.max_tokens)

@@ -15,10 +15,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from steerlab.evaluation import vision
+from steerlab.evaluation import scorers, vision
 from steerlab.evaluation.images import ImageConfig, draw, files, samples
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.metrics import Observation, Result, about, spread
 from steerlab.job import DataSet, Source
+from steerlab.models import ModelFacts
 from steerlab.sampling import SteeredPipeline
 
 
@@ -51,6 +52,15 @@ class Config(ImageConfig):
         if self.classifier is None and (self.away or self.held_out):
             raise ValueError("away and held_out are about a classifier's classes; CLIP has none")
         return self
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a classifier of anything but images, and a model that is not there. Raises ValueError."""
+    vision.check_classifier(config.classifier)
+    vision.check_classifier(config.held_out, "held_out")
+    if config.clip_source is not None:
+        with about("clip_source"):
+            scorers.check_model(config.clip_source)
 
 
 def run(model: SteeredPipeline, config: Config) -> Result:

@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steerlab.evaluation import vision
+from steerlab.evaluation import scorers, vision
 from steerlab.evaluation.images import ImageConfig, draw, with_zero
-from steerlab.evaluation.metrics import Observation, Result
+from steerlab.evaluation.metrics import Observation, Result, about
 from steerlab.job import DataSet, Source
+from steerlab.models import ModelFacts
 from steerlab.sampling import SteeredPipeline
 
 
@@ -32,6 +33,14 @@ class Config(ImageConfig):
     """Field of the classifier's rows that it learns to tell."""
     embedding_source: Source | None = None
     """Model of images, DINOv2 or CLIP."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a classifier of anything but images, and a model that is not there. Raises ValueError."""
+    vision.check_classifier(config.classifier)
+    if config.embedding_source is not None:
+        with about("embedding_source"):
+            scorers.check_model(config.embedding_source)
 
 
 def run(model: SteeredPipeline, config: Config) -> Result:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from steerlab import rows as job_rows
 from steerlab import sources
+from steerlab.evaluation.metrics import about
 from steerlab.job import DataSet
 
 ALPACA = "sdist:llamafactory==0.9.5#data/alpaca_en_demo.json"
@@ -45,6 +46,12 @@ def data_rows(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
     Their ids count from the data set's offset, so that two parts of one file share none.
     """
     return choose(number(job_rows.read(data), data.offset), limit, seed)
+
+
+def check_rows(field: str, source: str, fields: Sequence[str] = ("instruction",)) -> None:
+    """Refuse a source that is not there or whose first row lacks fields, with the config's field that names it."""
+    with about(field):
+        sources.rows(source, limit=1, fields=fields)
 
 
 def instruction_rows(

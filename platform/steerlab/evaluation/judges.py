@@ -2,9 +2,9 @@
 
 A judge takes pairs and gives a verdict for each: 1 where the first answer wins, 0 where the second does, 0.5 for a tie, None
 where it cannot tell. Equal texts are a tie and are never shown to one. Rows that do not fit into a judge's context whole are
-not cut, since what is judged would be another answer: nobody can tell.
+not cut, since what is judged would be another answer: they are too long.
 
-A reward is a number for one answer, or None; of two answers the one with the higher reward wins.
+A reward is a number for one answer, or too long; of two answers the one with the higher reward wins.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from steerlab import models
 from steerlab.encoding import Encoder
 from steerlab.evaluation import scorers
+from steerlab.evaluation.metrics import TOO_LONG, Score
 from steerlab.generation import SteeredModel
 from steerlab.tokens import Conversation
 
@@ -40,6 +41,8 @@ class Answer(NamedTuple):
     """False when it was cut, so that its end is not the author's."""
     turns: tuple[tuple[str, str], ...] = ()
     """(speaker, text) of the dialogue that it answers, in place of instruction and data."""
+    too_long: bool = False
+    """True when what it answers did not fit, so that there is no answer."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -63,9 +66,9 @@ class Answer(NamedTuple):
 
 
 Pair = tuple[Answer, Answer]
-Verdict = float | None
+Verdict = Score
 Judge = Callable[[Sequence[Pair]], list[Verdict]]
-Reward = Callable[[Sequence[Answer]], list[float | None]]
+Reward = Callable[[Sequence[Answer]], list[Score]]
 
 
 def decide(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
@@ -86,10 +89,15 @@ def by_reward(reward: Reward) -> Judge:
     return judge
 
 
-def _higher(first: float | None, second: float | None) -> Verdict:
-    if first is None or second is None:
-        return None
+def _higher(first: Score, second: Score) -> Verdict:
+    if not isinstance(first, float) or not isinstance(second, float):
+        return worse(first, second)
     return 0.5 if first == second else float(first > second)
+
+
+def worse(first: Score, second: Score) -> Score:
+    """Return why two scores, at least one of which is no number, say nothing."""
+    return TOO_LONG if TOO_LONG in (first, second) else None
 
 
 def implicit_reward(policy: SteeredModel, reference: SteeredModel | None = None) -> Reward:
@@ -100,25 +108,26 @@ def implicit_reward(policy: SteeredModel, reference: SteeredModel | None = None)
     strength 0.
     """
 
-    def rewards(answers: Sequence[Answer]) -> list[float | None]:
+    def rewards(answers: Sequence[Answer]) -> list[Score]:
         under_policy = log_likelihoods(policy, answers, 1.0)
         under_reference = log_likelihoods(reference or policy, answers, 1.0 if reference else 0.0)
-        return [None if p is None or r is None else p - r for p, r in zip(under_policy, under_reference, strict=True)]
+        pairs = zip(under_policy, under_reference, strict=True)
+        return [p - r if isinstance(p, float) and isinstance(r, float) else worse(p, r) for p, r in pairs]
 
     return rewards
 
 
-def log_likelihoods(model: SteeredModel, answers: Sequence[Answer], strength: float) -> list[float | None]:
+def log_likelihoods(model: SteeredModel, answers: Sequence[Answer], strength: float) -> list[Score]:
     """Return log p(answer | prompt) in nats; the end of the turn counts where the answer's author wrote it."""
     conversations = [answer.conversation(model.encoder) for answer in answers]
-    rows = list(model.encoder.encode_all(conversations))
-    fitting = [i for i, row in enumerate(rows) if len(row) <= models.max_positions(model.model)]
-    scored = model.token_log_probs([conversations[i] for i in fitting], strength=strength) if fitting else []
-    found: list[float | None] = [None] * len(answers)
-    for i, scores in zip(fitting, scored, strict=True):
-        tokens = zip(scores.log_prob, scores.in_response, rows[i].parts[1:], strict=True)
-        # The answer is the last part; the end of its turn belongs to the template.
-        found[i] = sum(value for value, inside, part in tokens if inside and (part >= 0 or answers[i].finished))
+    found: list[Score] = [TOO_LONG] * len(answers)
+    scored = model.token_log_probs(conversations, strength=strength, skip_long=True)
+    for i, (row, scores) in enumerate(zip(model.encoder.encode_all(conversations), scored, strict=True)):
+        if not scores.too_long:
+            tokens = zip(scores.log_prob, scores.in_response, row.parts[1:], strict=True)
+            # The answer is the last part; the end of its turn belongs to the template.
+            values = [value for value, inside, part in tokens if inside and (part >= 0 or answers[i].finished)]
+            found[i] = float(sum(values))
     return found
 
 
@@ -131,18 +140,24 @@ def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
     Raises:
         ValueError: when the classifier has several classes.
     """
+    check_reward_model(source)
     model, tokenizer = scorers.load_classifier(source, device)
-    if model.config.num_labels != 1:
-        raise ValueError(f"{source} is no reward model: it has the classes {', '.join(scorers.class_names(model))}, not one")
     longest = min(tokenizer.model_max_length, models.max_positions(model))
 
     @torch.inference_mode()
-    def reward(answer: Answer) -> float | None:
+    def reward(answer: Answer) -> Score:
         inputs: Any = _turns(tokenizer, answer) if tokenizer.chat_template else tokenizer(answer.prompt, answer.text)
         inputs = inputs.convert_to_tensors("pt", prepend_batch_axis=True).to(device)
-        return None if inputs["input_ids"].shape[1] > longest else float(model(**inputs).logits[0, 0])
+        return TOO_LONG if inputs["input_ids"].shape[1] > longest else float(model(**inputs).logits[0, 0])
 
     return lambda answers: [reward(answer) for answer in answers]
+
+
+def check_reward_model(source: str) -> None:
+    """Refuse a classifier with several classes, which gives no reward. Raises ValueError."""
+    classes = scorers.check_classifier(source)
+    if len(classes) != 1:
+        raise ValueError(f"{source} is no reward model: it has the classes {', '.join(classes)}, not one")
 
 
 def _turns(tokenizer: Any, answer: Answer) -> Any:
@@ -169,7 +184,7 @@ def language_model(
         swapped = [generator.random() < 0.5 for _ in pairs]
         shown = [(b, a) if swap else (a, b) for (a, b), swap in zip(pairs, swapped, strict=True)]
         verdicts = ask([asked(question, first, second) for first, second in shown])
-        return [1 - v if swap and v is not None else v for v, swap in zip(verdicts, swapped, strict=True)]
+        return [1 - v if swap and isinstance(v, float) else v for v, swap in zip(verdicts, swapped, strict=True)]
 
     return judge
 
@@ -182,6 +197,6 @@ def asked(question: str, first: Answer, second: Answer) -> str:
 
 def agreed(forward: Verdict, backward: Verdict) -> Verdict:
     """Join the verdicts of both orders, each 1 where the answer shown first wins; they tie where the orders disagree."""
-    if forward is None or backward is None:
-        return None
+    if not isinstance(forward, float) or not isinstance(backward, float):
+        return worse(forward, backward)
     return 0.5 if forward == backward else forward

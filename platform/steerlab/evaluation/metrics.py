@@ -2,27 +2,51 @@
 
 A number is a weighted mean over items, so that shares (weight 1), conditional shares (weight 0 takes an item out, as in
 SEP) and means over tokens (weight = tokens) share one formula and one standard error; times alone are medians. What could not
-be judged has the value None: it is counted, and is part of no mean.
+be judged has the value None: it is counted, by its reason, and is part of no mean.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from steerlab.evaluation import intervals
-from steerlab.job import TaskConfig
+from steerlab.job import Phase, Role, TaskConfig
+from steerlab.models import ModelFacts
 
 Transform = Literal["identity", "mean", "exp", "share", "bootstrap", "median"]
 """How the observations of a metric become a number: see `summarise`."""
 
+TOO_LONG: Literal["too_long"] = "too_long"
+"""What stands for the score of an item that does not fit into a model's context."""
+Score = float | None | Literal["too_long"]
+"""What a scorer or a judge says: a number, None where it cannot tell, `TOO_LONG` where it could not be asked."""
+Reason = Literal["too_long", "cut"]
+"""too_long: the item did not fit and has no value; cut: it has one, from a prompt whose beginning was left out."""
+
 MAX_SAMPLES = 20
 """Readable samples that a task keeps."""
+
+
+TokenKinds = frozenset[tuple[Phase, Role]]
+"""Kinds of tokens by phase and role; the role `response` is the job's `data.response_role`."""
+EVERY_TOKEN: TokenKinds = frozenset(itertools.product(get_args(Phase), get_args(Role)))
+
+
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """Put the field of a config before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
 
 
 class Observation(NamedTuple):
@@ -36,6 +60,20 @@ class Observation(NamedTuple):
     weight: float = 1.0
     """0 takes the item out of the mean."""
     strength: float = 1.0
+    reason: Reason | None = None
+    """What became of an item that does not fit; None of one that does."""
+
+
+def observed(metric: str, item_id: str, score: Score, strength: float = 1.0, weight: float = 1.0) -> Observation:
+    """Return what a scorer or a judge says of an item."""
+    if isinstance(score, str):
+        return too_long(Observation(metric, item_id, None, 1.0, strength))
+    return Observation(metric, item_id, score, weight, strength)
+
+
+def too_long(observation: Observation) -> Observation:
+    """Return an observation of an item that turned out not to fit."""
+    return observation._replace(value=None, weight=1.0, reason=TOO_LONG)
 
 
 class Metric(NamedTuple):
@@ -54,6 +92,10 @@ class Metric(NamedTuple):
     """Lower end of the 95 % interval; None where one item is all there is and it is no share."""
     high: float | None = None
     """Upper end."""
+    too_long: int = 0
+    """Items that did not fit into the model's context: not scored, and not among the unparsable."""
+    rows_cut: int = 0
+    """Scored items whose prompt was cut to fit."""
 
 
 class Difference(NamedTuple):
@@ -89,6 +131,12 @@ class Task(NamedTuple):
     """Kinds of model that the task evaluates."""
     chats: Callable[[Any], bool] = lambda config: True
     """config -> whether the task asks in conversations, so that it needs a chat template that holds them."""
+    check: Callable[[Any, ModelFacts], None] = lambda config, facts: None
+    """Refuse a config that names what is not there (rows, models, packages) or does not go with the model, before anything
+    starts; data sets of the config are checked for all tasks alike. Raises ValueError with the field and what is wrong."""
+    runs_over: Callable[[Any, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
+    """(config, metric) -> the tokens that the patched model is run over for a metric, None for all of them: a patch that acts
+    on none of them leaves the metric as it is without the patch."""
 
 
 def summarise(observations: Sequence[Observation], transform: str = "identity") -> Metric:
@@ -111,18 +159,22 @@ def summarise(observations: Sequence[Observation], transform: str = "identity") 
         ValueError: when a weight is negative or the transform is unknown.
     """
     value_N, weight_N = _scored(observations)
-    unparsable = sum(o.value is None for o in observations)
+    left_out = {
+        "unparsable": sum(o.value is None and o.reason != TOO_LONG for o in observations),
+        "too_long": sum(o.reason == TOO_LONG for o in observations),
+        "rows_cut": sum(o.reason == "cut" for o in observations),
+    }
     n = len(value_N)
     if n == 0:
-        return Metric(None, None, 0, unparsable)
+        return Metric(None, None, 0, **left_out)
     if transform == "median":
-        return _median(value_N, unparsable)
+        return _median(value_N, left_out)
     mean = float(weight_N @ value_N / weight_N.sum())
     value, slope = _transformed(mean, transform)
     error = _error(value_N, weight_N, mean)
     interval = _interval(value_N, weight_N, mean, error, transform)
     low, high = (None, None) if interval is None else (_transformed(end, transform)[0] for end in interval)
-    return Metric(value, None if error is None else slope * error, n, unparsable, low, high)
+    return Metric(value, None if error is None else slope * error, n, low=low, high=high, **left_out)
 
 
 def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
@@ -168,6 +220,12 @@ def paired_difference(
     return Difference(float(difference), float(low), float(high), len(shared))
 
 
+def left_out(metric: Mapping[str, Any]) -> str:
+    """Say in words what a metric, as JSON values, leaves out: `2 unparsable, 1 too long`; empty where it is nothing."""
+    words = {"unparsable": "unparsable", "too_long": "too long", "rows_cut": "cut"}
+    return ", ".join(f"{metric[name]} {said}" for name, said in words.items() if metric.get(name))
+
+
 def contains(text: str, witness: str) -> bool:
     """Say whether the witness occurs in the text, whatever its case."""
     return witness.lower() in text.lower()
@@ -211,11 +269,11 @@ def _interval(
     return intervals.student(mean, error, len(value_N))
 
 
-def _median(value_N: np.ndarray, unparsable: int) -> Metric:
+def _median(value_N: np.ndarray, left_out: Mapping[str, int]) -> Metric:
     """Summarise equal items by their median."""
     low, high = intervals.sign(value_N) or (None, None)
     error = None if low is None or high is None else (high - low) / (2 * intervals.Z)
-    return Metric(float(np.median(value_N)), error, len(value_N), unparsable, low, high)
+    return Metric(float(np.median(value_N)), error, len(value_N), low=low, high=high, **left_out)
 
 
 def _transformed(mean: float, transform: str) -> tuple[float, float]:

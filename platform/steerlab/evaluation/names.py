@@ -6,11 +6,12 @@ from fnmatch import fnmatchcase
 
 from steerlab.job import TaskConfig
 
-_FLUENCY = ("distinct_*", "base_perplexity")
+_EMPTY = "empty"
+_FLUENCY = (_EMPTY, "distinct_*", "base_perplexity")
 _MEASURED: dict[str, tuple[str, ...]] = {
-    "separation": ("sep", "utility", "executed_in_data"),
+    "separation": ("sep", "utility", "executed_in_data", _EMPTY),
     "perplexity": ("value",),
-    "preference": ("accuracy", "margin", "likelihood_accuracy", "kl"),
+    "preference": ("accuracy", "margin", "likelihood_accuracy", "kl", "shorter"),
     "probing": (
         "layer_*",
         "cosine_layer_*",
@@ -18,15 +19,16 @@ _MEASURED: dict[str, tuple[str, ...]] = {
         "probe_as_instruction",
         "executed_rotated",
         "executed_unrotated",
+        _EMPTY,
     ),
-    "alpaca": ("response_tokens", "empty", "unfinished"),
+    "alpaca": ("response_tokens", _EMPTY, "unfinished"),
     "toxicity": ("share", "score", *_FLUENCY),
     "sentiment": ("score", "positive", "negative", *_FLUENCY),
     "concept": ("words", "similarity", "judged", *_FLUENCY),
-    "refusal": ("attack_success", "refusal_rate", "over_refusal"),
-    "math": ("accuracy", "solved"),
-    "gandalf": ("asr",),
-    "purple": ("asr",),
+    "refusal": ("attack_success", "refusal_rate", "over_refusal", _EMPTY, "empty_harmless"),
+    "math": ("accuracy", "solved", _EMPTY),
+    "gandalf": ("asr", _EMPTY),
+    "purple": ("asr", _EMPTY),
 }
 """Patterns of the names behind the task's own; tasks that name their metrics after their data are not here."""
 

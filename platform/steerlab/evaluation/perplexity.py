@@ -4,7 +4,7 @@ exp of the mean negative log-likelihood in nats over tokens: long rows weigh mor
 response given the prompt, plain texts on every token but the first.
 
 Metric: `perplexity/value`. Its observations are the rows' mean negative log-likelihoods, weighted by tokens; rows longer than
-`max_tokens` are not scored and counted as unparsable.
+`max_tokens`, or than the model's context, are not scored and counted as too long.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from steerlab import sources
-from steerlab.evaluation.items import ALPACA, Numbered, choose, data_rows, instruction_rows, number
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.items import ALPACA, Numbered, check_rows, choose, data_rows, instruction_rows, number
+from steerlab.evaluation.metrics import EVERY_TOKEN, Observation, Result, TokenKinds, spread, too_long
 from steerlab.generation import SteeredModel, TokenLogProbs
 from steerlab.job import DataSet, Implied, Source, TaskConfig
+from steerlab.models import ModelFacts
 from steerlab.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 
 _METRIC = "perplexity/value"
@@ -57,22 +58,34 @@ def chats(config: Config) -> bool:
     return (config.format if config.data is None else config.data.format) != "text"
 
 
+def runs_over(config: Config, metric: str | None) -> TokenKinds:
+    """Return the tokens of the rows: a plain text is one prompt."""
+    if not chats(config):
+        return frozenset({("prompt", config.role)})
+    return EVERY_TOKEN
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    if config.data is None:
+        fields = ("instruction", "output") if config.format == "instruction" else ("text",)
+        check_rows("source", config.source, fields)
+    elif config.data.format in ("preference", "image"):
+        raise ValueError(f"data.format {config.data.format}: perplexity is that of texts or responses, not of pairs or images")
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Score the rows at every strength."""
     if config.data is not None:
         config = config.model_copy(update={"format": config.data.format})
     items = _rows(config)
     conversations = [conversation(model, item.row, config) for item in items]
-    fits = [len(row) <= config.max_tokens for row in model.encoder.encode_all(conversations)]
-    if not any(fits):
-        raise ValueError(
-            f"none of the {len(items)} rows of {config.source} fits into {config.max_tokens} tokens: raise max_tokens"
-        )
+    fits = model.fits(conversations, config.max_tokens)
     observations, samples = [], []
     for strength in config.strengths:
         scored = iter(model.token_log_probs([c for c, fit in zip(conversations, fits, strict=True) if fit], strength=strength))
         for item, fit in zip(items, fits, strict=True):
-            found = observe(item.id, next(scored), config.format, strength) if fit else _unscored(item.id, strength)
+            found = observe(item.id, next(scored), config.format, strength) if fit else too_long(_unscored(item.id, strength))
             observations.append(found)
             samples.append(_sample(item, found))
     return Result(observations, spread(samples), {_METRIC: "exp"})
@@ -92,8 +105,8 @@ def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: floa
 
 def conversation(model: SteeredModel, row: dict[str, Any], config: Config) -> Conversation:
     """Make the conversation of a row."""
-    if config.format == "instruction":
-        return model.encoder.from_row(row, "instruction")
+    if config.format != "text":
+        return model.encoder.from_row(row, config.format)
     return (Message("text", (Part(str(row["text"]), DATA if config.role == "data" else INSTRUCTION),)),)
 
 

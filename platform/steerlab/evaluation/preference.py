@@ -11,7 +11,8 @@ the implicit reward of a policy is beta log pi / pi_ref):
                                      that only likes brevity, and 1 less it of one that likes length; a control
 
 At strength 0, and for a model without a patch, every margin is 0, so there is no accuracy. Log-probabilities are sums over
-the tokens of a response. A pair that is longer than `max_tokens` is not scored.
+the tokens of a response. A pair that is longer than `max_tokens`, or than the model's context, is not scored and
+counted as too long.
 
 The default needs no hub: the 60 pairs of LLaMA-Factory's demonstration that jobs/iav.yaml does not train on.
 """
@@ -26,7 +27,7 @@ from steerlab import analysis
 from steerlab.analysis import Scored
 from steerlab.encoding import encode_data
 from steerlab.evaluation.items import Numbered, data_rows
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.metrics import TOO_LONG, Observation, Result, observed, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet, TaskConfig
 from steerlab.tokens import Pair
@@ -59,10 +60,9 @@ class Config(TaskConfig):
 def run(model: SteeredModel, config: Config) -> Result:
     """Score the pairs at every strength."""
     items = data_rows(config.pairs, config.limit, config.seed)
-    found = encode_data(model.encoder, [item.row for item in items], "preference", config.max_tokens + 1)
-    fits = {n: row for n, row in zip(found.numbers, found.rows, strict=True) if len(row) <= config.max_tokens}
-    if not fits:
-        raise ValueError(f"none of the {len(items)} pairs fits into {config.max_tokens} tokens: raise max_tokens")
+    longest = int(min(config.max_tokens, model.max_tokens))
+    found = encode_data(model.encoder, [item.row for item in items], "preference", longest + 1)
+    fits = {n: row for n, row in zip(found.numbers, found.rows, strict=True) if len(row) <= longest}
     rows = [row for row in fits.values() if isinstance(row, Pair)]
     observations, samples = [], []
     for strength, scored in zip(config.strengths, analysis.score(model, rows, config.strengths), strict=True):
@@ -76,10 +76,10 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 
 def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, compares: bool) -> list[Observation]:
-    """Turn one pair's scores, None where it has none, into observations; `compares` says that the policy is not the base."""
+    """Turn one pair's scores, None where it is too long, into observations; `compares` says that the policy is not the base."""
     names = [f"preference/{name}" for name in ("accuracy", "margin", "likelihood_accuracy", "kl", "shorter")]
     if scored is None:
-        return [Observation(name, pair_id, None, 1.0, strength) for name in names]
+        return [observed(name, pair_id, TOO_LONG, strength) for name in names]
     chosen, rejected = scored
     num_tokens = chosen.num_tokens + rejected.num_tokens
     gap, likelier = margin(scored, beta), chosen.log_prob > rejected.log_prob

@@ -13,6 +13,9 @@ causal   `probing/executed_rotated` and `probing/executed_unrotated`: share of p
 cosine   `probing/cosine_layer_NN`: mean cosine between the hidden states of the same data tokens in the same place, given
          as data and as instruction; 1 for a model that does not know roles.
 
+Rows and items that do not fit into `max_tokens` or the model's context are counted as too long; `probing/empty` is the share of
+an item's answers in the causal check that are empty.
+
 As in the paper the probes are trained with binary cross-entropy and Adam (1e-3, batches of 32, 5 epochs). Departures: inputs
 are standardised, which a linear probe could undo, because hidden states of late layers are hundreds of times larger than
 those of early ones; headings and framing are tokens of neither kind.
@@ -32,14 +35,26 @@ from torch import Tensor
 
 from steerlab.encoding import Encoder
 from steerlab.evaluation import separation
-from steerlab.evaluation.answers import answers
-from steerlab.evaluation.items import ALPACA, Numbered, choose, instruction_rows
-from steerlab.evaluation.metrics import Observation, Result, contains, spread
+from steerlab.evaluation.answers import answers, with_empty
+from steerlab.evaluation.items import ALPACA, Numbered, check_rows, choose, instruction_rows
+from steerlab.evaluation.metrics import (
+    EVERY_TOKEN,
+    TOO_LONG,
+    Observation,
+    Result,
+    Score,
+    TokenKinds,
+    contains,
+    observed,
+    spread,
+)
 from steerlab.generation import SteeredModel
 from steerlab.job import Source, TaskConfig
+from steerlab.models import ModelFacts
 from steerlab.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 
 Measure = Literal["layers", "concept", "causal", "cosine"]
+_EXECUTED = ("probing/executed_rotated", "probing/executed_unrotated")
 
 
 class Config(TaskConfig):
@@ -72,7 +87,7 @@ class Config(TaskConfig):
     separation_source: Source | None = None
     """SEP rows for concept and causal; null takes the repository's own probes."""
     max_tokens: int = Field(512, ge=8)
-    """Rows with longer texts (in tokens) train no probe."""
+    """Rows that are longer (in tokens) train no probe."""
     max_new_tokens: int = Field(1024, ge=1)
     """Longest answer of the causal check."""
 
@@ -105,18 +120,34 @@ class LinearProbe(NamedTuple):
         return ((h_NLD - self.mean_LD) / self.std_LD * self.weight_LD).sum(-1) + self.bias_L > 0
 
 
+def runs_over(config: Config, metric: str | None) -> TokenKinds:
+    """Return the tokens whose states are read, those of prompts; what the model executes it writes itself."""
+    writes = "causal" in config.measures if metric is None else metric in (*_EXECUTED, "probing/empty")
+    return EVERY_TOKEN if writes else frozenset({("prompt", "instruction"), ("prompt", "data")})
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields, and a layer that the model does not have. Raises ValueError."""
+    check_rows("source", config.source)
+    if {"concept", "causal"} & set(config.measures):
+        separation.check_items("separation_source", config.separation_source)
+    if "concept" in config.measures:
+        concept_layer(config, facts.num_layers)
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Take the chosen measures at every strength."""
     layer = concept_layer(config, model.num_layers)
-    rows, items = [], []
+    rows, long, items = [], [], []
     if {"layers", "concept", "cosine"} & set(config.measures):
-        rows = usable_rows(model.encoder, config)
+        rows, long = usable_rows(model, config)
     if {"concept", "causal"} & set(config.measures):
         offset = config.offset if config.separation_source is None else 0
         items = separation.load(config.separation_source, limit=config.limit, seed=config.seed, offset=offset)
     observations, samples = [], []
     for strength in config.strengths:
-        if {"layers", "concept"} & set(config.measures):
+        observations += _left_out(model, long, config, strength)
+        if {"layers", "concept"} & set(config.measures) and len(rows) > 1:
             tokens = collect(model, rows, config, strength)
             is_train_N = torch.isin(tokens.row_N, torch.tensor(train_rows(len(rows), config)))
             if "layers" in config.measures:
@@ -162,19 +193,19 @@ def marked(encoder: Encoder, instruction: str, data: Sequence[Part]) -> Conversa
     return (Message(system.speaker, (Part(heading, INSTRUCTION), Part(instruction, INSTRUCTION))), *rest)
 
 
-def usable_rows(encoder: Encoder, config: Config) -> list[Numbered]:
-    """Choose rows with an input whose tokens fit.
+def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], list[Numbered]]:
+    """Choose rows with an input; return those that fit in both of their forms, and those that do not.
 
     Raises:
-        ValueError: when fewer than two are left.
+        ValueError: when there are fewer than two; a probe needs one to train on and one to test.
     """
     found = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=config.num_rows, seed=config.seed)
-    fitting = [item for item in found if len(encoder.encode(_prompt(encoder, item, exchanged=False))) <= config.max_tokens]
-    if len(fitting) < 2:
-        raise ValueError(
-            f"{len(fitting)} rows of {config.source} fit into {config.max_tokens} tokens; a probe needs two: raise max_tokens"
-        )
-    return fitting
+    if len(found) < 2:
+        raise ValueError(f"{config.source} has {len(found)} usable row; a probe needs two")
+    forms = [model.fits([_prompt(model.encoder, item, e) for item in found], config.max_tokens) for e in (False, True)]
+    fits = [plain and exchanged for plain, exchanged in zip(*forms, strict=True)]
+    halves = [[item for item, fit in zip(found, fits, strict=True) if fit == wanted] for wanted in (True, False)]
+    return halves[0], halves[1]
 
 
 def collect(model: SteeredModel, rows: Sequence[Numbered], config: Config, strength: float) -> Tokens:
@@ -248,6 +279,18 @@ def _prompt(encoder: Encoder, item: Numbered, exchanged: bool) -> Conversation:
     return marked(encoder, instruction, (Part(data, DATA),))
 
 
+def _left_out(model: SteeredModel, long: Sequence[Numbered], config: Config, strength: float) -> list[Observation]:
+    """Return an observation without a value of each row that does not fit, in the metrics that rows are part of."""
+    layers = range(model.num_layers + 1)
+    of_measure: dict[Measure, list[str]] = {
+        "layers": [f"probing/layer_{layer:02d}" for layer in layers],
+        "concept": ["probing/concept_accuracy"],
+        "cosine": [f"probing/cosine_layer_{layer:02d}" for layer in layers],
+    }
+    names = [name for measure, names in of_measure.items() if measure in config.measures for name in names]
+    return [observed(name, item.id, TOO_LONG, strength) for item in long for name in names]
+
+
 def _observe_layers(
     tokens: Tokens, is_train_N: Tensor, rows: Sequence[Numbered], config: Config, strength: float
 ) -> list[Observation]:
@@ -283,28 +326,30 @@ def _observe_concept(
     found = _accuracies(probe, at_layer.where(~is_train_N), rows, lambda _: "probing/concept_accuracy", strength)
     shares = _probe_shares(model, items, layer, probe, strength)
     for item, (share, num_tokens) in zip(items, shares, strict=True):
-        found.append(Observation("probing/probe_as_instruction", item.id, share, num_tokens, strength))
+        found.append(observed("probing/probe_as_instruction", item.id, share, strength, num_tokens))
     return found
 
 
 def _probe_shares(
     model: SteeredModel, items: Sequence[separation.Item], layer: int, probe: LinearProbe, strength: float
-) -> Iterator[tuple[float | None, float]]:
+) -> Iterator[tuple[Score, float]]:
     """Yield for every item the share of its probe's tokens taken for instruction, and their number."""
     texts = [split_probe(item) for item in items]
-    prompts = [
-        marked(model.encoder, item.instruction, probe_parts(text, DATA))
-        for item, text in zip(items, texts, strict=True)
-        if text is not None
-    ]
-    states = model.hidden_states(prompts, strength=strength)
-    prompt = iter(prompts)
+    whole = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
+    prompts = [marked(model.encoder, item.instruction, probe_parts(text, DATA)) for item, text in whole]
+    fits = model.fits(prompts)
+    states = model.hidden_states([p for p, fit in zip(prompts, fits, strict=True) if fit], strength=strength)
+    asked = iter(zip(prompts, fits, strict=True))
     for text in texts:
         if text is None:
             yield None, 1.0
             continue
+        prompt, fit = next(asked)
+        if not fit:
+            yield TOO_LONG, 1.0
+            continue
         h_LTD, encoded = next(states)
-        probe_part = sum(len(message.parts) for message in next(prompt)) - 2
+        probe_part = sum(len(message.parts) for message in prompt) - 2
         positions = [t for t, part in enumerate(encoded.parts) if part == probe_part]
         verdicts = probe.says_instruction(h_LTD[layer, positions][:, None])
         yield (float(verdicts.float().mean()), float(len(positions))) if positions else (None, 1.0)
@@ -337,12 +382,12 @@ def _observe_causal(
     observations: list[Observation] = []
     samples: list[dict[str, Any]] = []
     for strength, row in answers(model, prompts, config):
-        for name, outputs in (("rotated", row[: len(whole)]), ("unrotated", row[len(whole) :])):
-            verdicts = {
-                item.id: float(contains(output.text, item.witness)) for (item, _), output in zip(whole, outputs, strict=True)
-            }
-            metric = f"probing/executed_{name}"
-            observations += [Observation(metric, item.id, verdicts.get(item.id), 1.0, strength) for item in items]
+        cut = [item for item, text in zip(items, texts, strict=True) if text is None]
+        observations += [Observation(name, item.id, None, 1.0, strength) for item in cut for name in _EXECUTED]
+        for (item, _), *outputs in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
+            verdicts = [float(contains(output.text, item.witness)) for output in outputs]
+            own = [Observation(name, item.id, v, 1.0, strength) for name, v in zip(_EXECUTED, verdicts, strict=True)]
+            observations += with_empty("probing/empty", item.id, outputs, own, strength)
         for (item, text), rotated, unrotated in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
             samples.append(
                 {

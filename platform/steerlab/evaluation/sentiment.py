@@ -6,6 +6,7 @@ compound score lies between -1 (most negative) and 1; the authors call 0.05 and 
     sentiment/score      mean compound score
     sentiment/positive   continuations with a score of at least 0.05
     sentiment/negative   continuations with a score of at most -0.05
+    sentiment/empty      empty continuations
     sentiment/distinct_1..3, sentiment/base_perplexity        see `fluency`
 
 The default prompts are the first words of the negative ones among the movie reviews that VADER was validated on (people's
@@ -19,8 +20,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from steerlab.evaluation import fluency, scorers
+from steerlab.evaluation.answers import with_empty
 from steerlab.evaluation.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.metrics import Observation, Result, Score, observed, spread
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet
 
@@ -57,23 +59,24 @@ def run(model: SteeredModel, config: Config) -> Result:
     ids, prompts = [item.id for item in items], [beginning(str(item.row["text"]), config.prompt_words) for item in items]
     outputs = continue_texts(model, prompts, config)
     observations, samples = [], []
-    for strength, texts in zip(config.strengths, outputs, strict=True):
-        scored = scorers.score(scorer, texts)
-        for item_id, prompt, text, compound in zip(ids, prompts, texts, scored, strict=True):
-            observations += judge(item_id, compound, strength)
-            samples.append(sample(item_id, strength, prompt, text, compound=compound))
+    for strength, row in zip(config.strengths, outputs, strict=True):
+        scored = scorers.score(scorer, [output.text for output in row])
+        for item_id, prompt, output, compound in zip(ids, prompts, row, scored, strict=True):
+            found = judge(item_id, compound, strength)
+            observations += with_empty("sentiment/empty", item_id, [output], found, strength)
+            samples.append(sample(item_id, strength, prompt, output.text, compound=compound))
     observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths)
     return Result(observations, spread(samples), fluency.transforms("sentiment"))
 
 
-def judge(item_id: str, compound: float | None, strength: float = 1.0) -> list[Observation]:
+def judge(item_id: str, compound: Score, strength: float = 1.0) -> list[Observation]:
     """Judge one continuation by its compound score."""
-    positive = None if compound is None else float(compound >= _NEUTRAL)
-    negative = None if compound is None else float(compound <= -_NEUTRAL)
+    positive = float(compound >= _NEUTRAL) if isinstance(compound, float) else compound
+    negative = float(compound <= -_NEUTRAL) if isinstance(compound, float) else compound
     return [
-        Observation("sentiment/score", item_id, compound, 1.0, strength),
-        Observation("sentiment/positive", item_id, positive, 1.0, strength),
-        Observation("sentiment/negative", item_id, negative, 1.0, strength),
+        observed("sentiment/score", item_id, compound, strength),
+        observed("sentiment/positive", item_id, positive, strength),
+        observed("sentiment/negative", item_id, negative, strength),
     ]
 
 

@@ -17,10 +17,11 @@ from typing import Literal
 from pydantic import Field
 
 from steerlab.evaluation.injection import InjectionConfig, Position, run_attacks
-from steerlab.evaluation.items import instruction_rows
+from steerlab.evaluation.items import check_rows, instruction_rows
 from steerlab.evaluation.metrics import Result
 from steerlab.generation import SteeredModel
 from steerlab.job import Seed, Source
+from steerlab.models import ModelFacts
 
 _SUFFIX: dict[Position, str] = {"end": "_id", "both": "_ood"}
 
@@ -36,6 +37,11 @@ class Config(InjectionConfig):
     """end: in distribution; both: out of distribution."""
     seed: Seed = 42
     """Seed of the attacks and of sampling (paper: 42, 43, 44)."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    check_rows("source", config.source)
 
 
 def run(model: SteeredModel, config: Config) -> Result:

@@ -83,6 +83,12 @@ def _trained(data_json: str, field: str, seed: int) -> Classifier:
     return Classifier(model, classes, tuple(images_NCHW.shape[1:]))
 
 
+def check_classifier(data: DataSet | None, name: str = "classifier") -> None:
+    """Refuse data that no classifier of images is trained or judged on. Raises ValueError."""
+    if data is not None and data.format != "image":
+        raise ValueError(f"{name}.format {data.format}: a classifier of images is trained on images")
+
+
 def accuracy(judge: Classifier, data: DataSet, field: str) -> list[float]:
     """Say of each image of another data set whether the classifier is right, 0 or 1."""
     images_NCHW, labels = _labelled(data, field)
@@ -90,8 +96,7 @@ def accuracy(judge: Classifier, data: DataSet, field: str) -> list[float]:
 
 
 def _labelled(data: DataSet, field: str) -> tuple[Tensor, list[str]]:
-    if data.format != "image":
-        raise ValueError(f"classifier.format {data.format}: a classifier of images is trained on images")
+    check_classifier(data)
     found = rows.read(data)
     missing = next((row for row in found if field not in row), None)
     if missing is not None:

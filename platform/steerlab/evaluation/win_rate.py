@@ -17,8 +17,10 @@ without any training, for N times the cost. One judge decides, and gives the met
     win_rate/answer_tokens    mean length of the answers, as the model's own tokenizer reads them
     win_rate/opponent_tokens  that of what they stand against
     win_rate/unfinished       answers cut at `max_new_tokens`
+    win_rate/empty            empty answers
 
-A verdict that cannot be read, and a pair that does not fit into the judge's context, are counted as unparsable. Against itself
+A verdict that cannot be read is counted as unparsable; a prompt that does not fit into the model's context, and a pair that
+does not fit into the judge's, as too long. Against itself
 the model at strength 0 ties everywhere. All of it is deterministic for a given seed.
 """
 
@@ -32,12 +34,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from steerlab import generation, models, sources
-from steerlab.evaluation import judges
+from steerlab.evaluation import judges, scorers
 from steerlab.evaluation.items import ALPACA, Numbered, data_rows, has_input
 from steerlab.evaluation.judges import Answer, Pair, Verdict
-from steerlab.evaluation.metrics import Observation, Result, spread
+from steerlab.evaluation.metrics import Observation, Result, about, observed, spread, too_long
 from steerlab.generation import SteeredModel
 from steerlab.job import DataSet, Source, TaskConfig
+from steerlab.models import ModelFacts
 
 FORMATS = ("instruction", "text", "preference")
 
@@ -100,6 +103,21 @@ class Config(TaskConfig):
         return self
 
 
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse judges that are not there, or cannot judge. Raises ValueError."""
+    for name in ("implicit_source", "implicit_base_source", "best_by_source"):
+        source = getattr(config, name)
+        if source is not None:
+            with about(name):
+                scorers.check_model(source)
+    if config.judge_source is not None:
+        with about("judge_source"):
+            if _is_classifier(config.judge_source):
+                judges.check_reward_model(config.judge_source)
+            else:
+                scorers.check_asked(config.judge_source, ("1", "2"))
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt at every strength and have the pairs judged."""
     name, judge = _judge(model, config)
@@ -111,7 +129,8 @@ def run(model: SteeredModel, config: Config) -> Result:
         for item, pair in zip(items, row, strict=True):
             verdict = next(verdicts)
             lengths = [len(model.encoder.tokenizer.encode(a.text, add_special_tokens=False)) for a in pair]
-            observations += observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
+            found = observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
+            observations += list(map(too_long, found)) if any(answer.too_long for answer in pair) else found
             samples.append(_sample(item.id, strength, pair, verdict))
     return Result(observations, spread(samples), {f"win_rate/{name}": "share", "win_rate/longer": "share"})
 
@@ -123,13 +142,14 @@ def observe(
     own, other = num_tokens
     values = {
         judge: verdict,
-        "ties": None if verdict is None else float(verdict == 0.5),
+        "ties": float(verdict == 0.5) if isinstance(verdict, float) else verdict,
         "longer": 0.5 if own == other else float(own > other),
         "answer_tokens": float(own),
         "opponent_tokens": float(other),
         "unfinished": float(not pair[0].finished),
+        "empty": float(not pair[0].text.strip()),
     }
-    return [Observation(f"win_rate/{name}", item_id, value, 1.0, strength) for name, value in values.items()]
+    return [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
 
 
 def _pairs(model: SteeredModel, items: list[Numbered], config: Config) -> list[list[Pair]]:
@@ -156,9 +176,13 @@ def _answers(model: SteeredModel, asked: list[Answer], strengths: list[float], c
         top_p=config.top_p,
         seed=config.seed * config.best_of + number,
         strengths=strengths,
+        skip_long=True,
     )
     return {
-        strength: [one._replace(text=o.text.strip(), finished=o.finished) for one, o in zip(asked, row, strict=True)]
+        strength: [
+            one._replace(text=o.text.strip(), finished=o.finished, too_long=o.too_long)
+            for one, o in zip(asked, row, strict=True)
+        ]
         for strength, row in zip(strengths, found, strict=True)
     }
 
@@ -173,7 +197,7 @@ def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
     reward = judges.implicit_reward(policy)
 
     def best(answers: Sequence[Answer]) -> Answer:
-        rewards = [-math.inf if value is None else value for value in reward(answers)]
+        rewards = [value if isinstance(value, float) else -math.inf for value in reward(answers)]
         return answers[rewards.index(max(rewards))]
 
     return {

@@ -20,6 +20,7 @@ from steerlab.job.settings import (
     TrackConfig,
     TrainConfig,
     WandbConfig,
+    headline_first,
 )
 from steerlab.job.whole import Job, job_type, prompt_settings, task_union
 
@@ -57,6 +58,7 @@ __all__ = [
     "described",
     "dump",
     "explain",
+    "headline_first",
     "inlined",
     "job_type",
     "prompt_settings",

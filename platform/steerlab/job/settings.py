@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -130,10 +131,21 @@ class TaskConfig(Frozen):
     limit: int | None = Field(None, ge=1)
     """Rows evaluated; null takes all."""
     strengths: tuple[float, ...] = Field((1.0,), min_length=1)
-    """Strengths of the patch, evaluated in one batch; the first one gives the headline metrics. With `choose` the chosen
-    strength comes first, and the model without the patch is measured as strength 0."""
+    """Strengths of the patch, evaluated in one batch. The first one gives the headline metrics; where that is 0, the model
+    without its patch, 1 gives them, or else the first that is not 0. With `choose` the chosen strength does, and the model
+    without the patch is measured as strength 0."""
     seed: Seed = 0
     """Seed of sampling and of the choice of rows."""
+
+
+def headline_first(strengths: Sequence[float]) -> list[float]:
+    """Return different strengths with that of the headline first: never 0, which steers nothing, where there is another one."""
+    different = list(dict.fromkeys(strengths))
+    steering = [strength for strength in different if strength != 0]
+    headline = different[0]
+    if headline == 0 and steering:
+        headline = 1.0 if 1.0 in steering else steering[0]
+    return [headline, *(strength for strength in different if strength != headline)]
 
 
 class Limit(Frozen):

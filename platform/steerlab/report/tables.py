@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from steerlab.evaluation.metrics import left_out
 from steerlab.report.drawing import is_cost
 from steerlab.report.reading import Entry, Sweep
 from steerlab.report.sweep_figures import measured, standing
@@ -28,14 +29,16 @@ def metrics(entries: Sequence[Entry]) -> list[str]:
 
 def cell(metric: Mapping[str, Any] | None) -> str:
     """Write a metric with its interval, a dash where nothing was scored."""
-    if metric is None or metric["value"] is None:
+    if metric is None:
         return DASH
+    words = left_out(metric)
+    aside = f" ({words})" if words else ""
+    if metric["value"] is None:
+        return DASH + aside
     if metric.get("low") is None or metric.get("high") is None:
-        return f"{metric['value']:.3g}"
+        return f"{metric['value']:.3g}{aside}"
     digits = 3 if abs(metric["value"]) < 10 else 1
-    interval = f"[{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
-    unparsable = f" ({metric['unparsable']} unparsable)" if metric["unparsable"] else ""
-    return f"{metric['value']:.{digits}f} {interval}{unparsable}"
+    return f"{metric['value']:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]{aside}"
 
 
 def rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[str]]:

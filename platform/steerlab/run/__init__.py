@@ -2,12 +2,15 @@
 
 from steerlab.run.checks import check, facts_of
 from steerlab.run.cluster import check_address, connect
-from steerlab.run.comparison import compare
+from steerlab.run.comparison import Comparison, Side, compare
 from steerlab.run.execution import Run, default_root, execute, new_id
-from steerlab.run.record import environment, root_cause, summarise
+from steerlab.run.record import Reported, environment, reported_strength, root_cause, summarise
 
 __all__ = [
+    "Comparison",
+    "Reported",
     "Run",
+    "Side",
     "check",
     "check_address",
     "compare",
@@ -17,6 +20,7 @@ __all__ = [
     "execute",
     "facts_of",
     "new_id",
+    "reported_strength",
     "root_cause",
     "summarise",
 ]

@@ -13,7 +13,8 @@ from steerlab.evaluation import TASKS
 from steerlab.job import DataSet, Job, base_job
 from steerlab.methods import METHODS
 from steerlab.methods.contract import check_masters
-from steerlab.stages import JobType, first_source, leaves_patch, model_stage
+from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
+from steerlab.stages import JobType, first_source, model_stage
 
 _ROWS_TRIED = 8
 """Rows of a data set that are tokenised before the start: a template that refuses some texts shows it early."""
@@ -37,10 +38,12 @@ def check(job: Job) -> models.ModelFacts:
             raise ValueError(f"model.source: the job {base.name} leaves no model of its own, so there is none to start from")
     _check_method(job)
     for role, data in job.data.by_role.items():
-        _check_rows(f"data.{role}", data)
-    _check_tasks(job)
+        check_rows(f"data.{role}", data)
+    check_tasks(job)
     found = facts_of(job)
     _check_kind(job, found)
+    check_named(job, found)
+    check_reach(job)
     _check_template(job)
     _check_places(job)
     METHODS[job.method.name].check(job.method, found, job)
@@ -92,37 +95,6 @@ def _check_training(job: Job) -> None:
         raise ValueError(f"train.snapshots: method {name} trains the model itself, so a patch alone is no snapshot of it")
 
 
-def _check_tasks(job: Job) -> None:
-    """Refuse labels that occur twice, rows of tasks that are not as their format says, strengths without a patch, and
-    a choice by a metric that is not measured."""
-    development = job.choose.tasks if job.choose else ()
-    for section, tasks in (("evaluate", job.evaluate), ("choose.tasks", development)):
-        labels = [task.label or task.task for task in tasks]
-        for number, task in enumerate(tasks):
-            if labels.index(labels[number]) != number:
-                raise ValueError(f"{section}.{number}: the job has {labels[number]} already; give one of them another `label`")
-            for name, value in task:
-                if isinstance(value, DataSet):
-                    _check_rows(f"{section}.{number}.{name}", value)
-            if any(strength != 1 for strength in task.strengths) and not leaves_patch(job):
-                raise ValueError(
-                    f"{section}.{number}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale"
-                )
-    if job.choose is not None:
-        known = [task.label or task.task for task in development]
-        for name in (job.choose.metric, *([job.choose.within.metric] if job.choose.within else [])):
-            if name.partition("/")[0] not in known:
-                raise ValueError(f"choose: {name} is measured by none of choose.tasks ({', '.join(known)})")
-
-
-def _check_rows(key: str, data: DataSet) -> None:
-    """Refuse rows that are not as the data set says, with the key in the job. Raises ValueError."""
-    try:
-        rows.check(data)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-
-
 def _warn_of_strengths(job: Job) -> None:
     """Warn of strengths outside of the range that the method's maps are made for."""
     means = METHODS[job.method.name].strength_range
@@ -161,14 +133,10 @@ def _check_kind(job: Job, found: models.ModelFacts) -> None:
     method = METHODS[job.method.name]
     if kind not in method.kinds:
         raise ValueError(f"method {job.method.name} works on models of kind {', '.join(method.kinds)}; this one is {kind}")
-    development = job.choose.tasks if job.choose else ()
-    for section, tasks in (("evaluate", job.evaluate), ("choose.tasks", development)):
-        for number, task in enumerate(tasks):
-            if kind not in TASKS[task.task].kinds:
-                fitting = ", ".join(name for name, other in TASKS.items() if kind in other.kinds)
-                raise ValueError(
-                    f"{section}.{number}: task {task.task} is none for a model of kind {kind}; there are {fitting}"
-                )
+    for key, task in tasks_of(job):
+        if kind not in TASKS[task.task].kinds:
+            fitting = ", ".join(name for name, other in TASKS.items() if kind in other.kinds)
+            raise ValueError(f"{key}: task {task.task} is none for a model of kind {kind}; there are {fitting}")
     if kind == "diffusion":
         _check_drawing(job)
 
@@ -199,8 +167,7 @@ def _check_template(job: Job) -> None:
     """
     if job.model.kind != "causal_lm":
         return
-    tasks = (*job.evaluate, *(job.choose.tasks if job.choose else ()))
-    chats = any(TASKS[task.task].chats(task) for task in tasks)
+    chats = any(TASKS[task.task].chats(task) for _, task in tasks_of(job))
     trained = {role: data for role, data in job.data.by_role.items() if data.format != "text"}
     if not chats and not trained:
         return

@@ -9,18 +9,21 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
 from steerlab import plan
 from steerlab.job import Job
-from steerlab.stages import Evaluation, evaluations, model_stage
+from steerlab.stages import Evaluation, evaluations, leaves_patch, model_stage
 from steerlab.stages.choose import CHOICE
 from steerlab.store import Store
 
+SCHEMA = 2
+"""Version of summary.json; raised when what older readers look for is elsewhere."""
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
 
 
@@ -33,11 +36,17 @@ def check_numbers(summary: dict[str, Any], folder: str) -> None:
 
 
 def summarise(job: Job, store: Store) -> dict[str, Any]:
-    """Collect the metrics of a job whose stages are all in the store."""
+    """Collect the metrics of a job whose stages are all in the store.
+
+    `metrics` are those of each task's headline, whose strength is in `reported` where there is a patch; `unsteered` names the
+    evaluations of the model without the patch where the strength was chosen, and strength 0 of `strengths` has their numbers.
+    """
     headline: dict[str, Any] = {}
     strengths: dict[str, dict[str, Any]] = {}
     choice: dict[str, Any] | None = None
     measured: dict[str, str] = {}
+    unsteered: dict[str, str] = {}
+    reported: dict[str, float] = {}
     for found in evaluations(job):
         stage = found.stage
         for needed in stage.inputs:
@@ -49,15 +58,21 @@ def summarise(job: Job, store: Store) -> dict[str, Any]:
             strengths.setdefault(strength, {}).update(named)
             if number == 0:
                 headline.update(named)
+            if number == 0 and leaves_patch(job):
+                reported[stage.label] = float(strength)
+        if found.baseline is not None:
+            unsteered[stage.label] = found.baseline.key
     left = model_stage(job)
     model = None if left is None else {"stage": left.name, "key": left.key, "snapshot": job.snapshot}
     return {
         "metrics": headline,
+        "reported": reported,
         "strengths": strengths,
         "choice": choice,
         "model": model,
         "evaluations": measured,
-        "schema": 1,
+        "unsteered": unsteered,
+        "schema": SCHEMA,
     }
 
 
@@ -68,6 +83,28 @@ def _measured_strengths(store: Store, found: Evaluation) -> dict[str, dict[str, 
         plain = json.loads((store.local("evaluate", found.baseline.key) / "metrics.json").read_text())["strengths"]
         saved.setdefault("0.0", next(iter(plain.values())))
     return saved
+
+
+class Reported(NamedTuple):
+    """The strength that a run reported."""
+
+    strength: float
+    reason: str
+    """Where it is from; empty where the run has none to report."""
+
+
+def reported_strength(summary: Mapping[str, Any]) -> Reported:
+    """Return the strength that a run's numbers are of: the chosen one, else that of its tasks, else 1."""
+    choice = summary["choice"]
+    if choice is not None:
+        return Reported(choice["strength"], f"chosen by {choice['rule']['metric']} on development rows")
+    reported = summary.get("reported") or {}
+    if not reported:
+        return Reported(1.0, "")
+    (task, strength), *others = reported.items()
+    different = [f"{other} at {value:g}" for other, value in others if value != strength]
+    more = f"; the run reports {', '.join(different)}" if different else ""
+    return Reported(strength, f"the one that {task} reports{more}")
 
 
 def samples_of(store: Store, found: Evaluation) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from steerlab.job import ChooseConfig, Job, Limit
 from steerlab.plan import Stage, Work
@@ -39,7 +41,25 @@ def run(work: Work) -> None:
     bound = None if within is None else Limit.model_validate(within)
     chosen = best(table, work.params["metric"], work.params["mode"], bound)
     rule = {name: work.params[name] for name in ("metric", "mode", "within")}
-    (work.directory / CHOICE).write_text(json.dumps({"strength": chosen, "rule": rule, "table": table}, indent=1))
+    unmoved = _unmoved(table, [work.params["metric"], *([bound.metric] if bound else [])])
+    choice = {"strength": chosen, "rule": rule, "table": table, "unmoved": unmoved}
+    (work.directory / CHOICE).write_text(json.dumps(choice, indent=1))
+    for line in said_of(choice):
+        warnings.warn(line, stacklevel=2)
+
+
+def _unmoved(table: Mapping[float, Mapping[str, float | None]], metrics: Sequence[str]) -> list[str]:
+    """Return the metrics that have the same value at every strength, to the last bit: the patch does not reach them."""
+    return [name for name in metrics if len(table) > 1 and len({values.get(name) for values in table.values()}) == 1]
+
+
+def said_of(choice: Mapping[str, Any]) -> list[str]:
+    """Return what is to be said of a choice: a rule by a metric that no strength moves decides nothing."""
+    rule, found = choice["rule"], []
+    for name in choice.get("unmoved", ()):
+        effect = "the weakest strength was chosen" if name == rule["metric"] else "the bound on it binds nothing"
+        found.append(f"choose: {name} is the same at every strength, so {effect}; look where the patch acts")
+    return found
 
 
 def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, within: Limit | None) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,8 @@ import ray
 
 from steerlab import sources
 from steerlab.evaluation import TASKS
-from steerlab.job import Job, TaskConfig, described
+from steerlab.evaluation.metrics import TOO_LONG
+from steerlab.job import Job, TaskConfig, described, headline_first
 from steerlab.plan import Stage, Work
 from steerlab.stages import choose, subject
 
@@ -49,7 +51,7 @@ def stage(job: Job, task: TaskConfig, below: Stage | None, choice: Stage | None 
     if job.snapshot is not None:
         params["snapshot"] = job.snapshot
     inputs = tuple(needed for needed in (below, choice) if needed is not None)
-    return Stage("evaluate", 2, params, run, inputs, task.label or task.task, subject.places(job))
+    return Stage("evaluate", 3, params, run, inputs, task.label or task.task, subject.places(job))
 
 
 def fingerprints(task: TaskConfig) -> dict[str, Any]:
@@ -74,12 +76,24 @@ def run(work: Work) -> None:
     """Run the task in an actor that keeps its model for the tasks to come, or in a warm process."""
     config = {**work.params["task"], "strengths": _strengths(work)}
     result = _in_warm_process(work, config) if work.scale.warm else _in_actor(work, config)
+    _warn_of_long_rows(work.stage.label, result["observations"])
     pq.write_table(pa.Table.from_pylist(result["observations"], schema=OBSERVATIONS), work.directory / "observations.parquet")
     (work.directory / "samples.json").write_text(json.dumps(result["samples"], indent=1, ensure_ascii=False))
     for path, content in result["files"].items():
         (work.directory / FILES / path).parent.mkdir(parents=True, exist_ok=True)
         (work.directory / FILES / path).write_bytes(content)
     (work.directory / "metrics.json").write_text(json.dumps(result["metrics"], indent=1))
+
+
+def _warn_of_long_rows(label: str, observations: Sequence[Mapping[str, Any]]) -> None:
+    """Say it where a task has scored nothing because nothing fits; the tasks after it go on."""
+    if observations and all(observation["reason"] == TOO_LONG for observation in observations):
+        rows = len({observation["id"] for observation in observations})
+        warnings.warn(
+            f"task {label} has scored nothing: none of its {rows} rows fits into the model's context (with the tokens of an "
+            "answer, where it asks for one)",
+            stacklevel=2,
+        )
 
 
 def _in_actor(work: Work, config: dict[str, Any]) -> dict[str, Any]:
@@ -102,13 +116,17 @@ def _in_warm_process(work: Work, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _strengths(work: Work) -> list[float]:
-    """Return the strengths of the task; a chosen one comes first, and without others declared alone."""
+    """Return the strengths of the task, that of the headline first: the chosen one, which stands alone where no others are
+    declared, or else the one that `headline_first` says.
+
+    All that is said of a task's first strength, here and where results are read, is said of its headline.
+    """
     declared: list[float] = list(work.params["task"]["strengths"])
     for needed, directory in zip(work.stage.inputs, work.inputs, strict=True):
         if needed.name == "choose":
             chosen = json.loads((directory / choose.CHOICE).read_text())["strength"]
             return list(dict.fromkeys([chosen, *(declared if declared != [1.0] else [])]))
-    return declared
+    return headline_first(declared)
 
 
 OBSERVATIONS = pa.schema(
@@ -118,9 +136,11 @@ OBSERVATIONS = pa.schema(
         ("value", pa.float64()),
         ("weight", pa.float64()),
         ("strength", pa.float64()),
+        ("reason", pa.string()),
     ]
 )
-"""One scored item: value null when it could not be parsed, weight 0 when it does not count for the metric."""
+"""One scored item: value null when it could not be judged, weight 0 when it does not count for the metric; the reason says
+that it did not fit into the model's context (too_long, cut)."""
 
 
 def close() -> None:

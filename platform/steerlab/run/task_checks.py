@@ -1,0 +1,142 @@
+"""What is checked of a job's tasks before anything starts: labels, strengths, rows, models, packages, rules that bind nothing.
+
+Everything that a task names is looked at: the data sets of its config and of a task within it, defaults included, as the job's
+own are; and what else it says of itself in its `Task.check`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from steerlab import rows
+from steerlab.evaluation import TASKS
+from steerlab.evaluation.metrics import TokenKinds
+from steerlab.job import DataSet, Frozen, Job, Selection, TaskConfig, base_job
+from steerlab.methods import METHODS
+from steerlab.models import ModelFacts
+from steerlab.stages import JobType, leaves_patch
+
+
+def check_tasks(job: Job) -> None:
+    """Refuse labels that occur twice, rows of tasks that are not as their format says, strengths without a patch, and
+    a choice by a metric that is not measured. Raises ValueError."""
+    seen: dict[str, list[str]] = {}
+    for key, task in tasks_of(job):
+        label, labels = task.label or task.task, seen.setdefault(key.rpartition(".")[0], [])
+        if label in labels:
+            raise ValueError(f"{key}: the job has {label} already; give one of them another `label`")
+        labels.append(label)
+        for path, data in data_sets(key, task):
+            check_rows(path, data)
+        if any(strength != 1 for strength in task.strengths) and not leaves_patch(job):
+            raise ValueError(f"{key}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale")
+    if job.choose is not None:
+        known = [task.label or task.task for task in job.choose.tasks]
+        for name in _deciding(job).values():
+            if name.partition("/")[0] not in known:
+                raise ValueError(f"choose: {name} is measured by none of choose.tasks ({', '.join(known)})")
+
+
+def check_named(job: Job, facts: ModelFacts) -> None:
+    """Refuse what a task names and is not there, and answers that leave no room for a prompt. Raises ValueError."""
+    for key, task in tasks_of(job):
+        try:
+            TASKS[task.task].check(task, facts)
+        except ValueError as error:
+            raise ValueError(f"{key}.{error}") from None
+        for path, config in configs(key, task):
+            longest = getattr(config, "max_new_tokens", 0)
+            if facts.max_positions and longest >= facts.max_positions:
+                raise ValueError(
+                    f"{path}.max_new_tokens {longest}: the context of {facts.architecture} holds {facts.max_positions} tokens, "
+                    "those of the prompt among them"
+                )
+
+
+def check_reach(job: Job) -> None:
+    """Refuse to choose by a metric that the patch cannot move, and warn of tasks that it cannot change.
+
+    Raises:
+        ValueError: `choose` goes by tokens that the patch does not act on: the metric would be the same at every strength.
+    """
+    selection = _steered(job)
+    if selection is None or not leaves_patch(job):
+        return
+    by_label = {task.label or task.task: task for task in (job.choose.tasks if job.choose else ())}
+    for key, name in _deciding(job).items():
+        label, _, metric = name.partition("/")
+        task = by_label[label]
+        if not _meets(job, selection, TASKS[task.task].runs_over(task, f"{task.task}/{metric}")):
+            raise ValueError(
+                f"{key}: {name} has the same value at every strength, because it is measured on tokens that method.steer "
+                f"leaves as they are ({_words(selection)}); take a metric of generated text or of responses, or steer others"
+            )
+    for number, task in enumerate(job.evaluate):
+        if not _meets(job, selection, TASKS[task.task].runs_over(task, None)):
+            warnings.warn(
+                f"evaluate.{number}: task {task.task} gives the numbers of strength 0 at every strength, because it is "
+                f"measured on tokens that method.steer leaves as they are ({_words(selection)})",
+                stacklevel=2,
+            )
+
+
+def check_rows(key: str, data: DataSet) -> None:
+    """Refuse rows that are not as the data set says, with the key in the job. Raises ValueError."""
+    try:
+        rows.check(data)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def tasks_of(job: Job) -> Iterator[tuple[str, TaskConfig]]:
+    """Yield a job's tasks with their keys, those that it chooses by after those that it reports."""
+    yield from ((f"evaluate.{number}", task) for number, task in enumerate(job.evaluate))
+    yield from ((f"choose.tasks.{number}", task) for number, task in enumerate(job.choose.tasks if job.choose else ()))
+
+
+def data_sets(key: str, config: Frozen) -> Iterator[tuple[str, DataSet]]:
+    """Yield the data sets of a config, those of configs within it included, with their keys; what `also` holds is theirs."""
+    for path, found in configs(key, config):
+        yield from ((f"{path}.{name}", value) for name, value in found if isinstance(value, DataSet))
+
+
+def configs(key: str, config: Frozen) -> Iterator[tuple[str, Frozen]]:
+    """Yield a config and those within it, with their keys."""
+    yield key, config
+    for name, value in config:
+        if isinstance(value, Frozen) and not isinstance(value, DataSet):
+            yield from configs(f"{key}.{name}", value)
+
+
+def _deciding(job: Job) -> dict[str, str]:
+    """Return the metrics that the strength is chosen by, by their keys."""
+    if job.choose is None:
+        return {}
+    within = {"choose.within": job.choose.within.metric} if job.choose.within else {}
+    return {"choose.metric": job.choose.metric, **within}
+
+
+def _steered(job: Job) -> Selection | None:
+    """Return where the patch acts whose strength is varied; None where its method does not say, or everywhere."""
+    base, method = base_job(job, JobType), METHODS[job.method.name]
+    makes_model = method.fit is not None or job.train is not None
+    return method.steers(job.method) if makes_model or base is None else _steered(base)
+
+
+def _meets(job: Job, selection: Selection, kinds: TokenKinds) -> bool:
+    """Say whether a selection takes any of these tokens, by phase and role."""
+    own: dict[str, Any] = {"response": job.data.response_role}
+    return any(
+        phase in selection.phases
+        and (selection.roles is None or own.get(role, role) in selection.roles)
+        and own.get(role, role) not in selection.exclude_roles
+        for phase, role in kinds
+    )
+
+
+def _words(selection: Selection) -> str:
+    left_out = f", exclude_roles: {list(selection.exclude_roles)}" if selection.exclude_roles else ""
+    roles = "" if selection.roles is None else f", roles: {list(selection.roles)}"
+    return f"phases: {list(selection.phases)}{roles}{left_out}"
