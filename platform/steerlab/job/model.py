@@ -63,6 +63,8 @@ class ModelConfig(Frozen):
     """Type of the weights in the forward pass; bfloat16 trains with float32 master weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of transformers."""
+    trust_remote_code: bool = Field(False, exclude_if=lambda trusts: not trusts)
+    """Run Python code that comes with the checkpoint, which may do anything; false refuses a checkpoint that needs it."""
     # Not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
     sampler: SamplerConfig | None = Field(None, exclude_if=lambda sampler: sampler is None)
     """How images are drawn (kind diffusion); null takes the defaults."""

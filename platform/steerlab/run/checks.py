@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from steerlab import models, rows, sources, taps
 from steerlab.conditioning import check_data
@@ -16,7 +17,7 @@ from steerlab.tokens import Encoder
 
 def facts_of(job: Job) -> models.ModelFacts:
     """Return the sizes of a job's model; a job that builds on another has the architecture of that one's source."""
-    return models.facts(sources.fetch(first_source(job)))
+    return models.facts(sources.fetch(first_source(job)), job.model.trust_remote_code)
 
 
 def check(job: Job) -> models.ModelFacts:
@@ -36,7 +37,9 @@ def check(job: Job) -> models.ModelFacts:
     _check_tasks(job)
     found = facts_of(job)
     _check_kind(job, found)
+    models.check_checkpoint(sources.fetch(first_source(job)), job.model.attention, job.model.trust_remote_code)
     _check_template(job)
+    _check_ids(job, found)
     _check_places(job)
     METHODS[job.method.name].check(job.method, found, job)
     _warn_of_strengths(job)
@@ -131,7 +134,7 @@ def _warn_of_strengths(job: Job) -> None:
 
 def _check_places(job: Job) -> None:
     """Refuse a selection of modules that the model does not have; no weight is loaded for that."""
-    skeleton = models.skeleton(sources.fetch(first_source(job)))
+    skeleton = models.skeleton(sources.fetch(first_source(job)), job.model.trust_remote_code)
     try:
         METHODS[job.method.name].prepares(job.method, skeleton)
     except ValueError as error:
@@ -187,9 +190,26 @@ def _check_drawing(job: Job) -> None:
         )
 
 
+def _check_ids(job: Job, found: models.ModelFacts) -> None:
+    """Refuse a tokenizer that makes ids for which the model has no embedding."""
+    if job.model.kind != "causal_lm":
+        return
+    tokenizer = models.load_tokenizer(sources.fetch(first_source(job)), job.model.trust_remote_code)
+    # Special tokens in a text are broken up, so those that no prompt has (Gemma 3's for images) may lie beyond.
+    named: Any = {tokenizer.bos_token_id, tokenizer.eos_token_id, Encoder(tokenizer).pad_id}  # type: ignore[reportUnhashable]
+    unused = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - named
+    ids = {number: token for token, number in tokenizer.get_vocab().items() if number not in unused}
+    beyond = sorted(number for number in ids if number >= found.num_embeddings)
+    if beyond:
+        raise ValueError(
+            f"model.source: {len(beyond)} ids of the tokenizer, such as {beyond[0]} for {ids[beyond[0]]!r}, lie beyond the "
+            f"{found.num_embeddings} rows of the embedding of {found.architecture}"
+        )
+
+
 def _check_template(job: Job) -> None:
     """Refuse a chat template that cannot hold an instruction, data and a response."""
     if isinstance(job.model.source, str) and job.model.kind == "causal_lm":
-        tokenizer = models.load_tokenizer(sources.fetch(job.model.source))
+        tokenizer = models.load_tokenizer(sources.fetch(job.model.source), job.model.trust_remote_code)
         encoder = Encoder(tokenizer, job.data.prompt_style, job.data.response_role)
         encoder.encode(encoder.conversation("instruction", "data", "response"))

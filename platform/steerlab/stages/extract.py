@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,8 +180,9 @@ def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, dire
     data = job.data.by_role[role]
     texts = rows.read(data)
     prompt = {"prompt_style": job.data.prompt_style, "response_role": job.data.response_role}
-    widths = _widths(models.skeleton(directory), config)
-    vectors = len(texts) * _vectors_per_text(directory, prompt, config, data.format, texts)
+    widths = _widths(models.skeleton(directory, job.model.trust_remote_code), config)
+    tokenizer = partial(models.load_tokenizer, directory, job.model.trust_remote_code)
+    vectors = len(texts) * _vectors_per_text(tokenizer, prompt, config, data.format, texts)
     weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
     if config.keep == "moments":
         one, parts = _moment_bytes(widths, config), -(-len(texts) // config.rows_per_shard)
@@ -207,12 +209,14 @@ def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> 
 
     config, made_of = ExtractConfig.model_validate(work.params["extract"]), subject.of(work)
     directory = generation.model_directory(ModelRef(**made_of["ref"]).locate())
-    widths = _widths(models.skeleton(directory), config)
+    trusts = subject.trusts(made_of["model"])
+    widths = _widths(models.skeleton(directory, trusts), config)
     if config.keep == "moments":
         needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)
         less = "raise extract.rows_per_shard or read fewer modules"
     else:
-        vectors = num_rows * _vectors_per_text(directory, made_of["prompt"] or {}, config, work.params["data"]["format"], some)
+        tokenizer = partial(models.load_tokenizer, directory, trusts)
+        vectors = num_rows * _vectors_per_text(tokenizer, made_of["prompt"] or {}, config, work.params["data"]["format"], some)
         needed = int(vectors * sum(widths) * _value_bytes(config))
         less = "read fewer modules, pool, or set extract.dtype: float16"
     if needed * _SAFETY > free:
@@ -237,14 +241,18 @@ def _widths(skeleton: Any, config: ExtractConfig) -> list[int]:
 
 
 def _vectors_per_text(
-    directory: Path, prompt: Mapping[str, Any], config: ExtractConfig, data_format: str, texts: Sequence[Mapping[str, Any]]
+    tokenizer: Callable[[], Any],
+    prompt: Mapping[str, Any],
+    config: ExtractConfig,
+    data_format: str,
+    texts: Sequence[Mapping[str, Any]],
 ) -> float:
     """Return how many vectors a text gives: one, or the mean number of tokens of some texts."""
     if config.pooling != ("none",):
         return 1
-    from steerlab import models, tokens
+    from steerlab import tokens
 
-    encoder = tokens.Encoder(models.load_tokenizer(directory), **prompt)
+    encoder = tokens.Encoder(tokenizer(), **prompt)
     some = [encoder.from_row(row, data_format) for row in texts[:: max(1, len(texts) // _TEXTS_JUDGED)]]
     lengths = [min(len(text), config.max_tokens) for text in encoder.encode_all(some)]
     return sum(lengths) / len(lengths)

@@ -45,7 +45,7 @@ def preparations(job: Job, source: str) -> tuple[Preparation, ...]:
     method = METHODS[job.method.name]
     if job.train is None:
         return ()
-    return method.prepares(job.method, models.skeleton(sources.fetch(source)))
+    return method.prepares(job.method, models.skeleton(sources.fetch(source), job.model.trust_remote_code))
 
 
 def stages(job: Job, below: Stage | None, asked: tuple[Preparation, ...]) -> dict[str, Stage]:
@@ -102,7 +102,8 @@ def _estimate_rows(job: Job, asked: OfEachRow, weights: int, directory: Path) ->
     assert job.train is not None
     data = job.data.by_role[asked.role]
     found = rows.read(data)
-    encoder = Encoder(models.load_tokenizer(directory), job.data.prompt_style, job.data.response_role)
+    tokenizer = models.load_tokenizer(directory, job.model.trust_remote_code)
+    encoder = Encoder(tokenizer, job.data.prompt_style, job.data.response_role)
     some = found[:: -(-len(found) // _ROWS_JUDGED)]
     encoded = encode_data(encoder, some, data.format, job.train.max_tokens).rows
     values = asked.values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)
