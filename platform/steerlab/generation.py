@@ -27,10 +27,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _T = TypeVar("_T")
-PROMPT, BASE = "prompt.json", "base.json"
-"""Files of an artifact: its prompt settings, and what the patch of a frozen model stands on."""
+PROMPT, BASE, BELOW = "prompt.json", "base.json", "below"
+"""Files of an artifact: its prompt settings, what the patch of a frozen model stands on, and the folder of patches under the
+newest one, numbered from the lowest."""
 _NUCLEUS = 512
 """Tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
+_PROBES = (
+    ("Say what the text is about.", "It is about nothing in particular."),
+    ("Name three colours.", ""),
+    ("Translate into German, and keep the numbers: 12, 7.5 and 1,000.", "We sold 12 of them for 7.5 each, and got 1,000 back!"),
+    (
+        "Write a short answer to the letter, as its writer would like to hear it.",
+        "Dear neighbour, last night your dog dug up the roses that my grandmother had planted before the war. I am not angry, "
+        "but I would be glad if the fence were mended before spring, and if you came over for tea. Yours, Ada.",
+    ),
+)
+"""Instructions and data by which two copies of a model are compared."""
 _SHOWN_TOKENS = 64
 """Tokens that are generated for people who do not say how many."""
 _BATCH_TOKENS = 4096
@@ -72,15 +84,16 @@ class Decoding:
     written: dict[str, int]
     """Role and phase of what is written."""
     strengths: Tensor | None
-    cache: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(init=False)
     """What the model keeps of what it has read, by the name of its argument; empty in a model that reads all of it again."""
-    memory: dict[int, Any] | None = None
+    memory: dict[int, Any] | None = field(init=False)
     """What patches keep, by their number; None where nothing is kept."""
     logits_BV: Tensor = field(init=False)
     """Of the next token."""
 
     def __post_init__(self) -> None:
         self.memory = None if models.cache_name(self.model) is None else {}
+        self.cache = models.empty_cache(self.model)
         self._read(self.inputs)
 
     def step(self, token_B: Tensor) -> None:
@@ -97,7 +110,8 @@ class Decoding:
             inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
         patched = {"strengths": self.strengths, "memory": self.memory}
         out = self.model(**inputs, **patched, **self.cache, use_cache=name is not None, logits_to_keep=1)
-        self.cache = {} if name is None else {name: out[name]}
+        if name is not None and name in out:
+            self.cache = {name: out[name]}
         self.logits_BV = out.logits[:, -1]
 
 
@@ -136,10 +150,12 @@ class SteeredModel(Steered):
         )
         return Shown([(s, output.text) for s, (output,) in zip(asked.strengths, outputs, strict=True)], {})
 
-    def probe(self, strength: float = 1.0) -> Tensor:
-        """Return the log-probabilities (nats) of the tokens of a fixed conversation, (T-1,)."""
-        prompt = self.encoder.conversation("Say what the text is about.", "It is about nothing in particular.")
-        return torch.tensor(self.token_log_probs([prompt], strength=strength)[0].log_prob)
+    def probe(self, strength: float = 1.0) -> list[Tensor]:
+        """Return the log-probabilities (nats) of the tokens of fixed conversations, (T-1,) each."""
+        prompts = [self.encoder.conversation(instruction, data) for instruction, data in _PROBES]
+        limit = models.max_positions(self.model)
+        fitting = [p for p, row in zip(prompts, self.encoder.encode_all(prompts), strict=True) if len(row) <= limit]
+        return [torch.tensor(scored.log_prob) for scored in self.token_log_probs(fitting, strength=strength)]
 
     @property
     def tolerance(self) -> float:
@@ -450,6 +466,8 @@ def load_stack(
         sampler = None if sampler is None else {**sampler, "denoiser": None}
         model = models.load_model(checkpoint, dtype=dtype or models.saved_dtype(checkpoint), sampler=sampler, **kernel)
         encoder = encoder_of(model, checkpoint, prompt, trust_remote_code)
+    numbered = sorted((directory / BELOW).iterdir(), key=lambda path: int(path.name)) if (directory / BELOW).is_dir() else []
+    below = (*below, *(patches.load(path) for path in numbered))
     patch_dir = directory / "patch" if snapshot is None else directory / "snapshots" / str(snapshot)
     if not patches.exists(patch_dir):
         if snapshot is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,102 @@ import torch
 import zoo
 
 from steerlab import models
-from steerlab.affine import AffineMap
 from steerlab.generation import SteeredModel
-from steerlab.job import Selection
-from steerlab.patches import ActivationPatch, CannotFold
 from steerlab.tokens import Encoder
 
-DIFFERENT = ("llama", "gpt2", "opt", "bloom", "falcon-40b", "gemma2", "phi3", "gpt_oss", "mamba", "qwen3_next", "llava")
-OTHERS = tuple("""
-    afmoe apertus arcee aria_text bamba bitnet biogpt codegen cohere cohere2 ctrl cwm deepseek_v2 deepseek_v3 diffllama doge
-    ernie4_5 ernie4_5_moe exaone4 falcon falcon-rw falcon_h1 falcon_mamba flex_olmo gemma gemma3 gemma3_text glm glm4 glm4_moe
-    gpt_bigcode gpt_bigcode-heads gpt_neo gpt_neox gpt_neox_japanese gptj granite granitemoe granitemoehybrid
-    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe jais2 jamba jetmoe lfm2 lfm2_moe llama4_text mamba2 minicpm3
-    minimax minimax_m2 ministral mistral mixtral modernbert-decoder mpt nanochat nemotron nemotron_h olmo olmo2 olmo3
-    olmo_hybrid olmoe openai-gpt persimmon phi phimoe qwen2 qwen2_moe qwen2_vl qwen3 qwen3_5_text qwen3_moe recurrent_gemma
-    rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu zaya mistral3
-""".split())
+DIFFERENT = ("llama", "gpt2", "opt", "bloom", "falcon/40b", "gemma2", "phi3", "gpt_oss", "mamba", "qwen3_next", "llava")
+OTHERS = tuple(
+    [
+        "afmoe",
+        "apertus",
+        "arcee",
+        "aria_text",
+        "bamba",
+        "bitnet",
+        "biogpt",
+        "codegen",
+        "cohere",
+        "cohere2",
+        "ctrl",
+        "cwm",
+        "deepseek_v2",
+        "deepseek_v3",
+        "diffllama",
+        "doge",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "falcon",
+        "falcon/rw",
+        "falcon_h1",
+        "falcon_mamba",
+        "flex_olmo",
+        "gemma",
+        "gemma3",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt_bigcode",
+        "gpt_bigcode/heads",
+        "gpt_neo",
+        "gpt_neox",
+        "gpt_neox_japanese",
+        "gptj",
+        "granite",
+        "granitemoe",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "helium",
+        "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "jais2",
+        "jamba",
+        "jetmoe",
+        "lfm2",
+        "lfm2_moe",
+        "llama4_text",
+        "mamba2",
+        "minicpm3",
+        "minimax",
+        "minimax_m2",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "modernbert-decoder",
+        "mpt",
+        "nanochat",
+        "nemotron",
+        "nemotron_h",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmo_hybrid",
+        "olmoe",
+        "openai-gpt",
+        "persimmon",
+        "phi",
+        "phimoe",
+        "qwen2",
+        "qwen2_moe",
+        "qwen2_vl",
+        "qwen3",
+        "qwen3_5_text",
+        "qwen3_moe",
+        "recurrent_gemma",
+        "rwkv",
+        "seed_oss",
+        "smollm3",
+        "solar_open",
+        "stablelm",
+        "starcoder2",
+        "vaultgemma",
+        "xglm",
+        "youtu",
+        "zaya",
+        "mistral3",
+    ]
+)
 TEXTS = ("give the topic", "say red and give the topic of lamp lamp", "lamp")
 NEW_TOKENS = 6
 

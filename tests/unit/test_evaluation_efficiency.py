@@ -67,7 +67,7 @@ class Machine:
 
     def _forward(self, _model: object, _args: object, kwargs: dict) -> None:
         self.tokens.append(kwargs["input_ids"].shape[1])
-        self.cached.append(kwargs["past_key_values"].get_seq_length() if "past_key_values" in kwargs else 0)
+        self.cached.append(kwargs["past_key_values"].get_seq_length())
         cost_s = 1.0 if self.tokens[-1] > 1 else 0.1
         self.now_s += self.slower * cost_s * (2 if self._norm._forward_hooks else 1)
 

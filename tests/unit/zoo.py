@@ -33,16 +33,16 @@ _DELTA = {
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
-    "deepseek_v2": {"head_dim": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
-    "deepseek_v3": {"head_dim": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+    "deepseek_v2": {"head_dim": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {"head_dim": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
     "falcon": {"head_dim": None},
-    "falcon-40b": {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
-    "falcon-rw": {"head_dim": None, "multi_query": False, "alibi": True, "parallel_attn": False, "bias": True},
+    "falcon/40b": {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon/rw": {"head_dim": None, "multi_query": False, "alibi": True, "parallel_attn": False, "bias": True},
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 32, "mamba_n_heads": 4},
     "gemma2": {"attn_logit_softcapping": 5.0, "sliding_window": 4},
     "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-    "glm4_moe_lite": {"head_dim": 4},
-    "gpt_bigcode-heads": {"multi_query": False},
+    "glm4_moe_lite": {"head_dim": 4, "num_key_value_heads": 4},
+    "gpt_bigcode/heads": {"multi_query": False},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "gpt_oss": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "granitemoehybrid": {**_MAMBA2, "layer_types": ["mamba", "attention"]},
@@ -53,17 +53,18 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
-    "minicpm3": {"head_dim": 4},
+    "minicpm3": {"head_dim": 4, "num_key_value_heads": 4},
     "nemotron_h": {"ssm_state_size": 4, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "qwen3_5_text": _DELTA,
     "qwen3_next": _DELTA,
+    "qwen2_vl": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}},
     "recurrent_gemma": {
         "num_hidden_layers": 3, "attention_window_size": 8, "block_types": ["recurrent", "recurrent", "attention"],
     },
-    "youtu": {"head_dim": 4},
+    "youtu": {"head_dim": 4, "num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-"""What an architecture needs besides; a name after a hyphen is a variant of it."""
+"""What an architecture needs besides; what follows a slash is a variant of it."""
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
     "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 4, "out_hidden_size": 32,
@@ -72,7 +73,7 @@ VISION = {
 
 def config(name: str, **fields: Any) -> Any:
     """Return a tiny config of an architecture, of as many tokens as the tiny world has unless `fields` say so."""
-    kind = name.partition("-")[0]
+    kind = name.partition("/")[0]
     default = AutoConfig.for_model(kind)
     own = OWN.get(name, {}) | fields
     if "text_config" in default.sub_configs:

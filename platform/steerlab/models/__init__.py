@@ -1,9 +1,18 @@
 """Causal language models and diffusion pipelines; the only folder that knows the attribute names of architectures."""
 
 from steerlab.models.architecture import runs_own_code, text_config
-from steerlab.models.decoding import accepted, cache_name, reads_padding
+from steerlab.models.decoding import accepted, cache_name, empty_cache, reads_padding
 from steerlab.models.folding import fold_affine
-from steerlab.models.kinds import num_reads, running, small_inputs, steered_part, unsteered_share
+from steerlab.models.kinds import (
+    check_head,
+    max_positions,
+    modules_that_run,
+    num_reads,
+    running,
+    small_inputs,
+    steered_part,
+    unsteered_share,
+)
 from steerlab.models.loading import (
     DTYPES,
     ModelFacts,
@@ -32,11 +41,10 @@ from steerlab.models.places import (
     layer_names,
     linear_shape,
     linear_weight,
-    max_positions,
     stores_transposed,
     weight_places,
 )
-from steerlab.models.weights import has_weights
+from steerlab.models.weights import has_weights, listed
 
 __all__ = [
     "DTYPES",
@@ -46,10 +54,12 @@ __all__ = [
     "accepted",
     "cache_name",
     "check_checkpoint",
+    "check_head",
     "check_sampler",
     "config_of",
     "embedding",
     "embedding_shape",
+    "empty_cache",
     "facts",
     "fingerprint",
     "first_layers",
@@ -60,9 +70,11 @@ __all__ = [
     "layer_names",
     "linear_shape",
     "linear_weight",
+    "listed",
     "load_model",
     "load_tokenizer",
     "max_positions",
+    "modules_that_run",
     "num_reads",
     "prepare",
     "reads_padding",

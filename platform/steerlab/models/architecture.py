@@ -88,8 +88,6 @@ def _check_kind(config: PreTrainedConfig, raw: dict[str, Any], directory: Path) 
     cls = model_class(config)
     if type(config) not in cls._model_mapping and "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
         raise ValueError(what)
-    if getattr(config, "is_decoder", True) is False or getattr(config, "causal", True) is False:
-        raise ValueError(f"{what}: its tokens see those after them; a decoder's config says is_decoder: true")
     fitting = set(_names_for(config.model_type))
     if hasattr(transformers, made) and fitting and raw.get("architectures") and made not in fitting:
         raise ValueError(f"{what}; of its kind these are: {', '.join(sorted(fitting))}")
@@ -126,14 +124,21 @@ def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 @lru_cache(maxsize=8)
 def _skeleton(directory: Path, config: str, trust_remote_code: bool) -> PreTrainedModel:
-    return make(read_config(directory, trust_remote_code), "eager", trust_remote_code)
+    found = make(read_config(directory, trust_remote_code), trust_remote_code)
+    # What reads in both directions unless it is told not to keeps that setting in its modules.
+    if any(part.__dict__.get("is_decoder") is False for part in found.get_decoder().modules()):
+        raise ValueError(
+            f"{directory} holds a {type(found).__name__} whose tokens see those after them; the config of a decoder says "
+            "is_decoder: true"
+        )
+    return found
 
 
-def make(config: PreTrainedConfig, attention: str, trust_remote_code: bool) -> PreTrainedModel:
-    """Return a model without weights. Raises ValueError for a config that its own class refuses."""
+def make(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a model without weights, with its own choice of attention. Raises ValueError if its class refuses the config."""
     with torch.device("meta"):
         try:
-            return model_class(config).from_config(config, attn_implementation=attention, trust_remote_code=trust_remote_code)
+            return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, TypeError, AttributeError, ImportError, AssertionError) as error:
             raise ValueError(f"a {type(config).__name__} makes no model: {_first_line(error)}") from None
 

@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from steerlab.models.architecture import text_config
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CACHES = ("past_key_values", "cache_params", "state")
-"""Arguments, and fields of the output, that hold keys and values or the state of a recurrent model."""
+"""Arguments, and fields of the output, which hold keys and values or the state of a recurrent model."""
 _OPTIONAL = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 """Arguments without which a forward computes the same for rows without padding on the left."""
 
 
 @cache
-def _taken(kind: type[PreTrainedModel]) -> Mapping[str, inspect.Parameter]:
+def _taken(kind: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(kind.forward).parameters
 
 
@@ -25,6 +27,15 @@ def cache_name(model: PreTrainedModel) -> str | None:
     """Return the argument by which a model is given what it has read; None where it has to read all of it again."""
     taken = _taken(type(model))
     return next((name for name in _CACHES if name in taken), None)
+
+
+def empty_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the cache that a first call is given: transformers' own, for models that take one and may not make it."""
+    from transformers import DynamicCache
+
+    if cache_name(model) != "past_key_values" or not type(model)._supports_default_dynamic_cache():
+        return {}
+    return {"past_key_values": DynamicCache(config=text_config(model))}
 
 
 def reads_padding(model: PreTrainedModel) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,11 +22,6 @@ def embedding_shape(model: PreTrainedModel) -> tuple[int, int]:
     """Return (rows, width) of the input embedding: ids below the rows can be read."""
     rows, width = embedding(model).weight.shape  # type: ignore[union-attr, misc]
     return rows, width  # type: ignore[return-value]
-
-
-def max_positions(model: PreTrainedModel) -> float:
-    """Return how many tokens a model's context holds; infinity where its config names no limit."""
-    return getattr(text_config(model), "max_position_embeddings", None) or math.inf
 
 
 def head(model: PreTrainedModel) -> nn.Module:

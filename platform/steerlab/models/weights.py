@@ -85,7 +85,7 @@ def listed(names: Iterable[str]) -> str:
 @contextmanager
 def _without_its_report() -> Iterator[None]:
     """Keep the library from logging a table of what is missing, which becomes one line here."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -22,7 +22,7 @@ class ActivationPatch(nn.Module):
     """Affine maps of what modules compute, at the places of a `Selection`: LinEAS, the AcT family, AurA, CAA, ITI.
 
     `sizes` holds the taps (module path, or `path:k` for element k of a tuple) and their widths; images come as
-    (B, C, H, W) and are mapped along C.
+    (B, C, H, W) and are mapped along C, attention heads as (B, T, H, D) and are all mapped along D.
     """
 
     kind: ClassVar[str] = "activation"
@@ -80,14 +80,16 @@ class ActivationPatch(nn.Module):
     ) -> list[RemovableHandle]:
         where = f"the value of {place.module}"
 
-        module = model.get_submodule(place.module)
+        module, images = model.get_submodule(place.module), models.steered_part(model) is not None
 
         def edit(value: Any) -> Any:
             if not forward.acts:
                 return value
             z = taps.value_at(value, place.element, where)
-            axis = taps.feature_axis(module, z.dim())
+            axis = taps.feature_axis(module, z.dim(), images)
             tokens_BT = forward.tokens(self.selection)
+            if tokens_BT is not None and not images:
+                tokens_BT = taps.beside(tokens_BT, z)
             mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT)
             return taps.replaced(value, place.element, mapped.movedim(-1, axis))
 

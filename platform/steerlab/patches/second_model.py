@@ -55,9 +55,9 @@ class SecondModelPatch(nn.Module):
             passed = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
             inputs = {name: kwargs[name] for name in passed if name in kwargs}
             memory = forward.memory
-            kept = {} if memory is None else memory.get(number, {})
+            kept = {} if memory is None else memory.setdefault(number, models.empty_cache(self.second))
             out = self.second(**inputs, **kept, use_cache=memory is not None, only=forward.only)
-            if memory is not None and cache is not None:
+            if memory is not None and cache in out:
                 memory[number] = {cache: out[cache]}
             log_probs[:] = [out.logits.float().log_softmax(-1)]
 

@@ -146,9 +146,17 @@ def _check_places(job: Job) -> None:
     for key, selection in named.items():
         if selection is not None:
             try:
-                taps.select(skeleton, selection)
+                _check_runs([tap.module for tap in taps.select(skeleton, selection)], skeleton)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
+
+
+def _check_runs(modules: list[str], skeleton: Any) -> None:
+    """Refuse modules that never run, such as a dropout that the attention kernel does itself."""
+    running = models.modules_that_run(skeleton)
+    never = [name for name in modules if running is not None and name not in running]
+    if never:
+        raise ValueError(f"{taps.did_not_run(never, len(modules))}; take them out with exclude_modules")
 
 
 def _check_kind(job: Job, found: models.ModelFacts) -> None:
