@@ -7,6 +7,7 @@ vector a row of them. A `Reader` runs the model no further than the last module 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -230,10 +231,15 @@ def head_axis(z: Tensor, num_tokens: int) -> int | None:
     return 2 if z.stride(1) >= z.stride(2) else 1
 
 
-def per_token(z: Tensor, num_tokens: int) -> Tensor:
-    """Return one vector a token, (B, T, D), the mean of those of its attention heads; a value without heads as it is."""
-    axis = head_axis(z, num_tokens)
-    return z if axis is None else z.mean(axis)
+def with_rows(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
+    """Return a value (B * T, D) of a module that is given all tokens of a call in one axis as (B, T, D), others as they are."""
+    return z.unflatten(0, shape_BT) if z.dim() == 2 and len(z) == math.prod(shape_BT) else z
+
+
+def per_token(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
+    """Return one vector a token, (B, T, D), the mean of those of its attention heads; a value of no such form as it is."""
+    axis = head_axis(z, shape_BT[1])
+    return with_rows(z, shape_BT) if axis is None else z.mean(axis)
 
 
 def beside(tokens_BT: Tensor, z: Tensor) -> Tensor:
@@ -268,7 +274,8 @@ class Reader:
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], side: str = "output", *, stop: bool = True) -> None:
         self._model, self._stop, self._number, self._reads = model, stop, len(taps), models.num_reads(model)
-        self._names, self._num_tokens = [place.name for place in taps], 0
+        self._names = [place.name for place in taps]
+        self._shape_BT: tuple[int, ...] | None = None
         self._values: dict[str, list[Tensor]] | None = None
         """None outside of a call: gradient checkpointing runs modules again, which is nothing to read."""
         self._handles = [self._hook(place, side) for place in taps]
@@ -276,8 +283,7 @@ class Reader:
     def __call__(self, **inputs: Any) -> dict[str, Tensor]:
         """Run the model on `inputs` and return {tap name: value}."""
         self._values = values = {}
-        ids = inputs.get("input_ids")
-        self._num_tokens = 0 if ids is None else ids.shape[1]
+        self._shape_BT = tuple(inputs["input_ids"].shape) if "input_ids" in inputs else None
         try:
             self._model(**inputs)
         except _Done:
@@ -314,8 +320,8 @@ class Reader:
         value = value_at(output, place.element, f"the value of {place.module}")
         if call is not None:
             value = as_tokens(call.with_prompt(value), feature_axis(module, value.dim()))
-        elif not place.element:  # later elements are attention weights, keys and values
-            value = per_token(value, self._num_tokens)
+        elif self._shape_BT is not None and not place.element:  # later elements are attention weights, keys and values
+            value = per_token(value, self._shape_BT)
         found.append(value)
         if self._stop and sum(map(len, self._values.values())) == self._number * self._reads:
             raise _Done

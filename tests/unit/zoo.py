@@ -55,6 +55,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "minicpm3": {"head_dim": 4, "num_key_value_heads": 4},
     "nemotron_h": {"ssm_state_size": 4, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "persimmon": {"qk_layernorm": False},
     "qwen3_5_text": _DELTA,
     "qwen3_next": _DELTA,
     "qwen2_vl": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}},

@@ -109,7 +109,8 @@ class _Walk:
             call = models.running(model)
             z = taps.value_at(value, place.element, where)
             if call is None:
-                return taps.replaced(value, place.element, self._arrive(place.name, z))
+                z_BTD = taps.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
+                return taps.replaced(value, place.element, self._arrive(place.name, z_BTD).reshape(z.shape))
             if not call.is_read:
                 return value
             axis = taps.feature_axis(module, z.dim())
@@ -128,7 +129,7 @@ class _Walk:
         batch = self._batches[self._here.number]
         self._here.place = place
         read_BT = batch.read_BT.to(z_BTD.device)
-        self._pooled[self._here.number] = taps.pool(taps.per_token(z_BTD, read_BT.shape[1]), read_BT, self._pooling)
+        self._pooled[self._here.number] = taps.pool(taps.per_token(z_BTD, tuple(read_BT.shape)), read_BT, self._pooling)
         self._meeting = place
         self._computing.release()
         try:

@@ -40,13 +40,14 @@ def layer_names(model: PreTrainedModel) -> list[str]:
     Raises:
         ValueError: there is no such list.
     """
-    decoder, count = model.get_decoder(), getattr(text_config(model), "num_hidden_layers", None)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    inner = [name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not inner:
-        raise ValueError(f"{type(model).__name__}: no list of its {count} decoder layers was found")
-    path = ".".join(part for part in (prefix, min(inner, key=lambda name: name.count("."))) if part)
-    return [f"{path}.{i}" for i in range(count or 0)]
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    for part in (model.get_decoder(), model.base_model):  # what transformers takes for the decoder may be a head
+        prefix = next(name for name, module in model.named_modules() if module is part)
+        inner = [name for name, module in part.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+        if inner:
+            path = ".".join(name for name in (prefix, min(inner, key=lambda name: name.count("."))) if name)
+            return [f"{path}.{i}" for i in range(count or 0)]
+    raise ValueError(f"{type(model).__name__}: no list of its {count} decoder layers was found")
 
 
 LayerType = Literal["attn_q", "attn_k", "attn_v", "attn_o", "ffn_gate", "ffn_up", "ffn_down"]

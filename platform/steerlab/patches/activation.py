@@ -80,18 +80,19 @@ class ActivationPatch(nn.Module):
     ) -> list[RemovableHandle]:
         where = f"the value of {place.module}"
 
-        module, images = model.get_submodule(place.module), models.steered_part(model) is not None
+        module = model.get_submodule(place.module)
 
         def edit(value: Any) -> Any:
             if not forward.acts:
                 return value
-            z = taps.value_at(value, place.element, where)
+            given, images = taps.value_at(value, place.element, where), forward.shape_BT is None
+            z = given if forward.shape_BT is None else taps.with_rows(given, forward.shape_BT)
             axis = taps.feature_axis(module, z.dim(), images)
             tokens_BT = forward.tokens(self.selection)
             if tokens_BT is not None and not images:
                 tokens_BT = taps.beside(tokens_BT, z)
             mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT)
-            return taps.replaced(value, place.element, mapped.movedim(-1, axis))
+            return taps.replaced(value, place.element, mapped.movedim(-1, axis).reshape(given.shape))
 
         if self.selection.side == "input":
             rewrite = lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit)  # noqa: E731

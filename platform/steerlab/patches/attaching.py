@@ -26,6 +26,8 @@ class Forward:
     phases_BT: Tensor | None = None
     """None when every token is the prompt's."""
     position_BT: Tensor | None = None
+    shape_BT: tuple[int, ...] | None = None
+    """Rows and tokens of the call; None where its inputs are no tokens."""
     strengths_NB: Tensor | None = None
     """None when every strength is 1."""
     memory: dict[int, Any] | None = None
@@ -129,6 +131,7 @@ class Attached:
         self.forward.roles_BT = kwargs.pop("roles", None)
         self.forward.phases_BT = kwargs.pop("phases", None)
         self.forward.position_BT = kwargs.get("position_ids")
+        self.forward.shape_BT = tuple(kwargs["input_ids"].shape) if "input_ids" in kwargs else None
         self.forward.memory = kwargs.pop("memory", None)
         self.forward.only = kwargs.pop("only", None)
         if self.forward.only is not None:
