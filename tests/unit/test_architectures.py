@@ -165,7 +165,9 @@ def what_folding_says(directory: Path, kind: str, prompts: Sequence[Any]) -> str
     inside = {name: module for name, module in modules if module_is(module, kind, width)}
     if not inside:
         return "there is none"
-    name = f"{layer}.{next(reversed(inside))}"
+    written = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2")  # to the hidden states, rather than to a router or a query
+    last = next((name for name in reversed(inside) if name.endswith(written)), next(reversed(inside)))
+    name = f"{layer}.{last}"
     plain = scores(steered, prompts)
     steered.detach()
     folded = SteeredModel(steered.model, steered.encoder, (patch_on(steered, [name], shifted=kind == "norm"),))
