@@ -109,15 +109,28 @@ def _linear_followers(model: Any, norm: nn.Module) -> list[str]:
     found: list[str] = []
 
     def follow(name: str) -> Any:
-        return lambda _module, args: found.append(name) if args and output and args[0] is output[0] else None
+        def seen(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            # The same memory: a module may be given a view, such as all tokens in one axis.
+            if args and output and isinstance(args[0], Tensor) and args[0].data_ptr() == output[0].data_ptr():
+                found.append(name)
+
+        return seen
 
     handles = [norm.register_forward_hook(lambda _m, _i, value: output.append(value))]
-    handles += [m.register_forward_pre_hook(follow(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    weighted = [
+        (name, module) for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
+    ]
+    handles += [module.register_forward_pre_hook(follow(name)) for name, module in weighted]
     try:
         model(**small_inputs(model))
     finally:
         for handle in handles:
             handle.remove()
+    others = [name for name in found if not isinstance(model.get_submodule(name), nn.Linear)]
+    if others:
+        raise ValueError(
+            f"{others[0]}, no linear layer, takes the output of a {type(norm).__name__} too: the shift has no place"
+        )
     if not found:
         raise ValueError(
             f"a {type(norm).__name__} has no bias, and no linear layer takes its output as it is: the shift has no place"
