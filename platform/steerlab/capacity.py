@@ -23,7 +23,7 @@ def estimates(job: Job, facts: models.ModelFacts, records: list[plan.Record]) ->
     """Estimate what the stages of a job's plan need that are still to run; some are judged by the length of their rows."""
     left = {record.stage.key for record in records if record.status != "cached"}
     source = sources.fetch(first_source(job))
-    directory, skeleton = models.prepare(source), models.skeleton(source)
+    directory, skeleton = models.prepare(source), models.skeleton(source, job.model.trust_remote_code)
     found: dict[str, plan.Estimate] = {}
     for key, (owner, role) in extractions(job).items():
         assert owner.extract is not None

@@ -382,10 +382,10 @@ class Encoder:
         return Message(message.speaker, tuple(parts))
 
 
-def load(directory: Path, prompt: Mapping[str, Any] | None = None) -> Encoder:
+def load(directory: Path, prompt: Mapping[str, Any] | None = None, trust_remote_code: bool = False) -> Encoder:
     """Load the tokenizer beside a model, or the one that the prompt settings name, as an encoder.
 
-    `prompt` holds the fields of `Encoder.spec`; None takes the defaults.
+    `prompt` holds the fields of `Encoder.spec`; None takes the defaults. `trust_remote_code` lets a tokenizer run its own code.
 
     Raises:
         ValueError: a source is wrong, or holds no chat template.
@@ -393,7 +393,7 @@ def load(directory: Path, prompt: Mapping[str, Any] | None = None) -> Encoder:
     settings = dict(prompt or {})
     elsewhere = {name: settings.pop(name) for name in ("tokenizer", "chat_template") if name in settings}
     source = elsewhere.get("tokenizer")
-    tokenizer = models.load_tokenizer(directory if source is None else sources.fetch(source))
+    tokenizer = models.load_tokenizer(directory if source is None else sources.fetch(source), trust_remote_code)
     if "chat_template" in elsewhere:
         tokenizer.chat_template = template_of(elsewhere["chat_template"])
     return Encoder(tokenizer, **settings, elsewhere=elsewhere)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from steerlab import generation, models, patches
 
+_Steered = generation.SteeredModel | generation.SteeredPipeline
 STRENGTH = "strength.json"
 """The strength that is meant where a patch lies beside its model; in weights it is 1."""
 
@@ -26,37 +30,29 @@ class Exported(NamedTuple):
 def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[str, Any]) -> Exported:
     """Write a model with the patch that it carries, at a strength, into a new folder.
 
-    `loading` holds options of `generation.load`. The folder is loaded again and compared with the patched model: a
-    conversation's log-probabilities, or an image.
+    `loading` holds options of `generation.load`. The folder is loaded again and compared with the patched model: the
+    log-probabilities of several conversations, or images. Patches that do not become weights lie beside the model.
 
     Raises:
-        ValueError: the folder exists, several patches do not fold, or what was saved is not the patched model; nothing stays.
+        ValueError: the folder exists, or what was saved is not the patched model; nothing stays.
     """
     if directory.exists():
         raise ValueError(f"{directory} exists already; name a new folder")
     loaded = generation.load(artifact, **loading)
     expected = loaded.probe(strength)
-    reason = None
-    try:
-        loaded.fold(strength)
-    except patches.CannotFold as refusal:
-        reason = str(refusal)
-        loaded = generation.load(artifact, **loading)  # some of the weights may have changed
-        _write_apart(loaded, directory)
-    else:
-        loaded.save_model(directory)
-    (directory / generation.PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
-    if reason is not None:
-        (directory / STRENGTH).write_text(json.dumps(strength))
-    saved = generation.load(directory)
-    error = float((saved.probe(1.0 if reason is None else strength) - expected).square().mean().sqrt())
+    effect = max(_differences(expected, loaded.plain_probe()))
+    reason = _fold(loaded, directory, strength, expected, effect, loading)
+    if reason is None:
+        return Exported(loaded.loading_lines(directory), None)
+    shutil.rmtree(directory, ignore_errors=True)
+    loaded = generation.load(artifact, **loading)  # some of the weights may have changed
+    _write_apart(loaded, directory, strength)
+    error = max(_differences(_load(directory, loading).probe(strength), expected))
     if not error <= loaded.tolerance:
         shutil.rmtree(directory)
         raise ValueError(
             f"nothing was exported: what was saved differs by {error:.2g} from the patched model, which is not rounding"
         )
-    if reason is None:
-        return Exported(loaded.loading_lines(directory), None)
     return Exported(f"from steerlab import load\nmodel = load({str(directory)!r})\n{loaded.asking_line(strength)}", reason)
 
 
@@ -66,11 +62,51 @@ def strength_of(directory: Path) -> float:
     return float(json.loads(saved.read_text())) if saved.is_file() else 1.0
 
 
-def _write_apart(loaded: generation.SteeredModel | generation.SteeredPipeline, directory: Path) -> None:
-    """Write a model and the one patch on it. Raises ValueError for several, which belong to what lies below them."""
-    if len(loaded.patches) != 1:
-        raise ValueError(
-            f"this run stacks {len(loaded.patches)} patches that do not all fold into weights: load its run folder instead"
-        )
+_SHARE = 0.1
+"""Share of the patches' own effect by which the folded weights may miss it."""
+
+
+def _fold(
+    loaded: _Steered,
+    directory: Path,
+    strength: float,
+    expected: Sequence[Tensor],
+    effect: float,
+    loading: Mapping[str, Any],
+) -> str | None:
+    """Write a model whose weights hold its patches, and return why that is not the patched model; None where it is."""
+    bound = min(loaded.tolerance, _SHARE * effect) if loaded.patches else loaded.tolerance
+    try:
+        loaded.fold(strength)
+    except patches.CannotFold as refusal:
+        return str(refusal)
+    loaded.save_model(directory)
+    (directory / generation.PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
+    error = max(_differences(_load(directory, loading).probe(), expected))
+    if error <= bound:
+        return None
+    return f"in the weights, the patch is off by {error:.2g}, where all that it does is {effect:.2g}"
+
+
+def _load(directory: Path, loading: Mapping[str, Any]) -> _Steered:
+    """Load what was written, in the type in which it was saved, with the same kernels."""
+    kernels = {name: loading[name] for name in ("attention", "trust_remote_code") if name in loading}
+    return generation.load(directory, **kernels)
+
+
+def _differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Return the root mean square difference of each of several probes; infinity where one of them is no number."""
+    differences = [float((one - other).square().mean().sqrt()) for one, other in zip(found, expected, strict=True)]
+    return [math.inf if math.isnan(difference) else difference for difference in differences]
+
+
+def _write_apart(loaded: _Steered, directory: Path, strength: float) -> None:
+    """Write a model, the patches on it, how it is asked, and the strength that is meant."""
     loaded.save_model(directory / "model")
-    patches.save(loaded.patches[0], directory / "patch", models.fingerprint(loaded.model))
+    fingerprint = models.fingerprint(loaded.model)
+    *below, newest = loaded.patches
+    for number, patch in enumerate(below):
+        patches.save(patch, directory / generation.BELOW / str(number), fingerprint)
+    patches.save(newest, directory / "patch", fingerprint)
+    (directory / generation.PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
+    (directory / STRENGTH).write_text(json.dumps(strength))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -29,10 +29,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _T = TypeVar("_T")
-PROMPT, BASE = "prompt.json", "base.json"
-"""Files of an artifact: its prompt settings, and what the patch of a frozen model stands on."""
+PROMPT, BASE, BELOW = "prompt.json", "base.json", "below"
+"""Files of an artifact: its prompt settings, what the patch of a frozen model stands on, and the folder of patches under the
+newest one, numbered from the lowest."""
 _NUCLEUS = 512
 """Tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
+_PROBES = (
+    ("Say what the text is about.", "It is about nothing in particular."),
+    ("Name three colours.", ""),
+    ("Translate into German, and keep the numbers: 12, 7.5 and 1,000.", "We sold 12 of them for 7.5 each, and got 1,000 back!"),
+    (
+        "Write a short answer to the letter, as its writer would like to hear it.",
+        "Dear neighbour, last night your dog dug up the roses that my grandmother had planted before the war. I am not angry, "
+        "but I would be glad if the fence were mended before spring, and if you came over for tea. Yours, Ada.",
+    ),
+)
+"""Instructions and data by which two copies of a model are compared."""
 _SHOWN_TOKENS = 64
 """Tokens that are generated for people who do not say how many."""
 _BATCH_TOKENS = 4096
@@ -73,20 +85,40 @@ class Decoding:
     """A batch that is being continued, with the cache of what it has read."""
 
     model: PreTrainedModel
-    shared: dict[str, Any]
-    """Arguments of every forward pass: roles and phases of what is written, strengths, the cache."""
-    mask_BT: Tensor
-    position_B1: Tensor
-    """Positions of the last tokens read."""
-    logits_BV: Tensor
+    inputs: dict[str, Tensor]
+    """All that was read, (B, T) each: ids, mask, positions, roles, phases."""
+    written: dict[str, int]
+    """Role and phase of what is written."""
+    strengths: Tensor | None
+    cache: dict[str, Any] = field(init=False)
+    """What the model keeps of what it has read, by the name of its argument; empty in a model that reads all of it again."""
+    memory: dict[int, Any] | None = field(init=False)
+    """What patches keep, by their number; None where nothing is kept."""
+    logits_BV: Tensor = field(init=False)
     """Of the next token."""
+
+    def __post_init__(self) -> None:
+        self.memory = None if models.cache_name(self.model) is None else {}
+        self.cache = models.empty_cache(self.model)
+        self._read(self.inputs)
 
     def step(self, token_B: Tensor) -> None:
         """Read one more token of every row."""
-        self.position_B1 = self.position_B1 + 1
-        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(self.position_B1)], 1)
-        inputs = {"input_ids": token_B[:, None], "attention_mask": self.mask_BT, "position_ids": self.position_B1}
-        self.logits_BV = self.model(**inputs, **self.shared).logits[:, -1]
+        last_B1 = self.inputs["position_ids"][:, -1:]
+        new = {"input_ids": token_B[:, None], "attention_mask": torch.ones_like(last_B1), "position_ids": last_B1 + 1}
+        new |= {name: torch.full_like(last_B1, value) for name, value in self.written.items()}
+        self.inputs = {name: torch.cat([read, new[name]], 1) for name, read in self.inputs.items()}
+        self._read({**new, "attention_mask": self.inputs["attention_mask"]} if self.cache else self.inputs)
+
+    def _read(self, inputs: dict[str, Tensor]) -> None:
+        name = models.cache_name(self.model)
+        if not models.reads_padding(self.model):
+            inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
+        patched = {"strengths": self.strengths, "memory": self.memory}
+        out = self.model(**inputs, **patched, **self.cache, use_cache=name is not None, logits_to_keep=1)
+        if name is not None and name in out:
+            self.cache = {name: out[name]}
+        self.logits_BV = out.logits[:, -1]
 
 
 @dataclass
@@ -133,10 +165,12 @@ class SteeredModel(Steered):
         )
         return Shown([(s, output.text) for s, (output,) in zip(asked.strengths, outputs, strict=True)], {})
 
-    def probe(self, strength: float = 1.0) -> Tensor:
-        """Return the log-probabilities (nats) of the tokens of a fixed conversation, (T-1,)."""
-        prompt = self.encoder.conversation("Say what the text is about.", "It is about nothing in particular.")
-        return torch.tensor(self.token_log_probs([prompt], strength=strength)[0].log_prob)
+    def probe(self, strength: float = 1.0) -> list[Tensor]:
+        """Return the log-probabilities (nats) of the tokens of fixed conversations, (T-1,) each."""
+        prompts = [self.encoder.conversation(instruction, data) for instruction, data in _PROBES]
+        limit = models.max_positions(self.model)
+        fitting = [p for p, row in zip(prompts, self.encoder.encode_all(prompts), strict=True) if len(row) <= limit]
+        return [torch.tensor(scored.log_prob) for scored in self.token_log_probs(fitting, strength=strength)]
 
     @property
     def tolerance(self) -> float:
@@ -184,7 +218,7 @@ class SteeredModel(Steered):
         sampling = Sampling(temperature, top_p, repetition_penalty)
         jobs = [(s, p) for p in fitting for s in range(len(strengths))]
         results: dict[tuple[int, int], Generation] = {}
-        for chunk in self._batches(jobs, lambda job: len(encoded[job[1]]) + max_new_tokens):
+        for chunk in self._batches(jobs, lambda job: len(encoded[job[1]]), max_new_tokens):
             rows = [encoded[p] for _, p in chunk]
             strength_B = torch.tensor([strengths[s] for s, _ in chunk])
             uniforms_BT = _uniforms([p for _, p in chunk], max_new_tokens, seed) if temperature else None
@@ -261,15 +295,15 @@ class SteeredModel(Steered):
             reader.close()
 
     def prefill(self, batch: Batch, strength_B: Tensor) -> Decoding:
-        """Read prompts, padded on the left, and return what continues them."""
-        from transformers import DynamicCache
+        """Read prompts, padded on the left, and return what continues them.
 
-        cache = DynamicCache(config=self.model.config)
-        shared = {"strengths": self._strengths(strength_B), "past_key_values": cache, "use_cache": True}
-        out = self.model(**batch.patched_inputs, **shared, logits_to_keep=1)
-        zero_B1 = torch.zeros_like(batch.position_ids[:, -1:])
-        written = {"roles": zero_B1 + self.encoder.response_role_id, "phases": zero_B1 + GENERATION}
-        return Decoding(self.model, {**written, **shared}, batch.attention_mask, batch.position_ids[:, -1:], out.logits[:, -1])
+        Raises:
+            ValueError: there is padding, which the model would read as if it were text.
+        """
+        if not models.reads_padding(self.model) and not bool(batch.attention_mask.all()):
+            raise ValueError(f"{type(self.model).__name__} takes no positions: it reads rows of one length at a time")
+        written = {"roles": self.encoder.response_role_id, "phases": GENERATION}
+        return Decoding(self.model, batch.patched_inputs, written, self._strengths(strength_B))
 
     def _decode(
         self,
@@ -314,14 +348,19 @@ class SteeredModel(Steered):
         return Generation(text[: min(ends)] if ends else text, len(ids), finished)
 
     def _batches(
-        self, jobs: list[tuple[int, int]], length: Callable[[tuple[int, int]], int]
+        self, jobs: list[tuple[int, int]], length: Callable[[tuple[int, int]], int], more: int
     ) -> Iterator[list[tuple[int, int]]]:
-        """Group (strength, prompt) pairs; changed weights have one strength a call, other patches one a row."""
-        if not self.patches or self.patches[-1].kind != "weight":
-            yield from self._chunks(jobs, length)
-            return
-        for strength in sorted({s for s, _ in jobs}):
-            yield from self._chunks([job for job in jobs if job[0] == strength], length)
+        """Group (strength, prompt) pairs, whose prompts become longer by `more` tokens.
+
+        Changed weights have one strength a call, other patches one a row; a model that reads no padding, one length.
+        """
+        one_strength = bool(self.patches) and self.patches[-1].kind == "weight"
+        one_length = not models.reads_padding(self.model)
+        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for job in jobs:
+            groups.setdefault((job[0] * one_strength, length(job) * one_length), []).append(job)
+        for group in sorted(groups):
+            yield from self._chunks(groups[group], lambda job: length(job) + more)
 
     def _chunks(self, items: list[_T], length: Callable[[_T], int]) -> Iterator[list[_T]]:
         """Group items of similar length so that a padded batch stays within `batch_tokens`; longest first."""
@@ -401,6 +440,7 @@ def load(
     prompt: Mapping[str, Any] | None = None,
     snapshot: int | None = None,
     sampler: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> SteeredModel | SteeredPipeline:
     """Load an artifact or an exported folder: model (in its saved dtype if none is given), patches, prompt settings.
 
@@ -408,7 +448,13 @@ def load(
     none; `snapshot` takes the patch as it was after that training step.
     """
     model, encoder, stack = load_stack(
-        directory, dtype=dtype, attention=attention, prompt=prompt, snapshot=snapshot, sampler=sampler
+        directory,
+        dtype=dtype,
+        attention=attention,
+        prompt=prompt,
+        snapshot=snapshot,
+        sampler=sampler,
+        trust_remote_code=trust_remote_code,
     )
     placed = tuple(patch.to(device) for patch in stack)
     if isinstance(model, Diffusion):
@@ -416,11 +462,11 @@ def load(
     return SteeredModel(model.to(device), encoder, placed)
 
 
-def encoder_of(model: Any, directory: Path, prompt: Mapping[str, Any] | None) -> Any:
+def encoder_of(model: Any, directory: Path, prompt: Mapping[str, Any] | None, trust_remote_code: bool = False) -> Any:
     """Return what makes rows of data into inputs of a model: the encoder of its tokenizer, or a pipeline's prompter."""
     if isinstance(model, Diffusion):
         return Prompter(model)
-    return encoding.load(directory, prompt)
+    return encoding.load(directory, prompt, trust_remote_code)
 
 
 def load_stack(
@@ -432,6 +478,7 @@ def load_stack(
     prompt: Mapping[str, Any] | None = None,
     snapshot: int | None = None,
     sampler: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any, tuple[Any, ...]]:
     """Load a model, its encoder and the patches of its artifacts, the lowest first, none attached yet.
 
@@ -439,23 +486,24 @@ def load_stack(
     its patch alone and names in `base.json` what it stands on: a source, or an artifact beside it.
     """
     directory = Path(directory)
+    kernel: dict[str, Any] = {"attention": attention, "trust_remote_code": trust_remote_code}
     if not (directory / PROMPT).is_file():
-        model = models.load_model(directory, dtype=dtype or "float32", attention=attention, seed=seed, sampler=sampler)
-        return model, encoder_of(model, directory, prompt), ()
+        model = models.load_model(directory, dtype=dtype or "float32", seed=seed, sampler=sampler, **kernel)
+        return model, encoder_of(model, directory, prompt, trust_remote_code), ()
     prompt = dict(json.loads((directory / PROMPT).read_text()))
     sampler = prompt.get("sampler") if sampler is None else sampler
     below: tuple[Any, ...] = ()
     if (directory / BASE).is_file():
         base = _base_of(directory)
-        model, encoder, below = load_stack(base, dtype=dtype, attention=attention, prompt=prompt, sampler=sampler)
+        model, encoder, below = load_stack(base, dtype=dtype, prompt=prompt, sampler=sampler, **kernel)
     else:
         checkpoint = directory / "model" if (directory / "model").is_dir() else directory
         # Other weights of a denoiser are in the checkpoint, trained further or not.
         sampler = None if sampler is None else {**sampler, "denoiser": None}
-        model = models.load_model(
-            checkpoint, dtype=dtype or models.saved_dtype(checkpoint), attention=attention, sampler=sampler
-        )
-        encoder = encoder_of(model, checkpoint, prompt)
+        model = models.load_model(checkpoint, dtype=dtype or models.saved_dtype(checkpoint), sampler=sampler, **kernel)
+        encoder = encoder_of(model, checkpoint, prompt, trust_remote_code)
+    numbered = sorted((directory / BELOW).iterdir(), key=lambda path: int(path.name)) if (directory / BELOW).is_dir() else []
+    below = (*below, *(patches.load(path) for path in numbered))
     patch_dir = directory / "patch" if snapshot is None else directory / "snapshots" / str(snapshot)
     if not patches.exists(patch_dir):
         if snapshot is not None:

@@ -481,7 +481,7 @@ def _parts(directory: Path, only: Sequence[str] = (), with_scheduler: bool = Tru
         if not inspect.isclass(made):
             continue
         if issubclass(made, transformers.PreTrainedModel):
-            yield name, made(transformers.AutoConfig.from_pretrained(directory / name))
+            yield name, made(transformers.AutoConfig.from_pretrained(directory / name, trust_remote_code=False))
         elif issubclass(made, ModelMixin) or (with_scheduler and issubclass(made, SchedulerMixin)):
             yield name, made.from_config(made.load_config(directory / name))  # type: ignore[union-attr]
 

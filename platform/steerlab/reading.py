@@ -92,8 +92,8 @@ class TextReader:
         return texts, num_cut
 
     def _check_context(self, text: Encoded, number: int) -> None:
-        context = getattr(self._model.model.config, "max_position_embeddings", None)
-        if context and len(text) > context:
+        context = models.max_positions(self._model.model)
+        if len(text) > context:
             raise ValueError(
                 f"row {number} has {len(text)} tokens, but the context of {type(self._model.model).__name__} holds {context}: "
                 f"set extract.max_tokens to at most {context}"

@@ -6,6 +6,7 @@ of one prompt and seed differ by strength and guidance alone. Strengths share ba
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,9 +52,11 @@ class SteeredPipeline(Steered):
         outputs = [(s, pictures.path(s, scale, str(seed))) for scale in scales for s in asked.strengths]
         return Shown(outputs, pictures.files(images, asked.strengths, [str(seed)], [asked.prompt]))
 
-    def probe(self, strength: float = 1.0) -> Tensor:
-        """Draw one image from the noise of seed 0, (C, H, W)."""
-        return self.draw([self.encoder.small_drawing()], strengths=(strength,))[0, 0]
+    def probe(self, strength: float = 1.0) -> list[Tensor]:
+        """Draw an image from the noise of each of two seeds, (C, H, W)."""
+        drawing = self.encoder.small_drawing()
+        drawings = [drawing, dataclasses.replace(drawing, seed=1)]
+        return list(self.draw(drawings, strengths=(strength,))[0])
 
     @property
     def tolerance(self) -> float:

@@ -77,9 +77,22 @@ class Steered:
         """Answer a prompt at several strengths, for people. Raises ValueError for settings that mean nothing here."""
         raise NotImplementedError
 
-    def probe(self, strength: float = 1.0) -> Tensor:
-        """Compute something small and fixed, by which two copies of a model are compared."""
+    def probe(self, strength: float = 1.0) -> list[Tensor]:
+        """Compute something small and fixed from several inputs, by which two copies of a model are compared."""
         raise NotImplementedError
+
+    def plain_probe(self) -> list[Tensor]:
+        """Compute the same without any patch, and hang the patches on the model again."""
+        stack = self.patches
+        self.detach()
+        self.patches = ()
+        self.attach()
+        try:
+            return self.probe()
+        finally:
+            self.detach()
+            self.patches = stack
+            self.attach()
 
     @property
     def tolerance(self) -> float:

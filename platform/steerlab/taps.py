@@ -7,6 +7,7 @@ vector a row of them. A `Reader` runs the model no further than the last module 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -207,23 +208,55 @@ def replaced(output: Any, element: int | None, value: Tensor) -> Any:
     return type(output)(items)
 
 
-def feature_axis(module: nn.Module, rank: int) -> int:
+def feature_axis(module: nn.Module, rank: int, images: bool = True) -> int:
     """Return the axis of a module's neurons: that of channels, 1, in convolutions and what normalises them, else the last one.
 
-    A value of four axes is an image, (B, C, H, W), unless a linear layer or a norm of the last axis made it. A GroupNorm inside
-    an attention block sees (B, C, pixels).
+    In a model of images a value of four axes is one, (B, C, H, W), unless a linear layer or a norm of the last axis made it; in
+    a language model it has an axis of attention heads. A GroupNorm inside an attention block sees (B, C, pixels).
     """
     if isinstance(module, nn.GroupNorm | nn.modules.conv._ConvNd | nn.modules.batchnorm._NormBase):
         return 1
     if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm):
         return rank - 1
-    return 1 if rank == 4 else rank - 1
+    return 1 if images and rank == 4 else rank - 1
+
+
+def head_axis(z: Tensor, num_tokens: int) -> int | None:
+    """Return the axis of attention heads in a language model's value, (B, T, H, D) or (B, H, T, D); None where it has none."""
+    if z.dim() != 4 or num_tokens not in z.shape[1:3]:
+        return None
+    if z.shape[1] != z.shape[2]:
+        return 2 if z.shape[1] == num_tokens else 1
+    # As many heads as tokens: what was transposed keeps its order in memory.
+    return 2 if z.stride(1) >= z.stride(2) else 1
+
+
+def with_rows(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
+    """Return a value (B * T, D) of a module that is given all tokens of a call in one axis as (B, T, D), others as they are."""
+    return z.unflatten(0, shape_BT) if z.dim() == 2 and len(z) == math.prod(shape_BT) else z
+
+
+def per_token(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
+    """Return one vector a token, (B, T, D), the mean of those of its attention heads; a value of no such form as it is."""
+    axis = head_axis(z, shape_BT[1])
+    return with_rows(z, shape_BT) if axis is None else z.mean(axis)
+
+
+def beside(tokens_BT: Tensor, z: Tensor) -> Tensor:
+    """Return a mask of tokens with an axis for the heads that a value (B, T, H, D) or (B, H, T, D) has."""
+    axis = head_axis(z, tokens_BT.shape[1])
+    return tokens_BT if axis is None else tokens_BT.unsqueeze(axis)
 
 
 def as_tokens(z: Tensor, axis: int) -> Tensor:
     """Return a value with its neurons on the last axis and all others but the first as one, (B, T, D)."""
     last = z.movedim(axis, -1)
     return last.flatten(1, -2) if last.dim() > 2 else last.unsqueeze(1)
+
+
+def did_not_run(names: Sequence[str], number: int) -> str:
+    """Say which of a number of modules take no part in a forward pass."""
+    return f"{len(names)} of {number} modules never run in a forward pass: {models.listed(names)}"
 
 
 class _Done(Exception):
@@ -235,11 +268,14 @@ class Reader:
 
     Calling it runs the model and returns each tap's value of that pass; with `stop` no further than the last tap. Patches
     that are to be seen must be attached before. `close` removes the hooks. Of a drawing the steps that the sampler reads give
-    values, each image's pixels of all of them as (B, pixels, channels), from the rows that have a prompt.
+    values, each image's pixels of all of them as (B, pixels, channels), from the rows that have a prompt. Where a module of a
+    language model gives a vector for each attention head (the `q_norm` of Qwen 3), a token's value is their mean.
     """
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], side: str = "output", *, stop: bool = True) -> None:
         self._model, self._stop, self._number, self._reads = model, stop, len(taps), models.num_reads(model)
+        self._names = [place.name for place in taps]
+        self._shape_BT: tuple[int, ...] | None = None
         self._values: dict[str, list[Tensor]] | None = None
         """None outside of a call: gradient checkpointing runs modules again, which is nothing to read."""
         self._handles = [self._hook(place, side) for place in taps]
@@ -247,15 +283,16 @@ class Reader:
     def __call__(self, **inputs: Any) -> dict[str, Tensor]:
         """Run the model on `inputs` and return {tap name: value}."""
         self._values = values = {}
+        self._shape_BT = tuple(inputs["input_ids"].shape) if "input_ids" in inputs else None
         try:
             self._model(**inputs)
         except _Done:
             pass
         finally:
             self._values = None
-        missing = self._number - sum(len(found) == self._reads for found in values.values())
+        missing = [name for name in self._names if len(values.get(name, ())) != self._reads]
         if missing:
-            raise ValueError(f"{missing} of {self._number} modules did not run in a forward pass")
+            raise ValueError(did_not_run(missing, self._number))
         return {name: found[0] if len(found) == 1 else torch.cat(found, 1) for name, found in values.items()}
 
     def close(self) -> None:
@@ -283,6 +320,8 @@ class Reader:
         value = value_at(output, place.element, f"the value of {place.module}")
         if call is not None:
             value = as_tokens(call.with_prompt(value), feature_axis(module, value.dim()))
+        elif self._shape_BT is not None and not place.element:  # later elements are attention weights, keys and values
+            value = per_token(value, self._shape_BT)
         found.append(value)
         if self._stop and sum(map(len, self._values.values())) == self._number * self._reads:
             raise _Done

@@ -100,5 +100,5 @@ def test_an_error_in_a_fit_ends_every_batch(tiny_model: PreTrainedModel, batch: 
 def test_a_place_that_does_not_run_is_named(tiny_model: PreTrainedModel, batch: Batch) -> None:
     places: list[Any] = [taps.Tap("model.layers.0.mlp"), taps.Tap("unused")]
     tiny_model.unused = torch.nn.Identity()
-    with pytest.raises(ValueError, match="1 of 2 places did not run"):
+    with pytest.raises(ValueError, match="1 of 2 modules never run in a forward pass: unused"):
         fit_in_order(tiny_model, places, SELECTION, [reading(batch)], "mean", fit)

@@ -162,14 +162,19 @@ def test_flux_is_given_its_guidance_and_has_no_half_without_a_prompt(bases: dict
     assert model.unsteered_share() is None
 
 
-def test_an_export_that_is_not_the_patched_pipeline_leaves_nothing(
+def test_weights_that_are_not_the_patched_pipeline_are_not_exported(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The patch lies beside the model then; where that is not the patched model either, nothing stays."""
     artifact = left(tmp_path / "left", bases["digits"], NORMS, {"steps": 2})
     monkeypatch.setattr(models, "fold_affine", lambda *_: None)
-    with pytest.raises(ValueError, match=r"what was saved differs by 0\.\d+ from the patched model"):
-        export.write(artifact, tmp_path / "out", strength=1.0, loading={})
-    assert not (tmp_path / "out").exists()
+    written = export.write(artifact, tmp_path / "out", strength=1.0, loading={})
+    assert re.search(r"the patch is off by 0\.\d+, where all that it does is 0\.\d+", written.reason or "")
+    assert torch.equal(drawn(load(tmp_path / "out"), PROMPT), drawn(generation.load(artifact), PROMPT))
+    monkeypatch.setattr(patches.ActivationPatch, "tensors", lambda self: {n: 2 * v for n, v in self.state_dict().items()})
+    with pytest.raises(ValueError, match=r"nothing was exported: what was saved differs by 0\.\d+ from the patched model"):
+        export.write(artifact, tmp_path / "broken", strength=1.0, loading={})
+    assert not (tmp_path / "broken").exists()
 
 
 def test_other_weights_of_the_denoiser_and_a_type_are_kept(bases: dict[str, Path], tmp_path: Path) -> None:

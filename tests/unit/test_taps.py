@@ -254,7 +254,7 @@ def test_inputs_and_elements_of_tuples_are_read() -> None:
 @pytest.mark.parametrize(
     ("tap", "message"),
     [
-        (Tap("unused"), "1 of 1 modules did not run"),
+        (Tap("unused"), "1 of 1 modules never run in a forward pass: unused"),
         (Tap("pair", 5), "no element 5"),
         (Tap("first", 1), "no tuple"),
     ],

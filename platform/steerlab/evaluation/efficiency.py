@@ -203,7 +203,7 @@ def _now_s(device: torch.device, clock: Clock) -> float:
 
 def prompts(model: SteeredModel, batch_size: int, num_tokens: int, seed: int) -> Batch:
     """Make a batch of random tokens, of the roles instruction and data."""
-    vocabulary: Any = model.model.config.vocab_size
+    vocabulary: Any = models.text_config(model.model).vocab_size
     ids_BT = torch.randint(vocabulary, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
     roles = [INSTRUCTION] * (num_tokens // 2) + [DATA] * (num_tokens - num_tokens // 2)
     rows = [Encoded(ids, roles, [False] * num_tokens, [0] * num_tokens) for ids in ids_BT.tolist()]

@@ -160,12 +160,14 @@ def score(model: SteeredModel, rows: Sequence[Row], strength: float) -> list[Lik
     """Sum the log-probabilities (nats) of the scored tokens of each row, which must not begin with one."""
     found: dict[int, Likelihood] = {}
     for chunk in _chunks(rows, model.batch_tokens):
-        batch = collate([rows[i].tokens for i in chunk], model.encoder.pad_id, side="left").to(model.device)
+        batch = collate([rows[i].tokens for i in chunk], model.encoder.pad_id).to(model.device)
         logits_BTV = model.logits(batch, strength)
         for i, logits_TV, ids_T in zip(chunk, logits_BTV, batch.input_ids, strict=True):
-            # Padded on the left: the last tokens are the row's own, each predicted by the one before it.
-            log_probs_SV = logits_TV[-rows[i].num_scored - 1 : -1].float().log_softmax(-1)
-            ids_S = ids_T[len(ids_T) - rows[i].num_scored :]
+            # Padding is behind a row's own tokens, each of which is predicted by the one before it.
+            end = len(rows[i].tokens)
+            start = end - rows[i].num_scored
+            log_probs_SV = logits_TV[start - 1 : end - 1].float().log_softmax(-1)
+            ids_S = ids_T[start:end]
             total = float(log_probs_SV.gather(-1, ids_S[:, None]).sum())
             found[i] = Likelihood(total, bool((log_probs_SV.argmax(-1) == ids_S).all()))
         model.progress(len(found), len(rows))

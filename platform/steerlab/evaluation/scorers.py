@@ -87,10 +87,12 @@ def load_classifier(source: str, device: torch.device | str) -> tuple[PreTrained
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     directory = sources.fetch(source)
-    model, loading = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        directory, output_loading_info=True, trust_remote_code=False
+    )
     if loading["missing_keys"]:
         raise ValueError(f"{source} is no trained classifier: it lacks {', '.join(sorted(loading['missing_keys']))}")
-    return model.eval().to(device), AutoTokenizer.from_pretrained(directory)
+    return model.eval().to(device), AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def class_names(model: PreTrainedModel) -> list[str]:
@@ -208,7 +210,10 @@ def _embedder(source: str, device: torch.device | str) -> Callable[[Sequence[str
     from transformers import AutoModel, AutoTokenizer
 
     directory = sources.fetch(source)
-    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory).eval().to(device)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(directory, trust_remote_code=False),
+        AutoModel.from_pretrained(directory, trust_remote_code=False).eval().to(device),
+    )
 
     @torch.inference_mode()
     def embed(texts: Sequence[str]) -> Tensor:

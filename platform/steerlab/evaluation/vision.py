@@ -133,9 +133,9 @@ class Clip:
         from transformers import CLIPModel, CLIPProcessor
 
         directory = sources.fetch(source)
-        loaded: Any = CLIPModel.from_pretrained(directory)
+        loaded: Any = CLIPModel.from_pretrained(directory, trust_remote_code=False)
         self._model, self._device = loaded.to(device).eval(), device
-        self._processor: Any = CLIPProcessor.from_pretrained(directory)
+        self._processor: Any = CLIPProcessor.from_pretrained(directory, trust_remote_code=False)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -163,10 +163,10 @@ def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     directory = sources.fetch(source)
-    if AutoConfig.from_pretrained(directory).model_type == "clip":
+    if AutoConfig.from_pretrained(directory, trust_remote_code=False).model_type == "clip":
         return Clip(source, device).images(images_NCHW)
-    processor: Any = AutoImageProcessor.from_pretrained(directory)
-    model: Any = AutoModel.from_pretrained(directory).to(device).eval()
+    processor: Any = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
+    model: Any = AutoModel.from_pretrained(directory, trust_remote_code=False).to(device).eval()
     with torch.inference_mode():
         parts = [
             model(**processor(images=_pictures(part), return_tensors="pt").to(device)) for part in images_NCHW.split(_BATCH)

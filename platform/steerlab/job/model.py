@@ -70,6 +70,8 @@ class ModelConfig(Frozen):
     chat_template: Template | None = Field(None, exclude_if=lambda source: source is None)
     """Chat template in place of the tokenizer's: its text, or the source of a Jinja file, of a `tokenizer_config.json`, or of a
     model that has one. A base model without a template can be trained and asked with another model's."""
+    trust_remote_code: bool = Field(False, exclude_if=lambda trusts: not trusts)
+    """Run Python code that comes with the checkpoint, which may do anything; false refuses a checkpoint that needs it."""
     sampler: SamplerConfig | None = Field(None, exclude_if=lambda sampler: sampler is None)
     """How images are drawn (kind diffusion); null takes the defaults."""
 

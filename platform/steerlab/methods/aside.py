@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from steerlab import patches
+from steerlab import models, patches
 from steerlab.job import Job, MethodConfig, Radians
 from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
 from steerlab.models import ModelFacts
@@ -65,7 +65,7 @@ class Aside(nn.Module):
         self.model = model
         self.gradual = config.gradual
         self.patch = patches.EmbeddingPatch(
-            model.config.hidden_size, config.angle_rad, config.direction, config.learned, config.linear_shift
+            models.embedding_shape(model)[1], config.angle_rad, config.direction, config.learned, config.linear_shift
         )
         if self.patch.shift_RD is not None:
             nn.init.normal_(self.patch.shift_RD, std=_SHIFT_STD)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from steerlab import models, patches, preference
 from steerlab.job import Job, MethodConfig
 from steerlab.methods.adapters import Adapters, Lora, num_trained
-from steerlab.methods.contract import Inputs, Loss, Method, check_masters, train_everything
+from steerlab.methods.contract import Inputs, Loss, Method, Preparation, check_masters, train_everything
 from steerlab.models import ModelFacts
 from steerlab.tokens import Batch
 
@@ -101,6 +101,12 @@ class Genarm(nn.Module):
         return saved
 
 
+def prepares(config: Config, skeleton: PreTrainedModel) -> tuple[Preparation, ...]:
+    """Ask for nothing. Raises ValueError if the logits, to which log-probabilities are added, are not what the head gives."""
+    models.check_head(skeleton)
+    return ()
+
+
 def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
     """Return the number of weights that train, and the bytes of the reward model where it has adapters."""
     total = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -127,6 +133,7 @@ METHOD = Method(
     Config,
     Genarm,
     finished=Genarm.finished,
+    prepares=prepares,
     trains=trains,
     check=check,
     trains_on="preference",

@@ -194,7 +194,12 @@ def check_cache(cache: Parts, model: PreTrainedModel) -> None:
 
 
 def prepares(config: Config, skeleton: PreTrainedModel) -> tuple[Preparation, ...]:
-    """Return the stage that fills the cache, where there is one. Raises ValueError if the model has no such layer."""
+    """Return the stage that fills the cache, where there is one.
+
+    Raises:
+        ValueError: the model has no such layer, or its logits are not what its head gives.
+    """
+    models.check_head(skeleton)
     num_layers = len(models.layer_names(skeleton))
     if config.layer is not None and config.layer >= num_layers:
         raise ValueError(f"layer {config.layer}: {type(skeleton).__name__} has the layers 0 to {num_layers - 1}")

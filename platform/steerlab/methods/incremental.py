@@ -93,8 +93,8 @@ class _Walk:
                     model(**self._batches[number].inputs)
                 except _Arrived:
                     return
-            missing = len(self._places) - len(self._order)
-            raise ValueError(f"{missing} of {len(self._places)} places did not run in a forward pass")
+            missing = [place.name for place in self._places if place.name not in self._order]
+            raise ValueError(taps.did_not_run(missing, len(self._places)))
         except threading.BrokenBarrierError:
             return  # another batch failed, and said why
         except Exception as error:  # raised again in the caller's thread
@@ -109,7 +109,8 @@ class _Walk:
             call = models.running(model)
             z = taps.value_at(value, place.element, where)
             if call is None:
-                return taps.replaced(value, place.element, self._arrive(place.name, z))
+                z_BTD = taps.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
+                return taps.replaced(value, place.element, self._arrive(place.name, z_BTD).reshape(z.shape))
             if not call.is_read:
                 return value
             axis = taps.feature_axis(module, z.dim())
@@ -127,7 +128,8 @@ class _Walk:
     def _arrive(self, place: str, z_BTD: Tensor) -> Tensor:
         batch = self._batches[self._here.number]
         self._here.place = place
-        self._pooled[self._here.number] = taps.pool(z_BTD, batch.read_BT.to(z_BTD.device), self._pooling)
+        read_BT = batch.read_BT.to(z_BTD.device)
+        self._pooled[self._here.number] = taps.pool(taps.per_token(z_BTD, tuple(read_BT.shape)), read_BT, self._pooling)
         self._meeting = place
         self._computing.release()
         try:
@@ -140,7 +142,8 @@ class _Walk:
         if fitted is None:
             return z_BTD
         mapped_BTD = fitted(z_BTD.float()).to(z_BTD.dtype)
-        return torch.where(batch.steered_BT.to(z_BTD.device).unsqueeze(-1), mapped_BTD, z_BTD)
+        steered_BT = taps.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
+        return torch.where(steered_BT.unsqueeze(-1), mapped_BTD, z_BTD)
 
     def _meet(self) -> None:
         """Fit the place where all batches wait; runs in one of their threads."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from torch import nn
 
-from steerlab import patches
+from steerlab import models, patches
 from steerlab.job import MethodConfig
 from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
 from steerlab.tokens import Batch
@@ -40,7 +40,7 @@ class Ise(nn.Module):
         super().__init__()
         train_everything(model)
         self.model = model
-        self.patch = patches.EmbeddingPatch(model.config.hidden_size, shift=True)
+        self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
         assert self.patch.shift_RD is not None
         nn.init.normal_(self.patch.shift_RD, std=config.init_std)
         patches.attach(model, [self.patch])

@@ -1,17 +1,28 @@
 """Causal language models and diffusion pipelines; the only folder that knows the attribute names of architectures."""
 
+from steerlab.models.architecture import runs_own_code, text_config
+from steerlab.models.decoding import accepted, cache_name, empty_cache, reads_padding
 from steerlab.models.folding import fold_affine
-from steerlab.models.kinds import num_reads, running, small_inputs, steered_part, unsteered_share
+from steerlab.models.kinds import (
+    check_head,
+    max_positions,
+    modules_that_run,
+    num_reads,
+    running,
+    small_inputs,
+    steered_part,
+    unsteered_share,
+)
 from steerlab.models.loading import (
     DTYPES,
     ModelFacts,
+    check_checkpoint,
     check_sampler,
     config_of,
     facts,
     fingerprint,
     first_layers,
     from_config,
-    has_weights,
     load_model,
     load_tokenizer,
     prepare,
@@ -25,23 +36,30 @@ from steerlab.models.places import (
     LayerType,
     WeightPlace,
     embedding,
+    embedding_shape,
     head,
     layer_names,
     linear_shape,
     linear_weight,
-    max_positions,
     stores_transposed,
     weight_places,
 )
+from steerlab.models.weights import has_weights, listed
 
 __all__ = [
     "DTYPES",
     "LayerType",
     "ModelFacts",
     "WeightPlace",
+    "accepted",
+    "cache_name",
+    "check_checkpoint",
+    "check_head",
     "check_sampler",
     "config_of",
     "embedding",
+    "embedding_shape",
+    "empty_cache",
     "facts",
     "fingerprint",
     "first_layers",
@@ -52,12 +70,16 @@ __all__ = [
     "layer_names",
     "linear_shape",
     "linear_weight",
+    "listed",
     "load_model",
     "load_tokenizer",
     "max_positions",
+    "modules_that_run",
     "num_reads",
     "prepare",
+    "reads_padding",
     "running",
+    "runs_own_code",
     "save_model",
     "save_trained",
     "saved_dtype",
@@ -66,6 +88,7 @@ __all__ = [
     "start_training",
     "steered_part",
     "stores_transposed",
+    "text_config",
     "unsteered_share",
     "weight_places",
 ]

@@ -30,8 +30,10 @@ def fold_affine(model: Any, name: str, scale_D: Tensor, shift_D: Tensor) -> None
         if isinstance(module, _BY_OUTPUT):
             by_output = module.weight.double().movedim(0, -1) * scale_D
             _scaled(model, name, by_output.movedim(-1, 0), scale_D, shift_D)
-        elif module is not None and (isinstance(module, _WITH_GAINS) or stores_transposed(module)):
+        elif module is not None and (_is_plain_norm(module) or stores_transposed(module)):
             _scaled(model, name, module.weight.double() * scale_D, scale_D, shift_D)
+        elif isinstance(module, nn.LayerNorm) and module.bias is not None:
+            _scale_gain(module, scale_D, shift_D)
         elif type(module).__name__.endswith("RMSNorm"):
             _fold_into_rms_norm(model, name, scale_D, shift_D)
         else:
@@ -43,6 +45,11 @@ _BY_OUTPUT = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 """Layers whose weight has its outputs first."""
 _WITH_GAINS = nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
 """Layers whose weight is a factor of each output."""
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    """Say whether a norm is torch's own, whose weight is the gain: that of a class derived from it may be the gain less one."""
+    return isinstance(module, _WITH_GAINS) and type(module).__module__.startswith("torch.nn.")
 
 
 def _scaled(model: Any, name: str, weight: Tensor, scale_D: Tensor, shift_D: Tensor) -> None:
@@ -59,7 +66,7 @@ def _fold_into_rms_norm(model: Any, name: str, scale_D: Tensor, shift_D: Tensor)
     """Scale the gain; the shift goes into the biases of the linear layers that read the norm."""
     norm = model.get_submodule(name)
     followers = _linear_followers(model, norm) if bool(shift_D.any()) else []
-    _scale_rms_norm(norm, scale_D)
+    _scale_gain(norm, scale_D)
     for path in followers:
         linear = model.get_submodule(path)
         if linear.bias is None:
@@ -77,14 +84,17 @@ def _set_bias(module: nn.Module, bias_D: Tensor) -> None:
     module.bias = nn.Parameter(bias_D.to(weight), requires_grad=False)
 
 
-def _scale_rms_norm(norm: nn.Module, scale_D: Tensor) -> None:
-    """Scale the gain of an RMS norm, which some architectures keep as the gain and others as the gain less one."""
+def _scale_gain(norm: nn.Module, scale_D: Tensor, shift_D: Tensor | None = None) -> None:
+    """Scale the gain of a norm, which some architectures keep as the gain and others as the gain less one, and its bias."""
     weight: Any = norm.weight
     if weight is None:
         raise ValueError(f"a {type(norm).__name__} without weights: the map has no place")
     before = weight.detach().clone()
     probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
     wanted = scale_D.to(weight.device) * norm(probe).double()
+    if shift_D is not None:
+        wanted = wanted + shift_D.to(weight.device)
+        _set_bias(norm, scale_D * _bias(norm) + shift_D)
     for offset in (0.0, 1.0):
         weight.copy_(scale_D * (before.double() + offset) - offset)
         if torch.allclose(norm(probe).double(), wanted, rtol=1e-2, atol=1e-3):
@@ -99,15 +109,28 @@ def _linear_followers(model: Any, norm: nn.Module) -> list[str]:
     found: list[str] = []
 
     def follow(name: str) -> Any:
-        return lambda _module, args: found.append(name) if args and output and args[0] is output[0] else None
+        def seen(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            # The same memory: a module may be given a view, such as all tokens in one axis.
+            if args and output and isinstance(args[0], Tensor) and args[0].data_ptr() == output[0].data_ptr():
+                found.append(name)
+
+        return seen
 
     handles = [norm.register_forward_hook(lambda _m, _i, value: output.append(value))]
-    handles += [m.register_forward_pre_hook(follow(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    weighted = [
+        (name, module) for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
+    ]
+    handles += [module.register_forward_pre_hook(follow(name)) for name, module in weighted]
     try:
         model(**small_inputs(model))
     finally:
         for handle in handles:
             handle.remove()
+    others = [name for name in found if not isinstance(model.get_submodule(name), nn.Linear)]
+    if others:
+        raise ValueError(
+            f"{others[0]}, no linear layer, takes the output of a {type(norm).__name__} too: the shift has no place"
+        )
     if not found:
         raise ValueError(
             f"a {type(norm).__name__} has no bias, and no linear layer takes its output as it is: the shift has no place"

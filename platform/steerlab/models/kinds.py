@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
+from steerlab.models.architecture import text_config
+from steerlab.models.decoding import empty_cache
+from steerlab.models.places import head
 from steerlab.pipelines import Diffusion, Pass
 
 
@@ -28,6 +35,65 @@ def unsteered_share(model: nn.Module) -> str | None:
 def num_reads(model: nn.Module) -> int:
     """Return how often a module is read in one call of the model."""
     return model.num_reads if isinstance(model, Diffusion) else 1
+
+
+def max_positions(model: Any) -> float:
+    """Return how many tokens a model's context holds; infinity where its config names no limit, or it reads no tokens."""
+    limit = None if isinstance(model, Diffusion) else getattr(text_config(model), "max_position_embeddings", None)
+    return limit or math.inf
+
+
+def modules_that_run(skeleton: Any) -> frozenset[str] | None:
+    """Return the modules that take part in a forward pass, found without weights; None where that cannot be said."""
+    if isinstance(skeleton, Diffusion):
+        return None
+    seen: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda _m, _i, _o, name=name: seen.add(name)) for name, module in skeleton.named_modules()
+    ]
+    return None if _dry_run(skeleton, handles) is None else frozenset(seen)
+
+
+def check_head(skeleton: Any) -> None:
+    """Refuse a model whose logits are not what its head makes of the last hidden state, found without weights.
+
+    Raises:
+        ValueError: the logits are scaled or capped after the head, or the head is no linear layer.
+    """
+    output_head, made = head(skeleton), []
+    if not isinstance(output_head, nn.Linear):
+        raise ValueError(f"the head of {type(skeleton).__name__} is a {type(output_head).__name__}, not a linear layer")
+    handle = output_head.register_forward_hook(lambda _m, _i, logits: made.append(logits))
+    out = _dry_run(skeleton, [handle])
+    if out is not None and not any(out.logits is logits for logits in made):
+        raise ValueError(
+            f"{type(skeleton).__name__} scales or caps its logits after its head, so they are no linear function of the last "
+            "hidden state"
+        )
+
+
+def _dry_run(skeleton: Any, handles: Sequence[RemovableHandle]) -> Any:
+    """Return the output of a short call of a model without weights, and take hooks off; None where it cannot be called."""
+    try:
+        # Given a cache, transformers does not look at the positions for several rows in one.
+        with _WithoutValues():
+            return skeleton(**small_inputs(skeleton), **empty_cache(skeleton), use_cache=True)
+    except (RuntimeError, NotImplementedError, TypeError):  # more looks at values than `_WithoutValues` knows
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _WithoutValues(TorchDispatchMode):
+    """Lets a model without weights answer where it looks at a value, or calls a kernel that is picky about types."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False
+        if func is torch.ops.aten._grouped_mm.default:
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def small_inputs(model: Any) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import fcntl
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from steerlab import pipelines, sources
 from steerlab.job import SamplerConfig
-from steerlab.models.places import layer_names
+from steerlab.models import architecture, weights
+from steerlab.models.places import embedding_shape, layer_names
 from steerlab.pipelines import Diffusion
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 transformers.logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -42,6 +42,8 @@ class ModelFacts:
     num_parameters: int
     max_positions: int
     has_pad_token: bool
+    num_embeddings: int = 0
+    """Rows of the input embedding; 0 where ids are none of the model's inputs."""
     kind: str = "causal_lm"
 
 
@@ -52,48 +54,64 @@ def load_model(
     attention: str = "sdpa",
     seed: int = 0,
     sampler: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a checkpoint in evaluation mode; a directory with a config but no weights is initialised from `seed`.
 
-    A pipeline becomes a `pipelines.Diffusion`, which draws as `sampler` (the fields of `SamplerConfig`) says.
+    A pipeline becomes a `pipelines.Diffusion`, which draws as `sampler` (the fields of `SamplerConfig`) says. A language model
+    without sdpa runs with eager attention. Code that comes with a checkpoint runs only with `trust_remote_code`.
+
+    Raises:
+        ValueError: the checkpoint is not complete, or is no causal language model's.
     """
     directory = prepare(Path(directory))
     if pipelines.is_pipeline(directory):
         settings = SamplerConfig.model_validate(sampler or {})
         denoiser = None if settings.denoiser is None else sources.fetch(settings.denoiser)
         return pipelines.load(directory, settings, dtype=dtype, seed=seed, denoiser=denoiser)
-    kwargs: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention}
-    if has_weights(directory):
-        return transformers.AutoModelForCausalLM.from_pretrained(directory, **kwargs).eval()
+    kwargs: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "attn_implementation": architecture.attention_of(directory, attention, trust_remote_code),
+        "trust_remote_code": trust_remote_code,
+    }
+    if weights.has_weights(directory):
+        return weights.load(directory, kwargs).eval()
+    config = architecture.read_config(directory, trust_remote_code)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.from_pretrained(directory), **kwargs
-        ).eval()
+        return architecture.model_class(config).from_config(config, **kwargs).eval()
 
 
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model, or in a folder of its own."""
+def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model, or in a folder of its own.
+
+    Raises:
+        ValueError: it needs code that is not trusted, or there is none.
+    """
     directory = Path(directory)
     alone = any((directory / name).is_file() for name in _TOKENIZER_FILES)
-    return transformers.AutoTokenizer.from_pretrained(directory if alone else prepare(directory))
+    directory = directory if alone else prepare(directory)
+    architecture.check_tokenizer_code(directory, trust_remote_code)
+    return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
-def facts(directory: str | Path) -> ModelFacts:
+def facts(directory: str | Path, trust_remote_code: bool = False) -> ModelFacts:
     """Read a model's sizes from its config, without its weights."""
     directory = prepare(Path(directory))
-    model = skeleton(directory)
-    config: Any = model.config
+    model = skeleton(directory, trust_remote_code)
     if isinstance(model, Diffusion):
         return _facts_of_pipeline(model)
+    config = architecture.text_config(model)
+    num_embeddings, width = embedding_shape(model)
     return ModelFacts(
         architecture=type(model).__name__,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
+        hidden_size=width,
+        num_layers=len(layer_names(model)),
         vocab_size=config.vocab_size,
         num_parameters=sum(p.numel() for p in model.parameters()),
         max_positions=getattr(config, "max_position_embeddings", 0) or 0,
-        has_pad_token=load_tokenizer(directory).pad_token_id is not None,
+        has_pad_token=load_tokenizer(directory, trust_remote_code).pad_token_id is not None,
+        num_embeddings=num_embeddings,
     )
 
 
@@ -104,21 +122,31 @@ def _facts_of_pipeline(model: Diffusion) -> ModelFacts:
     width = max(widths) if widths else config.num_attention_heads * config.attention_head_dim
     depth = len(widths) if widths else getattr(config, "num_layers", 1)
     parameters = sum(p.numel() for p in model.parameters())
-    return ModelFacts(model.architecture, width, depth, 0, parameters, 0, False, "diffusion")
+    return ModelFacts(model.architecture, width, depth, 0, parameters, 0, False, kind="diffusion")
 
 
-def skeleton(directory: str | Path) -> Any:
+def skeleton(directory: str | Path, trust_remote_code: bool = False) -> Any:
     """Return a model's modules without any weights: their paths and shapes, to be read only."""
     directory = prepare(Path(directory))
     if pipelines.is_pipeline(directory):
         return pipelines.skeleton(directory)
-    return _skeleton(directory, (directory / "config.json").read_text())
+    return architecture.skeleton(directory, trust_remote_code)
 
 
-@lru_cache(maxsize=8)
-def _skeleton(directory: Path, config: str) -> PreTrainedModel:
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))
+def check_checkpoint(directory: str | Path, attention: str, trust_remote_code: bool = False) -> None:
+    """Refuse a language model that cannot be loaded, before it is; warn where it is not loaded quite as asked.
+
+    Raises:
+        ValueError: weights are missing or need a library that is not there, or the model lacks the kernel of attention.
+    """
+    directory = prepare(Path(directory))
+    if pipelines.is_pipeline(directory):
+        return
+    model = architecture.skeleton(directory, trust_remote_code)
+    architecture.check_quantisation(model.config)
+    weights.check_weights(directory, trust_remote_code)
+    if architecture.attention_of(directory, attention, trust_remote_code) != attention:
+        warnings.warn(f"{type(model).__name__} has no attention kernel {attention}: it runs with eager", stacklevel=2)
 
 
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -129,7 +157,7 @@ def config_of(model: PreTrainedModel) -> dict[str, Any]:
 def from_config(config: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model with random weights, float32."""
     made = transformers.AutoConfig.for_model(**config)
-    return transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    return architecture.model_class(made).from_config(made, dtype=torch.float32, trust_remote_code=False)
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
@@ -141,8 +169,10 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     for name, value in config.items():
         if isinstance(value, list) and len(value) == len(names):
             config[name] = value[:num_layers]  # what is said of each layer
-    sizes = {name for name in ("num_hidden_layers", "n_layer") if name in config}
-    cut: Any = from_config(config | dict.fromkeys(sizes, num_layers))
+    size = model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if size not in config:
+        raise ValueError(f"{type(model).__name__} has other parts than its language model, so it is not made shorter")
+    cut: Any = from_config({**config, size: num_layers})
     cut = cut.to(dtype=model.dtype, device=model.device)
     cut.load_state_dict({name: value for name, value in model.state_dict().items() if name in cut.state_dict()})
     return cut.eval()
@@ -179,15 +209,12 @@ def save_trained(model: Any, weights: Mapping[str, Tensor], directory: Path) -> 
     model.save_pretrained(directory, state_dict=dict(weights))
 
 
-def has_weights(directory: Path) -> bool:
-    """Say whether a model directory holds weights or only a config."""
-    return any(next(directory.glob(pattern), None) for pattern in _WEIGHTS)
-
-
 def prepare(directory: Path) -> Path:
     """Return a directory that transformers loads directly; a GGUF file is dequantised once and kept beside it."""
     if (directory / "config.json").is_file() or pipelines.is_pipeline(directory):
         return directory
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(f"{directory} holds an adapter without its model: merge it into the model with peft, and give that")
     gguf = sorted(directory.rglob("*.gguf")) if directory.is_dir() else []
     if len(gguf) != 1:
         found = f"{len(gguf)} GGUF files" if gguf else "neither config.json nor a GGUF file"
@@ -206,10 +233,13 @@ def _dequantise(gguf: Path) -> Path:
                 gguf.parent,
                 gguf_file=gguf.name,
                 quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
                 dtype=torch.float32,
             )
             model.save_pretrained(scratch)
-            transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+            transformers.AutoTokenizer.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+            ).save_pretrained(scratch)
             scratch.rename(target)
     return target
 

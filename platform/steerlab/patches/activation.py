@@ -22,7 +22,7 @@ class ActivationPatch(nn.Module):
     """Affine maps of what modules compute, at the places of a `Selection`: LinEAS, the AcT family, AurA, CAA, ITI.
 
     `sizes` holds the taps (module path, or `path:k` for element k of a tuple) and their widths; images come as
-    (B, C, H, W) and are mapped along C.
+    (B, C, H, W) and are mapped along C, attention heads as (B, T, H, D) and are all mapped along D.
     """
 
     kind: ClassVar[str] = "activation"
@@ -85,11 +85,14 @@ class ActivationPatch(nn.Module):
         def edit(value: Any) -> Any:
             if not forward.acts:
                 return value
-            z = taps.value_at(value, place.element, where)
-            axis = taps.feature_axis(module, z.dim())
+            given, images = taps.value_at(value, place.element, where), forward.shape_BT is None
+            z = given if forward.shape_BT is None else taps.with_rows(given, forward.shape_BT)
+            axis = taps.feature_axis(module, z.dim(), images)
             tokens_BT = forward.tokens(self.selection)
+            if tokens_BT is not None and not images:
+                tokens_BT = taps.beside(tokens_BT, z)
             mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT)
-            return taps.replaced(value, place.element, mapped.movedim(-1, axis))
+            return taps.replaced(value, place.element, mapped.movedim(-1, axis).reshape(given.shape))
 
         if self.selection.side == "input":
             rewrite = lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit)  # noqa: E731

@@ -26,8 +26,12 @@ class Forward:
     phases_BT: Tensor | None = None
     """None when every token is the prompt's."""
     position_BT: Tensor | None = None
+    shape_BT: tuple[int, ...] | None = None
+    """Rows and tokens of the call; None where its inputs are no tokens."""
     strengths_NB: Tensor | None = None
     """None when every strength is 1."""
+    memory: dict[int, Any] | None = None
+    """What patches keep from call to call while a batch is continued, by their number; None where nothing is kept."""
     only: tuple[Tensor, Tensor] | None = None
     """Rows and positions of the tokens whose logits are made; None: all."""
     running: Callable[[], Pass | None] = lambda: None
@@ -127,6 +131,8 @@ class Attached:
         self.forward.roles_BT = kwargs.pop("roles", None)
         self.forward.phases_BT = kwargs.pop("phases", None)
         self.forward.position_BT = kwargs.get("position_ids")
+        self.forward.shape_BT = tuple(kwargs["input_ids"].shape) if "input_ids" in kwargs else None
+        self.forward.memory = kwargs.pop("memory", None)
         self.forward.only = kwargs.pop("only", None)
         if self.forward.only is not None:
             self._hand_over_picked(models.head(model))
@@ -137,7 +143,7 @@ class Attached:
             if len(strengths) != len(self.patches):
                 raise ValueError(f"{len(strengths)} rows of strengths for {len(self.patches)} patches")
         self.forward.strengths_NB = strengths
-        return args, kwargs
+        return args, models.accepted(model, kwargs)
 
     def _hand_over_picked(self, head: nn.Module) -> None:
         """Give the head, in this call, the states of the tokens whose logits are made."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from steerlab import models
 from steerlab.patches.attaching import CannotFold, Forward, attach
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 class SecondModelPatch(nn.Module):
@@ -30,7 +29,6 @@ class SecondModelPatch(nn.Module):
         super().__init__()
         self.config = dict(config)
         self.second: Any = models.from_config(config)
-        self._caches: WeakKeyDictionary[Any, DynamicCache] = WeakKeyDictionary()
 
     @classmethod
     def of(cls, second: PreTrainedModel) -> SecondModelPatch:
@@ -46,23 +44,22 @@ class SecondModelPatch(nn.Module):
         Raises:
             ValueError: the two have other vocabularies.
         """
-        from transformers import DynamicCache
-
         own, other = (models.linear_shape(models.head(one))[0] for one in (self.second, model))
         if own != other:
             raise ValueError(f"the second model has {own} tokens, {type(model).__name__} has {other}")
         self.second.to(device=model.device, dtype=model.dtype)
         log_probs: list[Tensor] = []
+        cache = models.cache_name(self.second)
 
         def read(_model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-            cache = kwargs.get("past_key_values")
-            if cache is not None and cache not in self._caches:
-                self._caches[cache] = DynamicCache(config=self.second.config)
             passed = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
             inputs = {name: kwargs[name] for name in passed if name in kwargs}
-            own_cache = None if cache is None else self._caches[cache]
-            given = {"past_key_values": own_cache, "use_cache": cache is not None, "only": forward.only}
-            log_probs[:] = [self.second(**inputs, **given).logits.float().log_softmax(-1)]
+            memory = forward.memory
+            kept = {} if memory is None else memory.setdefault(number, models.empty_cache(self.second))
+            out = self.second(**inputs, **kept, use_cache=memory is not None, only=forward.only)
+            if memory is not None and cache in out:
+                memory[number] = {cache: out[cache]}
+            log_probs[:] = [out.logits.float().log_softmax(-1)]
 
         def edit(_module: nn.Module, _inputs: Any, logits_BTV: Tensor) -> Tensor:
             alpha, added_BTV = forward.strength_of_logits(number), log_probs.pop()

@@ -119,6 +119,7 @@ def _splits(sweep: Sweep) -> list[tuple[str, str]]:
 
 def _made(entry: Entry) -> dict[str, Any]:
     environment = {"git": None, "git_changes": "", "created": "", "versions": {}, "command": "", "cluster": {}, "nodes": None}
+    environment["own_code_of"] = None
     return {
         "name": entry.name,
         "folder": entry.folder,

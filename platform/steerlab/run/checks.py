@@ -22,7 +22,7 @@ _ROWS_TRIED = 8
 
 def facts_of(job: Job) -> models.ModelFacts:
     """Return the sizes of a job's model; a job that builds on another has the architecture of that one's source."""
-    return models.facts(sources.fetch(first_source(job)))
+    return models.facts(sources.fetch(first_source(job)), job.model.trust_remote_code)
 
 
 def check(job: Job) -> models.ModelFacts:
@@ -42,9 +42,11 @@ def check(job: Job) -> models.ModelFacts:
     check_tasks(job)
     found = facts_of(job)
     _check_kind(job, found)
+    models.check_checkpoint(sources.fetch(first_source(job)), job.model.attention, job.model.trust_remote_code)
     check_named(job, found)
     check_reach(job)
     _check_template(job)
+    _check_ids(job, found)
     _check_places(job)
     METHODS[job.method.name].check(job.method, found, job)
     _warn_of_strengths(job)
@@ -108,7 +110,7 @@ def _warn_of_strengths(job: Job) -> None:
 
 def _check_places(job: Job) -> None:
     """Refuse a selection of modules that the model does not have; no weight is loaded for that."""
-    skeleton = models.skeleton(sources.fetch(first_source(job)))
+    skeleton = models.skeleton(sources.fetch(first_source(job)), job.model.trust_remote_code)
     try:
         METHODS[job.method.name].prepares(job.method, skeleton)
     except ValueError as error:
@@ -120,9 +122,17 @@ def _check_places(job: Job) -> None:
     for key, selection in named.items():
         if selection is not None:
             try:
-                taps.select(skeleton, selection)
+                _check_runs([tap.module for tap in taps.select(skeleton, selection)], skeleton)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
+
+
+def _check_runs(modules: list[str], skeleton: Any) -> None:
+    """Refuse modules that never run, such as a dropout that the attention kernel does itself."""
+    running = models.modules_that_run(skeleton)
+    never = [name for name in modules if running is not None and name not in running]
+    if never:
+        raise ValueError(f"{taps.did_not_run(never, len(modules))}; take them out with exclude_modules")
 
 
 def _check_kind(job: Job, found: models.ModelFacts) -> None:
@@ -160,6 +170,24 @@ def _check_drawing(job: Job) -> None:
         )
 
 
+def _check_ids(job: Job, found: models.ModelFacts) -> None:
+    """Refuse a tokenizer that makes ids for which the model has no embedding."""
+    if job.model.kind != "causal_lm":
+        return
+    encoder = _encoder_of(job)
+    tokenizer = encoder.tokenizer
+    # Special tokens in a text are broken up, so those that no prompt has (Gemma 3's for images) may lie beyond.
+    named: Any = {tokenizer.bos_token_id, tokenizer.eos_token_id, encoder.pad_id}  # type: ignore[reportUnhashable]
+    unused = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - named
+    ids = {number: token for token, number in tokenizer.get_vocab().items() if number not in unused}
+    beyond = sorted(number for number in ids if number >= found.num_embeddings)
+    if beyond:
+        raise ValueError(
+            f"model.source: {len(beyond)} ids of the tokenizer, such as {beyond[0]} for {ids[beyond[0]]!r}, lie beyond the "
+            f"{found.num_embeddings} rows of the embedding of {found.architecture}"
+        )
+
+
 def _check_template(job: Job) -> None:
     """Refuse a chat template that cannot hold what the job asks or trains, and say what is surprising about one that can.
 
@@ -171,7 +199,7 @@ def _check_template(job: Job) -> None:
     trained = {role: data for role, data in job.data.by_role.items() if data.format != "text"}
     if not chats and not trained:
         return
-    encoder = encoding.load(sources.fetch(first_source(job)), _prompt_of(job))
+    encoder = _encoder_of(job)
     prompt, whole = (encoder.encode(encoder.conversation("instruction", "data", end)) for end in (None, "response"))
     if whole.input_ids[: len(prompt)] != prompt.input_ids:
         raise ValueError("the chat template asks otherwise than it trains: a prompt's tokens are not the first ones of its row")
@@ -190,7 +218,10 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet) -> None:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _prompt_of(job: Job) -> dict[str, Any]:
-    """Return the prompt settings of the job at the bottom, which names the model's source."""
+def _encoder_of(job: Job) -> Encoder:
+    """Load the encoder of a job's model, with the prompt settings of the job at the bottom, which names the model's source."""
     base = base_job(job, JobType)
-    return job.prompt if base is None else _prompt_of(base)
+    if base is not None:
+        return _encoder_of(base)
+    assert isinstance(job.model.source, str)
+    return encoding.load(sources.fetch(job.model.source), job.prompt, job.model.trust_remote_code)

@@ -54,7 +54,9 @@ def execute(
     run_id = run_id or new_id()
     folder = f"runs/{job.name}/{run_id}"
     store.write_text(f"{folder}/job.yaml", dump(job))
-    store.write_json(f"{folder}/environment.json", environment(command))
+    store.write_json(
+        f"{folder}/environment.json", environment(command, str(job.model.source) if job.model.trust_remote_code else None)
+    )
     local = Path(store.root.removeprefix("file://")) / folder
     scratch = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
     # A sweep's trial waits for nothing: its writer outlives it.

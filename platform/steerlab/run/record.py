@@ -121,8 +121,11 @@ def labelled(metric: str, label: str) -> str:
     return f"{label}/{metric.partition('/')[2]}"
 
 
-def environment(command: str) -> dict[str, Any]:
-    """Return what a result depends on besides its job: versions, git commit, hardware."""
+def environment(command: str, trusted: str | None = None) -> dict[str, Any]:
+    """Return what a result depends on besides its job: versions, git commit, hardware.
+
+    `trusted` is the source whose own code ran; the key is left out where there is none.
+    """
     versions = {}
     for package in _PACKAGES:
         try:
@@ -138,6 +141,7 @@ def environment(command: str) -> dict[str, Any]:
         "git_changes": _git("status", "--porcelain"),
         "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
         "nodes": len([node for node in ray.nodes() if node["Alive"]]),
+        **({} if trusted is None else {"own_code_of": trusted}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

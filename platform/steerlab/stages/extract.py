@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from steerlab.stages import shards, subject
 from steerlab.stages.shard_plan import Shard
 
 if TYPE_CHECKING:
+    from steerlab.encoding import Encoder
     from steerlab.generation import SteeredModel
     from steerlab.reading import Vectors
     from steerlab.tokens import Encoded
@@ -177,12 +179,13 @@ def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, dire
 
     A worker holds the weights, what the taps give for one batch and, for rows, a row group in three copies while it is written.
     """
-    from steerlab import models
+    from steerlab import encoding, models
 
     data = job.data.by_role[role]
     texts = rows.read(data)
-    widths = _widths(models.skeleton(directory), config)
-    vectors = len(texts) * _vectors_per_text(directory, job.prompt, config, data.format, texts)
+    widths = _widths(models.skeleton(directory, job.model.trust_remote_code), config)
+    encoder = partial(encoding.load, directory, job.prompt, job.model.trust_remote_code)
+    vectors = len(texts) * _vectors_per_text(encoder, config, data.format, texts)
     weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
     if config.keep == "moments":
         one, parts = _moment_bytes(widths, config), -(-len(texts) // config.rows_per_shard)
@@ -205,16 +208,18 @@ def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> 
     free = work.store.free_bytes()
     if free is None:
         return
-    from steerlab import generation, models
+    from steerlab import encoding, generation, models
 
     config, made_of = ExtractConfig.model_validate(work.params["extract"]), subject.of(work)
     directory = generation.model_directory(ModelRef(**made_of["ref"]).locate())
-    widths = _widths(models.skeleton(directory), config)
+    trusts = subject.trusts(made_of["model"])
+    widths = _widths(models.skeleton(directory, trusts), config)
     if config.keep == "moments":
         needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)
         less = "raise extract.rows_per_shard or read fewer modules"
     else:
-        vectors = num_rows * _vectors_per_text(directory, made_of["prompt"] or {}, config, work.params["data"]["format"], some)
+        encoder = partial(encoding.load, directory, made_of["prompt"], trusts)
+        vectors = num_rows * _vectors_per_text(encoder, config, work.params["data"]["format"], some)
         needed = int(vectors * sum(widths) * _value_bytes(config))
         less = "read fewer modules, pool, or set extract.dtype: float16"
     if needed * _SAFETY > free:
@@ -239,14 +244,15 @@ def _widths(skeleton: Any, config: ExtractConfig) -> list[int]:
 
 
 def _vectors_per_text(
-    directory: Path, prompt: Mapping[str, Any], config: ExtractConfig, data_format: str, texts: Sequence[Mapping[str, Any]]
+    load: Callable[[], Encoder],
+    config: ExtractConfig,
+    data_format: str,
+    texts: Sequence[Mapping[str, Any]],
 ) -> float:
     """Return how many vectors a text gives: one, or the mean number of tokens of some texts."""
     if config.pooling != ("none",):
         return 1
-    from steerlab import encoding
-
-    encoder = encoding.load(directory, prompt)
+    encoder = load()
     some = [encoder.from_row(row, data_format) for row in texts[:: max(1, len(texts) // _TEXTS_JUDGED)]]
     lengths = [min(len(text), config.max_tokens) for text in encoder.encode_all(some)]
     return sum(lengths) / len(lengths)

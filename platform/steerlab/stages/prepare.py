@@ -46,7 +46,7 @@ def preparations(job: Job, source: str) -> tuple[Preparation, ...]:
     method = METHODS[job.method.name]
     if job.train is None:
         return ()
-    return method.prepares(job.method, models.skeleton(sources.fetch(source)))
+    return method.prepares(job.method, models.skeleton(sources.fetch(source), job.model.trust_remote_code))
 
 
 def stages(job: Job, below: Stage | None, asked: tuple[Preparation, ...]) -> dict[str, Stage]:
@@ -104,7 +104,7 @@ def _estimate_rows(job: Job, asked: OfEachRow, weights: int, directory: Path) ->
     assert job.train is not None
     data = job.data.by_role[asked.role]
     found = rows.read(data)
-    encoder = encoding.load(directory, job.prompt)
+    encoder = encoding.load(directory, job.prompt, job.model.trust_remote_code)
     some = found[:: -(-len(found) // _ROWS_JUDGED)]
     encoded = encode_data(encoder, some, data.format, job.train.max_tokens).rows
     values = asked.values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)

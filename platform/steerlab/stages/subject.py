@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +22,8 @@ LEAVES_MODEL = ("train", "fit")
 def params(job: Job, below: Stage | None) -> dict[str, Any]:
     """Return a stage's parameters about its model; `below` is the stage that leaves it, None when it is the job's source."""
     model: dict[str, Any] = {"dtype": job.model.dtype, "attention": job.model.attention, **_drawing(job)}
+    if job.model.trust_remote_code:
+        model["trust_remote_code"] = True
     if below is not None:
         return {"model": model}
     assert isinstance(job.model.source, str)
@@ -84,6 +87,11 @@ def of(work: Work) -> dict[str, Any]:
     }
 
 
+def trusts(model: Mapping[str, Any]) -> bool:
+    """Say whether code that comes with a stage's model runs; `model` is of its parameters, which hold no such key else."""
+    return model.get("trust_remote_code", False)
+
+
 def load(subject: dict[str, Any]) -> Any:
     """Load the model that `of` describes on this worker's device, with the patches that it carries."""
     import torch
@@ -93,6 +101,7 @@ def load(subject: dict[str, Any]) -> Any:
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
     loading = {name: subject["model"].get(name) for name in ("dtype", "attention", "sampler")}
+    loading["trust_remote_code"] = trusts(subject["model"])
     directory = ModelRef(**subject["ref"]).locate()
     snapshot = subject["snapshot"] if subject["prompt"] is None else None
     return generation.load(directory, device=device, snapshot=snapshot, prompt=subject["prompt"], **loading)

@@ -110,7 +110,7 @@ def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
 
 def _loading(work: Work) -> dict[str, Any]:
     model = work.params["model"]
-    return {name: model[name] for name in ("dtype", "attention", "kind", "sampler") if name in model}
+    return {name: model[name] for name in ("dtype", "attention", "kind", "sampler", "trust_remote_code") if name in model}
 
 
 def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate:

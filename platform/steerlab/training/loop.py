@@ -133,6 +133,7 @@ class _Training:
             request.model_dir,
             dtype=request.model.dtype,
             attention=request.model.attention,
+            trust_remote_code=request.model.trust_remote_code,
             seed=request.train.seed,
             sampler=request.model.drawing.model_dump(mode="json"),
             prompt=prompt_settings(request.model, request.data),
@@ -286,7 +287,8 @@ class _Training:
         models.save_trained(model, weights, output / "model")
         self.encoder.save(output / "model")
         if self.module.patch is not None:
-            self.model_key = models.fingerprint(models.load_model(output / "model", dtype=self.request.model.dtype))
+            loading = {"dtype": self.request.model.dtype, "trust_remote_code": self.request.model.trust_remote_code}
+            self.model_key = models.fingerprint(models.load_model(output / "model", **loading))
         return {name.removeprefix("patch."): value for name, value in state.items() if name.startswith("patch.")}
 
 
