@@ -416,10 +416,11 @@ def template_of(source: str) -> str:
         return source
     path = sources.fetch(source)
     if path.is_dir():
-        named = (path / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"))
-        path = next((file for file in named if file.is_file()), path)
-    text = "" if path.is_dir() else path.read_text(encoding="utf-8")
-    template = json.loads(text).get("chat_template") if path.suffix == ".json" else text
+        named = path / "chat_template.jinja"
+        template = named.read_text(encoding="utf-8") if named.is_file() else models.load_tokenizer(path).chat_template
+    else:
+        text = path.read_text(encoding="utf-8")
+        template = json.loads(text).get("chat_template") if path.suffix == ".json" else text
     if not isinstance(template, str) or not template.strip():
         raise ValueError(f"model.chat_template {source}: there is no chat template in it")
     return template

@@ -184,7 +184,7 @@ def test_columns_without_a_name_are_no_fields(tmp_path: Path) -> None:
         ("a.jsonl", "", "has no rows"),
         ("a.json", "\n", "has no rows"),
         ("a.csv", "text\n", "has no rows"),
-        ("a.jsonl.gz", gzip.compress(b""), "has no rows"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "has no rows"),
         ("a.parquet", b"", r"a\.parquet is not a Parquet file, or not a whole one"),
         ("a.jsonl", "[" * 100_000 + "]" * 100_000, "a.jsonl is nested too deeply"),
         ("a.jsonl", '{"text": "a"}\n{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "a.jsonl line 2 is nested too deeply"),
