@@ -149,7 +149,7 @@ def test_purple_reads_the_published_object_and_plain_rows(tmp_path):
 def test_gandalf_reads_every_split_of_a_hub_data_set_and_a_file_as_it_is():
     hub = forbidden_words.GandalfConfig(splits=("train", "test"))
     assert forbidden_words._split_sources(hub) == [f"hf:Lakera/gandalf_summarization#{s}" for s in ("train", "test")]
-    assert forbidden_words._split_sources(forbidden_words.GandalfConfig(source="a.jsonl")) == ["a.jsonl"]
+    assert forbidden_words._split_sources(forbidden_words.GandalfConfig(source="/a.jsonl")) == ["/a.jsonl"]
 
 
 # alpaca

@@ -198,6 +198,14 @@ def check(wanted: Job, facts: ModelFacts = FACTS) -> None:
     task_checks.check_named(wanted, facts)
 
 
+def put_into(tree: Any, path: str, value: str) -> None:
+    """Set one value in place; numbers address items of lists."""
+    *parents, last = path.split(".")
+    for part in parents:
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    tree[int(last) if isinstance(tree, list) else last] = value
+
+
 def named_by(config: Any, prefix: str = "") -> list[str]:
     """The paths of all that a config names: data sets, sources of rows (where no `data` replaces them) and of models."""
     found = []
@@ -230,7 +238,7 @@ def test_whatever_a_task_names_is_looked_for_before_the_start(name: str, steered
     assert paths or name in ("concept",)
     for path in paths:
         changed = json.loads(json.dumps(tree))
-        job.put(changed, path, "nowhere/at/all.jsonl", "test")
+        put_into(changed, path, "nowhere/at/all.jsonl")
         with pytest.raises(ValueError, match=rf"^evaluate\.0\.{path.removesuffix('.source')}.*nowhere"):
             check(job_of(changed), facts)
 

@@ -36,6 +36,7 @@ from pydantic import Field
 from rapidfuzz import fuzz
 
 from steerlab import sources
+from steerlab.encoding import checked
 from steerlab.evaluation.answers import answers, with_empty
 from steerlab.evaluation.items import choose, number
 from steerlab.evaluation.metrics import Observation, Result, about, spread
@@ -212,7 +213,7 @@ def _scenario(folder: Path, scenario: Scenario, config: Config) -> list[Attempt]
     attacks = programmatic(_attacks(folder, "code" if scenario == "code" else "text", config.split))
     if not attacks:
         raise ValueError(f"no {config.split} attack in {folder} can be judged by a program; see split")
-    contexts = sources.rows(str(_existing(folder / scenario / f"{config.split}.jsonl")), fields=["context"], texts=["context"])
+    contexts = sources.rows(str(_existing(folder / scenario / f"{config.split}.jsonl")), fields=["context"])
     rows = [
         {"name": f"{scenario}/{i}/{attack.name}/{place}", "row": row, "attack": attack, "place": place}
         for place in config.places
@@ -223,6 +224,9 @@ def _scenario(folder: Path, scenario: Scenario, config: Config) -> list[Attempt]
 
 
 def _attempt(scenario: Scenario, found: Mapping[str, Any], seed: int) -> Attempt:
+    lines = found["row"]["context"]
+    for line in lines if isinstance(lines, list) else [lines]:
+        checked(line)
     row = {name: _joined(value) for name, value in found["row"].items()}
     data = insert(row["context"], found["attack"].text, found["place"], random.Random(f"{seed} {found['name']}"))
     return Attempt(found["name"], scenario, found["attack"], _instruction(scenario, row), data)

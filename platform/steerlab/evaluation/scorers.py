@@ -60,9 +60,8 @@ def classifier(source: str, label: str, device: torch.device | str = "cpu") -> S
     Raises:
         ValueError: when the source holds no trained classifier or does not know the label.
     """
-    check_classifier(source, label)
-    model, tokenizer = load_classifier(source, device)
-    labels = class_names(model)
+    model, tokenizer = load_classifier(source, device)  # an untrained one has other classes than its name promises
+    labels = check_classifier(source, label)
     has_exclusive_classes = len(labels) > 1 and model.config.problem_type != "multi_label_classification"
 
     @torch.inference_mode()
@@ -182,7 +181,7 @@ def check_classifier(source: str, label: str | None = None) -> list[str]:
     """
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(check_model(source))
+    config: Any = AutoConfig.from_pretrained(check_model(source), trust_remote_code=False)
     classes = [str(config.id2label[i]) for i in range(config.num_labels)]
     if label is not None and label not in classes:
         raise ValueError(f"{source} has no class {label!r}; its classes: {', '.join(classes)}")
