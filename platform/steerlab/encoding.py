@@ -52,6 +52,8 @@ class Encoder:
     """The day that a template prints which prints today's."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """Sources of the tokenizer and of the chat template, where they do not lie beside the model."""
+    num_melted: int = 0
+    """Rows so far whose answer begins within the last token of their prompt, which is then not the beginning of the row."""
     num_neutralised: int = 0
     """Special tokens written out in texts (`<|im_end|>` inside data) that were broken up, so far."""
 
@@ -102,6 +104,13 @@ class Encoder:
         except ValueError:
             return None  # a template that refuses every conversation says so where one is asked for
         return None if found is None else found[1]
+
+    def remarks(self) -> list[str]:
+        """Return what somebody who trains or asks in conversations should know, a sentence each."""
+        if self._end_of_turn is not None:
+            return self.template.remarks()
+        unended = "the chat template ends an answer without a special token, so that no answer learns to end"
+        return [*self.template.remarks(), unended]
 
     @property
     def saved_spec(self) -> dict[str, str]:
@@ -271,6 +280,7 @@ class Encoder:
         before, after = (_Stretch("", stretch.role, _TEMPLATE_PART) for stretch in (stretches[0], stretches[-1]))
         ids = tokens.ids
         owners = [owner[place] for place in self._places(text, tokens)] if owner else [after] * len(ids)
+        self.num_melted += _melts(stretches, owners, tokens.offsets)
         if any(tokens.put):
             around = [bool(put) and start == end for put, (start, end) in zip(tokens.put, tokens.offsets, strict=True)]
             first = next((t for t, here in enumerate(around) if not here), len(around))
@@ -318,7 +328,8 @@ class Encoder:
         turns = [Turn(message.speaker, "".join(part.text for part in message.parts)) for message in conversation]
         pieces = self.template.pieces(turns)
         firsts = [sum(len(message.parts) for message in conversation[:i]) for i in range(len(conversation))]
-        role = conversation[next(piece.message for piece in pieces if piece.message is not None)].parts[0].role
+        printed = [piece.message for piece in pieces if piece.message is not None]
+        role = conversation[printed[0] if printed else 0].parts[0].role
         answers = final = False
         stretches: list[_Stretch] = []
         for text, number, leads in pieces:
@@ -443,6 +454,19 @@ class _Tokens(NamedTuple):
     offsets: list[tuple[int, int]]
     put: list[int]
     """1 for what the tokenizer put around the text."""
+
+
+def _melts(stretches: Sequence[_Stretch], owners: Sequence[_Stretch], offsets: Sequence[tuple[int, int]]) -> bool:
+    """Say whether the first token of the last answer begins before the answer does."""
+    first = next((t for t, stretch in enumerate(owners) if stretch.answers and stretch.final), None)
+    if first is None:
+        return False
+    place = 0
+    for stretch in stretches:
+        if stretch.answers and stretch.final:
+            return offsets[first][0] < place
+        place += len(stretch.text)
+    return False
 
 
 def _led(text: str, conversation: Conversation, number: int) -> _Stretch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,8 +28,6 @@ _FIRST_SENTINEL = 0xE000
 """Private use area: no template writes these characters, and texts are filled in after the cut."""
 _FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 """What a template raises that does not know a message's role or the form of its content."""
-_DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxX"
-"""Letters of strftime."""
 _SYSTEM = (("system", "user"), ("system", "user", "assistant"))
 _NO_SYSTEM = (("user",), ("user", "assistant"))
 _ANSWERS = ("Yes.", "the answer", "42", "«é»")
@@ -146,8 +145,9 @@ class ChatTemplate:
 
     def _follow(self, turns: Sequence[Turn], shape: _Shape) -> list[Piece]:
         """Cut the rendering of real texts; where it cannot be followed, name the text without which it could."""
+        rendered = self._render(turns)
         try:
-            return list(_followed(self._render(turns), shape, turns))
+            return list(_followed(rendered, shape, turns))
         except _UnlikeError:
             for number in sorted(set(shape.order)):
                 others = [Turn(turn.speaker, _sentinel(number)) if i == number else turn for i, turn in enumerate(turns)]
@@ -155,8 +155,8 @@ class ChatTemplate:
                     list(_followed(self._render(others), shape, others))
                 except TemplateError:
                     continue
-                raise TemplateError(_changed(turns[number])) from None
-            raise TemplateError(_changed(turns[shape.order[-1]])) from None
+                raise TemplateError(_changed(turns[number], rendered)) from None
+            raise TemplateError(_changed(turns[shape.order[-1]], rendered)) from None
 
     def after_answer(self) -> str:
         """Return what the template prints after the last answer. Raises TemplateError where it prints no exchange."""
@@ -301,7 +301,13 @@ def _trimmed(text: str) -> tuple[str, ...]:
     return (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
 
 
-def _changed(turn: Turn) -> str:
+def _changed(turn: Turn, rendered: str) -> str:
+    if turn.speaker == "assistant" and turn.text in rendered:
+        return (
+            f"the chat template prints other text before the answer {_short(turn.text)} than before others (for a thought in "
+            "it, as a rule), so that no prompt would be the beginning of its row; take the thought out of the answer, or give "
+            "another template (model.chat_template)"
+        )
     return (
         f"the chat template changes the {turn.speaker}'s text {_short(turn.text)}, so that the roles of its tokens cannot be "
         "told; write the text as the template prints it, or give another template (model.chat_template)"
@@ -334,6 +340,7 @@ def _short(text: str) -> str:
 def _fixed_date(date: str) -> str:
     """Return a macro that stands in for `strftime_now`, in which transformers prints the day of the rendering."""
     day = datetime.fromisoformat(date)
-    replaced = "".join(f"|replace('%{letter}', '{day.strftime(f'%{letter}')}')" for letter in _DIRECTIVES)
-    unpadded = f"|replace('%-d', '{day.day}')|replace('%-m', '{day.month}')"
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{unpadded}{replaced} }}}}{{%- endmacro +%}}"
+    directives = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters if letter != "s"]
+    known = {directive: day.strftime(directive) for directive in directives if day.strftime(directive) != directive}
+    replaced = "".join(f"|replace({json.dumps(directive)}, {json.dumps(text)})" for directive, text in known.items())
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro +%}}"

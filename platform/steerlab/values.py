@@ -101,11 +101,13 @@ def text(value: Any, name: str, *, scalars: bool = False) -> str:
 
 
 def number(value: Any) -> float | int | Decimal | None:
-    """Return the number that a value is or that a text writes; None for nothing: null, NaN, an empty text.
+    """Return the number that a value is or that a text writes, 1 for true; None for nothing: null, NaN, an empty text.
 
     Raises:
         ValueError: for anything else.
     """
+    if isinstance(value, bool):
+        return int(value)
     if isinstance(value, str):
         value = float(value) if value.strip() else None
     if is_null(value):
@@ -115,14 +117,15 @@ def number(value: Any) -> float | int | Decimal | None:
     return value
 
 
-def same(value: Any, wanted: str | int | float | bool) -> bool:
-    """Compare values, not spellings: 1 is 1.0 and the text "1"; true is the text "true", "True" or "yes", and no number.
+def same(value: Any, wanted: str | int | float | bool | None) -> bool:
+    """Compare values, not spellings: 1 is 1.0 and the text "1"; true is the text "true", "True" or "yes", and no number; null
+    is null and NaN.
 
     Raises:
         ValueError: for a list, an object, bytes: nothing that a job could write equals them.
     """
-    if is_null(value):
-        return False
+    if is_null(value) or wanted is None:
+        return is_null(value) and wanted is None
     for one, other in ((value, wanted), (wanted, value)):
         if isinstance(one, bool):
             return other is one if isinstance(other, bool) else writes_boolean(other, one)

@@ -105,8 +105,27 @@ def test_a_template_that_refuses_conversations_is_refused_where_they_are_needed(
 
 def test_rows_that_the_template_changes_are_found_before_the_start(tmp_path: Path) -> None:
     rows = [*ROWS, {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"}]
-    with pytest.raises(ValueError, match=r"data.train: row 3: the chat template changes the assistant's text"):
+    with pytest.raises(ValueError, match=r"data.train: row 3: the chat template prints other text before the answer"):
         run.check(job_of(model_of("qwen3", tmp_path / "model"), tmp_path, rows))
+
+
+def test_answers_that_melt_into_their_prompts_are_said(tmp_path: Path) -> None:
+    rows = [*ROWS, {"instruction": "a", "input": "", "output": "\nfine"}]
+    with pytest.warns(UserWarning, match=r"data.train: of the first 3 rows, 1 answers begin within the last token"):
+        run.check(job_of(model_of("smollm2", tmp_path / "model"), tmp_path, rows))
+
+
+def test_a_template_whose_tokens_have_no_embedding_is_refused(tmp_path: Path) -> None:
+    model = model_of("gpt2", tmp_path / "model")
+    small = json.loads((model / "config.json").read_text())["vocab_size"]
+    family("chatml base").tokenizer.save_pretrained(tmp_path / "wide")
+    wide = json.loads((tmp_path / "wide" / "tokenizer.json").read_text())
+    wide["added_tokens"].append({**wide["added_tokens"][0], "id": small + 5, "content": "<|turn|>"})
+    (tmp_path / "wide" / "tokenizer.json").write_text(json.dumps(wide))
+    template = str(family("chatml base").tokenizer.chat_template).replace("<|im_start|>", "<|turn|>")
+    chat = {"source": str(model), "tokenizer": str(tmp_path / "wide"), "chat_template": template}
+    with pytest.raises(ValueError, match=r"prints '<\|turn\|>', whose id \d+ lies beyond the \d+ rows"):
+        run.check(job_of(model, tmp_path, model=chat))
 
 
 def test_a_base_model_is_trained_with_another_models_template(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_a_thought_that_the_template_takes_apart_is_refused_with_its_row() -> No
         {"instruction": "a", "input": "", "output": "fine"},
         {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"},
     ]
-    with pytest.raises(ValueError, match="row 2: the chat template changes the assistant's text"):
+    with pytest.raises(ValueError, match="row 2: the chat template prints other text before the answer"):
         encode_data(encoder, rows, "instruction", 400)
 
 
@@ -305,6 +305,44 @@ def test_what_is_no_text_is_refused_with_its_row(bad: Any, data_format: str) -> 
     good = {"text": "a", "instruction": "a", "output": "b"}
     with pytest.raises(ValueError, match=r"row 2: .*(not a text|half of a character)"):
         encode_data(encoder, [good, {**good, "text": bad, "output": bad}], data_format, 50)
+
+
+@pytest.mark.parametrize(("name", "melts"), [("smollm2", 1), ("llama3", 0), ("llama2 chat", 0), ("mistral", 0)])
+def test_an_answer_that_melts_into_its_prompt_is_counted(name: str, melts: int) -> None:
+    """Line breaks are one token for ChatML-like tokenizers: an answer that begins with one changes the prompt's last token."""
+    encoder = encoder_of(name)
+    encoder.encode(encoder.conversation("Summarise", "The garden", "quiet"))
+    assert encoder.num_melted == 0
+    row = encoder.encode(encoder.conversation("Summarise", "The garden", "\nquiet"))
+    prompt = encoder.encode(encoder.conversation("Summarise", "The garden"))
+    assert encoder.num_melted == melts
+    assert (row.input_ids[: len(prompt)] != prompt.input_ids) == bool(melts)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_without_a_word_is_a_prompt(name: str) -> None:
+    encoder = encoder_of(name)
+    prompt = encoder.encode(encoder.conversation("", ""))
+    assert not any(prompt.in_response)
+
+
+def test_every_form_of_a_date_is_that_of_the_day() -> None:
+    tokenizer = copy.deepcopy(family("llama3.1").tokenizer)
+    forms = "%d %b %Y|%e|%-d|%B %d, %Y|%A|%F|%H:%M"
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("%d %b %Y", forms)
+    encoder = Encoder(tokenizer, prompt_style="plain")
+    text = tokenizer.decode(encoder.encode(encoder.conversation("a", "hello")).input_ids)
+    assert DAY.strftime(forms) in text
+
+
+def test_an_answer_that_no_token_ends_is_remarked_upon() -> None:
+    tokenizer = copy.deepcopy(family("gpt2").tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+    )
+    assert "no answer learns to end" in "\n".join(Encoder(tokenizer).remarks())
+    assert encoder_of("smollm2").remarks() == []
 
 
 def test_trimmed_offsets_are_as_they_were_afterwards() -> None:

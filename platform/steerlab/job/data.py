@@ -55,9 +55,11 @@ class DataSet(Frozen):
     as_text: tuple[str, ...] = Field((), exclude_if=lambda names: not names)
     """Fields whose numbers and booleans are taken as texts, as JSON writes them; elsewhere they are refused."""
     where: dict[str, tuple[float | None, float | None]] = {}
-    """Keep rows whose number in a field lies in [low, high]; null is open. What holds nothing (null, NaN) is left out."""
-    equals: dict[str, str | int | float | bool] = {}
-    """Keep rows whose field has this value: 1 is 1.0 and the text "1", true is the text "true". Before `map` and `compose`."""
+    """Keep rows whose number in a field lies in [low, high]; null is open, true counts as 1. What holds nothing (null, NaN) is
+    left out."""
+    equals: dict[str, str | int | float | bool | None] = {}
+    """Keep rows whose field has this value: 1 is 1.0 and the text "1", true is the text "true", null is null and NaN. Before
+    `map` and `compose`."""
     subset: str | None = Field(None, exclude_if=lambda subset: subset is None)
     """Subset of a JSON object of lists of texts, {none: [...], pixel art: [...]}, by its name."""
     tags: tuple[str, ...] = Field((), exclude_if=lambda tags: not tags)

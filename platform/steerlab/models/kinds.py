@@ -40,7 +40,7 @@ def num_reads(model: nn.Module) -> int:
 def max_positions(model: Any) -> float:
     """Return how many tokens a model's context holds; infinity where its config names no limit, or it reads no tokens."""
     limit = None if isinstance(model, Diffusion) else getattr(text_config(model), "max_position_embeddings", None)
-    return limit or math.inf
+    return limit if limit is not None and limit > 0 else math.inf  # XLNet says -1
 
 
 def modules_that_run(skeleton: Any) -> frozenset[str] | None:

@@ -109,7 +109,7 @@ def facts(directory: str | Path, trust_remote_code: bool = False) -> ModelFacts:
         num_layers=len(layer_names(model)),
         vocab_size=config.vocab_size,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        max_positions=getattr(config, "max_position_embeddings", 0) or 0,
+        max_positions=max(0, getattr(config, "max_position_embeddings", 0) or 0),
         has_pad_token=load_tokenizer(directory, trust_remote_code).pad_token_id is not None,
         num_embeddings=num_embeddings,
     )

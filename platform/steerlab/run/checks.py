@@ -45,7 +45,7 @@ def check(job: Job) -> models.ModelFacts:
     models.check_checkpoint(sources.fetch(first_source(job)), job.model.attention, job.model.trust_remote_code)
     check_named(job, found)
     check_reach(job)
-    _check_template(job)
+    _check_template(job, found)
     _check_ids(job, found)
     _check_places(job)
     METHODS[job.method.name].check(job.method, found, job)
@@ -188,7 +188,7 @@ def _check_ids(job: Job, found: models.ModelFacts) -> None:
         )
 
 
-def _check_template(job: Job) -> None:
+def _check_template(job: Job, found: models.ModelFacts) -> None:
     """Refuse a chat template that cannot hold what the job asks or trains, and say what is surprising about one that can.
 
     A job that works on plain texts alone never looks at the template. A model that another job makes was looked at there.
@@ -203,19 +203,33 @@ def _check_template(job: Job) -> None:
     prompt, whole = (encoder.encode(encoder.conversation("instruction", "data", end)) for end in (None, "response"))
     if whole.input_ids[: len(prompt)] != prompt.input_ids:
         raise ValueError("the chat template asks otherwise than it trains: a prompt's tokens are not the first ones of its row")
+    beyond = [number for number in whole.input_ids if number >= found.num_embeddings]
+    if beyond:
+        raise ValueError(
+            f"the chat template prints {encoder.tokenizer.convert_ids_to_tokens(beyond[0])!r}, whose id {beyond[0]} lies "
+            f"beyond the {found.num_embeddings} rows of the embedding of {found.architecture}"
+        )
     for role, data in trained.items():
         _check_encoded(f"data.{role}", encoder, data)
     if isinstance(job.model.source, str):
-        for remark in encoder.template.remarks():
+        for remark in encoder.remarks():
             warnings.warn(remark, stacklevel=2)
 
 
 def _check_encoded(key: str, encoder: Encoder, data: DataSet) -> None:
     """Refuse rows that the template or the tokenizer cannot hold, by the first few of them. Raises ValueError."""
+    before = encoder.num_melted
+    tried = rows.first(data, _ROWS_TRIED)
     try:
-        encoder.encode_data(rows.first(data, _ROWS_TRIED), data.format, sys.maxsize)
+        encoder.encode_data(tried, data.format, sys.maxsize)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
+    if encoder.num_melted > before:
+        warnings.warn(
+            f"{key}: of the first {len(tried)} rows, {encoder.num_melted - before} answers begin within the last token of "
+            "their prompt (with white space, as a rule), so that the model is asked otherwise than it is trained there",
+            stacklevel=2,
+        )
 
 
 def _encoder_of(job: Job) -> Encoder:

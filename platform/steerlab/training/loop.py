@@ -266,6 +266,7 @@ class _Training:
             "trained_parameters": self.num_trained,
             "rows": len(self.rows.rows),
             "rows_cut": self.rows.num_cut,
+            "rows_melted": self.encoder.num_melted,
             "rows_dropped": self.rows.num_dropped,
             "specials_neutralised": self.encoder.num_neutralised,
         }
