@@ -33,6 +33,7 @@ _T = TypeVar("_T")
 VERSION = 2
 """Raised whenever the same rows become other tokens, so that what was made of the earlier ones is not taken for new."""
 _TEMPLATE_PART = -1
+_NORMALISED_TRIES = 3
 _CHUNK_ROWS = 1000
 
 FRAMING = (
@@ -64,8 +65,10 @@ class Encoder:
             )
         self._added = {number: str(token) for number, token in self.tokenizer.added_tokens_decoder.items()}
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(self.tokenizer.all_special_tokens)
+        # A token of one character cannot be broken up, and stands in every text.
+        special = {name for name in special | set(self.tokenizer.all_special_tokens) if len(name) > 1}
         self._special = re.compile(_any_of(special))
+        self._special_ids = frozenset(number for number, name in self._added.items() if name in special)
         self._closing = re.compile(rf"\s*({_any_of(special | set(self._added.values()))})")
 
     @cached_property
@@ -95,6 +98,20 @@ class Encoder:
         turn = self._end_of_turn
         ids: list[Any] = [self.eos_id, None if turn is None else self.tokenizer.convert_tokens_to_ids(turn)]
         return frozenset(int(number) for number in ids if number is not None)
+
+    @cached_property
+    def _markers(self) -> frozenset[str]:
+        """Added tokens, special or not, that the template itself writes: in what is asked, none may come from a text."""
+        try:
+            printed = self.template.printed()
+        except ValueError:
+            return frozenset()
+        return frozenset(name for name in self._added.values() if len(name) > 1 and name in printed)
+
+    @cached_property
+    def _marker(self) -> re.Pattern[str]:
+        special = {name for number, name in self._added.items() if number in self._special_ids}
+        return re.compile(_any_of(special | self._markers))
 
     @cached_property
     def _end_of_turn(self) -> str | None:
@@ -252,7 +269,7 @@ class Encoder:
                 found = self._tokens(texts, [self._as_text(conversation) for conversation in chunk])
             for conversation, text, stretches, tokens in zip(chunk, texts, rows, found, strict=True):
                 keeps_end = not continued and conversation[0].speaker == "text"
-                yield self._with_roles(text, stretches, tokens, keeps_end)
+                yield self._with_roles(*self._broken_up(conversation, text, stretches, tokens), keeps_end)
 
     def _as_text(self, conversation: Conversation) -> bool:
         """Say whether the tokenizer puts its own tokens around: a chat template prints them itself."""
@@ -273,6 +290,37 @@ class Encoder:
             columns = (tokens[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
             found |= dict(zip(numbers, map(_Tokens, *columns), strict=True))  # type: ignore[arg-type]
         return [found[i] for i in range(len(texts))]
+
+    def _broken_up(
+        self, conversation: Conversation, text: str, stretches: list[_Stretch], tokens: _Tokens
+    ) -> tuple[str, list[_Stretch], _Tokens]:
+        """Break up what became a special token of a text only once the tokenizer had normalised it: full-width, upper case."""
+        backend: Any = self.tokenizer.backend_tokenizer
+        if backend.normalizer is None or self._special_ids.isdisjoint(tokens.ids):
+            return text, stretches, tokens
+
+        def written(number: int, start: int, end: int) -> bool:
+            # Not so the unknown token, and bytes that stand for a character.
+            return number in self._special_ids and self._added[number] in backend.normalizer.normalize_str(text[start:end])
+
+        for _ in range(_NORMALISED_TRIES):
+            owner = [number for number, stretch in enumerate(stretches) for _ in stretch.text]
+            starts = [sum(len(stretch.text) for stretch in stretches[:number]) for number in range(len(stretches))]
+            found = [
+                (owner[start], start)
+                for number, (start, end) in zip(tokens.ids, tokens.offsets, strict=True)
+                if end > start and stretches[owner[start]].part >= 0 and written(number, start, end)
+            ]
+            if not found:
+                return text, stretches, tokens
+            self.num_neutralised += len(found)
+            for number, start in reversed(found):
+                stretch, at = stretches[number], start - starts[number] + 1
+                stretches[number] = stretch._replace(text=f"{stretch.text[:at]} {stretch.text[at:]}")
+            text = "".join(stretch.text for stretch in stretches)
+            with untrimmed_offsets(self.tokenizer):
+                tokens = self._tokens([text], [self._as_text(conversation)])[0]
+        raise ValueError("a text holds a special token that its normalisation makes again however it is broken up")
 
     def _with_roles(self, text: str, stretches: list[_Stretch], tokens: _Tokens, keeps_end: bool) -> Encoded:
         """Give every token the stretch of the character that decides what it is."""
@@ -381,7 +429,9 @@ class Encoder:
         for part in message.parts:
             checked(part.text)
         joined = "".join(part.text for part in message.parts)
-        breaks = {match.start() + 1 for match in self._special.finditer(joined)}
+        # What an assistant writes may hold markers of its own, such as a thought's; a text knows no template.
+        known = self._special if message.speaker in ("assistant", "text") else self._marker
+        breaks = {match.start() + 1 for match in known.finditer(joined)}
         if not breaks:
             return message
         self.num_neutralised += len(breaks)

@@ -40,7 +40,7 @@ BLANK_LINES = (
     "{'assistant': heading} -%}"
     "{%- for message in messages -%}"
     "{{ '' if loop.first else '\n\n' }}{{ names[message.role] or '' }}{{ message.content }}"
-    "{{ eos_token if loop.last and message.role == 'assistant' else '' }}"
+    "{{ eos_token if message.role == 'assistant' else '' }}"
     "{%- endfor -%}"
     "{{ '\n\n' + names.assistant.rstrip(' ') if add_generation_prompt else '' }}"
 )
@@ -139,9 +139,10 @@ class ChatTemplate:
             raise TemplateError(f"the chat template prints other messages after the answer to {_speakers(turns)}")
         found = self._follow(turns, shape)
         opening = self._opening(tuple(turn.speaker for turn in turns), fixed, shape)
+        lead = shape.literals[-2].removeprefix(opening)
         if prompt:
-            return [*found[:-3], Piece(opening, None)]
-        return list(_parted(found, turns, shape.literals[-2].removeprefix(opening)))
+            return [*_parted(found[:-3], turns, lead), Piece(opening, None)]
+        return list(_parted(found, turns, lead))
 
     def _follow(self, turns: Sequence[Turn], shape: _Shape) -> list[Piece]:
         """Cut the rendering of real texts; where it cannot be followed, name the text without which it could."""
@@ -157,6 +158,11 @@ class ChatTemplate:
                     continue
                 raise TemplateError(_changed(turns[number], rendered)) from None
             raise TemplateError(_changed(turns[shape.order[-1]], rendered)) from None
+
+    def printed(self) -> str:
+        """Return all that the template prints of its own around an exchange. Raises TemplateError where it prints none."""
+        speakers = self._exchange[1]
+        return "".join(self._shape(speakers, (None,) * len(speakers)).literals)
 
     def after_answer(self) -> str:
         """Return what the template prints after the last answer. Raises TemplateError where it prints no exchange."""
@@ -302,6 +308,8 @@ def _trimmed(text: str) -> tuple[str, ...]:
 
 
 def _changed(turn: Turn, rendered: str) -> str:
+    if not turn.text:
+        return f"the chat template leaves out an empty text of the {turn.speaker}, so that nothing would be learnt there"
     if turn.speaker == "assistant" and turn.text in rendered:
         return (
             f"the chat template prints other text before the answer {_short(turn.text)} than before others (for a thought in "
@@ -316,7 +324,8 @@ def _changed(turn: Turn, rendered: str) -> str:
 
 def _parted(pieces: Sequence[Piece], turns: Sequence[Turn], lead: str) -> Iterator[Piece]:
     """Part what stands between a prompt and its answer from the template text before every answer."""
-    for piece, following in zip(pieces, [*(piece.message for piece in pieces[1:]), None], strict=True):
+    for number, piece in enumerate(pieces):
+        following = pieces[number + 1].message if number + 1 < len(pieces) else None
         answers = lead and following is not None and turns[following].speaker == "assistant" and piece.text.endswith(lead)
         if answers:
             yield Piece(piece.text[: -len(lead)], None)
@@ -343,4 +352,6 @@ def _fixed_date(date: str) -> str:
     directives = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters if letter != "s"]
     known = {directive: day.strftime(directive) for directive in directives if day.strftime(directive) != directive}
     replaced = "".join(f"|replace({json.dumps(directive)}, {json.dumps(text)})" for directive, text in known.items())
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro +%}}"
+    percent = chr(_FIRST_SENTINEL)  # stands for %% while the directives are replaced
+    whole = f"format|replace('%%', '{percent}'){replaced}|replace('{percent}', '%')"
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {whole} }}}}{{%- endmacro +%}}"
