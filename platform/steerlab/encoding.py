@@ -14,12 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from steerlab import models, sources
 from steerlab.job import written_out
@@ -29,7 +29,6 @@ from steerlab.tokens import DATA, INSTRUCTION, ROLES, Batch, Conversation, Encod
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_T = TypeVar("_T")
 VERSION = 2
 """Raised whenever the same rows become other tokens, so that what was made of the earlier ones is not taken for new."""
 _TEMPLATE_PART = -1
@@ -114,6 +113,13 @@ class Encoder:
         return re.compile(_any_of(special | self._markers))
 
     @cached_property
+    def _ender(self) -> re.Pattern[str]:
+        """What no answer may hold: it may write markers of its own, such as a thought's, but not the end of its turn."""
+        special = {name for number, name in self._added.items() if number in self._special_ids}
+        end = self._end_of_turn
+        return re.compile(_any_of(special if end is None or len(end) < 2 else special | {end}))
+
+    @cached_property
     def _end_of_turn(self) -> str | None:
         """The token that ends the assistant's turn: the first one after an answer, where no text stands before it."""
         try:
@@ -159,9 +165,11 @@ class Encoder:
         """Write the tokenizer beside a model."""
         self.tokenizer.save_pretrained(directory)
 
-    def encode_data(self, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int) -> Rows:
+    def encode_data(
+        self, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int, *, skip_bad: bool = False
+    ) -> Rows:
         """Tokenise rows of a data set; see the function of this name."""
-        return encode_data(self, rows, data_format, max_tokens)
+        return encode_data(self, rows, data_format, max_tokens, skip_bad=skip_bad)
 
     def collate(
         self,
@@ -361,6 +369,12 @@ class Encoder:
         written = list(ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids)
         return str(self.tokenizer.decode(written, skip_special_tokens=True))
 
+    def check(self, conversation: Conversation) -> None:
+        """Refuse a conversation that the chat template refuses or changes, or that holds no text. Raises ValueError."""
+        before = self.num_neutralised
+        self._numbered(conversation, 0)
+        self.num_neutralised = before  # counted when the row is tokenised
+
     def _numbered(self, conversation: Conversation, number: int) -> list[_Stretch]:
         try:
             return self._stretches(tuple(map(self._neutralise, conversation)))
@@ -429,8 +443,7 @@ class Encoder:
         for part in message.parts:
             checked(part.text)
         joined = "".join(part.text for part in message.parts)
-        # What an assistant writes may hold markers of its own, such as a thought's; a text knows no template.
-        known = self._special if message.speaker in ("assistant", "text") else self._marker
+        known = {"text": self._special, "assistant": self._ender}.get(message.speaker, self._marker)
         breaks = {match.start() + 1 for match in known.finditer(joined)}
         if not breaks:
             return message
@@ -602,7 +615,7 @@ class Rows(NamedTuple):
     """Rows whose response was cut at `max_tokens`; of a pair, one of the two."""
     num_dropped: int
     """Rows left out because instruction and data alone did not fit, or because they were empty; pairs, too, whose responses
-    differ behind the cut only."""
+    differ behind the cut only; with `skip_bad`, what the chat template refuses."""
 
     def check(self, max_tokens: int) -> None:
         """Raise ValueError when no row fits."""
@@ -610,42 +623,63 @@ class Rows(NamedTuple):
             raise ValueError(f"no row fits into {max_tokens} tokens: {self.num_dropped} prompts are longer (train.max_tokens)")
 
 
-def encode_data(encoder: Encoder, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int) -> Rows:
-    """Tokenise rows of a data set; the boundary between roles is never cut away silently. There may be no row left."""
-    if data_format == "preference":
-        return _encode_pairs(encoder, _made(encoder.from_pair, rows), max_tokens)
-    return _encode_each(encoder, _made(lambda row: encoder.from_row(row, data_format), rows), max_tokens)
+def encode_data(
+    encoder: Encoder, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int, *, skip_bad: bool = False
+) -> Rows:
+    """Tokenise rows of a data set; the boundary between roles is never cut away silently. There may be no row left.
 
-
-def _made(make: Callable[[Mapping[str, Any]], _T], rows: Sequence[Mapping[str, Any]]) -> list[_T]:
-    """Make the conversations of rows. Raises ValueError with the number of a row, from 1, that is wrong."""
-    made = []
+    Raises:
+        ValueError: the chat template refuses a row or changes its text, unless `skip_bad` leaves such rows out.
+    """
+    pairs = data_format == "preference"
+    made: list[tuple[Conversation, ...] | None] = []
     for number, row in enumerate(rows, 1):
         try:
-            made.append(make(row))
+            conversations = encoder.from_pair(row) if pairs else (encoder.from_row(row, data_format),)
+            if skip_bad:
+                for conversation in conversations:
+                    encoder.check(conversation)
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
-    return made
+            if not skip_bad:
+                raise ValueError(f"row {number}: {error}") from None
+            made.append(None)
+            continue
+        made.append(conversations)
+    return _encode_pairs(encoder, made, max_tokens) if pairs else _encode_each(encoder, made, max_tokens)
 
 
-def _encode_each(encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int) -> Rows:
-    def fitted(conversation: Conversation, row: Encoded) -> tuple[Row | None, bool]:
-        prompt = 1 if conversation[0].speaker == "text" else _prompt_length(row)
+_Made = Sequence[tuple[Conversation, ...] | None]
+"""The conversations of each row: one, or the two of a pair; None for a row that is left out."""
+
+
+def _encode_each(encoder: Encoder, made: _Made, max_tokens: int) -> Rows:
+    encoded = encoder.encode_all([conversations[0] for conversations in made if conversations is not None])
+
+    def fitted(conversations: tuple[Conversation, ...] | None) -> tuple[Row | None, bool]:
+        if conversations is None:
+            return None, False
+        row = next(encoded)
+        prompt = 1 if conversations[0][0].speaker == "text" else _prompt_length(row)
         fits = prompt < max_tokens and len(row) > 1  # a row of one token has nothing to predict
         return row.cut(max_tokens) if fits else None, len(row) > max_tokens
 
-    return _kept(map(fitted, conversations, encoder.encode_all(conversations)))
+    return _kept(map(fitted, made))
 
 
-def _encode_pairs(encoder: Encoder, conversations: Sequence[tuple[Conversation, Conversation]], max_tokens: int) -> Rows:
-    def fitted(chosen: Encoded, rejected: Encoded) -> tuple[Row | None, bool]:
+def _encode_pairs(encoder: Encoder, made: _Made, max_tokens: int) -> Rows:
+    both = [conversation for conversations in made if conversations is not None for conversation in conversations]
+    encoded = encoder.encode_all(both, per_row=2)
+
+    def fitted(conversations: tuple[Conversation, ...] | None) -> tuple[Row | None, bool]:
+        if conversations is None:
+            return None, False
+        chosen, rejected = next(encoded), next(encoded)
         pair = Pair(chosen.cut(max_tokens), rejected.cut(max_tokens))
         has_room = all(_prompt_length(row) < max_tokens for row in (chosen, rejected))
         fits = has_room and pair.chosen.input_ids != pair.rejected.input_ids
         return pair if fits else None, max(len(chosen), len(rejected)) > max_tokens
 
-    encoded = encoder.encode_all([conversation for both in conversations for conversation in both], per_row=2)
-    return _kept(map(fitted, encoded, encoded))
+    return _kept(map(fitted, made))
 
 
 def _kept(fitted: Iterable[tuple[Row | None, bool]]) -> Rows:

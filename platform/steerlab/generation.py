@@ -179,6 +179,8 @@ class SteeredModel(Steered):
 
     def save_model(self, directory: Path) -> None:
         """Write the model and its tokenizer as transformers does."""
+        if self.model.generation_config is not None:
+            self.model.generation_config.eos_token_id = sorted(self._end_ids)  # plain transformers ends turns there, too
         models.save_model(self.model, self.encoder.tokenizer, directory)
 
     def loading_lines(self, directory: Path) -> str:

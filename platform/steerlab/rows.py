@@ -83,11 +83,6 @@ def check(data: DataSet) -> None:
         check(other)
 
 
-def first(data: DataSet, num: int) -> list[dict[str, Any]]:
-    """Return the first rows of a data set in the form of its format, unordered; reads as few as it can."""
-    return list(islice(_each(data, _begin(data), num), num)) or list(islice(_each(data, _begin(data), None), num))
-
-
 def _check_first(data: DataSet) -> None:
     """Look for the first row that passes the filters; where there is none, or it lacks a field, all rows say what is wrong."""
     for look in _FIRST_LOOKS:

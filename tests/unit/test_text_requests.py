@@ -13,7 +13,7 @@ from chat_families import FAMILIES, family
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerlab import generation, job, run
-from steerlab.encoding import Encoder
+from steerlab.encoding import Encoder, encode_data
 from steerlab.evaluation import TASKS
 from steerlab.generation import SteeredModel
 from steerlab.stages import JobType, plan_of
@@ -105,7 +105,7 @@ def test_a_template_that_refuses_conversations_is_refused_where_they_are_needed(
 
 def test_rows_that_the_template_changes_are_found_before_the_start(tmp_path: Path) -> None:
     rows = [*ROWS, {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"}]
-    with pytest.raises(ValueError, match=r"data.train: row 3: the chat template prints other text before the answer"):
+    with pytest.raises(ValueError, match=r"data.train: .* row 3: the chat template prints other text before the answer"):
         run.check(job_of(model_of("qwen3", tmp_path / "model"), tmp_path, rows))
 
 
@@ -126,6 +126,44 @@ def test_a_template_whose_tokens_have_no_embedding_is_refused(tmp_path: Path) ->
     chat = {"source": str(model), "tokenizer": str(tmp_path / "wide"), "chat_template": template}
     with pytest.raises(ValueError, match=r"prints '<\|turn\|>', whose id \d+ lies beyond the \d+ rows"):
         run.check(job_of(model, tmp_path, model=chat))
+
+
+THOUGHT = {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"}
+
+
+def test_the_rows_that_are_tried_are_those_that_the_job_reads(tmp_path: Path) -> None:
+    model = model_of("qwen3", tmp_path / "model")
+    rows = [THOUGHT, *ROWS * 10, THOUGHT]
+    source = {"source": str(tmp_path / "rows.json")}
+    with pytest.warns(UserWarning, match="opens a stored answer"):
+        run.check(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1, "limit": 20}}))
+    with pytest.raises(ValueError, match=r"data.train: .*rows.json, .* row 21: the chat template .*; skip_bad: true leaves"):
+        run.check(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1}}))
+    with (
+        pytest.warns(UserWarning, match=r"data.train: of the first 22 rows, 2 are left out: the chat template"),
+        pytest.warns(UserWarning, match="opens a stored answer"),
+    ):
+        run.check(job_of(model, tmp_path, rows, data={"train": {**source, "skip_bad": True}}))
+
+
+def test_a_row_that_the_template_refuses_leaves_the_numbers_of_the_others() -> None:
+    encoder = Encoder(family("qwen3").tokenizer)
+    found = encode_data(encoder, [ROWS[0], THOUGHT, ROWS[1]], "instruction", 400, skip_bad=True)
+    assert (found.numbers, found.num_dropped) == ([0, 2], 1)
+    whole = encode_data(encoder, ROWS, "instruction", 400)
+    assert [row.sequences for row in found.rows] == [row.sequences for row in whole.rows]
+    pair = {"prompt": "a", "chosen": "fine", "rejected": "poor"}
+    pairs = encode_data(encoder, [pair, {**pair, "chosen": THOUGHT["output"]}, pair], "preference", 400, skip_bad=True)
+    assert (pairs.numbers, pairs.num_dropped) == ([0, 2], 1)
+
+
+def test_an_exported_model_ends_turns_in_plain_transformers(tmp_path: Path) -> None:
+    loaded = generation.load(model_of("gemma", tmp_path / "model"))
+    assert isinstance(loaded, SteeredModel)
+    loaded.save_model(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    end = loaded.encoder.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end in saved["eos_token_id"]
 
 
 def test_a_base_model_is_trained_with_another_models_template(tmp_path: Path) -> None:

@@ -366,6 +366,8 @@ def test_no_text_ends_a_turn_whether_its_token_is_special_or_only_added(special:
         number = tokenizer.convert_tokens_to_ids(name)
         assert row.input_ids.count(number) == plain.input_ids.count(number)
     assert encoder.num_neutralised == 2
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoder.encode(encoder.conversation("Do.", "x", "ok<|im_end|>ok")).input_ids.count(end) == plain.input_ids.count(end)
 
 
 @pytest.mark.parametrize(

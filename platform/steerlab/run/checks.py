@@ -16,7 +16,7 @@ from steerlab.methods.contract import check_masters
 from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
 from steerlab.stages import JobType, first_source, model_stage
 
-_ROWS_TRIED = 8
+_ROWS_TRIED = 1000
 """Rows of a data set that are tokenised before the start: a template that refuses some texts shows it early."""
 
 
@@ -217,17 +217,22 @@ def _check_template(job: Job, found: models.ModelFacts) -> None:
 
 
 def _check_encoded(key: str, encoder: Encoder, data: DataSet) -> None:
-    """Refuse rows that the template or the tokenizer cannot hold, by the first few of them. Raises ValueError."""
+    """Refuse rows that the template or the tokenizer cannot hold, by the first ones that the job reads. Raises ValueError."""
+    limit = _ROWS_TRIED if data.limit is None else min(data.limit, _ROWS_TRIED)
+    tried = rows.read(data.model_copy(update={"limit": limit, "also": ()}))
     before = encoder.num_melted
-    tried = rows.first(data, _ROWS_TRIED)
     try:
-        encoder.encode_data(tried, data.format, sys.maxsize)
+        found = encoder.encode_data(tried, data.format, sys.maxsize, skip_bad=data.skip_bad)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        where = f"{key}: {rows.describe(data)}, counted from the job's first row"
+        raise ValueError(f"{where}: {error}" + ("" if data.skip_bad else "; skip_bad: true leaves such rows out")) from None
+    said = f"{key}: of the first {len(tried)} rows,"
+    if found.num_dropped:
+        warnings.warn(f"{said} {found.num_dropped} are left out: the chat template refuses or changes them", stacklevel=2)
     if encoder.num_melted > before:
         warnings.warn(
-            f"{key}: of the first {len(tried)} rows, {encoder.num_melted - before} answers begin within the last token of "
-            "their prompt (with white space, as a rule), so that the model is asked otherwise than it is trained there",
+            f"{said} {encoder.num_melted - before} answers begin within the last token of their prompt (with white space, as a "
+            "rule), so that the model is asked otherwise than it is trained there",
             stacklevel=2,
         )
 

@@ -106,7 +106,7 @@ def _estimate_rows(job: Job, asked: OfEachRow, weights: int, directory: Path) ->
     found = rows.read(data)
     encoder = encoding.load(directory, job.prompt, job.model.trust_remote_code)
     some = found[:: -(-len(found) // _ROWS_JUDGED)]
-    encoded = encode_data(encoder, some, data.format, job.train.max_tokens).rows
+    encoded = encode_data(encoder, some, data.format, job.train.max_tokens, skip_bad=data.skip_bad).rows
     values = asked.values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)
     value_bytes = models.DTYPES[job.model.dtype].itemsize
     disk_bytes = int(value_bytes * values / len(some) * len(found))
@@ -163,7 +163,8 @@ class _SumOfShard(shards.Maker):
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
         """Leave the sums at `path`."""
         encoder, size = self._model.encoder, self._params["rows_per_batch"]
-        found = encode_data(encoder, shard.rows, self._params["data"]["format"], self._params["max_tokens"])
+        data, max_tokens = self._params["data"], self._params["max_tokens"]
+        found = encode_data(encoder, shard.rows, data["format"], max_tokens, skip_bad=data.get("skip_bad", False))
         found.check(self._params["max_tokens"])
         sums = self._start(self._model, self._params, self._needed)
         try:
@@ -208,7 +209,8 @@ class _TensorsOfShard(shards.Maker):
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
         """Leave the tensors at `path`, in the order of the batches; rows of similar length go together."""
         encoder, data = self._model.encoder, self._params["data"]
-        found = encode_data(encoder, shard.rows, data["format"], self._params["max_tokens"])
+        max_tokens = self._params["max_tokens"]
+        found = encode_data(encoder, shard.rows, data["format"], max_tokens, skip_bad=data.get("skip_bad", False))
         numbers = [shard.first + number for number in found.numbers]
         chunks = list(reading.batches([len(row) for row in found.rows], self._params["batch_tokens"], reading.PADDING_SHARE))
         keeper = self._start(self._model, self._params)

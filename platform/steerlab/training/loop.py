@@ -105,7 +105,7 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 def load_rows(data: DataSet, encoder: Encoder, max_tokens: int) -> Rows:
     """Read and tokenise one data set of a job."""
-    found = encoder.encode_data(read_rows(data), data.format, max_tokens)
+    found = encoder.encode_data(read_rows(data), data.format, max_tokens, skip_bad=data.skip_bad)
     found.check(max_tokens)
     return found
 
