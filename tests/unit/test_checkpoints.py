@@ -217,6 +217,8 @@ def test_a_module_that_never_runs_is_named_before_the_start(tiny_dir: Path, tmp_
     with pytest.raises(ValueError, match=r"2 of 2 modules never run in a forward pass: transformer\.h\.0\.attn\.attn_drop"):
         check(job(tmp_path / "gpt2", r".*attn_dropout"))
     check(job(tmp_path / "gpt2", r".*ln_1"))
+    with pytest.raises(ValueError, match=r"extract.select: the value of transformer holds a Base\w+, not a tensor"):
+        check(job(tmp_path / "gpt2", "transformer"))
 
 
 def job(source: Path, modules: str = ".*norm") -> Job:

@@ -43,15 +43,18 @@ def max_positions(model: Any) -> float:
     return limit if limit is not None and limit > 0 else math.inf  # XLNet says -1
 
 
-def modules_that_run(skeleton: Any) -> frozenset[str] | None:
-    """Return the modules that take part in a forward pass, found without weights; None where that cannot be said."""
+def modules_that_run(skeleton: Any) -> dict[str, Any] | None:
+    """Return the modules that take part in a forward pass with what they return, found without weights; None where that cannot
+    be said.
+    """
     if isinstance(skeleton, Diffusion):
         return None
-    seen: set[str] = set()
+    outputs: dict[str, Any] = {}
     handles = [
-        module.register_forward_hook(lambda _m, _i, _o, name=name: seen.add(name)) for name, module in skeleton.named_modules()
+        module.register_forward_hook(lambda _m, _i, output, name=name: outputs.update({name: output}))
+        for name, module in skeleton.named_modules()
     ]
-    return None if _dry_run(skeleton, handles) is None else frozenset(seen)
+    return None if _dry_run(skeleton, handles) is None else outputs
 
 
 def check_head(skeleton: Any) -> None:

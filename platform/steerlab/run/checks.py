@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from steerlab import encoding, models, rows, sources, taps
@@ -122,17 +123,21 @@ def _check_places(job: Job) -> None:
     for key, selection in named.items():
         if selection is not None:
             try:
-                _check_runs([tap.module for tap in taps.select(skeleton, selection)], skeleton)
+                _check_runs(taps.select(skeleton, selection), skeleton, selection.side == "output")
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
 
 
-def _check_runs(modules: list[str], skeleton: Any) -> None:
-    """Refuse modules that never run, such as a dropout that the attention kernel does itself."""
+def _check_runs(chosen: Sequence[taps.Tap], skeleton: Any, outputs: bool) -> None:
+    """Refuse modules that never run, such as a dropout that the attention kernel does itself, or whose value is no tensor."""
     running = models.modules_that_run(skeleton)
-    never = [name for name in modules if running is not None and name not in running]
+    if running is None:
+        return
+    never = [tap.module for tap in chosen if tap.module not in running]
     if never:
-        raise ValueError(f"{taps.did_not_run(never, len(modules))}; take them out with exclude_modules")
+        raise ValueError(f"{taps.did_not_run(never, len(chosen))}; take them out with exclude_modules")
+    for tap in chosen if outputs else ():
+        taps.value_at(running[tap.module], tap.element, f"the value of {tap.module}")
 
 
 def _check_kind(job: Job, found: models.ModelFacts) -> None:
