@@ -80,6 +80,7 @@ class Drawings:
 class Prompter:
     """Makes drawings of rows: the counterpart of `encoding.Encoder` for a pipeline."""
 
+    num_melted = 0
     num_neutralised = 0
     pad_id = 0
 
@@ -135,10 +136,25 @@ class Prompter:
         """Return the drawings: there is nothing to tokenise."""
         return drawings
 
-    def encode_data(self, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int) -> Rows:
-        """Make the drawings of all rows of a data set."""
-        found: Any = [self.from_row(row, data_format) for row in rows]
-        return Rows(found, list(range(len(found))), 0, 0)
+    def encode_data(
+        self, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int, *, skip_bad: bool = False
+    ) -> Rows:
+        """Make the drawings of the rows of a data set; `skip_bad` leaves out images of another size than the model draws.
+
+        Raises:
+            ValueError: a row is bad, and `skip_bad` is False.
+        """
+        drawings: Any = []
+        numbers = []
+        for number, row in enumerate(rows):
+            try:
+                drawings.append(self.from_row(row, data_format))
+            except ValueError as error:
+                if not skip_bad:
+                    raise ValueError(f"row {number + 1}: {error}") from None
+                continue
+            numbers.append(number)
+        return Rows(drawings, numbers, 0, 0, len(rows) - len(drawings))
 
     def collate(
         self, drawings: Sequence[Drawing], *, loss_on: str = "all", numbers: Sequence[int] = (), side: str = "right"

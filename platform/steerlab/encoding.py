@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from steerlab import models, sources
 from steerlab.job import written_out
@@ -614,13 +614,46 @@ class Rows(NamedTuple):
     num_cut: int
     """Rows whose response was cut at `max_tokens`; of a pair, one of the two."""
     num_dropped: int
-    """Rows left out because instruction and data alone did not fit, or because they were empty; pairs, too, whose responses
-    differ behind the cut only; with `skip_bad`, what the chat template refuses."""
+    """Rows left out because instruction and data alone did not fit, or because they were empty; and pairs whose two responses
+    are the same tokens up to the cut."""
+    num_refused: int = 0
+    """Rows left out by `skip_bad`: the chat template refuses them or changes their text."""
 
     def check(self, max_tokens: int) -> None:
         """Raise ValueError when no row fits."""
         if not self.rows:
             raise ValueError(f"no row fits into {max_tokens} tokens: {self.num_dropped} prompts are longer (train.max_tokens)")
+
+
+class RowEncoder(Protocol):
+    """What the training loop needs of the object that turns rows into batches: `Encoder`, or a pipeline's `Prompter`."""
+
+    num_melted: int
+    num_neutralised: int
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """Settings kept beside a patch."""
+        ...
+
+    @property
+    def saved_spec(self) -> Mapping[str, Any]:
+        """Settings kept beside a whole model."""
+        ...
+
+    def encode_data(
+        self, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int, *, skip_bad: bool = False
+    ) -> Rows:
+        """Encode the rows of a data set. Raises ValueError at a bad row, unless `skip_bad` leaves it out."""
+        ...
+
+    def collate(self, rows: Any, /, *, loss_on: str = "all", numbers: Sequence[int] = ()) -> Any:
+        """Make a batch of encoded rows."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write what is needed to encode rows as now."""
+        ...
 
 
 def encode_data(
@@ -663,7 +696,7 @@ def _encode_each(encoder: Encoder, made: _Made, max_tokens: int) -> Rows:
         fits = prompt < max_tokens and len(row) > 1  # a row of one token has nothing to predict
         return row.cut(max_tokens) if fits else None, len(row) > max_tokens
 
-    return _kept(map(fitted, made))
+    return _kept(map(fitted, made), made.count(None))
 
 
 def _encode_pairs(encoder: Encoder, made: _Made, max_tokens: int) -> Rows:
@@ -679,11 +712,11 @@ def _encode_pairs(encoder: Encoder, made: _Made, max_tokens: int) -> Rows:
         fits = has_room and pair.chosen.input_ids != pair.rejected.input_ids
         return pair if fits else None, max(len(chosen), len(rejected)) > max_tokens
 
-    return _kept(map(fitted, made))
+    return _kept(map(fitted, made), made.count(None))
 
 
-def _kept(fitted: Iterable[tuple[Row | None, bool]]) -> Rows:
-    """Gather rows, each None where it is dropped, and whether it was cut."""
+def _kept(fitted: Iterable[tuple[Row | None, bool]], num_refused: int) -> Rows:
+    """Gather rows, each None where it is left out, and whether it was cut; `num_refused` were left out by `skip_bad`."""
     rows: list[Row] = []
     numbers: list[int] = []
     num_cut = num_dropped = 0
@@ -694,7 +727,7 @@ def _kept(fitted: Iterable[tuple[Row | None, bool]]) -> Rows:
         rows.append(row)
         numbers.append(number)
         num_cut += cut
-    return Rows(rows, numbers, num_cut, num_dropped)
+    return Rows(rows, numbers, num_cut, num_dropped - num_refused, num_refused)
 
 
 def _prompt_length(row: Encoded) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steerlab import encoding, models, patches, sources, taps
 from steerlab.conditioning import Prompter
-from steerlab.encoding import Encoder
+from steerlab.encoding import Encoder, RowEncoder
 from steerlab.pipelines import Diffusion
 from steerlab.sampling import SteeredPipeline
 from steerlab.stack import Asked, Shown, Steered
@@ -466,9 +466,10 @@ def load(
 
 def encoder_of(model: Any, directory: Path, prompt: Mapping[str, Any] | None, trust_remote_code: bool = False) -> Any:
     """Return what makes rows of data into inputs of a model: the encoder of its tokenizer, or a pipeline's prompter."""
-    if isinstance(model, Diffusion):
-        return Prompter(model)
-    return encoding.load(directory, prompt, trust_remote_code)
+    encoder: RowEncoder = (
+        Prompter(model) if isinstance(model, Diffusion) else encoding.load(directory, prompt, trust_remote_code)
+    )
+    return encoder
 
 
 def load_stack(

@@ -67,6 +67,16 @@ def test_strengths_in_one_batch_are_those_of_separate_runs(digits_dir: Path) -> 
         torch.testing.assert_close(together[s], drawn(model, (patch,), strengths=(strength,))[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_bad_image_is_named_or_left_out(digits_dir: Path) -> None:
+    prompter = Prompter(pipeline(digits_dir))
+    rows = pixelworld.rows("digits/train", Path)[:3]
+    rows[1] = {**rows[1], "image": rows[1]["image"][:5]}
+    with pytest.raises(ValueError, match=r"row 2: an image of \(1, 5, 8\)"):
+        prompter.encode_data(rows, "image", 0)
+    found = prompter.encode_data(rows, "image", 0, skip_bad=True)
+    assert (found.numbers, found.num_refused, found.num_dropped) == ([0, 2], 1, 0)
+
+
 def test_the_noise_is_that_of_the_seed_alone(digits_dir: Path) -> None:
     model = pipeline(digits_dir)
     alone = drawn(model, what=[Drawing("zero", 7, 64)])[0, 0]

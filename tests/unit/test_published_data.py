@@ -38,12 +38,12 @@ def lines(path: Path, given: list[dict[str, Any]]) -> str:
 def test_hh_rlhf(tmp_path: Path) -> None:
     """Compressed lines with two dialogues that part at their last turn."""
     begin = "\n\nHuman: Hi.\n\nAssistant: Hello, what is it?\n\nHuman: A joke"
-    given = [{"chosen": f"{begin}\n\nAssistant: Knock", "rejected": f"{begin}\n\nAssistant: No"}] * 2
+    given = [{"chosen": f"{begin}\n\nAssistant: red", "rejected": f"{begin}\n\nAssistant: green"}] * 2
     source = lines(tmp_path / "harmless-base" / "train.jsonl.gz", given)
     data = {"preference": {"source": source, "format": "preference"}, "prompt_style": "plain"}
     (found, _) = checked(tmp_path, {"data": data, "method": {"name": "dpo"}, "train": TRAIN})["preference"]
     assert [turn["role"] for turn in found["prompt"]] == ["user", "assistant", "user"]
-    assert (found["chosen"], found["rejected"]) == ("Knock", "No")
+    assert (found["chosen"], found["rejected"]) == ("red", "green")
 
 
 def test_real_toxicity_prompts(tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_ultrafeedback(tmp_path: Path) -> None:
         }
         return {
             "annotations": rated, "custom_system_prompt": "As an AI assistant.", "model": name, "principle": "helpfulness",
-            "response": f"by {name}", "critique": "fine", "fine-grained_score": score / 2, "overall_score": score,
+            "response": name, "critique": "fine", "fine-grained_score": score / 2, "overall_score": score,
         }  # fmt: skip
 
     given = [
         {"source": "evol_instruct", "instruction": f"Do {i}", "models": ["a", "b", "c", "d"],
-         "completions": [completion(name, score) for name, score in zip("abcd", scores, strict=True)],
+         "completions": [completion(name, score) for name, score in zip(("red", "blue", "green", "cat"), scores, strict=True)],
          "correct_answers": ["None"], "incorrect_answers": ["None"]}
         for i, scores in enumerate([[7, 8.5, 2, 6], [1, 1, 1, 9]])
     ]  # fmt: skip
@@ -93,8 +93,8 @@ def test_ultrafeedback(tmp_path: Path) -> None:
     }
     found = checked(tmp_path, {"data": data, "method": {"name": "dpo"}, "train": TRAIN})["preference"]
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in found] == [
-        ("Do 0", "by b", "by c"),
-        ("Do 1", "by d", "by a"),
+        ("Do 0", "blue", "green"),
+        ("Do 1", "cat", "red"),
     ]
 
 

@@ -146,15 +146,24 @@ def test_the_rows_that_are_tried_are_those_that_the_job_reads(tmp_path: Path) ->
         run.check(job_of(model, tmp_path, rows, data={"train": {**source, "skip_bad": True}}))
 
 
+def test_pairs_of_equal_answers_are_said(tmp_path: Path) -> None:
+    """The tiny tokenizer knows neither word, so that both answers are its unknown token."""
+    rows = [{"prompt": "a", "chosen": "red", "rejected": "blue"}, {"prompt": "a", "chosen": "fine", "rejected": "crude"}]
+    data = {"preference": {"source": str(tmp_path / "rows.json"), "format": "preference"}}
+    wanted = job_of(Path("tiny:model"), tmp_path, rows, data=data, method={"name": "dpo"})
+    with pytest.warns(UserWarning, match="data.preference: of the first 2 rows, 1 are left out: the answers of a pair are the"):
+        run.check(wanted)
+
+
 def test_a_row_that_the_template_refuses_leaves_the_numbers_of_the_others() -> None:
     encoder = Encoder(family("qwen3").tokenizer)
     found = encode_data(encoder, [ROWS[0], THOUGHT, ROWS[1]], "instruction", 400, skip_bad=True)
-    assert (found.numbers, found.num_dropped) == ([0, 2], 1)
+    assert (found.numbers, found.num_dropped, found.num_refused) == ([0, 2], 0, 1)
     whole = encode_data(encoder, ROWS, "instruction", 400)
     assert [row.sequences for row in found.rows] == [row.sequences for row in whole.rows]
     pair = {"prompt": "a", "chosen": "fine", "rejected": "poor"}
     pairs = encode_data(encoder, [pair, {**pair, "chosen": THOUGHT["output"]}, pair], "preference", 400, skip_bad=True)
-    assert (pairs.numbers, pairs.num_dropped) == ([0, 2], 1)
+    assert (pairs.numbers, pairs.num_dropped, pairs.num_refused) == ([0, 2], 0, 1)
 
 
 def test_an_exported_model_ends_turns_in_plain_transformers(tmp_path: Path) -> None:

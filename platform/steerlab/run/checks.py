@@ -232,8 +232,11 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet) -> None:
         where = f"{key}: {rows.describe(data)}, counted from the job's first row"
         raise ValueError(f"{where}: {error}" + ("" if data.skip_bad else "; skip_bad: true leaves such rows out")) from None
     said = f"{key}: of the first {len(tried)} rows,"
+    if found.num_refused:
+        warnings.warn(f"{said} {found.num_refused} are left out: the chat template refuses or changes them", stacklevel=2)
     if found.num_dropped:
-        warnings.warn(f"{said} {found.num_dropped} are left out: the chat template refuses or changes them", stacklevel=2)
+        reason = "the answers of a pair are the same tokens" if data.format == "preference" else "they are empty"
+        warnings.warn(f"{said} {found.num_dropped} are left out: {reason}", stacklevel=2)
     if encoder.num_melted > before:
         warnings.warn(
             f"{said} {encoder.num_melted - before} answers begin within the last token of their prompt (with white space, as a "

@@ -185,6 +185,7 @@ class _SumOfShard(shards.Maker):
             "tokens": sum(len(row) for row in found.rows),
             "cut": found.num_cut,
             "dropped": found.num_dropped,
+            "refused": found.num_refused,
         }
 
 
@@ -235,6 +236,7 @@ class _TensorsOfShard(shards.Maker):
             "rows": len(found.rows),
             "cut": found.num_cut,
             "dropped": found.num_dropped,
+            "refused": found.num_refused,
             "fingerprint": models.fingerprint(self._model.model),
         }
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from steerlab import generation, models, patches
 from steerlab.activations import Activations
-from steerlab.encoding import Encoder, Rows
+from steerlab.encoding import RowEncoder, Rows
 from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig, prompt_settings
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
@@ -103,7 +103,7 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return train.lr * (train.lr_floor + (1 - train.lr_floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def load_rows(data: DataSet, encoder: Encoder, max_tokens: int) -> Rows:
+def load_rows(data: DataSet, encoder: RowEncoder, max_tokens: int) -> Rows:
     """Read and tokenise one data set of a job."""
     found = encoder.encode_data(read_rows(data), data.format, max_tokens, skip_bad=data.skip_bad)
     found.check(max_tokens)
@@ -129,6 +129,7 @@ class _Training:
         torch.manual_seed(self.request.train.seed)
         request = self.request
         self.method = METHODS[request.method["name"]]
+        self.encoder: RowEncoder
         model, self.encoder, below = generation.load_stack(
             request.model_dir,
             dtype=request.model.dtype,
@@ -268,6 +269,7 @@ class _Training:
             "rows_cut": self.rows.num_cut,
             "rows_melted": self.encoder.num_melted,
             "rows_dropped": self.rows.num_dropped,
+            "rows_refused": self.rows.num_refused,
             "specials_neutralised": self.encoder.num_neutralised,
         }
         (output / "training.json").write_text(json.dumps(facts, indent=2))
