@@ -42,6 +42,7 @@ def unused(row: Mapping[str, Any], found: Messages) -> list[str]:
     """Name what a row holds beside its messages and nobody reads."""
     held = {name: value for name, value in row.items() if not values.is_null(value) and value not in ("", [])}
     names = [name for name in _UNUSED if name in held]
+    names += [said for name in (*_LISTS, "prompt", "completion") if name in held for said in turns.unused(held[name], name)]
     if "system" in held and found[0] != {"role": "system", "content": held["system"]}:
         names.append("system")
     given = turns.with_system(_turns(held), _system(held))

@@ -48,6 +48,8 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     prompt_style: Literal["aside", "plain"] = "aside"
     response_role: Literal["data", "instruction", "response"] = "data"
+    thinking: bool = False
+    """Prompts end where a thought begins; see `templates.ChatTemplate`."""
     date: str = DATE
     """The day that a template prints which prints today's."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
@@ -73,7 +75,8 @@ class Encoder:
     @cached_property
     def template(self) -> ChatTemplate:
         """The tokenizer's chat template, or what stands in for it; a template is asked nothing before it is needed."""
-        return ChatTemplate(self.tokenizer, self.date, heading="Response:\n" if self.prompt_style == "aside" else "")
+        heading = "Response:\n" if self.prompt_style == "aside" else ""
+        return ChatTemplate(self.tokenizer, self.date, heading, self.thinking)
 
     @property
     def response_role_id(self) -> int:
@@ -136,13 +139,14 @@ class Encoder:
         return [*self.template.remarks(), unended]
 
     @property
-    def saved_spec(self) -> dict[str, str]:
+    def saved_spec(self) -> dict[str, Any]:
         """Settings that a model needs to be prompted as it was trained, where the tokenizer is saved beside it."""
+        thinking = {"thinking": True} if self.thinking else {}
         date = {"date": self.date} if prints_date(self.tokenizer) else {}
-        return {"prompt_style": self.prompt_style, "response_role": self.response_role, **date}
+        return {"prompt_style": self.prompt_style, "response_role": self.response_role, **thinking, **date}
 
     @property
-    def spec(self) -> dict[str, str]:
+    def spec(self) -> dict[str, Any]:
         """Settings that a patch on a model needs: those of `saved_spec`, and the sources of tokenizer and template."""
         return {**self.saved_spec, **self.elsewhere}
 
@@ -407,7 +411,9 @@ class Encoder:
     def _literal(self, text: str, role: int, after_answer: bool, final: bool) -> list[_Stretch]:
         """Part a literal piece after an answer into what ends the answer's turn and the rest."""
         ended = self._closing.match(text) if after_answer else None
-        if ended is None or ended[1] != self._end_of_turn:
+        # An earlier answer may end otherwise (gpt-oss), or not at all: what then follows opens the next turn.
+        opens = ended is not None and self._end_of_turn is not None and self._closing.match(text, ended.end())
+        if ended is None or (ended[1] != self._end_of_turn and not opens):
             return [_Stretch(text, role, _TEMPLATE_PART)]
         closing = _Stretch(ended[0], role, _TEMPLATE_PART, answers=True, final=final)
         return [closing, _Stretch(text[ended.end() :], role, _TEMPLATE_PART)]

@@ -30,7 +30,7 @@ _FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError
 """What a template raises that does not know a message's role or the form of its content."""
 _SYSTEM = (("system", "user"), ("system", "user", "assistant"))
 _NO_SYSTEM = (("user",), ("user", "assistant"))
-_ANSWERS = ("Yes.", "the answer", "42", "«é»")
+_ANSWERS = ("Yes.", "the answer", "42", "«é»", "<think>")
 """Beginnings of answers by which the end of a prompt is chosen."""
 
 
@@ -88,6 +88,8 @@ class ChatTemplate:
     date: str = DATE
     heading: str = ""
     """Written before an answer where the tokenizer has no template."""
+    thinking: bool = False
+    """Prompts end with the template's own generation prompt, after which a model opens a thought; answers may hold thoughts."""
     wraps: bool = field(init=False)
     """The template wants content as a list of {"type": "text"}."""
     takes_system: bool = field(init=False)
@@ -150,6 +152,11 @@ class ChatTemplate:
         try:
             return list(_followed(rendered, shape, turns))
         except _UnlikeError:
+            thought = self._with_thought(rendered, turns, shape)
+            if thought is not None and self.thinking:
+                return thought
+            if thought is not None:
+                raise TemplateError(_thinks(turns[-1])) from None
             for number in sorted(set(shape.order)):
                 others = [Turn(turn.speaker, _sentinel(number)) if i == number else turn for i, turn in enumerate(turns)]
                 try:
@@ -158,6 +165,32 @@ class ChatTemplate:
                     continue
                 raise TemplateError(_changed(turns[number], rendered)) from None
             raise TemplateError(_changed(turns[shape.order[-1]], rendered)) from None
+
+    def _with_thought(self, rendered: str, turns: Sequence[Turn], shape: _Shape) -> list[Piece] | None:
+        """Cut a rendering whose last answer holds a thought, which begins where the template's own generation prompt ends.
+
+        The template may write the white space around the thought anew, nothing else. None where this is no such rendering.
+        """
+        last = len(turns) - 1
+        speakers = tuple(turn.speaker for turn in turns)
+        own = self._generation_prompt(speakers, tuple(None if turn.text else "" for turn in turns))
+        if own is None or shape.order[-1] != last:
+            return None
+        others = [*turns[:-1], Turn(turns[-1].speaker, _sentinel(last))]
+        try:
+            *before, opening, _answer, end = _followed(self._render(others), shape, others)
+        except TemplateError:
+            return None
+        start = "".join(piece.text for piece in before) + own
+        if not opening.text.startswith(own) or not rendered.startswith(start) or not rendered.endswith(end.text):
+            return None
+        answer = rendered[len(start) : len(rendered) - len(end.text)]
+        # A template whose generation prompt opens the thought itself prints the answer without that tag.
+        wanted, printed = "".join(turns[-1].text.split()), "".join(answer.split())
+        whole = "".join(own.split()) + printed
+        if not whole.endswith(wanted) or not wanted.endswith(printed):
+            return None
+        return [*before, Piece(own, None), Piece(answer, last), end]
 
     def printed(self) -> str:
         """Return all that the template prints of its own around an exchange. Raises TemplateError where it prints none."""
@@ -180,9 +213,10 @@ class ChatTemplate:
         fixed = (None,) * len(speakers)
         used, own = self._opening(speakers, fixed, self._shape(speakers, fixed)), self._generation_prompt(speakers, fixed)
         if own is not None and own.strip() != used.strip():
+            thinks = " (data.thinking: true opens them as the template does)" if used.startswith(own) else ""
             said.append(
                 f"the chat template opens a stored answer with {_short(used)} and a prompt with {_short(own)}: prompts are "
-                "opened as stored answers are, so that what is trained is what is asked"
+                f"opened as stored answers are, so that what is trained is what is asked{thinks}"
             )
         return said
 
@@ -244,6 +278,9 @@ class ChatTemplate:
         if (speakers, fixed) not in self._openings:
             literal, own = shape.literals[-2], self._generation_prompt(speakers, fixed)
             continued = own is not None and literal.startswith(own) and not literal.removeprefix(own).strip()
+            if self.thinking:
+                self._openings[speakers, fixed] = self._thoughts_begin_at(own, shape)
+                return self._openings[speakers, fixed]
             # A blank line at the end of a prompt is one token of GPT-2, and two before a word: then it may be cut short.
             shorter = [literal[:end] for end in range(len(literal), len(literal.rstrip()) - 1, -1)]
             candidates = [own, *shorter] if own is not None and continued else shorter
@@ -255,10 +292,21 @@ class ChatTemplate:
             self._openings[speakers, fixed] = fitting[0]
         return self._openings[speakers, fixed]
 
-    def _begins_rows(self, opening: str, shape: _Shape) -> bool:
+    def _thoughts_begin_at(self, own: str | None, shape: _Shape) -> str:
+        """Return the template's own generation prompt. Raises TemplateError where stored answers do not begin with it."""
+        if own is None or not shape.literals[-2].startswith(own) or not self._begins_rows(own, shape, own):
+            raise TemplateError(
+                f"data.thinking: the chat template opens a prompt with {_short(own or '')} and a stored answer with "
+                f"{_short(shape.literals[-2])}, so that no thought can be trained; give another template (model.chat_template)"
+            )
+        return own
+
+    def _begins_rows(self, opening: str, shape: _Shape, literal: str | None = None) -> bool:
+        """Say whether a prompt that ends so has the first ids of rows; their answers stand after `literal`."""
+        literal = shape.literals[-2] if literal is None else literal
         before = "text".join(shape.literals[:-2]) + ("text" if len(shape.literals) > 2 else "")
         prompt = self._ids(before + opening)
-        rows = (self._ids(before + shape.literals[-2] + answer + shape.literals[-1]) for answer in _ANSWERS)
+        rows = (self._ids(before + literal + answer + shape.literals[-1]) for answer in _ANSWERS)
         return all(row[: len(prompt)] == prompt for row in rows)
 
     def _ids(self, text: str) -> list[int]:
@@ -305,6 +353,13 @@ def _printed(rendered: str, place: int, shape: _Shape, number: int, turn: Turn) 
 def _trimmed(text: str) -> tuple[str, ...]:
     """Return the forms in which templates print a text."""
     return (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
+
+
+def _thinks(turn: Turn) -> str:
+    return (
+        f"the chat template prints a thought of the answer {_short(turn.text)}, and prompts end after an empty one; "
+        "data.thinking: true ends them before a thought, so that thoughts are trained and asked for"
+    )
 
 
 def _changed(turn: Turn, rendered: str) -> str:

@@ -25,6 +25,10 @@ ROLES = {
 }  # fmt: skip
 """Names of speakers in data sets and the roles of chat templates that they stand for."""
 
+_UNUSED = ("weight", "reasoning_content", "reasoning", "thinking", "images", "audios", "videos")
+_NOTHING = (None, "", [], 1)
+"""Values of such a field that say nothing; a weight of 1 is what every message has."""
+
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -40,6 +44,14 @@ def dialogue(text: str) -> Messages:
         {"role": ROLES[speaker.lower()], "content": content.strip()}
         for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
     ]
+
+
+def unused(found: Any, name: str) -> list[str]:
+    """Name the fields of messages that hold something and are not read."""
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        return []
+    names = (key for message in found if isinstance(message, Mapping) for key in _UNUSED if message.get(key) not in _NOTHING)
+    return [f"{name}.{key}" for key in dict.fromkeys(names)]
 
 
 def messages(found: Any, name: str) -> Messages:
@@ -64,6 +76,10 @@ def _message(message: Mapping[str, Any], field: str, name: str) -> dict[str, str
         raise ValueError(
             f"a message of {field} has the speaker {speaker!r} and the keys {', '.join(message)}; known are role and content, "
             f"or from and value, with the speakers {', '.join(ROLES)}"
+        )
+    if not values.is_null(calls := message.get("tool_calls")) and calls != []:
+        raise ValueError(
+            f"{name} asks for tools (tool_calls), which is not read: write what the model is to write into content"
         )
     return {"role": role, "content": _content(content, f"{name}.content")}
 

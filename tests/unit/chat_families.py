@@ -31,6 +31,8 @@ class Family(NamedTuple):
     """Its template has no system turn."""
     own_prompt: bool = True
     """The template's generation prompt is the beginning of a stored row."""
+    earlier_end: str | None = None
+    """Token that ends earlier answers, where that is another one."""
 
 
 _LINES = r"'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -150,11 +152,20 @@ _QWEN3 = (
     "{% else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+_QWEN3_THINKING = _QWEN3.removesuffix("{{ '<|im_start|>assistant\\n' }}{% endif %}") + (
+    "{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
 _R1 = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}"
     "{% elif message.role == 'user' %}{{ '<|User|>' + message.content }}"
     "{% else %}{{ '<|Assistant|>' + message.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"
+)
+_HARMONY = (  # the last answer ends in another token than those before it
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + message['content'] + ('<|return|>' if loop.last else '<|end|>') }}"
+    "{% else %}{{ '<|start|>' + message['role'] + '<|message|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
 _PHI3 = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
@@ -188,6 +199,12 @@ def _llama3(template: str) -> PreTrainedTokenizerBase:
 def _llama2(template: str | None, around: str = "<s> $A") -> PreTrainedTokenizerBase:
     tokenizer = _sentencepiece(["<unk>", "<s>", "</s>"], around=around)
     return _fast(tokenizer, template, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def _qwen3_thinking() -> PreTrainedTokenizerBase:
+    tokenizer = _byte_level(_IM)
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in ("<think>", "</think>")])
+    return _fast(tokenizer, _QWEN3_THINKING, eos_token="<|im_end|>")
 
 
 def _phi3() -> PreTrainedTokenizerBase:
@@ -226,6 +243,7 @@ _MADE: dict[str, Callable[[], Family]] = {
         _fast(_byte_level(_IM), _CHATML_DEFAULT, bos_token="<|im_start|>", eos_token="<|im_end|>"), "<|im_end|>"
     ),
     "qwen3": lambda: Family(_fast(_byte_level(_IM), _QWEN3, eos_token="<|im_end|>"), "<|im_end|>", own_prompt=False),
+    "qwen3 thinking": lambda: Family(_qwen3_thinking(), "<|im_end|>", own_prompt=False),
     "deepseek-r1": lambda: Family(
         _fast(
             _byte_level(["<|bos|>", "<|eos|>", "<|User|>", "<|Assistant|>"], around="<|bos|> $A"),
@@ -235,6 +253,17 @@ _MADE: dict[str, Callable[[], Family]] = {
         ),
         "<|eos|>",
         own_prompt=False,
+    ),
+    "gpt-oss": lambda: Family(
+        _fast(
+            _byte_level([_END, "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"]),
+            _HARMONY,
+            bos_token=_END,
+            eos_token="<|return|>",
+        ),
+        "<|return|>",
+        own_prompt=False,
+        earlier_end="<|end|>",
     ),
     "phi3": lambda: Family(_phi3(), "<|end|>"),
     "content parts": lambda: Family(

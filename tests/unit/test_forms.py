@@ -342,6 +342,10 @@ def test_conversations_of_every_form_become_messages(read: Any, row: dict[str, A
         ({"messages": [says("critic", "x"), HO]}, "a message of messages has the speaker 'critic'"),
         ({"messages": [HI, {"role": "assistant", "content": None, "tool_calls": []}]}, r"messages\.1\.content is null"),
         (
+            {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            r"messages\.1 asks for tools",
+        ),
+        (
             {"messages": [says("user", [{"type": "image_url", "image_url": "x"}]), HO]},
             r"content\.0 is a part of type 'image_url'",
         ),

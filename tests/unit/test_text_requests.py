@@ -105,7 +105,7 @@ def test_a_template_that_refuses_conversations_is_refused_where_they_are_needed(
 
 def test_rows_that_the_template_changes_are_found_before_the_start(tmp_path: Path) -> None:
     rows = [*ROWS, {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"}]
-    with pytest.raises(ValueError, match=r"data.train: .* row 3: the chat template prints other text before the answer"):
+    with pytest.raises(ValueError, match=r"data.train: .* row 3: the chat template prints a thought of the answer"):
         run.check(job_of(model_of("qwen3", tmp_path / "model"), tmp_path, rows))
 
 

@@ -150,7 +150,7 @@ def test_conversations_train_on_every_answer_or_on_the_last(name: str) -> None:
     assert every.count("hello") == 2
     assert last.count("hello") == 1
     if encoder.tokenizer.chat_template is not None:
-        assert every.count(str(kind.end_of_turn)) == 2
+        assert sum(every.count(end) for end in {str(kind.end_of_turn), str(kind.earlier_end)}) == 2
 
 
 def _learnt(encoder: Encoder, row: Encoded, loss_on: str) -> str:
@@ -247,14 +247,71 @@ def test_a_template_that_cannot_be_followed_is_refused_with_the_reason(template:
     assert text.input_ids == tokenizer("hello")["input_ids"]
 
 
-def test_a_thought_that_the_template_takes_apart_is_refused_with_its_row() -> None:
+THOUGHTS = ("<think>\nhm\n</think>\n\nfine", "<think>hm, so\nit is</think>fine", "fine", "")
+
+
+@pytest.mark.parametrize("answer", THOUGHTS)
+@pytest.mark.parametrize("data_format", ["instruction", "conversation", "preference"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 thinking"])
+def test_thoughts_are_trained_and_asked_for_where_a_job_says_so(name: str, data_format: str, answer: str) -> None:
+    """The row is what the template prints, the prompt is its own generation prompt, and what follows is learnt to the end."""
+    tokenizer = family(name).tokenizer
+    encoder = Encoder(tokenizer, "plain", thinking=True)
+    asked = [{"role": "user", "content": "a"}]
+    row = {
+        "instruction": {"instruction": "", "input": "a", "output": answer},
+        "conversation": {"messages": [*asked, {"role": "assistant", "content": answer}]},
+        "preference": {"prompt": asked, "chosen": answer, "rejected": "poor"},
+    }[data_format]
+    (made,) = encode_data(encoder, [row], data_format, 400).rows
+    encoded = made.sequences[0]
+    messages = [*([{"role": "system", "content": ""}] if data_format == "instruction" else []), *asked]
+    given = [*messages, {"role": "assistant", "content": answer}]
+    assert encoded.input_ids == tokenizer.apply_chat_template(given, return_dict=False)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    conversation = encoder.conversation("", "a") if data_format == "instruction" else encoder.dialogue(asked)
+    assert encoder.encode(conversation).input_ids == prompt
+    if name == "qwen3 thinking" and "hm" not in answer:  # the prompt's line break is one token with those of an empty thought
+        assert encoder.num_melted == len(made.sequences)
+        return
+    assert encoded.input_ids[: len(prompt)] == prompt
+    response = [number for number, inside in zip(encoded.input_ids, encoded.in_response, strict=True) if inside]
+    assert response == encoded.input_ids[len(prompt) : len(prompt) + len(response)]
+    assert tokenizer.decode(response).endswith(f"{answer[-4:]}<|im_end|>")
+
+
+def test_earlier_thoughts_are_those_that_the_template_keeps() -> None:
+    tokenizer = family("qwen3").tokenizer
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": THOUGHTS[0]},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": THOUGHTS[1]},
+    ]
+    encoder = Encoder(tokenizer, "plain", thinking=True)
+    encoded = encoder.encode(encoder.from_row({"messages": turns}, "conversation"))
+    assert encoded.input_ids == tokenizer.apply_chat_template(turns, return_dict=False)
+    answers = [number for number, inside in zip(encoded.input_ids, encoded.in_answers, strict=True) if inside]
+    assert tokenizer.decode(answers) == "fine<|im_end|><think>\nhm, so\nit is\n</think>\n\nfine<|im_end|>"
+
+
+def test_a_thought_where_prompts_end_after_an_empty_one_is_refused_with_its_row() -> None:
     encoder = encoder_of("qwen3")
     rows = [
         {"instruction": "a", "input": "", "output": "fine"},
         {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"},
     ]
-    with pytest.raises(ValueError, match="row 2: the chat template prints other text before the answer"):
+    with pytest.raises(ValueError, match=r"row 2: the chat template prints a thought of the answer .*; data.thinking: true"):
         encode_data(encoder, rows, "instruction", 400)
+    with pytest.raises(ValueError, match="row 2: the chat template changes the assistant's text"):
+        encode_data(encoder_of("deepseek-r1"), rows, "instruction", 400)  # it drops the thought, with or without the setting
+    with pytest.raises(ValueError, match=r"data.thinking: the chat template opens a prompt with '<\|Assistant\|><think>"):
+        Encoder(family("deepseek-r1").tokenizer, thinking=True).encode(encoder.conversation("a", "b", "c"))
+
+
+def test_thinking_is_kept_beside_a_model() -> None:
+    assert Encoder(family("qwen3").tokenizer, thinking=True).saved_spec["thinking"] is True
+    assert "thinking" not in encoder_of("qwen3").spec
 
 
 @pytest.mark.parametrize(("name", "said"), [("qwen3", "think"), ("gemma", "no system turn"), ("llama3.1", "2024-07-26")])
@@ -336,6 +393,27 @@ def test_every_form_of_a_date_is_that_of_the_day() -> None:
     assert DAY.strftime(forms) in text
 
 
+def test_an_earlier_answer_that_ends_otherwise_learns_its_end() -> None:
+    encoder = encoder_of("gpt-oss")
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    encoded = encoder.encode(encoder.from_row({"messages": turns}, "conversation"))
+    answers = [number for number, inside in zip(encoded.input_ids, encoded.in_answers, strict=True) if inside]
+    assert encoder.tokenizer.decode(answers) == "assistant<|end|>assistant<|return|>"
+
+
+def test_what_opens_the_next_turn_ends_no_answer() -> None:
+    tokenizer = copy.deepcopy(family("llama2 chat").tokenizer)
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in ("[INST]", "[/INST]")])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ('[INST]' + m.content + '[/INST]') if m.role == 'user' else m.content }}{% endfor %}</s>"
+    )
+    encoder = Encoder(tokenizer, prompt_style="plain")
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    encoded = encoder.encode(encoder.from_row({"messages": turns}, "conversation"))
+    answers = [number for number, inside in zip(encoded.input_ids, encoded.in_answers, strict=True) if inside]
+    assert encoder.tokenizer.decode(answers).replace(" ", "") == "assistantassistant</s>"
+
+
 def test_an_answer_that_no_token_ends_is_remarked_upon() -> None:
     tokenizer = copy.deepcopy(family("gpt2").tokenizer)
     tokenizer.chat_template = (
@@ -406,8 +484,10 @@ def test_a_prompt_of_several_turns_has_the_roles_of_its_row(name: str) -> None:
     turns = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "\u00ab"), ("user", "go"))]
     prompt, row = encoder.encode(encoder.dialogue(turns)), encoder.encode(encoder.dialogue(turns, "fine"))
     assert (prompt.input_ids, prompt.roles) == (row.input_ids[: len(prompt)], row.roles[: len(prompt)])
-    end = encoder.tokenizer.convert_tokens_to_ids(family(name).end_of_turn)
-    assert [i for i, inside in zip(row.input_ids, row.in_answers, strict=True) if inside].count(end) == 2
+    kind = family(name)
+    earlier, last = encoder.tokenizer.convert_tokens_to_ids([str(kind.earlier_end or kind.end_of_turn), str(kind.end_of_turn)])
+    answers = [i for i, inside in zip(row.input_ids, row.in_answers, strict=True) if inside]
+    assert (answers[-1], answers.count(earlier)) == (last, 1 if kind.earlier_end else 2)
 
 
 def test_a_space_belongs_to_the_part_that_holds_it() -> None:

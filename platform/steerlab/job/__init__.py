@@ -4,7 +4,7 @@ A job is data of scalars. The methods' and tasks' own configs sit beside their m
 closed type, so that a misspelt key anywhere ends in one short message before anything starts.
 """
 
-from steerlab.job.data import DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
+from steerlab.job.data import PROMPT_FIELDS, DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
 from steerlab.job.frozen import SEED_LIMIT, Frozen, Implied, JobError, Radians, Seed
 from steerlab.job.messages import cut, explain
 from steerlab.job.model import JOB_PREFIX, ModelConfig, SamplerConfig
@@ -26,6 +26,7 @@ from steerlab.job.whole import Job, job_type, prompt_settings, task_union
 
 __all__ = [
     "JOB_PREFIX",
+    "PROMPT_FIELDS",
     "SEED_LIMIT",
     "ChooseConfig",
     "DataConfig",

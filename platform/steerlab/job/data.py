@@ -244,6 +244,10 @@ class ExtractConfig(Frozen):
         return self
 
 
+PROMPT_FIELDS = ("prompt_style", "response_role", "thinking")
+"""Fields of `DataConfig` by which texts become tokens."""
+
+
 class DataConfig(Frozen):
     """The data sets of a job by what they are for, and the prompt format that they share."""
 
@@ -264,6 +268,9 @@ class DataConfig(Frozen):
     Prompts that come as messages are turns of their own in either."""
     response_role: Literal["data", "instruction", "response"] = "data"
     """Role of response tokens (ASIDE's paper: data)."""
+    thinking: bool = Field(False, exclude_if=lambda thinks: not thinks)
+    """Prompts end where the chat template lets a model begin a thought (Qwen 3: before `<think>`), and the thoughts in answers
+    are trained. False ends prompts as stored answers without a thought begin."""
 
     @property
     def by_role(self) -> dict[str, DataSet]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, create_model, model_validator
 
-from steerlab.job.data import DataConfig, ExtractConfig
+from steerlab.job.data import PROMPT_FIELDS, DataConfig, ExtractConfig
 from steerlab.job.frozen import Frozen
 from steerlab.job.model import ModelConfig
 from steerlab.job.settings import ChooseConfig, MethodConfig, ScaleConfig, TaskConfig, TrackConfig, TrainConfig
@@ -71,8 +71,7 @@ def prompt_settings(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
     """Return the settings by which texts become tokens: how they are asked, and what does not lie beside the model."""
     elsewhere = {"tokenizer": model.tokenizer, "chat_template": model.chat_template}
     return {
-        "prompt_style": data.prompt_style,
-        "response_role": data.response_role,
+        **data.model_dump(include=set(PROMPT_FIELDS)),
         **{name: source for name, source in elsewhere.items() if source is not None},
     }
 

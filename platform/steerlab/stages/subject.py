@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from steerlab import encoding, sources
-from steerlab.job import Frozen, Job, ScaleConfig, described
+from steerlab.job import PROMPT_FIELDS, Frozen, Job, ScaleConfig, described
 from steerlab.plan import ModelRef, Stage, Work
 
 ANYWHERE = "DEFAULT"
@@ -32,7 +32,7 @@ def params(job: Job, below: Stage | None) -> dict[str, Any]:
     fingerprints = {name: encoding.fingerprint(name, source) for name, source in elsewhere.items() if source is not None}
     return {
         "model": model,
-        "prompt": dumped(job.data, include={"prompt_style", "response_role"}) | dumped(job.model, include=set(elsewhere)),
+        "prompt": dumped(job.data, include=set(PROMPT_FIELDS)) | dumped(job.model, include=set(elsewhere)),
         **({"prompt_fingerprints": fingerprints} if fingerprints else {}),
         **({"encoding": encoding.VERSION} if job.model.kind == "causal_lm" else {}),
     }

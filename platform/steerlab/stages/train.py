@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from steerlab import rows
-from steerlab.job import Job
+from steerlab.job import PROMPT_FIELDS, Job
 from steerlab.methods import METHODS
 from steerlab.models import ModelFacts
 from steerlab.plan import Estimate, ModelRef, Stage, Work
@@ -34,7 +34,7 @@ def stage(
     assert job.train is not None
     trains_on = METHODS[job.method.name].trains_on
     data = {role: job.data.by_role[role] for role in (trains_on, "validation") if role in job.data.by_role}
-    settings = subject.dumped(job.data, include={"prompt_style", "response_role", *data})
+    settings = subject.dumped(job.data, include={*PROMPT_FIELDS, *data})
     extractions = extractions or {}
     params: dict[str, Any] = {
         **subject.params(job, below),
