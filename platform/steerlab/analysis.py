@@ -125,4 +125,6 @@ def _top(model: SteeredModel, vector_V: Tensor, num: int, sign: int = 1) -> list
 
 
 def _text(model: SteeredModel, token: int) -> str:
-    return str(model.encoder.tokenizer.decode([token]))
+    tokenizer = model.encoder.tokenizer
+    # A word boundary alone ("▁") decodes to nothing.
+    return str(tokenizer.decode([token])) or str(tokenizer.convert_ids_to_tokens(token))

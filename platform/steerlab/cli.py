@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from steerlab import plan
@@ -200,7 +200,7 @@ def _print_estimate(found: dict[str, Any], as_json: bool) -> None:
         return
     from steerlab.capacity import in_words
 
-    table = Table("stage", "distinct", "cached", "to run", "seconds", "disk")
+    table = _table("stage", "distinct", "cached", "to run", "seconds", "disk")
     for name, line in found["stages"].items():
         seconds = "unknown" if line["seconds"] is None else f"{line['seconds']:.0f}"
         counts = (str(line[part]) for part in ("distinct", "cached", "to_run"))
@@ -221,7 +221,7 @@ def _print_sweep(outcome: Outcome, root: str) -> None:
         others = summary["indistinguishable"]
         console.print(f"not distinguishable from it: {'unknown' if others is None else ', '.join(others) or 'no other trial'}")
         rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, so they flatter it"
-        table = Table("metric", f"on {rows}")
+        table = _table("metric", f"on {rows}")
         for name, metric in (summary["test"] or {}).items():
             table.add_row(name, _cell(metric))
         console.print(table)
@@ -244,7 +244,7 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
             print(json.dumps({"stages": [record.as_dict() | _needed(record, needs) for record in records]}, indent=1))
             capacity.check_machine(records, needs, store)
             return
-        table = Table(
+        table = _table(
             "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}"
         )
         for record in records:
@@ -295,7 +295,7 @@ def generate(
         for path, content in shown.files.items():
             (output / path).parent.mkdir(parents=True, exist_ok=True)
             (output / path).write_bytes(content)
-        table = Table("strength", "output")
+        table = _table("strength", "output")
         for value, text in shown.outputs:
             table.add_row(f"{value:g}", escape(text))
         console.print(table)
@@ -333,7 +333,7 @@ def explain(
             tokens = [effect._asdict() for effect in effects]
             print(json.dumps({"response": text, "strength": scale, "tokens": tokens}, indent=1))
             return
-        table = Table("token", "norm", "KL, nats", "promotes", "demotes", title=escape(f"strength {scale:g}: {text}"))
+        table = _table("token", "norm", "KL, nats", "promotes", "demotes", title=escape(f"strength {scale:g}: {text}"))
         for effect in effects:
             moved = (", ".join(f"{t!r} {by:+.2f}" for t, by in tokens) for tokens in (effect.promoted, effect.demoted))
             table.add_row(escape(repr(effect.token)), f"{effect.norm:.2f}", f"{effect.kl:.4f}", *map(escape, moved))
@@ -401,7 +401,7 @@ def _print_comparison(found: Comparison) -> None:
         strengths = ", ".join(f"{s:g}" for s in dict.fromkeys(one.strengths[side] for one in found.metrics.values()))
         at = f", at strength {strengths}" if named.is_steered else ""
         _say(f"{place}: {named}{at}")
-    table = Table("metric", "strengths", "second - first", "95 % interval", "n", "more than noise")
+    table = _table("metric", "strengths", "second - first", "95 % interval", "n", "more than noise")
     for name, (d, strengths) in found.metrics.items():
         sides = zip((found.first, found.second), strengths, strict=True)
         interval = f"[{d.low:+.3f}, {d.high:+.3f}]".replace("[", "\\[")
@@ -560,7 +560,7 @@ def doctor(root: RootOption = None) -> None:
     from steerlab.doctor import examine
     from steerlab.run import default_root
 
-    table = Table("check", "result", "")
+    table = _table("check", "result", "")
     findings = examine(root or default_root())
     for finding in findings:
         table.add_row(finding.check, "[green]ok[/green]" if finding.ok else "[red]missing[/red]", escape(finding.detail))
@@ -672,7 +672,7 @@ def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
 
     names = list(dict.fromkeys(name for _, r in done for name in r.summary["metrics"]))
     columns = [column for job, r in done for column in _columns(job.name, r.summary)]
-    table = Table("metric", *(escape(title) for title, _ in columns))
+    table = _table("metric", *(escape(title) for title, _ in columns))
     for name in names:
         table.add_row(name, *(_cell(metrics.get(name)) for _, metrics in columns))
     if names:
@@ -708,6 +708,11 @@ def _cell(metric: dict[str, Any] | None) -> str:
     interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"
     # A training's loss has no items.
     return f"{metric['value']:.3f}{interval}" + ("" if metric["n"] is None else f" ({items})")
+
+
+def _table(*headers: str, title: str | None = None) -> Table:
+    """Return a table that folds what is wider than its column: half a metric's name is none."""
+    return Table(*(Column(header, overflow="fold") for header in headers), title=title)
 
 
 def main() -> None:

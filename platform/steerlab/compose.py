@@ -67,6 +67,8 @@ def _written(value: Any, field: str, join: Callable[[Sequence[str]], str], row: 
         raise ValueError(f"has no field {field!r} (it has: {values.names(row)})")
     if not isinstance(value, list | tuple):
         return values.text(value, field, scalars=True)
+    if not value:
+        raise ValueError(f"{field} is an empty list")
     texts = [values.text(entry, f"{field}.{i}", scalars=True) for i, entry in enumerate(value)]
     try:
         return join(texts)

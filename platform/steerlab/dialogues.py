@@ -59,6 +59,8 @@ def _turns(held: Mapping[str, Any]) -> Messages:
             return found
     if "prompt" in held and "completion" in held:
         return [*_of(held["prompt"], "prompt", "user"), *_of(held["completion"], "completion", "assistant")]
+    if empty := [name for name in _LISTS if name in held]:
+        raise ValueError(f"{empty[0]} is an empty list")
     raise ValueError(
         f"the row holds no conversation: neither messages ({', '.join(_LISTS)}) nor prompt and completion "
         f"(it has: {values.names(held)})"

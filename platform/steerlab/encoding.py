@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from steerlab import models, sources
 from steerlab.job import written_out
-from steerlab.templates import DATE, ChatTemplate, Turn, prints_date
+from steerlab.templates import DATE, ChatTemplate, TemplateError, Turn, default_of, prints_date
 from steerlab.tokens import DATA, INSTRUCTION, ROLES, Batch, Conversation, Encoded, Message, Pair, Part, Row, collate, pad_id
 
 if TYPE_CHECKING:
@@ -501,9 +501,10 @@ def template_of(source: str) -> str:
     else:
         text = path.read_text(encoding="utf-8")
         template = json.loads(text).get("chat_template") if path.suffix == ".json" else text
-    if not isinstance(template, str) or not template.strip():
-        raise ValueError(f"model.chat_template {source}: there is no chat template in it")
-    return template
+    try:
+        return default_of(template)
+    except TemplateError as error:
+        raise ValueError(f"model.chat_template {source}: {error}") from None
 
 
 class _Stretch(NamedTuple):
@@ -734,6 +735,11 @@ def _kept(fitted: Iterable[tuple[Row | None, bool]], num_refused: int) -> Rows:
         numbers.append(number)
         num_cut += cut
     return Rows(rows, numbers, num_cut, num_dropped - num_refused, num_refused)
+
+
+def prompt_length(row: Row) -> int:
+    """Return the number of tokens before a row's last answer; of a pair, those of the longer prompt."""
+    return max(_prompt_length(sequence) for sequence in row.sequences)
 
 
 def _prompt_length(row: Encoded) -> int:

@@ -129,6 +129,10 @@ class SteeredModel(Steered):
     encoder: Encoder
     batch_tokens: int = _BATCH_TOKENS
 
+    def __post_init__(self) -> None:
+        models.reads_padding(self.model)  # found while nothing is attached
+        super().__post_init__()
+
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""

@@ -36,7 +36,9 @@ class _Seen:
     bad: list[str] = field(default_factory=list)
     """Why rows were left out."""
     names: str = ""
-    """Fields of the first row."""
+    """Fields of the first row, by their names in the file."""
+    new_names: str = ""
+    """Fields of the first row after `rename`."""
     absent: list[str] = field(default_factory=list)
     """Keys of the job that name a field which no row had so far."""
     subsets: dict[Any, None] = field(default_factory=dict)
@@ -187,6 +189,7 @@ def _one(row: dict[str, Any] | SourceError, data: DataSet, seen: _Seen) -> dict[
     if data.rename:
         row = forms.renamed(row, data.rename)
     row = row | data.fill
+    seen.new_names = seen.new_names or values.names(row)
     if seen.absent:
         seen.absent = [key for key in seen.absent if _is_absent(key, own, row)]
     if data.subset is not None and row.setdefault("subset", None) != data.subset:
@@ -220,7 +223,9 @@ def _check_renamed(row: Mapping[str, Any], data: DataSet) -> None:
 def _check_names(data: DataSet, seen: _Seen) -> None:
     """Refuse a job that names fields which no row has."""
     if seen.read and seen.absent:
-        raise ValueError(f"{seen.absent[0]}: a row of {describe(data)} has no such field (it has: {seen.names})")
+        key = seen.absent[0]
+        names, when = (seen.names, "") if key.startswith("rename.") or not data.rename else (seen.new_names, " after rename")
+        raise ValueError(f"{key}: a row of {describe(data)} has no such field{when} (it has: {names})")
 
 
 def _nothing_left(data: DataSet, seen: _Seen, passed: int) -> ValueError:

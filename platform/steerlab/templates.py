@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
@@ -101,7 +101,7 @@ class ChatTemplate:
         if self.tokenizer.chat_template is None:
             self._source = f"{{%- set heading = {json.dumps(self.heading)} -%}}{BLANK_LINES}"
         else:
-            source = str(self.tokenizer.get_chat_template())
+            source = default_of(self.tokenizer.chat_template)
             self._source = f"{_fixed_date(self.date)}{source}" if prints_date(self.tokenizer) else source
         for takes_system, wraps in ((True, False), (True, True), (False, False), (False, True)):
             self.takes_system, self.wraps = takes_system, wraps
@@ -242,10 +242,16 @@ class ChatTemplate:
         order = [ord(c) - _FIRST_SENTINEL for c in rendered if c in marks]
         dropped = [speaker for i, speaker in enumerate(speakers) if fixed[i] is None and i not in order]
         if dropped:
-            raise TemplateError(f"the chat template drops the {dropped[0]}'s message of {', '.join(speakers)}")
+            raise TemplateError(
+                f"the chat template drops the {dropped[0]}'s message of {', '.join(speakers)}; leave such messages out of the "
+                "rows, or give another template (model.chat_template)"
+            )
         answers = [i for i in order if speakers[i] == "assistant"]
         if len(answers) != len(set(answers)):
-            raise TemplateError(f"the chat template repeats the assistant's message of {', '.join(speakers)}")
+            raise TemplateError(
+                f"the chat template prints the assistant's message of {', '.join(speakers)} twice, so that its tokens "
+                "cannot be told apart; give another template (model.chat_template)"
+            )
         return _Shape(re.split("|".join(marks) or "(?!)", rendered), order)
 
     def _render(self, turns: Sequence[Turn], prompt: bool = False) -> str:
@@ -311,6 +317,25 @@ class ChatTemplate:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def default_of(template: Any) -> str:
+    """Return a chat template, or of several with names the one called `default`.
+
+    Raises:
+        TemplateError: there is none, or there are several and none is the default.
+    """
+    if isinstance(template, Sequence) and not isinstance(template, str):  # as tokenizer_config.json holds them
+        template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+    if isinstance(template, Mapping):
+        if len(template) > 1 and "default" not in template:
+            raise TemplateError(
+                f"none of the chat templates {', '.join(template)} is the default; give one (model.chat_template)"
+            )
+        template = template.get("default", next(iter(template.values()), None))
+    if not isinstance(template, str) or not template.strip():
+        raise TemplateError("there is no chat template in it")
+    return template
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -405,7 +430,8 @@ def _fixed_date(date: str) -> str:
     """Return a macro that stands in for `strftime_now`, in which transformers prints the day of the rendering."""
     day = datetime.fromisoformat(date)
     directives = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters if letter != "s"]
-    known = {directive: day.strftime(directive) for directive in directives if day.strftime(directive) != directive}
+    seconds = {"%s": str(int(day.replace(tzinfo=UTC).timestamp()))}  # strftime would take the zone of this machine
+    known = seconds | {directive: day.strftime(directive) for directive in directives if day.strftime(directive) != directive}
     replaced = "".join(f"|replace({json.dumps(directive)}, {json.dumps(text)})" for directive, text in known.items())
     percent = chr(_FIRST_SENTINEL)  # stands for %% while the directives are replaced
     whole = f"format|replace('%%', '{percent}'){replaced}|replace('{percent}', '%')"

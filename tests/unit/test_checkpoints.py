@@ -221,6 +221,17 @@ def test_a_module_that_never_runs_is_named_before_the_start(tiny_dir: Path, tmp_
         check(job(tmp_path / "gpt2", "transformer"))
 
 
+@pytest.mark.parametrize(("name", "modules"), [("gemma3n_text", r"model.layers.\d+"), ("mixtral", r".*experts.act_fn")])
+def test_a_module_without_a_value_for_each_token_is_named_before_the_start(
+    name: str, modules: str, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Gemma 3n's layers hold four streams before the rows; a router's experts see some of the tokens, in another order."""
+    zoo.write(name, tmp_path, tiny_dir)
+    with pytest.raises(ValueError, match=r"has the axes \(.*\) where 3 rows of 11 tokens are read: none for each token"):
+        check(job(tmp_path, modules))
+    check(job(tmp_path, r".*post_attention_layernorm"))
+
+
 def job(source: Path, modules: str = ".*norm") -> Job:
     """A job that reads texts of the tiny world."""
     from steerlab.stages import JobType

@@ -159,6 +159,9 @@ def test_columns_are_separated_as_the_ending_says(tmp_path: Path) -> None:
     assert texts(put(tmp_path, "a.txt", 'Q\t"a, b"\nR\tc\n'), **names) == ['"a, b"', "c"]
     with pytest.raises(SourceError, match=r"row 1 has another number of cells than columns \(question, text\): 3, not 2"):
         texts(put(tmp_path, "b.csv", "Q,a,b\n"), **names)
+    headed = put(tmp_path, "headed.csv", "question,text\na,b\n")
+    with pytest.raises(SourceError, match=r"headed.csv row 1 holds the names in `columns`: the file has a header of its own"):
+        texts(headed, **names)
     with pytest.raises(SourceError, match=r"columns name those of a text file without a header; a.json has names of its own"):
         texts(put(tmp_path, "a.json", TWO), **names)
 

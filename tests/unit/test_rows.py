@@ -90,6 +90,9 @@ def test_what_cannot_be_renamed_is_said(tmp_path: Path) -> None:
     names = {"question": "instruction", "answer": "output", "kontext": "input"}
     with pytest.raises(ValueError, match=r"rename.kontext: a row of .* has no such field \(it has: question, answer\)"):
         rows.read(instructions(tmp_path / "a.json", found, rename=names))
+    names = {"question": "instruction", "answer": "output"}
+    with pytest.raises(ValueError, match=r"map.answer: .* has no such field after rename \(it has: instruction, output\)"):
+        rows.read(instructions(tmp_path / "a.json", found, rename=names, map={"answer": {"a": "b"}}))
     with pytest.raises(ValueError, match="rename gives the name 'output' to two fields"):
         DataSet(source="a", rename={"question": "output", "answer": "output"})
     with pytest.raises(ValueError, match="rename takes the field 'output' away, which format instruction or a filter needs"):

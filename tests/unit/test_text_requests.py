@@ -16,7 +16,9 @@ from steerlab import generation, job, run
 from steerlab.encoding import Encoder, encode_data
 from steerlab.evaluation import TASKS
 from steerlab.generation import SteeredModel
+from steerlab.job import DataSet
 from steerlab.stages import JobType, plan_of
+from steerlab.training.loop import load_rows
 
 ROWS = [
     {"instruction": "Summarise the text.", "input": "The garden was quiet.", "output": "quiet"},
@@ -144,6 +146,22 @@ def test_the_rows_that_are_tried_are_those_that_the_job_reads(tmp_path: Path) ->
         pytest.warns(UserWarning, match="opens a stored answer"),
     ):
         run.check(job_of(model, tmp_path, rows, data={"train": {**source, "skip_bad": True}}))
+
+
+def test_prompts_that_fit_into_no_row_are_said(tmp_path: Path) -> None:
+    model, train = model_of("smollm2", tmp_path / "m"), {"steps": 1, "micro_batch": 1, "max_tokens": 200}
+    long = {"instruction": "a", "input": "word " * 200, "output": "b"}
+    with pytest.warns(UserWarning, match=r"data.train: of the first 2 rows, 1 have prompts of 200 tokens or more"):
+        run.check(job_of(model, tmp_path, [long, {"instruction": "a", "input": "b", "output": "c"}], train=train))
+    with pytest.raises(ValueError, match=r"data.train: of the first 1 rows, no prompt has fewer than 200 tokens"):
+        run.check(job_of(model, tmp_path, [long], train=train))
+
+
+def test_a_bad_row_behind_those_that_were_tried_is_named_by_its_data_set(tmp_path: Path) -> None:
+    rows = [*ROWS, THOUGHT]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"rows.json: row 3: the chat template .*; skip_bad: true leaves such rows out"):
+        load_rows(DataSet(source=str(tmp_path / "rows.json")), Encoder(family("qwen3").tokenizer), 100)
 
 
 def test_pairs_of_equal_answers_are_said(tmp_path: Path) -> None:

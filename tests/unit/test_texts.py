@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerBase
 
 from steerlab import encoding
-from steerlab.encoding import FRAMING, Encoder, encode_data
+from steerlab.encoding import FRAMING, Encoder, encode_data, template_of
 from steerlab.tokens import DATA, IGNORED, INSTRUCTION, PADDING, Encoded, Message, Part, collate
 
 CHATS = tuple(name for name in FAMILIES if family(name).tokenizer.chat_template is not None)
@@ -386,11 +388,11 @@ def test_a_prompt_without_a_word_is_a_prompt(name: str) -> None:
 
 def test_every_form_of_a_date_is_that_of_the_day() -> None:
     tokenizer = copy.deepcopy(family("llama3.1").tokenizer)
-    forms = "%d %b %Y|%e|%-d|%B %d, %Y|%A|%F|%H:%M"
+    forms = "%d %b %Y|%e|%-d|%B %d, %Y|%A|%F|%H:%M|%s"
     tokenizer.chat_template = str(tokenizer.chat_template).replace("%d %b %Y", forms)
     encoder = Encoder(tokenizer, prompt_style="plain")
     text = tokenizer.decode(encoder.encode(encoder.conversation("a", "hello")).input_ids)
-    assert DAY.strftime(forms) in text
+    assert DAY.strftime(forms.removesuffix("%s")) + str(int(DAY.replace(tzinfo=UTC).timestamp())) in text
 
 
 def test_an_earlier_answer_that_ends_otherwise_learns_its_end() -> None:
@@ -412,6 +414,26 @@ def test_what_opens_the_next_turn_ends_no_answer() -> None:
     encoded = encoder.encode(encoder.from_row({"messages": turns}, "conversation"))
     answers = [number for number, inside in zip(encoded.input_ids, encoded.in_answers, strict=True) if inside]
     assert encoder.tokenizer.decode(answers).replace(" ", "") == "assistantassistant</s>"
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(family("chatml base").tokenizer)
+    default, other = str(tokenizer.chat_template), "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = {"tool_use": other, "default": default}  # type: ignore[assignment]
+    plain = Encoder(family("chatml base").tokenizer)
+    row = plain.encode(plain.conversation("a", "b", "c")).input_ids
+    encoder = Encoder(tokenizer)
+    assert encoder.encode(encoder.conversation("a", "b", "c")).input_ids == row
+    entries = [{"name": "tool_use", "template": other}, {"name": "default", "template": default}]
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({"chat_template": entries}))
+    assert template_of(str(file)) == default
+    file.write_text(json.dumps({"chat_template": [{**entries[0], "name": "a"}, {**entries[1], "name": "b"}]}))
+    with pytest.raises(ValueError, match="none of the chat templates a, b is the default"):
+        template_of(str(file))
+    file.write_text(json.dumps({"chat_template": None}))
+    with pytest.raises(ValueError, match="there is no chat template"):
+        template_of(str(file))
 
 
 def test_an_answer_that_no_token_ends_is_remarked_upon() -> None:

@@ -133,6 +133,8 @@ def test_what_a_template_cannot_write_is_named(template: str, message: str) -> N
 def test_more_choices_than_letters_and_lists_of_objects_are_refused() -> None:
     with pytest.raises(ValueError, match="choices holds 27 choices, more than there are letters"):
         compose.write("{choices}", {"choices": ["x"] * 27})
+    with pytest.raises(ValueError, match="choices is an empty list"):
+        compose.write("{choices}", {"choices": []})
     with pytest.raises(ValueError, match=r"choices\.1 is an object"):
         compose.write("{choices}", {"choices": ["x", {"text": "y"}]})
 

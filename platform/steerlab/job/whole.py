@@ -21,7 +21,7 @@ class Job(Frozen):
     """Name of the run folder."""
     model: ModelConfig
     """The model the method starts from."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = DataConfig.model_validate({})
     """Data sets and prompt format."""
     method: SerializeAsAny[MethodConfig]
     """The method and its hyperparameters."""

@@ -4,6 +4,7 @@ from steerlab.models.architecture import runs_own_code, text_config
 from steerlab.models.decoding import accepted, cache_name, empty_cache, reads_padding
 from steerlab.models.folding import fold_affine
 from steerlab.models.kinds import (
+    DRY_SHAPE_BT,
     check_head,
     max_positions,
     modules_that_run,
@@ -47,6 +48,7 @@ from steerlab.models.places import (
 from steerlab.models.weights import has_weights, listed
 
 __all__ = [
+    "DRY_SHAPE_BT",
     "DTYPES",
     "LayerType",
     "ModelFacts",

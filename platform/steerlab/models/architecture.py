@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _TRUST = "set model.trust_remote_code: true to run it, if you trust where it comes from"
+_NO_LEFT_TO_RIGHT = {
+    "xlnet": "its tokens see those after them",
+    "cpmant": "its tokens see those after them",
+    "reformer": "its attention needs rows of fixed lengths",
+}
+"""Types that transformers lists with causal language models, and why they are none; a test looks for more."""
 _CODE_FILES = {"config.json": "config", "tokenizer_config.json": "tokenizer"}
 
 
@@ -85,6 +92,8 @@ def _check_kind(config: PreTrainedConfig, raw: dict[str, Any], directory: Path) 
     what = f"{directory} holds a {made}, which is no causal language model"
     if config.is_encoder_decoder:
         raise ValueError(f"{what}: it has an encoder and a decoder")
+    if config.model_type in _NO_LEFT_TO_RIGHT:
+        raise ValueError(f"{what}: {_NO_LEFT_TO_RIGHT[config.model_type]}")
     cls = model_class(config)
     if type(config) not in cls._model_mapping and "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
         raise ValueError(what)
@@ -131,7 +140,15 @@ def _skeleton(directory: Path, config: str, trust_remote_code: bool) -> PreTrain
             f"{directory} holds a {type(found).__name__} whose tokens see those after them; the config of a decoder says "
             "is_decoder: true"
         )
+    needed = [name for name, one in inspect.signature(type(found).forward).parameters.items() if _must_be_given(name, one)]
+    if needed:
+        raise ValueError(f"{directory} holds a {type(found).__name__}, which reads no text without {', '.join(needed)}")
     return found
+
+
+def _must_be_given(name: str, parameter: inspect.Parameter) -> bool:
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return parameter.default is inspect.Parameter.empty and parameter.kind not in variadic and name not in ("self", "input_ids")
 
 
 def make(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:

@@ -6,6 +6,10 @@ import inspect
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
 
 from steerlab.models.architecture import text_config
 
@@ -16,6 +20,10 @@ _CACHES = ("past_key_values", "cache_params", "state")
 """Arguments, and fields of the output, which hold keys and values or the state of a recurrent model."""
 _OPTIONAL = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 """Arguments without which a forward computes the same for rows without padding on the left."""
+
+_PROBE_TOKENS, _PROBE_STEPS = 6, 2
+_SAME = 0.01
+"""Differences of logits, relative to their spread, that are taken for rounding."""
 
 
 @cache
@@ -39,11 +47,52 @@ def empty_cache(model: Any) -> dict[str, Any]:
 
 
 def reads_padding(model: PreTrainedModel) -> bool:
-    """Say whether padding on the left changes nothing for a model's rows.
+    """Say whether padding on the left changes nothing for a model's rows; found by a call of the model, once.
 
-    A model that takes no positions counts them from the first column, or carries a state through the padding.
+    A model that takes no positions counts them from the first column, or carries a state through the padding; others take
+    positions and do not use them everywhere. Patches that change what the model computes are attached after the first call.
     """
-    return "position_ids" in _taken(type(model))
+    if "position_ids" not in _taken(type(model)):
+        return False
+    if model not in _reads_padding:
+        _reads_padding[model] = _same_behind_padding(model)
+    return _reads_padding[model]
+
+
+_reads_padding: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _same_behind_padding(model: Any) -> bool:
+    """Compare the logits of a short row, read and continued, with those that it has behind padding."""
+    training = model.training
+    model.eval()
+    alone, padded = (_decoded(model, width).float() for width in (0, _PROBE_TOKENS))
+    model.train(training)
+    # Rounding grows with depth; what is read wrongly changes logits by as much as they differ among themselves.
+    tolerance = max(_SAME, 16 * torch.finfo(model.dtype).eps)
+    return bool((alone - padded).abs().max() <= tolerance * alone.std())
+
+
+def _decoded(model: Any, padding: int) -> Tensor:
+    """Return the logits after a short row behind some columns of padding and after each token that continues it, (T, V)."""
+    ids = torch.arange(1, 1 + _PROBE_TOKENS + _PROBE_STEPS, device=model.device) % text_config(model).vocab_size
+    ids_1T = torch.cat([ids.new_zeros(padding), ids])[None]
+    mask_1T = torch.cat([ids.new_zeros(padding), torch.ones_like(ids)])[None]
+    positions_1T = torch.cat([ids.new_zeros(padding), torch.arange(len(ids), device=ids.device)])[None]
+    name, cache = cache_name(model), empty_cache(model)
+    logits, read = [], 0
+    for end in range(padding + _PROBE_TOKENS, ids_1T.shape[1] + 1):
+        inputs = {
+            "input_ids": ids_1T[:, read:end],
+            "attention_mask": mask_1T[:, :end],
+            "position_ids": positions_1T[:, read:end],
+        }
+        out = model(**accepted(model, inputs), **cache, use_cache=name is not None)
+        logits.append(out.logits[0, -1])
+        if name is not None and name in out:
+            cache, read = {name: out[name]}, end
+    return torch.stack(logits)
 
 
 def accepted(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:

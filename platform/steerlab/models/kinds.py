@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from steerlab.models.architecture import text_config
-from steerlab.models.decoding import empty_cache
+from steerlab.models.decoding import accepted, empty_cache
 from steerlab.models.places import head
 from steerlab.pipelines import Diffusion, Pass
+
+DRY_SHAPE_BT = (3, 11)
+"""Rows and tokens of a pass without weights: sizes that no other axis is likely to have."""
 
 
 def steered_part(model: nn.Module) -> str | None:
@@ -44,8 +47,9 @@ def max_positions(model: Any) -> float:
 
 
 def modules_that_run(skeleton: Any) -> dict[str, Any] | None:
-    """Return the modules that take part in a forward pass with what they return, found without weights; None where that cannot
-    be said.
+    """Return the modules that take part in a forward pass over `DRY_SHAPE_BT` tokens with what they return.
+
+    No weights are needed. None where that cannot be said.
     """
     if isinstance(skeleton, Diffusion):
         return None
@@ -54,7 +58,9 @@ def modules_that_run(skeleton: Any) -> dict[str, Any] | None:
         module.register_forward_hook(lambda _m, _i, output, name=name: outputs.update({name: output}))
         for name, module in skeleton.named_modules()
     ]
-    return None if _dry_run(skeleton, handles) is None else outputs
+    ids_BT = torch.zeros(DRY_SHAPE_BT, dtype=torch.long, device=skeleton.device)
+    inputs = accepted(skeleton, {"input_ids": ids_BT, "position_ids": ids_BT})
+    return None if _dry_run(skeleton, handles, inputs) is None else outputs
 
 
 def check_head(skeleton: Any) -> None:
@@ -67,7 +73,7 @@ def check_head(skeleton: Any) -> None:
     if not isinstance(output_head, nn.Linear):
         raise ValueError(f"the head of {type(skeleton).__name__} is a {type(output_head).__name__}, not a linear layer")
     handle = output_head.register_forward_hook(lambda _m, _i, logits: made.append(logits))
-    out = _dry_run(skeleton, [handle])
+    out = _dry_run(skeleton, [handle], small_inputs(skeleton))
     if out is not None and not any(out.logits is logits for logits in made):
         raise ValueError(
             f"{type(skeleton).__name__} scales or caps its logits after its head, so they are no linear function of the last "
@@ -75,12 +81,12 @@ def check_head(skeleton: Any) -> None:
         )
 
 
-def _dry_run(skeleton: Any, handles: Sequence[RemovableHandle]) -> Any:
+def _dry_run(skeleton: Any, handles: Sequence[RemovableHandle], inputs: Mapping[str, Any]) -> Any:
     """Return the output of a short call of a model without weights, and take hooks off; None where it cannot be called."""
     try:
         # Given a cache, transformers does not look at the positions for several rows in one.
         with _WithoutValues():
-            return skeleton(**small_inputs(skeleton), **empty_cache(skeleton), use_cache=True)
+            return skeleton(**inputs, **empty_cache(skeleton), use_cache=True)
     except (RuntimeError, NotImplementedError, TypeError):  # more looks at values than `_WithoutValues` knows
         return None
     finally:

@@ -129,7 +129,7 @@ def _check_places(job: Job) -> None:
 
 
 def _check_runs(chosen: Sequence[taps.Tap], skeleton: Any, outputs: bool) -> None:
-    """Refuse modules that never run, such as a dropout that the attention kernel does itself, or whose value is no tensor."""
+    """Refuse modules that never run, such as a dropout that the attention kernel does itself, or have no value for a token."""
     running = models.modules_that_run(skeleton)
     if running is None:
         return
@@ -137,7 +137,12 @@ def _check_runs(chosen: Sequence[taps.Tap], skeleton: Any, outputs: bool) -> Non
     if never:
         raise ValueError(f"{taps.did_not_run(never, len(chosen))}; take them out with exclude_modules")
     for tap in chosen if outputs else ():
-        taps.value_at(running[tap.module], tap.element, f"the value of {tap.module}")
+        value = taps.value_at(running[tap.module], tap.element, f"the value of {tap.module}")
+        if not tap.element and taps.per_token(value, models.DRY_SHAPE_BT).shape[:2] != models.DRY_SHAPE_BT:
+            raise ValueError(
+                f"the value of {tap.module} has the axes {tuple(value.shape)} where {models.DRY_SHAPE_BT[0]} rows of "
+                f"{models.DRY_SHAPE_BT[1]} tokens are read: none for each token, so there is nothing to read or steer"
+            )
 
 
 def _check_kind(job: Job, found: models.ModelFacts) -> None:
@@ -215,14 +220,17 @@ def _check_template(job: Job, found: models.ModelFacts) -> None:
             f"beyond the {found.num_embeddings} rows of the embedding of {found.architecture}"
         )
     for role, data in trained.items():
-        _check_encoded(f"data.{role}", encoder, data)
+        _check_encoded(f"data.{role}", encoder, data, None if job.train is None else job.train.max_tokens)
     if isinstance(job.model.source, str):
         for remark in encoder.remarks():
             warnings.warn(remark, stacklevel=2)
 
 
-def _check_encoded(key: str, encoder: Encoder, data: DataSet) -> None:
-    """Refuse rows that the template or the tokenizer cannot hold, by the first ones that the job reads. Raises ValueError."""
+def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | None) -> None:
+    """Refuse rows that the template or the tokenizer cannot hold, by the first ones that the job reads. Raises ValueError.
+
+    `longest` is the number of tokens at which training cuts rows; None where nothing is trained.
+    """
     limit = _ROWS_TRIED if data.limit is None else min(data.limit, _ROWS_TRIED)
     tried = rows.read(data.model_copy(update={"limit": limit, "also": ()}))
     before = encoder.num_melted
@@ -237,12 +245,23 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet) -> None:
     if found.num_dropped:
         reason = "the answers of a pair are the same tokens" if data.format == "preference" else "they are empty"
         warnings.warn(f"{said} {found.num_dropped} are left out: {reason}", stacklevel=2)
+    if longest is not None:
+        _check_lengths(said, found, longest, is_all=len(tried) < _ROWS_TRIED and not data.also)
     if encoder.num_melted > before:
         warnings.warn(
             f"{said} {encoder.num_melted - before} answers begin within the last token of their prompt (with white space, as a "
             "rule), so that the model is asked otherwise than it is trained there",
             stacklevel=2,
         )
+
+
+def _check_lengths(said: str, found: encoding.Rows, longest: int, is_all: bool) -> None:
+    """Say how many prompts do not fit into a training row. Raises ValueError where none of all rows fits."""
+    num_long = sum(encoding.prompt_length(row) >= longest for row in found.rows)
+    if num_long and num_long == len(found.rows) and is_all:
+        raise ValueError(f"{said} no prompt has fewer than {longest} tokens (train.max_tokens): nothing would be trained")
+    if num_long:
+        warnings.warn(f"{said} {num_long} have prompts of {longest} tokens or more (train.max_tokens): left out", stacklevel=3)
 
 
 def _encoder_of(job: Job) -> Encoder:

@@ -75,15 +75,21 @@ def _separated_rows(path: Path, asked: Asked) -> Iterator[Found]:
             if name and names.count(name) > 1:
                 raise SourceError(f"{path.name} has two columns of the name {name!r}")
         for number, row in enumerate(cells, 1):
-            if len(row) == len(names):
+            if number == 1 and row == names and asked.columns is not None:
+                yield _header_too(path)
+            elif len(row) == len(names):
                 yield {name: cell for name, cell in zip(names, row, strict=True) if name}
-                continue
-            header = "the header" if asked.columns is None else f"columns ({', '.join(names)})"
-            yield SourceError(
-                f"{path.name} row {number} has another number of cells than {header}: {len(row)}, not {len(names)}"
-            )
+            else:
+                header = "the header" if asked.columns is None else f"columns ({', '.join(names)})"
+                yield SourceError(
+                    f"{path.name} row {number} has another number of cells than {header}: {len(row)}, not {len(names)}"
+                )
     except csv.Error as error:
         raise SourceError(f"{path.name} line {table.line_num} is no row of a table: {error}") from error
+
+
+def _header_too(path: Path) -> SourceError:
+    return SourceError(f"{path.name} row 1 holds the names in `columns`: the file has a header of its own, so leave them out")
 
 
 def _cells(path: Path) -> Any:
@@ -107,7 +113,9 @@ def _column_rows(path: Path, asked: Asked) -> Iterator[Found]:
     names = asked.columns or ()
     for number, line in enumerate(lines(path), 1):
         cells = line.rstrip("\r\n").split("\t")
-        if len(cells) == len(names):
+        if number == 1 and cells == list(names):
+            yield _header_too(path)
+        elif len(cells) == len(names):
             yield dict(zip(names, cells, strict=True))
         else:
             yield SourceError(

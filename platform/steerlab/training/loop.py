@@ -27,6 +27,7 @@ from steerlab.encoding import RowEncoder, Rows
 from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig, prompt_settings
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
+from steerlab.rows import describe
 from steerlab.rows import read as read_rows
 from steerlab.tokens import Batch
 from steerlab.training.engine import Engine
@@ -104,8 +105,11 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 def load_rows(data: DataSet, encoder: RowEncoder, max_tokens: int) -> Rows:
-    """Read and tokenise one data set of a job."""
-    found = encoder.encode_data(read_rows(data), data.format, max_tokens, skip_bad=data.skip_bad)
+    """Read and tokenise one data set of a job. Raises ValueError, with its name, at a row that cannot be encoded."""
+    try:
+        found = encoder.encode_data(read_rows(data), data.format, max_tokens, skip_bad=data.skip_bad)
+    except ValueError as error:
+        raise ValueError(f"{describe(data)}: {error}; skip_bad: true leaves such rows out") from None
     found.check(max_tokens)
     return found
 
