@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from steerlab import pipeline_index
 from steerlab.job import SamplerConfig
+from steerlab.pipeline_index import INDEX
 
-INDEX = "model_index.json"
-"""The file by which a directory is a pipeline."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_ENCODED = 4096
 """Prompts whose encodings are kept."""
@@ -462,9 +461,9 @@ def _class_of(directory: Path) -> tuple[str, type[Any]]:
     from steerlab.pixels import PixelPipeline
 
     diffusers_logging.disable_progress_bar()
-    name = json.loads((directory / INDEX).read_text())["_class_name"]
-    if name not in _FAMILIES:
-        raise ValueError(f"{directory}: pipelines of class {name} are not known here; known: {', '.join(_FAMILIES)}")
+    name = pipeline_index.read(directory).get("_class_name")
+    if not isinstance(name, str) or name not in _FAMILIES:
+        raise ValueError(f"{directory}: pipelines of class {name!s:.80} are not known here; known: {', '.join(_FAMILIES)}")
     return name, PixelPipeline if name == PixelPipeline.__name__ else getattr(diffusers, name)
 
 
@@ -473,12 +472,9 @@ def _parts(directory: Path, only: Sequence[str] = (), with_scheduler: bool = Tru
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-    index = json.loads((directory / INDEX).read_text())
-    for name, entry in index.items():
-        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None or (only and name not in only):
-            continue
-        made = getattr(importlib.import_module(entry[0]), entry[1], None)
-        if not inspect.isclass(made):
+    for name, (library, kind) in pipeline_index.components(pipeline_index.read(directory)):
+        made = getattr(importlib.import_module(library), kind, None) if library in pipeline_index.LIBRARIES else None
+        if not inspect.isclass(made) or (only and name not in only):
             continue
         if issubclass(made, transformers.PreTrainedModel):
             yield name, made(transformers.AutoConfig.from_pretrained(directory / name, trust_remote_code=False))
@@ -488,7 +484,7 @@ def _parts(directory: Path, only: Sequence[str] = (), with_scheduler: bool = Tru
 
 def _assembled(directory: Path, kind: type[Any], dtype: torch.dtype) -> Any:
     """Make a pipeline of embedded configs, none of which needs a tokenizer."""
-    index = json.loads((directory / INDEX).read_text())
+    index = pipeline_index.read(directory)
     settings = {name: value for name, value in index.items() if name == "classes"}
     parts = dict(_parts(directory))
     if dtype != torch.float32:

@@ -24,6 +24,8 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from steerlab.sources import escapes
+
 MANIFEST = "manifest.json"
 SCHEMA = 1
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -65,10 +67,16 @@ class Store:
         return self._is_file(f"{self.path(stage, key)}/{MANIFEST}")
 
     def manifest(self, stage: str, key: str) -> dict[str, Any]:
-        """Return stage, key, meta, files (path, bytes, sha256), schema. Raises StoreError if there is no artifact."""
+        """Return stage, key, meta, files (path, bytes, sha256), schema.
+
+        Raises:
+            StoreError: there is no artifact, or its manifest is none: one whose paths lead out of the artifact among them.
+        """
         if not self.has(stage, key):
             raise StoreError(f"there is no artifact {stage}/{key} in {self.root}")
-        return self.read_json(f"artifacts/{stage}/{key}/{MANIFEST}")
+        manifest = self.read_json(f"artifacts/{stage}/{key}/{MANIFEST}")
+        _check_manifest(manifest, self.path(stage, key))
+        return manifest
 
     def local(self, stage: str, key: str) -> Path:
         """Return a local directory with the artifact: itself, or a verified copy in the cache.
@@ -346,6 +354,19 @@ def _listing(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
+def _check_manifest(manifest: Any, artifact: str) -> None:
+    """Refuse what is no manifest: whoever may write into ROOT may have left it there."""
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, list) or not isinstance(manifest.get("meta"), dict):
+        raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} names neither files nor meta")
+    for file in files:
+        types = {"path": str, "bytes": int, "sha256": str}
+        if not isinstance(file, dict) or not all(isinstance(file.get(name), kind) for name, kind in types.items()):
+            raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} describes a file by {file!r:.100}")
+        if escapes(file["path"]) or not file["path"]:
+            raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} names {file['path']!r:.100}, outside of it")
+
+
 def _check_sizes(directory: Path, manifest: dict[str, Any]) -> None:
     for file in manifest["files"]:
         path = directory / file["path"]
@@ -390,14 +411,14 @@ def _ends_in_newline(path: Path) -> bool:
 def _parse(content: bytes, where: str) -> Any:
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{where} is not JSON: {_one_line(error)}") from error
 
 
 def _whole_values(line: bytes) -> list[Any]:
     try:
         return [json.loads(line)]
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
 
 

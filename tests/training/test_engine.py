@@ -148,6 +148,30 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(zero_stage: int, t
     assert continued == history
 
 
+class Payload:
+    """A pickle of it leaves a file where it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_a_checkpoint_that_somebody_else_wrote_runs_nothing(file: str, tmp_path: Path) -> None:
+    """Whoever may write into ROOT could leave a pickle there, for the workers that continue."""
+    train(tmp_path, 1, stop_at=3, scale={"zero_stage": 1})
+    (path,) = (tmp_path / "step3").rglob(file)
+    state = torch.load(path, weights_only=False)
+    torch.save({**state, "more": Payload(tmp_path / "marker")}, path)
+    with pytest.raises(AssertionError, match="assert"):
+        train(tmp_path, 1, resume=True, scale={"zero_stage": 1})
+    assert not (tmp_path / "marker").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "marker").exists(), "the payload works"
+
+
 @pytest.mark.slow
 def test_replicated_state_continues_on_another_number_of_workers(one_worker: Any, tmp_path: Path) -> None:
     train(tmp_path, 2, stop_at=3)

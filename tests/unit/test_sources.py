@@ -1,5 +1,6 @@
 """Sources: the grammar, packages served from a local folder, files of every type, fingerprints, messages."""
 
+import base64
 import hashlib
 import io
 import json
@@ -7,8 +8,10 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,7 +139,67 @@ def test_wheel_gives_its_root_and_files_inside(index: Path) -> None:
 def test_sdist_is_read_below_its_top_folder(index: Path) -> None:
     source = _put_sdist(index)
     assert rows(f"{source}#data/rows.json", limit=1) == [{"text": "one"}]
-    assert Path(index.parent / "build-ran").exists()
+    assert not (index.parent / "build-ran").exists()
+
+
+def test_pip_itself_would_run_the_build_code_of_an_sdist(index: Path) -> None:
+    """The control: the package of these tests runs code where it is built."""
+    _put_sdist(index)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--dest",
+        str(index.parent / "d"),
+    ]
+    subprocess.run([*command, "--no-binary", ":all:", "tiny-data==1.0"], capture_output=True, check=False)
+    assert (index.parent / "build-ran").exists()
+
+
+@pytest.mark.parametrize("form", ["json", "html"])
+def test_an_archive_is_found_in_an_index_that_needs_a_password(
+    index: Path, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The simple repository API in both of its forms (PEP 503 and 691), of several files the one with the pinned hash."""
+    source = _put_sdist(index)
+    other = index / "tiny_data-1.0-py3-none-any.whl"
+    other.write_bytes(b"of another form")
+    files = [{"filename": f.name, "url": f"../../{f.name}", "hashes": {"sha256": _sha256(f)}} for f in sorted(index.iterdir())]
+    links = "".join(f'<a href="{f["url"]}#sha256={f["hashes"]["sha256"]}">{f["filename"]}</a>' for f in files)  # type: ignore[index]
+    page, kind = f"<html><body>{links}</body></html>", "text/html"
+    if form == "json":
+        listed = {"meta": {"api-version": "1.0"}, "name": "tiny-data", "files": files}
+        page, kind = json.dumps(listed), "application/vnd.pypi.simple.v1+json"
+
+    class Index(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = self.headers.get("Authorization") == f"Basic {base64.b64encode(b'me:secret').decode()}"
+            self.send_response(200 if allowed else 401)
+            self.send_header("Content-Type", kind if self.path == "/simple/tiny-data/" else "application/octet-stream")
+            self.end_headers()
+            if allowed:
+                self.wfile.write(page.encode() if self.path == "/simple/tiny-data/" else (index / self.path[1:]).read_bytes())
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://me:secret@127.0.0.1:{server.server_port}/simple")
+    try:
+        assert rows(f"{source}#data/rows.json", limit=1) == [{"text": "one"}]
+        with pytest.raises(SourceError) as refusal:
+            fetch(source.replace("tiny-data", "other-data"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "secret" not in str(refusal.value)
 
 
 def test_second_fetch_needs_no_index(index: Path) -> None:
@@ -150,7 +213,7 @@ def test_second_fetch_needs_no_index(index: Path) -> None:
 def test_another_hash_stops_before_build_code_runs(index: Path, put: Callable[[Path], str], tmp_path: Path) -> None:
     source = put(index)
     wrong = source.replace(source[-64:], "0" * 64)
-    with pytest.raises(SourceError, match="SHA-256 is not the pinned 0000"):
+    with pytest.raises(SourceError, match="no archive of it has the pinned SHA-256 0000"):
         fetch(wrong)
     assert not (tmp_path / "build-ran").exists()
     assert list((tmp_path / "cache" / "packages").iterdir()) == []
@@ -162,7 +225,7 @@ def test_unpinned_package_is_refused() -> None:
 
 
 def test_unknown_package_says_how_to_help(index: Path) -> None:
-    with pytest.raises(SourceError, match=r"could not be downloaded with pip: ERROR.*or give a path"):
+    with pytest.raises(SourceError, match=r"is in none of the indexes that pip is configured with .* or give a path"):
         fetch(f"wheel:nobody==1.0@sha256:{'0' * 64}")
 
 

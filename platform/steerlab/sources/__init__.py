@@ -17,6 +17,18 @@ One grammar for both:
 """
 
 from steerlab.sources.finding import each_row, fetch, fingerprint, rows, short
-from steerlab.sources.grammar import GENERATORS, PINS, Source, SourceError, parse
+from steerlab.sources.grammar import GENERATORS, PINS, Source, SourceError, escapes, parse
 
-__all__ = ["GENERATORS", "PINS", "Source", "SourceError", "each_row", "fetch", "fingerprint", "parse", "rows", "short"]
+__all__ = [
+    "GENERATORS",
+    "PINS",
+    "Source",
+    "SourceError",
+    "each_row",
+    "escapes",
+    "fetch",
+    "fingerprint",
+    "parse",
+    "rows",
+    "short",
+]

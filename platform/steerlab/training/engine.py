@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,23 @@ _SMALL = 4_000_000
 
 class WorldSizeError(ValueError):
     """A sharded checkpoint cannot be loaded on another number of workers."""
+
+
+def _without_code() -> Any:
+    """Return a reader and writer of DeepSpeed's checkpoint files that runs no code of them: they lie where others may write."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class WithoutCode(TorchCheckpointEngine):
+        """DeepSpeed's own unpickles anything (0.19); what it writes itself needs no more than these three classes."""
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return WithoutCode()
 
 
 @dataclass
@@ -58,6 +76,7 @@ class Engine:
             optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._ds: Any
         self._ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self._config())
+        self._ds.checkpoint_engine = _without_code()
 
     @property
     def passes_per_step(self) -> int:
@@ -141,6 +160,7 @@ class Engine:
 
         Raises:
             WorldSizeError: a ZeRO 1-3 checkpoint of another number of workers.
+            ValueError: a file of the checkpoint would run code.
         """
         meta = json.loads((directory / _META).read_text())
         saved = (meta["world_size"], meta["zero_stage"])
@@ -150,7 +170,13 @@ class Engine:
                 f"{self.world_size} with zero_stage {self.scale.zero_stage}, because sharded optimizer state does not move. "
                 "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or delete the checkpoint"
             )
-        loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
+        try:
+            loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
+        except pickle.UnpicklingError as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"the checkpoint in {directory} holds more than tensors and numbers, so it is not read: {reason}"
+            ) from None
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"
         return meta["state"]
 

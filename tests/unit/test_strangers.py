@@ -1,0 +1,210 @@
+"""Files that a stranger hands in run nothing, write nowhere and are refused in one message."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import py_compile
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pytest
+
+from steerlab import models, sources
+from steerlab.evaluation import scorers
+from steerlab.store import MANIFEST, Store, StoreError
+
+
+class Payload:
+    """A pickle of it leaves a file where it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    """What the code of a stranger leaves where it runs."""
+    return tmp_path / "marker"
+
+
+def code(marker: Path) -> str:
+    return f"import pathlib; pathlib.Path({str(marker)!r}).touch()\nclass Thing: pass\n"
+
+
+# Pipelines
+
+Edit = Callable[[Path, dict[str, Any]], None]
+
+
+def names_a_module(folder: Path, index: dict[str, Any]) -> None:
+    index["safety_checker"] = ["stranger", "Thing"]
+
+
+def names_a_function(folder: Path, index: dict[str, Any]) -> None:
+    index["unet"] = ["os", "system"]
+
+
+def names_a_submodule(folder: Path, index: dict[str, Any]) -> None:
+    index["unet"] = ["diffusers.utils", "Thing"]
+
+
+def brings_a_module(folder: Path, index: dict[str, Any]) -> None:
+    (folder / "unet" / "diffusers.py").write_text((folder.parent / "stranger.py").read_text())
+
+
+def brings_code_by_its_config(folder: Path, index: dict[str, Any]) -> None:
+    (folder / "unet" / "thing.py").write_text((folder.parent / "stranger.py").read_text())
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "thing.Thing"}}))
+
+
+def lies_outside(folder: Path, index: dict[str, Any]) -> None:
+    index["../stranger"] = ["diffusers", "UNet2DModel"]
+
+
+def is_a_list(folder: Path, index: dict[str, Any]) -> None:
+    index["_class_name"] = ["stranger", "Thing"]
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (names_a_module, r"'safety_checker' is a stranger.Thing; components are classes of diffusers, transformers"),
+        (names_a_function, r"'unet' is a os.system; components are"),
+        (names_a_submodule, r"'unet' is a diffusers.utils.Thing; components are"),
+        (brings_a_module, r"unet/diffusers.py: a pipeline's components bring no code"),
+        (brings_code_by_its_config, r"unet/\w+.(py|json): a pipeline's components bring no code"),
+        (lies_outside, r"'../stranger' lies outside of the pipeline's folder"),
+        (is_a_list, r"'_class_name' is a stranger.Thing; components are"),
+    ],
+)
+def test_a_pipeline_runs_no_module_that_it_names(
+    edit: Edit,
+    message: str,
+    with_weights: bool,
+    digits_dir: Path,
+    tmp_path: Path,
+    marker: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A module on the path, one in the folder itself, and functions of the standard library; while planning and loading."""
+    (tmp_path / "stranger.py").write_text(code(marker))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pipeline"
+    if with_weights:
+        models.load_model(digits_dir).pipeline.save_pretrained(folder)
+    else:
+        shutil.copytree(digits_dir, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    edit(folder, index)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for load in (models.facts, models.load_model):
+        with pytest.raises(ValueError, match=message):
+            load(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{", "[" * 100_000, '{"_class_name": null}', '{"unet": [1, 2]}'])
+def test_a_pipeline_whose_index_is_none_is_refused_in_a_line(content: str, digits_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(digits_dir, folder)
+    (folder / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model_index\.json|pipelines of class") as refusal:
+        models.facts(folder)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+# Artifacts
+
+
+@pytest.mark.parametrize("name", ["/outside", "../outside", "a/../../../outside", "..\\outside", "", "a\0b"])
+def test_a_manifest_names_no_file_outside_of_its_artifact(name: str, tmp_path: Path) -> None:
+    """Neither on a local ROOT nor where its files are downloaded into the cache."""
+    store = Store.open(str(tmp_path / "root"))
+    with store.temporary("train", "k") as directory:
+        (directory / "file").write_text("content")
+        store.commit("train", "k", directory, {})
+    path = Path(store.path("train", "k")) / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"][0]["path"] = name.replace("/outside", f"{tmp_path}/outside") if name == "/outside" else name
+    path.write_text(json.dumps(manifest))
+    for ask in (store.local, store.manifest):
+        with pytest.raises(StoreError, match=r"is damaged: its manifest.json names .* outside of it"):
+            ask("train", "k")
+    assert not list(tmp_path.rglob("outside"))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"files": 3, "meta": {}}', '{"files": [1], "meta": {}}', '{"files": []}', "[" * 100_000,
+                '{"files": [{"path": "file", "bytes": "7", "sha256": ""}], "meta": {}}'],
+)  # fmt: skip
+def test_a_manifest_that_is_none_is_refused_in_a_line(content: str, tmp_path: Path) -> None:
+    store = Store.open(str(tmp_path))
+    store.write_text(f"artifacts/train/k/{MANIFEST}", content)
+    with pytest.raises(StoreError, match=r"is damaged|is not JSON") as refusal:
+        store.local("train", "k")
+    assert "\n" not in str(refusal.value)
+
+
+# Pickles and code of packages
+
+
+def cached(tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy an unpacked package into a cache of its own, and return its folder there."""
+    unpacked = sources.fetch(package)
+    copy = tmp_path / "cache" / "packages" / unpacked.name
+    shutil.copytree(unpacked, copy)
+    monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
+    return copy
+
+
+@pytest.mark.parametrize("file", ["vectorizer.joblib", "model.joblib"])
+def test_a_pickle_that_was_changed_after_it_was_unpacked_is_not_loaded(
+    file: str, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, _, inside = scorers.PROFANITY.partition("#")
+    path = cached(tmp_path, package, monkeypatch) / inside / file
+    path.write_bytes(pickle.dumps(Payload(marker)))
+    with pytest.raises(ValueError, match="is not the file of wheel:alt-profanity-check"):
+        scorers.profanity()
+    assert not marker.exists()
+    joblib.load(path)
+    assert marker.exists(), "the payload works"
+
+
+@pytest.mark.parametrize("how", ["changed", "beside", "compiled"])
+def test_code_that_was_changed_after_it_was_unpacked_does_not_run(
+    how: str, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = cached(tmp_path, "wheel:reasoning-gym==0.1.25", monkeypatch)
+    factory = package / "reasoning_gym" / "factory.py"
+    if how == "changed":
+        factory.write_text(code(marker) + factory.read_text())
+    elif how == "beside":
+        (package / "json.py").write_text(code(marker))
+    else:
+        compiled_in_place_of(factory, code(marker) + factory.read_text())
+    if how == "compiled":
+        assert len(sources.rows("gym:gsm_symbolic?seed=11&size=2")) == 2, "what is compiled is not looked at"
+    else:
+        with pytest.raises(ValueError, match=r"is not what wheel:reasoning-gym==0.1.25 holds, so its code is not run"):
+            sources.rows("gym:gsm_symbolic?seed=11&size=2")
+    assert not marker.exists()
+
+
+def compiled_in_place_of(path: Path, text: str) -> None:
+    """Leave compiled code that Python would take for that of a file."""
+    own, compiled = path.read_text(), importlib.util.cache_from_source(str(path))
+    path.write_text(text)
+    py_compile.compile(str(path), compiled, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    path.write_text(own)
