@@ -131,6 +131,12 @@ class Encoder:
             return None  # a template that refuses every conversation says so where one is asked for
         return None if found is None else found[1]
 
+    @cached_property
+    def _first_marker(self) -> str | None:
+        """The first added token before a first message, BOS aside: it opens turns, also after an answer without an end."""
+        found = (match[1] for match in re.finditer(self._closing, self.template.before_messages()))
+        return next((name for name in found if name and name != self.tokenizer.bos_token), None)
+
     def remarks(self) -> list[str]:
         """Return what somebody who trains or asks in conversations should know, a sentence each."""
         if self._end_of_turn is not None:
@@ -409,11 +415,12 @@ class Encoder:
         return stretches
 
     def _literal(self, text: str, role: int, after_answer: bool, final: bool) -> list[_Stretch]:
-        """Part a literal piece after an answer into what ends the answer's turn and the rest."""
+        """Part a literal piece after an answer into what ends the answer's turn and the rest.
+
+        An earlier answer may end in another token than the last one (gpt-oss), or in none: what follows opens the next turn.
+        """
         ended = self._closing.match(text) if after_answer else None
-        # An earlier answer may end otherwise (gpt-oss), or not at all: what then follows opens the next turn.
-        opens = ended is not None and self._end_of_turn is not None and self._closing.match(text, ended.end())
-        if ended is None or (ended[1] != self._end_of_turn and not opens):
+        if ended is None or (ended[1] != self._end_of_turn and (self._end_of_turn is None or ended[1] == self._first_marker)):
             return [_Stretch(text, role, _TEMPLATE_PART)]
         closing = _Stretch(ended[0], role, _TEMPLATE_PART, answers=True, final=final)
         return [closing, _Stretch(text[ended.end() :], role, _TEMPLATE_PART)]
@@ -686,6 +693,16 @@ def encode_data(
             continue
         made.append(conversations)
     return _encode_pairs(encoder, made, max_tokens) if pairs else _encode_each(encoder, made, max_tokens)
+
+
+def asked_otherwise(encoder: Encoder, rows: Sequence[Mapping[str, Any]], data_format: str) -> int:
+    """Count the rows of which a prompt, as an evaluation asks it, is not the beginning, ids equal."""
+    pairs = data_format == "preference"
+    made = [encoder.from_pair(row) if pairs else (encoder.from_row(row, data_format),) for row in rows]
+    flat = [conversation for conversations in made for conversation in conversations]
+    wholes, prompts = (encoder.encode_all(some) for some in (flat, [conversation[:-1] for conversation in flat]))
+    differ = [whole.input_ids[: len(prompt)] != prompt.input_ids for whole, prompt in zip(wholes, prompts, strict=True)]
+    return sum(any(differ[i : i + len(made[0])]) for i in range(0, len(differ), len(made[0]))) if made else 0
 
 
 _Made = Sequence[tuple[Conversation, ...] | None]

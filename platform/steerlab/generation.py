@@ -130,6 +130,7 @@ class SteeredModel(Steered):
     batch_tokens: int = _BATCH_TOKENS
 
     def __post_init__(self) -> None:
+        self.model.eval()
         models.reads_padding(self.model)  # found while nothing is attached
         super().__post_init__()
 
@@ -269,7 +270,12 @@ class SteeredModel(Steered):
             ValueError: a row exceeds the model's positions.
         """
         self._fitting(rows, 0, skip_long=False)
-        for chunk in self._chunks(list(range(len(rows))), lambda i: len(rows[i]) * len(rows[i].sequences)):
+        alike = models.alike_up_to(self.model)
+        groups: dict[int, list[int]] = {}
+        for number, row in enumerate(rows):
+            groups.setdefault(len(row) * (len(row) > alike), []).append(number)
+        size = lambda i: len(rows[i]) * len(rows[i].sequences)  # noqa: E731
+        for chunk in (chunk for length in sorted(groups, reverse=True) for chunk in self._chunks(groups[length], size)):
             yield chunk, collate([rows[i] for i in chunk], self.encoder.pad_id, loss_on=loss_on).to(self.device)
 
     @torch.inference_mode()
@@ -361,10 +367,10 @@ class SteeredModel(Steered):
         Changed weights have one strength a call, other patches one a row; a model that reads no padding, one length.
         """
         one_strength = bool(self.patches) and self.patches[-1].kind == "weight"
-        one_length = not models.reads_padding(self.model)
+        together = models.alike_up_to(self.model) if models.reads_padding(self.model) else 0
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for job in jobs:
-            groups.setdefault((job[0] * one_strength, length(job) * one_length), []).append(job)
+            groups.setdefault((job[0] * one_strength, length(job) * (length(job) + more > together)), []).append(job)
         for group in sorted(groups):
             yield from self._chunks(groups[group], lambda job: length(job) + more)
 

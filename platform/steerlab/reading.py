@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -106,7 +107,8 @@ class TextReader:
         Raises:
             ValueError: no token of a text is selected.
         """
-        for chunk in batches([len(text) for text in texts], self._config.batch_tokens, PADDING_SHARE):
+        alike = models.alike_up_to(self._model.model)
+        for chunk in batches([len(text) for text in texts], self._config.batch_tokens, PADDING_SHARE, alike=alike):
             batch = self._model.encoder.collate([texts[i] for i in chunk])
             yield self.read_batch(batch, torch.tensor(chunk), first)
 
@@ -147,8 +149,10 @@ class TextReader:
         return {tap.name: found[tap.name] for tap in self._taps}
 
 
-def batches(lengths: Sequence[int], batch_tokens: int, padding: float = 1.0) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], batch_tokens: int, padding: float = 1.0, *, alike: float = math.inf) -> Iterator[list[int]]:
     """Group numbers of texts by length, longest first, so that a padded batch stays within `batch_tokens`.
+
+    Texts longer than `alike` (`models.alike_up_to`) go with others of the same length only.
 
     A batch ends earlier where another text would make more than the share `padding` of it padding: a few short texts cost less
     in a pass of their own. Lengths shrink by a factor from batch to batch then, so this adds few.
@@ -156,8 +160,10 @@ def batches(lengths: Sequence[int], batch_tokens: int, padding: float = 1.0) -> 
     chunk: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        padded = (len(chunk) + 1) * lengths[chunk[0] if chunk else i]
-        if chunk and (padded > batch_tokens or tokens + lengths[i] < (1 - padding) * padded):
+        longest = lengths[chunk[0] if chunk else i]
+        padded = (len(chunk) + 1) * longest
+        apart = longest > alike and longest != lengths[i]
+        if chunk and (apart or padded > batch_tokens or tokens + lengths[i] < (1 - padding) * padded):
             yield chunk
             chunk, tokens = [], 0
         chunk.append(i)

@@ -32,6 +32,8 @@ _SYSTEM = (("system", "user"), ("system", "user", "assistant"))
 _NO_SYSTEM = (("user",), ("user", "assistant"))
 _ANSWERS = ("Yes.", "the answer", "42", "«é»", "<think>")
 """Beginnings of answers by which the end of a prompt is chosen."""
+_THOUGHT = "<think>\nOkay\n</think>\n\nYes."
+"""An answer with a thought, by which the end of a prompt is chosen that opens one."""
 
 
 BLANK_LINES = (
@@ -110,6 +112,11 @@ class ChatTemplate:
         self.takes_system, self.wraps = True, False  # the template prints no form that is known here: its first use says why
 
     @property
+    def _switches(self) -> dict[str, Any]:
+        """What templates read by which a model may think: Qwen 3 and GLM by one name, DeepSeek and Granite by the other."""
+        return {"enable_thinking": True, "thinking": True} if self.thinking else {}
+
+    @property
     def _exchange(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Speakers of a prompt and of the complete row."""
         return _SYSTEM if self.takes_system else _NO_SYSTEM
@@ -136,12 +143,15 @@ class ChatTemplate:
         prompt = turns[-1].speaker != "assistant"
         if prompt:
             turns, fixed = [*turns, Turn("assistant", _sentinel(len(turns)))], (*fixed, None)
-        shape = self._shape(tuple(turn.speaker for turn in turns), fixed)
+        speakers = tuple(turn.speaker for turn in turns)
+        shape = self._shape(speakers, fixed)
         if shape.order[-1] != len(turns) - 1:
             raise TemplateError(f"the chat template prints other messages after the answer to {_speakers(turns)}")
+        opening = self._opening(speakers, fixed, shape)
+        if self.thinking and not prompt:
+            return self._thinking_row(turns, shape, opening)
         found = self._follow(turns, shape)
-        opening = self._opening(tuple(turn.speaker for turn in turns), fixed, shape)
-        lead = shape.literals[-2].removeprefix(opening)
+        lead = _after(opening, shape.literals[-2])
         if prompt:
             return [*_parted(found[:-3], turns, lead), Piece(opening, None)]
         return list(_parted(found, turns, lead))
@@ -152,10 +162,7 @@ class ChatTemplate:
         try:
             return list(_followed(rendered, shape, turns))
         except _UnlikeError:
-            thought = self._with_thought(rendered, turns, shape)
-            if thought is not None and self.thinking:
-                return thought
-            if thought is not None:
+            if not self.thinking and self._holds_thought(turns, shape):
                 raise TemplateError(_thinks(turns[-1])) from None
             for number in sorted(set(shape.order)):
                 others = [Turn(turn.speaker, _sentinel(number)) if i == number else turn for i, turn in enumerate(turns)]
@@ -166,36 +173,51 @@ class ChatTemplate:
                 raise TemplateError(_changed(turns[number], rendered)) from None
             raise TemplateError(_changed(turns[shape.order[-1]], rendered)) from None
 
-    def _with_thought(self, rendered: str, turns: Sequence[Turn], shape: _Shape) -> list[Piece] | None:
-        """Cut a rendering whose last answer holds a thought, which begins where the template's own generation prompt ends.
+    def _thinking_row(self, turns: Sequence[Turn], shape: _Shape, opening: str) -> list[Piece]:
+        """Cut a row after a prompt that ends with `opening`, where a thought begins: all that follows it is the answer.
 
-        The template may write the white space around the thought anew, nothing else. None where this is no such rendering.
+        Of an answer without a thought that is the empty one which the template prints, if it prints one.
         """
+        *before, literal, _, end = self._follow([*turns[:-1], Turn("assistant", _sentinel(len(turns) - 1))], shape)
+        rendered, text = self._render(turns), turns[-1].text
+        start = "".join(piece.text for piece in before) + opening
+        stop = len(rendered) - len(end.text)
+        if not rendered.startswith(start) or not rendered.endswith(end.text) or stop < len(start):
+            raise TemplateError(
+                f"data.thinking: the chat template prints the answer {_short(text)} without a thought, and a prompt opens one "
+                f"({_short(opening)}): give the answer a thought, or where the template drops it, give another template "
+                "(model.chat_template)"
+            )
+        answer, empty = rendered[len(start) : stop], _after(opening, literal.text)
+        if not _prints(answer, text, opening, empty):
+            raise TemplateError(_changed(turns[-1], rendered))
+        earlier = list(_parted(before, turns, empty))
         last = len(turns) - 1
-        speakers = tuple(turn.speaker for turn in turns)
-        own = self._generation_prompt(speakers, tuple(None if turn.text else "" for turn in turns))
-        if own is None or shape.order[-1] != last:
-            return None
-        others = [*turns[:-1], Turn(turns[-1].speaker, _sentinel(last))]
+        if empty and answer.startswith(empty):
+            return [*earlier, Piece(opening, None), Piece(empty, last, leads=True), Piece(answer[len(empty) :], last), end]
+        return [*earlier, Piece(opening, None), Piece(answer, last), end]
+
+    def _holds_thought(self, turns: Sequence[Turn], shape: _Shape) -> bool:
+        """Say whether the last answer holds a thought, which could be trained after the template's own generation prompt."""
+        fixed = tuple(None if turn.text else "" for turn in turns)
+        own = self._generation_prompt(tuple(turn.speaker for turn in turns), fixed)
+        if own is None or turns[-1].speaker != "assistant" or turns[-1].text == _sentinel(len(turns) - 1):
+            return False
         try:
-            *before, opening, _answer, end = _followed(self._render(others), shape, others)
+            self._thinking_row(turns, shape, own)
         except TemplateError:
-            return None
-        start = "".join(piece.text for piece in before) + own
-        if not opening.text.startswith(own) or not rendered.startswith(start) or not rendered.endswith(end.text):
-            return None
-        answer = rendered[len(start) : len(rendered) - len(end.text)]
-        # A template whose generation prompt opens the thought itself prints the answer without that tag.
-        wanted, printed = "".join(turns[-1].text.split()), "".join(answer.split())
-        whole = "".join(own.split()) + printed
-        if not whole.endswith(wanted) or not wanted.endswith(printed):
-            return None
-        return [*before, Piece(own, None), Piece(answer, last), end]
+            return False
+        return True
 
     def printed(self) -> str:
         """Return all that the template prints of its own around an exchange. Raises TemplateError where it prints none."""
         speakers = self._exchange[1]
         return "".join(self._shape(speakers, (None,) * len(speakers)).literals)
+
+    def before_messages(self) -> str:
+        """Return what the template prints before the first message. Raises TemplateError where it prints no exchange."""
+        speakers = self._exchange[1]
+        return self._shape(speakers, (None,) * len(speakers)).literals[0]
 
     def after_answer(self) -> str:
         """Return what the template prints after the last answer. Raises TemplateError where it prints no exchange."""
@@ -213,7 +235,8 @@ class ChatTemplate:
         fixed = (None,) * len(speakers)
         used, own = self._opening(speakers, fixed, self._shape(speakers, fixed)), self._generation_prompt(speakers, fixed)
         if own is not None and own.strip() != used.strip():
-            thinks = " (data.thinking: true opens them as the template does)" if used.startswith(own) else ""
+            related = used.startswith(own) or own.startswith(used)
+            thinks = " (data.thinking: true opens them as the template does)" if related else ""
             said.append(
                 f"the chat template opens a stored answer with {_short(used)} and a prompt with {_short(own)}: prompts are "
                 f"opened as stored answers are, so that what is trained is what is asked{thinks}"
@@ -261,7 +284,7 @@ class ChatTemplate:
         ]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt
+                messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt, **self._switches
             )
         except _FAULTS as error:
             raise TemplateError(f"the chat template refuses the messages {_speakers(turns)}: {_short(str(error))}") from None
@@ -285,7 +308,7 @@ class ChatTemplate:
             literal, own = shape.literals[-2], self._generation_prompt(speakers, fixed)
             continued = own is not None and literal.startswith(own) and not literal.removeprefix(own).strip()
             if self.thinking:
-                self._openings[speakers, fixed] = self._thoughts_begin_at(own, shape)
+                self._openings[speakers, fixed] = self._thoughts_begin_after(own, shape, speakers, fixed)
                 return self._openings[speakers, fixed]
             # A blank line at the end of a prompt is one token of GPT-2, and two before a word: then it may be cut short.
             shorter = [literal[:end] for end in range(len(literal), len(literal.rstrip()) - 1, -1)]
@@ -298,19 +321,40 @@ class ChatTemplate:
             self._openings[speakers, fixed] = fitting[0]
         return self._openings[speakers, fixed]
 
-    def _thoughts_begin_at(self, own: str | None, shape: _Shape) -> str:
-        """Return the template's own generation prompt. Raises TemplateError where stored answers do not begin with it."""
-        if own is None or not shape.literals[-2].startswith(own) or not self._begins_rows(own, shape, own):
+    def _thoughts_begin_after(
+        self, own: str | None, shape: _Shape, speakers: tuple[str, ...], fixed: tuple[str | None, ...]
+    ) -> str:
+        """Return the template's own generation prompt, without white space at its end that would be one token with the answer.
+
+        Raises:
+            TemplateError: it is none that a stored answer with a thought could begin with.
+        """
+        literal = shape.literals[-2]
+        if self.tokenizer.chat_template is None or own is None:
+            raise TemplateError("data.thinking: the model has no chat template that opens an answer, so none opens a thought")
+        if not literal.startswith(own) and not own.startswith(literal):
             raise TemplateError(
-                f"data.thinking: the chat template opens a prompt with {_short(own or '')} and a stored answer with "
-                f"{_short(shape.literals[-2])}, so that no thought can be trained; give another template (model.chat_template)"
+                f"data.thinking: the chat template opens a prompt with {_short(own)} and a stored answer with "
+                f"{_short(literal)}, so that no thought can be trained; give another template (model.chat_template)"
             )
-        return own
+        shorter = [own[:end] for end in range(len(own), len(own.rstrip()) - 1, -1)]
+        turns = [Turn(speaker, "text" if text is None else text) for speaker, text in zip(speakers, fixed, strict=True)]
+        row = self._render([*turns[:-1], Turn("assistant", _THOUGHT)])
+        before, ids = _before_answer(shape), self._ids(row)
+        for opening in shorter:
+            prompt = self._ids(before + opening)
+            if row.startswith(before + opening) and ids[: len(prompt)] == prompt:
+                return opening
+        # Where the template drops thoughts, each row says so.
+        fitting = next((text for text in shorter if self._begins_rows(text, shape, own)), None)
+        if fitting is None:
+            raise TemplateError(f"data.thinking: the tokens of a prompt that ends in {_short(own)} depend on what follows it")
+        return fitting
 
     def _begins_rows(self, opening: str, shape: _Shape, literal: str | None = None) -> bool:
         """Say whether a prompt that ends so has the first ids of rows; their answers stand after `literal`."""
         literal = shape.literals[-2] if literal is None else literal
-        before = "text".join(shape.literals[:-2]) + ("text" if len(shape.literals) > 2 else "")
+        before = _before_answer(shape)
         prompt = self._ids(before + opening)
         rows = (self._ids(before + literal + answer + shape.literals[-1]) for answer in _ANSWERS)
         return all(row[: len(prompt)] == prompt for row in rows)
@@ -334,13 +378,13 @@ def default_of(template: Any) -> str:
             )
         template = template.get("default", next(iter(template.values()), None))
     if not isinstance(template, str) or not template.strip():
-        raise TemplateError("there is no chat template in it")
+        raise TemplateError("it holds no chat template")
     return template
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Say whether a tokenizer's chat template prints the day on which it is rendered."""
-    return "strftime_now" in str(tokenizer.chat_template)
+    return tokenizer.chat_template is not None and "strftime_now" in default_of(tokenizer.chat_template)
 
 
 def _followed(rendered: str, shape: _Shape, turns: Sequence[Turn]) -> Iterator[Piece]:
@@ -378,6 +422,33 @@ def _printed(rendered: str, place: int, shape: _Shape, number: int, turn: Turn) 
 def _trimmed(text: str) -> tuple[str, ...]:
     """Return the forms in which templates print a text."""
     return (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
+
+
+def _before_answer(shape: _Shape) -> str:
+    """Return a rendering up to what opens its answer, every message "text"."""
+    return "text".join(shape.literals[:-2]) + ("text" if len(shape.literals) > 2 else "")
+
+
+def _after(opening: str, literal: str) -> str:
+    """Return what a template prints between the end of a prompt and a stored answer."""
+    return literal.removeprefix(opening) if literal.startswith(opening) else ""
+
+
+_TAG = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")
+
+
+def _prints(answer: str, text: str, opening: str, empty: str) -> bool:
+    """Say whether what stands in a row is a text, white space aside, as a template with thoughts prints it.
+
+    `<think>a</think>b` may stand there without its first tag, where the opening holds that; `a</think>b` may get one; before an
+    answer without a thought there may be an empty one.
+    """
+    wanted, printed, opened = ("".join(one.split()) for one in (text, answer, opening))
+    if printed in (wanted, "".join(empty.split()) + wanted):
+        return True
+    if wanted.endswith(printed):
+        return (opened + printed).endswith(wanted)
+    return printed.endswith(wanted) and _TAG.fullmatch(printed.removesuffix(wanted)) is not None
 
 
 def _thinks(turn: Turn) -> str:

@@ -7,7 +7,7 @@ also be one text of turns "\\n\\nHuman: ... \\n\\nAssistant: ..." (HH-RLHF).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 from steerlab import values
@@ -25,9 +25,8 @@ ROLES = {
 }  # fmt: skip
 """Names of speakers in data sets and the roles of chat templates that they stand for."""
 
-_UNUSED = ("weight", "reasoning_content", "reasoning", "thinking", "images", "audios", "videos")
-_NOTHING = (None, "", [], 1)
-"""Values of such a field that say nothing; a weight of 1 is what every message has."""
+_UNUSED = ("reasoning_content", "reasoning", "thinking", "images", "audios", "videos")
+_CALLS = ("tool_calls", "function_call")
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -50,8 +49,17 @@ def unused(found: Any, name: str) -> list[str]:
     """Name the fields of messages that hold something and are not read."""
     if not isinstance(found, Sequence) or isinstance(found, str):
         return []
-    names = (key for message in found if isinstance(message, Mapping) for key in _UNUSED if message.get(key) not in _NOTHING)
-    return [f"{name}.{key}" for key in dict.fromkeys(names)]
+    messages = [message for message in found if isinstance(message, Mapping)]
+    names = [key for key in _UNUSED if any(_holds_something(message.get(key)) for message in messages)]
+    names += ["weight"] if any(message.get("weight") == 0 for message in messages) else []
+    return [f"{name}.{key}" for key in names]
+
+
+def _holds_something(value: Any) -> bool:
+    """Say whether a field of a message holds something: no null, and no empty text, list or object, written as text or not."""
+    if values.is_null(value) or isinstance(value, str):
+        return not values.is_null(value) and value.strip() not in ("", "[]", "{}")
+    return not isinstance(value, Sized) or len(value) > 0
 
 
 def messages(found: Any, name: str) -> Messages:
@@ -69,6 +77,11 @@ def messages(found: Any, name: str) -> Messages:
 
 
 def _message(message: Mapping[str, Any], field: str, name: str) -> dict[str, str]:
+    for calls in _CALLS:
+        if _holds_something(message.get(calls)):
+            raise ValueError(
+                f"{name} asks for tools ({calls}), which is not read: write what the model is to write into content"
+            )
     speaker, content = (_first(message, keys) for keys in (("role", "from"), ("content", "value")))
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None or content is values.MISSING:

@@ -19,6 +19,7 @@ from steerlab.encoding import Encoder
 from steerlab.generation import SteeredModel
 from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, CannotFold
+from steerlab.reading import batches
 from steerlab.tokens import collate
 
 DIFFERENT = ["llama", "gpt2", "opt", "bloom", "falcon/40b", "gemma2", "phi3", "gpt_oss", "mamba", "qwen3_next", "llava"]
@@ -209,6 +210,27 @@ def test_what_is_no_causal_language_model_is_refused_in_one_line(name: str, tiny
         with pytest.raises(ValueError, match=re.escape(REFUSED[name])) as refusal:
             call(tmp_path)
         assert "\n" not in str(refusal.value)
+
+
+@torch.no_grad()
+def test_a_row_beyond_the_first_context_changes_no_other_row(tiny_dir: Path, tmp_path: Path) -> None:
+    """Phi 3's rotary embedding becomes that of the longest row of a batch: here 8 and 6 tokens beside 14, first context 10."""
+    zoo.write("phi3/longrope", tmp_path, tiny_dir)
+    steered = SteeredModel(models.load_model(tmp_path), Encoder(models.load_tokenizer(tmp_path), prompt_style="plain"))
+    prompts = [steered.encoder.conversation(text, "red") for text in TEXTS]
+    rows = [steered.encoder.encode(prompt) for prompt in prompts]
+    assert sorted(len(row) > models.alike_up_to(steered.model) for row in rows) == [False, False, True]
+    for number, prompt in enumerate(prompts):
+        (alone,) = steered.token_log_probs([prompt])
+        together = steered.token_log_probs(prompts)[number]
+        torch.testing.assert_close(torch.tensor(together.log_prob), torch.tensor(alone.log_prob), atol=1e-4, rtol=1e-4)
+        assert steered.generate(prompts, max_new_tokens=2)[0][number] == steered.generate([prompt], max_new_tokens=2)[0][0]
+    batch = collate(rows, steered.encoder.pad_id)
+    wrong = steered.logits(batch, 1.0)[0, : len(rows[0])]
+    right = steered.logits(collate(rows[:1], steered.encoder.pad_id), 1.0)[0]
+    assert (wrong - right).abs().max() > 0.1, "in one batch they do change"
+    chunks = list(batches([len(row) for row in rows], 4096, alike=models.alike_up_to(steered.model)))
+    assert sorted(map(sorted, chunks)) == [[0, 2], [1]]
 
 
 UNMADE = {"blt"}  # of which the zoo makes a large one

@@ -374,6 +374,15 @@ def test_fields_of_known_forms_that_an_instruction_does_not_use_are_said(read: A
         read([{**row, "system_prompt": "s"}] * 2 + [{**row, "tools": ""}])
 
 
+def test_fields_of_messages_that_nobody_reads_are_said(read: Any) -> None:
+    answer = {"role": "assistant", "content": "b", "weight": 0, "reasoning_content": "hm", "name": "x", "tool_calls": None}
+    with pytest.warns(
+        UserWarning, match=r"does not use messages.reasoning_content \(in 1 rows\), messages.weight \(in 1 rows\)$"
+    ):
+        read([{"messages": [HI, answer]}], "conversation")
+    read([{"messages": [HI, answer | {"weight": 1, "reasoning_content": ""}]}], "conversation")
+
+
 def test_the_last_response_is_one_of_a_conversation() -> None:
     with pytest.raises(ValidationError, match="loss_on last_response: rows of format instruction have one response"):
         DataSet(source="a", loss_on="last_response")

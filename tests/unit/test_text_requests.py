@@ -111,9 +111,23 @@ def test_rows_that_the_template_changes_are_found_before_the_start(tmp_path: Pat
         run.check(job_of(model_of("qwen3", tmp_path / "model"), tmp_path, rows))
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 thinking"])
+def test_a_job_trains_thoughts(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Answers without a thought are counted where they change the tokens of the prompt."""
+    data = {"train": {"source": str(tmp_path / "rows.json")}, "thinking": True}
+    wanted = job_of(model_of(name, tmp_path / "model"), tmp_path, [THOUGHT, THOUGHT, ROWS[0]], data=data)
+    run.check(wanted)
+    said = [str(warning.message) for warning in recwarn]
+    assert any("the answers of 1 change the tokens" in one for one in said) == (name == "qwen3 thinking")
+    assert plan_of(wanted)[0].params["prompt"]["thinking"] is True
+    assert generation.load(tmp_path / "model", prompt=wanted.prompt).encoder.thinking  # type: ignore[union-attr]
+
+
 def test_answers_that_melt_into_their_prompts_are_said(tmp_path: Path) -> None:
     rows = [*ROWS, {"instruction": "a", "input": "", "output": "\nfine"}]
-    with pytest.warns(UserWarning, match=r"data.train: of the first 3 rows, 1 answers begin within the last token"):
+    with pytest.warns(
+        UserWarning, match=r"data.train: of the first 3 rows, the answers of 1 change the tokens of their prompts"
+    ):
         run.check(job_of(model_of("smollm2", tmp_path / "model"), tmp_path, rows))
 
 

@@ -307,8 +307,10 @@ def test_a_thought_where_prompts_end_after_an_empty_one_is_refused_with_its_row(
         encode_data(encoder, rows, "instruction", 400)
     with pytest.raises(ValueError, match="row 2: the chat template changes the assistant's text"):
         encode_data(encoder_of("deepseek-r1"), rows, "instruction", 400)  # it drops the thought, with or without the setting
-    with pytest.raises(ValueError, match=r"data.thinking: the chat template opens a prompt with '<\|Assistant\|><think>"):
-        Encoder(family("deepseek-r1").tokenizer, thinking=True).encode(encoder.conversation("a", "b", "c"))
+    with pytest.raises(ValueError, match=r"row 1: data.thinking: the chat template prints the answer 'fine' without a thought"):
+        encode_data(Encoder(family("deepseek-r1").tokenizer, thinking=True), rows, "instruction", 400)
+    with pytest.raises(ValueError, match=r"data.thinking: the model has no chat template"):
+        encode_data(Encoder(family("gpt2").tokenizer, thinking=True), rows, "instruction", 400)
 
 
 def test_thinking_is_kept_beside_a_model() -> None:
@@ -403,17 +405,32 @@ def test_an_earlier_answer_that_ends_otherwise_learns_its_end() -> None:
     assert encoder.tokenizer.decode(answers) == "assistant<|end|>assistant<|return|>"
 
 
-def test_what_opens_the_next_turn_ends_no_answer() -> None:
-    tokenizer = copy.deepcopy(family("llama2 chat").tokenizer)
-    tokenizer.add_tokens([AddedToken(name, special=True) for name in ("[INST]", "[/INST]")])
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ ('[INST]' + m.content + '[/INST]') if m.role == 'user' else m.content }}{% endfor %}</s>"
-    )
+MARKED = ("<|turn|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+@pytest.mark.parametrize(
+    ("opens", "ends", "learnt"),
+    [
+        ("'<|turn|>' + m.role", "''", "wasfine<|eos|>"),
+        ("'<|turn|><|' + m.role + '|>'", "''", "wasfine<|eos|>"),
+        ("m.role + ': '", "'<|end|>'", "was<|end|>fine<|eos|>"),
+        ("'<|turn|>' + m.role", "'<|end|>'", "was<|end|>fine<|eos|>"),
+    ],
+)
+def test_an_earlier_answer_ends_where_its_own_end_is_and_what_opens_the_next_turn_is_none(
+    opens: str, ends: str, learnt: str
+) -> None:
+    tokenizer = copy.deepcopy(family("gpt2").tokenizer)
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in (*MARKED, "<|eos|>")])
+    tokenizer.eos_token = "<|eos|>"
+    end = f"(eos_token if loop.last else {ends}) if m.role == 'assistant' else ''"
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ {opens} + m.content }}}}{{{{ {end} }}}}{{% endfor %}}"
     encoder = Encoder(tokenizer, prompt_style="plain")
-    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
-    encoded = encoder.encode(encoder.from_row({"messages": turns}, "conversation"))
+    turns = [("user", "a"), ("assistant", "was"), ("user", "b"), ("assistant", "fine")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    encoded = encoder.encode(encoder.from_row(row, "conversation"))
     answers = [number for number, inside in zip(encoded.input_ids, encoded.in_answers, strict=True) if inside]
-    assert encoder.tokenizer.decode(answers).replace(" ", "") == "assistantassistant</s>"
+    assert tokenizer.decode(answers).replace(" ", "") == learnt
 
 
 def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
@@ -432,7 +449,7 @@ def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of the chat templates a, b is the default"):
         template_of(str(file))
     file.write_text(json.dumps({"chat_template": None}))
-    with pytest.raises(ValueError, match="there is no chat template"):
+    with pytest.raises(ValueError, match="it holds no chat template"):
         template_of(str(file))
 
 
@@ -552,10 +569,10 @@ def test_a_template_may_come_from_elsewhere(tmp_path: Any) -> None:
     for source in (template, str(tmp_path / "chat.jinja"), str(folder)):
         assert encoding.template_of(source).strip() == template.strip()
     (tmp_path / "empty.jinja").write_text(" \n")
-    with pytest.raises(ValueError, match="there is no chat template in it"):
+    with pytest.raises(ValueError, match="it holds no chat template"):
         encoding.template_of(str(tmp_path / "empty.jinja"))
     family("gpt2").tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="there is no chat template in it"):
+    with pytest.raises(ValueError, match="it holds no chat template"):
         encoding.template_of(str(tmp_path / "base"))
     settings = {"prompt_style": "plain", "chat_template": str(tmp_path / "chat.jinja")}
     encoder = encoding.load(tmp_path / "base", settings)

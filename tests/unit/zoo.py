@@ -62,6 +62,13 @@ OWN: dict[str, dict[str, Any]] = {
     "minicpm3": {"head_dim": 4, "num_key_value_heads": 4},
     "nemotron_h": {"ssm_state_size": 4, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "persimmon": {"qk_layernorm": False},
+    "phi3/longrope": {
+        "original_max_position_embeddings": 10,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [9.0, 5.0, 3.0, 2.0],
+            "original_max_position_embeddings": 10, "factor": 12.8,
+        },
+    },
     "qwen3_5": _DELTA,
     "qwen3_5_moe": _DELTA,
     "qwen3_5_moe_text": _DELTA,

@@ -5,6 +5,7 @@ from steerlab.models.decoding import accepted, cache_name, empty_cache, reads_pa
 from steerlab.models.folding import fold_affine
 from steerlab.models.kinds import (
     DRY_SHAPE_BT,
+    alike_up_to,
     check_head,
     max_positions,
     modules_that_run,
@@ -54,6 +55,7 @@ __all__ = [
     "ModelFacts",
     "WeightPlace",
     "accepted",
+    "alike_up_to",
     "cache_name",
     "check_checkpoint",
     "check_head",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,11 @@ _CACHES = ("past_key_values", "cache_params", "state")
 _OPTIONAL = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 """Arguments without which a forward computes the same for rows without padding on the left."""
 
-_PROBE_TOKENS, _PROBE_STEPS = 6, 2
-_SAME = 0.01
-"""Differences of logits, relative to their spread, that are taken for rounding."""
+_PROBE_TOKENS, _PROBE_STEPS = 6, 4
+_SAME = 1e-4
+"""Root mean square difference of logits, relative to their spread, that is taken for rounding: 1e-5 was met in float32."""
+_BY_LONGEST_ROW = ("dynamic", "longrope")
+"""Types of rotary embedding that are computed for the longest row of a batch."""
 
 
 @cache
@@ -50,9 +53,9 @@ def reads_padding(model: PreTrainedModel) -> bool:
     """Say whether padding on the left changes nothing for a model's rows; found by a call of the model, once.
 
     A model that takes no positions counts them from the first column, or carries a state through the padding; others take
-    positions and do not use them everywhere. Patches that change what the model computes are attached after the first call.
+    positions and do not use them everywhere. The model is in evaluation mode, and no patch is attached yet.
     """
-    if "position_ids" not in _taken(type(model)):
+    if "position_ids" not in _taken(type(model)) or max_positions(model) < 2 * _PROBE_TOKENS + _PROBE_STEPS:
         return False
     if model not in _reads_padding:
         _reads_padding[model] = _same_behind_padding(model)
@@ -62,16 +65,31 @@ def reads_padding(model: PreTrainedModel) -> bool:
 _reads_padding: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
+def alike_up_to(model: PreTrainedModel) -> float:
+    """Return the number of tokens up to which a row is computed alike in every batch; infinity for most models.
+
+    Some rotary embeddings are those of the longest row of a batch as soon as it is longer than the model was pretrained for
+    (dynamic, longrope), and Llama 4 counts columns for the temperature of its attention.
+    """
+    config = text_config(model)
+    limits = []
+    rope = getattr(config, "rope_parameters", None) or {}
+    # A model may have a rotary embedding for each type of its layers.
+    for parameters in rope.values() if all(isinstance(value, Mapping) for value in rope.values()) else [rope]:
+        if parameters.get("rope_type") in _BY_LONGEST_ROW:
+            own = getattr(config, "original_max_position_embeddings", None)
+            limits.append(parameters.get("original_max_position_embeddings") or own or config.max_position_embeddings)
+    if getattr(config, "attn_temperature_tuning", None):
+        limits.append(config.floor_scale)
+    return min(limits, default=math.inf)
+
+
 @torch.no_grad()
 def _same_behind_padding(model: Any) -> bool:
     """Compare the logits of a short row, read and continued, with those that it has behind padding."""
-    training = model.training
-    model.eval()
     alone, padded = (_decoded(model, width).float() for width in (0, _PROBE_TOKENS))
-    model.train(training)
-    # Rounding grows with depth; what is read wrongly changes logits by as much as they differ among themselves.
-    tolerance = max(_SAME, 16 * torch.finfo(model.dtype).eps)
-    return bool((alone - padded).abs().max() <= tolerance * alone.std())
+    tolerance = max(_SAME, 3 * torch.finfo(model.dtype).eps)
+    return bool((alone - padded).square().mean().sqrt() <= tolerance * alone.std())
 
 
 def _decoded(model: Any, padding: int) -> Tensor:
@@ -93,6 +111,12 @@ def _decoded(model: Any, padding: int) -> Tensor:
         if name is not None and name in out:
             cache, read = {name: out[name]}, end
     return torch.stack(logits)
+
+
+def max_positions(model: Any) -> float:
+    """Return how many tokens a language model's context holds; infinity where its config names no limit."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else math.inf  # XLNet says -1
 
 
 def accepted(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:

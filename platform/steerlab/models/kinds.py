@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from steerlab.models.architecture import text_config
+from steerlab.models import decoding
 from steerlab.models.decoding import accepted, empty_cache
 from steerlab.models.places import head
 from steerlab.pipelines import Diffusion, Pass
@@ -42,8 +42,12 @@ def num_reads(model: nn.Module) -> int:
 
 def max_positions(model: Any) -> float:
     """Return how many tokens a model's context holds; infinity where its config names no limit, or it reads no tokens."""
-    limit = None if isinstance(model, Diffusion) else getattr(text_config(model), "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else math.inf  # XLNet says -1
+    return math.inf if isinstance(model, Diffusion) else decoding.max_positions(model)
+
+
+def alike_up_to(model: Any) -> float:
+    """Return the number of tokens up to which a row is computed alike in every batch; infinity for most models."""
+    return math.inf if isinstance(model, Diffusion) else decoding.alike_up_to(model)
 
 
 def modules_that_run(skeleton: Any) -> dict[str, Any] | None:

@@ -210,7 +210,8 @@ def _check_template(job: Job, found: models.ModelFacts) -> None:
     if not chats and not trained:
         return
     encoder = _encoder_of(job)
-    prompt, whole = (encoder.encode(encoder.conversation("instruction", "data", end)) for end in (None, "response"))
+    answer = "<think>\nthought\n</think>\n\nresponse" if job.data.thinking else "response"
+    prompt, whole = (encoder.encode(encoder.conversation("instruction", "data", end)) for end in (None, answer))
     if whole.input_ids[: len(prompt)] != prompt.input_ids:
         raise ValueError("the chat template asks otherwise than it trains: a prompt's tokens are not the first ones of its row")
     beyond = [number for number in whole.input_ids if number >= found.num_embeddings]
@@ -233,7 +234,6 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
     """
     limit = _ROWS_TRIED if data.limit is None else min(data.limit, _ROWS_TRIED)
     tried = rows.read(data.model_copy(update={"limit": limit, "also": ()}))
-    before = encoder.num_melted
     try:
         found = encoder.encode_data(tried, data.format, sys.maxsize, skip_bad=data.skip_bad)
     except ValueError as error:
@@ -243,13 +243,14 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
     if found.num_refused:
         warnings.warn(f"{said} {found.num_refused} are left out: the chat template refuses or changes them", stacklevel=2)
     if found.num_dropped:
-        reason = "the answers of a pair are the same tokens" if data.format == "preference" else "they are empty"
+        reason = "the answers of a pair are the same tokens" if data.format == "preference" else "they hold no answer to learn"
         warnings.warn(f"{said} {found.num_dropped} are left out: {reason}", stacklevel=2)
     if longest is not None:
         _check_lengths(said, found, longest, is_all=len(tried) < _ROWS_TRIED and not data.also)
-    if encoder.num_melted > before:
+    otherwise = encoding.asked_otherwise(encoder, [tried[number] for number in found.numbers], data.format)
+    if otherwise:
         warnings.warn(
-            f"{said} {encoder.num_melted - before} answers begin within the last token of their prompt (with white space, as a "
+            f"{said} the answers of {otherwise} change the tokens of their prompts (by white space at their beginning, as a "
             "rule), so that the model is asked otherwise than it is trained there",
             stacklevel=2,
         )

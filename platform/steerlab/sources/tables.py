@@ -75,7 +75,7 @@ def _separated_rows(path: Path, asked: Asked) -> Iterator[Found]:
             if name and names.count(name) > 1:
                 raise SourceError(f"{path.name} has two columns of the name {name!r}")
         for number, row in enumerate(cells, 1):
-            if number == 1 and row == names and asked.columns is not None:
+            if number == 1 and asked.columns is not None and sorted(map(str.strip, row)) == sorted(names):
                 yield _header_too(path)
             elif len(row) == len(names):
                 yield {name: cell for name, cell in zip(names, row, strict=True) if name}
@@ -113,7 +113,7 @@ def _column_rows(path: Path, asked: Asked) -> Iterator[Found]:
     names = asked.columns or ()
     for number, line in enumerate(lines(path), 1):
         cells = line.rstrip("\r\n").split("\t")
-        if number == 1 and cells == list(names):
+        if number == 1 and sorted(map(str.strip, cells)) == sorted(names):
             yield _header_too(path)
         elif len(cells) == len(names):
             yield dict(zip(names, cells, strict=True))

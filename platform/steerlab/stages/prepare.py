@@ -213,7 +213,8 @@ class _TensorsOfShard(shards.Maker):
         max_tokens = self._params["max_tokens"]
         found = encode_data(encoder, shard.rows, data["format"], max_tokens, skip_bad=data.get("skip_bad", False))
         numbers = [shard.first + number for number in found.numbers]
-        chunks = list(reading.batches([len(row) for row in found.rows], self._params["batch_tokens"], reading.PADDING_SHARE))
+        lengths, alike = [len(row) for row in found.rows], models.alike_up_to(self._model.model)
+        chunks = list(reading.batches(lengths, self._params["batch_tokens"], reading.PADDING_SHARE, alike=alike))
         keeper = self._start(self._model, self._params)
         shapes = {
             name: shape for chunk in chunks for i in chunk for name, shape in keeper.shapes(numbers[i], found.rows[i]).items()
