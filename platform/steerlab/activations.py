@@ -33,8 +33,25 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from steerlab import saved
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class _Part(saved.Shape):
+    path: saved.Inside
+    bytes: int
+    rows: int
+
+
+class _About(saved.Shape):
+    model_key: str
+    architecture: str
+    modules: list[str]
+    pooling: list[str]
+    widths: dict[str, int]
+
 
 FORMAT = 1
 PARTS, SUMMARY = "parts.json", "extraction.json"
@@ -80,7 +97,8 @@ def metadata_of(found: pa.Schema) -> dict[str, Any]:
     """Return what `schema` said about the activations. Raises ValueError if the schema is of another kind."""
     if _METADATA not in (found.metadata or {}):
         raise ValueError("the Parquet file holds no activations of this platform")
-    return json.loads(found.metadata[_METADATA])
+    where = "what the Parquet file says of its activations"
+    return saved.like(saved.parsed(found.metadata[_METADATA], dict[str, Any], where), _About, where)
 
 
 def table(about: Mapping[str, Any], values: Mapping[str, npt.NDArray[np.float32]], to: pa.Schema) -> pa.Table:
@@ -203,7 +221,7 @@ class Activations:
         directory = Path(directory)
         if not (directory / PARTS).is_file():
             raise ValueError(f"{directory} holds no activations: there is no {PARTS}")
-        parts = tuple(json.loads((directory / PARTS).read_text()))
+        parts = tuple(saved.read_like(directory / PARTS, list[_Part]))
         keys = set()
         metadata: dict[str, Any] = {}
         for part in parts:

@@ -1,6 +1,6 @@
 """The command line: thin typer commands over jobs, plans and runs.
 
-Exit codes: 0 done, 1 a stage failed, 2 the request was wrong.
+Exit codes: 0 done, 1 a stage failed, 2 the request was wrong, 70 an error of the platform itself, with its traceback.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -20,6 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
+
+from steerlab import texts
+from steerlab.faults import is_for_people
 
 if TYPE_CHECKING:
     from steerlab import plan
@@ -34,8 +39,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Rotate and steer a model's representations: run jobs, compare and try their results.",
 )
-console = Console()
-errors = Console(stderr=True)
+_INTERNAL = 70
+"""Exit code of an internal error (EX_SOFTWARE of sysexits.h)."""
+
+
+class _PlainConsole(Console):
+    """A console on which no text moves the cursor or sets a colour: generations, names and fields are strangers' texts."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(texts.plain(text), **how)
+
+
+console = _PlainConsole()
+errors = _PlainConsole(stderr=True)
 
 JobArgument = Annotated[Path, typer.Argument(help="Job file (YAML).")]
 SetOption = Annotated[
@@ -60,7 +76,7 @@ def _explained(how_to_go_on: str = "run the same command again to continue from 
         # Libraries warn in words of their own; those are for developers. What is checked and then read would be said twice.
         if category is UserWarning and str(message) not in said:
             said.add(str(message))
-            errors.print(f"[yellow]warning[/yellow] {escape(str(message))}", soft_wrap=True)
+            errors.print(f"[yellow]warning[/yellow] {escape(texts.shown(str(message)))}", soft_wrap=True)
 
     try:
         with warnings.catch_warnings():
@@ -68,10 +84,12 @@ def _explained(how_to_go_on: str = "run the same command again to continue from 
             warnings.showwarning = say
             yield
     except (StageError, FloatingPointError) as error:
-        errors.print(f"[red]failed[/red] {escape(str(error))}", soft_wrap=True)
+        errors.print(f"[red]failed[/red] {escape(texts.shown(str(error)))}", soft_wrap=True)
         raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
-        errors.print(f"[red]error[/red] {escape(str(error))}", soft_wrap=True)
+        if isinstance(error, ValueError) and not is_for_people(error):
+            raise
+        errors.print(f"[red]error[/red] {escape(texts.shown(str(error)))}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         errors.print(f"interrupted; {how_to_go_on}")
@@ -648,7 +666,7 @@ def _progress(quiet: bool) -> Iterator[plan.Listener]:
         done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
         note = f"loss {metrics['train/loss']:.4f}, {metrics.get('steps_per_s', 0):.2f} steps/s" if "step" in metrics else ""
         if stage.key not in tasks:
-            tasks[stage.key] = bar.add_task(f"{stage.name} ({stage.label})", total=total, note="")
+            tasks[stage.key] = bar.add_task(escape(texts.plain(f"{stage.name} ({stage.label})")), total=total, note="")
         bar.update(tasks[stage.key], completed=done, total=total, note=note)
         if not quiet and not console.is_terminal and time.monotonic() - printed_s > 10:
             printed_s = time.monotonic()
@@ -719,7 +737,12 @@ def main() -> None:
     """Run the command line."""
     for option in ("--strength", "--guidance"):
         sys.argv[1:] = repeated(sys.argv[1:], option)
-    app()
+    try:
+        app()
+    except Exception:  # whatever is left is nobody's mistake but ours
+        traceback.print_exc()
+        errors.print("[red]internal error[/red] the lines above say where; this is a fault of steerlab, please report it")
+        sys.exit(_INTERNAL)
 
 
 def repeated(arguments: list[str], option: str) -> list[str]:

@@ -166,6 +166,12 @@ class Encoder:
             "prompt": self.spec,
         }
 
+    @property
+    def identity(self) -> str:
+        """A value that changes with the tokenizer and its chat template."""
+        content = f"{self.tokenizer.backend_tokenizer.to_str()}\0{self.tokenizer.chat_template}"  # type: ignore[attr-defined]
+        return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
+
     def small_batch(self) -> Batch:
         """Return two rows of three tokens, by which the widths of modules are found."""
         row = Encoded([self.pad_id] * 3, [INSTRUCTION] * 3, [False] * 3, [0] * 3)

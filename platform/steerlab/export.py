@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from steerlab import generation, models, patches
+from steerlab import generation, models, patches, saved
 
 _Steered = generation.SteeredModel | generation.SteeredPipeline
 STRENGTH = "strength.json"
@@ -58,8 +58,7 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
 
 def strength_of(directory: Path) -> float:
     """Return the strength at which a folder was exported, as what it holds now takes it."""
-    saved = directory / STRENGTH
-    return float(json.loads(saved.read_text())) if saved.is_file() else 1.0
+    return saved.read(directory / STRENGTH, float) if (directory / STRENGTH).is_file() else 1.0
 
 
 _SHARE = 0.1

@@ -7,7 +7,6 @@ the batch and on other strengths by rounding alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from steerlab import encoding, models, patches, sources, taps
+from steerlab import bases, encoding, models, patches, saved, taps
+from steerlab.bases import BASE, PROMPT, SavedPrompt
 from steerlab.conditioning import Prompter
 from steerlab.encoding import Encoder, RowEncoder
 from steerlab.pipelines import Diffusion
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _T = TypeVar("_T")
-PROMPT, BASE, BELOW = "prompt.json", "base.json", "below"
-"""Files of an artifact: its prompt settings, what the patch of a frozen model stands on, and the folder of patches under the
-newest one, numbered from the lowest."""
+BELOW = "below"
+"""Folder of an artifact with the patches under its newest one, numbered from the lowest."""
 _NUCLEUS = 512
 """Tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
 _PROBES = (
@@ -503,19 +502,20 @@ def load_stack(
     if not (directory / PROMPT).is_file():
         model = models.load_model(directory, dtype=dtype or "float32", seed=seed, sampler=sampler, **kernel)
         return model, encoder_of(model, directory, prompt, trust_remote_code), ()
-    prompt = dict(json.loads((directory / PROMPT).read_text()))
+    prompt = saved.read(directory / PROMPT, SavedPrompt).model_dump(mode="json", exclude_unset=True)
     sampler = prompt.get("sampler") if sampler is None else sampler
     below: tuple[Any, ...] = ()
     if (directory / BASE).is_file():
-        base = _base_of(directory)
-        model, encoder, below = load_stack(base, dtype=dtype, prompt=prompt, sampler=sampler, **kernel)
+        bases.chain(directory)  # which ends
+        model, encoder, below = load_stack(bases.below(directory), dtype=dtype, prompt=prompt, sampler=sampler, **kernel)
     else:
         checkpoint = directory / "model" if (directory / "model").is_dir() else directory
         # Other weights of a denoiser are in the checkpoint, trained further or not.
         sampler = None if sampler is None else {**sampler, "denoiser": None}
         model = models.load_model(checkpoint, dtype=dtype or models.saved_dtype(checkpoint), sampler=sampler, **kernel)
         encoder = encoder_of(model, checkpoint, prompt, trust_remote_code)
-    numbered = sorted((directory / BELOW).iterdir(), key=lambda path: int(path.name)) if (directory / BELOW).is_dir() else []
+    numbered = [path for path in (directory / BELOW).glob("*") if path.name.isdecimal()]
+    numbered.sort(key=lambda path: int(path.name))
     below = (*below, *(patches.load(path) for path in numbered))
     patch_dir = directory / "patch" if snapshot is None else directory / "snapshots" / str(snapshot)
     if not patches.exists(patch_dir):
@@ -527,16 +527,5 @@ def load_stack(
 
 def model_directory(directory: Path) -> Path:
     """Return where the config and the tokenizer of a source or an artifact lie, whatever patches stand on it."""
-    if (directory / BASE).is_file():
-        return model_directory(_base_of(directory))
+    directory = bases.chain(directory)[-1]
     return directory / "model" if (directory / "model").is_dir() else directory
-
-
-def _base_of(directory: Path) -> Path:
-    base = json.loads((directory / BASE).read_text())
-    if "source" in base:
-        return sources.fetch(base["source"])
-    found = directory.parents[1] / base["stage"] / base["key"]
-    if not (found / PROMPT).is_file():
-        raise ValueError(f"{directory} stands on the artifact {base['stage']}/{base['key'][:12]}, which is not beside it")
-    return found

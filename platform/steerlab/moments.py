@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from steerlab import saved
 from steerlab.activations import resolved_column
 from steerlab.tensorfile import Shape, writing
 
@@ -108,6 +109,15 @@ def save(found: Iterable[tuple[str, Sums]], directory: Path, summary: Mapping[st
     (directory / SUMMARY).write_text(json.dumps(dict(summary), indent=1))
 
 
+class _About(saved.Shape):
+    model_key: str
+    architecture: str
+    modules: list[str]
+    pooling: list[str]
+    count: int
+    second_moment: bool
+
+
 @dataclass(frozen=True)
 class Moments:
     """The moments in a directory; tensors are read when they are asked for."""
@@ -122,7 +132,7 @@ class Moments:
         directory = Path(directory)
         if not (directory / SUMMARY).is_file():
             raise ValueError(f"{directory} holds no moments: there is no {SUMMARY}")
-        metadata = json.loads((directory / SUMMARY).read_text())
+        metadata = saved.read_like(directory / SUMMARY, _About)
         if model_key is not None and metadata["model_key"] != model_key:
             raise ValueError(f"{directory} holds moments of another model ({metadata['architecture']}) than this one")
         return cls(directory, metadata)

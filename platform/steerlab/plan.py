@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from steerlab import sources
+from steerlab import bases, sources
 from steerlab.job import ScaleConfig
 from steerlab.store import Store
 
@@ -157,9 +157,10 @@ class ModelRef:
 def located(store: Store, stage: str, key: str) -> Path:
     """Return the local directory of an artifact; those that it stands on (`base.json`) are then beside it."""
     directory = store.local(stage, key)
-    base = directory / "base.json"
-    if base.is_file() and "key" in (below := json.loads(base.read_text())):
-        located(store, below["stage"], below["key"])
+    seen, base = {(stage, key)}, bases.read(directory)
+    while base is not None and base.source is None and (base.stage, base.key) not in seen:
+        seen.add((base.stage, base.key))
+        base = bases.read(store.local(base.stage, base.key))
     return directory
 
 

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerlab import models
+from steerlab import expressions, models
 from steerlab.conditioning import Drawings
 from steerlab.job import Pooling, Selection, Span
 from steerlab.tokens import GENERATION, PADDING, PHASES, PROMPT, ROLES, Batch
 
-_ELEMENT = re.compile(r"(?P<modules>.*):(?P<element>\d+)")
+_ELEMENT = re.compile(r"(?P<modules>.*):(?P<element>\d{1,3})")
 
 
 class Tap(NamedTuple):
@@ -52,16 +52,16 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
     if match := _ELEMENT.fullmatch(pattern):
         pattern, element = match["modules"], int(match["element"])
     names = [name for name, _ in model.named_modules() if name]
-    found = [name for name in names if _compiled(pattern).fullmatch(name)]
+    found = expressions.whole(pattern, names)
     part = models.steered_part(model)
     if not found:
         names = _inside(names, part)
-        partial = [name for name in names if _compiled(pattern).search(name)]
-        near = partial or difflib.get_close_matches(pattern, names, n=5, cutoff=0.2)
-        raise ValueError(f"no module path matches {pattern!r} as a whole; near: {', '.join(near[:5])}")
+        near = expressions.part(pattern, names) or difflib.get_close_matches(pattern[:200], names, n=5, cutoff=0.2)
+        raise ValueError(f"no module path matches {pattern[:200]!r} as a whole; near: {', '.join(near[:5])}")
     left = found
     if selection.exclude_modules is not None:
-        left = [name for name in found if not _compiled(selection.exclude_modules).fullmatch(name)]
+        excluded = set(expressions.whole(selection.exclude_modules, found))
+        left = [name for name in found if name not in excluded]
         if not left:
             raise ValueError(f"exclude_modules {selection.exclude_modules!r} takes out all {len(found)} modules of {pattern!r}")
     if part is not None:
@@ -98,13 +98,6 @@ def _alike(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
     leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
     alike = [leaf for name in leaves for leaf in difflib.get_close_matches(name, by_leaf, n=2)]
     return [found for leaf in dict.fromkeys(alike) for found in by_leaf[leaf]] or [n for n in candidates if "norm" in n]
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"module pattern {pattern!r} is not a regular expression: {error}") from None
 
 
 def token_mask(selection: Selection, roles_BT: Tensor, phases_BT: Tensor, position_BT: Tensor, prompt_B: Tensor) -> Tensor:

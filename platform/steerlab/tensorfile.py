@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from steerlab import saved
 from steerlab.activations import written_whole
 
 _NAMES = {
@@ -79,6 +80,11 @@ def writing(path: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str]
 _INDEX = "index.json"
 
 
+class _Index(saved.Shape):
+    parts: dict[str, dict[str, Any]]
+    tensors: dict[str, saved.Inside]
+
+
 @dataclass(frozen=True)
 class Parts:
     """A directory of safetensors files, each made by itself, and what is known of them."""
@@ -91,8 +97,8 @@ class Parts:
     @classmethod
     def open(cls, directory: Path) -> Parts:
         """Read the index of a directory."""
-        index = json.loads((directory / _INDEX).read_text())
-        return cls(directory, index["parts"], index["tensors"])
+        index = saved.read(directory / _INDEX, _Index)
+        return cls(directory, index.parts, index.tensors)
 
     @staticmethod
     def write_index(directory: Path, facts: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]) -> None:

@@ -393,6 +393,9 @@ DEFAULT_PRETRAIN_ROWS = 50_000
 _REPETITIONS = 1_000
 
 
+_MOST_ROWS = 10_000_000
+
+
 def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
     """Draws the rows of one data set, the same in every process and on every machine.
 
@@ -410,6 +413,8 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, Any]]:
         )
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give a number of rows above 0, or None for all of {name}")
+    if limit is not None and limit > _MOST_ROWS:
+        raise ValueError(f"limit is {limit}: at most {_MOST_ROWS:,} rows of {name} are made up")
     if limit is None:
         limit = DEFAULT_PRETRAIN_ROWS if name == "pretrain/train" else DEFAULT_ROWS[split]
     rng = random.Random(f"tinyworld {name}")

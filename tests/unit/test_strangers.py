@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import pickle
 import py_compile
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,10 @@ from typing import Any
 import joblib
 import pytest
 
-from steerlab import models, sources
+from steerlab import cli, expressions, models, sources, texts, tinyworld
 from steerlab.evaluation import scorers
+from steerlab.faults import is_for_people
+from steerlab.job import DataSet
 from steerlab.store import MANIFEST, Store, StoreError
 
 
@@ -208,3 +214,94 @@ def compiled_in_place_of(path: Path, text: str) -> None:
     path.write_text(text)
     py_compile.compile(str(path), compiled, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
     path.write_text(own)
+
+
+# What would hang
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("s3://", r"'s3://' names no bucket or host"),
+        ("gym:gsm_symbolic?seed=0&size=999999999999", r"with a size below 10,000,000"),
+        ("/", r"/ means more than 100,000 files and folders|/ is a directory of|is a directory that holds no data"),
+    ],
+)
+def test_a_source_of_everything_is_refused(source: str, message: str) -> None:
+    with pytest.raises(sources.SourceError, match=message):
+        sources.rows(source, limit=1)
+
+
+def test_what_would_be_drawn_for_ever_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(ValueError, match=r"limit is 1000000000000: at most 10,000,000 rows of instructions/train are made up"):
+        tinyworld.rows("instructions/train", 10**12)
+    with pytest.raises(ValueError, match=r"draw each text 1,000,000,000 times; at most 100,000"):
+        DataSet(source="a.txt", format="text", seeds=(0, 1_000_000_000))
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*x", "(a|a)*" * 20 + "b", "(?:(?:.*)*)*!", "(.+)+\\d"])
+def test_an_expression_that_takes_for_ever_is_refused_within_seconds(pattern: str) -> None:
+    names = [f"model.layers.{'a' * 40}.{number}.mlp.down_proj" for number in range(300)]
+    began_s = time.monotonic()
+    try:
+        assert expressions.whole(pattern, names) == [name for name in names if name == "nothing"]
+    except ValueError as refusal:
+        assert "takes longer than 1 s on the names of modules" in str(refusal)
+    assert time.monotonic() - began_s < 10
+
+
+@pytest.mark.parametrize("pattern", ["[", "*", "(?P<a>", "(" * 3000, "a" * 20_000])
+def test_what_is_no_expression_is_refused_in_a_short_line(pattern: str) -> None:
+    with pytest.raises(ValueError, match="module pattern") as refusal:
+        expressions.whole(pattern, ["a"])
+    assert len(str(refusal.value)) < 500 and "\n" not in str(refusal.value)
+
+
+# What is shown
+
+
+def test_no_text_moves_the_cursor_or_turns_a_line_round() -> None:
+    assert texts.plain("a\x1b[2Jb\u202ec\x07\n\té") == "a\\x1b[2Jb\\u202ec\\x07\n\té"
+    assert len(texts.shown("x" * 10**6)) < 2_001
+    stream = io.StringIO()
+    console = cli._PlainConsole(file=stream, force_terminal=True, width=60)
+    table = cli._table("name\x1b[31m")
+    table.add_row("\x1b]0;title\x07 \u2066text")
+    console.print(table)
+    console.print("a\x1b[2J \u202e")
+    for moving in ("\x1b[31m", "\x1b]0", "\x1b[2J", "\u202e", "\u2066", "\x07"):
+        assert moving not in stream.getvalue()
+
+
+# Whose fault it is
+
+
+def test_only_what_the_platform_says_is_called_the_users_mistake() -> None:
+    def raised(call: Callable[[], Any]) -> BaseException:
+        try:
+            call()
+        except Exception as error:
+            return error
+        raise AssertionError("nothing was raised")
+
+    assert is_for_people(raised(lambda: sources.parse("")))
+    assert is_for_people(raised(lambda: DataSet.model_validate({"source": ""}))) is False, "pydantic's own words"
+    assert is_for_people(raised(lambda: int("x"))) is False
+    assert is_for_people(raised(lambda: texts.shown(3))) is False  # type: ignore[arg-type]
+    assert is_for_people(raised(lambda: json.loads("{"))) is False
+
+
+def test_an_internal_error_shows_its_traceback_and_exits_with_70(tmp_path: Path) -> None:
+    program = (
+        "import sys; from steerlab import cli, job; job.read = lambda *a, **k: int('x'); "
+        "sys.argv = ['steerlab', 'plan', 'a.yaml', '--root', sys.argv[1]]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 70
+    assert "Traceback" in done.stderr and "internal error" in done.stderr
+    program = program.replace("int('x')", "(_ for _ in ()).throw(job.JobError('no'))")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 70, "only statements of the platform itself speak to people"
+    plan = [sys.executable, "-m", "steerlab", "plan", "nothing.yaml", "--root", str(tmp_path)]
+    done = subprocess.run(plan, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -22,6 +22,9 @@ Names = Annotated[dict[str, str], BeforeValidator(_spelt)]
 """Values and the texts that stand for them."""
 
 
+_MOST_SEEDS = 100_000
+
+
 class DataSet(Frozen):
     """One data set and how its rows become tokens."""
 
@@ -131,6 +134,9 @@ class DataSet(Frozen):
             raise ValueError("loss_on response: an image has no response")
         if self.seeds is not None and not 0 <= self.seeds[0] < self.seeds[1]:
             raise ValueError(f"seeds {list(self.seeds)}: give a range [start, end) of whole numbers from 0")
+        if self.seeds is not None and self.seeds[1] - self.seeds[0] > _MOST_SEEDS:
+            times = self.seeds[1] - self.seeds[0]
+            raise ValueError(f"seeds {list(self.seeds)} draw each text {times:,} times; at most {_MOST_SEEDS:,}")
         if (self.seeds is not None or self.tags) and self.format != "text":
             raise ValueError(f"seeds and tags are about prompts (format text); rows of format {self.format} have none")
         for template in self.compose.values():

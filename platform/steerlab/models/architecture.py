@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers.models.auto import modeling_auto
+
+from steerlab import saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -63,10 +64,7 @@ def _refuse_code(raw: dict[str, Any], file: Path) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    return saved.read(file, dict[str, Any])
 
 
 def _first_line(error: Exception) -> str:

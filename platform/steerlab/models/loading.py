@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from steerlab import pipelines, sources
+from steerlab import pipelines, saved, sources
 from steerlab.job import SamplerConfig
 from steerlab.models import architecture, weights
 from steerlab.models.places import embedding_shape, layer_names
@@ -183,12 +183,16 @@ def check_sampler(directory: str | Path, sampler: SamplerConfig) -> None:
     pipelines.check_scheduler(prepare(Path(directory)), sampler)
 
 
+class _Dtype(saved.Shape):
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
 def saved_dtype(directory: Path) -> str:
     """Return the type in which a checkpoint's weights were saved; float32 where that is not said."""
     if pipelines.is_pipeline(directory):
         return pipelines.saved_dtype(directory)
     config = directory / "config.json"
-    return (json.loads(config.read_text()).get("dtype") or "float32") if config.is_file() else "float32"
+    return (saved.read(config, _Dtype).dtype or "float32") if config.is_file() else "float32"
 
 
 def start_training(model: Any, checkpointing: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import struct
 import warnings
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from steerlab import saved
 from steerlab.models import architecture
 
 if TYPE_CHECKING:
@@ -94,10 +94,14 @@ def _without_its_report() -> Iterator[None]:
         logger.setLevel(level)
 
 
+class _Index(saved.Shape):
+    weight_map: dict[str, saved.Inside]
+
+
 def check_files(directory: Path) -> None:
     """Refuse shards that are not there and files that are cut short. Raises ValueError with their names."""
     for index in _indices(directory):
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(saved.read(index, _Index).weight_map.values()))
         missing = [name for name in shards if not (directory / name).is_file()]
         if missing:
             raise ValueError(f"{index}: {len(missing)} of {len(shards)} files are missing: {listed(missing)}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from steerlab import models
+from steerlab import models, saved
 from steerlab.patches.activation import ActivationPatch
 from steerlab.patches.embedding import EmbeddingPatch
 from steerlab.patches.logit import LogitPatch
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
+_SMALL = 1 << 20
+"""Sizes that may stand in a patch without a tensor of them: the width of a model whose embeddings are rotated, a context."""
 KINDS: dict[str, Callable[..., Any]] = {
     "embedding": EmbeddingPatch,
     "activation": ActivationPatch,
@@ -37,16 +41,53 @@ def save(patch: Any, directory: Path, model_fingerprint: str) -> None:
     (directory / _SPEC).write_text(json.dumps(spec, indent=2))
 
 
+class _Saved(BaseModel):
+    kind: str
+    spec: dict[str, Any]
+    model: str
+
+
 def load(directory: Path, model: PreTrainedModel | None = None) -> Any:
-    """Read a patch; with a model given, refuse a patch that was made for another one."""
-    saved = json.loads((directory / _SPEC).read_text())
-    if saved["kind"] not in KINDS:
-        raise ValueError(f"{directory / _SPEC}: unknown kind of patch {saved['kind']!r}; known: {', '.join(KINDS)}")
-    if model is not None and models.fingerprint(model) != saved["model"]:
+    """Read a patch; with a model given, refuse a patch that was made for another one.
+
+    Raises:
+        ValueError: a file of the patch is damaged, its tensors are not those that it announces, or the model is another one.
+    """
+    about = saved.read(directory / _SPEC, _Saved)
+    if about.kind not in KINDS:
+        raise ValueError(f"{directory / _SPEC}: unknown kind of patch {about.kind!r:.80}; known: {', '.join(KINDS)}")
+    if model is not None and models.fingerprint(model) != about.model:
         raise ValueError(f"the patch in {directory} was made for another model than this {type(model).__name__}")
-    patch = KINDS[saved["kind"]](**saved["spec"])
-    patch.load_state_dict(load_file(directory / _TENSORS))
+    _check_sizes(about.spec, directory)
+    try:
+        patch = KINDS[about.kind](**about.spec)
+        patch.load_state_dict(load_file(directory / _TENSORS))
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError, SafetensorError) as error:
+        # What a stranger's file gives to a constructor: wrong types, tensors of other names or shapes.
+        raise ValueError(f"the patch in {directory} is damaged: {' '.join(str(error).split())[:300]}") from None
     return patch.eval()
+
+
+def _check_sizes(spec: Any, directory: Path) -> None:
+    """Refuse numbers in a patch's arguments for which there are no tensors: they would take memory before it is compared."""
+    try:
+        with safe_open(directory / _TENSORS, "pt") as file:
+            longest = max((max(file.get_slice(name).get_shape(), default=1) for name in file.keys()), default=0)  # noqa: SIM118
+    except (SafetensorError, FileNotFoundError, OSError) as error:
+        raise ValueError(f"the patch in {directory} is damaged: {_TENSORS}: {' '.join(str(error).split())[:200]}") from None
+    for number in _whole_numbers(spec):
+        if number > max(longest, _SMALL):
+            raise ValueError(
+                f"the patch in {directory} is damaged: no tensor has the size {str(number)[:20]} that {_SPEC} names"
+            )
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(one)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
 
 
 def exists(directory: Path) -> bool:

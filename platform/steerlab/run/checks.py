@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -220,11 +221,19 @@ def _check_template(job: Job, found: models.ModelFacts) -> None:
             f"the chat template prints {encoder.tokenizer.convert_ids_to_tokens(beyond[0])!r}, whose id {beyond[0]} lies "
             f"beyond the {found.num_embeddings} rows of the embedding of {found.architecture}"
         )
+    longest = None if job.train is None else job.train.max_tokens
     for role, data in trained.items():
-        _check_encoded(f"data.{role}", encoder, data, None if job.train is None else job.train.max_tokens)
+        key = (encoder.identity, json.dumps(encoder.spec), data.model_dump_json(), json.dumps(rows.fingerprint(data)), longest)
+        if key not in _encoded:
+            _check_encoded(f"data.{role}", encoder, data, longest)
+            _encoded.add(key)
     if isinstance(job.model.source, str):
         for remark in encoder.remarks():
             warnings.warn(remark, stacklevel=2)
+
+
+_encoded: set[tuple[Any, ...]] = set()
+"""Data sets whose first rows were encoded in this process: the trials of a sweep share theirs."""
 
 
 def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | None) -> None:

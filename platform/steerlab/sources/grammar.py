@@ -27,7 +27,7 @@ _PACKAGE = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)(@sha256:(?P<sha256>[0-9a-f]{64}))?(#(?P<inside>.+))?"
 )
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^#@]+))?(#(?P<inside>.+))?")
-_GYM = re.compile(r"(?P<name>\w+)\?(?P<inside>seed=[0-9]+&size=[1-9][0-9]*)")
+_GYM = re.compile(r"(?P<name>\w+)\?(?P<inside>seed=[0-9]+&size=[1-9][0-9]{0,6})")
 _DEB = re.compile(r"(?P<name>[a-z0-9][a-z0-9+.-]+)(@sha256:(?P<sha256>[0-9a-f]{64}))?(#(?P<inside>.+))?")
 
 
@@ -54,6 +54,8 @@ def parse(source: str) -> Source:
     if scheme == "file":
         return Source(source, "path", _path_of(source))
     if rest.startswith("//"):
+        if not rest.strip("/"):
+            raise SourceError(f"'{source}' names no bucket or host: {scheme}://bucket/path")
         return Source(source, "uri", source)
     if scheme in ("wheel", "sdist"):
         return _parse_package(source, "wheel" if scheme == "wheel" else "sdist", rest)
@@ -92,7 +94,7 @@ def _parse_package(source: str, kind: Literal["wheel", "sdist"], rest: str) -> S
 
 def _parse_gym(source: str, rest: str) -> Source:
     if not (match := _GYM.fullmatch(rest)):
-        raise SourceError(f"'{source}' is not gym:NAME?seed=N&size=N")
+        raise SourceError(f"'{source}' is not gym:NAME?seed=N&size=N, with a size below 10,000,000")
     if match["name"] not in GENERATORS:
         raise SourceError(f"'{source}': there is no generator '{match['name']}' here, only {', '.join(GENERATORS)}")
     return Source(source, "gym", match["name"], inside=match["inside"])

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from steerlab.sources.cache import examples
@@ -16,6 +17,7 @@ from steerlab.sources.tables import READ
 
 _SHARD = re.compile(r"^(?P<name>.*?)[-_.]?(?P<number>[0-9]+)(-of-(?P<count>[0-9]+)(-[0-9a-f]{16})?)?$")
 
+_MOST_PATHS = 100_000
 
 _ABOUT = ("dataset_info.json", "state.json", "dataset_dict.json")
 """What `datasets` writes beside shards about them."""
@@ -29,7 +31,7 @@ def is_pattern(source: Source) -> bool:
 def matches(source: Source) -> list[Path]:
     """Return the files that a pattern means, in the order of their numbers. Raises SourceError if it means none."""
     pattern = str(Path(source.name).expanduser().absolute())
-    found = [Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]
+    found = [path for path in _at_most(map(Path, glob.iglob(pattern, recursive=True)), source.text) if path.is_file()]
     if not found:
         raise SourceError(f"'{source.text}' matches no file")
     return sorted(found, key=_order)
@@ -49,7 +51,8 @@ def of_folder(folder: Path) -> list[Path]:
     Raises:
         SourceError: it holds none, several, or not all of its shards.
     """
-    inside = (path for path in folder.rglob("*") if data_suffix(path)[0] in READ and path.is_file() and path.name not in _ABOUT)
+    every = _at_most(folder.rglob("*"), folder)
+    inside = (path for path in every if data_suffix(path)[0] in READ and path.is_file() and path.name not in _ABOUT)
     files = sorted((path for path in inside if not _is_hidden(path.relative_to(folder))), key=_order)
     if not files:
         raise SourceError(f"{folder} is a directory that holds no data: no file that ends in {', '.join(READ)}")
@@ -62,6 +65,14 @@ def of_folder(folder: Path) -> list[Path]:
         )
     _check_whole(folder, files)
     return files
+
+
+def _at_most(paths: Iterable[Path], where: Path | str) -> Iterator[Path]:
+    """Pass paths on, as long as they are not those of a whole disk."""
+    for number, path in enumerate(paths):
+        if number == _MOST_PATHS:
+            raise SourceError(f"{where} means more than {_MOST_PATHS:,} files and folders: name the data set in it")
+        yield path
 
 
 def _is_hidden(path: Path) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 
-from steerlab import patches, rows
+from steerlab import expressions, patches, rows
 from steerlab.affine import AffineMap
-from steerlab.generation import BASE, PROMPT
+from steerlab.bases import BASE, PROMPT
 from steerlab.job import DataSet, ExtractConfig, Job, Selection
 from steerlab.methods import METHODS
 from steerlab.plan import ModelRef, Stage, Work
@@ -118,8 +118,8 @@ def _takes(selection: Selection, name: str) -> bool:
     """Say whether a selection takes a place that was read."""
     module = name.partition(":")[0]
     pattern = re.sub(r":\d+$", "", selection.modules)
-    excluded = selection.exclude_modules is not None and re.fullmatch(selection.exclude_modules, module)
-    return bool(re.fullmatch(pattern, module)) and not excluded
+    excluded = selection.exclude_modules is not None and expressions.whole(selection.exclude_modules, [module])
+    return bool(expressions.whole(pattern, [module])) and not excluded
 
 
 def _walk(

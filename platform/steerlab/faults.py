@@ -1,0 +1,25 @@
+"""Whose fault an error is: what this platform says to people, or what went wrong inside of it."""
+
+from __future__ import annotations
+
+import dis
+from types import TracebackType
+
+
+def is_for_people(error: BaseException) -> bool:
+    """Say whether an error's message was written for the person who asked: a statement of this platform raised it.
+
+    An operation that failed in the midst of our code (`int("x")`, a missing key), or a library's own error, is an internal
+    error, whatever its type: its message speaks of things that the person has never seen.
+    """
+    raised = _innermost(error.__traceback__)
+    if raised is None or raised.tb_frame.f_globals.get("__name__", "").partition(".")[0] != __name__.partition(".")[0]:
+        return False
+    instructions = {one.offset: one.opname for one in dis.get_instructions(raised.tb_frame.f_code)}
+    return instructions.get(raised.tb_lasti) == "RAISE_VARARGS"
+
+
+def _innermost(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
