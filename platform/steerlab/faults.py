@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dis
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -17,6 +19,22 @@ def is_for_people(error: BaseException) -> bool:
         return False
     instructions = {one.offset: one.opname for one in dis.get_instructions(raised.tb_frame.f_code)}
     return instructions.get(raised.tb_lasti) == "RAISE_VARARGS"
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Name the file of which a library says that it is damaged, in words or by the error that it runs into.
+
+    Raises:
+        ValueError: the file cannot be read. What this platform says itself is passed on.
+    """
+    try:
+        yield
+    except Exception as error:  # parsers of strangers' files fail in every way: struct.error, KeyError, bare Exception
+        if is_for_people(error) or isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{what} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def _innermost(trace: TracebackType | None) -> TracebackType | None:

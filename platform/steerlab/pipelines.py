@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steerlab import pipeline_index
+from steerlab.faults import explained
 from steerlab.job import SamplerConfig
 from steerlab.pipeline_index import INDEX
 
@@ -368,7 +369,8 @@ def load(
     name, kind = _class_of(directory)
     family = _FAMILIES[name]
     if any((directory / family.denoiser).glob("*.safetensors")):
-        pipeline = kind.from_pretrained(directory, dtype=_DTYPES[dtype], **family.options)
+        with explained(f"the pipeline {directory}"):
+            pipeline = kind.from_pretrained(directory, dtype=_DTYPES[dtype], **family.options)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -60,6 +60,8 @@ class Store:
 
     def path(self, stage: str, key: str) -> str:
         """Return where the artifact lies (or would lie), as a path on the filesystem."""
+        if escapes(stage) or escapes(key):
+            raise StoreError(f"{stage!r:.40}/{key!r:.80} is no artifact: it lies outside of {self.root}")
         return self._at("artifacts", stage, key)
 
     def has(self, stage: str, key: str) -> bool:
@@ -179,8 +181,11 @@ class Store:
         self._write(relpath, content)
 
     def read_text(self, relpath: str) -> str:
-        """Read a text file. Raises FileNotFoundError if it is absent."""
-        return self._read(relpath).decode()
+        """Read a text file. Raises StoreError if it is not UTF-8, FileNotFoundError if it is absent."""
+        try:
+            return self._read(relpath).decode()
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{self.root}/{relpath} is no UTF-8 text (byte {error.start})") from None
 
     def read_json(self, relpath: str) -> Any:
         """Read a JSON file. Raises StoreError if it is not JSON, FileNotFoundError if it is absent."""

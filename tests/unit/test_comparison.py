@@ -43,7 +43,8 @@ def write_run(store: Store, run_id: str, evaluations: dict[str, str], method: st
     folder = f"runs/{method}-job/{run_id}"
     store.write_text(f"{folder}/job.yaml", f"name: {method}-job\nmethod: {{name: {method}}}\n")
     reported = {} if method == "none" else dict.fromkeys(evaluations, 1.0)
-    summary = {"evaluations": evaluations, "unsteered": {}, "reported": reported, "schema": SCHEMA}
+    tables = {"metrics": {}, "strengths": {}, "choice": None, "model": None}
+    summary = {**tables, "evaluations": evaluations, "unsteered": {}, "reported": reported, "schema": SCHEMA}
     store.write_json(f"{folder}/summary.json", summary | more)
     return folder
 
@@ -97,7 +98,10 @@ def test_the_table_says_runs_methods_and_strengths(store: Store) -> None:
         (lambda store, run: _remove(store, f"{run}/job.yaml"), r"is no run folder \(ROOT/runs/NAME/ID\)"),
         (lambda store, run: _remove(store, f"{run}/summary.json"), "did not finish: it goes on, or was killed"),
         (lambda store, run: _failed(store, run), "did not finish: RayTaskError: out of memory"),
-        (lambda store, run: store.write_json(f"{run}/summary.json", {"schema": 1}), "another version of steerlab"),
+        (
+            lambda store, run: store.write_json(f"{run}/summary.json", {"metrics": {}, "strengths": {}, "schema": 1}),
+            "another version of steerlab",
+        ),
         (lambda store, run: write_run(store, "1", {}), "share no metric with judged items"),
     ],
 )

@@ -239,7 +239,10 @@ def test_archive_that_points_outside_is_refused(index: Path, tmp_path: Path, nam
 
 def test_link_that_points_outside_is_refused(index: Path) -> None:
     source = _put_sdist(index, link="../../../../../../../../etc")
-    with pytest.raises(SourceError, match=r"could not be downloaded|cannot be unpacked"):
+    if sys.version_info < (3, 11, 4):
+        assert not (fetch(source) / "link").exists(), "links are left out"
+        return
+    with pytest.raises(SourceError, match=r"cannot be unpacked"):
         fetch(source)
 
 

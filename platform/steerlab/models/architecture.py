@@ -13,6 +13,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from steerlab import saved
+from steerlab.faults import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,10 +37,8 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedC
     raw = _json(directory / "config.json")
     if not trust_remote_code and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         _refuse_code(raw, directory / "config.json")
-    try:
+    with explained(str(directory / "config.json")):
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(f"{directory / 'config.json'}: {_first_line(error)}") from None
     _check_kind(config, raw, directory)
     return config
 
@@ -151,11 +150,8 @@ def _must_be_given(name: str, parameter: inspect.Parameter) -> bool:
 
 def make(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """Return a model without weights, with its own choice of attention. Raises ValueError if its class refuses the config."""
-    with torch.device("meta"):
-        try:
-            return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
-        except (ValueError, KeyError, TypeError, AttributeError, ImportError, AssertionError) as error:
-            raise ValueError(f"a {type(config).__name__} makes no model: {_first_line(error)}") from None
+    with torch.device("meta"), explained(f"a model of {type(config).__name__}"):
+        return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def attention_of(directory: Path, attention: str, trust_remote_code: bool = False) -> str:

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from steerlab import pipelines, saved, sources
+from steerlab.faults import explained
 from steerlab.job import SamplerConfig
 from steerlab.models import architecture, weights
 from steerlab.models.places import embedding_shape, layer_names
@@ -75,9 +76,10 @@ def load_model(
         "trust_remote_code": trust_remote_code,
     }
     if weights.has_weights(directory):
-        return weights.load(directory, kwargs).eval()
+        with explained(f"the checkpoint {directory}"):
+            return weights.load(directory, kwargs).eval()
     config = architecture.read_config(directory, trust_remote_code)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), explained(f"the config in {directory}"):
         torch.manual_seed(seed)
         return architecture.model_class(config).from_config(config, **kwargs).eval()
 
@@ -92,7 +94,8 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Pr
     alone = any((directory / name).is_file() for name in _TOKENIZER_FILES)
     directory = directory if alone else prepare(directory)
     architecture.check_tokenizer_code(directory, trust_remote_code)
-    return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with explained(f"the tokenizer in {directory}"):
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
 def facts(directory: str | Path, trust_remote_code: bool = False) -> ModelFacts:
@@ -232,19 +235,19 @@ def _dequantise(gguf: Path) -> Path:
     target = gguf.parent / f"{gguf.stem}.dequantised"
     with _locked(target.with_suffix(".lock")):
         if not target.exists():
-            scratch = Path(tempfile.mkdtemp(dir=gguf.parent))
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                trust_remote_code=False,
-                dtype=torch.float32,
-            )
-            model.save_pretrained(scratch)
-            transformers.AutoTokenizer.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, trust_remote_code=False
-            ).save_pretrained(scratch)
-            scratch.rename(target)
+            with explained(f"the GGUF file {gguf}"), tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    gguf.parent,
+                    gguf_file=gguf.name,
+                    quantization_config=GgufConfig(dequantize=True),
+                    trust_remote_code=False,
+                    dtype=torch.float32,
+                )
+                model.save_pretrained(Path(scratch, "model"))
+                transformers.AutoTokenizer.from_pretrained(
+                    gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+                ).save_pretrained(Path(scratch, "model"))
+                Path(scratch, "model").rename(target)
     return target
 
 

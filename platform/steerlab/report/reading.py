@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
 
+from steerlab.run import folder as folders
 from steerlab.store import Store
 
 MAX_POINTS = 400
@@ -122,19 +122,18 @@ def read(store: Store, folder: str) -> Entry:
         ValueError: it is no finished run.
     """
     try:
-        summary = store.read_json(f"{folder}/summary.json")
+        summary = folders.summary(store, folder)
     except FileNotFoundError:
         raise ValueError(f"{folder} is no finished run folder (runs/NAME/ID) of {store.root}") from None
-    job = yaml.load(store.read_text(f"{folder}/job.yaml"), Loader=_LOADER)
-    names = [name for name in store.list(f"{folder}/samples") if name.endswith(".json")]
+    job = folders.job(store, folder)
     return Entry(
         name=job["name"] if job["method"]["name"] in job["name"] else f"{job['method']['name']} ({job['name']})",
         folder=folder,
         job=job,
         summary=summary,
-        stages=store.read_json(f"{folder}/plan.json")["stages"],
-        environment=store.read_json(f"{folder}/environment.json"),
-        samples={name.removesuffix(".json"): store.read_json(f"{folder}/samples/{name}") for name in names},
+        stages=folders.stages(store, folder),
+        environment=folders.environment(store, folder),
+        samples=folders.samples(store, folder),
         fit_s=fit_seconds(store, summary.get("model")),
         curves=curves(store, folder),
         images=images(store, folder),
@@ -150,7 +149,7 @@ def read_sweep(store: Store, folder: str) -> Sweep:
         ValueError: it is no sweep.
     """
     try:
-        job = yaml.load(store.read_text(f"{folder}/job.yaml"), Loader=_LOADER)
+        job = folders.job(store, folder)
         trials = trial_rows(store, folder)
     except FileNotFoundError:
         raise ValueError(f"{folder} is no sweep folder (sweeps/NAME/ID) of {store.root}, or none of its trials began") from None
@@ -205,7 +204,7 @@ def fit_seconds(store: Store, model: dict[str, Any] | None) -> float | None:
 def curves(store: Store, folder: str) -> dict[str, list[tuple[float, float]]]:
     """Return the training metrics of a run over its steps; those of the last training where a job stands on others."""
     try:
-        lines = store.read_lines(f"{folder}/metrics.jsonl")
+        lines = folders.lines(store, folder)
     except FileNotFoundError:
         return {}
     last = lines[-1]["key"] if lines else None
@@ -259,7 +258,3 @@ def _json(store: Store, path: str) -> dict[str, Any]:
         return store.read_json(path)
     except FileNotFoundError:
         return {}
-
-
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's where it is built in: ten times as fast."""

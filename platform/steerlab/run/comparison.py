@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-import yaml
 
 from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
+from steerlab.run import folder as folders
 from steerlab.run.record import SCHEMA, labelled
 from steerlab.store import Store
 
@@ -125,13 +125,13 @@ class _Run(NamedTuple):
             raise ValueError(f"{where} is no run folder (ROOT/runs/NAME/ID)")
         if "summary.json" not in files:
             raise ValueError(f"{where} is a run that did not finish{_reason(store, folder, files)}")
-        summary = store.read_json(f"{folder}/summary.json")
+        summary = folders.summary(store, folder)
         if summary.get("schema") != SCHEMA:
             raise ValueError(
                 f"{where} was written by another version of steerlab (summary {summary.get('schema')}, not {SCHEMA}): run its "
                 "job again, what has not changed is taken from the store"
             )
-        job = yaml.safe_load(store.read_text(f"{folder}/job.yaml"))
+        job = folders.job(store, folder)
         name = Named(job["name"], folder.rpartition("/")[2], job["method"]["name"], bool(summary["reported"]))
         return cls(store, folder, name, summary)
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -53,12 +54,24 @@ def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) 
         else:
             with tarfile.open(archive) as file:
                 _refuse_escapes(source, file.getnames())
-                file.extractall(unpacked, filter="data")
+                _extract(file, unpacked)
     except (tarfile.TarError, zipfile.BadZipFile) as error:
         raise SourceError(f"'{source.text}': {archive.name} cannot be unpacked: {error}") from error
     top = list(unpacked.iterdir())
     is_wrapped = drops_top and len(top) == 1 and top[0].is_dir()
     os.rename(top[0] if is_wrapped else unpacked, directory)
+
+
+def _extract(file: tarfile.TarFile, directory: Path) -> None:
+    """Unpack a tar archive as data: files and folders, and links that stay inside."""
+    if sys.version_info >= (3, 11, 4):
+        return file.extractall(directory, filter="data")
+    # Before 3.11.4 (Debian 12 has 3.11.2) there is no such filter: links and devices are left out.
+    plain = [member for member in file.getmembers() if member.isfile() or member.isdir()]
+    for member in plain:
+        member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+    file.extractall(directory, plain)
+    return None
 
 
 def _refuse_escapes(source: Source, names: Sequence[str]) -> None:

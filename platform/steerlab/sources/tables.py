@@ -54,8 +54,14 @@ def _arrow_rows(path: Path, asked: Asked) -> Iterator[Found]:
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
             for batch in batches:
+                # Arrow trusts the numbers in the file: of a damaged one they point anywhere.
+                batch.validate(full=True)
+                if batch.num_rows > 8 * path.stat().st_size:
+                    raise SourceError(f"{path.name} is not Arrow data: it says that it holds {batch.num_rows:,} rows")
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, SourceError):
+            raise
         raise SourceError(f"{path.name} is not Arrow data, or not whole: {' '.join(str(error).split())}") from error
 
 

@@ -206,7 +206,7 @@ def send(directory: Path) -> dict[str, Any]:
     """
     if not has_key():
         raise ValueError(NO_KEY)
-    settings = spool.read_json(directory / spool.SETTINGS)
+    settings = spool.read_settings(directory)
     spool.write_json(directory / spool.SETTINGS, {**settings, "mode": "online", "reason": None})
     (directory / spool.STATUS).unlink(missing_ok=True)
     _started(directory).communicate(f"{directory}\n".encode())

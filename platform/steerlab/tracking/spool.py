@@ -11,7 +11,11 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from steerlab import saved
 
 EVENTS = "events.jsonl"
 SETTINGS = "settings.json"
@@ -36,8 +40,12 @@ class Spool:
         self.told: set[str] = set()
         """Keys of tables, images and stages that are in the file."""
         self._file = _opened(directory / EVENTS)
-        for event in read(directory / EVENTS):
-            self._remember(event)
+        try:
+            for event in read(directory / EVENTS):
+                self._remember(event)
+        except ValueError:
+            self._file.close()
+            raise
         self.append({"kind": "open"})
 
     def append(self, event: dict[str, Any]) -> None:
@@ -61,6 +69,28 @@ class Spool:
             self.told.add(event["key"])
 
 
+class _Log(saved.Shape):
+    axis: str
+    data: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> _Log:
+        if not isinstance(self.data.get(self.axis), int | float):
+            raise ValueError(f"data holds no number of the axis {self.axis!r:.60}")
+        return self
+
+
+class _Kind(saved.Shape):
+    kind: str
+    key: str = ""
+
+
+def _event(line: bytes, where: str) -> dict[str, Any]:
+    """Return an event as a line of the file holds it. Raises ValueError where it is none."""
+    event = saved.like(saved.parsed(line, dict[str, Any], where), _Kind, where)
+    return saved.like(event, _Log, where) if event["kind"] == "log" else event
+
+
 def _opened(path: Path) -> Any:
     """Open for appending, without the torn line that a kill may have left."""
     if path.exists():
@@ -75,7 +105,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     """Read the whole lines of a file of events."""
     if path.exists():
         with path.open("rb") as file:
-            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+            yield from (_event(line, f"{path} line {number}") for number, line in enumerate(file, 1) if line.endswith(b"\n"))
 
 
 def follow(path: Path, ended: Any, poll_s: float = 0.1) -> Iterator[dict[str, Any]]:
@@ -91,7 +121,7 @@ def follow(path: Path, ended: Any, poll_s: float = 0.1) -> Iterator[dict[str, An
             rest += file.read()
             *lines, rest = rest.split(b"\n")
             for line in lines:
-                event = json.loads(line)
+                event = _event(line, str(path))
                 opened += event["kind"] == "open"
                 if event["kind"] != "finish" or opened >= past:
                     yield event
@@ -108,9 +138,21 @@ def read_status(directory: Path) -> dict[str, Any]:
     return read_json(directory / STATUS) if (directory / STATUS).exists() else {}
 
 
+class _Settings(saved.Shape):
+    mode: Literal["online", "offline"]
+    project: str
+    name: str | None = None
+    config: dict[str, Any] = {}
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Return how a spool is sent: the fields of `tracking.Settings`. Raises ValueError where the file is damaged."""
+    return saved.read_like(directory / SETTINGS, _Settings)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a small file."""
-    return json.loads(path.read_text())
+    return saved.read(path, dict[str, Any])
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ run; one that is lost later is retried by W&B's own client, and what it could no
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -69,7 +68,7 @@ def write(directory: Path, ended: Callable[[], bool]) -> None:
     """Write one spool as a W&B run, from the first line that the server lacks."""
     import wandb
 
-    settings = json.loads((directory / spool.SETTINGS).read_text())
+    settings = spool.read_settings(directory)
     with _alone(directory):
         try:
             run = _open(settings, directory)

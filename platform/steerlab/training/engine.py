@@ -6,6 +6,7 @@ learning rate is written at every step, so a checkpoint needs no scheduler.
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import pickle
@@ -38,11 +39,23 @@ def _without_code() -> Any:
     class WithoutCode(TorchCheckpointEngine):
         """DeepSpeed's own unpickles anything (0.19); what it writes itself needs no more than these three classes."""
 
+        def save(self, state_dict: Any, path: str) -> None:
+            super().save(_without_enums(state_dict), path)
+
         def load(self, path: str, map_location: Any = None) -> Any:
             with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
                 return torch.load(path, map_location=map_location, weights_only=True)
 
     return WithoutCode()
+
+
+def _without_enums(value: Any) -> Any:
+    """Return a state whose enumerations are numbers: Python 3.11.2 pickles one as a call of getattr, which is not allowed."""
+    if isinstance(value, enum.Enum) and isinstance(value, int):
+        return int(value)
+    if type(value) is dict:
+        return {key: _without_enums(one) for key, one in value.items()}
+    return [_without_enums(one) for one in value] if type(value) is list else value
 
 
 @dataclass
@@ -173,7 +186,8 @@ class Engine:
         try:
             loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
         except pickle.UnpicklingError as error:
-            reason = next(iter(str(error).splitlines()), "")
+            lines = str(error).splitlines()
+            reason = next((line.strip() for line in lines if "GLOBAL" in line), lines[0] if lines else "")[:200]
             raise ValueError(
                 f"the checkpoint in {directory} holds more than tensors and numbers, so it is not read: {reason}"
             ) from None
