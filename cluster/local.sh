@@ -56,6 +56,7 @@ PYTHON
 
 environment() {
     echo "export RAY_AUTH_MODE=token"
+    echo "export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0" # 127.0.0.1 is this machine, not its address for others
     echo "export RAY_API_SERVER_ADDRESS=$(<"$state/dashboard")"
     echo "export RAY_ADDRESS=$(<"$state/address")"
 }
@@ -86,9 +87,15 @@ start() {
         return
     fi
     "$python" -c "import ray" 2>/dev/null || die "'$python' has no ray: install it, activate an environment, or set PYTHON"
-    mkdir -p "$state"
-    chmod 700 "$state"
+    # Ray opens its own folder to all: the one that holds it is this user's alone.
+    for folder in "$state" "$session"; do
+        mkdir -p "$folder"
+        [[ -O "$folder" && ! -L "$folder" ]] || die "$folder belongs to somebody else: set STEERLAB_CLUSTER_DIR or STEERLAB_RAY_TMP"
+        chmod 700 "$folder"
+    done
     export RAY_AUTH_MODE=token
+    # Ray takes 127.0.0.1 for the machine's own address and binds to all, unless it is told that there is this machine alone.
+    export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
     # Prints the token, which belongs on no screen and in no log.
     (umask 077 && "$python" -m ray.scripts.scripts get-auth-token --generate) >/dev/null 2>&1 ||
         die "no authentication token could be made in ~/.ray"
@@ -110,7 +117,7 @@ os.setsid()
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])' \
         -m ray.scripts.scripts start --head --block --disable-usage-stats \
-        --node-ip-address 127.0.0.1 --port "$port" --temp-dir "$session" --ray-client-server-port "$client" \
+        --node-ip-address 127.0.0.1 --port "$port" --temp-dir "$session/ray" --ray-client-server-port "$client" \
         --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --dashboard-agent-listen-port 0 \
         --min-worker-port 0 --max-worker-port 0 "$@" \
         >"$log" 2>&1 </dev/null &

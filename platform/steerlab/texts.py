@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _LONGEST = 2000
 """Characters of a message; what is longer is cut in the middle."""
@@ -13,9 +15,31 @@ _MOVING = re.compile(
 )
 
 
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s:@'\"]*:[^/\s'\"]*@")
+_SECRETS = (
+    "access_key", "secret_key", "session_token", "aws_[a-z_]+", "token", "sas_token", "password", "sig", "signature",
+    "x-amz-[a-z-]+",
+)  # fmt: skip
+_OPTION = re.compile(rf"([?&](?:{'|'.join(_SECRETS)})=)[^&\s'\"]+", re.IGNORECASE)
+
+
 def plain(text: str) -> str:
-    """Write control characters and direction marks out, as Python does: \\x1b, \\u202e."""
-    return _MOVING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    """Write control characters and direction marks out, as Python does (\\x1b, \\u202e), and leave passwords out."""
+    return without_secrets(_MOVING.sub(lambda match: match[0].encode("unicode_escape").decode(), text))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text in which the key and the password of a URI, and secrets among its options, are stars."""
+    return _OPTION.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
+
+
+def plain_all(tree: Any) -> Any:
+    """Return a tree of values of JSON with every text in it, keys too, made plain."""
+    if isinstance(tree, str):
+        return plain(tree)
+    if isinstance(tree, Mapping):
+        return {plain_all(key): plain_all(value) for key, value in tree.items()}
+    return [plain_all(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def shown(message: str) -> str:

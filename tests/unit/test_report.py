@@ -65,6 +65,19 @@ def test_the_page_is_whole_and_texts_are_text() -> None:
     assert "Pareto front" in page and "Plotly.react" in page
 
 
+def test_no_text_of_the_page_turns_a_line_round() -> None:
+    """Control characters and direction marks in names, samples and metrics are written out, in figures as well."""
+    turned = entry("a\u202eb", 0.5, 0.2, 50.4)
+    turned.summary["metrics"]["toxicity/\u2066x"] = turned.summary["metrics"]["toxicity/share"]
+    turned.samples["toxicity"][0]["continuation"] = "\x1b[31m \u202eevil"
+    page = report.page([turned, entry("b", 1.0, 0.1, 51.0)])
+    shown, script = page.split("<script", 1)
+    assert not {"\u202e", "\u2066", "\x1b"} & set(shown)
+    assert "\\u202eevil" in page and "a\\u202eb" in page
+    figures_json = script[script.rindex("application/json") :] if "application/json" in script else script
+    assert "\u202e" not in figures_json and '"a\\u202eb' not in figures_json
+
+
 def test_without_a_choice_there_is_no_figure() -> None:
     plain = entry("a", 1.0, 0.2, 50.0)
     plain.summary["choice"] = None

@@ -273,6 +273,34 @@ def test_no_text_moves_the_cursor_or_turns_a_line_round() -> None:
         assert moving not in stream.getvalue()
 
 
+SECRETS = [
+    ("s3://AKIA:s3cr3t@bucket/a", "s3://***@bucket/a"),
+    ("--set data.train.source=s3://AKIA:s3cr3t@b/x?region=eu", "--set data.train.source=s3://***@b/x?region=eu"),
+    ("s3://b/x?access_key=AKIA&secret_key=s3cr3t&region=eu", "s3://b/x?access_key=***&secret_key=***&region=eu"),
+    ("https://me:s3cr3t@host:80/simple/ failed", "https://***@host:80/simple/ failed"),
+    ("abfs://c@a.dfs/x?sas_token=s3cr3t", "abfs://c@a.dfs/x?sas_token=***"),
+    ("a mail me@host, 12:30 and hf:o/n@main", "a mail me@host, 12:30 and hf:o/n@main"),
+]
+
+
+@pytest.mark.parametrize(("text", "masked"), SECRETS)
+def test_passwords_are_left_out_of_what_is_shown(text: str, masked: str) -> None:
+    found = texts.without_secrets(text)
+    assert "s3cr3t" not in found
+    assert found == masked
+    stream = io.StringIO()
+    cli._PlainConsole(file=stream, width=200).print(text)
+    assert "s3cr3t" not in stream.getvalue()
+    assert "s3cr3t" not in json.dumps(texts.plain_all({"source": [text], text: 1}))
+
+
+def test_a_message_names_no_password(tmp_path: Path) -> None:
+    plan = [sys.executable, "-m", "steerlab", "plan", "a.yaml", "--root", "nothing://AKIA:s3cr3t@bucket/x"]
+    done = subprocess.run(plan, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "bucket" in done.stderr and "s3cr3t" not in done.stderr + done.stdout
+
+
 # Whose fault it is
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from steerlab.report import figures, samples, sweep_figures, tables
 from steerlab.report.drawing import Figure, front
 from steerlab.report.reading import Entry, Sweep, fit_seconds, read, read_sweep
 from steerlab.report.samples import texts
 from steerlab.report.tables import cell, metrics, rows
+from steerlab.texts import plain, plain_all
 
 __all__ = ["Entry", "Sweep", "cell", "fit_seconds", "front", "metrics", "page", "read", "read_sweep", "rows", "texts", "write"]
 _TOLD = 2
@@ -42,7 +44,9 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         drawn.append(figure)
         return {"id": len(drawn) - 1, "name": name, "height": figure["layout"]["height"], "metrics": figure["metrics"]}
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_plain
+    )
     shown = [*entries, *(run for sweep in sweeps for run in sweep.runs)]
     told = [*entries, *(run for sweep in sweeps for run in sweep.runs[:_TOLD])]
     names = metrics(entries)
@@ -71,9 +75,14 @@ def _counts(entries: Sequence[Entry], sweeps: Sequence[Sweep]) -> str:
     return ", ".join(f"{number} {word}{'' if number == 1 else 's'}" for number, word in parts if number)
 
 
+def _plain(value: Any) -> Any:
+    """Write out control characters and direction marks of what is no HTML yet."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _script(drawn: Sequence[Figure]) -> str:
     """Return figures as JSON that can stand inside of a script element, whatever texts it holds."""
-    text = json.dumps(drawn, allow_nan=False)
+    text = json.dumps(plain_all(drawn), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

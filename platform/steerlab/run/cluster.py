@@ -5,8 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private import ray_constants, services
 
 _CONNECT_S = 5.0
 _IDLE_MS = 60_000
@@ -34,11 +40,62 @@ def connect() -> None:
     """Join the cluster that is there ($RAY_ADDRESS or one started on this machine), else start one for this process.
 
     Processes of a cluster that is started here stay a while after their task: the next one then pays for no imports. Ray's own
-    second is shorter than the pauses between the stages of a job.
+    second is shorter than the pauses between the stages of a job. It listens on the loopback address, and its files are this
+    user's alone.
 
     Raises:
-        ValueError: nothing answers at $RAY_ADDRESS.
+        ValueError: nothing answers at $RAY_ADDRESS, or somebody else made the folder of the sessions.
     """
     check_address()
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(_IDLE_MS))
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
+    if ray.is_initialized():
+        return
+    quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS") or services.find_bootstrap_address(None) is not None:
+        with _on_loopback() if _answers_on_loopback_alone() else nullcontext():
+            ray.init(**quiet)
+        return
+    with _on_loopback():
+        ray.init(address="local", _temp_dir=str(_session_folder()), **quiet)
+
+
+def _answers_on_loopback_alone() -> bool:
+    """Say whether $RAY_ADDRESS is a cluster of this machine that nothing else can reach: one that `_on_loopback` started."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdigit():
+        return False
+    try:
+        socket.create_connection((services.get_node_ip_address(), int(port)), timeout=1).close()
+    except OSError:
+        return True
+    return False
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a cluster that is started listen on the loopback address alone.
+
+    On Linux Ray (2.60) binds everything but the dashboard to all addresses, and takes 127.0.0.1 as a node's address for the
+    machine's own. This switch, by which it is left alone on other systems, also leaves it alone here.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+
+
+def _session_folder() -> Path:
+    """Return the folder of this user's sessions, which nobody else may enter: Ray's own are open to all.
+
+    Raises:
+        ValueError: somebody else made a folder of this name.
+    """
+    folder = Path(tempfile.gettempdir()) / f"steerlab-ray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ValueError(f"{folder}, where Ray's sessions would lie, belongs to somebody else: set TMPDIR to a folder of yours")
+    folder.chmod(0o700)
+    return folder / "ray"  # which Ray opens to all

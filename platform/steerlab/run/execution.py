@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steerlab import meters, plan
+from steerlab import meters, plan, texts
 from steerlab.job import Job, dump
 from steerlab.run.record import check_numbers, environment, root_cause, samples_of, summarise
 from steerlab.stages import evaluate, evaluations, model_stage, plan_of, trainings
@@ -69,7 +69,7 @@ def execute(
     try:
         plan.run(plan_of(job), store, job.scale, following, records)
     except BaseException as error:
-        store.write_text(f"{folder}/error.txt", "".join(traceback.format_exception(error)))
+        store.write_text(f"{folder}/error.txt", texts.without_secrets("".join(traceback.format_exception(error))))
         store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
         tracker.finish({}, 1, wait_s)
         if not isinstance(error, Exception):

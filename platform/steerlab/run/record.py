@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from steerlab import plan
+from steerlab import plan, texts
 from steerlab.job import Job
 from steerlab.stages import Evaluation, evaluations, leaves_patch, model_stage
 from steerlab.stages.choose import CHOICE
@@ -133,7 +133,7 @@ def environment(command: str, trusted: str | None = None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": command,
+        "command": texts.without_secrets(command),
         "python": sys.version.split()[0],
         "versions": versions,
         # An uploaded working directory has no repository; `steerlab submit` sends the commit along.
@@ -141,7 +141,7 @@ def environment(command: str, trusted: str | None = None) -> dict[str, Any]:
         "git_changes": _git("status", "--porcelain"),
         "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
         "nodes": len([node for node in ray.nodes() if node["Alive"]]),
-        **({} if trusted is None else {"own_code_of": trusted}),
+        **({} if trusted is None else {"own_code_of": texts.without_secrets(trusted)}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from steerlab import texts
 from steerlab.job import TrackConfig
 from steerlab.tracking import spool
 from steerlab.tracking.spool import Spool
@@ -110,7 +111,7 @@ class Tracker:
             "sweep_id": place.sweep_id,
             "job_type": place.job_type,
             "tags": list(place.tags),
-            "config": {**config, **dict(place.parameters)},
+            "config": texts.plain_all({**config, **dict(place.parameters)}),
             "pid": os.getpid(),
             "program": sys.argv[0],
         }
