@@ -180,16 +180,16 @@ def sweep(
         store = _store(root)
         if backend not in ("ray", "wandb") or (backend == "wandb") != (wandb_sweep is not None):
             raise ValueError("--backend is ray, or wandb together with --wandb-sweep ENTITY/PROJECT/ID")
-        asked = driver.asked(trials.plan(job, set_ or (), spaces.load(space)), samples, seeds)
+        say = _quiet if as_json else _say
+        asked = driver.asked(trials.plan(job, set_ or (), spaces.load(space)), samples, seeds, say)
         if wandb_sweep is not None:
             agent.check(wandb_sweep, asked.plan)
             asked = replace(asked, units=[])
         if dry_run:
-            _print_estimate(estimate.of(asked, store), as_json)
+            _print_estimate(estimate.of(asked, store, say), as_json)
             return
         with _ray():
             driver.check_cluster(asked, store)
-            say = _quiet if as_json else _say
             command = " ".join(sys.argv)
             outcome = driver.sweep(
                 asked, store, resume=resume, command=command, say=say, at_once=at_once, wandb_sweep=wandb_sweep

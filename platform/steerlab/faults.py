@@ -1,11 +1,15 @@
-"""Whose fault an error is: what this platform says to people, or what went wrong inside of it."""
+"""Whose fault an error is: what this platform says to people, or what went wrong inside of it; and an end to what has none."""
 
 from __future__ import annotations
 
 import dis
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 
 def is_for_people(error: BaseException) -> bool:
@@ -35,6 +39,35 @@ def explained(what: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{what} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+class TooLong(Exception):
+    """Something took longer than its limit."""
+
+
+@contextmanager
+def limited(seconds: float, message: str) -> Iterator[None]:
+    """End what runs inside after some time: a stranger's program, such as a chat template, may never do so by itself.
+
+    Only the main thread can be interrupted; what runs elsewhere was tried there before.
+
+    Raises:
+        TooLong: with the message.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise TooLong(message)
+
+    before, (left_s, _) = signal.signal(signal.SIGALRM, end), signal.setitimer(signal.ITIMER_REAL, seconds)
+    began_s = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, left_s - (time.monotonic() - began_s)) if left_s else 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _innermost(trace: TracebackType | None) -> TracebackType | None:

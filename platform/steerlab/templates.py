@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
+from steerlab.faults import TooLong, limited
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DATE = "2024-07-26"
 """The day that templates print which print today's: with it a row has the same tokens on every day."""
 
+_LIMIT_S = 5.0
 _FIRST_SENTINEL = 0xE000
 """Private use area: no template writes these characters, and texts are filled in after the cut."""
 _FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
@@ -52,6 +55,10 @@ BLANK_LINES = (
 
 class TemplateError(ValueError):
     """A template that refuses a conversation, or changes a text so that roles cannot be told; the message is for people."""
+
+
+class _EndlessError(TemplateError):
+    """A template that does not end; it is not tried in other forms."""
 
 
 class _UnlikeError(TemplateError):
@@ -247,6 +254,8 @@ class ChatTemplate:
         """Say whether the template prints all messages of these speakers."""
         try:
             self._shape(speakers, (None,) * len(speakers))
+        except _EndlessError:
+            raise
         except TemplateError:
             return False
         return True
@@ -283,9 +292,12 @@ class ChatTemplate:
             for turn in turns
         ]
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt, **self._switches
-            )
+            with limited(_LIMIT_S, f"the chat template takes longer than {_LIMIT_S:g} s for one row, as if it did not end"):
+                rendered = self.tokenizer.apply_chat_template(
+                    messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt, **self._switches
+                )
+        except TooLong as error:
+            raise _EndlessError(str(error)) from None
         except _FAULTS as error:
             raise TemplateError(f"the chat template refuses the messages {_speakers(turns)}: {_short(str(error))}") from None
         return str(rendered)

@@ -45,6 +45,21 @@ def ask(job: Path, text: str, samples: int | None = None, seeds: int = 1, overri
     return driver.asked(trials.plan(job, overrides, spaces.load(path)), samples, seeds)
 
 
+def test_more_trials_than_anybody_reads_are_refused_with_the_arithmetic(job: Path) -> None:
+    grid = "SPACE = {'train.lr': tune.grid_search([1e-3 + i * 1e-9 for i in range(400)]), 'strength': "
+    with pytest.raises(
+        JobError, match=r"400 \(train.lr\) x 300 \(strength\) x 2 \(--seeds\) = 240,000 trials, more than"
+    ):
+        ask(job, f"{grid}tune.grid_search([i / 300 for i in range(1, 301)])}}\n{GOOD}", seeds=2)
+
+
+def test_long_checks_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "_TELL_S", -1.0)
+    said: list[str] = []
+    assert list(trials.counted("abcd", "checking", said.append)) == list("abcd")
+    assert said[-1].startswith("checking: 3 of 4, 0 s left")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

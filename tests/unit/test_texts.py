@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -431,6 +432,19 @@ def test_an_earlier_answer_ends_where_its_own_end_is_and_what_opens_the_next_tur
     encoded = encoder.encode(encoder.from_row(row, "conversation"))
     answers = [number for number, inside in zip(encoded.input_ids, encoded.in_answers, strict=True) if inside]
     assert tokenizer.decode(answers).replace(" ", "") == learnt
+
+
+def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerlab.templates._LIMIT_S", 0.2)
+    tokenizer = copy.deepcopy(family("chatml base").tokenizer)
+    loops = (
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in range(90000) %}{% endfor %}{% endfor %}{% endfor %}"
+    )
+    tokenizer.chat_template = f"{loops}{tokenizer.chat_template}"
+    encoder, began_s = Encoder(tokenizer), time.monotonic()
+    with pytest.raises(ValueError, match=r"the chat template takes longer than 0\.2 s for one row"):
+        encoder.encode(encoder.conversation("a", "b", "c"))
+    assert time.monotonic() - began_s < 2, "it is not tried in all forms"
 
 
 def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:

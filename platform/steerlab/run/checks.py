@@ -6,6 +6,8 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from steerlab import encoding, models, rows, sources, taps
@@ -24,7 +26,8 @@ _ROWS_TRIED = 1000
 
 def facts_of(job: Job) -> models.ModelFacts:
     """Return the sizes of a job's model; a job that builds on another has the architecture of that one's source."""
-    return models.facts(sources.fetch(first_source(job)), job.model.trust_remote_code)
+    directory = sources.fetch(first_source(job))
+    return _facts(directory, _state(directory), job.model.trust_remote_code)
 
 
 def check(job: Job) -> models.ModelFacts:
@@ -280,4 +283,24 @@ def _encoder_of(job: Job) -> Encoder:
     if base is not None:
         return _encoder_of(base)
     assert isinstance(job.model.source, str)
-    return encoding.load(sources.fetch(job.model.source), job.prompt, job.model.trust_remote_code)
+    directory, prompt = sources.fetch(job.model.source), job.prompt
+    elsewhere = [encoding.fingerprint(name, prompt[name]) for name in ("tokenizer", "chat_template") if name in prompt]
+    return _encoder(
+        directory, (*_state(directory), *elsewhere), json.dumps(job.prompt, sort_keys=True), job.model.trust_remote_code
+    )
+
+
+@lru_cache(maxsize=16)
+def _encoder(directory: Path, state: Any, prompt: str, trust_remote_code: bool) -> Encoder:
+    return encoding.load(directory, json.loads(prompt), trust_remote_code)
+
+
+@lru_cache(maxsize=16)
+def _facts(directory: Path, state: Any, trust_remote_code: bool) -> models.ModelFacts:
+    return models.facts(directory, trust_remote_code)
+
+
+def _state(directory: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what changes when a file of a model's folder does: the checks of a sweep read each model once."""
+    files = sorted(directory.iterdir()) if directory.is_dir() else [directory]
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())

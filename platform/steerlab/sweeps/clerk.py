@@ -15,11 +15,10 @@ from steerlab.store import Store
 from steerlab.sweeps import processes, results, search, stops
 from steerlab.sweeps.agent import WHY, Agent
 from steerlab.sweeps.history import History
-from steerlab.sweeps.trials import Unit
+from steerlab.sweeps.trials import Say, Unit
 
 MAX_DEATHS = 3
 """Deaths of a trial's process that it survives."""
-Say = Callable[[str], None]
 _TABLE_EVERY_S = 5.0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -25,14 +26,15 @@ from steerlab.stages import JobType, subject
 from steerlab.store import Store
 from steerlab.sweeps import page, processes, results, search, trials
 from steerlab.sweeps.agent import Agent
-from steerlab.sweeps.clerk import MAX_DEATHS, Clerk, Say
+from steerlab.sweeps.clerk import MAX_DEATHS, Clerk
 from steerlab.sweeps.entries import finite, is_grid
 from steerlab.sweeps.history import History
 from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES, run_unit
-from steerlab.sweeps.trials import Plan, Unit
+from steerlab.sweeps.trials import Plan, Say, Unit
 from steerlab.training import launch
 
 SCHEMA = 1
+_MOST_TRIALS = 100_000
 _SEED = 0
 _DEFAULT_SAMPLES = 10
 
@@ -73,8 +75,8 @@ class Outcome:
     interrupted: bool
 
 
-def asked(found: Plan, num_samples: int | None, num_seeds: int) -> Asked:
-    """Make the units of a sweep and check them; nothing is started.
+def asked(found: Plan, num_samples: int | None, num_seeds: int, say: Say = lambda line: None) -> Asked:
+    """Make the units of a sweep and check them; nothing is started. `say` is told how far that is, where it takes long.
 
     Raises:
         ValueError: with one message for people.
@@ -86,13 +88,23 @@ def asked(found: Plan, num_samples: int | None, num_seeds: int) -> Asked:
     if samples > 1 and not drawn:
         raise JobError(f"--samples {samples}: {found.space.path} is a grid, in which every point counts once")
     units: list[Unit] = []
+    _check_number(found, samples, len(seeds))
     if found.space.search_alg is None:
         points = search.drawn_points(found.space, found.strengths, samples, _SEED)
         units = trials.grouped(found, points, seeds, apart=True, drawn=drawn)
-    trials.check(found, units)
+    trials.check(found, units, say)
     if found.space.scheduler is not None:
         _aim(found)
     return Asked(found, samples, seeds, units)
+
+
+def _check_number(found: Plan, samples: int, num_seeds: int) -> None:
+    """Refuse more trials than anybody can read, with the arithmetic. Raises JobError."""
+    grids = {entry: len(value["grid_search"]) for entry, value in found.space.entries.items() if is_grid(value)}
+    factors = {**grids, "--samples": samples, "--seeds": num_seeds}
+    if (number := math.prod(factors.values())) > _MOST_TRIALS:
+        written = " x ".join(f"{factor:,} ({name})" for name, factor in factors.items() if factor != 1)
+        raise JobError(f"{found.space.path}: {written} = {number:,} trials, more than {_MOST_TRIALS:,}")
 
 
 def _aim(found: Plan) -> None:

@@ -16,7 +16,7 @@ _MOST_COMPARED = 200
 """Artifacts of a kind that an estimate looks at."""
 
 
-def of(asked: Asked, store: Store) -> dict[str, Any]:
+def of(asked: Asked, store: Store, say: trials.Say = lambda line: None) -> dict[str, Any]:
     """Return trials, and of each kind of stage how many are distinct, cached and to run, with seconds and bytes.
 
     Seconds are those of the artifact of the same kind whose parameters differ least; None where there is no such artifact.
@@ -24,7 +24,7 @@ def of(asked: Asked, store: Store) -> dict[str, Any]:
     units = asked.units or _stand_ins(asked)
     found: dict[str, plan.Stage] = {}
     needs: dict[str, plan.Estimate] = {}
-    for unit in units:
+    for unit in trials.counted(units, "looking for stages", say):
         for seed in unit.seeds:
             job = asked.plan.job_of(unit.shared, seed, unit.strengths)
             new = [stage for stage in plan_of(job) if stage.key not in found]

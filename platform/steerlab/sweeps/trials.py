@@ -11,10 +11,11 @@ import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from steerlab import job as jobs
 from steerlab import run
@@ -23,6 +24,11 @@ from steerlab.job import SEED_LIMIT, Job, JobError, cut
 from steerlab.stages import JobType, leaves_patch
 from steerlab.sweeps.entries import extremes, finite
 from steerlab.sweeps.space import STRENGTH, Point, Space
+
+_T = TypeVar("_T")
+Say = Callable[[str], None]
+"""Takes a line for people."""
+_TELL_S = 10.0
 
 SNAPSHOT = "snapshot"
 TRAINING_METRICS = ("train/loss", "eval/loss")
@@ -228,7 +234,19 @@ def _check_metric(found: Plan) -> None:
         raise JobError(f"{found.space.path}: METRIC {found.metric} is not measured by {rows}: {reason}")
 
 
-def check(found: Plan, units: Iterable[Unit]) -> None:
+def counted(items: Sequence[_T], what: str, say: Say) -> Iterator[_T]:
+    """Pass items on, and say every ten seconds how far it is."""
+    began_s = told_s = time.monotonic()
+    for number, item in enumerate(items):
+        now_s = time.monotonic()
+        if now_s - told_s > _TELL_S:
+            told_s = now_s
+            left_s = (now_s - began_s) / max(1, number) * (len(items) - number)
+            say(f"{what}: {number:,} of {len(items):,}, {left_s:.0f} s left")
+        yield item
+
+
+def check(found: Plan, units: Sequence[Unit], say: Say = lambda line: None) -> None:
     """Refuse what cannot work before anything starts: every value of the space by itself, and every unit that is known.
 
     Raises:
@@ -238,7 +256,7 @@ def check(found: Plan, units: Iterable[Unit]) -> None:
     for entry, domain in found.space.entries.items():
         if entry == STRENGTH:
             continue
-        for value in extremes(domain):
+        for value in counted(list(extremes(domain)), f"checking the values of {entry}", say):
             try:
                 run.check(found.job_of(found.space.spread(entry, value), None, found.strengths))
             except JobError as error:
@@ -247,7 +265,7 @@ def check(found: Plan, units: Iterable[Unit]) -> None:
                 raise
             except ValueError as error:
                 raise JobError(f"{found.space.path}: SPACE[{entry!r}] = {value!r}: {error}") from None
-    for unit in units:
+    for unit in counted(units, "checking the jobs", say):
         found.job_of(unit.shared, unit.seeds[0], unit.strengths)
 
 
