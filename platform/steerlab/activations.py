@@ -196,7 +196,9 @@ def _note_bad_values(group: pa.Table, vectors: Sequence[str], facts: dict[str, A
 
 
 def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """Return a column of fixed-size lists as an (N, D) array."""
+    """Return a column of fixed-size lists as an (N, D) array. Raises ValueError for another column."""
+    if not pa.types.is_fixed_size_list(column.type):
+        raise ValueError(f"a column of activations is damaged: it holds {column.type} where vectors of one length were written")
     width = column.type.list_size
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.zeros((0, width), column.type.value_type.to_pandas_dtype())
@@ -222,6 +224,8 @@ class Activations:
         if not (directory / PARTS).is_file():
             raise ValueError(f"{directory} holds no activations: there is no {PARTS}")
         parts = tuple(saved.read_like(directory / PARTS, list[_Part]))
+        if not parts:
+            raise ValueError(f"{directory} holds no activations: {PARTS} names no part")
         keys = set()
         metadata: dict[str, Any] = {}
         for part in parts:
@@ -289,7 +293,7 @@ class Activations:
 def _read_part(path: Path, fragment: pads.Fragment, name: str) -> pa.ChunkedArray:
     try:
         return fragment.to_table(columns=[name]).column(name)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise _damaged(path, " ".join(str(error).split())) from error
 
 
@@ -302,7 +306,7 @@ def _opened(path: Path, part: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with pq.ParquetFile(path) as file:
             rows, found = file.metadata.num_rows, file.schema_arrow
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: a name that is no UTF-8
         raise _damaged(path, " ".join(str(error).split())) from error
     if rows != part["rows"]:
         raise _damaged(path, f"it has {rows} rows instead of {part['rows']}")

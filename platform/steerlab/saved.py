@@ -36,9 +36,9 @@ Inside = Annotated[str, AfterValidator(_inside)]
 
 
 class Shape(BaseModel):
-    """Keys that an object of a file must have, with their types; it may have others."""
+    """Keys that an object of a file must have, with their types as JSON has them; it may have others."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=True, strict=True)
 
 
 def read_like(path: Path, shape: Any) -> Any:

@@ -55,9 +55,10 @@ def try_one(tally: Tally, name: str, call: Callable[[], Any]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             call()
-    except TooSlow:
+    except TooSlow as error:
         outcome = "other"
-        tally.others.append(f"{name}: longer than {LIMIT_S} s")
+        where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-4:-1]]
+        tally.others.append(f"{name}: longer than {LIMIT_S} s, in {' > '.join(where)}")
     except BaseException as error:
         outcome = _outcome(error, tally, name)
     finally:
@@ -96,6 +97,9 @@ HOSTILE: tuple[Any, ...] = (
 """Values in place of others."""
 
 
+_KEYS = ("", "x", "source", "task", "steps", "\u202e", "a.b", "0", "method")
+
+
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield the paths of all values of a tree."""
     left = [(tree, path)]
@@ -120,7 +124,7 @@ def mutated_tree(tree: Any, draw: random.Random, others: list[Any]) -> Any:
             node = node[key]
         how = draw.random()
         if how < 0.55:
-            node[last] = draw.choice(HOSTILE)
+            node[last] = copy.deepcopy(draw.choice(HOSTILE))
         elif how < 0.65:
             del node[last]
         elif how < 0.75:
@@ -130,7 +134,9 @@ def mutated_tree(tree: Any, draw: random.Random, others: list[Any]) -> Any:
                 other = other[key]
             node[last] = copy.deepcopy(other)
         elif how < 0.85 and isinstance(node, dict):
-            node[draw.choice(("", "x", "source", "task", "steps", "\u202e", "a.b", "0", "method"))] = draw.choice(HOSTILE)
+            node[draw.choice(("", "x", "source", "task", "steps", "\u202e", "a.b", "0", "method"))] = copy.deepcopy(
+                draw.choice(HOSTILE)
+            )
         elif how < 0.92:
             node[last] = [node[last], node[last]]
         else:

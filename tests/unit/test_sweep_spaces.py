@@ -47,9 +47,7 @@ def ask(job: Path, text: str, samples: int | None = None, seeds: int = 1, overri
 
 def test_more_trials_than_anybody_reads_are_refused_with_the_arithmetic(job: Path) -> None:
     grid = "SPACE = {'train.lr': tune.grid_search([1e-3 + i * 1e-9 for i in range(400)]), 'strength': "
-    with pytest.raises(
-        JobError, match=r"400 \(train.lr\) x 300 \(strength\) x 2 \(--seeds\) = 240,000 trials, more than"
-    ):
+    with pytest.raises(JobError, match=r"400 \(train.lr\) x 300 \(strength\) x 2 \(--seeds\) = 240,000 trials, more than"):
         ask(job, f"{grid}tune.grid_search([i / 300 for i in range(1, 301)])}}\n{GOOD}", seeds=2)
 
 

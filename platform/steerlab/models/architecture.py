@@ -85,7 +85,10 @@ def text_config(model: PreTrainedModel) -> Any:
 
 def _check_kind(config: PreTrainedConfig, raw: dict[str, Any], directory: Path) -> None:
     """Refuse a config that is not a causal language model's, and a checkpoint of another head on the same layers."""
-    made = next(iter(raw.get("architectures") or ()), type(config).__name__.removesuffix("Config"))
+    named = raw.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{directory / 'config.json'}: architectures is a list of names, not {named!r:.80}")
+    made = next(iter(named), type(config).__name__.removesuffix("Config"))
     what = f"{directory} holds a {made}, which is no causal language model"
     if config.is_encoder_decoder:
         raise ValueError(f"{what}: it has an encoder and a decoder")

@@ -235,6 +235,8 @@ def _dequantise(gguf: Path) -> Path:
     target = gguf.parent / f"{gguf.stem}.dequantised"
     with _locked(target.with_suffix(".lock")):
         if not target.exists():
+            with explained(f"the GGUF file {gguf}"):
+                _check_blocks(gguf)
             with explained(f"the GGUF file {gguf}"), tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     gguf.parent,
@@ -249,6 +251,17 @@ def _dequantise(gguf: Path) -> Path:
                 ).save_pretrained(Path(scratch, "model"))
                 Path(scratch, "model").rename(target)
     return target
+
+
+def _check_blocks(gguf: Path) -> None:
+    """Refuse a number of layers that the file does not hold: transformers would make them all. Raises ValueError."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+    numbers = [int(entry.parts[-1][0]) for name, entry in reader.fields.items() if name.endswith(".block_count")]
+    if not numbers or max(numbers) > len(reader.tensors):
+        said = f"that it has {max(numbers):,} layers" if numbers else "no number of layers"
+        raise ValueError(f"{gguf} says {said}, and holds {len(reader.tensors)} tensors")
 
 
 @contextmanager

@@ -88,6 +88,9 @@ class _Environment(saved.Shape):
     git_changes: str | None = None
     created: str = ""
     versions: dict[str, str | None] = {}
+    cluster: dict[str, float] = {}
+    nodes: int = 1
+    python: str = ""
 
 
 class _Sample(saved.Shape):

@@ -41,7 +41,7 @@ def _parquet_rows(path: Path, asked: Asked) -> Iterator[Found]:
         with pq.ParquetFile(_in_memory(path) if is_compressed(path) else path) as file:
             for batch in file.iter_batches(1024):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise SourceError(f"{path.name} is not a Parquet file, or not a whole one: {' '.join(str(error).split())}") from error
 
 
