@@ -171,6 +171,23 @@ def test_prompts_that_fit_into_no_row_are_said(tmp_path: Path) -> None:
         run.check(job_of(model, tmp_path, [long], train=train))
 
 
+def test_rows_that_are_only_read_for_activations_are_not_held_against_the_length_of_training(tmp_path: Path) -> None:
+    """LinEAS trains on the source; the target is cut by extract.max_tokens."""
+    short, long = ({"instruction": "a", "input": text, "output": "b"} for text in ("c", "word " * 200))
+    (tmp_path / "long.json").write_text(json.dumps([long] * 4))
+    source, target = ({"source": str(tmp_path / name), "loss_on": "all"} for name in ("rows.json", "long.json"))
+    wanted = job_of(
+        model_of("smollm2", tmp_path / "m"),
+        tmp_path,
+        [short] * 4,
+        data={"source": source, "target": target},
+        method={"name": "lineas"},
+        train={"steps": 1, "micro_batch": 4, "max_tokens": 200},
+        extract={"select": {"modules": ".*post_attention_layernorm"}, "pooling": ["mean"]},
+    )
+    run.check(wanted)
+
+
 def test_a_bad_row_behind_those_that_were_tried_is_named_by_its_data_set(tmp_path: Path) -> None:
     rows = [*ROWS, THOUGHT]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

@@ -224,8 +224,9 @@ def _check_template(job: Job, found: models.ModelFacts) -> None:
             f"the chat template prints {encoder.tokenizer.convert_ids_to_tokens(beyond[0])!r}, whose id {beyond[0]} lies "
             f"beyond the {found.num_embeddings} rows of the embedding of {found.architecture}"
         )
-    longest = None if job.train is None else job.train.max_tokens
+    extracted = METHODS[job.method.name].reads(job.method)
     for role, data in trained.items():
+        longest = None if job.train is None or role in extracted else job.train.max_tokens
         key = (encoder.identity, json.dumps(encoder.spec), data.model_dump_json(), json.dumps(rows.fingerprint(data)), longest)
         if key not in _encoded:
             _check_encoded(f"data.{role}", encoder, data, longest)

@@ -78,13 +78,17 @@ def _on_loopback() -> Iterator[None]:
     On Linux Ray (2.60) binds everything but the dashboard to all addresses, and takes 127.0.0.1 as a node's address for the
     machine's own. This switch, by which it is left alone on other systems, also leaves it alone here.
     """
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, set_before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        if set_before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = set_before
 
 
 def _session_folder() -> Path:

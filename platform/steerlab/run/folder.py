@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from steerlab import saved
 from steerlab.store import Store, StoreError
@@ -19,18 +19,18 @@ def _number(text: str) -> str:
     return text
 
 
-Strength = Annotated[str, AfterValidator(_number)]
+_Strength = Annotated[str, AfterValidator(_number)]
 """A strength as a key."""
-Number = float | None
+_Number = float | None
 
 
-class Metric(saved.Shape):
+class _Metric(saved.Shape):
     """A metric with its interval."""
 
-    value: Number
+    value: _Number
     n: int | None = None
-    low: Number = None
-    high: Number = None
+    low: _Number = None
+    high: _Number = None
     unparsable: int = 0
     too_long: int = 0
     rows_cut: int = 0
@@ -39,8 +39,8 @@ class Metric(saved.Shape):
 
 class _Bound(saved.Shape):
     metric: str
-    rise: Number = None
-    factor: Number = None
+    rise: _Number = None
+    factor: _Number = None
 
 
 class _Rule(saved.Shape):
@@ -52,7 +52,7 @@ class _Rule(saved.Shape):
 class _Choice(saved.Shape):
     strength: float
     rule: _Rule
-    table: dict[Strength, dict[str, Number]] = {}
+    table: dict[_Strength, dict[str, _Number]] = {}
 
 
 class _Model(saved.Shape):
@@ -61,8 +61,8 @@ class _Model(saved.Shape):
 
 
 class _Summary(saved.Shape):
-    metrics: dict[str, Metric]
-    strengths: dict[Strength, dict[str, Metric]] = Field(min_length=0)
+    metrics: dict[str, _Metric]
+    strengths: dict[_Strength, dict[str, _Metric]]
     choice: _Choice | None = None
     model: _Model | None = None
     reported: dict[str, float] = {}
