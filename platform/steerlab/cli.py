@@ -626,9 +626,8 @@ def _artifact(folder: str, root: str | None) -> _Artifact:
 
     if (Path(folder) / "prompt.json").is_file():
         return _Artifact(Path(folder), {}, runs.Reported(exports.strength_of(Path(folder)), "the one that it was exported at"))
-    import yaml
-
     from steerlab.plan import located
+    from steerlab.run import folder as folders
 
     found_root, below = _split(folder)
     missing = ValueError(f"{folder} is neither a finished run folder (ROOT/runs/NAME/ID) nor an exported model")
@@ -636,16 +635,16 @@ def _artifact(folder: str, root: str | None) -> _Artifact:
         raise missing
     store = _store(root or found_root)
     try:
-        summary = store.read_json(f"{below}/summary.json")
+        summary = folders.summary(store, below)
     except FileNotFoundError:
         raise missing from None
-    subject = summary["model"]
+    subject = summary.get("model")
     if subject is None:
         raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
-    model = yaml.safe_load(store.read_text(f"{below}/job.yaml"))["model"]
+    model = folders.job(store, below).get("model", {})
     loading = {name: model[name] for name in ("dtype", "sampler") if name in model}
     path = located(store, subject["stage"], subject["key"])
-    return _Artifact(path, {"snapshot": subject["snapshot"], **loading}, runs.reported_strength(summary))
+    return _Artifact(path, {"snapshot": subject.get("snapshot"), **loading}, runs.reported_strength(summary))
 
 
 @contextmanager

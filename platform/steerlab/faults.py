@@ -8,8 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
 
 
 def is_for_people(error: BaseException) -> bool:
@@ -42,22 +48,48 @@ def explained(what: str) -> Iterator[None]:
 
 
 class TooLong(Exception):
-    """Something took longer than its limit."""
+    """Something took longer than its limit, or more memory."""
 
 
 @contextmanager
-def limited(seconds: float, message: str) -> Iterator[None]:
-    """End what runs inside after some time: a stranger's program, such as a chat template, may never do so by itself.
+def limited(what: str, *, seconds: float, num_bytes: int) -> Iterator[None]:
+    """End what runs inside after some time or memory: a stranger's program, such as a chat template, may have no end itself.
 
-    Only the main thread can be interrupted; what runs elsewhere was tried there before.
+    Only the main thread can be interrupted; what runs elsewhere was tried there before. Memory is limited on Linux, by the
+    address space of the whole process, so the limit is no promise of exactness.
 
     Raises:
-        TooLong: with the message.
+        TooLong: with a message that begins with `what`.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
+    try:
+        with _ended_after(seconds, f"{what} takes longer than {seconds:g} s, as if it did not end"), _within(num_bytes):
+            yield
+    except MemoryError:
+        raise TooLong(f"{what} asks for more than {num_bytes / 2**30:g} GiB of memory") from None
 
+
+@contextmanager
+def _within(num_bytes: int) -> Iterator[None]:
+    """Let the process have so much more address space than it has now; beyond it, an allocation raises MemoryError."""
+    status = Path("/proc/self/statm")
+    if resource is None or not status.exists():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(status.read_text().split()[0]) * resource.getpagesize() + num_bytes
+    if soft == resource.RLIM_INFINITY or most < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def _ended_after(seconds: float, message: str) -> Iterator[None]:
     def end(*_: Any) -> None:
         raise TooLong(message)
 

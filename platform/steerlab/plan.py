@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from steerlab import bases, sources
+from steerlab import bases, saved, sources
 from steerlab.job import ScaleConfig
 from steerlab.store import Store
 
@@ -201,6 +201,19 @@ def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) 
             return "cached"
         _execute(stage, store, scale, listener)
     return "ran"
+
+
+class Made(saved.Shape):
+    """What the manifest of an artifact says of its making."""
+
+    params: dict[str, Any]
+    seconds: float
+    """Seconds that the stage took."""
+
+
+def made(store: Store, stage: str, key: str) -> Made:
+    """Return how an artifact was made. Raises ValueError where it is not there or its manifest is damaged."""
+    return saved.checked(store.manifest(stage, key)["meta"], Made, f"the manifest of {stage}/{key} in {store.root}")
 
 
 def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> None:

@@ -27,6 +27,9 @@ DATE = "2024-07-26"
 """The day that templates print which print today's: with it a row has the same tokens on every day."""
 
 _LIMIT_S = 5.0
+_LIMIT_BYTES = 2**30
+_LIMIT_CHARS = 1_000_000
+"""Characters that a template may add to the messages: the longest real ones, with tools, print some ten thousand."""
 _FIRST_SENTINEL = 0xE000
 """Private use area: no template writes these characters, and texts are filled in after the cut."""
 _FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
@@ -58,11 +61,28 @@ class TemplateError(ValueError):
 
 
 class _EndlessError(TemplateError):
-    """A template that does not end; it is not tried in other forms."""
+    """A template that has no end, in time, memory or length; it is not tried in other forms."""
 
 
 class _UnlikeError(TemplateError):
     """A rendering that does not have the pieces of its shape."""
+
+
+def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
+    """Call `apply_chat_template` with an end: a template is a program of whoever made the model.
+
+    Raises:
+        TemplateError: the template takes too long, too much memory, or prints too much. What it raises itself is passed on.
+    """
+    try:
+        with limited("the chat template", seconds=_LIMIT_S, num_bytes=_LIMIT_BYTES):
+            rendered = tokenizer.apply_chat_template(list(messages), **settings)  # type: ignore[arg-type]
+    except TooLong as error:
+        raise _EndlessError(f"{error}, for one row") from None
+    length, given = len(rendered), len(str(messages))
+    if isinstance(rendered, str) and length > given + _LIMIT_CHARS:
+        raise _EndlessError(f"the chat template prints {length:,} characters for messages of {given:,}, as if it had no end")
+    return rendered
 
 
 class Turn(NamedTuple):
@@ -105,6 +125,8 @@ class ChatTemplate:
     """The template prints a system message; where it has none, the system text belongs into the user's turn."""
     _shapes: dict[Any, _Shape] = field(default_factory=dict)
     _openings: dict[Any, str] = field(default_factory=dict)
+    _endless: _EndlessError | None = None
+    """Why the template is not asked any more."""
 
     def __post_init__(self) -> None:
         if self.tokenizer.chat_template is None:
@@ -116,6 +138,8 @@ class ChatTemplate:
             self.takes_system, self.wraps = takes_system, wraps
             if all(self._prints(speakers) for speakers in self._exchange):
                 return
+            if self._endless is not None:
+                break
         self.takes_system, self.wraps = True, False  # the template prints no form that is known here: its first use says why
 
     @property
@@ -254,8 +278,6 @@ class ChatTemplate:
         """Say whether the template prints all messages of these speakers."""
         try:
             self._shape(speakers, (None,) * len(speakers))
-        except _EndlessError:
-            raise
         except TemplateError:
             return False
         return True
@@ -291,16 +313,16 @@ class ChatTemplate:
             {"role": turn.speaker, "content": [{"type": "text", "text": turn.text}] if self.wraps else turn.text}
             for turn in turns
         ]
+        if self._endless is not None:
+            raise self._endless
+        settings = {"chat_template": self._source, "tokenize": False, "add_generation_prompt": prompt, **self._switches}
         try:
-            with limited(_LIMIT_S, f"the chat template takes longer than {_LIMIT_S:g} s for one row, as if it did not end"):
-                rendered = self.tokenizer.apply_chat_template(
-                    messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt, **self._switches
-                )
-        except TooLong as error:
-            raise _EndlessError(str(error)) from None
+            return str(apply(self.tokenizer, messages, **settings))
+        except _EndlessError as error:
+            self._endless = error
+            raise
         except _FAULTS as error:
             raise TemplateError(f"the chat template refuses the messages {_speakers(turns)}: {_short(str(error))}") from None
-        return str(rendered)
 
     def _generation_prompt(self, speakers: tuple[str, ...], fixed: tuple[str | None, ...]) -> str | None:
         """Return what the template itself writes after the last message before an answer; None where it refuses."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _LONGEST = 2000
@@ -33,13 +33,18 @@ def without_secrets(text: str) -> str:
     return _OPTION.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
 
 
-def plain_all(tree: Any) -> Any:
-    """Return a tree of values of JSON with every text in it, keys too, made plain."""
+def without_user(uri: str) -> str:
+    """Return a URI without its user, key or password: what it names is the same for whoever may read it."""
+    return _OPTION.sub(r"\1***", re.sub(r"(://)[^/@]*@", r"\1", uri))
+
+
+def everywhere(change: Callable[[str], str], tree: Any) -> Any:
+    """Return a tree of values of JSON with every text in it, keys too, changed: `everywhere(plain, tree)`."""
     if isinstance(tree, str):
-        return plain(tree)
+        return change(tree)
     if isinstance(tree, Mapping):
-        return {plain_all(key): plain_all(value) for key, value in tree.items()}
-    return [plain_all(value) for value in tree] if isinstance(tree, list | tuple) else tree
+        return {everywhere(change, key): everywhere(change, value) for key, value in tree.items()}
+    return [everywhere(change, value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def shown(message: str) -> str:

@@ -16,9 +16,13 @@ import torch
 from steerlab import activations, export, models, patches, tinyworld
 from steerlab.affine import AffineMap
 from steerlab.encoding import Encoder
+from steerlab.evaluation import stored
+from steerlab.evaluation.metrics import Observation
 from steerlab.generation import SteeredModel
 from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, EmbeddingPatch, LogitPatch, WeightPatch
+from steerlab.run.record import SCHEMA
+from steerlab.store import Store
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +144,8 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+TRAINED, EVALUATED = "b" * 64, ("c" * 64, "d" * 64)
+JOB = {"name": "tiny", "model": {"source": "tiny:model"}, "method": {"name": "vanilla"}}
 METRIC = {
     "value": 0.5,
     "stderr": 0.1,
@@ -153,17 +159,72 @@ METRIC = {
 }
 
 
+def _artifacts(store: Store, model_dir: Path) -> None:
+    """Leave a patch on the tiny model, and the evaluations of two runs."""
+    model = models.load_model(model_dir)
+    with store.temporary("train", TRAINED) as directory:
+        patches.save(patches_of(model)["embedding"], directory / "patch", models.fingerprint(model))
+        (directory / "prompt.json").write_text(json.dumps(Encoder(models.load_tokenizer(model_dir)).saved_spec))
+        (directory / "base.json").write_text(json.dumps({"source": "tiny:model"}))
+        store.commit("train", TRAINED, directory, {})
+    for key, values in zip(EVALUATED, ((0.1, 0.2, 0.3), (0.4, 0.2, 0.6)), strict=True):
+        seen = [Observation("toxicity/share", str(i), v, strength=s) for i, v in enumerate(values) for s in (1.0, 0.0)]
+        metrics = {"toxicity/share": METRIC}
+        result = {
+            "observations": [one._asdict() for one in seen],
+            "samples": [{"id": "1", "strength": 1.0, "prompt": "a", "continuation": "b"}],
+            "files": {},
+            "metrics": {"strengths": {"1.0": metrics, "0.0": metrics}, "transforms": {"toxicity/share": "mean"}},
+        }
+        with store.temporary("evaluate", key) as directory:
+            stored.write(directory, result)
+            params = {"task": {"task": "toxicity", "limit": 3}, "task_version": 1, "fingerprints": {"source": "f"}}
+            store.commit("evaluate", key, directory, {"params": params})
+
+
 @pytest.fixture(scope="session")
-def run_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ROOT with a run folder, as `steerlab run` leaves it."""
+def run_root(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ROOT with two runs, a sweep, and their artifacts, as `steerlab run` leaves it."""
     root = tmp_path_factory.mktemp("root")
-    folder = root / "runs" / "tiny" / "1"
+    _artifacts(Store.open(str(root)), model_dir)
+    for run_id, key in zip(("1", "2"), EVALUATED, strict=True):
+        _run(root / "runs" / "tiny" / run_id, key)
+    _sweep(root / "sweeps" / "tiny" / "1")
+    return root
+
+
+def _sweep(folder: Path) -> None:
+    """Leave a sweep over alpha whose trials are the two runs."""
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "trial_id": f"t{number}", "seed": 0, "status": "finished", "reason": "", "run": f"runs/tiny/{number + 1}",
+            "param.method.alpha": 0.5 + number, "param.train.lr": "1e-3", "seconds.train": 1.0, "cached.train": False,
+            "key.train": TRAINED, "key.evaluate.toxicity": key,
+            **{f"{part}.toxicity/share": 0.5 for part in ("metric", "stderr", "low", "high")}, "n.toxicity/share": 10,
+        }
+        for number, key in enumerate(EVALUATED)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "trials.parquet")
+    best = {"trial_id": "t0", "params": {"method.alpha": 0.5}, "metric": "toxicity/share", "value": 0.5}
+    summary = {
+        "metric": "toxicity/share", "mode": "min", "best": best, "seconds": 3.0, "indistinguishable": ["t1"],
+        "test": {"toxicity/share": METRIC}, "test_runs": ["runs/tiny/1"],
+    }  # fmt: skip
+    entry = {"kind": "grid_search", "values": [0.5, 1.5]}
+    space = {"space": {"method.alpha": entry}, "metric": "toxicity/share", "mode": "min"}
+    for name, content in {"summary.json": summary, "space.json": space, "job.yaml": JOB}.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+def _run(folder: Path, evaluated: str) -> None:
     (folder / "samples").mkdir(parents=True)
     metrics = {"toxicity/share": METRIC, "perplexity/value": {**METRIC, "value": 50.0}}
     files = {
         "summary.json": {
             "metrics": metrics, "reported": {"toxicity": 1.0, "perplexity": 1.0}, "strengths": {"1.0": metrics, "0.0": metrics},
-            "choice": None, "model": None, "evaluations": {"toxicity": "a" * 64}, "unsteered": {}, "schema": 2,
+            "choice": None, "model": {"stage": "train", "key": TRAINED, "snapshot": None},
+            "evaluations": {"toxicity": evaluated}, "unsteered": {}, "schema": SCHEMA,
         },
         "plan.json": {"stages": [{"name": "train", "label": "x", "status": "ran", "seconds": 1.0, "key": "a" * 64}]},
         "environment.json": {
@@ -174,9 +235,6 @@ def run_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
-    (folder / "job.yaml").write_text(
-        json.dumps({"name": "tiny", "model": {"source": "tiny:model"}, "method": {"name": "vanilla"}})
-    )
+    (folder / "job.yaml").write_text(json.dumps(JOB))
     lines = [{"key": "a" * 64, "step": step, "train/loss": 1 / step} for step in range(1, 5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return root

@@ -5,6 +5,7 @@ The default run takes a few of each kind; `pytest -m fuzz -s tests/fuzz` takes t
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -13,14 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import mutants
 import pytest
+import test_schema
 import yaml
 from mutants import Tally, try_one
 
-from steerlab import generation, job, models, patches, report, rows
+from steerlab import cli, export, generation, job, models, patches, report, rows, run
 from steerlab.activations import Activations
 from steerlab.job import DataSet
+from steerlab.stack import Asked
 from steerlab.stages import JobType
 from steerlab.store import Store
 from steerlab.sweeps import space
@@ -74,6 +78,22 @@ def test_jobs(number: int, tmp_path: Path) -> None:
             path.write_bytes(text)
             try_one(tally, f"{JOBS[k].stem}#{i}", lambda path=path: job.read(path, JobType))
     held(tally)
+
+
+@sized(300, 10_000)
+def test_schema_and_loader_agree(number: int) -> None:
+    """An editor says of a changed job what `steerlab plan` does, but for what one field says about another."""
+    schema = jsonschema.Draft202012Validator(json.loads(test_schema.SCHEMA.read_text()))
+    trees, draw = [yaml.safe_load(path.read_text()) for path in JOBS], random.Random(SEED)
+    said = []
+    for i in range(number):
+        tree = test_schema.without_base(mutants.mutated_tree(draw.choice(trees), draw, trees))
+        if isinstance(tree, dict):
+            # Keys of JSON are texts.
+            found = test_schema.disagreement(json.loads(json.dumps(tree)), schema)
+            said += [] if found is None else [f"#{i}: {found}"]
+    print(f"\nschema and loader: {number} jobs, {len(said)} disagreements (seed {SEED})")
+    assert not said, "\n".join(said[:10])
 
 
 @sized(200, 5_000)
@@ -175,13 +195,49 @@ def test_tables(number: int, tables: list[Path], tmp_path: Path) -> None:
     held(tally)
 
 
-@sized(30, 1_000)
-def test_run_folders(number: int, run_root: Path, tmp_path: Path) -> None:
-    def use(root: Path) -> None:
-        store = Store(str(root))
-        report.page([report.read(store, "runs/tiny/1")])
+def _give_sizes(root: Path) -> None:
+    """Write the sizes of changed files into their manifests, as somebody does who means harm."""
+    for path in root.glob("artifacts/*/*/manifest.json"):
+        try:
+            manifest = json.loads(path.read_text())
+            for file in manifest["files"]:
+                if (path.parent / file["path"]).is_file():
+                    file["bytes"] = (path.parent / file["path"]).stat().st_size
+        except Exception:  # the manifest is what was changed
+            continue
+        path.unlink()  # a link to that of all mutants
+        path.write_text(json.dumps(manifest))
 
-    tally = Tally("run folders")
+
+@sized(48, 1_000)
+def test_run_folders(number: int, run_root: Path, tmp_path: Path) -> None:
+    """Folders of runs and sweeps and the artifacts that they name, read by each command that reads them, in turn."""
+    folders, exported = ("runs/tiny/1", "runs/tiny/2"), tmp_path / "exported"
+
+    def page(root: Path) -> None:
+        store = Store(str(root))
+        report.page([report.read(store, folder) for folder in folders])
+        report.page([], sweeps=[report.read_sweep(store, "sweeps/tiny/1")])
+
+    def compare(root: Path) -> None:
+        run.compare(*(run.Side(Store(str(root)), folder) for folder in folders))
+
+    def generate(root: Path) -> None:
+        result = cli._artifact(str(root / folders[0]), None)
+        generation.load(result.path, **result.loading).side_by_side(Asked("a", (result.reported.strength,), max_new_tokens=2))
+
+    def export_(root: Path) -> None:
+        result = cli._artifact(str(root / folders[0]), None)
+        shutil.rmtree(exported, ignore_errors=True)
+        export.write(result.path, exported, strength=result.reported.strength, loading=result.loading)
+
+    def use(root: Path) -> None:
+        if next(consistent):
+            _give_sizes(root)
+        next(turn)(root)
+
+    turn, consistent = itertools.cycle((page, compare, generate, export_)), itertools.cycle((True, True, True, True, False))
+    tally = Tally("folders of runs and sweeps")
     of_files(tally, number, [run_root], tmp_path, use)
     held(tally)
 

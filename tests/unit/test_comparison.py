@@ -6,18 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from steerlab import cli
+from steerlab.evaluation import stored
 from steerlab.job import headline_first
 from steerlab.run import Side, compare, reported_strength
 from steerlab.run.record import SCHEMA
 from steerlab.stages.choose import run as choose_run
 from steerlab.stages.choose import said_of
-from steerlab.stages.evaluate import OBSERVATIONS
 from steerlab.store import Store
 
 VALUES = {"1.0": 0.5, "0.0": 0.1, "0.5": 0.3}
@@ -32,8 +30,8 @@ def evaluation(store: Store, key: str, values: dict[str, float], **asked: Any) -
     ]
     rows += [{**row, "id": "3", "value": None, "reason": "too_long"} for row in rows if row["id"] == "0"]
     with store.temporary("evaluate", key) as folder:
-        pq.write_table(pa.Table.from_pylist(rows, schema=OBSERVATIONS), folder / "observations.parquet")
-        (folder / "metrics.json").write_text(json.dumps({"strengths": {s: {} for s in values}, "transforms": {}}))
+        metrics = {"strengths": {s: {} for s in values}, "transforms": {}}
+        stored.write(folder, {"observations": rows, "samples": [], "files": {}, "metrics": metrics})
         params = {"task": {"limit": 4, **asked}, "task_version": 1, "fingerprints": {}}
         store.commit("evaluate", key, folder, {"params": params})
     return key
@@ -191,7 +189,8 @@ def test_a_bound_that_no_strength_moves_is_said(tmp_path: Path, moved: float, li
         folder = tmp_path / name
         folder.mkdir()
         found = {s: {"t/share": {"value": a}, "t/ppl": {"value": b}} for s, (a, b) in strengths.items()}
-        (folder / "metrics.json").write_text(json.dumps({"strengths": found}))
+        metrics = {"strengths": found, "transforms": {}}
+        stored.write(folder, {"observations": [], "samples": [], "files": {}, "metrics": metrics})
         return folder
 
     inputs = [measured("steered", {"0.5": (0.2, 0.1), "1.0": (0.3, moved)}), measured("plain", {"1.0": (0.5, 0.1)})]

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
@@ -22,7 +23,9 @@ from steerlab import cli, expressions, models, sources, texts, tinyworld
 from steerlab.evaluation import scorers
 from steerlab.faults import is_for_people
 from steerlab.job import DataSet
+from steerlab.run import execution
 from steerlab.store import MANIFEST, Store, StoreError
+from steerlab.tracking import spool
 
 
 class Payload:
@@ -291,7 +294,7 @@ def test_passwords_are_left_out_of_what_is_shown(text: str, masked: str) -> None
     stream = io.StringIO()
     cli._PlainConsole(file=stream, width=200).print(text)
     assert "s3cr3t" not in stream.getvalue()
-    assert "s3cr3t" not in json.dumps(texts.plain_all({"source": [text], text: 1}))
+    assert "s3cr3t" not in json.dumps(texts.everywhere(texts.plain, {"source": [text], text: 1}))
 
 
 def test_a_message_names_no_password(tmp_path: Path) -> None:
@@ -299,6 +302,19 @@ def test_a_message_names_no_password(tmp_path: Path) -> None:
     done = subprocess.run(plan, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert "bucket" in done.stderr and "s3cr3t" not in done.stderr + done.stdout
+
+
+def test_what_is_written_for_wandb_names_no_password(tmp_path: Path) -> None:
+    root = "s3://AKIA:s3cr3t@bucket/x"
+    store = SimpleNamespace(root=root)
+    where = execution._uri(store, SimpleNamespace(name="train", key="k"))  # type: ignore[arg-type]
+    assert where == "s3://bucket/x/artifacts/train/k", "the bucket's owner finds it by this reference"
+    made = spool.Spool(tmp_path, {"mode": "offline", "project": "p", "notes": root})
+    made.append({"kind": "stage", "key": "k", "uri": f"{root}/artifacts", "inputs": [["a", "b", root]]})
+    made.append({"kind": "table", "key": "t", "columns": ["a"], "rows": [[f"see {root}"]]})
+    made.close()
+    assert all(b"s3cr3t" not in path.read_bytes() for path in tmp_path.iterdir())
+    assert b"***@bucket" in (tmp_path / spool.EVENTS).read_bytes()
 
 
 # Whose fault it is

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ray import tune
@@ -17,9 +16,9 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.utils.object_cache import _ObjectCache
 
+from steerlab.evaluation import stored
 from steerlab.evaluation.intervals import student
 from steerlab.evaluation.metrics import Observation, paired_difference
-from steerlab.stages.evaluate import OBSERVATIONS
 from steerlab.store import Store
 from steerlab.sweeps import processes, results, search
 from steerlab.sweeps.history import History
@@ -138,8 +137,8 @@ def evaluated(store: Store, key: str, values: list[float]) -> None:
     """Leave the artifact of an evaluation of task `math` with these item values at strength 1."""
     observations = [Observation("math/solved", str(i), value)._asdict() for i, value in enumerate(values)]
     with store.temporary("evaluate", key) as directory:
-        pq.write_table(pa.Table.from_pylist(observations, schema=OBSERVATIONS), directory / "observations.parquet")
-        (directory / "metrics.json").write_text(json.dumps({"strengths": {"1.0": {}}, "transforms": {}}))
+        metrics = {"strengths": {"1.0": {}}, "transforms": {}}
+        stored.write(directory, {"observations": observations, "samples": [], "files": {}, "metrics": metrics})
         store.commit("evaluate", key, directory, {})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -442,9 +443,31 @@ def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch
     )
     tokenizer.chat_template = f"{loops}{tokenizer.chat_template}"
     encoder, began_s = Encoder(tokenizer), time.monotonic()
-    with pytest.raises(ValueError, match=r"the chat template takes longer than 0\.2 s for one row"):
+    with pytest.raises(ValueError, match=r"the chat template takes longer than 0\.2 s, as if it did not end, for one row"):
         encoder.encode(encoder.conversation("a", "b", "c"))
     assert time.monotonic() - began_s < 2, "it is not tried in all forms"
+
+
+@pytest.mark.parametrize(
+    ("printed", "message"),
+    [
+        ("{{ 'x' * 20000000000 }}", "asks for more than 0.25 GiB of memory, for one row"),
+        ("{{ '%19999999999d' % 1 }}", "asks for more than 0.25 GiB of memory, for one row"),
+        (
+            "{% set d = namespace(x='x' * 64) %}{% for a in range(40) %}{% set d.x = d.x ~ d.x %}{% endfor %}{{ d.x }}",
+            "asks for more than 0.25 GiB of memory, for one row",
+        ),
+        ("{{ 'x' * 3000000 }}", "prints 3,0.* characters for messages of"),
+    ],
+)
+def test_a_template_that_prints_without_an_end_is_refused(printed: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerlab.templates._LIMIT_BYTES", 2**28)
+    tokenizer = copy.deepcopy(family("chatml base").tokenizer)
+    tokenizer.chat_template = f"{printed}{tokenizer.chat_template}"
+    encoder, before = Encoder(tokenizer), resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match=f"the chat template {message}"):
+        encoder.encode(encoder.conversation("a", "b", "c"))
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from steerlab import models
+from steerlab import models, templates
 from steerlab.encoding import Encoder
 from steerlab.evaluation import scorers
 from steerlab.evaluation.metrics import TOO_LONG, Score
@@ -162,7 +162,7 @@ def check_reward_model(source: str) -> None:
 
 def _turns(tokenizer: Any, answer: Answer) -> Any:
     turns = [*answer.messages, {"role": "assistant", "content": answer.text}]
-    return tokenizer.apply_chat_template(turns, return_dict=True)
+    return templates.apply(tokenizer, turns, return_dict=True)
 
 
 def language_model(

@@ -222,7 +222,7 @@ def prepare(directory: Path) -> Path:
         return directory
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory} holds an adapter without its model: merge it into the model with peft, and give that")
-    gguf = sorted(directory.rglob("*.gguf")) if directory.is_dir() else []
+    gguf = sorted([*directory.glob("*.gguf"), *directory.glob("*/*.gguf")])
     if len(gguf) != 1:
         found = f"{len(gguf)} GGUF files" if gguf else "neither config.json nor a GGUF file"
         raise ValueError(f"{directory} holds no model: expected config.json, model_index.json or one .gguf file, found {found}")

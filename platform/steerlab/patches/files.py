@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, create_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -58,6 +60,7 @@ def load(directory: Path, model: PreTrainedModel | None = None) -> Any:
         raise ValueError(f"{directory / _SPEC}: unknown kind of patch {about.kind!r:.80}; known: {', '.join(KINDS)}")
     if model is not None and models.fingerprint(model) != about.model:
         raise ValueError(f"the patch in {directory} was made for another model than this {type(model).__name__}")
+    saved.checked(about.spec, _arguments(about.kind), str(directory / _SPEC))
     _check_sizes(about.spec, directory)
     try:
         patch = KINDS[about.kind](**about.spec)
@@ -66,6 +69,18 @@ def load(directory: Path, model: PreTrainedModel | None = None) -> Any:
         # What a stranger's file gives to a constructor: wrong types, tensors of other names or shapes.
         raise ValueError(f"the patch in {directory} is damaged: {' '.join(str(error).split())[:300]}") from None
     return patch.eval()
+
+
+@cache
+def _arguments(kind: str) -> type[BaseModel]:
+    """Return the arguments of a kind's constructor, by its annotations, as JSON has to hold them."""
+    constructor = KINDS[kind].__init__  # type: ignore[misc]
+    types = get_type_hints(constructor)
+    given = list(inspect.signature(constructor).parameters.values())[1:]
+    fields: dict[str, Any] = {
+        one.name: (types[one.name], ... if one.default is inspect.Parameter.empty else one.default) for one in given
+    }
+    return create_model(kind, __config__=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False), **fields)
 
 
 def _check_sizes(spec: Any, directory: Path) -> None:

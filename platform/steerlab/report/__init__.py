@@ -21,7 +21,7 @@ from steerlab.report.drawing import Figure, front
 from steerlab.report.reading import Entry, Sweep, fit_seconds, read, read_sweep
 from steerlab.report.samples import texts
 from steerlab.report.tables import cell, metrics, rows
-from steerlab.texts import plain, plain_all
+from steerlab.texts import everywhere, plain
 
 __all__ = ["Entry", "Sweep", "cell", "fit_seconds", "front", "metrics", "page", "read", "read_sweep", "rows", "texts", "write"]
 _TOLD = 2
@@ -82,7 +82,7 @@ def _plain(value: Any) -> Any:
 
 def _script(drawn: Sequence[Figure]) -> str:
     """Return figures as JSON that can stand inside of a script element, whatever texts it holds."""
-    text = json.dumps(plain_all(drawn), allow_nan=False)
+    text = json.dumps(everywhere(plain, drawn), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from steerlab import plan, saved
 from steerlab.run import folder as folders
 from steerlab.store import Store
 
@@ -150,16 +147,16 @@ def read_sweep(store: Store, folder: str) -> Sweep:
     """
     try:
         job = folders.job(store, folder)
-        trials = trial_rows(store, folder)
+        trials = folders.trials(store, folder)
     except FileNotFoundError:
         raise ValueError(f"{folder} is no sweep folder (sweeps/NAME/ID) of {store.root}, or none of its trials began") from None
     found = Sweep(
         name=job["name"],
         folder=folder,
         job=job,
-        space=_json(store, f"{folder}/space.json"),
+        space=_or_nothing(folders.space, store, folder),
         trials=trials,
-        summary=_json(store, f"{folder}/summary.json"),
+        summary=_or_nothing(folders.sweep_summary, store, folder),
         root=store.root,
     )
     return replace(found, runs=tuple(_best_runs(store, found)))
@@ -174,7 +171,7 @@ def _best_runs(store: Store, sweep: Sweep) -> list[Entry]:
             first.setdefault(trial["trial_id"], trial)
     runs = []
     for trial in list(first.values())[:MAX_CURVES]:
-        if _json(store, f"{trial['run']}/summary.json"):
+        if "summary.json" in store.list(trial["run"]):
             values = ", ".join(f"{name.rpartition('.')[2]} {_short(trial.get(f'param.{name}'))}" for name in varied[:2])
             runs.append(
                 replace(read(store, trial["run"]), name=f"{trial['trial_id']} ({values})" if values else trial["trial_id"])
@@ -186,9 +183,8 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def trial_rows(store: Store, folder: str) -> list[dict[str, Any]]:
-    """Read trials.parquet."""
-    return pq.read_table(io.BytesIO(store.read_bytes(f"{folder}/trials.parquet"))).to_pylist()
+class _Fitted(saved.Shape):
+    seconds: float
 
 
 def fit_seconds(store: Store, model: dict[str, Any] | None) -> float | None:
@@ -197,8 +193,8 @@ def fit_seconds(store: Store, model: dict[str, Any] | None) -> float | None:
         return None
     directory = store.local(model["stage"], model["key"])
     if (directory / "fit.json").is_file():
-        return float(json.loads((directory / "fit.json").read_text())["seconds"])
-    return float(store.manifest(model["stage"], model["key"])["meta"]["seconds"])
+        return saved.read(directory / "fit.json", _Fitted).seconds
+    return plan.made(store, model["stage"], model["key"]).seconds
 
 
 def curves(store: Store, folder: str) -> dict[str, list[tuple[float, float]]]:
@@ -253,8 +249,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
-def _json(store: Store, path: str) -> dict[str, Any]:
+def _or_nothing(read: Callable[[Store, str], dict[str, Any]], store: Store, folder: str) -> dict[str, Any]:
+    """Read a file of a sweep that may not be there yet."""
     try:
-        return store.read_json(path)
+        return read(store, folder)
     except FileNotFoundError:
         return {}

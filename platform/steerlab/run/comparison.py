@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
-
+from steerlab import plan, saved
+from steerlab.evaluation import stored
 from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
 from steerlab.run import folder as folders
 from steerlab.run.record import SCHEMA, labelled
@@ -103,6 +102,14 @@ class _Measured(NamedTuple):
     strength: float
 
 
+class _Params(saved.Shape):
+    """What an evaluation's manifest says of its task and data."""
+
+    task: dict[str, Any]
+    task_version: int
+    fingerprints: dict[str, Any]
+
+
 class _Run(NamedTuple):
     """What is read of a run's folder."""
 
@@ -140,36 +147,34 @@ class _Run(NamedTuple):
         found: dict[str, _Measured] = {}
         measured: dict[float, None] = {}
         for label, key in self.summary["evaluations"].items():
-            saved = self._saved("evaluate", key)
-            given = [float(value) for value in saved["strengths"]]
+            given = self._strengths(key)
             measured |= dict.fromkeys(given)
             plain = self.summary["unsteered"].get(label)
             if strength in (None, *given):
-                found |= self._metrics(label, key, saved, given[0] if strength is None else strength, strength)
+                found |= self._metrics(label, key, given[0] if strength is None else strength, strength)
             elif strength == 0 and plain is not None:
-                saved = self._saved("evaluate", plain)
-                found |= self._metrics(label, plain, saved, float(next(iter(saved["strengths"]))), strength)
+                found |= self._metrics(label, plain, self._strengths(plain)[0], strength)
         if not found and strength is not None:
             known = ", ".join(f"{value:g}" for value in measured) or "none"
             raise ValueError(f"{self.name} was not measured at strength {strength:g}; there are {known}")
         return found
 
-    def _saved(self, stage: str, key: str) -> dict[str, Any]:
-        return json.loads((self.store.local(stage, key) / "metrics.json").read_text())
+    def _strengths(self, key: str) -> list[float]:
+        """Return the strengths of an evaluation, that of its headline first."""
+        return [float(value) for value in stored.strengths(self.store.local("evaluate", key))]
 
-    def _metrics(
-        self, label: str, key: str, saved: dict[str, Any], stored: float, strength: float | None
-    ) -> dict[str, _Measured]:
+    def _metrics(self, label: str, key: str, measured: float, strength: float | None) -> dict[str, _Measured]:
         """Read the observations that an evaluation stored under one strength, which people may call by another."""
-        params = self.store.manifest("evaluate", key)["meta"]["params"]
-        task = [{**params["task"], "strengths": None}, params["task_version"], params["fingerprints"]]
+        made = plan.made(self.store, "evaluate", key).params
+        params = saved.checked(made, _Params, f"the manifest of evaluate/{key} in {self.store.root}")
+        task = [{**params.task, "strengths": None}, params.task_version, params.fingerprints]
+        directory = self.store.local("evaluate", key)
+        transforms = stored.transforms(directory)
         found: dict[str, _Measured] = {}
-        for row in pq.read_table(self.store.local("evaluate", key) / "observations.parquet").to_pylist():
-            if row["strength"] == stored:
-                name = labelled(row["metric"], label)
-                transform = saved["transforms"].get(row["metric"], "identity")
-                empty = _Measured([], transform, task, stored if strength is None else strength)
-                found.setdefault(name, empty).observations.append(Observation(**row))
+        for item in stored.observations(directory, measured):
+            transform = transforms.get(item.metric, "identity")
+            empty = _Measured([], transform, task, measured if strength is None else strength)
+            found.setdefault(labelled(item.metric, label), empty).observations.append(item)
         return found
 
 

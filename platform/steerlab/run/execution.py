@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlab import meters, plan, texts
+from steerlab.evaluation import stored
 from steerlab.job import Job, dump
 from steerlab.run.record import check_numbers, environment, root_cause, samples_of, summarise
 from steerlab.stages import evaluate, evaluations, model_stage, plan_of, trainings
@@ -99,7 +100,7 @@ def new_id() -> str:
 
 def _keep_images(job: Job, store: Store, folder: str) -> None:
     """Put the images that tasks have kept into the run's folder: those of the first such task as `images`, where pages look."""
-    folders = {found.stage.label: store.local("evaluate", found.stage.key) / evaluate.FILES for found in evaluations(job)}
+    folders = {found.stage.label: store.local("evaluate", found.stage.key) / stored.FILES for found in evaluations(job)}
     drawing = {label: kept for label, kept in folders.items() if kept.is_dir()}
     for number, (label, kept) in enumerate(drawing.items()):
         name = label if number else "images"
@@ -138,5 +139,6 @@ def _following(job: Job, store: Store, folder: str, tracker: Tracker, listener: 
 
 
 def _uri(store: Store, stage: plan.Stage) -> str:
+    """Return where an artifact lies, for everybody to see: without the key and the password of ROOT."""
     path = f"{store.root}/artifacts/{stage.name}/{stage.key}"
-    return path if "://" in path else f"file://{path}"
+    return texts.without_user(path) if "://" in path else f"file://{path}"

@@ -1,69 +1,36 @@
-"""Files of a run folder, read as what `steerlab run` writes there: a folder may come from somebody else."""
+"""Files of run and sweep folders, read as what the platform writes there: a folder may come from somebody else."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import io
+from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
-from pydantic import AfterValidator
 
 from steerlab import saved
+from steerlab.evaluation.stored import Metric, Sample, StrengthKey
+from steerlab.faults import explained
+from steerlab.stages.choose import Choice
 from steerlab.store import Store, StoreError
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where it is built in: ten times as fast."""
 
 
-def _number(text: str) -> str:
-    float(text)
-    return text
-
-
-_Strength = Annotated[str, AfterValidator(_number)]
-"""A strength as a key."""
 _Number = float | None
-
-
-class _Metric(saved.Shape):
-    """A metric with its interval."""
-
-    value: _Number
-    n: int | None = None
-    low: _Number = None
-    high: _Number = None
-    unparsable: int = 0
-    too_long: int = 0
-    rows_cut: int = 0
-    empty: int = 0
-
-
-class _Bound(saved.Shape):
-    metric: str
-    rise: _Number = None
-    factor: _Number = None
-
-
-class _Rule(saved.Shape):
-    metric: str
-    mode: str = "min"
-    within: _Bound | None = None
-
-
-class _Choice(saved.Shape):
-    strength: float
-    rule: _Rule
-    table: dict[_Strength, dict[str, _Number]] = {}
 
 
 class _Model(saved.Shape):
     stage: str
     key: str
+    snapshot: int | None = None
 
 
 class _Summary(saved.Shape):
-    metrics: dict[str, _Metric]
-    strengths: dict[_Strength, dict[str, _Metric]]
-    choice: _Choice | None = None
+    metrics: dict[str, Metric]
+    strengths: dict[StrengthKey, dict[str, Metric]]
+    choice: Choice | None = None
     model: _Model | None = None
     reported: dict[str, float] = {}
     evaluations: dict[str, str] = {}
@@ -93,18 +60,19 @@ class _Environment(saved.Shape):
     python: str = ""
 
 
-class _Sample(saved.Shape):
-    id: Any
-    strength: float | None = None
-
-
 class _Method(saved.Shape):
     name: str
+
+
+class _Loaded(saved.Shape):
+    dtype: str | None = None
+    sampler: dict[str, Any] | None = None
 
 
 class _Job(saved.Shape):
     name: str
     method: _Method
+    model: _Loaded = _Loaded()
 
 
 class _Line(saved.Shape):
@@ -130,7 +98,7 @@ def environment(store: Store, folder: str) -> dict[str, Any]:
 def samples(store: Store, folder: str) -> dict[str, list[dict[str, Any]]]:
     """Return the samples of each task. Raises ValueError where a file is damaged."""
     names = [name for name in store.list(f"{folder}/samples") if name.endswith(".json")]
-    return {name.removesuffix(".json"): _like(store, f"{folder}/samples/{name}", list[_Sample]) for name in names}
+    return {name.removesuffix(".json"): _like(store, f"{folder}/samples/{name}", list[Sample]) for name in names}
 
 
 def lines(store: Store, folder: str) -> list[dict[str, Any]]:
@@ -154,6 +122,64 @@ def job(store: Store, folder: str) -> dict[str, Any]:
             raise
         raise saved.SavedError(f"{where} is no YAML: {' '.join(str(error).split())[:200]}") from None
     return saved.like(tree, _Job, where)
+
+
+class _Space(saved.Shape):
+    metric: str | None = None
+    mode: str | None = None
+    files: dict[str, Any] = {}
+
+
+class _Best(saved.Shape):
+    trial_id: str
+
+
+class _SweepSummary(saved.Shape):
+    metric: str | None = None
+    mode: str | None = None
+    best: _Best | None = None
+    seconds: float | None = None
+    indistinguishable: list[str] = []
+    test: dict[str, Metric] = {}
+
+
+class _Trial(saved.Shape):
+    trial_id: str
+    seed: int | None = None
+    run: saved.Inside | None = None
+    status: str | None = None
+    reason: str | None = None
+
+
+_NUMBERS = ("metric.", "stderr.", "low.", "high.", "n.", "seconds.")
+"""Columns of trials.parquet that hold numbers, by how their names begin."""
+_VALUES = (int, float, str, bool, type(None))
+
+
+def space(store: Store, folder: str) -> dict[str, Any]:
+    """Return space.json of a sweep. Raises ValueError where it is damaged, FileNotFoundError."""
+    return _like(store, f"{folder}/space.json", _Space)
+
+
+def sweep_summary(store: Store, folder: str) -> dict[str, Any]:
+    """Return summary.json of a sweep. Raises ValueError where it is damaged, FileNotFoundError while it goes on."""
+    return _like(store, f"{folder}/summary.json", _SweepSummary)
+
+
+def trials(store: Store, folder: str) -> list[dict[str, Any]]:
+    """Return the rows of trials.parquet, one a trial and seed. Raises ValueError where it is damaged, FileNotFoundError."""
+    path = f"{folder}/trials.parquet"
+    where = f"{store.root}/{path}"
+    content = store.read_bytes(path)
+    with explained(where):
+        rows = pq.read_table(io.BytesIO(content)).to_pylist()
+    for row in saved.like(rows, list[_Trial], where):
+        for name, value in row.items():
+            if name.startswith(_NUMBERS) and not (value is None or isinstance(value, int | float)):
+                raise saved.SavedError(f"{where} is damaged: {name:.120} holds {value!r:.80}, which is no number")
+            if not isinstance(value, _VALUES):
+                raise saved.SavedError(f"{where} is damaged: {name:.120} holds {value!r:.80}, which is no value")
+    return rows
 
 
 def _like(store: Store, path: str, shape: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import subprocess
@@ -17,9 +16,9 @@ from typing import Any, NamedTuple
 import ray
 
 from steerlab import plan, texts
+from steerlab.evaluation import stored
 from steerlab.job import Job
-from steerlab.stages import Evaluation, evaluations, leaves_patch, model_stage
-from steerlab.stages.choose import CHOICE
+from steerlab.stages import Evaluation, choose, evaluations, leaves_patch, model_stage
 from steerlab.store import Store
 
 SCHEMA = 2
@@ -51,7 +50,7 @@ def summarise(job: Job, store: Store) -> dict[str, Any]:
         stage = found.stage
         for needed in stage.inputs:
             if needed.name == "choose":
-                choice = json.loads((store.local(needed.name, needed.key) / CHOICE).read_text())
+                choice = choose.read(store.local(needed.name, needed.key))
         measured[stage.label] = stage.key
         for number, (strength, metrics) in enumerate(_measured_strengths(store, found).items()):
             named = {labelled(name, stage.label): metric for name, metric in metrics.items()}
@@ -78,9 +77,9 @@ def summarise(job: Job, store: Store) -> dict[str, Any]:
 
 def _measured_strengths(store: Store, found: Evaluation) -> dict[str, dict[str, Any]]:
     """Return a task's metrics by strength, the headline's first; the model without the patch is strength 0."""
-    saved = json.loads((store.local("evaluate", found.stage.key) / "metrics.json").read_text())["strengths"]
+    saved = stored.strengths(store.local("evaluate", found.stage.key))
     if found.baseline is not None:
-        plain = json.loads((store.local("evaluate", found.baseline.key) / "metrics.json").read_text())["strengths"]
+        plain = stored.strengths(store.local("evaluate", found.baseline.key))
         saved.setdefault("0.0", next(iter(plain.values())))
     return saved
 
@@ -95,7 +94,7 @@ class Reported(NamedTuple):
 
 def reported_strength(summary: Mapping[str, Any]) -> Reported:
     """Return the strength that a run's numbers are of: the chosen one, else that of its tasks, else 1."""
-    choice = summary["choice"]
+    choice = summary.get("choice")
     if choice is not None:
         return Reported(choice["strength"], f"chosen by {choice['rule']['metric']} on development rows")
     reported = summary.get("reported") or {}
@@ -109,10 +108,10 @@ def reported_strength(summary: Mapping[str, Any]) -> Reported:
 
 def samples_of(store: Store, found: Evaluation) -> list[dict[str, Any]]:
     """Return a task's readable samples, those of the model without the patch as strength 0."""
-    kept = json.loads((store.local("evaluate", found.stage.key) / "samples.json").read_text())
+    kept = stored.samples(store.local("evaluate", found.stage.key))
     if found.baseline is None:
         return kept
-    plain = json.loads((store.local("evaluate", found.baseline.key) / "samples.json").read_text())
+    plain = stored.samples(store.local("evaluate", found.baseline.key))
     return [*kept, *({**sample, "strength": 0.0} for sample in plain)]
 
 

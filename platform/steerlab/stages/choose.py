@@ -5,12 +5,41 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from steerlab import saved
+from steerlab.evaluation import stored
+from steerlab.evaluation.stored import StrengthKey
 from steerlab.job import ChooseConfig, Job, Limit
 from steerlab.plan import Stage, Work
 
-CHOICE = "choice.json"
+_CHOICE = "choice.json"
+
+
+class _Bound(saved.Shape):
+    metric: str
+    rise: float | None = None
+    factor: float | None = None
+
+
+class _Rule(saved.Shape):
+    metric: str
+    mode: str = "min"
+    within: _Bound | None = None
+
+
+class Choice(saved.Shape):
+    """The chosen strength, and what it was chosen by."""
+
+    strength: float
+    rule: _Rule
+    table: dict[StrengthKey, dict[str, float | None]] = {}
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Return what was chosen. Raises ValueError where the file is damaged."""
+    return saved.read_like(directory / _CHOICE, Choice)
 
 
 def stage(job: Job, development: Sequence[Stage], baselines: Sequence[Stage]) -> Stage:
@@ -32,8 +61,8 @@ def run(work: Work) -> None:
     table: dict[float, dict[str, float | None]] = {}
     num_tasks = len(work.params["labels"])
     for label, steered, baseline in zip(work.params["labels"], work.inputs[:num_tasks], work.inputs[num_tasks:], strict=True):
-        found = json.loads((steered / "metrics.json").read_text())["strengths"]
-        (plain,) = json.loads((baseline / "metrics.json").read_text())["strengths"].values()
+        found = stored.strengths(steered)
+        (plain,) = stored.strengths(baseline).values()
         for strength, metrics in {0.0: plain, **found}.items():
             named = {f"{label}/{name.partition('/')[2]}": metric["value"] for name, metric in metrics.items()}
             table.setdefault(float(strength), {}).update(named)
@@ -43,7 +72,7 @@ def run(work: Work) -> None:
     rule = {name: work.params[name] for name in ("metric", "mode", "within")}
     unmoved = _unmoved(table, [work.params["metric"], *([bound.metric] if bound else [])])
     choice = {"strength": chosen, "rule": rule, "table": table, "unmoved": unmoved}
-    (work.directory / CHOICE).write_text(json.dumps(choice, indent=1))
+    (work.directory / _CHOICE).write_text(json.dumps(choice, indent=1))
     for line in said_of(choice):
         warnings.warn(line, stacklevel=2)
 

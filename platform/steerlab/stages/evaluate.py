@@ -8,22 +8,16 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from steerlab import sources
-from steerlab.evaluation import TASKS
+from steerlab.evaluation import TASKS, stored
 from steerlab.evaluation.metrics import TOO_LONG
 from steerlab.job import Job, TaskConfig, described, headline_first
 from steerlab.plan import Stage, Work
 from steerlab.stages import choose, subject
 
 _POLL_S = 0.5
-FILES = "files"
-"""Folder of an evaluation's images."""
-
-
 _SOURCE = "a source"
 
 
@@ -77,12 +71,7 @@ def run(work: Work) -> None:
     config = {**work.params["task"], "strengths": _strengths(work)}
     result = _in_warm_process(work, config) if work.scale.warm else _in_actor(work, config)
     _warn_of_long_rows(work.stage.label, result["observations"])
-    pq.write_table(pa.Table.from_pylist(result["observations"], schema=OBSERVATIONS), work.directory / "observations.parquet")
-    (work.directory / "samples.json").write_text(json.dumps(result["samples"], indent=1, ensure_ascii=False))
-    for path, content in result["files"].items():
-        (work.directory / FILES / path).parent.mkdir(parents=True, exist_ok=True)
-        (work.directory / FILES / path).write_bytes(content)
-    (work.directory / "metrics.json").write_text(json.dumps(result["metrics"], indent=1))
+    stored.write(work.directory, result)
 
 
 def _warn_of_long_rows(label: str, observations: Sequence[Mapping[str, Any]]) -> None:
@@ -124,23 +113,9 @@ def _strengths(work: Work) -> list[float]:
     declared: list[float] = list(work.params["task"]["strengths"])
     for needed, directory in zip(work.stage.inputs, work.inputs, strict=True):
         if needed.name == "choose":
-            chosen = json.loads((directory / choose.CHOICE).read_text())["strength"]
+            chosen = choose.read(directory)["strength"]
             return list(dict.fromkeys([chosen, *(declared if declared != [1.0] else [])]))
     return headline_first(declared)
-
-
-OBSERVATIONS = pa.schema(
-    [
-        ("metric", pa.string()),
-        ("id", pa.string()),
-        ("value", pa.float64()),
-        ("weight", pa.float64()),
-        ("strength", pa.float64()),
-        ("reason", pa.string()),
-    ]
-)
-"""One scored item: value null when it could not be judged, weight 0 when it does not count for the metric; the reason says
-that it did not fit into the model's context (too_long, cut)."""
 
 
 def close() -> None:

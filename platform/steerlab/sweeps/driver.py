@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import yaml
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import ConcurrencyLimiter
 
-from steerlab import capacity, plan, run, tracking
+from steerlab import capacity, plan, run, saved, tracking
 from steerlab import job as jobs
 from steerlab.job import Job, JobError, base_job
+from steerlab.run import folder as folders
 from steerlab.stages import JobType, subject
 from steerlab.store import Store
 from steerlab.sweeps import page, processes, results, search, trials
@@ -210,11 +210,9 @@ def latest(asked: Asked, store: Store) -> str | None:
     for sweep_id in reversed(store.list(f"sweeps/{name}")):
         folder = f"sweeps/{name}/{sweep_id}"
         try:
-            space = store.read_json(f"{folder}/space.json")
-            tree = yaml.safe_load(store.read_text(f"{folder}/job.yaml"))
-            if _identity(space, tree) == wanted:
+            if _identity(folders.space(store, folder), folders.job(store, folder)) == wanted:
                 return folder
-        except FileNotFoundError:  # killed before it had begun
+        except (FileNotFoundError, saved.SavedError):  # killed before it had begun, or not what was asked for
             continue
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from steerlab import capacity, plan, run
@@ -63,12 +64,13 @@ def _seconds(stages: list[plan.Stage], store: Store) -> float | None:
     if not stages:
         return 0.0
     name = stages[0].name
-    known = [
-        store.manifest(name, key)["meta"] for key in store.list(f"artifacts/{name}")[:_MOST_COMPARED] if store.has(name, key)
-    ]
+    known = []
+    for key in store.list(f"artifacts/{name}")[:_MOST_COMPARED]:
+        with suppress(ValueError):  # half removed, or damaged: an estimate can do without
+            known.append(plan.made(store, name, key))
     if not known:
         return None
-    flat = [(dict(_flat(meta["params"])), meta["seconds"]) for meta in known]
+    flat = [(dict(_flat(made.params)), made.seconds) for made in known]
     total = 0.0
     for stage in stages:
         own = dict(_flat(stage.params))

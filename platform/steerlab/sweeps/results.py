@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from steerlab.evaluation import intervals
+from steerlab.evaluation import intervals, stored
 from steerlab.evaluation.metrics import Observation, paired_difference
 from steerlab.store import Store
 from steerlab.sweeps.history import Course, History
@@ -144,12 +144,10 @@ def _observations(row: dict[str, Any], metric: str, store: Store) -> _Measured |
     if key is None:
         return None
     directory = store.local("evaluate", key)
-    saved = json.loads((directory / "metrics.json").read_text())
     given = row.get(f"param.{STRENGTH}")
-    strength = float(next(iter(saved["strengths"])) if given is None else given)
-    table = pq.read_table(directory / "observations.parquet", filters=[("strength", "=", strength)]).to_pylist()
-    chosen = [Observation(**item) for item in table if item["metric"].partition("/")[2] == name]
-    return _Measured(chosen, saved["transforms"].get(chosen[0].metric, "identity")) if chosen else None
+    strength = float(next(iter(stored.strengths(directory))) if given is None else given)
+    chosen = [item for item in stored.observations(directory, strength) if item.metric.partition("/")[2] == name]
+    return _Measured(chosen, stored.transforms(directory).get(chosen[0].metric, "identity")) if chosen else None
 
 
 def _differs_over_items(a: _Measured, b: _Measured | None) -> bool:

@@ -111,7 +111,7 @@ class Tracker:
             "sweep_id": place.sweep_id,
             "job_type": place.job_type,
             "tags": list(place.tags),
-            "config": texts.plain_all({**config, **dict(place.parameters)}),
+            "config": texts.everywhere(texts.plain, {**config, **dict(place.parameters)}),
             "pid": os.getpid(),
             "program": sys.argv[0],
         }

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from steerlab import saved
+from steerlab import saved, texts
 
 EVENTS = "events.jsonl"
 SETTINGS = "settings.json"
@@ -34,7 +34,7 @@ class Spool:
         self.directory = directory
         self.mode: str = settings["mode"]
         (directory / STATUS).unlink(missing_ok=True)
-        write_json(directory / SETTINGS, settings)
+        write_json(directory / SETTINGS, texts.everywhere(texts.without_secrets, settings))
         self.last_step: dict[str, float] = {}
         """The last value on each axis."""
         self.told: set[str] = set()
@@ -49,7 +49,8 @@ class Spool:
         self.append({"kind": "open"})
 
     def append(self, event: dict[str, Any]) -> None:
-        """Write one event; on return it survives the death of this process."""
+        """Write one event, without passwords; on return it survives the death of this process."""
+        event = texts.everywhere(texts.without_secrets, event)
         line = json.dumps({"time": round(time.time(), 3), **event}, allow_nan=True)
         self._file.write(line.encode() + b"\n")
         self._remember(event)
