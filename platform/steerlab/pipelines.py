@@ -13,7 +13,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -394,7 +394,13 @@ def saved_dtype(directory: Path) -> str:
 
 
 def skeleton(directory: Path) -> Diffusion:
-    """Return a pipeline's modules without any weights."""
+    """Return a pipeline's modules without any weights, to be read only."""
+    files = sorted((directory / INDEX, *directory.glob("*/*.json")))
+    return _skeleton(directory, tuple((file.name, file.read_bytes()) for file in files if file.is_file()))
+
+
+@lru_cache(maxsize=8)
+def _skeleton(directory: Path, configs: tuple[tuple[str, bytes], ...]) -> Diffusion:
     name, _ = _class_of(directory)
     with torch.device("meta"):
         parts = dict(_parts(directory, with_scheduler=False))

@@ -166,7 +166,7 @@ def _artifacts(store: Store, model_dir: Path) -> None:
         patches.save(patches_of(model)["embedding"], directory / "patch", models.fingerprint(model))
         (directory / "prompt.json").write_text(json.dumps(Encoder(models.load_tokenizer(model_dir)).saved_spec))
         (directory / "base.json").write_text(json.dumps({"source": "tiny:model"}))
-        store.commit("train", TRAINED, directory, {})
+        store.commit("train", TRAINED, directory, {"params": {}, "seconds": 1.0})
     for key, values in zip(EVALUATED, ((0.1, 0.2, 0.3), (0.4, 0.2, 0.6)), strict=True):
         seen = [Observation("toxicity/share", str(i), v, strength=s) for i, v in enumerate(values) for s in (1.0, 0.0)]
         metrics = {"toxicity/share": METRIC}
@@ -179,7 +179,7 @@ def _artifacts(store: Store, model_dir: Path) -> None:
         with store.temporary("evaluate", key) as directory:
             stored.write(directory, result)
             params = {"task": {"task": "toxicity", "limit": 3}, "task_version": 1, "fingerprints": {"source": "f"}}
-            store.commit("evaluate", key, directory, {"params": params})
+            store.commit("evaluate", key, directory, {"params": params, "seconds": 1.0})
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from steerlab.methods import aside, ise, vanilla
 from steerlab.methods.contract import Inputs
 from steerlab.models import ModelFacts
 from steerlab.patches import EmbeddingPatch, rotate
-from steerlab.tokens import DATA, INSTRUCTION, PADDING, Batch, collate
+from steerlab.tokens import DATA, INSTRUCTION, PADDING, RESPONSE, Batch, collate
 
 
 def dense_matrix(size: int, angle: float) -> torch.Tensor:
@@ -187,3 +187,18 @@ def test_golden_loss() -> None:
 
 
 GOLDEN_VANILLA, GOLDEN_ASIDE = 34.306060791015625, 34.57109069824219
+
+
+def test_only_data_is_rotated_where_a_response_has_a_role_of_its_own() -> None:
+    e, roles = embeddings(1, 3, 6), torch.tensor([[INSTRUCTION, DATA, RESPONSE]])
+    out = EmbeddingPatch(6, 0.7)(e, roles)
+    assert torch.equal(out[:, [0, 2]], e[:, [0, 2]])
+    assert torch.equal(out[:, 1], rotate(e, 0.7)[:, 1])
+
+
+def test_ise_starts_from_segment_vectors_of_the_given_spread(tiny_model: PreTrainedModel) -> None:
+    """A table of zeros would be vanilla's start: all three rows are drawn."""
+    shift = ise.Ise(tiny_model, ise.Config(init_std=0.05), Inputs()).patch.shift_RD
+    assert shift is not None and shift.shape[0] == 3
+    assert shift.std(dim=1).tolist() == pytest.approx([0.05] * 3, rel=0.3)
+    assert ise.Config().init_std == 0.02

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from steerlab.methods import METHODS, caa, iti
 from steerlab.methods.caa import places
@@ -77,3 +80,24 @@ def test_top_k_keeps_the_most_accurate_places() -> None:
     source, target = {"bad": bad[0], "good": good[0]}, {"bad": bad[1], "good": good[1]}
     assert list(METHODS["iti"].fit(iti.Config(top_k=1), source, target)) == ["good"]  # type: ignore[misc]
     assert list(METHODS["iti"].fit(iti.Config(), source, target)) == ["bad", "good"]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("names", "middle"), [("a", "a"), ("ab", "b"), ("abc", "b"), ("abcd", "c"), ("abcdef", "d")])
+def test_of_an_even_number_of_places_the_middle_one_is_the_first_of_the_upper_half(names: str, middle: str) -> None:
+    assert places("middle", list(names)) == [middle]
+
+
+def test_a_ridge_is_the_inverse_of_scikit_learns_c() -> None:
+    source, target = samples(torch.tensor([2.0, 0.5]), 60, 40)
+    x, y = torch.cat([source, target]).double().numpy(), np.repeat([0, 1], [60, 40])
+    for ridge in (0.01, 300.0):
+        found, _ = iti.probe(source, target, ridge)
+        scaled = StandardScaler().fit(x)
+        weights = LogisticRegression(C=1 / ridge, max_iter=1000).fit(scaled.transform(x), y).coef_[0] / scaled.scale_
+        torch.testing.assert_close(found, torch.from_numpy(weights / np.linalg.norm(weights)))
+
+
+def test_the_spread_along_the_direction_is_that_of_a_sample() -> None:
+    source, target = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[4.0], [5.0], [6.0], [7.0], [8.0]])
+    shift = iti.iti_map(source, target, torch.ones(1, dtype=torch.float64), alpha=1.0).shift_D
+    assert shift.item() == pytest.approx(float(np.std(range(9), ddof=1)), rel=1e-6)

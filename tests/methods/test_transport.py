@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from steerlab.affine import AffineMap
+from steerlab.methods import METHODS
 from steerlab.methods.transport import coupling, distance, gaussian_map, linear_map, mean_map
 
 SIZES = [(8, 8), (5, 8), (12, 4), (7, 6)]
@@ -124,3 +125,29 @@ def test_what_cannot_be_fitted_is_said() -> None:
     target[6, 1] = float("nan")
     with pytest.raises(ValueError, match="the target activation of row 6, neuron 1 is nan"):
         gaussian_map(source, target)
+
+
+@pytest.mark.parametrize("name", ["linear_act", "mean_act", "gaussian_act"])
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.1, 0.8)])
+def test_a_map_with_support_leaves_alone_what_the_source_does_not_reach(name: str, bounds: tuple[float, float]) -> None:
+    """Reference: quantiles of the source's own values, neuron by neuron; the target lies elsewhere."""
+    source, target = samples(12, 9)
+    method = METHODS[name]
+    config = method.Config(incremental=False, support=bounds)  # type: ignore[call-arg]
+    bounded = method.fit(config, {"a": source}, {"a": target + 10})["a"]  # type: ignore[misc]
+    free = method.fit(method.Config(incremental=False), {"a": source}, {"a": target + 10})["a"]  # type: ignore[misc, call-arg]
+    assert free.low_D is None and free.high_D is None
+    for j in range(source.shape[1]):
+        low, high = (float(np.quantile(source[:, j].double().numpy(), q)) for q in bounds)
+        x = torch.zeros(3, source.shape[1])
+        x[:, j] = torch.tensor([low - 1e-3, (low + high) / 2, high + 1e-3])
+        moved = bounded(x)[:, j]
+        assert moved[0] == x[0, j] and moved[2] == x[2, j]
+        assert moved[1] == free(x)[1, j] != x[1, j]
+
+
+def test_spreads_are_those_of_samples() -> None:
+    """Of samples of unequal size, n - 1 and not n: the difference shows."""
+    source, target = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[0.0], [2.0], [4.0], [6.0], [8.0]])
+    expected = float(np.std([0, 2, 4, 6, 8], ddof=1) / np.std([0, 1, 2, 3], ddof=1))
+    assert gaussian_map(source, target).scale_D.item() == pytest.approx(expected, rel=1e-6)

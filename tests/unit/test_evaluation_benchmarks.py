@@ -1,5 +1,6 @@
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,3 +174,13 @@ def test_alpaca_counts_empty_and_unfinished_answers():
     ]
     assert values[0] == {"alpaca/response_tokens": 2.0, "alpaca/empty": 1.0, "alpaca/unfinished": 0.0}
     assert values[1] == {"alpaca/response_tokens": 512.0, "alpaca/empty": 0.0, "alpaca/unfinished": 1.0}
+
+
+def test_a_text_of_two_languages_is_that_of_the_one_that_is_certain(monkeypatch):
+    """The benchmark's rule: a language counts when its probability is above the threshold, not when it is the likeliest."""
+    found = [SimpleNamespace(lang="fr", prob=0.55), SimpleNamespace(lang="es", prob=0.45)]
+    monkeypatch.setattr(bipia, "detect_langs", lambda text: found)
+    expected = {code: one.prob > bipia.LANGUAGE_THRESHOLD for code, one in zip(("fr", "es"), found, strict=True)}
+    assert {code: bipia.is_language("un texte", code) for code in expected} == expected
+    found[1].prob = bipia.LANGUAGE_THRESHOLD
+    assert bipia.is_language("un texte", "es") is False, "at the threshold it is not above"

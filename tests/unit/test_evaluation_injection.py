@@ -92,3 +92,11 @@ def test_struq_needs_its_file_and_has_the_papers_seed(tmp_path):
     path = tmp_path / "davinci_003_outputs.json"
     path.write_text(json.dumps([ROW.row, {"instruction": "x", "input": "", "output": "y"}]))
     assert struq.Config(source=str(path)).seed == 42
+
+
+def test_a_row_that_falls_to_one_of_two_attacks_counts_half():
+    attempts = [injection.attempt(ROW, a, "end", CONFIG) for a in ("none", "naive", "ignore")]
+    outputs = [Generation(text, 1, True) for text in ("hacked", "hacked", "no")]
+    found = injection.observe(attempts, outputs, CONFIG.witness, {"end": ""}, "injection", 1.0)
+    (mean,) = [o.value for o in found if o.metric == "injection/asr"]
+    assert mean == 0.5, "the mean over attacks, in which `none` has no part"

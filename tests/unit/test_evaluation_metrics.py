@@ -234,3 +234,15 @@ def test_samples_are_thinned_evenly():
     assert len(kept) == MAX_SAMPLES
     assert kept[0] == 0 and kept[-1] == 95
     assert spread(samples[:3]) == samples[:3]
+
+
+def test_resamples_of_a_paired_difference_keep_the_weights():
+    """Reference: a loop over the same draws, where a side's mean is that of a ratio of sums."""
+    a = [Observation("m", str(i), value, weight) for i, (value, weight) in enumerate([(1.0, 9.0), (0.0, 1.0), (0.0, 1.0)])]
+    b = [Observation("m", str(i), 0.0, 1.0) for i in range(3)]
+    found = paired_difference(a, b, num_resamples=4000)
+    draws = np.random.default_rng(1).integers(0, 3, (4000, 3))
+    weights, values = np.array([9.0, 1.0, 1.0]), np.array([1.0, 0.0, 0.0])
+    means = [(weights[draw] * values[draw]).sum() / weights[draw].sum() for draw in draws]
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-9)
+    assert found.value == pytest.approx(9 / 11)

@@ -11,7 +11,7 @@ from steerlab import tinyworld
 from steerlab.encoding import Encoder
 from steerlab.evaluation import TASKS, alpaca, injection, perplexity, probing, separation
 from steerlab.evaluation.metrics import summarise_all
-from steerlab.generation import SteeredModel
+from steerlab.generation import Generation, SteeredModel
 from steerlab.patches import EmbeddingPatch
 from steerlab.tokens import DATA, INSTRUCTION, Part
 
@@ -249,3 +249,26 @@ def test_a_concept_layer_beyond_the_model_is_refused(plain):
     assert probing.concept_layer(probing_config(), 32) == 15
     with pytest.raises(ValueError, match="concept_layer 9 does not exist"):
         probing.run(plain, probing_config(concept_layer=9))
+
+
+class Obedient:
+    """Answers with what stands in instruction tokens, and with nothing else: the idea of a model that keeps roles apart."""
+
+    def __init__(self, model):
+        self.encoder, self.num_layers = model.encoder, model.num_layers
+
+    def generate(self, prompts, *, strengths, **_):
+        def answer(prompt):
+            row = self.encoder.encode(prompt)
+            own = [i for i, role in zip(row.input_ids, row.roles, strict=True) if role == INSTRUCTION]
+            return Generation(self.encoder.decode(own), len(own), True)
+
+        return [[answer(prompt) for prompt in prompts] for _ in strengths]
+
+
+def test_the_causal_check_executes_the_probe_that_is_an_instruction_and_no_other(rotated, monkeypatch):
+    item = separation.Item("1", INSTRUCTION_TEXT, DATA_TEXT, "", f"{DATA_TEXT} {PROBE_TEXT}", PROBE_TEXT, {})
+    monkeypatch.setattr(separation, "load", lambda *_, **__: [item])
+    metrics = summarise_all(probing.run(Obedient(rotated), probing_config(measures=("causal",))))[1.0]
+    assert metrics["probing/executed_unrotated"].value == 1.0, "given as instruction the probe is executed"
+    assert metrics["probing/executed_rotated"].value == 0.0, "given as data it is not"

@@ -296,3 +296,16 @@ def test_samples_of_one_prompt_differ_and_keep_their_ids(plain):
     assert len({s["continuation"] for s in result.samples}) == 6
     fewer = concept.run(plain, config.model_copy(update={"limit": 2}))
     assert set(values(fewer, "concept/words")) < set(values(result, "concept/words"))
+
+
+@pytest.mark.parametrize(("threshold", "is_toxic"), [(0.2, 1.0), (0.7, 0.0), (0.4, 0.0)])
+def test_a_continuation_is_toxic_above_the_tasks_own_threshold(threshold, is_toxic):
+    assert [o.value for o in toxicity.judge("a", 0.4, threshold)] == [is_toxic, 0.4], "at the threshold it is not above"
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.7])
+def test_the_threshold_that_a_job_asks_for_is_the_one_that_judges(steered, prompts, monkeypatch, threshold):
+    monkeypatch.setattr(toxicity, "_scorer", lambda *_: lambda texts: [0.4] * len(texts))
+    config = toxicity.Config(prompts=prompts, threshold=threshold, max_new_tokens=4)
+    found = [o.value for o in toxicity.run(steered, config).observations if o.metric == "toxicity/share"]
+    assert found and set(found) <= {float(threshold < 0.4), None}

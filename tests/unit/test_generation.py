@@ -166,3 +166,12 @@ def test_stop_strings_end_a_generation(steered: SteeredModel, prompts: list[Conv
     assert stopped.finished
     assert words[2] not in stopped.text
     assert whole.text.startswith(stopped.text)
+
+
+def test_a_repetition_penalty_weakens_logits_of_both_signs() -> None:
+    """CTRL (arXiv 1909.05858): positive logits are divided, negative ones multiplied; what was not seen stays."""
+    logits, penalty = torch.tensor([[2.0, -1.0, -1.1, 0.5]]), 1.5
+    choose(logits, [[0, 1, 1]], Sampling(repetition_penalty=penalty), None)
+    torch.testing.assert_close(logits, torch.tensor([[2.0 / penalty, -1.0 * penalty, -1.1, 0.5]]))
+    falls = torch.tensor([[-1.0, -1.2]])
+    assert choose(falls, [[0]], Sampling(repetition_penalty=1.5), None).item() == 1

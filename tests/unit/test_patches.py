@@ -377,3 +377,17 @@ def test_a_map_that_trains_above_another_one_of_the_same_norm_acts_behind_it() -
     patches.attach(network, [below, above])
     torch.testing.assert_close(network(x), expected)
     assert torch.equal(network[0].weight, torch.ones(8)), "left as it was"
+
+
+def test_each_call_is_steered_at_the_tokens_of_its_own_roles(tiny_model: PreTrainedModel, tiny_dir: Path) -> None:
+    """What an earlier call of the same model chose is not used again."""
+    settings = {"modules": r"model\.layers\.0", "roles": ["data"]}
+    patch = randomised(ActivationPatch({"model.layers.0": 128}, settings))
+    patches.attach(tiny_model, [patch])
+    position = torch.arange(6).expand(2, 6)
+    first = logits(tiny_model, roles=ROLES, position_ids=position)
+    second = logits(tiny_model, roles=1 - ROLES, position_ids=position)
+    fresh = models.load_model(tiny_dir, seed=0)
+    patches.attach(fresh, [randomised(ActivationPatch({"model.layers.0": 128}, settings))])
+    assert torch.equal(logits(fresh, roles=1 - ROLES, position_ids=position), second)
+    assert not torch.equal(first, second)

@@ -275,3 +275,49 @@ def test_store_can_be_sent_to_another_process(local: Store) -> None:
 def test_manifest_is_plain_json(local: Store) -> None:
     _commit(local)
     assert json.loads(Path(local.path("train", KEY), "manifest.json").read_text())["key"] == KEY
+
+
+def test_a_reader_sees_the_old_or_the_new_never_a_part(local: Store) -> None:
+    """One thread writes a long file again and again; every read in between is one of the two contents."""
+    contents = [{"x": [number] * 20_000} for number in (1, 2)]
+    local.write_json("a.json", contents[0])
+    ended = threading.Event()
+
+    def write() -> None:
+        for number in range(60):
+            local.write_json("a.json", contents[number % 2])
+        ended.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        while not ended.is_set():
+            assert local.read_json("a.json") in contents
+    finally:
+        writer.join()
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_upload_that_is_cut_short_is_no_artifact(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files first, the manifest last: cut before any of the three writes, nothing is there that counts."""
+    monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
+    store = Store.open("mock:///bucket/root")
+    whole, opened = store._fs, []
+
+    class Cut:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def open_output_stream(self, path: str) -> Any:
+            opened.append(path)
+            if len(opened) > at:
+                raise OSError("the connection is gone")
+            return whole.open_output_stream(path)
+
+    store._fs = Cut()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="the connection is gone"):
+        _commit(store)
+    assert not store.has("train", KEY)
+    store._fs = whole
+    _commit(store)
+    assert (store.local("train", KEY) / "deep" / "a.txt").read_text() == "hello"

@@ -1,14 +1,17 @@
 """Sending jobs: the entry point, what is uploaded, the runtime environment, refusals. No cluster is started here."""
 
+import asyncio
 import shlex
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path, PurePosixPath
 from threading import Thread
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from steerlab.submit import SubmitError, check_upload, entrypoint, runtime_env, submit, upload_sizes
+from steerlab.submit import SubmitError, _exit_code, _follow, check_upload, entrypoint, runtime_env, submit, upload_sizes
 
 
 @pytest.fixture
@@ -169,3 +172,70 @@ def test_something_else_answers(folder: Path, monkeypatch: pytest.MonkeyPatch, s
 def test_address_that_is_no_url(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SubmitError, match="'ray://head:10001' is not the URL of a dashboard"):
         _send(folder, "ray://head:10001", monkeypatch)
+
+
+# What follows a job
+
+
+class Cluster:
+    """A stand-in for Ray's client: logs in pieces, a connection that drops, a status at the end."""
+
+    def __init__(self, calls: list[list[str | Exception]], status: str, code: int | None = None) -> None:
+        self.calls, self.status, self.code = calls, status, code
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        for text in self.calls.pop(0):
+            if isinstance(text, Exception):
+                raise text
+            yield text
+
+    def get_job_status(self, job_id: str) -> Any:
+        return SimpleNamespace(is_terminal=lambda: not self.calls)
+
+    def get_job_info(self, job_id: str) -> Any:
+        return SimpleNamespace(status=self.status, driver_exit_code=self.code, message="out of memory")
+
+
+def followed(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def at_once(seconds: float) -> None:
+        """Wait for nothing."""
+
+    monkeypatch.setattr("steerlab.submit.asyncio.sleep", at_once)
+    asyncio.run(_follow(cluster, "job-1"))
+
+
+def test_a_connection_that_drops_is_taken_up_and_no_line_is_printed_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray's log begins from its start at each connection."""
+    calls: list[list[str | Exception]] = [
+        ["one\n", "tw", RuntimeError("gone")],
+        [OSError("still gone")],
+        ["one\n", "two\n", "three\n"],
+    ]
+    followed(Cluster(calls, "SUCCEEDED"), monkeypatch)
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_a_cluster_that_stays_away_ends_in_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SubmitError, match=r"no longer answers \(gone\); job-1 may still run"):
+        followed(Cluster([[RuntimeError("gone")] for _ in range(40)], "RUNNING"), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        ("SUCCEEDED", None, 0),
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", None, 1),
+        ("STOPPED", None, 1),
+        ("FAILED", 2, 2),
+        ("FAILED", 70, 70),
+    ],
+)
+def test_the_exit_code_is_the_jobs_and_a_failure_without_one_is_1(
+    status: str, code: int | None, expected: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(Cluster([], status, code), "job-1") == expected  # type: ignore[arg-type]
+    told = capsys.readouterr()
+    assert told.out == f"job-1: {status.lower()}\n" and told.err == ("" if code is not None else "out of memory\n")

@@ -301,6 +301,10 @@ def test_the_strengths_of_choose_are_an_axis_and_its_tasks_choose() -> None:
     assert {job.train.snapshots for job in made if job.train} == {(5, 15, 20, 30, 60)}
     best = asked.plan.best_job({"snapshot": 30, "strength": 0.5}, 0)
     assert [task.task for task in best.evaluate] == ["concept", "perplexity"] and best.evaluate[0].seed == 1
+    assert best.choose is None, "the trial's strength is the strength: nothing is chosen anew"
+    assert all(task.strengths[0] == 0.5 for task in best.evaluate)
+    unasked = asked.plan.best_job({"snapshot": 30}, 0)
+    assert unasked.choose is not None, "where the sweep has no strength, the job still chooses one"
 
 
 SPACES = {

@@ -182,3 +182,10 @@ class ChooseConfig(Frozen):
     """Direction."""
     within: Limit | None = None
     """Strengths that break this bound are out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ChooseConfig:
+        for task in self.tasks:
+            if task.strengths not in ((1.0,), type(task).model_fields["strengths"].default):
+                raise ValueError(f"tasks: {task.task} has strengths of its own; its candidates are choose.strengths")
+        return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Annotated, Any
 
@@ -45,6 +45,22 @@ class Job(Frozen):
         """Settings by which texts become tokens, as `encoding.load` takes them."""
         return prompt_settings(self.model, self.data)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_asked_as_its_base(cls, tree: Any) -> Any:
+        """Take the prompt settings of the job that makes the model: the model was trained on them, and keeps them."""
+        below = _prompt_below(tree)
+        data = tree.get("data", {}) if below else None
+        if below is None or not isinstance(data, Mapping):
+            return tree
+        for name, value in below.items():
+            if name in data and data[name] != value:
+                raise ValueError(
+                    f"data.{name} {data[name]!r:.60}: the model is made by another job, which asks it with {value!r:.60}; "
+                    f"leave data.{name} out here, or set it in that job"
+                )
+        return {**tree, "data": {**below, **data}}
+
     @model_validator(mode="after")
     def _check(self) -> Job:
         if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
@@ -65,6 +81,18 @@ class Job(Frozen):
                     f"(train.micro_batch {self.train.micro_batch} x train.grad_accum {self.train.grad_accum})"
                 )
         return self
+
+
+def _prompt_below(tree: Any) -> dict[str, Any] | None:
+    """Return the prompt settings of the job at the bottom of those that a job stands on; None where it stands on none."""
+    found, base = None, tree
+    while isinstance(base, Mapping) and isinstance(model := base.get("model"), Mapping):
+        base = model.get("source")
+        data = base.get("data") if isinstance(base, Mapping) else None
+        if isinstance(base, Mapping):
+            given = data if isinstance(data, Mapping) else {}
+            found = {name: given.get(name, DataConfig.model_fields[name].default) for name in PROMPT_FIELDS}
+    return found
 
 
 def prompt_settings(model: ModelConfig, data: DataConfig) -> dict[str, Any]:

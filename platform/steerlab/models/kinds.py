@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,16 +74,23 @@ def check_head(skeleton: Any) -> None:
     Raises:
         ValueError: the logits are scaled or capped after the head, or the head is no linear layer.
     """
-    output_head, made = head(skeleton), []
+    output_head = head(skeleton)
     if not isinstance(output_head, nn.Linear):
         raise ValueError(f"the head of {type(skeleton).__name__} is a {type(output_head).__name__}, not a linear layer")
-    handle = output_head.register_forward_hook(lambda _m, _i, logits: made.append(logits))
-    out = _dry_run(skeleton, [handle], small_inputs(skeleton))
-    if out is not None and not any(out.logits is logits for logits in made):
+    if _changes_logits(skeleton):
         raise ValueError(
             f"{type(skeleton).__name__} scales or caps its logits after its head, so they are no linear function of the last "
             "hidden state"
         )
+
+
+@lru_cache(maxsize=16)
+def _changes_logits(skeleton: Any) -> bool:
+    """Say whether a skeleton returns other logits than its head makes. Plans of one model share its skeleton."""
+    made: list[Any] = []
+    handle = head(skeleton).register_forward_hook(lambda _m, _i, logits: made.append(logits))
+    out = _dry_run(skeleton, [handle], small_inputs(skeleton))
+    return out is not None and not any(out.logits is logits for logits in made)
 
 
 def _dry_run(skeleton: Any, handles: Sequence[RemovableHandle], inputs: Mapping[str, Any]) -> Any:
