@@ -89,11 +89,20 @@ def _explained(how_to_go_on: str = "run the same command again to continue from 
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not is_for_people(error):
             raise
-        errors.print(f"[red]error[/red] {escape(texts.shown(str(error)))}", soft_wrap=True)
+        errors.print(f"[red]error[/red] {escape(texts.shown(_in_words(error)))}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         errors.print(f"interrupted; {how_to_go_on}")
         raise typer.Exit(1) from None
+
+
+def _in_words(error: ValueError | OSError) -> str:
+    """Return what is said of an error: the system's and the libraries' own in a line, with the file that it is about."""
+    if is_for_people(error) or not isinstance(error, OSError):
+        return str(error)
+    if error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _read(path: Path, overrides: list[str] | None) -> Job:
@@ -508,6 +517,9 @@ def _send(folder: Path) -> str:
     settings = folder / "wandb" / tracking.spool.SETTINGS
     if not settings.is_file():
         raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
+    asked = tracking.spool.read_settings(folder / "wandb")
+    owner = f"{asked['entity']}/" if asked.get("entity") else ""
+    _say(f"{folder}: sending to W&B project {owner}{asked['project']}")
     status = tracking.send(folder / "wandb")
     if status.get("state") != "online" or not status.get("done"):
         raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")

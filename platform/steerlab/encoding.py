@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from steerlab import models, sources
+from steerlab import files, models, sources
 from steerlab.job import written_out
 from steerlab.templates import DATE, ChatTemplate, TemplateError, Turn, default_of, prints_date
 from steerlab.tokens import DATA, INSTRUCTION, ROLES, Batch, Conversation, Encoded, Message, Pair, Part, Row, collate, pad_id
@@ -510,9 +510,9 @@ def template_of(source: str) -> str:
     path = sources.fetch(source)
     if path.is_dir():
         named = path / "chat_template.jinja"
-        template = named.read_text(encoding="utf-8") if named.is_file() else models.load_tokenizer(path).chat_template
+        template = files.read_text(named) if named.is_file() else models.load_tokenizer(path).chat_template
     else:
-        text = path.read_text(encoding="utf-8")
+        text = files.read_text(path)
         template = json.loads(text).get("chat_template") if path.suffix == ".json" else text
     try:
         return default_of(template)

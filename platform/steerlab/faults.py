@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import pickle
 import signal
 import threading
 import time
@@ -43,8 +44,10 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:  # parsers of strangers' files fail in every way: struct.error, KeyError, bare Exception
         if is_for_people(error) or isinstance(error, FileNotFoundError | PermissionError):
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{what} cannot be read: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to run it all the same
+            reason = "a pickle holds more than tensors and numbers, and is not read, since it could run code; give safetensors"
+        raise ValueError(f"{what} cannot be read: {reason}") from error
 
 
 class TooLong(Exception):
@@ -52,7 +55,7 @@ class TooLong(Exception):
 
 
 @contextmanager
-def limited(what: str, *, seconds: float, num_bytes: int) -> Iterator[None]:
+def limited(what: str, *, seconds: float, num_bytes: int | None = None) -> Iterator[None]:
     """End what runs inside after some time or memory: a stranger's program, such as a chat template, may have no end itself.
 
     Only the main thread can be interrupted; what runs elsewhere was tried there before. Memory is limited on Linux, by the
@@ -68,14 +71,16 @@ def limited(what: str, *, seconds: float, num_bytes: int) -> Iterator[None]:
         with _ended_after(seconds, f"{what} takes longer than {seconds:g} s, as if it did not end"), _within(num_bytes):
             yield
     except MemoryError:
+        if num_bytes is None:
+            raise
         raise TooLong(f"{what} asks for more than {num_bytes / 2**30:g} GiB of memory") from None
 
 
 @contextmanager
-def _within(num_bytes: int) -> Iterator[None]:
+def _within(num_bytes: int | None) -> Iterator[None]:
     """Let the process have so much more address space than it has now; beyond it, an allocation raises MemoryError."""
     status = Path("/proc/self/statm")
-    if resource is None or not status.exists():
+    if num_bytes is None or resource is None or not status.exists():
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

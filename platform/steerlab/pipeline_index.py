@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from steerlab import files, values
 from steerlab.sources import escapes
 
 INDEX = "model_index.json"
@@ -33,7 +34,7 @@ def read(directory: Path) -> dict[str, Any]:
 
     file = directory / INDEX
     try:
-        index = json.loads(file.read_text())
+        index = json.loads(files.read(file))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error!s:.100}") from None
     if not isinstance(index, dict):
@@ -45,18 +46,20 @@ def read(directory: Path) -> dict[str, Any]:
             )
         if escapes(name):
             raise ValueError(f"{file}: the component {name!r:.80} lies outside of the pipeline's folder")
-        _refuse_own_code(directory / name)
+        _check_component(directory / name)
     return index
 
 
-def _refuse_own_code(component: Path) -> None:
-    """Refuse Python files and configs that name code; transformers asks on standard input whether it may run it."""
-    for file in sorted(component.glob("*.py")) if component.is_dir() else ():
+def _check_component(component: Path) -> None:
+    """Refuse Python files, configs that name code (transformers asks on standard input whether it may run it), and numbers of
+    parts that no model has."""
+    for file in sorted(component.rglob("*.py")) if component.is_dir() else ():
         raise ValueError(f"{file}: a pipeline's components bring no code of their own")
     for file in sorted(component.glob("*config.json")) if component.is_dir() else ():
         try:
-            config = json.loads(file.read_text())
+            config = json.loads(files.read(file))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON: {error!s:.100}") from None
         if isinstance(config, dict) and "auto_map" in config:
             raise ValueError(f"{file}: a pipeline's components bring no code of their own (auto_map)")
+        values.check_counts(config, str(file))

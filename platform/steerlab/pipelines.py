@@ -372,7 +372,7 @@ def load(
         with explained(f"the pipeline {directory}"):
             pipeline = kind.from_pretrained(directory, dtype=_DTYPES[dtype], **family.options)
     else:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), explained(f"the pipeline {directory}"):
             torch.manual_seed(seed)
             pipeline = _assembled(directory, kind, _DTYPES[dtype])
     if denoiser is not None:
@@ -402,9 +402,9 @@ def skeleton(directory: Path) -> Diffusion:
 @lru_cache(maxsize=8)
 def _skeleton(directory: Path, configs: tuple[tuple[str, bytes], ...]) -> Diffusion:
     name, _ = _class_of(directory)
-    with torch.device("meta"):
+    with torch.device("meta"), explained(f"the pipeline in {directory}"):
         parts = dict(_parts(directory, with_scheduler=False))
-    return Diffusion(name, parts, None, SamplerConfig.model_validate({}))
+        return Diffusion(name, parts, None, SamplerConfig.model_validate({}))
 
 
 def set_scheduler(pipeline: Any, sampler: SamplerConfig) -> None:
@@ -484,10 +484,14 @@ def _parts(directory: Path, only: Sequence[str] = (), with_scheduler: bool = Tru
         made = getattr(importlib.import_module(library), kind, None) if library in pipeline_index.LIBRARIES else None
         if not inspect.isclass(made) or (only and name not in only):
             continue
-        if issubclass(made, transformers.PreTrainedModel):
-            yield name, made(transformers.AutoConfig.from_pretrained(directory / name, trust_remote_code=False))
-        elif issubclass(made, ModelMixin) or (with_scheduler and issubclass(made, SchedulerMixin)):
-            yield name, made.from_config(made.load_config(directory / name))  # type: ignore[union-attr]
+        with explained(f"the component {directory / name}"):
+            if issubclass(made, transformers.PreTrainedModel):
+                part = made(transformers.AutoConfig.from_pretrained(directory / name, trust_remote_code=False))
+            elif issubclass(made, ModelMixin) or (with_scheduler and issubclass(made, SchedulerMixin)):
+                part = made.from_config(made.load_config(directory / name))  # type: ignore[union-attr]
+            else:
+                continue
+        yield name, part
 
 
 def _assembled(directory: Path, kind: type[Any], dtype: torch.dtype) -> Any:

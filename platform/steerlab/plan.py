@@ -9,18 +9,17 @@ never hashed.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from steerlab import bases, saved, sources
+from steerlab import bases, files, saved, sources, texts
 from steerlab.job import ScaleConfig
 from steerlab.store import Store
 
@@ -108,7 +107,7 @@ class Record:
         """Return the line."""
         return {
             "name": self.stage.name,
-            "label": self.stage.label,
+            "label": texts.without_secrets(self.stage.label),
             "key": self.stage.key,
             "status": self.status,
             "seconds": round(self.seconds, 3),
@@ -251,9 +250,9 @@ def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
     if store.is_local:
         path = Path(store.root.removeprefix("file://")) / "claims" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as handle:
+        with ExitStack() as held:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(files.locked(path, wait=wait))
             except BlockingIOError:
                 raise Held(name) from None
             yield

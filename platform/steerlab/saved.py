@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from steerlab import files
 from steerlab.sources import escapes
 
 _T = TypeVar("_T")
@@ -43,7 +44,7 @@ class Shape(BaseModel):
 
 def read_like(path: Path, shape: Any) -> Any:
     """Read a JSON file that has a shape, and return it as it is. Raises SavedError, FileNotFoundError."""
-    return like(_value(path.read_bytes(), str(path)), shape, str(path))
+    return like(_value(files.read(path), str(path)), shape, str(path))
 
 
 def like(value: Any, shape: Any, where: str) -> Any:
@@ -59,7 +60,7 @@ def read(path: Path, kind: type[_T]) -> _T:
         SavedError: the file is no JSON, or holds something else.
         FileNotFoundError: there is no such file.
     """
-    return parsed(path.read_bytes(), kind, str(path))
+    return parsed(files.read(path), kind, str(path))
 
 
 def parsed(content: bytes, kind: type[_T], where: str) -> _T:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -24,11 +25,17 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from steerlab.sources import escapes
+from steerlab.sources import SourceError, escapes, remote
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+_LONGEST = 2**30
+"""Bytes of a file that is read whole."""
+_MADE_HERE = re.compile(r"^[a-z_]+-[0-9a-z]{1,12}(-[0-9a-f]{12})?$")
+"""Names of temporary directories: of what lies in ROOT/tmp, nothing else is removed."""
 
 
 class StoreError(OSError):
@@ -136,18 +143,27 @@ class Store:
 
     def sweep_temporary(self, older_than_s: float) -> int:
         """Remove temporary directories in which nothing was written for `older_than_s`; return how many."""
-        folder = self._temporary_folder()
         limit_s = time.time() - older_than_s
-        old = [path for path in folder.glob("*") if _last_write_s(path) < limit_s]
+        old = [
+            path
+            for path in self._temporary_folder().glob("*")
+            if _MADE_HERE.search(path.name) and path.is_dir() and not path.is_symlink() and _last_write_s(path) < limit_s
+        ]
         for path in old:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path)
         return len(old)
 
     # Work that survives a kill
 
     def work(self, stage: str, key: str) -> str:
-        """Return the work directory of a stage as an absolute path or a URI; made if it is not there."""
+        """Return the work directory of a stage as an absolute path or a URI; made if it is not there.
+
+        Raises:
+            SourceError: on an object store, a name in it leads out of it; libraries copy checkpoints from there as they lie.
+        """
         self._fs.create_dir(self._at("work", stage, key), recursive=True)
+        if not self.is_local:
+            remote.files_below(self._fs, self._at("work", stage, key))
         return _join(self.root, "work", stage, key)
 
     def move_from_work(self, stage: str, key: str, folder: str, directory: Path) -> None:
@@ -155,8 +171,7 @@ class Store:
         path = self._at("work", stage, key, folder)
         with self._explain_full_disk(f"artifact {stage}/{key}", None):
             if not self.is_local:
-                pafs.copy_files(path, str(directory), source_filesystem=self._fs, destination_filesystem=pafs.LocalFileSystem())
-                return
+                return remote.copy(self._fs, path, remote.files_below(self._fs, path), directory)
             for item in Path(path).iterdir():
                 shutil.move(item, directory / item.name)
 
@@ -233,7 +248,13 @@ class Store:
         return self._fs.get_file_info(path).type == pafs.FileType.File
 
     def _read(self, relpath: str) -> bytes:
-        with self._fs.open_input_stream(self._at(relpath)) as stream:
+        path = self._at(relpath)
+        info = self._fs.get_file_info(path)
+        if info.type not in (pafs.FileType.File, pafs.FileType.NotFound):
+            raise StoreError(f"{self.root}/{relpath} is not a file")
+        if (info.size or 0) > _LONGEST:
+            raise StoreError(f"{self.root}/{relpath} has {info.size:,} bytes; such a file has {_LONGEST:,} at most")
+        with self._fs.open_input_stream(path) as stream:
             return stream.read()
 
     def _write(self, relpath: str, content: bytes) -> None:
@@ -253,7 +274,12 @@ class Store:
                 raise
 
     def _temporary_folder(self) -> Path:
-        return Path(self._at("tmp")) if self.is_local else _cache() / "tmp"
+        folder = Path(self._at("tmp")) if self.is_local else _cache() / "tmp"
+        if folder.is_symlink():
+            raise StoreError(
+                f"{folder} is a link; what lies there is written and removed, so it has to be a folder of ROOT's own"
+            )
+        return folder
 
     def _commit_by_rename(self, directory: Path, target: Path, manifest: dict[str, Any]) -> None:
         if not directory.is_relative_to(self._temporary_folder()):
@@ -329,7 +355,9 @@ def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
             " or a URI (s3://bucket/folder)"
         )
     try:
-        return pafs.FileSystem.from_uri(root)
+        return remote.opened(root)
+    except SourceError as error:
+        raise ValueError(f"ROOT {error}") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"ROOT '{root}' is not a URI that pyarrow can open: {_one_line(error)}") from error
 

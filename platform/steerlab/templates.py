@@ -32,8 +32,6 @@ _LIMIT_CHARS = 1_000_000
 """Characters that a template may add to the messages: the longest real ones, with tools, print some ten thousand."""
 _FIRST_SENTINEL = 0xE000
 """Private use area: no template writes these characters, and texts are filled in after the cut."""
-_FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
-"""What a template raises that does not know a message's role or the form of its content."""
 _SYSTEM = (("system", "user"), ("system", "user", "assistant"))
 _NO_SYSTEM = (("user",), ("user", "assistant"))
 _ANSWERS = ("Yes.", "the answer", "42", "«é»", "<think>")
@@ -66,6 +64,26 @@ class _EndlessError(TemplateError):
 
 class _UnlikeError(TemplateError):
     """A rendering that does not have the pieces of its shape."""
+
+
+_SMALL = re.compile(r"[0-9]{1,6}(\.[0-9]*)?")
+
+
+def _product_in(source: str) -> str | None:
+    """Name what a template computes that no limit of time stops: a power, or a product neither of whose factors is written out.
+
+    Numbers that grow without bounds are computed in one step, which cannot be interrupted.
+    """
+    try:
+        tokens = [(line, kind, text) for line, kind, text in jinja2.Environment().lex(source) if kind != "whitespace"]
+    except Exception:  # what cannot be read cannot be rendered either, which then says why
+        return None
+    for number, (line, kind, text) in enumerate(tokens):
+        beside = [tokens[at] for at in (number - 1, number + 1) if 0 <= at < len(tokens)]
+        is_written = any(kind == "string" or _SMALL.fullmatch(text) for _, kind, text in beside)
+        if kind == "operator" and (text == "**" or (text == "*" and not is_written)):
+            return f"{'a power' if text == '**' else 'a product'} in line {line}"
+    return None
 
 
 def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
@@ -134,6 +152,11 @@ class ChatTemplate:
         else:
             source = default_of(self.tokenizer.chat_template)
             self._source = f"{_fixed_date(self.date)}{source}" if prints_date(self.tokenizer) else source
+        if (computed := _product_in(self._source)) is not None:
+            self._endless = _EndlessError(
+                f"the chat template computes {computed}, which may take for ever and no chat needs: give another template "
+                "(model.chat_template)"
+            )
         for takes_system, wraps in ((True, False), (True, True), (False, False), (False, True)):
             self.takes_system, self.wraps = takes_system, wraps
             if all(self._prints(speakers) for speakers in self._exchange):
@@ -321,7 +344,7 @@ class ChatTemplate:
         except _EndlessError as error:
             self._endless = error
             raise
-        except _FAULTS as error:
+        except Exception as error:  # whatever a template raises is the template's: a division by zero, a loop that is too long
             raise TemplateError(f"the chat template refuses the messages {_speakers(turns)}: {_short(str(error))}") from None
 
     def _generation_prompt(self, speakers: tuple[str, ...], fixed: tuple[str | None, ...]) -> str | None:

@@ -15,10 +15,13 @@ _MOVING = re.compile(
 )
 
 
-_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s:@'\"]*:[^/\s'\"]*@")
+_USER = re.compile(
+    r"\b(abfss?://)[^\s'\"<>|/@]*:[^\s'\"<>|]*@|([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s'\"<>|/@]*:[^\s'\"<>|]*|[^\s'\"<>|/@]+)@"
+)
+"""User and password of a URI, where a password may hold slashes, or a token alone; what stands there of abfs is a container."""
 _SECRETS = (
-    "access_key", "secret_key", "session_token", "aws_[a-z_]+", "token", "sas_token", "password", "sig", "signature",
-    "x-amz-[a-z-]+",
+    "[a-z_-]*key", "[a-z_-]*key[_-]?id", "[a-z_-]*token", "[a-z_-]*secret", "aws_[a-z_]+", "[a-z_-]*password", "pwd", "pass",
+    "sig", "signature", "credentials?", "auth", "x-amz-[a-z-]+",
 )  # fmt: skip
 _OPTION = re.compile(rf"([?&](?:{'|'.join(_SECRETS)})=)[^&\s'\"]+", re.IGNORECASE)
 
@@ -30,7 +33,14 @@ def plain(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """Return a text in which the key and the password of a URI, and secrets among its options, are stars."""
-    return _OPTION.sub(r"\1***", _USER.sub(r"\1***@", text)) if "://" in text else text
+    if "://" not in text:
+        return text
+    masked = _USER.sub(lambda match: match[0] if _is_container(match) else f"{match[1] or match[2]}***@", text)
+    return _OPTION.sub(r"\1***", masked)
+
+
+def _is_container(match: re.Match[str]) -> bool:
+    return match[1] is None and match[2].lower() in ("abfs://", "abfss://")
 
 
 def without_user(uri: str) -> str:

@@ -148,3 +148,27 @@ def _writes_number(text: Any, value: Any) -> bool:
         return float(text) == value
     except ValueError:
         return False
+
+
+_MOST_LAYERS, _MOST_OTHERS = 1_000, 1_000_000
+_LAYERS = re.compile(r"(^|_)(layers?|blocks?|depths?)(_|$)")
+_OTHERS = re.compile(r"(^|_)(experts?|labels|heads|groups|timesteps|levels|codebooks|classes|channels)(_|$)")
+
+
+def check_counts(config: Any, where: str) -> None:
+    """Refuse a model's config that asks for more parts than any model has: a library would make them one by one.
+
+    Raises:
+        ValueError: with the place of the number in the file `where`.
+    """
+    left: list[tuple[str, Any]] = [("", config)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, Mapping):
+            left += [(str(key), one) for key, one in value.items()]
+        elif isinstance(value, list):
+            left += [(name, one) for one in value]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            most = _MOST_LAYERS if _LAYERS.search(name) else _MOST_OTHERS if _OTHERS.search(name) else math.inf
+            if value > most:
+                raise ValueError(f"{where}: {name:.60} is {str(value)[:30]}; no model has more than {most:,}")

@@ -6,7 +6,8 @@ import bz2
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def test_columns_without_a_name_are_no_fields(tmp_path: Path) -> None:
         ("a.json", "\n", "has no rows"),
         ("a.csv", "text\n", "has no rows"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "has no rows"),
-        ("a.parquet", b"", r"a\.parquet is not a Parquet file, or not a whole one"),
+        ("a.parquet", b"", r"a\.parquet is not a Parquet file, or not whole"),
         ("a.jsonl", "[" * 100_000 + "]" * 100_000, "a.jsonl is nested too deeply"),
         ("a.jsonl", '{"text": "a"}\n{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "a.jsonl line 2 is nested too deeply"),
         ("a.json", '{"a":' * 100_000, "a.json is nested too deeply"),
@@ -283,3 +284,62 @@ def test_keys_follow_the_content_of_folders_and_patterns_and_how_a_file_is_read(
     names = ["a.jsonl", "a.JSONL", "a.csv.gz", "a.jsonl.gz", "a.GGUF"]
     keys = [sources.fingerprint(put(tmp_path / str(i), name, "x")).partition("@")[0] for i, name in enumerate(names)]
     assert keys == ["file.jsonl", "file.jsonl", "file.csv.gz", "file.jsonl.gz", "file.GGUF"]
+
+
+# Files that are made to fill the memory or to take for ever
+
+
+def bombs(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Small files that are large when they are read, and what is said of each."""
+    text = "x" * 2**20
+    table = pa.table({"text": pa.DictionaryArray.from_arrays([0] * 2_000, [text])})
+    pq.write_table(table, folder / "repeats.parquet", compression="zstd")
+    yield folder / "repeats.parquet", r"repeats\.parquet has [0-9,]+ bytes, and more than 67,108,864 when it is decoded"
+    with pa.OSFile(str(folder / "repeats.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    yield folder / "repeats.arrow", r"repeats\.arrow has [0-9,]+ bytes, and more than"
+    with gzip.open(folder / "line.jsonl.gz", "wb", compresslevel=1) as file:
+        for _ in range(10):
+            file.write(b"x" * 2**20)
+    yield folder / "line.jsonl.gz", r"line\.jsonl\.gz line 1 has more than 8,388,608 characters"
+    (folder / "aliases.yaml").write_text(
+        "a0: &a0 {x: [{t: 1}]}\n" + "".join(f"a{i}: &a{i} {{x: *a{i - 1}, y: *a{i - 1}}}\n" for i in range(1, 30))
+    )
+    yield folder / "aliases.yaml", "aliases .* written out, are more than 1000000"
+    (folder / "circle.yaml").write_text("a: &a {b: *a}\n")
+    yield folder / "circle.yaml", r"circle\.yaml is not YAML: "
+    (folder / "deep.yaml").write_text("[" * 5_000)
+    yield folder / "deep.yaml", r"deep\.yaml is not YAML: "
+    (folder / "columns.csv").write_text(",".join(f"c{i}" for i in range(60_000)) + ",c0\n")
+    yield folder / "columns.csv", r"columns\.csv has two columns of the name 'c0'"
+    (folder / "coco.json").write_text('{"images": [], "annotations": [3]}')
+    yield folder / "coco.json", r"coco\.json holds 0 lists of objects"
+
+
+def test_a_small_file_does_not_fill_the_memory_or_take_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerlab.sources.tables._MOST_DECODED", 2**26)
+    monkeypatch.setattr("steerlab.sources.compressed._LONGEST_LINE", 2**23)
+    for path, message in bombs(tmp_path):
+        began_s = time.monotonic()
+        with pytest.raises(SourceError, match=message):
+            list(sources.rows(str(path)))
+        assert time.monotonic() - began_s < 20, path.name
+
+
+def test_numbers_of_base_60_and_dates_in_yaml_are_texts(tmp_path: Path) -> None:
+    """YAML 1.2: `59:59` is no number of seconds, and a day is as it is written."""
+    (tmp_path / "rows.yaml").write_text(f"- text: {':'.join(['59'] * 100_000)}\n- {{text: 2024-01-01}}\n- {{text: no}}\n")
+    assert [row["text"][:10] for row in sources.rows(str(tmp_path / "rows.yaml"))] == ["59:59:59:5", "2024-01-01", "no"]
+
+
+def test_a_value_that_python_has_no_type_for_names_its_column(tmp_path: Path) -> None:
+    far = pa.array([2**62], pa.timestamp("ms"))
+    pq.write_table(pa.table({"text": ["a"], "when": far}), tmp_path / "far.parquet")
+    with pytest.raises(SourceError, match=r"far\.parquet: the column 'when', of type timestamp\[.*\], cannot be read: "):
+        list(sources.rows(str(tmp_path / "far.parquet")))
+
+
+def test_dictionaries_are_read_as_their_texts(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", None, "b", "a"] * 600, "kind": pa.array(["x", "y"] * 1200).dictionary_encode()})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert list(sources.rows(str(tmp_path / "rows.parquet"))) == table.to_pylist()

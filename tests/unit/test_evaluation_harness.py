@@ -137,7 +137,7 @@ def test_a_task_of_our_own_runs_at_every_strength(steered, tmp_path):
         "doc_to_target: '{{choices[answer]}}'\nmetric_list: [{metric: exact_match}]\n"
         "generation_kwargs: {until: ['.'], max_gen_toks: 3}\n"
     )
-    config = harness.Config(name="sounds", tasks_source=str(tmp_path), strengths=(1.0, 0.0), limit=3)
+    config = harness.Config(name="sounds", tasks_source=str(tmp_path), trust_remote_code=True, strengths=(1.0, 0.0), limit=3)
     result = harness.run(steered, config)
     found = summarise_all(result)
     assert list(found) == [1.0, 0.0] and set(found[1.0]) == {"lm_eval/acc", "lm_eval/acc_norm"}

@@ -13,8 +13,7 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from steerlab import job
-from steerlab.job import yaml12
+from steerlab import job, yaml12
 from steerlab.stages import JobType
 
 ROOT = Path(__file__).parents[2]

@@ -282,6 +282,11 @@ SECRETS = [
     ("s3://b/x?access_key=AKIA&secret_key=s3cr3t&region=eu", "s3://b/x?access_key=***&secret_key=***&region=eu"),
     ("https://me:s3cr3t@host:80/simple/ failed", "https://***@host:80/simple/ failed"),
     ("abfs://c@a.dfs/x?sas_token=s3cr3t", "abfs://c@a.dfs/x?sas_token=***"),
+    ("s3://AK:s3/s3cr3t@bucket/x.jsonl' cannot be read", "s3://***@bucket/x.jsonl' cannot be read"),
+    ("https://tok_s3cr3t@host/a failed", "https://***@host/a failed"),
+    ("abfs://c@a.dfs/x?client_secret=s3cr3t&account_key=s3cr3t", "abfs://c@a.dfs/x?client_secret=***&account_key=***"),
+    ("abfs://c:s3cr3t@a.dfs/x", "abfs://***@a.dfs/x"),
+    ("s3://b/a@b/c.txt and https://host/@user", "s3://b/a@b/c.txt and https://host/@user"),
     ("a mail me@host, 12:30 and hf:o/n@main", "a mail me@host, 12:30 and hf:o/n@main"),
 ]
 

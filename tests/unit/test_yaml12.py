@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from steerlab.job import yaml12
+from steerlab import yaml12
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from langdetect import DetectorFactory, LangDetectException, detect_langs
 from pydantic import Field
 from rapidfuzz import fuzz
 
-from steerlab import sources
+from steerlab import files, sources
 from steerlab.encoding import checked
 from steerlab.evaluation.answers import answers, with_empty
 from steerlab.evaluation.items import choose, number
@@ -257,7 +257,7 @@ def _attack(category: str, name: str, text: str) -> Attack | None:
 
 def _attacks(folder: Path, kind: str, split: str) -> dict[str, list[str]]:
     path = _existing(folder / f"{kind}_attack_{split}.json")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(files.read_text(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object of categories and their attacks")
     return content

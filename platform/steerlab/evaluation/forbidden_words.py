@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steerlab import sources
+from steerlab import files, sources
 from steerlab.evaluation.answers import answers, with_empty
 from steerlab.evaluation.items import Numbered, check_rows, choose, number
 from steerlab.evaluation.metrics import Observation, Result, about, contains, spread
@@ -110,7 +110,7 @@ def purple_questions(source: str) -> list[str]:
 
 def _first_object(path: Path) -> dict[str, Any] | None:
     """Return the object on the file's first line, None when it starts otherwise (a list of rows)."""
-    text = path.read_text(encoding="utf-8").lstrip()
+    text = files.read_text(path).lstrip()
     if not text.startswith("{"):
         return None
     found, _ = json.JSONDecoder().raw_decode(text)

@@ -42,8 +42,15 @@ class Config(TaskConfig):
     """Worked examples before each question; null takes the task's own number."""
     tasks_source: Source | None = None
     """Folder with task files of your own; null takes the harness's tasks only."""
+    trust_remote_code: bool = False
+    """Let the task files of `tasks_source` run: they name Python functions, and their templates are programs."""
     seed: Seed = 1234
     """Seed of the few-shot examples and of sampling (the harness's default)."""
+
+    @property
+    def trusted_source(self) -> str | None:
+        """Return the task files that may run."""
+        return self.tasks_source if self.trust_remote_code else None
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -81,6 +88,11 @@ def _library(config: Config) -> tuple[Any, Any]:
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise ValueError(f"task: lm_eval needs a package ({error.name}): pip install 'steerlab[lm_eval]'") from None
+    if config.tasks_source is not None and not config.trust_remote_code:
+        raise ValueError(
+            "tasks_source: the harness runs the Python that task files name, and their templates without a sandbox; if you "
+            "trust them, set trust_remote_code: true beside it"
+        )
     with about("tasks_source"):
         folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
     manager = TaskManager(include_path=folder)

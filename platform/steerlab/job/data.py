@@ -79,7 +79,7 @@ class DataSet(Frozen):
     of a split."""
     shuffle: Seed | None = None
     """Seed of the order of the rows that are kept; null leaves them as they are."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, le=2**53)
     """Rows taken from `offset` on; null takes all."""
     offset: int = Field(0, ge=0)
     """Rows skipped first (after everything above), so that one file can be split."""

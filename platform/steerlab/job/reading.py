@@ -10,11 +10,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from steerlab.job import yaml12
+from steerlab import files, yaml12
 from steerlab.job.frozen import Implied, JobError
 from steerlab.job.messages import cut, explain, models_in, of_tag
 from steerlab.job.model import JOB_PREFIX
 from steerlab.job.whole import Job
+
+_LONGEST = 2**20
+"""Bytes of a job file; the longest published one has some thousand."""
 
 _PART = re.compile(r'"([^"]*)"|([^".]*)')
 
@@ -63,12 +66,14 @@ def base_job(job: Job, kind: type[Job]) -> Job | None:
 def _load_yaml(path: Path) -> dict[str, Any]:
     content = b""
     try:
-        content = path.read_bytes()
+        content = files.read(path, _LONGEST)
         tree = yaml12.load(content.decode("utf-8-sig"))
     except FileNotFoundError:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = difflib.get_close_matches(str(path), near, n=1, cutoff=0.3)
         raise JobError(f"{path}: no such job file" + (f"; did you mean {hint[0]}?" if hint else "")) from None
+    except files.FileError as error:
+        raise JobError(f"{error}, so it is no job") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise JobError(f"{path}:{line}: cannot be read as YAML: the file is no UTF-8 text") from None
@@ -95,8 +100,18 @@ def _override(tree: dict[str, Any], text: str, kind: type[Job]) -> None:
         raise JobError(f"{asked}: the value cannot be read as YAML: {error}; a text goes in quotes: '{key}=\"...\"'") from None
     if isinstance(parsed, str) and parsed.startswith(JOB_PREFIX):
         # In a job file it starts from that file's folder, here, as every path, from where the command runs.
-        parsed = f"{JOB_PREFIX}{Path(parsed.removeprefix(JOB_PREFIX)).expanduser().absolute()}"
+        parsed = f"{JOB_PREFIX}{_expanded(parsed, asked).absolute()}"
     put(tree, key, parsed, asked, kind)
+
+
+def _expanded(source: str, where: str) -> Path:
+    """Return the path of a job file that `job:PATH` names."""
+    if "\0" in source:
+        raise JobError(f"{where} {cut(source)}: no path holds a null character")
+    try:
+        return Path(source.removeprefix(JOB_PREFIX)).expanduser()
+    except RuntimeError:
+        raise JobError(f"{where} {cut(source)}: there is no user of this name here") from None
 
 
 def put(tree: dict[str, Any], key: str, value: Any, asked: str, kind: type[Job]) -> None:
@@ -167,7 +182,7 @@ def _inline_jobs(tree: dict[str, Any], kind: type[Job], path: Path, seen: tuple[
         return tree
     source = model.get("source")
     if isinstance(source, str) and source.startswith(JOB_PREFIX):
-        other = path.parent / Path(source.removeprefix(JOB_PREFIX)).expanduser()
+        other = path.parent / _expanded(source, f"{path}: model.source")
         below = _inline_jobs(_load_yaml(other), kind, other, (*seen, here))
         return {**tree, "model": {**model, "source": _resolved(below, kind, str(other))}}
     if isinstance(source, dict):

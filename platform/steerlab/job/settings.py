@@ -128,7 +128,7 @@ class TaskConfig(Frozen):
     """The task."""
     label: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$")
     """First part of the metrics' names in place of the task's; needed where a job has the same task twice."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, le=2**53)
     """Rows evaluated; null takes all."""
     strengths: tuple[float, ...] = Field((1.0,), min_length=1)
     """Strengths of the patch, evaluated in one batch. The first one gives the headline metrics; where that is 0, the model
@@ -136,6 +136,11 @@ class TaskConfig(Frozen):
     without the patch is measured as strength 0."""
     seed: Seed = 0
     """Seed of sampling and of the choice of rows."""
+
+    @property
+    def trusted_source(self) -> str | None:
+        """The source whose own code the task runs, where the job says so."""
+        return None
 
 
 def headline_first(strengths: Sequence[float]) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from steerlab import saved
+from steerlab import files, saved, values
 from steerlab.faults import explained
 
 if TYPE_CHECKING:
@@ -37,8 +37,12 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedC
     raw = _json(directory / "config.json")
     if not trust_remote_code and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         _refuse_code(raw, directory / "config.json")
+    values.check_counts(raw, str(directory / "config.json"))
     with explained(str(directory / "config.json")):
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None:
+                part._attn_implementation_internal = None  # kernels are the job's choice; some names are fetched from a hub
     _check_kind(config, raw, directory)
     return config
 
@@ -128,7 +132,7 @@ def check_quantisation(config: PreTrainedConfig) -> None:
 
 def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     """Return a model's modules without any weights, the same object for the same config."""
-    return _skeleton(directory, (directory / "config.json").read_text(), trust_remote_code)
+    return _skeleton(directory, files.read_text(directory / "config.json"), trust_remote_code)
 
 
 @lru_cache(maxsize=8)
@@ -163,7 +167,7 @@ def attention_of(directory: Path, attention: str, trust_remote_code: bool = Fals
     Raises:
         ValueError: the model has no such kernel, and it is not sdpa.
     """
-    return _attention_of(directory, (directory / "config.json").read_text(), attention, trust_remote_code)
+    return _attention_of(directory, files.read_text(directory / "config.json"), attention, trust_remote_code)
 
 
 @lru_cache(maxsize=8)

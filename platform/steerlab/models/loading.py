@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from steerlab import pipelines, saved, sources
+from steerlab import files, pipelines, saved, sources
 from steerlab.faults import explained
 from steerlab.job import SamplerConfig
 from steerlab.models import architecture, weights
@@ -95,7 +94,34 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Pr
     directory = directory if alone else prepare(directory)
     architecture.check_tokenizer_code(directory, trust_remote_code)
     with explained(f"the tokenizer in {directory}"):
-        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    _check_growth(tokenizer, directory)
+    return tokenizer
+
+
+_MOST_GROWTH = 1_000
+"""Characters that a tokenizer may make of one: real ones write a sign for a space, or a byte as six characters."""
+
+
+def _check_growth(tokenizer: Any, directory: Path) -> None:
+    """Refuse a tokenizer whose replacements multiply a text until the memory is full, where the library ends the process."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in ("normalizer", "decoder"):
+        step = getattr(backend, part, None)
+        growth = 1.0 if step is None else _growth(json.loads(step.__getstate__()))
+        if growth > _MOST_GROWTH:
+            raise ValueError(f"the {part} of the tokenizer in {directory} makes {growth:,.0f} characters of one; none needs to")
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """Return into how many characters a step of a tokenizer may turn one character, at most."""
+    steps = step.get("normalizers") or step.get("decoders")
+    if steps is not None:
+        return math.prod(_growth(one) for one in steps)
+    if step.get("type") != "Replace":
+        return 1.0
+    pattern = step.get("pattern", {}).get("String")
+    return max(1.0, len(step.get("content", "")) / max(1, len(pattern or "")))
 
 
 def facts(directory: str | Path, trust_remote_code: bool = False) -> ModelFacts:
@@ -217,8 +243,19 @@ def save_trained(model: Any, weights: Mapping[str, Tensor], directory: Path) -> 
 
 
 def prepare(directory: Path) -> Path:
-    """Return a directory that transformers loads directly; a GGUF file is dequantised once and kept beside it."""
-    if (directory / "config.json").is_file() or pipelines.is_pipeline(directory):
+    """Return a directory that transformers loads directly; a GGUF file is dequantised once and kept beside it.
+
+    Raises:
+        ValueError: the directory holds no model, several, or what is no file.
+    """
+    files.check_folder(directory)
+    is_model = (directory / "config.json").is_file()
+    if is_model and (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} holds a model and an adapter (adapter_config.json), which transformers would put into it: merge it "
+            "with peft, or take the adapter's files away"
+        )
+    if is_model or pipelines.is_pipeline(directory):
         return directory
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory} holds an adapter without its model: merge it into the model with peft, and give that")
@@ -233,7 +270,7 @@ def _dequantise(gguf: Path) -> Path:
     from transformers import GgufConfig
 
     target = gguf.parent / f"{gguf.stem}.dequantised"
-    with _locked(target.with_suffix(".lock")):
+    with files.locked(target.with_suffix(".lock")):
         if not target.exists():
             with explained(f"the GGUF file {gguf}"):
                 _check_blocks(gguf)
@@ -262,13 +299,6 @@ def _check_blocks(gguf: Path) -> None:
     if not numbers or max(numbers) > len(reader.tensors):
         said = f"that it has {max(numbers):,} layers" if numbers else "no number of layers"
         raise ValueError(f"{gguf} says {said}, and holds {len(reader.tensors)} tensors")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from steerlab import saved
+from steerlab.faults import explained
 from steerlab.models import architecture
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def check_weights(directory: Path, trust_remote_code: bool = False) -> None:
     """
     if has_weights(directory):
         files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(directory.iterdir()))
-        ignored = _checked(directory, files, trust_remote_code)
+        with explained(f"the checkpoint {directory}"):
+            ignored = _checked(directory, files, trust_remote_code)
         if ignored:
             warnings.warn(f"{directory}: tensors that the model has no place for are left out: {listed(ignored)}", stacklevel=2)
 

@@ -7,6 +7,7 @@ by keyboard. Whatever a model wrote is shown as text.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from importlib import resources
@@ -143,7 +144,8 @@ def _command(entry: Entry) -> str:
     """Return what reproduces a run: its resolved job, at its commit."""
     command = f"steerlab run {shlex.quote(f'{entry.root}/{entry.folder}/job.yaml')} --root {shlex.quote(entry.root)}"
     commit = entry.environment.get("git")
-    return f"git checkout {commit}\n{command}" if commit else command
+    # What people copy to a shell: a name that a stranger wrote there is not for them to run.
+    return f"git checkout {commit}\n{command}" if commit and re.fullmatch("[0-9a-f]{7,64}", commit) else command
 
 
 def _readable(job: dict[str, Any]) -> str:

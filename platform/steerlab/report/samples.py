@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from steerlab.faults import explained
 from steerlab.report.reading import Entry
 
 MAX_TEXTS = 6
@@ -140,7 +141,7 @@ def _column_of(entry: Entry, name: str) -> Iterator[tuple[str, str]]:
 def _embedded(png: bytes, side: int = _THUMBNAIL) -> str:
     from PIL import Image
 
-    with Image.open(io.BytesIO(png)) as image:
+    with explained("an image of the samples"), Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         if max(image.size) > side:
             smaller = image.convert("RGB")
             smaller.thumbnail((side, side))

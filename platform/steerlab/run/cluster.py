@@ -7,7 +7,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,10 @@ def connect() -> None:
         return
     quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS") or services.find_bootstrap_address(None) is not None:
-        with _on_loopback() if _answers_on_loopback_alone() else nullcontext():
+        with _on_loopback() if _answers_on_loopback_alone() else nullcontext(), _away():
             ray.init(**quiet)
         return
-    with _on_loopback():
+    with _on_loopback(), _away():
         ray.init(address="local", _temp_dir=str(_session_folder()), **quiet)
 
 
@@ -89,6 +89,11 @@ def _on_loopback() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = set_before
+
+
+def _away() -> AbstractContextManager[None]:
+    """Leave the current folder while Ray notes it: its workers would take modules from there before all others."""
+    return chdir(Path(__file__).parents[2])
 
 
 def _session_folder() -> Path:

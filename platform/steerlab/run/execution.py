@@ -55,9 +55,9 @@ def execute(
     run_id = run_id or new_id()
     folder = f"runs/{job.name}/{run_id}"
     store.write_text(f"{folder}/job.yaml", dump(job))
-    store.write_json(
-        f"{folder}/environment.json", environment(command, str(job.model.source) if job.model.trust_remote_code else None)
-    )
+    trusted = [str(job.model.source)] if job.model.trust_remote_code else []
+    trusted += [task.trusted_source for task in job.evaluate if task.trusted_source is not None]
+    store.write_json(f"{folder}/environment.json", environment(command, ", ".join(trusted) or None))
     local = Path(store.root.removeprefix("file://")) / folder
     scratch = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
     # A sweep's trial waits for nothing: its writer outlives it.

@@ -123,7 +123,7 @@ def labelled(metric: str, label: str) -> str:
 def environment(command: str, trusted: str | None = None) -> dict[str, Any]:
     """Return what a result depends on besides its job: versions, git commit, hardware.
 
-    `trusted` is the source whose own code ran; the key is left out where there is none.
+    `trusted` names the sources whose own code ran; the key is left out where there is none.
     """
     versions = {}
     for package in _PACKAGES:

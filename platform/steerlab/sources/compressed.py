@@ -24,6 +24,11 @@ SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 """Endings of compressed files, behind the one that says what they hold."""
 
 
+_LONGEST_LINE = 2**28
+_LONGEST_BYTES = 2**31
+"""What a small file may unpack to before it counts as one that was made to fill the memory."""
+
+
 def _zstd(path: Path) -> Any:
     return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
 
@@ -71,10 +76,32 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def lines(path: Path) -> Iterator[str]:
     """Yield a file's lines with their ends, byte order marks left out. Raises SourceError for bytes that are no UTF-8."""
     with opened(path) as file, io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="") as decoded:
-        for number, line in enumerate(decoded, 1):
+        for number, line in enumerate(iter(lambda: decoded.readline(_LONGEST_LINE), ""), 1):
+            if len(line) >= _LONGEST_LINE:
+                raise SourceError(f"{path.name} line {number} has more than {_LONGEST_LINE:,} characters")
             if not line.isascii() and (bad := _NO_UTF8.search(line)):
                 raise SourceError(f"{path.name} line {number} is not UTF-8: {_bytes(line, bad)}; save the file as UTF-8")
             yield line.lstrip("\ufeff")
+
+
+def whole(path: Path, longest: int = 2**30) -> str:
+    """Return the text of a file. Raises SourceError where it is damaged, or has more characters than fit into memory."""
+    found, length = [], 0
+    for line in lines(path):
+        found.append(line)
+        length += len(line)
+        if length > longest:
+            raise SourceError(f"{path.name} has more than {longest:,} characters, and is read at once: write JSON lines")
+    return "".join(found)
+
+
+def in_memory(path: Path) -> bytes:
+    """Return the unpacked bytes of a compressed file. Raises SourceError where it is damaged, or they are too many."""
+    with opened(path) as file:
+        content = file.read(_LONGEST_BYTES + 1)
+    if len(content) > _LONGEST_BYTES:
+        raise SourceError(f"{path.name} has more than {_LONGEST_BYTES:,} bytes when it is unpacked: give the unpacked file")
+    return content
 
 
 def _bytes(line: str, bad: re.Match[str]) -> str:

@@ -8,12 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from steerlab import values
-from steerlab.sources.compressed import lines
+from steerlab import values, yaml12
+from steerlab.sources.compressed import lines, whole
 from steerlab.sources.grammar import SourceError
 
+_LONGEST_YAML = 2**25
 Found = dict[str, Any] | SourceError
 """A row, or what is wrong with the thing that stands in its place; others follow."""
 
@@ -42,8 +41,8 @@ def json_rows(path: Path, asked: Asked) -> Iterator[Found]:
 def yaml_rows(path: Path, asked: Asked) -> Iterator[Found]:
     """Yield a list of objects, or the one list of objects that stands beside a data set's description."""
     try:
-        content = yaml.safe_load("".join(lines(path)))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        content = yaml12.load_rows(whole(path, _LONGEST_YAML))
+    except (ValueError, RecursionError) as error:
         raise _refused(path, "YAML", error) from error
     yield from _of_object(content, path, asked) if isinstance(content, Mapping) else _listed(content, path)
 
@@ -81,7 +80,7 @@ def _one_a_line(path: Path) -> Iterator[Found]:
 
 def _documents(path: Path, asked: Asked) -> Iterator[Found]:
     try:
-        found = list(_decoded("".join(lines(path))))
+        found = list(_decoded(whole(path)))
     except SourceError:
         raise
     except (ValueError, RecursionError) as error:
@@ -197,4 +196,5 @@ def _lists(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 def _are_captions(content: Mapping[str, Any]) -> bool:
     """Say whether an object is of the shape of COCO's captions: images, and annotations that each hold the caption of one."""
     held = content.get("annotations")
-    return isinstance(content.get("images"), list) and isinstance(held, list) and bool(held) and "caption" in held[0]
+    first = held[0] if isinstance(held, list) and held else None
+    return isinstance(content.get("images"), list) and isinstance(first, Mapping) and "caption" in first

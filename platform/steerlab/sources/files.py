@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from steerlab.sources import remote
 from steerlab.sources.cache import file_sha256, filled_once, nearby
 from steerlab.sources.grammar import Source, SourceError
 
@@ -24,6 +25,8 @@ def existing(source: Source) -> Path:
         hints += [f"for the hub write hf:{below}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", below) else []
         hint = f" ({'; '.join(hints)})" if hints else ""
         raise SourceError(f"'{source.text}' does not exist{hint}; {nearby(path)}")
+    if not path.is_file() and not path.is_dir():
+        raise SourceError(f"'{source.text}' is neither a file nor a folder")
     return path
 
 
@@ -33,7 +36,7 @@ def fetch_path(source: Source, cache: Path) -> Path:
 
 
 def _open(uri: str) -> tuple[pafs.FileSystem, str]:
-    return pafs.FileSystem.from_uri(uri)
+    return remote.opened(uri)
 
 
 def _remote(source: Source) -> tuple[pafs.FileSystem, str, list[pafs.FileInfo]]:
@@ -43,10 +46,9 @@ def _remote(source: Source) -> tuple[pafs.FileSystem, str, list[pafs.FileInfo]]:
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
             return filesystem, path, [info]
-        listing = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+        files = remote.files_below(filesystem, path)
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(f"'{source.text}' cannot be read: {' '.join(str(error).split())}") from error
-    files = sorted((info for info in listing if info.type == pafs.FileType.File), key=lambda info: info.path)
     if not files:
         raise SourceError(f"'{source.text}' does not exist")
     return filesystem, path, files
@@ -65,11 +67,13 @@ def fetch_uri(source: Source, cache: Path) -> Path:
     copy = root / PurePosixPath(path).name
     if not root.exists():
         with filled_once(root) as directory:
-            for info in files:
-                target = directory / "content" / copy.name / PurePosixPath(info.path).relative_to(path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with filesystem.open_input_stream(info.path) as stream, target.open("wb") as file:
+            target = directory / "content" / copy.name
+            if files[0].path == path:
+                target.parent.mkdir(parents=True)
+                with filesystem.open_input_stream(path) as stream, target.open("wb") as file:
                     shutil.copyfileobj(stream, file, 1 << 22)
+            else:
+                remote.copy(filesystem, path, files, target)
     return copy
 
 

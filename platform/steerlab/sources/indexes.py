@@ -120,7 +120,7 @@ def pip_settings() -> dict[str, list[str]]:
 def _in_files(_of: str | None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {name: [] for name in _SETTINGS}
     listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
+        [sys.executable, "-P", "-m", "pip", "config", "list"], capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
     )
     for line in listed.stdout.splitlines():
         key, _, value = line.partition("=")

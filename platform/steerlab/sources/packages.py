@@ -6,12 +6,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from steerlab.sources import indexes
 from steerlab.sources.cache import file_sha256, filled_once, nearby
 from steerlab.sources.grammar import Source, SourceError, escapes, pin_of
+
+_MOST_BYTES, _MOST_RATIO, _MOST_MEMBERS = 2**30, 100, 1_000_000
+"""What an archive may unpack to, whatever its size, and for each of its bytes; members."""
 
 
 def fetch_package(source: Source, cache: Path) -> Path:
@@ -49,15 +52,20 @@ def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) 
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
-                _refuse_escapes(source, file.namelist())
+                _check_members(source, archive, [(member.filename, member.file_size) for member in file.infolist()])
                 file.extractall(unpacked)
         else:
             with tarfile.open(archive) as file:
-                _refuse_escapes(source, file.getnames())
+                _check_members(source, archive, ((member.name, member.size) for member in file))
                 _extract(file, unpacked)
-    except (tarfile.TarError, zipfile.BadZipFile) as error:
-        raise SourceError(f"'{source.text}': {archive.name} cannot be unpacked: {error}") from error
-    top = list(unpacked.iterdir())
+    except SourceError:
+        raise
+    except Exception as error:  # damaged, encrypted, packed by an unknown method, one name twice: each fails in its own way
+        said = " ".join(str(error).split())[:200]
+        raise SourceError(f"'{source.text}': {archive.name} cannot be unpacked: {type(error).__name__}: {said}") from error
+    top = list(unpacked.iterdir()) if unpacked.is_dir() else []
+    if not top:
+        raise SourceError(f"'{source.text}': {archive.name} holds no file")
     is_wrapped = drops_top and len(top) == 1 and top[0].is_dir()
     os.rename(top[0] if is_wrapped else unpacked, directory)
 
@@ -74,10 +82,16 @@ def _extract(file: tarfile.TarFile, directory: Path) -> None:
     return None
 
 
-def _refuse_escapes(source: Source, names: Sequence[str]) -> None:
-    for name in names:
+def _check_members(source: Source, archive: Path, members: Iterable[tuple[str, int]]) -> None:
+    """Refuse an archive with a member (name, bytes) outside of it, or that would fill the disk."""
+    most, total = max(_MOST_BYTES, _MOST_RATIO * archive.stat().st_size), 0
+    for number, (name, num_bytes) in enumerate(members, 1):
         if escapes(name):
             raise SourceError(f"'{source.text}': its archive's '{name}' points outside; nothing was unpacked")
+        total += num_bytes
+        if total > most or number > _MOST_MEMBERS:
+            said = f"more than {most:,} bytes" if total > most else f"more than {_MOST_MEMBERS:,} files"
+            raise SourceError(f"'{source.text}': {archive.name} unpacks to {said}, as if to fill the disk")
 
 
 def fetch_deb(source: Source, cache: Path) -> Path:

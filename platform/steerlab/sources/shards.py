@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from steerlab.faults import TooLong, limited
 from steerlab.sources.cache import examples
 from steerlab.sources.compressed import data_suffix
 from steerlab.sources.files import content_sha256
@@ -18,6 +19,8 @@ from steerlab.sources.tables import READ
 _SHARD = re.compile(r"^(?P<name>.*?)[-_.]?(?P<number>[0-9]+)(-of-(?P<count>[0-9]+)(-[0-9a-f]{16})?)?$")
 
 _MOST_PATHS = 100_000
+_WALK_S = 30.0
+"""Time in which the folders of a pattern are looked through; `/**` goes through a whole disk."""
 
 _ABOUT = ("dataset_info.json", "state.json", "dataset_dict.json")
 """What `datasets` writes beside shards about them."""
@@ -31,7 +34,11 @@ def is_pattern(source: Source) -> bool:
 def matches(source: Source) -> list[Path]:
     """Return the files that a pattern means, in the order of their numbers. Raises SourceError if it means none."""
     pattern = str(Path(source.name).expanduser().absolute())
-    found = [path for path in _at_most(map(Path, glob.iglob(pattern, recursive=True)), source.text) if path.is_file()]
+    try:
+        with limited(f"the pattern '{source.text}'", seconds=_WALK_S):
+            found = [path for path in _at_most(map(Path, glob.iglob(pattern, recursive=True)), source.text) if path.is_file()]
+    except TooLong as error:
+        raise SourceError(f"{error}: name the folder in which the files lie") from None
     if not found:
         raise SourceError(f"'{source.text}' matches no file")
     return sorted(found, key=_order)

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import pyarrow.fs as pafs
 
-from steerlab import pairs, rows
+from steerlab import pairs, rows, saved
 from steerlab.job import DataSet
+from steerlab.sources import remote
 from steerlab.store import Store, StoreError
 
 _TEXT_FIELDS = {
@@ -41,6 +42,24 @@ class Shard(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+class _Planned(saved.Shape):
+    """A shard of plan.json."""
+
+    number: int
+    first: int
+    rows: int
+    sha256: str
+
+
+class _Done(saved.Shape):
+    """What is known of a part that was made."""
+
+    path: saved.Inside
+    planned: str
+    bytes: int
+    sha256: str
+
+
 class Place:
     """The work directory of a stage, as every node sees it."""
 
@@ -49,14 +68,14 @@ class Place:
         self._store = Store(root)
         self._folder = f"work/{stage}/{key}"
         uri = self._store.work(stage, key)
-        self._fs, self._base = (pafs.LocalFileSystem(), uri) if uri.startswith("/") else pafs.FileSystem.from_uri(uri)
+        self._fs, self._base = (pafs.LocalFileSystem(), uri) if uri.startswith("/") else remote.opened(uri)
 
     @property
     def plan(self) -> list[dict[str, Any]] | None:
         """The planned shards, or None when there is no whole plan yet."""
         try:
-            return self._store.read_json(f"{self._folder}/plan.json")
-        except (FileNotFoundError, StoreError):
+            return saved.like(self._store.read_json(f"{self._folder}/plan.json"), list[_Planned], self._folder)
+        except (FileNotFoundError, StoreError, saved.SavedError):
             return None
 
     @plan.setter
@@ -83,8 +102,8 @@ class Place:
     def done(self, entry: Mapping[str, Any], verify: bool = False) -> dict[str, Any] | None:
         """Return a shard's manifest row if its part is as it says, with `verify` down to the last byte."""
         try:
-            row = self._store.read_json(f"{self._folder}/done/{entry['number']:05d}.json")
-        except (FileNotFoundError, StoreError):
+            row = saved.like(self._store.read_json(f"{self._folder}/done/{entry['number']:05d}.json"), _Done, self._folder)
+        except (FileNotFoundError, StoreError, saved.SavedError):
             return None
         path = self._part(row["path"])
         if row["planned"] != entry["sha256"] or self._fs.get_file_info(path).size != row["bytes"]:

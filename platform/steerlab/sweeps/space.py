@@ -27,6 +27,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Function
 
+from steerlab import files
 from steerlab.job import JobError, cut
 from steerlab.sweeps.entries import describe, entries, finite, is_grid, plain
 
@@ -119,7 +120,7 @@ def _run(path: Path) -> ModuleType:
     module.__file__ = str(path)
     try:
         with _neighbours(path.parent.absolute(), module):
-            exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+            exec(compile(files.read(path), str(path), "exec"), vars(module))
     except SyntaxError as error:
         where = f"{error.filename or path}:{error.lineno or 1}"
         raise JobError(f"{where}: {(error.text or '').strip()[:200]}\n  SyntaxError: {error.msg}") from None

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from steerlab import texts
+from steerlab import files, texts
 from steerlab.job import TrackConfig
 from steerlab.tracking import spool
 from steerlab.tracking.spool import Spool
@@ -234,9 +234,9 @@ def _serve(directory: Path) -> None:
 def _started(directory: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start a writer in a session of its own, so that what interrupts this process does not interrupt it."""
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with (directory / "writer.log").open("ab") as log:
+    with files.appending(directory / "writer.log") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "steerlab.tracking.writer", *options],
+            [sys.executable, "-P", "-m", "steerlab.tracking.writer", *options],
             stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from steerlab import saved, texts
+from steerlab import files, saved, texts
 
 EVENTS = "events.jsonl"
 SETTINGS = "settings.json"
@@ -95,16 +95,17 @@ def _event(line: bytes, where: str) -> dict[str, Any]:
 def _opened(path: Path) -> Any:
     """Open for appending, without the torn line that a kill may have left."""
     if path.exists():
-        whole = path.read_bytes()
+        whole = files.read(path)
         if not whole.endswith(b"\n"):
             with path.open("r+b") as torn:
                 torn.truncate(whole.rfind(b"\n") + 1)
-    return path.open("ab", buffering=0)
+    return files.appending(path)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Read the whole lines of a file of events."""
     if path.exists():
+        files.check(path)
         with path.open("rb") as file:
             yield from (_event(line, f"{path} line {number}") for number, line in enumerate(file, 1) if line.endswith(b"\n"))
 

@@ -80,7 +80,7 @@ def _call(request: dict[str, Any]) -> dict[str, Any] | None:
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "steerlab.tracking.sweeps"], input=json.dumps(request), capture_output=True, text=True,
+            [sys.executable, "-P", "-m", "steerlab.tracking.sweeps"], input=json.dumps(request), capture_output=True, text=True,
             timeout=CALL_S, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
     except subprocess.TimeoutExpired:

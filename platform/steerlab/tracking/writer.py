@@ -8,7 +8,6 @@ run; one that is lost later is retried by W&B's own client, and what it could no
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from steerlab import files
 from steerlab.tracking import spool
 
 INIT_S = 30.0
@@ -96,7 +96,7 @@ def _write_offline(settings: dict[str, Any], directory: Path, ended: Callable[[]
     """Write a spool in a process of its own: in this one, W&B's client holds the run that could not begin."""
     spool.write_json(directory / spool.SETTINGS, settings)
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    process = subprocess.Popen([sys.executable, "-m", "steerlab.tracking.writer"], stdin=subprocess.PIPE, env=environment)
+    process = subprocess.Popen([sys.executable, "-P", "-m", "steerlab.tracking.writer"], stdin=subprocess.PIPE, env=environment)
     assert process.stdin is not None
     process.stdin.write(f"{directory}\n".encode())
     process.stdin.flush()
@@ -111,8 +111,7 @@ def _write_offline(settings: dict[str, Any], directory: Path, ended: Callable[[]
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Hold the only right to write a spool; the kernel gives it back when the process dies."""
-    with (directory / "writer.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with files.locked(directory / "writer.lock"):
         yield
 
 
@@ -152,7 +151,7 @@ class _History:
 
     def __init__(self, run: Any, directory: Path) -> None:
         self.run = run
-        self.events = directory / spool.EVENTS
+        self.events, self.folder = directory / spool.EVENTS, directory.parent
         self.online = not run.offline
         self.held = run.starting_step if self.online else 0
         """Lines of the history that the server holds."""
@@ -190,9 +189,29 @@ class _History:
         if self.number >= self.held and not self._is_known(event):
             if self.online and not self.first.exists():
                 spool.write_json(self.first, {"step": self.number - self.seen})
-            _keep(event, lambda event: self.run.log({**_content(event), "_timestamp": event["time"]}, self.number, commit=True))
+            _keep(event, self._log)
         self.number += 1
         self.seen += 1
+
+    def _log(self, event: dict[str, Any]) -> None:
+        self.run.log({**self._content(event), "_timestamp": event["time"]}, self.number, commit=True)
+
+    def _content(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Return what a line of the history holds, in W&B's own types. Raises ValueError for an image of another folder."""
+        import wandb
+
+        if event["kind"] == "table":
+            return {event["key"]: wandb.Table(columns=event["columns"], data=event["rows"], allow_mixed_types=True)}
+        if event["kind"] != "images":
+            return event["data"]
+        images = []
+        for path, caption in zip(event["paths"], event["captions"], strict=True):
+            # A stranger's run must not send other images of this machine to a stranger's project.
+            if not Path(path).resolve().is_relative_to(self.folder.resolve()):
+                raise ValueError(f"{path} is no image of the run in {self.folder}")
+            files.check(Path(path))
+            images.append(wandb.Image(path, caption=caption))
+        return {event["key"]: images}
 
     def _is_known(self, event: dict[str, Any]) -> bool:
         """Say whether a line of a lost spool is in the server's summary already."""
@@ -216,21 +235,6 @@ def _keep(event: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None
         send(event)
     except (OSError, ValueError, TypeError, wandb.Error) as error:
         print(f"left out {event['kind']} {event.get('key', '')}: {error}", flush=True)
-
-
-def _content(event: dict[str, Any]) -> dict[str, Any]:
-    """Return what a line of the history holds, in W&B's own types."""
-    import wandb
-
-    if event["kind"] == "table":
-        return {event["key"]: wandb.Table(columns=event["columns"], data=event["rows"], allow_mixed_types=True)}
-    if event["kind"] == "images":
-        return {
-            event["key"]: [
-                wandb.Image(path, caption=caption) for path, caption in zip(event["paths"], event["captions"], strict=True)
-            ]
-        }
-    return event["data"]
 
 
 def _link(run: Any, event: dict[str, Any], online: bool) -> None:

@@ -23,7 +23,8 @@ from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 from steerlab.plan import ModelRef
 
 if TYPE_CHECKING:
-    from steerlab.training.loop import Request
+    from steerlab.sources import remote
+from steerlab.training.loop import Request
 
 _POLL_S = 0.5
 
@@ -218,7 +219,7 @@ def _worker(config: dict[str, Any]) -> None:
         ray.get(board.put.remote({"failure": error}))
         raise
     if "://" in config["storage"] and rank == 0:
-        filesystem, path = pafs.FileSystem.from_uri(f"{config['storage']}/output")
+        filesystem, path = remote.opened(f"{config['storage']}/output")
         pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
 
 

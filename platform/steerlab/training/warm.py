@@ -25,6 +25,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from steerlab.job import ScaleConfig
+from steerlab.sources import remote
 from steerlab.training import launch
 
 _REPORTED = "report.json"
@@ -151,7 +152,7 @@ def _loop(raw: dict[str, Any], scale: ScaleConfig, storage: str, tell: Callable[
     try:
         loop.run(launch.loop_request(raw), scale, link, output)
         if is_remote:
-            filesystem, path = pafs.FileSystem.from_uri(f"{storage}/output")
+            filesystem, path = remote.opened(f"{storage}/output")
             pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -167,7 +168,7 @@ class _Checkpoints:
         if self._is_local:
             self._fs, self._base = pafs.LocalFileSystem(), f"{storage}/warm"
         else:
-            self._fs, self._base = pafs.FileSystem.from_uri(f"{storage}/warm")
+            self._fs, self._base = remote.opened(f"{storage}/warm")
 
     def add(self, metrics: dict[str, float], directory: Path | None) -> None:
         """Keep the checkpoint in `directory`, whole or not at all, and let go of those that are neither newest nor best."""
@@ -219,5 +220,6 @@ class _Checkpoints:
         if self._is_local:
             return Path(self._base) / name
         copy = Path(tempfile.mkdtemp(prefix="steerlab-"))
-        pafs.copy_files(f"{self._base}/{name}", str(copy), source_filesystem=self._fs)
+        folder = f"{self._base}/{name}"
+        remote.copy(self._fs, folder, remote.files_below(self._fs, folder), copy)
         return copy
