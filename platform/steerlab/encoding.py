@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from steerlab import files, models, sources
+from steerlab.faults import explained
 from steerlab.job import written_out
 from steerlab.templates import DATE, ChatTemplate, TemplateError, Turn, default_of, prints_date
 from steerlab.tokens import DATA, INSTRUCTION, ROLES, Batch, Conversation, Encoded, Message, Pair, Part, Row, collate, pad_id
@@ -33,6 +34,9 @@ VERSION = 2
 """Raised whenever the same rows become other tokens, so that what was made of the earlier ones is not taken for new."""
 _TEMPLATE_PART = -1
 _NORMALISED_TRIES = 3
+_LONGEST_TEXT = 10_000_000
+"""Characters of a row, or of rows that are tokenised together: a library takes a hundred bytes for each, and ends the process
+where there are none left."""
 _CHUNK_ROWS = 1000
 
 FRAMING = (
@@ -289,6 +293,12 @@ class Encoder:
             chunk = conversations[start : start + _CHUNK_ROWS]
             rows = [self._numbered(conversation, (start + i) // per_row) for i, conversation in enumerate(chunk)]
             texts = ["".join(stretch.text for stretch in stretches) for stretches in rows]
+            for i, text in enumerate(texts):
+                if len(text) > _LONGEST_TEXT:
+                    number = (start + i) // per_row + 1
+                    raise ValueError(
+                        f"row {number} has {len(text):,} characters, more than {_LONGEST_TEXT:,}: cut it into rows"
+                    )
             with untrimmed_offsets(self.tokenizer):
                 found = self._tokens(texts, [self._as_text(conversation) for conversation in chunk])
             for conversation, text, stretches, tokens in zip(chunk, texts, rows, found, strict=True):
@@ -303,16 +313,17 @@ class Encoder:
         """Tokenise texts in their order, with and without the tokenizer's own tokens around them."""
         found: dict[int, _Tokens] = {}
         for adds in set(as_text):
-            numbers = [i for i, here in enumerate(as_text) if here == adds]
-            tokens = self.tokenizer(
-                [texts[i] for i in numbers],
-                add_special_tokens=adds,
-                return_offsets_mapping=True,
-                return_special_tokens_mask=True,
-                return_attention_mask=False,
-            )
-            columns = (tokens[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
-            found |= dict(zip(numbers, map(_Tokens, *columns), strict=True))  # type: ignore[arg-type]
+            for numbers in _together([i for i, here in enumerate(as_text) if here == adds], texts):
+                with explained(f"the tokenizer {self.tokenizer.name_or_path}"):
+                    tokens = self.tokenizer(
+                        [texts[i] for i in numbers],
+                        add_special_tokens=adds,
+                        return_offsets_mapping=True,
+                        return_special_tokens_mask=True,
+                        return_attention_mask=False,
+                    )
+                columns = (tokens[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+                found |= dict(zip(numbers, map(_Tokens, *columns), strict=True))  # type: ignore[arg-type]
         return [found[i] for i in range(len(texts))]
 
     def _broken_up(
@@ -518,6 +529,19 @@ def template_of(source: str) -> str:
         return default_of(template)
     except TemplateError as error:
         raise ValueError(f"model.chat_template {source}: {error}") from None
+
+
+def _together(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[list[int]]:
+    """Yield consecutive numbers whose texts a tokenizer takes together: it needs some hundred bytes for each character."""
+    chosen, length = [], 0
+    for number in numbers:
+        if chosen and length + len(texts[number]) > _LONGEST_TEXT:
+            yield chosen
+            chosen, length = [], 0
+        chosen.append(number)
+        length += len(texts[number])
+    if chosen:
+        yield chosen
 
 
 class _Stretch(NamedTuple):

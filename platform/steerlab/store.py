@@ -25,7 +25,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from steerlab.sources import SourceError, escapes, remote
+from steerlab.sources import SourceError, cache_root, escapes, remote
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -101,7 +101,7 @@ class Store:
             _check_sizes(directory, manifest)
             return directory
         name = hashlib.sha256(self.root.encode()).hexdigest()[:16]
-        copy = _cache() / "artifacts" / name / stage / key
+        copy = cache_root() / "artifacts" / name / stage / key
         if not copy.exists():
             self._download(manifest, copy)
         _check_sizes(copy, manifest)
@@ -274,7 +274,7 @@ class Store:
                 raise
 
     def _temporary_folder(self) -> Path:
-        folder = Path(self._at("tmp")) if self.is_local else _cache() / "tmp"
+        folder = Path(self._at("tmp")) if self.is_local else cache_root() / "tmp"
         if folder.is_symlink():
             raise StoreError(
                 f"{folder} is a link; what lies there is written and removed, so it has to be a folder of ROOT's own"
@@ -368,10 +368,6 @@ def _join(root: str, *parts: str) -> str:
     # Options such as ?endpoint_override=... stand behind the path.
     uri = urlsplit(root)
     return urlunsplit(uri._replace(path="/".join((uri.path.rstrip("/"), *parts))))
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("STEERLAB_CACHE") or "~/.cache/steerlab").expanduser().absolute()
 
 
 def _sha256(path: Path) -> str:

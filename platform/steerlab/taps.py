@@ -57,7 +57,8 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
     if not found:
         names = _inside(names, part)
         near = expressions.part(pattern, names) or difflib.get_close_matches(pattern[:200], names, n=5, cutoff=0.2)
-        raise ValueError(f"no module path matches {pattern[:200]!r} as a whole; near: {', '.join(near[:5])}")
+        hint = f"near: {', '.join(near[:5])}" if near else f"there are: {', '.join(names[:5])}, ..."
+        raise ValueError(f"no module path matches {pattern[:200]!r} as a whole; {hint}")
     left = found
     if selection.exclude_modules is not None:
         excluded = set(expressions.whole(selection.exclude_modules, found))

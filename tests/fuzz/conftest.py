@@ -199,7 +199,8 @@ def _sweep(folder: Path) -> None:
     rows = [
         {
             "trial_id": f"t{number}", "seed": 0, "status": "finished", "reason": "", "run": f"runs/tiny/{number + 1}",
-            "param.method.alpha": 0.5 + number, "param.train.lr": "1e-3", "seconds.train": 1.0, "cached.train": False,
+            "param.method.alpha": 0.5 + number, "param.train.lr": "1e-3", "param.train.betas": [0.9, 0.9 + number / 20],
+            "seconds.train": 1.0, "cached.train": False,
             "key.train": TRAINED, "key.evaluate.toxicity": key,
             **{f"{part}.toxicity/share": 0.5 for part in ("metric", "stderr", "low", "high")}, "n.toxicity/share": 10,
         }
@@ -208,7 +209,7 @@ def _sweep(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), folder / "trials.parquet")
     best = {"trial_id": "t0", "params": {"method.alpha": 0.5}, "metric": "toxicity/share", "value": 0.5}
     summary = {
-        "metric": "toxicity/share", "mode": "min", "best": best, "seconds": 3.0, "indistinguishable": ["t1"],
+        "metric": "toxicity/share", "mode": "min", "best": best, "seconds": {"train": 3.0}, "indistinguishable": ["t1"],
         "test": {"toxicity/share": METRIC}, "test_runs": ["runs/tiny/1"],
     }  # fmt: skip
     entry = {"kind": "grid_search", "values": [0.5, 1.5]}

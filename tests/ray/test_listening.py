@@ -53,12 +53,21 @@ def without_ray() -> dict[str, str]:
 
 def test_a_commands_own_cluster_listens_on_loopback_and_its_files_are_the_users(tmp_path: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix="sl-"))  # the names of Ray's sockets must be short
+    (tmp_path / "triton_of_a_stranger.py").touch()
     program = f"""{PLACES}
+import os
 from steerlab.run import connect
+os.chdir({str(tmp_path)!r})
 connect()
 {TASK}
+@ray.remote
+def found():
+    import importlib.util
+    return importlib.util.find_spec("triton_of_a_stranger") is not None
+
+there = ray.get(found.remote())
 session = ray._private.worker._global_node.get_session_dir_path()
-print(json.dumps({{"ports": list(listening(psutil.Process())), "session": session}}))
+print(json.dumps({{"ports": list(listening(psutil.Process())), "session": session, "found": there, "at": os.getcwd()}}))
 """
     try:
         done = tried(without_ray(), program, TMPDIR=str(folder))
@@ -66,6 +75,8 @@ print(json.dumps({{"ports": list(listening(psutil.Process())), "session": sessio
         found = json.loads(done.stdout.splitlines()[-1])
         assert len(found["ports"]) > 5
         assert {address for address, _, _ in found["ports"]} <= {"127.0.0.1", "::1"}
+        assert found["found"] is False, "workers import nothing from the folder in which the command runs"
+        assert found["at"] == str(tmp_path)
         own = Path(found["session"]).parent.parent
         assert own.parent == folder
         assert stat.S_IMODE(own.stat().st_mode) == 0o700

@@ -124,6 +124,9 @@ def test_eight_alphas_are_one_training_and_one_evaluation(cluster: None, tmp_pat
     assert set(summary["indistinguishable"]) < {row["trial_id"] for row in rows} - {top["trial_id"]}
     assert summary["test"]["preference/margin"]["value"] == top["metric.preference/margin"], "its own run has said it"
     assert summary["test_runs"] == [top["run"]]
+    shown = report.read_sweep(store, outcome.folder)
+    assert shown.best == top["trial_id"] and len(shown.runs) == 1
+    assert top["trial_id"] in report.page([], sweeps=[shown])
     again = run.execute(job.read(tmp_path / "root" / outcome.folder / "best.yaml", JobType), store, plan.Listener())
     assert [record.status for record in again.records] == ["cached", "ran"]
     assert again.summary["metrics"]["preference/margin"]["value"] == pytest.approx(top["metric.preference/margin"], rel=1e-5)

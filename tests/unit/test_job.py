@@ -194,7 +194,7 @@ def test_a_file_that_is_no_job_is_named_with_its_line(path: Path, content: bytes
 def test_a_byte_order_mark_and_a_folder(path: Path, tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert job.read(path, JobType).name == "a"
-    with pytest.raises(job.JobError, match="cannot be read: Is a directory"):
+    with pytest.raises(job.JobError, match="is a folder, not a file, so it is no job"):
         job.read(tmp_path, JobType)
     path.write_bytes(path.read_bytes() + b"1: x\n")
     with pytest.raises(job.JobError, match=r"a.yaml: 1: a key is a text; write it in quotes$"):

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -136,9 +137,20 @@ def test_a_lock_and_a_log_follow_no_link(tmp_path: Path, victim: Path) -> None:
         pass
     with pytest.raises(ValueError, match=r"x\.lock is a link"):
         files.appending(tmp_path / "x.lock")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"x\.lock is a link"):
-        models.prepare(tmp_path)
+    assert victim.read_text() == "mine"
+
+
+def test_nothing_that_lies_beside_a_gguf_file_is_taken_for_its_content(
+    tmp_path: Path, victim: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link where a lock would be, and a model made ready: neither is looked at."""
+    monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "gguf"
+    shutil.copytree(model_dir, folder / "x.dequantised")
+    (folder / "x.gguf").write_bytes(b"GGUF, but none")
+    (folder / "x.lock").symlink_to(victim)
+    with pytest.raises(ValueError, match=r"the GGUF file .*x\.gguf cannot be read"):
+        models.prepare(folder)
     assert victim.read_text() == "mine"
 
 
@@ -269,6 +281,7 @@ def test_a_pattern_that_walks_through_a_disk_ends(tmp_path: Path, monkeypatch: p
         {"num_hidden_layers": 10**9},
         {"num_labels": 10**9},
         {"num_hidden_layers": 1e9},
+        {"num_hidden_layers": -1},
         {"text_config": {"num_hidden_layers": 10**9}},
         {"vision_config": {"depth": 10**9}},
     ],
@@ -276,21 +289,16 @@ def test_a_pattern_that_walks_through_a_disk_ends(tmp_path: Path, monkeypatch: p
 def test_a_config_of_more_layers_than_any_model_has_is_refused(change: dict[str, Any], model_dir: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(ValueError, match=r"config\.json: \w+ is 1\w+\.?0*; no model has more than"):
+    with pytest.raises(ValueError, match=r"config\.json: \w+ is (1\w+\.?0*; no model has more than|-1, which is no number)"):
         models.facts(model_dir)
 
 
 def test_real_configs_have_fewer_parts_than_the_bounds() -> None:
-    values.check_counts(
-        {
-            "num_hidden_layers": 126,
-            "n_routed_experts": 256,
-            "num_train_timesteps": 1000,
-            "layers_per_block": [2, 2],
-            "vocab_size": 10**7,
-        },
-        "config.json",
-    )
+    """Numbers as they stand in published configs: widths and lengths are no parts."""
+    numbers = {"num_hidden_layers": 126, "n_routed_experts": 256, "num_train_timesteps": 1000, "layers_per_block": [2, 2]}
+    numbers |= {"block_out_channels": [320, 640, 1280, 1280], "transformer_layers_per_block": [1, 2, 10], "vocab_size": 10**7}
+    numbers |= {"max_position_embeddings": 10**9, "hidden_size": 10**5, "tokens_per_block": 4096, "vision_feature_layer": -2}
+    values.check_counts(numbers, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -334,6 +342,26 @@ def test_a_tokenizer_that_multiplies_a_text_is_refused(tmp_path: Path, model_dir
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match=r"the normalizer of the tokenizer in .* makes 1,000,000,000,000 characters of one"):
         encoding.load(tmp_path / "tokenizer", None)
+
+
+def test_texts_are_tokenised_a_few_at_a_time_and_one_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(family("gpt2").tokenizer)
+    rows = [{"text": word * 3} for word in ("one two ", "a ", "three four ", "b ", "five ")]
+    before = [row.input_ids for row in encoder.encode_data(rows, "text", 100).rows]
+    monkeypatch.setattr(encoding, "_LONGEST_TEXT", 40)
+    assert list(encoding._together([0, 1, 3], ["x" * 30, "x" * 20, "", "x" * 20])) == [[0], [1, 3]]
+    assert [row.input_ids for row in encoder.encode_data(rows, "text", 100).rows] == before
+    with pytest.raises(ValueError, match="row 2 has 41 characters, more than 40: cut it into rows"):
+        encoder.encode_data([{"text": "a"}, {"text": "x" * 41}], "text", 100)
+
+
+def test_a_tokenizer_without_its_unknown_token_is_said_to_be_the_fault(tmp_path: Path, model_dir: Path) -> None:
+    content = json.loads((model_dir / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {"a": 0}
+    (model_dir / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"the tokenizer .* cannot be read: Exception: .*Missing \[UNK\]"):
+        encoder = encoding.load(model_dir, {"prompt_style": "plain"})
+        encoder.encode_data([{"text": "strange words"}], "text", 100)
 
 
 @pytest.mark.parametrize(
@@ -490,8 +518,8 @@ def test_a_limit_beyond_all_numbers_of_rows_is_refused() -> None:
 
 @pytest.mark.parametrize("content", [b"no image", b"\x89PNG\r\n\x1a\n" + b"x" * 50, b"%!PS-Adobe-3.0 EPSF-3.0\n"])
 def test_a_sample_that_is_no_image_is_said_in_a_line(content: bytes) -> None:
-    with pytest.raises(ValueError, match="an image of the samples cannot be read"):
-        report.samples._embedded(content)
+    with pytest.raises(ValueError, match=r"the image samples/0\.png cannot be read"):
+        report.samples._embedded(content, "samples/0.png")
 
 
 def test_the_type_of_a_run_is_one_that_is_known(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def save_trained(model: Any, weights: Mapping[str, Tensor], directory: Path) -> 
 
 
 def prepare(directory: Path) -> Path:
-    """Return a directory that transformers loads directly; a GGUF file is dequantised once and kept beside it.
+    """Return a directory that transformers loads directly; a GGUF file is dequantised once, into the cache.
 
     Raises:
         ValueError: the directory holds no model, several, or what is no file.
@@ -269,12 +269,15 @@ def prepare(directory: Path) -> Path:
 def _dequantise(gguf: Path) -> Path:
     from transformers import GgufConfig
 
-    target = gguf.parent / f"{gguf.stem}.dequantised"
+    state = gguf.stat()
+    # In the cache, by its content: what lies beside the file may be read only, or somebody else's.
+    target = sources.cache_root() / "gguf" / sources.file_sha256(gguf, state.st_size, state.st_mtime_ns)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with files.locked(target.with_suffix(".lock")):
         if not target.exists():
             with explained(f"the GGUF file {gguf}"):
                 _check_blocks(gguf)
-            with explained(f"the GGUF file {gguf}"), tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
+            with explained(f"the GGUF file {gguf}"), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     gguf.parent,
                     gguf_file=gguf.name,

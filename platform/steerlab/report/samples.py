@@ -114,7 +114,7 @@ def _sheets(entry: Entry, budget_bytes: int) -> Iterator[dict[str, str]]:
     """Yield the contact sheets that there is room for."""
     assert entry.store is not None
     for guidance, path in entry.sheets.items():
-        uri = _embedded(entry.store.read_bytes(path), _SHEET)
+        uri = _embedded(entry.store.read_bytes(path), path, _SHEET)
         budget_bytes -= len(uri)
         if budget_bytes >= 0:
             yield {"guidance": guidance, "uri": uri}
@@ -135,13 +135,13 @@ def _column_of(entry: Entry, name: str) -> Iterator[tuple[str, str]]:
     for setting, pictures in entry.images.items():
         for found, path in pictures:
             if found == name:
-                yield setting, _embedded(entry.store.read_bytes(path))
+                yield setting, _embedded(entry.store.read_bytes(path), path)
 
 
-def _embedded(png: bytes, side: int = _THUMBNAIL) -> str:
+def _embedded(png: bytes, where: str, side: int = _THUMBNAIL) -> str:
     from PIL import Image
 
-    with explained("an image of the samples"), Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+    with explained(f"the image {where}"), Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         if max(image.size) > side:
             smaller = image.convert("RGB")
             smaller.thumbnail((side, side))

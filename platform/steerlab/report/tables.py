@@ -168,8 +168,5 @@ def facts(sweep: Sweep) -> list[tuple[str, str]]:
         found.append((f"best {sweep.metric}", cell(measured(best, sweep.metric))))
     if flags:
         found.append(("stages taken from the store", f"{sum(flags)} of {len(flags)}"))
-    seconds = sweep.summary.get("seconds")
     found.append(("seconds that stages ran", f"{sum(map(ran_s, paying)):.0f}"))
-    if isinstance(seconds, int | float):
-        found.append(("seconds from start to end", f"{seconds:.0f}"))
     return found

@@ -133,9 +133,10 @@ class _SweepSummary(saved.Shape):
     metric: str | None = None
     mode: str | None = None
     best: _Best | None = None
-    seconds: float | None = None
-    indistinguishable: list[str] = []
-    test: dict[str, Metric] = {}
+    seconds: dict[str, float] = {}
+    indistinguishable: list[str] | None = None
+    development: dict[str, Metric] | None = None
+    test: dict[str, Metric] | None = None
 
 
 class _Trial(saved.Shape):
@@ -172,7 +173,7 @@ def trials(store: Store, folder: str) -> list[dict[str, Any]]:
         for name, value in row.items():
             if name.startswith(_NUMBERS) and not (value is None or isinstance(value, int | float)):
                 raise saved.SavedError(f"{where} is damaged: {name:.120} holds {value!r:.80}, which is no number")
-            if not isinstance(value, _VALUES):
+            if not isinstance(value, _VALUES) and not (name.startswith("param.") and isinstance(value, list)):
                 raise saved.SavedError(f"{where} is damaged: {name:.120} holds {value!r:.80}, which is no value")
     return rows
 

@@ -11,6 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 
 
+def cache_root() -> Path:
+    """Return where what is downloaded or made once is kept: $STEERLAB_CACHE or ~/.cache/steerlab."""
+    return Path(os.environ.get("STEERLAB_CACHE") or "~/.cache/steerlab").expanduser().absolute()
+
+
 @contextmanager
 def filled_once(target: Path) -> Iterator[Path]:
     """Give a scratch directory beside `target`; its subdirectory 'content' becomes `target`, in one rename.

@@ -11,12 +11,12 @@ import pyarrow.fs as pafs
 
 from steerlab.sources import remote
 from steerlab.sources.cache import file_sha256, filled_once, nearby
-from steerlab.sources.grammar import Source, SourceError
+from steerlab.sources.grammar import Source, SourceError, local_path
 
 
 def existing(source: Source) -> Path:
     """Return the path of a source. Raises SourceError, with what lies near it, if there is nothing."""
-    path = Path(source.name).expanduser().absolute()
+    path = local_path(source.name)
     if not path.exists():
         # A job's paths are absolute by now; what was written may have been a hub's name.
         here = Path.cwd()

@@ -1,13 +1,13 @@
 """Fetch what a source names, tell when it changes, and read its rows."""
 
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steerlab import pixelworld, tinyworld, values
+from steerlab.sources.cache import cache_root
 from steerlab.sources.compressed import data_suffix
 from steerlab.sources.documents import Asked, Found
 from steerlab.sources.files import content_sha256, existing, fetch_path, fetch_uri, listing_sha256
@@ -29,7 +29,7 @@ def fetch(source: str, cache: Path | None = None) -> Path:
         SourceError: the source is absent, cannot be reached, or is not what its SHA-256 says.
     """
     parsed = parse(source)
-    cache = cache or Path(os.environ.get("STEERLAB_CACHE") or "~/.cache/steerlab").expanduser().absolute()
+    cache = cache or cache_root()
     return _FETCH[parsed.kind](parsed, cache)
 
 

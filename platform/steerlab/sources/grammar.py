@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
@@ -107,6 +107,18 @@ def _parse_deb(source: str, rest: str) -> Source:
     if escapes(inside):
         raise SourceError(f"'{source}' points out of its package")
     return Source(source, "deb", match["name"], sha256=match["sha256"] or "", inside=inside)
+
+
+def local_path(name: str) -> Path:
+    """Return the absolute path that a source means. Raises SourceError where no file system has such a name."""
+    try:
+        path = Path(name).expanduser().absolute()
+        path.exists()
+    except RuntimeError:
+        raise SourceError(f"'{name}': there is no user of this name here") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"'{name:.200}' is no path: {getattr(error, 'strerror', None) or error}") from None
+    return path
 
 
 def escapes(name: str) -> bool:

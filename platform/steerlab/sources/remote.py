@@ -16,7 +16,7 @@ from steerlab.sources.grammar import SourceError, escapes
 _CHUNK = 1 << 22
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file", "mock")
 """Kinds of stores; pyarrow knows another one that needs a Java machine."""
-_RETRY_S = 30
+_RETRY_S = 15
 
 
 def opened(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,13 +14,13 @@ from steerlab.faults import TooLong, limited
 from steerlab.sources.cache import examples
 from steerlab.sources.compressed import data_suffix
 from steerlab.sources.files import content_sha256
-from steerlab.sources.grammar import Source, SourceError
+from steerlab.sources.grammar import Source, SourceError, local_path
 from steerlab.sources.tables import READ
 
 _SHARD = re.compile(r"^(?P<name>.*?)[-_.]?(?P<number>[0-9]+)(-of-(?P<count>[0-9]+)(-[0-9a-f]{16})?)?$")
 
 _MOST_PATHS = 100_000
-_WALK_S = 30.0
+_WALK_S = 20.0
 """Time in which the folders of a pattern are looked through; `/**` goes through a whole disk."""
 
 _ABOUT = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -28,12 +29,12 @@ _ABOUT = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 def is_pattern(source: Source) -> bool:
     """Say whether a path is a pattern for files (`*`, `?`, `[...]`) and not the name of one."""
-    return source.kind == "path" and glob.has_magic(source.name) and not Path(source.name).expanduser().exists()
+    return source.kind == "path" and glob.has_magic(source.name) and not local_path(source.name).exists()
 
 
 def matches(source: Source) -> list[Path]:
     """Return the files that a pattern means, in the order of their numbers. Raises SourceError if it means none."""
-    pattern = str(Path(source.name).expanduser().absolute())
+    pattern = str(local_path(source.name))
     try:
         with limited(f"the pattern '{source.text}'", seconds=_WALK_S):
             found = [path for path in _at_most(map(Path, glob.iglob(pattern, recursive=True)), source.text) if path.is_file()]
@@ -58,7 +59,10 @@ def of_folder(folder: Path) -> list[Path]:
     Raises:
         SourceError: it holds none, several, or not all of its shards.
     """
-    every = _at_most(folder.rglob("*"), folder)
+    below = (
+        Path(at, name) for at, folders, names in os.walk(folder) for name in (*folders, *names)
+    )  # of what may be looked at
+    every = _at_most(below, folder)
     inside = (path for path in every if data_suffix(path)[0] in READ and path.is_file() and path.name not in _ABOUT)
     files = sorted((path for path in inside if not _is_hidden(path.relative_to(folder))), key=_order)
     if not files:
