@@ -118,7 +118,9 @@ def test_what_is_swept_is_what_was_made_here(tmp_path: Path, victim: Path) -> No
     for name in ("train-0123456789ab-0123456789ab", "notes", "incomplete-0123456789ab"):
         (tmp / name).mkdir(parents=True)
         os.utime(tmp / name, (0, 0))
+    os.utime(victim.parent, (0, 0))
     (tmp / "train-abcdefabcdef-0123456789ab").symlink_to(victim.parent)
+    os.utime(tmp / "train-abcdefabcdef-0123456789ab", (0, 0), follow_symlinks=False)
     assert store.sweep_temporary(60) == 2
     assert (tmp / "notes").is_dir() and victim.read_text() == "mine"
 
