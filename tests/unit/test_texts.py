@@ -617,3 +617,17 @@ def test_a_template_may_come_from_elsewhere(tmp_path: Any) -> None:
     assert "chat_template" not in encoder.saved_spec
     prompt = encoder.encode(encoder.conversation("say", "hello"))
     assert "<|assistant|>" in encoder.tokenizer.decode(prompt.input_ids)
+
+
+def test_a_prompt_that_fills_the_tokens_of_a_row_leaves_no_answer_to_learn() -> None:
+    """One token more is one token of the answer: the row is kept, and learns that one."""
+    encoder = encoder_of("chatml base")
+    row = {"instruction": "say hello", "input": "", "output": "hello to you all"}
+    pair = {"prompt": "say hello", "chosen": "hello to you all", "rejected": "nothing at all, my friend"}
+    for data_format, one in (("instruction", row), ("preference", pair)):
+        whole = encoder.encode_data([one], data_format, 1000).rows[0]
+        num_prompt = encoding.prompt_length(whole)
+        filled = encoder.encode_data([one], data_format, num_prompt)
+        assert (filled.rows, filled.num_dropped) == ([], 1)
+        (kept,) = encoder.encode_data([one], data_format, num_prompt + 1).rows
+        assert all(sum(sequence.in_response) == 1 for sequence in kept.sequences)
