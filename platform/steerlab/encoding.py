@@ -35,8 +35,8 @@ VERSION = 2
 _TEMPLATE_PART = -1
 _NORMALISED_TRIES = 3
 _LONGEST_TEXT = 10_000_000
-"""Characters of a row, or of rows that are tokenised together: a library takes a hundred bytes for each, and ends the process
-where there are none left."""
+"""Characters of a row, or of rows that are tokenised together. The library ends the process, without a word, where the memory
+that it takes for them is not there."""
 _CHUNK_ROWS = 1000
 
 FRAMING = (
@@ -532,7 +532,7 @@ def template_of(source: str) -> str:
 
 
 def _together(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield consecutive numbers whose texts a tokenizer takes together: it needs some hundred bytes for each character."""
+    """Yield the numbers of texts, a few at a time, so that a tokenizer takes no more than `_LONGEST_TEXT` characters together."""
     chosen, length = [], 0
     for number in numbers:
         if chosen and length + len(texts[number]) > _LONGEST_TEXT:

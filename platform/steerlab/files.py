@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _LONGEST = 2**30
-"""Bytes of a file that is read whole: run folders hold their longest ones, the lines of metrics, far below."""
+"""Bytes of a file that is read whole."""
 
 
 class FileError(ValueError):

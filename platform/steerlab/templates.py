@@ -29,7 +29,7 @@ DATE = "2024-07-26"
 _LIMIT_S = 5.0
 _LIMIT_BYTES = 2**30
 _LIMIT_CHARS = 1_000_000
-"""Characters that a template may add to the messages: the longest real ones, with tools, print some ten thousand."""
+"""Characters that a template may print besides the messages."""
 _FIRST_SENTINEL = 0xE000
 """Private use area: no template writes these characters, and texts are filled in after the cut."""
 _SYSTEM = (("system", "user"), ("system", "user", "assistant"))

@@ -192,7 +192,7 @@ def test_no_module_of_the_folder_from_which_a_command_runs_is_imported(tmp_path:
     done = subprocess.run(
         [sys.executable, "-P", "-c", ask], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert "index-url" in done.stdout
+    assert "find-links" in done.stdout
     assert not (tmp_path / "marker").exists()
 
 

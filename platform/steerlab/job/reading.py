@@ -17,7 +17,7 @@ from steerlab.job.model import JOB_PREFIX
 from steerlab.job.whole import Job
 
 _LONGEST = 2**20
-"""Bytes of a job file; the longest published one has some thousand."""
+"""Bytes of a job file."""
 
 _PART = re.compile(r'"([^"]*)"|([^".]*)')
 

@@ -100,7 +100,7 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Pr
 
 
 _MOST_GROWTH = 1_000
-"""Characters that a tokenizer may make of one: real ones write a sign for a space, or a byte as six characters."""
+"""Characters that a tokenizer may make of one: some write a byte as six characters, such as <0x0A>."""
 
 
 def _check_growth(tokenizer: Any, directory: Path) -> None:
