@@ -532,7 +532,7 @@ def template_of(source: str) -> str:
 
 
 def _together(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield the numbers of texts, a few at a time, so that a tokenizer takes no more than `_LONGEST_TEXT` characters together."""
+    """Yield the numbers of texts, so many together as have `_LONGEST_TEXT` characters at most."""
     chosen, length = [], 0
     for number in numbers:
         if chosen and length + len(texts[number]) > _LONGEST_TEXT:
