@@ -205,7 +205,6 @@ def test_every_child_that_is_started_by_module_leaves_the_current_folder_out() -
 
 
 def test_task_files_of_the_harness_run_only_where_a_job_says_so(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\ndef go(x): return x\n")
     (tmp_path / "evil.yaml").write_text("task: evil\ndataset_path: json\nprocess_docs: !function evil.go\n")
     config = harness.Config(name="evil", tasks_source=str(tmp_path))

@@ -83,16 +83,16 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 def _library(config: Config) -> tuple[Any, Any]:
     """Return the harness's evaluation function and its table of tasks."""
-    try:
-        from lm_eval import simple_evaluate  # type: ignore[import-not-found]
-        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
-    except ModuleNotFoundError as error:
-        raise ValueError(f"task: lm_eval needs a package ({error.name}): pip install 'steerlab[lm_eval]'") from None
     if config.tasks_source is not None and not config.trust_remote_code:
         raise ValueError(
             "tasks_source: the harness runs the Python that task files name, and their templates without a sandbox; if you "
             "trust them, set trust_remote_code: true beside it"
         )
+    try:
+        from lm_eval import simple_evaluate  # type: ignore[import-not-found]
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        raise ValueError(f"task: lm_eval needs a package ({error.name}): pip install 'steerlab[lm_eval]'") from None
     with about("tasks_source"):
         folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
     manager = TaskManager(include_path=folder)
