@@ -1,6 +1,6 @@
 """All runs of a project: what they measured, by method."""
 
-from steerlab.dashboards import Board
+from steerlab.tracking.wandb.workspaces import Board
 
 BOARD = Board(
     title="Overview",

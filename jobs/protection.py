@@ -15,9 +15,11 @@ import typer
 from rich.table import Table
 from study import Line, cell, console, draw, execute
 
-from steerlab import capacity, job, plan, run
+from steerlab import job, run
+from steerlab.run import capacity
 from steerlab.stages import JobType
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 JOBS = Path(__file__).parent
 PAIRS = {"tiny": ("tiny/safety.yaml", "tiny/warp.yaml"), "smollm2": ("safety.yaml", "warp.yaml")}

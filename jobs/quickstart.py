@@ -20,9 +20,11 @@ import typer
 from rich.table import Column, Table
 from study import console, execute, say
 
-from steerlab import capacity, job, plan, report, run
+from steerlab import job, report, run
+from steerlab.run import capacity
 from steerlab.stages import JobType
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 from steerlab.sweeps import driver, space, trials
 from steerlab.training import warm
 

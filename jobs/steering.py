@@ -15,9 +15,11 @@ import typer
 from rich.table import Table
 from study import console, execute
 
-from steerlab import capacity, job, plan, report, run
+from steerlab import job, report, run
+from steerlab.run import capacity
 from steerlab.stages import JobType
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 JOBS = Path(__file__).parent
 PAIRS = {"toxicity": ("lineas.yaml", "act.yaml"), "sentiment": ("lineas_sentiment.yaml", "act_sentiment.yaml")}

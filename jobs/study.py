@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from scipy import stats
 
-from steerlab import job, plan, run
-from steerlab.store import Store
+from steerlab import job, run
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 SHOWN_S = 20
 """Seconds between two lines about a stage that runs."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab import pixelworld, tinyworld
-from steerlab.encoding import Encoder
+from steerlab.data.worlds import pixels, tiny
+from steerlab.inputs.encoding import Encoder
 from steerlab.models import load_model, load_tokenizer
 
 
@@ -22,7 +22,7 @@ def _one_thread() -> None:
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of the tiny world: config and tokenizer, no weights."""
     directory = tmp_path_factory.mktemp("tiny")
-    tinyworld.write_model(directory)
+    tiny.write_model(directory)
     return directory
 
 
@@ -42,7 +42,7 @@ def encoder(tiny_dir: Path) -> Encoder:
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline that draws 8 x 8 digits from captions: configs, no weights."""
     directory = tmp_path_factory.mktemp("digits")
-    pixelworld.write_model("digits-model", directory)
+    pixels.write_model("digits-model", directory)
     return directory
 
 

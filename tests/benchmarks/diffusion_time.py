@@ -25,13 +25,14 @@ import torch
 from steering_time import extracted, timed
 from step_time import RESULTS, said, spread
 
-from steerlab import models, pixelworld, taps
-from steerlab.conditioning import Drawing, Prompter
+from steerlab import models
+from steerlab.data.worlds import pixels
+from steerlab.inputs.drawings import Drawing, Prompter
 from steerlab.job import ExtractConfig, Selection, TrainConfig
 from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas
-from steerlab.patches import ActivationPatch
-from steerlab.sampling import SteeredPipeline
+from steerlab.patches import ActivationPatch, taps
+from steerlab.steered.drawing import SteeredPipeline
 from steerlab.training.engine import make_optimizer
 
 NORMS = Selection(modules="unet.*norm.*")
@@ -68,7 +69,7 @@ class _Ended(Exception):
 
 def lineas_step(directory: Path, steps: int) -> dict[str, Any]:
     """Time a step on 32 drawings that are read in the first step of the sampler, and the denoiser alone."""
-    words = pixelworld.CLOTHES if "fashion" in directory.name else pixelworld.DIGITS
+    words = pixels.CLOTHES if "fashion" in directory.name else pixels.DIGITS
     drawings = [Drawing(words[i % len(words)], i, 1) for i in range(ROWS)]
     sampler = {"steps": 1}
     model = models.load_model(directory, sampler=sampler)
@@ -130,14 +131,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--model", default="fashion-model", choices=pixelworld.MODELS)
+    parser.add_argument("--model", default="fashion-model", choices=pixels.MODELS)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / arguments.model
         directory.mkdir()
-        pixelworld.write_model(arguments.model, directory)
+        pixels.write_model(arguments.model, directory)
         step, drawn = lineas_step(directory, arguments.steps), drawing(directory, arguments.steps)
     print(f"LinEAS step / denoiser alone: {said(step['lineas_to_denoiser'])}, {arguments.steps} pairs")
     print(f"control (denoiser / denoiser): {said(step['control_to_denoiser'])}")

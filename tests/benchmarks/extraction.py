@@ -61,14 +61,19 @@ class Bench:
     def __init__(self, rows: int) -> None:
         import torch
 
-        from steerlab import encoding, generation, models, reading, sources, taps, tokens
-        from steerlab import rows as data_rows
+        from steerlab import models
+        from steerlab.activations import reading
+        from steerlab.data import rows as data_rows
+        from steerlab.data import sources
+        from steerlab.inputs import encoding, tokens
+        from steerlab.patches import taps
         from steerlab.stages import extract
+        from steerlab.steered import language
 
         torch.set_num_threads(1)
         asked = the_job(rows, rows)
         directory = sources.fetch(MODEL)
-        self.steered = generation.SteeredModel(models.load_model(directory), encoding.Encoder(models.load_tokenizer(directory)))
+        self.steered = language.SteeredModel(models.load_model(directory), encoding.Encoder(models.load_tokenizer(directory)))
         self.rows = data_rows.read(asked.data.by_role["source"])
         self.taps = taps.select(self.steered.model, asked.extract.select)
         self.params = extract.stage(asked, "source", None, asked.extract).params
@@ -85,7 +90,7 @@ class Bench:
         """Run the batches to the last module that is read, and no further."""
         import torch
 
-        from steerlab import taps
+        from steerlab.patches import taps
 
         reader = taps.Reader(self.steered.model, self.taps[-1:])
         with torch.inference_mode():
@@ -96,7 +101,7 @@ class Bench:
     def actor(self, directory: Path) -> None:
         """Do what an actor does with a shard: tokenise, batch, run, pool, write."""
         from steerlab.stages import extract
-        from steerlab.stages.shard_plan import Shard
+        from steerlab.stages.spread.shard_plan import Shard
 
         maker = extract.RowsOfShard(self.steered, self.params)
         maker.make(Shard(0, 0, self.rows), directory / "part-00000.parquet", lambda rows: None)
@@ -127,9 +132,9 @@ class Bench:
 
 def stage_s(rows: int, root: str) -> tuple[float, float, Path]:
     """Run the stage; return its seconds from the first shard's begin, those of all of it, and the artifact."""
-    from steerlab import plan
     from steerlab.stages import extract
-    from steerlab.store import Store
+    from steerlab.storage import plan
+    from steerlab.storage.store import Store
 
     asked, store = the_job(rows, rows), Store.open(root)
     stage = extract.stage(asked, "source", None, asked.extract)
@@ -144,7 +149,7 @@ def stage_s(rows: int, root: str) -> tuple[float, float, Path]:
 
 def reading_back(artifact: Path, pickles: Path, modules: int, rows: int) -> dict[str, float]:
     """Return the seconds to read one module and all of them, of both kinds of files."""
-    from steerlab.activations import Activations
+    from steerlab.activations.parquet import Activations
 
     found = Activations.open(artifact)
     names = found.modules

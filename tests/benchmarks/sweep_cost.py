@@ -27,11 +27,12 @@ import ray
 import torch
 import yaml
 
-from steerlab import run, sources
+from steerlab import run
+from steerlab.data import sources
 from steerlab.evaluation import TASKS
-from steerlab.generation import load
 from steerlab.job import Job
-from steerlab.store import Store
+from steerlab.steered.language import load
+from steerlab.storage.store import Store
 from steerlab.sweeps import driver, trials
 from steerlab.sweeps import space as spaces
 from steerlab.training import loop

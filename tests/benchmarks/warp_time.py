@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from steerlab import models, rotation
+from steerlab import models
+from steerlab.methods.math import rotation
 from steerlab.methods.warp import PAPER_TYPES
 
 D, LAYERS, ROWS, TOKENS, REPEATS = 1024, 2, 4, 256, 5

@@ -13,23 +13,26 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from steerlab import activations, export, models, patches, tinyworld
-from steerlab.affine import AffineMap
-from steerlab.encoding import Encoder
-from steerlab.evaluation import stored
-from steerlab.evaluation.metrics import Observation
-from steerlab.generation import SteeredModel
+from steerlab import models, patches
+from steerlab.activations import parquet
+from steerlab.data.worlds import tiny
+from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.metrics import Observation
+from steerlab.inputs.encoding import Encoder
 from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, EmbeddingPatch, LogitPatch, WeightPatch
+from steerlab.patches.maps import AffineMap
 from steerlab.run.record import SCHEMA
-from steerlab.store import Store
+from steerlab.steered import export
+from steerlab.steered.language import SteeredModel
+from steerlab.storage.store import Store
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny world's model with weights."""
     folder = tmp_path_factory.mktemp("model")
-    tinyworld.write_model(folder)
+    tiny.write_model(folder)
     model = models.load_model(folder, seed=0)
     models.save_model(model, models.load_tokenizer(folder), folder)
     return folder
@@ -84,12 +87,12 @@ def shard_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     widths = {"a.b": 4, "c.d": 3}
     about = {"model_key": "k", "architecture": "A", "modules": list(widths), "pooling": ["mean"], "fingerprint": "f"}
-    to = activations.schema(widths, "float32", False, about)
+    to = parquet.schema(widths, "float32", False, about)
     values = {name: np.arange(4 * width, dtype=np.float32).reshape(4, width) for name, width in widths.items()}
-    table = activations.table({"sample_id": range(4), "label": ["x"] * 4, "text_sha256": ["s"] * 4}, values, to)
+    table = parquet.table({"sample_id": range(4), "label": ["x"] * 4, "text_sha256": ["s"] * 4}, values, to)
     pq.write_table(table, folder / "part-00000.parquet")
-    part = {"path": "part-00000.parquet", "rows": 4, **activations.size_and_sha256(folder / "part-00000.parquet")}
-    (folder / activations.PARTS).write_text(json.dumps([part]))
+    part = {"path": "part-00000.parquet", "rows": 4, **parquet.size_and_sha256(folder / "part-00000.parquet")}
+    (folder / parquet.PARTS).write_text(json.dumps([part]))
     return folder
 
 

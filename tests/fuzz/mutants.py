@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerlab.faults import is_for_people
+from steerlab.guards.faults import is_for_people
 
 LIMIT_S = 2.0
 """Time that a case may take."""

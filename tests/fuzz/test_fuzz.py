@@ -21,12 +21,15 @@ import test_schema
 import yaml
 from mutants import Tally, try_one
 
-from steerlab import cli, export, generation, job, models, patches, report, rows, run
-from steerlab.activations import Activations
+from steerlab import job, models, patches, report, run
+from steerlab.activations.parquet import Activations
+from steerlab.cli import opening
+from steerlab.data import rows
 from steerlab.job import DataSet
-from steerlab.stack import Asked
 from steerlab.stages import JobType
-from steerlab.store import Store
+from steerlab.steered import export, language
+from steerlab.steered.model import Asked
+from steerlab.storage.store import Store
 from steerlab.sweeps import space
 from steerlab.tracking import spool
 
@@ -224,11 +227,11 @@ def test_run_folders(number: int, run_root: Path, tmp_path: Path) -> None:
         run.compare(*(run.Side(Store(str(root)), folder) for folder in folders))
 
     def generate(root: Path) -> None:
-        result = cli._artifact(str(root / folders[0]), None)
-        generation.load(result.path, **result.loading).side_by_side(Asked("a", (result.reported.strength,), max_new_tokens=2))
+        result = opening.artifact_of(str(root / folders[0]), None)
+        language.load(result.path, **result.loading).side_by_side(Asked("a", (result.reported.strength,), max_new_tokens=2))
 
     def export_(root: Path) -> None:
-        result = cli._artifact(str(root / folders[0]), None)
+        result = opening.artifact_of(str(root / folders[0]), None)
         shutil.rmtree(exported, ignore_errors=True)
         export.write(result.path, exported, strength=result.reported.strength, loading=result.loading)
 
@@ -248,7 +251,7 @@ def test_run_folders(number: int, run_root: Path, tmp_path: Path) -> None:
 @sized(15, 1_000)
 def test_exported_folders(number: int, exported_dirs: list[Path], tmp_path: Path) -> None:
     tally = Tally("exported folders")
-    of_files(tally, number, exported_dirs, tmp_path, lambda folder: generation.load(folder).detach())
+    of_files(tally, number, exported_dirs, tmp_path, lambda folder: language.load(folder).detach())
     held(tally)
 
 

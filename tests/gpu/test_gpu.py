@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from steerlab import models, tinyworld
-from steerlab.encoding import Encoder, encode_data
-from steerlab.evaluation import efficiency
-from steerlab.generation import SteeredModel
+from steerlab import models
+from steerlab.data.worlds import tiny
+from steerlab.evaluation.tasks.cost import efficiency
+from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.tokens import collate
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.patches import EmbeddingPatch, LogitPatch, rotate
-from steerlab.tokens import collate
+from steerlab.steered.language import SteeredModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -36,7 +37,7 @@ def test_a_bfloat16_step_lowers_the_loss(name: str, tiny_dir: Path, encoder: Enc
     module = method.module(model, method.Config(), Inputs()).to("cuda").train()
     pairs = method.trains_on == "preference"
     texts, data_format = ("preferences", "preference") if pairs else ("instructions", "instruction")
-    rows = encode_data(encoder, tinyworld.rows(f"{texts}/train", 16), data_format, 64).rows
+    rows = encode_data(encoder, tiny.rows(f"{texts}/train", 16), data_format, 64).rows
     batch = collate(rows, encoder.pad_id, loss_on="response" if pairs else "all").to("cuda")
     optimizer = torch.optim.AdamW(trained_parameters(module).values(), lr=1e-3)
     losses = []
@@ -50,7 +51,7 @@ def test_a_bfloat16_step_lowers_the_loss(name: str, tiny_dir: Path, encoder: Enc
 
 
 def test_generation_on_the_gpu_equals_the_cpu(tiny_dir: Path, encoder: Encoder) -> None:
-    prompts = [encoder.conversation(r["instruction"], r["input"]) for r in tinyworld.rows("instructions/test", 5)]
+    prompts = [encoder.conversation(r["instruction"], r["input"]) for r in tiny.rows("instructions/test", 5)]
     texts = []
     for device in ("cpu", "cuda"):
         model = models.load_model(tiny_dir).to(device)  # type: ignore[arg-type]

@@ -11,19 +11,19 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab import activations, moments, reading
-from steerlab.activations import Activations
-from steerlab.conditioning import Prompter
-from steerlab.encoding import Encoder
-from steerlab.generation import SteeredModel
+from steerlab.activations import moments, parquet, reading
+from steerlab.activations.parquet import Activations
+from steerlab.inputs.drawings import Prompter
+from steerlab.inputs.encoding import Encoder
 from steerlab.job import ExtractConfig, MethodConfig
 from steerlab.methods.contract import Method, Moments, OfEachRow, OverParts, OverRows, Preparation, Source
-from steerlab.pipelines import Diffusion
-from steerlab.sampling import SteeredPipeline
+from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.stages import prepare
-from steerlab.stages.moments import SumsOfShard
-from steerlab.stages.shard_plan import Shard
-from steerlab.tensorfile import Parts
+from steerlab.stages.reduce import SumsOfShard
+from steerlab.stages.spread.shard_plan import Shard
+from steerlab.steered.drawing import SteeredPipeline
+from steerlab.steered.language import SteeredModel
+from steerlab.storage.tensors import Parts
 
 Extracted = Callable[..., Activations]
 Prepared = Callable[..., dict[str, Path]]
@@ -48,11 +48,11 @@ def extracted(tmp_path: Path, encoder: Encoder) -> Extracted:
         directory = tmp_path / f"{label}-{len(list(tmp_path.iterdir()))}"
         directory.mkdir()
         widths = {name: value.shape[1] for name, value in values.items()}
-        of = activations.schema(widths, config.dtype, False, reading.about_model(steered, config))
+        of = parquet.schema(widths, config.dtype, False, reading.about_model(steered, config))
         about = {"sample_id": range(len(texts)), "label": [label] * len(texts), "text_sha256": [""] * len(texts)}
-        table = activations.table(about, {name: value.numpy() for name, value in values.items()}, of)
-        part = activations.write_part([table], directory / "part-00000.parquet")
-        (directory / activations.PARTS).write_text(json.dumps([part]))
+        table = parquet.table(about, {name: value.numpy() for name, value in values.items()}, of)
+        part = parquet.write_part([table], directory / "part-00000.parquet")
+        (directory / parquet.PARTS).write_text(json.dumps([part]))
         return Activations.open(directory)
 
     return read

@@ -9,14 +9,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from steerlab import patches, tinyworld
-from steerlab.encoding import Encoder
+from steerlab import patches
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import DATA, INSTRUCTION, PADDING, RESPONSE, Batch, collate
 from steerlab.job import Job
 from steerlab.methods import aside, ise, vanilla
 from steerlab.methods.contract import Inputs
 from steerlab.models import ModelFacts
 from steerlab.patches import EmbeddingPatch, rotate
-from steerlab.tokens import DATA, INSTRUCTION, PADDING, RESPONSE, Batch, collate
 
 
 def dense_matrix(size: int, angle: float) -> torch.Tensor:
@@ -34,7 +35,7 @@ def embeddings(*shape: int) -> torch.Tensor:
 
 @pytest.fixture
 def batch(encoder: Encoder) -> Batch:
-    rows = tinyworld.rows("instructions/train", 5)
+    rows = tiny.rows("instructions/train", 5)
     return collate([encoder.encode(encoder.from_row(r, "instruction")) for r in rows], encoder.pad_id)
 
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
 
-from steerlab import models, patches, tinyworld
-from steerlab.encoding import Encoder, encode_data
-from steerlab.generation import SteeredModel
+from steerlab import models, patches
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import dpo, iav
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.patches import ActivationPatch, CannotFold, LogitPatch
-from steerlab.tensorfile import Parts
-from steerlab.tokens import Batch, collate
+from steerlab.steered.language import SteeredModel
+from steerlab.storage.tensors import Parts
 
-PAIRS = tinyworld.rows("preferences/train", 40)
+PAIRS = tiny.rows("preferences/train", 40)
 HEADS: list[dict[str, Any]] = [{}, {"head": "low_rank", "rank": 4}, {"head": "mlp", "rank": 6}, {"layer": 1}]
 each_head = pytest.mark.parametrize("settings", HEADS, ids=lambda s: "-".join(map(str, s.values())) or "linear")
 
@@ -97,7 +98,7 @@ def test_held_out_preferences_rise_within_a_few_steps(
     settings: dict[str, Any], tiny_model: PreTrainedModel, encoder: Encoder
 ) -> None:
     fresh = module(tiny_model, lambda_l2=0.0, **settings)
-    held_out = batches(encoder, pairs=tinyworld.rows("preferences/test", 32))
+    held_out = batches(encoder, pairs=tiny.rows("preferences/test", 32))
     losses = train(fresh, 2 * batches(encoder))
     assert losses[-1] < 0.8 * losses[0]
     assert accuracy(fresh, held_out) > 0.9
@@ -139,7 +140,7 @@ def test_the_cache_gives_the_weights_of_the_uncached_run(
     for name, value in cached.patch.state_dict().items():
         torch.testing.assert_close(value, plain.patch.state_dict()[name], atol=1e-5, rtol=1e-5)
     cached.eval()
-    foreign = batches(encoder, pairs=tinyworld.rows("preferences/validation", 8))
+    foreign = batches(encoder, pairs=tiny.rows("preferences/validation", 8))
     with torch.no_grad():
         assert cached(foreign[0]).total.item() == pytest.approx(plain(foreign[0]).total.item(), abs=1e-4), "rows of no cache"
 
@@ -212,7 +213,7 @@ def test_a_folded_head_is_the_dual_head_and_loads_in_plain_transformers(
     settings: dict[str, Any], tied: bool, encoder: Encoder, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tinyworld.VOCABULARY), tie_word_embeddings=tied, **sizes)
+    config = LlamaConfig(vocab_size=len(tiny.VOCABULARY), tie_word_embeddings=tied, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     plain, folded = copy.deepcopy(model), copy.deepcopy(model)
@@ -308,7 +309,7 @@ def test_dpo_starts_at_log_2_and_learns_the_pairs(tiny_model: PreTrainedModel, e
     assert trainee(found[0]).total.item() == pytest.approx(8 * math.log(2), abs=1e-5)
     losses = train(trainee, 2 * found, lr=1e-3)
     assert losses[-1] < 0.5 * losses[0]
-    assert accuracy(trainee, batches(encoder, pairs=tinyworld.rows("preferences/test", 32))) > 0.9
+    assert accuracy(trainee, batches(encoder, pairs=tiny.rows("preferences/test", 32))) > 0.9
     assert all(torch.equal(value, start[name]) for name, value in trainee.reference.state_dict().items())
 
 

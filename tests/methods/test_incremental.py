@@ -8,20 +8,22 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab import patches, taps, tinyworld
-from steerlab.affine import AffineMap
-from steerlab.encoding import Encoder
+from steerlab import patches
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import Batch, collate
 from steerlab.job import Selection
-from steerlab.methods.incremental import Reading, fit_in_order
+from steerlab.methods.math.sequential_fit import Reading, fit_in_order
 from steerlab.methods.transport import linear_map
-from steerlab.tokens import Batch, collate
+from steerlab.patches import taps
+from steerlab.patches.maps import AffineMap
 
 SELECTION = Selection(modules=r"model\.layers\.\d+\.(post_attention_layernorm|mlp)")
 
 
 @pytest.fixture
 def batch(encoder: Encoder) -> Batch:
-    rows = [encoder.encode(encoder.from_row(row, "text")) for row in tinyworld.rows("topics/train", 12)]
+    rows = [encoder.encode(encoder.from_row(row, "text")) for row in tiny.rows("topics/train", 12)]
     return collate(rows, encoder.pad_id)
 
 

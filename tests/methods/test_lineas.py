@@ -12,19 +12,21 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab import models, patches, taps, tinyworld
-from steerlab.encoding import Encoder
+from steerlab import models, patches
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import Batch, collate
 from steerlab.job import Selection
 from steerlab.methods import lineas
 from steerlab.methods.contract import Inputs
 from steerlab.methods.lineas import Config, Lineas, proximal
-from steerlab.tokens import Batch, collate
+from steerlab.patches import taps
 
 NORMS = r".*post_attention_layernorm"
 
 
 def texts(label: str, number: int) -> list[str]:
-    rows = [row["text"] for row in tinyworld.rows("topics/train") if row["label"] == label]
+    rows = [row["text"] for row in tiny.rows("topics/train") if row["label"] == label]
     return rows[:number]
 
 
@@ -227,7 +229,7 @@ def _worker(rank: int, world: int, port: int, trainee: Lineas, batch: Batch, que
 
 
 def _rebuilt(rank: int, world: int, port: int, directory: Path, activations_dir: Path, batch: Batch, queue: Any) -> None:
-    from steerlab.activations import Activations
+    from steerlab.activations.parquet import Activations
 
     model = models.load_model(directory, seed=0)
     trainee = Lineas(model, Config(), Inputs(activations={"target": Activations.open(activations_dir)})).train()

@@ -10,16 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from steerlab import models, patches, tinyworld
-from steerlab.encoding import Encoder, encode_data
-from steerlab.generation import SteeredModel
+from steerlab import models, patches
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import dpo, genarm
-from steerlab.methods.adapters import Lora, num_trained
 from steerlab.methods.contract import Inputs, trained_parameters
+from steerlab.methods.math.lora import Lora, num_trained
 from steerlab.patches import CannotFold, SecondModelPatch, WeightPatch
-from steerlab.tokens import Batch, collate
+from steerlab.steered.language import SteeredModel
 
-PAIRS = tinyworld.rows("preferences/train", 12)
+PAIRS = tiny.rows("preferences/train", 12)
 LORA = {"rank": 3, "alpha": 6, "layer_type": ["attn_q", "attn_v", "ffn_down"]}
 
 
@@ -159,7 +160,7 @@ def test_decoding_with_both_caches_is_decoding_without(
 ) -> None:
     """Prompts of several lengths in one padded batch, a strength for each row, against whole passes one by one."""
     steered = SteeredModel(tiny_model, encoder, (patch,))
-    rows = [tinyworld.rows("instructions/train", 4)[i] for i in range(4)]
+    rows = [tiny.rows("instructions/train", 4)[i] for i in range(4)]
     prompts = [encoder.conversation(row["instruction"], row["input"] * (1 + i)) for i, row in enumerate(rows)]
     strengths = (0.0, 0.7, 2.0)
     found = steered.generate(prompts, max_new_tokens=8, strengths=strengths)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from steerlab.affine import AffineMap
 from steerlab.methods import METHODS
 from steerlab.methods.transport import coupling, distance, gaussian_map, linear_map, mean_map
+from steerlab.patches.maps import AffineMap
 
 SIZES = [(8, 8), (5, 8), (12, 4), (7, 6)]
 

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from steerlab import models, patches, rotation, tinyworld
-from steerlab.encoding import Encoder
+from steerlab import models, patches
+from steerlab.activations.moments import TENSORS
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import warp
 from steerlab.methods.contract import Inputs, language_modelling_loss
+from steerlab.methods.math import rotation
 from steerlab.methods.warp import Config, Warp
-from steerlab.moments import TENSORS
 from steerlab.stages import extract
-from steerlab.tensorfile import Parts
-from steerlab.tokens import Batch, collate
+from steerlab.storage.tensors import Parts
 
-SAFETY = tinyworld.rows("refusals/train", 12)
+SAFETY = tiny.rows("refusals/train", 12)
 ALL_TYPES = ("attn_q", "attn_k", "attn_v", "attn_o", "ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -33,7 +35,7 @@ def model(tiny_dir: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def batches(encoder: Encoder) -> list[Batch]:
-    rows = [encoder.encode(encoder.from_row(r, "instruction")) for r in tinyworld.rows("arithmetic/train", 24)]
+    rows = [encoder.encode(encoder.from_row(r, "instruction")) for r in tiny.rows("arithmetic/train", 24)]
     return [collate(rows[i : i + 4], encoder.pad_id, loss_on="response") for i in range(0, 24, 4)]
 
 

@@ -12,10 +12,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from steerlab import analysis, job, load, plan, run
+from steerlab import job, load, run
 from steerlab.cli import app
 from steerlab.stages import JobType
-from steerlab.store import Store
+from steerlab.steered import explain
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 pytestmark = pytest.mark.ray
 
@@ -75,7 +77,7 @@ def test_explain_names_the_tokens_that_a_patch_moves(done: tuple[Path, dict[str,
     patched = ["explain", str(folder / "root" / folders["aside"]), *asked]
     found = json.loads(call(*patched, "--response", "home", "--json").output)
     model = load(folder / "root" / _trained(folder / "root", folders["aside"]))
-    expected = analysis.explain(model, model.encoder.conversation("give the topic", "lamp", "home"), num=2)
+    expected = explain.explain(model, model.encoder.conversation("give the topic", "lamp", "home"), num=2)
     assert found["response"] == "home"
     assert found["tokens"] == json.loads(json.dumps([effect._asdict() for effect in expected]))
     assert any(token["kl"] > 0 for token in found["tokens"])
@@ -140,7 +142,7 @@ def test_schema_is_json() -> None:
 
 
 def test_doctor_looks_at_everything(tmp_path: Path, cluster: None) -> None:
-    from steerlab.doctor import examine
+    from steerlab.run.doctor import examine
 
     findings = {finding.check: finding for finding in examine(str(tmp_path))}
     assert findings["torch"].ok

@@ -20,12 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from steerlab import job, models, plan, sources
-from steerlab.activations import Activations
+from steerlab import job, models
+from steerlab.activations.moments import Moments
+from steerlab.activations.parquet import Activations
+from steerlab.data import sources
 from steerlab.job import Job
-from steerlab.moments import Moments
-from steerlab.stages import JobType, extract, moments, shards
-from steerlab.store import Store
+from steerlab.stages import JobType, extract, reduce
+from steerlab.stages.spread import shards
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 pytestmark = pytest.mark.ray
 
@@ -64,8 +67,8 @@ def all_rows(artifact: Path) -> pa.Table:
 
 def one_by_one(asked: Job, place: str) -> np.ndarray[Any, Any]:
     """Return the mean of a module's output over each text, each read alone and without this platform's hooks."""
-    from steerlab.encoding import Encoder
-    from steerlab.rows import read
+    from steerlab.data.rows import read
+    from steerlab.inputs.encoding import Encoder
 
     assert isinstance(asked.model.source, str)
     model = models.load_model(sources.fetch(asked.model.source))
@@ -103,7 +106,7 @@ def test_warm_processes_give_the_same_rows_and_start_no_actor(
 ) -> None:
     monkeypatch.setattr(shards, "_by_actors", None)
     assert all_rows(run(wanted(workers=1, warm=True), str(tmp_path))).equals(all_rows(undisturbed))
-    assert Moments.open(run(wanted(workers=1, warm=True, keep="moments"), str(tmp_path), moments)).count == 60
+    assert Moments.open(run(wanted(workers=1, warm=True, keep="moments"), str(tmp_path), reduce)).count == 60
 
 
 def test_one_actor_and_a_file_uri_give_the_same_rows(undisturbed: Path, tmp_path: Path) -> None:
@@ -147,7 +150,7 @@ def check_moments(summed: Path, exact: np.ndarray[Any, Any]) -> None:
 
 def test_moments_are_those_of_one_pass_over_the_rows(undisturbed: Path, tmp_path: Path) -> None:
     """Two actors and shards of seven rows, against rows that were extracted in shards of ten."""
-    summed = run(wanted(keep="moments", second_moment=True, rows_per_shard=7), str(tmp_path), moments)
+    summed = run(wanted(keep="moments", second_moment=True, rows_per_shard=7), str(tmp_path), reduce)
     check_moments(summed, Activations.open(undisturbed).column(LAYERS[3]).double().numpy())
     assert {path.name for path in summed.iterdir()} == {"moments.safetensors", "moments.json", "manifest.json"}
 
@@ -157,7 +160,7 @@ def test_moments_are_those_of_one_pass_over_the_rows(undisturbed: Path, tmp_path
 def test_moments_of_tokens_are_those_of_one_pass(cluster: None, tmp_path: Path, shard: int) -> None:
     read = {"pooling": ["none"], "rows_per_shard": shard}
     exact = Activations.open(run(wanted(20, **read), str(tmp_path))).column(LAYERS[3]).double().numpy()
-    check_moments(run(wanted(20, keep="moments", second_moment=True, **read), str(tmp_path), moments), exact)
+    check_moments(run(wanted(20, keep="moments", second_moment=True, **read), str(tmp_path), reduce), exact)
 
 
 def changed_model(directory: Path, value: float) -> str:
@@ -194,7 +197,7 @@ def test_a_nan_is_kept_counted_and_named(cluster: None, tmp_path: Path) -> None:
 def test_a_nan_ends_moments(cluster: None, tmp_path: Path) -> None:
     source = changed_model(tmp_path / "model", float("nan"))
     with pytest.raises(ValueError, match=rf"{LAYERS[2]}, row \d+ holds a NaN .* nothing was summed"):
-        run(wanted(20, source, keep="moments"), str(tmp_path / "root"), moments)
+        run(wanted(20, source, keep="moments"), str(tmp_path / "root"), reduce)
 
 
 def test_a_text_beyond_the_context_is_said(cluster: None, tmp_path: Path) -> None:
@@ -280,7 +283,7 @@ def undisturbed_many(cluster: None, tmp_path_factory: pytest.TempPathFactory) ->
 
 def started(root: Path, address: str, cpus: int | None) -> subprocess.Popen[str]:
     script = DRIVER.format(tests=str(Path(__file__).parent), address=address, cpus=cpus, root=str(root))
-    package = str(Path(plan.__file__).parent.parent)
+    package = str(Path(plan.__file__).parents[2])
     return subprocess.Popen(
         [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": package}, stdout=subprocess.PIPE, text=True
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from steerlab import meters
-from steerlab.plan import Record, Stage
+from steerlab.storage.plan import Record, Stage
+from steerlab.tracking import prometheus
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BOARD = Path(__file__).parents[2] / "dashboards/grafana/steerlab.json"
@@ -36,12 +36,12 @@ def exported(wanted: set[str]) -> dict[str, float]:
 
 def test_a_node_exports_what_the_panels_show(cluster: None) -> None:
     stage = Stage("metered", 1, {}, lambda work: None)  # a name that no other test of the cluster counts under
-    meters.reported(stage, {"step": 1, "steps_per_s": 4.0, "train/loss": 0.5})
-    meters.reported(stage, {"done": 30, "total": 100})
-    meters.reported(stage, {"done": 50, "total": 100})
+    prometheus.reported(stage, {"step": 1, "steps_per_s": 4.0, "train/loss": 0.5})
+    prometheus.reported(stage, {"done": 30, "total": 100})
+    prometheus.reported(stage, {"done": 50, "total": 100})
     for status in ("ran", "cached", "cached"):
-        meters.ended(Record(stage, status, 2.0))
-    meters.trials("sweeps/a/1", {"finished": 3, "running": 1})
+        prometheus.ended(Record(stage, status, 2.0))
+    prometheus.trials("sweeps/a/1", {"finished": 3, "running": 1})
     expressions = " ".join(re.findall(r'"expr": "([^"\\]*(?:\\.[^"\\]*)*)"', json.dumps(json.loads(BOARD.read_text()))))
     shown = set(re.findall(r"ray_steerlab_\w+", expressions))
     assert shown, "the panels ask for the platform's numbers"

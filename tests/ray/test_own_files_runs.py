@@ -12,9 +12,11 @@ import yaml
 from chat_families import FAMILIES, family
 from test_text_requests import model_of
 
-from steerlab import generation, job, plan, run
+from steerlab import job, run
 from steerlab.stages import JobType, plan_of
-from steerlab.store import Store
+from steerlab.steered import language
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 pytestmark = pytest.mark.ray
 
@@ -69,7 +71,7 @@ def test_conversations_of_ones_own_train_and_evaluate(
     done = run.execute(wanted, store, plan.Listener())
     assert done.summary["metrics"]["perplexity/value"]["value"] > 1
     trained = store.local("train", next(stage.key for stage in plan_of(wanted) if stage.name == "train"))
-    loaded = generation.load(trained)
+    loaded = language.load(trained)
     prompt = loaded.encoder.encode(loaded.encoder.conversation("say", "hello"))
     used = "<|assistant|>" if "chat_template" in model else str(family(name).end_of_turn)
     assert used in loaded.encoder.tokenizer.decode(prompt.input_ids)

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from steerlab import capacity, generation, job, models, plan, run, tinyworld
-from steerlab.encoding import encode_data
+from steerlab import job, models, run
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import encode_data
+from steerlab.run import capacity
 from steerlab.stages import JobType, preparations
-from steerlab.store import Store
-from steerlab.tensorfile import Parts
+from steerlab.steered import language
+from steerlab.storage import plan
+from steerlab.storage.store import Store
+from steerlab.storage.tensors import Parts
 
 pytestmark = pytest.mark.ray
 
@@ -47,7 +51,7 @@ def ran(done: run.Run) -> list[str]:
 
 
 def weights(store: Store, done: run.Run) -> torch.Tensor:
-    (patch,) = generation.load(store.local("train", done.summary["model"]["key"])).patches
+    (patch,) = language.load(store.local("train", done.summary["model"]["key"])).patches
     return patch.up
 
 
@@ -64,8 +68,8 @@ def test_a_job_caches_trains_and_evaluates_over_alphas(cluster: None, store: Sto
 
     cache = Parts.open(store.local("hidden", preparations(wanted)["hidden"].key))
     assert sorted(facts["rows"] for facts in cache.facts.values()) == [8, 20, 20]
-    model = generation.load(store.local("train", done.summary["model"]["key"]))
-    rows = encode_data(model.encoder, tinyworld.rows("preferences/train", 48), "preference", 64).rows
+    model = language.load(store.local("train", done.summary["model"]["key"]))
+    rows = encode_data(model.encoder, tiny.rows("preferences/train", 48), "preference", 64).rows
     for number, row in enumerate(rows):
         states = cache.tensor(f"{number}/last")
         assert states.shape == (sum(row.targets("response")), model.model.config.hidden_size)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from steerlab import capacity, job, run
+from steerlab import job, run
+from steerlab.run import capacity
 from steerlab.stages import JobType
-from steerlab.store import Store
+from steerlab.storage.store import Store
 
 pytestmark = pytest.mark.ray
 

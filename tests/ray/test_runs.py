@@ -18,9 +18,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from steerlab import capacity, generation, job, plan, run
+from steerlab import job, run
+from steerlab.run import capacity
 from steerlab.stages import JobType, plan_of
-from steerlab.store import Store
+from steerlab.steered import language
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 pytestmark = pytest.mark.ray
 
@@ -88,7 +91,7 @@ def test_a_job_from_file_to_result(cluster: None, jobs: Path) -> None:
     assert [r.status for r in plan.status(plan_of(other), store)] == ["cached", "cached", "to run"]
 
     subject = store.local(**{"stage": summary["model"]["stage"], "key": summary["model"]["key"]})
-    model = generation.load(subject)
+    model = language.load(subject)
     assert model.patches[0].difference_P.abs().max() > 0
     assert isinstance(model.answer("give the topic of the text", "lamp", max_new_tokens=3), str)
     training = json.loads((subject / "training.json").read_text())

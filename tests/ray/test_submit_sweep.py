@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from steerlab.store import Store
+from steerlab.storage.store import Store
 from steerlab.sweeps.history import History
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -24,9 +24,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from steerlab import job, plan, report, run
+from steerlab import job, report, run
 from steerlab.stages import JobType, plan_of
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 from steerlab.sweeps import driver, estimate, trials
 from steerlab.sweeps import space as spaces
 from steerlab.sweeps.history import History

@@ -14,11 +14,11 @@ import standin
 import yaml
 
 from steerlab import report, tracking
-from steerlab.store import Store
+from steerlab.storage.store import Store
 from steerlab.sweeps import driver, stops, trials
 from steerlab.sweeps import space as spaces
-from steerlab.tracking import agents
-from steerlab.wandb_space import sweep_config
+from steerlab.tracking.wandb import agents
+from steerlab.tracking.wandb.parameters import sweep_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 TREE: dict[str, Any] = {

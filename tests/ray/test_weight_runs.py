@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from steerlab import capacity, generation, job, models, plan, rotation, run
+from steerlab import job, models, run
+from steerlab.activations.moments import Moments
+from steerlab.methods.math import rotation
 from steerlab.methods.warp import Config, places
-from steerlab.moments import Moments
+from steerlab.run import capacity
 from steerlab.stages import JobType, preparations
-from steerlab.store import Store
-from steerlab.tensorfile import Parts
+from steerlab.steered import language
+from steerlab.storage import plan
+from steerlab.storage.store import Store
+from steerlab.storage.tensors import Parts
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:the inputs of .* span")]
 
@@ -72,7 +76,7 @@ def test_the_artifacts_say_what_was_kept(cluster: None, store: Store, tmp_path: 
     )
 
     assert done.summary["model"] is not None
-    loaded = generation.load(store.local("train", done.summary["model"]["key"]))
+    loaded = language.load(store.local("train", done.summary["model"]["key"]))
     (patch,) = loaded.patches
     skeleton = models.load_model(tmp_path_model(tmp_path))
     for place in places(skeleton, Config.model_validate(WARP["method"])):
@@ -86,9 +90,9 @@ def test_the_artifacts_say_what_was_kept(cluster: None, store: Store, tmp_path: 
 
 
 def tmp_path_model(folder: Path) -> Path:
-    from steerlab import tinyworld
+    from steerlab.data.worlds import tiny
 
-    tinyworld.write_model(folder / "model")
+    tiny.write_model(folder / "model")
     return folder / "model"
 
 
@@ -126,9 +130,9 @@ def test_bad_requests_say_what_would_be_right(tmp_path: Path) -> None:
 
 def test_a_7b_model_is_planned_in_bytes(tmp_path: Path) -> None:
     """METHODS 2.2: 20 GB of bases in float32, half a gigabyte of masks; this machine does not train it."""
-    from steerlab import tinyworld
+    from steerlab.data.worlds import tiny
 
-    tinyworld.write_model(directory := tmp_path / "model")
+    tiny.write_model(directory := tmp_path / "model")
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = json.loads((directory / "config.json").read_text()) | sizes | {"num_key_value_heads": 32}
     (directory / "config.json").write_text(json.dumps(config))

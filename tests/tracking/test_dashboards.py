@@ -11,36 +11,37 @@ import pytest
 import standin
 import yaml
 
-from steerlab import dashboards, meters
+from steerlab.tracking import prometheus
+from steerlab.tracking.wandb import workspaces
 
 FOLDER = Path(__file__).parents[2] / "dashboards"
 pytest.importorskip("wandb_workspaces", reason="wandb-workspaces (the extra `dashboards`) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def spec_of(board: dashboards.Board) -> dict[str, Any]:
-    model = dashboards.workspace(board, "me", "tests")._to_model()
+def spec_of(board: workspaces.Board) -> dict[str, Any]:
+    model = workspaces.workspace(board, "me", "tests")._to_model()
     return json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
 
 
 def test_names_of_columns() -> None:
-    assert dashboards.column("method.angle_rad") == "config:method.value.angle_rad"
-    assert dashboards.column("snapshot") == "config:snapshot.value"
+    assert workspaces.column("method.angle_rad") == "config:method.value.angle_rad"
+    assert workspaces.column("snapshot") == "config:snapshot.value"
 
 
 def test_every_board_serialises_to_names_that_wandb_knows() -> None:
-    boards = dashboards.load(FOLDER)
+    boards = workspaces.load(FOLDER)
     assert next(iter(boards)) == "overview" and {"aside", "warp", "steering", "iav", "diffusion"} <= set(boards)
     for board in boards.values():
         spec = spec_of(board)
         sections = {s["name"]: s["panels"] for s in spec["section"]["panelBankConfig"]["sections"]}
         parallel, importance, comparer = sections["Results"]
         accessors = [column["accessor"] for column in parallel["config"]["columns"]]
-        assert accessors[: len(board.parameters)] == [dashboards.column(path) for path in board.parameters]
+        assert accessors[: len(board.parameters)] == [workspaces.column(path) for path in board.parameters]
         assert accessors[len(board.parameters) :] == [f"summary:{name}" for name in board.metrics]
         assert importance["config"]["targetKey"] == board.metrics[0] and comparer["viewType"] == "Run Comparer"
         axes = [panel["config"]["xAxis"] for panel in sections["Metric against parameter"]]
-        assert axes == [dashboards.column(path) for path in board.parameters]
+        assert axes == [workspaces.column(path) for path in board.parameters]
         assert [panel["config"]["xAxis"] for panel in sections["Pareto"]] == [f"summary:{name}" for name in board.metrics[1:]]
         for panel, curve in zip(sections["Training"], board.curves, strict=True):
             assert panel["config"]["xAxis"] == "train/step" and panel["config"]["metrics"] == [curve]
@@ -57,7 +58,7 @@ def test_parameters_are_fields_of_jobs() -> None:
     from steerlab.methods import METHODS
     from steerlab.stages import JobType
 
-    for board in dashboards.load(FOLDER).values():
+    for board in workspaces.load(FOLDER).values():
         for path in board.parameters:
             first, _, rest = path.partition(".")
             assert first in JobType.model_fields, path
@@ -68,8 +69,8 @@ def test_parameters_are_fields_of_jobs() -> None:
 
 
 def test_push_writes_views_and_a_report(server: standin.Standin) -> None:
-    boards = dashboards.load(FOLDER, ["overview", "aside"])
-    urls = dashboards.push(boards, "me/tests")
+    boards = workspaces.load(FOLDER, ["overview", "aside"])
+    urls = workspaces.push(boards, "me/tests")
     assert list(urls) == ["overview", "aside", "report"] and not server.unknown
     assert [view.get("displayName") for view in server.views] == ["Overview", "ASIDE", "steerlab"]
     report = json.loads(server.views[-1]["spec"])
@@ -78,17 +79,17 @@ def test_push_writes_views_and_a_report(server: standin.Standin) -> None:
 
 def test_wrong_requests(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected ENTITY/PROJECT"):
-        dashboards.push({}, "tests")
+        workspaces.push({}, "tests")
     with pytest.raises(ValueError, match="has no definition asid; there are overview"):
-        dashboards.load(FOLDER, ["asid"])
+        workspaces.load(FOLDER, ["asid"])
     with pytest.raises(ValueError, match="has no definition at all"):
-        dashboards.load(tmp_path)
+        workspaces.load(tmp_path)
 
 
 def test_grafana_asks_for_what_is_exported() -> None:
     text = (FOLDER / "grafana" / "steerlab.json").read_text()
     asked = set(re.findall(r"ray_(steerlab_\w+?)(?:_total|_bucket)?[\[{) ]", text))
-    known = set(re.findall(r"^    (steerlab_\w+?)(?:_total)?\{", meters.__doc__ or "", re.MULTILINE))
+    known = set(re.findall(r"^    (steerlab_\w+?)(?:_total)?\{", prometheus.__doc__ or "", re.MULTILINE))
     assert asked and asked == known
     config = yaml.safe_load((FOLDER / "grafana" / "prometheus.yml").read_text())
     assert config["scrape_configs"][0]["file_sd_configs"]

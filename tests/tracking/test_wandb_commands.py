@@ -15,10 +15,10 @@ import standin
 import yaml
 from typer.testing import CliRunner, Result
 
-from steerlab import dashboards, tracking
+from steerlab import tracking
 from steerlab.cli import app
 from steerlab.job import TrackConfig
-from steerlab.tracking import sweeps
+from steerlab.tracking.wandb import sweep_page, workspaces
 
 REPOSITORY = Path(__file__).parents[2]
 LOSS = """from ray import tune
@@ -143,7 +143,10 @@ def test_a_folder_that_was_never_tracked_is_refused(server: standin.Standin, tmp
 def test_an_offline_sweep_is_sent_with_its_runs_and_its_page(server: standin.Standin, tmp_path: Path) -> None:
     folder = tmp_path / "sweeps/aside/s1"
     track = TrackConfig.model_validate({"wandb": {"project": "tests", "mode": "offline"}})
-    assert sweeps.begin(track, {"name": "aside", "method": "grid", "parameters": {"train.lr": {"values": [1]}}}, folder) is None
+    assert (
+        sweep_page.begin(track, {"name": "aside", "method": "grid", "parameters": {"train.lr": {"values": [1]}}}, folder)
+        is None
+    )
     for name in ("0001-a-0", "0002-b-0", "best-0"):
         tracked(tmp_path / f"runs/aside/s1-{name}", "offline", f"s1-{name}")
     for _ in range(2):
@@ -163,7 +166,7 @@ def test_every_definition_is_written_to_the_project(server: standin.Standin) -> 
         pytest.importorskip("wandb_workspaces", reason="wandb-workspaces (the extra `dashboards`) is not installed")
         folder = REPOSITORY / "dashboards"
         printed = call("dashboards", "push", "--project", "me/tests", "--folder", folder).stdout
-    boards = dashboards.load(folder)
+    boards = workspaces.load(folder)
     assert [line.partition(":")[0] for line in printed.splitlines() if f": {server.url}/me/tests" in line] == [
         *boards,
         "report",

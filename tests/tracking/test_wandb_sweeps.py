@@ -13,7 +13,7 @@ from steerlab.job import TrackConfig
 from steerlab.sweeps import space as spaces
 from steerlab.sweeps import trials
 from steerlab.sweeps.agent import unit_of
-from steerlab.tracking import agents, sweeps
+from steerlab.tracking.wandb import agents, sweep_page
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 CONFIG = {"name": "angles", "method": "grid", "parameters": {"method.angle_rad": {"values": [0, 1]}}}
@@ -25,41 +25,41 @@ def tracked(mode: str = "online") -> TrackConfig:
 
 def test_a_page_is_made_once_and_found_again(server: standin.Standin, tmp_path: Path) -> None:
     for _ in range(2):
-        assert sweeps.begin(tracked(), CONFIG, tmp_path) == "sweep1" and len(server.sweeps) == 1
-    assert sweeps.send(tmp_path, ["a"]) == "sweep1" and len(server.sweeps) == 1
+        assert sweep_page.begin(tracked(), CONFIG, tmp_path) == "sweep1" and len(server.sweeps) == 1
+    assert sweep_page.send(tmp_path, ["a"]) == "sweep1" and len(server.sweeps) == 1
     (asked,) = server.sweeps.values()
     assert yaml.safe_load(asked["config"])["parameters"]["method.angle_rad"]["values"] == [0, 1]
     assert (asked["projectName"], asked["entityName"]) == ("tests", "me")
 
 
 def test_a_sweep_that_was_offline_gets_its_page_of_the_runs_that_it_has(server: standin.Standin, tmp_path: Path) -> None:
-    assert sweeps.begin(tracked("offline"), CONFIG, tmp_path) is None and not server.sweeps
-    assert sweeps.is_sweep(tmp_path) and not sweeps.is_sweep(tmp_path.parent)
-    assert sweeps.send(tmp_path, ["a", "b"]) == "sweep1"
+    assert sweep_page.begin(tracked("offline"), CONFIG, tmp_path) is None and not server.sweeps
+    assert sweep_page.is_sweep(tmp_path) and not sweep_page.is_sweep(tmp_path.parent)
+    assert sweep_page.send(tmp_path, ["a", "b"]) == "sweep1"
     (asked,) = server.sweeps.values()
     assert asked["priorRunsFilters"] == '{"$or": [{"name": "a"}, {"name": "b"}]}'
-    assert sweeps.begin(tracked(), CONFIG, tmp_path) == "sweep1", "and a restart finds it"
+    assert sweep_page.begin(tracked(), CONFIG, tmp_path) == "sweep1", "and a restart finds it"
 
 
 @pytest.mark.parametrize("status", [401, pytest.param(500, marks=pytest.mark.slow)])
 def test_a_server_that_refuses_costs_the_page_alone(
     server: standin.Standin, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeps, "CALL_S", 15.0)
+    monkeypatch.setattr(sweep_page, "CALL_S", 15.0)
     server.fail = status
     with pytest.warns(UserWarning, match="the sweep has no page there, its runs share a group"):
-        assert sweeps.begin(tracked(), CONFIG, tmp_path) is None
+        assert sweep_page.begin(tracked(), CONFIG, tmp_path) is None
     with (
         pytest.warns(UserWarning, match="the sweep has no page there"),
         pytest.raises(ValueError, match="its runs are sent, but it has no page yet; send it again"),
     ):
-        sweeps.send(tmp_path, [])
+        sweep_page.send(tmp_path, [])
     server.fail = None
-    assert sweeps.begin(tracked(), CONFIG, tmp_path) == "sweep1", "a restart tries again"
+    assert sweep_page.begin(tracked(), CONFIG, tmp_path) == "sweep1", "a restart tries again"
 
 
 def test_disabled_sweeps_leave_nothing(tmp_path: Path) -> None:
-    assert sweeps.begin(tracked("disabled"), CONFIG, tmp_path) is None and not list(tmp_path.iterdir())
+    assert sweep_page.begin(tracked("disabled"), CONFIG, tmp_path) is None and not list(tmp_path.iterdir())
 
 
 def test_agents_take_a_run_each_and_hear_what_is_to_stop(server: standin.Standin) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steerlab import tinyworld
+from steerlab.data.worlds import tiny
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 
 STEPS = 6
@@ -88,7 +88,7 @@ def train(
     root.mkdir(exist_ok=True)
     model_dir = root / "model"
     if not model_dir.exists():
-        tinyworld.write_model(model_dir)
+        tiny.write_model(model_dir)
     settings = {"model_dir": str(model_dir), "method": {"name": "aside", "learned": True}, "scale": {}, "train": {}, **settings}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["steerlab.training.loop", "deepspeed"])  # the ranks of all tests share the imports
@@ -206,10 +206,10 @@ def rotated(root: Path, workers: int, **settings: Any) -> tuple[dict[str, torch.
     from steerlab.methods import METHODS
     from steerlab.methods.contract import OverParts, Source
     from steerlab.models import skeleton
-    from steerlab.tensorfile import Parts
+    from steerlab.storage.tensors import Parts
 
     method, folders = METHODS["warp"], {}
-    tinyworld.write_model(root / "model")
+    tiny.write_model(root / "model")
     for asked in method.prepares(method.Config.model_validate(ROTATED), skeleton(root / "model")):
         assert isinstance(asked, OverParts)
         folders[asked.name] = root / asked.name

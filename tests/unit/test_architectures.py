@@ -13,14 +13,14 @@ import zoo
 from torch import Tensor
 from transformers.models.auto import modeling_auto
 
-from steerlab import models, taps
-from steerlab.affine import AffineMap
-from steerlab.encoding import Encoder
-from steerlab.generation import SteeredModel
+from steerlab import models
+from steerlab.activations.reading import batches
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import collate
 from steerlab.job import Selection
-from steerlab.patches import ActivationPatch, CannotFold
-from steerlab.reading import batches
-from steerlab.tokens import collate
+from steerlab.patches import ActivationPatch, CannotFold, taps
+from steerlab.patches.maps import AffineMap
+from steerlab.steered.language import SteeredModel
 
 DIFFERENT = ["llama", "gpt2", "opt", "bloom", "falcon/40b", "gemma2", "phi3", "gpt_oss", "mamba", "qwen3_next", "llava"]
 OTHERS = [

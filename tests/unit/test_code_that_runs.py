@@ -16,36 +16,40 @@ CALLS = (
 METHODS = ("extractall", "exec_module", "load_module", "unpack_archive", "read_pickle")
 
 ALLOWED: dict[str, dict[str, str]] = {
-    "platform/steerlab/dashboards.py": {
+    "platform/steerlab/tracking/wandb/workspaces.py": {
         "importlib.util.spec_from_file_location": "a board is a Python file that its owner names on the command line",
         ".exec_module": "the same",
     },
-    "platform/steerlab/doctor.py": {"importlib.import_module": "names of packages that stand in the file itself"},
-    "platform/steerlab/evaluation/scorers.py": {
+    "platform/steerlab/run/doctor.py": {"importlib.import_module": "names of packages that stand in the file itself"},
+    "platform/steerlab/evaluation/judging/scorers.py": {
         "import joblib": "the toxicity model of a wheel",
         "joblib.load": "of bytes whose SHA-256 the file pins, compared just before",
     },
-    "platform/steerlab/faults.py": {"import pickle": "the name of its error"},
-    "platform/steerlab/models/weights.py": {"torch.load": "weights_only=True, onto no device, to see that the file is whole"},
-    "platform/steerlab/pipelines.py": {"importlib.import_module": "one of the three names in pipeline_index.LIBRARIES"},
+    "platform/steerlab/guards/faults.py": {"import pickle": "the name of its error"},
+    "platform/steerlab/models/language/weights.py": {
+        "torch.load": "weights_only=True, onto no device, to see that the file is whole"
+    },
+    "platform/steerlab/models/diffusion/pipelines.py": {
+        "importlib.import_module": "one of the three names in pipeline_index.LIBRARIES"
+    },
     "platform/steerlab/run/record.py": {"subprocess.run": "git, with arguments that stand in the file"},
-    "platform/steerlab/sources/generated.py": {
+    "platform/steerlab/data/sources/generated.py": {
         "subprocess.run": "the pinned generator, its unpacked files compared just before"
     },
-    "platform/steerlab/sources/indexes.py": {
+    "platform/steerlab/data/sources/indexes.py": {
         "subprocess.run": "pip config list, with no name of a stranger and no module of the current folder (-P)"
     },
-    "platform/steerlab/sources/packages.py": {
+    "platform/steerlab/data/sources/packages.py": {
         ".extractall": "after every name was checked; tar archives as data",
         "subprocess.run": "apt-get download and dpkg-deb -x of a name that a pattern allows; no script of the package runs",
     },
-    "platform/steerlab/submit.py": {"subprocess.run": "git, with arguments that stand in the file"},
+    "platform/steerlab/run/submit.py": {"subprocess.run": "git, with arguments that stand in the file"},
     "platform/steerlab/sweeps/space.py": {
         "exec": "a search space is a Python program that its owner names on the command line",
         "compile": "the same",
     },
     "platform/steerlab/tracking/__init__.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
-    "platform/steerlab/tracking/sweeps.py": {"subprocess.run": "this package's own helper of W&B sweeps"},
+    "platform/steerlab/tracking/wandb/sweep_page.py": {"subprocess.run": "this package's own helper of W&B sweeps"},
     "platform/steerlab/tracking/writer.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
     "platform/steerlab/training/engine.py": {
         "import pickle": "the name of its error",

@@ -10,13 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from steerlab import cli
-from steerlab.evaluation import stored
+from steerlab.cli import running, terminal
+from steerlab.evaluation.statistics import stored
 from steerlab.job import headline_first
 from steerlab.run import Side, compare, reported_strength
 from steerlab.run.record import SCHEMA
 from steerlab.stages.choose import run as choose_run
 from steerlab.stages.choose import said_of
-from steerlab.store import Store
+from steerlab.storage.store import Store
 
 VALUES = {"1.0": 0.5, "0.0": 0.1, "0.5": 0.3}
 
@@ -166,15 +167,15 @@ def test_the_strength_that_a_run_reported() -> None:
 
 def test_the_table_of_a_run_has_strength_0_beside_the_headline() -> None:
     summary = summary_of({"a": 0.5}) | {"metrics": {"a/x": 1}, "strengths": {"0.5": {"a/x": 1}, "0.0": {"a/x": 2}}}
-    assert cli._columns("j", summary) == [("j\nstrength 0.5", {"a/x": 1}), ("j\nstrength 0", {"a/x": 2})]
-    assert cli._columns("j", summary | {"reported": {"a": 0.0}}) == [("j\nstrength 0", {"a/x": 1})]
-    assert cli._columns("j", summary | {"reported": {}, "strengths": {"1.0": {}}}) == [("j", {"a/x": 1})]
+    assert running._columns("j", summary) == [("j\nstrength 0.5", {"a/x": 1}), ("j\nstrength 0", {"a/x": 2})]
+    assert running._columns("j", summary | {"reported": {"a": 0.0}}) == [("j\nstrength 0", {"a/x": 1})]
+    assert running._columns("j", summary | {"reported": {}, "strengths": {"1.0": {}}}) == [("j", {"a/x": 1})]
 
 
 def test_a_cell_says_what_was_left_out() -> None:
     metric = {"value": None, "low": None, "high": None, "n": 0, "unparsable": 1, "too_long": 2, "rows_cut": 0}
-    assert cli._cell(metric) == "- (0, 1 unparsable, 2 too long)"
-    assert cli._cell(metric | {"value": 0.5, "n": 4, "rows_cut": 3}) == "0.500 (4, 1 unparsable, 2 too long, 3 cut)"
+    assert terminal.cell(metric) == "- (0, 1 unparsable, 2 too long)"
+    assert terminal.cell(metric | {"value": 0.5, "n": 4, "rows_cut": 3}) == "0.500 (4, 1 unparsable, 2 too long, 3 cut)"
 
 
 # A choice that decides nothing

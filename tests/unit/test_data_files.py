@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from steerlab import rows, sources
+from steerlab.data import rows, sources
+from steerlab.data.sources import SourceError
 from steerlab.job import DataSet
-from steerlab.sources import SourceError
 
 TWO = [{"text": "one"}, {"text": "zwölf"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in TWO)
@@ -317,8 +317,8 @@ def bombs(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def test_a_small_file_does_not_fill_the_memory_or_take_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steerlab.sources.tables._MOST_DECODED", 2**26)
-    monkeypatch.setattr("steerlab.sources.compressed._LONGEST_LINE", 2**23)
+    monkeypatch.setattr("steerlab.data.sources.readers._MOST_DECODED", 2**26)
+    monkeypatch.setattr("steerlab.data.sources.compressed._LONGEST_LINE", 2**23)
     for path, message in bombs(tmp_path):
         began_s = time.monotonic()
         with pytest.raises(SourceError, match=message):

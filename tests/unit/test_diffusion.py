@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from steerlab import models, patches, pixelworld, taps
-from steerlab.affine import AffineMap
-from steerlab.conditioning import Drawing, Prompter
+from steerlab import models, patches
+from steerlab.data.worlds import pixels
+from steerlab.inputs.drawings import Drawing, Prompter
 from steerlab.job import SamplerConfig, Selection
-from steerlab.patches import ActivationPatch
-from steerlab.pipelines import Diffusion
-from steerlab.sampling import SteeredPipeline
+from steerlab.models.diffusion.pipelines import Diffusion
+from steerlab.patches import ActivationPatch, taps
+from steerlab.patches.maps import AffineMap
+from steerlab.steered.drawing import SteeredPipeline
 
 NORMS = Selection(modules="unet.*norm.*")
 PLACE = "unet.mid_block.resnets.0.norm2"
@@ -69,7 +70,7 @@ def test_strengths_in_one_batch_are_those_of_separate_runs(digits_dir: Path) -> 
 
 def test_a_bad_image_is_named_or_left_out(digits_dir: Path) -> None:
     prompter = Prompter(pipeline(digits_dir))
-    rows = pixelworld.rows("digits/train", Path)[:3]
+    rows = pixels.rows("digits/train", Path)[:3]
     rows[1] = {**rows[1], "image": rows[1]["image"][:5]}
     with pytest.raises(ValueError, match=r"row 2: an image of \(1, 5, 8\)"):
         prompter.encode_data(rows, "image", 0)
@@ -277,7 +278,7 @@ def test_other_weights_of_the_denoiser_take_the_place_of_its_own(digits_dir: Pat
 
 
 def test_a_class_is_a_prompt_of_a_pipeline_of_classes(tmp_path: Path) -> None:
-    pixelworld.write_model("digits-classes", tmp_path)
+    pixels.write_model("digits-classes", tmp_path)
     model = pipeline(tmp_path, guidance=2.0)
     images = drawn(model, what=[Drawing("three", 0, 64), Drawing("four", 0, 64)])[0]
     assert not torch.equal(images[0], images[1])

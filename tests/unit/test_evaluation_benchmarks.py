@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from steerlab.evaluation import alpaca, bipia, forbidden_words
-from steerlab.evaluation.bipia import Attack
-from steerlab.evaluation.items import Numbered
-from steerlab.evaluation.metrics import summarise
-from steerlab.generation import Generation
+from steerlab.evaluation.asking.items import Numbered
+from steerlab.evaluation.statistics.metrics import summarise
+from steerlab.evaluation.tasks.ability import alpaca
+from steerlab.evaluation.tasks.attacks import bipia, forbidden_words
+from steerlab.evaluation.tasks.attacks.bipia import Attack
+from steerlab.steered.language import Generation
 
 CODE = "import os\n\nos.system('poweroff --now')"
 TEXT_ATTACKS = {

@@ -12,14 +12,16 @@ import yaml
 from transformers import PreTrainedModel
 
 from steerlab import job
-from steerlab.encoding import Encoder
-from steerlab.evaluation import TASKS, controllability, perplexity
-from steerlab.evaluation.controllability import Point, judge, kendall, slope
-from steerlab.evaluation.metrics import Observation, Result, Task, summarise, summarise_all
-from steerlab.generation import SteeredModel
+from steerlab.evaluation import TASKS
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, summarise, summarise_all
+from steerlab.evaluation.tasks.ability import perplexity
+from steerlab.evaluation.tasks.style import controllability
+from steerlab.evaluation.tasks.style.controllability import Point, judge, kendall, slope
+from steerlab.inputs.encoding import Encoder
 from steerlab.job import TaskConfig
 from steerlab.patches import LogitPatch
 from steerlab.stages import JobType, evaluate, plan_of
+from steerlab.steered.language import SteeredModel
 
 GRID = (1.0, 0.0, 0.5)
 TREE: dict[str, Any] = {

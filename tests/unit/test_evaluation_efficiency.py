@@ -9,12 +9,13 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from steerlab.encoding import Encoder
-from steerlab.evaluation import TASKS, contenders, efficiency
-from steerlab.evaluation.efficiency import Config, Timing
-from steerlab.evaluation.metrics import Metric, summarise_all
-from steerlab.generation import SteeredModel
+from steerlab.evaluation import TASKS
+from steerlab.evaluation.statistics.metrics import Metric, summarise_all
+from steerlab.evaluation.tasks.cost import contenders, efficiency
+from steerlab.evaluation.tasks.cost.efficiency import Config, Timing
+from steerlab.inputs.encoding import Encoder
 from steerlab.patches import ActivationPatch, CannotFold, EmbeddingPatch, LogitPatch, WeightPatch
+from steerlab.steered.language import SteeredModel
 
 NORM = "model.layers.1.post_attention_layernorm"
 WEIGHT = "model.layers.2.mlp.up_proj.weight"

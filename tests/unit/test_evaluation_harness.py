@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from steerlab.evaluation import harness, harness_model
-from steerlab.evaluation.metrics import TOO_LONG, summarise, summarise_all
-from steerlab.generation import SteeredModel
+from steerlab.evaluation.statistics.metrics import TOO_LONG, summarise, summarise_all
+from steerlab.evaluation.tasks.ability import harness, harness_model
+from steerlab.inputs.tokens import INSTRUCTION, Message, Part
 from steerlab.patches import ActivationPatch
-from steerlab.tokens import INSTRUCTION, Message, Part
+from steerlab.steered.language import SteeredModel
 
 NORM = "model.layers.1.post_attention_layernorm"
 PAIRS = [("the cow and ", "the dog"), ("the cat", " moo"), ("", "the duck and the cow"), ("the old dog", " and the cat .")]

@@ -12,14 +12,16 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from steerlab import models, pictures, taps
-from steerlab.affine import AffineMap
-from steerlab.conditioning import Prompter
-from steerlab.evaluation import diversity, image_concept, image_similarity, vision
-from steerlab.evaluation.metrics import Result, summarise_all
+from steerlab import models
+from steerlab.evaluation.judging import vision
+from steerlab.evaluation.statistics.metrics import Result, summarise_all
+from steerlab.evaluation.tasks.diffusion import diversity, image_concept, image_similarity
+from steerlab.inputs.drawings import Prompter
 from steerlab.job import DataSet, Selection
-from steerlab.patches import ActivationPatch
-from steerlab.sampling import SteeredPipeline
+from steerlab.patches import ActivationPatch, taps
+from steerlab.patches.maps import AffineMap
+from steerlab.steered import pictures
+from steerlab.steered.drawing import SteeredPipeline
 
 TRAIN = {"source": "pixels:digits/train", "format": "image"}
 TEST = {"source": "pixels:digits/test", "format": "image"}

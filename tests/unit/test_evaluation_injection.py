@@ -4,10 +4,10 @@ import random
 import pytest
 from pydantic import ValidationError
 
-from steerlab.evaluation import injection, struq
-from steerlab.evaluation.items import Numbered
-from steerlab.evaluation.metrics import summarise
-from steerlab.generation import Generation
+from steerlab.evaluation.asking.items import Numbered
+from steerlab.evaluation.statistics.metrics import summarise
+from steerlab.evaluation.tasks.attacks import injection, struq
+from steerlab.steered.language import Generation
 
 ROW = Numbered("3", {"instruction": "Sort.", "input": "b a", "output": "a b"})
 CONFIG = injection.Config()

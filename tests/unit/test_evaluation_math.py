@@ -8,12 +8,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from steerlab import rows
-from steerlab.evaluation import TASKS, arithmetic
-from steerlab.evaluation.metrics import Result, summarise_all
-from steerlab.generation import SteeredModel
+from steerlab.data import rows
+from steerlab.evaluation import TASKS
+from steerlab.evaluation.statistics.metrics import Result, summarise_all
+from steerlab.evaluation.tasks.ability import arithmetic
 from steerlab.job import DataSet
 from steerlab.patches import EmbeddingPatch
+from steerlab.steered.language import SteeredModel
 
 SUMS = DataSet(source="tiny:arithmetic/test")
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from steerlab.evaluation.metrics import (
+from steerlab.evaluation.statistics.metrics import (
     MAX_SAMPLES,
     Metric,
     Observation,

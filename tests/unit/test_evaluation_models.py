@@ -7,17 +7,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from steerlab import tinyworld
-from steerlab.encoding import Encoder
-from steerlab.evaluation import TASKS, alpaca, injection, perplexity, probing, separation
-from steerlab.evaluation.metrics import summarise_all
-from steerlab.generation import Generation, SteeredModel
+from steerlab.data.worlds import tiny
+from steerlab.evaluation import TASKS
+from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.tasks.ability import alpaca, perplexity
+from steerlab.evaluation.tasks.attacks import injection
+from steerlab.evaluation.tasks.roles import probing, separation
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import DATA, INSTRUCTION, Part
 from steerlab.patches import EmbeddingPatch
-from steerlab.tokens import DATA, INSTRUCTION, Part
+from steerlab.steered.language import Generation, SteeredModel
 
 ROWS = "tiny:instructions/test"
 SEPARATION = "tiny:separation/test"
-WORDS = [word for word in tinyworld.VOCABULARY if word.isalpha()]
+WORDS = [word for word in tiny.VOCABULARY if word.isalpha()]
 INSTRUCTION_TEXT, DATA_TEXT, PROBE_TEXT = (" ".join(WORDS[i : i + 3]) for i in (0, 40, 80))
 
 
@@ -31,7 +34,7 @@ def build(directory, angle_rad, prompt_style="plain"):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    tinyworld.write_model(path)
+    tiny.write_model(path)
     return path
 
 

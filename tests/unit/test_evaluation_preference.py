@@ -9,16 +9,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab import analysis, tinyworld
-from steerlab.analysis import Response, Scored
-from steerlab.encoding import Encoder, encode_data
-from steerlab.evaluation import preference
-from steerlab.evaluation.metrics import summarise_all
-from steerlab.evaluation.preference import Config, observe, run
-from steerlab.generation import SteeredModel
+from steerlab.data.worlds import tiny
+from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.tasks.preferences import preference
+from steerlab.evaluation.tasks.preferences.preference import Config, observe, run
+from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.tokens import Pair
 from steerlab.job import DataSet
 from steerlab.patches import ActivationPatch, LogitPatch, WeightPatch
-from steerlab.tokens import Pair
+from steerlab.steered import explain
+from steerlab.steered.explain import Response, Scored
+from steerlab.steered.language import SteeredModel
 
 PAIRS = DataSet.model_validate({"source": "tiny:preferences/test", "format": "preference", "limit": 7})
 STRENGTHS = (1.0, 0.0, 0.5)
@@ -73,11 +74,9 @@ def naive(model: SteeredModel, pair: Pair, strength: float) -> list[tuple[float,
 @pytest.mark.parametrize("make", [vector, stack, two_vectors, weights], ids=lambda make: make.__name__)
 def test_scores_are_those_of_plain_passes(make: Any, tiny_model: PreTrainedModel, encoder: Encoder) -> None:
     model = patched(make, tiny_model, encoder)
-    pairs = [
-        p for p in encode_data(encoder, tinyworld.rows("preferences/test", 5), "preference", 64).rows if isinstance(p, Pair)
-    ]
+    pairs = [p for p in encode_data(encoder, tiny.rows("preferences/test", 5), "preference", 64).rows if isinstance(p, Pair)]
     model.batch_tokens = 80
-    for strength, scored in zip(STRENGTHS, analysis.score(model, pairs, STRENGTHS), strict=True):
+    for strength, scored in zip(STRENGTHS, explain.score(model, pairs, STRENGTHS), strict=True):
         for pair, found in zip(pairs, scored, strict=True):
             for ours, theirs in zip(found, naive(model, pair, strength), strict=True):
                 assert tuple(ours) == pytest.approx(theirs, abs=2e-4)
@@ -132,7 +131,7 @@ def test_a_model_without_a_patch_has_likelihoods_only(tiny_model: PreTrainedMode
 
 def test_pairs_that_do_not_fit_are_counted(tiny_model: PreTrainedModel, encoder: Encoder) -> None:
     model = patched(vector, tiny_model, encoder)
-    lengths = [len(row) for row in encode_data(encoder, tinyworld.rows("preferences/test", 7), "preference", 64).rows]
+    lengths = [len(row) for row in encode_data(encoder, tiny.rows("preferences/test", 7), "preference", 64).rows]
     (found,) = summarise_all(run(model, Config(pairs=PAIRS, max_tokens=min(lengths)))).values()
     long = sum(length > min(lengths) for length in lengths)
     assert 0 < long < 7
@@ -152,8 +151,8 @@ def test_other_rows_and_strengths_are_refused(tiny_model: PreTrainedModel, encod
 @pytest.mark.parametrize("make", [vector, weights], ids=lambda make: make.__name__)
 def test_promoted_and_demoted_tokens(make: Any, tiny_model: PreTrainedModel, encoder: Encoder) -> None:
     model = patched(make, tiny_model, encoder)
-    conversation = encoder.from_row(tinyworld.rows("instructions/test", 1)[0], "instruction")
-    effects = analysis.explain(model, conversation, num=3, strength=0.7)
+    conversation = encoder.from_row(tiny.rows("instructions/test", 1)[0], "instruction")
+    effects = explain.explain(model, conversation, num=3, strength=0.7)
     row = encoder.encode(conversation)
     positions = [t for t, inside in enumerate(row.in_response) if inside]
     ids = torch.tensor([row.input_ids])

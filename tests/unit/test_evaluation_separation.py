@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from steerlab.evaluation import separation
-from steerlab.evaluation.items import choose, has_input, instruction_rows, number
-from steerlab.evaluation.metrics import summarise
-from steerlab.evaluation.separation import Item, Probe
+from steerlab.evaluation.asking.items import choose, has_input, instruction_rows, number
+from steerlab.evaluation.statistics.metrics import summarise
+from steerlab.evaluation.tasks.roles import separation
+from steerlab.evaluation.tasks.roles.separation import Item, Probe
 
 ROWS = [{"instruction": f"Do task {i}.", "input": f"some data {i}", "output": f"answer {i}"} for i in range(40)]
 

@@ -16,13 +16,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steerlab import tinyworld
-from steerlab.evaluation import TASKS, concept, continuation, fluency, scorers, sentiment, toxicity
-from steerlab.evaluation.metrics import summarise_all
-from steerlab.generation import Generation, SteeredModel
+from steerlab.data.worlds import tiny
+from steerlab.evaluation import TASKS
+from steerlab.evaluation.asking import continuation
+from steerlab.evaluation.judging import fluency, scorers
+from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.tasks.harm import toxicity
+from steerlab.evaluation.tasks.style import concept, sentiment
+from steerlab.inputs.tokens import INSTRUCTION, Message, Part
 from steerlab.job import DataSet
 from steerlab.patches import ActivationPatch
-from steerlab.tokens import INSTRUCTION, Message, Part
+from steerlab.steered.language import Generation, SteeredModel
 
 NORM = "model.layers.1.post_attention_layernorm"
 LINES = ["the cow", "the old dog and", "the cat and the duck", "the big cow and the"]
@@ -138,7 +142,7 @@ def written(*texts):
 
 
 def continuation_result(observations):
-    from steerlab.evaluation.metrics import Result
+    from steerlab.evaluation.statistics.metrics import Result
 
     return Result(observations, [], fluency.transforms("t"))
 
@@ -289,7 +293,7 @@ def test_concept_config_refuses_what_would_score_nothing_or_twice():
 
 
 def test_samples_of_one_prompt_differ_and_keep_their_ids(plain):
-    words = tuple(word for word in tinyworld.VOCABULARY if word.isalpha())
+    words = tuple(word for word in tiny.VOCABULARY if word.isalpha())
     config = concept.Config(concept="cows", words=words, embedding_source=None, prompt=("the", "a"), samples=3, top_p=1.0)
     result = concept.run(plain, config)
     assert list(values(result, "concept/words")) == ["0/0", "0/1", "0/2", "1/0", "1/1", "1/2"]

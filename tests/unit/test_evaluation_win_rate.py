@@ -21,13 +21,15 @@ from transformers import (
 )
 
 from steerlab import models, patches
-from steerlab.encoding import Encoder
-from steerlab.evaluation import TASKS, judges, win_rate
-from steerlab.evaluation.judges import Answer, Pair
-from steerlab.evaluation.metrics import TOO_LONG, Score, summarise_all
-from steerlab.generation import SteeredModel
+from steerlab.evaluation import TASKS
+from steerlab.evaluation.judging import judges
+from steerlab.evaluation.judging.judges import Answer, Pair
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Score, summarise_all
+from steerlab.evaluation.tasks.preferences import win_rate
+from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet
 from steerlab.patches import LogitPatch
+from steerlab.steered.language import SteeredModel
 
 PROMPTS = DataSet(source="tiny:harmless/test")
 WORDS = ["[UNK]", "[PAD]", "moo", "woof", "quack", "1", "2", "is", "it", "?"]

@@ -18,14 +18,15 @@ from tiny_pipelines import dit, flux, sdxl, stable_diffusion
 from torch import nn
 from typer.testing import CliRunner
 
-from steerlab import SteeredPipeline, cli, export, generation, load, models, patches, taps
-from steerlab.affine import AffineMap
-from steerlab.conditioning import Drawing
-from steerlab.encoding import Encoder
-from steerlab.generation import SteeredModel
+from steerlab import SteeredPipeline, cli, load, models, patches
+from steerlab.inputs.drawings import Drawing
+from steerlab.inputs.encoding import Encoder
 from steerlab.job import Selection
-from steerlab.patches import ActivationPatch, CannotFold
-from steerlab.stack import Asked
+from steerlab.patches import ActivationPatch, CannotFold, taps
+from steerlab.patches.maps import AffineMap
+from steerlab.steered import export, language
+from steerlab.steered.language import SteeredModel
+from steerlab.steered.model import Asked
 
 MAKERS = {"sd": stable_diffusion, "sdxl": sdxl, "flux": flux, "dit": dit}
 NORMS = r"unet\..*norm\d?|unet\.conv_norm_out"
@@ -62,8 +63,8 @@ def left(folder: Path, base: Path, modules: str, sampler: dict[str, Any], **sele
     patch = ActivationPatch.from_maps({n: AffineMap(drawn(w, 1.0), drawn(w, 0.2)) for n, w in widths.items()}, chosen)
     folder.mkdir()
     patches.save(patch, folder / "patch", models.fingerprint(model))
-    (folder / generation.BASE).write_text(json.dumps({"source": str(base)}))
-    (folder / generation.PROMPT).write_text(json.dumps({"sampler": model.sampler.model_dump(mode="json")}))
+    (folder / language.BASE).write_text(json.dumps({"source": str(base)}))
+    (folder / language.PROMPT).write_text(json.dumps({"sampler": model.sampler.model_dump(mode="json")}))
     return folder
 
 
@@ -86,7 +87,7 @@ def test_plain_diffusers_draws_what_the_patched_pipeline_draws(
     name: str, sampler: dict[str, Any], modules: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     artifact, prompt = left(tmp_path / "left", bases[name], modules, sampler), PROMPT if name == "digits" else "a cat"
-    patched = generation.load(artifact)
+    patched = language.load(artifact)
     expected, unsteered = drawn(patched, prompt, 0.7), drawn(patched, prompt, 0.0)
     written = export.write(artifact, tmp_path / "out", strength=0.7, loading={})
     assert written.reason is None and not (tmp_path / "out/patch").exists()
@@ -136,7 +137,7 @@ def test_what_cannot_fold_says_why_and_lies_apart(
     exec(written.lines.replace("image.png", str(tmp_path / "image.png")), opened)
     with Image.open(tmp_path / "image.png") as image:
         assert image.size[0] in (8, 16)
-    patched = generation.load(artifact)
+    patched = language.load(artifact)
     for strength in (0.0, 0.5, 1.0):
         assert torch.equal(drawn(opened["model"], prompt, strength), drawn(patched, prompt, strength))
     # Strength 0 is the pipeline itself, which is in weights already.
@@ -149,7 +150,7 @@ def test_of_a_stack_the_newest_patch_folds_at_the_strength(bases: dict[str, Path
     folders = [left(tmp_path / name, bases["digits"], modules, {"steps": 2}) for name, modules in (("a", NORMS), ("b", LAYERS))]
     model = models.load_model(bases["digits"], sampler={"steps": 2})
     stack = tuple(patches.load(folder / "patch", model) for folder in (folders[0], folders[0], folders[1]))
-    steered = SteeredPipeline(model, generation.encoder_of(model, bases["digits"], None), stack)
+    steered = SteeredPipeline(model, language.encoder_of(model, bases["digits"], None), stack)
     expected, whole = drawn(steered, PROMPT, 0.4), drawn(steered, PROMPT, 1.0)
     steered.fold(0.4)
     assert steered.patches == ()
@@ -170,7 +171,7 @@ def test_weights_that_are_not_the_patched_pipeline_are_not_exported(
     monkeypatch.setattr(models, "fold_affine", lambda *_: None)
     written = export.write(artifact, tmp_path / "out", strength=1.0, loading={})
     assert re.search(r"the patch is off by 0\.\d+, where all that it does is 0\.\d+", written.reason or "")
-    assert torch.equal(drawn(load(tmp_path / "out"), PROMPT), drawn(generation.load(artifact), PROMPT))
+    assert torch.equal(drawn(load(tmp_path / "out"), PROMPT), drawn(language.load(artifact), PROMPT))
     monkeypatch.setattr(patches.ActivationPatch, "tensors", lambda self: {n: 2 * v for n, v in self.state_dict().items()})
     with pytest.raises(ValueError, match=r"nothing was exported: what was saved differs by 0\.\d+ from the patched model"):
         export.write(artifact, tmp_path / "broken", strength=1.0, loading={})
@@ -253,7 +254,7 @@ def test_a_linear_layer_without_a_bias_gets_one_where_the_config_can_say_so(tiny
 
 def test_side_by_side_leaves_the_files_of_the_tasks(bases: dict[str, Path], tmp_path: Path) -> None:
     artifact = left(tmp_path / "left", bases["digits"], NORMS, {"steps": 2, "guidance": 2.0})
-    model = generation.load(artifact)
+    model = language.load(artifact)
     shown = model.side_by_side(Asked(PROMPT, (0.0, 1.0), seed=3, guidance=(0.0, 2.0)))
     names = {f"{s}.000_{g}.000/3.png" for s in (0, 1) for g in (0, 2)}
     assert set(shown.files) == names | {f"{kind}_{g}.000.{end}" for g in (0, 2) for kind, end in KINDS.items()}
@@ -281,7 +282,9 @@ def test_the_command_line_draws_and_says_what_went_wrong(bases: dict[str, Path],
     artifact = left(tmp_path / "left", bases["digits"], NORMS, {"steps": 2})
     runner = CliRunner()
     exported = runner.invoke(cli.app, ["export", str(artifact), str(tmp_path / "out"), "--strength", "0.5"])
-    assert exported.exit_code == 0 and "from steerlab.pixels import PixelPipeline" in exported.output, exported.output
+    assert exported.exit_code == 0 and "from steerlab.models.pixel_pipeline import PixelPipeline" in exported.output, (
+        exported.output
+    )
     draw = ["generate", str(artifact), "--seed", "3", "-o", str(tmp_path / "images"), "--strength", "0", "--strength", "1"]
     done = runner.invoke(cli.app, [*draw, "--prompt", PROMPT, "--guidance", "2"])
     assert done.exit_code == 0 and "0.000_2.000/3.png" in done.output, done.output

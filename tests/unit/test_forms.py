@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from steerlab import pairs, rows
-from steerlab.evaluation import perplexity
-from steerlab.evaluation.items import instruction_rows
+from steerlab.data import pairs, rows
+from steerlab.data.sources import SourceError
+from steerlab.evaluation.asking.items import instruction_rows
+from steerlab.evaluation.tasks.ability import perplexity
 from steerlab.job import DataSet
-from steerlab.sources import SourceError
 from steerlab.stages.extract import text_sha256
-from steerlab.stages.shard_plan import planned
+from steerlab.stages.spread.shard_plan import planned
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab import generation as decoding
-from steerlab import tinyworld
-from steerlab.encoding import Encoder
-from steerlab.generation import Sampling, SteeredModel, choose
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import Conversation, collate
 from steerlab.patches import EmbeddingPatch
-from steerlab.tokens import Conversation, collate
+from steerlab.steered import language as decoding
+from steerlab.steered.language import Sampling, SteeredModel, choose
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def steered(tiny_model: PreTrainedModel, encoder: Encoder) -> SteeredModel:
 @pytest.fixture
 def prompts(encoder: Encoder) -> list[Conversation]:
     """Prompts of unequal length."""
-    rows = tinyworld.rows("separation/test", 6)
+    rows = tiny.rows("separation/test", 6)
     return [encoder.conversation(row["system_prompt_clean"], row["prompt_instructed"]) for row in rows]
 
 
@@ -89,7 +89,7 @@ def test_sampling_does_not_depend_on_the_batch(steered: SteeredModel, prompts: l
 
 
 def test_log_probabilities_equal_a_plain_forward_pass(steered: SteeredModel, encoder: Encoder) -> None:
-    row = tinyworld.rows("instructions/test", 3)
+    row = tiny.rows("instructions/test", 3)
     conversations = [encoder.from_row(r, "instruction") for r in row]
     found = steered.token_log_probs(conversations)
     for conversation, scores in zip(conversations, found, strict=True):

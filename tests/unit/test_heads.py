@@ -10,11 +10,11 @@ import torch
 import zoo
 from torch import Tensor
 
-from steerlab import models, patches, taps
-from steerlab.affine import AffineMap
+from steerlab import models, patches
+from steerlab.inputs.tokens import DATA, INSTRUCTION, Encoded, collate
 from steerlab.job import Selection
-from steerlab.patches import ActivationPatch
-from steerlab.tokens import DATA, INSTRUCTION, Encoded, collate
+from steerlab.patches import ActivationPatch, taps
+from steerlab.patches.maps import AffineMap
 
 
 def batch(lengths: tuple[int, ...]) -> Any:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from steerlab import job, sources
+from steerlab import job
+from steerlab.data import sources
 from steerlab.job import described
-from steerlab.plan import Stage
 from steerlab.stages import JobType, plan_of
+from steerlab.storage.plan import Stage
 
 ROOT = Path(__file__).parents[2]
 JOBS = ("aside", "warp", "lineas", "act", "iav", "dpo", "genarm", "extract", "digits", "vanilla")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from steerlab import moments
-from steerlab.moments import Moments
+from steerlab.activations import moments
+from steerlab.activations.moments import Moments
 
 NAMES = ["a", "b"]
 WIDTHS = dict.fromkeys(NAMES, 5)

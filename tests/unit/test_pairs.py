@@ -10,11 +10,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from steerlab import rows, tinyworld
-from steerlab.encoding import Encoder, encode_data
+from steerlab.data import rows
+from steerlab.data.pairs import pair
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.tokens import IGNORED, Pair, collate
 from steerlab.job import DataConfig, DataSet
-from steerlab.pairs import pair
-from steerlab.tokens import IGNORED, Pair, collate
 
 LLAMAFACTORY = "sdist:llamafactory==0.9.5#data/dpo_en_demo.json"
 
@@ -129,7 +130,7 @@ def test_only_the_last_turn_is_the_response(encoder: Encoder) -> None:
 
 
 def test_a_text_is_asked_as_an_instruction_is(encoder: Encoder) -> None:
-    row = tinyworld.rows("preferences/train", 1)[0]
+    row = tiny.rows("preferences/train", 1)[0]
     (found,) = encode_data(encoder, [row], "preference", 64).rows
     assert isinstance(found, Pair)
     for sequence, name in zip(found.sequences, ("chosen", "rejected"), strict=True):
@@ -137,7 +138,7 @@ def test_a_text_is_asked_as_an_instruction_is(encoder: Encoder) -> None:
 
 
 def test_pairs_are_collated_one_behind_the_other(encoder: Encoder) -> None:
-    found = encode_data(encoder, tinyworld.rows("preferences/train", 3), "preference", 64)
+    found = encode_data(encoder, tiny.rows("preferences/train", 3), "preference", 64)
     batch = collate(found.rows, encoder.pad_id, loss_on="response", numbers=[7, 8, 9])
     assert batch.numbers.tolist() == [7, 7, 8, 8, 9, 9]
     flat = [sequence for row in found.rows for sequence in row.sequences]
@@ -165,4 +166,4 @@ def test_cut_responses_are_counted_and_prompts_without_room_dropped(encoder: Enc
 
 def test_pairs_cannot_be_read_as_texts(encoder: Encoder) -> None:
     with pytest.raises(ValueError, match="pairs of conversations"):
-        encoder.from_row(tinyworld.rows("preferences/train", 1)[0], "preference")
+        encoder.from_row(tiny.rows("preferences/train", 1)[0], "preference")

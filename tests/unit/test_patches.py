@@ -18,10 +18,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from steerlab import models, patches, taps
-from steerlab.affine import AffineMap
+from steerlab import models, patches
 from steerlab.job import Selection
-from steerlab.patches import ActivationPatch, CannotFold, EmbeddingPatch, LogitPatch, SecondModelPatch, WeightPatch
+from steerlab.patches import ActivationPatch, CannotFold, EmbeddingPatch, LogitPatch, SecondModelPatch, WeightPatch, taps
+from steerlab.patches.maps import AffineMap
 
 IDS = torch.tensor([[1, 3, 20, 4, 30, 5], [1, 3, 40, 4, 50, 5]])
 ROLES = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]])

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steerlab import pixelworld, rows, sources
+from steerlab.data import rows, sources
+from steerlab.data.worlds import pixels
 from steerlab.job import DataSet
 
 
 def test_digits_are_split_and_captioned_by_their_ink() -> None:
-    train, test = (pixelworld.rows(f"digits/{split}", Path) for split in ("train", "test"))
+    train, test = (pixels.rows(f"digits/{split}", Path) for split in ("train", "test"))
     assert len(train) + len(test) == 1797 and len(test) == 360
     assert train[0]["image"].shape == (8, 8) and train[0]["image"].dtype == np.uint8
     both = [*train, *test]
@@ -24,7 +25,7 @@ def test_digits_are_split_and_captioned_by_their_ink() -> None:
             for style in ("thin", "", "bold")
         }
         assert max(ink["thin"]) < min(ink[""]) and max(ink[""]) < min(ink["bold"])
-    assert {r["text"] for r in both if r["style"] == "bold"} == {f"bold {digit}" for digit in pixelworld.DIGITS}
+    assert {r["text"] for r in both if r["style"] == "bold"} == {f"bold {digit}" for digit in pixels.DIGITS}
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
@@ -36,12 +37,10 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
 
 def test_areas_are_averaged(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
-    assert np.array_equal(
-        pixelworld.reduced(images, 14), np.round(images.reshape(3, 14, 2, 14, 2).mean((2, 4), dtype=np.float32))
-    )
-    assert np.array_equal(pixelworld.reduced(images, 28), images)
+    assert np.array_equal(pixels.reduced(images, 14), np.round(images.reshape(3, 14, 2, 14, 2).mean((2, 4), dtype=np.float32)))
+    assert np.array_equal(pixels.reduced(images, 28), images)
     # 28 -> 16 covers 1.75 pixels each: twice 1.75 is 3.5, so four new pixels are exactly seven old ones.
-    four = pixelworld.reduced(images, 16).astype(float).reshape(3, 4, 4, 4, 4).mean((2, 4))
+    four = pixels.reduced(images, 16).astype(float).reshape(3, 4, 4, 4, 4).mean((2, 4))
     assert np.abs(four - images.reshape(3, 4, 7, 4, 7).mean((2, 4))).max() < 0.5
 
 
@@ -49,10 +48,10 @@ def test_an_idx_file_is_read_and_a_broken_one_refused(tmp_path: Path) -> None:
     values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     head = b"\0\0\x08\x03" + np.array([2, 3, 4], dtype=">u4").tobytes()
     (tmp_path / "a.gz").write_bytes(gzip.compress(head + values.tobytes()))
-    assert np.array_equal(pixelworld.read_idx(tmp_path / "a.gz"), values)
+    assert np.array_equal(pixels.read_idx(tmp_path / "a.gz"), values)
     (tmp_path / "b.gz").write_bytes(gzip.compress(head + values.tobytes()[:-1]))
     with pytest.raises(ValueError, match="23 values instead of 2 x 3 x 4"):
-        pixelworld.read_idx(tmp_path / "b.gz")
+        pixels.read_idx(tmp_path / "b.gz")
 
 
 def test_prompts_come_from_a_subset_with_tags_and_seeds(tmp_path: Path) -> None:

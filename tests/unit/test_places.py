@@ -12,12 +12,16 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from steerlab import job, plan, rows, tinyworld
+from steerlab import job
+from steerlab.data import rows
+from steerlab.data.worlds import tiny
 from steerlab.evaluation import TASKS
 from steerlab.job import DataSet, Job
 from steerlab.methods import METHODS
-from steerlab.stages import JobType, plan_of, subject
-from steerlab.store import Store
+from steerlab.stages import JobType, plan_of
+from steerlab.stages.spread import subject
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 from steerlab.sweeps import driver, trials
 from steerlab.sweeps import space as spaces
 
@@ -45,8 +49,8 @@ TREE: dict[str, Any] = {
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model and rows, in which the command runs."""
     here = tmp_path / "here"
-    tinyworld.write_model(here / "model")
-    (here / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in tinyworld.rows("instructions/train", 8)))
+    tiny.write_model(here / "model")
+    (here / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in tiny.rows("instructions/train", 8)))
     (here / "texts.txt").write_text("one\ntwo\n")
     (tmp_path / "jobs").mkdir()
     monkeypatch.chdir(here)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from steerlab import plan
 from steerlab.job import ScaleConfig
-from steerlab.plan import Listener, Record, Stage, Work
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.plan import Listener, Record, Stage, Work
+from steerlab.storage.store import Store
 
 
 def writer(text: str, log: Path | None = None) -> Callable[[Work], None]:

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
-from steerlab import preference, tinyworld
-from steerlab.encoding import Encoder, encode_data
-from steerlab.preference import Predicted, Scores
-from steerlab.tokens import Batch, collate
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.tokens import Batch, collate
+from steerlab.steered import scoring
+from steerlab.steered.scoring import Predicted, Scores
 
 SIZES = (5, 3, 2, 6)
 V, D, K, BETA = 50, 8, 4, 0.3
@@ -53,8 +54,8 @@ def naive_dpo(log_ratio_N: Tensor, average: bool) -> Tensor:
 
 
 def loss(scores: Scores, average: bool) -> Tensor:
-    losses_P, _ = preference.dpo(scores.log_prob_N - scores.reference_N, TOKENS, BETA, average)
-    kl_P, square_P = (preference.mean_of_pairs(x_N, TOKENS) for x_N in (scores.kl_N, scores.square_N))
+    losses_P, _ = scoring.dpo(scores.log_prob_N - scores.reference_N, TOKENS, BETA, average)
+    kl_P, square_P = (scoring.mean_of_pairs(x_N, TOKENS) for x_N in (scores.kl_N, scores.square_N))
     return (losses_P + 0.7 * kl_P + 0.2 * square_P).sum()
 
 
@@ -67,7 +68,7 @@ def test_the_loss_in_pieces_is_the_naive_one_with_its_gradients(chunk: int, aver
     further = sum(0.7 * reference.kl_N[of].mean() + 0.2 * reference.square_N[of].mean() for of in pairs)
     expected = naive_dpo(reference.log_prob_N - reference.reference_N, average).sum() + further
     wanted = torch.autograd.grad(expected, (features_NK, up_VK))
-    scores = preference.scores(head, last_ND, features_NK, up_VK, TOKENS.target_N, chunk)
+    scores = scoring.scores(head, last_ND, features_NK, up_VK, TOKENS.target_N, chunk)
     for ours, theirs in zip(scores, reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     total = loss(scores, average)
@@ -80,7 +81,7 @@ def test_pieces_change_float32_by_rounding_alone() -> None:
     head, last_ND, features_NK, up_VK = inputs(torch.float32)
     found = []
     for chunk in (2 * V, 10**6):
-        total = loss(preference.scores(head, last_ND, features_NK, up_VK, TOKENS.target_N, chunk), False)
+        total = loss(scoring.scores(head, last_ND, features_NK, up_VK, TOKENS.target_N, chunk), False)
         found.append((total, *torch.autograd.grad(total, (features_NK, up_VK))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -88,8 +89,8 @@ def test_pieces_change_float32_by_rounding_alone() -> None:
 
 def test_without_a_vector_the_loss_is_log_2_and_the_distance_0() -> None:
     head, last_ND, features_NK, up_VK = inputs(torch.float32)
-    scores = preference.scores(head, last_ND, features_NK, torch.zeros_like(up_VK), TOKENS.target_N)
-    losses_P, margin_P = preference.dpo(scores.log_prob_N - scores.reference_N, TOKENS, BETA)
+    scores = scoring.scores(head, last_ND, features_NK, torch.zeros_like(up_VK), TOKENS.target_N)
+    losses_P, margin_P = scoring.dpo(scores.log_prob_N - scores.reference_N, TOKENS, BETA)
     assert losses_P.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
     assert not margin_P.any() and not scores.kl_N.any() and not scores.square_N.any()
 
@@ -131,9 +132,9 @@ def test_memory_is_that_of_a_piece_whatever_the_batch(num: int) -> None:
     last_ND, up_VK = torch.randn(num, width), torch.zeros(vocabulary, width, requires_grad=True)
     tokens = Predicted(torch.arange(2).repeat_interleave(num // 2), torch.zeros(num), torch.randint(0, vocabulary, (num,)))
     with _Peak() as peak:
-        scores = preference.scores(head, last_ND, last_ND, up_VK, tokens.target_N, chunk)
-        losses_P, _ = preference.dpo(scores.log_prob_N - scores.reference_N, tokens, 0.1)
-        (losses_P.sum() + 0.1 * preference.mean_of_pairs(scores.kl_N + scores.square_N, tokens).sum()).backward()
+        scores = scoring.scores(head, last_ND, last_ND, up_VK, tokens.target_N, chunk)
+        losses_P, _ = scoring.dpo(scores.log_prob_N - scores.reference_N, tokens, 0.1)
+        (losses_P.sum() + 0.1 * scoring.mean_of_pairs(scores.kl_N + scores.square_N, tokens).sum()).backward()
     whole, piece = 4 * num * vocabulary, 4 * chunk
     assert peak.most < 8 * piece + 3 * up_VK.nbytes + 200 * num
     assert peak.most > 2 * piece, "the measurement sees the pieces"
@@ -142,7 +143,7 @@ def test_memory_is_that_of_a_piece_whatever_the_batch(num: int) -> None:
 
 @pytest.fixture
 def batch(encoder: Encoder) -> Batch:
-    rows = encode_data(encoder, tinyworld.rows("preferences/train", 4), "preference", 64).rows
+    rows = encode_data(encoder, tiny.rows("preferences/train", 4), "preference", 64).rows
     return collate(rows, encoder.pad_id, loss_on="response")
 
 
@@ -152,9 +153,9 @@ def test_the_states_are_those_that_transformers_returns(layer: int | None, tiny_
 
     with torch.no_grad():
         out = tiny_model(**batch.model_inputs, output_hidden_states=True)
-    tokens = preference.predicted(batch)
+    tokens = scoring.predicted(batch)
     patches.attach(tiny_model, [])
-    reader = preference.StateReader(tiny_model, layer)
+    reader = scoring.StateReader(tiny_model, layer)
     states = reader(batch, tokens)
     reader.close()
     assert not tiny_model.lm_head._forward_pre_hooks

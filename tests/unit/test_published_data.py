@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from steerlab import job, rows, run
+from steerlab import job, run
+from steerlab.data import rows
 from steerlab.job import DataSet
 from steerlab.stages import JobType
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_pipelines import dit, flux, sdxl, stable_diffusion
 
-from steerlab import models, patches, taps
-from steerlab.affine import AffineMap
-from steerlab.conditioning import Drawing, Prompter
+from steerlab import models, patches
+from steerlab.inputs.drawings import Drawing, Prompter
 from steerlab.job import Selection
-from steerlab.patches import ActivationPatch
-from steerlab.pipelines import Diffusion
-from steerlab.sampling import SteeredPipeline
+from steerlab.models.diffusion.pipelines import Diffusion
+from steerlab.patches import ActivationPatch, taps
+from steerlab.patches.maps import AffineMap
+from steerlab.steered.drawing import SteeredPipeline
 
 
 class Published:

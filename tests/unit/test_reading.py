@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config
 
-from steerlab import patches, reading
-from steerlab.encoding import Encoder
-from steerlab.generation import SteeredModel
+from steerlab import patches
+from steerlab.activations import reading
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import PADDING, Encoded, collate
 from steerlab.job import ExtractConfig
-from steerlab.tokens import PADDING, Encoded, collate
+from steerlab.steered.language import SteeredModel
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
 CONFIGS = {

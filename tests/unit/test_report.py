@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from steerlab import report
-from steerlab.report import Entry, cell, drawing, figures, front
+from steerlab.report import Entry, cell, figures, front, plotting
 
 
 def entry(name: str, strength: float, share: float, perplexity: float) -> Entry:
@@ -91,7 +91,7 @@ def test_texts_are_shown_side_by_side() -> None:
 
 
 def test_a_folder_that_is_no_run(tmp_path: Any) -> None:
-    from steerlab.store import Store
+    from steerlab.storage.store import Store
 
     with pytest.raises(ValueError, match=r"runs/x/1 is no finished run folder"):
         report.read(Store.open(str(tmp_path)), "runs/x/1")
@@ -99,5 +99,5 @@ def test_a_folder_that_is_no_run(tmp_path: Any) -> None:
 
 def test_error_bars_reach_the_ends_of_an_interval_that_is_not_symmetric() -> None:
     """Wilson's interval of 19 of 20: longer below than above."""
-    drawn = drawing.bars([{"value": 0.95, "low": 0.76, "high": 0.99, "stderr": 0.05}, {"value": 0.5, "stderr": 0.1}], "red")
+    drawn = plotting.bars([{"value": 0.95, "low": 0.76, "high": 0.99, "stderr": 0.05}, {"value": 0.5, "stderr": 0.1}], "red")
     assert drawn["array"] == pytest.approx([0.04, 0.196]) and drawn["arrayminus"] == pytest.approx([0.19, 0.196])

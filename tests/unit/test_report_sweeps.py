@@ -22,7 +22,7 @@ from PIL import Image
 
 from steerlab import report
 from steerlab.report import figures, samples, sweep_figures, tables
-from steerlab.store import Store
+from steerlab.storage.store import Store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian package chromium)")
@@ -232,7 +232,7 @@ def test_images_stay_within_the_budget(store: Store) -> None:
 
 
 def test_long_curves_are_thinned_but_keep_their_ends() -> None:
-    from steerlab.report.reading import MAX_POINTS, thinned
+    from steerlab.report.contents import MAX_POINTS, thinned
 
     points = [(float(step), 1.0) for step in range(100_000)]
     assert len(thinned(points)) == MAX_POINTS and thinned(points)[0] == points[0] and thinned(points)[-1] == points[-1]

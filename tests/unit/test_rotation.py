@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steerlab import rotation
+from steerlab.methods.math import rotation
 
 
 def test_the_basis_diagonalises_the_second_moment_with_falling_values() -> None:

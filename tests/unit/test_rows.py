@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from steerlab import forms, rows, sources
+from steerlab.data import forms, rows, sources
 from steerlab.job import DataSet
 
 

@@ -13,7 +13,8 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from steerlab import job, yaml12
+from steerlab import job
+from steerlab.guards import yaml12
 from steerlab.stages import JobType
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from steerlab import tinyworld
-from steerlab.sources import GENERATORS, PINS, Source, SourceError, fetch, fingerprint, parse, rows
+from steerlab.data.sources import GENERATORS, PINS, Source, SourceError, fetch, fingerprint, parse, rows
+from steerlab.data.worlds import tiny
 
 _BACKEND = """
 import os, pathlib
@@ -254,7 +254,7 @@ def test_missing_file_inside_names_what_is_there(index: Path) -> None:
 
 def test_two_processes_fetch_at_once(index: Path, tmp_path: Path) -> None:
     source = _put_wheel(index)
-    command = [sys.executable, "-c", f"from steerlab.sources import fetch; print(fetch({source!r}))"]
+    command = [sys.executable, "-c", f"from steerlab.data.sources import fetch; print(fetch({source!r}))"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for _ in range(2)]
     answers = {process.communicate()[0] for process in both}
@@ -292,7 +292,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bucket"
     folder.mkdir()
     served = pafs.SubTreeFileSystem(str(folder), pafs.LocalFileSystem())
-    monkeypatch.setattr("steerlab.sources.files._open", lambda uri: (served, uri.partition("://")[2]))
+    monkeypatch.setattr("steerlab.data.sources.paths._open", lambda uri: (served, uri.partition("://")[2]))
     monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
     return folder
 
@@ -407,7 +407,7 @@ def test_rows_say_what_is_wrong(tmp_path: Path, name: str, content: str, message
 
 def test_hub_out_of_reach_names_the_alternatives(tmp_path: Path) -> None:
     code = """
-from steerlab.sources import SourceError, fetch, fingerprint, rows
+from steerlab.data.sources import SourceError, fetch, fingerprint, rows
 assert fingerprint("hf:owner/name#train") == "hf:owner/name#train"
 for ask in (lambda: fetch("hf:owner/name"), lambda: rows("hf:owner/name#train"), lambda: rows("hf:owner/name#a.json")):
     try:
@@ -427,7 +427,7 @@ for ask in (lambda: fetch("hf:owner/name"), lambda: rows("hf:owner/name#train"),
 
 def test_tiny_world_gives_rows_a_model_and_a_version(tmp_path: Path) -> None:
     assert len(rows("tiny:instructions/train", limit=3, fields=("instruction", "output"))) == 3
-    assert fingerprint("tiny:instructions/train") == f"tiny:instructions/train@{tinyworld.VERSION}"
+    assert fingerprint("tiny:instructions/train") == f"tiny:instructions/train@{tiny.VERSION}"
     model = fetch("tiny:model", tmp_path)
     assert (model / "config.json").is_file()
     assert fetch("tiny:model", tmp_path) == model

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from steerlab import capacity, job, plan, run
+from steerlab import job, run
+from steerlab.run import capacity
 from steerlab.stages import JobType, plan_of
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 TEXT = {"source": "tiny:topics/train", "format": "text", "limit": 8}
 LINEAS: dict[str, Any] = {

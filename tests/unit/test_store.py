@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from steerlab.store import Store, StoreError, _join
+from steerlab.storage.store import Store, StoreError, _join
 
 KEY = "k" * 64
 
@@ -140,7 +140,7 @@ def test_download_compares_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_killed_process_leaves_the_whole_or_nothing(local: Store, moment: str) -> None:
     code = f"""
 import os, signal
-from steerlab.store import Store
+from steerlab.storage.store import Store
 store = Store({local.root!r})
 with store.temporary("train", {KEY!r}) as directory:
     (directory / "x").write_text("1")

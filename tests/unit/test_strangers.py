@@ -19,12 +19,16 @@ from typing import Any
 import joblib
 import pytest
 
-from steerlab import cli, expressions, models, sources, texts, tinyworld
-from steerlab.evaluation import scorers
-from steerlab.faults import is_for_people
+from steerlab import models
+from steerlab.cli import terminal
+from steerlab.data import sources
+from steerlab.data.worlds import tiny
+from steerlab.evaluation.judging import scorers
+from steerlab.guards import expressions, texts
+from steerlab.guards.faults import is_for_people
 from steerlab.job import DataSet
 from steerlab.run import execution
-from steerlab.store import MANIFEST, Store, StoreError
+from steerlab.storage.store import MANIFEST, Store, StoreError
 from steerlab.tracking import spool
 
 
@@ -237,7 +241,7 @@ def test_a_source_of_everything_is_refused(source: str, message: str) -> None:
 
 def test_what_would_be_drawn_for_ever_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(ValueError, match=r"limit is 1000000000000: at most 10,000,000 rows of instructions/train are made up"):
-        tinyworld.rows("instructions/train", 10**12)
+        tiny.rows("instructions/train", 10**12)
     with pytest.raises(ValueError, match=r"draw each text 1,000,000,000 times; at most 100,000"):
         DataSet(source="a.txt", format="text", seeds=(0, 1_000_000_000))
 
@@ -267,8 +271,8 @@ def test_no_text_moves_the_cursor_or_turns_a_line_round() -> None:
     assert texts.plain("a\x1b[2Jb\u202ec\x07\n\té") == "a\\x1b[2Jb\\u202ec\\x07\n\té"
     assert len(texts.shown("x" * 10**6)) < 2_001
     stream = io.StringIO()
-    console = cli._PlainConsole(file=stream, force_terminal=True, width=60)
-    table = cli._table("name\x1b[31m")
+    console = terminal.PlainConsole(file=stream, force_terminal=True, width=60)
+    table = terminal.folding_table("name\x1b[31m")
     table.add_row("\x1b]0;title\x07 \u2066text")
     console.print(table)
     console.print("a\x1b[2J \u202e")
@@ -297,7 +301,7 @@ def test_passwords_are_left_out_of_what_is_shown(text: str, masked: str) -> None
     assert "s3cr3t" not in found
     assert found == masked
     stream = io.StringIO()
-    cli._PlainConsole(file=stream, width=200).print(text)
+    terminal.PlainConsole(file=stream, width=200).print(text)
     assert "s3cr3t" not in stream.getvalue()
     assert "s3cr3t" not in json.dumps(texts.everywhere(texts.plain, {"source": [text], text: 1}))
 

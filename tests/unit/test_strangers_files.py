@@ -26,13 +26,18 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from steerlab import cli, encoding, expressions, files, job, models, pipelines, report, sources, templates, tinyworld, values
-from steerlab.encoding import Encoder
-from steerlab.evaluation import harness
+from steerlab import cli, job, models, report
+from steerlab.data import sources
+from steerlab.data.sources import SourceError, file_sets, packages, remote
+from steerlab.data.worlds import tiny
+from steerlab.evaluation.tasks.ability import harness
+from steerlab.guards import counts, expressions, files
+from steerlab.inputs import encoding, templates
+from steerlab.inputs.encoding import Encoder
+from steerlab.models.diffusion import pipelines
 from steerlab.run import folder as folders
-from steerlab.sources import SourceError, packages, remote, shards
 from steerlab.stages import JobType
-from steerlab.store import Store, StoreError
+from steerlab.storage.store import Store, StoreError
 from steerlab.tracking import spool, writer
 
 MINUTE_S = 60
@@ -59,7 +64,7 @@ def victim(tmp_path: Path) -> Path:
 def model_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    tinyworld.write_model(folder)
+    tiny.write_model(folder)
     return folder
 
 
@@ -187,8 +192,8 @@ def test_no_module_of_the_folder_from_which_a_command_runs_is_imported(tmp_path:
     """`pip.py` beside a job: the child that asks pip for its settings starts in that folder."""
     for name in ("pip.py", "wandb.py", "steerlab.py"):
         (tmp_path / name).write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
-    ask = "from steerlab.sources import indexes; print(sorted(indexes.pip_settings()))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(sources.__file__).parents[2])}
+    ask = "from steerlab.data.sources import indexes; print(sorted(indexes.pip_settings()))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(sources.__file__).parents[3])}
     done = subprocess.run(
         [sys.executable, "-P", "-c", ask], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
@@ -198,7 +203,7 @@ def test_no_module_of_the_folder_from_which_a_command_runs_is_imported(tmp_path:
 
 def test_every_child_that_is_started_by_module_leaves_the_current_folder_out() -> None:
     """`python -m` takes modules from the current folder first; -P (or -I) takes none from there."""
-    for path in sorted((Path(cli.__file__).parent).rglob("*.py")):
+    for path in sorted((Path(cli.__file__).parents[1]).rglob("*.py")):
         for line in path.read_text().splitlines():
             if "sys.executable" in line and '"-m"' in line:
                 assert '"-P"' in line, f"{path.name}: {line.strip()}"
@@ -270,8 +275,8 @@ def test_a_job_of_millions_of_values_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_walks_through_a_disk_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_WALK_S", 0.2)
-    monkeypatch.setattr(shards.glob, "iglob", lambda *_, **__: iter(lambda: time.sleep(0.01) or "", "never"))
+    monkeypatch.setattr(file_sets, "_WALK_S", 0.2)
+    monkeypatch.setattr(file_sets.glob, "iglob", lambda *_, **__: iter(lambda: time.sleep(0.01) or "", "never"))
     with pytest.raises(SourceError, match=r"the pattern '/\*\*/\*\.nothing' takes longer than 0\.2 s.*name the folder"):
         sources.fingerprint("/**/*.nothing")
 
@@ -299,7 +304,7 @@ def test_real_configs_have_fewer_parts_than_the_bounds() -> None:
     numbers = {"num_hidden_layers": 126, "n_routed_experts": 256, "num_train_timesteps": 1000, "layers_per_block": [2, 2]}
     numbers |= {"block_out_channels": [320, 640, 1280, 1280], "transformer_layers_per_block": [1, 2, 10], "vocab_size": 10**7}
     numbers |= {"max_position_embeddings": 10**9, "hidden_size": 10**5, "tokens_per_block": 4096, "vision_feature_layer": -2}
-    values.check_counts(numbers, "config.json")
+    counts.check_counts(numbers, "config.json")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from steerlab.submit import SubmitError, _exit_code, _follow, check_upload, entrypoint, runtime_env, submit, upload_sizes
+from steerlab.run.submit import SubmitError, _exit_code, _follow, check_upload, entrypoint, runtime_env, submit, upload_sizes
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def followed(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def at_once(seconds: float) -> None:
         """Wait for nothing."""
 
-    monkeypatch.setattr("steerlab.submit.asyncio.sleep", at_once)
+    monkeypatch.setattr("steerlab.run.submit.asyncio.sleep", at_once)
     asyncio.run(_follow(cluster, "job-1"))
 
 

@@ -16,10 +16,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.utils.object_cache import _ObjectCache
 
-from steerlab.evaluation import stored
-from steerlab.evaluation.intervals import student
-from steerlab.evaluation.metrics import Observation, paired_difference
-from steerlab.store import Store
+from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.intervals import student
+from steerlab.evaluation.statistics.metrics import Observation, paired_difference
+from steerlab.storage.store import Store
 from steerlab.sweeps import processes, results, search
 from steerlab.sweeps.history import History
 from steerlab.sweeps.space import Space

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from steerlab.plan import Stage
-from steerlab.store import Store
+from steerlab.storage.plan import Stage
+from steerlab.storage.store import Store
 from steerlab.sweeps import results, stops
 from steerlab.sweeps.history import History
 from steerlab.sweeps.trials import Trial, Unit

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steerlab import taps
+from steerlab.inputs.tokens import DATA, GENERATION, INSTRUCTION, PADDING, PHASES, PROMPT, RESPONSE, ROLES
 from steerlab.job import Phase, Pooling, Selection
-from steerlab.taps import Tap
-from steerlab.tokens import DATA, GENERATION, INSTRUCTION, PADDING, PHASES, PROMPT, RESPONSE, ROLES
+from steerlab.patches import taps
+from steerlab.patches.taps import Tap
 
 
 def selection(**fields: Any) -> Selection:

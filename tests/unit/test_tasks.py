@@ -13,16 +13,16 @@ import torch
 from transformers import PreTrainedModel
 
 from steerlab import job, models, patches
-from steerlab.encoding import Encoder
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.metrics import Metric, summarise_all
 from steerlab.evaluation.names import unmeasured
-from steerlab.generation import SteeredModel
+from steerlab.evaluation.statistics.metrics import Metric, summarise_all
+from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet, Job
 from steerlab.models import ModelFacts
 from steerlab.patches import ActivationPatch
 from steerlab.run import task_checks
 from steerlab.stages import JobType
+from steerlab.steered.language import SteeredModel
 
 NORM = "model.layers.1.post_attention_layernorm"
 TEXTS = ["the cow and the dog", "the old cat", "the duck says", "the big cow"]

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from steerlab.tensorfile import Parts, Shape, writing
+from steerlab.storage.tensors import Parts, Shape, writing
 
 TENSORS = {
     "b/vectors": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),

@@ -12,12 +12,13 @@ import yaml
 from chat_families import FAMILIES, family
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from steerlab import generation, job, run
-from steerlab.encoding import Encoder, encode_data
+from steerlab import job, run
 from steerlab.evaluation import TASKS
-from steerlab.generation import SteeredModel
+from steerlab.inputs.encoding import Encoder, encode_data
 from steerlab.job import DataSet
 from steerlab.stages import JobType, plan_of
+from steerlab.steered import language
+from steerlab.steered.language import SteeredModel
 from steerlab.training.loop import load_rows
 
 ROWS = [
@@ -120,7 +121,7 @@ def test_a_job_trains_thoughts(name: str, tmp_path: Path, recwarn: pytest.Warnin
     said = [str(warning.message) for warning in recwarn]
     assert any("the answers of 1 change the tokens" in one for one in said) == (name == "qwen3 thinking")
     assert plan_of(wanted)[0].params["prompt"]["thinking"] is True
-    assert generation.load(tmp_path / "model", prompt=wanted.prompt).encoder.thinking  # type: ignore[union-attr]
+    assert language.load(tmp_path / "model", prompt=wanted.prompt).encoder.thinking  # type: ignore[union-attr]
 
 
 def test_answers_that_melt_into_their_prompts_are_said(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_a_row_that_the_template_refuses_leaves_the_numbers_of_the_others() -> N
 
 
 def test_an_exported_model_ends_turns_in_plain_transformers(tmp_path: Path) -> None:
-    loaded = generation.load(model_of("gemma", tmp_path / "model"))
+    loaded = language.load(model_of("gemma", tmp_path / "model"))
     assert isinstance(loaded, SteeredModel)
     loaded.save_model(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
@@ -238,7 +239,7 @@ def test_a_base_model_is_trained_with_another_models_template(tmp_path: Path) ->
     assert keys[0] == keys[1]
     assert keys[0] != keys[2]
     assert plan_of(jobs[0])[0].key != plan_of(job_of(model, tmp_path))[0].key
-    loaded = generation.load(model, prompt=jobs[0].prompt)
+    loaded = language.load(model, prompt=jobs[0].prompt)
     assert isinstance(loaded, SteeredModel)
     prompt = loaded.encoder.encode(loaded.encoder.conversation("say", "hello"))
     assert "<|assistant|>" in loaded.encoder.tokenizer.decode(prompt.input_ids)
@@ -248,7 +249,7 @@ def test_a_tokenizer_from_elsewhere_is_taken(tmp_path: Path) -> None:
     model = model_of("gpt2", tmp_path / "model")
     family("neox").tokenizer.save_pretrained(tmp_path / "tokenizer")
     wanted = job_of(model, tmp_path, model={"source": str(model), "tokenizer": str(tmp_path / "tokenizer")})
-    loaded = generation.load(model, prompt=wanted.prompt)
+    loaded = language.load(model, prompt=wanted.prompt)
     assert isinstance(loaded, SteeredModel)
     assert loaded.encoder.tokenizer.pad_token == "<|padding|>"
 

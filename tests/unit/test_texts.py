@@ -16,9 +16,9 @@ from chat_families import FAMILIES, Family, family
 from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerBase
 
-from steerlab import encoding
-from steerlab.encoding import FRAMING, Encoder, encode_data, template_of
-from steerlab.tokens import DATA, IGNORED, INSTRUCTION, PADDING, Encoded, Message, Part, collate
+from steerlab.inputs import encoding
+from steerlab.inputs.encoding import FRAMING, Encoder, encode_data, template_of
+from steerlab.inputs.tokens import DATA, IGNORED, INSTRUCTION, PADDING, Encoded, Message, Part, collate
 
 CHATS = tuple(name for name in FAMILIES if family(name).tokenizer.chat_template is not None)
 BASES = tuple(name for name in FAMILIES if name not in CHATS)
@@ -436,7 +436,7 @@ def test_an_earlier_answer_ends_where_its_own_end_is_and_what_opens_the_next_tur
 
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steerlab.templates._LIMIT_S", 0.2)
+    monkeypatch.setattr("steerlab.inputs.templates._LIMIT_S", 0.2)
     tokenizer = copy.deepcopy(family("chatml base").tokenizer)
     loops = (
         "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in range(90000) %}{% endfor %}{% endfor %}{% endfor %}"
@@ -461,7 +461,7 @@ def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_a_template_that_prints_without_an_end_is_refused(printed: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steerlab.templates._LIMIT_BYTES", 2**28)
+    monkeypatch.setattr("steerlab.inputs.templates._LIMIT_BYTES", 2**28)
     tokenizer = copy.deepcopy(family("chatml base").tokenizer)
     tokenizer.chat_template = f"{printed}{tokenizer.chat_template}"
     encoder, before = Encoder(tokenizer), resource.getrlimit(resource.RLIMIT_AS)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from steerlab import tinyworld
-from steerlab.encoding import Encoder, encode_data
-from steerlab.tokens import DATA, IGNORED, INSTRUCTION, PADDING, RESPONSE, Encoded, Part, collate
+from steerlab.data.worlds import tiny
+from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.tokens import DATA, IGNORED, INSTRUCTION, PADDING, RESPONSE, Encoded, Part, collate
 
 
 def words(encoder: Encoder, row: Encoded, role: int) -> list[str]:
@@ -14,7 +14,7 @@ def words(encoder: Encoder, row: Encoded, role: int) -> list[str]:
 
 
 def test_roles_follow_the_structure(encoder: Encoder) -> None:
-    row = tinyworld.rows("instructions/train", 1)[0]
+    row = tiny.rows("instructions/train", 1)[0]
     encoded = encoder.encode(encoder.conversation(row["instruction"], row["input"], row["output"]))
     specials = {token.content for token in encoder.tokenizer.added_tokens_decoder.values()}
     said = [w for w in words(encoder, encoded, INSTRUCTION) if w not in specials]
@@ -74,7 +74,7 @@ def test_a_prompt_is_the_beginning_of_the_complete_row(encoder: Encoder) -> None
 def test_ids_roles_labels_and_positions_stay_aligned(encoder: Encoder, side: str, loss_on: str) -> None:
     rows = [
         encoder.encode(encoder.conversation(r["instruction"], r["input"], r["output"]))
-        for r in tinyworld.rows("instructions/train", 6)
+        for r in tiny.rows("instructions/train", 6)
     ]
     batch = collate(rows, encoder.pad_id, side, loss_on)  # type: ignore[arg-type]
     for i, row in enumerate(rows):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from steerlab import compose, values
+from steerlab.data import compose, values
+from steerlab.job import compositions
 
 ROW = {
     "prompt": {"text": "So", "toxicity": 0.3, "a.b": {"c": 1}},
@@ -113,7 +114,7 @@ QUESTION = {"question": "2 + 2?", "choices": ["3", 4], "meta": {"level": 5, "eas
     ],
 )
 def test_a_template_is_filled_from_fields_and_paths(template: str, text: str) -> None:
-    compose.check(template)
+    compositions.check(template)
     assert compose.write(template, QUESTION) == text
 
 
@@ -151,4 +152,4 @@ def test_more_choices_than_letters_and_lists_of_objects_are_refused() -> None:
 )
 def test_a_template_that_is_none_is_refused_with_the_job(template: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compose.check(template)
+        compositions.check(template)

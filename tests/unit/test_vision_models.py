@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from tiny_pipelines import clip_parts, stable_diffusion
 
-from steerlab import models, taps
-from steerlab.affine import AffineMap
-from steerlab.conditioning import Prompter
-from steerlab.evaluation import clip_score, image_concept, image_similarity, vision
-from steerlab.evaluation.metrics import Result
+from steerlab import models
+from steerlab.evaluation.judging import vision
+from steerlab.evaluation.statistics.metrics import Result
+from steerlab.evaluation.tasks.diffusion import clip_score, image_concept, image_similarity
+from steerlab.inputs.drawings import Prompter
 from steerlab.job import Selection
-from steerlab.patches import ActivationPatch
-from steerlab.sampling import SteeredPipeline
+from steerlab.patches import ActivationPatch, taps
+from steerlab.patches.maps import AffineMap
+from steerlab.steered.drawing import SteeredPipeline
 
 SIDE = 16
 MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.26, 0.28)

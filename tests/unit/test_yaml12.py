@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from steerlab import yaml12
+from steerlab.guards import yaml12
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,14 @@
 """The table of tasks: name -> config and function. Tasks do not know methods; a new one is a file and a line here."""
 
-from steerlab.evaluation import (
-    alpaca,
-    arithmetic,
-    bipia,
-    clip_score,
-    concept,
-    controllability,
-    diversity,
-    efficiency,
-    forbidden_words,
-    harness,
-    image_concept,
-    image_similarity,
-    injection,
-    perplexity,
-    preference,
-    probing,
-    refusal,
-    sentiment,
-    separation,
-    struq,
-    toxicity,
-    win_rate,
-)
-from steerlab.evaluation.metrics import Task
+from steerlab.evaluation.statistics.metrics import Task
+from steerlab.evaluation.tasks.ability import alpaca, arithmetic, harness, perplexity
+from steerlab.evaluation.tasks.attacks import bipia, forbidden_words, injection, struq
+from steerlab.evaluation.tasks.cost import efficiency
+from steerlab.evaluation.tasks.diffusion import clip_score, diversity, image_concept, image_similarity
+from steerlab.evaluation.tasks.harm import refusal, toxicity
+from steerlab.evaluation.tasks.preferences import preference, win_rate
+from steerlab.evaluation.tasks.roles import probing, separation
+from steerlab.evaluation.tasks.style import concept, controllability, sentiment
 from steerlab.job import TaskConfig
 
 _IMAGES = ("diffusion",)

@@ -4,12 +4,11 @@ A job is data of scalars. The methods' and tasks' own configs sit beside their m
 closed type, so that a misspelt key anywhere ends in one short message before anything starts.
 """
 
-from steerlab.job.data import PROMPT_FIELDS, DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
-from steerlab.job.frozen import SEED_LIMIT, Frozen, Implied, JobError, Radians, Seed
+from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
+from steerlab.job.file import base_job, dump, inlined, put, read, read_tree, validate
+from steerlab.job.job import Job, job_type, prompt_settings, task_union
 from steerlab.job.messages import cut, explain
-from steerlab.job.model import JOB_PREFIX, ModelConfig, SamplerConfig
-from steerlab.job.places import Source, Template, described, written_out
-from steerlab.job.reading import base_job, dump, inlined, put, read, read_tree, validate
+from steerlab.job.model_config import JOB_PREFIX, ModelConfig, SamplerConfig
 from steerlab.job.schema import schema
 from steerlab.job.settings import (
     ChooseConfig,
@@ -22,7 +21,8 @@ from steerlab.job.settings import (
     WandbConfig,
     headline_first,
 )
-from steerlab.job.whole import Job, job_type, prompt_settings, task_union
+from steerlab.job.source_fields import Source, Template, described, written_out
+from steerlab.job.typed import SEED_LIMIT, Frozen, Implied, JobError, Radians, Seed
 
 __all__ = [
     "JOB_PREFIX",

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from steerlab.job.whole import Job
+from steerlab.job.job import Job
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from steerlab.job.frozen import Frozen, Seed
+from steerlab.job.typed import Frozen, Seed
 
 
 class TrainConfig(Frozen):

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from steerlab import models, patches
+from steerlab.inputs.tokens import Batch
 from steerlab.job import Job, MethodConfig, Radians
 from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
 from steerlab.models import ModelFacts
-from steerlab.tokens import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steerlab.affine import AffineMap
 from steerlab.job import MethodConfig, Pooling, Selection
 from steerlab.methods.contract import check_samples, fitted
 from steerlab.methods.transport import everywhere
+from steerlab.patches.maps import AffineMap
 
 
 class Config(MethodConfig):

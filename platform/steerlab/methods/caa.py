@@ -18,10 +18,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from steerlab.affine import AffineMap
 from steerlab.job import MethodConfig, Pooling, Selection
 from steerlab.methods.contract import fitted
 from steerlab.methods.transport import mean_map
+from steerlab.patches.maps import AffineMap
 
 
 class Config(MethodConfig):

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from steerlab.activations import Activations
-from steerlab.affine import AffineMap
-from steerlab.generation import SteeredModel
+from steerlab.activations.parquet import Activations
+from steerlab.inputs.tokens import IGNORED, Batch, Row
 from steerlab.job import ExtractConfig, Job, MethodConfig, Selection
 from steerlab.models import ModelFacts
-from steerlab.plan import Estimate
-from steerlab.tensorfile import Shape
-from steerlab.tokens import IGNORED, Batch, Row
+from steerlab.patches.maps import AffineMap
+from steerlab.steered.language import SteeredModel
+from steerlab.storage.plan import Estimate
+from steerlab.storage.tensors import Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,11 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from steerlab.conditioning import Drawings
+from steerlab.inputs.drawings import Drawings
 from steerlab.job import Job, MethodConfig, Seed
 from steerlab.methods.contract import Inputs, Loss, Method
 from steerlab.models import ModelFacts
-from steerlab.pipelines import Diffusion
+from steerlab.models.diffusion.pipelines import Diffusion
 
 
 class Config(MethodConfig):

@@ -22,12 +22,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from steerlab import patches, preference
+from steerlab import patches
+from steerlab.inputs.tokens import Batch
 from steerlab.job import Job, MethodConfig
-from steerlab.methods.adapters import Adapters, Lora, num_trained
 from steerlab.methods.contract import Inputs, Loss, Method, check_masters, train_everything
+from steerlab.methods.math.lora import Adapters, Lora, num_trained
 from steerlab.models import ModelFacts
-from steerlab.tokens import Batch
+from steerlab.steered import scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,11 +85,11 @@ class Dpo(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs (eq. 7)."""
-        tokens = preference.predicted(batch)
+        tokens = scoring.predicted(batch)
         with torch.no_grad(), self._reference() as reference:
-            reference_N = preference.log_probs(reference, batch, tokens)
-        policy_N = preference.log_probs(self.model, batch, tokens)
-        loss_P, margin_P = preference.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
+            reference_N = scoring.log_probs(reference, batch, tokens)
+        policy_N = scoring.log_probs(self.model, batch, tokens)
+        loss_P, margin_P = scoring.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:

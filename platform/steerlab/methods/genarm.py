@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from steerlab import models, patches, preference
+from steerlab import models, patches
+from steerlab.inputs.tokens import Batch
 from steerlab.job import Job, MethodConfig
-from steerlab.methods.adapters import Adapters, Lora, num_trained
 from steerlab.methods.contract import Inputs, Loss, Method, Preparation, check_masters, train_everything
+from steerlab.methods.math.lora import Adapters, Lora, num_trained
 from steerlab.models import ModelFacts
-from steerlab.tokens import Batch
+from steerlab.steered import scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,9 +83,9 @@ class Genarm(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs."""
-        tokens = preference.predicted(batch)
-        log_prob_N = preference.log_probs(self.second, batch, tokens)
-        loss_P, margin_P = preference.dpo(log_prob_N, tokens, self.config.beta, self.config.length_average)
+        tokens = scoring.predicted(batch)
+        log_prob_N = scoring.log_probs(self.second, batch, tokens)
+        loss_P, margin_P = scoring.dpo(log_prob_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:

@@ -38,14 +38,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from steerlab import models, patches, preference
-from steerlab.generation import SteeredModel
+from steerlab import models, patches
+from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, MethodConfig
 from steerlab.methods.contract import Inputs, Loss, Method, OfEachRow, Preparation
 from steerlab.models import ModelFacts
-from steerlab.preference import Predicted, States
-from steerlab.tensorfile import Parts, Shape
-from steerlab.tokens import Batch, Row
+from steerlab.steered import scoring
+from steerlab.steered.language import SteeredModel
+from steerlab.steered.scoring import Predicted, States
+from steerlab.storage.tensors import Parts, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +96,7 @@ class Iav(nn.Module):
         rank = 0 if config.head == "linear" else config.rank
         self.patch = patches.LogitPatch(hidden_size, vocab_size, config.head, rank, config.layer, _STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
-        self._read = preference.StateReader(model, config.layer)
+        self._read = scoring.StateReader(model, config.layer)
         self._check_head()
         self._cache = Parts.open(inputs.prepared["hidden"]) if "hidden" in inputs.prepared else None
         if self._cache is not None:
@@ -109,15 +110,15 @@ class Iav(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs."""
-        config, tokens = self.config, preference.predicted(batch)
+        config, tokens = self.config, scoring.predicted(batch)
         # Rows of a validation have numbers of their own, and no cache.
         reads = self._cache is not None and self.training
         states = self._cached(batch, tokens) if reads else self._read(batch, tokens)
-        features_NK = self.patch.features(preference.wide(states.tapped_ND))
+        features_NK = self.patch.features(scoring.wide(states.tapped_ND))
         up_VK = self.patch.up.to(features_NK.dtype)
-        found = preference.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
-        loss_P, margin_P = preference.dpo(found.log_prob_N - found.reference_N, tokens, config.beta, config.length_average)
-        kl_P, square_P = (preference.mean_of_pairs(x_N, tokens) for x_N in (found.kl_N, found.square_N))
+        found = scoring.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
+        loss_P, margin_P = scoring.dpo(found.log_prob_N - found.reference_N, tokens, config.beta, config.length_average)
+        kl_P, square_P = (scoring.mean_of_pairs(x_N, tokens) for x_N in (found.kl_N, found.square_N))
         total = (loss_P + config.lambda_kl * kl_P + config.lambda_l2 * square_P).sum()
         metrics = {"preference": loss_P, "margin": margin_P, "accuracy": margin_P > 0, "kl": kl_P, "square": square_P}
         return Loss(total, {name: value.detach().float().sum() for name, value in metrics.items()})
@@ -159,7 +160,7 @@ class Hidden:
     """Keeps the hidden states of the response tokens of each pair, those of the chosen response first."""
 
     def __init__(self, model: SteeredModel, params: Mapping[str, Any]) -> None:
-        self._read = preference.StateReader(model.model, params["layer"])
+        self._read = scoring.StateReader(model.model, params["layer"])
         self._names = _names(params["layer"])
         self._shape = (model.model.dtype, models.linear_shape(models.head(model.model))[1])
 
@@ -170,7 +171,7 @@ class Hidden:
 
     def keep(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         """Yield the states of the pairs of a batch."""
-        tokens = preference.predicted(batch)
+        tokens = scoring.predicted(batch)
         states = self._read(batch, tokens)
         number_N = batch.numbers[tokens.sequence_N]
         numbers, sizes = (found.tolist() for found in number_N.unique_consecutive(return_counts=True))
@@ -214,7 +215,7 @@ def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
     """Return the head's parameters, and the bytes of the logits of a piece, their vector and what is computed of them."""
     vocab_size, width = models.linear_shape(models.head(skeleton))
     linear = config.head == "linear"
-    return vocab_size * width if linear else config.rank * (vocab_size + width), 6 * 4 * preference.CHUNK_LOGITS
+    return vocab_size * width if linear else config.rank * (vocab_size + width), 6 * 4 * scoring.CHUNK_LOGITS
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:

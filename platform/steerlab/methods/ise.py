@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import nn
 
 from steerlab import models, patches
+from steerlab.inputs.tokens import Batch
 from steerlab.job import MethodConfig
 from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
-from steerlab.tokens import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

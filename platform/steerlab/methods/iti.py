@@ -22,9 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from steerlab.affine import AffineMap
 from steerlab.job import MethodConfig, Pooling, Selection
 from steerlab.methods.contract import check_samples, fitted
+from steerlab.patches.maps import AffineMap
 
 _FOLDS = 4
 

@@ -32,13 +32,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from steerlab import models, patches, taps
-from steerlab.affine import AffineLayer
+from steerlab import models, patches
+from steerlab.inputs.tokens import Batch
 from steerlab.job import Job, MethodConfig, Pooling, Selection
 from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, Method, check_roles
 from steerlab.methods.transport import coupling
 from steerlab.models import ModelFacts
-from steerlab.tokens import Batch
+from steerlab.patches import taps
+from steerlab.patches.maps import AffineLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,9 +25,9 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from steerlab.affine import AffineMap
 from steerlab.job import MethodConfig, Pooling, Selection
 from steerlab.methods.contract import Method, check_samples, fitted
+from steerlab.patches.maps import AffineMap
 
 _CONSTANT = 1e-5
 """A standard deviation below this share of the mean is float32 rounding: the neuron is constant."""

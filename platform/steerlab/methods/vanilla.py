@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from steerlab.inputs.tokens import Batch
 from steerlab.job import MethodConfig
 from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
-from steerlab.tokens import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

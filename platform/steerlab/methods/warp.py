@@ -35,8 +35,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from steerlab import models, patches, rotation
-from steerlab.generation import SteeredModel
+from steerlab import models, patches
+from steerlab.activations.moments import Moments as SavedMoments
+from steerlab.inputs.tokens import Batch
 from steerlab.job import ExtractConfig, Job, MethodConfig, Seed, Selection
 from steerlab.methods.contract import (
     Inputs,
@@ -49,11 +50,11 @@ from steerlab.methods.contract import (
     Source,
     language_modelling_loss,
 )
+from steerlab.methods.math import rotation
 from steerlab.models import LayerType, ModelFacts, WeightPlace
-from steerlab.moments import Moments as SavedMoments
-from steerlab.plan import Estimate
-from steerlab.tensorfile import Parts, Shape, writing
-from steerlab.tokens import Batch
+from steerlab.steered.language import SteeredModel
+from steerlab.storage.plan import Estimate
+from steerlab.storage.tensors import Parts, Shape, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

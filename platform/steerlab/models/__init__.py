@@ -1,8 +1,5 @@
 """Causal language models and diffusion pipelines; the only folder that knows the attribute names of architectures."""
 
-from steerlab.models.architecture import runs_own_code, text_config
-from steerlab.models.decoding import accepted, cache_name, empty_cache, reads_padding
-from steerlab.models.folding import fold_affine
 from steerlab.models.kinds import (
     DRY_SHAPE_BT,
     alike_up_to,
@@ -15,6 +12,22 @@ from steerlab.models.kinds import (
     steered_part,
     unsteered_share,
 )
+from steerlab.models.language.architecture import runs_own_code, text_config
+from steerlab.models.language.decoding import accepted, cache_name, empty_cache, reads_padding
+from steerlab.models.language.folding import fold_affine
+from steerlab.models.language.weight_places import (
+    LayerType,
+    WeightPlace,
+    embedding,
+    embedding_shape,
+    head,
+    layer_names,
+    linear_shape,
+    linear_weight,
+    stores_transposed,
+    weight_places,
+)
+from steerlab.models.language.weights import has_weights, listed
 from steerlab.models.loading import (
     DTYPES,
     ModelFacts,
@@ -34,19 +47,6 @@ from steerlab.models.loading import (
     skeleton,
     start_training,
 )
-from steerlab.models.places import (
-    LayerType,
-    WeightPlace,
-    embedding,
-    embedding_shape,
-    head,
-    layer_names,
-    linear_shape,
-    linear_weight,
-    stores_transposed,
-    weight_places,
-)
-from steerlab.models.weights import has_weights, listed
 
 __all__ = [
     "DRY_SHAPE_BT",

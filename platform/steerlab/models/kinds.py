@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from steerlab.models import decoding
-from steerlab.models.decoding import accepted, empty_cache
-from steerlab.models.places import head
-from steerlab.pipelines import Diffusion, Pass
+from steerlab.models.diffusion.pipelines import Diffusion, Pass
+from steerlab.models.language import decoding
+from steerlab.models.language.decoding import accepted, empty_cache
+from steerlab.models.language.weight_places import head
 
 DRY_SHAPE_BT = (3, 11)
 """Rows and tokens of a pass without weights: sizes that no other axis is likely to have."""

@@ -16,12 +16,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from steerlab import files, pipelines, saved, sources
-from steerlab.faults import explained
+from steerlab.data import sources
+from steerlab.guards import files, saved
+from steerlab.guards.faults import explained
 from steerlab.job import SamplerConfig
-from steerlab.models import architecture, weights
-from steerlab.models.places import embedding_shape, layer_names
-from steerlab.pipelines import Diffusion
+from steerlab.models.diffusion import pipelines
+from steerlab.models.diffusion.pipelines import Diffusion
+from steerlab.models.language import architecture, weights
+from steerlab.models.language.weight_places import embedding_shape, layer_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ out, every strength is 1. With `only`, rows and positions of N tokens, the logit
 from steerlab.patches.activation import ActivationPatch
 from steerlab.patches.attaching import Attached, CannotFold, Forward, Patch, attach
 from steerlab.patches.embedding import EmbeddingPatch, rotate
-from steerlab.patches.files import KINDS, exists, load, save
 from steerlab.patches.logit import LogitPatch
+from steerlab.patches.saving import KINDS, exists, load, save
 from steerlab.patches.second_model import SecondModelPatch
 from steerlab.patches.weight import WeightPatch
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steerlab import models, taps
-from steerlab.affine import AffineLayer, AffineMap
+from steerlab import models
 from steerlab.job import Selection
+from steerlab.patches import taps
 from steerlab.patches.attaching import CannotFold, Forward
+from steerlab.patches.maps import AffineLayer, AffineMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steerlab import models, taps
+from steerlab import models
 from steerlab.job import Selection
-from steerlab.pipelines import Pass
+from steerlab.models.diffusion.pipelines import Pass
+from steerlab.patches import taps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

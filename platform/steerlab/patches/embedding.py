@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
+from steerlab.inputs.tokens import DATA, RESPONSE
 from steerlab.patches.attaching import CannotFold, Forward
-from steerlab.tokens import DATA, RESPONSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steerlab import models, taps
+from steerlab import models
+from steerlab.patches import taps
 from steerlab.patches.attaching import CannotFold, Forward
 
 if TYPE_CHECKING:

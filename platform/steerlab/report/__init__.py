@@ -17,12 +17,12 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from steerlab.guards.texts import everywhere, plain
 from steerlab.report import figures, samples, sweep_figures, tables
-from steerlab.report.drawing import Figure, front
-from steerlab.report.reading import Entry, Sweep, fit_seconds, read, read_sweep
+from steerlab.report.contents import Entry, Sweep, fit_seconds, read, read_sweep
+from steerlab.report.plotting import Figure, front
 from steerlab.report.samples import texts
 from steerlab.report.tables import cell, metrics, rows
-from steerlab.texts import everywhere, plain
 
 __all__ = ["Entry", "Sweep", "cell", "fit_seconds", "front", "metrics", "page", "read", "read_sweep", "rows", "texts", "write"]
 _TOLD = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steerlab.report.drawing import MAX_METRICS, Drawing, Figure, bars, front, label
-from steerlab.report.reading import Entry
+from steerlab.report.contents import Entry
+from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, label
 
 _WIDE = 8.0
 """Costs that differ by more than this factor are drawn on a logarithmic axis."""

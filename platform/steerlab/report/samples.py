@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from steerlab.faults import explained
-from steerlab.report.reading import Entry
+from steerlab.guards.faults import explained
+from steerlab.report.contents import Entry
 
 MAX_TEXTS = 6
 MAX_CHARS = 1200

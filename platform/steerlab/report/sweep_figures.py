@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steerlab.report.drawing import MAX_METRICS, Drawing, Figure, bars, front, is_cost, label
-from steerlab.report.reading import Sweep
+from steerlab.report.contents import Sweep
+from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, is_cost, label
 
 _WIDE_PARAMETER = 30.0
 """Parameters whose values differ by more than this factor are drawn on a logarithmic axis."""

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steerlab.evaluation.metrics import left_out
-from steerlab.report.drawing import is_cost
-from steerlab.report.reading import Entry, Sweep
+from steerlab.evaluation.statistics.metrics import left_out
+from steerlab.report.contents import Entry, Sweep
+from steerlab.report.plotting import is_cost
 from steerlab.report.sweep_figures import measured, standing
 
 DASH = "\u2013"

@@ -10,13 +10,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from steerlab import encoding, models, rows, sources, taps
-from steerlab.conditioning import check_data
-from steerlab.encoding import Encoder
+from steerlab import models
+from steerlab.data import rows, sources
 from steerlab.evaluation import TASKS
+from steerlab.inputs import encoding
+from steerlab.inputs.drawings import check_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet, Job, base_job
 from steerlab.methods import METHODS
 from steerlab.methods.contract import check_masters
+from steerlab.patches import taps
 from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
 from steerlab.stages import JobType, first_source, model_stage
 

@@ -14,6 +14,8 @@ from typing import Any
 import ray
 from ray._private import ray_constants, services
 
+from steerlab.guards import files
+
 _CONNECT_S = 5.0
 _IDLE_MS = 60_000
 
@@ -93,7 +95,7 @@ def _on_loopback() -> Iterator[None]:
 
 def _away() -> AbstractContextManager[None]:
     """Leave the current folder while Ray notes it: its workers would take modules from there before all others."""
-    return chdir(Path(__file__).parents[2])
+    return chdir(files.SOURCE_ROOT)
 
 
 def _session_folder() -> Path:

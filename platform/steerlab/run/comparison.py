@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steerlab import plan, saved
-from steerlab.evaluation import stored
-from steerlab.evaluation.metrics import Difference, Observation, Transform, paired_difference
+from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.metrics import Difference, Observation, Transform, paired_difference
+from steerlab.guards import saved
 from steerlab.run import folder as folders
 from steerlab.run.record import SCHEMA, labelled
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 
 class Side(NamedTuple):

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steerlab import meters, plan, texts
-from steerlab.evaluation import stored
+from steerlab.evaluation.statistics import stored
+from steerlab.guards import texts
 from steerlab.job import Job, dump
 from steerlab.run.record import check_numbers, environment, root_cause, samples_of, summarise
 from steerlab.stages import evaluate, evaluations, model_stage, plan_of, trainings
-from steerlab.store import Store
-from steerlab.tracking import FINISH_WAIT_S, Place, Tracker
+from steerlab.storage import plan
+from steerlab.storage.store import Store
+from steerlab.tracking import FINISH_WAIT_S, Place, Tracker, prometheus
 
 _ABANDONED_S = 24 * 3600
 """Half-filled directories of killed processes are removed when nothing was written to them for so long."""
@@ -125,14 +126,14 @@ def _following(job: Job, store: Store, folder: str, tracker: Tracker, listener: 
             # The trainings below a job's own have axes of their own: base/train, base/base/train.
             depth = 0 if stage.key not in keys else len(keys) - keys.index(stage.key) - (own is not None and own.key in keys)
             tracker.log(shown, "base/" * depth + stage.name)
-        meters.reported(stage, metrics)
+        prometheus.reported(stage, metrics)
         listener.reported(stage, metrics)
 
     def ended(record: plan.Record) -> None:
         stage = record.stage
         inputs = [(needed.name, needed.key, _uri(store, needed)) for needed in stage.inputs]
         tracker.stage(stage.name, stage.key, stage.label, record.status, record.seconds, _uri(store, stage), inputs)
-        meters.ended(record)
+        prometheus.ended(record)
         listener.ended(record)
 
     return plan.Listener(listener.started, ended, reported)

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
-from steerlab import saved, yaml12
-from steerlab.evaluation.stored import Metric, Sample, StrengthKey
-from steerlab.faults import explained
+from steerlab.evaluation.statistics.stored import Metric, Sample, StrengthKey
+from steerlab.guards import saved, yaml12
+from steerlab.guards.faults import explained
 from steerlab.stages.choose import Choice
-from steerlab.store import Store, StoreError
+from steerlab.storage.store import Store, StoreError
 
 _Number = float | None
 

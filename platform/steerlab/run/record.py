@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import ray
 
-from steerlab import plan, texts
-from steerlab.evaluation import stored
+from steerlab.evaluation.statistics import stored
+from steerlab.guards import texts
 from steerlab.job import Job
 from steerlab.stages import Evaluation, choose, evaluations, leaves_patch, model_stage
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 
 SCHEMA = 2
 """Version of summary.json; raised when what older readers look for is elsewhere."""

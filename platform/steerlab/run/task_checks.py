@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from steerlab import rows
+from steerlab.data import rows
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.metrics import TokenKinds
+from steerlab.evaluation.statistics.metrics import TokenKinds
 from steerlab.job import DataSet, Frozen, Job, Selection, TaskConfig, base_job
 from steerlab.methods import METHODS
 from steerlab.models import ModelFacts

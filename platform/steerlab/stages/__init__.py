@@ -9,8 +9,8 @@ from steerlab.evaluation import TASKS
 from steerlab.job import Job, TaskConfig, base_job, job_type
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Preparation
-from steerlab.plan import Stage, ordered
-from steerlab.stages import choose, evaluate, extract, fit, moments, prepare, train
+from steerlab.stages import choose, evaluate, extract, fit, prepare, reduce, train
+from steerlab.storage.plan import Stage, ordered
 
 JobType: type[Job] = job_type([m.Config for m in METHODS.values()], [t.Config for t in TASKS.values()])
 """The closed type of a job: every method and every task of this version."""
@@ -65,7 +65,7 @@ def readings(job: Job) -> dict[str, Stage]:
     if job.extract is None or METHODS[job.method.name].reads(job.method):
         return {}
     below = _below(job)
-    kind = moments if job.extract.keep == "moments" else extract
+    kind = reduce if job.extract.keep == "moments" else extract
     return {role: kind.stage(job, role, below, job.extract) for role in job.data.by_role}
 
 

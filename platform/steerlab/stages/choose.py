@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerlab import saved
-from steerlab.evaluation import stored
-from steerlab.evaluation.stored import StrengthKey
+from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.stored import StrengthKey
+from steerlab.guards import saved
 from steerlab.job import ChooseConfig, Job, Limit
-from steerlab.plan import Stage, Work
+from steerlab.storage.plan import Stage, Work
 
 _CHOICE = "choice.json"
 

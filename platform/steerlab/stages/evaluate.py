@@ -10,12 +10,14 @@ from typing import Any
 
 import ray
 
-from steerlab import sources
-from steerlab.evaluation import TASKS, stored
-from steerlab.evaluation.metrics import TOO_LONG
+from steerlab.data import sources
+from steerlab.evaluation import TASKS
+from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.metrics import TOO_LONG
 from steerlab.job import Job, TaskConfig, described, headline_first
-from steerlab.plan import Stage, Work
-from steerlab.stages import choose, subject
+from steerlab.stages import choose
+from steerlab.stages.spread import subject
+from steerlab.storage.plan import Stage, Work
 
 _POLL_S = 0.5
 _SOURCE = "a source"
@@ -164,7 +166,7 @@ def _evaluate(made_of: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 def _outcome(model: Any, config: dict[str, Any]) -> dict[str, Any]:
     """Run one task and summarise its observations, for each strength."""
-    from steerlab.evaluation.metrics import summarise_all
+    from steerlab.evaluation.statistics.metrics import summarise_all
 
     task = TASKS[config["task"]]
     result = task.run(model, task.Config.model_validate(config))

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from steerlab import activations, rows
+from steerlab.activations import parquet
+from steerlab.data import rows
 from steerlab.job import ExtractConfig, Job
 from steerlab.models import ModelFacts
-from steerlab.plan import Estimate, ModelRef, Stage, Work
-from steerlab.stages import shards, subject
-from steerlab.stages.shard_plan import Shard
+from steerlab.stages.spread import shards, subject
+from steerlab.stages.spread.shard_plan import Shard
+from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
 
 if TYPE_CHECKING:
-    from steerlab.encoding import Encoder
-    from steerlab.generation import SteeredModel
-    from steerlab.reading import Vectors
-    from steerlab.tokens import Encoded
+    from steerlab.activations.reading import Vectors
+    from steerlab.inputs.encoding import Encoder
+    from steerlab.inputs.tokens import Encoded
+    from steerlab.steered.language import SteeredModel
 
 _GROUP_BYTES = 1 << 28
 """Activations held before they are written as a row group: a part may be larger than the memory."""
@@ -67,9 +68,7 @@ def run(work: Work) -> None:
         work, RowsOfShard, work.params["extract"]["rows_per_shard"], lambda num_rows, some: check_disk(work, num_rows, some)
     )
     shards.collect(work)
-    (work.directory / activations.PARTS).write_text(
-        json.dumps([{name: row[name] for name in _FACTS} for row in made], indent=1)
-    )
+    (work.directory / parquet.PARTS).write_text(json.dumps([{name: row[name] for name in _FACTS} for row in made], indent=1))
     bad = next((row for row in made if row["nan"]), None)
     summary = {
         **{name: sum(row[name] for row in made) for name in ("texts", "rows", "tokens", "cut", "nan", "bytes")},
@@ -78,7 +77,7 @@ def run(work: Work) -> None:
         "actor_seconds": round(sum(row["seconds"] for row in made), 3),
         "widths": made[0]["widths"],
     }
-    (work.directory / activations.SUMMARY).write_text(json.dumps(summary, indent=1))
+    (work.directory / parquet.SUMMARY).write_text(json.dumps(summary, indent=1))
 
 
 _FACTS = ("path", "rows", "bytes", "sha256", "nan", "bad_module", "bad_row", "seconds")
@@ -90,13 +89,13 @@ class RowsOfShard(shards.Maker):
     suffix = ".parquet"
 
     def __init__(self, model: SteeredModel, params: Mapping[str, Any]) -> None:
-        from steerlab import reading
+        from steerlab.activations import reading
 
         self._config = ExtractConfig.model_validate(params["extract"])
         self._format, self._label = params["data"]["format"], params["role"]
         self._reader = reading.TextReader(model, self._config)
         about = reading.about_model(model, self._config)
-        self._schema = activations.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
+        self._schema = parquet.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
 
     def close(self) -> None:
         """Remove the reader's hooks."""
@@ -110,7 +109,7 @@ class RowsOfShard(shards.Maker):
         """Leave the part at `path`; hold no more than a row group of it at once."""
         start_s = time.monotonic()
         texts, num_cut = self._reader.encode(shard.rows, self._format, shard.first)
-        facts = activations.write_part(self._tables(shard, texts, tell), path)
+        facts = parquet.write_part(self._tables(shard, texts, tell), path)
         return {
             **facts,
             "texts": len(texts),
@@ -121,7 +120,7 @@ class RowsOfShard(shards.Maker):
         }
 
     def _tables(self, shard: Shard, texts: Sequence[Encoded], tell: Callable[[int], None]) -> Iterator[pa.Table]:
-        from steerlab import reading
+        from steerlab.activations import reading
 
         vector_bytes = 4 * sum(self._reader.widths.values())
         sizes = [vector_bytes * (len(text) if self._keeps_tokens else 1) for text in texts]
@@ -134,7 +133,7 @@ class RowsOfShard(shards.Maker):
             yield self._table(reading.in_order(found), shard, start)
 
     def _table(self, vectors: Vectors, shard: Shard, start: int) -> pa.Table:
-        from steerlab import reading
+        from steerlab.activations import reading
 
         rows_M = [start + row for row in vectors.row_M.tolist()]
         hashes = {row: text_sha256(shard.rows[row]) for row in set(rows_M)}
@@ -146,7 +145,7 @@ class RowsOfShard(shards.Maker):
         if vectors.role_M is not None and vectors.token_index_M is not None and vectors.token_id_M is not None:
             about |= {"token_index": vectors.token_index_M.numpy(), "token_id": vectors.token_id_M.numpy()}
             about["role"] = reading.role_names(vectors.role_M)
-        return activations.table(about, {name: z_MD.numpy() for name, z_MD in vectors.values.items()}, self._schema)
+        return parquet.table(about, {name: z_MD.numpy() for name, z_MD in vectors.values.items()}, self._schema)
 
 
 def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
@@ -179,7 +178,8 @@ def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, dire
 
     A worker holds the weights, what the taps give for one batch and, for rows, a row group in three copies while it is written.
     """
-    from steerlab import encoding, models
+    from steerlab import models
+    from steerlab.inputs import encoding
 
     data = job.data.by_role[role]
     texts = rows.read(data)
@@ -208,10 +208,12 @@ def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> 
     free = work.store.free_bytes()
     if free is None:
         return
-    from steerlab import encoding, generation, models
+    from steerlab import models
+    from steerlab.inputs import encoding
+    from steerlab.steered import language
 
     config, made_of = ExtractConfig.model_validate(work.params["extract"]), subject.of(work)
-    directory = generation.model_directory(ModelRef(**made_of["ref"]).locate())
+    directory = language.model_directory(ModelRef(**made_of["ref"]).locate())
     trusts = subject.trusts(made_of["model"])
     widths = _widths(models.skeleton(directory, trusts), config)
     if config.keep == "moments":
@@ -231,7 +233,7 @@ def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> 
 
 def _widths(skeleton: Any, config: ExtractConfig) -> list[int]:
     """Guess the width of every column from the modules' weights; what has none is taken to be as wide as the model."""
-    from steerlab import taps
+    from steerlab.patches import taps
 
     name, other = ("out_features", "weight") if config.select.side == "output" else ("in_features", "weight")
     found = []

@@ -10,13 +10,15 @@ from typing import Any
 
 import ray
 
-from steerlab import expressions, patches, rows
-from steerlab.affine import AffineMap
-from steerlab.bases import BASE, PROMPT
+from steerlab import patches
+from steerlab.data import rows
+from steerlab.guards import expressions
 from steerlab.job import DataSet, ExtractConfig, Job, Selection
 from steerlab.methods import METHODS
-from steerlab.plan import ModelRef, Stage, Work
-from steerlab.stages import subject
+from steerlab.patches.maps import AffineMap
+from steerlab.stages.spread import subject
+from steerlab.storage.bases import BASE, PROMPT
+from steerlab.storage.plan import ModelRef, Stage, Work
 
 _POLL_S = 0.5
 
@@ -73,7 +75,7 @@ def write_base(work: Work, prompt: Mapping[str, Any]) -> None:
 @ray.remote(scheduling_strategy=subject.ANYWHERE)
 def _fit(made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
     """Fit the maps of a method; what comes back is a few vectors a place."""
-    from steerlab.activations import Activations
+    from steerlab.activations.parquet import Activations
 
     read = {role: Activations.open(ModelRef(artifact=artifact).locate()) for role, artifact in found.items()}
     target = read["target"]
@@ -126,9 +128,9 @@ def _walk(
     made_of: dict[str, Any], params: dict[str, Any], target: dict[str, Any], steer: Selection
 ) -> tuple[dict[str, AffineMap], int]:
     """Fit place after place along the source texts."""
-    from steerlab import taps
-    from steerlab.methods.incremental import Reading, fit_in_order
-    from steerlab.reading import TextReader, batches
+    from steerlab.activations.reading import TextReader, batches
+    from steerlab.methods.math.sequential_fit import Reading, fit_in_order
+    from steerlab.patches import taps
 
     config = METHODS[params["method"]["name"]].Config.model_validate(params["method"])
     method = METHODS[config.name]

@@ -18,21 +18,25 @@ import ray
 import torch
 from safetensors import safe_open
 
-from steerlab import encoding, models, reading, rows, sources
-from steerlab.activations import size_and_sha256
-from steerlab.encoding import encode_data
+from steerlab import models
+from steerlab.activations import reading
+from steerlab.data import rows, sources
+from steerlab.inputs import encoding
+from steerlab.inputs.encoding import encode_data
+from steerlab.inputs.tokens import collate
 from steerlab.job import Job
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Moments, OfEachRow, OverParts, OverRows, Preparation, Source
 from steerlab.models import ModelFacts
-from steerlab.plan import Estimate, ModelRef, Stage, Work
-from steerlab.stages import extract, moments, shards, subject
-from steerlab.stages.shard_plan import Place, Shard
-from steerlab.tensorfile import Parts, Shape, writing
-from steerlab.tokens import collate
+from steerlab.stages import extract, reduce
+from steerlab.stages.spread import shards, subject
+from steerlab.stages.spread.shard_plan import Place, Shard
+from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
+from steerlab.storage.tensors import Parts, Shape, writing
+from steerlab.storage.whole import size_and_sha256
 
 if TYPE_CHECKING:
-    from steerlab.generation import SteeredModel
+    from steerlab.steered.language import SteeredModel
 
 _POLL_S = 0.5
 _ROWS_JUDGED = 256
@@ -60,7 +64,7 @@ def stages(job: Job, below: Stage | None, asked: tuple[Preparation, ...]) -> dic
 def _stage(job: Job, below: Stage | None, preparation: Preparation, needed: list[Stage]) -> Stage:
     match preparation:
         case Moments():
-            return moments.stage(job, preparation.role, below, preparation.extract)
+            return reduce.stage(job, preparation.role, below, preparation.extract)
         case OverRows() | OfEachRow():
             assert job.train is not None
             data, sums = job.data.by_role[preparation.role], isinstance(preparation, OverRows)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from steerlab import rows
+from steerlab.data import rows
 from steerlab.job import PROMPT_FIELDS, Job
 from steerlab.methods import METHODS
 from steerlab.models import ModelFacts
-from steerlab.plan import Estimate, ModelRef, Stage, Work
-from steerlab.stages import fit, subject
+from steerlab.stages import fit
+from steerlab.stages.spread import subject
+from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

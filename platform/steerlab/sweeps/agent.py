@@ -9,13 +9,14 @@ import warnings
 from typing import Any
 
 from steerlab.job import JobError
-from steerlab.store import Store
+from steerlab.storage.store import Store
 from steerlab.sweeps.history import History
 from steerlab.sweeps.search import with_strengths
 from steerlab.sweeps.space import STRENGTH, Space
 from steerlab.sweeps.trials import Plan, Trial, Unit, trial_id
-from steerlab.tracking import NO_KEY, agents, has_key
-from steerlab.wandb_space import metric_name, parameter_name
+from steerlab.tracking import NO_KEY, has_key
+from steerlab.tracking.wandb import agents
+from steerlab.tracking.wandb.parameters import metric_name, parameter_name
 
 RUNS = "wandb_runs.json"
 WHY = "W&B stopped it"

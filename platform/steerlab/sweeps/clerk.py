@@ -10,12 +10,13 @@ from typing import Any
 
 from ray import tune
 
-from steerlab import meters, run
-from steerlab.store import Store
+from steerlab import run
+from steerlab.storage.store import Store
 from steerlab.sweeps import processes, results, search, stops
 from steerlab.sweeps.agent import WHY, Agent
 from steerlab.sweeps.history import History
 from steerlab.sweeps.trials import Say, Unit
+from steerlab.tracking import prometheus
 
 MAX_DEATHS = 3
 """Deaths of a trial's process that it survives."""
@@ -121,7 +122,7 @@ class Clerk(tune.Callback):
         self._tell(unit)
 
     def _count(self) -> None:
-        meters.trials(self._history.folder, Counter(course.status for course in self._history.courses.values()))
+        prometheus.trials(self._history.folder, Counter(course.status for course in self._history.courses.values()))
 
     def _tell(self, unit: Unit) -> None:
         course, all_courses = self._history.courses[unit.number], self._history.courses

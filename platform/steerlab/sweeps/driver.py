@@ -18,12 +18,16 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import ConcurrencyLimiter
 
-from steerlab import capacity, plan, run, saved, tracking
 from steerlab import job as jobs
+from steerlab import run, tracking
+from steerlab.guards import saved
 from steerlab.job import Job, JobError, base_job
+from steerlab.run import capacity
 from steerlab.run import folder as folders
-from steerlab.stages import JobType, subject
-from steerlab.store import Store
+from steerlab.stages import JobType
+from steerlab.stages.spread import subject
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 from steerlab.sweeps import page, processes, results, search, trials
 from steerlab.sweeps.agent import Agent
 from steerlab.sweeps.clerk import MAX_DEATHS, Clerk

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from steerlab import capacity, plan, run
+from steerlab import run
+from steerlab.run import capacity
 from steerlab.stages import plan_of
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 from steerlab.sweeps import search, trials
 from steerlab.sweeps.driver import Asked
 

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from steerlab.store import Store
+from steerlab.storage.store import Store
 from steerlab.sweeps.trials import Unit
 
 Status = Literal["pending", "running", "finished", "failed", "pruned", "stopped"]

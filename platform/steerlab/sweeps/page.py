@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from steerlab.job import Job
-from steerlab.store import Store
+from steerlab.storage.store import Store
 from steerlab.sweeps.space import finite
 from steerlab.sweeps.trials import Plan, Unit
-from steerlab.tracking import Place, sweeps
-from steerlab.wandb_space import sweep_config
+from steerlab.tracking import Place
+from steerlab.tracking.wandb import sweep_page
+from steerlab.tracking.wandb.parameters import sweep_config
 
 
 def begin(found: Plan, store: Store, folder: str) -> str | None:
@@ -25,7 +26,7 @@ def begin(found: Plan, store: Store, folder: str) -> str | None:
     except ValueError as error:
         warnings.warn(f"{error}: the sweep's page in W&B names no such parameter", stacklevel=2)
         config = sweep_config(found.job.name, {}, found.metric, found.mode)
-    return sweeps.begin(found.job.track, config, directory)
+    return sweep_page.begin(found.job.track, config, directory)
 
 
 def _apart(entries: dict[str, Any]) -> dict[str, Any]:

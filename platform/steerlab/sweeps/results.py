@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from steerlab.evaluation import intervals, stored
-from steerlab.evaluation.metrics import Observation, paired_difference
-from steerlab.store import Store
+from steerlab.evaluation.statistics import intervals, stored
+from steerlab.evaluation.statistics.metrics import Observation, paired_difference
+from steerlab.storage.store import Store
 from steerlab.sweeps.history import Course, History
 from steerlab.sweeps.space import STRENGTH
 

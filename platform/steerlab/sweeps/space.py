@@ -27,7 +27,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Function
 
-from steerlab import files
+from steerlab.guards import files
 from steerlab.job import JobError, cut
 from steerlab.sweeps.entries import describe, entries, finite, is_grid, plain
 

@@ -11,8 +11,8 @@ import threading
 import time
 from typing import Any
 
-from steerlab.plan import Stage
-from steerlab.store import Store
+from steerlab.storage.plan import Stage
+from steerlab.storage.store import Store
 
 GRACE_S = 15.0
 """How long a process may take to obey."""

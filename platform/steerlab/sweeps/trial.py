@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from steerlab import plan, run
+from steerlab import run
 from steerlab.job import Job, Limit
 from steerlab.run import Run
 from steerlab.stages import JobType, model_stage
-from steerlab.store import Store
+from steerlab.storage import plan
+from steerlab.storage.store import Store
 from steerlab.sweeps import page, stops
 from steerlab.sweeps.space import STRENGTH
 from steerlab.sweeps.trials import Trial, Unit

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from steerlab import files, texts
+from steerlab.guards import files, texts
 from steerlab.job import TrackConfig
 from steerlab.tracking import spool
 from steerlab.tracking.spool import Spool
@@ -233,7 +233,7 @@ def _serve(directory: Path) -> None:
 
 def _started(directory: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start a writer in a session of its own, so that what interrupts this process does not interrupt it."""
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with files.appending(directory / "writer.log") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "steerlab.tracking.writer", *options],

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from steerlab import files, saved, texts
+from steerlab.guards import files, saved, texts
 
 EVENTS = "events.jsonl"
 SETTINGS = "settings.json"

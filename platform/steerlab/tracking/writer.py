@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from steerlab import files
+from steerlab.guards import files
 from steerlab.tracking import spool
 
 INIT_S = 30.0

@@ -20,10 +20,10 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
-from steerlab.plan import ModelRef
+from steerlab.storage.plan import ModelRef
 
 if TYPE_CHECKING:
-    from steerlab.sources import remote
+    from steerlab.data.sources import remote
 from steerlab.training.loop import Request
 
 _POLL_S = 0.5

@@ -21,15 +21,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from steerlab import generation, models, patches
-from steerlab.activations import Activations
-from steerlab.encoding import RowEncoder, Rows
+from steerlab import models, patches
+from steerlab.activations.parquet import Activations
+from steerlab.data.rows import describe
+from steerlab.data.rows import read as read_rows
+from steerlab.inputs.encoding import RowEncoder, Rows
+from steerlab.inputs.tokens import Batch
 from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig, prompt_settings
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Inputs, trained_parameters
-from steerlab.rows import describe
-from steerlab.rows import read as read_rows
-from steerlab.tokens import Batch
+from steerlab.steered import language
 from steerlab.training.engine import Engine
 
 _SNAPSHOTS = "snapshots.safetensors"
@@ -134,7 +135,7 @@ class _Training:
         request = self.request
         self.method = METHODS[request.method["name"]]
         self.encoder: RowEncoder
-        model, self.encoder, below = generation.load_stack(
+        model, self.encoder, below = language.load_stack(
             request.model_dir,
             dtype=request.model.dtype,
             attention=request.model.attention,

@@ -24,8 +24,8 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Wor
 from ray.train import RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from steerlab.data.sources import remote
 from steerlab.job import ScaleConfig
-from steerlab.sources import remote
 from steerlab.training import launch
 
 _REPORTED = "report.json"

@@ -1,0 +1,1 @@
+"""What a model computes inside, read from texts: on disk, or as moments alone."""

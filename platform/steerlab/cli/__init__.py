@@ -1,0 +1,68 @@
+"""The command line: thin typer commands over jobs, plans and runs, a file for each group of them.
+
+Exit codes: 0 done, 1 a stage failed, 2 the request was wrong, 70 an error of the platform itself, with its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from steerlab.cli import comparing, running, sending, sweeping, trying
+from steerlab.cli.terminal import errors
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Rotate and steer a model's representations: run jobs, compare and try their results.",
+)
+# In the order of `steerlab --help`.
+app.command()(running.run)
+app.command()(sweeping.sweep)
+app.command("plan")(running.show_plan)
+app.command()(trying.generate)
+app.command()(trying.explain)
+app.command()(trying.export)
+app.command()(comparing.compare)
+app.command()(comparing.report)
+app.command("wandb-sweep")(sweeping.wandb_sweep)
+app.command("wandb-send")(sending.wandb_send)
+app.add_typer(sending.dashboards, name="dashboards")
+app.command()(running.submit)
+app.command()(running.schema)
+app.command()(running.doctor)
+
+_INTERNAL = 70
+"""Exit code of an internal error (EX_SOFTWARE of sysexits.h)."""
+
+
+def main() -> None:
+    """Run the command line."""
+    for option in ("--strength", "--guidance"):
+        sys.argv[1:] = repeated(sys.argv[1:], option)
+    try:
+        app()
+    except Exception:  # whatever is left is nobody's mistake but ours
+        traceback.print_exc()
+        errors.print("[red]internal error[/red] the lines above say where; this is a fault of steerlab, please report it")
+        sys.exit(_INTERNAL)
+
+
+def repeated(arguments: list[str], option: str) -> list[str]:
+    """Write `--option 0 0.5 1` as an option for each number."""
+    found: list[str] = []
+    for argument in arguments:
+        is_next_value = len(found) > 1 and found[-2] == option and _is_number(found[-1])
+        found += [option, argument] if is_next_value and _is_number(argument) else [argument]
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""What commands open: jobs, ROOT, the cluster, and the model that a folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from steerlab.job import Job
+    from steerlab.run import Reported
+
+
+def read_job(path: Path, overrides: list[str] | None) -> Job:
+    """Read a job with the overrides of `--set`. Raises JobError."""
+    from steerlab import job
+    from steerlab.stages import JobType
+
+    return job.read(path, JobType, overrides or ())
+
+
+def opened_store(root: str | None) -> Any:
+    """Open ROOT, the default one where none is given. Raises ValueError."""
+    from steerlab.run import default_root
+    from steerlab.storage.store import Store
+
+    return Store.open(root or default_root())
+
+
+@contextmanager
+def joined_ray() -> Iterator[None]:
+    """Join a cluster, or start one for this command."""
+    import ray
+
+    from steerlab import run as runs
+
+    runs.connect()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def split(folder: str) -> tuple[str | None, str]:
+    """Return ROOT and the path below it of a run or sweep folder: ROOT/runs/NAME/ID, ROOT/sweeps/NAME/ID, a path or a URI."""
+    whole = folder if "://" in folder else str(Path(folder).absolute())
+    for kind in ("/runs/", "/sweeps/"):
+        head, middle, tail = whole.rstrip("/").rpartition(kind)
+        if middle and tail.count("/") == 1:
+            return head, middle.lstrip("/") + tail
+    return None, folder
+
+
+class Artifact(NamedTuple):
+    """The model of a run folder, or an exported folder."""
+
+    path: Path
+    loading: dict[str, Any]
+    """How the run's job loads it."""
+    reported: Reported
+    """The strength that is meant where none is given."""
+
+
+def artifact_of(folder: str, root: str | None) -> Artifact:
+    """Return the model of a run folder or of an exported one. Raises ValueError where the folder is neither."""
+    from steerlab import run as runs
+    from steerlab.steered import export as exports
+
+    if (Path(folder) / "prompt.json").is_file():
+        return Artifact(Path(folder), {}, runs.Reported(exports.strength_of(Path(folder)), "the one that it was exported at"))
+    from steerlab.run import folder as folders
+    from steerlab.storage.plan import located
+
+    found_root, below = split(folder)
+    missing = ValueError(f"{folder} is neither a finished run folder (ROOT/runs/NAME/ID) nor an exported model")
+    if found_root is None:
+        raise missing
+    store = opened_store(root or found_root)
+    try:
+        summary = folders.summary(store, below)
+    except FileNotFoundError:
+        raise missing from None
+    subject = summary.get("model")
+    if subject is None:
+        raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
+    model = folders.job(store, below).get("model", {})
+    loading = {name: model[name] for name in ("dtype", "sampler") if name in model}
+    path = located(store, subject["stage"], subject["key"])
+    return Artifact(path, {"snapshot": subject.get("snapshot"), **loading}, runs.reported_strength(summary))

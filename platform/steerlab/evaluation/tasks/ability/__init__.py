@@ -1,0 +1,1 @@
+"""What can the model still do?"""

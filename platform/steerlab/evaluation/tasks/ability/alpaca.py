@@ -1,0 +1,92 @@
+"""Answers in AlpacaEval's format, for a judge outside.
+
+AlpacaEval 1.0 compares a model's answers to 805 prompts with those of text-davinci-003. The judge is a language model behind
+an API, so this task stops at the answers: they are the task's samples, all of them, a JSON list of {instruction, output,
+generator, dataset} that AlpacaEval reads. To judge them as ASIDE (arXiv 2503.10566) does, save the list as `outputs.json` and
+
+    pip install alpaca-eval
+    IS_ALPACA_EVAL_2=False alpaca_eval --model_outputs outputs.json
+
+with `source` set to the 805 published prompts (a downloaded `alpaca_eval.json`). With several strengths the generator names
+the strength, and the list is to be split by it. An input, where a row has one, is given to the model as data, and is
+appended to `instruction` for the judge.
+
+Metrics: `alpaca/response_tokens`, `alpaca/empty` (share of answers without a word), `alpaca/unfinished` (share cut at
+`max_new_tokens`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steerlab.evaluation.asking.answers import answers, judged
+from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, has_input, instruction_rows
+from steerlab.evaluation.statistics.metrics import Observation, Result
+from steerlab.job import Source, TaskConfig
+from steerlab.models import ModelFacts
+from steerlab.steered.language import Generation, SteeredModel
+
+
+class Config(TaskConfig):
+    """Answers for AlpacaEval."""
+
+    task: Literal["alpaca"] = "alpaca"
+    """This task."""
+    source: Source = ALPACA
+    """Rows with instruction and, where there is one, input; a field `dataset` is passed on."""
+    needs_input: bool = False
+    """Use only rows with an input (the paper's second set: AlpacaFarm's 208)."""
+    offset: int = Field(0, ge=0)
+    """Rows skipped first: those a job trained on."""
+    generator: str = "steerlab"
+    """Name of the model in the leaderboard."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest answer in tokens."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    check_rows("source", config.source)
+
+
+def run(model: SteeredModel, config: Config) -> Result:
+    """Answer every prompt, at every strength."""
+    rows = instruction_rows(
+        config.source, needs_input=config.needs_input, offset=config.offset, limit=config.limit, seed=config.seed
+    )
+    prompts = [model.encoder.conversation(str(item.row["instruction"]), _data(item)) for item in rows]
+    observations, samples = [], []
+    for strength, outputs in answers(model, prompts, config):
+        name = config.generator if len(config.strengths) == 1 else f"{config.generator}_strength_{strength:g}"
+        for item, output in zip(rows, outputs, strict=True):
+            observations += judged([output], observe(item.id, output, strength))
+            samples.append(entry(item, output.text, name))
+    return Result(observations, samples)
+
+
+def observe(row_id: str, output: Generation, strength: float = 1.0) -> list[Observation]:
+    """Measure one answer."""
+    values = {
+        "response_tokens": float(output.num_tokens),
+        "empty": float(not output.text.strip()),
+        "unfinished": float(not output.finished),
+    }
+    return [Observation(f"alpaca/{name}", row_id, value, 1.0, strength) for name, value in values.items()]
+
+
+def entry(item: Numbered, output: str, generator: str) -> dict[str, Any]:
+    """Write one answer in AlpacaEval's format."""
+    data = _data(item)
+    instruction = str(item.row["instruction"])
+    return {
+        "instruction": f"{instruction}\n\n{data}" if data else instruction,
+        "output": output,
+        "generator": generator,
+        "dataset": str(item.row.get("dataset") or "steerlab"),
+    }
+
+
+def _data(item: Numbered) -> str:
+    return str(item.row["input"]) if has_input(item.row) else ""

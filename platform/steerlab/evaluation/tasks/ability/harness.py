@@ -1,0 +1,186 @@
+"""Any task of EleutherAI's lm-evaluation-harness, at every strength.
+
+Needs the extra: `pip install steerlab[lm_eval]`. The task's prompts, few-shot examples, answer parsing and metrics are the
+harness's own; the steered model gives log-likelihoods and continuations. A task of the hub needs its data set: reachable, or
+stored in the hub's cache (HF_HOME) beforehand. Tasks of your own lie in a folder of YAML files, `tasks_source`.
+
+    lm_eval/<metric>            `acc`, `acc_norm`, `exact_match`, ...; of a group such as mmlu over all its questions
+    lm_eval/<metric>_<filter>   where the task has several ways to read an answer (gsm8k: strict_match, flexible_extract)
+    lm_eval/empty               empty answers, of tasks that let the model write
+
+A metric becomes observations where the harness's number is their mean, or the exponential of one (perplexities); this is
+checked against that number. Others (F1 over a corpus, BLEU) are named in a warning and left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steerlab.data import sources
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, about, spread, too_long
+from steerlab.evaluation.tasks.ability.harness_model import Fates, adapter
+from steerlab.job import Seed, Source, TaskConfig
+from steerlab.models import ModelFacts
+from steerlab.steered.language import SteeredModel
+
+
+class Config(TaskConfig):
+    """A task of lm-evaluation-harness; `limit` takes the first documents of each of its tasks, as the harness does."""
+
+    task: Literal["lm_eval"] = "lm_eval"
+    """This task."""
+    name: str = Field(min_length=1)
+    """The harness's name of a task or a group: `mmlu`, `truthfulqa_mc2`."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Worked examples before each question; null takes the task's own number."""
+    tasks_source: Source | None = None
+    """Folder with task files of your own; null takes the harness's tasks only."""
+    trust_remote_code: bool = False
+    """Let the task files of `tasks_source` run: they name Python functions, and their templates are programs."""
+    seed: Seed = 1234
+    """Seed of the few-shot examples and of sampling (the harness's default)."""
+
+    @property
+    def trusted_source(self) -> str | None:
+        """Return the task files that may run."""
+        return self.tasks_source if self.trust_remote_code else None
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a task that the harness does not know, and say what to install where there is no harness. Raises ValueError."""
+    _library(config)
+
+
+def run(model: SteeredModel, config: Config) -> Result:
+    """Run the task at every strength."""
+    simple_evaluate, manager = _library(config)
+    observations, samples, transforms = [], [], {}
+    for strength in config.strengths:
+        fates: Fates = {}
+        found = simple_evaluate(
+            model=adapter(model, strength, config.seed, fates),
+            tasks=[config.name],
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            fewshot_random_seed=config.seed,
+        )
+        new, kinds = observe(found["samples"], found["results"], strength, fates)
+        observations += new
+        transforms |= kinds
+        samples += [_sample(name, logged, strength) for name, rows in found["samples"].items() for logged in rows]
+    return Result(observations, spread(samples), transforms)
+
+
+def _library(config: Config) -> tuple[Any, Any]:
+    """Return the harness's evaluation function and its table of tasks."""
+    if config.tasks_source is not None and not config.trust_remote_code:
+        raise ValueError(
+            "tasks_source: the harness runs the Python that task files name, and their templates without a sandbox; if you "
+            "trust them, set trust_remote_code: true beside it"
+        )
+    try:
+        from lm_eval import simple_evaluate  # type: ignore[import-not-found]
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        raise ValueError(f"task: lm_eval needs a package ({error.name}): pip install 'steerlab[lm_eval]'") from None
+    with about("tasks_source"):
+        folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
+    manager = TaskManager(include_path=folder)
+    if config.name not in manager.all_tasks:
+        near = difflib.get_close_matches(config.name, manager.all_tasks, n=3)
+        raise ValueError(
+            f"name: lm_eval has no task {config.name!r}"
+            + (f"; did you mean {', '.join(near)}?" if near else ": see `lm_eval ls tasks`")
+        )
+    return simple_evaluate, manager
+
+
+def observe(
+    logged: dict[str, list[dict[str, Any]]], reported: dict[str, dict[str, Any]], strength: float, fates: Fates
+) -> tuple[list[Observation], dict[str, str]]:
+    """Turn the harness's logged samples into observations and the transforms of their metrics."""
+    found, transforms = [], {}
+    for task, samples in logged.items():
+        found += [_fated(o, task, number, fates) for number, o in _empty(task, samples, strength).items()]
+        for (metric, answer_filter), group in _by_metric(samples).items():
+            number = reported[task].get(f"{metric},{answer_filter}")
+            means = _as_means([sample[metric] for sample in group], number)
+            name = f"lm_eval/{metric}" + ("" if answer_filter == "none" else f"_{answer_filter.replace('-', '_')}")
+            if means is None:
+                warnings.warn(f"{name} of {task} is no mean over documents and is left out ({number})", stacklevel=2)
+                continue
+            pairs, transform = means
+            transforms[name] = transform
+            for number, (value, weight) in zip([sample["doc_id"] for sample in group], pairs, strict=True):
+                one = Observation(name, f"{task}/{number}", value, weight, strength)
+                found.append(_fated(one, task, number, fates))
+    return found, transforms
+
+
+def _fated(observation: Observation, task: str, number: int, fates: Fates) -> Observation:
+    """Return an observation with what became of its document."""
+    fate = fates.get((task, number))
+    return too_long(observation) if fate == TOO_LONG else observation._replace(reason=fate)
+
+
+def _empty(task: str, samples: Iterable[dict[str, Any]], strength: float) -> dict[int, Observation]:
+    """Say of the documents whose answers are texts how many of these are empty; each document once, whatever its filters."""
+    found = {}
+    for sample in samples:
+        texts = [text for answers in sample.get("resps", ()) for text in answers]
+        if texts and all(isinstance(text, str) for text in texts):
+            share = sum(not text.strip() for text in texts) / len(texts)
+            number = sample["doc_id"]
+            found[number] = Observation("lm_eval/empty", f"{task}/{number}", share, 1.0, strength)
+    return found
+
+
+def _by_metric(samples: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for sample in samples:
+        for metric in sample["metrics"]:
+            groups[metric, sample["filter"]].append(sample)
+    return groups
+
+
+def _as_means(values: Sequence[Any], number: Any) -> tuple[list[tuple[float, float]], str] | None:
+    """Express the harness's number as a weighted mean: [(value, weight)] and its transform; None where it is not one."""
+    if not isinstance(number, int | float):
+        return None
+    for pairs, transform in _candidates(values):
+        mean = sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
+        value = math.exp(min(mean, 709.0)) if transform == "exp" else mean
+        if math.isclose(value, number, rel_tol=1e-6, abs_tol=1e-9):
+            return pairs, transform
+    return None
+
+
+def _candidates(values: Sequence[Any]) -> Iterator[tuple[list[tuple[float, float]], str]]:
+    if all(isinstance(value, bool | int | float) or getattr(value, "ndim", None) == 0 for value in values):
+        yield [(float(value), 1.0) for value in values], "identity"
+        yield [(-float(value), 1.0) for value in values], "exp"
+    elif all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
+        # (log-likelihood in nats, words or bytes): perplexity, or bits for each of them.
+        yield [(-float(ll) / size, float(size)) for ll, size in values], "exp"
+        yield [(-float(ll) / size / math.log(2), float(size)) for ll, size in values], "identity"
+
+
+def _sample(task: str, logged: dict[str, Any], strength: float) -> dict[str, Any]:
+    return {
+        "id": f"{task}/{logged['doc_id']}",
+        "strength": strength,
+        "prompt": str(logged["arguments"][0][0]),
+        "target": str(logged["target"]),
+        "responses": str(logged["filtered_resps"]),
+        **{metric: str(logged[metric]) for metric in logged["metrics"]},
+    }

@@ -1,0 +1,1 @@
+"""Does the model execute what an attacker wrote into the data?"""

@@ -1,0 +1,50 @@
+"""StruQ's benchmark over AlpacaFarm rows.
+
+Chen, Piet, Sitawarin, Wagner, arXiv 2402.06363, as ASIDE (arXiv 2503.10566) runs it: the evaluation rows of AlpacaFarm with
+a non-empty input (208), the attacks of `injection` with the word "Hacked", in distribution (behind the data) and out of
+distribution (before and behind), seeds 42 to 44. The ignore sentences are this repository's, not the published ones.
+
+`source` names the published list, for example a downloaded `davinci_003_outputs.json`: fields instruction, input, output (the
+output is what the attack `completion` pretends was answered). No row is left out.
+
+Metrics: `struq/<attack>_id`, `struq/<attack>_ood`, and the means over attacks `struq/asr_id`, `struq/asr_ood`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from steerlab.evaluation.asking.items import check_rows, instruction_rows
+from steerlab.evaluation.statistics.metrics import Result
+from steerlab.evaluation.tasks.attacks.injection import InjectionConfig, Position, run_attacks
+from steerlab.job import Seed, Source
+from steerlab.models import ModelFacts
+from steerlab.steered.language import SteeredModel
+
+_SUFFIX: dict[Position, str] = {"end": "_id", "both": "_ood"}
+
+
+class Config(InjectionConfig):
+    """StruQ attack success rates."""
+
+    task: Literal["struq"] = "struq"
+    """This task."""
+    source: Source
+    """AlpacaFarm evaluation rows (instruction, input, output); rows without an input are left out."""
+    positions: tuple[Position, ...] = Field(("end", "both"), min_length=1)
+    """end: in distribution; both: out of distribution."""
+    seed: Seed = 42
+    """Seed of the attacks and of sampling (paper: 42, 43, 44)."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    check_rows("source", config.source)
+
+
+def run(model: SteeredModel, config: Config) -> Result:
+    """Attack the rows of the benchmark."""
+    rows = instruction_rows(config.source, needs_input=True, offset=0, limit=config.limit, seed=config.seed)
+    return run_attacks(model, config, rows, config.positions, _SUFFIX, "struq")

@@ -1,0 +1,51 @@
+"""CLIPScore: does the image show what a text says?
+
+Hessel et al., "CLIPScore", https://arxiv.org/abs/2104.08718, as LinEAS and AcT report it: the cosine between CLIP's vectors of
+the image and of the text, without the factor 2.5 and the cut at 0. Metric: `clip_score/value`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from steerlab.evaluation.asking.images import ImageConfig, draw
+from steerlab.evaluation.judging import scorers, vision
+from steerlab.evaluation.statistics.metrics import Observation, Result, about
+from steerlab.job import Source
+from steerlab.models import ModelFacts
+from steerlab.steered.drawing import SteeredPipeline
+
+
+class Config(ImageConfig):
+    """Likeness of images and texts."""
+
+    task: Literal["clip_score"] = "clip_score"
+    """This task."""
+    clip_source: Source = Field(min_length=1)
+    """CLIP model; the papers' is hf:openai/clip-vit-large-patch14."""
+    text: str | None = None
+    """What the images are compared with; null: each with its own prompt."""
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a model that is not there. Raises ValueError."""
+    with about("clip_source"):
+        scorers.check_model(config.clip_source)
+
+
+def run(model: SteeredPipeline, config: Config) -> Result:
+    """Draw the prompts at every strength and compare images with texts."""
+    clip = vision.Clip(config.clip_source, model.device)
+    items, drawn = draw(model, config, config.strengths)
+    texts_BF = clip.texts([config.text or str(item.row["text"]) for item in items])
+    observations = []
+    for scale in drawn:
+        for strength, images_BCHW in zip(config.strengths, scale.images_SBCHW, strict=True):
+            likeness_B = (clip.images(images_BCHW) * texts_BF).sum(1)
+            observations += [
+                Observation(f"clip_score/value{scale.suffix}", item.id, value, 1.0, strength)
+                for item, value in zip(items, likeness_B.tolist(), strict=True)
+            ]
+    return Result(observations, [])

@@ -1,0 +1,102 @@
+"""Is a concept present in what the model draws?
+
+    image_concept/rate       share of images that the judge finds to be of the concept
+    image_concept/kept       share still found to be of `away`, where that is given
+    image_concept/accuracy   share of real images of `held_out` that the classifier names rightly: how far to trust it
+
+The judge is a classifier trained on a data set (`classifier`), or CLIP asked between "A picture of CONCEPT" and "something"
+(`clip_source`; LinEAS, arXiv 2503.10679, section 4.3).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from steerlab.evaluation.asking.images import ImageConfig, draw, files, samples
+from steerlab.evaluation.judging import scorers, vision
+from steerlab.evaluation.statistics.metrics import Observation, Result, about, spread
+from steerlab.job import DataSet, Source
+from steerlab.models import ModelFacts
+from steerlab.steered.drawing import SteeredPipeline
+
+
+class Config(ImageConfig):
+    """Presence of a concept in images."""
+
+    task: Literal["image_concept"] = "image_concept"
+    """This task."""
+    concept: str = Field(min_length=1)
+    """The concept: a value of `field` for a classifier, words for CLIP."""
+    away: str | None = None
+    """What the images were of before: a value of `field`."""
+    field: str = "label"
+    """Field of the classifier's rows that it learns to tell."""
+    classifier: DataSet | None = None
+    """Images with labels (format image) that the classifier is trained on."""
+    held_out: DataSet | None = None
+    """Other images, by which the classifier itself is judged."""
+    clip_source: Source | None = None
+    """CLIP model, in place of a classifier."""
+    clip_texts: tuple[str, str] = ("A picture of {concept}", "A picture of something")
+    """What CLIP chooses between; {concept} is filled in."""
+    keep_images: int = Field(8, ge=0)
+    """Prompts whose images are kept as files."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if (self.classifier is None) == (self.clip_source is None):
+            raise ValueError("give one of classifier and clip_source")
+        if self.classifier is None and (self.away or self.held_out):
+            raise ValueError("away and held_out are about a classifier's classes; CLIP has none")
+        return self
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse a classifier of anything but images, and a model that is not there. Raises ValueError."""
+    vision.check_classifier(config.classifier)
+    vision.check_classifier(config.held_out, "held_out")
+    if config.clip_source is not None:
+        with about("clip_source"):
+            scorers.check_model(config.clip_source)
+
+
+def run(model: SteeredPipeline, config: Config) -> Result:
+    """Draw the prompts at every strength and judge the images."""
+    judge = None if config.classifier is None else vision.classifier(config.classifier, config.field)
+    for name in (config.concept, config.away):
+        if judge is not None and name is not None and name not in judge.classes:
+            raise ValueError(f"the classifier knows no {config.field} {name!r}, but {', '.join(judge.classes)}")
+    clip = None if config.clip_source is None else vision.Clip(config.clip_source, model.device)
+    items, drawn = draw(model, config, config.strengths)
+    observations: list[Observation] = []
+    told = []
+    for scale in drawn:
+        for strength, images_BCHW in zip(config.strengths, scale.images_SBCHW, strict=True):
+            names = judge.predict(images_BCHW) if judge is not None else _chosen(clip, images_BCHW, config)
+            for metric, wanted in (("rate", config.concept), ("kept", config.away)):
+                if wanted is not None:
+                    observations += [
+                        Observation(f"image_concept/{metric}{scale.suffix}", item.id, float(name == wanted), 1.0, strength)
+                        for item, name in zip(items, names, strict=True)
+                    ]
+            told += [
+                sample | {"found": name}
+                for sample, name in zip(samples(items, config, strength=strength, guidance=scale.guidance), names, strict=True)
+            ]
+    if judge is not None and config.held_out is not None:
+        right = vision.accuracy(judge, config.held_out, config.field)
+        observations += [
+            Observation("image_concept/accuracy", f"real-{i}", value, 1.0, config.strengths[0]) for i, value in enumerate(right)
+        ]
+    return Result(observations, spread(told), files=files(items, drawn, config.strengths, config.keep_images))
+
+
+def _chosen(clip: vision.Clip | None, images_BCHW: Tensor, config: Config) -> list[str]:
+    """Ask CLIP which of the two texts an image is nearer to."""
+    assert clip is not None
+    texts_2F = clip.texts([text.replace("{concept}", config.concept) for text in config.clip_texts])
+    likeness_B2 = clip.images(images_BCHW) @ texts_2F.T
+    return [config.concept if first > second else "something" for first, second in likeness_B2.tolist()]

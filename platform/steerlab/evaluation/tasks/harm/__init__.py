@@ -1,0 +1,1 @@
+"""Does the model do harm, or refuse what is harmless?"""

@@ -1,0 +1,100 @@
+"""Does the patch prefer what people prefer?
+
+On held-out pairs, for every strength alpha, with the model at strength 0 as the reference (Rafailov et al., arXiv 2305.18290:
+the implicit reward of a policy is beta log pi / pi_ref):
+
+    preference/margin                beta [ (log pi_alpha - log pi_0)(chosen) - (log pi_alpha - log pi_0)(rejected) ], nats
+    preference/accuracy              pairs with a margin above 0, the implicit accuracy         higher is better
+    preference/likelihood_accuracy   pairs whose chosen response has the higher log pi_alpha; long responses lose
+    preference/kl                    KL(pi_alpha || pi_0), nats a response token                what it costs
+    preference/shorter               pairs whose chosen response has fewer tokens (a tie is a half): the accuracy of a policy
+                                     that only likes brevity, and 1 less it of one that likes length; a control
+
+At strength 0, and for a model without a patch, every margin is 0, so there is no accuracy. Log-probabilities are sums over
+the tokens of a response. A pair that is longer than `max_tokens`, or than the model's context, is not scored and
+counted as too long.
+
+The default needs no hub: the 60 pairs of LLaMA-Factory's demonstration that jobs/iav.yaml does not train on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from steerlab.evaluation.asking.items import Numbered, data_rows
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, observed, spread
+from steerlab.inputs.encoding import encode_data
+from steerlab.inputs.tokens import Pair
+from steerlab.job import DataSet, TaskConfig
+from steerlab.steered import explain
+from steerlab.steered.explain import Scored
+from steerlab.steered.language import SteeredModel
+
+PAIRS = "sdist:llamafactory==0.9.5#data/dpo_en_demo.json"
+
+
+def require_pairs(data: DataSet) -> DataSet:
+    """Return a data set of pairs. Raises ValueError when its format is another."""
+    if data.format != "preference":
+        raise ValueError(f"the task compares two responses: set pairs.format to preference, not {data.format}")
+    return data
+
+
+class Config(TaskConfig):
+    """Preference between two responses."""
+
+    task: Literal["preference"] = "preference"
+    """This task."""
+    pairs: Annotated[DataSet, AfterValidator(require_pairs)] = DataSet.model_validate(
+        {"source": PAIRS, "format": "preference", "offset": 240}
+    )
+    """Held-out pairs."""
+    beta: float = Field(0.1, gt=0)
+    """Nats of margin for a nat of log-ratio; changes no accuracy."""
+    max_tokens: int = Field(2048, ge=2)
+    """Longer pairs are not scored."""
+
+
+def run(model: SteeredModel, config: Config) -> Result:
+    """Score the pairs at every strength."""
+    items = data_rows(config.pairs, config.limit, config.seed)
+    longest = int(min(config.max_tokens, model.max_tokens))
+    found = encode_data(model.encoder, [item.row for item in items], "preference", longest + 1)
+    fits = {n: row for n, row in zip(found.numbers, found.rows, strict=True) if len(row) <= longest}
+    rows = [row for row in fits.values() if isinstance(row, Pair)]
+    observations, samples = [], []
+    for strength, scored in zip(config.strengths, explain.score(model, rows, config.strengths), strict=True):
+        of = dict(zip(fits, scored, strict=True))
+        compares = bool(model.patches) and strength != 0
+        for n, item in enumerate(items):
+            observations += observe(item.id, of.get(n), config.beta, strength, compares)
+            samples.append(_sample(item, of.get(n), config.beta, strength))
+    # At strength 0 both are 0 of every pair: not a share of pairs.
+    return Result(observations, spread(samples), {"preference/margin": "mean", "preference/kl": "mean"})
+
+
+def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, compares: bool) -> list[Observation]:
+    """Turn one pair's scores, None where it is too long, into observations; `compares` says that the policy is not the base."""
+    names = [f"preference/{name}" for name in ("accuracy", "margin", "likelihood_accuracy", "kl", "shorter")]
+    if scored is None:
+        return [observed(name, pair_id, TOO_LONG, strength) for name in names]
+    chosen, rejected = scored
+    num_tokens = chosen.num_tokens + rejected.num_tokens
+    gap, likelier = margin(scored, beta), chosen.log_prob > rejected.log_prob
+    shorter = 0.5 if chosen.num_tokens == rejected.num_tokens else float(chosen.num_tokens < rejected.num_tokens)
+    values = (float(gap > 0), gap, float(likelier), (chosen.kl + rejected.kl) / num_tokens, shorter)
+    weights = (float(compares), 1.0, 1.0, float(num_tokens), 1.0)
+    return [Observation(n, pair_id, value, w, strength) for n, value, w in zip(names, values, weights, strict=True)]
+
+
+def margin(scored: Scored, beta: float) -> float:
+    """Return beta times the difference of the two log-ratios."""
+    chosen, rejected = (response.log_prob - response.base_log_prob for response in scored)
+    return beta * (chosen - rejected)
+
+
+def _sample(item: Numbered, scored: Scored | None, beta: float, strength: float) -> dict[str, Any]:
+    texts = {name: item.row[name] for name in ("prompt", "chosen", "rejected")}
+    return {"id": item.id, "strength": strength, **texts, "margin": None if scored is None else margin(scored, beta)}

@@ -1,0 +1,1 @@
+"""Does the model keep instructions and data apart?"""

@@ -1,0 +1,404 @@
+"""Does the model represent instructions and data differently, and does that decide what it executes?
+
+Section 5 of ASIDE, Zverev et al., arXiv 2503.10566. Four measures, each of which can be left out:
+
+layers   `probing/layer_NN`: accuracy of a linear probe that tells instruction tokens from data tokens by the hidden state
+         after layer NN (00 is the embedding). A probe could read words instead of roles, so every row is shown twice, the
+         second time with instruction and data exchanged: each word is as often the one as the other. As many tokens of
+         either kind from each row; 70 % of the rows train, 30 % test (never tokens of one row on both sides).
+concept  `probing/probe_as_instruction`: share of the tokens of SEP's probes, standing in the data, that a probe at a middle
+         layer, trained on rows as they are, takes for instruction; `probing/concept_accuracy` is its accuracy on test rows.
+causal   `probing/executed_rotated` and `probing/executed_unrotated`: share of probes in the data that are executed, with
+         their tokens given as data, and with their tokens alone given as instruction (un-rotated, under ASIDE).
+cosine   `probing/cosine_layer_NN`: mean cosine between the hidden states of the same data tokens in the same place, given
+         as data and as instruction; 1 for a model that does not know roles.
+
+Rows and items that do not fit into `max_tokens` or the model's context are counted as too long; `probing/empty` is the share of
+an item's answers in the causal check that are empty.
+
+As in the paper the probes are trained with binary cross-entropy and Adam (1e-3, batches of 32, 5 epochs). Departures: inputs
+are standardised, which a linear probe could undo, because hidden states of late layers are hundreds of times larger than
+those of early ones; headings and framing are tokens of neither kind.
+
+Axes beside the legend of `tokens`: N tokens (of all rows). L counts the embedding and every layer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from steerlab.evaluation.asking.answers import answers, with_empty
+from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
+from steerlab.evaluation.statistics.metrics import (
+    EVERY_TOKEN,
+    TOO_LONG,
+    Observation,
+    Result,
+    Score,
+    TokenKinds,
+    contains,
+    observed,
+    spread,
+)
+from steerlab.evaluation.tasks.roles import separation
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Message, Part
+from steerlab.job import Source, TaskConfig
+from steerlab.models import ModelFacts
+from steerlab.steered.language import SteeredModel
+
+Measure = Literal["layers", "concept", "causal", "cosine"]
+_EXECUTED = ("probing/executed_rotated", "probing/executed_unrotated")
+
+
+class Config(TaskConfig):
+    """Linear probes of roles and the causal check."""
+
+    task: Literal["probing"] = "probing"
+    """This task."""
+    measures: tuple[Measure, ...] = Field(("layers", "concept", "causal", "cosine"), min_length=1)
+    """What is measured."""
+    source: Source = ALPACA
+    """Instruction rows with an input, on which the probes are trained and tested."""
+    offset: int = Field(0, ge=0)
+    """Rows with an input that are skipped first: those a job trained on."""
+    num_rows: int = Field(200, ge=4)
+    """Instruction rows used; `limit` counts SEP items."""
+    cosine_rows: int = Field(50, ge=1)
+    """Rows among them used for the cosines."""
+    tokens_per_role: int = Field(8, ge=1)
+    """Instruction tokens, and as many data tokens, taken from each form of each row."""
+    train_share: float = Field(0.7, gt=0, lt=1)
+    """Share of rows that train the probes (paper: 0.7)."""
+    epochs: int = Field(5, ge=1)
+    """Passes over the training tokens (paper: 5)."""
+    lr: float = Field(1e-3, gt=0)
+    """Adam's learning rate (paper: 1e-3)."""
+    batch: int = Field(32, ge=1)
+    """Tokens a step (paper: 32)."""
+    concept_layer: int | None = Field(None, ge=0)
+    """Layer of the concept probe, 0 the embedding; null takes 15/32 of the depth (paper: 15 of 32, 18 of 40)."""
+    separation_source: Source | None = None
+    """SEP rows for concept and causal; null takes the repository's own probes."""
+    max_tokens: int = Field(512, ge=8)
+    """Rows that are longer (in tokens) train no probe."""
+    max_new_tokens: int = Field(1024, ge=1)
+    """Longest answer of the causal check."""
+
+
+class Tokens(NamedTuple):
+    """Hidden states of single tokens."""
+
+    h_NLD: Tensor
+    is_instruction_N: Tensor
+    row_N: Tensor
+    """Number of the row that the token comes from."""
+    exchanged_N: Tensor
+    """True for the form of the row in which instruction and data are exchanged."""
+
+    def where(self, mask_N: Tensor) -> Tokens:
+        """Keep some tokens."""
+        return Tokens(*(tensor[mask_N] for tensor in self))
+
+
+class LinearProbe(NamedTuple):
+    """One linear classifier of tokens for each layer."""
+
+    weight_LD: Tensor
+    bias_L: Tensor
+    mean_LD: Tensor
+    std_LD: Tensor
+
+    def says_instruction(self, h_NLD: Tensor) -> Tensor:
+        """Classify tokens at every layer: (N, L) of booleans."""
+        return ((h_NLD - self.mean_LD) / self.std_LD * self.weight_LD).sum(-1) + self.bias_L > 0
+
+
+def runs_over(config: Config, metric: str | None) -> TokenKinds:
+    """Return the tokens whose states are read, those of prompts; what the model executes it writes itself."""
+    writes = "causal" in config.measures if metric is None else metric in (*_EXECUTED, "probing/empty")
+    return EVERY_TOKEN if writes else frozenset({("prompt", "instruction"), ("prompt", "data")})
+
+
+def check(config: Config, facts: ModelFacts) -> None:
+    """Refuse rows that are not there or lack fields, and a layer that the model does not have. Raises ValueError."""
+    check_rows("source", config.source)
+    if {"concept", "causal"} & set(config.measures):
+        separation.check_items("separation_source", config.separation_source)
+    if "concept" in config.measures:
+        concept_layer(config, facts.num_layers)
+
+
+def run(model: SteeredModel, config: Config) -> Result:
+    """Take the chosen measures at every strength."""
+    layer = concept_layer(config, model.num_layers)
+    rows, long, items = [], [], []
+    if {"layers", "concept", "cosine"} & set(config.measures):
+        rows, long = usable_rows(model, config)
+    if {"concept", "causal"} & set(config.measures):
+        offset = config.offset if config.separation_source is None else 0
+        items = separation.load(config.separation_source, limit=config.limit, seed=config.seed, offset=offset)
+    observations, samples = [], []
+    for strength in config.strengths:
+        observations += _left_out(model, long, config, strength)
+        if {"layers", "concept"} & set(config.measures) and len(rows) > 1:
+            tokens = collect(model, rows, config, strength)
+            is_train_N = torch.isin(tokens.row_N, torch.tensor(train_rows(len(rows), config)))
+            if "layers" in config.measures:
+                observations += _observe_layers(tokens, is_train_N, rows, config, strength)
+            if "concept" in config.measures:
+                observations += _observe_concept(model, tokens.where(~tokens.exchanged_N), items, layer, rows, config, strength)
+        if "cosine" in config.measures:
+            observations += _observe_cosine(model, rows[: config.cosine_rows], strength)
+    if "causal" in config.measures:
+        found, samples = _observe_causal(model, items, config)
+        observations += found
+    return Result(observations, spread(samples))
+
+
+def concept_layer(config: Config, num_layers: int) -> int:
+    """Return the layer of the concept probe.
+
+    Raises:
+        ValueError: when the model has no such layer.
+    """
+    layer = round(num_layers * 15 / 32) if config.concept_layer is None else config.concept_layer
+    if layer > num_layers:
+        raise ValueError(f"concept_layer {layer} does not exist: the model has layers 1 to {num_layers}, and 0, the embedding")
+    return layer
+
+
+def train_rows(num_rows: int, config: Config) -> list[int]:
+    """Choose the rows that train; at least one trains and one tests."""
+    num_train = min(max(1, round(config.train_share * num_rows)), num_rows - 1)
+    order = choose([Numbered(str(i), {}) for i in range(num_rows)], num_train, config.seed + 1)
+    return [int(item.id) for item in order]
+
+
+def marked(encoder: Encoder, instruction: str, data: Sequence[Part]) -> Conversation:
+    """Make a prompt whose second part is the instruction's own text and whose last parts are `data`.
+
+    Parts change no tokenisation; they say which tokens are the instruction's and the data's own, headings left out.
+    """
+    # The template takes the role of a message's first part: an empty data part keeps it whatever role the data get.
+    system, *rest = encoder.conversation(instruction, (Part("", DATA), *data))
+    text = "".join(part.text for part in system.parts)
+    heading = text.removesuffix(instruction)
+    return (Message(system.speaker, (Part(heading, INSTRUCTION), Part(instruction, INSTRUCTION))), *rest)
+
+
+def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], list[Numbered]]:
+    """Choose rows with an input; return those that fit in both of their forms, and those that do not.
+
+    Raises:
+        ValueError: when there are fewer than two; a probe needs one to train on and one to test.
+    """
+    found = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=config.num_rows, seed=config.seed)
+    if len(found) < 2:
+        raise ValueError(f"{config.source} has {len(found)} usable row; a probe needs two")
+    forms = [model.fits([_prompt(model.encoder, item, e) for item in found], config.max_tokens) for e in (False, True)]
+    fits = [plain and exchanged for plain, exchanged in zip(*forms, strict=True)]
+    halves = [[item for item, fit in zip(found, fits, strict=True) if fit == wanted] for wanted in (True, False)]
+    return halves[0], halves[1]
+
+
+def collect(model: SteeredModel, rows: Sequence[Numbered], config: Config, strength: float) -> Tokens:
+    """Read the hidden states of as many instruction as data tokens of every row, in both of its forms."""
+    forms = [(i, exchanged) for i in range(len(rows)) for exchanged in (False, True)]
+    prompts = [_prompt(model.encoder, rows[i], exchanged) for i, exchanged in forms]
+    h, is_instruction, row, exchange = [], [], [], []
+    for (i, exchanged), (h_LTD, encoded) in zip(forms, model.hidden_states(prompts, strength=strength), strict=True):
+        draw = random.Random(f"{config.seed} {rows[i].id} {exchanged}")
+        chosen = balanced(encoded.parts, max(encoded.parts), config.tokens_per_role, draw)
+        h.append(h_LTD[:, chosen].transpose(0, 1))
+        is_instruction += [encoded.parts[t] == 1 for t in chosen]
+        row += [i] * len(chosen)
+        exchange += [exchanged] * len(chosen)
+    return Tokens(torch.cat(h), torch.tensor(is_instruction), torch.tensor(row), torch.tensor(exchange))
+
+
+def balanced(parts: Sequence[int], data_part: int, most: int, draw: random.Random) -> list[int]:
+    """Choose positions of instruction tokens (part 1) and of as many data tokens."""
+    of_role = [[t for t, part in enumerate(parts) if part == wanted] for wanted in (1, data_part)]
+    count = min(most, *map(len, of_role))
+    return [t for found in of_role for t in sorted(found, key=lambda _: draw.random())[:count]]
+
+
+def fit(tokens: Tokens, config: Config) -> LinearProbe:
+    """Train one probe a layer, all at once; the layers do not share anything but the order of the tokens."""
+    mean_LD, std_LD = tokens.h_NLD.mean(0), tokens.h_NLD.std(0).clamp_min(1e-6)
+    x_NLD, label_N = (tokens.h_NLD - mean_LD) / std_LD, tokens.is_instruction_N.float()
+    weight_LD = torch.zeros_like(mean_LD, requires_grad=True)
+    bias_L = torch.zeros(mean_LD.shape[0], requires_grad=True)
+    optimizer = torch.optim.Adam([weight_LD, bias_L], lr=config.lr)
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in range(config.epochs):
+        for index_B in torch.randperm(len(label_N), generator=generator).split(config.batch):
+            logit_BL = (x_NLD[index_B] * weight_LD).sum(-1) + bias_L
+            target_BL = label_N[index_B, None].expand_as(logit_BL)
+            loss_BL = torch.nn.functional.binary_cross_entropy_with_logits(logit_BL, target_BL, reduction="none")
+            optimizer.zero_grad()
+            loss_BL.mean(0).sum().backward()
+            optimizer.step()
+    return LinearProbe(weight_LD.detach(), bias_L.detach(), mean_LD, std_LD)
+
+
+def split_probe(item: separation.Item) -> tuple[str, str, str] | None:
+    """Cut the data of (D) into what stands before the probe, the probe, and what stands behind it.
+
+    None when the clean data are not found at either end.
+    """
+    data, with_probe = item.data, item.data_with_probe
+    side = str(item.info.get("appended_type", ""))[-1:]
+    if with_probe.endswith(data) and not (side == "r" and with_probe.startswith(data)):
+        head = with_probe.removesuffix(data)
+        probe = head.rstrip()
+        return ("", probe, head[len(probe) :] + data) if probe else None
+    if with_probe.startswith(data):
+        tail = with_probe.removeprefix(data)
+        probe = tail.lstrip()
+        return (data + tail[: len(tail) - len(probe)], probe, "") if probe else None
+    return None
+
+
+def probe_parts(texts: tuple[str, str, str], role: int) -> tuple[Part, ...]:
+    """Give the probe its role; the rest are data."""
+    before, probe, after = texts
+    return (Part(before, DATA), Part(probe, role), Part(after, DATA))
+
+
+def _prompt(encoder: Encoder, item: Numbered, exchanged: bool) -> Conversation:
+    first, second = str(item.row["instruction"]), str(item.row["input"])
+    instruction, data = (second, first) if exchanged else (first, second)
+    return marked(encoder, instruction, (Part(data, DATA),))
+
+
+def _left_out(model: SteeredModel, long: Sequence[Numbered], config: Config, strength: float) -> list[Observation]:
+    """Return an observation without a value of each row that does not fit, in the metrics that rows are part of."""
+    layers = range(model.num_layers + 1)
+    of_measure: dict[Measure, list[str]] = {
+        "layers": [f"probing/layer_{layer:02d}" for layer in layers],
+        "concept": ["probing/concept_accuracy"],
+        "cosine": [f"probing/cosine_layer_{layer:02d}" for layer in layers],
+    }
+    names = [name for measure, names in of_measure.items() if measure in config.measures for name in names]
+    return [observed(name, item.id, TOO_LONG, strength) for item in long for name in names]
+
+
+def _observe_layers(
+    tokens: Tokens, is_train_N: Tensor, rows: Sequence[Numbered], config: Config, strength: float
+) -> list[Observation]:
+    probe, test = fit(tokens.where(is_train_N), config), tokens.where(~is_train_N)
+    return _accuracies(probe, test, rows, lambda layer: f"probing/layer_{layer:02d}", strength)
+
+
+def _accuracies(
+    probe: LinearProbe, test: Tokens, rows: Sequence[Numbered], name: Callable[[int], str], strength: float
+) -> list[Observation]:
+    """Return each test row's accuracy at each layer, weighted by its tokens."""
+    right_NL = (probe.says_instruction(test.h_NLD) == test.is_instruction_N[:, None]).float()
+    found = []
+    for i in test.row_N.unique().tolist():
+        of_row = right_NL[test.row_N == i]
+        for layer, value in enumerate(of_row.mean(0).tolist()):
+            found.append(Observation(name(layer), rows[i].id, value, float(len(of_row)), strength))
+    return found
+
+
+def _observe_concept(
+    model: SteeredModel,
+    clean: Tokens,
+    items: Sequence[separation.Item],
+    layer: int,
+    rows: Sequence[Numbered],
+    config: Config,
+    strength: float,
+) -> list[Observation]:
+    at_layer = clean._replace(h_NLD=clean.h_NLD[:, layer : layer + 1])
+    is_train_N = torch.isin(clean.row_N, torch.tensor(train_rows(len(rows), config)))
+    probe = fit(at_layer.where(is_train_N), config)
+    found = _accuracies(probe, at_layer.where(~is_train_N), rows, lambda _: "probing/concept_accuracy", strength)
+    shares = _probe_shares(model, items, layer, probe, strength)
+    for item, (share, num_tokens) in zip(items, shares, strict=True):
+        found.append(observed("probing/probe_as_instruction", item.id, share, strength, num_tokens))
+    return found
+
+
+def _probe_shares(
+    model: SteeredModel, items: Sequence[separation.Item], layer: int, probe: LinearProbe, strength: float
+) -> Iterator[tuple[Score, float]]:
+    """Yield for every item the share of its probe's tokens taken for instruction, and their number."""
+    texts = [split_probe(item) for item in items]
+    whole = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
+    prompts = [marked(model.encoder, item.instruction, probe_parts(text, DATA)) for item, text in whole]
+    fits = model.fits(prompts)
+    states = model.hidden_states([p for p, fit in zip(prompts, fits, strict=True) if fit], strength=strength)
+    asked = iter(zip(prompts, fits, strict=True))
+    for text in texts:
+        if text is None:
+            yield None, 1.0
+            continue
+        prompt, fit = next(asked)
+        if not fit:
+            yield TOO_LONG, 1.0
+            continue
+        h_LTD, encoded = next(states)
+        probe_part = sum(len(message.parts) for message in prompt) - 2
+        positions = [t for t, part in enumerate(encoded.parts) if part == probe_part]
+        verdicts = probe.says_instruction(h_LTD[layer, positions][:, None])
+        yield (float(verdicts.float().mean()), float(len(positions))) if positions else (None, 1.0)
+
+
+def _observe_cosine(model: SteeredModel, rows: Sequence[Numbered], strength: float) -> list[Observation]:
+    forms = [
+        [marked(model.encoder, str(item.row["instruction"]), (Part(str(item.row["input"]), role),)) for item in rows]
+        for role in (DATA, INSTRUCTION)
+    ]
+    states = [model.hidden_states(prompts, strength=strength) for prompts in forms]
+    found = []
+    for item, (as_data_LTD, encoded), (as_instruction_LTD, _) in zip(rows, *states, strict=True):
+        own_T = torch.tensor(encoded.parts) == max(encoded.parts)
+        cosine_LT = torch.nn.functional.cosine_similarity(as_data_LTD[:, own_T], as_instruction_LTD[:, own_T], dim=-1)
+        for layer, value in enumerate(cosine_LT.mean(1).tolist()):
+            name = f"probing/cosine_layer_{layer:02d}"
+            found.append(Observation(name, item.id, value, float(own_T.sum()), strength))
+    return found
+
+
+def _observe_causal(
+    model: SteeredModel, items: Sequence[separation.Item], config: Config
+) -> tuple[list[Observation], list[dict[str, Any]]]:
+    texts = [split_probe(item) for item in items]
+    whole = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
+    prompts = [
+        marked(model.encoder, item.instruction, probe_parts(text, role)) for role in (DATA, INSTRUCTION) for item, text in whole
+    ]
+    observations: list[Observation] = []
+    samples: list[dict[str, Any]] = []
+    for strength, row in answers(model, prompts, config):
+        cut = [item for item, text in zip(items, texts, strict=True) if text is None]
+        observations += [Observation(name, item.id, None, 1.0, strength) for item in cut for name in _EXECUTED]
+        for (item, _), *outputs in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
+            verdicts = [float(contains(output.text, item.witness)) for output in outputs]
+            own = [Observation(name, item.id, v, 1.0, strength) for name, v in zip(_EXECUTED, verdicts, strict=True)]
+            observations += with_empty("probing/empty", item.id, outputs, own, strength)
+        for (item, text), rotated, unrotated in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
+            samples.append(
+                {
+                    "id": item.id,
+                    "strength": strength,
+                    "instruction": item.instruction,
+                    "data": item.data_with_probe,
+                    "probe": text[1],
+                    "output_probe_as_data": rotated.text,
+                    "output_probe_as_instruction": unrotated.text,
+                    "judged": f"executed means that {item.witness!r} occurs in the output, whatever its case",
+                }
+            )
+    return observations, samples

@@ -1,0 +1,1 @@
+"""Does the model write as the patch wants it to?"""

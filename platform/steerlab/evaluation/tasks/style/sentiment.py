@@ -1,0 +1,93 @@
+"""Sentiment of continuations, by VADER.
+
+Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014. Its
+compound score lies between -1 (most negative) and 1; the authors call 0.05 and more positive, -0.05 and less negative.
+
+    sentiment/score      mean compound score
+    sentiment/positive   continuations with a score of at least 0.05
+    sentiment/negative   continuations with a score of at most -0.05
+    sentiment/empty      empty continuations
+    sentiment/distinct_1..3, sentiment/base_perplexity        see `fluency`
+
+The default prompts are the first words of the negative ones among the movie reviews that VADER was validated on (people's
+scores from -4 to 4, here at most -1). Only the continuation is scored; an empty one cannot be judged.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from steerlab.evaluation.asking.answers import with_empty
+from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
+from steerlab.evaluation.judging import fluency, scorers
+from steerlab.evaluation.statistics.metrics import Observation, Result, Score, observed, spread
+from steerlab.job import DataSet
+from steerlab.steered.language import SteeredModel
+
+REVIEWS = (
+    "sdist:vaderSentiment==3.3.2#additional_resources/hutto_ICWSM_2014.tar.gz"
+    "!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+)
+_NEUTRAL = 0.05
+
+
+class Config(ContinuationConfig):
+    """Sentiment of continuations."""
+
+    task: Literal["sentiment"] = "sentiment"
+    """This task."""
+    prompts: Annotated[DataSet, AfterValidator(require_text)] = DataSet.model_validate(
+        {
+            "source": REVIEWS,
+            "format": "text",
+            "columns": ("id", "score", "text"),
+            "where": {"score": (None, -1)},
+            "shuffle": 0,
+        }
+    )
+    """Texts whose beginnings are continued."""
+    prompt_words: int | None = Field(6, ge=1)
+    """First words of each text that make the prompt; null takes the whole text."""
+
+
+def run(model: SteeredModel, config: Config) -> Result:
+    """Continue the beginning of every text at every strength and score the continuations."""
+    scorer = vader()
+    items = read_prompts(config.prompts, config.limit, config.seed)
+    ids, prompts = [item.id for item in items], [beginning(str(item.row["text"]), config.prompt_words) for item in items]
+    outputs = continue_texts(model, prompts, config)
+    observations, samples = [], []
+    for strength, row in zip(config.strengths, outputs, strict=True):
+        scored = scorers.score(scorer, [output.text for output in row])
+        for item_id, prompt, output, compound in zip(ids, prompts, row, scored, strict=True):
+            found = judge(item_id, compound, strength)
+            observations += with_empty("sentiment/empty", item_id, [output], found, strength)
+            samples.append(sample(item_id, strength, prompt, output.text, compound=compound))
+    observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths)
+    return Result(observations, spread(samples), fluency.transforms("sentiment"))
+
+
+def judge(item_id: str, compound: Score, strength: float = 1.0) -> list[Observation]:
+    """Judge one continuation by its compound score."""
+    positive = float(compound >= _NEUTRAL) if isinstance(compound, float) else compound
+    negative = float(compound <= -_NEUTRAL) if isinstance(compound, float) else compound
+    return [
+        observed("sentiment/score", item_id, compound, strength),
+        observed("sentiment/positive", item_id, positive, strength),
+        observed("sentiment/negative", item_id, negative, strength),
+    ]
+
+
+def beginning(text: str, num_words: int | None) -> str:
+    """Return a text's first words."""
+    return text if num_words is None else " ".join(text.split()[:num_words])
+
+
+def vader() -> scorers.Scorer:
+    """Load VADER's lexicon and rules: the compound score."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyser = SentimentIntensityAnalyzer()
+    return lambda texts: [analyser.polarity_scores(text)["compound"] for text in texts]

@@ -1,0 +1,1 @@
+"""Guards: whatever a stranger may have written is read here, or within the limits that stand here."""

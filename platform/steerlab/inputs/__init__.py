@@ -1,0 +1,1 @@
+"""From rows to what a model reads: tokens with roles, prompts with seeds."""

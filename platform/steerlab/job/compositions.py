@@ -1,0 +1,50 @@
+"""Texts made from several fields of a row: the templates of `compose`.
+
+    "{question}\\n{choices}"      fields and paths (data/values.py) in braces; {{ and }} are braces
+    "{choices}"                  a list of texts as lettered lines: A. first, B. second
+    "{choices:lines}"            one a line
+    "{choices:commas}"           one behind the other, with commas
+
+Numbers and booleans are written as JSON writes them; what is nothing or an object is refused.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+
+
+def _lettered(texts: Sequence[str]) -> str:
+    if len(texts) > len(string.ascii_uppercase):
+        raise ValueError(f"holds {len(texts)} choices, more than there are letters; write them with :lines")
+    return "\n".join(f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, texts, strict=False))
+
+
+JOINS: dict[str, Callable[[Sequence[str]], str]] = {
+    "": _lettered,
+    "letters": _lettered,
+    "lines": "\n".join,
+    "commas": ", ".join,
+}
+
+
+def check(template: str) -> None:
+    """Refuse a template that is not as above. Raises ValueError."""
+    for _, field, join, conversion in pieces(template):
+        if field == "" or conversion:
+            raise ValueError(f"the template {template!r} has braces without a plain field name in them; {{{{ is a brace")
+        if join is not None and join not in JOINS:
+            raise ValueError(f"the template {template!r} joins lists by {join!r}; known are {', '.join(filter(None, JOINS))}")
+
+
+def pieces(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    """Take a template apart: text, field, how a list is joined, conversion. Raises ValueError."""
+    try:
+        return list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"the template {template!r} cannot be read ({error}); {{{{ and }}}} are braces") from None
+
+
+def fields(template: str) -> list[str]:
+    """Return the fields that a template names, in order."""
+    return [field for _, field, _, _ in pieces(template) if field is not None]

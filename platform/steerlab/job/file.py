@@ -1,0 +1,199 @@
+"""Read a job file, apply overrides, inline the jobs that it builds on, validate; dump it, print its schema."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from steerlab.guards import files, yaml12
+from steerlab.job.job import Job
+from steerlab.job.messages import cut, explain, models_in, of_tag
+from steerlab.job.model_config import JOB_PREFIX
+from steerlab.job.typed import Implied, JobError
+
+_LONGEST = 2**20
+"""Bytes of a job file."""
+
+_PART = re.compile(r'"([^"]*)"|([^".]*)')
+
+
+def read(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> Job:
+    """Read a job file, apply `a.b=c` overrides, inline the jobs it builds on, and validate.
+
+    Raises:
+        JobError: with one message that names the file, the key, the value and what is allowed.
+    """
+    return validate(read_tree(path, kind, overrides), kind, Path(path))
+
+
+def read_tree(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a job file as a tree of scalars, overrides applied, nothing validated. Raises JobError."""
+    tree = _load_yaml(Path(path))
+    for override in overrides:
+        _override(tree, override, kind)
+    return tree
+
+
+def validate(tree: Mapping[str, Any], kind: type[Job], path: Path) -> Job:
+    """Turn a tree of scalars into a job; `path` is named in messages and resolves `job:` sources."""
+    tree = _inline_jobs(dict(tree), kind, path)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise JobError(explain(error, kind, str(path))) from None
+
+
+def inlined(tree: Mapping[str, Any], kind: type[Job], path: Path) -> dict[str, Any]:
+    """Return a job's tree with the jobs it builds on inside, so that it stands alone. Raises JobError."""
+    return _inline_jobs(dict(tree), kind, path)
+
+
+def dump(job: Job) -> str:
+    """Write a job as YAML that `read` reads back to an equal job."""
+    return yaml12.dump(job.model_dump(mode="json"))
+
+
+def base_job(job: Job, kind: type[Job]) -> Job | None:
+    """Return the job that trains this job's starting model, or None when the model comes from a source."""
+    return None if isinstance(job.model.source, str) else kind.model_validate(job.model.source)
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    content = b""
+    try:
+        content = files.read(path, _LONGEST)
+        tree = yaml12.load(content.decode("utf-8-sig"))
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = difflib.get_close_matches(str(path), near, n=1, cutoff=0.3)
+        raise JobError(f"{path}: no such job file" + (f"; did you mean {hint[0]}?" if hint else "")) from None
+    except files.FileError as error:
+        raise JobError(f"{error}, so it is no job") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise JobError(f"{path}:{line}: cannot be read as YAML: the file is no UTF-8 text") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml12.YamlError as error:
+        where = f"{path}:{error.line}" if error.line else str(path)
+        raise JobError(f"{where}: cannot be read as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        holds = "the file is empty" if tree is None else f"the file holds {'a list' if isinstance(tree, list) else 'one value'}"
+        raise JobError(f"{path}: {holds}; a job is a mapping with the keys {', '.join(Job.model_fields)}")
+    return tree
+
+
+def _override(tree: dict[str, Any], text: str, kind: type[Job]) -> None:
+    """Set one value in place, as it is written on the command line."""
+    asked = f"--set {cut(text)}"
+    if not (match := re.fullmatch(r'((?:"[^"]*"|[^"=])+)=(.*)', text, re.DOTALL)):
+        raise JobError(f"{asked}: expected a.b=c")
+    key, value = match.groups()
+    try:
+        parsed = yaml12.load_value(value)
+    except yaml12.YamlError as error:
+        raise JobError(f"{asked}: the value cannot be read as YAML: {error}; a text goes in quotes: '{key}=\"...\"'") from None
+    if isinstance(parsed, str) and parsed.startswith(JOB_PREFIX):
+        # In a job file it starts from that file's folder, here, as every path, from where the command runs.
+        parsed = f"{JOB_PREFIX}{_expanded(parsed, asked).absolute()}"
+    put(tree, key, parsed, asked, kind)
+
+
+def _expanded(source: str, where: str) -> Path:
+    """Return the path of a job file that `job:PATH` names."""
+    if "\0" in source:
+        raise JobError(f"{where} {cut(source)}: no path holds a null character")
+    try:
+        return Path(source.removeprefix(JOB_PREFIX)).expanduser()
+    except RuntimeError:
+        raise JobError(f"{where} {cut(source)}: there is no user of this name here") from None
+
+
+def put(tree: dict[str, Any], key: str, value: Any, asked: str, kind: type[Job]) -> None:
+    """Set one value in place; list items are addressed by number (`evaluate.0.limit`), a key with dots in "quotes".
+
+    A section that the tree leaves out begins as its default, so that one value of a default can be changed.
+
+    Raises:
+        JobError: the path leads through a value or past the end of a list; the message begins with `asked`.
+    """
+    node: Any = tree
+    models: list[type[BaseModel]] = [kind]
+    *parents, last = _parts(key, asked)
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_index(node, part, asked)]
+        else:
+            fields = [model.model_fields[part] for model in of_tag(models, node) if part in model.model_fields]
+            if node.get(part) is None:
+                node[part] = _default(fields[0], node) if fields else {}
+            node, models = node[part], [model for field in fields for model in models_in(field.annotation)]
+        if not isinstance(node, dict | list):
+            raise JobError(f"{asked}: {part} holds {cut(repr(node))}, not a group of settings")
+    place: Any = _index(node, last, asked) if isinstance(node, list) else last
+    node[place] = value
+
+
+def _default(field: Any, node: Mapping[str, Any]) -> Any:
+    """Return, as a tree, what a field of the config written in `node` stands for when it is left out; else an empty group."""
+    implied = next((one for one in field.metadata if isinstance(one, Implied)), None)
+    if implied is not None:
+        return implied.of(node)
+    if isinstance(field.default, BaseModel):
+        return field.default.model_dump(mode="json", exclude_unset=True)
+    if isinstance(field.default, tuple):
+        return [one.model_dump(mode="json", exclude_unset=True) if isinstance(one, BaseModel) else one for one in field.default]
+    return {}
+
+
+def _parts(key: str, asked: str) -> list[str]:
+    """Take the path of a key apart."""
+    parts, at = [], 0
+    while at <= len(key):
+        match = _PART.match(key, at)
+        part = match and (match[1] if match[1] is not None else match[2].strip())
+        if not match or not part or key[match.end() : match.end() + 1] not in ("", "."):
+            raise JobError(
+                f'{asked}: {cut(key)!r} is no path of a key: a.b.c, list items by number, a key with dots in "quotes"'
+            )
+        parts.append(part)
+        at = match.end() + 1
+    return parts
+
+
+def _index(node: list[Any], part: str, asked: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
+        raise JobError(f"{asked}: {cut(part)} is not an item of a list of {len(node)} (numbered from 0)")
+    return int(part)
+
+
+def _inline_jobs(tree: dict[str, Any], kind: type[Job], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Replace `model.source: job:FILE` by that job's own tree, so that a resolved job stands alone."""
+    here = path.resolve()
+    if here in seen:
+        raise JobError(f"{path}: model.source goes in a circle: {' -> '.join(p.name for p in (*seen, here))}")
+    model = tree.get("model")
+    if not isinstance(model, dict):
+        return tree
+    source = model.get("source")
+    if isinstance(source, str) and source.startswith(JOB_PREFIX):
+        other = path.parent / _expanded(source, f"{path}: model.source")
+        below = _inline_jobs(_load_yaml(other), kind, other, (*seen, here))
+        return {**tree, "model": {**model, "source": _resolved(below, kind, str(other))}}
+    if isinstance(source, dict):
+        below = _inline_jobs(source, kind, path, seen)
+        return {**tree, "model": {**model, "source": _resolved(below, kind, f"{path}: model.source")}}
+    return tree
+
+
+def _resolved(tree: dict[str, Any], kind: type[Job], where: str) -> dict[str, Any]:
+    """Return the dump of the validated job: every default resolved, so that equal jobs are equal trees."""
+    try:
+        return kind.model_validate(tree).model_dump(mode="json")
+    except ValidationError as error:
+        raise JobError(explain(error, kind, where)) from None

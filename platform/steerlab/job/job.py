@@ -1,0 +1,123 @@
+"""The job itself, and its closed type over the methods and tasks that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from typing import Annotated, Any
+
+from pydantic import Field, SerializeAsAny, create_model, model_validator
+
+from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, ExtractConfig
+from steerlab.job.model_config import ModelConfig
+from steerlab.job.settings import ChooseConfig, MethodConfig, ScaleConfig, TaskConfig, TrackConfig, TrainConfig
+from steerlab.job.typed import Frozen
+
+
+class Job(Frozen):
+    """One piece of work: a model, a method on it, and what is measured."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    """Name of the run folder."""
+    model: ModelConfig
+    """The model the method starts from."""
+    data: DataConfig = DataConfig.model_validate({})
+    """Data sets and prompt format."""
+    method: SerializeAsAny[MethodConfig]
+    """The method and its hyperparameters."""
+    extract: ExtractConfig | None = None
+    """Activations that are read: for a method that is fitted on them, or for their own sake (method none)."""
+    train: TrainConfig | None = None
+    """The training stage; null for methods that fit in closed form."""
+    scale: ScaleConfig = ScaleConfig.model_validate({})
+    """Workers, DeepSpeed, checkpoints."""
+    snapshot: int | None = Field(None, ge=1)
+    """The step of `train.snapshots` that is evaluated; null takes the end of training."""
+    choose: ChooseConfig | None = None
+    """How the strength is chosen; null evaluates the strengths of each task."""
+    evaluate: tuple[SerializeAsAny[TaskConfig], ...] = ()
+    """Tasks run on the result."""
+    track: TrackConfig = TrackConfig()
+    """Reporting."""
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """Settings by which texts become tokens, as `encoding.load` takes them."""
+        return prompt_settings(self.model, self.data)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_asked_as_its_base(cls, tree: Any) -> Any:
+        """Take the prompt settings of the job that makes the model: the model was trained on them, and keeps them."""
+        below = _prompt_below(tree)
+        data = tree.get("data", {}) if below else None
+        if below is None or not isinstance(data, Mapping):
+            return tree
+        for name, value in below.items():
+            if name in data and data[name] != value:
+                raise ValueError(
+                    f"data.{name} {data[name]!r:.60}: the model is made by another job, which asks it with {value!r:.60}; "
+                    f"leave data.{name} out here, or set it in that job"
+                )
+        return {**tree, "data": {**below, **data}}
+
+    @model_validator(mode="after")
+    def _check(self) -> Job:
+        if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
+            raise ValueError("model.attention flash_attention_2 needs model.dtype bfloat16")
+        if self.train is None:
+            return self
+        late = [step for step in self.train.snapshots if not 1 <= step <= self.train.steps]
+        if late:
+            raise ValueError(f"train.snapshots {late}: not between 1 and train.steps {self.train.steps}")
+        if self.snapshot is not None and self.snapshot not in self.train.snapshots:
+            raise ValueError(f"snapshot {self.snapshot} is not one of train.snapshots {list(self.train.snapshots)}")
+        if self.train.warmup_steps > self.train.steps:
+            raise ValueError(f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}")
+        for workers in range(*(self.scale.worker_range[0], self.scale.worker_range[1] + 1)):
+            if self.train.rows_per_step % workers:
+                raise ValueError(
+                    f"scale.workers {workers} does not divide the {self.train.rows_per_step} rows of a step "
+                    f"(train.micro_batch {self.train.micro_batch} x train.grad_accum {self.train.grad_accum})"
+                )
+        return self
+
+
+def _prompt_below(tree: Any) -> dict[str, Any] | None:
+    """Return the prompt settings of the job at the bottom of those that a job stands on; None where it stands on none."""
+    found, base = None, tree
+    while isinstance(base, Mapping) and isinstance(model := base.get("model"), Mapping):
+        base = model.get("source")
+        data = base.get("data") if isinstance(base, Mapping) else None
+        if isinstance(base, Mapping):
+            given = data if isinstance(data, Mapping) else {}
+            found = {name: given.get(name, DataConfig.model_fields[name].default) for name in PROMPT_FIELDS}
+    return found
+
+
+def prompt_settings(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+    """Return the settings by which texts become tokens: how they are asked, and what does not lie beside the model."""
+    elsewhere = {"tokenizer": model.tokenizer, "chat_template": model.chat_template}
+    return {
+        **data.model_dump(include=set(PROMPT_FIELDS)),
+        **{name: source for name, source in elsewhere.items() if source is not None},
+    }
+
+
+def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskConfig]]) -> type[Job]:
+    """Make the closed job type whose `method` and `evaluate` are unions over the given configs."""
+    method: Any = Annotated[reduce(lambda a, b: a | b, methods), Field(discriminator="name")]  # type: ignore[arg-type]
+    task = task_union(tasks)
+    chosen_by: Any = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
+    choose = create_model("ChooseConfig", __base__=ChooseConfig, __doc__=ChooseConfig.__doc__, tasks=chosen_by)
+    fields: dict[str, Any] = {
+        "method": (method, Field(description=Job.model_fields["method"].description)),
+        "choose": (choose | None, Field(None, description=Job.model_fields["choose"].description)),
+        "evaluate": (tuple[task, ...], Field((), description=Job.model_fields["evaluate"].description)),
+    }
+    return create_model("Job", __base__=Job, __doc__=Job.__doc__, **fields)
+
+
+def task_union(tasks: Iterable[type[TaskConfig]]) -> Any:
+    """Make the closed union of tasks' configs, for a field that holds a task."""
+    return Annotated[reduce(lambda a, b: a | b, tasks), Field(discriminator="task")]  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Diffusion pipelines: what differs between them."""

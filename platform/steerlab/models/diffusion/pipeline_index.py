@@ -1,0 +1,65 @@
+"""The index of a diffusion pipeline's folder: its class, and the library and class of each component."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from steerlab.guards import counts, files
+from steerlab.guards.files import escapes
+
+INDEX = "model_index.json"
+"""The file by which a directory is a pipeline."""
+LIBRARIES = ("diffusers", "transformers", "steerlab.models.pixel_pipeline", "steerlab.pixels")
+"""Where the classes of components come from; the last is the name of our own in folders that older versions wrote."""
+
+
+def components(index: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield the components that an index names: library and class."""
+    for name, entry in index.items():
+        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], str):
+            yield name, (entry[0], entry[1])
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Read a pipeline's index, which is a stranger's file: diffusers would import any module that it names.
+
+    Raises:
+        ValueError: it is no JSON object, names a class of another library, or a component brings code of its own.
+    """
+    from diffusers import pipelines as published
+
+    file = directory / INDEX
+    try:
+        index = json.loads(files.read(file))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error!s:.100}") from None
+    if not isinstance(index, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    for name, (library, kind) in components(index):
+        if library not in LIBRARIES and not inspect.ismodule(getattr(published, library, None)):
+            raise ValueError(
+                f"{file}: {name!r:.80} is a {library:.80}.{kind:.80}; components are classes of {', '.join(LIBRARIES)} only"
+            )
+        if escapes(name):
+            raise ValueError(f"{file}: the component {name!r:.80} lies outside of the pipeline's folder")
+        _check_component(directory / name)
+    return index
+
+
+def _check_component(component: Path) -> None:
+    """Refuse Python files, configs that name code (transformers asks on standard input whether it may run it), and numbers of
+    parts that no model has."""
+    for file in sorted(component.rglob("*.py")) if component.is_dir() else ():
+        raise ValueError(f"{file}: a pipeline's components bring no code of their own")
+    for file in sorted(component.glob("*config.json")) if component.is_dir() else ():
+        try:
+            config = json.loads(files.read(file))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not JSON: {error!s:.100}") from None
+        if isinstance(config, dict) and "auto_map" in config:
+            raise ValueError(f"{file}: a pipeline's components bring no code of their own (auto_map)")
+        counts.check_counts(config, str(file))

@@ -1,0 +1,1 @@
+"""Causal language models: what differs between their architectures."""

@@ -1,0 +1,181 @@
+"""Which class of transformers a checkpoint's config asks for, and what is no causal language model at all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from steerlab.guards import counts, files, saved
+from steerlab.guards.faults import explained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_TRUST = "set model.trust_remote_code: true to run it, if you trust where it comes from"
+_NO_LEFT_TO_RIGHT = {
+    "xlnet": "its tokens see those after them",
+    "cpmant": "its tokens see those after them",
+    "reformer": "its attention needs rows of fixed lengths",
+}
+"""Types that transformers lists with causal language models, and why they are none; a test looks for more."""
+_CODE_FILES = {"config.json": "config", "tokenizer_config.json": "tokenizer"}
+
+
+def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the config of a causal language model.
+
+    Raises:
+        ValueError: the config cannot be read, needs code that is not trusted, or is that of another kind of model.
+    """
+    raw = _json(directory / "config.json")
+    if not trust_remote_code and raw.get("model_type") not in transformers.CONFIG_MAPPING:
+        _refuse_code(raw, directory / "config.json")
+    counts.check_counts(raw, str(directory / "config.json"))
+    with explained(str(directory / "config.json")):
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None:
+                part._attn_implementation_internal = None  # kernels are the job's choice; some names are fetched from a hub
+    _check_kind(config, raw, directory)
+    return config
+
+
+def check_tokenizer_code(directory: Path, trust_remote_code: bool) -> None:
+    """Refuse a tokenizer that needs code of its own, unless that is trusted. Raises ValueError."""
+    file = directory / "tokenizer_config.json"
+    if not trust_remote_code and file.is_file():
+        raw = _json(file)
+        if not hasattr(transformers, str(raw.get("tokenizer_class"))):
+            _refuse_code(raw, file)
+
+
+def runs_own_code(directory: Path) -> bool:
+    """Say whether a checkpoint brings Python code of its own."""
+    return any("auto_map" in _json(directory / name) for name in _CODE_FILES if (directory / name).is_file())
+
+
+def _refuse_code(raw: dict[str, Any], file: Path) -> None:
+    if "auto_map" in raw:
+        raise ValueError(f"{file}: the {_CODE_FILES[file.name]} needs code that comes with the checkpoint; {_TRUST}")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return saved.read(file, dict[str, Any])
+
+
+def _first_line(error: Exception) -> str:
+    """Return what a library says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """Return the auto class that makes the model: of language models, or of those that look at images as well."""
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    has_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    return transformers.AutoModelForCausalLM if known or has_code else transformers.AutoModelForImageTextToText
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """Return the config of a model's language part: the whole one, where the model has no other part."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _check_kind(config: PreTrainedConfig, raw: dict[str, Any], directory: Path) -> None:
+    """Refuse a config that is not a causal language model's, and a checkpoint of another head on the same layers."""
+    named = raw.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{directory / 'config.json'}: architectures is a list of names, not {named!r:.80}")
+    made = next(iter(named), type(config).__name__.removesuffix("Config"))
+    what = f"{directory} holds a {made}, which is no causal language model"
+    if config.is_encoder_decoder:
+        raise ValueError(f"{what}: it has an encoder and a decoder")
+    if config.model_type in _NO_LEFT_TO_RIGHT:
+        raise ValueError(f"{what}: {_NO_LEFT_TO_RIGHT[config.model_type]}")
+    cls = model_class(config)
+    if type(config) not in cls._model_mapping and "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
+        raise ValueError(what)
+    fitting = set(_names_for(config.model_type))
+    if hasattr(transformers, made) and fitting and raw.get("architectures") and made not in fitting:
+        raise ValueError(f"{what}; of its kind these are: {', '.join(sorted(fitting))}")
+
+
+def _names_for(model_type: str) -> Iterator[str]:
+    """Yield the classes whose checkpoints hold a language model of a type: with its head, or its layers alone."""
+    tables = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
+    for table in tables:
+        names = getattr(modeling_auto, table).get(model_type, ())
+        yield from (names,) if isinstance(names, str) else names
+
+
+def check_quantisation(config: PreTrainedConfig) -> None:
+    """Refuse quantised weights whose library is not installed. Raises ValueError."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    try:
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment()
+    except RuntimeError:
+        return  # there is no GPU here; the workers may have one
+    except (ImportError, ValueError, TypeError) as error:
+        raise ValueError(f"the weights are quantised ({method}) and cannot be loaded here: {_first_line(error)}") from None
+
+
+def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a model's modules without any weights, the same object for the same config."""
+    return _skeleton(directory, files.read_text(directory / "config.json"), trust_remote_code)
+
+
+@lru_cache(maxsize=8)
+def _skeleton(directory: Path, config: str, trust_remote_code: bool) -> PreTrainedModel:
+    found = make(read_config(directory, trust_remote_code), trust_remote_code)
+    # What reads in both directions unless it is told not to keeps that setting in its modules.
+    if any(part.__dict__.get("is_decoder") is False for part in found.get_decoder().modules()):
+        raise ValueError(
+            f"{directory} holds a {type(found).__name__} whose tokens see those after them; the config of a decoder says "
+            "is_decoder: true"
+        )
+    needed = [name for name, one in inspect.signature(type(found).forward).parameters.items() if _must_be_given(name, one)]
+    if needed:
+        raise ValueError(f"{directory} holds a {type(found).__name__}, which reads no text without {', '.join(needed)}")
+    return found
+
+
+def _must_be_given(name: str, parameter: inspect.Parameter) -> bool:
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return parameter.default is inspect.Parameter.empty and parameter.kind not in variadic and name not in ("self", "input_ids")
+
+
+def make(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a model without weights, with its own choice of attention. Raises ValueError if its class refuses the config."""
+    with torch.device("meta"), explained(f"a model of {type(config).__name__}"):
+        return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def attention_of(directory: Path, attention: str, trust_remote_code: bool = False) -> str:
+    """Return the attention kernel that a model runs with: the one asked for, or eager where the model has no sdpa.
+
+    Raises:
+        ValueError: the model has no such kernel, and it is not sdpa.
+    """
+    return _attention_of(directory, files.read_text(directory / "config.json"), attention, trust_remote_code)
+
+
+@lru_cache(maxsize=8)
+def _attention_of(directory: Path, config: str, attention: str, trust_remote_code: bool) -> str:
+    model = skeleton(directory, trust_remote_code)
+    parts = [model, *(part for part in model.modules() if isinstance(part, transformers.PreTrainedModel))]
+    if attention == "sdpa" and not all(part._supports_sdpa for part in parts):
+        return "eager"
+    if attention.startswith("flash") and not all(part._supports_flash_attn for part in parts):
+        raise ValueError(f"model.attention {attention}: {type(model).__name__} has no such kernel; use sdpa or eager")
+    return attention

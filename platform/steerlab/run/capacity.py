@@ -1,0 +1,107 @@
+"""What the stages of a job need, and whether there is so much of it: said, and refused, before anything starts."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+
+import ray
+
+from steerlab import models
+from steerlab.data import sources
+from steerlab.job import Job
+from steerlab.stages import extract, extractions, first_source, plan_of, prepare, prepared_for, train, trainings
+from steerlab.stages.spread import subject
+from steerlab.storage import plan
+from steerlab.storage.store import Store
+
+Estimates = Mapping[str, plan.Estimate]
+"""By the key of the stage; nothing where it is small."""
+_SAFETY = 1.1
+"""Free disk asked for, relative to the estimate."""
+
+
+def estimates(job: Job, facts: models.ModelFacts, records: list[plan.Record]) -> Estimates:
+    """Estimate what the stages of a job's plan need that are still to run; some are judged by the length of their rows."""
+    left = {record.stage.key for record in records if record.status != "cached"}
+    source = sources.fetch(first_source(job))
+    directory, skeleton = models.prepare(source), models.skeleton(source, job.model.trust_remote_code)
+    found: dict[str, plan.Estimate] = {}
+    for key, (owner, role) in extractions(job).items():
+        assert owner.extract is not None
+        if key in left:
+            found[key] = extract.estimate(owner, role, owner.extract, facts, directory)
+    for key, (owner, asked) in prepared_for(job).items():
+        if key in left:
+            found[key] = prepare.estimate(owner, asked, facts, directory)
+    for key, owner in trainings(job).items():
+        if key in left:
+            found[key] = train.estimate(owner, facts, skeleton)
+    return found
+
+
+def in_words(num_bytes: int) -> str:
+    """Write a size for people."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def check_disk(records: list[plan.Record], needs: Estimates, store: Store) -> None:
+    """Refuse stages that are still to run and together need more disk than ROOT has.
+
+    Raises:
+        ValueError: with what each of them needs.
+    """
+    free = store.free_bytes()
+    left = [(r.stage.name, needs[r.stage.key]) for r in records if r.status != "cached" and r.stage.key in needs]
+    sizes = [(name, int((need.disk_bytes + need.work_bytes) * _SAFETY)) for name, need in left]
+    if free is not None and sum(size for _, size in sizes) > free:
+        parts = " + ".join(f"{in_words(size)} ({name})" for name, size in sizes if size)
+        raise ValueError(f"ROOT '{store.root}' has {in_words(free)} free; needed are about {parts}")
+
+
+def check_memory(records: list[plan.Record], needs: Estimates, available: int, where: str) -> None:
+    """Refuse a stage that needs more memory than there is.
+
+    Raises:
+        ValueError: with the stage that needs most.
+    """
+    left = [(needs[r.stage.key].memory_bytes, r.stage.name) for r in records if r.status != "cached" and r.stage.key in needs]
+    most, name = max(left, default=(0, ""))
+    if most > available:
+        raise ValueError(f"stage {name} needs about {in_words(most)} of memory a worker; {where} has {in_words(available)}")
+
+
+def check_machine(records: list[plan.Record], needs: Estimates, store: Store) -> None:
+    """Refuse what this machine cannot hold, where a job would run on it. Raises ValueError."""
+    check_disk(records, needs, store)
+    if store.is_local and not os.environ.get("RAY_ADDRESS"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        check_memory(records, needs, memory, "this machine")
+
+
+def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
+    """Refuse what the cluster or the disk cannot hold; Ray must be connected. Raises ValueError."""
+    from steerlab.training import launch
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if store.is_local and len(nodes) > 1:
+        raise ValueError(
+            f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
+        )
+    files = subject.places(job)
+    if len(nodes) > 1 and files:
+        warnings.warn(
+            f"{', '.join(files.values())}: all {len(nodes)} nodes read this path, so it must lie in a folder that they share; "
+            "else give a URI (s3://, gs://) or hf:",
+            stacklevel=2,
+        )
+    if job.train is None:
+        return
+    launch.check_resources(job.scale)
+    records = plan.status(plan_of(job), store)
+    needs = estimates(job, facts, records)
+    check_disk(records, needs, store)
+    if not launch.uses_gpu(job.scale):
+        largest = max(sum(node["Resources"].get(name, 0) for name in ("memory", "object_store_memory")) for node in nodes)
+        check_memory(records, needs, int(largest), "the largest node")

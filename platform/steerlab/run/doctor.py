@@ -1,0 +1,96 @@
+"""Look at this machine or cluster and say what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+import sys
+from typing import NamedTuple
+
+_PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "safetensors", "gguf")
+_LOW_DISK_BYTES = 5_000_000_000
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    check: str
+    ok: bool
+    detail: str
+
+
+def examine(root: str) -> list[Finding]:
+    """Return what was found, in the order in which people would repair it."""
+    return [_python(), *map(_package, _PACKAGES), _platform_module(), _root(root), _memory(), _cluster()]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python 3.11 or later", sys.version_info >= (3, 11), version)
+
+
+def _package(name: str) -> Finding:
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        return Finding(name, False, f"{error}; install with `pip install -c cluster/constraints.txt -e .`")
+    return Finding(name, True, str(getattr(module, "__version__", "")))
+
+
+def _platform_module() -> Finding:
+    import platform
+
+    ok = hasattr(platform, "system")
+    return Finding("Python's own platform module", ok, "" if ok else "hidden: delete platform/__init__.py")
+
+
+def _root(root: str) -> Finding:
+    from steerlab.storage.store import Store
+
+    try:
+        free = Store.open(root).free_bytes()
+    except ValueError as error:
+        return Finding("ROOT", False, str(error))
+    if free is not None and free < _LOW_DISK_BYTES:
+        return Finding("ROOT", False, f"{root}: only {free / 1e9:.1f} GB free")
+    return Finding("ROOT", True, root + ("" if free is None else f", {free / 1e9:.0f} GB free"))
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    return Finding("memory", total > 4e9, f"{total / 1e9:.0f} GB, /dev/shm {shared / 1e9:.0f} GB free")
+
+
+def _cluster() -> Finding:
+    """Ask the cluster that is there; starting one just to look would take longer than the answer is worth."""
+    import ray
+
+    from steerlab.run import check_address
+
+    if ray.is_initialized():
+        return _described()
+    try:
+        check_address()
+    except ValueError as error:
+        return Finding("Ray cluster", False, str(error))
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError:
+        ok = address == "auto"
+        text = "none is running here; commands start one for themselves" if ok else f"no cluster answers at {address}"
+        return Finding("Ray cluster", ok, text)
+    found = _described()
+    ray.shutdown()
+    return found
+
+
+def _described() -> Finding:
+    import ray
+
+    resources = ray.cluster_resources()
+    text = f"{len(ray.nodes())} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+    return Finding("Ray cluster", True, text)

@@ -1,0 +1,152 @@
+"""The stage that reduces activations to moments: the same texts, actors and shards as extraction, no row is stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steerlab.data import rows
+from steerlab.job import ExtractConfig, Job
+from steerlab.stages import extract
+from steerlab.stages.spread import shards, subject
+from steerlab.stages.spread.shard_plan import Shard
+from steerlab.storage.plan import Stage, Work
+from steerlab.storage.whole import size_and_sha256
+
+if TYPE_CHECKING:
+    from steerlab.activations.moments import Sums
+    from steerlab.activations.reading import TextReader
+    from steerlab.inputs.tokens import Encoded
+    from steerlab.steered.language import SteeredModel
+
+
+def stage(job: Job, role: str, below: Stage | None, config: ExtractConfig) -> Stage:
+    """Return the stage that sums the activations of one of the job's data sets; `below` leaves the model, if a stage does."""
+    return Stage(
+        "moments",
+        1,
+        extract.params(job, role, below, config, exclude={"dtype"}),
+        run,
+        () if below is None else (below,),
+        label=f"{role}: {rows.describe(job.data.by_role[role])}",
+        places=subject.places(job),
+    )
+
+
+def run(work: Work) -> None:
+    """Sum each missing shard in a pool of actors, then merge the sums in the order of the shards."""
+    from steerlab.activations import moments
+
+    start_s = time.monotonic()
+    made = shards.run(
+        work,
+        SumsOfShard,
+        work.params["extract"]["rows_per_shard"],
+        lambda num_rows, some: extract.check_disk(work, num_rows, some),
+    )
+    work.directory.mkdir(parents=True, exist_ok=True)
+    with shards.parts(work) as paths:
+        widths = made[0]["about"]["widths"]
+        moments.save(((name, moments.merge_files(paths, name)) for name in widths), work.directory, _summary(made, start_s))
+
+
+def _summary(made: Sequence[Mapping[str, Any]], start_s: float) -> dict[str, Any]:
+    return {
+        **made[0]["about"],
+        "count": sum(row["rows"] for row in made),
+        **{name: sum(row[name] for row in made) for name in ("texts", "tokens", "cut")},
+        "seconds": round(time.monotonic() - start_s, 3),
+        "actor_seconds": round(sum(row["seconds"] for row in made), 3),
+    }
+
+
+@dataclass
+class _Facts:
+    """What is counted while a shard is read."""
+
+    num_vectors: int = 0
+    num_tokens: int = 0
+    num_cut: int = 0
+
+
+class SumsOfShard(shards.Maker):
+    """Makes the sums of a shard, one column after another, in a safetensors file.
+
+    Second moments of a whole model may be larger than it: the places are read in as many passes over the texts as it takes to
+    hold only some of them at once.
+    """
+
+    suffix = ".safetensors"
+
+    def __init__(self, model: SteeredModel, params: Mapping[str, Any]) -> None:
+        from steerlab.activations import reading
+
+        self._model = model
+        self._config = ExtractConfig.model_validate(params["extract"])
+        self._format = params["data"]["format"]
+        reader = reading.TextReader(model, self._config)
+        self._widths, self._modules = reader.widths, reader.modules
+        reader.close()
+        self._about = {
+            **reading.about_model(model, self._config),
+            "widths": self._widths,
+            "second_moment": self._config.second_moment,
+            "label": params["role"],
+        }
+
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+        """Leave the sums at `path`."""
+        from steerlab.activations import moments
+
+        start_s = time.monotonic()
+        facts = _Facts()
+        moments.save_sums(self._sums(shard, facts, tell), self._widths, self._config.second_moment, path)
+        return {
+            "path": path.name,
+            "rows": facts.num_vectors,
+            **size_and_sha256(path),
+            "texts": len(shard.rows),
+            "tokens": facts.num_tokens,
+            "cut": facts.num_cut,
+            "seconds": time.monotonic() - start_s,
+            "about": self._about,
+        }
+
+    def _sums(self, shard: Shard, facts: _Facts, tell: Callable[[int], None]) -> Iterator[tuple[str, Sums]]:
+        """Yield the sums of every column, those of a pass together."""
+        from steerlab.activations import reading
+
+        poolings = len(self._config.pooling)
+        sizes = list(self._widths.values())[::poolings]
+        groups = list(extract.spans([poolings * self._num_bytes(size) for size in sizes], extract.SUMS_HELD_BYTES))
+        for number, (start, end) in enumerate(groups):
+            reader = reading.TextReader(self._model, self._config, self._modules[start:end])
+            texts, facts.num_cut = reader.encode(shard.rows, self._format, shard.first)
+            facts.num_tokens = sum(len(text) for text in texts)
+            total: dict[str, Sums] = {}
+            for done in self._pass(reader, texts, shard.first, total):
+                tell((number * len(texts) + done) // len(groups))
+            reader.close()
+            facts.num_vectors = next(iter(total.values())).num_vectors
+            yield from ((name, total.pop(name)) for name in list(total))
+
+    def _pass(self, reader: TextReader, texts: Sequence[Encoded], first: int, total: dict[str, Sums]) -> Iterator[int]:
+        """Add up one pass over the texts and yield how many are done."""
+        from steerlab.activations import moments
+
+        num_done = 0
+        for vectors in reader.read(texts, first):
+            for name, z_MD in vectors.values.items():
+                moments.check_finite(name, z_MD, vectors.row_M, first)
+                known = moments.sums(z_MD, self._config.second_moment)
+                total[name] = moments.merged(total[name], known) if name in total else known
+            num_done += vectors.num_texts
+            yield num_done
+
+    def _num_bytes(self, width: int) -> int:
+        from steerlab.activations import moments
+
+        return moments.num_bytes(width, self._config.second_moment)

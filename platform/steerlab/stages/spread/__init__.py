@@ -1,0 +1,1 @@
+"""Work that is spread over workers: shards of data, and the model that each worker holds."""

@@ -1,0 +1,308 @@
+"""Stream the shards of a data set through a pool of actors that hold a model; what is made of a shard is not known here.
+
+The plan comes first (shard_plan.py): rows of the data set, so many to a shard, as small files in the work directory. Ray
+Data streams the numbers of the missing shards to the actors. Each reads its texts, leaves its part and hands back the manifest
+row, so that nothing large goes through the object store and memory does not grow with the data. A killed actor is made again
+and its shard with it; after a kill of everything the stage continues with the shards that are missing. With `scale.warm` tasks
+take the actors' place: their processes stay for the next stage, which saves a small one most of its time.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import ray
+
+from steerlab.job import DataSet, ScaleConfig
+from steerlab.stages.spread import shard_plan, subject
+from steerlab.stages.spread.shard_plan import Place, Shard
+from steerlab.storage.plan import Work
+from steerlab.storage.store import StoreError
+
+if TYPE_CHECKING:
+    from steerlab.steered.language import SteeredModel
+
+_POLL_S = 0.5
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Maker(ABC):
+    """What an actor does with its shards; one is made for each actor, around its model."""
+
+    suffix: ClassVar[str]
+    """Of the parts' names."""
+
+    @abstractmethod
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+        """Leave the part at `path`, whole or not at all; return its facts. `tell` takes the number of rows done so far."""
+
+    def close(self) -> None:  # noqa: B027
+        """Take off the model what was put on it, where something stays on it between shards."""
+
+
+Make = Callable[["SteeredModel", Mapping[str, Any]], Maker]
+"""A module's function that makes a `Maker` from a loaded model and the stage's parameters."""
+
+
+def run(
+    work: Work, make: Make, rows_per_shard: int, check: Callable[[int, Sequence[Mapping[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Make the parts that are missing and return the manifest rows of all, in order.
+
+    `check` sees the number of missing rows and some of them before the first actor starts; it raises ValueError to stop.
+
+    Raises:
+        ValueError: the data or the settings are wrong; no other attempt is made.
+    """
+    place = Place(work.store.root, work.stage.name, work.stage.key)
+    planned = shard_plan.planned(place, DataSet.model_validate(work.params["data"]), rows_per_shard)
+    done = {entry["number"]: row for entry in planned if (row := place.done(entry, verify=True)) is not None}
+    missing = [entry for entry in planned if entry["number"] not in done]
+    total = sum(entry["rows"] for entry in planned)
+    before = total - sum(entry["rows"] for entry in missing)
+    work.report({"done": before, "total": total})
+    if missing:
+        check(total - before, place.shard(missing[0]).rows)
+        request = {"subject": subject.of(work), "place": place.address, "params": dict(work.params), "make": make}
+        request |= {"max_failures": work.scale.max_failures, "run": uuid.uuid4().hex}
+
+        def report(now: int, left_s: float) -> None:
+            work.report({"done": before + now, "total": total, "left_s": left_s})
+
+        made = (_by_processes if work.scale.warm else _by_actors)(request, missing, work.scale, report)
+        done |= {row["number"]: row for row in made}
+    return [done[entry["number"]] for entry in planned]
+
+
+def collect(work: Work) -> None:
+    """Put the parts into the directory that becomes the artifact; they stay in the work directory until it is committed."""
+    work.directory.mkdir(parents=True, exist_ok=True)  # an extraction of days may find its empty directory swept away
+    Place(work.store.root, work.stage.name, work.stage.key).copy_parts(work.directory)
+
+
+@contextmanager
+def parts(work: Work) -> Iterator[list[Path]]:
+    """Give local files of all parts, in the order of the shards."""
+    with tempfile.TemporaryDirectory(dir=work.directory.parent) as folder:
+        Place(work.store.root, work.stage.name, work.stage.key).copy_parts(Path(folder))
+        yield sorted(Path(folder).iterdir())
+
+
+def _by_actors(
+    request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
+) -> Iterator[dict[str, Any]]:
+    """Make the missing shards in a pool of actors and yield their manifest rows as they come."""
+    tally: Any = Tally.options(scheduling_strategy=_beside_the_driver()).remote()  # type: ignore[attr-defined]
+    with _following(tally, report, sum(entry["rows"] for entry in missing)):
+        yield from _stream(request | {"tally": tally}, missing, scale)
+
+
+def _by_processes(
+    request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
+) -> Iterator[dict[str, Any]]:
+    """Make the missing shards in warm processes. No actor follows them: Ray would give it the process that is warm."""
+    started_s, num_rows, now = time.monotonic(), {entry["number"]: entry["rows"] for entry in missing}, 0
+    for row in _stream(request | {"tally": None}, missing, scale):
+        now += num_rows[row["number"]]
+        report(now, (time.monotonic() - started_s) * (sum(num_rows.values()) - now) / now)
+        yield row
+
+
+def _stream(request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig) -> Iterator[dict[str, Any]]:
+    """Send the missing shards to the workers and yield their manifest rows as they come."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    low, high = (min(workers, len(missing)) for workers in scale.worker_range)
+    entries = [{"entry": json.dumps(entry)} for entry in missing]
+    # As for all workers, also where fewer shards are left: the threads of an actor change the last bits of its sums.
+    reserved: Any = subject.resources(scale, scale.worker_range[0])
+    source = ray.data.from_items(entries, override_num_blocks=len(entries))
+    if scale.warm:
+        found = source.map(partial(_in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), **reserved)
+    else:
+        found = source.map(
+            _Worker,  # type: ignore[arg-type]
+            fn_constructor_args=(request,),
+            # One shard waits at each actor while it works on another.
+            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
+            **reserved,
+        )
+    for line in found.iter_rows():
+        if "failure" in (row := json.loads(line["row"])):
+            error = _ERRORS[row["kind"]](row["failure"])
+            error.add_note(row["trace"])
+            raise error
+        yield row
+
+
+def _in_warm_process(request: dict[str, Any], item: dict[str, Any]) -> dict[str, str]:
+    """Return the manifest row of a shard from a process that keeps the model for the stage's next one."""
+    deaths = Place(*request["place"]).attempts(json.loads(item["entry"])["number"], request["run"])
+    failure = _too_many_deaths(deaths, "processes", request["max_failures"])
+    if failure is not None:
+        return {"row": json.dumps(failure)}
+    owner = json.dumps(request["place"])
+    worker = _Worker(request, lambda made_of: subject.kept(owner, made_of))
+    try:
+        return worker(item)
+    finally:
+        worker.close()
+
+
+class _Worker:
+    """An actor of the pool: a loaded model and what it makes of its shards."""
+
+    def __init__(self, request: dict[str, Any], load: Callable[[dict[str, Any]], Any] = subject.load) -> None:
+        self._place = Place(*request["place"])
+        self._tally = request["tally"]
+        self._maker: Maker | None = None
+        # Ray Data restarts actors and repeats their tasks without end: a model that does not fit has to be noticed here.
+        is_new = self._tally is not None and ray.get_runtime_context().was_current_actor_reconstructed
+        deaths: int = ray.get(self._tally.died.remote()) if is_new else 0  # type: ignore[assignment]
+        self._failure = _too_many_deaths(deaths, "actors", request["max_failures"])
+        if self._failure is not None:
+            return
+        try:
+            self._maker = request["make"](load(request["subject"]), request["params"])
+        except ValueError as error:
+            self._failure = _failure(error)
+
+    def close(self) -> None:
+        """Leave the model without hooks."""
+        if self._maker is not None:
+            self._maker.close()
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
+        """Return the manifest row of a shard, made now or by an actor that was killed too late to hand it back."""
+        entry = json.loads(item["entry"])
+        row = self._failure or self._place.done(entry) or self._made(entry)
+        if "failure" not in row:
+            self._tell(entry, entry["rows"])
+        return {"row": json.dumps(row)}
+
+    def _tell(self, entry: dict[str, Any], num_rows: int) -> None:
+        if self._tally is not None:
+            self._tally.tell.remote(entry["number"], num_rows)
+
+    def _made(self, entry: dict[str, Any]) -> dict[str, Any]:
+        told_s = time.monotonic()
+
+        def tell(num_rows: int) -> None:
+            nonlocal told_s
+            if time.monotonic() - told_s > _POLL_S:
+                told_s = time.monotonic()
+                self._tell(entry, num_rows)
+
+        assert self._maker is not None
+        make = self._maker.make
+        self._tell(entry, 0)
+        try:
+            shard = self._place.shard(entry)
+            return self._place.keep(entry, self._maker.suffix, lambda path: make(shard, path, tell))
+        except ValueError as error:
+            return _failure(error)
+        except OSError as error:
+            if error.errno not in _FULL_DISK:
+                raise
+            return {**_failure(error), "failure": f"no space left for part {entry['number']} in {self._place.address[0]}"}
+
+
+_ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": StoreError, "RuntimeError": RuntimeError}
+"""What the driver raises for a failure."""
+
+
+def _failure(error: ValueError | OSError) -> dict[str, str]:
+    """Return, in place of a manifest row, what another attempt would only repeat."""
+    kind = "OSError" if isinstance(error, OSError) else "ValueError"
+    return {"failure": str(error), "kind": kind, "trace": traceback.format_exc()}
+
+
+def _too_many_deaths(deaths: int, which: str, most: int) -> dict[str, str] | None:
+    """Return a failure where another attempt would only be one more death."""
+    if deaths <= most:
+        return None
+    text = (
+        f"{deaths} {which} died, more than scale.max_failures {most}; if they ran out of memory, "
+        "lower extract.batch_tokens or scale.workers"
+    )
+    return {"failure": text, "kind": "RuntimeError", "trace": ""}
+
+
+@ray.remote(num_cpus=0)
+class Tally:
+    """How far the shards are, as the actors tell it."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+        self._deaths = 0
+        self._first_s = 0.0
+
+    def died(self) -> int:
+        """Count one more actor that died; return how many did."""
+        self._deaths += 1
+        return self._deaths
+
+    def tell(self, number: int, num_rows: int) -> None:
+        """Take the rows done of one shard; those of a killed actor are not taken back."""
+        self._first_s = self._first_s or time.monotonic()
+        self._rows[number] = max(num_rows, self._rows.get(number, 0))
+
+    def total(self) -> tuple[int, float]:
+        """Return the rows done of all shards and the seconds since the first actor began."""
+        return sum(self._rows.values()), time.monotonic() - self._first_s
+
+
+@contextmanager
+def _following(tally: Any, report: Callable[[int, float], None], total: int) -> Iterator[None]:
+    """Report the tally and the seconds left while the block runs, and once more at its end."""
+    stop = threading.Event()
+    failure: list[Exception] = []
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        now, seconds = ray.get(tally.total.remote())
+        if now > told:
+            told = now
+            report(now, seconds * (total - now) / now)
+
+    def follow() -> None:
+        try:
+            while not stop.wait(_POLL_S):
+                tell()
+        except Exception as error:  # whatever `report` raised: the main thread has to hear of it
+            failure.append(error)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    tell()
+    ray.kill(tally)
+    if failure:
+        raise failure[0]
+
+
+def _beside_the_driver() -> Any:
+    from steerlab.training.launch import beside_the_driver
+
+    return beside_the_driver()

@@ -1,0 +1,130 @@
+"""The model that a stage works on: what of it goes into the stage's key, and how a worker loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import ray
+
+from steerlab.data import sources
+from steerlab.inputs import encoding
+from steerlab.job import PROMPT_FIELDS, Frozen, Job, ScaleConfig, described
+from steerlab.storage.plan import ModelRef, Stage, Work
+
+ANYWHERE = "DEFAULT"
+"""Scheduling of what a stage starts: said aloud, it is not in the placement group of a trial, which fits a driver alone."""
+LEAVES_MODEL = ("train", "fit")
+"""Stages whose artifacts `generation.load` loads."""
+
+
+def params(job: Job, below: Stage | None) -> dict[str, Any]:
+    """Return a stage's parameters about its model; `below` is the stage that leaves it, None when it is the job's source."""
+    model: dict[str, Any] = {"dtype": job.model.dtype, "attention": job.model.attention, **_drawing(job)}
+    if job.model.trust_remote_code:
+        model["trust_remote_code"] = True
+    if below is not None:
+        return {"model": model}
+    assert isinstance(job.model.source, str)
+    model |= {"source": identity(job.model.source), "fingerprint": sources.fingerprint(job.model.source)}
+    elsewhere = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
+    fingerprints = {name: encoding.fingerprint(name, source) for name, source in elsewhere.items() if source is not None}
+    return {
+        "model": model,
+        "prompt": dumped(job.data, include=set(PROMPT_FIELDS)) | dumped(job.model, include=set(elsewhere)),
+        **({"prompt_fingerprints": fingerprints} if fingerprints else {}),
+        **({"encoding": encoding.VERSION} if job.model.kind == "causal_lm" else {}),
+    }
+
+
+def identity(source: str) -> str:
+    """Return how a source stands in a stage's parameters: a file on disk by its content, any other as it is written."""
+    return sources.fingerprint(source) if sources.parse(source).kind == "path" else source
+
+
+def dumped(config: Frozen, **options: Any) -> dict[str, Any]:
+    """Return a config as it stands in a stage's parameters."""
+    return described(config, identity, **options)
+
+
+def places(job: Job) -> dict[str, str]:
+    """Return where the files on disk lie that a job's own configs name, by their fingerprints."""
+    found: dict[str, str] = {}
+
+    def note(source: str) -> str:
+        if sources.parse(source).kind == "path":
+            # What is not there is no part of a stage whose key could be made.
+            with suppress(sources.SourceError):
+                found[sources.fingerprint(source)] = source
+        return source
+
+    described(job, note)
+    return found
+
+
+def _drawing(job: Job) -> dict[str, Any]:
+    """Return how a diffusion model draws; nothing for other kinds, whose keys have no such part."""
+    if job.model.kind != "diffusion":
+        return {}
+    sampler = job.model.drawing
+    weights = {} if sampler.denoiser is None else {"denoiser_fingerprint": sources.fingerprint(sampler.denoiser)}
+    return {"kind": "diffusion", "sampler": dumped(sampler), **weights}
+
+
+def of(work: Work) -> dict[str, Any]:
+    """Return, in JSON values, all that a worker on any node needs to load the stage's model."""
+    below = next((stage for stage in work.stage.inputs if stage.name in LEAVES_MODEL), None)
+    if below is None:
+        ref = ModelRef(source=work.params["model"]["source"])
+    else:
+        ref = ModelRef(artifact=(work.store.root, below.name, below.key))
+    return {
+        "ref": asdict(ref),
+        "model": work.params["model"],
+        "prompt": None if below else work.params["prompt"],
+        "snapshot": work.params.get("snapshot"),
+    }
+
+
+def trusts(model: Mapping[str, Any]) -> bool:
+    """Say whether code that comes with a stage's model runs; `model` is of its parameters, which hold no such key else."""
+    return model.get("trust_remote_code", False)
+
+
+def load(subject: dict[str, Any]) -> Any:
+    """Load the model that `of` describes on this worker's device, with the patches that it carries."""
+    import torch
+
+    from steerlab.steered import language
+
+    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+    loading = {name: subject["model"].get(name) for name in ("dtype", "attention", "sampler")}
+    loading["trust_remote_code"] = trusts(subject["model"])
+    directory = ModelRef(**subject["ref"]).locate()
+    snapshot = subject["snapshot"] if subject["prompt"] is None else None
+    return language.load(directory, device=device, snapshot=snapshot, prompt=subject["prompt"], **loading)
+
+
+def resources(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
+    """Return what one of `workers` actors that hold the model reserves: together no more than a training's workers."""
+    cluster = ray.cluster_resources()
+    gpus = 1 if scale.gpu != "never" and cluster.get("GPU", 0) >= workers else 0
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    share = scale.worker_range[0] * scale.cpus_per_worker / workers
+    return {"num_cpus": min(share, largest), "num_gpus": gpus}
+
+
+_kept: tuple[str, Any] | None = None
+"""Who used a model last in this process, and the model."""
+
+
+def kept(owner: str, subject: dict[str, Any]) -> Any:
+    """Return the model that `owner` used last in this process, or load it; what another one used is let go of first."""
+    global _kept
+    if _kept is None or _kept[0] != owner:
+        _kept = None  # two models at once may not fit
+        _kept = (owner, load(subject))
+    return _kept[1]

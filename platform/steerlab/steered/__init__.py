@@ -1,0 +1,1 @@
+"""A loaded model with its patches: generate, draw, score, read, export."""

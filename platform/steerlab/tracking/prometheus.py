@@ -1,0 +1,81 @@
+"""The platform's own numbers for Prometheus and Grafana, through Ray's metrics agent: rates, step times, cache hits, trials.
+
+Every process that runs plans inside a Ray cluster reports; Ray's dashboard agents export the numbers on each node beside Ray's
+own. The scrape configuration and the panels are in `dashboards/grafana`. Outside of a cluster nothing is counted.
+
+    steerlab_stages_total{stage, status}        stages that ended, by "ran", "cached" and "failed"
+    steerlab_stage_seconds{stage}               histogram of how long stages that ran took
+    steerlab_rows_total{stage}                  rows that streaming stages have gone through; its rate is rows/s
+    steerlab_step_seconds{stage}                how long one step of training takes, as last reported
+    steerlab_train_loss{stage}                  loss of the last step
+    steerlab_trials{sweep, state}               trials of a sweep by state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import ray
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from steerlab.storage.plan import Record, Stage
+
+_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000]
+STATES = ("pending", "running", "finished", "pruned", "stopped", "failed")
+_rows: dict[str, float] = {}
+
+
+@cache
+def _counter(name: str, description: str, *tags: str) -> Counter:
+    return Counter(f"steerlab_{name}", description, tag_keys=tags)
+
+
+@cache
+def _gauge(name: str, description: str, *tags: str) -> Gauge:
+    return Gauge(f"steerlab_{name}", description, tag_keys=tags)
+
+
+@cache
+def _histogram(name: str, description: str, *tags: str) -> Histogram:
+    return Histogram(f"steerlab_{name}", description, boundaries=_SECONDS, tag_keys=tags)
+
+
+def ended(record: Record) -> None:
+    """Count a stage that ended."""
+    if not ray.is_initialized():
+        return
+    stage = record.stage.name
+    # Prometheus' exporter adds _total to a counter's name.
+    _counter("stages", "Stages that ended, by what became of them.", "stage", "status").inc(
+        1, {"stage": stage, "status": record.status}
+    )
+    if record.status == "ran":
+        _histogram("stage_seconds", "Seconds that stages took.", "stage").observe(record.seconds, {"stage": stage})
+
+
+def reported(stage: Stage, metrics: Mapping[str, Any]) -> None:
+    """Take over what a running stage reports: steps of a training, or rows done."""
+    if not ray.is_initialized():
+        return
+    tags = {"stage": stage.name}
+    if metrics.get("steps_per_s"):
+        _gauge("step_seconds", "Seconds of one training step.", "stage").set(1 / metrics["steps_per_s"], tags)
+    for name in ("train/loss", "train/loss_nats"):
+        if name in metrics:
+            _gauge("train_loss", "Loss of the last training step.", "stage").set(metrics[name], tags)
+    if "done" in metrics:
+        more = metrics["done"] - _rows.get(stage.key, 0)
+        _rows[stage.key] = metrics["done"]
+        if more > 0:
+            _counter("rows", "Rows that stages have gone through.", "stage").inc(more, tags)
+
+
+def trials(sweep: str, states: Mapping[str, int]) -> None:
+    """Say how many trials of a sweep are in each state."""
+    if ray.is_initialized():
+        for state in STATES:
+            _gauge("trials", "Trials of a sweep by state.", "sweep", "state").set(
+                states.get(state, 0), {"sweep": sweep, "state": state}
+            )

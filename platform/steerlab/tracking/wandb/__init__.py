@@ -1,0 +1,1 @@
+"""Weights & Biases beyond a run's own page: sweeps, agents, workspaces."""
