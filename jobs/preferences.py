@@ -19,7 +19,7 @@ from study import Line, cell, console, draw, execute
 
 from steerlab import job, run
 from steerlab.run import capacity
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -84,7 +84,7 @@ def win_rates(pair: str, runs: dict[str, list[run.Run]], store: Store, judge: st
     entries += [(v.name, v.file, [text.replace("LORA_LR", LORA_LR[pair]) for text in v.overrides], asked) for v in chosen]
     for name, file, settings, task in entries:
         one = job.read(FOLDERS[pair] / file, JobType, [*settings, f"evaluate=[{json.dumps(task)}]", *overrides])
-        run.check(one)
+        run.check(Plan.of(one))
         metrics = execute(name, one, store, "jobs/preferences.py").summary["metrics"]
         columns = ("implicit", "longer", "answer_tokens")
         table.add_row(name, *(cell([metrics[f"win_rate/{column}"]]) for column in columns))
@@ -138,12 +138,12 @@ def main(
     if win_rate and missing:
         raise typer.BadParameter(f"--win-rate asks {missing[0]!r}, which --only leaves out")
     jobs = {v.name: [wanted(pair, v, seed, set_ or [], train_dtype) for seed in range(seeds)] for v in chosen}
-    facts = {name: run.check(group[0]) for name, group in jobs.items()}
+    facts = {name: run.check(Plan.of(group[0])) for name, group in jobs.items()}
     run.connect()
     try:
         runs = {}
         for name, group in jobs.items():
-            capacity.check_cluster(group[0], store, facts[name])
+            capacity.check_cluster(Plan.of(group[0]), store, facts[name])
             runs[name] = [execute(name, one, store, "jobs/preferences.py") for one in group]
         answers = win_rates(pair, runs, store, judge, set_ or []) if win_rate else None
     except plan.StageError as error:

@@ -17,7 +17,7 @@ from study import Line, cell, console, draw, execute
 
 from steerlab import job, run
 from steerlab.run import capacity
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -115,12 +115,12 @@ def main(
         raise typer.BadParameter(f"{unknown.pop()} is no line; lines are {', '.join(dict.fromkeys(v.group for v in asked))}")
     asked = [variant for variant in asked if variant.group in (only or [variant.group])]
     jobs = {v: [wanted(pair, v, seed, others, set_ or []) for seed in range(seeds if v.trains else 1)] for v in asked}
-    facts = {variant: run.check(group[0]) for variant, group in jobs.items()}
+    facts = {variant: run.check(Plan.of(group[0])) for variant, group in jobs.items()}
     run.connect()
     found: dict[Variant, list[dict[str, Any]]] = {}
     try:
         for variant, group in jobs.items():
-            capacity.check_cluster(group[0], store, facts[variant])
+            capacity.check_cluster(Plan.of(group[0]), store, facts[variant])
             done = [execute(f"{variant.group} {variant.ratio or ''}", one, store, "jobs/protection.py") for one in group]
             summaries = [one.summary["strengths"] for one in done]
             found[variant] = [strengths[variant.strength] for strengths in summaries]

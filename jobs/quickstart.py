@@ -22,7 +22,7 @@ from study import console, execute, say
 
 from steerlab import job, report, run
 from steerlab.run import capacity
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.sweeps import driver, space, trials
@@ -77,7 +77,7 @@ def check(part: Part) -> Checked:
     file, overrides = REPOSITORY / "jobs" / part.file, [*part.overrides, *SMALL]
     if part.knob is None:
         wanted = job.read(file, JobType, overrides)
-        run.check(wanted)
+        run.check(Plan.of(wanted))
         return Checked(part, wanted)
     knob = space.load(REPOSITORY / "search_spaces" / f"{part.knob}.py")
     return Checked(part, driver.asked(trials.plan(file, overrides, knob), None, 1))
@@ -125,7 +125,8 @@ def main(
     parts = [check(part) for part in PARTS]
     for checked in parts:
         if isinstance(checked.todo, job.Job):
-            capacity.check_cluster(checked.todo, store, run.facts_of(checked.todo))
+            planned = Plan.of(checked.todo)
+            capacity.check_cluster(planned, store, run.facts_of(planned))
         else:
             driver.check_cluster(checked.todo, store)
     pool = ThreadPoolExecutor(AT_ONCE)

@@ -17,7 +17,7 @@ from study import console, execute
 
 from steerlab import job, report, run
 from steerlab.run import capacity
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -68,7 +68,7 @@ def main(
     store = Store.open(root)
     run.connect()
     for one in jobs.values():
-        capacity.check_cluster(one, store, run.check(one))
+        capacity.check_cluster(Plan.of(one), store, run.check(Plan.of(one)))
     try:
         runs = {name: execute(name, one, store, "jobs/steering.py") for name, one in jobs.items()}
     except plan.StageError as error:

@@ -13,6 +13,7 @@ from rich.console import Console
 from scipy import stats
 
 from steerlab import job, run
+from steerlab.stages import Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -42,7 +43,7 @@ def execute(name: str, one: job.Job, store: Store, command: str) -> run.Run:
         if record.status != "cached":
             say(f"{name}: {record.stage.name} ({record.stage.label}) {record.status} in {record.seconds:.0f} s")
 
-    return run.execute(one, store, plan.Listener(ended=ended, reported=reported), command=command)
+    return run.execute(Plan.of(one), store, plan.Listener(ended=ended, reported=reported), command=command)
 
 
 def over_seeds(values: list[float]) -> tuple[float, float]:

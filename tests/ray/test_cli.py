@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from steerlab import job, load, run
 from steerlab.cli import app
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 from steerlab.steered import explain
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -41,7 +41,7 @@ def done(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     for name in ("vanilla", "aside"):
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**JOB, "name": name, "method": {"name": name}}))
-        folders[name] = run.execute(job.read(path, JobType), store, plan.Listener()).folder
+        folders[name] = run.execute(Plan.of(job.read(path, JobType)), store, plan.Listener()).folder
     return folder, folders
 
 

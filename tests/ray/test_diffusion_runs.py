@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from steerlab import cli, job, report, run
 from steerlab.run import capacity
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 from steerlab.steered import language
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -56,8 +56,8 @@ Reported = Callable[[plan.Stage, dict[str, Any]], None]
 
 def do(path: Path, store: Store, reported: Reported = lambda stage, metrics: None) -> run.Run:
     wanted = job.read(path, JobType)
-    capacity.check_cluster(wanted, store, run.check(wanted))
-    return run.execute(wanted, store, plan.Listener(reported=reported))
+    capacity.check_cluster(Plan.of(wanted), store, run.check(Plan.of(wanted)))
+    return run.execute(Plan.of(wanted), store, plan.Listener(reported=reported))
 
 
 def base_weights(store: Store, done: run.Run) -> dict[str, torch.Tensor]:

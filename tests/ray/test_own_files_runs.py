@@ -13,7 +13,7 @@ from chat_families import FAMILIES, family
 from test_text_requests import model_of
 
 from steerlab import job, run
-from steerlab.stages import JobType, plan_of
+from steerlab.stages import JobType, Plan
 from steerlab.steered import language
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -67,10 +67,10 @@ def test_conversations_of_ones_own_train_and_evaluate(
     store = Store.open(str(tmp_path / "root"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what is surprising about a template is said
-        run.check(wanted)
-    done = run.execute(wanted, store, plan.Listener())
+        run.check(Plan.of(wanted))
+    done = run.execute(Plan.of(wanted), store, plan.Listener())
     assert done.summary["metrics"]["perplexity/value"]["value"] > 1
-    trained = store.local("train", next(stage.key for stage in plan_of(wanted) if stage.name == "train"))
+    trained = store.local("train", next(stage.key for stage in Plan.of(wanted).stages if stage.name == "train"))
     loaded = language.load(trained)
     prompt = loaded.encoder.encode(loaded.encoder.conversation("say", "hello"))
     used = "<|assistant|>" if "chat_template" in model else str(family(name).end_of_turn)

@@ -13,7 +13,7 @@ from steerlab import job, models, run
 from steerlab.data.worlds import tiny
 from steerlab.inputs.encoding import encode_data
 from steerlab.run import capacity
-from steerlab.stages import JobType, preparations
+from steerlab.stages import JobType, Plan, preparations
 from steerlab.steered import language
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -42,8 +42,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def do(store: Store, folder: Path, **changes: Any) -> tuple[job.Job, run.Run]:
     wanted = job.validate({**IAV, **changes}, JobType, folder / "a.yaml")
-    capacity.check_cluster(wanted, store, run.check(wanted))
-    return wanted, run.execute(wanted, store, plan.Listener())
+    capacity.check_cluster(Plan.of(wanted), store, run.check(Plan.of(wanted)))
+    return wanted, run.execute(Plan.of(wanted), store, plan.Listener())
 
 
 def ran(done: run.Run) -> list[str]:
@@ -110,7 +110,7 @@ def test_the_baselines_run_on_two_workers_over_alphas(
 def test_bad_requests_say_what_would_be_right(tmp_path: Path) -> None:
     def refused(match: str, **changes: Any) -> None:
         with pytest.raises((ValueError, job.JobError), match=match):
-            run.check(job.validate({**IAV, **changes}, JobType, tmp_path / "a.yaml"))
+            run.check(Plan.of(job.validate({**IAV, **changes}, JobType, tmp_path / "a.yaml")))
 
     plain = {"source": "tiny:instructions/train"}
     refused(r"method.beta: .*greater than or equal to 0", method={"name": "iav", "beta": -1})
@@ -128,4 +128,4 @@ def test_bad_requests_say_what_would_be_right(tmp_path: Path) -> None:
     refused(r"bad.json row 1: chosen and rejected are the same text", data={"preference": bad})
     refused(r"evaluate.0.pairs: .*bad.json row 1: chosen and rejected", evaluate=[{**TASK, "pairs": bad}])
     with pytest.warns(UserWarning, match=r"strengths \[3.0\] lie outside of \[0.0, 2.0\]"):
-        run.check(job.validate({**IAV, "evaluate": [{**TASK, "strengths": [1, 3]}]}, JobType, tmp_path / "a.yaml"))
+        run.check(Plan.of(job.validate({**IAV, "evaluate": [{**TASK, "strengths": [1, 3]}]}, JobType, tmp_path / "a.yaml")))

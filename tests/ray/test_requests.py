@@ -13,7 +13,7 @@ import yaml
 
 from steerlab import job, run
 from steerlab.run import capacity
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 from steerlab.storage.store import Store
 
 pytestmark = pytest.mark.ray
@@ -55,20 +55,20 @@ def path(tmp_path: Path) -> Path:
 def test_what_is_known_before_the_start_is_refused_before_the_start(path: Path, overrides: list[str], message: str) -> None:
     wanted = job.read(path, JobType, overrides)
     with pytest.raises(ValueError, match=message):
-        run.check(wanted)
+        run.check(Plan.of(wanted))
 
 
 def test_more_workers_than_the_cluster_has(cluster: None, path: Path, tmp_path: Path) -> None:
     wanted = job.read(path, JobType, ["scale.workers=8"])
     with pytest.raises(ValueError, match=r"scale.workers 8 x scale.cpus_per_worker 1 = 8 CPUs, but the cluster has 2"):
-        capacity.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+        capacity.check_cluster(Plan.of(wanted), Store.open(str(tmp_path / "root")), run.check(Plan.of(wanted)))
 
 
 def test_a_disk_that_is_too_full(cluster: None, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "free_bytes", lambda self: 1_000_000)
     wanted = job.read(path, JobType)
     with pytest.raises(ValueError, match=r"has 1\.0 MB free; needed are about \d+\.\d MB \(train\)"):
-        capacity.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+        capacity.check_cluster(Plan.of(wanted), Store.open(str(tmp_path / "root")), run.check(Plan.of(wanted)))
 
 
 def test_an_address_where_no_cluster_answers(path: Path, tmp_path: Path) -> None:
@@ -84,17 +84,17 @@ def test_an_address_where_no_cluster_answers(path: Path, tmp_path: Path) -> None
 def test_gpus_that_are_not_there(cluster: None, path: Path, tmp_path: Path) -> None:
     wanted = job.read(path, JobType, ["scale.gpu=require"])
     with pytest.raises(ValueError, match="1 workers need a GPU each, the cluster has 0"):
-        capacity.check_cluster(wanted, Store.open(str(tmp_path / "root")), run.check(wanted))
+        capacity.check_cluster(Plan.of(wanted), Store.open(str(tmp_path / "root")), run.check(Plan.of(wanted)))
 
 
 def test_an_empty_data_set_and_a_row_without_the_field(path: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text("[]")
     with pytest.raises(ValueError, match=r"rows.json has no rows"):
-        run.check(job.read(path, JobType, [f"data.train.source={rows}"]))
+        run.check(Plan.of(job.read(path, JobType, [f"data.train.source={rows}"])))
     rows.write_text('[{"instruction": "a"}]')
     with pytest.raises(ValueError, match=r"rows.json.* row 1 has no field 'output'"):
-        run.check(job.read(path, JobType, [f"data.train.source={rows}"]))
+        run.check(Plan.of(job.read(path, JobType, [f"data.train.source={rows}"])))
 
 
 def test_the_command_line_ends_with_code_2_and_one_message(path: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from steerlab import job, run
 from steerlab.run import capacity
-from steerlab.stages import JobType, plan_of
+from steerlab.stages import JobType, Plan
 from steerlab.steered import language
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -66,11 +66,11 @@ def statuses(result: run.Run) -> list[str]:
 def test_a_job_from_file_to_result(cluster: None, jobs: Path) -> None:
     """Base job, two workers, ZeRO 1, best checkpoint, evaluation at two strengths; then everything is cached."""
     wanted = job.read(jobs / "aside.yaml", JobType)
-    facts = run.check(wanted)
+    facts = run.check(Plan.of(wanted))
     store = Store.open(str(jobs / "root"))
-    capacity.check_cluster(wanted, store, facts)
+    capacity.check_cluster(Plan.of(wanted), store, facts)
     lines: list[dict[str, Any]] = []
-    result = run.execute(wanted, store, plan.Listener(reported=lambda stage, metrics: lines.append(metrics)))
+    result = run.execute(Plan.of(wanted), store, plan.Listener(reported=lambda stage, metrics: lines.append(metrics)))
     assert [(r.stage.name, r.status) for r in result.records] == [("train", "ran"), ("train", "ran"), ("evaluate", "ran")]
     assert [line["step"] for line in lines if "step" in line] == [1, 2, 3, 4, 1, 2, 3, 4]
     folder = jobs / "root" / result.folder
@@ -84,11 +84,11 @@ def test_a_job_from_file_to_result(cluster: None, jobs: Path) -> None:
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
 
-    again = run.execute(wanted, store, plan.Listener())
+    again = run.execute(Plan.of(wanted), store, plan.Listener())
     assert statuses(again) == ["cached"] * 3
     assert again.summary == result.summary
     other = job.read(jobs / "aside.yaml", JobType, ["evaluate.0.limit=4"])
-    assert [r.status for r in plan.status(plan_of(other), store)] == ["cached", "cached", "to run"]
+    assert [r.status for r in plan.status(Plan.of(other).stages, store)] == ["cached", "cached", "to run"]
 
     subject = store.local(**{"stage": summary["model"]["stage"], "key": summary["model"]["key"]})
     model = language.load(subject)
@@ -155,7 +155,7 @@ def undisturbed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
     wanted = job.read(folder / "base.yaml", JobType, LONG[1::2])
-    run.execute(wanted, Store.open(str(folder / "root")), plan.Listener())
+    run.execute(Plan.of(wanted), Store.open(str(folder / "root")), plan.Listener())
     return final_weights(folder / "root")
 
 
@@ -205,7 +205,7 @@ def test_a_driver_killed_between_stages_leaves_no_half_artifact(jobs: Path) -> N
         content = (store.local("train", key) / file["path"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == file["sha256"]
     wanted = job.read(jobs / "base.yaml", JobType)
-    assert [record.status for record in plan.status(plan_of(wanted), store)] == ["cached", "to run"]
+    assert [record.status for record in plan.status(Plan.of(wanted).stages, store)] == ["cached", "to run"]
     again = subprocess.run(command(jobs, "--json"), env=environment(), capture_output=True, text=True)
     assert again.returncode == 0
     folder = Path(json.loads(again.stdout)[0]["folder"])

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from steerlab import cli, job, report, run
 from steerlab.run import capacity
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 from steerlab.steered import language
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -61,8 +61,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def do(store: Store, tree: dict[str, Any], folder: Path) -> run.Run:
     wanted = job.validate(tree, JobType, folder / "a.yaml")
-    capacity.check_cluster(wanted, store, run.check(wanted))
-    return run.execute(wanted, store, plan.Listener())
+    capacity.check_cluster(Plan.of(wanted), store, run.check(Plan.of(wanted)))
+    return run.execute(Plan.of(wanted), store, plan.Listener())
 
 
 def artifact(store: Store, done: run.Run) -> Path:

@@ -25,8 +25,8 @@ import yaml
 from safetensors.torch import load_file
 
 from steerlab import job, report, run
-from steerlab.stages import JobType, plan_of
-from steerlab.storage import plan
+from steerlab.stages import JobType, Plan
+from steerlab.storage import claims, plan
 from steerlab.storage.store import Store
 from steerlab.sweeps import driver, estimate, trials
 from steerlab.sweeps import space as spaces
@@ -128,7 +128,7 @@ def test_eight_alphas_are_one_training_and_one_evaluation(cluster: None, tmp_pat
     shown = report.read_sweep(store, outcome.folder)
     assert shown.best == top["trial_id"] and len(shown.runs) == 1
     assert top["trial_id"] in report.page([], sweeps=[shown])
-    again = run.execute(job.read(tmp_path / "root" / outcome.folder / "best.yaml", JobType), store, plan.Listener())
+    again = run.execute(Plan.of(job.read(tmp_path / "root" / outcome.folder / "best.yaml", JobType)), store, plan.Listener())
     assert [record.status for record in again.records] == ["cached", "ran"]
     assert again.summary["metrics"]["preference/margin"]["value"] == pytest.approx(top["metric.preference/margin"], rel=1e-5)
     assert estimate.of(asked, store)["stages"]["train"] == {"distinct": 1, "cached": 1, "to_run": 0, "seconds": 0.0, "bytes": 0}
@@ -143,7 +143,7 @@ def test_a_trial_that_fails_fails_alone_and_two_processes_do_not_run_one_sweep(c
     assert "FloatingPointError" in rows[1]["reason"] and outcome.summary["counts"] == {"trials": 3, "failed": 1, "finished": 2}
     assert rows[0]["seconds.train"] > 0 and rows[0]["cached.train"] is False and len(rows[0]["key.evaluate.perplexity"]) == 64
     with (
-        plan.hold(store, f"sweep-{outcome.folder.rpartition('/')[2]}", wait=False),
+        claims.hold(store, f"sweep-{outcome.folder.rpartition('/')[2]}", wait=False),
         pytest.raises(ValueError, match="is run by another process"),
     ):
         driver.sweep(ask(tmp_path, tree, text), store, resume=True, command="test")
@@ -155,9 +155,9 @@ def test_a_trial_that_fails_fails_alone_and_two_processes_do_not_run_one_sweep(c
 def test_a_warm_process_trains_to_the_bits_of_a_ray_train_run_of_its_own(cluster: None, tmp_path: Path) -> None:
     store, _, rows = do(tmp_path, ask(tmp_path, ASIDE, "SPACE = {'train.lr': tune.grid_search([2e-3, 1e-3])}\n" + BEST))
     usual = job.validate({**ASIDE, "train": {**ASIDE["train"], "lr": 1e-3}}, JobType, tmp_path / "a.yaml")
-    other, key = Store.open(str(tmp_path / "other")), plan_of(usual)[0].key
+    other, key = Store.open(str(tmp_path / "other")), Plan.of(usual).stages[0].key
     assert key == rows[1]["key.train"]
-    run.execute(usual, other, plan.Listener())
+    run.execute(Plan.of(usual), other, plan.Listener())
     paths = [side.local("train", key) / "model/model.safetensors" for side in (store, other)]
     warm, cold = (load_file(path) for path in paths)
     assert warm.keys() == cold.keys() and all(torch.equal(warm[name], cold[name]) for name in warm)

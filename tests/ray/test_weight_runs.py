@@ -15,7 +15,7 @@ from steerlab.activations.moments import Moments
 from steerlab.methods.math import rotation
 from steerlab.methods.warp import Config, places
 from steerlab.run import capacity
-from steerlab.stages import JobType, preparations
+from steerlab.stages import JobType, Plan, preparations
 from steerlab.steered import language
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -46,8 +46,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def do(store: Store, folder: Path, **method: Any) -> tuple[job.Job, run.Run]:
     wanted = job.validate({**WARP, "method": {**WARP["method"], **method}}, JobType, folder / "a.yaml")
-    capacity.check_cluster(wanted, store, run.check(wanted))
-    return wanted, run.execute(wanted, store, plan.Listener())
+    capacity.check_cluster(Plan.of(wanted), store, run.check(Plan.of(wanted)))
+    return wanted, run.execute(Plan.of(wanted), store, plan.Listener())
 
 
 def stages_run(store: Store, folder: Path, ratios: tuple[float, ...]) -> Counter[str]:
@@ -101,7 +101,7 @@ def test_two_workers_sum_what_one_does(cluster: None, store: Store, tmp_path: Pa
     wanted, _ = do(store, tmp_path)
     other = Store.open(str(tmp_path / "other"))
     two = job.validate({**WARP, "scale": {"workers": 2}}, JobType, tmp_path / "a.yaml")
-    run.execute(two, other, plan.Listener())
+    run.execute(Plan.of(two), other, plan.Listener())
     stages = preparations(wanted)
     assert preparations(two)["importance"].key == stages["importance"].key
     for name in ("basis", "importance", "mask"):
@@ -114,7 +114,7 @@ def test_bad_requests_say_what_would_be_right(tmp_path: Path) -> None:
     def refused(match: str, **changes: Any) -> None:
         tree = {**WARP, **changes}
         with pytest.raises((ValueError, job.JobError), match=match):
-            run.check(job.validate(tree, JobType, tmp_path / "a.yaml"))
+            run.check(Plan.of(job.validate(tree, JobType, tmp_path / "a.yaml")))
 
     data = WARP["data"]
     refused(r"method.keep_ratio: Input should be less than or equal to 1", method={"name": "warp", "keep_ratio": 1.5})
@@ -139,7 +139,7 @@ def test_a_7b_model_is_planned_in_bytes(tmp_path: Path) -> None:
     tree = {**WARP, "model": {"source": str(directory)}, "method": {"name": "warp", "rows_per_shard": 512}}
     wanted = job.validate(tree, JobType, tmp_path / "a.yaml")
     records = plan.status([*preparations(wanted).values()], Store.open(str(tmp_path / "root")))
-    needs = capacity.estimates(wanted, run.check(wanted), records)
+    needs = capacity.estimates(Plan.of(wanted), run.check(Plan.of(wanted)), records)
     found = {name: needs[stage.key] for name, stage in preparations(wanted).items()}
     assert found["basis"].disk_bytes == 4 * 32 * (2 * 4096**2 + 11008**2)
     assert found["mask"].disk_bytes == 32 * (3 * 4096**2 + 2 * 4096 * 11008) / 8

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from steerlab import models
 from steerlab.job import Job, ModelConfig
 from steerlab.run import check
+from steerlab.stages import Plan
 
 WEIGHTS = "model.safetensors"
 
@@ -201,24 +202,24 @@ def test_ids_beyond_the_embedding_are_refused(tiny_dir: Path, tmp_path: Path) ->
     tokenizer: Any = models.load_tokenizer(tiny_dir)
     zoo.write("llama", tmp_path / "short", tiny_dir, vocab_size=len(tokenizer) - 2)
     with pytest.raises(ValueError, match=rf"2 ids of the tokenizer, such as {len(tokenizer) - 2} .* lie beyond the .* rows"):
-        check(job(tmp_path / "short"))
+        check(Plan.of(job(tmp_path / "short")))
     zoo.write("llama", tmp_path / "more", tiny_dir)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(tmp_path / "more")
-    check(job(tmp_path / "more"))
+    check(Plan.of(job(tmp_path / "more")))
     tokenizer.add_tokens(["word"])
     tokenizer.save_pretrained(tmp_path / "more")
     with pytest.raises(ValueError, match=r"1 ids of the tokenizer, such as \d+ for 'word'"):
-        check(job(tmp_path / "more"))
+        check(Plan.of(job(tmp_path / "more")))
 
 
 def test_a_module_that_never_runs_is_named_before_the_start(tiny_dir: Path, tmp_path: Path) -> None:
     zoo.write("gpt2", tmp_path / "gpt2", tiny_dir)
     with pytest.raises(ValueError, match=r"2 of 2 modules never run in a forward pass: transformer\.h\.0\.attn\.attn_drop"):
-        check(job(tmp_path / "gpt2", r".*attn_dropout"))
-    check(job(tmp_path / "gpt2", r".*ln_1"))
+        check(Plan.of(job(tmp_path / "gpt2", r".*attn_dropout")))
+    check(Plan.of(job(tmp_path / "gpt2", r".*ln_1")))
     with pytest.raises(ValueError, match=r"extract.select: the value of transformer holds a Base\w+, not a tensor"):
-        check(job(tmp_path / "gpt2", "transformer"))
+        check(Plan.of(job(tmp_path / "gpt2", "transformer")))
 
 
 @pytest.mark.parametrize(("name", "modules"), [("gemma3n_text", r"model.layers.\d+"), ("mixtral", r".*experts.act_fn")])
@@ -228,8 +229,8 @@ def test_a_module_without_a_value_for_each_token_is_named_before_the_start(
     """Gemma 3n's layers hold four streams before the rows; a router's experts see some of the tokens, in another order."""
     zoo.write(name, tmp_path, tiny_dir)
     with pytest.raises(ValueError, match=r"has the axes \(.*\) where 3 rows of 11 tokens are read: none for each token"):
-        check(job(tmp_path, modules))
-    check(job(tmp_path, r".*post_attention_layernorm"))
+        check(Plan.of(job(tmp_path, modules)))
+    check(Plan.of(job(tmp_path, r".*post_attention_layernorm")))
 
 
 def job(source: Path, modules: str = ".*norm") -> Job:

@@ -9,7 +9,7 @@ import pytest
 
 from steerlab import job
 from steerlab.job import Limit
-from steerlab.stages import JobType, choose, plan_of
+from steerlab.stages import JobType, Plan, choose
 from steerlab.stages.choose import best
 
 TABLE: dict[float, dict[str, float | None]] = {
@@ -65,7 +65,7 @@ TREE: dict[str, Any] = {
 
 
 def plan_for(**changes: Any) -> Any:
-    return plan_of(job.validate({**TREE, **changes}, JobType, Path("a.yaml")))
+    return Plan.of(job.validate({**TREE, **changes}, JobType, Path("a.yaml"))).stages
 
 
 def test_the_choice_stands_between_development_and_report() -> None:
@@ -74,8 +74,9 @@ def test_the_choice_stands_between_development_and_report() -> None:
     assert [stage.name for stage in stages] == names
     development, plain, choice, report, baseline = stages[3:]
     assert development.params["task"]["strengths"] == [0.5, 1.0]
-    assert choice.inputs == (development, plain) and report.inputs == (stages[2], choice)
-    assert plain.inputs == baseline.inputs == ()
+    assert list(choice.inputs.values()) == [development, plain]
+    assert report.inputs == {"model": stages[2], "choice": choice}
+    assert plain.inputs == baseline.inputs == {}
 
 
 def test_the_model_without_a_patch_is_measured_once_for_all_methods() -> None:

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from steerlab import cli, job, run
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 
 JOBS = Path(__file__).parents[2] / "jobs/tiny"
 
@@ -33,13 +33,13 @@ def subset(key: str, folder: Path) -> list[str]:
 
 
 def test_the_job_itself_is_fine(path: Path) -> None:
-    run.check(job.read(path, JobType))
+    run.check(Plan.of(job.read(path, JobType)))
 
 
 @pytest.mark.parametrize("key", ["data.source", "data.target", "evaluate.0.data"])
 def test_a_subset_that_is_not_there_lists_those_that_are(path: Path, key: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}: {NO_SUCH_SUBSET}"):
-        run.check(job.read(path, JobType, subset(key, path.parent)))
+        run.check(Plan.of(job.read(path, JobType, subset(key, path.parent))))
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,14 @@ def test_a_subset_that_is_not_there_lists_those_that_are(path: Path, key: str) -
 )
 def test_what_cannot_work_is_refused(path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        run.check(job.read(path, JobType, overrides))
+        run.check(Plan.of(job.read(path, JobType, overrides)))
 
 
 def test_tasks_of_the_other_kind_are_refused(path: Path) -> None:
     tree = yaml.safe_load(path.read_text())
     tree["evaluate"] = [{"task": "perplexity", "source": "tiny:topics/test", "format": "text"}]
     with pytest.raises(ValueError, match="task perplexity is none for a model of kind diffusion; there are image_concept"):
-        run.check(job.validate(tree, JobType, path))
+        run.check(Plan.of(job.validate(tree, JobType, path)))
 
 
 def test_other_weights_of_a_denoiser_that_a_job_leaves_are_refused(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_other_weights_of_a_denoiser_that_a_job_leaves_are_refused(tmp_path: Pat
         (tmp_path / name).write_text((JOBS / name).read_text())
     wanted = job.read(tmp_path / "diffusion_act.yaml", JobType, ["model.sampler.denoiser=unet.safetensors"])
     with pytest.raises(ValueError, match=r"model\.sampler\.denoiser: the job tiny-digits trains its denoiser"):
-        run.check(wanted)
+        run.check(Plan.of(wanted))
 
 
 def test_the_command_line_says_it_in_one_message(path: Path) -> None:

@@ -20,7 +20,7 @@ from steerlab.evaluation.tasks.style.controllability import Point, judge, kendal
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import TaskConfig
 from steerlab.patches import LogitPatch
-from steerlab.stages import JobType, evaluate, plan_of
+from steerlab.stages import JobType, Plan, evaluate
 from steerlab.steered.language import SteeredModel
 
 GRID = (1.0, 0.0, 0.5)
@@ -238,7 +238,7 @@ def test_the_task_within_and_its_sources_make_the_key(tmp_path: Path) -> None:
     def key(text: str, **fields: Any) -> str:
         path.write_text(text)
         found = request(of={"task": "refusal", "prompts": {"source": str(path), "format": "text"}, **fields})
-        return evaluate.stage(found, found.evaluate[0], None).key
+        return evaluate.stage(found, found.evaluate[0], Plan.of(found).start).key
 
     assert key("burn it") == key("burn it")
     assert len({key("burn it"), key("cut it"), key("burn it", match="anywhere")}) == 3
@@ -252,7 +252,7 @@ def test_a_new_version_of_a_task_is_one_of_this_task() -> None:
 
 def test_where_the_strength_is_chosen_the_baseline_is_one_strength() -> None:
     tree = {**TREE, "choose": {"metric": "refusal/refusal_rate", "tasks": [{"task": "refusal", "limit": 2}]}}
-    stages = plan_of(job.validate(tree, JobType, Path("a.yaml")))
+    stages = Plan.of(job.validate(tree, JobType, Path("a.yaml"))).stages
     report, baseline = stages[-2:]
     assert report.params["task"]["of"]["limit"] == 4 and baseline.params["task"]["strengths"] == [1.0]
     assert TASKS["controllability"].Config.model_validate(baseline.params["task"])

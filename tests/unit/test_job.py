@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from steerlab import job, run
-from steerlab.stages import JobType, first_source
+from steerlab.stages import JobType, Plan
 
 GOOD = {
     "name": "a",
@@ -267,5 +267,5 @@ def test_the_schema_knows_every_method_and_task() -> None:
 def test_every_published_job_is_valid(file: Path) -> None:
     found = job.read(file, JobType)
     assert found.evaluate or found.extract
-    if first_source(found).startswith(("tiny:", "pixels:")):  # the others are downloads
-        run.check(found)
+    if Plan.of(found).source.startswith(("tiny:", "pixels:")):  # the others are downloads
+        run.check(Plan.of(found))

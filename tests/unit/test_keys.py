@@ -14,7 +14,7 @@ import pytest
 from steerlab import job
 from steerlab.data import sources
 from steerlab.job import described
-from steerlab.stages import JobType, plan_of
+from steerlab.stages import JobType, Plan
 from steerlab.storage.plan import Stage
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def planned(tree: dict[str, Any], file: Path) -> list[Stage] | None:
     """The plan of a job, None where the job or its plan is refused."""
     try:
         found = job.validate(tree, JobType, file)
-        return None if found.model_dump(mode="json") == read(file.stem)[1] else plan_of(found)
+        return None if found.model_dump(mode="json") == read(file.stem)[1] else Plan.of(found).stages
     except ValueError:
         return None
 
@@ -123,8 +123,8 @@ def changed(before: list[Stage], after: list[Stage]) -> list[str]:
 @pytest.mark.parametrize("name", JOBS)
 def test_every_field_that_may_change_a_result_is_in_the_key_of_those_that_it_reaches(name: str) -> None:
     file, tree = read(name)
-    before = plan_of(job.read(file, JobType))
-    base = [] if isinstance(tree["model"]["source"], str) else plan_of(JobType.model_validate(tree["model"]["source"]))
+    before = Plan.of(job.read(file, JobType)).stages
+    base = [] if isinstance(tree["model"]["source"], str) else Plan.of(JobType.model_validate(tree["model"]["source"])).stages
     below = {stage.key for stage in base}
     num_changed, ineffective, too_far = 0, [], []
     for path in leaves(tree):
@@ -196,7 +196,7 @@ def test_what_a_source_holds_now_is_in_the_key_of_all_that_read_it(
     """A hub's branch, a bucket: the same name, other content. Each source is made another one in turn."""
 
     def planned() -> list[Stage]:
-        return plan_of(job.read(read(name)[0], JobType, overrides))
+        return Plan.of(job.read(read(name)[0], JobType, overrides)).stages
 
     before, known, seen = planned(), sources.fingerprint, set[str]()
     monkeypatch.setattr(sources, "fingerprint", lambda source: seen.add(source) or known(source))

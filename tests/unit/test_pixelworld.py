@@ -11,7 +11,8 @@ import pytest
 
 from steerlab.data import rows, sources
 from steerlab.data.worlds import pixels
-from steerlab.job import DataSet
+from steerlab.job import DataSet, SamplerConfig
+from steerlab.models.diffusion import pipelines
 
 
 def test_digits_are_split_and_captioned_by_their_ink() -> None:
@@ -92,3 +93,15 @@ def test_an_archive_with_another_hash_is_not_unpacked(monkeypatch: pytest.Monkey
     with pytest.raises(sources.SourceError, match="is not the pinned 0000"):
         sources.fetch(f"deb:hello@sha256:{'0' * 64}", tmp_path / "cache")
     assert not list((tmp_path / "cache" / "packages").glob("deb-*"))
+
+
+def test_the_files_of_a_pipeline_name_the_same_classes_wherever_these_stand(tmp_path: Path) -> None:
+    """Caches and artifacts are shared between versions: what one wrote must be readable for the others."""
+    pixels.write_model("digits-model", tmp_path / "made")
+    made = json.loads((tmp_path / "made" / "model_index.json").read_text())
+    assert made["words"] == ["steerlab.pixels", "CaptionTable"]
+    loaded = pipelines.load(tmp_path / "made", SamplerConfig())
+    loaded.pipeline.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert (saved["words"], saved["_class_name"]) == (made["words"], "PixelPipeline")
+    assert pipelines.load(tmp_path / "saved", SamplerConfig()).pipeline.words.known == loaded.pipeline.words.known

@@ -18,7 +18,7 @@ from steerlab.data.worlds import tiny
 from steerlab.evaluation import TASKS
 from steerlab.job import DataSet, Job
 from steerlab.methods import METHODS
-from steerlab.stages import JobType, plan_of
+from steerlab.stages import JobType, Plan
 from steerlab.stages.spread import subject
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -70,7 +70,7 @@ def read(folder: Path, changes: dict[str, Any] | None = None, **names: str) -> J
 
 def keys(found: Job) -> list[str]:
     """The keys of all stages."""
-    return [stage.key for stage in plan_of(found)]
+    return [stage.key for stage in Plan.of(found).stages]
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -110,7 +110,7 @@ def test_the_home_folder_is_a_folder(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_stages_are_handed_paths_that_hold_in_any_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = plan_of(read(folder))
+    stages = Plan.of(read(folder)).stages
     store, scale = Store.open(str(folder / "root")), job.ScaleConfig.model_validate({})
     monkeypatch.chdir("/")
     for stage in stages:

@@ -19,7 +19,7 @@ from steerlab.storage.store import Store
 
 def writer(text: str, log: Path | None = None) -> Callable[[Work], None]:
     def run(work: Work) -> None:
-        (work.directory / "out.txt").write_text(text + "".join((d / "out.txt").read_text() for d in work.inputs))
+        (work.directory / "out.txt").write_text(text + "".join((d / "out.txt").read_text() for d in work.inputs.values()))
         if log is not None:
             with log.open("a") as file:
                 file.write(text + "\n")
@@ -28,7 +28,7 @@ def writer(text: str, log: Path | None = None) -> Callable[[Work], None]:
 
 
 def stage(name: str, *inputs: Stage, log: Path | None = None, **params: object) -> Stage:
-    return Stage(name, 1, params, writer(name, log), inputs)
+    return Stage(name, 1, params, writer(name, log), {str(number): needed for number, needed in enumerate(inputs)})
 
 
 def execute(stages: list[Stage], store: Store) -> list[Record]:
@@ -46,6 +46,12 @@ def test_the_key_holds_name_version_parameters_and_inputs() -> None:
 
 def test_labels_and_scale_are_not_in_the_key() -> None:
     assert Stage("a", 1, {}, writer("a"), label="x").key == Stage("a", 1, {}, writer("b"), label="y").key
+
+
+def test_what_an_input_is_taken_for_is_not_in_the_key_but_its_place_is() -> None:
+    a, b = stage("a"), stage("b")
+    keys = [Stage("c", 1, {}, writer("c"), inputs).key for inputs in ({"x": a, "y": b}, {"y": a, "x": b}, {"x": b, "y": a})]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_golden_key() -> None:

@@ -15,7 +15,7 @@ import yaml
 from steerlab import job, run
 from steerlab.data import rows
 from steerlab.job import DataSet
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 
 TRAIN = {"steps": 2, "lr": 1e-4, "micro_batch": 2, "max_tokens": 64}
 
@@ -25,7 +25,7 @@ def checked(folder: Path, wanted: dict[str, Any]) -> dict[str, list[dict[str, An
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump({"name": "a", "model": {"source": "tiny:model"}, **wanted}))
     found = job.read(path, JobType)
-    run.check(found)
+    run.check(Plan.of(found))
     return {role: rows.read(data) for role, data in found.data.by_role.items()}
 
 

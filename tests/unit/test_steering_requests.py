@@ -10,7 +10,7 @@ import yaml
 
 from steerlab import job, run
 from steerlab.run import capacity
-from steerlab.stages import JobType, plan_of
+from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -70,24 +70,26 @@ def path(tmp_path: Path) -> Path:
 )
 def test_what_cannot_work_is_refused(path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        run.check(job.read(path, JobType, overrides))
+        run.check(Plan.of(job.read(path, JobType, overrides)))
 
 
 def test_the_job_itself_is_fine_in_bfloat16_too(path: Path) -> None:
     """A frozen model trains nothing that would need float32 master weights."""
-    run.check(job.read(path, JobType))
-    run.check(job.read(path, JobType, ["model.dtype=bfloat16"]))
+    run.check(Plan.of(job.read(path, JobType)))
+    run.check(Plan.of(job.read(path, JobType, ["model.dtype=bfloat16"])))
 
 
 def test_strengths_outside_of_the_range_are_warned_of(path: Path) -> None:
     with pytest.warns(UserWarning, match=r"strengths \[1.5\] lie outside of \[0.0, 1.0\], where method lineas is meant"):
-        run.check(job.read(path, JobType, ["choose.strengths=[0.5, 1.5]"]))
+        run.check(Plan.of(job.read(path, JobType, ["choose.strengths=[0.5, 1.5]"])))
 
 
 def test_what_a_stage_needs_is_estimated(path: Path) -> None:
     wanted = job.read(path, JobType, ["data.target.limit=100"])
-    facts = run.check(wanted)
-    needs = capacity.estimates(wanted, facts, plan.status(plan_of(wanted), Store.open(str(path.parent / "root"))))
-    found = {stage.name: needs[stage.key] for stage in plan_of(wanted) if stage.key in needs}
+    facts = run.check(Plan.of(wanted))
+    needs = capacity.estimates(
+        Plan.of(wanted), facts, plan.status(Plan.of(wanted).stages, Store.open(str(path.parent / "root")))
+    )
+    found = {stage.name: needs[stage.key] for stage in Plan.of(wanted).stages if stage.key in needs}
     assert 0.5 < found["extract"].disk_bytes / (100 * 4 * 128 * 4) < 2, "100 rows of four places of 128 float32"
     assert found["train"].disk_bytes == 0 and found["train"].memory_bytes > 4 * facts.num_parameters

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from steerlab import job, run
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -24,7 +24,7 @@ def preferences(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_variant_trains_in_bfloat16_and_is_evaluated_in_float32(preferences: Any) -> None:
     for variant in preferences.VARIANTS:
         (plain, two) = (preferences.wanted("tiny", variant, 3, [], dtype) for dtype in (None, "bfloat16"))
-        run.check(two)
+        run.check(Plan.of(two))
         below = job.base_job(two, JobType)
         assert below is not None
         assert (plain.model.dtype, two.model.dtype, below.model.dtype) == ("float32", "float32", "bfloat16")

@@ -16,7 +16,7 @@ from steerlab import job, run
 from steerlab.evaluation import TASKS
 from steerlab.inputs.encoding import Encoder, encode_data
 from steerlab.job import DataSet
-from steerlab.stages import JobType, plan_of
+from steerlab.stages import JobType, Plan
 from steerlab.steered import language
 from steerlab.steered.language import SteeredModel
 from steerlab.training.loop import load_rows
@@ -60,7 +60,7 @@ def job_of(source: Path, tmp_path: Path, rows: list[dict[str, Any]] | None = Non
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_passes_the_check(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    run.check(job_of(model_of(name, tmp_path / "model"), tmp_path))
+    run.check(Plan.of(job_of(model_of(name, tmp_path / "model"), tmp_path)))
     surprising = not family(name).own_prompt or family(name).folds_system or name == "llama3.1"
     assert any("chat template" in str(warning.message) for warning in recwarn) == surprising
 
@@ -87,7 +87,7 @@ def test_a_job_without_conversations_never_looks_at_the_template(tmp_path: Path)
             {"task": "toxicity", "prompts": text},
         ],
     )
-    run.check(wanted)
+    run.check(Plan.of(wanted))
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_a_template_that_refuses_conversations_is_refused_where_they_are_needed(
 ) -> None:
     model = model_of("gpt2", tmp_path / "model", NEVER)
     with pytest.raises(ValueError, match=r"the chat template refuses the messages .*this model does not chat"):
-        run.check(job_of(model, tmp_path, **section))
+        run.check(Plan.of(job_of(model, tmp_path, **section)))
 
 
 def test_rows_that_the_template_changes_are_found_before_the_start(tmp_path: Path) -> None:
     rows = [*ROWS, {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"}]
     with pytest.raises(ValueError, match=r"data.train: .* row 3: the chat template prints a thought of the answer"):
-        run.check(job_of(model_of("qwen3", tmp_path / "model"), tmp_path, rows))
+        run.check(Plan.of(job_of(model_of("qwen3", tmp_path / "model"), tmp_path, rows)))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3 thinking"])
@@ -117,10 +117,10 @@ def test_a_job_trains_thoughts(name: str, tmp_path: Path, recwarn: pytest.Warnin
     """Answers without a thought are counted where they change the tokens of the prompt."""
     data = {"train": {"source": str(tmp_path / "rows.json")}, "thinking": True}
     wanted = job_of(model_of(name, tmp_path / "model"), tmp_path, [THOUGHT, THOUGHT, ROWS[0]], data=data)
-    run.check(wanted)
+    run.check(Plan.of(wanted))
     said = [str(warning.message) for warning in recwarn]
     assert any("the answers of 1 change the tokens" in one for one in said) == (name == "qwen3 thinking")
-    assert plan_of(wanted)[0].params["prompt"]["thinking"] is True
+    assert Plan.of(wanted).stages[0].params["prompt"]["thinking"] is True
     assert language.load(tmp_path / "model", prompt=wanted.prompt).encoder.thinking  # type: ignore[union-attr]
 
 
@@ -129,7 +129,7 @@ def test_answers_that_melt_into_their_prompts_are_said(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match=r"data.train: of the first 3 rows, the answers of 1 change the tokens of their prompts"
     ):
-        run.check(job_of(model_of("smollm2", tmp_path / "model"), tmp_path, rows))
+        run.check(Plan.of(job_of(model_of("smollm2", tmp_path / "model"), tmp_path, rows)))
 
 
 def test_a_template_whose_tokens_have_no_embedding_is_refused(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_template_whose_tokens_have_no_embedding_is_refused(tmp_path: Path) ->
     template = str(family("chatml base").tokenizer.chat_template).replace("<|im_start|>", "<|turn|>")
     chat = {"source": str(model), "tokenizer": str(tmp_path / "wide"), "chat_template": template}
     with pytest.raises(ValueError, match=r"prints '<\|turn\|>', whose id \d+ lies beyond the \d+ rows"):
-        run.check(job_of(model, tmp_path, model=chat))
+        run.check(Plan.of(job_of(model, tmp_path, model=chat)))
 
 
 THOUGHT = {"instruction": "a", "input": "", "output": "<think>\nhm\n</think>\n\nfine"}
@@ -153,23 +153,23 @@ def test_the_rows_that_are_tried_are_those_that_the_job_reads(tmp_path: Path) ->
     rows = [THOUGHT, *ROWS * 10, THOUGHT]
     source = {"source": str(tmp_path / "rows.json")}
     with pytest.warns(UserWarning, match="opens a stored answer"):
-        run.check(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1, "limit": 20}}))
+        run.check(Plan.of(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1, "limit": 20}})))
     with pytest.raises(ValueError, match=r"data.train: .*rows.json, .* row 21: the chat template .*; skip_bad: true leaves"):
-        run.check(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1}}))
+        run.check(Plan.of(job_of(model, tmp_path, rows, data={"train": {**source, "offset": 1}})))
     with (
         pytest.warns(UserWarning, match=r"data.train: of the first 22 rows, 2 are left out: the chat template"),
         pytest.warns(UserWarning, match="opens a stored answer"),
     ):
-        run.check(job_of(model, tmp_path, rows, data={"train": {**source, "skip_bad": True}}))
+        run.check(Plan.of(job_of(model, tmp_path, rows, data={"train": {**source, "skip_bad": True}})))
 
 
 def test_prompts_that_fit_into_no_row_are_said(tmp_path: Path) -> None:
     model, train = model_of("smollm2", tmp_path / "m"), {"steps": 1, "micro_batch": 1, "max_tokens": 200}
     long = {"instruction": "a", "input": "word " * 200, "output": "b"}
     with pytest.warns(UserWarning, match=r"data.train: of the first 2 rows, 1 have prompts of 200 tokens or more"):
-        run.check(job_of(model, tmp_path, [long, {"instruction": "a", "input": "b", "output": "c"}], train=train))
+        run.check(Plan.of(job_of(model, tmp_path, [long, {"instruction": "a", "input": "b", "output": "c"}], train=train)))
     with pytest.raises(ValueError, match=r"data.train: of the first 1 rows, no prompt has fewer than 200 tokens"):
-        run.check(job_of(model, tmp_path, [long], train=train))
+        run.check(Plan.of(job_of(model, tmp_path, [long], train=train)))
 
 
 def test_rows_that_are_only_read_for_activations_are_not_held_against_the_length_of_training(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_rows_that_are_only_read_for_activations_are_not_held_against_the_length
         train={"steps": 1, "micro_batch": 4, "max_tokens": 200},
         extract={"select": {"modules": ".*post_attention_layernorm"}, "pooling": ["mean"]},
     )
-    run.check(wanted)
+    run.check(Plan.of(wanted))
 
 
 def test_a_bad_row_behind_those_that_were_tried_is_named_by_its_data_set(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_pairs_of_equal_answers_are_said(tmp_path: Path) -> None:
     data = {"preference": {"source": str(tmp_path / "rows.json"), "format": "preference"}}
     wanted = job_of(Path("tiny:model"), tmp_path, rows, data=data, method={"name": "dpo"})
     with pytest.warns(UserWarning, match="data.preference: of the first 2 rows, 1 are left out: the answers of a pair are the"):
-        run.check(wanted)
+        run.check(Plan.of(wanted))
 
 
 def test_a_row_that_the_template_refuses_leaves_the_numbers_of_the_others() -> None:
@@ -234,11 +234,11 @@ def test_a_base_model_is_trained_with_another_models_template(tmp_path: Path) ->
         file.write_text(template)
     files[2].write_text(template.replace("<|", "<<"))
     jobs = [job_of(model, tmp_path, model={"source": str(model), "chat_template": str(file)}) for file in files]
-    run.check(jobs[0])
-    keys = [plan_of(one)[0].params["prompt_fingerprints"] for one in jobs]
+    run.check(Plan.of(jobs[0]))
+    keys = [Plan.of(one).stages[0].params["prompt_fingerprints"] for one in jobs]
     assert keys[0] == keys[1]
     assert keys[0] != keys[2]
-    assert plan_of(jobs[0])[0].key != plan_of(job_of(model, tmp_path))[0].key
+    assert Plan.of(jobs[0]).stages[0].key != Plan.of(job_of(model, tmp_path)).stages[0].key
     loaded = language.load(model, prompt=jobs[0].prompt)
     assert isinstance(loaded, SteeredModel)
     prompt = loaded.encoder.encode(loaded.encoder.conversation("say", "hello"))

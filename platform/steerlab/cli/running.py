@@ -32,25 +32,26 @@ def run(
 ) -> None:
     """Run the plan of one or more jobs; prints a table and the run folders."""
     from steerlab import run as runs
+    from steerlab import stages
     from steerlab.run import capacity
 
     # Ray prints warnings of its own to standard output; with --json that holds the results and nothing else.
     chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with explained(), chatter:
         store = opened_store(root)
-        wanted = [read_job(path, set_) for path in jobs]
-        facts = [runs.check(job) for job in wanted]
+        wanted = [stages.Plan.of(read_job(path, set_)) for path in jobs]
+        facts = [runs.check(one) for one in wanted]
         with joined_ray():
-            for job, found in zip(wanted, facts, strict=True):
-                capacity.check_cluster(job, store, found)
+            for one, found in zip(wanted, facts, strict=True):
+                capacity.check_cluster(one, store, found)
             done = []
-            for job in wanted:
+            for one in wanted:
                 with progress(quiet=as_json) as listener:
-                    done.append(runs.execute(job, store, listener, command=" ".join(sys.argv)))
+                    done.append(runs.execute(one, store, listener, command=" ".join(sys.argv)))
     if as_json:
         print(json.dumps([{"folder": f"{store.root}/{r.folder}", "summary": r.summary} for r in done], indent=1))
     else:
-        _print_results(list(zip(wanted, done, strict=True)), store.root)
+        _print_results(list(zip([one.job for one in wanted], done, strict=True)), store.root)
 
 
 def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
@@ -62,16 +63,16 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
 
     with explained():
         store = opened_store(root)
-        wanted = read_job(job, set_)
+        wanted = stages.Plan.of(read_job(job, set_))
         facts = runs.check(wanted)
-        records = plan.status(stages.plan_of(wanted), store)
+        records = plan.status(wanted.stages, store)
         needs = capacity.estimates(wanted, facts, records)
         if as_json:
             print(json.dumps({"stages": [record.as_dict() | _needed(record, needs) for record in records]}, indent=1))
             capacity.check_machine(records, needs, store)
             return
         table = folding_table(
-            "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.name}"
+            "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.job.name}"
         )
         for record in records:
             nothing = "\u2013" if record.status == "cached" else "small"

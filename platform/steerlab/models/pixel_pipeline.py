@@ -19,15 +19,18 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from steerlab.models.diffusion.pipeline_index import OWN
+
 _EMPTY = 0
 """Index of the place of no word."""
 
-# Folders of pipelines name the module of each class; those that older versions wrote know this one by another name.
-sys.modules.setdefault("steerlab.pixels", sys.modules[__name__])
+sys.modules.setdefault(OWN, sys.modules[__name__])
 
 
 class CaptionTable(ModelMixin, ConfigMixin):
     """A learned vector for each word and each place in a caption; the empty caption has one of its own."""
+
+    __module__ = OWN  # diffusers writes it into the index of a pipeline
 
     @register_to_config
     def __init__(self, words: Sequence[str] = (), width: int = 32, length: int = 4) -> None:

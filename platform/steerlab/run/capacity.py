@@ -10,9 +10,7 @@ import ray
 
 from steerlab import models
 from steerlab.data import sources
-from steerlab.job import Job
-from steerlab.stages import extract, extractions, first_source, plan_of, prepare, prepared_for, train, trainings
-from steerlab.stages.spread import subject
+from steerlab.stages import Plan, extract, prepare, train
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -22,22 +20,24 @@ _SAFETY = 1.1
 """Free disk asked for, relative to the estimate."""
 
 
-def estimates(job: Job, facts: models.ModelFacts, records: list[plan.Record]) -> Estimates:
+def estimates(planned: Plan, facts: models.ModelFacts, records: list[plan.Record]) -> Estimates:
     """Estimate what the stages of a job's plan need that are still to run; some are judged by the length of their rows."""
     left = {record.stage.key for record in records if record.status != "cached"}
-    source = sources.fetch(first_source(job))
-    directory, skeleton = models.prepare(source), models.skeleton(source, job.model.trust_remote_code)
+    source = sources.fetch(planned.source)
+    directory, skeleton = models.prepare(source), models.skeleton(source, planned.job.model.trust_remote_code)
     found: dict[str, plan.Estimate] = {}
-    for key, (owner, role) in extractions(job).items():
-        assert owner.extract is not None
+    for owner in planned.chain:
+        job = owner.job
+        for role, stage in (owner.read | owner.extracted).items():
+            assert job.extract is not None
+            if stage.key in left:
+                found[stage.key] = extract.estimate(job, role, job.extract, facts, directory)
+        for asked, stage in owner.prepared.values():
+            if stage.key in left:
+                found[stage.key] = prepare.estimate(job, asked, facts, directory)
+    for key, job in planned.trainings.items():
         if key in left:
-            found[key] = extract.estimate(owner, role, owner.extract, facts, directory)
-    for key, (owner, asked) in prepared_for(job).items():
-        if key in left:
-            found[key] = prepare.estimate(owner, asked, facts, directory)
-    for key, owner in trainings(job).items():
-        if key in left:
-            found[key] = train.estimate(owner, facts, skeleton)
+            found[key] = train.estimate(job, facts, skeleton)
     return found
 
 
@@ -80,7 +80,7 @@ def check_machine(records: list[plan.Record], needs: Estimates, store: Store) ->
         check_memory(records, needs, memory, "this machine")
 
 
-def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
+def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None:
     """Refuse what the cluster or the disk cannot hold; Ray must be connected. Raises ValueError."""
     from steerlab.training import launch
 
@@ -89,19 +89,19 @@ def check_cluster(job: Job, store: Store, facts: models.ModelFacts) -> None:
         raise ValueError(
             f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
         )
-    files = subject.places(job)
+    files = planned.start.places
     if len(nodes) > 1 and files:
         warnings.warn(
             f"{', '.join(files.values())}: all {len(nodes)} nodes read this path, so it must lie in a folder that they share; "
             "else give a URI (s3://, gs://) or hf:",
             stacklevel=2,
         )
-    if job.train is None:
+    if planned.job.train is None:
         return
-    launch.check_resources(job.scale)
-    records = plan.status(plan_of(job), store)
-    needs = estimates(job, facts, records)
+    launch.check_resources(planned.job.scale)
+    records = plan.status(planned.stages, store)
+    needs = estimates(planned, facts, records)
     check_disk(records, needs, store)
-    if not launch.uses_gpu(job.scale):
+    if not launch.uses_gpu(planned.job.scale):
         largest = max(sum(node["Resources"].get(name, 0) for name in ("memory", "object_store_memory")) for node in nodes)
         check_memory(records, needs, int(largest), "the largest node")

@@ -16,46 +16,48 @@ from steerlab.evaluation import TASKS
 from steerlab.inputs import encoding
 from steerlab.inputs.drawings import check_data
 from steerlab.inputs.encoding import Encoder
-from steerlab.job import DataSet, Job, base_job
+from steerlab.job import DataSet, Job
 from steerlab.methods import METHODS
 from steerlab.methods.contract import check_masters
 from steerlab.patches import taps
 from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
-from steerlab.stages import JobType, first_source, model_stage
+from steerlab.stages import Plan
 
 _ROWS_TRIED = 1000
 """Rows of a data set that are tokenised before the start: a template that refuses some texts shows it early."""
 
 
-def facts_of(job: Job) -> models.ModelFacts:
+def facts_of(planned: Plan) -> models.ModelFacts:
     """Return the sizes of a job's model; a job that builds on another has the architecture of that one's source."""
-    directory = sources.fetch(first_source(job))
-    return _facts(directory, _state(directory), job.model.trust_remote_code)
+    directory = sources.fetch(planned.source)
+    return _facts(directory, _state(directory), planned.job.model.trust_remote_code)
 
 
-def check(job: Job) -> models.ModelFacts:
+def check(planned: Plan) -> models.ModelFacts:
     """Refuse what cannot work, before anything starts.
 
     Raises:
         ValueError: with one message for people.
     """
-    base = base_job(job, JobType)
-    if base is not None:
-        check(base)
-        if model_stage(base) is None:
-            raise ValueError(f"model.source: the job {base.name} leaves no model of its own, so there is none to start from")
-    _check_method(job)
+    job, below = planned.job, planned.below
+    if below is not None:
+        check(below)
+        if below.model is None:
+            raise ValueError(
+                f"model.source: the job {below.job.name} leaves no model of its own, so there is none to start from"
+            )
+    _check_method(planned)
     for role, data in job.data.by_role.items():
         check_rows(f"data.{role}", data)
-    check_tasks(job)
-    found = facts_of(job)
-    _check_kind(job, found)
-    models.check_checkpoint(sources.fetch(first_source(job)), job.model.attention, job.model.trust_remote_code)
+    check_tasks(planned)
+    found = facts_of(planned)
+    _check_kind(planned, found)
+    models.check_checkpoint(sources.fetch(planned.source), job.model.attention, job.model.trust_remote_code)
     check_named(job, found)
-    check_reach(job)
-    _check_template(job, found)
-    _check_ids(job, found)
-    _check_places(job)
+    check_reach(planned)
+    _check_template(planned, found)
+    _check_ids(planned, found)
+    _check_places(planned)
     METHODS[job.method.name].check(job.method, found, job)
     _warn_of_strengths(job)
     if job.train is not None and found.max_positions and job.train.max_tokens > found.max_positions:
@@ -65,12 +67,12 @@ def check(job: Job) -> models.ModelFacts:
     return found
 
 
-def _check_method(job: Job) -> None:
+def _check_method(planned: Plan) -> None:
     """Refuse sections that the method lacks or has no use for."""
-    method, name = METHODS[job.method.name], job.method.name
+    job, method, name = planned.job, planned.method, planned.job.method.name
     if job.train is not None:
         _check_training(job)
-    elif method.module is not None and method.needs_training and (base_job(job, JobType) is None or not method.trains_model):
+    elif method.module is not None and method.needs_training and (planned.below is None or not method.trains_model):
         raise ValueError(f"train: this key is required by method {name}")
     if method.reads(job.method):
         if job.extract is None:
@@ -116,9 +118,10 @@ def _warn_of_strengths(job: Job) -> None:
         )
 
 
-def _check_places(job: Job) -> None:
+def _check_places(planned: Plan) -> None:
     """Refuse a selection of modules that the model does not have; no weight is loaded for that."""
-    skeleton = models.skeleton(sources.fetch(first_source(job)), job.model.trust_remote_code)
+    job = planned.job
+    skeleton = models.skeleton(sources.fetch(planned.source), job.model.trust_remote_code)
     try:
         METHODS[job.method.name].prepares(job.method, skeleton)
     except ValueError as error:
@@ -152,12 +155,12 @@ def _check_runs(chosen: Sequence[taps.Tap], skeleton: Any, outputs: bool) -> Non
             )
 
 
-def _check_kind(job: Job, found: models.ModelFacts) -> None:
+def _check_kind(planned: Plan, found: models.ModelFacts) -> None:
     """Refuse a method, data or tasks that are not for the kind of model that there is."""
-    kind = job.model.kind
+    job, kind = planned.job, planned.job.model.kind
     if found.kind != kind:
         raise ValueError(f"model.kind {kind}: the source holds a {found.architecture}; set kind: {found.kind}")
-    method = METHODS[job.method.name]
+    method = planned.method
     if kind not in method.kinds:
         raise ValueError(f"method {job.method.name} works on models of kind {', '.join(method.kinds)}; this one is {kind}")
     for key, task in tasks_of(job):
@@ -165,21 +168,20 @@ def _check_kind(job: Job, found: models.ModelFacts) -> None:
             fitting = ", ".join(name for name, other in TASKS.items() if kind in other.kinds)
             raise ValueError(f"{key}: task {task.task} is none for a model of kind {kind}; there are {fitting}")
     if kind == "diffusion":
-        _check_drawing(job)
+        _check_drawing(planned)
 
 
-def _check_drawing(job: Job) -> None:
+def _check_drawing(planned: Plan) -> None:
+    job = planned.job
     for role, data in job.data.by_role.items():
         check_data(role, data)
     if job.extract is not None and "none" in job.extract.pooling:
         raise ValueError("extract.pooling none keeps tokens; an image has none: pool over its pixels")
-    models.check_sampler(sources.fetch(first_source(job)), job.model.drawing)
-    base = base_job(job, JobType)
-    while job.model.drawing.denoiser is not None and base is not None:
-        if base.train is not None and METHODS[base.method.name].trains_model:
-            raise ValueError(f"model.sampler.denoiser: the job {base.name} trains its denoiser; other weights belong there")
-        base = base_job(base, JobType)
-    method = METHODS[job.method.name]
+    models.check_sampler(sources.fetch(planned.source), job.model.drawing)
+    for one in planned.chain[1:] if job.model.drawing.denoiser is not None else ():
+        if one.job.train is not None and one.method.trains_model:
+            raise ValueError(f"model.sampler.denoiser: the job {one.job.name} trains its denoiser; other weights belong there")
+    method = planned.method
     if method.walks(job.method) and len(job.model.drawing.read) > 1:
         raise ValueError(
             f"model.sampler.read {list(job.model.drawing.read)}: method.incremental fits along one step; read one, or set "
@@ -187,11 +189,11 @@ def _check_drawing(job: Job) -> None:
         )
 
 
-def _check_ids(job: Job, found: models.ModelFacts) -> None:
+def _check_ids(planned: Plan, found: models.ModelFacts) -> None:
     """Refuse a tokenizer that makes ids for which the model has no embedding."""
-    if job.model.kind != "causal_lm":
+    if planned.job.model.kind != "causal_lm":
         return
-    encoder = _encoder_of(job)
+    encoder = _encoder_of(planned)
     tokenizer = encoder.tokenizer
     # Special tokens in a text are broken up, so those that no prompt has (Gemma 3's for images) may lie beyond.
     named: Any = {tokenizer.bos_token_id, tokenizer.eos_token_id, encoder.pad_id}  # type: ignore[reportUnhashable]
@@ -205,18 +207,19 @@ def _check_ids(job: Job, found: models.ModelFacts) -> None:
         )
 
 
-def _check_template(job: Job, found: models.ModelFacts) -> None:
+def _check_template(planned: Plan, found: models.ModelFacts) -> None:
     """Refuse a chat template that cannot hold what the job asks or trains, and say what is surprising about one that can.
 
     A job that works on plain texts alone never looks at the template. A model that another job makes was looked at there.
     """
+    job = planned.job
     if job.model.kind != "causal_lm":
         return
     chats = any(TASKS[task.task].chats(task) for _, task in tasks_of(job))
     trained = {role: data for role, data in job.data.by_role.items() if data.format != "text"}
     if not chats and not trained:
         return
-    encoder = _encoder_of(job)
+    encoder = _encoder_of(planned)
     answer = "<think>\nthought\n</think>\n\nresponse" if job.data.thinking else "response"
     prompt, whole = (encoder.encode(encoder.conversation("instruction", "data", end)) for end in (None, answer))
     if whole.input_ids[: len(prompt)] != prompt.input_ids:
@@ -227,7 +230,7 @@ def _check_template(job: Job, found: models.ModelFacts) -> None:
             f"the chat template prints {encoder.tokenizer.convert_ids_to_tokens(beyond[0])!r}, whose id {beyond[0]} lies "
             f"beyond the {found.num_embeddings} rows of the embedding of {found.architecture}"
         )
-    extracted = METHODS[job.method.name].reads(job.method)
+    extracted = planned.method.reads(job.method)
     for role, data in trained.items():
         longest = None if job.train is None or role in extracted else job.train.max_tokens
         key = (encoder.identity, json.dumps(encoder.spec), data.model_dump_json(), json.dumps(rows.fingerprint(data)), longest)
@@ -281,13 +284,10 @@ def _check_lengths(said: str, found: encoding.Rows, longest: int, is_all: bool) 
         warnings.warn(f"{said} {num_long} have prompts of {longest} tokens or more (train.max_tokens): left out", stacklevel=3)
 
 
-def _encoder_of(job: Job) -> Encoder:
+def _encoder_of(planned: Plan) -> Encoder:
     """Load the encoder of a job's model, with the prompt settings of the job at the bottom, which names the model's source."""
-    base = base_job(job, JobType)
-    if base is not None:
-        return _encoder_of(base)
-    assert isinstance(job.model.source, str)
-    directory, prompt = sources.fetch(job.model.source), job.prompt
+    job = planned.chain[-1].job
+    directory, prompt = sources.fetch(planned.source), job.prompt
     elsewhere = [encoding.fingerprint(name, prompt[name]) for name in ("tokenizer", "chat_template") if name in prompt]
     return _encoder(
         directory, (*_state(directory), *elsewhere), json.dumps(job.prompt, sort_keys=True), job.model.trust_remote_code

@@ -12,9 +12,9 @@ from typing import Any
 
 from steerlab.evaluation.statistics import stored
 from steerlab.guards import texts
-from steerlab.job import Job, dump
+from steerlab.job import dump
 from steerlab.run.record import check_numbers, environment, root_cause, samples_of, summarise
-from steerlab.stages import evaluate, evaluations, model_stage, plan_of, trainings
+from steerlab.stages import Plan, evaluate
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.tracking import FINISH_WAIT_S, Place, Tracker, prometheus
@@ -39,7 +39,7 @@ def default_root() -> str:
 
 
 def execute(
-    job: Job,
+    planned: Plan,
     store: Store,
     listener: plan.Listener,
     command: str = "",
@@ -53,10 +53,10 @@ def execute(
     Raises:
         plan.StageError: a stage failed; the message names it, the cause and the log.
     """
-    run_id = run_id or new_id()
+    job, run_id = planned.job, run_id or new_id()
     folder = f"runs/{job.name}/{run_id}"
     store.write_text(f"{folder}/job.yaml", dump(job))
-    trusted = [str(job.model.source)] if job.model.trust_remote_code else []
+    trusted = [planned.source] if any(one.job.model.trust_remote_code for one in planned.chain) else []
     trusted += [task.trusted_source for task in job.evaluate if task.trusted_source is not None]
     store.write_json(f"{folder}/environment.json", environment(command, ", ".join(trusted) or None))
     local = Path(store.root.removeprefix("file://")) / folder
@@ -67,9 +67,9 @@ def execute(
     tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, place)
     store.sweep_temporary(_ABANDONED_S)
     records: list[plan.Record] = []
-    following = _following(job, store, folder, tracker, listener)
+    following = _following(planned, store, folder, tracker, listener)
     try:
-        plan.run(plan_of(job), store, job.scale, following, records)
+        plan.run(planned.stages, store, job.scale, following, records)
     except BaseException as error:
         store.write_text(f"{folder}/error.txt", texts.without_secrets("".join(traceback.format_exception(error))))
         store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
@@ -80,15 +80,15 @@ def execute(
         raise plan.StageError(f"stage {name} failed: {root_cause(error)}; log: {store.root}/{folder}/error.txt") from error
     finally:
         evaluate.close()
-    summary = summarise(job, store)
+    summary = summarise(planned, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
     check_numbers(summary, f"{store.root}/{folder}")
     store.write_json(f"{folder}/summary.json", summary)
-    for found in evaluations(job):
+    for found in planned.evaluations:
         samples = samples_of(store, found)
         store.write_json(f"{folder}/samples/{found.stage.label}.json", samples)
         tracker.table(f"samples/{found.stage.label}", samples)
-    _keep_images(job, store, folder)
+    _keep_images(planned, store, folder)
     tracker.images_below(local / "samples" / "images")
     tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s)
     return Run(folder, summary, records)
@@ -99,9 +99,9 @@ def new_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
 
-def _keep_images(job: Job, store: Store, folder: str) -> None:
+def _keep_images(planned: Plan, store: Store, folder: str) -> None:
     """Put the images that tasks have kept into the run's folder: those of the first such task as `images`, where pages look."""
-    folders = {found.stage.label: store.local("evaluate", found.stage.key) / stored.FILES for found in evaluations(job)}
+    folders = {found.stage.label: store.local("evaluate", found.stage.key) / stored.FILES for found in planned.evaluations}
     drawing = {label: kept for label, kept in folders.items() if kept.is_dir()}
     for number, (label, kept) in enumerate(drawing.items()):
         name = label if number else "images"
@@ -109,13 +109,12 @@ def _keep_images(job: Job, store: Store, folder: str) -> None:
             store.write_bytes(f"{folder}/samples/{name}/{file.relative_to(kept).as_posix()}", file.read_bytes())
 
 
-def _following(job: Job, store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
+def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
     """Pass events on, and keep every line of metrics once: a run that goes on repeats steps of the one that was killed."""
     kept: dict[str, int] = {}
     for line in store.read_lines(f"{folder}/metrics.jsonl"):
         kept[line["key"]] = max(kept.get(line["key"], 0), line["step"])
-    keys = list(trainings(job))
-    own = model_stage(job)
+    keys, own = list(planned.trainings), planned.model
 
     def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
         if "step" in metrics and metrics["step"] > kept.get(stage.key[:12], 0):
@@ -131,7 +130,7 @@ def _following(job: Job, store: Store, folder: str, tracker: Tracker, listener: 
 
     def ended(record: plan.Record) -> None:
         stage = record.stage
-        inputs = [(needed.name, needed.key, _uri(store, needed)) for needed in stage.inputs]
+        inputs = [(needed.name, needed.key, _uri(store, needed)) for needed in stage.inputs.values()]
         tracker.stage(stage.name, stage.key, stage.label, record.status, record.seconds, _uri(store, stage), inputs)
         prometheus.ended(record)
         listener.ended(record)

@@ -17,8 +17,7 @@ import ray
 
 from steerlab.evaluation.statistics import stored
 from steerlab.guards import texts
-from steerlab.job import Job
-from steerlab.stages import Evaluation, choose, evaluations, leaves_patch, model_stage
+from steerlab.stages import Evaluation, Plan, choose, evaluate
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -35,7 +34,7 @@ def check_numbers(summary: dict[str, Any], folder: str) -> None:
                 raise plan.StageError(f"metric {name} at strength {strength} is {metric['value']}; run folder: {folder}")
 
 
-def summarise(job: Job, store: Store) -> dict[str, Any]:
+def summarise(planned: Plan, store: Store) -> dict[str, Any]:
     """Collect the metrics of a job whose stages are all in the store.
 
     `metrics` are those of each task's headline, whose strength is in `reported` where there is a patch; `unsteered` names the
@@ -47,23 +46,22 @@ def summarise(job: Job, store: Store) -> dict[str, Any]:
     measured: dict[str, str] = {}
     unsteered: dict[str, str] = {}
     reported: dict[str, float] = {}
-    for found in evaluations(job):
+    for found in planned.evaluations:
         stage = found.stage
-        for needed in stage.inputs:
-            if needed.name == "choose":
-                choice = choose.read(store.local(needed.name, needed.key))
+        if (chosen := stage.inputs.get(evaluate.CHOICE)) is not None:
+            choice = choose.read(store.local(chosen.name, chosen.key))
         measured[stage.label] = stage.key
         for number, (strength, metrics) in enumerate(_measured_strengths(store, found).items()):
             named = {labelled(name, stage.label): metric for name, metric in metrics.items()}
             strengths.setdefault(strength, {}).update(named)
             if number == 0:
                 headline.update(named)
-            if number == 0 and leaves_patch(job):
+            if number == 0 and planned.leaves_patch:
                 reported[stage.label] = float(strength)
         if found.baseline is not None:
             unsteered[stage.label] = found.baseline.key
-    left = model_stage(job)
-    model = None if left is None else {"stage": left.name, "key": left.key, "snapshot": job.snapshot}
+    left = planned.model
+    model = None if left is None else {"stage": left.name, "key": left.key, "snapshot": planned.job.snapshot}
     return {
         "metrics": headline,
         "reported": reported,

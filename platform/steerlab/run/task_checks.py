@@ -13,16 +13,15 @@ from typing import Any
 from steerlab.data import rows
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.statistics.metrics import TokenKinds
-from steerlab.job import DataSet, Frozen, Job, Selection, TaskConfig, base_job
-from steerlab.methods import METHODS
+from steerlab.job import DataSet, Frozen, Job, Selection, TaskConfig
 from steerlab.models import ModelFacts
-from steerlab.stages import JobType, leaves_patch
+from steerlab.stages import Plan
 
 
-def check_tasks(job: Job) -> None:
+def check_tasks(planned: Plan) -> None:
     """Refuse labels that occur twice, rows of tasks that are not as their format says, strengths without a patch, and
     a choice by a metric that is not measured. Raises ValueError."""
-    seen: dict[str, list[str]] = {}
+    job, seen = planned.job, dict[str, list[str]]()
     for key, task in tasks_of(job):
         label, labels = task.label or task.task, seen.setdefault(key.rpartition(".")[0], [])
         if label in labels:
@@ -30,7 +29,7 @@ def check_tasks(job: Job) -> None:
         labels.append(label)
         for path, data in data_sets(key, task):
             check_rows(path, data)
-        if any(strength != 1 for strength in task.strengths) and not leaves_patch(job):
+        if any(strength != 1 for strength in task.strengths) and not planned.leaves_patch:
             raise ValueError(f"{key}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale")
     if job.choose is not None:
         known = [task.label or task.task for task in job.choose.tasks]
@@ -55,14 +54,14 @@ def check_named(job: Job, facts: ModelFacts) -> None:
                 )
 
 
-def check_reach(job: Job) -> None:
+def check_reach(planned: Plan) -> None:
     """Refuse to choose by a metric that the patch cannot move, and warn of tasks that it cannot change.
 
     Raises:
         ValueError: `choose` goes by tokens that the patch does not act on: the metric would be the same at every strength.
     """
-    selection = _steered(job)
-    if selection is None or not leaves_patch(job):
+    job, selection = planned.job, planned.steers
+    if selection is None or not planned.leaves_patch:
         return
     by_label = {task.label or task.task: task for task in (job.choose.tasks if job.choose else ())}
     for key, name in _deciding(job).items():
@@ -116,13 +115,6 @@ def _deciding(job: Job) -> dict[str, str]:
         return {}
     within = {"choose.within": job.choose.within.metric} if job.choose.within else {}
     return {"choose.metric": job.choose.metric, **within}
-
-
-def _steered(job: Job) -> Selection | None:
-    """Return where the patch acts whose strength is varied; None where its method does not say, or everywhere."""
-    base, method = base_job(job, JobType), METHODS[job.method.name]
-    makes_model = method.fit is not None or job.train is not None
-    return method.steers(job.method) if makes_model or base is None else _steered(base)
 
 
 def _meets(job: Job, selection: Selection, kinds: TokenKinds) -> bool:

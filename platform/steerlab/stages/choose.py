@@ -46,9 +46,20 @@ def stage(job: Job, development: Sequence[Stage], baselines: Sequence[Stage]) ->
     """Return the choosing stage, behind the evaluations of its tasks at the candidates and without a patch."""
     assert job.choose is not None
     rule = job.choose.model_dump(mode="json", include={"metric", "mode", "within"})
-    params = {**rule, "labels": [task.label or task.task for task in job.choose.tasks]}
+    labels = [task.label or task.task for task in job.choose.tasks]
     # The two models one after the other: each is loaded once.
-    return Stage("choose", 1, params, run, (*development, *baselines), label=job.choose.metric)
+    inputs = dict(zip([*map(_steered, labels), *map(_plain, labels)], [*development, *baselines], strict=True))
+    return Stage("choose", 1, {**rule, "labels": labels}, run, inputs, label=job.choose.metric)
+
+
+def _steered(label: str) -> str:
+    """Return the name of the input that holds a task's development metrics at the candidates."""
+    return f"{label}, development"
+
+
+def _plain(label: str) -> str:
+    """Return the name of the input that holds a task's development metrics without a patch."""
+    return f"{label}, strength 0"
 
 
 def candidates(choose: ChooseConfig) -> tuple[float, ...]:
@@ -59,10 +70,9 @@ def candidates(choose: ChooseConfig) -> tuple[float, ...]:
 def run(work: Work) -> None:
     """Read the development metrics and keep the best strength that stays within the bound."""
     table: dict[float, dict[str, float | None]] = {}
-    num_tasks = len(work.params["labels"])
-    for label, steered, baseline in zip(work.params["labels"], work.inputs[:num_tasks], work.inputs[num_tasks:], strict=True):
-        found = stored.strengths(steered)
-        (plain,) = stored.strengths(baseline).values()
+    for label in work.params["labels"]:
+        found = stored.strengths(work.inputs[_steered(label)])
+        (plain,) = stored.strengths(work.inputs[_plain(label)]).values()
         for strength, metrics in {0.0: plain, **found}.items():
             named = {f"{label}/{name.partition('/')[2]}": metric["value"] for name, metric in metrics.items()}
             table.setdefault(float(strength), {}).update(named)

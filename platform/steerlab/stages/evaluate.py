@@ -17,10 +17,13 @@ from steerlab.evaluation.statistics.metrics import TOO_LONG
 from steerlab.job import Job, TaskConfig, described, headline_first
 from steerlab.stages import choose
 from steerlab.stages.spread import subject
+from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, Work
 
 _POLL_S = 0.5
 _SOURCE = "a source"
+CHOICE = "choice"
+"""Name of the input that holds the chosen strength."""
 
 
 class _Open(threading.local):
@@ -33,21 +36,18 @@ class _Open(threading.local):
 _open = _Open()
 
 
-def stage(job: Job, task: TaskConfig, below: Stage | None, choice: Stage | None = None) -> Stage:
-    """Return the stage of one task.
-
-    `below` is the stage that leaves the model, None when it comes from the source; `choice` the one that chooses the strength.
-    """
+def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = None) -> Stage:
+    """Return the stage of one task on a model; `choice` is the one that chooses the strength."""
     params: dict[str, Any] = {
         "task": subject.dumped(task, exclude={"label"}),
         "task_version": TASKS[task.task].version,
         "fingerprints": fingerprints(task),
-        **subject.params(job, below),
+        **model.params,
     }
     if job.snapshot is not None:
         params["snapshot"] = job.snapshot
-    inputs = tuple(needed for needed in (below, choice) if needed is not None)
-    return Stage("evaluate", 3, params, run, inputs, task.label or task.task, subject.places(job))
+    inputs = {**model.inputs, **({} if choice is None else {CHOICE: choice})}
+    return Stage("evaluate", 3, params, run, inputs, task.label or task.task, model.places)
 
 
 def fingerprints(task: TaskConfig) -> dict[str, Any]:
@@ -113,10 +113,9 @@ def _strengths(work: Work) -> list[float]:
     All that is said of a task's first strength, here and where results are read, is said of its headline.
     """
     declared: list[float] = list(work.params["task"]["strengths"])
-    for needed, directory in zip(work.stage.inputs, work.inputs, strict=True):
-        if needed.name == "choose":
-            chosen = choose.read(directory)["strength"]
-            return list(dict.fromkeys([chosen, *(declared if declared != [1.0] else [])]))
+    if CHOICE in work.inputs:
+        chosen = choose.read(work.inputs[CHOICE])["strength"]
+        return list(dict.fromkeys([chosen, *(declared if declared != [1.0] else [])]))
     return headline_first(declared)
 
 

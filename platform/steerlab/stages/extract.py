@@ -18,6 +18,7 @@ from steerlab.job import ExtractConfig, Job
 from steerlab.models import ModelFacts
 from steerlab.stages.spread import shards, subject
 from steerlab.stages.spread.shard_plan import Shard
+from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
 
 if TYPE_CHECKING:
@@ -36,20 +37,30 @@ _TEXTS_JUDGED = 256
 """Texts that are tokenised to judge the length of all."""
 
 
-def stage(job: Job, role: str, below: Stage | None, config: ExtractConfig) -> Stage:
-    """Return the stage that extracts the activations of one data set of the job; `below` leaves the model, if a stage does."""
+def read_by(roles: Mapping[str, Stage]) -> dict[str, Stage]:
+    """Return extractions by data role as inputs of the stage that reads them, in the order of the roles."""
+    return {read_as(role): roles[role] for role in sorted(roles)}
+
+
+def read_as(role: str) -> str:
+    """Return the name of the input that holds the activations of a role."""
+    return f"{role} activations"
+
+
+def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
+    """Return the stage that extracts the activations of one data set of the job from a model."""
     return Stage(
         "extract",
         1,
-        params(job, role, below, config, exclude={"keep", "second_moment"}),
+        params(job, role, model, config, exclude={"keep", "second_moment"}),
         run,
-        () if below is None else (below,),
+        model.inputs,
         label=f"{role}: {rows.describe(job.data.by_role[role])}",
-        places=subject.places(job),
+        places=model.places,
     )
 
 
-def params(job: Job, role: str, below: Stage | None, config: ExtractConfig, exclude: set[str]) -> dict[str, Any]:
+def params(job: Job, role: str, model: Subject, config: ExtractConfig, exclude: set[str]) -> dict[str, Any]:
     """Return what decides which texts are read, how, and of which model."""
     data = job.data.by_role[role]
     return {
@@ -57,7 +68,7 @@ def params(job: Job, role: str, below: Stage | None, config: ExtractConfig, excl
         "data": subject.dumped(data, exclude={"loss_on"}),
         "data_fingerprint": rows.fingerprint(data),
         "extract": config.model_dump(mode="json", exclude=exclude),
-        **subject.params(job, below),
+        **model.params,
     }
 
 

@@ -16,21 +16,23 @@ from steerlab.guards import expressions
 from steerlab.job import DataSet, ExtractConfig, Job, Selection
 from steerlab.methods import METHODS
 from steerlab.patches.maps import AffineMap
+from steerlab.stages import extract
 from steerlab.stages.spread import subject
+from steerlab.stages.spread.subject import Subject
 from steerlab.storage.bases import BASE, PROMPT
 from steerlab.storage.plan import ModelRef, Stage, Work
 
 _POLL_S = 0.5
 
 
-def stage(job: Job, below: Stage | None, extractions: Mapping[str, Stage]) -> Stage:
+def stage(job: Job, model: Subject, extractions: Mapping[str, Stage]) -> Stage:
     """Return the fitting stage of a job; `extractions` leave the activations that its method reads, by data role."""
     assert job.extract is not None
     method = METHODS[job.method.name]
     params: dict[str, Any] = {
         "method": subject.dumped(job.method),
         "reads": sorted(extractions),
-        **subject.params(job, below),
+        **model.params,
     }
     if method.walks(job.method):
         source = job.data.by_role["source"]
@@ -39,15 +41,15 @@ def stage(job: Job, below: Stage | None, extractions: Mapping[str, Stage]) -> St
             "source_fingerprint": rows.fingerprint(source),
             "extract": job.extract.model_dump(mode="json", include={"select", "max_tokens", "batch_tokens"}),
         }
-    inputs = (*((below,) if below else ()), *(extractions[role] for role in sorted(extractions)))
-    return Stage("fit", 2, params, run, inputs, job.method.name, subject.places(job))
+    inputs = {**model.inputs, **extract.read_by(extractions)}
+    return Stage("fit", 2, params, run, inputs, job.method.name, model.places)
 
 
 def run(work: Work) -> None:
     """Fit in one task of the cluster and write the patch, the prompt settings and what the patch stands on."""
     made_of = subject.of(work)
-    read = [needed for needed in work.stage.inputs if needed.name == "extract"]
-    found = {role: (work.store.root, s.name, s.key) for role, s in zip(work.params["reads"], read, strict=True)}
+    read = {role: work.stage.inputs[extract.read_as(role)] for role in work.params["reads"]}
+    found = {role: (work.store.root, extraction.name, extraction.key) for role, extraction in read.items()}
     config = METHODS[work.params["method"]["name"]].Config.model_validate(work.params["method"])
     walks = METHODS[config.name].walks(config)
     resources = subject.resources(work.scale) if walks else {"num_cpus": 1}
@@ -66,7 +68,7 @@ def run(work: Work) -> None:
 
 def write_base(work: Work, prompt: Mapping[str, Any]) -> None:
     """Write what the patch of a frozen model stands on, and how that model is prompted."""
-    below = next((needed for needed in work.stage.inputs if needed.name in subject.LEAVES_MODEL), None)
+    below = work.stage.inputs.get(subject.MODEL)
     base = {"stage": below.name, "key": below.key} if below else {"source": work.params["model"]["source"]}
     (work.directory / BASE).write_text(json.dumps(base))
     (work.directory / PROMPT).write_text(json.dumps(prompt))

@@ -31,6 +31,7 @@ from steerlab.models import ModelFacts
 from steerlab.stages import extract, reduce
 from steerlab.stages.spread import shards, subject
 from steerlab.stages.spread.shard_plan import Place, Shard
+from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
 from steerlab.storage.tensors import Parts, Shape, writing
 from steerlab.storage.whole import size_and_sha256
@@ -53,18 +54,18 @@ def preparations(job: Job, source: str) -> tuple[Preparation, ...]:
     return method.prepares(job.method, models.skeleton(sources.fetch(source), job.model.trust_remote_code))
 
 
-def stages(job: Job, below: Stage | None, asked: tuple[Preparation, ...]) -> dict[str, Stage]:
-    """Return the stages of a job's preparations by name; `below` leaves the model, if a stage does."""
+def stages(job: Job, model: Subject, asked: tuple[Preparation, ...]) -> dict[str, Stage]:
+    """Return the stages of a job's preparations by name, on the model that it starts from."""
     found: dict[str, Stage] = {}
     for preparation in asked:
-        found[preparation.name] = _stage(job, below, preparation, [found[name] for name in preparation.needs])
+        found[preparation.name] = _stage(job, model, preparation, {name: found[name] for name in preparation.needs})
     return found
 
 
-def _stage(job: Job, below: Stage | None, preparation: Preparation, needed: list[Stage]) -> Stage:
+def _stage(job: Job, model: Subject, preparation: Preparation, needed: dict[str, Stage]) -> Stage:
     match preparation:
         case Moments():
-            return reduce.stage(job, preparation.role, below, preparation.extract)
+            return reduce.stage(job, preparation.role, model, preparation.extract)
         case OverRows() | OfEachRow():
             assert job.train is not None
             data, sums = job.data.by_role[preparation.role], isinstance(preparation, OverRows)
@@ -73,18 +74,18 @@ def _stage(job: Job, below: Stage | None, preparation: Preparation, needed: list
                 **({} if sums else {"max_tokens": job.train.max_tokens}),
                 "data": subject.dumped(data),
                 "data_fingerprint": rows.fingerprint(data),
-                **subject.params(job, below),
+                **model.params,
             }
-            inputs = (*((below,) if below else ()), *needed)
+            inputs = {**model.inputs, **needed}
             label = f"{preparation.role}: {rows.describe(data)}"
             run = partial(_sum if sums else _keep, preparation)  # type: ignore[arg-type]
-            return Stage(preparation.name, preparation.version, params, run, inputs, label, subject.places(job))
+            return Stage(preparation.name, preparation.version, params, run, inputs, label, model.places)
         case OverParts():
-            params = {**preparation.params, **(subject.params(job, below) if preparation.reads_model else {})}
-            inputs = (*((below,) if below and preparation.reads_model else ()), *needed)
+            params = {**preparation.params, **(model.params if preparation.reads_model else {})}
+            inputs = {**(model.inputs if preparation.reads_model else {}), **needed}
             label = ", ".join(preparation.parts[:1]) if len(preparation.parts) == 1 else f"{len(preparation.parts)} parts"
             run = partial(_make, preparation)
-            return Stage(preparation.name, preparation.version, params, run, inputs, label, subject.places(job))
+            return Stage(preparation.name, preparation.version, params, run, inputs, label, model.places)
 
 
 def estimate(job: Job, asked: Preparation, facts: ModelFacts, directory: Path) -> Estimate:
@@ -119,8 +120,8 @@ def _estimate_rows(job: Job, asked: OfEachRow, weights: int, directory: Path) ->
 
 def _needed(work: Work) -> dict[str, dict[str, Any]]:
     """Return where the artifacts of the preparations before lie, valid on every node."""
-    inputs = [stage for stage in work.stage.inputs if stage.name not in subject.LEAVES_MODEL]
-    return {stage.name: asdict(ModelRef(artifact=(work.store.root, stage.name, stage.key))) for stage in inputs}
+    needed = {name: stage for name, stage in work.stage.inputs.items() if name != subject.MODEL}
+    return {name: asdict(ModelRef(artifact=(work.store.root, stage.name, stage.key))) for name, stage in needed.items()}
 
 
 def _located(needed: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:

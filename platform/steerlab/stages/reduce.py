@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from steerlab.data import rows
 from steerlab.job import ExtractConfig, Job
 from steerlab.stages import extract
-from steerlab.stages.spread import shards, subject
+from steerlab.stages.spread import shards
 from steerlab.stages.spread.shard_plan import Shard
+from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, Work
 from steerlab.storage.whole import size_and_sha256
 
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
     from steerlab.steered.language import SteeredModel
 
 
-def stage(job: Job, role: str, below: Stage | None, config: ExtractConfig) -> Stage:
-    """Return the stage that sums the activations of one of the job's data sets; `below` leaves the model, if a stage does."""
+def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
+    """Return the stage that sums the activations that a model has on one of the job's data sets."""
     return Stage(
         "moments",
         1,
-        extract.params(job, role, below, config, exclude={"dtype"}),
+        extract.params(job, role, model, config, exclude={"dtype"}),
         run,
-        () if below is None else (below,),
+        model.inputs,
         label=f"{role}: {rows.describe(job.data.by_role[role])}",
-        places=subject.places(job),
+        places=model.places,
     )
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from steerlab.data import rows
 from steerlab.job import PROMPT_FIELDS, Job
 from steerlab.methods import METHODS
 from steerlab.models import ModelFacts
-from steerlab.stages import fit
+from steerlab.stages import extract, fit
 from steerlab.stages.spread import subject
+from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
 
 if TYPE_CHECKING:
@@ -21,37 +22,27 @@ if TYPE_CHECKING:
 _FLOAT_BYTES = 4
 
 
-def stage(
-    job: Job,
-    below: Stage | None,
-    extractions: Mapping[str, Stage] | None = None,
-    prepared: Mapping[str, Stage] | None = None,
-) -> Stage:
-    """Return the training stage of a job.
+def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: Mapping[str, Stage]) -> Stage:
+    """Return the training stage of a job, from its starting model.
 
-    `below` is the stage that leaves its starting model, if a job does; `extractions` leave the activations that its method
-    reads, by data role; `prepared` are the preparations that it trains with.
+    `extractions` leave the activations that its method reads, by data role; `prepared` are the preparations that it trains
+    with.
     """
     assert job.train is not None
     trains_on = METHODS[job.method.name].trains_on
     data = {role: job.data.by_role[role] for role in (trains_on, "validation") if role in job.data.by_role}
     settings = subject.dumped(job.data, include={*PROMPT_FIELDS, *data})
-    extractions = extractions or {}
     params: dict[str, Any] = {
-        **subject.params(job, below),
+        **model.params,
         "method": subject.dumped(job.method),
         "data": settings,
         "data_fingerprints": {role: rows.fingerprint(found) for role, found in data.items()},
         "train": job.train.model_dump(mode="json"),
         "reads": sorted(extractions),
     }
-    inputs = (
-        *((below,) if below else ()),
-        *(extractions[role] for role in sorted(extractions)),
-        *(prepared or {}).values(),
-    )
+    inputs = {**model.inputs, **extract.read_by(extractions), **prepared}
     label = f"{job.method.name} on {rows.describe(data[trains_on])}"
-    return Stage("train", 3, params, run, inputs, label, subject.places(job))
+    return Stage("train", 3, params, run, inputs, label, model.places)
 
 
 def run(work: Work) -> None:
@@ -60,18 +51,14 @@ def run(work: Work) -> None:
 
     storage = work.store.work(work.stage.name, work.stage.key)
     method = METHODS[work.params["method"]["name"]]
-    read = [needed for needed in work.stage.inputs if needed.name == "extract"]
     request = {
         "model_ref": asdict(starting_model(work, as_it_is=not method.trains_model)),
         "model": {"source": work.params["model"].get("source", "artifact"), **_loading(work), **_elsewhere(work)},
         "activations": {
-            role: asdict(ModelRef(artifact=(work.store.root, needed.name, needed.key)))
-            for role, needed in zip(work.params["reads"], read, strict=True)
+            role: asdict(_located(work, work.stage.inputs[extract.read_as(role)])) for role in work.params["reads"]
         },
         "prepared": {
-            needed.name: asdict(ModelRef(artifact=(work.store.root, needed.name, needed.key)))
-            for needed in work.stage.inputs
-            if needed.name in method.trains_with
+            name: asdict(_located(work, work.stage.inputs[name])) for name in method.trains_with if name in work.stage.inputs
         },
         "method": work.params["method"],
         "data": work.params["data"],
@@ -97,16 +84,20 @@ def _elsewhere(work: Work) -> dict[str, str]:
 
 def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
     """Return the model that the stage starts from; `as_it_is` takes it with its patches, which frozen weights allow."""
-    base = next((needed for needed in work.stage.inputs if needed.name in subject.LEAVES_MODEL), None)
+    base = work.stage.inputs.get(subject.MODEL)
     if base is None:
         return ModelRef(source=work.params["model"]["source"])
     if as_it_is:
-        return ModelRef(artifact=(work.store.root, base.name, base.key))
-    if (work.inputs[0] / "patch").exists():
+        return _located(work, base)
+    if (work.inputs[subject.MODEL] / "patch").exists():
         raise ValueError(
             f"model.source: the model of '{base.label}' carries a patch; only a model without one can be trained further"
         )
-    return ModelRef(artifact=(work.store.root, base.name, base.key), subfolder="model")
+    return replace(_located(work, base), subfolder="model")
+
+
+def _located(work: Work, made: Stage) -> ModelRef:
+    return ModelRef(artifact=(work.store.root, made.name, made.key))
 
 
 def _loading(work: Work) -> dict[str, Any]:

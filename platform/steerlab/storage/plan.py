@@ -12,22 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from steerlab.data import sources
-from steerlab.guards import files, saved, texts
+from steerlab.guards import saved, texts
 from steerlab.job import ScaleConfig
-from steerlab.storage import bases
+from steerlab.storage import bases, claims
 from steerlab.storage.store import Store
 
 Status = Literal["cached", "to run", "ran", "failed"]
 Report = Callable[[dict[str, Any]], None]
-_POLL_S = 0.2
 
 
 class StageError(RuntimeError):
@@ -54,8 +52,8 @@ class Work:
     stage: Stage
     directory: Path
     """The directory to fill; it becomes the artifact."""
-    inputs: tuple[Path, ...]
-    """Local directories of the input artifacts, in the order of `Stage.inputs`."""
+    inputs: Mapping[str, Path]
+    """Local directories of the input artifacts, under the names of `Stage.inputs`."""
     scale: ScaleConfig
     report: Report
     """Takes metrics and progress while the stage runs."""
@@ -75,7 +73,8 @@ class Stage:
     params: Mapping[str, Any]
     """Declared parameters: JSON values only. A file on disk stands there as the fingerprint of its content."""
     run: Callable[[Work], None]
-    inputs: tuple[Stage, ...] = ()
+    inputs: Mapping[str, Stage] = field(default_factory=dict)
+    """Stages whose artifacts this one reads, by what it takes them for. Their order is hashed; the names are not."""
     label: str = ""
     """What a person reads; not hashed."""
     places: Mapping[str, str] = field(default_factory=dict)
@@ -84,7 +83,7 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """Address of the artifact."""
-        made_of = [self.name, self.version, self.params, [stage.key for stage in self.inputs]]
+        made_of = [self.name, self.version, self.params, [stage.key for stage in self.inputs.values()]]
         return hashlib.sha256(json.dumps(made_of, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
@@ -113,7 +112,7 @@ class Record:
             "key": self.stage.key,
             "status": self.status,
             "seconds": round(self.seconds, 3),
-            "inputs": [stage.key for stage in self.stage.inputs],
+            "inputs": [stage.key for stage in self.stage.inputs.values()],
         }
 
 
@@ -122,7 +121,7 @@ def ordered(targets: Sequence[Stage]) -> list[Stage]:
     found: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
-        for needed in stage.inputs:
+        for needed in stage.inputs.values():
             visit(needed)
         found.setdefault(stage.key, stage)
 
@@ -196,7 +195,7 @@ def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) 
     if store.has(stage.name, stage.key):
         store.discard_work(stage.name, stage.key)  # left if a kill came between the commit and this line
         return "cached"
-    with claim(store, stage):
+    with claims.hold(store, f"{stage.name}-{stage.key}", wait=True):
         # Whoever held the claim before may have finished it.
         if store.has(stage.name, stage.key):
             return "cached"
@@ -218,72 +217,16 @@ def made(store: Store, stage: str, key: str) -> Made:
 
 
 def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> None:
-    inputs = tuple(store.local(needed.name, needed.key) for needed in stage.inputs)
+    inputs = {name: store.local(needed.name, needed.key) for name, needed in stage.inputs.items()}
     start_s = time.monotonic()
     with store.temporary(stage.name, stage.key) as directory:
         stage.run(Work(store, stage, directory, inputs, scale, lambda metrics: listener.reported(stage, metrics)))
         meta = {
             "params": dict(stage.params),
             "version": stage.version,
-            "inputs": [[needed.name, needed.key] for needed in stage.inputs],
+            "inputs": [[needed.name, needed.key] for needed in stage.inputs.values()],
             "seconds": round(time.monotonic() - start_s, 3),
             **({"places": dict(stage.places)} if stage.places else {}),
         }
         store.commit(stage.name, stage.key, directory, meta)
     store.discard_work(stage.name, stage.key)
-
-
-class Held(RuntimeError):
-    """Somebody else holds a claim that nobody wants to wait for."""
-
-
-def claim(store: Store, stage: Stage) -> AbstractContextManager[None]:
-    """Hold the only right to run a stage; wait for whoever has it."""
-    return hold(store, f"{stage.name}-{stage.key}", wait=True)
-
-
-@contextmanager
-def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
-    """Hold a claim; it ends with the process that holds it, however that dies. Raises Held if it is taken and not waited for.
-
-    On a local ROOT it is a file lock, which the kernel gives back; elsewhere the name of a Ray actor, which Ray gives back when
-    the driver that made it is gone. Two Ray clusters on one bucket are not kept apart.
-    """
-    if store.is_local:
-        path = Path(store.root.removeprefix("file://")) / "claims" / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
-            try:
-                held.enter_context(files.locked(path, wait=wait))
-            except BlockingIOError:
-                raise Held(name) from None
-            yield
-        return
-    actor = _claim_actor(f"claim-{name}", wait)
-    try:
-        yield
-    finally:
-        import ray
-
-        ray.kill(actor)
-
-
-def _claim_actor(name: str, wait: bool) -> Any:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    class Claim:
-        def held(self) -> bool:
-            return True
-
-    beside_the_driver: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    make: Any = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver)(Claim)
-    while True:
-        try:
-            actor = make.options(name=name, namespace="steerlab").remote()
-            ray.get(actor.held.remote())
-            return actor
-        except ValueError:  # the name is taken: somebody else is running this stage
-            if not wait:
-                raise Held(name) from None
-            time.sleep(_POLL_S)

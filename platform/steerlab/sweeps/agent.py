@@ -13,7 +13,7 @@ from steerlab.storage.store import Store
 from steerlab.sweeps.history import History
 from steerlab.sweeps.search import with_strengths
 from steerlab.sweeps.space import STRENGTH, Space
-from steerlab.sweeps.trials import Plan, Trial, Unit, trial_id
+from steerlab.sweeps.trials import SweepPlan, Trial, Unit, trial_id
 from steerlab.tracking import NO_KEY, has_key
 from steerlab.tracking.wandb import agents
 from steerlab.tracking.wandb.parameters import metric_name, parameter_name
@@ -22,7 +22,7 @@ RUNS = "wandb_runs.json"
 WHY = "W&B stopped it"
 
 
-def check(path: str, found: Plan) -> None:
+def check(path: str, found: SweepPlan) -> None:
     """Refuse a job whose runs would not be runs of the sweep: W&B chooses by what it is sent. Nothing is asked of a server.
 
     Raises:
@@ -43,7 +43,7 @@ def check(path: str, found: Plan) -> None:
 class Agent:
     """Makes units of what a W&B sweep asks for; stands where Optuna would."""
 
-    def __init__(self, path: str, found: Plan, seeds: tuple[int, ...], num_at_once: int) -> None:
+    def __init__(self, path: str, found: SweepPlan, seeds: tuple[int, ...], num_at_once: int) -> None:
         """Register with the sweep at `path` for so many trials at a time.
 
         Raises:
@@ -123,7 +123,7 @@ def _is_known(unit: Unit, history: History) -> bool:
     return any(trial.trial_id in known for trial in unit.trials)
 
 
-def _check_config(config: dict[str, Any], found: Plan) -> None:
+def _check_config(config: dict[str, Any], found: SweepPlan) -> None:
     """Compare a sweep with the space before anything starts."""
     point_of(found.space, {name: _value_of(entry) for name, entry in config.get("parameters", {}).items()})
     wanted, metric = config.get("metric", {}).get("name"), metric_name(found.metric)
@@ -136,7 +136,7 @@ def _value_of(entry: dict[str, Any]) -> Any:
     return entry["value"] if "value" in entry else next(iter(entry.get("values", [0])))
 
 
-def unit_of(found: Plan, parameters: dict[str, Any], number: int, seeds: tuple[int, ...]) -> Unit:
+def unit_of(found: SweepPlan, parameters: dict[str, Any], number: int, seeds: tuple[int, ...]) -> Unit:
     """Return the unit of what W&B asks for: one trial where W&B chooses the strength too, since its run has one result.
 
     Raises:

@@ -21,12 +21,11 @@ from ray.tune.search import ConcurrencyLimiter
 from steerlab import job as jobs
 from steerlab import run, tracking
 from steerlab.guards import saved
-from steerlab.job import Job, JobError, base_job
+from steerlab.job import Job, JobError
 from steerlab.run import capacity
 from steerlab.run import folder as folders
-from steerlab.stages import JobType
-from steerlab.stages.spread import subject
-from steerlab.storage import plan
+from steerlab.stages import Plan
+from steerlab.storage import claims, plan
 from steerlab.storage.store import Store
 from steerlab.sweeps import page, processes, results, search, trials
 from steerlab.sweeps.agent import Agent
@@ -34,7 +33,7 @@ from steerlab.sweeps.clerk import MAX_DEATHS, Clerk
 from steerlab.sweeps.entries import finite, is_grid
 from steerlab.sweeps.history import History
 from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES, run_unit
-from steerlab.sweeps.trials import Plan, Say, Unit
+from steerlab.sweeps.trials import Say, SweepPlan, Unit
 from steerlab.training import launch
 
 SCHEMA = 1
@@ -47,7 +46,7 @@ _DEFAULT_SAMPLES = 10
 class Asked:
     """A sweep as it was asked for, checked, its known units made."""
 
-    plan: Plan
+    plan: SweepPlan
     num_samples: int
     seeds: tuple[int, ...]
     units: list[Unit]
@@ -65,7 +64,7 @@ class Asked:
             "strengths": list(self.plan.strengths),
             "samples": self.num_samples,
             "seeds": list(self.seeds),
-            "files": files_of(self.plan.job),
+            "files": Plan.of(self.plan.job).places,
         }
 
 
@@ -79,7 +78,7 @@ class Outcome:
     interrupted: bool
 
 
-def asked(found: Plan, num_samples: int | None, num_seeds: int, say: Say = lambda line: None) -> Asked:
+def asked(found: SweepPlan, num_samples: int | None, num_seeds: int, say: Say = lambda line: None) -> Asked:
     """Make the units of a sweep and check them; nothing is started. `say` is told how far that is, where it takes long.
 
     Raises:
@@ -102,7 +101,7 @@ def asked(found: Plan, num_samples: int | None, num_seeds: int, say: Say = lambd
     return Asked(found, samples, seeds, units)
 
 
-def _check_number(found: Plan, samples: int, num_seeds: int) -> None:
+def _check_number(found: SweepPlan, samples: int, num_seeds: int) -> None:
     """Refuse more trials than anybody can read, with the arithmetic. Raises JobError."""
     grids = {entry: len(value["grid_search"]) for entry, value in found.space.entries.items() if is_grid(value)}
     factors = {**grids, "--samples": samples, "--seeds": num_seeds}
@@ -111,7 +110,7 @@ def _check_number(found: Plan, samples: int, num_seeds: int) -> None:
         raise JobError(f"{found.space.path}: {written} = {number:,} trials, more than {_MOST_TRIALS:,}")
 
 
-def _aim(found: Plan) -> None:
+def _aim(found: SweepPlan) -> None:
     """Give a scheduler without a metric the loss that the training reports, and let trainings end by themselves.
 
     Raises:
@@ -180,14 +179,14 @@ def sweep(
     agent = Agent(wandb_sweep, asked.plan, asked.seeds, num_at_once) if wandb_sweep is not None else None
     folder = _to_resume(asked, store) if resume else f"sweeps/{asked.plan.job.name}/{run.new_id()}"
     try:
-        with plan.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False):
+        with claims.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False):
             history = _begin(asked, store, folder)
             left = len(history.pending)
             say(f"{folder}: {len(history.courses)} units, {left} left, {num_at_once} at once" if asked.units else f"{folder}")
             interrupted = _run(asked, store, folder, history, num_at_once, command, say, agent)
             tracking.drain(tracking.FINISH_WAIT_S)
             return Outcome(folder, _conclude(asked, store, folder, history, interrupted, command, say), interrupted)
-    except plan.Held:
+    except claims.Held:
         raise ValueError(f"{store.root}/{folder} is run by another process; wait for it or stop it first") from None
 
 
@@ -229,13 +228,6 @@ def _to_resume(asked: Asked, store: Store) -> str:
             "(same files, --set, --samples, --seeds)"
         )
     return found
-
-
-def files_of(job: Job) -> dict[str, str]:
-    """Return the fingerprints of the files on disk that a job, or one that it builds on, names, by their paths."""
-    base = base_job(job, JobType)
-    own = {path: fingerprint for fingerprint, path in subject.places(job).items()}
-    return own if base is None else files_of(base) | own
 
 
 def _identity(space: dict[str, Any], tree: dict[str, Any]) -> tuple[Any, Any]:
@@ -390,7 +382,7 @@ def _tested(asked: Asked, store: Store, folder: str, best: results.Scored, comma
     return {"test": found, "test_runs": [result.folder for result in done]}
 
 
-def _best_job(found: Plan, best: results.Scored, seed: int | None) -> Job:
+def _best_job(found: SweepPlan, best: results.Scored, seed: int | None) -> Job:
     params = {name.removeprefix("param."): value for name, value in best.rows[0].items() if name.startswith("param.")}
     return found.best_job(params, seed)
 
@@ -400,10 +392,10 @@ def _report(job: Job, store: Store, folder: str, seed: int, command: str) -> run
     if job.scale.worker_range == (1, 1) and job.scale.warm is None:
         job = job.model_copy(update={"scale": job.scale.model_copy(update={"warm": not launch.uses_gpu(job.scale)})})
     run_id = f"{folder.rpartition('/')[2]}-best-{seed}"
-    return run.execute(job, store, plan.Listener(), command, run_id=run_id)
+    return run.execute(Plan.of(job), store, plan.Listener(), command, run_id=run_id)
 
 
 def check_cluster(asked: Asked, store: Store) -> None:
     """Refuse what the cluster or the disk cannot hold. Raises ValueError."""
-    job = asked.plan.job_of(asked.units[0].shared if asked.units else {}, None, asked.plan.strengths)
-    capacity.check_cluster(job, store, run.facts_of(job))
+    planned = Plan.of(asked.plan.job_of(asked.units[0].shared if asked.units else {}, None, asked.plan.strengths))
+    capacity.check_cluster(planned, store, run.facts_of(planned))

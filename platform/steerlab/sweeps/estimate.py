@@ -9,7 +9,7 @@ from typing import Any
 
 from steerlab import run
 from steerlab.run import capacity
-from steerlab.stages import plan_of
+from steerlab.stages import Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.sweeps import search, trials
@@ -29,11 +29,11 @@ def of(asked: Asked, store: Store, say: trials.Say = lambda line: None) -> dict[
     needs: dict[str, plan.Estimate] = {}
     for unit in trials.counted(units, "looking for stages", say):
         for seed in unit.seeds:
-            job = asked.plan.job_of(unit.shared, seed, unit.strengths)
-            new = [stage for stage in plan_of(job) if stage.key not in found]
+            planned = Plan.of(asked.plan.job_of(unit.shared, seed, unit.strengths))
+            new = [stage for stage in planned.stages if stage.key not in found]
             found |= {stage.key: stage for stage in new}
             if new:
-                needs |= capacity.estimates(job, run.facts_of(job), plan.status(new, store))
+                needs |= capacity.estimates(planned, run.facts_of(planned), plan.status(new, store))
     records = plan.status(list(found.values()), store)
     lines: dict[str, dict[str, Any]] = {}
     for record in records:

@@ -9,13 +9,13 @@ from typing import Any
 from steerlab.job import Job
 from steerlab.storage.store import Store
 from steerlab.sweeps.space import finite
-from steerlab.sweeps.trials import Plan, Unit
+from steerlab.sweeps.trials import SweepPlan, Unit
 from steerlab.tracking import Place
 from steerlab.tracking.wandb import sweep_page
 from steerlab.tracking.wandb.parameters import sweep_config
 
 
-def begin(found: Plan, store: Store, folder: str) -> str | None:
+def begin(found: SweepPlan, store: Store, folder: str) -> str | None:
     """Make the sweep's page, or find it again; None where the job is not tracked online or W&B does not answer."""
     if found.job.track.wandb is None:
         return None

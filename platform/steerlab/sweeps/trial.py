@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from steerlab import run
-from steerlab.job import Job, Limit
+from steerlab.job import Limit
 from steerlab.run import Run
-from steerlab.stages import JobType, model_stage
+from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.sweeps import page, stops
@@ -38,14 +38,14 @@ def run_unit(config: dict[str, Any]) -> None:
     rows: list[dict[str, Any]] = []
     try:
         for number, (seed, tree) in enumerate(zip(unit.seeds, request["jobs"], strict=True)):
-            job = JobType.model_validate(tree)
-            watched = _watched(job, request["watched"] if number == 0 else None, tune.report)
+            planned = Plan.of(JobType.model_validate(tree))
+            watched = _watched(planned, request["watched"] if number == 0 else None, tune.report)
             listener = plan.Listener(reported=watched)
             if request["stoppable"]:
                 listener = plan.Listener(obey.before, reported=_both(watched, obey.during))
-            run_id, place = f"{request['sweep']}-{unit.name}-{seed}", page.place_of(request, unit, job, seed)
-            done = run.execute(job, store, listener, request["command"], run_id=run_id, place=place)
-            rows += rows_of(job, done, store, unit, seed, request["metric"], request["within"])
+            run_id, place = f"{request['sweep']}-{unit.name}-{seed}", page.place_of(request, unit, planned.job, seed)
+            done = run.execute(planned, store, listener, request["command"], run_id=run_id, place=place)
+            rows += rows_of(planned, done, store, unit, seed, request["metric"], request["within"])
     except stops.Stopped as stopped:
         tune.report({"outcome": json.dumps({"stopped": str(stopped)})})
         return
@@ -63,9 +63,9 @@ def _both(first: Reported, second: Reported) -> Reported:
     return reported
 
 
-def _watched(job: Job, metric: str | None, report: Callable[[dict[str, Any]], None]) -> Reported:
+def _watched(planned: Plan, metric: str | None, report: Callable[[dict[str, Any]], None]) -> Reported:
     """Return a listener that shows a scheduler the metric that it goes by, as the job's own training reports it."""
-    own = model_stage(job) if metric is not None else None
+    own = planned.model if metric is not None else None
 
     def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
         if own is not None and stage.key == own.key and metric in metrics:
@@ -75,11 +75,11 @@ def _watched(job: Job, metric: str | None, report: Callable[[dict[str, Any]], No
 
 
 def rows_of(
-    job: Job, done: Run, store: Store, unit: Unit, seed: int, metric: str, within: dict[str, Any] | None
+    planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metric: str, within: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Return a row for each trial of a unit: what it measured, what that took, and where it lies."""
     stages = stage_columns(done.records)
-    training = _training_metrics(job, store)
+    training = _training_metrics(planned, store)
     bound = None if within is None else Limit.model_validate(within)
     return [
         _row(trial, seed, done, training, metric, bound) | stages | {"run": done.folder}
@@ -112,9 +112,9 @@ def _is_within(bound: Limit, measured: dict[str, Any], plain: dict[str, Any] | N
     return value is not None and start is not None and value <= bound.highest(start)
 
 
-def _training_metrics(job: Job, store: Store) -> dict[str, float]:
+def _training_metrics(planned: Plan, store: Store) -> dict[str, float]:
     """Return the losses at the step that the job evaluates."""
-    left = model_stage(job)
+    job, left = planned.job, planned.model
     if left is None or left.name != "train" or job.train is None:
         return {}
     lines = (store.local("train", left.key) / "metrics.jsonl").read_text().splitlines()

@@ -21,7 +21,7 @@ from steerlab import job as jobs
 from steerlab import run
 from steerlab.evaluation.names import unmeasured
 from steerlab.job import SEED_LIMIT, Job, JobError, cut
-from steerlab.stages import JobType, leaves_patch
+from steerlab.stages import JobType, Plan
 from steerlab.sweeps.entries import extremes, finite
 from steerlab.sweeps.space import STRENGTH, Point, Space
 
@@ -82,7 +82,7 @@ def trial_id(params: Point) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What a sweep asks of every trial: the job, the space, the metric, the rows that choose."""
 
     path: Path
@@ -152,7 +152,7 @@ def _takes_gpu(job: Job) -> bool:
     return job.scale.gpu == "require" or (ray.is_initialized() and launch.uses_gpu(job.scale))
 
 
-def plan(path: Path, overrides: Sequence[str], space: Space) -> Plan:
+def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
     """Read the job and find what the space leaves open: the metric, the rows that choose, the strengths.
 
     Raises:
@@ -161,7 +161,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> Plan:
     tree = jobs.inlined(jobs.read_tree(path, JobType, overrides), JobType, path)
     job = jobs.validate(tree, JobType, path)
     _check_keys(space)
-    patched = leaves_patch(job)
+    patched = Plan.of(job).leaves_patch
     development = space.development
     if not development and job.choose is not None:
         development = tuple(task.model_dump(mode="json") for task in job.choose.tasks)
@@ -177,7 +177,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> Plan:
     elif job.choose is not None and patched:
         strengths = sorted({0.0, *job.choose.strengths})
     snapshots = _steps(space)
-    found = Plan(path, tree, job, space, metric, given, tuple(development), tuple(strengths), snapshots)
+    found = SweepPlan(path, tree, job, space, metric, given, tuple(development), tuple(strengths), snapshots)
     _check_metric(found)
     return found
 
@@ -215,7 +215,7 @@ def _steps(space: Space) -> tuple[int, ...]:
     return tuple(sorted(set(values)))
 
 
-def _check_metric(found: Plan) -> None:
+def _check_metric(found: SweepPlan) -> None:
     job = found.job_of({}, None, ())
     choose = found.job.choose
     if found.development and choose is not None and choose.within is not None:
@@ -246,19 +246,19 @@ def counted(items: Sequence[_T], what: str, say: Say) -> Iterator[_T]:
         yield item
 
 
-def check(found: Plan, units: Sequence[Unit], say: Say = lambda line: None) -> None:
+def check(found: SweepPlan, units: Sequence[Unit], say: Say = lambda line: None) -> None:
     """Refuse what cannot work before anything starts: every value of the space by itself, and every unit that is known.
 
     Raises:
         ValueError: with one message for people.
     """
-    run.check(found.job_of({}, None, found.strengths))
+    run.check(Plan.of(found.job_of({}, None, found.strengths)))
     for entry, domain in found.space.entries.items():
         if entry == STRENGTH:
             continue
         for value in counted(list(extremes(domain)), f"checking the values of {entry}", say):
             try:
-                run.check(found.job_of(found.space.spread(entry, value), None, found.strengths))
+                run.check(Plan.of(found.job_of(found.space.spread(entry, value), None, found.strengths)))
             except JobError as error:
                 if isinstance(domain, list):
                     raise JobError(f"{error}; a list is one value: for several write tune.grid_search([...])") from None
@@ -269,7 +269,7 @@ def check(found: Plan, units: Sequence[Unit], say: Say = lambda line: None) -> N
         found.job_of(unit.shared, unit.seeds[0], unit.strengths)
 
 
-def grouped(found: Plan, points: Iterable[Point], seeds: Sequence[int], *, apart: bool, drawn: bool) -> list[Unit]:
+def grouped(found: SweepPlan, points: Iterable[Point], seeds: Sequence[int], *, apart: bool, drawn: bool) -> list[Unit]:
     """Make units of points: those that differ in strength alone together, in the order in which they come.
 
     `apart` makes a unit of each seed. Points that were `drawn` may repeat each other and count once.
@@ -290,7 +290,7 @@ def grouped(found: Plan, points: Iterable[Point], seeds: Sequence[int], *, apart
     return [Unit(number, trials, chosen) for number, (trials, chosen) in enumerate(pairs, 1)]
 
 
-def seeds_of(found: Plan, num_seeds: int) -> tuple[int, ...]:
+def seeds_of(found: SweepPlan, num_seeds: int) -> tuple[int, ...]:
     """Return the training seeds of every trial, the job's own first. Raises JobError where nothing is trained."""
     if found.job.train is None:
         if num_seeds > 1:

@@ -135,7 +135,7 @@ def write_model(name: str, directory: Path) -> None:
         words, side, widths = ((*STYLES, *DIGITS), 8, (32, 64)) if name == "digits-model" else (CLOTHES, 16, (32, 64, 64))
         parts["unet"] = ("diffusers", _unet("UNet2DConditionModel", side, widths, cross_attention_dim=32))
         parts["words"] = (
-            "steerlab.models.pixel_pipeline",
+            "steerlab.pixels",
             {"_class_name": "CaptionTable", "words": list(words), "width": 32, "length": 2},
         )
     index: dict[str, Any] = {part: [library, config["_class_name"]] for part, (library, config) in parts.items()}

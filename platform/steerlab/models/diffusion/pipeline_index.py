@@ -13,8 +13,10 @@ from steerlab.guards.files import escapes
 
 INDEX = "model_index.json"
 """The file by which a directory is a pipeline."""
-LIBRARIES = ("diffusers", "transformers", "steerlab.models.pixel_pipeline", "steerlab.pixels")
-"""Where the classes of components come from; the last is the name of our own in folders that older versions wrote."""
+OWN = "steerlab.pixels"
+"""What files call the module pixel_pipeline.py, wherever it stands: folders that were written once stay readable."""
+LIBRARIES = ("diffusers", "transformers", OWN)
+"""Where the classes of components come from."""
 
 
 def components(index: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
@@ -16,12 +16,33 @@ from steerlab.storage.plan import ModelRef, Stage, Work
 
 ANYWHERE = "DEFAULT"
 """Scheduling of what a stage starts: said aloud, it is not in the placement group of a trial, which fits a driver alone."""
-LEAVES_MODEL = ("train", "fit")
-"""Stages whose artifacts `generation.load` loads."""
+MODEL = "model"
+"""Name of the input that leaves the model which a stage works on."""
 
 
-def params(job: Job, below: Stage | None) -> dict[str, Any]:
-    """Return a stage's parameters about its model; `below` is the stage that leaves it, None when it is the job's source."""
+@dataclass(frozen=True)
+class Subject:
+    """The model that stages of a job work on: one for all of them, so that nothing about it is asked twice."""
+
+    stage: Stage | None
+    """The stage that leaves it, None when it is the job's source."""
+    params: Mapping[str, Any]
+    """What of it goes into the keys of the stages."""
+    places: Mapping[str, str]
+    """Where the files on disk lie that the job's own configs name, by their fingerprints."""
+
+    @property
+    def inputs(self) -> dict[str, Stage]:
+        """The stage that leaves it, as an input of the stages that work on it."""
+        return {} if self.stage is None else {MODEL: self.stage}
+
+
+def on(job: Job, stage: Stage | None) -> Subject:
+    """Return the model that a stage leaves, or that of the job's source, as the job loads it. Raises SourceError."""
+    return Subject(stage, _params(job, stage), places(job))
+
+
+def _params(job: Job, below: Stage | None) -> dict[str, Any]:
     model: dict[str, Any] = {"dtype": job.model.dtype, "attention": job.model.attention, **_drawing(job)}
     if job.model.trust_remote_code:
         model["trust_remote_code"] = True
@@ -75,7 +96,7 @@ def _drawing(job: Job) -> dict[str, Any]:
 
 def of(work: Work) -> dict[str, Any]:
     """Return, in JSON values, all that a worker on any node needs to load the stage's model."""
-    below = next((stage for stage in work.stage.inputs if stage.name in LEAVES_MODEL), None)
+    below = work.stage.inputs.get(MODEL)
     if below is None:
         ref = ModelRef(source=work.params["model"]["source"])
     else:
