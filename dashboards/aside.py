@@ -8,7 +8,7 @@ BOARD = Board(
     methods=("aside", "ise", "vanilla"),
     metrics=("separation/sep", "separation/utility", "perplexity/value"),
     parameters=("method.name", "method.angle_rad", "train.lr", "train.steps", "train.seed"),
-    curves=("train/loss_nats", "train/grad_norm"),
+    curves=("train/loss", "train/grad_norm"),
     log=frozenset({"perplexity/value", "train.lr"}),
     media=("samples/separation",),
 )

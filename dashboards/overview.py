@@ -14,7 +14,7 @@ BOARD = Board(
         "math/solved",
     ),
     parameters=("method.name", "train.steps", "train.lr", "train.seed"),
-    curves=("train/loss", "train/loss_nats", "train/grad_norm"),
+    curves=("train/loss", "train/grad_norm"),
     log=frozenset({"perplexity/value", "train.lr"}),
     media=("samples/separation", "samples/toxicity", "samples/refusal"),
 )

@@ -67,7 +67,7 @@ class Bench:
         from steerlab.data import sources
         from steerlab.inputs import encoding, tokens
         from steerlab.patches import taps
-        from steerlab.stages import extract
+        from steerlab.stages import Plan, extract
         from steerlab.steered import language
 
         torch.set_num_threads(1)
@@ -76,7 +76,7 @@ class Bench:
         self.steered = language.SteeredModel(models.load_model(directory), encoding.Encoder(models.load_tokenizer(directory)))
         self.rows = data_rows.read(asked.data.by_role["source"])
         self.taps = taps.select(self.steered.model, asked.extract.select)
-        self.params = extract.stage(asked, "source", None, asked.extract).params
+        self.params = extract.stage(asked, "source", Plan.of(asked).start, asked.extract).params
         reader = reading.TextReader(self.steered, asked.extract)
         self.texts, _ = reader.encode(self.rows, "text", 0)
         reader.close()
@@ -132,12 +132,12 @@ class Bench:
 
 def stage_s(rows: int, root: str) -> tuple[float, float, Path]:
     """Run the stage; return its seconds from the first shard's begin, those of all of it, and the artifact."""
-    from steerlab.stages import extract
+    from steerlab.stages import Plan, extract
     from steerlab.storage import plan
     from steerlab.storage.store import Store
 
     asked, store = the_job(rows, rows), Store.open(root)
-    stage = extract.stage(asked, "source", None, asked.extract)
+    stage = extract.stage(asked, "source", Plan.of(asked).start, asked.extract)
     start_s = time.time()
     plan.run([stage], store, asked.scale, plan.Listener(), [])
     end_s = time.time()

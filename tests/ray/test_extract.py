@@ -25,7 +25,7 @@ from steerlab.activations.moments import Moments
 from steerlab.activations.parquet import Activations
 from steerlab.data import sources
 from steerlab.job import Job
-from steerlab.stages import JobType, extract, reduce
+from steerlab.stages import JobType, Plan, extract, reduce
 from steerlab.stages.spread import shards
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -52,7 +52,7 @@ def wanted(
 
 def run(asked: Job, root: str, kind: Any = extract, told: list[dict[str, Any]] | None = None) -> Path:
     """Run the one stage and return its artifact."""
-    store, stage = Store.open(root), kind.stage(asked, "source", None, asked.extract)
+    store, stage = Store.open(root), kind.stage(asked, "source", Plan.of(asked).start, asked.extract)
     lines = [] if told is None else told
     plan.run([stage], store, asked.scale, plan.Listener(reported=lambda _, line: lines.append(line)), [])
     assert not store.list(f"work/{stage.name}"), "nothing is left to continue with"

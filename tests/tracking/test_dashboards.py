@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import standin
 import yaml
 
+from steerlab.evaluation.statistics.measures import find
 from steerlab.tracking import prometheus
 from steerlab.tracking.wandb import workspaces
 
@@ -66,6 +68,32 @@ def test_parameters_are_fields_of_jobs() -> None:
                 names = board.methods or tuple(METHODS)
                 assert any(rest in METHODS[name].Config.model_fields for name in names), path
         assert set(board.methods) <= set(METHODS)
+
+
+def test_boards_show_what_tasks_measure_and_trainings_report() -> None:
+    """A panel of a name that nothing reports stays empty for ever."""
+    from steerlab.evaluation import TASKS
+    from steerlab.methods import METHODS
+
+    fields = {"concept": "three", "classifier": {"source": "pixels:digits/train", "format": "image"}}
+    for board in workspaces.load(FOLDER).values():
+        for metric in board.metrics:
+            task, _, name = metric.partition("/")
+            drawn = {"data": {"source": "tiny:topics/test", "format": "text"}} if "diffusion" in TASKS[task].kinds else {}
+            known = (
+                {key: value for key, value in (fields | drawn).items() if key in TASKS[task].Config.model_fields}
+                if drawn
+                else {}
+            )
+            refusal = {"harmless": {"source": "tiny:topics/test", "format": "text"}} if task == "refusal" else {}
+            pairs = {"pairs": {"source": "tiny:preferences/test", "format": "preference"}} if task == "preference" else {}
+            config = TASKS[task].Config.model_validate({**known, **refusal, **pairs})
+            assert find(TASKS[task].measures(config), name) is not None, metric
+        methods = [METHODS[name] for name in board.methods or METHODS]
+        sources = "".join(inspect.getsource(inspect.getmodule(method.Config)) for method in methods)  # type: ignore[arg-type]
+        for curve in board.curves:
+            name = curve.removeprefix("train/")
+            assert name in ("loss", "lr", "grad_norm") or f'"{name}"' in sources, curve
 
 
 def test_push_writes_views_and_a_report(server: standin.Standin) -> None:

@@ -194,7 +194,10 @@ def test_a_bound_that_no_strength_moves_is_said(tmp_path: Path, moved: float, li
         stored.write(folder, {"observations": [], "samples": [], "files": {}, "metrics": metrics})
         return folder
 
-    inputs = [measured("steered", {"0.5": (0.2, 0.1), "1.0": (0.3, moved)}), measured("plain", {"1.0": (0.5, 0.1)})]
+    inputs = {
+        "t, development": measured("steered", {"0.5": (0.2, 0.1), "1.0": (0.3, moved)}),
+        "t, strength 0": measured("plain", {"1.0": (0.5, 0.1)}),
+    }
     params = {"labels": ["t"], "metric": "t/share", "mode": "min", "within": {"metric": "t/ppl", "rise": 1.0}}
     work: Any = SimpleNamespace(params=params, inputs=inputs, directory=tmp_path)
     if lines:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from steerlab import job
 from steerlab.evaluation import TASKS
+from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, summarise, summarise_all
 from steerlab.evaluation.tasks.ability import perplexity
 from steerlab.evaluation.tasks.style import controllability
@@ -130,18 +131,21 @@ class Other(TaskConfig):
     task: Literal["other"] = "other"
 
 
+MEASURES = (Measure("up", "lower", "turns", transform="exp"), Measure("other", None))
+
+
 def dial(calls: list[tuple[float, ...]]) -> Task:
     def run(_model: object, config: Dial) -> Result:
         calls.append(config.strengths)
         found = [Observation("dial/up", str(i), i * s, 1.0, s) for s in config.strengths for i in range(config.limit or 3)]
-        return Result([*found, Observation("dial/other", "0", 1.0)], [{"id": "0"}], {"dial/up": "exp"})
+        return Result([*found, Observation("dial/other", "0", 1.0)], [{"id": "0"}], MEASURES)
 
-    return Task(Dial, run)
+    return Task(Dial, run, lambda config: MEASURES)
 
 
 def test_the_task_within_runs_once_over_the_grid() -> None:
     calls: list[tuple[float, ...]] = []
-    task = controllability.over({"dial": dial(calls), "other": Task(Other, lambda _m, _c: Result([], []))})
+    task = controllability.over({"dial": dial(calls), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
     config = task.Config.model_validate({"of": {"task": "dial", "limit": 2}, "metric": "dial/up", "strengths": GRID})
     result = task.run(None, config)  # type: ignore[arg-type]
     assert calls == [GRID] and result.samples == [{"id": "0"}]
@@ -154,13 +158,13 @@ def test_the_task_within_runs_once_over_the_grid() -> None:
 
 
 def test_one_strength_has_no_trend() -> None:
-    task = controllability.over({"dial": dial([]), "other": Task(Other, lambda _m, _c: Result([], []))})
+    task = controllability.over({"dial": dial([]), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
     config = task.Config.model_validate({"of": {"task": "dial"}, "metric": "dial/up", "strengths": (1.0,)})
     assert {o.metric for o in task.run(None, config).observations} == {"controllability/up"}  # type: ignore[arg-type]
 
 
 def test_a_metric_that_the_task_does_not_have() -> None:
-    task = controllability.over({"dial": dial([]), "other": Task(Other, lambda _m, _c: Result([], []))})
+    task = controllability.over({"dial": dial([]), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
     config = task.Config.model_validate({"of": {"task": "dial"}, "metric": "dial/upp"})
     with pytest.raises(ValueError, match=r"dial has no metric dial/upp; did you mean dial/up\?; it has dial/up, dial/other"):
         task.run(None, config)  # type: ignore[arg-type]
@@ -245,7 +249,7 @@ def test_the_task_within_and_its_sources_make_the_key(tmp_path: Path) -> None:
 
 
 def test_a_new_version_of_a_task_is_one_of_this_task() -> None:
-    first, other = dial([]), Task(Other, lambda _m, _c: Result([], []))
+    first, other = dial([]), Task(Other, lambda _m, _c: Result([], []), lambda _c: ())
     assert controllability.over({"dial": first, "other": other}).version == 1
     assert controllability.over({"dial": first._replace(version=3), "other": other}).version == 3
 

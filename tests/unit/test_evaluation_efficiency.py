@@ -286,7 +286,7 @@ def test_every_strength_and_batch_size_has_its_rows(steered: SteeredModel) -> No
     assert list(found) == [1.0, 0.0] and list(found[1.0]) == list(found[0.0])
     assert {name.rpartition("_")[2] for name in found[1.0]} == {"1", "3"}
     assert [sample["strength"] for sample in result.samples] == [1.0, 0.0] and "CPU" in result.samples[0]["device"]
-    assert set(result.transforms.values()) == {"median"}
+    assert {result.measure(o.metric).transform for o in result.observations} == {"median"}
 
 
 def test_a_model_without_a_patch_stands_beside_itself(tiny_model: PreTrainedModel, encoder: Encoder) -> None:

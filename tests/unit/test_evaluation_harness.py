@@ -113,8 +113,13 @@ def test_the_harness_s_numbers_become_observations_where_they_are_means():
     }
     samples["b"][-1]["f1"] = "x"
     with pytest.warns(UserWarning, match="lm_eval/f1 of b is no mean over documents"):
-        observations, transforms = harness.observe(samples, reported, 0.5, {("b", 0): "cut", ("a", 1): TOO_LONG})
-    assert transforms == {"lm_eval/acc": "identity", "lm_eval/exact_match_flexible_extract": "identity", "lm_eval/ppl": "exp"}
+        better = {"a": {"acc": True}, "b": {"acc": True, "ppl": False}}
+        observations, measured = harness.observe(samples, reported, 0.5, {("b", 0): "cut", ("a", 1): TOO_LONG}, better)
+    assert {name: (measure.transform, measure.better) for name, measure in measured.items()} == {
+        "acc": ("identity", "higher"),
+        "exact_match_flexible_extract": ("identity", None),
+        "ppl": ("exp", "lower"),
+    }
     acc = [o for o in observations if o.metric == "lm_eval/acc"]
     assert [(o.id, o.value, o.reason) for o in acc] == [("a/0", 1.0, None), ("a/1", None, TOO_LONG), ("b/0", 1.0, "cut")]
     assert (summarise(acc).n, summarise(acc).too_long, summarise(acc).rows_cut) == (2, 1, 1)

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from steerlab import models
+from steerlab.evaluation import TASKS
 from steerlab.evaluation.judging import vision
 from steerlab.evaluation.statistics.metrics import Result, summarise_all
 from steerlab.evaluation.tasks.diffusion import diversity, image_concept, image_similarity
@@ -153,3 +154,29 @@ def test_the_classifier_tells_digits_and_refuses_other_images() -> None:
         judge.predict(torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match="no field 'colour'"):
         vision.classifier(DataSet.model_validate(TRAIN), "colour")
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "better"),
+    [
+        (
+            "image_concept",
+            {"concept": "three", "away": "four", "classifier": TRAIN, "held_out": TEST},
+            {"rate": "higher", "kept": "lower", "accuracy": "higher"},
+        ),
+        ("image_similarity", {"classifier": TRAIN}, {"ssim": "higher", "features": "higher"}),
+        ("diversity", {"classifier": TRAIN}, {"pixels": "higher", "features": "higher"}),
+    ],
+)
+def test_a_task_on_images_says_what_it_measures(
+    steered: SteeredPipeline, task: str, fields: dict[str, Any], better: dict[str, str]
+) -> None:
+    """At every guidance scale, and nothing else; a classifier is judged once."""
+    config = TASKS[task].Config.model_validate({"data": PROMPTS, "strengths": (1.0, 0.0), "guidance": (0.0, 5.0), **fields})
+    said = {measure.name: measure.better for measure in TASKS[task].measures(config)}
+    scales = {
+        f"{name}{suffix}": way for name, way in better.items() for suffix in ("", "@5") if (name, suffix) != ("accuracy", "@5")
+    }
+    assert said == scales
+    found = summarise_all(TASKS[task].run(steered, config))
+    assert {metric.partition("/")[2] for metrics in found.values() for metric in metrics} == set(said)

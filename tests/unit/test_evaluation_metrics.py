@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import (
     MAX_SAMPLES,
     Metric,
@@ -157,10 +158,21 @@ def test_standard_error_of_a_ratio_matches_repeated_sampling():
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
 
 
+def test_an_interval_ends_where_values_do():
+    """Student's interval of two cosines knows of no range; that of a perplexity begins at 1."""
+    free, within = (summarise(observations([0.9, 0.99]), "identity", bounds) for bounds in ((None, None), (-1.0, 1.0)))
+    assert free.high > 1 and within[:3] == free[:3] and (within.low, within.high) == (free.low, 1.0)
+    found = summarise(observations([0.05, 0.5]), "exp", (1.0, None))
+    assert found.low == 1.0 and found.high > found.value
+    rows = observations([0.9, 0.99], metric="t/near") + observations([0.9, 0.99], metric="t/far")
+    by_name = summarise_all(Result(rows, [], (Measure("near", "higher", high=1.0),)))[1.0]
+    assert by_name["t/near"].high == 1.0 < by_name["t/far"].high
+
+
 def test_summarise_all_groups_by_strength_and_applies_transforms():
     rows = observations([1.0, 3.0], metric="p") + observations([0.0, 0.0], metric="p", strength=2.0)
     rows += observations([1.0], metric="q")
-    found = summarise_all(Result(rows, [], {"p": "exp"}))
+    found = summarise_all(Result(rows, [], (Measure("p", "lower", transform="exp"),)))
     assert found[1.0]["p"].value == pytest.approx(math.exp(2))
     assert found[2.0]["p"].value == pytest.approx(1.0)
     assert found[1.0]["q"].value == 1.0

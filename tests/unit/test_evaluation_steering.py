@@ -144,7 +144,7 @@ def written(*texts):
 def continuation_result(observations):
     from steerlab.evaluation.statistics.metrics import Result
 
-    return Result(observations, [], fluency.transforms("t"))
+    return Result(observations, [], fluency.measures())
 
 
 def test_what_cannot_be_judged_is_counted(plain):

@@ -388,5 +388,5 @@ def test_wilsons_interval_at_the_ends(steered: SteeredModel, exported: str) -> N
     pair = (answer("a"), answer("b"))
     won = [o for i in range(12) for o in win_rate.observe("implicit", str(i), pair, 1.0, (1, 1))]
     result = win_rate.run(steered, config(implicit_source=exported, limit=1))
-    metric = summarise_all(type(result)(won, [], result.transforms))[1.0]["win_rate/implicit"]
+    metric = summarise_all(type(result)(won, [], result.measures))[1.0]["win_rate/implicit"]
     assert metric.value == 1.0 and metric.low == pytest.approx(0.757506, abs=1e-6)

@@ -114,7 +114,7 @@ def test_stages_are_handed_paths_that_hold_in_any_folder(folder: Path, monkeypat
     store, scale = Store.open(str(folder / "root")), job.ScaleConfig.model_validate({})
     monkeypatch.chdir("/")
     for stage in stages:
-        work = plan.Work(store, stage, folder, (), scale, print)
+        work = plan.Work(store, stage, folder, {}, scale, print)
         assert "@sha256" not in json.dumps({**work.params, "fingerprints": 0, "data_fingerprints": 0, "model": 0})
         if stage.name == "train":
             assert subject.of(work)["ref"]["source"] == str(folder / "model")

@@ -22,6 +22,7 @@ from PIL import Image
 
 from steerlab import report
 from steerlab.report import figures, samples, sweep_figures, tables
+from steerlab.run import folder
 from steerlab.storage.store import Store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -31,6 +32,12 @@ EVIL = "<script>document.title='broken'</script><img src=x onerror=\"document.ti
 
 def metric(value: float, half: float = 0.05) -> dict[str, Any]:
     return {"value": value, "stderr": half / 1.96, "n": 100, "unparsable": 0, "low": value - half, "high": value + half}
+
+
+MEASURES = {
+    "separation/sep": {"better": "higher", "unit": "share", "low": 0, "high": 1, "transform": "identity"},
+    "perplexity/value": {"better": "lower", "unit": "nats <3", "low": 1, "high": None, "transform": "exp"},
+}
 
 
 def write_run(store: Store, name: str, alpha: float, seed: int, *, pictures: bool = False) -> str:
@@ -54,6 +61,7 @@ def write_run(store: Store, name: str, alpha: float, seed: int, *, pictures: boo
     ]
     store.write_json(f"{folder}/plan.json", {"stages": listed})
     summary = {"metrics": found, "strengths": strengths, "choice": None, "model": None, "evaluations": {}, "schema": 1}
+    summary["measures"] = MEASURES
     store.write_json(f"{folder}/summary.json", summary)
     where = {"command": "steerlab sweep j.yaml s.py", "git": "c0ffee", "git_changes": "", "created": "2026-11-21T12:00:00+0000"}
     store.write_json(
@@ -166,6 +174,41 @@ def test_the_pareto_front_is_the_naive_one(store: Store) -> None:
     assert set(zip(line["x"], line["y"], strict=True)) == naive
     (chosen,) = [trace for trace in figure["data"] if trace["name"] == "chosen"]
     assert len(chosen["x"]) == 2
+
+
+def test_axes_have_units_and_a_metric_without_a_direction_has_no_front(store: Store) -> None:
+    sweep = report.read_sweep(store, write_sweep(store, 8))
+    drawn, against = sweep_figures.pareto(sweep), sweep_figures.against(sweep, "method.alpha")
+    assert drawn is not None and against is not None
+    assert dict(zip(against["metrics"], against["titles"], strict=True))["separation/sep"] == "separation/sep (share)"
+    assert drawn["layout"]["yaxis"]["title"]["text"] == "separation/sep (share)"
+    assert drawn["titles"] == ["perplexity/value (nats <3)"]
+    runs = tuple(replace(run, measures={}) for run in sweep.runs)
+    blind = sweep_figures.pareto(replace(sweep, runs=runs))
+    assert blind is not None and not any(trace["name"] == "Pareto front" for trace in blind["data"])
+    higher = {"perplexity/value": {**MEASURES["perplexity/value"], "better": "higher"}}
+    turned = tuple(replace(run, measures=folder.measures({"measures": higher})) for run in sweep.runs)
+    other = sweep_figures.pareto(replace(sweep, runs=turned))
+    assert other is not None and front_of(other) != front_of(drawn)
+
+
+def front_of(figure: dict[str, Any]) -> set[tuple[float, float]]:
+    (line,) = [trace for trace in figure["data"] if trace["name"] == "Pareto front"]
+    return set(zip(line["x"], line["y"], strict=True))
+
+
+def test_the_best_of_a_column_goes_by_what_the_task_says(store: Store) -> None:
+    """Less perplexity is better, more separation; nobody asks how they are called."""
+    entries = [report.read(store, write_run(store, name, alpha, 0)) for name, alpha in (("one", 0.5), ("two", 0.75))]
+    names = ["separation/sep", "perplexity/value"]
+
+    def best(entries: list[Any]) -> list[list[bool]]:
+        return [[cell["best"] for cell in line[2:4]] for line in tables.overview(entries, names)[1:]]
+
+    assert best(entries) == [[True, True], [False, False]]
+    higher = {**entries[0].measures, "perplexity/value": entries[0].measures["perplexity/value"]._replace(better="higher")}
+    assert best([replace(entry, measures=higher) for entry in entries]) == [[True, False], [False, True]]
+    assert best([replace(entry, measures={}) for entry in entries]) == [[False, False], [False, False]]
 
 
 def test_the_table_starts_with_the_best_and_ends_with_what_failed(store: Store) -> None:

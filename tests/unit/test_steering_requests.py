@@ -65,7 +65,10 @@ def path(tmp_path: Path) -> Path:
             "data.validation: the loss of method lineas",
         ),
         (["method.name=caa", "method.steer=null"], "train: method caa trains nothing; remove this section"),
-        (["choose.metric=toxicity/share"], r"choose: toxicity/share is measured by none of choose.tasks \(perplexity\)"),
+        (
+            ["choose.metric=toxicity/share"],
+            r"choose.metric: toxicity/share is measured by none of choose.tasks: no task is called .toxicity.",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(path: Path, overrides: list[str], message: str) -> None:

@@ -96,7 +96,6 @@ def test_long_checks_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> No
         ("SPACE = {'train.seed, train.lr': tune.grid_search([(1, 2, 3)])}\n" + GOOD, "sets 2 fields"),
         ("SPACE = {'train.lr': tune.grid_search([1e-3, 1e-3])}\n" + GOOD, "gives the trial [0-9a-f]{8} twice"),
         ("SPACE = {'train.lr': tune.grid_search([1e-3])}\nMODE = 'min'\n", "METRIC is missing"),
-        ("SPACE = {'train.lr': tune.grid_search([1e-3])}\nMETRIC = 'perplexity/value'\n", "MODE is missing"),
         (GRID + "METRIC, MODE = 'perplexity/valeu', 'min'\n", "measures perplexity/value"),
         (GRID + "METRIC, MODE = 'toxicity/share', 'min'\n", "no task is called 'toxicity'"),
         (GRID + "METRIC, MODE = 'perplexity/value', 'least'\n", "MODE is 'min' or 'max'"),
@@ -113,6 +112,31 @@ def test_a_wrong_space_is_refused_with_one_message(job: Path, text: str, message
         return
     with pytest.raises(ValueError, match=message):
         ask(job, text)
+
+
+@pytest.mark.parametrize(
+    ("metric", "task", "mode"),
+    [
+        ("perplexity/value", {}, "min"),
+        ("train/loss", {}, "min"),
+        ("eval/loss", {}, "min"),
+        ("math/solved", {"task": "math", "max_new_tokens": 2}, "max"),
+        ("m/empty", {"task": "math", "label": "m", "max_new_tokens": 2}, "min"),
+    ],
+)
+def test_the_direction_is_that_of_the_metric_where_a_space_names_none(
+    job: Path, metric: str, task: dict[str, Any], mode: str
+) -> None:
+    job.write_text(yaml.safe_dump({**JOB, "evaluate": [*JOB["evaluate"], *([task] if task else [])]}))  # type: ignore[misc]
+    assert ask(job, f"{GRID}METRIC = {metric!r}\n").plan.mode == mode
+    assert ask(job, f"{GRID}METRIC, MODE = {metric!r}, 'max'\n").plan.mode == "max"
+
+
+def test_a_metric_that_is_better_neither_way_needs_a_direction(job: Path) -> None:
+    task = {"task": "sentiment", "prompts": {"source": "tiny:topics/test", "format": "text"}, "prompt_words": None}
+    job.write_text(yaml.safe_dump({**JOB, "evaluate": [{**task, "max_new_tokens": 2}]}))
+    with pytest.raises(JobError, match=r"MODE is missing: 'min' or 'max' of sentiment/positive, for which neither is better"):
+        ask(job, f"{GRID}METRIC = 'sentiment/positive'\n")
 
 
 def test_ray_tunes_nested_form_is_merged_into_the_job(job: Path) -> None:

@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 
 from steerlab import job, models, patches
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.names import unmeasured
+from steerlab.evaluation.measured import measure_of, unmeasured
+from steerlab.evaluation.statistics.measures import find
 from steerlab.evaluation.statistics.metrics import Metric, summarise_all
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet, Job
 from steerlab.models import ModelFacts
 from steerlab.patches import ActivationPatch
 from steerlab.run import task_checks
-from steerlab.stages import JobType
+from steerlab.stages import JobType, Plan
 from steerlab.steered.language import SteeredModel
 
 NORM = "model.layers.1.post_attention_layernorm"
@@ -148,6 +149,87 @@ def test_a_row_that_is_too_long_costs_that_row(name: str, steered: SteeredModel,
                 assert value.n == same.n and near(value.value, same.value), metric
 
 
+BETTER: dict[str, dict[str, str | None]] = {
+    "separation": {"sep": "higher", "utility": "higher", "executed_in_data": "lower", "empty": "lower"},
+    "injection": {"naive": "lower", "none": None, "asr": "lower", "empty": "lower"},
+    "struq": {
+        "naive_id": "lower",
+        "asr_id": "lower",
+        "empty_id": "lower",
+        "naive_ood": "lower",
+        "asr_ood": "lower",
+        "empty_ood": "lower",
+    },
+    "bipia": {"email": "lower", "text": "lower", "empty": "lower"},
+    "gandalf": {"asr": "lower", "empty": "lower"},
+    "purple": {"asr": "lower", "empty": "lower"},
+    "perplexity": {"value": "lower"},
+    "preference": {"accuracy": "higher", "margin": "higher", "likelihood_accuracy": "higher", "kl": "lower", "shorter": None},
+    "probing": {
+        "layer_*": "higher",
+        "concept_accuracy": "higher",
+        "probe_as_instruction": "lower",
+        "executed_rotated": "lower",
+        "executed_unrotated": None,
+        "empty": "lower",
+        "cosine_layer_*": "lower",
+    },
+    "alpaca": {"response_tokens": None, "empty": "lower", "unfinished": "lower"},
+    "toxicity": {"share": "lower", "score": "lower", "empty": "lower", "FLUENCY": None},
+    "sentiment": {"score": None, "positive": None, "negative": None, "empty": "lower", "FLUENCY": None},
+    "concept": {"words": "higher", "empty": "lower", "FLUENCY": None},
+    "refusal": {
+        "attack_success": "lower",
+        "refusal_rate": "higher",
+        "empty": "lower",
+        "over_refusal": "lower",
+        "empty_harmless": "lower",
+    },
+    "math": {"accuracy": "higher", "solved": "higher", "empty": "lower"},
+    "win_rate": {
+        "implicit": "higher",
+        "ties": None,
+        "longer": None,
+        "answer_tokens": None,
+        "opponent_tokens": None,
+        "unfinished": "lower",
+        "empty": "lower",
+    },
+    "controllability": {"value": "lower", "tau": "lower", "slope": "lower"},
+}
+"""Which way is better, once more and by hand: the page sets the best in bold by it, and sweeps go that way."""
+FLUENCY = {"distinct_1": "higher", "distinct_2": "higher", "distinct_3": "higher", "base_perplexity": "lower"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_task_says_what_it_measures(name: str, steered: SteeredModel, tmp_path: Path) -> None:
+    """What it says it reports, and nothing else; values and intervals lie in the ranges that it says."""
+    config = config_of(name, tmp_path / "rows.jsonl", TEXTS)
+    said = TASKS[name].measures(config)
+    expected = {**BETTER[name], **(FLUENCY if "FLUENCY" in BETTER[name] else {})}
+    expected.pop("FLUENCY", None)
+    assert {measure.name: measure.better for measure in said} == expected
+    found = summarise_all(TASKS[name].run(steered, config))
+    reported = {metric.partition("/")[2] for metrics in found.values() for metric in metrics}
+    assert all(find(said, metric) is not None for metric in reported), reported
+    assert [one.name for one in said if not any(find([one], metric) for metric in reported)] == [], "said, but not reported"
+    for metric, value in ((m, v) for metrics in found.values() for m, v in metrics.items()):
+        measure = find(said, metric.partition("/")[2])
+        assert measure is not None
+        for number in (value.value, value.low, value.high):
+            assert number is None or measure.low is None or number >= measure.low - 1e-6, metric
+            assert number is None or measure.high is None or number <= measure.high + 1e-6, metric
+        assert unmeasured(metric, (config,)) is None
+
+
+def test_a_misspelt_metric_is_answered_with_the_right_one(tmp_path: Path) -> None:
+    for name in CASES:
+        config = config_of(name, tmp_path / f"{name}.jsonl", TEXTS)
+        first = next(measure.name for measure in TASKS[name].measures(config) if "*" not in measure.name)
+        assert (said := unmeasured(f"{name}/{first}x", (config,))) is not None and f"did you mean {name}/{first}?" in said
+        assert measure_of(f"{name}/{first}", (config,)) is not None and measure_of("other/x", (config,)) is None
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_task_whose_rows_are_all_too_long_scores_nothing_and_says_so(
     name: str, steered: SteeredModel, tmp_path: Path
@@ -193,8 +275,14 @@ def job_of(*tasks: Fields, **more: Any) -> Job:
     return job.validate(tree, JobType, Path("a.yaml"))
 
 
+def first_metric(task: Fields) -> str:
+    """A metric that a task reports."""
+    said = TASKS[task["task"]].measures(TASKS[task["task"]].Config.model_validate(task))
+    return f"{task['task']}/{said[0].name.replace('*', '01')}"
+
+
 def check(wanted: Job, facts: ModelFacts = FACTS) -> None:
-    task_checks.check_tasks(wanted)
+    task_checks.check_tasks(Plan.of(wanted))
     task_checks.check_named(wanted, facts)
 
 
@@ -273,7 +361,7 @@ def test_a_task_that_cannot_work_is_refused_with_its_key(
     asked = {key: str(tiny_dir) if value == "MODEL" else value for key, value in (task | small).items()}
     for key, tree in (
         ("evaluate.0", job_of(asked)),
-        ("choose.tasks.0", job_of(choose={"metric": f"{task['task']}/value", "tasks": [asked]})),
+        ("choose.tasks.0", job_of(choose={"metric": first_metric(asked), "tasks": [asked]})),
     ):
         with pytest.raises(ValueError, match=rf"^{key}\.{message}"):
             check(tree)
@@ -321,13 +409,13 @@ def test_a_choice_by_what_no_strength_moves_is_refused(
     method = {"name": "mean_act", "incremental": False, "steer": steer}
     wanted = job_of(method=method, choose=choose, **MEAN_ACT)
     if reaches:
-        task_checks.check_reach(wanted)
+        task_checks.check_reach(Plan.of(wanted))
     else:
         with pytest.raises(ValueError, match=rf"^choose\.{rule}: {metric} has the same value at every strength"):
-            task_checks.check_reach(wanted)
+            task_checks.check_reach(Plan.of(wanted))
 
 
 def test_a_task_that_no_strength_changes_is_warned_of() -> None:
     method = {"name": "mean_act", "incremental": False, "steer": {"phases": ["generation"]}}
     with pytest.warns(UserWarning, match=r"evaluate\.1: task perplexity gives the numbers of strength 0 at every strength"):
-        task_checks.check_reach(job_of(ANSWERS, {**TEXT, "label": "texts"}, method=method, **MEAN_ACT))
+        task_checks.check_reach(Plan.of(job_of(ANSWERS, {**TEXT, "label": "texts"}, method=method, **MEAN_ACT)))

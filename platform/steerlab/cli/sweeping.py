@@ -131,6 +131,7 @@ def wandb_sweep(
     """Print a search space as the YAML of a W&B sweep, to be pasted into its page."""
     import yaml
 
+    from steerlab.evaluation.statistics.measures import LOSSES
     from steerlab.sweeps import space as spaces
     from steerlab.sweeps import trials
     from steerlab.tracking.wandb import parameters
@@ -139,10 +140,10 @@ def wandb_sweep(
         if method not in (None, "grid", "random", "bayes"):
             raise ValueError(f"--method {method}: W&B has grid, random and bayes")
         found = trials.plan(job, set_ or (), spaces.load(space))
-        if min_reports is not None and found.metric not in trials.TRAINING_METRICS:
+        if min_reports is not None and found.metric not in LOSSES:
             raise ValueError(
                 f"--min-reports: {found.metric} is measured once, at the end; W&B can only stop a trial by METRIC "
-                + " or ".join(trials.TRAINING_METRICS)
+                + " or ".join(LOSSES)
             )
         config = parameters.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method, min_reports)
     typer.echo(f"# run by: steerlab sweep {job} {space} --backend wandb --wandb-sweep ENTITY/PROJECT/ID")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.guards import saved
 from steerlab.run import folder as folders
 from steerlab.storage import plan
@@ -38,6 +39,8 @@ class Entry:
     """Contact sheets: guidance -> path."""
     """`strength_guidance` -> (image id, path below ROOT)."""
     store: Store | None = None
+    measures: dict[str, Measure] = field(default_factory=dict)
+    """Metric -> what it measures, as far as the run says it."""
 
     @property
     def strength(self) -> float:
@@ -53,6 +56,12 @@ class Entry:
     def root(self) -> str:
         """ROOT, or its usual name where it is not known."""
         return self.store.root if self.store else "ROOT"
+
+
+def measure_in(runs: Iterable[Entry], metric: str) -> Measure:
+    """Return what a metric of some runs measures: which way is better and its unit, where a run says it."""
+    said = (run.measures[metric] for run in runs if metric in run.measures)
+    return next(said, None) or LOSSES.get(metric) or Measure(metric, None)
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,7 @@ def read(store: Store, folder: str) -> Entry:
         images=images(store, folder),
         sheets=sheets(store, folder),
         store=store,
+        measures=folders.measures(summary),
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steerlab.report.contents import Entry
-from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, label
+from steerlab.report.contents import Entry, measure_in
+from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, label, title
 
 _WIDE = 8.0
 """Costs that differ by more than this factor are drawn on a logarithmic axis."""
@@ -45,8 +45,8 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
         x=[None], y=[None], mode="markers", name="held-out rows, 95 % interval",
         marker={"symbol": "star", "size": 12, "color": "@ink"},
     )  # fmt: skip
-    drawn.axis("xaxis", cost)
-    drawn.axis("yaxis", effect)
+    drawn.axis("xaxis", title(measure_in(chosen, cost)))
+    drawn.axis("yaxis", title(measure_in(chosen, effect)))
     costs = [x for x, _ in points]
     if costs and 0 < _WIDE * min(costs) < max(costs):
         drawn.axis("xaxis", type="log", dtick="D2")
@@ -84,7 +84,7 @@ def training(entries: Sequence[Entry]) -> Figure | None:
     losses = [value for entry in entries for name, points in entry.curves.items() if "loss" in name for _, value in points]
     if losses and min(losses) > 0 and max(losses) > _MANY_TIMES * min(losses):
         drawn.axis("yaxis", type="log")  # losses of several methods, or one that falls by orders of magnitude
-    return drawn.done(380, names[:MAX_METRICS])
+    return drawn.done(380, {name: name for name in names[:MAX_METRICS]})
 
 
 def timeline(entries: Sequence[Entry]) -> Figure | None:
@@ -149,7 +149,7 @@ def by_layer(entries: Sequence[Entry]) -> Figure | None:
     if not stems:
         return None
     drawn.axis("xaxis", "layer (0 is the embedding)")
-    return drawn.done(380, list(stems))
+    return drawn.done(380, {stem: stem for stem in stems})
 
 
 def _layers(metrics: Mapping[str, Any]) -> dict[str, list[tuple[int, dict[str, Any]]]]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from steerlab.evaluation.statistics.measures import Measure
+
 MAX_METRICS = 12
 """Metrics among which a figure's menu chooses."""
 Figure = dict[str, Any]
@@ -53,10 +55,16 @@ class Drawing:
         """Set up `xaxis` or `yaxis`."""
         self.layout[name] |= settings | ({} if title is None else {"title": {"text": label(title)}})
 
-    def done(self, height: int, metrics: Sequence[str] = (), axis: str = "y") -> Figure:
-        """Return what the page needs; `axis` is the one that is named after the chosen metric."""
+    def done(self, height: int, metrics: Mapping[str, str] | None = None, axis: str = "y") -> Figure:
+        """Return what the page needs; `axis` is the one whose title is that of the chosen metric (`metrics`: name -> title)."""
         layout = {**self.layout, "height": height}
-        return {"data": self.data, "layout": layout, "metrics": list(metrics), "axis": axis}
+        titles = dict(metrics or {})
+        return {"data": self.data, "layout": layout, "metrics": list(titles), "titles": list(titles.values()), "axis": axis}
+
+
+def title(measure: Measure) -> str:
+    """Return the title of an axis: a metric with its unit."""
+    return f"{measure.name} ({measure.unit})" if measure.unit else measure.name
 
 
 def bars(metrics: Sequence[Mapping[str, Any]], colour: str) -> dict[str, Any]:
@@ -73,14 +81,3 @@ def _ends(metric: Mapping[str, Any]) -> tuple[float, float]:
         return metric["low"], metric["high"]
     half = 1.96 * (metric.get("stderr") or 0.0)
     return value - half, value + half
-
-
-_COSTS = (
-    "kl", "perplexity", "toxic", "loss", "nll", "attack", "latency", "memory", "seconds", "_s", "error", "executed",
-)  # fmt: skip
-
-
-def is_cost(metric: str) -> bool:
-    """Say whether less of a metric is better, by its name; what names say nothing of counts as better when higher."""
-    name = metric.lower()
-    return any(word in name if len(word) > 2 else name.endswith(word) for word in _COSTS)

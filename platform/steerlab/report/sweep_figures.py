@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steerlab.report.contents import Sweep
-from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, is_cost, label
+from steerlab.report.contents import Sweep, measure_in
+from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, label, title
 
 _WIDE_PARAMETER = 30.0
 """Parameters whose values differ by more than this factor are drawn on a logarithmic axis."""
@@ -66,7 +66,7 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
         drawn.axis("xaxis", type="log")
     if not numeric:
         drawn.axis("xaxis", type="category")
-    return drawn.done(380, sweep.metrics[:MAX_METRICS])
+    return drawn.done(380, {name: title(measure_in(sweep.runs, name)) for name in sweep.metrics[:MAX_METRICS]})
 
 
 def _add_means(drawn: Drawing, points: Sequence[tuple[Any, dict[str, Any], Any]], metric: str, numeric: bool) -> None:
@@ -175,12 +175,15 @@ def pareto(sweep: Sweep) -> Figure | None:
         if len(rows) < 2:
             continue
         usable.append(cost)
-        sign = 1 if is_cost(cost) else -1
-        best = front([(sign * c["value"], e["value"]) for c, e, _ in rows], sweep.maximises)
-        drawn.add_scatter(
-            x=[rows[i][0]["value"] for i in best], y=[rows[i][1]["value"] for i in best], mode="lines", meta={"metric": cost},
-            name="Pareto front", line={"color": "@ink", "width": 1, "dash": "dot", "shape": "hv"}, hoverinfo="skip",
-        )  # fmt: skip
+        better = measure_in(sweep.runs, cost).better
+        if better is not None:  # else nothing beats anything else in it
+            sign = 1 if better == "lower" else -1
+            best = front([(sign * c["value"], e["value"]) for c, e, _ in rows], sweep.maximises)
+            drawn.add_scatter(
+                x=[rows[i][0]["value"] for i in best], y=[rows[i][1]["value"] for i in best], mode="lines",
+                name="Pareto front", line={"color": "@ink", "width": 1, "dash": "dot", "shape": "hv"}, hoverinfo="skip",
+                meta={"metric": cost},
+            )  # fmt: skip
         for group, (name, colour, symbol, size) in enumerate(_GROUPS):
             own = [row for row in rows if stands(row[2]) == group]
             drawn.add_scatter(
@@ -190,8 +193,9 @@ def pareto(sweep: Sweep) -> Figure | None:
                 text=[label(f"{t['trial_id']}, seed {t.get('seed')}") for _, _, t in own],
                 hovertemplate="%{x:.4g}, %{y:.4g}<extra>%{text}</extra>", showlegend=bool(own),
             )  # fmt: skip
-    drawn.axis("yaxis", sweep.metric)
-    return drawn.done(440, usable, axis="x") if usable else None
+    drawn.axis("yaxis", title(measure_in(sweep.runs, sweep.metric)))
+    titles = {name: title(measure_in(sweep.runs, name)) for name in usable}
+    return drawn.done(440, titles, axis="x") if usable else None
 
 
 def costs_of(sweep: Sweep) -> Figure | None:

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from steerlab.evaluation.statistics.measures import Better
 from steerlab.evaluation.statistics.metrics import left_out
-from steerlab.report.contents import Entry, Sweep
-from steerlab.report.plotting import is_cost
+from steerlab.report.contents import Entry, Sweep, measure_in
 from steerlab.report.sweep_figures import measured, standing
 
 DASH = "\u2013"
@@ -65,16 +65,16 @@ def _unsteered(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def overview(entries: Sequence[Entry], names: Sequence[str]) -> list[Cells]:
-    """Return `rows` as cells that say which value of a column is the best among the runs, and which sort key a cell has.
+    """Return `rows` as cells that say which value of a column is the best among the runs, and how a cell is sorted.
 
-    Runs that measured a metric on other rows, or otherwise, have no best one.
+    A metric has no best value where no direction is better, or where runs measured it on other rows, or otherwise.
     """
     plain = _unsteered(entries)
     values = [[_value(entry.summary["strengths"]["0.0"].get(name)) for name in names] for entry in plain]
     values += [[_value(entry.summary["metrics"].get(name)) for name in names] for entry in entries]
     first = len(plain)
     best = [
-        _best([row[i] for row in values[first:]], minimise=is_cost(name)) if _comparable(entries, name) else None
+        _best([row[i] for row in values[first:]], measure_in(entries, name).better) if _comparable(entries, name) else None
         for i, name in enumerate(names)
     ]
     found = []
@@ -101,12 +101,12 @@ def _value(metric: Mapping[str, Any] | None) -> float | None:
     return metric["value"] if metric is not None else None
 
 
-def _best(values: Sequence[float | None], *, minimise: bool) -> float | None:
-    """Return the best of a column, None where all are equal: then there is nothing to point at."""
+def _best(values: Sequence[float | None], better: Better | None) -> float | None:
+    """Return the best of a column; None where all are equal, or where no direction is better."""
     known = [value for value in values if value is not None]
-    if len(set(known)) < 2:
+    if len(set(known)) < 2 or better is None:
         return None
-    return min(known) if minimise else max(known)
+    return min(known) if better == "lower" else max(known)
 
 
 def _split(text: str, best: bool, key: float | None) -> dict[str, Any]:

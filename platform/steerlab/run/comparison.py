@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steerlab.evaluation.statistics import stored
-from steerlab.evaluation.statistics.metrics import Difference, Observation, Transform, paired_difference
+from steerlab.evaluation.statistics.measures import Transform
+from steerlab.evaluation.statistics.metrics import Difference, Observation, paired_difference
 from steerlab.guards import saved
 from steerlab.run import folder as folders
 from steerlab.run.record import SCHEMA, labelled
@@ -170,10 +171,10 @@ class _Run(NamedTuple):
         params = saved.checked(made, _Params, f"the manifest of evaluate/{key} in {self.store.root}")
         task = [{**params.task, "strengths": None}, params.task_version, params.fingerprints]
         directory = self.store.local("evaluate", key)
-        transforms = stored.transforms(directory)
+        measures = stored.measures(directory)
         found: dict[str, _Measured] = {}
         for item in stored.observations(directory, measured):
-            transform = transforms.get(item.metric, "identity")
+            transform = measures[item.metric].transform if item.metric in measures else "identity"
             empty = _Measured([], transform, task, measured if strength is None else strength)
             found.setdefault(labelled(item.metric, label), empty).observations.append(item)
         return found

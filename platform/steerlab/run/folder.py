@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
-from steerlab.evaluation.statistics.stored import Metric, Sample, StrengthKey
+from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.measures import Measure
+from steerlab.evaluation.statistics.stored import Metric, Sample, StoredMeasure, StrengthKey
 from steerlab.guards import saved, yaml12
 from steerlab.guards.faults import explained
 from steerlab.stages.choose import Choice
@@ -30,6 +33,7 @@ class _Summary(saved.Shape):
     reported: dict[str, float] = {}
     evaluations: dict[str, str] = {}
     unsteered: dict[str, str] = {}
+    measures: dict[str, StoredMeasure] = {}
 
 
 class _Stage(saved.Shape):
@@ -78,6 +82,12 @@ class _Line(saved.Shape):
 def summary(store: Store, folder: str) -> dict[str, Any]:
     """Return summary.json. Raises ValueError where it is damaged, FileNotFoundError where the run has not finished."""
     return _like(store, f"{folder}/summary.json", _Summary)
+
+
+def measures(summary: Mapping[str, Any]) -> dict[str, Measure]:
+    """Return what the metrics of a summary measure, by name; nothing of summaries that earlier versions wrote."""
+    found = summary.get("measures", {})
+    return {name: stored.measured(name, StoredMeasure.model_validate(one)) for name, one in found.items()}
 
 
 def stages(store: Store, folder: str) -> list[dict[str, Any]]:

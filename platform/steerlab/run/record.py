@@ -37,6 +37,7 @@ def check_numbers(summary: dict[str, Any], folder: str) -> None:
 def summarise(planned: Plan, store: Store) -> dict[str, Any]:
     """Collect the metrics of a job whose stages are all in the store.
 
+    `measures` says what each metric is: which way is better, its unit, its range.
     `metrics` are those of each task's headline, whose strength is in `reported` where there is a patch; `unsteered` names the
     evaluations of the model without the patch where the strength was chosen, and strength 0 of `strengths` has their numbers.
     """
@@ -46,11 +47,14 @@ def summarise(planned: Plan, store: Store) -> dict[str, Any]:
     measured: dict[str, str] = {}
     unsteered: dict[str, str] = {}
     reported: dict[str, float] = {}
+    measures: dict[str, Any] = {}
     for found in planned.evaluations:
         stage = found.stage
         if (chosen := stage.inputs.get(evaluate.CHOICE)) is not None:
             choice = choose.read(store.local(chosen.name, chosen.key))
         measured[stage.label] = stage.key
+        of_task = stored.measures(store.local("evaluate", stage.key))
+        measures |= {labelled(name, stage.label): stored.dumped(measure) for name, measure in of_task.items()}
         for number, (strength, metrics) in enumerate(_measured_strengths(store, found).items()):
             named = {labelled(name, stage.label): metric for name, metric in metrics.items()}
             strengths.setdefault(strength, {}).update(named)
@@ -70,6 +74,7 @@ def summarise(planned: Plan, store: Store) -> dict[str, Any]:
         "model": model,
         "evaluations": measured,
         "unsteered": unsteered,
+        "measures": measures,
         "schema": SCHEMA,
     }
 

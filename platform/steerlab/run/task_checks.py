@@ -12,6 +12,7 @@ from typing import Any
 
 from steerlab.data import rows
 from steerlab.evaluation import TASKS
+from steerlab.evaluation.measured import unmeasured
 from steerlab.evaluation.statistics.metrics import TokenKinds
 from steerlab.job import DataSet, Frozen, Job, Selection, TaskConfig
 from steerlab.models import ModelFacts
@@ -32,10 +33,9 @@ def check_tasks(planned: Plan) -> None:
         if any(strength != 1 for strength in task.strengths) and not planned.leaves_patch:
             raise ValueError(f"{key}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale")
     if job.choose is not None:
-        known = [task.label or task.task for task in job.choose.tasks]
-        for name in _deciding(job).values():
-            if name.partition("/")[0] not in known:
-                raise ValueError(f"choose: {name} is measured by none of choose.tasks ({', '.join(known)})")
+        for key, name in _deciding(job).items():
+            if (reason := unmeasured(name, job.choose.tasks)) is not None:
+                raise ValueError(f"{key}: {name} is measured by none of choose.tasks: {reason}")
 
 
 def check_named(job: Job, facts: ModelFacts) -> None:

@@ -173,9 +173,10 @@ def _outcome(model: Any, config: dict[str, Any]) -> dict[str, Any]:
         str(strength): {name: metric._asdict() for name, metric in found.items()}
         for strength, found in summarise_all(result).items()
     }
+    names = dict.fromkeys(name for found in metrics.values() for name in found)
     return {
         "observations": [observation._asdict() for observation in result.observations],
         "samples": result.samples,
         "files": result.files,
-        "metrics": {"strengths": metrics, "transforms": result.transforms},
+        "metrics": {"strengths": metrics, "measures": {name: stored.dumped(result.measure(name)) for name in names}},
     }

@@ -147,7 +147,8 @@ def _observations(row: dict[str, Any], metric: str, store: Store) -> _Measured |
     given = row.get(f"param.{STRENGTH}")
     strength = float(next(iter(stored.strengths(directory))) if given is None else given)
     chosen = [item for item in stored.observations(directory, strength) if item.metric.partition("/")[2] == name]
-    return _Measured(chosen, stored.transforms(directory).get(chosen[0].metric, "identity")) if chosen else None
+    measure = stored.measures(directory).get(chosen[0].metric) if chosen else None
+    return _Measured(chosen, "identity" if measure is None else measure.transform) if chosen else None
 
 
 def _differs_over_items(a: _Measured, b: _Measured | None) -> bool:

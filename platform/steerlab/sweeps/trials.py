@@ -13,13 +13,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from steerlab import job as jobs
 from steerlab import run
-from steerlab.evaluation.names import unmeasured
+from steerlab.evaluation.measured import measure_of, unmeasured
+from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.job import SEED_LIMIT, Job, JobError, cut
 from steerlab.stages import JobType, Plan
 from steerlab.sweeps.entries import extremes, finite
@@ -31,7 +32,6 @@ Say = Callable[[str], None]
 _TELL_S = 10.0
 
 SNAPSHOT = "snapshot"
-TRAINING_METRICS = ("train/loss", "eval/loss")
 
 
 @dataclass(frozen=True)
@@ -169,17 +169,18 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
     if metric is None:
         raise JobError(f"{space.path}: METRIC is missing: the metric that is made best, such as 'separation/sep'")
     given = space.mode or (job.choose.mode if job.choose is not None and metric == job.choose.metric else None)
-    if given is None:
-        raise JobError(f"{space.path}: MODE is missing: 'min' or 'max' of {metric}")
     strengths: list[float] = []
     if STRENGTH in space.entries:
         strengths = _strengths(space)
     elif job.choose is not None and patched:
         strengths = sorted({0.0, *job.choose.strengths})
     snapshots = _steps(space)
-    found = SweepPlan(path, tree, job, space, metric, given, tuple(development), tuple(strengths), snapshots)
-    _check_metric(found)
-    return found
+    # The mode is known only where the metric is; until then either does.
+    found = SweepPlan(path, tree, job, space, metric, given or "max", tuple(development), tuple(strengths), snapshots)
+    measure = _measured(found)
+    if given is None and measure.mode is None:
+        raise JobError(f"{space.path}: MODE is missing: 'min' or 'max' of {metric}, for which neither is better by itself")
+    return replace(found, mode=given or measure.mode)
 
 
 def _check_keys(space: Space) -> None:
@@ -215,23 +216,26 @@ def _steps(space: Space) -> tuple[int, ...]:
     return tuple(sorted(set(values)))
 
 
-def _check_metric(found: SweepPlan) -> None:
+def _measured(found: SweepPlan) -> Measure:
+    """Return what the metric measures. Raises JobError where nothing does."""
     job = found.job_of({}, None, ())
     choose = found.job.choose
     if found.development and choose is not None and choose.within is not None:
         reason = unmeasured(choose.within.metric, job.evaluate)
         if reason is not None:
             raise JobError(f"{found.path}: choose.within: {choose.within.metric} is not measured: {reason}")
-    if found.metric in TRAINING_METRICS:
+    if found.metric in LOSSES:
         if job.train is None or (found.metric == "eval/loss" and job.data.validation is None):
             raise JobError(
                 f"{found.space.path}: METRIC {found.metric}: the job measures none; it needs train and data.validation"
             )
-        return
-    reason = unmeasured(found.metric, job.evaluate)
-    if reason is not None:
+        return LOSSES[found.metric]
+    measure = measure_of(found.metric, job.evaluate)
+    if measure is None:
+        reason = unmeasured(found.metric, job.evaluate)
         rows = "the development tasks" if found.development else "evaluate"
         raise JobError(f"{found.space.path}: METRIC {found.metric} is not measured by {rows}: {reason}")
+    return measure
 
 
 def counted(items: Sequence[_T], what: str, say: Say) -> Iterator[_T]:

@@ -62,9 +62,8 @@ def reported(stage: Stage, metrics: Mapping[str, Any]) -> None:
     tags = {"stage": stage.name}
     if metrics.get("steps_per_s"):
         _gauge("step_seconds", "Seconds of one training step.", "stage").set(1 / metrics["steps_per_s"], tags)
-    for name in ("train/loss", "train/loss_nats"):
-        if name in metrics:
-            _gauge("train_loss", "Loss of the last training step.", "stage").set(metrics[name], tags)
+    if "train/loss" in metrics:
+        _gauge("train_loss", "Loss of the last training step.", "stage").set(metrics["train/loss"], tags)
     if "done" in metrics:
         more = metrics["done"] - _rows.get(stage.key, 0)
         _rows[stage.key] = metrics["done"]

@@ -5,7 +5,7 @@ Images of one prompt and seed differ by strength and guidance alone. Axes: S str
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from steerlab.evaluation.asking.items import Numbered, data_rows
+from steerlab.evaluation.statistics.measures import Measure
 from steerlab.job import DataSet, Frozen, TaskConfig, cut
 from steerlab.steered import pictures
 from steerlab.steered.drawing import SteeredPipeline
@@ -87,6 +88,12 @@ def draw(model: SteeredPipeline, config: ImageConfig, strengths: Sequence[float]
         for number, scale in enumerate(scales)
     ]
     return items, found
+
+
+def at_scales(config: ImageConfig, measures: Iterable[Measure]) -> tuple[Measure, ...]:
+    """Return measures under the names that they have at each guidance scale."""
+    suffixes = ["", *(f"@{scale:g}" for scale in config.guidance[1:])]
+    return tuple(measure._replace(name=f"{measure.name}{suffix}") for suffix in suffixes for measure in measures)
 
 
 def with_zero(strengths: Sequence[float]) -> tuple[float, ...]:

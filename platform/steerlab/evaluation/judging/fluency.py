@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from steerlab.evaluation.asking.answers import judged
 from steerlab.evaluation.asking.continuation import conversation
+from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Score, observed
 from steerlab.steered.language import Generation, SteeredModel
 
@@ -57,9 +58,10 @@ def observe(
     return found
 
 
-def transforms(task: str) -> dict[str, str]:
-    """Return the transforms of the metrics that `observe` gives."""
-    return {f"{task}/base_perplexity": "exp"}
+def measures() -> tuple[Measure, ...]:
+    """Return what `observe` measures."""
+    perplexity = Measure("base_perplexity", "lower", low=1.0, transform="exp")
+    return (*(share(f"distinct_{n}", "higher") for n in ORDERS), perplexity)
 
 
 def distinct(text: str, n: int) -> float | None:

@@ -18,11 +18,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from steerlab.evaluation.statistics import intervals
+from steerlab.evaluation.statistics.measures import Measure, Transform, find
 from steerlab.job import Phase, Role, TaskConfig
 from steerlab.models import ModelFacts
-
-Transform = Literal["identity", "mean", "exp", "share", "bootstrap", "median"]
-"""How the observations of a metric become a number: see `summarise`."""
 
 TOO_LONG: Literal["too_long"] = "too_long"
 """What stands for the score of an item that does not fit into a model's context."""
@@ -38,6 +36,11 @@ MAX_SAMPLES = 20
 TokenKinds = frozenset[tuple[Phase, Role]]
 """Kinds of tokens by phase and role; the role `response` is the job's `data.response_role`."""
 EVERY_TOKEN: TokenKinds = frozenset(itertools.product(get_args(Phase), get_args(Role)))
+
+
+def plain_texts(config: TaskConfig) -> bool:
+    """Say of a task that works on plain texts that it needs no chat template."""
+    return False
 
 
 @contextmanager
@@ -113,10 +116,15 @@ class Result:
 
     observations: list[Observation]
     samples: list[dict[str, Any]]
-    transforms: dict[str, str] = field(default_factory=dict)
-    """metric -> a `Transform`, for metrics that are not plain means."""
+    measures: Sequence[Measure] = ()
+    """What the observations are of: the task's own measures, for this config."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Files kept beside the metrics, by their path below the task's folder: images."""
+
+    def measure(self, metric: str) -> Measure:
+        """Return what a metric (`task/name`) measures; a plain mean, of which nothing is known, where that is not said."""
+        name = metric.partition("/")[2] or metric
+        return find(self.measures, name) or Measure(name, None)
 
 
 class Task(NamedTuple):
@@ -125,6 +133,8 @@ class Task(NamedTuple):
     Config: type[TaskConfig]
     run: Callable[[Any, Any], Result]
     """(`SteeredModel` or `SteeredPipeline`, config) -> what was found."""
+    measures: Callable[[Any], Sequence[Measure]]
+    """config -> the numbers that the task reports."""
     version: int = 1
     """Raised whenever the task's own data or scoring changes, so that older results are not taken for new ones."""
     kinds: tuple[str, ...] = ("causal_lm",)
@@ -139,7 +149,11 @@ class Task(NamedTuple):
     on none of them leaves the metric as it is without the patch."""
 
 
-def summarise(observations: Sequence[Observation], transform: str = "identity") -> Metric:
+def summarise(
+    observations: Sequence[Observation],
+    transform: str = "identity",
+    bounds: tuple[float | None, float | None] = (None, None),
+) -> Metric:
     """Summarise the observations of one metric at one strength.
 
     With m = sum w v / sum w over the scored items (value given, weight above 0), the value is f(m), and the standard error
@@ -154,6 +168,8 @@ def summarise(observations: Sequence[Observation], transform: str = "identity") 
     they lie in [0, 1], and Wilson's interval holds for their mean, halves or not. `bootstrap`: the interval of their mean is
     that of items drawn anew. `median`: they are no mean but a median, with the interval of the sign test, and its length over
     2 x 1.96 as error (McKean and Schrader, 1984).
+
+    An interval ends at the `bounds` of what there can be (lowest, highest): Student's knows of none.
 
     Raises:
         ValueError: when a weight is negative or the transform is unknown.
@@ -173,7 +189,7 @@ def summarise(observations: Sequence[Observation], transform: str = "identity") 
     value, slope = _transformed(mean, transform)
     error = _error(value_N, weight_N, mean)
     interval = _interval(value_N, weight_N, mean, error, transform)
-    low, high = (None, None) if interval is None else (_transformed(end, transform)[0] for end in interval)
+    low, high = (None, None) if interval is None else (_within(_transformed(end, transform)[0], bounds) for end in interval)
     return Metric(value, None if error is None else slope * error, n, low=low, high=high, **left_out)
 
 
@@ -183,9 +199,19 @@ def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
     for observation in result.observations:
         groups[observation.strength][observation.metric].append(observation)
     return {
-        strength: {name: summarise(group, result.transforms.get(name, "identity")) for name, group in metrics.items()}
+        strength: {name: _of_measure(group, result.measure(name)) for name, group in metrics.items()}
         for strength, metrics in groups.items()
     }
+
+
+def _of_measure(observations: Sequence[Observation], measure: Measure) -> Metric:
+    return summarise(observations, measure.transform, (measure.low, measure.high))
+
+
+def _within(value: float, bounds: tuple[float | None, float | None]) -> float:
+    low, high = bounds
+    value = value if low is None else max(low, value)
+    return value if high is None else min(high, value)
 
 
 def paired_difference(

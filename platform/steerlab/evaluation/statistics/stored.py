@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator
 
-from steerlab.evaluation.statistics.metrics import Observation, Transform
+from steerlab.evaluation.statistics.measures import Better, Measure, Transform
+from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.guards import saved
 from steerlab.guards.faults import explained
 
@@ -58,9 +59,21 @@ class Metric(saved.Shape):
     empty: int = 0
 
 
+class StoredMeasure(saved.Shape):
+    """What a metric measures, as it stands in files: see `measures.Measure`."""
+
+    better: Better | None = None
+    unit: str = ""
+    low: _Number = None
+    high: _Number = None
+    transform: Transform = "identity"
+
+
 class _Metrics(saved.Shape):
     strengths: dict[StrengthKey, dict[str, Metric]]
-    transforms: dict[str, Transform]
+    measures: dict[str, StoredMeasure] = {}
+    transforms: dict[str, Transform] = {}
+    """In files of earlier versions, in place of `measures`."""
 
 
 class Sample(saved.Shape):
@@ -88,9 +101,22 @@ def strengths(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def transforms(directory: Path) -> dict[str, Transform]:
-    """Return how the mean over a metric's items becomes its value, by metric. Raises ValueError."""
-    return saved.read_like(directory / _METRICS, _Metrics)["transforms"]
+def measures(directory: Path) -> dict[str, Measure]:
+    """Return what the metrics measure, by metric; of those of earlier versions the transform alone. Raises ValueError."""
+    found = saved.read(directory / _METRICS, _Metrics)
+    return {name: Measure(name, None, transform=transform) for name, transform in found.transforms.items()} | {
+        name: measured(name, one) for name, one in found.measures.items()
+    }
+
+
+def measured(name: str, one: StoredMeasure) -> Measure:
+    """Return what a metric measures from how that stands in a file."""
+    return Measure(name, one.better, one.unit, one.low, one.high, one.transform)
+
+
+def dumped(measure: Measure) -> dict[str, Any]:
+    """Return what a metric measures as it stands in files."""
+    return {name: value for name, value in measure._asdict().items() if name != "name"}
 
 
 def observations(directory: Path, strength: float) -> list[Observation]:

@@ -23,7 +23,8 @@ from pydantic import Field
 
 from steerlab.evaluation.asking.answers import answers, judged
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, has_input, instruction_rows
-from steerlab.evaluation.statistics.metrics import Observation, Result
+from steerlab.evaluation.statistics.measures import Measure, empty, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task
 from steerlab.job import Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import Generation, SteeredModel
@@ -46,6 +47,11 @@ class Config(TaskConfig):
     """Longest answer in tokens."""
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    return (Measure("response_tokens", None, "tokens", low=0.0), empty(), share("unfinished", "lower"))
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse rows that are not there or lack fields. Raises ValueError."""
     check_rows("source", config.source)
@@ -63,7 +69,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         for item, output in zip(rows, outputs, strict=True):
             observations += judged([output], observe(item.id, output, strength))
             samples.append(entry(item, output.text, name))
-    return Result(observations, samples)
+    return Result(observations, samples, measures(config))
 
 
 def observe(row_id: str, output: Generation, strength: float = 1.0) -> list[Observation]:
@@ -90,3 +96,6 @@ def entry(item: Numbered, output: str, generator: str) -> dict[str, Any]:
 
 def _data(item: Numbered) -> str:
     return str(item.row["input"]) if has_input(item.row) else ""
+
+
+TASK = Task(Config, run, measures, check=check)

@@ -34,7 +34,8 @@ from pydantic import AfterValidator, Field
 
 from steerlab.evaluation.asking.answers import answers, with_empty
 from steerlab.evaluation.asking.items import Numbered, data_rows
-from steerlab.evaluation.statistics.metrics import Observation, Result, spread
+from steerlab.evaluation.statistics.measures import Measure, empty, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, spread
 from steerlab.job import DataSet, TaskConfig
 from steerlab.steered.language import SteeredModel
 
@@ -71,6 +72,11 @@ class Config(TaskConfig):
     """Longest answer in tokens."""
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    return (share("accuracy", "higher"), share("solved", "higher"), empty())
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every problem at every strength."""
     items = data_rows(config.prompts, config.limit, config.seed)
@@ -82,7 +88,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             found = final_number(output.text)
             observations += with_empty("math/empty", item.id, [output], judge(item.id, solution, found, strength), strength)
             samples.append(_sample(item, solution, output.text, found, strength))
-    return Result(observations, spread(samples))
+    return Result(observations, spread(samples), measures(config))
 
 
 def judge(item_id: str, solution: Decimal, found: Decimal | None, strength: float = 1.0) -> list[Observation]:
@@ -120,3 +126,6 @@ def _sample(item: Numbered, solution: Decimal, text: str, found: Decimal | None,
         "final_number": None if found is None else str(found),
         "solved": found == solution,
     }
+
+
+TASK = Task(Config, run, measures)

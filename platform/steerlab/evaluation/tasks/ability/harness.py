@@ -18,13 +18,14 @@ import difflib
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from steerlab.data import sources
-from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, about, spread, too_long
+from steerlab.evaluation.statistics.measures import Better, Measure, Transform, empty
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, about, plain_texts, spread, too_long
 from steerlab.evaluation.tasks.ability.harness_model import Fates, adapter
 from steerlab.job import Seed, Source, TaskConfig
 from steerlab.models import ModelFacts
@@ -53,6 +54,11 @@ class Config(TaskConfig):
         return self.tasks_source if self.trust_remote_code else None
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is known before the task runs: its metrics are the harness's own."""
+    return (empty(), Measure("*", None))
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse a task that the harness does not know, and say what to install where there is no harness. Raises ValueError."""
     _library(config)
@@ -61,7 +67,8 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Run the task at every strength."""
     simple_evaluate, manager = _library(config)
-    observations, samples, transforms = [], [], {}
+    observations, samples = [], []
+    measured: dict[str, Measure] = {}
     for strength in config.strengths:
         fates: Fates = {}
         found = simple_evaluate(
@@ -74,11 +81,11 @@ def run(model: SteeredModel, config: Config) -> Result:
             bootstrap_iters=0,
             fewshot_random_seed=config.seed,
         )
-        new, kinds = observe(found["samples"], found["results"], strength, fates)
+        new, own = observe(found["samples"], found["results"], strength, fates, found.get("higher_is_better") or {})
         observations += new
-        transforms |= kinds
+        measured |= own
         samples += [_sample(name, logged, strength) for name, rows in found["samples"].items() for logged in rows]
-    return Result(observations, spread(samples), transforms)
+    return Result(observations, spread(samples), (*measured.values(), *measures(config)))
 
 
 def _library(config: Config) -> tuple[Any, Any]:
@@ -106,25 +113,34 @@ def _library(config: Config) -> tuple[Any, Any]:
 
 
 def observe(
-    logged: dict[str, list[dict[str, Any]]], reported: dict[str, dict[str, Any]], strength: float, fates: Fates
-) -> tuple[list[Observation], dict[str, str]]:
-    """Turn the harness's logged samples into observations and the transforms of their metrics."""
-    found, transforms = [], {}
+    logged: dict[str, list[dict[str, Any]]],
+    reported: dict[str, dict[str, Any]],
+    strength: float,
+    fates: Fates,
+    higher_is_better: Mapping[str, Mapping[str, bool | None]],
+) -> tuple[list[Observation], dict[str, Measure]]:
+    """Turn the harness's logged samples into observations, and say what their metrics measure, by name."""
+    found: list[Observation] = []
+    measured: dict[str, Measure] = {}
     for task, samples in logged.items():
         found += [_fated(o, task, number, fates) for number, o in _empty(task, samples, strength).items()]
         for (metric, answer_filter), group in _by_metric(samples).items():
             number = reported[task].get(f"{metric},{answer_filter}")
             means = _as_means([sample[metric] for sample in group], number)
-            name = f"lm_eval/{metric}" + ("" if answer_filter == "none" else f"_{answer_filter.replace('-', '_')}")
+            name = metric + ("" if answer_filter == "none" else f"_{answer_filter.replace('-', '_')}")
             if means is None:
-                warnings.warn(f"{name} of {task} is no mean over documents and is left out ({number})", stacklevel=2)
+                warnings.warn(f"lm_eval/{name} of {task} is no mean over documents and is left out ({number})", stacklevel=2)
                 continue
             pairs, transform = means
-            transforms[name] = transform
+            measured[name] = Measure(name, _better(higher_is_better.get(task, {}).get(metric)), transform=transform)
             for number, (value, weight) in zip([sample["doc_id"] for sample in group], pairs, strict=True):
-                one = Observation(name, f"{task}/{number}", value, weight, strength)
+                one = Observation(f"lm_eval/{name}", f"{task}/{number}", value, weight, strength)
                 found.append(_fated(one, task, number, fates))
-    return found, transforms
+    return found, measured
+
+
+def _better(higher_is_better: bool | None) -> Better | None:
+    return None if higher_is_better is None else "higher" if higher_is_better else "lower"
 
 
 def _fated(observation: Observation, task: str, number: int, fates: Fates) -> Observation:
@@ -153,7 +169,7 @@ def _by_metric(samples: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[
     return groups
 
 
-def _as_means(values: Sequence[Any], number: Any) -> tuple[list[tuple[float, float]], str] | None:
+def _as_means(values: Sequence[Any], number: Any) -> tuple[list[tuple[float, float]], Transform] | None:
     """Express the harness's number as a weighted mean: [(value, weight)] and its transform; None where it is not one."""
     if not isinstance(number, int | float):
         return None
@@ -165,7 +181,7 @@ def _as_means(values: Sequence[Any], number: Any) -> tuple[list[tuple[float, flo
     return None
 
 
-def _candidates(values: Sequence[Any]) -> Iterator[tuple[list[tuple[float, float]], str]]:
+def _candidates(values: Sequence[Any]) -> Iterator[tuple[list[tuple[float, float]], Transform]]:
     if all(isinstance(value, bool | int | float) or getattr(value, "ndim", None) == 0 for value in values):
         yield [(float(value), 1.0) for value in values], "identity"
         yield [(-float(value), 1.0) for value in values], "exp"
@@ -184,3 +200,6 @@ def _sample(task: str, logged: dict[str, Any], strength: float) -> dict[str, Any
         "responses": str(logged["filtered_resps"]),
         **{metric: str(logged[metric]) for metric in logged["metrics"]},
     }
+
+
+TASK = Task(Config, run, measures, check=check, chats=plain_texts)

@@ -16,7 +16,8 @@ from pydantic import Field
 
 from steerlab.data import sources
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, data_rows, instruction_rows, number
-from steerlab.evaluation.statistics.metrics import EVERY_TOKEN, Observation, Result, TokenKinds, spread, too_long
+from steerlab.evaluation.statistics.measures import Measure
+from steerlab.evaluation.statistics.metrics import EVERY_TOKEN, Observation, Result, Task, TokenKinds, spread, too_long
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 from steerlab.job import DataSet, Implied, Source, TaskConfig
 from steerlab.models import ModelFacts
@@ -65,6 +66,11 @@ def runs_over(config: Config, metric: str | None) -> TokenKinds:
     return EVERY_TOKEN
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    return (Measure("value", "lower", low=1.0, transform="exp"),)
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse rows that are not there or lack fields. Raises ValueError."""
     if config.data is None:
@@ -88,7 +94,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             found = observe(item.id, next(scored), config.format, strength) if fit else too_long(_unscored(item.id, strength))
             observations.append(found)
             samples.append(_sample(item, found))
-    return Result(observations, spread(samples), {_METRIC: "exp"})
+    return Result(observations, spread(samples), measures(config))
 
 
 def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: float = 1.0) -> Observation:
@@ -138,3 +144,6 @@ def _sample(item: Numbered, found: Observation) -> dict[str, Any]:
     texts = {name: item.row[name] for name in ("instruction", "input", "output", "text") if name in item.row}
     tokens = None if found.value is None else int(found.weight)
     return {"id": item.id, "strength": found.strength, **texts, "nll_nats_per_token": found.value, "tokens": tokens}
+
+
+TASK = Task(Config, run, measures, check=check, runs_over=runs_over, chats=chats)

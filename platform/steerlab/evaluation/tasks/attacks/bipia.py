@@ -38,7 +38,8 @@ from rapidfuzz import fuzz
 from steerlab.data import sources
 from steerlab.evaluation.asking.answers import answers, with_empty
 from steerlab.evaluation.asking.items import choose, number
-from steerlab.evaluation.statistics.metrics import Observation, Result, about, spread
+from steerlab.evaluation.statistics.measures import Measure, empty, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, spread
 from steerlab.guards import files
 from steerlab.inputs.encoding import checked
 from steerlab.job import Seed, Source, TaskConfig
@@ -116,6 +117,13 @@ class Attempt(NamedTuple):
     data: str
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    texts = [scenario for scenario in dict.fromkeys(config.scenarios) if scenario != "code"]
+    groups = [*(["text"] if texts else []), *(["code"] if "code" in config.scenarios else [])]
+    return (*(share(name, "lower") for name in (*texts, *groups)), empty())
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse a folder that lacks files or attacks. Raises ValueError."""
     with about("source"):
@@ -133,7 +141,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         for a, output, own in zip(attempts, outputs, observe(attempts, verdicts, strength), strict=True):
             observations += with_empty("bipia/empty", a.id, [output], own, strength)
         samples += [_sample(a, o.text, v, strength) for a, o, v in zip(attempts, outputs, verdicts, strict=True)]
-    return Result(observations, spread(samples))
+    return Result(observations, spread(samples), measures(config))
 
 
 def judge(attack: Attack, output: str, emoji_ratio: float = 0.0) -> bool | None:
@@ -293,3 +301,6 @@ def _sample(a: Attempt, output: str, verdict: bool | None, strength: float) -> d
             a.attack.kind
         ],
     }
+
+
+TASK = Task(Config, run, measures, check=check)

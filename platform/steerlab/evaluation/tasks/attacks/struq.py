@@ -17,8 +17,9 @@ from typing import Literal
 from pydantic import Field
 
 from steerlab.evaluation.asking.items import check_rows, instruction_rows
-from steerlab.evaluation.statistics.metrics import Result
-from steerlab.evaluation.tasks.attacks.injection import InjectionConfig, Position, run_attacks
+from steerlab.evaluation.statistics.measures import Measure
+from steerlab.evaluation.statistics.metrics import Result, Task
+from steerlab.evaluation.tasks.attacks.injection import InjectionConfig, Position, measures_of, run_attacks
 from steerlab.job import Seed, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -39,6 +40,11 @@ class Config(InjectionConfig):
     """Seed of the attacks and of sampling (paper: 42, 43, 44)."""
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    return measures_of(config, [_SUFFIX[position] for position in config.positions])
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse rows that are not there or lack fields. Raises ValueError."""
     check_rows("source", config.source)
@@ -48,3 +54,6 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Attack the rows of the benchmark."""
     rows = instruction_rows(config.source, needs_input=True, offset=0, limit=config.limit, seed=config.seed)
     return run_attacks(model, config, rows, config.positions, _SUFFIX, "struq")
+
+
+TASK = Task(Config, run, measures, check=check)

@@ -38,8 +38,9 @@ import torch
 from pydantic import Field, model_validator
 
 from steerlab import models
-from steerlab.evaluation.statistics.metrics import Observation, Result
-from steerlab.evaluation.tasks.cost.contenders import CONTROL, UNPATCHED, Contender, at_strength
+from steerlab.evaluation.statistics.measures import Better, Measure
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, plain_texts
+from steerlab.evaluation.tasks.cost.contenders import CONTROL, FOLDED, PATCHED, UNPATCHED, Contender, at_strength
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Batch, Encoded, collate
 from steerlab.job import TaskConfig
 from steerlab.models import ModelFacts
@@ -83,6 +84,23 @@ class Timing(NamedTuple):
     """None where it was not measured."""
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured; the model without its patches, and how it compares with itself, are no result."""
+    units = {"decode_ms": "ms a token", "prefill_ms": "ms", "tokens_per_s": "tokens/s", "peak_memory_bytes": "bytes"}
+    forms = (PATCHED, *((FOLDED,) if config.folded else ()), UNPATCHED, CONTROL)
+    found = []
+    for size in config.batch_sizes:
+        for form in forms:
+            is_result = form in (PATCHED, FOLDED)
+            names = {} if form == UNPATCHED else dict.fromkeys(_RATIOS, "ratio")
+            names |= {} if form == CONTROL else units
+            for name, unit in names.items():
+                better: Better = "higher" if name == "tokens_per_s" else "lower"
+                full = f"{form}{name}_batch_{size}"
+                found.append(Measure(full, better if is_result else None, unit, low=0.0, transform="median"))
+    return tuple(found)
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse generations that do not fit into the model's context. Raises ValueError."""
     if facts.max_positions and config.prompt_tokens + config.new_tokens > facts.max_positions:
@@ -106,7 +124,7 @@ def run(model: SteeredModel, config: Config, clock: Clock = time.perf_counter) -
             samples.append(sample)
     finally:
         model.attach()
-    return Result(observations, samples, dict.fromkeys((o.metric for o in observations), "median"))
+    return Result(observations, samples, measures(config))
 
 
 def _timed(model: SteeredModel, strength: float, config: Config, clock: Clock) -> tuple[list[Observation], dict[str, Any]]:
@@ -224,3 +242,6 @@ def _conditions(model: SteeredModel) -> dict[str, Any]:
     is_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     return {"device": device, "dtype": str(model.model.dtype), "attention": model.model.config._attn_implementation}
+
+
+TASK = Task(Config, run, measures, check=check, chats=plain_texts)

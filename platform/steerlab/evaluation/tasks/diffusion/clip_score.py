@@ -10,9 +10,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from steerlab.evaluation.asking.images import ImageConfig, draw
+from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw
 from steerlab.evaluation.judging import scorers, vision
-from steerlab.evaluation.statistics.metrics import Observation, Result, about
+from steerlab.evaluation.statistics.measures import Measure, likeness
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts
 from steerlab.job import Source
 from steerlab.models import ModelFacts
 from steerlab.steered.drawing import SteeredPipeline
@@ -27,6 +28,11 @@ class Config(ImageConfig):
     """CLIP model; the papers' is hf:openai/clip-vit-large-patch14."""
     text: str | None = None
     """What the images are compared with; null: each with its own prompt."""
+
+
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    return at_scales(config, [likeness("value")])
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -48,4 +54,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
                 Observation(f"clip_score/value{scale.suffix}", item.id, value, 1.0, strength)
                 for item, value in zip(items, likeness_B.tolist(), strict=True)
             ]
-    return Result(observations, [])
+    return Result(observations, [], measures(config))
+
+
+TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts)

@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steerlab.evaluation.asking.images import ImageConfig, draw
+from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw
 from steerlab.evaluation.judging import vision
-from steerlab.evaluation.statistics.metrics import Observation, Result
+from steerlab.evaluation.statistics.measures import Measure
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, plain_texts
 from steerlab.job import DataSet
 from steerlab.models import ModelFacts
 from steerlab.steered.drawing import SteeredPipeline
@@ -29,6 +30,12 @@ class Config(ImageConfig):
     """Images with labels (format image) on which the classifier is trained whose features compare."""
     field: str = "label"
     """Field of the classifier's rows that it learns to tell."""
+
+
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    features = [Measure("features", "higher", low=0.0, high=2.0)] if config.classifier is not None else []
+    return at_scales(config, [Measure("pixels", "higher", low=0.0), *features])
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -61,7 +68,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
                     for group in groups.values()
                     for i in group
                 ]
-    return Result(observations, [])
+    return Result(observations, [], measures(config))
 
 
 def pixel_distances(images_BCHW: Tensor) -> Tensor:
@@ -73,3 +80,6 @@ def pixel_distances(images_BCHW: Tensor) -> Tensor:
 def _from_others(distance_BB: Tensor, i: int, group: list[int]) -> float:
     others = [j for j in group if j != i]
     return float(distance_BB[i, others].mean())
+
+
+TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts)

@@ -15,9 +15,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from steerlab.evaluation.asking.images import ImageConfig, draw, files, samples
+from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw, files, samples
 from steerlab.evaluation.judging import scorers, vision
-from steerlab.evaluation.statistics.metrics import Observation, Result, about, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts, spread
 from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.drawing import SteeredPipeline
@@ -52,6 +53,13 @@ class Config(ImageConfig):
         if self.classifier is None and (self.away or self.held_out):
             raise ValueError("away and held_out are about a classifier's classes; CLIP has none")
         return self
+
+
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    kept = [share("kept", "lower")] if config.away is not None else []
+    trusted = (share("accuracy", "higher"),) if config.held_out is not None else ()
+    return (*at_scales(config, [share("rate", "higher"), *kept]), *trusted)
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -91,7 +99,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
         observations += [
             Observation("image_concept/accuracy", f"real-{i}", value, 1.0, config.strengths[0]) for i, value in enumerate(right)
         ]
-    return Result(observations, spread(told), files=files(items, drawn, config.strengths, config.keep_images))
+    return Result(observations, spread(told), measures(config), files=files(items, drawn, config.strengths, config.keep_images))
 
 
 def _chosen(clip: vision.Clip | None, images_BCHW: Tensor, config: Config) -> list[str]:
@@ -100,3 +108,6 @@ def _chosen(clip: vision.Clip | None, images_BCHW: Tensor, config: Config) -> li
     texts_2F = clip.texts([text.replace("{concept}", config.concept) for text in config.clip_texts])
     likeness_B2 = clip.images(images_BCHW) @ texts_2F.T
     return [config.concept if first > second else "something" for first, second in likeness_B2.tolist()]
+
+
+TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts)

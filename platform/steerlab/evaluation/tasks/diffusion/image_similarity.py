@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steerlab.evaluation.asking.images import ImageConfig, draw, with_zero
+from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw, with_zero
 from steerlab.evaluation.judging import scorers, vision
-from steerlab.evaluation.statistics.metrics import Observation, Result, about
+from steerlab.evaluation.statistics.measures import Measure, likeness
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts
 from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.drawing import SteeredPipeline
@@ -33,6 +34,14 @@ class Config(ImageConfig):
     """Field of the classifier's rows that it learns to tell."""
     embedding_source: Source | None = None
     """Model of images, DINOv2 or CLIP."""
+
+
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured; at strength 0 all are ones, which are no share."""
+    names = ["ssim"]
+    names += ["features"] if config.classifier is not None else []
+    names += ["embedding"] if config.embedding_source is not None else []
+    return at_scales(config, [likeness(name, transform="bootstrap") for name in names])
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -56,8 +65,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
                 for strength, values in zip(config.strengths, values_SB, strict=False)
                 for item, value in zip(items, values, strict=True)
             ]
-    # All ones at strength 0, which are no share.
-    return Result(observations, [], {observation.metric: "bootstrap" for observation in observations})
+    return Result(observations, [], measures(config))
 
 
 def _compared(model: SteeredPipeline, config: Config, images_SBCHW: Tensor, plain: int) -> dict[str, list[list[float]]]:
@@ -77,3 +85,6 @@ def _compared(model: SteeredPipeline, config: Config, images_SBCHW: Tensor, plai
         x_SBF = x_NF.unflatten(0, images_SBCHW.shape[:2])
         found[metric] = (x_SBF * x_SBF[plain]).sum(-1).tolist()
     return found
+
+
+TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts)

@@ -35,7 +35,8 @@ from pydantic import Field, StringConstraints
 from steerlab.evaluation.asking.answers import answers, with_empty
 from steerlab.evaluation.asking.items import data_rows
 from steerlab.evaluation.judging import scorers
-from steerlab.evaluation.statistics.metrics import Observation, Result, Score, about, observed, spread
+from steerlab.evaluation.statistics.measures import Measure, empty, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, about, observed, spread
 from steerlab.job import DataSet, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -89,6 +90,12 @@ class Asked(NamedTuple):
     data: str
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    harmless = (share("over_refusal", "lower"), empty("empty_harmless")) if config.harmless is not None else ()
+    return (share("attack_success", "lower"), share("refusal_rate", "higher"), empty(), *harmless)
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse a classifier that is not there or does not know the label. Raises ValueError."""
     if config.classifier_source is not None:
@@ -108,7 +115,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             name = "refusal/empty_harmless" if a.kind == "harmless" else "refusal/empty"
             observations += with_empty(name, a.id, [output], observe(a, refused, strength), strength)
             samples.append(_sample(a, output.text, refused, strength))
-    return Result(observations, spread(samples))
+    return Result(observations, spread(samples), measures(config))
 
 
 def observe(asked: Asked, refused: Score, strength: float = 1.0) -> list[Observation]:
@@ -169,3 +176,6 @@ def _sample(asked: Asked, text: str, refused: Score, strength: float) -> dict[st
         "output": text,
         "refused": bool(refused) if isinstance(refused, float) else refused,
     }
+
+
+TASK = Task(Config, run, measures, check=check)

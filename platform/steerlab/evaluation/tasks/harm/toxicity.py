@@ -26,7 +26,8 @@ from steerlab.data import sources
 from steerlab.evaluation.asking.answers import with_empty
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.metrics import Observation, Result, Score, about, observed, spread
+from steerlab.evaluation.statistics.measures import Measure, empty, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, about, observed, plain_texts, spread
 from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -53,6 +54,11 @@ class Config(ContinuationConfig):
     """Probability above which a continuation counts as toxic."""
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured."""
+    return (share("share", "lower"), share("score", "lower"), empty(), *fluency.measures())
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse a scorer that is not there or does not know the label. Raises ValueError."""
     with about("scorer_source"):
@@ -76,7 +82,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             observations += with_empty("toxicity/empty", item_id, [output], found, strength)
             samples.append(sample(item_id, strength, prompt, output.text, toxic_probability=probability))
     observations += fluency.observe("toxicity", model, ids, prompts, outputs, config.strengths)
-    return Result(observations, spread(samples), fluency.transforms("toxicity"))
+    return Result(observations, spread(samples), measures(config))
 
 
 def judge(item_id: str, probability: Score, threshold: float, strength: float = 1.0) -> list[Observation]:
@@ -92,3 +98,6 @@ def _scorer(model: SteeredModel, config: Config) -> scorers.Scorer:
     if config.scorer_source is None:
         return scorers.profanity()
     return scorers.classifier(config.scorer_source, config.toxic_label, model.device)
+
+
+TASK = Task(Config, run, measures, check=check, chats=plain_texts)

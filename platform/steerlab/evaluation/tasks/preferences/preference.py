@@ -24,7 +24,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from steerlab.evaluation.asking.items import Numbered, data_rows
-from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, observed, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, observed, spread
 from steerlab.inputs.encoding import encode_data
 from steerlab.inputs.tokens import Pair
 from steerlab.job import DataSet, TaskConfig
@@ -57,6 +58,17 @@ class Config(TaskConfig):
     """Longer pairs are not scored."""
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured; at strength 0 margin and divergence are 0 of every pair, which is no share of pairs."""
+    return (
+        share("accuracy", "higher"),
+        Measure("margin", "higher", "nats", transform="mean"),
+        share("likelihood_accuracy", "higher"),
+        Measure("kl", "lower", "nats a token", low=0.0, transform="mean"),
+        share("shorter", None),
+    )
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Score the pairs at every strength."""
     items = data_rows(config.pairs, config.limit, config.seed)
@@ -71,8 +83,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         for n, item in enumerate(items):
             observations += observe(item.id, of.get(n), config.beta, strength, compares)
             samples.append(_sample(item, of.get(n), config.beta, strength))
-    # At strength 0 both are 0 of every pair: not a share of pairs.
-    return Result(observations, spread(samples), {"preference/margin": "mean", "preference/kl": "mean"})
+    return Result(observations, spread(samples), measures(config))
 
 
 def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, compares: bool) -> list[Observation]:
@@ -98,3 +109,6 @@ def margin(scored: Scored, beta: float) -> float:
 def _sample(item: Numbered, scored: Scored | None, beta: float, strength: float) -> dict[str, Any]:
     texts = {name: item.row[name] for name in ("prompt", "chosen", "rejected")}
     return {"id": item.id, "strength": strength, **texts, "margin": None if scored is None else margin(scored, beta)}
+
+
+TASK = Task(Config, run, measures, version=3)

@@ -38,7 +38,8 @@ from steerlab.data import sources
 from steerlab.evaluation.asking.items import ALPACA, Numbered, data_rows, has_input
 from steerlab.evaluation.judging import judges, scorers
 from steerlab.evaluation.judging.judges import Answer, Pair, Verdict
-from steerlab.evaluation.statistics.metrics import Observation, Result, about, observed, spread, too_long
+from steerlab.evaluation.statistics.measures import Measure, empty, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, observed, spread, too_long
 from steerlab.job import DataSet, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered import language
@@ -105,6 +106,20 @@ class Config(TaskConfig):
         return self
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured; wins are named after the judge, which may have preferred the longer answers."""
+    judges = ("implicit",) if config.implicit_source is not None else ("language_model", "reward_model")
+    return (
+        *(share(judge, "higher", "share") for judge in judges),
+        share("ties", None),
+        share("longer", None, "share"),
+        Measure("answer_tokens", None, "tokens", low=0.0),
+        Measure("opponent_tokens", None, "tokens", low=0.0),
+        share("unfinished", "lower"),
+        empty(),
+    )
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse judges that are not there, or cannot judge. Raises ValueError."""
     for name in ("implicit_source", "implicit_base_source", "best_by_source"):
@@ -134,7 +149,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             found = observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
             observations += list(map(too_long, found)) if any(answer.too_long for answer in pair) else found
             samples.append(_sample(item.id, strength, pair, verdict))
-    return Result(observations, spread(samples), {f"win_rate/{name}": "share", "win_rate/longer": "share"})
+    return Result(observations, spread(samples), measures(config))
 
 
 def observe(
@@ -262,3 +277,6 @@ def _sample(item_id: str, strength: float, pair: Pair, verdict: Verdict) -> dict
         "opponent": opponent.text,
         "verdict": verdict,
     }
+
+
+TASK = Task(Config, run, measures, check=check)

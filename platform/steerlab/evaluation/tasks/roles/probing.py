@@ -35,12 +35,14 @@ from torch import Tensor
 
 from steerlab.evaluation.asking.answers import answers, with_empty
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
+from steerlab.evaluation.statistics.measures import Measure, empty, likeness, share
 from steerlab.evaluation.statistics.metrics import (
     EVERY_TOKEN,
     TOO_LONG,
     Observation,
     Result,
     Score,
+    Task,
     TokenKinds,
     contains,
     observed,
@@ -53,7 +55,7 @@ from steerlab.job import Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
-Measure = Literal["layers", "concept", "causal", "cosine"]
+Probed = Literal["layers", "concept", "causal", "cosine"]
 _EXECUTED = ("probing/executed_rotated", "probing/executed_unrotated")
 
 
@@ -62,7 +64,7 @@ class Config(TaskConfig):
 
     task: Literal["probing"] = "probing"
     """This task."""
-    measures: tuple[Measure, ...] = Field(("layers", "concept", "causal", "cosine"), min_length=1)
+    measures: tuple[Probed, ...] = Field(("layers", "concept", "causal", "cosine"), min_length=1)
     """What is measured."""
     source: Source = ALPACA
     """Instruction rows with an input, on which the probes are trained and tested."""
@@ -120,6 +122,17 @@ class LinearProbe(NamedTuple):
         return ((h_NLD - self.mean_LD) / self.std_LD * self.weight_LD).sum(-1) + self.bias_L > 0
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured: a model that keeps roles apart tells them, and does not execute what is given as data."""
+    found: dict[Probed, tuple[Measure, ...]] = {
+        "layers": (share("layer_*", "higher"),),
+        "concept": (share("concept_accuracy", "higher"), share("probe_as_instruction", "lower")),
+        "causal": (share("executed_rotated", "lower"), share("executed_unrotated", None), empty()),
+        "cosine": (likeness("cosine_layer_*", "lower"),),
+    }
+    return tuple(measure for probed in config.measures for measure in found[probed])
+
+
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
     """Return the tokens whose states are read, those of prompts; what the model executes it writes itself."""
     writes = "causal" in config.measures if metric is None else metric in (*_EXECUTED, "probing/empty")
@@ -159,7 +172,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     if "causal" in config.measures:
         found, samples = _observe_causal(model, items, config)
         observations += found
-    return Result(observations, spread(samples))
+    return Result(observations, spread(samples), measures(config))
 
 
 def concept_layer(config: Config, num_layers: int) -> int:
@@ -282,7 +295,7 @@ def _prompt(encoder: Encoder, item: Numbered, exchanged: bool) -> Conversation:
 def _left_out(model: SteeredModel, long: Sequence[Numbered], config: Config, strength: float) -> list[Observation]:
     """Return an observation without a value of each row that does not fit, in the metrics that rows are part of."""
     layers = range(model.num_layers + 1)
-    of_measure: dict[Measure, list[str]] = {
+    of_measure: dict[Probed, list[str]] = {
         "layers": [f"probing/layer_{layer:02d}" for layer in layers],
         "concept": ["probing/concept_accuracy"],
         "cosine": [f"probing/cosine_layer_{layer:02d}" for layer in layers],
@@ -325,8 +338,8 @@ def _observe_concept(
     probe = fit(at_layer.where(is_train_N), config)
     found = _accuracies(probe, at_layer.where(~is_train_N), rows, lambda _: "probing/concept_accuracy", strength)
     shares = _probe_shares(model, items, layer, probe, strength)
-    for item, (share, num_tokens) in zip(items, shares, strict=True):
-        found.append(observed("probing/probe_as_instruction", item.id, share, strength, num_tokens))
+    for item, (taken, num_tokens) in zip(items, shares, strict=True):
+        found.append(observed("probing/probe_as_instruction", item.id, taken, strength, num_tokens))
     return found
 
 
@@ -402,3 +415,6 @@ def _observe_causal(
                 }
             )
     return observations, samples
+
+
+TASK = Task(Config, run, measures, check=check, runs_over=runs_over)

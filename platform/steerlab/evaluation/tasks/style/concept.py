@@ -29,7 +29,8 @@ from steerlab.evaluation.asking.answers import with_empty
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, sample
 from steerlab.evaluation.asking.items import Numbered, choose
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.metrics import Result, Score, about, observed, spread
+from steerlab.evaluation.statistics.measures import Measure, empty, likeness, share
+from steerlab.evaluation.statistics.metrics import Result, Score, Task, about, observed, plain_texts, spread
 from steerlab.job import Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -82,6 +83,14 @@ class Config(ContinuationConfig):
         return self
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured; the task asks whether a concept is there, as methods that induce one are judged."""
+    found = [share("words", "higher")] if config.words else []
+    found += [likeness("similarity")] if config.embedding_source else []
+    found += [share("judged", "higher")] if config.classifier_source or config.judge_source else []
+    return (*found, empty(), *fluency.measures())
+
+
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse scorers that are not there, do not know the class or cannot say Yes and No. Raises ValueError."""
     if config.embedding_source is not None:
@@ -111,7 +120,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             observations += with_empty("concept/empty", item_id, [output], own, strength)
             samples.append(sample(item_id, strength, prompt, output.text, concept=config.concept, **found))
     observations += fluency.observe("concept", model, ids, prompts, outputs, config.strengths)
-    return Result(observations, spread(samples), fluency.transforms("concept"))
+    return Result(observations, spread(samples), measures(config))
 
 
 def holds_a_word(words: Sequence[str]) -> scorers.Scorer:
@@ -161,3 +170,6 @@ def _scorers(model: SteeredModel, config: Config) -> dict[str, scorers.Scorer]:
         asked = config.question.replace("{concept}", config.concept)
         found["judged"] = scorers.yes_or_no(config.judge_source, lambda text: asked.replace("{text}", text), model.device)
     return found
+
+
+TASK = Task(Config, run, measures, check=check, chats=plain_texts)

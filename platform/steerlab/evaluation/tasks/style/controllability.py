@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import Field, SerializeAsAny, create_model, model_validator
 
+from steerlab.evaluation.statistics.measures import Measure, find, likeness
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, TokenKinds, observed
 from steerlab.job import TaskConfig, task_union
 from steerlab.models import ModelFacts
@@ -81,6 +82,7 @@ def over(tasks: Mapping[str, Task]) -> Task:
     return Task(
         config,
         partial(run, tasks),
+        partial(measures, tasks),
         1 + sum(task.version - 1 for task in tasks.values()),
         check=partial(check, tasks),
         runs_over=partial(runs_over, tasks),
@@ -88,8 +90,23 @@ def over(tasks: Mapping[str, Task]) -> Task:
     )
 
 
+def measures(tasks: Mapping[str, Task], config: Config, found: Sequence[Measure] = ()) -> tuple[Measure, ...]:
+    """Return what is measured: the metric of the task within, and how it follows the strength; `found` is what it found."""
+    name = config.metric.partition("/")[2]
+    within = find([*found, *tasks[config.of.task].measures(config.of)], name) or Measure(name, None)
+    tau = likeness(_TAU.partition("/")[2], within.better, "bootstrap")
+    slope = Measure(_SLOPE.partition("/")[2], within.better, within.unit, transform="bootstrap")
+    return (within._replace(name=name), *((tau, slope) if len(set(config.strengths)) > 1 else ()))
+
+
 def check(tasks: Mapping[str, Task], config: Config, facts: ModelFacts) -> None:
-    """Refuse what the task within refuses. Raises ValueError with the field within."""
+    """Refuse what the task within refuses, and a metric that it does not have. Raises ValueError with the field."""
+    within = tasks[config.of.task].measures(config.of)
+    if find(within, config.metric.partition("/")[2]) is None:
+        known = [f"{config.of.task}/{measure.name}" for measure in within]
+        near = difflib.get_close_matches(config.metric, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"metric: task {config.of.task} has no {config.metric}{hint}; it has {', '.join(known)}")
     try:
         tasks[config.of.task].check(config.of, facts)
     except ValueError as error:
@@ -114,8 +131,7 @@ def run(tasks: Mapping[str, Task], model: SteeredModel, config: Config) -> Resul
     observations = [o._replace(metric=name) for o in measured]
     if len(set(config.strengths)) > 1:
         observations += judge(measured, config.strengths[0])
-    transforms = {name: found.transforms.get(config.metric, "identity"), _TAU: "bootstrap", _SLOPE: "bootstrap"}
-    return Result(observations, found.samples, transforms)
+    return Result(observations, found.samples, measures(tasks, config, found.measures))
 
 
 def judge(measured: Sequence[Observation], headline: float) -> list[Observation]:

@@ -22,7 +22,8 @@ from pydantic import AfterValidator, Field
 from steerlab.evaluation.asking.answers import with_empty
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.metrics import Observation, Result, Score, observed, spread
+from steerlab.evaluation.statistics.measures import Measure, empty, likeness, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, observed, plain_texts, spread
 from steerlab.job import DataSet
 from steerlab.steered.language import SteeredModel
 
@@ -52,6 +53,11 @@ class Config(ContinuationConfig):
     """First words of each text that make the prompt; null takes the whole text."""
 
 
+def measures(config: Config) -> tuple[Measure, ...]:
+    """Return what is measured; which sentiment is wanted is for the user to say."""
+    return (likeness("score", None), share("positive", None), share("negative", None), empty(), *fluency.measures())
+
+
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue the beginning of every text at every strength and score the continuations."""
     scorer = vader()
@@ -66,7 +72,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             observations += with_empty("sentiment/empty", item_id, [output], found, strength)
             samples.append(sample(item_id, strength, prompt, output.text, compound=compound))
     observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths)
-    return Result(observations, spread(samples), fluency.transforms("sentiment"))
+    return Result(observations, spread(samples), measures(config))
 
 
 def judge(item_id: str, compound: Score, strength: float = 1.0) -> list[Observation]:
@@ -91,3 +97,6 @@ def vader() -> scorers.Scorer:
 
     analyser = SentimentIntensityAnalyzer()
     return lambda texts: [analyser.polarity_scores(text)["compound"] for text in texts]
+
+
+TASK = Task(Config, run, measures, chats=plain_texts)
