@@ -33,14 +33,14 @@ def build(name: str) -> tuple[Any, Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from steerlab.inputs.tokens import Batch
-    from steerlab.methods import METHODS
+    from steerlab.methods import METHODS, trained
     from steerlab.methods.contract import Inputs
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=D, intermediate_size=4 * D, num_hidden_layers=LAYERS, num_attention_heads=16
     )
-    module = METHODS[name].module(LlamaForCausalLM(config).train(), METHODS[name].Config(), Inputs())
+    module = trained(name).module(LlamaForCausalLM(config).train(), METHODS[name].Config(), Inputs())
     ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
     roles = (torch.arange(TOKENS) >= 2 * TOKENS // 5).long().expand(ROWS, TOKENS)
     batch = Batch(ids, roles, torch.ones_like(ids), torch.arange(TOKENS).expand(ROWS, TOKENS), ids, torch.zeros_like(ids))

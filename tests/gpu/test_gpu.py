@@ -13,7 +13,7 @@ from steerlab.data.worlds import tiny
 from steerlab.evaluation.tasks.cost import efficiency
 from steerlab.inputs.encoding import Encoder, encode_data
 from steerlab.inputs.tokens import collate
-from steerlab.methods import METHODS
+from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.patches import EmbeddingPatch, LogitPatch, rotate
 from steerlab.steered.language import SteeredModel
@@ -32,10 +32,9 @@ def test_a_quarter_turn_is_exact_in_bfloat16() -> None:
 def test_a_bfloat16_step_lowers_the_loss(name: str, tiny_dir: Path, encoder: Encoder) -> None:
     torch.manual_seed(0)
     model = models.load_model(tiny_dir, dtype="bfloat16").to("cuda").train()  # type: ignore[arg-type]
-    method = METHODS[name]
-    assert method.module is not None
+    method = trained(name)
     module = method.module(model, method.Config(), Inputs()).to("cuda").train()
-    pairs = method.trains_on == "preference"
+    pairs = method.module.trains_on == "preference"
     texts, data_format = ("preferences", "preference") if pairs else ("instructions", "instruction")
     rows = encode_data(encoder, tiny.rows(f"{texts}/train", 16), data_format, 64).rows
     batch = collate(rows, encoder.pad_id, loss_on="response" if pairs else "all").to("cuda")

@@ -16,7 +16,8 @@ from steerlab.activations.parquet import Activations
 from steerlab.inputs.drawings import Prompter
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import ExtractConfig, MethodConfig
-from steerlab.methods.contract import Method, Moments, OfEachRow, OverParts, OverRows, Preparation, Source
+from steerlab.methods.contract import Method
+from steerlab.methods.preparations import Moments, OfEachRow, OverParts, OverRows, Preparation, Source
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.stages import prepare
 from steerlab.stages.reduce import SumsOfShard

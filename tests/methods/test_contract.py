@@ -17,16 +17,28 @@ from steerlab.inputs.drawings import Prompter
 from steerlab.inputs.encoding import Encoder, encode_data
 from steerlab.inputs.tokens import collate
 from steerlab.job import MethodConfig, Selection
-from steerlab.methods import METHODS
-from steerlab.methods.contract import Inputs, trained_parameters
+from steerlab.methods import METHODS, fitted, trained
+from steerlab.methods.contract import (
+    Fitted,
+    Inputs,
+    Loss,
+    PatchAlone,
+    PatchedModel,
+    SteeringConfig,
+    Trained,
+    Trainee,
+    WholeModel,
+    language_modelling_loss,
+    trained_parameters,
+)
 from steerlab.patches import taps
 from steerlab.steered import language
 from steerlab.steered.drawing import SteeredPipeline
 
-TRAINED = [(name, kind) for name, method in METHODS.items() if method.module for kind in method.kinds]
+TRAINED = [(name, kind) for name, method in METHODS.items() if isinstance(method, Trained) for kind in method.kinds]
 each_method = pytest.mark.parametrize("name", METHODS)
 each_trained = pytest.mark.parametrize(("name", "kind"), TRAINED)
-each_fitted = pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.fit])
+each_fitted = pytest.mark.parametrize("name", [name for name, method in METHODS.items() if isinstance(method, Fitted)])
 # LinEAS compares whole distributions; WaRP's gradients of a step are one, its loss is vanilla's.
 additive = pytest.mark.parametrize(("name", "kind"), [pair for pair in TRAINED if pair[0] not in ("lineas", "warp")])
 
@@ -50,11 +62,11 @@ def model(model_dir: Path) -> Any:
 def batch(name: str, kind: str, encoder: Encoder, model: Any) -> Any:
     """Rows of the sort that the method trains on."""
     if kind == "diffusion":
-        data_format = "image" if METHODS[name].trains_on == "train" else "text"
+        data_format = "image" if trained(name).module.trains_on == "train" else "text"
         prompter = Prompter(model)
         rows = prompter.encode_data(pixels.rows("digits/train", Path)[:6], data_format, 0).rows
         return prompter.collate(rows, numbers=range(6))  # type: ignore[arg-type]
-    texts, data_format = TEXTS.get(METHODS[name].trains_on, ("instructions", "instruction"))
+    texts, data_format = TEXTS.get(trained(name).module.trains_on, ("instructions", "instruction"))
     rows = encode_data(encoder, tiny.rows(f"{texts}/train", 6), data_format, 64).rows
     return collate(rows, encoder.pad_id, loss_on="response" if data_format == "preference" else "all", numbers=range(6))
 
@@ -70,7 +82,7 @@ def make(extracted: Any, prepared: Any) -> Make:
     """A function (name, kind, model) -> trainee, with what the method reads and prepares, of other texts."""
 
     def trainee(name: str, kind: str, model: Any) -> torch.nn.Module:
-        method, config = METHODS[name], config_of(name, kind)
+        method, config = trained(name), config_of(name, kind)
         if kind == "diffusion":
             texts = [row["text"] for row in pixels.rows("digits/test", Path)[:8]]
             read = {role: extracted(model, texts, select=STEERED) for role in method.reads(config)}
@@ -80,7 +92,6 @@ def make(extracted: Any, prepared: Any) -> Make:
             read = {role: extracted(model, texts) for role in method.reads(config)}
             before = prepared(method, config, model, tiny.rows("refusals/train", 8))
         torch.manual_seed(0)
-        assert method.module is not None
         return method.module(model, config, Inputs(activations=read, prepared=before))
 
     return trainee
@@ -131,14 +142,14 @@ def test_steps_lower_the_loss_and_move_only_what_trains(name: str, kind: str, ma
     losses = []
     for step in range(4):
         module.on_step(step, 10.0)  # type: ignore[operator]
-        METHODS[name].before_pass(module, True)
+        module.before_pass(True)  # type: ignore[operator]
         loss = module(batch).total
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is None for n, p in module.named_parameters() if n in frozen)
         optimizer.step()
-        METHODS[name].after_step(module, 1e-3)
+        module.after_step(1e-3)  # type: ignore[operator]
     assert losses[-1] < losses[0]
     assert all(torch.equal(dict(module.named_parameters())[n], value) for n, value in frozen.items())
 
@@ -148,7 +159,7 @@ def test_the_saved_result_gives_the_same_logits(
     name: str, kind: str, make: Make, model: Any, batch: Any, encoder: Encoder, tmp_path: Path
 ) -> None:
     """What is trained, saved and loaded again is one model: the loss through the loaded patch equals the trained one's."""
-    method, fingerprint = METHODS[name], models.fingerprint(model)
+    fingerprint = models.fingerprint(model)
     if kind == "causal_lm":
         models.save_model(model, encoder.tokenizer, tmp_path / "model")
     else:
@@ -159,12 +170,87 @@ def test_the_saved_result_gives_the_same_logits(
     with torch.no_grad():
         expected = output(module.model, inputs)
     if module.patch is not None:
-        patch = method.finished(module, module.patch.state_dict()) if method.finished else module.patch
-        patches.save(patch, tmp_path / "patch", fingerprint)
+        patches.save(module.finished(module.patch.state_dict()), tmp_path / "patch", fingerprint)
     loaded = language.load(tmp_path, sampler=SAMPLER)
     assert bool(loaded.patches) == METHODS[name].leaves_patch
     with torch.no_grad():
         assert torch.equal(output(loaded.model, batch.patched_inputs), expected)
+
+
+def frozen_by_hand(base: type[Trainee]) -> type[Trainee]:
+    """A trainee with a small patch on a frozen model, as a reader of the README may write it, from one of the bases."""
+
+    class Biased(base):  # type: ignore[misc, valid-type]
+        def __init__(self, model: Any, config: Any, inputs: Inputs) -> None:
+            super().__init__(model)
+            model.requires_grad_(False)
+            self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
+            patches.attach(model, [self.patch])
+
+        def forward(self, batch: Any) -> Loss:
+            logits_BTV = self.model(**batch.patched_inputs).logits
+            return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
+
+    return Biased
+
+
+def test_a_trainee_that_is_not_what_its_base_says_is_refused(tiny_dir: Path) -> None:
+    """A small patch on a frozen model is never saved as a whole model beside it."""
+
+    def made(base: type[Trainee]) -> Trainee:
+        return frozen_by_hand(base)(models.load_model(tiny_dir, seed=0), None, Inputs())  # type: ignore[call-arg]
+
+    made(PatchAlone).check()
+    for base in (WholeModel, PatchedModel):
+        with pytest.raises(ValueError, match=r"Biased freezes the model, .* derive it from PatchAlone"):
+            made(base).check()
+    loose = made(WholeModel)
+    loose.model.requires_grad_(True)
+    with pytest.raises(ValueError, match="Biased has a patch, which WholeModel does not save: derive it from PatchedModel"):
+        loose.check()
+    bare = made(PatchAlone)
+    bare.patch = None
+    with pytest.raises(ValueError, match=r"Biased has no patch: set self\.patch, or derive it from WholeModel"):
+        bare.check()
+
+
+def test_a_method_of_no_kind_is_none() -> None:
+    """What is left out of a method cannot be wrong in it: a closed form reads both samples, what trains has a base."""
+    for wrong in (torch.nn.Linear, Trainee):
+        with pytest.raises(TypeError, match="derive it from WholeModel, PatchedModel or PatchAlone"):
+            Trained(MethodConfig, wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="MethodConfig of a closed form: derive it from SteeringConfig"):
+        Fitted(MethodConfig, lambda config, source, target: {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="of a method that reads activations: derive it from SteeringConfig"):
+        Trained(MethodConfig, frozen_by_hand(PatchAlone), roles_read=("target",))
+
+    class Config(SteeringConfig):
+        """A closed form's."""
+
+        name: str = "mine"
+
+    mine = Fitted(Config, lambda config, source, target: {})
+    assert mine.reads(Config()) == ("source", "target") and mine.leaves_patch and not mine.leaves_model
+
+
+LEAVES = {
+    "none": (False, False),
+    "vanilla": (True, False),
+    "denoise": (True, False),
+    "aside": (True, True),
+    "ise": (True, True),
+}
+
+
+@each_method
+def test_what_a_method_leaves_is_that_of_its_kind(name: str) -> None:
+    """Once more and by hand: whether the artifact holds a model, and whether there is a strength to vary."""
+    assert (METHODS[name].leaves_model, METHODS[name].leaves_patch) == LEAVES.get(name, (False, True))
+
+
+@each_trained
+def test_a_trainee_is_what_its_base_says(name: str, kind: str, make: Make, model: Any) -> None:
+    make(name, kind, model).check()  # type: ignore[operator]
 
 
 @each_fitted
@@ -173,12 +259,11 @@ def test_a_fit_maps_every_place_it_names_and_moves_source_towards_target(name: s
     generator = torch.Generator().manual_seed(0)
     source = {place: torch.randn(16, 6, generator=generator).abs() + 1 for place in ("a", "b", "c")}
     target = {place: 0.5 * torch.randn(12, 6, generator=generator).abs() for place in ("a", "b", "c")}
-    method = METHODS[name]
-    assert method.fit is not None
+    method = fitted(name)
     maps = method.fit(method.Config(), source, target)
     assert maps and set(maps) <= set(source)
-    for place, fitted in maps.items():
-        before, after = (x.mean(0).sub(target[place].mean(0)).norm() for x in (source[place], fitted(source[place])))
+    for place, one in maps.items():
+        before, after = (x.mean(0).sub(target[place].mean(0)).norm() for x in (source[place], one(source[place])))
         assert after < before
     again = method.fit(method.Config(), source, target)
     assert all(torch.equal(maps[place].shift_D, again[place].shift_D) for place in maps)
@@ -186,8 +271,7 @@ def test_a_fit_maps_every_place_it_names_and_moves_source_towards_target(name: s
 
 @each_fitted
 def test_a_fit_refuses_what_says_nothing(name: str) -> None:
-    method = METHODS[name]
-    assert method.fit is not None
+    method = fitted(name)
     few, many = {"a": torch.randn(3, 4)}, {"a": torch.randn(8, 4)}
     with pytest.raises(ValueError, match="3 samples"):
         method.fit(method.Config(), few, many)
@@ -232,8 +316,8 @@ def left(make: Make, extracted: Any) -> Callable[[str, Any], Any]:
     def patch_of(name: str, pipeline: Any) -> Any:
         method = METHODS[name]
         texts = [row["text"] for row in pixels.rows("digits/test", Path)[:16]]
-        if method.fit is not None:
-            config, pooling = method.Config(), method.pooling(method.Config())
+        if isinstance(method, Fitted):
+            config, pooling = method.Config(), method.Config().pooling
             read = [extracted(pipeline, part, select=STEERED, pooling=[pooling]) for part in (texts[:8], texts[8:])]
             source, target = ({tap: found.column(tap, pooling) for tap in found.modules} for found in read)
             maps = method.fit(config, source, target)
@@ -249,7 +333,7 @@ def left(make: Make, extracted: Any) -> Callable[[str, Any], Any]:
             optimizer.zero_grad()
             module(batch).total.backward()
             optimizer.step()
-        return method.finished(module, module.patch.state_dict()) if method.finished else module.patch
+        return module.finished(module.patch.state_dict())
 
     return patch_of
 
@@ -288,11 +372,11 @@ def test_what_a_method_leaves_on_a_pipeline(
 @each_fitted
 def test_maps_fitted_on_a_pipeline_act_on_it(name: str, digits_dir: Path, extracted: Any) -> None:
     """The patch of a fit, attached, makes of every pixel of a place what the map makes of it."""
-    method = METHODS[name]
-    assert method.fit is not None and "diffusion" in method.kinds
+    method = fitted(name)
+    assert "diffusion" in method.kinds
     pipeline = models.load_model(digits_dir, seed=0, sampler={"steps": 2, "guidance": 2.0})
     config, place = method.Config(), {"modules": "unet.mid_block.resnets.0.norm2"}
-    pooling = method.pooling(config)
+    pooling = config.pooling
     texts = [row["text"] for row in pixels.rows("digits/test", Path)[:16]]
     read = [extracted(pipeline, part, select=place, pooling=[pooling]) for part in (texts[:8], texts[8:])]
     source, target = ({tap: found.column(tap, pooling) for tap in found.modules} for found in read)
@@ -301,8 +385,8 @@ def test_maps_fitted_on_a_pipeline_act_on_it(name: str, digits_dir: Path, extrac
     attached = patches.attach(pipeline, (patches.ActivationPatch.from_maps(maps, Selection.model_validate(place)),))
     after = values_at(pipeline, texts, place)
     attached.detach()
-    (fitted,) = maps.values()
-    torch.testing.assert_close(after, fitted(before), rtol=1e-5, atol=1e-5)
+    (one,) = maps.values()
+    torch.testing.assert_close(after, one(before), rtol=1e-5, atol=1e-5)
     assert not torch.equal(before, after)
 
 

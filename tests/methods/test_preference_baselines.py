@@ -193,7 +193,7 @@ def test_training_the_reward_model_leaves_the_base_alone_and_saves_what_it_train
             expected = module.second(**batch.model_inputs).logits
             torch.testing.assert_close(patch.second(**batch.model_inputs).logits, expected, rtol=1e-4, atol=1e-5)
         assert len(models.layer_names(patch.second)) == settings.get("num_layers", 4)
-        num, _ = genarm.trains(module.config, base)
+        num, _ = genarm.Genarm.size(module.config, base)
         assert num == sum(p.numel() for p in trained_parameters(module).values())
 
 

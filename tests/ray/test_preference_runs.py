@@ -13,7 +13,7 @@ from steerlab import job, models, run
 from steerlab.data.worlds import tiny
 from steerlab.inputs.encoding import encode_data
 from steerlab.run import capacity
-from steerlab.stages import JobType, Plan, preparations
+from steerlab.stages import JobType, Plan
 from steerlab.steered import language
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -66,7 +66,7 @@ def test_a_job_caches_trains_and_evaluates_over_alphas(cluster: None, store: Sto
     assert kl[0] == 0 and kl == sorted(kl)
     assert all(metric["stderr"] is not None for metric in found["0.5"].values())
 
-    cache = Parts.open(store.local("hidden", preparations(wanted)["hidden"].key))
+    cache = Parts.open(store.local("hidden", Plan.of(wanted).prepared["hidden"].stage.key))
     assert sorted(facts["rows"] for facts in cache.facts.values()) == [8, 20, 20]
     model = language.load(store.local("train", done.summary["model"]["key"]))
     rows = encode_data(model.encoder, tiny.rows("preferences/train", 48), "preference", 64).rows

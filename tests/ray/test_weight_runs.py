@@ -15,7 +15,7 @@ from steerlab.activations.moments import Moments
 from steerlab.methods.math import rotation
 from steerlab.methods.warp import Config, places
 from steerlab.run import capacity
-from steerlab.stages import JobType, Plan, preparations
+from steerlab.stages import JobType, Plan
 from steerlab.steered import language
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -50,6 +50,11 @@ def do(store: Store, folder: Path, **method: Any) -> tuple[job.Job, run.Run]:
     return wanted, run.execute(Plan.of(wanted), store, plan.Listener())
 
 
+def prepared(wanted: job.Job) -> dict[str, plan.Stage]:
+    """The stages of what the method asks for before its training."""
+    return {name: found.stage for name, found in Plan.of(wanted).prepared.items()}
+
+
 def stages_run(store: Store, folder: Path, ratios: tuple[float, ...]) -> Counter[str]:
     """Run a job for every ratio and count the stages that were not cached."""
     runs = [do(store, folder, keep_ratio=ratio)[1] for ratio in ratios]
@@ -64,7 +69,7 @@ def test_five_ratios_share_all_that_comes_before_the_mask(cluster: None, tmp_pat
 
 def test_the_artifacts_say_what_was_kept(cluster: None, store: Store, tmp_path: Path) -> None:
     wanted, done = do(store, tmp_path)
-    stages = preparations(wanted)
+    stages = prepared(wanted)
     basis, mask, importance = (Parts.open(store.local(n, stages[n].key)) for n in ("basis", "mask", "importance"))
     moments = Moments.open(store.local("moments", stages["moments"].key))
     assert importance.facts["all"]["rows"] == 24 and importance.facts["all"]["batches"] == 6
@@ -102,8 +107,8 @@ def test_two_workers_sum_what_one_does(cluster: None, store: Store, tmp_path: Pa
     other = Store.open(str(tmp_path / "other"))
     two = job.validate({**WARP, "scale": {"workers": 2}}, JobType, tmp_path / "a.yaml")
     run.execute(Plan.of(two), other, plan.Listener())
-    stages = preparations(wanted)
-    assert preparations(two)["importance"].key == stages["importance"].key
+    stages = prepared(wanted)
+    assert prepared(two)["importance"].key == stages["importance"].key
     for name in ("basis", "importance", "mask"):
         ours, theirs = (Parts.open(one.local(name, stages[name].key)) for one in (store, other))
         for tensor in ours._file_of:
@@ -138,9 +143,9 @@ def test_a_7b_model_is_planned_in_bytes(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
     tree = {**WARP, "model": {"source": str(directory)}, "method": {"name": "warp", "rows_per_shard": 512}}
     wanted = job.validate(tree, JobType, tmp_path / "a.yaml")
-    records = plan.status([*preparations(wanted).values()], Store.open(str(tmp_path / "root")))
+    records = plan.status([*prepared(wanted).values()], Store.open(str(tmp_path / "root")))
     needs = capacity.estimates(Plan.of(wanted), run.check(Plan.of(wanted)), records)
-    found = {name: needs[stage.key] for name, stage in preparations(wanted).items()}
+    found = {name: needs[stage.key] for name, stage in prepared(wanted).items()}
     assert found["basis"].disk_bytes == 4 * 32 * (2 * 4096**2 + 11008**2)
     assert found["mask"].disk_bytes == 32 * (3 * 4096**2 + 2 * 4096 * 11008) / 8
     assert found["moments"].disk_bytes == pytest.approx(2 * found["basis"].disk_bytes, rel=0.01), "float64"

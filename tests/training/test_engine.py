@@ -204,7 +204,7 @@ ROTATED = {"name": "warp", "keep_ratio": 0.3, "rotation": "random", "mask": "ran
 def rotated(root: Path, workers: int, **settings: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:
     """Train coefficients in random coordinates behind a random mask: preparations that need no model."""
     from steerlab.methods import METHODS
-    from steerlab.methods.contract import OverParts, Source
+    from steerlab.methods.preparations import OverParts, Source
     from steerlab.models import skeleton
     from steerlab.storage.tensors import Parts
 

@@ -1,7 +1,7 @@
 """The table of methods. A further method is one new file here and one line below."""
 
 from steerlab.methods import aside, aura, caa, denoise, dpo, genarm, iav, ise, iti, lineas, none, transport, vanilla, warp
-from steerlab.methods.contract import Method
+from steerlab.methods.contract import Fitted, Method, Trained
 
 METHODS: dict[str, Method] = {
     "none": none.METHOD,
@@ -21,3 +21,17 @@ METHODS: dict[str, Method] = {
     "genarm": genarm.METHOD,
     "denoise": denoise.METHOD,
 }
+
+
+def trained(name: str) -> Trained:
+    """Return a method that trains, where nothing else can be asked for."""
+    method = METHODS[name]
+    assert isinstance(method, Trained), f"{name} trains nothing"
+    return method
+
+
+def fitted(name: str) -> Fitted:
+    """Return a closed form, where nothing else can be asked for."""
+    method = METHODS[name]
+    assert isinstance(method, Fitted), f"{name} is no closed form"
+    return method

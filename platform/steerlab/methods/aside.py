@@ -30,7 +30,7 @@ from torch import nn
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
 from steerlab.job import Job, MethodConfig, Radians
-from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
+from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, language_modelling_loss
 from steerlab.models import ModelFacts
 
 if TYPE_CHECKING:
@@ -56,13 +56,11 @@ class Config(MethodConfig):
     """Add a trained vector for each role after the rotation."""
 
 
-class Aside(nn.Module):
+class Aside(PatchedModel):
     """A causal language model behind a rotating embedding."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__()
-        train_everything(model)
-        self.model = model
+        super().__init__(model)
         self.gradual = config.gradual
         self.patch = patches.EmbeddingPatch(
             models.embedding_shape(model)[1], config.angle_rad, config.direction, config.learned, config.linear_shift
@@ -91,4 +89,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
 
 
-METHOD = Method(Config, Aside, check=check)
+METHOD = Trained(Config, Aside, check=check)

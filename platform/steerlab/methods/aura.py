@@ -17,21 +17,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steerlab.job import MethodConfig, Pooling, Selection
-from steerlab.methods.contract import check_samples, fitted
+from steerlab.job import Pooling
+from steerlab.methods.contract import Fitted, SteeringConfig, check_samples
 from steerlab.methods.transport import everywhere
 from steerlab.patches.maps import AffineMap
 
 
-class Config(MethodConfig):
+class Config(SteeringConfig):
     """Hyperparameters of AurA; it has none beyond what is read."""
 
     name: Literal["aura"] = "aura"
     """The method."""
     pooling: Pooling = "max"
     """Pooling of the activations. Paper: max."""
-    steer: Selection | None = None
-    """Where the maps act, among the places that were read; null: there, on every token."""
 
 
 def auroc(source_ND: Tensor, target_MD: Tensor) -> Tensor:
@@ -57,4 +55,4 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return everywhere(aura_map, source, target)
 
 
-METHOD = fitted(Config, _fit, strength_range=(0.0, 1.0))
+METHOD = Fitted(Config, _fit, strength_range=(0.0, 1.0))

@@ -18,21 +18,16 @@ from typing import Literal
 
 from torch import Tensor
 
-from steerlab.job import MethodConfig, Pooling, Selection
-from steerlab.methods.contract import fitted
+from steerlab.methods.contract import Fitted, SteeringConfig
 from steerlab.methods.transport import mean_map
 from steerlab.patches.maps import AffineMap
 
 
-class Config(MethodConfig):
+class Config(SteeringConfig):
     """Hyperparameters of CAA."""
 
     name: Literal["caa"] = "caa"
     """The method."""
-    pooling: Pooling = "mean"
-    """Pooling of the activations."""
-    steer: Selection | None = None
-    """Where the maps act, among the places that were read; null: there, on every token."""
     at: Literal["middle", "all"] | int = "middle"
     """Which of the extracted places is steered: its number from 0, the middle one (paper: the effect is largest there), all."""
 
@@ -51,4 +46,4 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return {name: mean_map(source[name], target[name]) for name in places(config.at, list(source))}
 
 
-METHOD = fitted(Config, _fit)
+METHOD = Fitted(Config, _fit)

@@ -1,27 +1,34 @@
-"""What a method is: a config, a check against the model, and one of two ways to make a patch.
+"""What a method is: a config, a check against the model, and what it makes of the model.
 
-A method is *trained*: `module` is an `nn.Module` whose forward is the paper's loss. Or it is *fitted*: `fit` is a closed form
-from two samples of activations to one affine map a place. Both may ask for activations that an extraction leaves before them,
-and a trained one for preparations of its own, stages that are cached like any other.
+There are three kinds, and which one a method is says all that the stages ask of it:
+
+Plain      makes nothing: the model as it is
+Trained    a `Trainee`, an `nn.Module` whose forward is the paper's loss; what its training leaves is the trainee's kind
+Fitted     a closed form from two samples of activations to one map a place
+
+A trainee derives from one of three bases, by what is left of the training:
+
+WholeModel      the model's own weights
+PatchedModel    the model's own weights, and a patch on them that trained with them (ASIDE's rotation)
+PatchAlone      a patch on the model that it started from, whose weights stay as they are on disk
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from steerlab import patches
 from steerlab.activations.parquet import Activations
-from steerlab.inputs.tokens import IGNORED, Batch, Row
-from steerlab.job import ExtractConfig, Job, MethodConfig, Selection
+from steerlab.inputs.tokens import IGNORED, Row
+from steerlab.job import Job, MethodConfig, Pooling, Selection
+from steerlab.methods.preparations import Preparation
 from steerlab.models import ModelFacts
 from steerlab.patches.maps import AffineMap
-from steerlab.steered.language import SteeredModel
-from steerlab.storage.plan import Estimate
-from steerlab.storage.tensors import Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,26 +43,13 @@ class Loss(NamedTuple):
     """Further sums over targets, reported divided by the same number."""
 
 
-class Trainee(Protocol):
-    """The `nn.Module` that a method hands to the training loop: parameters with `requires_grad` are trained, no others."""
+class Size(NamedTuple):
+    """What a training holds, for the estimate before it starts."""
 
-    model: PreTrainedModel
-    patch: Any | None
-    """The patch that is saved with the weights, or None."""
-
-    def forward(self, batch: Batch) -> Loss:
-        """Return the paper's loss of one micro-batch."""
-        ...
-
-    def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Follow the training: called before step `step` (from 0) on every worker; at most all steps are one epoch."""
-        ...
-
-
-MIN_SAMPLES = 4
-"""Fewer samples say nothing about a distribution (authors' code: `force_small_batch`)."""
-Samples = Mapping[str, Tensor]
-"""Pooled activations by tap: (N, D), float32."""
+    trained: int
+    """Parameters that train."""
+    more_bytes: int = 0
+    """Bytes of a worker besides the model, what trains, and the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -70,177 +64,229 @@ class Inputs:
     """What the method's preparations left, by their name."""
 
 
-NOTHING = Estimate()
+class Trainee(nn.Module):
+    """What trains, and how: parameters with `requires_grad` are trained, no others.
+
+    Made as `Trainee(model, config, inputs)`. Derive from `WholeModel`, `PatchedModel` or `PatchAlone`, not from this.
+    """
+
+    trains_on: ClassVar[str] = "train"
+    """Role of the data set whose rows are trained on."""
+    holds_logits: ClassVar[bool] = True
+    """False when the loss makes logits in pieces, so that those of a batch are never there at once; for estimates."""
+    leaves_model: ClassVar[bool]
+    leaves_patch: ClassVar[bool]
+    model: Any
+    """A language model, or a diffusion pipeline."""
+    patch: Any
+    """What is saved as the patch, or None."""
+
+    def forward(self, batch: Any) -> Loss:
+        """Return the paper's loss of one micro-batch, a `Batch` of tokens or `Drawings`."""
+        raise NotImplementedError
+
+    def on_step(self, step: int, steps_per_epoch: float) -> None:
+        """Follow the training: called before step `step` (from 0) on every worker; at most all steps are one epoch."""
+
+    def before_pass(self, is_last: bool) -> None:
+        """Prepare for a forward pass of a step; the step's gradients are complete after the last one."""
+
+    def after_step(self, lr: float) -> None:
+        """Do what follows the optimizer, on every worker; `lr` is the step's learning rate."""
+
+    def finished(self, state: dict[str, Tensor]) -> Any:
+        """Return the patch to save for a trained state of `patch`: one of the same make with that state."""
+        fresh = patches.KINDS[self.patch.kind](**self.patch.spec())
+        fresh.load_state_dict(state)
+        return fresh
+
+    @classmethod
+    def counts(cls, row: Row, loss_on: str) -> int:
+        """Return what a row adds to the number that the loss is divided by: its targets, one a row of pairs or images."""
+        return sum(row.targets(loss_on))
+
+    @classmethod
+    def size(cls, config: Any, skeleton: PreTrainedModel) -> Size | None:
+        """Return what trains, by the model's modules without weights; None: all of the model, or next to nothing of it."""
+        return None
+
+    def check(self) -> None:
+        """Refuse a trainee that is not what its base says. Raises ValueError, with the base that would be right."""
+        name = type(self).__name__
+        frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
+        if self.leaves_model and frozen:
+            raise ValueError(f"{name} freezes the model, whose weights would be saved as they were: derive it from PatchAlone")
+        if self.leaves_patch and self.patch is None:
+            raise ValueError(f"{name} has no patch: set self.patch, or derive it from WholeModel")
+        if not self.leaves_patch and self.patch is not None:
+            raise ValueError(f"{name} has a patch, which WholeModel does not save: derive it from PatchedModel or PatchAlone")
 
 
-@dataclass(frozen=True)
-class Moments:
-    """A preparation: moments of what the model computes on the rows of a data set (moments.py says what is in them)."""
+class WholeModel(Trainee):
+    """A training that leaves the model's own weights. Without a `train` section a job evaluates the model as it is."""
 
-    name: ClassVar[str] = "moments"
-    needs: ClassVar[tuple[str, ...]] = ()
-    role: str
-    extract: ExtractConfig
+    leaves_model, leaves_patch = True, False
 
-
-class Sums(Protocol):
-    """What is added up over the batches of a data set."""
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Names and shapes of the tensors, float32."""
-        ...
-
-    def add(self, batch: Batch, number: int) -> None:
-        """Add what one batch gives; `number` is the batch's in the data set, for messages."""
-        ...
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the sums, in the order of `shapes`."""
-        ...
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-        ...
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        train_everything(model)
+        self.model = model
+        self.patch = None
 
 
-@dataclass(frozen=True)
-class OverRows:
-    """A preparation: a sum over batches of consecutive rows of a data set, spread over workers that hold the model."""
+class PatchedModel(Trainee):
+    """A training that leaves the model's own weights and a patch on them, `self.patch`."""
 
-    name: str
-    version: int
-    role: str
-    params: Mapping[str, Any]
-    """What it declares besides the model and the rows: JSON values; `rows_per_batch`, `rows_per_shard` (a multiple of it) and
-    `max_tokens` are among them."""
-    start: Callable[[SteeredModel, Mapping[str, Any], Mapping[str, Path]], Sums]
-    """(model, params, directories of what it needs) -> sums at zero."""
-    needs: tuple[str, ...] = ()
-    """Names of the preparations before it."""
-    estimate: Estimate = NOTHING
-    """Besides the model."""
+    leaves_model, leaves_patch = True, True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        train_everything(model)
+        self.model = model
 
 
-@dataclass(frozen=True)
-class OverParts:
-    """A preparation: parts that are made each by itself, one task a part, from what others left or from the weights."""
+class PatchAlone(Trainee):
+    """A training that leaves a patch, `self.patch`, on the model that it started from, which is frozen."""
 
-    name: str
-    version: int
-    params: Mapping[str, Any]
-    parts: tuple[str, ...]
-    make: Callable[[Source, str, Path], dict[str, Any]]
-    """(source, part, path of the safetensors file to write) -> what is to be known of it; people are told its `note`."""
-    needs: tuple[str, ...] = ()
-    reads_model: bool = False
-    """True when the parts are made from the model's weights."""
-    estimate: Estimate = NOTHING
+    leaves_model, leaves_patch = False, True
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
 
-class Source(NamedTuple):
-    """What a part is made from."""
-
-    params: Mapping[str, Any]
-    needed: Mapping[str, Path]
-    """Directories of the preparations before, by name."""
-    model: SteeredModel | None
-    """Where the model is read."""
+    def train(self, mode: bool = True) -> PatchAlone:
+        """Train the patch alone: a frozen model has no dropout."""
+        super().train(mode)
+        self.model.train(False)
+        return self
 
 
-class Keeper(Protocol):
-    """What is kept of each row of a data set."""
-
-    def shapes(self, number: int, row: Row) -> Mapping[str, Shape]:
-        """Names and shapes of the tensors that will be kept of the row of this number; no two rows share a name."""
-        ...
-
-    def keep(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of a batch's rows, row by row, in the order of `shapes`."""
-        ...
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-        ...
+MIN_SAMPLES = 4
+"""Fewer samples say nothing about a distribution (authors' code: `force_small_batch`)."""
+Samples = Mapping[str, Tensor]
+"""Pooled activations by tap: (N, D), float32."""
+ANY_KIND = ("causal_lm", "diffusion")
 
 
-@dataclass(frozen=True)
-class OfEachRow:
-    """A preparation: tensors of every row that the training will see, cut as it cuts them, so that no model need run there."""
+class SteeringConfig(MethodConfig):
+    """Hyperparameters of a method that reads activations."""
 
-    name: str
-    version: int
-    role: str
-    params: Mapping[str, Any]
-    """What it declares besides the model, the rows and `train.max_tokens`: JSON values; `batch_tokens` and `rows_per_shard` are
-    among them."""
-    start: Callable[[SteeredModel, Mapping[str, Any]], Keeper]
-    """(model, params) -> keeper."""
-    values_per_target: int
-    """Numbers kept of each token in the loss, in the model's type; for estimates."""
-    needs: tuple[str, ...] = ()
-    """None: the model and the rows are enough."""
+    pooling: Pooling = "mean"
+    """Pooling of the activations."""
+    steer: Selection | None = None
+    """Where the maps act, among the places that were read; null: there, on every token."""
 
 
-Preparation = Moments | OverRows | OverParts | OfEachRow
+class SequentialConfig(SteeringConfig):
+    """Hyperparameters of a closed form that may be fitted place after place."""
 
-
-def _targets(row: Row, loss_on: str) -> int:
-    return sum(row.targets(loss_on))
+    incremental: bool = True
+    """Fit maps one after another, each on what the source texts cause with all maps before it in force."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the table of methods."""
+    """One entry of the table of methods: what all kinds have, and what the stages ask of any of them."""
 
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""
-    module: Callable[..., nn.Module] | None = None
-    """(model, config, inputs) -> Trainee: the surgery or the hooks, and what trains."""
-    fit: Callable[[Any, Samples, Samples], dict[str, AffineMap]] | None = None
-    """(config, source, target) -> maps; never asks which of the two ways of `walks` it is called in."""
-    reads: Callable[[Any], tuple[str, ...]] = lambda config: ()
-    """Roles of the data sets whose activations the method wants extracted first."""
-    walks: Callable[[Any], bool] = lambda config: False
-    """True when maps are fitted one after another, each on what the source texts cause behind the maps before it."""
-    pooling: Callable[[Any], str] = lambda config: "mean"
-    """Pooling of the activations that are read."""
-    steers: Callable[[Any], Selection | None] = lambda config: None
-    """Where fitted maps act; None: on every token of the places that were read."""
-    prepares: Callable[[Any, PreTrainedModel], tuple[Preparation, ...]] = lambda config, skeleton: ()
-    """(config, the model's modules without weights) -> stages before the training, each after those that it needs."""
-    trains_with: tuple[str, ...] = ()
-    """Names of the preparations that the training reads, where there are such."""
-    finished: Callable[[Any, dict[str, Tensor]], Any] | None = None
-    """(trainee, trained state of its patch) -> the patch that is saved; None: one of the same make with that state."""
-    before_pass: Callable[[Any, bool], None] = lambda module, is_last: None
-    """(trainee, whether the step's gradients are complete after it) -> None: what comes before each forward pass."""
-    trains: Callable[[Any, PreTrainedModel], tuple[int, int]] | None = None
-    """(config, skeleton) -> trained parameters and bytes of a worker besides model and optimizer, where the model's own weights
-    are frozen; None: a small patch."""
-    holds_logits: bool = True
-    """False when the loss makes logits in pieces, so that those of a batch are never there at once; for estimates."""
+    _: KW_ONLY
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: None
     """Refuse settings that cannot work on a model or in a job, with a ValueError, before anything starts."""
-    trains_on: str = "train"
-    """Role of the data set whose rows are trained on."""
-    trains_model: bool = True
-    """False when the model's own weights are frozen: the result is the patch alone."""
-    counts: Callable[[Row, str], int] = _targets
-    """(row, loss_on) -> what a row adds to the number that the loss is divided by."""
-    after_step: Callable[[Any, float], None] = lambda module, lr: None
-    """(trainee, learning rate) -> None: what follows the optimizer on every worker."""
-    needs_training: bool = True
-    """False when a job without a `train` section evaluates the model as it is."""
-    leaves_patch: bool = True
-    """False when the result is weights alone, so that there is no strength to vary."""
     strength_range: tuple[float, float] | None = None
     """Strengths that mean something; others are warned of. None where any does."""
     kinds: tuple[str, ...] = ("causal_lm",)
     """Kinds of model that the method works on."""
 
+    leaves_model: ClassVar[bool] = False
+    leaves_patch: ClassVar[bool] = False
 
-ANY_KIND = ("causal_lm", "diffusion")
+    def reads(self, config: MethodConfig) -> tuple[str, ...]:
+        """Return the roles of the data sets whose activations the method wants extracted first."""
+        return ()
+
+    def prepares(self, config: MethodConfig, skeleton: PreTrainedModel) -> tuple[Preparation, ...]:
+        """Return the stages before the training, each after those that it needs. Raises ValueError."""
+        return ()
+
+    def walks(self, config: MethodConfig) -> bool:
+        """Say whether maps are fitted one after another, on what the source texts cause behind the maps before."""
+        return isinstance(config, SequentialConfig) and config.incremental
+
+    def steers(self, config: MethodConfig) -> Selection | None:
+        """Return where the patch acts; None where the config does not say, or everywhere."""
+        return config.steer if isinstance(config, SteeringConfig) else None
+
+
+@dataclass(frozen=True)
+class Plain(Method):
+    """A method that makes nothing."""
+
+
+@dataclass(frozen=True)
+class Trained(Method):
+    """A method that trains."""
+
+    module: type[Trainee]
+    """Made of (model, config, inputs): the surgery or the hooks, and what trains."""
+    _: KW_ONLY
+    roles_read: tuple[str, ...] = ()
+    """Roles of the data sets whose activations are extracted first, for a config that says how (`SteeringConfig`)."""
+    preparations: Callable[[Any, PreTrainedModel], tuple[Preparation, ...]] = lambda config, skeleton: ()
+    """(config, the model's modules without weights) -> stages before the training. Raises ValueError."""
+    trains_with: tuple[str, ...] = ()
+    """Names of the preparations that the training reads, where there are such."""
+
+    def __post_init__(self) -> None:
+        if not issubclass(self.module, WholeModel | PatchedModel | PatchAlone):
+            raise TypeError(f"{self.module.__name__}: derive it from WholeModel, PatchedModel or PatchAlone")
+        if self.roles_read and not issubclass(self.Config, SteeringConfig):
+            raise TypeError(f"{self.Config.__name__} of a method that reads activations: derive it from SteeringConfig")
+
+    @property
+    def leaves_model(self) -> bool:  # type: ignore[override]
+        """Whether the result holds the model's own weights."""
+        return self.module.leaves_model
+
+    @property
+    def leaves_patch(self) -> bool:  # type: ignore[override]
+        """Whether the result holds a patch, whose strength can be varied."""
+        return self.module.leaves_patch
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether a job without a `train` section is a mistake."""
+        return self.leaves_patch
+
+    def reads(self, config: MethodConfig) -> tuple[str, ...]:
+        """Return `roles_read`."""
+        return self.roles_read
+
+    def prepares(self, config: MethodConfig, skeleton: PreTrainedModel) -> tuple[Preparation, ...]:
+        """Return `preparations` of a config and a model."""
+        return self.preparations(config, skeleton)
+
+
+@dataclass(frozen=True)
+class Fitted(Method):
+    """A closed form. One that walks reads the target alone, and takes the source texts through the model itself."""
+
+    Config: type[SteeringConfig]
+    fit: Callable[[Any, Samples, Samples], dict[str, AffineMap]]
+    """(config, source, target) -> maps; never asks whether it is called for all places at once or for one after another."""
+    _: KW_ONLY
+    check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: check_roles(config, facts, job)
+    kinds: tuple[str, ...] = ANY_KIND
+
+    leaves_patch: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not issubclass(self.Config, SteeringConfig):
+            raise TypeError(f"{self.Config.__name__} of a closed form: derive it from SteeringConfig")
+
+    def reads(self, config: MethodConfig) -> tuple[str, ...]:
+        """Return the roles of both samples, or of the target."""
+        return ("target",) if self.walks(config) else ("source", "target")
 
 
 def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -265,27 +311,6 @@ def check_masters(job: Job) -> None:
     """Refuse to train the model's own weights in bfloat16 where the optimizer keeps no float32 copies of them."""
     if job.model.dtype == "bfloat16" and job.scale.zero_stage == 0:
         raise ValueError("model.dtype bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3")
-
-
-def fitted(
-    kind: type[MethodConfig],
-    fit: Callable[[Any, Samples, Samples], dict[str, AffineMap]],
-    walks: Callable[[Any], bool] = lambda config: False,
-    strength_range: tuple[float, float] | None = None,
-) -> Method:
-    """Return the entry of a closed form; its config has `pooling` and `steer`. One that walks reads the target alone."""
-    return Method(
-        kind,
-        fit=fit,
-        reads=lambda config: ("target",) if walks(config) else ("source", "target"),
-        walks=walks,
-        pooling=lambda config: config.pooling,
-        steers=lambda config: config.steer,
-        check=check_roles,
-        trains_model=False,
-        strength_range=strength_range,
-        kinds=ANY_KIND,
-    )
 
 
 def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:

@@ -18,11 +18,12 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerlab.inputs.drawings import Drawings
+from steerlab.inputs.tokens import Row
 from steerlab.job import Job, MethodConfig, Seed
-from steerlab.methods.contract import Inputs, Loss, Method
+from steerlab.methods.contract import Inputs, Loss, Trained, WholeModel
 from steerlab.models import ModelFacts
 from steerlab.models.diffusion.pipelines import Diffusion
 
@@ -43,14 +44,14 @@ def _draw(seed: int, step: int, number: int) -> int:
     return (((seed * 1_000_003 + step) << 24) + number) % 2**64
 
 
-class Denoise(nn.Module):
+class Denoise(WholeModel):
     """A denoiser with its table of words, and its loss."""
 
     def __init__(self, model: Diffusion, config: Config, inputs: Inputs) -> None:
-        super().__init__()
+        super().__init__(model)  # type: ignore[arg-type]
         if model.architecture != "PixelPipeline":
             raise ValueError(f"method denoise trains the embedded models, which draw pixels; this is a {model.architecture}")
-        self.model, self.config, self.patch = model.requires_grad_(True), config, None
+        self.config = config
         self._scheduler = model.pipeline.scheduler
         self._step = 0
 
@@ -80,6 +81,11 @@ class Denoise(nn.Module):
         t_B = torch.tensor(times, device=x_BCHW.device)
         return t_B, torch.stack(noise).to(x_BCHW), kept
 
+    @classmethod
+    def counts(cls, row: Row, loss_on: str) -> int:
+        """One an image."""
+        return 1
+
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Remember the step, of which the noise is a function."""
         self._step = step
@@ -92,12 +98,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
             raise ValueError(f"data.{role}.format {job.data.by_role[role].format}: method {config.name} trains on images")
 
 
-METHOD = Method(
-    Config,
-    Denoise,
-    counts=lambda row, loss_on: 1,
-    check=check,
-    needs_training=False,
-    leaves_patch=False,
-    kinds=("diffusion",),
-)
+METHOD = Trained(Config, Denoise, check=check, kinds=("diffusion",))

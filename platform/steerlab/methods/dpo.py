@@ -23,9 +23,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steerlab import patches
-from steerlab.inputs.tokens import Batch
+from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, MethodConfig
-from steerlab.methods.contract import Inputs, Loss, Method, check_masters, train_everything
+from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, check_masters, train_everything
 from steerlab.methods.math.lora import Adapters, Lora, num_trained
 from steerlab.models import ModelFacts
 from steerlab.steered import scoring
@@ -58,14 +58,15 @@ class Whole(nn.Module):
         self.weights = nn.ParameterList(model.parameters())
 
 
-class Dpo(nn.Module):
+class Dpo(PatchAlone):
     """A policy and its frozen reference."""
 
+    trains_on = "preference"
+
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__()
+        super().__init__(model)
         if any(patch.kind == "weight" for patch in inputs.below):
             raise ValueError("model.source: the model's weights are patched already; `steerlab export` makes them its own")
-        self.model = model
         self.config = config
         self.reference: PreTrainedModel | None = None
         if config.lora is None:
@@ -77,7 +78,7 @@ class Dpo(nn.Module):
 
     def train(self, mode: bool = True) -> Dpo:
         """Train the policy; the reference has no dropout, nor has a frozen model."""
-        super().train(mode)
+        nn.Module.train(self, mode)
         for fixed in (self.reference, None if self.config.lora is None else self.model):
             if fixed is not None:
                 fixed.train(False)
@@ -92,8 +93,18 @@ class Dpo(nn.Module):
         loss_P, margin_P = scoring.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
-    def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Nothing follows the training."""
+    @classmethod
+    def counts(cls, row: Row, loss_on: str) -> int:
+        """One a pair."""
+        return 1
+
+    @classmethod
+    def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
+        """Return the number of weights that train, and the bytes of the reference where it is a copy."""
+        if config.lora is not None:
+            return Size(num_trained(skeleton, config.lora))
+        num = sum(parameter.numel() for parameter in skeleton.parameters())
+        return Size(num, 4 * num)
 
     @contextmanager
     def _reference(self) -> Iterator[PreTrainedModel]:
@@ -116,14 +127,6 @@ class Dpo(nn.Module):
         )
 
 
-def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
-    """Return the number of weights that train, and the bytes of the reference where it is a copy."""
-    if config.lora is not None:
-        return num_trained(skeleton, config.lora), 0
-    num = sum(parameter.numel() for parameter in skeleton.parameters())
-    return num, 4 * num
-
-
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Refuse weights without the digits to move in, and shards."""
     if config.lora is None:
@@ -132,13 +135,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError("scale.zero_stage 3: the differences to the reference are taken of whole weights; use 0, 1 or 2")
 
 
-METHOD = Method(
-    Config,
-    Dpo,
-    finished=Dpo.finished,
-    trains=trains,
-    check=check,
-    trains_on="preference",
-    trains_model=False,
-    counts=lambda row, loss_on: 1,
-)
+METHOD = Trained(Config, Dpo, check=check)

@@ -27,10 +27,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steerlab import models, patches
-from steerlab.inputs.tokens import Batch
+from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, MethodConfig
-from steerlab.methods.contract import Inputs, Loss, Method, Preparation, check_masters, train_everything
+from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, check_masters, train_everything
 from steerlab.methods.math.lora import Adapters, Lora, num_trained
+from steerlab.methods.preparations import Preparation
 from steerlab.models import ModelFacts
 from steerlab.steered import scoring
 
@@ -53,16 +54,17 @@ class Config(MethodConfig):
     """Train low-rank adapters of the reward model; {} takes their defaults. Null trains all its weights."""
 
 
-class Genarm(nn.Module):
+class Genarm(PatchAlone):
     """A frozen model, and the reward model beside it."""
 
+    trains_on = "preference"
+
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__()
         # With patches below, the reward model would read a text that the model reads through them.
         if any(patch.kind in ("weight", "embedding") for patch in inputs.below):
             raise ValueError("model.source: the reward model begins as a plain model; `steerlab export` folds a weight patch")
         second = copy.deepcopy(model) if config.num_layers is None else models.first_layers(model, config.num_layers)
-        self.model = model.requires_grad_(False)
+        super().__init__(model)
         self.config = config
         self.second = second
         self.patch: nn.Module
@@ -75,12 +77,6 @@ class Genarm(nn.Module):
             patches.attach(second, ())
             patches.attach(model, inputs.below)
 
-    def train(self, mode: bool = True) -> Genarm:
-        """Train the reward model: a frozen model has no dropout."""
-        super().train(mode)
-        self.model.train(False)
-        return self
-
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs."""
         tokens = scoring.predicted(batch)
@@ -88,8 +84,22 @@ class Genarm(nn.Module):
         loss_P, margin_P = scoring.dpo(log_prob_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
-    def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Nothing follows the training."""
+    @classmethod
+    def counts(cls, row: Row, loss_on: str) -> int:
+        """One a pair."""
+        return 1
+
+    @classmethod
+    def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
+        """Return the number of weights that train, and the bytes of the reward model where it has adapters."""
+        total = sum(parameter.numel() for parameter in skeleton.parameters())
+        layers = models.layer_names(skeleton)
+        each = sum(parameter.numel() for parameter in skeleton.get_submodule(layers[0]).parameters())
+        kept = len(layers) if config.num_layers is None else config.num_layers
+        num = total - (len(layers) - kept) * each
+        if config.lora is None:
+            return Size(num)
+        return Size(num_trained(skeleton, config.lora) * kept // len(layers), 4 * num)
 
     def finished(self, state: dict[str, Tensor]) -> patches.SecondModelPatch:
         """Return the trained reward model, its adapters in its weights."""
@@ -108,18 +118,6 @@ def prepares(config: Config, skeleton: PreTrainedModel) -> tuple[Preparation, ..
     return ()
 
 
-def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
-    """Return the number of weights that train, and the bytes of the reward model where it has adapters."""
-    total = sum(parameter.numel() for parameter in skeleton.parameters())
-    layers = models.layer_names(skeleton)
-    each = sum(parameter.numel() for parameter in skeleton.get_submodule(layers[0]).parameters())
-    kept = len(layers) if config.num_layers is None else config.num_layers
-    num = total - (len(layers) - kept) * each
-    if config.lora is None:
-        return num, 0
-    return num_trained(skeleton, config.lora) * kept // len(layers), 4 * num
-
-
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Refuse what the reward model cannot be made of or trained under."""
     if config.num_layers is not None and config.num_layers >= facts.num_layers:
@@ -130,14 +128,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError("scale.zero_stage 3: the reward model is saved whole from one worker; use 0, 1 or 2")
 
 
-METHOD = Method(
-    Config,
-    Genarm,
-    finished=Genarm.finished,
-    prepares=prepares,
-    trains=trains,
-    check=check,
-    trains_on="preference",
-    trains_model=False,
-    counts=lambda row, loss_on: 1,
-)
+METHOD = Trained(Config, Genarm, preparations=prepares, check=check)

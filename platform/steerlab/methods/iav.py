@@ -36,12 +36,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, MethodConfig
-from steerlab.methods.contract import Inputs, Loss, Method, OfEachRow, Preparation
+from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained
+from steerlab.methods.preparations import OfEachRow, Preparation
 from steerlab.models import ModelFacts
 from steerlab.steered import scoring
 from steerlab.steered.language import SteeredModel
@@ -83,14 +84,16 @@ class Config(MethodConfig):
     """Pairs in one file of the cache, the unit that a killed run continues with."""
 
 
-class Iav(nn.Module):
+class Iav(PatchAlone):
     """A frozen model, its hidden states, and the head that makes the vector."""
 
+    trains_on = "preference"
+    holds_logits = False
+
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__()
+        super().__init__(model)
         if any(patch.kind == "logit" for patch in inputs.below):
             raise ValueError("model.source: the model carries a vector on its logits already; `steerlab export` folds it")
-        self.model = model.requires_grad_(False)
         self.config = config
         vocab_size, hidden_size = models.linear_shape(models.head(model))
         rank = 0 if config.head == "linear" else config.rank
@@ -101,12 +104,6 @@ class Iav(nn.Module):
         self._cache = Parts.open(inputs.prepared["hidden"]) if "hidden" in inputs.prepared else None
         if self._cache is not None:
             check_cache(self._cache, model)
-
-    def train(self, mode: bool = True) -> Iav:
-        """Train the head alone: a frozen model has no dropout."""
-        super().train(mode)
-        self.model.train(False)
-        return self
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs."""
@@ -123,8 +120,18 @@ class Iav(nn.Module):
         metrics = {"preference": loss_P, "margin": margin_P, "accuracy": margin_P > 0, "kl": kl_P, "square": square_P}
         return Loss(total, {name: value.detach().float().sum() for name, value in metrics.items()})
 
-    def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Nothing follows the training."""
+    @classmethod
+    def counts(cls, row: Row, loss_on: str) -> int:
+        """One a pair."""
+        return 1
+
+    @classmethod
+    def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
+        """Return the head's parameters, and the bytes of the logits of a piece, their vector and what is computed of them."""
+        vocab_size, width = models.linear_shape(models.head(skeleton))
+        linear = config.head == "linear"
+        trained = vocab_size * width if linear else config.rank * (vocab_size + width)
+        return Size(trained, 6 * 4 * scoring.CHUNK_LOGITS)
 
     def _cached(self, batch: Batch, tokens: Predicted) -> States:
         """Read the states of the batch's rows from the disk."""
@@ -211,29 +218,10 @@ def prepares(config: Config, skeleton: PreTrainedModel) -> tuple[Preparation, ..
     return (OfEachRow("hidden", 2, "preference", params, Hidden, width * len(_names(config.layer))),)
 
 
-def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
-    """Return the head's parameters, and the bytes of the logits of a piece, their vector and what is computed of them."""
-    vocab_size, width = models.linear_shape(models.head(skeleton))
-    linear = config.head == "linear"
-    return vocab_size * width if linear else config.rank * (vocab_size + width), 6 * 4 * scoring.CHUNK_LOGITS
-
-
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Refuse what the head cannot be trained under."""
     if job.scale.zero_stage == 3:
         raise ValueError("scale.zero_stage 3: the head is used in pieces of the loss, which ZeRO 3 would shard; use 0, 1 or 2")
 
 
-METHOD = Method(
-    Config,
-    Iav,
-    prepares=prepares,
-    trains_with=("hidden",),
-    trains=trains,
-    holds_logits=False,
-    check=check,
-    trains_on="preference",
-    trains_model=False,
-    counts=lambda row, loss_on: 1,
-    strength_range=_STRENGTHS,
-)
+METHOD = Trained(Config, Iav, preparations=prepares, trains_with=("hidden",), check=check, strength_range=_STRENGTHS)

@@ -18,7 +18,7 @@ from torch import nn
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
 from steerlab.job import MethodConfig
-from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
+from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, language_modelling_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,13 +33,11 @@ class Config(MethodConfig):
     """Standard deviation of the initial segment vectors; 0 starts as vanilla."""
 
 
-class Ise(nn.Module):
+class Ise(PatchedModel):
     """A causal language model with segment vectors added to its embeddings."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__()
-        train_everything(model)
-        self.model = model
+        super().__init__(model)
         self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
         assert self.patch.shift_RD is not None
         nn.init.normal_(self.patch.shift_RD, std=config.init_std)
@@ -50,8 +48,5 @@ class Ise(nn.Module):
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
         return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
 
-    def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Nothing follows the training."""
 
-
-METHOD = Method(Config, Ise)
+METHOD = Trained(Config, Ise)

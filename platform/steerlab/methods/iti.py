@@ -22,22 +22,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from steerlab.job import MethodConfig, Pooling, Selection
-from steerlab.methods.contract import check_samples, fitted
+from steerlab.job import Pooling
+from steerlab.methods.contract import Fitted, SteeringConfig, check_samples
 from steerlab.patches.maps import AffineMap
 
 _FOLDS = 4
 
 
-class Config(MethodConfig):
+class Config(SteeringConfig):
     """Hyperparameters of ITI."""
 
     name: Literal["iti"] = "iti"
     """The method."""
     pooling: Pooling = "mean"
     """Pooling of the activations (paper: the last token's)."""
-    steer: Selection | None = None
-    """Where the maps act, among the places that were read; null: there, on every token."""
     alpha: float = Field(1.0, gt=0)
     """Length of the step at strength 1, in standard deviations along the direction."""
     top_k: int | None = Field(None, ge=1)
@@ -81,4 +79,4 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return {name: iti_map(source[name], target[name], probes[name][0], config.alpha) for name in source if name in best}
 
 
-METHOD = fitted(Config, _fit)
+METHOD = Fitted(Config, _fit)

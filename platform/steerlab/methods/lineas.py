@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerlab import models, patches
-from steerlab.inputs.tokens import Batch
-from steerlab.job import Job, MethodConfig, Pooling, Selection
-from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, Method, check_roles
+from steerlab.inputs.tokens import Batch, Row
+from steerlab.job import Job, Pooling, Selection
+from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, PatchAlone, SteeringConfig, Trained, check_roles
 from steerlab.methods.transport import coupling
 from steerlab.models import ModelFacts
 from steerlab.patches import taps
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _STRENGTHS = (0.0, 1.0)
 
 
-class Config(MethodConfig):
+class Config(SteeringConfig):
     """Hyperparameters of LinEAS; where the loss is measured is `extract.select`."""
 
     name: Literal["lineas"] = "lineas"
@@ -78,15 +78,16 @@ class Config(MethodConfig):
         return self
 
 
-class Lineas(nn.Module):
+class Lineas(PatchAlone):
     """A frozen model behind affine maps, and the distance of what it computes from the target."""
+
+    trains_on = "source"
 
     target_SM: Tensor
     factor_S: Tensor
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__()
-        self.model = model.requires_grad_(False)
+        super().__init__(model)
         self.config = config
         target = inputs.activations["target"]
         if target.metadata["fingerprint"] != models.fingerprint(model):
@@ -140,6 +141,11 @@ class Lineas(nn.Module):
         scale_S, shift_S = (torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("scale", "shift"))
         moved_S = torch.maximum((scale_S - 1).abs(), shift_S.abs())
         return float((moved_S > self.config.threshold).float().mean())
+
+    @classmethod
+    def counts(cls, row: Row, loss_on: str) -> int:
+        """One a text."""
+        return 1
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """From `refit_from` on, remember what is empty before the optimizer moves it."""
@@ -237,17 +243,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
 
 
-METHOD = Method(
-    Config,
-    Lineas,
-    reads=lambda config: ("target",),
-    pooling=lambda config: config.pooling,
-    steers=lambda config: config.steer,
-    check=check,
-    trains_on="source",
-    trains_model=False,
-    counts=lambda row, loss_on: 1,
-    after_step=Lineas.after_step,
-    strength_range=_STRENGTHS,
-    kinds=ANY_KIND,
-)
+METHOD = Trained(Config, Lineas, roles_read=("target",), check=check, strength_range=_STRENGTHS, kinds=ANY_KIND)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from steerlab.job import MethodConfig
-from steerlab.methods.contract import ANY_KIND, Method
+from steerlab.methods.contract import ANY_KIND, Plain
 
 
 class Config(MethodConfig):
@@ -15,4 +15,4 @@ class Config(MethodConfig):
     """The method."""
 
 
-METHOD = Method(Config, trains_model=False, needs_training=False, leaves_patch=False, kinds=ANY_KIND)
+METHOD = Plain(Config, kinds=ANY_KIND)

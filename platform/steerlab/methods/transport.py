@@ -25,8 +25,8 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from steerlab.job import MethodConfig, Pooling, Selection
-from steerlab.methods.contract import Method, check_samples, fitted
+from steerlab.job import Pooling
+from steerlab.methods.contract import Fitted, SequentialConfig, check_samples
 from steerlab.patches.maps import AffineMap
 
 _CONSTANT = 1e-5
@@ -35,15 +35,13 @@ _GAUSSIAN_MIN_STD = 1e-4
 """Gaussian-AcT leaves neurons alone that spread less (authors' code)."""
 
 
-class Config(MethodConfig):
+class Config(SequentialConfig):
     """Hyperparameters of Linear-AcT."""
 
     name: Literal["linear_act"] = "linear_act"
     """The method."""
     pooling: Pooling = "mean"
     """Pooling of the activations that the maps are fitted on. Paper: mean."""
-    steer: Selection | None = None
-    """Where the maps act, among the places that were read; null: there, on every token."""
     incremental: bool = True
     """Fit each place on what the source texts cause behind the maps before it (paper: incremental); false fits all at once."""
     support: tuple[float, float] | None = None
@@ -177,11 +175,11 @@ def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, f
     return fitted._replace(low_D=low_D.float(), high_D=high_D.float())
 
 
-def _method(kind: type[Config], closed_form: Callable[[Tensor, Tensor], AffineMap]) -> Method:
+def _method(kind: type[Config], closed_form: Callable[[Tensor, Tensor], AffineMap]) -> Fitted:
     def fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
         return everywhere(lambda a, b: within_support(closed_form(a, b), a, config.support), source, target)
 
-    return fitted(kind, fit, walks=lambda config: config.incremental, strength_range=(0.0, 1.0))
+    return Fitted(kind, fit, strength_range=(0.0, 1.0))
 
 
 LINEAR = _method(Config, linear_map)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from torch import nn
-
 from steerlab.inputs.tokens import Batch
 from steerlab.job import MethodConfig
-from steerlab.methods.contract import Inputs, Loss, Method, language_modelling_loss, train_everything
+from steerlab.methods.contract import Inputs, Loss, Trained, WholeModel, language_modelling_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,21 +22,15 @@ class Config(MethodConfig):
     """The method."""
 
 
-class Vanilla(nn.Module):
+class Vanilla(WholeModel):
     """A causal language model and its next-token loss."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__()
-        train_everything(model)
-        self.model = model
-        self.patch = None
+        super().__init__(model)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
         return Loss(language_modelling_loss(self.model(**batch.model_inputs).logits, batch.labels), {})
 
-    def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Nothing follows the training."""
 
-
-METHOD = Method(Config, Vanilla, needs_training=False, leaves_patch=False)
+METHOD = Trained(Config, Vanilla)

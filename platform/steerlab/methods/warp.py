@@ -42,15 +42,13 @@ from steerlab.job import ExtractConfig, Job, MethodConfig, Seed, Selection
 from steerlab.methods.contract import (
     Inputs,
     Loss,
-    Method,
-    Moments,
-    OverParts,
-    OverRows,
-    Preparation,
-    Source,
+    PatchAlone,
+    Size,
+    Trained,
     language_modelling_loss,
 )
 from steerlab.methods.math import rotation
+from steerlab.methods.preparations import Moments, OverParts, OverRows, Preparation, Source
 from steerlab.models import LayerType, ModelFacts, WeightPlace
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.plan import Estimate
@@ -382,12 +380,11 @@ class Rotated(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, rotation.RotatedLayer)]
 
 
-class Warp(nn.Module):
+class Warp(PatchAlone):
     """A causal language model whose selected weights move along unfrozen directions only."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__()
-        self.model = model.requires_grad_(False)
+        super().__init__(model)
         basis = Parts.open(inputs.prepared["basis"]) if "basis" in inputs.prepared else None
         mask = Parts.open(inputs.prepared["mask"])
         chosen = places(model, config)
@@ -405,6 +402,19 @@ class Warp(nn.Module):
             weight.requires_grad_(True)
         self.patch = Rotated(rotated, others)
         patches.attach(model, inputs.below)
+
+    def train(self, mode: bool = True) -> Warp:
+        """Train with the model's dropout, as plain fine-tuning does: its weights are what moves."""
+        nn.Module.train(self, mode)
+        return self
+
+    @classmethod
+    def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
+        """Return the number of coefficients, and the bytes of W and W_0 U beside W_0, of the mask and of one basis."""
+        chosen = places(skeleton, config)
+        num = sum(place.shape[0] * place.shape[1] for place in chosen)
+        others = sum(p.numel() for p in skeleton.parameters()) - num if config.others == "train" else 0
+        return Size(num + others, (4 + 4 + 1) * num + 4 * max(place.shape[1] for place in chosen) ** 2)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
@@ -454,14 +464,6 @@ def check_basis(basis: Parts, model: PreTrainedModel) -> None:
             )
 
 
-def trains(config: Config, skeleton: PreTrainedModel) -> tuple[int, int]:
-    """Return the number of coefficients, and the bytes of W and W_0 U beside W_0, of the mask and of one basis."""
-    chosen = places(skeleton, config)
-    num = sum(place.shape[0] * place.shape[1] for place in chosen)
-    others = sum(p.numel() for p in skeleton.parameters()) - num if config.others == "train" else 0
-    return num + others, (4 + 4 + 1) * num + 4 * max(place.shape[1] for place in chosen) ** 2
-
-
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Refuse what the method cannot do, before anything starts."""
     if "safety" not in job.data.by_role and (config.rotation == "safety" or config.mask == "importance"):
@@ -480,16 +482,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError("method.keep_ratio 1 freezes every coefficient, and method.others the other weights: nothing trains")
 
 
-METHOD = Method(
-    Config,
-    Warp,
-    prepares=prepares,
-    trains_with=("basis", "mask"),
-    finished=Warp.finished,
-    before_pass=Warp.before_pass,
-    after_step=Warp.after_step,
-    trains=trains,
-    check=check,
-    trains_model=False,
-    needs_training=True,
-)
+METHOD = Trained(Config, Warp, preparations=prepares, trains_with=("basis", "mask"), check=check)

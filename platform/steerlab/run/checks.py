@@ -18,7 +18,7 @@ from steerlab.inputs.drawings import check_data
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet, Job
 from steerlab.methods import METHODS
-from steerlab.methods.contract import check_masters
+from steerlab.methods.contract import Fitted, SteeringConfig, Trained, check_masters
 from steerlab.patches import taps
 from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
 from steerlab.stages import Plan
@@ -72,28 +72,30 @@ def _check_method(planned: Plan) -> None:
     job, method, name = planned.job, planned.method, planned.job.method.name
     if job.train is not None:
         _check_training(job)
-    elif method.module is not None and method.needs_training and (planned.below is None or not method.trains_model):
+    elif isinstance(method, Trained) and method.needs_training and (planned.below is None or not method.leaves_model):
         raise ValueError(f"train: this key is required by method {name}")
     if method.reads(job.method):
         if job.extract is None:
             raise ValueError(f"extract: this key is required by method {name}: it says where the model is read, and how")
         if job.extract.keep != "rows":
             raise ValueError(f"extract.keep {job.extract.keep}: method {name} is fitted on the rows")
-        wanted = method.pooling(job.method)
+        assert isinstance(job.method, SteeringConfig)
+        wanted = job.method.pooling
         if wanted not in job.extract.pooling:
             raise ValueError(f"method.pooling {wanted}: extract.pooling is {list(job.extract.pooling)}; add it there")
-    if not (job.train or job.evaluate or job.extract or method.fit):
+    if not (job.train or job.evaluate or job.extract or isinstance(method, Fitted)):
         raise ValueError("the job has neither a train nor an extract nor an evaluate section, so there is nothing to do")
 
 
 def _check_training(job: Job) -> None:
     assert job.train is not None
     method, name = METHODS[job.method.name], job.method.name
-    if method.module is None:
+    if not isinstance(method, Trained):
         raise ValueError(f"train: method {name} trains nothing; remove this section")
-    if method.trains_on not in job.data.by_role:
-        raise ValueError(f"data.{method.trains_on}: this key is required, because method {name} trains on it")
-    trained, validation = job.data.by_role[method.trains_on], job.data.validation
+    trains_on = method.module.trains_on
+    if trains_on not in job.data.by_role:
+        raise ValueError(f"data.{trains_on}: this key is required, because method {name} trains on it")
+    trained, validation = job.data.by_role[trains_on], job.data.validation
     if validation is not None and (validation.format == "preference") != (trained.format == "preference"):
         raise ValueError(
             f"data.validation: rows of format {validation.format} have not the loss of method {name}, which trains on format "
@@ -101,9 +103,9 @@ def _check_training(job: Job) -> None:
         )
     if job.train.keep == "best" and job.data.validation is None:
         raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
-    if method.trains_model:
+    if method.leaves_model:
         check_masters(job)
-    if method.trains_model and job.train.snapshots:
+    if method.leaves_model and job.train.snapshots:
         raise ValueError(f"train.snapshots: method {name} trains the model itself, so a patch alone is no snapshot of it")
 
 
@@ -179,7 +181,7 @@ def _check_drawing(planned: Plan) -> None:
         raise ValueError("extract.pooling none keeps tokens; an image has none: pool over its pixels")
     models.check_sampler(sources.fetch(planned.source), job.model.drawing)
     for one in planned.chain[1:] if job.model.drawing.denoiser is not None else ():
-        if one.job.train is not None and one.method.trains_model:
+        if one.job.train is not None and one.method.leaves_model:
             raise ValueError(f"model.sampler.denoiser: the job {one.job.name} trains its denoiser; other weights belong there")
     method = planned.method
     if method.walks(job.method) and len(job.model.drawing.read) > 1:

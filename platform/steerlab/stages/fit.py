@@ -14,7 +14,7 @@ from steerlab import patches
 from steerlab.data import rows
 from steerlab.guards import expressions
 from steerlab.job import DataSet, ExtractConfig, Job, Selection
-from steerlab.methods import METHODS
+from steerlab.methods import fitted
 from steerlab.patches.maps import AffineMap
 from steerlab.stages import extract
 from steerlab.stages.spread import subject
@@ -28,7 +28,7 @@ _POLL_S = 0.5
 def stage(job: Job, model: Subject, extractions: Mapping[str, Stage]) -> Stage:
     """Return the fitting stage of a job; `extractions` leave the activations that its method reads, by data role."""
     assert job.extract is not None
-    method = METHODS[job.method.name]
+    method = fitted(job.method.name)
     params: dict[str, Any] = {
         "method": subject.dumped(job.method),
         "reads": sorted(extractions),
@@ -50,19 +50,20 @@ def run(work: Work) -> None:
     made_of = subject.of(work)
     read = {role: work.stage.inputs[extract.read_as(role)] for role in work.params["reads"]}
     found = {role: (work.store.root, extraction.name, extraction.key) for role, extraction in read.items()}
-    config = METHODS[work.params["method"]["name"]].Config.model_validate(work.params["method"])
-    walks = METHODS[config.name].walks(config)
+    method = fitted(work.params["method"]["name"])
+    config = method.Config.model_validate(work.params["method"])
+    walks = method.walks(config)
     resources = subject.resources(work.scale) if walks else {"num_cpus": 1}
     future = _fit.options(**resources).remote(made_of, dict(work.params), found)  # type: ignore[attr-defined]
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
-    fitted: dict[str, Any] = ray.get(future)  # type: ignore[assignment]
-    maps = {name: AffineMap(*parts) for name, parts in fitted["maps"].items()}
-    selection = Selection.model_validate(fitted["selection"])
-    patch = patches.ActivationPatch.from_maps(maps, selection, METHODS[config.name].strength_range)
-    patches.save(patch, work.directory / "patch", fitted["fingerprint"])
-    write_base(work, fitted["prompt"])
-    facts = {name: fitted[name] for name in ("seconds", "places", "neurons", "rows")}
+    made: dict[str, Any] = ray.get(future)  # type: ignore[assignment]
+    maps = {name: AffineMap(*parts) for name, parts in made["maps"].items()}
+    selection = Selection.model_validate(made["selection"])
+    patch = patches.ActivationPatch.from_maps(maps, selection, method.strength_range)
+    patches.save(patch, work.directory / "patch", made["fingerprint"])
+    write_base(work, made["prompt"])
+    facts = {name: made[name] for name in ("seconds", "places", "neurons", "rows")}
     (work.directory / "fit.json").write_text(json.dumps(facts, indent=2))
 
 
@@ -81,18 +82,15 @@ def _fit(made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple
 
     read = {role: Activations.open(ModelRef(artifact=artifact).locate()) for role, artifact in found.items()}
     target = read["target"]
-    config = METHODS[params["method"]["name"]].Config.model_validate(params["method"])
-    method = METHODS[config.name]
-    assert method.fit is not None
+    method = fitted(params["method"]["name"])
+    config = method.Config.model_validate(params["method"])
     selection = steered(Selection.model_validate(target.metadata["selection"]), method.steers(config))
     names = [name for name in target.modules if _takes(selection, name)]
     if not names:
         raise ValueError(
             f"method.steer.modules {selection.modules!r} takes none of the extracted places: {', '.join(target.modules[:5])}"
         )
-    columns = {
-        role: {name: activations.column(name, method.pooling(config)) for name in names} for role, activations in read.items()
-    }
+    columns = {role: {name: activations.column(name, config.pooling) for name in names} for role, activations in read.items()}
     start_s = time.monotonic()
     if method.walks(config):
         maps, num_source = _walk(made_of, params, columns["target"], selection)
@@ -100,13 +98,13 @@ def _fit(made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple
         maps = method.fit(config, columns["source"], columns["target"])
         num_source = read["source"].num_rows
     return {
-        "maps": {name: tuple(fitted) for name, fitted in maps.items()},
+        "maps": {name: tuple(found) for name, found in maps.items()},
         "selection": selection.model_dump(mode="json"),
         "fingerprint": target.metadata["fingerprint"],
         "prompt": target.metadata["prompt"],
         "seconds": time.monotonic() - start_s,
         "places": len(maps),
-        "neurons": sum(len(fitted.scale_D) for fitted in maps.values()),
+        "neurons": sum(len(found.scale_D) for found in maps.values()),
         "rows": {"source": num_source, "target": target.num_rows},
     }
 
@@ -134,10 +132,8 @@ def _walk(
     from steerlab.methods.math.sequential_fit import Reading, fit_in_order
     from steerlab.patches import taps
 
-    config = METHODS[params["method"]["name"]].Config.model_validate(params["method"])
-    method = METHODS[config.name]
-    fit = method.fit
-    assert fit is not None
+    method = fitted(params["method"]["name"])
+    config = method.Config.model_validate(params["method"])
     model = subject.load(made_of)
     extract, data = ExtractConfig.model_validate(params["extract"]), DataSet.model_validate(params["source"])
     reader = TextReader(model, extract)
@@ -155,7 +151,7 @@ def _walk(
     places = [taps.tap(name) for name in target]
 
     def fit_one(name: str, source_ND: Any) -> AffineMap | None:
-        return fit(config, {name: source_ND.cpu()}, {name: target[name]}).get(name)
+        return method.fit(config, {name: source_ND.cpu()}, {name: target[name]}).get(name)
 
-    pooling: Any = method.pooling(config)
+    pooling = config.pooling
     return fit_in_order(model.model, places, extract.select, readings, pooling, fit_one), len(texts)

@@ -17,7 +17,8 @@ from typing import NamedTuple
 from steerlab.evaluation import TASKS
 from steerlab.job import Job, Selection, TaskConfig, base_job, job_type
 from steerlab.methods import METHODS
-from steerlab.methods.contract import Method, Preparation
+from steerlab.methods.contract import Fitted, Method, Trained
+from steerlab.methods.preparations import Preparation
 from steerlab.stages import choose, evaluate, extract, fit, prepare, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
@@ -80,7 +81,7 @@ class Plan:
     @property
     def makes_model(self) -> bool:
         """Whether the job trains or fits something; else it takes the model that it starts from as it is."""
-        return self.method.fit is not None or self.job.train is not None
+        return isinstance(self.method, Fitted) or self.job.train is not None
 
     @property
     def _maker(self) -> Plan:
@@ -129,9 +130,9 @@ class Plan:
     @cached_property
     def model(self) -> Stage | None:
         """The stage that leaves the job's model; None where the job only evaluates the model of its source."""
-        if self.method.fit is not None:
+        if isinstance(self.method, Fitted):
             return fit.stage(self.job, self.start, self.read)
-        if self.job.train is None:
+        if self.job.train is None or not isinstance(self.method, Trained):
             return self.start.stage
         used = {name: self.prepared[name].stage for name in self.method.trains_with if name in self.prepared}
         return train.stage(self.job, self.start, self.read, used)

@@ -26,7 +26,7 @@ from steerlab.inputs.encoding import encode_data
 from steerlab.inputs.tokens import collate
 from steerlab.job import Job
 from steerlab.methods import METHODS
-from steerlab.methods.contract import Moments, OfEachRow, OverParts, OverRows, Preparation, Source
+from steerlab.methods.preparations import Moments, OfEachRow, OverParts, OverRows, Preparation, Source
 from steerlab.models import ModelFacts
 from steerlab.stages import extract, reduce
 from steerlab.stages.spread import shards, subject

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from steerlab.data import rows
 from steerlab.job import PROMPT_FIELDS, Job
-from steerlab.methods import METHODS
+from steerlab.methods import trained
+from steerlab.methods.contract import Size
 from steerlab.models import ModelFacts
 from steerlab.stages import extract, fit
 from steerlab.stages.spread import subject
@@ -29,7 +30,7 @@ def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: 
     with.
     """
     assert job.train is not None
-    trains_on = METHODS[job.method.name].trains_on
+    trains_on = trained(job.method.name).module.trains_on
     data = {role: job.data.by_role[role] for role in (trains_on, "validation") if role in job.data.by_role}
     settings = subject.dumped(job.data, include={*PROMPT_FIELDS, *data})
     params: dict[str, Any] = {
@@ -50,9 +51,9 @@ def run(work: Work) -> None:
     from steerlab.training import launch, warm
 
     storage = work.store.work(work.stage.name, work.stage.key)
-    method = METHODS[work.params["method"]["name"]]
+    method = trained(work.params["method"]["name"])
     request = {
-        "model_ref": asdict(starting_model(work, as_it_is=not method.trains_model)),
+        "model_ref": asdict(starting_model(work, as_it_is=not method.leaves_model)),
         "model": {"source": work.params["model"].get("source", "artifact"), **_loading(work), **_elsewhere(work)},
         "activations": {
             role: asdict(_located(work, work.stage.inputs[extract.read_as(role)])) for role in work.params["reads"]
@@ -72,7 +73,7 @@ def run(work: Work) -> None:
     work.directory.mkdir(parents=True, exist_ok=True)
     work.store.move_from_work(work.stage.name, work.stage.key, "output", work.directory)
     assert (work.directory / "training.json").is_file(), "the workers left no artifact"
-    if not method.trains_model:
+    if not method.leaves_model:
         fit.write_base(work, json.loads((work.directory / "prompt.json").read_text()))
 
 
@@ -112,27 +113,26 @@ def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate
     what ZeRO shards, and the logits of one micro-batch, which dwarf other activations for small models.
     """
     assert job.train is not None
-    method, is_float32 = METHODS[job.method.name], job.model.dtype == "float32"
+    method, is_float32 = trained(job.method.name), job.model.dtype == "float32"
     weight = _FLOAT_BYTES if is_float32 else 2
-    sequences = 2 if job.data.by_role[method.trains_on].format == "preference" else 1
+    sequences = 2 if job.data.by_role[method.module.trains_on].format == "preference" else 1
     tokens = sequences * job.train.micro_batch * job.train.max_tokens
     layers = 16 * weight * tokens * facts.hidden_size * facts.num_layers
-    logits = 3 * _FLOAT_BYTES * tokens * facts.vocab_size if method.holds_logits else 0
-    if method.trains_model:
+    logits = 3 * _FLOAT_BYTES * tokens * facts.vocab_size if method.module.holds_logits else 0
+    if method.leaves_model:
         own, state = weight, 8 if is_float32 else 12
-        trained, more = facts.num_parameters, 0
-    elif method.trains is not None:
+        size = Size(facts.num_parameters)
+    elif (found := method.module.size(job.method, skeleton)) is not None:
         own, state = _FLOAT_BYTES, 8
-        trained, more = method.trains(job.method, skeleton)
-        more += facts.num_parameters * weight
+        size = Size(found.trained, found.more_bytes + facts.num_parameters * weight)
     else:
         # Frozen weights need no gradients and no moments; the patch is small beside them.
         return Estimate(memory_bytes=int(facts.num_parameters * weight + layers))
     sharded = _per_parameter(job, own, state)
     return Estimate(
-        memory_bytes=int(trained * sharded + more + logits + layers),
-        disk_bytes=trained * own,
-        work_bytes=3 * int(trained * (own + state)),
+        memory_bytes=int(size.trained * sharded + size.more_bytes + logits + layers),
+        disk_bytes=size.trained * own,
+        work_bytes=3 * int(size.trained * (own + state)),
     )
 
 

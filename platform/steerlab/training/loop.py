@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerlab import models, patches
 from steerlab.activations.parquet import Activations
@@ -28,7 +28,7 @@ from steerlab.data.rows import read as read_rows
 from steerlab.inputs.encoding import RowEncoder, Rows
 from steerlab.inputs.tokens import Batch
 from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig, prompt_settings
-from steerlab.methods import METHODS
+from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.steered import language
 from steerlab.training.engine import Engine
@@ -133,7 +133,7 @@ class _Training:
     def __post_init__(self) -> None:
         torch.manual_seed(self.request.train.seed)
         request = self.request
-        self.method = METHODS[request.method["name"]]
+        self.method = trained(request.method["name"])
         self.encoder: RowEncoder
         model, self.encoder, below = language.load_stack(
             request.model_dir,
@@ -145,20 +145,20 @@ class _Training:
             prompt=prompt_settings(request.model, request.data),
         )
         models.start_training(model, self.scale.gradient_checkpointing)
-        self.model_key = "" if self.method.trains_model else models.fingerprint(model)
+        self.model_key = "" if self.method.leaves_model else models.fingerprint(model)
         self.rows = load_rows(self.data, self.encoder, request.train.max_tokens)
         validation = request.data.validation
         self.validation = load_rows(validation, self.encoder, request.train.max_tokens) if validation else None
         activations = {role: Activations.open(path) for role, path in request.activations.items()}
         inputs = Inputs(tuple(patch.to(self.link.device) for patch in below), activations, request.prepared)
-        assert self.method.module is not None
         config = self.method.Config.model_validate(request.method)
-        self.module: nn.Module = self.method.module(model, config, inputs).to(self.link.device)
+        self.module = self.method.module(model, config, inputs).to(self.link.device)  # type: ignore[call-arg]
+        self.module.check()
         self.module.train()
-        trained = trained_parameters(self.module).values()
-        self.num_trained = sum(p.numel() for p in trained)
+        parameters = trained_parameters(self.module).values()
+        self.num_trained = sum(p.numel() for p in parameters)
         # What a method adds to a frozen model is float32, whatever the model's type, and needs no second copy.
-        dtype = "bfloat16" if any(p.dtype == torch.bfloat16 for p in trained) else "float32"
+        dtype = "bfloat16" if any(p.dtype == torch.bfloat16 for p in parameters) else "float32"
         self.engine = Engine(
             self.module, request.train, self.scale, dtype, self.link.rank, self.link.world_size, self.link.device
         )
@@ -170,7 +170,7 @@ class _Training:
     @property
     def data(self) -> DataSet:
         """The data set whose rows are trained on."""
-        return self.request.data.by_role[self.method.trains_on]
+        return self.request.data.by_role[self.method.module.trains_on]
 
     def resume(self, checkpoint: Path) -> None:
         state = self.engine.load(checkpoint)
@@ -206,19 +206,19 @@ class _Training:
         # Random state of this step and rank alone: what a resumed run draws is what the undisturbed run drew.
         torch.manual_seed((train.seed * 1_000_003 + step) * 4_099 + self.link.rank)
         rows = rows_of_step(len(self.rows.rows), train.rows_per_step, train.seed, step)
-        num_targets = sum(self.method.counts(self.rows.rows[row], self.data.loss_on) for row in rows)
+        num_targets = sum(self.module.counts(self.rows.rows[row], self.data.loss_on) for row in rows)
         lr = learning_rate(train, step)
-        self.module.on_step(step, min(train.steps, len(self.rows.rows) / train.rows_per_step))  # type: ignore[operator]
+        self.module.on_step(step, min(train.steps, len(self.rows.rows) / train.rows_per_step))
         self.engine.start_step(lr)
         totals: dict[str, float] = {"loss": 0.0}
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
         for number, chunk in enumerate(chunks, 1):
-            self.method.before_pass(self.module, number == len(chunks))
+            self.module.before_pass(number == len(chunks))
             total, further = self.engine.backward(self._batch(self.rows, chunk, self.data.loss_on), num_targets)
             for name, value in {"loss": total, **further}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         sums = self.engine.sum_over_ranks(list(totals.values()))
-        self.method.after_step(self.module, lr)
+        self.module.after_step(lr)
         self.step += 1
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         return {"step": self.step, **losses, "train/lr": lr, "train/grad_norm": self.engine.grad_norm}
@@ -240,7 +240,7 @@ class _Training:
         for _ in range(idle):
             self.engine.evaluate(self._batch(self.validation, chunks[0], loss_on))
         summed = self.engine.sum_over_ranks([total])[0]
-        return summed / sum(self.method.counts(row, loss_on) for row in rows)
+        return summed / sum(self.module.counts(row, loss_on) for row in rows)
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         """Report a checkpoint; one without an evaluation gets a loss that is never the best."""
@@ -252,20 +252,20 @@ class _Training:
 
     def export(self, output: Path) -> None:
         """Write the trained artifact on rank 0: model, patch, prompt settings, history."""
-        state = self.engine.weights() if self.method.trains_model else self.engine.weights("patch.", masters=True)
+        state = self.engine.weights() if self.method.leaves_model else self.engine.weights("patch.", masters=True)
         if self.link.rank:
             return
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
         patch: Any = self.module.patch
-        if self.method.trains_model:
+        if self.method.leaves_model:
             state = self._export_model(state, output)
         if patch is not None:
-            patches.save(self._finished(state), output / "patch", self.model_key)
+            patches.save(self.module.finished(state), output / "patch", self.model_key)
             for step in self.request.train.snapshots:
                 kept = {n.partition("/")[2]: value for n, value in self.snapshots.items() if n.startswith(f"{step}/")}
-                patches.save(self._finished(kept), output / "snapshots" / str(step), self.model_key)
-        prompt = self.encoder.saved_spec if self.method.trains_model else self.encoder.spec
+                patches.save(self.module.finished(kept), output / "snapshots" / str(step), self.model_key)
+        prompt = self.encoder.saved_spec if self.method.leaves_model else self.encoder.spec
         (output / "prompt.json").write_text(json.dumps(prompt))
         (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history))
         facts = {
@@ -278,15 +278,6 @@ class _Training:
             "specials_neutralised": self.encoder.num_neutralised,
         }
         (output / "training.json").write_text(json.dumps(facts, indent=2))
-
-    def _finished(self, state: dict[str, Tensor]) -> Any:
-        """Return the patch to save for a trained state."""
-        if self.method.finished is not None:
-            return self.method.finished(self.module, state)
-        patch: Any = self.module.patch
-        fresh = patches.KINDS[patch.kind](**patch.spec())
-        fresh.load_state_dict(state)
-        return fresh
 
     def _export_model(self, state: dict[str, Tensor], output: Path) -> dict[str, Tensor]:
         """Write the trained weights and the tokenizer, take the model's fingerprint, and return the patch's state."""
