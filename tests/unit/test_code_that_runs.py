@@ -43,7 +43,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         ".extractall": "after every name was checked; tar archives as data",
         "subprocess.run": "apt-get download and dpkg-deb -x of a name that a pattern allows; no script of the package runs",
     },
-    "platform/steerlab/run/submit.py": {"subprocess.run": "git, with arguments that stand in the file"},
+    "platform/steerlab/run/upload.py": {"subprocess.run": "git, with arguments that stand in the file"},
     "platform/steerlab/sweeps/space.py": {
         "exec": "a search space is a Python program that its owner names on the command line",
         "compile": "the same",

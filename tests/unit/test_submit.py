@@ -1,7 +1,11 @@
 """Sending jobs: the entry point, what is uploaded, the runtime environment, refusals. No cluster is started here."""
 
 import asyncio
+import os
+import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path, PurePosixPath
@@ -11,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from steerlab.run.submit import SubmitError, _exit_code, _follow, check_upload, entrypoint, runtime_env, submit, upload_sizes
+from steerlab.run.submit import _exit_code, _follow, entrypoint, submit
+from steerlab.run.upload import SubmitError, check_upload, runtime_env, upload_sizes
 
 
 @pytest.fixture
@@ -30,14 +35,14 @@ def test_entrypoint_of_a_job(folder: Path) -> None:
     command = entrypoint(
         folder / "jobs" / "a b.yaml", root="s3://b/r", overrides=("train.lr=1e-5", "name=x y"), working_dir=folder
     )
-    expected = "python -m steerlab run 'jobs/a b.yaml' --root s3://b/r --set train.lr=1e-5 --set 'name=x y'"
+    expected = "python -P -m steerlab run 'jobs/a b.yaml' --root s3://b/r --set train.lr=1e-5 --set 'name=x y'"
     assert command == expected
     assert shlex.split(command)[-1] == "name=x y"
 
 
 def test_entrypoint_of_a_sweep(folder: Path) -> None:
     command = entrypoint(folder / "jobs" / "a b.yaml", root="/r", space=folder / "spaces" / "s.py", working_dir=folder)
-    assert command == "python -m steerlab sweep 'jobs/a b.yaml' spaces/s.py --root /r"
+    assert command == "python -P -m steerlab sweep 'jobs/a b.yaml' spaces/s.py --root /r"
     again = entrypoint(
         folder / "jobs" / "a b.yaml",
         root="/r",
@@ -239,3 +244,169 @@ def test_the_exit_code_is_the_jobs_and_a_failure_without_one_is_1(
     assert _exit_code(Cluster([], status, code), "job-1") == expected  # type: ignore[arg-type]
     told = capsys.readouterr()
     assert told.out == f"job-1: {status.lower()}\n" and told.err == ("" if code is not None else "out of memory\n")
+
+
+# Folders and clusters of strangers
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder, home: (folder / "data").symlink_to(home), r"data is a link to .*home\d*, which would be uploaded"),
+        (
+            lambda folder, home: (folder / "notes").symlink_to(home / "id_rsa"),
+            r"notes is a link to .*id_rsa, which would be up",
+        ),
+        (lambda folder, home: (folder / "a").symlink_to("."), r"a is a link to a folder, which would be uploaded twice"),
+        (lambda folder, home: (folder / "a").symlink_to("a"), r"a is a link to itself"),
+        (lambda folder, home: os.mkfifo(folder / "pipe"), r"pipe is no file: name it in \.rayignore"),
+        (lambda folder, home: os.mkfifo(folder / "spaces/.gitignore"), r"spaces/\.gitignore is no file"),
+        (lambda folder, home: [(folder / ".gitignore").unlink(), os.mkfifo(folder / ".gitignore")], r"\.gitignore is no file"),
+    ],
+)
+def test_what_lies_elsewhere_is_not_uploaded_and_nothing_hangs(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, make: Any, message: str
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    (home / "id_rsa").write_text("PRIVATE")
+    make(folder, home)
+    with pytest.raises(SubmitError, match=message):
+        check_upload(folder)
+
+
+def test_a_link_that_is_left_out_and_one_to_a_file_beside_it_are_no_matter(folder: Path, tmp_path: Path) -> None:
+    (folder / "skip" / "far").symlink_to("/")
+    (folder / "near").symlink_to(folder / "spaces/s.py")
+    assert PurePosixPath("near") in upload_sizes(folder)
+
+
+def test_files_that_hold_secrets_are_named(folder: Path) -> None:
+    for name in (".env", "deploy.pem"):
+        (folder / name).write_text("x")
+    with pytest.warns(UserWarning, match=r"(\.env, deploy\.pem|deploy\.pem, \.env): uploaded like any other file"):
+        check_upload(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n", "is damaged"),
+        ("hello", "is damaged"),
+        ("env_vars: [1]\n", "env_vars"),
+        ("{", "cannot be read as YAML"),
+        ("py_modules: [/home/me/.ssh]\n", "py_modules: Extra inputs.*has the keys env_vars, pip, uv, conda, excludes, config"),
+        ("pip: /home/me/.netrc\n", "pip.*lists in place of files"),
+        ("conda: ../environment.yaml\n", "conda"),
+        ("worker_process_setup_hook: os.system\n", "worker_process_setup_hook"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nenv_vars: {X: *b}\n", "is damaged"),
+    ],
+)
+def test_a_runtime_env_asks_for_nothing_from_elsewhere(folder: Path, text: str, message: str) -> None:
+    (folder / "cluster").mkdir()
+    (folder / "cluster/runtime_env.yaml").write_text(text)
+    with pytest.raises(SubmitError, match=message):
+        runtime_env(folder)
+
+
+def test_a_runtime_env_that_is_a_pipe_is_refused(folder: Path) -> None:
+    (folder / "cluster").mkdir()
+    os.mkfifo(folder / "cluster/runtime_env.yaml")
+    with pytest.raises(SubmitError, match=r"runtime_env\.yaml is a named pipe, not a file"):
+        runtime_env(folder)
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=folder, check=True, capture_output=True
+    )
+
+
+def test_the_commit_is_that_of_the_files_and_nothing_of_the_folder_runs_for_it(folder: Path) -> None:
+    """`git describe --dirty`, `status` and `diff` run the monitor and the filters that the folder's own configuration names."""
+    shutil.rmtree(folder / ".git")
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "x")
+    marker = folder.parent / f"{folder.name}-ran"
+    with (folder / ".git/config").open("a") as config:
+        config.write(f'[core]\n\tfsmonitor = "touch {marker}; false"\n[filter "f"]\n\tclean = "touch {marker}; cat"\n')
+    (folder / ".git/info/attributes").write_text("* filter=f\n")
+    clean = runtime_env(folder)["env_vars"]["STEERLAB_GIT_COMMIT"]
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (folder / "spaces/s.py").write_text("other")
+    assert runtime_env(folder)["env_vars"]["STEERLAB_GIT_COMMIT"] == f"{clean}-dirty"
+    git(folder, "-c", "core.fsmonitor=false", "checkout", "--", "spaces/s.py")
+    marker.unlink(missing_ok=True)
+    (folder / "new.py").write_text("not added")
+    assert runtime_env(folder)["env_vars"]["STEERLAB_GIT_COMMIT"] == f"{clean}-dirty"
+    assert not marker.exists()
+
+
+@pytest.fixture
+def speaking(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server that speaks as a dashboard does, with one answer of its own; yields its URL."""
+    given: dict[str, bytes] = {"version": b'{"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}', **request.param}
+
+    class Answer(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            if length := int(self.headers.get("Content-Length") or 0):
+                self.rfile.read(length)
+            name = "version" if "version" in self.path else "package" if "packages" in self.path else "job"
+            code, body = (404, b"") if name == "package" and self.command == "GET" else (200, given.get(name, b"{}"))
+            self.send_response(500 if body == b"broken" else code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do_PUT = answer
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as httpd:
+        thread = Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("speaking", "message"),
+    [
+        ({"version": b"<html>login</html>"}, "does not answer as the dashboard"),
+        ({"version": b"[1]"}, "does not answer as the dashboard"),
+        ({"version": b'{"ray_version": "\\u001b[31mx"}'}, "does not answer as the dashboard"),
+        ({"version": b" " * (2 << 20) + b"{}"}, "does not answer as the dashboard"),
+        ({"job": b"broken"}, "refuses, or answers what no Ray cluster does"),
+        ({"job": b'{"foo": 1}'}, "refuses, or answers what no Ray cluster does"),
+        (
+            {"job": b'{"job_id": "\\u001b[2J", "submission_id": "\\u001b[2J"}'},
+            r"answers with a job '\\x1b\[2J', which is no name",
+        ),
+    ],
+    indirect=["speaking"],
+)
+def test_whatever_a_server_answers_ends_in_a_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, speaking: str, message: str
+) -> None:
+    with pytest.raises(SubmitError, match=message):
+        _send(folder, speaking, monkeypatch)
+
+
+def test_a_status_that_ray_does_not_have_ends_in_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster: Any = Cluster([["a"]], "WAT")
+    cluster.get_job_status = lambda job_id: {}["WAT"]
+    with pytest.raises(SubmitError, match=r"answer about job-1 cannot be read"):
+        followed(cluster, monkeypatch)
+
+
+def test_a_cluster_s_texts_move_no_cursor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    followed(Cluster([["a \x1b]0;owned\x07\x1b[2J b\r10 %\r\n"]], "SUCCEEDED"), monkeypatch)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\\x1b]0;owned\\x07" in shown and shown.endswith("b\n10 %\n")
+    cluster: Any = Cluster([], "FAILED")
+    cluster.get_job_info = lambda job_id: SimpleNamespace(status="FAILED", driver_exit_code=None, message="boo \x1b[2J")
+    _exit_code(cluster, "job-1")
+    assert "\x1b" not in capsys.readouterr().err

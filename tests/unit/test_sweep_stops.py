@@ -11,7 +11,7 @@ from steerlab.storage.plan import Stage
 from steerlab.storage.store import Store
 from steerlab.sweeps import results, stops
 from steerlab.sweeps.history import History
-from steerlab.sweeps.trials import Trial, Unit
+from steerlab.sweeps.trials import Trial, Unit, trial_id
 
 TRAIN = Stage("train", 1, {}, lambda work: None)
 FOLDER = "sweeps/a/1"
@@ -60,7 +60,7 @@ def test_notes_are_read_once_in_a_while_and_not_where_a_training_is_only_followe
 def test_a_stopped_unit_is_settled_and_a_stopped_sweep_is_not(store: Store) -> None:
     history = History(store, FOLDER)
     for number in (1, 2):
-        history.suggest(Unit(number, (Trial(f"t{number}", {"lr": number}),), (0,)))
+        history.suggest(Unit(number, (Trial(trial_id({"lr": number}), {"lr": number}),), (0,)))
         history.add("start", unit=number)
     history.add("stop", unit=1, reason="W&B stopped it after step 3 of train")
     history.add("stop")

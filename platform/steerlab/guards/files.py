@@ -16,6 +16,9 @@ from typing import BinaryIO
 
 SOURCE_ROOT = Path(__file__).parents[2]
 """Where this package is imported from: processes that are started here import it from there too."""
+OWN_FOLDER = Path(__file__).parent
+"""A folder with nothing of anybody else in it. Libraries take settings from the folder in which they start (`wandb/settings`
+names the server that gets the key), which may be a stranger's: processes that talk to a service start here."""
 _LONGEST = 2**30
 """Bytes of a file that is read whole."""
 
@@ -92,11 +95,18 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 def _opened(path: Path, flags: int) -> int:
     try:
-        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        # Without a wait: nobody may ever read from a pipe.
+        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        raise FileError(f"{path} is a link, and this file is written to: remove it") from None
+        what = "a link" if error.errno == errno.ELOOP else "a named pipe"
+        raise FileError(f"{path} is {what}, and this file is written to: remove it") from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise FileError(f"{path} is {_kind(mode)}, and this file is written to: remove it")
+    return handle
 
 
 def _entries(folder: Path) -> Iterable[os.DirEntry[str]]:

@@ -7,9 +7,10 @@ by keyboard. Whatever a model wrote is shown as text.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,17 @@ def _plain(value: Any) -> Any:
 
 def _script(drawn: Sequence[Figure]) -> str:
     """Return figures as JSON that can stand inside of a script element, whatever texts it holds."""
-    text = json.dumps(everywhere(plain, drawn), allow_nan=False)
+    text = json.dumps(_drawn(everywhere(plain, drawn)), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _drawn(value: Any) -> Any:
+    """Return a tree of JSON with nothing in place of numbers that are none: a folder may come from anywhere."""
+    if isinstance(value, Mapping):
+        return {key: _drawn(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_drawn(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sweep(sweep: Sweep, put: Any) -> dict[str, Any]:

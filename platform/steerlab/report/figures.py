@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,6 +158,6 @@ def _layers(metrics: Mapping[str, Any]) -> dict[str, list[tuple[int, dict[str, A
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for name, metric in metrics.items():
         stem, layer, number = name.rpartition("layer_")
-        if layer and number.isdigit() and metric["value"] is not None:
+        if layer and re.fullmatch("[0-9]{1,4}", number) and metric["value"] is not None:
             found.setdefault(f"{stem}layer", []).append((int(number), metric))
     return {stem: sorted(points, key=lambda point: point[0]) for stem, points in found.items()}

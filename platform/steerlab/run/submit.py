@@ -1,31 +1,25 @@
 """Send a job or a sweep to a cluster through Ray's job API and follow its logs."""
 
 import asyncio
+import json
 import os
+import re
 import shlex
-import subprocess
 import sys
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-import yaml
+from steerlab.guards import texts
+from steerlab.run.upload import SubmitError, check_upload, runtime_env
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-UPLOAD_LIMIT_BYTES = 100 * 2**20
-"""What a cluster accepts as working directory; beyond it, it answers with an HTTP error that names no reason."""
-
-_ZIP_ENTRY_BYTES = 256
-_RUNTIME_ENV = Path("cluster", "runtime_env.yaml")
-_ENV_VARS = {"PYTHONPATH": "platform", "RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+_T = TypeVar("_T")
 _INTERRUPTED = 130
-
-
-class SubmitError(ValueError):
-    """A job could not be sent; the message is for people."""
+_LONGEST_ANSWER = 1 << 20
+"""Bytes of a cluster's answer about itself."""
 
 
 def submit(
@@ -56,7 +50,10 @@ def submit(
     command = entrypoint(job_path, root=root, space=space, overrides=overrides, options=options, working_dir=working_dir)
     check_upload(working_dir)
     client = _connect(address if "://" in address else f"http://{address}")
-    job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env(working_dir), metadata={"job": str(job_path)})
+    asked = runtime_env(working_dir)
+    job_id = _answer(address, lambda: client.submit_job(entrypoint=command, runtime_env=asked, metadata={"job": str(job_path)}))
+    if not isinstance(job_id, str) or not re.fullmatch(r"[\w.-]{1,200}", job_id):
+        raise SubmitError(f"{address} answers with a job {texts.shown(repr(job_id))[:100]}, which is no name of one")
     print(f"sent as {job_id}: {command}", flush=True)
     print(f"dashboard: {client.get_address()}/#/jobs/{job_id}   to stop it: ray job stop {job_id}", flush=True)
     if not follow:
@@ -90,57 +87,7 @@ def entrypoint(
     arguments = ["run" if space is None else "sweep", *files, "--root", root, *options]
     for override in overrides:
         arguments += ["--set", override]
-    return shlex.join(["python", "-m", "steerlab", *arguments])
-
-
-def runtime_env(working_dir: Path) -> dict[str, Any]:
-    """Return Ray's runtime environment: the working directory's own cluster/runtime_env.yaml over what a job needs."""
-    path = working_dir / _RUNTIME_ENV
-    given: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    env_vars = _ENV_VARS | _commit(working_dir) | {name: str(value) for name, value in given.get("env_vars", {}).items()}
-    return given | {"working_dir": str(working_dir), "env_vars": env_vars}
-
-
-def _commit(working_dir: Path) -> dict[str, str]:
-    """Return the commit for the run's record: the upload leaves .git behind."""
-    found = subprocess.run(
-        ["git", "-C", str(working_dir), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
-    )
-    return {"STEERLAB_GIT_COMMIT": found.stdout.strip()} if found.returncode == 0 else {}
-
-
-def upload_sizes(working_dir: Path) -> dict[PurePosixPath, int]:
-    """Return the bytes of every file that would be uploaded, by its path in the working directory."""
-    # Ray's own walk, so that .gitignore, .rayignore and its default exclusions mean here what they mean to Ray.
-    from ray._private.ray_constants import get_runtime_env_default_excludes
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-
-    sizes: dict[PurePosixPath, int] = {}
-
-    def note(path: Path) -> None:
-        if path.is_file():
-            sizes[PurePosixPath(path.relative_to(working_dir))] = path.stat().st_size
-
-    excludes = [_get_excludes(working_dir, get_runtime_env_default_excludes())]
-    include_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    _dir_travel(working_dir, excludes, note, include_gitignore=include_gitignore)
-    return sizes
-
-
-def check_upload(working_dir: Path, limit_bytes: int = UPLOAD_LIMIT_BYTES) -> int:
-    """Return the bytes to upload. Raises SubmitError, naming the biggest folders, if they exceed `limit_bytes`."""
-    sizes = upload_sizes(working_dir)
-    total = sum(sizes.values()) + _ZIP_ENTRY_BYTES * len(sizes)
-    if total <= limit_bytes:
-        return total
-    folders: Counter[str] = Counter()
-    for path, size in sizes.items():
-        folders[str(PurePosixPath(*path.parts[:2])) if len(path.parts) > 1 else path.name] += size
-    biggest = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in folders.most_common(5))
-    raise SubmitError(
-        f"{working_dir} has {total / 2**20:.1f} MiB to upload, a cluster accepts {limit_bytes / 2**20:.0f} MiB."
-        f" Biggest: {biggest}. Name what the job does not need in .rayignore (as in .gitignore)."
-    )
+    return shlex.join(["python", "-P", "-m", "steerlab", *arguments])
 
 
 def _inside(path: Path, working_dir: Path) -> str:
@@ -162,17 +109,20 @@ def _connect(address: str) -> "JobSubmissionClient":
     # Ray's variables would win over the address that the user gave here.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
-        # Ray's client asks without a time limit.
-        answer = requests.get(f"{address}/api/version", timeout=10)
+        # Ray's client asks without a limit of time or length.
+        with requests.get(f"{address}/api/version", timeout=10, stream=True) as answer:
+            status, said = answer.status_code, answer.raw.read(_LONGEST_ANSWER, decode_content=True)
     except requests.RequestException as error:
         raise SubmitError(
             f"no Ray cluster answers at {address} ({type(error).__name__}): is it running, and is this the dashboard's"
             " address? A local one: cluster/local.sh start"
         ) from error
-    if answer.status_code not in (200, 401, 403):
-        raise SubmitError(f"{address} answers with HTTP {answer.status_code}: it is not the dashboard of a Ray cluster")
+    if status not in (200, 401, 403):
+        raise SubmitError(f"{address} answers with HTTP {status}: it is not the dashboard of a Ray cluster")
+    if status == 200 and not _is_version(said):
+        raise SubmitError(f"{address} does not answer as the dashboard of a Ray cluster does")
     try:
-        return JobSubmissionClient(address)
+        return _answer(address, lambda: JobSubmissionClient(address))
     except AuthenticationError as error:
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         raise SubmitError(
@@ -180,6 +130,27 @@ def _connect(address: str) -> "JobSubmissionClient":
             " and have its token in ~/.ray/auth_token, in the file RAY_AUTH_TOKEN_PATH or in RAY_AUTH_TOKEN."
             ' For a local one: eval "$(cluster/local.sh env)"'
         ) from error
+
+
+def _is_version(said: bytes) -> bool:
+    try:
+        found = json.loads(said)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and re.fullmatch(r"[\w.+-]{1,50}", str(found.get("ray_version", ""))) is not None
+
+
+def _answer(address: str, ask: Callable[[], _T]) -> _T:
+    """Ask a cluster, whose client raises whatever its answer leads it to. Raises SubmitError; a missing token goes through."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        return ask()
+    except (AuthenticationError, SubmitError):
+        raise
+    except Exception as error:  # a server's answer may be anything
+        said = " ".join(str(error).split())[:300]
+        raise SubmitError(f"{address} refuses, or answers what no Ray cluster does: {type(error).__name__}: {said}") from error
 
 
 async def _follow(client: "JobSubmissionClient", job_id: str) -> None:
@@ -191,24 +162,33 @@ async def _follow(client: "JobSubmissionClient", job_id: str) -> None:
         num_seen = 0
         try:
             async for text in client.tail_job_logs(job_id):
-                print(text[max(0, num_printed - num_seen) :], end="", flush=True)
+                print(_shown(text[max(0, num_printed - num_seen) :]), end="", flush=True)
                 num_seen += len(text)
                 num_printed, num_failures = max(num_printed, num_seen), 0
             if client.get_job_status(job_id).is_terminal():
                 return
+        except (ValueError, TypeError, KeyError) as error:
+            raise SubmitError(f"the cluster's answer about {job_id} cannot be read ({_shown(str(error))[:300]})") from error
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             num_failures += 1
             if num_failures > 30:
-                raise SubmitError(f"the cluster no longer answers ({error}); {job_id} may still run") from error
+                raise SubmitError(
+                    f"the cluster no longer answers ({_shown(str(error))[:300]}); {job_id} may still run"
+                ) from error
         await asyncio.sleep(2.0)
 
 
+def _shown(text: str) -> str:
+    """Return a cluster's text as it is printed: progress bars line by line, and nothing that moves a cursor."""
+    return texts.plain(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
 def _exit_code(client: "JobSubmissionClient", job_id: str) -> int:
-    info = client.get_job_info(job_id)
-    status = str(info.status)
+    info = _answer("the cluster", lambda: client.get_job_info(job_id))
+    status = texts.plain(str(info.status))
     print(f"{job_id}: {status.lower()}", flush=True)
-    if info.driver_exit_code is not None:
+    if isinstance(info.driver_exit_code, int):
         return info.driver_exit_code
     if info.message:
-        print(info.message, file=sys.stderr)
+        print(_shown(str(info.message)), file=sys.stderr)
     return 0 if status == "SUCCEEDED" else 1

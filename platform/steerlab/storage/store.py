@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from steerlab.data.sources import SourceError, cache_root, remote
+from steerlab.guards import files
 from steerlab.guards.files import escapes
 
 MANIFEST = "manifest.json"
@@ -219,7 +220,7 @@ class Store:
             return self._write(relpath, before + line)
         path = Path(self._at(relpath))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._explain_full_disk(relpath, len(line)), path.open("ab+") as file:
+        with self._explain_full_disk(relpath, len(line)), files.appending(path) as file:
             # A writer that was killed may have left half a line: it must not swallow this one.
             if file.tell() and not _ends_in_newline(path):
                 line = b"\n" + line

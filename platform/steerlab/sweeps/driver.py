@@ -5,11 +5,13 @@ ROOT/sweeps/<job>/<sweep id>/   job.yaml, space.json, history.jsonl, units/, tri
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,6 +195,7 @@ def sweep(
 def _begin(asked: Asked, store: Store, folder: str) -> History:
     """Write down what the sweep is, or read how far it came."""
     history = History(store, folder)
+    _check_units(asked, [course.unit for course in history.courses.values()], f"{store.root}/{folder}/history.jsonl")
     if history.started:
         history.add("resume")
     else:
@@ -204,6 +207,24 @@ def _begin(asked: Asked, store: Store, folder: str) -> History:
         if unit.number not in history.courses:
             history.suggest(unit)
     return history
+
+
+def _check_units(asked: Asked, units: Iterable[Unit], where: str) -> None:
+    """Refuse units of an earlier run of the sweep that this space does not give: they would set other fields of the job.
+
+    Raises:
+        ValueError: a unit is not that of its number where all are known, or sets what is no entry of the space.
+    """
+    known = {unit.number: json.loads(json.dumps(unit.as_dict())) for unit in asked.units}
+    entries = asked.plan.space.fields
+    for unit in units:
+        if known and known.get(unit.number) != json.loads(json.dumps(unit.as_dict())):
+            raise saved.SavedError(f"{where} is damaged: unit {unit.number} is none of this job, space and seeds")
+        foreign = [key for trial in unit.trials for key in trial.params if key not in entries]
+        if foreign:
+            raise saved.SavedError(
+                f"{where} is damaged: unit {unit.number} sets {foreign[0]!r:.80}, which is no entry of SPACE"
+            )
 
 
 def latest(asked: Asked, store: Store) -> str | None:
@@ -329,7 +350,9 @@ def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str
     }
     path = f"{folder}/units/{unit.name}.json"
     store.write_json(path, request)
-    return {"root": store.root, "request": path, "warm": all(job.scale.warm for job in made)}
+    # Read again by another process, perhaps hours later: what it runs is what was asked for here.
+    digest = hashlib.sha256(store.read_bytes(path)).hexdigest()
+    return {"root": store.root, "request": path, "sha256": digest, "warm": all(job.scale.warm for job in made)}
 
 
 def _conclude(

@@ -15,13 +15,40 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from steerlab.guards import saved
 from steerlab.storage.store import Store
-from steerlab.sweeps.trials import Unit
+from steerlab.sweeps.trials import Unit, trial_id
 
 Status = Literal["pending", "running", "finished", "failed", "pruned", "stopped"]
 _SETTLES: dict[str, Status] = {"finish": "finished", "fail": "failed", "prune": "pruned", "stop": "stopped"}
+
+
+_Number = Annotated[int, Field(ge=0, lt=10**9)]
+
+
+class _Trial(saved.Shape):
+    trial_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+    params: dict[str, Any]
+
+
+class _Line(saved.Shape):
+    event: str
+    unit: _Number | None = None
+    step: int = 0
+    value: float = 0.0
+    rows: list[dict[str, Any]] = []
+    reason: str = ""
+    score: float | None = None
+
+
+class _Suggestion(saved.Shape):
+    number: _Number
+    trials: Annotated[list[_Trial], Field(min_length=1)]
+    seeds: Annotated[list[_Number], Field(min_length=1)]
 
 
 @dataclass
@@ -48,15 +75,19 @@ class History:
     """The events of one sweep."""
 
     def __init__(self, store: Store, folder: str) -> None:
-        """Read what there is; units that ran when the sweep died are pending again."""
+        """Read what there is; units that ran when the sweep died are pending again.
+
+        Raises:
+            ValueError: a line is none of a sweep's, or a trial's name is not that of its parameters.
+        """
         self.folder = folder
         self._store, self._path = store, f"{folder}/history.jsonl"
         self.courses: dict[int, Course] = {}
         self.settled: list[int] = []
         """Numbers of the settled units, in the order in which they were."""
         self.started = self.ended = False
-        for line in store.read_lines(self._path):
-            self._apply(line)
+        for number, line in enumerate(store.read_lines(self._path), 1):
+            self._apply(_checked(line, f"{store.root}/{self._path} line {number}"))
         for course in self.courses.values():
             if course.status == "running":
                 course.status = "pending"
@@ -85,7 +116,9 @@ class History:
             self.courses[unit.number] = Course(unit)
         if "unit" not in line:
             return
-        course = self.courses[line["unit"]]
+        course = self.courses.get(line["unit"])
+        if course is None:
+            raise saved.SavedError(f"{self._store.root}/{self._path} is damaged: nobody suggested unit {line['unit']}")
         if event == "start":
             course.status = "running"
         elif event == "report":
@@ -100,3 +133,14 @@ class History:
     def pending(self) -> list[Unit]:
         """Units that are not settled, in order."""
         return [course.unit for course in self.courses.values() if not course.settled]
+
+
+def _checked(line: Any, where: str) -> dict[str, Any]:
+    """Return a line that is one of a sweep's: another's ROOT may hold anything. Raises ValueError."""
+    found: dict[str, Any] = saved.like(line, _Line, where)
+    if found["event"] == "suggest":
+        suggested = saved.checked(found, _Suggestion, where)
+        for trial in suggested.trials:
+            if trial.trial_id != trial_id(trial.params):
+                raise saved.SavedError(f"{where} is damaged: {trial.trial_id} is not the name of the trial {trial.params}")
+    return found

@@ -51,6 +51,11 @@ class Space:
     scheduler: TrialScheduler | None = None
     development: tuple[dict[str, Any], ...] = field(default=())
 
+    @property
+    def fields(self) -> set[str]:
+        """The fields of a job that points of the space set, and the strength."""
+        return {key.strip() for entry in self.entries for key in entry.split(",")} | {STRENGTH}
+
     def described(self) -> dict[str, Any]:
         """Return the space as JSON values."""
         return {

@@ -6,6 +6,7 @@ asks the cluster for what it does not wait for. Ray Tune keeps it for the next u
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ def run_unit(config: dict[str, Any]) -> None:
     from ray import tune
 
     store = Store(config["root"])
-    request = store.read_json(config["request"])
+    request = _request(store, config["request"], config["sha256"])
     unit = Unit.from_dict(request["unit"])
     obey = stops.Obedience(store, config["request"])
     rows: list[dict[str, Any]] = []
@@ -53,6 +54,14 @@ def run_unit(config: dict[str, Any]) -> None:
         tune.report({"outcome": json.dumps({"reason": " ".join(str(error).split())[:1000]})})
         return
     tune.report({"outcome": json.dumps({"rows": rows})})
+
+
+def _request(store: Store, path: str, digest: str) -> dict[str, Any]:
+    """Return what a unit's process was asked for. Raises ValueError where the file is not the one that was written for it."""
+    content = store.read_bytes(path)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{store.root}/{path} was changed while the sweep ran")
+    return json.loads(content)
 
 
 def _both(first: Reported, second: Reported) -> Reported:

@@ -237,7 +237,7 @@ def _started(directory: Path, *options: str) -> subprocess.Popen[bytes]:
     with files.appending(directory / "writer.log") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "steerlab.tracking.writer", *options],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, start_new_session=True, cwd=files.OWN_FOLDER,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
 

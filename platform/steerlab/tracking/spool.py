@@ -94,12 +94,11 @@ def _event(line: bytes, where: str) -> dict[str, Any]:
 
 def _opened(path: Path) -> Any:
     """Open for appending, without the torn line that a kill may have left."""
-    if path.exists():
-        whole = files.read(path)
-        if not whole.endswith(b"\n"):
-            with path.open("r+b") as torn:
-                torn.truncate(whole.rfind(b"\n") + 1)
-    return files.appending(path)
+    opened = files.appending(path)  # never through a link, so that what is cut is this file
+    whole = files.read(path)
+    if not whole.endswith(b"\n"):
+        opened.truncate(whole.rfind(b"\n") + 1)
+    return opened
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -96,7 +96,9 @@ def _write_offline(settings: dict[str, Any], directory: Path, ended: Callable[[]
     """Write a spool in a process of its own: in this one, W&B's client holds the run that could not begin."""
     spool.write_json(directory / spool.SETTINGS, settings)
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    process = subprocess.Popen([sys.executable, "-P", "-m", "steerlab.tracking.writer"], stdin=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "steerlab.tracking.writer"], stdin=subprocess.PIPE, env=environment, cwd=files.OWN_FOLDER
+    )
     assert process.stdin is not None
     process.stdin.write(f"{directory}\n".encode())
     process.stdin.flush()

@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
+from steerlab.guards import files
 from steerlab.tracking import NO_KEY, has_key
 
 HEARTBEAT_S = 3.0
@@ -57,7 +59,8 @@ class Agents:
         self._wake, self._closed = threading.Event(), threading.Event()
         self.stopped: set[str] = set()
         try:
-            self._api = wandb.Api(overrides=overrides, timeout=_TIMEOUT_S)
+            with chdir(files.OWN_FOLDER):  # settings of the current folder would name the server that gets the key
+                self._api = wandb.Api(overrides=overrides, timeout=_TIMEOUT_S)
             found = _sweep_with_runs(self._api, sweep_id, "{}")
             self.config: dict[str, Any] = _read(found["config"])
             """The sweep as W&B has it: method, metric, parameters."""

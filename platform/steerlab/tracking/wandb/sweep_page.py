@@ -82,7 +82,8 @@ def _call(request: dict[str, Any]) -> dict[str, Any] | None:
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "steerlab.tracking.wandb.sweep_page"], input=json.dumps(request), capture_output=True,
-            text=True, timeout=CALL_S, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            text=True, timeout=CALL_S, check=False, cwd=files.OWN_FOLDER,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         warnings.warn(f"W&B: no answer in {CALL_S:.0f} s; the sweep has no page there, its runs share a group", stacklevel=3)

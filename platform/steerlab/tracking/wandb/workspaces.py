@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from steerlab.guards import files
 
 if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws
@@ -186,9 +189,10 @@ def push(boards: Mapping[str, Board], path: str) -> dict[str, str]:
         raise ValueError(f"--project {path}: expected ENTITY/PROJECT")
     _workspaces()
     try:
-        urls = {name: workspace(board, entity, project).save().url for name, board in boards.items()}
-        chapters = [board for board in boards.values() if board.in_report]
-        return urls | ({"report": report(chapters, entity, project).save().url} if chapters else {})
+        with chdir(files.OWN_FOLDER):  # settings of the current folder would name the server that gets the key
+            urls = {name: workspace(board, entity, project).save().url for name, board in boards.items()}
+            chapters = [board for board in boards.values() if board.in_report]
+            return urls | ({"report": report(chapters, entity, project).save().url} if chapters else {})
     except wandb.Error as error:
         raise ValueError(f"W&B refused: {' '.join(str(error).split())[:300]}") from None
 
