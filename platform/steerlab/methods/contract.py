@@ -20,6 +20,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from steerlab import patches
@@ -28,7 +29,7 @@ from steerlab.inputs.tokens import IGNORED, Row
 from steerlab.job import Job, MethodConfig, Pooling, Selection
 from steerlab.methods.preparations import Preparation
 from steerlab.models import ModelFacts
-from steerlab.patches.maps import AffineMap
+from steerlab.patches.maps import Map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -175,6 +176,8 @@ class SteeringConfig(MethodConfig):
     """Pooling of the activations."""
     steer: Selection | None = None
     """Where the maps act, among the places that were read; null: there, on every token."""
+    inverse: bool = Field(False, exclude_if=lambda inverse: not inverse)
+    """Act with the inverse maps: bring about what the fitted ones take away."""
 
 
 class SequentialConfig(SteeringConfig):
@@ -272,7 +275,7 @@ class Fitted(Method):
     """A closed form. One that walks reads the target alone, and takes the source texts through the model itself."""
 
     Config: type[SteeringConfig]
-    fit: Callable[[Any, Samples, Samples], dict[str, AffineMap]]
+    fit: Callable[[Any, Samples, Samples], Mapping[str, Map]]
     """(config, source, target) -> maps; never asks whether it is called for all places at once or for one after another."""
     _: KW_ONLY
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: check_roles(config, facts, job)

@@ -101,7 +101,7 @@ class Lineas(PatchAlone):
         self.register_buffer("target_SM", torch.cat(columns, 1).T.contiguous().sort(dim=1).values, persistent=False)
         factors = 1 / (sizes * len(sizes)) if config.reduction == "code" else torch.ones(len(sizes))
         self.register_buffer("factor_S", factors.float().repeat_interleave(sizes), persistent=False)
-        self.patch = patches.ActivationPatch(_widths(model, config.steer), config.steer, strength_range=_STRENGTHS)
+        self.patch = patches.ActivationPatch(taps.widths(model, config.steer), config.steer, strength_range=_STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
         # Behind the maps: what is measured at a steered place is the mapped value.
         self._read = taps.Reader(model, places, self.measured.side)
@@ -141,6 +141,11 @@ class Lineas(PatchAlone):
         scale_S, shift_S = (torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("scale", "shift"))
         moved_S = torch.maximum((scale_S - 1).abs(), shift_S.abs())
         return float((moved_S > self.config.threshold).float().mean())
+
+    def finished(self, state: dict[str, Tensor]) -> patches.ActivationPatch:
+        """Return the trained maps, or their inverses."""
+        trained: patches.ActivationPatch = super().finished(state)
+        return trained.inverse() if self.config.inverse else trained
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
@@ -189,17 +194,6 @@ def whole_batch(pooled_BS: Tensor) -> tuple[Tensor, int]:
     torch.distributed.all_gather(parts, pooled_BS.detach().contiguous())
     parts[rank] = pooled_BS
     return torch.cat(parts), rank * len(pooled_BS)
-
-
-def _widths(model: PreTrainedModel, steer: Selection) -> dict[str, int]:
-    """Find the widths of the steered places by one forward pass over one token or image."""
-    places = taps.select(model, steer)
-    reader = taps.Reader(model, places, steer.side)
-    try:
-        with torch.no_grad():
-            return {name: value.shape[-1] for name, value in reader(**models.small_inputs(model)).items()}
-    finally:
-        reader.close()
 
 
 def _moved(layer: AffineLayer) -> Tensor:

@@ -14,7 +14,7 @@ from steerlab.models.kinds import (
 )
 from steerlab.models.language.architecture import runs_own_code, text_config
 from steerlab.models.language.decoding import accepted, cache_name, empty_cache, reads_padding
-from steerlab.models.language.folding import fold_affine
+from steerlab.models.language.folding import fold_affine, fold_low_rank
 from steerlab.models.language.weight_places import (
     LayerType,
     WeightPlace,
@@ -68,6 +68,7 @@ __all__ = [
     "fingerprint",
     "first_layers",
     "fold_affine",
+    "fold_low_rank",
     "from_config",
     "has_weights",
     "head",

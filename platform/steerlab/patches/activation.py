@@ -1,4 +1,4 @@
-"""Affine maps on activations: LinEAS, the AcT family, AurA, CAA, ITI."""
+"""Maps of activations: LinEAS, the AcT family, AurA, CAA, ITI, RepE, directional ablation, ReFT."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from steerlab import models
 from steerlab.job import Selection
 from steerlab.patches import taps
 from steerlab.patches.attaching import CannotFold, Forward
-from steerlab.patches.maps import AffineLayer, AffineMap
+from steerlab.patches.maps import LAYERS, AffineLayer, Map, MapLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class ActivationPatch(nn.Module):
-    """Affine maps of what modules compute, at the places of a `Selection`: LinEAS, the AcT family, AurA, CAA, ITI.
+    """Maps of what modules compute, at the places of a `Selection`.
 
     `sizes` holds the taps (module path, or `path:k` for element k of a tuple) and their widths; images come as
-    (B, C, H, W) and are mapped along C, attention heads as (B, T, H, D) and are all mapped along D.
+    (B, C, H, W) and are mapped along C, attention heads as (B, T, H, D) and are all mapped along D. The maps are elementwise
+    and affine, but where `kinds` names another kind (maps.py) with what that takes: {tap: {"kind": "low_rank", "rank": 1}}.
     """
 
     kind: ClassVar[str] = "activation"
@@ -34,38 +35,50 @@ class ActivationPatch(nn.Module):
         selection: Selection | dict[str, Any] | None = None,
         bounded: bool = False,
         strength_range: tuple[float, float] | list[float] | None = None,
+        kinds: dict[str, dict[str, str | int | bool]] | None = None,
     ) -> None:
         super().__init__()
         self.sizes = dict(sizes)
         self.selection = Selection.model_validate(selection or {})
         self.bounded = bounded
         self.strength_range = None if strength_range is None else (strength_range[0], strength_range[1])
-        self.maps = nn.ModuleList([AffineLayer(size, bounded) for size in sizes.values()])
+        self.kinds = dict(kinds or {})
+        unknown = [name for name in self.kinds if name not in self.sizes]
+        if unknown:
+            raise ValueError(f"kinds names {unknown[0]!r}, which is no place of the patch")
+        self.maps = nn.ModuleList([self._made(name, size) for name, size in self.sizes.items()])
+
+    def _made(self, name: str, size: int) -> MapLayer:
+        """Return an empty layer for a place. Raises ValueError for a kind of map that there is not."""
+        asked = dict(self.kinds.get(name, {"kind": AffineLayer.kind, "bounded": self.bounded}))
+        kind = asked.pop("kind", None)
+        if kind not in LAYERS:
+            raise ValueError(f"there is no kind of map {kind!r}; known: {', '.join(LAYERS)}")
+        return LAYERS[str(kind)](size, **asked)
 
     @classmethod
     def from_maps(
         cls,
-        maps: Mapping[str, AffineMap],
+        maps: Mapping[str, Map],
         selection: Selection,
         strength_range: tuple[float, float] | None = None,
     ) -> ActivationPatch:
         """Make the patch of fitted maps by tap."""
-        bounded = any(fitted.low_D is not None for fitted in maps.values())
-        patch = cls({name: len(fitted.scale_D) for name, fitted in maps.items()}, selection, bounded, strength_range)
-        for layer, fitted in zip(patch.layers(), maps.values(), strict=True):
-            layer.set(fitted)
+        made = {name: fitted.layer() for name, fitted in maps.items()}
+        bounded = any(isinstance(layer, AffineLayer) and layer.low is not None for layer in made.values())
+        kinds = {name: {"kind": one.kind, **one.spec()} for name, one in made.items() if one.kind != AffineLayer.kind}
+        patch = cls({name: fitted.width for name, fitted in maps.items()}, selection, bounded, strength_range, kinds)
+        for layer, fitted in zip(patch.layers(), made.values(), strict=True):
+            layer.load_state_dict(fitted.state_dict(), strict=not isinstance(layer, AffineLayer))
         return patch.eval()
 
-    def layers(self) -> list[AffineLayer]:
+    def layers(self) -> list[MapLayer]:
         """Return the maps' layers, in the order of `sizes`."""
-        return [layer for layer in self.maps if isinstance(layer, AffineLayer)]
+        return [layer for layer in self.maps if isinstance(layer, MapLayer)]
 
     def inverse(self) -> ActivationPatch:
-        """Return the patch that undoes this one. Raises ValueError where a scale is zero."""
-        maps = {
-            name: AffineMap(layer.scale.detach(), layer.shift.detach(), layer.low, layer.high).inverse()
-            for name, layer in zip(self.sizes, self.layers(), strict=True)
-        }
+        """Return the patch that undoes this one. Raises ValueError where a map erases something."""
+        maps = {name: layer.fitted().inverse() for name, layer in zip(self.sizes, self.layers(), strict=True)}
         return ActivationPatch.from_maps(maps, self.selection, self.strength_range)
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
@@ -77,7 +90,7 @@ class ActivationPatch(nn.Module):
         ]
 
     def _hook_one(
-        self, model: nn.Module, place: taps.Tap, layer: AffineLayer, forward: Forward, number: int
+        self, model: nn.Module, place: taps.Tap, layer: MapLayer, forward: Forward, number: int
     ) -> list[RemovableHandle]:
         where = f"the value of {place.module}"
 
@@ -98,7 +111,8 @@ class ActivationPatch(nn.Module):
         if self.selection.side == "input":
             rewrite = lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit)  # noqa: E731
             return [module.register_forward_pre_hook(rewrite, with_kwargs=True)]
-        if type(module) in (nn.GroupNorm, nn.LayerNorm) and not module._forward_hooks and not self.bounded:
+        is_norm = isinstance(module, nn.GroupNorm | nn.LayerNorm) and type(module) in (nn.GroupNorm, nn.LayerNorm)
+        if is_norm and isinstance(layer, AffineLayer) and not module._forward_hooks and not self.bounded:
             return self._hook_norm(module, layer, forward, number, edit)  # type: ignore[arg-type]
         return [module.register_forward_hook(lambda _m, _i, output: edit(output))]
 
@@ -139,15 +153,15 @@ class ActivationPatch(nn.Module):
             "selection": self.selection.model_dump(mode="json"),
             "bounded": self.bounded,
             "strength_range": self.strength_range,
+            **({"kinds": self.kinds} if self.kinds else {}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the scales and shifts."""
+        """Return the tensors of the maps."""
         return self.state_dict()
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
-        """Merge into weights: a linear layer, a convolution or a norm takes the scale; it, or the linear layers behind it, the
-        shift."""
+        """Merge into weights, each map into those of the module whose output it maps. Raises CannotFold with the reason."""
         if strength == 0:
             return
         if (share := models.unsteered_share(model)) is not None:
@@ -155,9 +169,7 @@ class ActivationPatch(nn.Module):
         if not self.selection.takes_all_tokens or self.selection.side == "input" or self.bounded:
             raise CannotFold("only maps of all tokens, without bounds and of outputs are weights in disguise")
         for name, layer in zip(self.sizes, self.layers(), strict=True):
-            w = 1 + strength * (layer.scale.detach().double() - 1)
-            b = strength * layer.shift.detach().double()
             try:
-                models.fold_affine(model, name, w, b)
+                layer.fold(model, name, strength)
             except ValueError as error:
                 raise CannotFold(str(error)) from None

@@ -335,3 +335,14 @@ def rewritten(
         return (edit(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
     return args, {**kwargs, name: edit(kwargs[name])}
+
+
+def widths(model: Any, steer: Selection) -> dict[str, int]:
+    """Return the widths of the places that a selection takes, by one forward pass over a token or an image."""
+    places = select(model, steer)
+    reader = Reader(model, places, steer.side)
+    try:
+        with torch.no_grad():
+            return {name: value.shape[-1] for name, value in reader(**models.small_inputs(model)).items()}
+    finally:
+        reader.close()

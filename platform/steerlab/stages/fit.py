@@ -15,7 +15,7 @@ from steerlab.data import rows
 from steerlab.guards import expressions
 from steerlab.job import DataSet, ExtractConfig, Job, Selection
 from steerlab.methods import fitted
-from steerlab.patches.maps import AffineMap
+from steerlab.patches.maps import Map
 from steerlab.stages import extract
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
@@ -58,9 +58,8 @@ def run(work: Work) -> None:
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
     made: dict[str, Any] = ray.get(future)  # type: ignore[assignment]
-    maps = {name: AffineMap(*parts) for name, parts in made["maps"].items()}
     selection = Selection.model_validate(made["selection"])
-    patch = patches.ActivationPatch.from_maps(maps, selection, method.strength_range)
+    patch = patches.ActivationPatch.from_maps(made["maps"], selection, method.strength_range)
     patches.save(patch, work.directory / "patch", made["fingerprint"])
     write_base(work, made["prompt"])
     facts = {name: made[name] for name in ("seconds", "places", "neurons", "rows")}
@@ -97,14 +96,16 @@ def _fit(made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple
     else:
         maps = method.fit(config, columns["source"], columns["target"])
         num_source = read["source"].num_rows
+    if config.inverse:
+        maps = {name: found.inverse() for name, found in maps.items()}
     return {
-        "maps": {name: tuple(found) for name, found in maps.items()},
+        "maps": dict(maps),
         "selection": selection.model_dump(mode="json"),
         "fingerprint": target.metadata["fingerprint"],
         "prompt": target.metadata["prompt"],
         "seconds": time.monotonic() - start_s,
         "places": len(maps),
-        "neurons": sum(len(found.scale_D) for found in maps.values()),
+        "neurons": sum(found.width for found in maps.values()),
         "rows": {"source": num_source, "target": target.num_rows},
     }
 
@@ -126,7 +127,7 @@ def _takes(selection: Selection, name: str) -> bool:
 
 def _walk(
     made_of: dict[str, Any], params: dict[str, Any], target: dict[str, Any], steer: Selection
-) -> tuple[dict[str, AffineMap], int]:
+) -> tuple[Mapping[str, Map], int]:
     """Fit place after place along the source texts."""
     from steerlab.activations.reading import TextReader, batches
     from steerlab.methods.math.sequential_fit import Reading, fit_in_order
@@ -150,7 +151,7 @@ def _walk(
         )
     places = [taps.tap(name) for name in target]
 
-    def fit_one(name: str, source_ND: Any) -> AffineMap | None:
+    def fit_one(name: str, source_ND: Any) -> Map | None:
         return method.fit(config, {name: source_ND.cpu()}, {name: target[name]}).get(name)
 
     pooling = config.pooling

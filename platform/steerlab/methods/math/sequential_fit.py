@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from steerlab import models
 from steerlab.job import Pooling, Selection
 from steerlab.patches import taps
-from steerlab.patches.maps import AffineMap
+from steerlab.patches.maps import Map
 
 
 class Reading(NamedTuple):
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
     steered_BT: Tensor
 
 
-Fit = Callable[[str, Tensor], AffineMap | None]
+Fit = Callable[[str, Tensor], Map | None]
 """(place, pooled activations of all source texts) -> its map; None leaves the place alone."""
 
 
@@ -42,7 +42,7 @@ def fit_in_order(
     pooling: Pooling,
     fit: Fit,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, AffineMap]:
+) -> dict[str, Map]:
     """Fit a map at every place, in the order in which the model runs them, in one pass over the batches.
 
     Raises:
@@ -82,7 +82,7 @@ class _Walk:
         self._here = threading.local()
         self._barrier = threading.Barrier(len(batches), action=self._meet)
         self._computing = threading.Lock()
-        self.maps: dict[str, AffineMap] = {}
+        self.maps: dict[str, Map] = {}
         self.error: BaseException | None = None
 
     def run(self, model: nn.Module, number: int) -> None:

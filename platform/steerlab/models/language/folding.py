@@ -41,6 +41,36 @@ def fold_affine(model: Any, name: str, scale_D: Tensor, shift_D: Tensor) -> None
             raise ValueError(f"{name} is {kind}: only the map of a linear layer, a convolution or a norm folds into weights")
 
 
+def fold_low_rank(model: Any, name: str, up_DR: Tensor, down_RD: Tensor, bias_R: Tensor) -> None:
+    """Merge z -> z + up (down z + bias) of a module's output into its weights: those of a linear layer, or of an embedding.
+
+    Raises:
+        ValueError: the module has no weights that could hold it; the message says why.
+    """
+    module: Any = model.get_submodule(name) if ":" not in name else None
+    shift_D = up_DR @ bias_R
+    with torch.no_grad():
+        if isinstance(module, nn.Embedding):
+            if any(other.weight is module.weight for other in model.modules() if isinstance(other, nn.Linear)):
+                raise ValueError(f"{name} shares its weights with another layer, which would change with it")
+            rows_VD = module.weight.double()
+            module.weight.copy_(rows_VD + rows_VD @ down_RD.T @ up_DR.T + shift_D)
+            return
+        if not isinstance(module, nn.Linear) and (module is None or not stores_transposed(module)):
+            kind = "an element of a tuple" if module is None else f"a {type(module).__name__}"
+            raise ValueError(
+                f"{name} is {kind}: only the map of a linear layer or an embedding of such a kind folds into weights"
+            )
+        weight_DN = module.weight.double().T if stores_transposed(module) else module.weight.double()
+        if module.bias is None and bool(shift_D.any()):
+            _declare_bias(model, name)
+        changed_DN = weight_DN + up_DR @ (down_RD @ weight_DN)
+        module.weight.copy_(changed_DN.T if stores_transposed(module) else changed_DN)
+        if module.bias is not None:
+            bias_D = module.bias.double()
+            _set_bias(module, bias_D + up_DR @ (down_RD @ bias_D) + shift_D)
+
+
 _BY_OUTPUT = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 """Layers whose weight has its outputs first."""
 _WITH_GAINS = nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
