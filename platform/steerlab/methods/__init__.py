@@ -1,6 +1,25 @@
 """The table of methods. A further method is one new file here and one line below."""
 
-from steerlab.methods import aside, aura, caa, denoise, dpo, genarm, iav, ise, iti, lineas, none, transport, vanilla, warp
+from steerlab.methods import (
+    ablation,
+    aside,
+    aura,
+    caa,
+    denoise,
+    dpo,
+    genarm,
+    iav,
+    ise,
+    iti,
+    iti_heads,
+    lineas,
+    none,
+    reft,
+    repe,
+    transport,
+    vanilla,
+    warp,
+)
 from steerlab.methods.contract import Fitted, Method, Trained
 
 METHODS: dict[str, Method] = {
@@ -16,6 +35,10 @@ METHODS: dict[str, Method] = {
     "aura": aura.METHOD,
     "caa": caa.METHOD,
     "iti": iti.METHOD,
+    "iti_heads": iti_heads.METHOD,
+    "ablation": ablation.METHOD,
+    "repe": repe.METHOD,
+    "reft": reft.METHOD,
     "iav": iav.METHOD,
     "dpo": dpo.METHOD,
     "genarm": genarm.METHOD,
