@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from steerlab.models.diffusion.pipelines import Diffusion, Pass
+from steerlab.models.diffusion.passes import Pass
+from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.models.language import decoding
 from steerlab.models.language.decoding import accepted, empty_cache
 from steerlab.models.language.weight_places import head

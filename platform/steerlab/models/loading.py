@@ -20,7 +20,7 @@ from steerlab.data import sources
 from steerlab.guards import files, saved
 from steerlab.guards.faults import explained
 from steerlab.job import SamplerConfig
-from steerlab.models.diffusion import pipelines
+from steerlab.models.diffusion import checkpoints
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.models.language import architecture, weights
 from steerlab.models.language.weight_places import embedding_shape, layer_names
@@ -67,10 +67,10 @@ def load_model(
         ValueError: the checkpoint is not complete, or is no causal language model's.
     """
     directory = prepare(Path(directory))
-    if pipelines.is_pipeline(directory):
+    if checkpoints.is_pipeline(directory):
         settings = SamplerConfig.model_validate(sampler or {})
         denoiser = None if settings.denoiser is None else sources.fetch(settings.denoiser)
-        return pipelines.load(directory, settings, dtype=dtype, seed=seed, denoiser=denoiser)
+        return checkpoints.load(directory, settings, dtype=dtype, seed=seed, denoiser=denoiser)
     kwargs: dict[str, Any] = {
         "dtype": DTYPES[dtype],
         "attn_implementation": architecture.attention_of(directory, attention, trust_remote_code),
@@ -159,8 +159,8 @@ def _facts_of_pipeline(model: Diffusion) -> ModelFacts:
 def skeleton(directory: str | Path, trust_remote_code: bool = False) -> Any:
     """Return a model's modules without any weights: their paths and shapes, to be read only."""
     directory = prepare(Path(directory))
-    if pipelines.is_pipeline(directory):
-        return pipelines.skeleton(directory)
+    if checkpoints.is_pipeline(directory):
+        return checkpoints.skeleton(directory)
     return architecture.skeleton(directory, trust_remote_code)
 
 
@@ -171,7 +171,7 @@ def check_checkpoint(directory: str | Path, attention: str, trust_remote_code: b
         ValueError: weights are missing or need a library that is not there, or the model lacks the kernel of attention.
     """
     directory = prepare(Path(directory))
-    if pipelines.is_pipeline(directory):
+    if checkpoints.is_pipeline(directory):
         return
     model = architecture.skeleton(directory, trust_remote_code)
     architecture.check_quantisation(model.config)
@@ -211,7 +211,7 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 def check_sampler(directory: str | Path, sampler: SamplerConfig) -> None:
     """Refuse a sampler that a pipeline cannot take, without loading its weights. Raises ValueError."""
-    pipelines.check_scheduler(prepare(Path(directory)), sampler)
+    checkpoints.check_scheduler(prepare(Path(directory)), sampler)
 
 
 class _Dtype(saved.Shape):
@@ -220,8 +220,8 @@ class _Dtype(saved.Shape):
 
 def saved_dtype(directory: Path) -> str:
     """Return the type in which a checkpoint's weights were saved; float32 where that is not said."""
-    if pipelines.is_pipeline(directory):
-        return pipelines.saved_dtype(directory)
+    if checkpoints.is_pipeline(directory):
+        return checkpoints.saved_dtype(directory)
     config = directory / "config.json"
     return (saved.read(config, _Dtype).dtype or "float32") if config.is_file() else "float32"
 
@@ -257,7 +257,7 @@ def prepare(directory: Path) -> Path:
             f"{directory} holds a model and an adapter (adapter_config.json), which transformers would put into it: merge it "
             "with peft, or take the adapter's files away"
         )
-    if is_model or pipelines.is_pipeline(directory):
+    if is_model or checkpoints.is_pipeline(directory):
         return directory
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory} holds an adapter without its model: merge it into the model with peft, and give that")

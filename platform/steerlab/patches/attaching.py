@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
 from steerlab.job import Selection
-from steerlab.models.diffusion.pipelines import Pass
+from steerlab.models.diffusion.passes import Pass
 from steerlab.patches import taps
 
 if TYPE_CHECKING:
