@@ -29,7 +29,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "platform/steerlab/models/language/weights.py": {
         "torch.load": "weights_only=True, onto no device, to see that the file is whole"
     },
-    "platform/steerlab/models/diffusion/pipelines.py": {
+    "platform/steerlab/models/diffusion/checkpoints.py": {
         "importlib.import_module": "one of the three names in pipeline_index.LIBRARIES"
     },
     "platform/steerlab/run/record.py": {"subprocess.run": "git, with arguments that stand in the file"},
