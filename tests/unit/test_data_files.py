@@ -317,7 +317,7 @@ def bombs(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def test_a_small_file_does_not_fill_the_memory_or_take_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steerlab.data.sources.readers._MOST_DECODED", 2**26)
+    monkeypatch.setattr("steerlab.data.sources.budget._MOST_DECODED", 2**26)
     monkeypatch.setattr("steerlab.data.sources.compressed._LONGEST_LINE", 2**23)
     for path, message in bombs(tmp_path):
         began_s = time.monotonic()

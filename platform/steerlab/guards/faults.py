@@ -10,13 +10,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import FrameType, TracebackType
 
 try:
     import resource
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
+
+
+_PANIC = "PanicException"
+"""What a library written in Rust raises where it gives up, which is no Exception; its class cannot be imported."""
 
 
 def is_for_people(error: BaseException) -> bool:
@@ -41,13 +44,18 @@ def explained(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # parsers of strangers' files fail in every way: struct.error, KeyError, bare Exception
+    except BaseException as error:  # parsers of strangers' files fail in every way: struct.error, KeyError, bare Exception
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         if is_for_people(error) or isinstance(error, FileNotFoundError | PermissionError):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if isinstance(error, pickle.UnpicklingError):  # torch advises to run it all the same
             reason = "a pickle holds more than tensors and numbers, and is not read, since it could run code; give safetensors"
         raise ValueError(f"{what} cannot be read: {reason}") from error
+
+
+_AGAIN_S = 0.5
 
 
 class TooLong(Exception):
@@ -95,15 +103,19 @@ def _within(num_bytes: int | None) -> Iterator[None]:
 
 @contextmanager
 def _ended_after(seconds: float, message: str) -> Iterator[None]:
-    def end(*_: Any) -> None:
+    def end(_: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_globals.get("__name__") in (__name__, contextmanager.__module__):
+            return  # the limits themselves are being set or taken back, which nothing may break off
         raise TooLong(message)
 
-    before, (left_s, _) = signal.signal(signal.SIGALRM, end), signal.setitimer(signal.ITIMER_REAL, seconds)
+    # It rings again until somebody hears it: a library may take what is raised for an error of its own, and go on.
+    before, outer = signal.signal(signal.SIGALRM, end), signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     began_s = time.monotonic()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, max(1e-3, left_s - (time.monotonic() - began_s)) if left_s else 0)
+        left_s = max(1e-3, outer[0] - (time.monotonic() - began_s)) if outer[0] else 0
+        signal.setitimer(signal.ITIMER_REAL, left_s, outer[1])
         signal.signal(signal.SIGALRM, before)
 
 

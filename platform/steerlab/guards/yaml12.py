@@ -180,6 +180,7 @@ def load_rows(text: str) -> Any:
         YamlError: it is none, has more than a million values, or is nested too deeply.
     """
     try:
+        _check_events(text)
         loader = _Rows(text)
         node = loader.get_single_node()
         if node is None:
@@ -193,6 +194,18 @@ def load_rows(text: str) -> Any:
         raise YamlError(_said(error), None if mark is None else mark.line + 1) from None
     except yaml.YAMLError as error:
         raise YamlError(f"a control character or a half of one, {_character(error)}, is no text") from None
+
+
+def _check_events(text: str) -> None:
+    """Refuse what is nested too deeply, or has too many values, before libyaml makes a tree: it would end the process."""
+    loader, depth, count = _Rows(text), 0, 0
+    while (event := loader.get_event()) is not None:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        count += isinstance(event, yaml.NodeEvent)
+        if depth > _MAX_DEPTH:
+            raise YamlError(f"the values are nested more than {_MAX_DEPTH} deep", event.start_mark.line + 1)
+        if count > _MAX_ROW_VALUES:
+            raise YamlError(f"there are more than {_MAX_ROW_VALUES:,} values", event.start_mark.line + 1)
 
 
 def load_value(text: str) -> Any:
@@ -246,24 +259,30 @@ def _said(error: yaml.MarkedYAMLError) -> str:
 
 
 def _check_size(root: Any, most: int) -> None:
-    """Refuse aliases that go in a circle or expand to more values than a file may have."""
-    sizes: dict[int, int] = {}
+    """Refuse aliases that go in a circle or expand to more values, or deeper ones, than a file may have."""
+    sizes: dict[int, tuple[int, int]] = {}
     open_: set[int] = set()
 
-    def size(node: Any) -> int:
+    def size(node: Any) -> tuple[int, int]:
+        """Return how many values a node has, and how deep they are nested."""
         if id(node) in sizes:
             return sizes[id(node)]
         if isinstance(node, yaml.ScalarNode):
-            return 1
+            return 1, 1
         if id(node) in open_:
             raise YamlError("an alias (*) stands inside of what it names", node.start_mark.line + 1)
         open_.add(id(node))
-        total = 1 + sum(size(one) for item in node.value for one in (item if isinstance(item, tuple) else (item,)))
+        below = [size(one) for item in node.value for one in (item if isinstance(item, tuple) else (item,))]
         open_.discard(id(node))
-        sizes[id(node)] = total
+        total, depth = 1 + sum(count for count, _ in below), 1 + max((deep for _, deep in below), default=0)
+        sizes[id(node)] = total, depth
         if total > most:
             raise YamlError(f"the values, aliases (*) written out, are more than {most}", node.start_mark.line + 1)
-        return total
+        if depth > _MAX_DEPTH:
+            raise YamlError(
+                f"the values, aliases (*) written out, are nested more than {_MAX_DEPTH} deep", node.start_mark.line + 1
+            )
+        return total, depth
 
     size(root)
 

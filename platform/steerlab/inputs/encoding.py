@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +52,8 @@ _NORMALISED_TRIES = 3
 _LONGEST_TEXT = 10_000_000
 """Characters of a row, or of rows that are tokenised together. The library ends the process, without a word, where the memory
 that it takes for them is not there."""
+_LONGEST_MADE = 4 * _LONGEST_TEXT
+"""Characters that the tokenizer may make of a row before it looks for tokens: those of the longest text, written as bytes."""
 _CHUNK_ROWS = 1000
 
 FRAMING = (
@@ -309,10 +311,11 @@ class Encoder:
             rows = [self._numbered(conversation, (start + i) // per_row) for i, conversation in enumerate(chunk)]
             texts = ["".join(stretch.text for stretch in stretches) for stretches in rows]
             for i, text in enumerate(texts):
-                if len(text) > _LONGEST_TEXT:
+                if len(text) > (longest := min(_LONGEST_TEXT, int(_LONGEST_MADE / self._growth))):
                     number = (start + i) // per_row + 1
+                    makes = f" (this tokenizer makes {self._growth:,.0f} of one)" if longest < _LONGEST_TEXT else ""
                     raise ValueError(
-                        f"row {number} has {len(text):,} characters, more than {_LONGEST_TEXT:,}: cut it into rows"
+                        f"row {number} has {len(text):,} characters, more than {longest:,}{makes}: cut it into rows"
                     )
             with untrimmed_offsets(self.tokenizer):
                 found = self._tokens(texts, [self._as_text(conversation) for conversation in chunk])
@@ -328,8 +331,8 @@ class Encoder:
         """Tokenise texts in their order, with and without the tokenizer's own tokens around them."""
         found: dict[int, _Tokens] = {}
         for adds in set(as_text):
-            for numbers in _together([i for i, here in enumerate(as_text) if here == adds], texts):
-                with explained(f"the tokenizer {self.tokenizer.name_or_path}"):
+            for numbers in _together([i for i, here in enumerate(as_text) if here == adds], texts, self._growth):
+                with self._explained():
                     tokens = self.tokenizer(
                         [texts[i] for i in numbers],
                         add_special_tokens=adds,
@@ -341,6 +344,14 @@ class Encoder:
                 found |= dict(zip(numbers, map(_Tokens, *columns), strict=True))  # type: ignore[arg-type]
         return [found[i] for i in range(len(texts))]
 
+    @cached_property
+    def _growth(self) -> float:
+        """How many characters the tokenizer makes of one, at most."""
+        return models.growth_of(self.tokenizer)
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(f"the tokenizer {self.tokenizer.name_or_path}")
+
     def _broken_up(
         self, conversation: Conversation, text: str, stretches: list[_Stretch], tokens: _Tokens
     ) -> tuple[str, list[_Stretch], _Tokens]:
@@ -351,7 +362,8 @@ class Encoder:
 
         def written(number: int, start: int, end: int) -> bool:
             # Not so the unknown token, and bytes that stand for a character.
-            return number in self._special_ids and self._added[number] in backend.normalizer.normalize_str(text[start:end])
+            with self._explained():
+                return number in self._special_ids and self._added[number] in backend.normalizer.normalize_str(text[start:end])
 
         for _ in range(_NORMALISED_TRIES):
             owner = [number for number, stretch in enumerate(stretches) for _ in stretch.text]
@@ -409,7 +421,13 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids; special tokens, and the one that ended it, are left out."""
         written = list(ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids)
-        return str(self.tokenizer.decode(written, skip_special_tokens=True))
+        with self._explained():
+            return str(self.tokenizer.decode(written, skip_special_tokens=True))
+
+    def shown(self, token: int) -> str:
+        """Return the text of one token; that of a word boundary alone ("▁"), which decodes to nothing, is its name."""
+        with self._explained():
+            return str(self.tokenizer.decode([token])) or str(self.tokenizer.convert_ids_to_tokens(token))
 
     def check(self, conversation: Conversation) -> None:
         """Refuse a conversation that the chat template refuses or changes, or that holds no text. Raises ValueError."""
@@ -546,11 +564,11 @@ def template_of(source: str) -> str:
         raise ValueError(f"model.chat_template {source}: {error}") from None
 
 
-def _together(numbers: Sequence[int], texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield the numbers of texts, so many together as have `_LONGEST_TEXT` characters at most."""
+def _together(numbers: Sequence[int], texts: Sequence[str], growth: float = 1.0) -> Iterator[list[int]]:
+    """Yield the numbers of texts, so many together as have `_LONGEST_TEXT` characters at most, each made `growth`."""
     chosen, length = [], 0
     for number in numbers:
-        if chosen and length + len(texts[number]) > _LONGEST_TEXT:
+        if chosen and (length + len(texts[number])) * growth > _LONGEST_TEXT:
             yield chosen
             chosen, length = [], 0
         chosen.append(number)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
-from steerlab.guards.faults import TooLong, limited
+from steerlab.guards.faults import TooLong, explained, limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -417,7 +417,8 @@ class ChatTemplate:
         return all(row[: len(prompt)] == prompt for row in rows)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        with explained(f"the tokenizer {self.tokenizer.name_or_path}"):
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
 def default_of(template: Any) -> str:

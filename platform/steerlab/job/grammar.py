@@ -44,7 +44,7 @@ Kind = Literal["hf", "path", "uri", "wheel", "sdist", "gym", "tiny", "pixels", "
 _PACKAGE = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)(@sha256:(?P<sha256>[0-9a-f]{64}))?(#(?P<inside>.+))?"
 )
-_HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^#@]+))?(#(?P<inside>.+))?")
+_HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./+-]+))?(#(?P<inside>.+))?")
 _GYM = re.compile(r"(?P<name>\w+)\?(?P<inside>seed=[0-9]+&size=[1-9][0-9]{0,6})")
 _DEB = re.compile(r"(?P<name>[a-z0-9][a-z0-9+.-]+)(@sha256:(?P<sha256>[0-9a-f]{64}))?(#(?P<inside>.+))?")
 
@@ -80,6 +80,8 @@ def parse(source: str) -> Source:
     if scheme == "hf":
         if not (match := _HUB.fullmatch(rest)):
             raise SourceError(f"'{source}' is not hf:owner/name[@revision][#file]")
+        if any(escapes(part) for part in (match["name"], match["revision"] or "", match["inside"] or "")):
+            raise SourceError(f"'{source}' points out of its repository: no part of hf:owner/name[@revision][#file] is a path")
         return Source(source, "hf", match["name"], match["revision"] or "", inside=match["inside"] or "")
     if scheme == "gym":
         return _parse_gym(source, rest)
@@ -105,8 +107,7 @@ def _parse_package(source: str, kind: Literal["wheel", "sdist"], rest: str) -> S
     if not (match := _PACKAGE.fullmatch(rest)):
         raise SourceError(f"'{source}' is not {kind}:NAME==VERSION[@sha256:HEX][#path/inside]")
     inside = match["inside"] or ""
-    if escapes(inside):
-        raise SourceError(f"'{source}' points out of its package")
+    _check_inside(source, inside)
     return Source(source, kind, match["name"], match["version"], match["sha256"] or "", inside)
 
 
@@ -122,9 +123,14 @@ def _parse_deb(source: str, rest: str) -> Source:
     if not (match := _DEB.fullmatch(rest)):
         raise SourceError(f"'{source}' is not deb:NAME[@sha256:HEX][#path/inside]")
     inside = match["inside"] or ""
-    if escapes(inside):
-        raise SourceError(f"'{source}' points out of its package")
+    _check_inside(source, inside)
     return Source(source, "deb", match["name"], sha256=match["sha256"] or "", inside=inside)
+
+
+def _check_inside(source: str, inside: str) -> None:
+    """Refuse a path that leads out of its package, or behind '!' out of the archive that it names. Raises SourceError."""
+    if any(map(escapes, inside.split("!"))):
+        raise SourceError(f"'{source}' points out of its package")
 
 
 def local_path(name: str) -> Path:

@@ -15,6 +15,7 @@ from steerlab.models.kinds import (
 from steerlab.models.language.architecture import runs_own_code, text_config
 from steerlab.models.language.decoding import accepted, cache_name, empty_cache, reads_padding
 from steerlab.models.language.folding import fold_affine, fold_low_rank
+from steerlab.models.language.growth import of as growth_of
 from steerlab.models.language.weight_places import (
     LayerType,
     WeightPlace,
@@ -70,6 +71,7 @@ __all__ = [
     "fold_affine",
     "fold_low_rank",
     "from_config",
+    "growth_of",
     "has_weights",
     "head",
     "layer_names",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from steerlab.guards.faults import explained
 from steerlab.job import SamplerConfig
 from steerlab.models.diffusion import checkpoints
 from steerlab.models.diffusion.pipelines import Diffusion
-from steerlab.models.language import architecture, weights
+from steerlab.models.language import architecture, growth, weights
 from steerlab.models.language.weight_places import embedding_shape, layer_names
 
 if TYPE_CHECKING:
@@ -97,33 +96,8 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Pr
     architecture.check_tokenizer_code(directory, trust_remote_code)
     with explained(f"the tokenizer in {directory}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    _check_growth(tokenizer, directory)
+    growth.check(tokenizer, directory)
     return tokenizer
-
-
-_MOST_GROWTH = 1_000
-"""Characters that a tokenizer may make of one: some write a byte as six characters, such as <0x0A>."""
-
-
-def _check_growth(tokenizer: Any, directory: Path) -> None:
-    """Refuse a tokenizer whose replacements multiply a text until the memory is full, where the library ends the process."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    for part in ("normalizer", "decoder"):
-        step = getattr(backend, part, None)
-        growth = 1.0 if step is None else _growth(json.loads(step.__getstate__()))
-        if growth > _MOST_GROWTH:
-            raise ValueError(f"the {part} of the tokenizer in {directory} makes {growth:,.0f} characters of one; none needs to")
-
-
-def _growth(step: Mapping[str, Any]) -> float:
-    """Return into how many characters a step of a tokenizer may turn one character, at most."""
-    steps = step.get("normalizers") or step.get("decoders")
-    if steps is not None:
-        return math.prod(_growth(one) for one in steps)
-    if step.get("type") != "Replace":
-        return 1.0
-    pattern = step.get("pattern", {}).get("String")
-    return max(1.0, len(step.get("content", "")) / max(1, len(pattern or "")))
 
 
 def facts(directory: str | Path, trust_remote_code: bool = False) -> ModelFacts:

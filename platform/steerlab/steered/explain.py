@@ -110,7 +110,7 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
     scores = scoring.compared(base_NV, vector_NV, tokens.target_N)
     return [
         Effect(
-            _text(model, int(target)),
+            model.encoder.shown(int(target)),
             float(square.sqrt()),
             float(kl),
             _top(model, vector_V, num),
@@ -122,10 +122,4 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
 
 def _top(model: SteeredModel, vector_V: Tensor, num: int, sign: int = 1) -> list[tuple[str, float]]:
     values, ids = vector_V.topk(min(num, len(vector_V)))
-    return [(_text(model, i), sign * value) for value, i in zip(values.tolist(), ids.tolist(), strict=True)]
-
-
-def _text(model: SteeredModel, token: int) -> str:
-    tokenizer = model.encoder.tokenizer
-    # A word boundary alone ("▁") decodes to nothing.
-    return str(tokenizer.decode([token])) or str(tokenizer.convert_ids_to_tokens(token))
+    return [(model.encoder.shown(i), sign * value) for value, i in zip(values.tolist(), ids.tolist(), strict=True)]

@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import lzma
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,7 +27,10 @@ SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
 _LONGEST_LINE = 2**28
 _LONGEST_BYTES = 2**31
-"""What a small file may unpack to before it counts as one that was made to fill the memory."""
+_MOST_RATIO = 1_000
+"""What a small file may unpack to before it counts as one that was made to fill the memory, and any for each of its bytes."""
+_LINE = 60
+"""What a line takes beside its characters."""
 
 
 def _zstd(path: Path) -> Any:
@@ -74,11 +78,21 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Yield a file's lines with their ends, byte order marks left out. Raises SourceError for bytes that are no UTF-8."""
+    """Yield a file's lines with their ends, byte order marks left out.
+
+    Raises:
+        SourceError: bytes are no UTF-8, or a small file unpacks to lines without end.
+    """
+    left = max(_LONGEST_BYTES, _MOST_RATIO * path.stat().st_size) if is_compressed(path) else math.inf
     with opened(path) as file, io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="") as decoded:
         for number, line in enumerate(iter(lambda: decoded.readline(_LONGEST_LINE), ""), 1):
             if len(line) >= _LONGEST_LINE:
                 raise SourceError(f"{path.name} line {number} has more than {_LONGEST_LINE:,} characters")
+            left -= len(line) + _LINE
+            if left < 0:
+                raise SourceError(
+                    f"{path.name} unpacks to more than {number - 1:,} lines, as if it had no end: give the unpacked file"
+                )
             if not line.isascii() and (bad := _NO_UTF8.search(line)):
                 raise SourceError(f"{path.name} line {number} is not UTF-8: {_bytes(line, bad)}; save the file as UTF-8")
             yield line.lstrip("\ufeff")

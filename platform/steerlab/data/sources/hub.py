@@ -1,25 +1,29 @@
 """Models and data sets of the hub."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from steerlab.data.sources.compressed import data_suffix
 from steerlab.data.sources.documents import Asked, Found
 from steerlab.data.sources.readers import READ, file_rows
+from steerlab.guards import files
+from steerlab.guards.faults import is_for_people
 from steerlab.job.grammar import Source, SourceError
 
 RepoType = Literal["model", "dataset"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_LONGEST_REFERENCE = 1_000
+"""Bytes of a file in the hub's cache that holds a commit."""
 
 
 def _commit(source: Source, repo_type: RepoType) -> str:
     """Return the commit that a hub id stands for, from the hub's cache or, the first time, from the hub.
 
     The first answer stays in the hub's cache, so that later runs, offline too, mean the same commit.
-    Raises the hub's own errors if neither can tell.
+    Raises the hub's own errors if neither can tell, and SourceError where the cache holds something else than a commit.
     """
     if _COMMIT.fullmatch(source.version):
         return source.version
@@ -30,7 +34,9 @@ def _commit(source: Source, repo_type: RepoType) -> str:
     if not reference.is_file():
         # A download of no file at all notes the commit in the cache.
         snapshot_download(source.name, repo_type=repo_type, revision=source.version or None, allow_patterns=["-"])
-    return reference.read_text().strip()
+    if not _COMMIT.fullmatch(commit := files.read(reference, _LONGEST_REFERENCE).decode(errors="replace").strip()):
+        raise SourceError(f"'{source.text}': {reference} in the hub's cache holds no commit (40 hexadecimal digits): remove it")
+    return commit
 
 
 def known_commit(source: Source) -> str:
@@ -78,12 +84,38 @@ def hub_rows(source: Source, asked: Asked) -> Iterator[Found]:
     """Return the rows of a data set, or of one file of it."""
     if data_suffix(Path(source.inside))[0] in READ:
         return file_rows([fetch_hub(source, Path(), "dataset")], asked)
+    if "/" not in source.name:  # for `datasets`, one of its own loaders, which would read the current folder
+        raise SourceError(f"'{source.text}' names no owner: a data set of the hub is hf:owner/name[@revision][#split]")
     import datasets
 
     config, _, split = source.inside.rpartition("/")
     with _explained(source):
         revision = _commit(source, "dataset")
-        loaded = datasets.load_dataset(source.name, config or None, split=split or None, revision=revision)
+        # By this name it is the hub's, also where a folder of the name lies in the current one.
+        name = f"hf://datasets/{source.name}"
+        with _whole(source):
+            loaded = datasets.load_dataset(name, config or None, split=split or None, revision=revision)
     if isinstance(loaded, dict):
         raise SourceError(f"'{source.text}' has several splits, name one: {', '.join(f'#{name}' for name in loaded)}")
-    return (dict(row) for row in loaded)
+    return _each(source, loaded)
+
+
+def _each(source: Source, loaded: Iterable[Any]) -> Iterator[Found]:
+    with _explained(source), _whole(source):
+        yield from map(dict, loaded)
+
+
+@contextmanager
+def _whole(source: Source) -> Iterator[None]:
+    """Say of which data set it is that its files cannot be read. Raises SourceError; the hub's own errors are passed on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except (HfHubHTTPError, ConnectionError, FileNotFoundError):
+        raise
+    except Exception as error:  # the loaders of `datasets` fail in every way
+        if is_for_people(error):
+            raise
+        said = " ".join(f"{error.__cause__ or error}".split())[:300]
+        raise SourceError(f"'{source.text}' is no data set that can be read: {type(error).__name__}: {said}") from error

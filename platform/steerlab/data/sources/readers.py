@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from steerlab.data.sources.budget import Budget
 from steerlab.data.sources.compressed import SUFFIXES, data_suffix, in_memory, is_compressed, lines
 from steerlab.data.sources.documents import Asked, Found, json_line_rows, json_rows, yaml_rows
 from steerlab.job.grammar import SourceError
-
-_AT_ONCE = 2**26
-_MOST_DECODED = 2**30
-_MOST_RATIO = 1_000
-"""Bytes of decoded rows that become Python values together; of all, whatever the file's size; and for each byte of the file."""
 
 
 def file_rows(files: Sequence[Path], asked: Asked = Asked()) -> Iterator[Found]:  # noqa: B008 (it is immutable)
@@ -46,11 +41,14 @@ def _reader(path: Path, asked: Asked) -> Callable[[Path, Asked], Iterator[Found]
 def _parquet_rows(path: Path, asked: Asked) -> Iterator[Found]:
     try:
         source = pa.BufferReader(in_memory(path)) if is_compressed(path) else path
+        budget = Budget(path)
         with pq.ParquetFile(source) as file:
-            texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
+            budget.check_schema(file.schema_arrow)
+            budget.check_parquet(file)
+            columns = [file.schema.column(i) for i in range(len(file.schema))]
+            texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
         # Texts that stand in a dictionary are decoded a row at a time: a small file may hold a large one, a million times over.
         with pq.ParquetFile(source, read_dictionary=texts) as file:
-            budget = Budget(path)
             for batch in file.iter_batches(1024):
                 yield from budget.rows(batch)
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
@@ -63,8 +61,10 @@ def _arrow_rows(path: Path, asked: Asked) -> Iterator[Found]:
         with pa.BufferReader(in_memory(path)) if is_compressed(path) else pa.memory_map(str(path)) as source:
             budget = Budget(path)
             is_file = source.read(6) == b"ARROW1"
+            budget.check_messages(source, 8 if is_file else 0)
             source.seek(0)
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            budget.check_schema(reader.schema)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
             for batch in batches:
                 # Arrow trusts the numbers in the file: of a damaged one they point anywhere.
@@ -83,63 +83,6 @@ def _unread(path: Path, what: str, error: Exception | MemoryError) -> SourceErro
     if isinstance(error, MemoryError):
         return SourceError(f"{path.name} needs more memory than there is: {said}")
     return SourceError(f"{path.name} is not {what}, or not whole: {said}")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
-
-
-class Budget:
-    """How much the rows of a table may take once they are decoded, of which its file says nothing."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._left = max(_MOST_DECODED, _MOST_RATIO * path.stat().st_size)
-
-    def rows(self, batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a batch, a few at a time where they are large. Raises SourceError where they are too many."""
-        size = sum(_decoded_bytes(column) for column in batch.columns)
-        if size > _AT_ONCE and batch.num_rows > 1:
-            half = batch.num_rows // 2
-            yield from self.rows(batch.slice(0, half))
-            yield from self.rows(batch.slice(half))
-            return
-        self._left -= size
-        if self._left < 0:
-            size = self._path.stat().st_size
-            raise SourceError(
-                f"{self._path.name} has {size:,} bytes, and more than {_MOST_DECODED:,} when it is decoded; "
-                "it repeats itself as if to fill the memory"
-            )
-        try:
-            yield from batch.to_pylist()
-        except (pa.ArrowException, ValueError, OverflowError) as error:
-            raise SourceError(f"{self._path.name}: {_bad_column(batch)}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _bad_column(batch: pa.RecordBatch) -> str:
-    """Name the column of which a value cannot be read as Python's."""
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            column.to_pylist()
-        except (pa.ArrowException, ValueError, OverflowError):
-            return f"the column {name!r:.80}, of type {column.type}, cannot be read"
-    return "a column cannot be read"
-
-
-def _decoded_bytes(column: Any) -> int:
-    """Return the bytes of an array with its dictionaries written out."""
-    if isinstance(column, pa.DictionaryArray):
-        values = column.dictionary
-        if not _is_text(values.type):
-            return int(values.nbytes // max(1, len(values))) * len(column)
-        lengths = pc.take(pc.binary_length(values), column.indices)  # type: ignore[attr-defined]
-        return int(pc.sum(lengths).as_py() or 0)  # type: ignore[attr-defined]
-    if isinstance(column, pa.StructArray):
-        return sum(_decoded_bytes(part) for part in column.flatten())
-    if isinstance(column, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray | pa.MapArray):
-        return _decoded_bytes(column.flatten()) if not isinstance(column, pa.MapArray) else _decoded_bytes(column.items)
-    return int(column.nbytes)
 
 
 def _separated_rows(path: Path, asked: Asked) -> Iterator[Found]:
