@@ -452,3 +452,21 @@ def test_a_tokenizer_that_is_loaded_by_models_alone_is_checked_too(model_dir: Pa
     (model_dir / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="puts 40,000 tokens around a text"):
         models.load_tokenizer(model_dir)
+
+
+def test_a_library_that_gives_up_ends_a_command_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its panic is no Exception; what else is none goes through."""
+    import typer
+
+    from steerlab.cli.terminal import explained as command
+
+    class PanicException(BaseException):
+        """As a library written in Rust raises it."""
+
+    with pytest.raises(typer.Exit) as ended, command():
+        raise PanicException("internal error \x1b[2J")
+    assert ended.value.exit_code == 2
+    said = capsys.readouterr().err
+    assert "a tokenizer gave up on a text: internal error" in said and "\x1b" not in said
+    with pytest.raises(SystemExit), command():
+        raise SystemExit(3)

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from steerlab.guards import texts
-from steerlab.guards.faults import is_for_people
+from steerlab.guards.faults import gave_up, is_for_people
 
 if TYPE_CHECKING:
     pass
@@ -82,6 +82,11 @@ def explained(how_to_go_on: str = "run the same command again to continue from t
     except KeyboardInterrupt:
         errors.print(f"interrupted; {how_to_go_on}")
         raise typer.Exit(1) from None
+    except BaseException as error:
+        if not gave_up(error):
+            raise
+        errors.print(f"[red]error[/red] a tokenizer gave up on a text: {escape(texts.shown(str(error)))}", soft_wrap=True)
+        raise typer.Exit(2) from None
 
 
 def _in_words(error: ValueError | OSError) -> str:

@@ -35,6 +35,11 @@ def is_for_people(error: BaseException) -> bool:
     return instructions.get(raised.tb_lasti) == "RAISE_VARARGS"
 
 
+def gave_up(error: BaseException) -> bool:
+    """Say whether a library written in Rust gave up: on a text, or on what a file told it to do with texts."""
+    return type(error).__name__ == _PANIC
+
+
 @contextmanager
 def explained(what: str) -> Iterator[None]:
     """Name the file of which a library says that it is damaged, in words or by the error that it runs into.
@@ -45,7 +50,7 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # parsers of strangers' files fail in every way: struct.error, KeyError, bare Exception
-        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+        if not isinstance(error, Exception) and not gave_up(error):
             raise
         if is_for_people(error) or isinstance(error, FileNotFoundError | PermissionError):
             raise
