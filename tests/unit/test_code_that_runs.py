@@ -52,7 +52,6 @@ ALLOWED: dict[str, dict[str, str]] = {
     "platform/steerlab/tracking/wandb/sweep_page.py": {"subprocess.run": "this package's own helper of W&B sweeps"},
     "platform/steerlab/tracking/writer.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
     "platform/steerlab/training/engine.py": {
-        "import pickle": "the name of its error",
         "torch.load": "weights_only=True, with three classes of DeepSpeed",
     },
 }

@@ -17,12 +17,12 @@ import transformers
 from torch import Tensor, nn
 
 from steerlab.data import sources
-from steerlab.guards import files, saved
+from steerlab.guards import counts, files, saved
 from steerlab.guards.faults import explained
 from steerlab.job import SamplerConfig
 from steerlab.models.diffusion import pipelines
 from steerlab.models.diffusion.pipelines import Diffusion
-from steerlab.models.language import architecture, weights
+from steerlab.models.language import architecture, gguf_header, weights
 from steerlab.models.language.weight_places import embedding_shape, layer_names
 
 if TYPE_CHECKING:
@@ -278,15 +278,19 @@ def _dequantise(gguf: Path) -> Path:
     with files.locked(target.with_suffix(".lock")):
         if not target.exists():
             with explained(f"the GGUF file {gguf}"):
-                _check_blocks(gguf)
-            with explained(f"the GGUF file {gguf}"), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                model = transformers.AutoModelForCausalLM.from_pretrained(
+                _check_gguf(gguf)
+            scratches = tempfile.TemporaryDirectory(dir=target.parent)
+            with explained(f"the GGUF file {gguf}"), weights.without_its_report(), scratches as scratch:
+                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     gguf.parent,
                     gguf_file=gguf.name,
                     quantization_config=GgufConfig(dequantize=True),
                     trust_remote_code=False,
                     dtype=torch.float32,
+                    output_loading_info=True,
                 )
+                model, loading = loaded
+                weights.check_loading(gguf, model, loading)
                 model.save_pretrained(Path(scratch, "model"))
                 transformers.AutoTokenizer.from_pretrained(
                     gguf.parent, gguf_file=gguf.name, trust_remote_code=False
@@ -295,15 +299,34 @@ def _dequantise(gguf: Path) -> Path:
     return target
 
 
-def _check_blocks(gguf: Path) -> None:
-    """Refuse a number of layers that the file does not hold: transformers would make them all. Raises ValueError."""
-    from gguf import GGUFReader
+_MOST_OWN, _MOST_COMPUTED = 10**6, 2**28
+"""Parameters that a model may have beyond those in a GGUF file, before it is looked which are missing; and numbers that its
+class computes, such as masks."""
 
-    reader = GGUFReader(gguf)
-    numbers = [int(entry.parts[-1][0]) for name, entry in reader.fields.items() if name.endswith(".block_count")]
-    if not numbers or max(numbers) > len(reader.tensors):
-        said = f"that it has {max(numbers):,} layers" if numbers else "no number of layers"
-        raise ValueError(f"{gguf} says {said}, and holds {len(reader.tensors)} tensors")
+
+def _check_gguf(gguf: Path) -> None:
+    """Refuse a header that claims more than the file holds, and sizes of which it holds no tensors: transformers would make
+    them all.
+
+    Raises:
+        ValueError: with the first such claim.
+    """
+    files.check(gguf)
+    if (gguf.parent / "adapter_config.json").exists():
+        raise ValueError(f"{gguf.parent} holds a GGUF file and an adapter (adapter_config.json): take the adapter's files away")
+    header = gguf_header.read(gguf)
+    layers = [number for name, number in header.numbers.items() if name.endswith(".block_count")]
+    if not layers or max(layers) > len(header.elements):
+        said = f"that it has {max(layers):,} layers" if layers else "no number of layers"
+        raise ValueError(f"{gguf} says {said}, and holds {len(header.elements)} tensors")
+    config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    counts.check_counts(config.to_dict(), str(gguf))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    made, held = sum(p.numel() for p in model.parameters()), sum(header.elements.values())
+    computed = sum(buffer.numel() for buffer in model.buffers())
+    if made > held + _MOST_OWN or computed > held + _MOST_COMPUTED:
+        raise ValueError(f"{gguf} describes a model of {made + computed:,} numbers, and holds {held:,}")
 
 
 def fingerprint(model: nn.Module) -> str:
