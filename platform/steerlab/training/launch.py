@@ -30,7 +30,7 @@ _POLL_S = 0.5
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the checkpoints of a run, in the run's folder."""
 _LONGEST_SNAPSHOT = 2**20
-_LATER = "remove {} and the training starts from its beginning"
+_LATER = "remove its folder, and the training starts from its beginning"
 
 
 @ray.remote(num_cpus=0)
@@ -175,15 +175,15 @@ def check_snapshot(storage: str, name: str) -> None:
     except FileNotFoundError:
         return
     except (saved.SavedError, files.FileError) as error:
-        raise ValueError(f"{error}; {_LATER.format(folder)}") from None
+        raise ValueError(f"{error}; {_LATER}") from None
     named = [kept.checkpoint_dir_name for kept in snapshot.checkpoint_results]
     latest = snapshot.latest_checkpoint_result
     if len(named) != len(snapshot.checkpoint_report_indices) or (latest and latest.checkpoint_dir_name not in named):
-        raise ValueError(f"{where} is damaged: its lists of checkpoints do not belong together; {_LATER.format(folder)}")
+        raise ValueError(f"{where} is damaged: its lists of checkpoints do not belong together; {_LATER}")
     for one in named:
         is_link = is_local and Path(folder, one).is_symlink()
         if is_link or filesystem.get_file_info(f"{folder}/{one}").type != pafs.FileType.Directory:
-            raise ValueError(f"{where} names {one}, which is no folder beside it; {_LATER.format(folder)}")
+            raise ValueError(f"{where} names {one}, which is no folder beside it; {_LATER}")
 
 
 def _read(filesystem: Any, path: str, is_local: bool) -> bytes:
