@@ -104,7 +104,11 @@ def fit(
 
     `storage` (a path or URI that all nodes reach) and `name` find the checkpoints again after a kill of the whole job; a worker
     that dies is replaced up to `scale.max_failures` times.
+
+    Raises:
+        ValueError: the list of checkpoints that is there was not left by a run, as `check_snapshot` says.
     """
+    check_snapshot(storage, name)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 s by default, waited for at both ends of a run
     gpu = uses_gpu(scale)
     board = Board.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined]
@@ -130,7 +134,6 @@ def fit(
             ),
         ),
     )
-    check_snapshot(storage, name)
     following = _Following(board, report)
     with following:
         trainer.fit()
