@@ -29,7 +29,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "platform/steerlab/models/language/weights.py": {
         "torch.load": "weights_only=True, onto no device, to see that the file is whole"
     },
-    "platform/steerlab/models/diffusion/checkpoints.py": {
+    "platform/steerlab/models/diffusion/saved_pipelines.py": {
         "importlib.import_module": "one of the three names in pipeline_index.LIBRARIES"
     },
     "platform/steerlab/run/record.py": {"subprocess.run": "git, with arguments that stand in the file"},
@@ -52,7 +52,6 @@ ALLOWED: dict[str, dict[str, str]] = {
     "platform/steerlab/tracking/wandb/sweep_page.py": {"subprocess.run": "this package's own helper of W&B sweeps"},
     "platform/steerlab/tracking/writer.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
     "platform/steerlab/training/engine.py": {
-        "import pickle": "the name of its error",
         "torch.load": "weights_only=True, with three classes of DeepSpeed",
     },
 }

@@ -239,7 +239,7 @@ def test_a_classifier_gives_the_probability_of_its_class(labels, words_tokenizer
 def test_a_model_without_a_trained_head_is_no_classifier(words_tokenizer, tmp_path):
     BertModel(bert_config()).save_pretrained(tmp_path)
     words_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no trained classifier: it lacks .*classifier\.weight"):
+    with pytest.raises(ValueError, match=r"the checkpoint is not that of a .*classifier\.weight is missing"):
         scorers.classifier(str(tmp_path), "toxic")
 
 

@@ -12,7 +12,7 @@ import pytest
 from steerlab.data import rows, sources
 from steerlab.data.worlds import pixels
 from steerlab.job import DataSet, SamplerConfig
-from steerlab.models.diffusion import checkpoints
+from steerlab.models.diffusion import saved_pipelines
 
 
 def test_digits_are_split_and_captioned_by_their_ink() -> None:
@@ -100,8 +100,8 @@ def test_the_files_of_a_pipeline_name_the_same_classes_wherever_these_stand(tmp_
     pixels.write_model("digits-model", tmp_path / "made")
     made = json.loads((tmp_path / "made" / "model_index.json").read_text())
     assert made["words"] == ["steerlab.pixels", "CaptionTable"]
-    loaded = checkpoints.load(tmp_path / "made", SamplerConfig())
+    loaded = saved_pipelines.load(tmp_path / "made", SamplerConfig())
     loaded.pipeline.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "model_index.json").read_text())
     assert (saved["words"], saved["_class_name"]) == (made["words"], "PixelPipeline")
-    assert checkpoints.load(tmp_path / "saved", SamplerConfig()).pipeline.words.known == loaded.pipeline.words.known
+    assert saved_pipelines.load(tmp_path / "saved", SamplerConfig()).pipeline.words.known == loaded.pipeline.words.known

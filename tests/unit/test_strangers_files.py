@@ -34,7 +34,7 @@ from steerlab.evaluation.tasks.ability import harness
 from steerlab.guards import counts, expressions, files
 from steerlab.inputs import encoding, templates
 from steerlab.inputs.encoding import Encoder
-from steerlab.models.diffusion import checkpoints
+from steerlab.models.diffusion import saved_pipelines
 from steerlab.run import folder as folders
 from steerlab.stages import JobType
 from steerlab.storage.store import Store, StoreError
@@ -249,7 +249,7 @@ def test_a_pipe_or_a_device_is_no_file(kind: str, tmp_path: Path, model_dir: Pat
         models.facts(model_dir)
     pipeline = tmp_path / "pipeline"
     (pipeline / "unet").mkdir(parents=True)
-    (pipeline / checkpoints.INDEX).write_text(json.dumps({"_class_name": "X", "unet": ["diffusers", "UNet2DModel"]}))
+    (pipeline / saved_pipelines.INDEX).write_text(json.dumps({"_class_name": "X", "unet": ["diffusers", "UNet2DModel"]}))
     hangs(kind, pipeline / "unet" / "config.json")
     with pytest.raises(ValueError, match=rf"config\.json is {word}, not a file"):
         models.facts(pipeline)
@@ -497,7 +497,7 @@ def test_a_config_chooses_no_kernel(kernel: str, model_dir: Path) -> None:
 def test_a_pipeline_folder_that_is_none_is_refused_in_a_line(
     index: dict[str, Any], config: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / checkpoints.INDEX).write_text(json.dumps({"_class_name": "PixelPipeline", **index}))
+    (tmp_path / saved_pipelines.INDEX).write_text(json.dumps({"_class_name": "PixelPipeline", **index}))
     for name in index:
         (tmp_path / name).mkdir()
         own = "scheduler_config.json" if name == "scheduler" else "config.json"

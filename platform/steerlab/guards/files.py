@@ -72,6 +72,23 @@ def check_folder(folder: Path, depth: int = 1) -> None:
             raise FileError(f"{entry.path} is {_kind(mode)}, not a file")
 
 
+def check_links(folder: Path) -> None:
+    """Refuse links in a folder, at any depth, and a folder that is one: what is written and removed there lies there.
+
+    Raises:
+        FileError: with the first one. What does not exist, or goes away meanwhile, is no matter here.
+    """
+    if folder.is_symlink():
+        raise FileError(f"{folder} is a link, and files are written and removed below it: remove it")
+    left = [folder]
+    while left:
+        for entry in _entries(left.pop()):
+            if entry.is_symlink():
+                raise FileError(f"{entry.path} is a link, which could lead anywhere: remove it")
+            if entry.is_dir(follow_symlinks=False):
+                left.append(Path(entry.path))
+
+
 def appending(path: Path) -> BinaryIO:
     """Open a file to append to, unbuffered. Raises FileError where the path is a link, which could lead to any file."""
     return os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)

@@ -1,5 +1,6 @@
 """Causal language models and diffusion pipelines; the only folder that knows the attribute names of architectures."""
 
+from steerlab.models import named
 from steerlab.models.kinds import (
     DRY_SHAPE_BT,
     alike_up_to,
@@ -82,6 +83,7 @@ __all__ = [
     "load_tokenizer",
     "max_positions",
     "modules_that_run",
+    "named",
     "num_reads",
     "prepare",
     "reads_padding",

@@ -16,12 +16,12 @@ import transformers
 from torch import Tensor, nn
 
 from steerlab.data import sources
-from steerlab.guards import files, saved
+from steerlab.guards import counts, files, saved
 from steerlab.guards.faults import explained
 from steerlab.job import SamplerConfig
-from steerlab.models.diffusion import checkpoints
+from steerlab.models.diffusion import saved_pipelines
 from steerlab.models.diffusion.pipelines import Diffusion
-from steerlab.models.language import architecture, growth, weights
+from steerlab.models.language import architecture, gguf_header, growth, weights
 from steerlab.models.language.weight_places import embedding_shape, layer_names
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ def load_model(
         ValueError: the checkpoint is not complete, or is no causal language model's.
     """
     directory = prepare(Path(directory))
-    if checkpoints.is_pipeline(directory):
+    if saved_pipelines.is_pipeline(directory):
         settings = SamplerConfig.model_validate(sampler or {})
         denoiser = None if settings.denoiser is None else sources.fetch(settings.denoiser)
-        return checkpoints.load(directory, settings, dtype=dtype, seed=seed, denoiser=denoiser)
+        return saved_pipelines.load(directory, settings, dtype=dtype, seed=seed, denoiser=denoiser)
     kwargs: dict[str, Any] = {
         "dtype": DTYPES[dtype],
         "attn_implementation": architecture.attention_of(directory, attention, trust_remote_code),
@@ -133,8 +133,8 @@ def _facts_of_pipeline(model: Diffusion) -> ModelFacts:
 def skeleton(directory: str | Path, trust_remote_code: bool = False) -> Any:
     """Return a model's modules without any weights: their paths and shapes, to be read only."""
     directory = prepare(Path(directory))
-    if checkpoints.is_pipeline(directory):
-        return checkpoints.skeleton(directory)
+    if saved_pipelines.is_pipeline(directory):
+        return saved_pipelines.skeleton(directory)
     return architecture.skeleton(directory, trust_remote_code)
 
 
@@ -145,7 +145,7 @@ def check_checkpoint(directory: str | Path, attention: str, trust_remote_code: b
         ValueError: weights are missing or need a library that is not there, or the model lacks the kernel of attention.
     """
     directory = prepare(Path(directory))
-    if checkpoints.is_pipeline(directory):
+    if saved_pipelines.is_pipeline(directory):
         return
     model = architecture.skeleton(directory, trust_remote_code)
     architecture.check_quantisation(model.config)
@@ -185,7 +185,7 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 def check_sampler(directory: str | Path, sampler: SamplerConfig) -> None:
     """Refuse a sampler that a pipeline cannot take, without loading its weights. Raises ValueError."""
-    checkpoints.check_scheduler(prepare(Path(directory)), sampler)
+    saved_pipelines.check_scheduler(prepare(Path(directory)), sampler)
 
 
 class _Dtype(saved.Shape):
@@ -194,8 +194,8 @@ class _Dtype(saved.Shape):
 
 def saved_dtype(directory: Path) -> str:
     """Return the type in which a checkpoint's weights were saved; float32 where that is not said."""
-    if checkpoints.is_pipeline(directory):
-        return checkpoints.saved_dtype(directory)
+    if saved_pipelines.is_pipeline(directory):
+        return saved_pipelines.saved_dtype(directory)
     config = directory / "config.json"
     return (saved.read(config, _Dtype).dtype or "float32") if config.is_file() else "float32"
 
@@ -231,7 +231,7 @@ def prepare(directory: Path) -> Path:
             f"{directory} holds a model and an adapter (adapter_config.json), which transformers would put into it: merge it "
             "with peft, or take the adapter's files away"
         )
-    if is_model or checkpoints.is_pipeline(directory):
+    if is_model or saved_pipelines.is_pipeline(directory):
         return directory
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory} holds an adapter without its model: merge it into the model with peft, and give that")
@@ -252,15 +252,19 @@ def _dequantise(gguf: Path) -> Path:
     with files.locked(target.with_suffix(".lock")):
         if not target.exists():
             with explained(f"the GGUF file {gguf}"):
-                _check_blocks(gguf)
-            with explained(f"the GGUF file {gguf}"), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                model = transformers.AutoModelForCausalLM.from_pretrained(
+                _check_gguf(gguf)
+            scratches = tempfile.TemporaryDirectory(dir=target.parent)
+            with explained(f"the GGUF file {gguf}"), weights.without_its_report(), scratches as scratch:
+                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     gguf.parent,
                     gguf_file=gguf.name,
                     quantization_config=GgufConfig(dequantize=True),
                     trust_remote_code=False,
                     dtype=torch.float32,
+                    output_loading_info=True,
                 )
+                model, loading = loaded
+                weights.check_loading(gguf, model, loading)
                 model.save_pretrained(Path(scratch, "model"))
                 transformers.AutoTokenizer.from_pretrained(
                     gguf.parent, gguf_file=gguf.name, trust_remote_code=False
@@ -269,15 +273,34 @@ def _dequantise(gguf: Path) -> Path:
     return target
 
 
-def _check_blocks(gguf: Path) -> None:
-    """Refuse a number of layers that the file does not hold: transformers would make them all. Raises ValueError."""
-    from gguf import GGUFReader
+_MOST_OWN, _MOST_COMPUTED = 10**6, 2**28
+"""Parameters that a model may have beyond those in a GGUF file, before it is looked which are missing; and numbers that its
+class computes, such as masks."""
 
-    reader = GGUFReader(gguf)
-    numbers = [int(entry.parts[-1][0]) for name, entry in reader.fields.items() if name.endswith(".block_count")]
-    if not numbers or max(numbers) > len(reader.tensors):
-        said = f"that it has {max(numbers):,} layers" if numbers else "no number of layers"
-        raise ValueError(f"{gguf} says {said}, and holds {len(reader.tensors)} tensors")
+
+def _check_gguf(gguf: Path) -> None:
+    """Refuse a header that claims more than the file holds, and sizes of which it holds no tensors: transformers would make
+    them all.
+
+    Raises:
+        ValueError: with the first such claim.
+    """
+    files.check(gguf)
+    if (gguf.parent / "adapter_config.json").exists():
+        raise ValueError(f"{gguf.parent} holds a GGUF file and an adapter (adapter_config.json): take the adapter's files away")
+    header = gguf_header.read(gguf)
+    layers = [number for name, number in header.numbers.items() if name.endswith(".block_count")]
+    if not layers or max(layers) > len(header.elements):
+        said = f"that it has {max(layers):,} layers" if layers else "no number of layers"
+        raise ValueError(f"{gguf} says {said}, and holds {len(header.elements)} tensors")
+    config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    counts.check_counts(config.to_dict(), str(gguf))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    made, held = sum(p.numel() for p in model.parameters()), sum(header.elements.values())
+    computed = sum(buffer.numel() for buffer in model.buffers())
+    if made > held + _MOST_OWN or computed > held + _MOST_COMPUTED:
+        raise ValueError(f"{gguf} describes a model of {made + computed:,} numbers, and holds {held:,}")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -27,7 +27,7 @@ import pyarrow.fs as pafs
 
 from steerlab.data.sources import SourceError, cache_root, remote
 from steerlab.guards import files
-from steerlab.guards.files import escapes
+from steerlab.guards.files import FileError, check_links, escapes
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -162,10 +162,16 @@ class Store:
 
         Raises:
             SourceError: on an object store, a name in it leads out of it; libraries copy checkpoints from there as they lie.
+            FileError: on a disk, it is a link or holds one; libraries write, read and remove what lies there.
         """
-        self._fs.create_dir(self._at("work", stage, key), recursive=True)
+        path = self._at("work", stage, key)
+        if self.is_local:
+            if Path(path).parent.is_symlink():
+                raise FileError(f"{Path(path).parent} is a link, and files are written and removed below it: remove it")
+            check_links(Path(path))
+        self._fs.create_dir(path, recursive=True)
         if not self.is_local:
-            remote.files_below(self._fs, self._at("work", stage, key))
+            remote.files_below(self._fs, path)
         return _join(self.root, "work", stage, key)
 
     def move_from_work(self, stage: str, key: str, folder: str, directory: Path) -> None:

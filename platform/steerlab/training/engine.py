@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import os
-import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerlab.guards.faults import explained
 from steerlab.job import ScaleConfig, TrainConfig
+from steerlab.training import checkpoints
+from steerlab.training.checkpoints import META
 
 _TAG = "state"
-_META = "steerlab.json"
 _SMALL = 4_000_000
 """Trained numbers up to which the optimizer takes all parameters together on the CPU."""
 
@@ -29,8 +31,11 @@ class WorldSizeError(ValueError):
     """A sharded checkpoint cannot be loaded on another number of workers."""
 
 
-def _without_code() -> Any:
-    """Return a reader and writer of DeepSpeed's checkpoint files that runs no code of them: they lie where others may write."""
+def _without_code(check: Callable[[Any, Path], None]) -> Any:
+    """Return a reader and writer of DeepSpeed's checkpoint files that runs no code of them: they lie where others may write.
+
+    `check` sees what was read before it is taken.
+    """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -44,7 +49,9 @@ def _without_code() -> Any:
 
         def load(self, path: str, map_location: Any = None) -> Any:
             with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-                return torch.load(path, map_location=map_location, weights_only=True)
+                found = torch.load(path, map_location=map_location, weights_only=True)
+            check(found, Path(path))
+            return found
 
     return WithoutCode()
 
@@ -89,7 +96,7 @@ class Engine:
             optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._ds: Any
         self._ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self._config())
-        self._ds.checkpoint_engine = _without_code()
+        self._ds.checkpoint_engine = _without_code(self._check)
 
     @property
     def passes_per_step(self) -> int:
@@ -166,33 +173,52 @@ class Engine:
         self._ds.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
         if self.rank == 0:
             meta = {"world_size": self.world_size, "zero_stage": self.scale.zero_stage, "state": state}
-            (directory / _META).write_text(json.dumps(meta))
+            (directory / META).write_text(json.dumps(meta))
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Continue from a checkpoint and return its state.
 
         Raises:
             WorldSizeError: a ZeRO 1-3 checkpoint of another number of workers.
-            ValueError: a file of the checkpoint would run code.
+            ValueError: a file of the checkpoint is damaged, would run code, or is not of this training.
         """
-        meta = json.loads((directory / _META).read_text())
-        saved = (meta["world_size"], meta["zero_stage"])
+        meta = checkpoints.read_meta(directory)
+        saved = (meta.world_size, meta.zero_stage)
         if saved != (self.world_size, self.scale.zero_stage) and (saved[1] or self.scale.zero_stage):
             raise WorldSizeError(
                 f"the checkpoint was written by {saved[0]} workers with zero_stage {saved[1]}; it cannot continue on "
                 f"{self.world_size} with zero_stage {self.scale.zero_stage}, because sharded optimizer state does not move. "
                 "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or delete the checkpoint"
             )
-        try:
+        checkpoints.check_files(directory / _TAG)
+        with explained(f"the checkpoint in {directory}"):
             loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
-        except pickle.UnpicklingError as error:
-            lines = str(error).splitlines()
-            reason = next((line.strip() for line in lines if "GLOBAL" in line), lines[0] if lines else "")[:200]
-            raise ValueError(
-                f"the checkpoint in {directory} holds more than tensors and numbers, so it is not read: {reason}"
-            ) from None
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"
-        return meta["state"]
+        return meta.state
+
+    def _check(self, found: Any, path: Path) -> None:
+        """Refuse what a file of a checkpoint holds unless it is that of this module and optimizer. Raises ValueError."""
+        checkpoints.check_tensors(found, path)
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} holds a {type(found).__name__}, not the state of a training")
+        if path.name.endswith("_model_states.pt"):
+            trained = [name for name, one in self._ds.module.named_parameters() if one.requires_grad]
+            checkpoints.check_module(found.get("module"), self._ds.module.state_dict(), trained, path)
+        if path.name.endswith("_optim_states.pt"):
+            zero = found.get("optimizer_state_dict")
+            nested = "optimizer_state_dict" if self.scale.zero_stage == 3 else "base_optimizer_state"
+            self._check_optimizer(zero.get(nested) if isinstance(zero, dict) else None, path)
+        elif self.scale.zero_stage == 0:
+            self._check_optimizer(found.get("optimizer"), path)
+
+    def _check_optimizer(self, found: Any, path: Path) -> None:
+        """Compare a state with torch's optimizer, whose parameters are, under ZeRO, flat shares of those of the module."""
+        optimizer = self._ds.optimizer if self.scale.zero_stage == 0 else self._ds.optimizer.optimizer
+        if self.scale.zero_stage == 3:
+            parameters = self._ds.optimizer.fp32_partitioned_groups_flat
+        else:
+            parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        checkpoints.check_optimizer(found, optimizer, parameters, path)
 
     def weights(self, prefix: str = "", *, masters: bool = False) -> dict[str, Tensor]:
         """Return the module's state below `prefix` in full, on the CPU (rank 0; empty elsewhere). All ranks call it.

@@ -9,24 +9,28 @@ import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import pyarrow.fs as pafs
 import ray
 import ray.train
+from pydantic import Field, FiniteFloat
 from ray._private.state import state as ray_state
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from steerlab.data.sources import remote
+from steerlab.guards import files, saved
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 from steerlab.storage.plan import ModelRef
-
-if TYPE_CHECKING:
-    from steerlab.data.sources import remote
 from steerlab.training.loop import Request
 
 _POLL_S = 0.5
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of the checkpoints of a run, in the run's folder."""
+_LONGEST_SNAPSHOT = 2**20
+_LATER = "remove its folder, and the training starts from its beginning"
 
 
 @ray.remote(num_cpus=0)
@@ -100,7 +104,11 @@ def fit(
 
     `storage` (a path or URI that all nodes reach) and `name` find the checkpoints again after a kill of the whole job; a worker
     that dies is replaced up to `scale.max_failures` times.
+
+    Raises:
+        ValueError: the list of checkpoints that is there was not left by a run, as `check_snapshot` says.
     """
+    check_snapshot(storage, name)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 s by default, waited for at both ends of a run
     gpu = uses_gpu(scale)
     board = Board.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined]
@@ -131,6 +139,61 @@ def fit(
         trainer.fit()
     if following.failure is not None:
         raise following.failure
+
+
+_Name = Annotated[str, Field(pattern=r"^checkpoint_[0-9A-Za-z_.-]+$")]
+"""A folder of a checkpoint, as Ray Train calls it: a name and no path."""
+
+
+class _Metrics(saved.Shape):
+    loss: FiniteFloat = Field(alias="eval/loss")
+
+
+class _Kept(saved.Shape):
+    checkpoint_dir_name: _Name
+    metrics: _Metrics
+
+
+class _Snapshot(saved.Shape):
+    """What the list holds in trainings of this platform, which validate nothing in Ray Train's sense."""
+
+    checkpoint_results: list[_Kept]
+    checkpoint_report_indices: list[int]
+    latest_checkpoint_result: _Kept | None = None
+    pending_training_results: list[Any] = Field(max_length=0)
+    current_report_index: int
+
+
+def check_snapshot(storage: str, name: str) -> None:
+    """Refuse a list of checkpoints that no run here has left: Ray Train continues from what it names, and removes that.
+
+    Raises:
+        ValueError: it is damaged, or names what is no checkpoint in the folder of the run.
+    """
+    is_local = "://" not in storage
+    filesystem, base = (pafs.LocalFileSystem(), storage) if is_local else remote.opened(storage)
+    folder, where = f"{base}/{name}", f"{storage}/{name}/{_SNAPSHOT}"
+    try:
+        snapshot = saved.parsed(_read(filesystem, f"{folder}/{_SNAPSHOT}", is_local), _Snapshot, where)
+    except FileNotFoundError:
+        return
+    except (saved.SavedError, files.FileError) as error:
+        raise ValueError(f"{error}; {_LATER}") from None
+    named = [kept.checkpoint_dir_name for kept in snapshot.checkpoint_results]
+    latest = snapshot.latest_checkpoint_result
+    if len(named) != len(snapshot.checkpoint_report_indices) or (latest and latest.checkpoint_dir_name not in named):
+        raise ValueError(f"{where} is damaged: its lists of checkpoints do not belong together; {_LATER}")
+    for one in named:
+        is_link = is_local and Path(folder, one).is_symlink()
+        if is_link or filesystem.get_file_info(f"{folder}/{one}").type != pafs.FileType.Directory:
+            raise ValueError(f"{where} names {one}, which is no folder beside it; {_LATER}")
+
+
+def _read(filesystem: Any, path: str, is_local: bool) -> bytes:
+    if is_local:
+        return files.read(Path(path), _LONGEST_SNAPSHOT)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read(_LONGEST_SNAPSHOT)
 
 
 class _Following:

@@ -25,12 +25,14 @@ from steerlab import models, patches
 from steerlab.activations.parquet import Activations
 from steerlab.data.rows import describe
 from steerlab.data.rows import read as read_rows
+from steerlab.guards.faults import explained
 from steerlab.inputs.encoding import RowEncoder, Rows
 from steerlab.inputs.tokens import Batch
 from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig, prompt_settings
 from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.steered import language
+from steerlab.training import checkpoints
 from steerlab.training.engine import Engine
 
 _SNAPSHOTS = "snapshots.safetensors"
@@ -174,12 +176,24 @@ class _Training:
 
     def resume(self, checkpoint: Path) -> None:
         state = self.engine.load(checkpoint)
+        checkpoints.check_state(state, self.request.train.steps, checkpoint)
         self.step, self.history = state["step"], state["history"]
         if (checkpoint / _SNAPSHOTS).is_file():
-            self.snapshots = load_file(checkpoint / _SNAPSHOTS)
+            self.snapshots = self._read_snapshots(checkpoint / _SNAPSHOTS)
         # What the killed run told last may not have arrived.
         for line in self.history:
             self.link.tell({**line, "steps": self.request.train.steps})
+
+    def _read_snapshots(self, path: Path) -> dict[str, Tensor]:
+        """Read the patches that a killed run kept. Raises ValueError where one is of another step or shape."""
+        with explained(str(path)):
+            found = load_file(path)
+        own = {name: getattr(one, "ds_shape", one.shape) for name, one in self.module.named_parameters()}
+        for name, value in found.items():
+            step, _, weight = name.partition("/")
+            if step not in map(str, self.request.train.snapshots) or own.get(f"patch.{weight}", value.shape) != value.shape:
+                raise ValueError(f"{path}: {name!r:.100} with {tuple(value.shape)} is no snapshot of this training")
+        return found
 
     def run(self) -> None:
         train = self.request.train

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -20,16 +21,21 @@ from typing import Any
 
 import pyarrow.fs as pafs
 import ray
+from pydantic import Field, FiniteFloat
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from steerlab.data.sources import remote
+from steerlab.guards import files, saved
 from steerlab.job import ScaleConfig
 from steerlab.training import launch
 
 _REPORTED = "report.json"
 """Written last into a checkpoint: one without it does not count."""
+_LONGEST_REPORT = 2**20
+_NAME = re.compile(r"[0-9]{9,18}")
+"""The folder of a checkpoint: the number of its step. Others do not count."""
 _DIED = (WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 
 
@@ -160,6 +166,10 @@ def _loop(raw: dict[str, Any], scale: ScaleConfig, storage: str, tell: Callable[
             torch.cuda.empty_cache()
 
 
+class _Report(saved.Shape):
+    loss: FiniteFloat = Field(alias="eval/loss")
+
+
 class _Checkpoints:
     """The newest checkpoint of a training and the one with the lowest evaluation loss, below its storage."""
 
@@ -198,13 +208,21 @@ class _Checkpoints:
         return self._local(min(found, key=lambda step: (found[step], step))) if found else None
 
     def _found(self) -> dict[str, float]:
-        """Return the evaluation loss of every whole checkpoint by its name."""
+        """Return the evaluation loss of every whole checkpoint by its name.
+
+        Raises:
+            ValueError: what was reported of one is damaged, or no number.
+        """
         found = {}
         for info in self._fs.get_file_info(pafs.FileSelector(self._base, allow_not_found=True)):
             marker = f"{self._base}/{info.base_name}/{_REPORTED}"
-            if self._fs.get_file_info(marker).type == pafs.FileType.File:
-                with self._fs.open_input_stream(marker) as stream:
-                    found[info.base_name] = json.loads(stream.read())["eval/loss"]
+            report = self._fs.get_file_info(marker)
+            if not _NAME.fullmatch(info.base_name) or report.type != pafs.FileType.File:
+                continue
+            if report.size > _LONGEST_REPORT:
+                raise files.FileError(f"{marker} has {report.size:,} bytes; such a file has {_LONGEST_REPORT:,} at most")
+            with self._fs.open_input_stream(marker) as stream:
+                found[info.base_name] = saved.parsed(stream.read(), _Report, marker).loss
         return found
 
     def _upload(self, directory: Path, target: str) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from steerlab import models
 from steerlab.data import sources
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Score
+from steerlab.guards import saved
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import INSTRUCTION, Message, Part, collate
 from steerlab.steered import language
@@ -103,20 +103,19 @@ def more_likely(probability: Scorer) -> Scorer:
 
 def load_classifier(source: str, device: torch.device | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a sequence classifier. Raises ValueError when the source holds no trained one."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    directory = sources.fetch(source)
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        directory, output_loading_info=True, trust_remote_code=False
-    )
-    if loading["missing_keys"]:
-        raise ValueError(f"{source} is no trained classifier: it lacks {', '.join(sorted(loading['missing_keys']))}")
-    return model.eval().to(device), AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    directory = check_model(source)
+    model: Any = models.named.load(directory, AutoModelForSequenceClassification)
+    return model.to(device), models.named.load_tokenizer(directory)
 
 
 def class_names(model: PreTrainedModel) -> list[str]:
     """Return the names of a classifier's classes, in the order of its outputs."""
-    config: Any = model.config
+    return _names(model.config)
+
+
+def _names(config: Any) -> list[str]:
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
@@ -151,8 +150,8 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
         ValueError: when the model's vocabulary has no single token for one of the words.
     """
     directory, encoder, (first, second) = check_asked(source, words)
-    saved = json.loads((directory / "config.json").read_text())
-    model = models.load_model(directory, dtype=saved.get("dtype") or saved.get("torch_dtype") or "float32").to(device)  # type: ignore[arg-type]
+    told = saved.read(directory / "config.json", _Dtypes)
+    model = models.load_model(directory, dtype=told.dtype or told.torch_dtype or "float32").to(device)
     longest = models.max_positions(model)
 
     @torch.inference_mode()
@@ -167,6 +166,11 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
         return found
 
     return answers
+
+
+class _Dtypes(saved.Shape):
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 class Asked(NamedTuple):
@@ -193,18 +197,29 @@ def check_model(source: str) -> Path:
     return models.prepare(language.model_directory(sources.fetch(source)))
 
 
+def check_embedder(source: str) -> None:
+    """Refuse a source that is no model whose last layer can be read. Raises ValueError."""
+    from transformers import AutoModel
+
+    models.named.check(check_model(source), AutoModel)
+
+
 def check_classifier(source: str, label: str | None = None) -> list[str]:
     """Refuse a source that is no sequence classifier, or one that does not know a label; return its classes.
 
     Raises:
         ValueError: with the classes that it has.
     """
-    from transformers import AutoConfig
+    from transformers import AutoModelForSequenceClassification
 
-    config: Any = AutoConfig.from_pretrained(check_model(source), trust_remote_code=False)
-    classes = [str(config.id2label[i]) for i in range(config.num_labels)]
+    directory = check_model(source)
+    config: Any = models.named.check(directory, AutoModelForSequenceClassification)
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        numbers = models.listed(map(str, config.id2label))
+        raise ValueError(f"{directory / 'config.json'}: id2label numbers its classes {numbers}; they count from 0")
+    classes = _names(config)
     if label is not None and label not in classes:
-        raise ValueError(f"{source} has no class {label!r}; its classes: {', '.join(classes)}")
+        raise ValueError(f"{source} has no class {label!r}; its classes: {models.listed(classes)}")
     return classes
 
 
@@ -226,13 +241,12 @@ def decide(log_probs_V: Tensor, yes: Sequence[int], no: Sequence[int]) -> float 
 
 def _embedder(source: str, device: torch.device | str) -> Callable[[Sequence[str]], Tensor]:
     """Load a sentence encoder: mean over tokens, length 1, as sentence-transformers' MiniLM is used; (texts, D)."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
-    directory = sources.fetch(source)
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(directory, trust_remote_code=False),
-        AutoModel.from_pretrained(directory, trust_remote_code=False).eval().to(device),
-    )
+    directory = check_model(source)
+    tokenizer = models.named.load_tokenizer(directory)
+    # A head over the first token is not asked, and often not there.
+    model: Any = models.named.load(directory, AutoModel, optional=("pooler.",)).to(device)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def embed(texts: Sequence[str]) -> Tensor:

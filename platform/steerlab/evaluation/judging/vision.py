@@ -18,7 +18,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from steerlab.data import rows, sources
+from steerlab import models
+from steerlab.data import rows
+from steerlab.evaluation.judging import scorers
 from steerlab.job import DataSet
 from steerlab.steered import pictures
 
@@ -133,10 +135,11 @@ class Clip:
     def __init__(self, source: str, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPProcessor
 
-        directory = sources.fetch(source)
-        loaded: Any = CLIPModel.from_pretrained(directory, trust_remote_code=False)
-        self._model, self._device = loaded.to(device).eval(), device
-        self._processor: Any = CLIPProcessor.from_pretrained(directory, trust_remote_code=False)
+        directory = scorers.check_model(source)
+        loaded: Any = models.named.load(directory, CLIPModel)
+        self._model, self._device = loaded.to(device), device
+        models.named.load_tokenizer(directory)  # the processor loads it again, and looks at nothing
+        self._processor = models.named.load_processor(directory, CLIPProcessor)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -159,15 +162,30 @@ class Clip:
         )
 
 
+def check_clip(source: str) -> None:
+    """Refuse a source that is no CLIP model. Raises ValueError."""
+    from transformers import CLIPModel
+
+    directory = scorers.check_model(source)
+    models.named.check(directory, CLIPModel)
+    models.named.check_processor(directory)
+
+
+def check_embedder(source: str) -> None:
+    """Refuse a source that is no model of images. Raises ValueError."""
+    scorers.check_embedder(source)
+    models.named.check_processor(scorers.check_model(source))
+
+
 def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
     """Return the directions of images by a model of images: DINOv2's pooled output, (N, F); CLIP's image features."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor, AutoModel
 
-    directory = sources.fetch(source)
-    if AutoConfig.from_pretrained(directory, trust_remote_code=False).model_type == "clip":
+    directory = scorers.check_model(source)
+    if models.named.read_config(directory).model_type == "clip":
         return Clip(source, device).images(images_NCHW)
-    processor: Any = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False)
-    model: Any = AutoModel.from_pretrained(directory, trust_remote_code=False).to(device).eval()
+    processor = models.named.load_processor(directory, AutoImageProcessor)
+    model: Any = models.named.load(directory, AutoModel).to(device)  # type: ignore[arg-type]
     with torch.inference_mode():
         parts = [
             model(**processor(images=_pictures(part), return_tensors="pt").to(device)) for part in images_NCHW.split(_BATCH)

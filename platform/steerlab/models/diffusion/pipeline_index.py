@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from steerlab.guards import counts, files
+from steerlab.guards import counts, files, kernels, saved
 from steerlab.guards.files import escapes
 
 INDEX = "model_index.json"
@@ -30,7 +30,7 @@ def read(directory: Path) -> dict[str, Any]:
     """Read a pipeline's index, which is a stranger's file: diffusers would import any module that it names.
 
     Raises:
-        ValueError: it is no JSON object, names a class of another library, or a component brings code of its own.
+        ValueError: it is no JSON object, names a class of another library, or a component brings code or an adapter.
     """
     from diffusers import pipelines as published
 
@@ -52,9 +52,18 @@ def read(directory: Path) -> dict[str, Any]:
     return index
 
 
+class _Index(saved.Shape):
+    weight_map: dict[str, saved.Inside]
+
+
 def _check_component(component: Path) -> None:
-    """Refuse Python files, configs that name code (transformers asks on standard input whether it may run it), and numbers of
-    parts that no model has."""
+    """Refuse Python files, configs that name code (transformers asks on standard input whether it may run it), adapters, which
+    it would put in unasked, weights of other folders, kernels of a hub, and numbers of parts that no model has."""
+    if (component / "adapter_config.json").exists():
+        raise ValueError(
+            f"{component} holds an adapter (adapter_config.json), which transformers would put into the component: merge it "
+            "with peft, or take the adapter's files away"
+        )
     for file in sorted(component.rglob("*.py")) if component.is_dir() else ():
         raise ValueError(f"{file}: a pipeline's components bring no code of their own")
     for file in sorted(component.glob("*config.json")) if component.is_dir() else ():
@@ -65,3 +74,6 @@ def _check_component(component: Path) -> None:
         if isinstance(config, dict) and "auto_map" in config:
             raise ValueError(f"{file}: a pipeline's components bring no code of their own (auto_map)")
         counts.check_counts(config, str(file))
+        kernels.check_kernels(config, str(file))
+    for file in sorted(component.glob("*.index.json")) if component.is_dir() else ():
+        saved.read(file, _Index)

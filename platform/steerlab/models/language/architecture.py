@@ -34,17 +34,37 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedC
     Raises:
         ValueError: the config cannot be read, needs code that is not trusted, or is that of another kind of model.
     """
-    raw = _json(directory / "config.json")
-    if not trust_remote_code and raw.get("model_type") not in transformers.CONFIG_MAPPING:
-        _refuse_code(raw, directory / "config.json")
-    counts.check_counts(raw, str(directory / "config.json"))
-    with explained(str(directory / "config.json")):
-        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-            if part is not None:
-                part._attn_implementation_internal = None  # kernels are the job's choice; some names are fetched from a hub
-    _check_kind(config, raw, directory)
+    config = read_any_config(directory, trust_remote_code, f"; {_TRUST}")
+    _check_kind(config, _json(directory / "config.json"), directory)
     return config
+
+
+def read_any_config(directory: Path, trust_remote_code: bool = False, advice: str = ", which no task runs") -> PreTrainedConfig:
+    """Read the config of a model of any kind that transformers knows; `advice` ends the message where it needs other code.
+
+    Raises:
+        ValueError: the config cannot be read, or needs code that is not trusted.
+    """
+    file = directory / "config.json"
+    raw = _json(file)
+    kind = raw.get("model_type")
+    if not trust_remote_code and not (isinstance(kind, str) and kind in transformers.CONFIG_MAPPING):
+        _refuse_code(raw, file, advice)
+        raise ValueError(f"{file}: model_type {kind!r:.80} is none that transformers {transformers.__version__} knows")
+    counts.check_counts(raw, str(file))
+    with explained(str(file)):
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        _forget_kernels(config)
+    return config
+
+
+def _forget_kernels(config: Any) -> None:
+    """Leave the choice of kernels to the job, in all parts of a config: some names are fetched from a hub."""
+    config._attn_implementation_internal = None
+    config._experts_implementation_internal = None
+    for part in (getattr(config, name, None) for name in config.sub_configs):
+        if part is not None:
+            _forget_kernels(part)
 
 
 def check_tokenizer_code(directory: Path, trust_remote_code: bool) -> None:
@@ -53,7 +73,7 @@ def check_tokenizer_code(directory: Path, trust_remote_code: bool) -> None:
     if not trust_remote_code and file.is_file():
         raw = _json(file)
         if not hasattr(transformers, str(raw.get("tokenizer_class"))):
-            _refuse_code(raw, file)
+            _refuse_code(raw, file, f"; {_TRUST}")
 
 
 def runs_own_code(directory: Path) -> bool:
@@ -61,9 +81,9 @@ def runs_own_code(directory: Path) -> bool:
     return any("auto_map" in _json(directory / name) for name in _CODE_FILES if (directory / name).is_file())
 
 
-def _refuse_code(raw: dict[str, Any], file: Path) -> None:
+def _refuse_code(raw: dict[str, Any], file: Path, advice: str) -> None:
     if "auto_map" in raw:
-        raise ValueError(f"{file}: the {_CODE_FILES[file.name]} needs code that comes with the checkpoint; {_TRUST}")
+        raise ValueError(f"{file}: the {_CODE_FILES[file.name]} needs code that comes with the checkpoint{advice}")
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -65,16 +65,27 @@ def _read(directory: Path, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, 
     """Load a checkpoint and return what its library says of the tensors."""
     check_files(directory)
     config = kwargs.get("config") or architecture.read_config(directory, kwargs["trust_remote_code"])
-    with _without_its_report():
+    with without_its_report():
         model, loading = architecture.model_class(config).from_pretrained(
             directory, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
-    missing = [f"{name} is missing" for name in sorted(loading["missing_keys"])]
+    check_loading(directory, model, loading)
+    return model, loading
+
+
+def check_loading(directory: Path, model: PreTrainedModel, loading: Mapping[str, Any], optional: tuple[str, ...] = ()) -> None:
+    """Refuse a model whose checkpoint lacks tensors, which its library fills with random numbers, or has them of other shapes.
+
+    `optional` names how those begin that may be missing.
+
+    Raises:
+        ValueError: with the first names.
+    """
+    missing = [f"{name} is missing" for name in sorted(loading["missing_keys"]) if not name.startswith(optional)]
     shapes = [f"{name} is {list(has)}, not {list(wants)}" for name, has, wants in sorted(loading["mismatched_keys"])]
     found = [*missing, *shapes, *loading["error_msgs"]]
     if found:
         raise ValueError(f"{directory}: the checkpoint is not that of a {type(model).__name__}: {listed(found)}")
-    return model, loading
 
 
 def listed(names: Iterable[str]) -> str:
@@ -85,7 +96,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _without_its_report() -> Iterator[None]:
+def without_its_report() -> Iterator[None]:
     """Keep the library from logging a table of what is missing, which becomes one line here."""
     logger = logging.getLogger("transformers")
     level = logger.level

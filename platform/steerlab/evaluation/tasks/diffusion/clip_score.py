@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw
-from steerlab.evaluation.judging import scorers, vision
+from steerlab.evaluation.judging import vision
 from steerlab.evaluation.statistics.measures import Measure, likeness
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts
 from steerlab.job import Source
@@ -38,7 +38,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse a model that is not there. Raises ValueError."""
     with about("clip_source"):
-        scorers.check_model(config.clip_source)
+        vision.check_clip(config.clip_source)
 
 
 def run(model: SteeredPipeline, config: Config) -> Result:

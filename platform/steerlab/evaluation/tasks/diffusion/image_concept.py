@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw, files, samples
-from steerlab.evaluation.judging import scorers, vision
+from steerlab.evaluation.judging import vision
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts, spread
 from steerlab.job import DataSet, Source
@@ -68,7 +68,7 @@ def check(config: Config, facts: ModelFacts) -> None:
     vision.check_classifier(config.held_out, "held_out")
     if config.clip_source is not None:
         with about("clip_source"):
-            scorers.check_model(config.clip_source)
+            vision.check_clip(config.clip_source)
 
 
 def run(model: SteeredPipeline, config: Config) -> Result:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw, with_zero
-from steerlab.evaluation.judging import scorers, vision
+from steerlab.evaluation.judging import vision
 from steerlab.evaluation.statistics.measures import Measure, likeness
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts
 from steerlab.job import DataSet, Source
@@ -49,7 +49,7 @@ def check(config: Config, facts: ModelFacts) -> None:
     vision.check_classifier(config.classifier)
     if config.embedding_source is not None:
         with about("embedding_source"):
-            scorers.check_model(config.embedding_source)
+            vision.check_embedder(config.embedding_source)
 
 
 def run(model: SteeredPipeline, config: Config) -> Result:

@@ -26,7 +26,6 @@ the model at strength 0 ties everywhere. All of it is deterministic for a given 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -40,6 +39,7 @@ from steerlab.evaluation.judging import judges, scorers
 from steerlab.evaluation.judging.judges import Answer, Pair, Verdict
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, observed, spread, too_long
+from steerlab.guards import saved
 from steerlab.job import DataSet, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered import language
@@ -250,9 +250,13 @@ def _load(source: str, like: SteeredModel) -> SteeredModel:
     return found
 
 
+class _Architectures(saved.Shape):
+    architectures: list[str] | None = None
+
+
 def _is_classifier(source: str) -> bool:
-    saved = json.loads((models.prepare(sources.fetch(source)) / "config.json").read_text())
-    return any(name.endswith("ForSequenceClassification") for name in saved.get("architectures") or ())
+    told = saved.read(models.prepare(sources.fetch(source)) / "config.json", _Architectures)
+    return any(name.endswith("ForSequenceClassification") for name in told.architectures or ())
 
 
 def _asked(row: dict[str, Any], data_format: str) -> Answer:

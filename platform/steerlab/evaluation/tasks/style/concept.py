@@ -95,7 +95,7 @@ def check(config: Config, facts: ModelFacts) -> None:
     """Refuse scorers that are not there, do not know the class or cannot say Yes and No. Raises ValueError."""
     if config.embedding_source is not None:
         with about("embedding_source"):
-            scorers.check_model(config.embedding_source)
+            scorers.check_embedder(config.embedding_source)
     if config.classifier_source is not None and config.classifier_label is not None:
         with about("classifier_source"):
             scorers.check_classifier(config.classifier_source, config.classifier_label)
