@@ -29,5 +29,10 @@ def cluster() -> Iterator[None]:
     # Ray's workers inherit the environment, not pytest's import path.
     os.environ["PYTHONPATH"] = str(Path(steerlab.__file__).parent.parent)
     ray.init(num_cpus=2, logging_level=logging.ERROR, log_to_driver=False, address="local")
+    node = ray._private.worker._global_node
+    assert node is not None
+    started = [info.process for infos in node.all_processes.values() for info in infos]
     yield
     ray.shutdown()
+    for process in started:  # one that is still ending when it is forgotten would be a warning, and that an error
+        process.wait(timeout=60)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_vision_models import clip_dir  # noqa: F401
 from transformers import PreTrainedModel
 
 from steerlab import job, models, patches
@@ -308,13 +309,16 @@ def named_by(config: Any, prefix: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("name", [*CASES, *DRAWN])
-def test_whatever_a_task_names_is_looked_for_before_the_start(name: str, steered: SteeredModel, tmp_path: Path) -> None:
+def test_whatever_a_task_names_is_looked_for_before_the_start(
+    name: str, steered: SteeredModel, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Rows, judges, scorers: by their fields, defaults and tasks within others included."""
     fields = (
         {**IMAGES, **DRAWN[name]} if name in DRAWN else {**CASES[name](tmp_path / "rows.jsonl", TEXTS), "strengths": (1.0,)}
     )
     if name in DRAWN and name != "image_concept":
-        fields["embedding_source" if name == "image_similarity" else "clip_source"] = str(tmp_path / "policy/model")
+        source = request.getfixturevalue("clip_dir") if name == "clip_score" else tmp_path / "policy/model"
+        fields["embedding_source" if name == "image_similarity" else "clip_source"] = str(source)
     fields = {key: value for key, value in fields.items() if key in TASKS[name].Config.model_fields}
     if "max_new_tokens" in TASKS[name].Config.model_fields:
         fields["max_new_tokens"] = 2
