@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,11 @@ def test_training_the_reward_model_leaves_the_base_alone_and_saves_what_it_train
         assert len(models.layer_names(patch.second)) == settings.get("num_layers", 4)
         num, _ = genarm.Genarm.size(module.config, base)
         assert num == sum(p.numel() for p in trained_parameters(module).values())
+
+
+def test_what_is_saved_of_a_second_model_names_no_folder_of_this_machine(tiny_dir: Path) -> None:
+    model = models.load_model(tiny_dir, seed=0)
+    assert str(tiny_dir) not in json.dumps(models.config_of(model))
 
 
 def test_the_loss_is_that_of_summed_log_likelihoods(tiny_model: PreTrainedModel, batch: Batch) -> None:
