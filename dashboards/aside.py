@@ -1,6 +1,6 @@
 """ASIDE, ISE and vanilla fine-tuning: does rotating the data's embeddings separate them from instructions?"""
 
-from steerlab.tracking.wandb.workspaces import Board
+from steerlab.tracking.wandb_client.workspaces import Board
 
 BOARD = Board(
     title="ASIDE",

@@ -1,6 +1,6 @@
 """Diffusion models under the same maps: images over strength and guidance."""
 
-from steerlab.tracking.wandb.workspaces import Board
+from steerlab.tracking.wandb_client.workspaces import Board
 
 BOARD = Board(
     title="Diffusion",

@@ -1,6 +1,6 @@
 """IAV and DPO: preferences by a head on the logits, or by the weights."""
 
-from steerlab.tracking.wandb.workspaces import Board
+from steerlab.tracking.wandb_client.workspaces import Board
 
 BOARD = Board(
     title="IAV",

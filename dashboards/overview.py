@@ -1,6 +1,6 @@
 """All runs of a project: what they measured, by method."""
 
-from steerlab.tracking.wandb.workspaces import Board
+from steerlab.tracking.wandb_client.workspaces import Board
 
 BOARD = Board(
     title="Overview",

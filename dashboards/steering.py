@@ -1,6 +1,6 @@
 """LinEAS and the closed forms (Linear-, Mean-, Gaussian-AcT, AurA, CAA, ITI): effect against fluency."""
 
-from steerlab.tracking.wandb.workspaces import Board
+from steerlab.tracking.wandb_client.workspaces import Board
 
 BOARD = Board(
     title="Steering by activations",

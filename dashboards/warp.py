@@ -1,6 +1,6 @@
 """Safety-WaRP: which share of the rotated coordinates is kept while a model is fine-tuned?"""
 
-from steerlab.tracking.wandb.workspaces import Board
+from steerlab.tracking.wandb_client.workspaces import Board
 
 BOARD = Board(
     title="Safety-WaRP",

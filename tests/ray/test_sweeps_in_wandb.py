@@ -17,8 +17,8 @@ from steerlab import report, tracking
 from steerlab.storage.store import Store
 from steerlab.sweeps import driver, stops, trials
 from steerlab.sweeps import space as spaces
-from steerlab.tracking.wandb import agents
-from steerlab.tracking.wandb.parameters import sweep_config
+from steerlab.tracking.wandb_client import agents
+from steerlab.tracking.wandb_client.parameters import sweep_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 TREE: dict[str, Any] = {

@@ -14,7 +14,7 @@ import yaml
 
 from steerlab.evaluation.statistics.measures import find
 from steerlab.tracking import prometheus
-from steerlab.tracking.wandb import workspaces
+from steerlab.tracking.wandb_client import workspaces
 
 FOLDER = Path(__file__).parents[2] / "dashboards"
 pytest.importorskip("wandb_workspaces", reason="wandb-workspaces (the extra `dashboards`) is not installed")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from steerlab import tracking
 from steerlab.cli import app
 from steerlab.job import TrackConfig
-from steerlab.tracking.wandb import sweep_page, workspaces
+from steerlab.tracking.wandb_client import sweep_page, workspaces
 
 REPOSITORY = Path(__file__).parents[2]
 LOSS = """from ray import tune

@@ -13,7 +13,7 @@ from steerlab.job import TrackConfig
 from steerlab.sweeps import space as spaces
 from steerlab.sweeps import trials
 from steerlab.sweeps.agent import unit_of
-from steerlab.tracking.wandb import agents, sweep_page
+from steerlab.tracking.wandb_client import agents, sweep_page
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 CONFIG = {"name": "angles", "method": "grid", "parameters": {"method.angle_rad": {"values": [0, 1]}}}

@@ -16,7 +16,7 @@ CALLS = (
 METHODS = ("extractall", "exec_module", "load_module", "unpack_archive", "read_pickle")
 
 ALLOWED: dict[str, dict[str, str]] = {
-    "platform/steerlab/tracking/wandb/workspaces.py": {
+    "platform/steerlab/tracking/wandb_client/workspaces.py": {
         "importlib.util.spec_from_file_location": "a board is a Python file that its owner names on the command line",
         ".exec_module": "the same",
     },
@@ -49,7 +49,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "compile": "the same",
     },
     "platform/steerlab/tracking/__init__.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
-    "platform/steerlab/tracking/wandb/sweep_page.py": {"subprocess.run": "this package's own helper of W&B sweeps"},
+    "platform/steerlab/tracking/wandb_client/sweep_page.py": {"subprocess.run": "this package's own helper of W&B sweeps"},
     "platform/steerlab/tracking/writer.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
     "platform/steerlab/training/engine.py": {
         "torch.load": "weights_only=True, with three classes of DeepSpeed",

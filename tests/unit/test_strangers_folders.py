@@ -20,7 +20,7 @@ from steerlab.sweeps import space as spaces
 from steerlab.sweeps.history import History
 from steerlab.sweeps.trials import trial_id
 from steerlab.tracking import spool
-from steerlab.tracking.wandb import agents, sweep_page
+from steerlab.tracking.wandb_client import agents, sweep_page
 
 JOB = {
     "name": "a",

@@ -12,7 +12,7 @@ from ray import tune
 from steerlab.job import JobError
 from steerlab.sweeps import space as spaces
 from steerlab.sweeps.agent import point_of
-from steerlab.tracking.wandb.parameters import parameter, sweep_config
+from steerlab.tracking.wandb_client.parameters import parameter, sweep_config
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def wandb_send(
 
     A sweep is sent with all its runs, and gets its page if it has none.
     """
-    from steerlab.tracking.wandb import sweep_page
+    from steerlab.tracking.wandb_client import sweep_page
 
     with explained():
         for folder in map(Path.absolute, folders):
@@ -61,7 +61,7 @@ def push(
     only: Annotated[list[str] | None, typer.Option(help="Names of some of them.")] = None,
 ) -> None:
     """Write the workspaces and the report of a folder to a W&B project."""
-    from steerlab.tracking.wandb import workspaces as boards
+    from steerlab.tracking.wandb_client import workspaces as boards
 
     with explained():
         for name, url in boards.push(boards.load(folder, only or ()), project).items():

@@ -134,7 +134,7 @@ def wandb_sweep(
     from steerlab.evaluation.statistics.measures import LOSSES
     from steerlab.sweeps import space as spaces
     from steerlab.sweeps import trials
-    from steerlab.tracking.wandb import parameters
+    from steerlab.tracking.wandb_client import parameters
 
     with explained():
         if method not in (None, "grid", "random", "bayes"):

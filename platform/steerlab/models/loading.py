@@ -155,7 +155,7 @@ def check_checkpoint(directory: str | Path, attention: str, trust_remote_code: b
 
 
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Return a model's config as JSON values, from which `from_config` makes one like it; where it was read from is left out."""
+    """Return a model's config as JSON values, from which `from_config` makes one like it, without where it was read from."""
     found: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     found.pop("_name_or_path", None)
     return found

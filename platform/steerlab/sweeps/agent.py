@@ -15,8 +15,8 @@ from steerlab.sweeps.search import with_strengths
 from steerlab.sweeps.space import STRENGTH, Space
 from steerlab.sweeps.trials import SweepPlan, Trial, Unit, trial_id
 from steerlab.tracking import NO_KEY, has_key
-from steerlab.tracking.wandb import agents
-from steerlab.tracking.wandb.parameters import metric_name, parameter_name
+from steerlab.tracking.wandb_client import agents
+from steerlab.tracking.wandb_client.parameters import metric_name, parameter_name
 
 RUNS = "wandb_runs.json"
 WHY = "W&B stopped it"

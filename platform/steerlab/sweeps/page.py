@@ -11,8 +11,8 @@ from steerlab.storage.store import Store
 from steerlab.sweeps.space import finite
 from steerlab.sweeps.trials import SweepPlan, Unit
 from steerlab.tracking import Place
-from steerlab.tracking.wandb import sweep_page
-from steerlab.tracking.wandb.parameters import sweep_config
+from steerlab.tracking.wandb_client import sweep_page
+from steerlab.tracking.wandb_client.parameters import sweep_config
 
 
 def begin(found: SweepPlan, store: Store, folder: str) -> str | None:
