@@ -81,8 +81,8 @@ def _call(request: dict[str, Any]) -> dict[str, Any] | None:
     paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "steerlab.tracking.wandb_client.sweep_page"], input=json.dumps(request), capture_output=True,
-            text=True, timeout=CALL_S, check=False, cwd=files.OWN_FOLDER,
+            [sys.executable, "-P", "-m", "steerlab.tracking.wandb_client.sweep_page"],
+            input=json.dumps(request), capture_output=True, text=True, timeout=CALL_S, check=False, cwd=files.OWN_FOLDER,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
