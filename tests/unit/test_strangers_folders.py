@@ -201,8 +201,9 @@ def test_a_page_is_made_of_folders_with_numbers_that_are_none(store: Store, tmp_
         "param.method.alpha": float(number),
     }
     report.write([], tmp_path / "page.html", [sweep])
-    drawn = (tmp_path / "page.html").read_text().partition('id="figures">')[2].partition("</script>")[0]
-    assert "NaN" not in drawn and "Infinity" not in drawn
+    page = (tmp_path / "page.html").read_text().partition('id="figures"')[2]
+    drawn = page.partition(">")[2].partition("</script>")[0]
+    assert json.loads(drawn) and "NaN" not in drawn and "Infinity" not in drawn
 
 
 def spoilt(tree: Any) -> Any:
