@@ -14,7 +14,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "platform" / "steerlab"
 LONG = 300
-"""Lines of a file beyond which its head says why."""
+"""Lines beyond which a file is named."""
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

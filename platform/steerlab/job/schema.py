@@ -1,6 +1,6 @@
 """The JSON schema of jobs, with which editors complete and check job files: schema.json beside this file.
 
-It accepts what `reading.validate` accepts, but for what one field says about another and for the grammar of sources. After a
+It accepts what `file.validate` accepts, but for what one field says about another and for the grammar of sources. After a
 change to any config: `python -m steerlab schema > platform/steerlab/job/schema.json`.
 """
 

@@ -1,7 +1,7 @@
 """The stages that come before a method's training, as it asks for them: moments, sums over rows, tensors of each row, parts.
 
 What is made is the method's business (contract.py); here is how it is spread over the cluster and continued after a kill. All
-leave a directory that `tensorfile.Parts` opens, but moments have their own.
+leave a directory that `tensors.Parts` opens, but moments have their own.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Exported(NamedTuple):
 def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[str, Any]) -> Exported:
     """Write a model with the patch that it carries, at a strength, into a new folder.
 
-    `loading` holds options of `generation.load`. The folder is loaded again and compared with the patched model: the
+    `loading` holds options of `language.load`. The folder is loaded again and compared with the patched model: the
     log-probabilities of several conversations, or images. Patches that do not become weights lie beside the model.
 
     Raises:

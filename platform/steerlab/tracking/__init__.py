@@ -48,7 +48,7 @@ class Place:
     group: str | None = None
     """Runs that W&B shows together: the sweep's id."""
     sweep_id: str | None = None
-    """The W&B sweep that the run is a trial of (`sweeps.begin`)."""
+    """The W&B sweep that the run is a trial of (`sweep_page.begin`)."""
     job_type: str | None = None
     tags: tuple[str, ...] = ()
     run_id: str | None = None

@@ -147,7 +147,7 @@ class _Settings(saved.Shape):
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Return how a spool is sent: the fields of `tracking.Settings`. Raises ValueError where the file is damaged."""
+    """Return how a spool is sent: mode, project, name and config. Raises ValueError where the file is damaged."""
     return saved.read_like(directory / SETTINGS, _Settings)
 
 

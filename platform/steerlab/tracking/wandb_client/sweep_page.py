@@ -34,7 +34,7 @@ ASKED = "wandb_sweep_asked.json"
 def begin(track: TrackConfig, config: Mapping[str, Any], directory: Path) -> str | None:
     """Make the page of a sweep and return its id; one that was made before, as `directory` remembers, is gone on with.
 
-    `config` is W&B's own: method, metric, parameters (`wandb_space.sweep_config`). Returns None where the job is not tracked
+    `config` is W&B's own: method, metric, parameters (`parameters.sweep_config`). Returns None where the job is not tracked
     online or the server does not answer, which is said; trials then share a group, and `send` makes the page later.
     """
     path = directory / SWEEP
