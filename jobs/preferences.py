@@ -18,6 +18,7 @@ from rich.table import Table
 from study import Line, cell, console, draw, execute
 
 from steerlab import job, run
+from steerlab.job import UNPATCHED
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
@@ -100,9 +101,9 @@ def _pairs(pair: str) -> dict[str, Any]:
     return job.read(FOLDERS[pair] / "iav.yaml", JobType).evaluate[0].model_dump(mode="json")["pairs"]
 
 
-def alphas_of(strengths: list[dict[str, Any]]) -> list[str]:
+def alphas_of(strengths: list[dict[float, Any]]) -> list[float]:
     """Return the alphas that a variant was measured at, without that of the base."""
-    return sorted((alpha for alpha in strengths[0] if float(alpha)), key=float)
+    return sorted(alpha for alpha in strengths[0] if alpha != UNPATCHED)
 
 
 def lines(found: dict[str, list[dict[str, Any]]]) -> list[Line]:

@@ -35,7 +35,7 @@ class Variant(NamedTuple):
     group: str
     ratio: float | None
     overrides: tuple[str, ...]
-    strength: str = "1.0"
+    strength: float = 1.0
     """Of the metrics that are shown."""
     trains: bool = True
     baseline: bool = False
@@ -50,7 +50,7 @@ def variants(ratios: tuple[float, ...], control_ratio: float) -> list[Variant]:
     found += [
         Variant("full fine-tuning", None, plain, baseline=True),
         Variant("safety rows mixed in", None, (*plain, "data.train.also=MIXED"), baseline=True),
-        Variant("selected layers, half way", None, ("method.keep_ratio=0", "method.rotation=none"), strength="0.5"),
+        Variant("selected layers, half way", None, ("method.keep_ratio=0", "method.rotation=none"), strength=0.5),
     ]
     for name, rotation in rotations.items():
         found += [Variant(name, ratio, (f"method.rotation={rotation}", f"method.keep_ratio={ratio}")) for ratio in ratios]
@@ -70,7 +70,7 @@ def wanted(pair: str, variant: Variant, seed: int, others: str, overrides: list[
     mixed = json.dumps([{**safety, "limit": max(1, (safety["limit"] or 100) // 2)}])
     settings = [text.replace("MIXED", mixed) for text in variant.overrides]
     # Strength 0.5 of a patch is half way between the weights before and after.
-    strengths = [f"evaluate.{number}.strengths=[1, 0.5]" for number in range(2)] if variant.strength != "1.0" else []
+    strengths = [f"evaluate.{number}.strengths=[1, 0.5]" for number in range(2)] if variant.strength != 1 else []
     own = [] if variant.baseline else [f"method.seed={seed}", f"method.others={others}"]
     return job.read(tuned, JobType, [*settings, *strengths, f"train.seed={seed}", *own, *overrides])
 

@@ -78,11 +78,11 @@ def test_a_diffusion_job_from_file_to_page(undisturbed: tuple[Path, Store, run.R
     assert [(r.stage.name, r.status) for r in done.records] == [(name, "ran") for name in stages]
     again = do(folder / "lineas.yaml", store)
     assert [r.status for r in again.records] == ["cached"] * len(stages) and again.summary == done.summary
-    assert list(done.summary["strengths"]) == ["1.0", "0.0", "0.5"], "the headline is a steered number, however a grid begins"
+    assert list(done.summary["strengths"]) == [1.0, 0.0, 0.5], "the headline is a steered number, however a grid begins"
     assert set(done.summary["reported"].values()) == {1.0}
-    assert done.summary["metrics"]["image_similarity/ssim"] == done.summary["strengths"]["1.0"]["image_similarity/ssim"]
-    assert done.summary["strengths"]["0.0"]["image_similarity/ssim"]["value"] == pytest.approx(1)
-    assert done.summary["strengths"]["1.0"]["image_similarity/ssim"]["value"] < 1
+    assert done.summary["metrics"]["image_similarity/ssim"] == done.summary["strengths"][1.0]["image_similarity/ssim"]
+    assert done.summary["strengths"][0.0]["image_similarity/ssim"]["value"] == pytest.approx(1)
+    assert done.summary["strengths"][1.0]["image_similarity/ssim"]["value"] < 1
 
     sheet = (folder / "root" / done.folder / "samples/images/sheet_2.000.png").read_bytes()
     page = folder / "page.html"
@@ -133,9 +133,9 @@ def test_maps_are_fitted_along_the_pipeline_on_the_same_base(undisturbed: tuple[
     done = do(folder / "act.yaml", store)
     found = [(record.stage.name, record.status) for record in done.records]
     assert found == [("train", "cached"), ("extract", "ran"), ("fit", "ran"), ("evaluate", "ran"), ("evaluate", "ran")]
-    plain, other = (of.summary["strengths"]["0.0"]["image_concept/rate"]["value"] for of in (done, lineas))
+    plain, other = (of.summary["strengths"][0.0]["image_concept/rate"]["value"] for of in (done, lineas))
     assert plain == other
-    assert done.summary["strengths"]["1.0"]["image_similarity/ssim"]["value"] < 0.999
+    assert done.summary["strengths"][1.0]["image_similarity/ssim"]["value"] < 0.999
     steered = language.load(store.local(done.summary["model"]["stage"], done.summary["model"]["key"]))
     places = {name for name, _ in steered.model.named_modules() if name.startswith("unet.") and "norm" in name}
     assert set(steered.patches[0].sizes) == places

@@ -59,12 +59,12 @@ def test_a_job_caches_trains_and_evaluates_over_alphas(cluster: None, store: Sto
     wanted, done = do(store, tmp_path)
     assert ran(done) == ["hidden", "train", "evaluate"]
     found = done.summary["strengths"]
-    assert list(found) == ["1.0", "0.0", "0.5", "1.5", "2.0"]
-    assert found["1.0"]["preference/accuracy"]["value"] > 0.9 and found["1.0"]["preference/accuracy"]["n"] == 24
-    assert found["0.0"]["preference/accuracy"]["value"] is None and found["0.0"]["preference/margin"]["value"] == 0
-    kl = [found[alpha]["preference/kl"]["value"] for alpha in ("0.0", "0.5", "1.0", "1.5", "2.0")]
+    assert list(found) == [1.0, 0.0, 0.5, 1.5, 2.0]
+    assert found[1.0]["preference/accuracy"]["value"] > 0.9 and found[1.0]["preference/accuracy"]["n"] == 24
+    assert found[0.0]["preference/accuracy"]["value"] is None and found[0.0]["preference/margin"]["value"] == 0
+    kl = [found[alpha]["preference/kl"]["value"] for alpha in (0.0, 0.5, 1.0, 1.5, 2.0)]
     assert kl[0] == 0 and kl == sorted(kl)
-    assert all(metric["stderr"] is not None for metric in found["0.5"].values())
+    assert all(metric["stderr"] is not None for metric in found[0.5].values())
 
     cache = Parts.open(store.local("hidden", Plan.of(wanted).prepared["hidden"].stage.key))
     assert sorted(facts["rows"] for facts in cache.facts.values()) == [8, 20, 20]
@@ -102,8 +102,8 @@ def test_the_baselines_run_on_two_workers_over_alphas(
     _, done = do(store, tmp_path, method=method, scale={"workers": 2})
     assert ran(done) == ["train", "evaluate"]
     found = done.summary["strengths"]
-    assert found["1.0"]["preference/accuracy"]["value"] > 0.7
-    kl = [found[alpha]["preference/kl"]["value"] for alpha in ("0.0", "0.5", "1.0", "2.0")]
+    assert found[1.0]["preference/accuracy"]["value"] > 0.7
+    kl = [found[alpha]["preference/kl"]["value"] for alpha in (0.0, 0.5, 1.0, 2.0)]
     assert kl[0] == 0 and kl == sorted(kl)
 
 

@@ -85,12 +85,12 @@ def test_lineas_from_job_to_report(cluster: None, store: Store, tmp_path: Path) 
     end, early = (load_file(found / folder / "patch.safetensors") for folder in ("patch", "snapshots/2"))
     assert end.keys() == early.keys() and not torch.equal(end["maps.0.scale"], early["maps.0.scale"])
     assert done.summary["choice"]["strength"] in (0.5, 1.0)
-    assert list(done.summary["strengths"]) == [str(done.summary["choice"]["strength"]), "0.0"]
+    assert list(done.summary["strengths"]) == [done.summary["choice"]["strength"], 0.0]
 
     # Strength 0 is the model itself: the same job without a method measures the same.
     none = do(store, {**LINEAS, "name": "none", "method": {"name": "none"}, "train": None, "extract": None}, tmp_path)
     base = none.summary["metrics"]["perplexity/value"]["value"]
-    assert done.summary["strengths"]["0.0"]["perplexity/value"]["value"] == base
+    assert done.summary["strengths"][0.0]["perplexity/value"]["value"] == base
     assert [r.status for r in none.records] == ["cached"] * len(none.records)
 
     # A snapshot costs its evaluation alone.

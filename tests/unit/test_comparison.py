@@ -166,10 +166,10 @@ def test_the_strength_that_a_run_reported() -> None:
 
 
 def test_the_table_of_a_run_has_strength_0_beside_the_headline() -> None:
-    summary = summary_of({"a": 0.5}) | {"metrics": {"a/x": 1}, "strengths": {"0.5": {"a/x": 1}, "0.0": {"a/x": 2}}}
+    summary = summary_of({"a": 0.5}) | {"metrics": {"a/x": 1}, "strengths": {0.5: {"a/x": 1}, 0.0: {"a/x": 2}}}
     assert running._columns("j", summary) == [("j\nstrength 0.5", {"a/x": 1}), ("j\nstrength 0", {"a/x": 2})]
     assert running._columns("j", summary | {"reported": {"a": 0.0}}) == [("j\nstrength 0", {"a/x": 1})]
-    assert running._columns("j", summary | {"reported": {}, "strengths": {"1.0": {}}}) == [("j", {"a/x": 1})]
+    assert running._columns("j", summary | {"reported": {}, "strengths": {1.0: {}}}) == [("j", {"a/x": 1})]
 
 
 def test_a_cell_says_what_was_left_out() -> None:

@@ -23,7 +23,7 @@ def entry(name: str, strength: float, share: float, perplexity: float) -> Entry:
         job={"name": name, "method": {"name": name}},
         summary={
             "metrics": found,
-            "strengths": {str(strength): found, "0.0": {n: metric(1.0) for n in found}},
+            "strengths": {strength: found, 0.0: {n: metric(1.0) for n in found}},
             "choice": {"strength": strength, "rule": rule, "table": table},
             "model": {"stage": "fit", "key": "k"},
         },

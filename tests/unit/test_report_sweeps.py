@@ -45,7 +45,7 @@ def write_run(store: Store, name: str, alpha: float, seed: int, *, pictures: boo
     folder = f"runs/{name}/{name}-{alpha:g}-{seed}"
     found = {"separation/sep": metric(alpha - alpha**2), "perplexity/value": metric(20 + 10 * alpha)}
     found |= {f"probing/layer_{layer:02d}": metric(0.5 + 0.4 * layer / 8) for layer in range(9)}
-    strengths = {str(s): found for s in (1.0, 0.5)} | {"0.0": {n: metric(m["value"] / 2) for n, m in found.items()}}
+    strengths = {s: found for s in (1.0, 0.5)} | {0.0: {n: metric(m["value"] / 2) for n, m in found.items()}}
     store.write_text(f"{folder}/job.yaml", yaml.safe_dump({"name": name, "method": {"name": "aside", "alpha": alpha}}))
     stages = [("extract", "cached", 0.0), ("train", "ran", 12.5), ("evaluate", "ran", 3.0)]
     listed = [

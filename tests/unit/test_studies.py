@@ -37,4 +37,4 @@ def test_alphas_are_those_that_were_measured(preferences: Any) -> None:
     variant = preferences.VARIANTS[0]
     one = preferences.wanted("tiny", variant, 0, ["evaluate.0.strengths=[1,0.25]"], None)
     assert one.evaluate[0].strengths == (1.0, 0.25)
-    assert preferences.alphas_of([{"1.0": {}, "0.0": {}, "0.25": {}}]) == ["0.25", "1.0"]
+    assert preferences.alphas_of([{1.0: {}, 0.0: {}, 0.25: {}}]) == [0.25, 1.0]

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from steerlab.cli.opening import joined_ray, opened_store, read_job
 from steerlab.cli.terminal import JobArgument, JsonOption, RootOption, SetOption, cell, console, explained, folding_table
 from steerlab.guards import texts
+from steerlab.job import UNPATCHED, UNPATCHED_NAME
 
 if TYPE_CHECKING:
     from steerlab.job import Job
@@ -205,5 +206,5 @@ def _columns(name: str, summary: dict[str, Any]) -> list[tuple[str, dict[str, An
     """Return a run's columns of the table: its headline and, where that is steered, strength 0 beside it."""
     steered = [f"{strength:g}" for strength in dict.fromkeys(summary["reported"].values())]
     found = [(f"{name}\nstrength {', '.join(steered)}" if steered else name, summary["metrics"])]
-    plain = summary["strengths"].get("0.0")
-    return [*found, (f"{name}\nstrength 0", plain)] if plain and steered != ["0"] else found
+    plain = summary["strengths"].get(UNPATCHED)
+    return [*found, (f"{name}\n{UNPATCHED_NAME}", plain)] if plain and steered != ["0"] else found

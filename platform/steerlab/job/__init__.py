@@ -11,6 +11,8 @@ from steerlab.job.messages import cut, explain
 from steerlab.job.model_config import JOB_PREFIX, ModelConfig, SamplerConfig
 from steerlab.job.schema import schema
 from steerlab.job.settings import (
+    UNPATCHED,
+    UNPATCHED_NAME,
     ChooseConfig,
     Limit,
     MethodConfig,
@@ -20,6 +22,7 @@ from steerlab.job.settings import (
     TrainConfig,
     WandbConfig,
     headline_first,
+    with_headline,
 )
 from steerlab.job.source_fields import Source, Template, described, written_out
 from steerlab.job.typed import SEED_LIMIT, Frozen, Implied, JobError, Radians, Seed
@@ -28,6 +31,8 @@ __all__ = [
     "JOB_PREFIX",
     "PROMPT_FIELDS",
     "SEED_LIMIT",
+    "UNPATCHED",
+    "UNPATCHED_NAME",
     "ChooseConfig",
     "DataConfig",
     "DataSet",
@@ -69,5 +74,6 @@ __all__ = [
     "schema",
     "task_union",
     "validate",
+    "with_headline",
     "written_out",
 ]

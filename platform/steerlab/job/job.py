@@ -10,7 +10,15 @@ from pydantic import Field, SerializeAsAny, create_model, model_validator
 
 from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, ExtractConfig
 from steerlab.job.model_config import ModelConfig
-from steerlab.job.settings import ChooseConfig, MethodConfig, ScaleConfig, TaskConfig, TrackConfig, TrainConfig
+from steerlab.job.settings import (
+    ChooseConfig,
+    MethodConfig,
+    ScaleConfig,
+    TaskConfig,
+    TrackConfig,
+    TrainConfig,
+    with_headline,
+)
 from steerlab.job.typed import Frozen
 
 
@@ -33,12 +41,24 @@ class Job(Frozen):
     """Workers, DeepSpeed, checkpoints."""
     snapshot: int | None = Field(None, ge=1)
     """The step of `train.snapshots` that is evaluated; null takes the end of training."""
+    strength: float | None = None
+    """The strength of the patch that every task reports, beside the other `strengths` of the task; 0 evaluates the model
+    without its patch, and nothing else; null leaves it to the tasks, or to `choose`."""
     choose: ChooseConfig | None = None
     """How the strength is chosen; null evaluates the strengths of each task."""
     evaluate: tuple[SerializeAsAny[TaskConfig], ...] = ()
     """Tasks run on the result."""
     track: TrackConfig = TrackConfig()
     """Reporting."""
+
+    @property
+    def tasks(self) -> tuple[TaskConfig, ...]:
+        """The tasks of `evaluate`, each at the strengths that it is run at."""
+        if self.strength is None:
+            return self.evaluate
+        return tuple(
+            task.model_copy(update={"strengths": with_headline(self.strength, task.strengths)}) for task in self.evaluate
+        )
 
     @property
     def prompt(self) -> dict[str, Any]:
@@ -65,6 +85,10 @@ class Job(Frozen):
     def _check(self) -> Job:
         if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
             raise ValueError("model.attention flash_attention_2 needs model.dtype bfloat16")
+        if self.strength is not None and self.choose is not None:
+            raise ValueError(
+                f"strength {self.strength:g}: the job has `choose` to find the strength; leave one of them out (choose=null)"
+            )
         if self.train is None:
             return self
         late = [step for step in self.train.snapshots if not 1 <= step <= self.train.steps]

@@ -143,12 +143,26 @@ class TaskConfig(Frozen):
         return None
 
 
+UNPATCHED = 0.0
+"""The strength of the model without the patch, bit for bit."""
+UNPATCHED_NAME = "strength 0"
+
+
+def with_headline(headline: float, declared: Sequence[float]) -> tuple[float, ...]:
+    """Return a headline strength and, where a task declares more than the patch as it is, its other strengths after it.
+
+    A headline without the patch stands alone: `headline_first` would take another one.
+    """
+    others = declared if headline != UNPATCHED and tuple(declared) != (1.0,) else ()
+    return tuple(dict.fromkeys([headline, *others]))
+
+
 def headline_first(strengths: Sequence[float]) -> list[float]:
     """Return different strengths with that of the headline first: never 0, which steers nothing, where there is another one."""
     different = list(dict.fromkeys(strengths))
-    steering = [strength for strength in different if strength != 0]
+    steering = [strength for strength in different if strength != UNPATCHED]
     headline = different[0]
-    if headline == 0 and steering:
+    if headline == UNPATCHED and steering:
         headline = 1.0 if 1.0 in steering else steering[0]
     return [headline, *(strength for strength in different if strength != headline)]
 

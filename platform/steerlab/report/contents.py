@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,7 +46,7 @@ class Entry:
     @property
     def strength(self) -> float:
         """The strength of the headline metrics."""
-        return float(next(iter(self.summary["strengths"]), "nan"))
+        return next(iter(self.summary["strengths"]), math.nan)
 
     @property
     def choice(self) -> dict[str, Any] | None:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from steerlab.evaluation.statistics import stored
+from steerlab.job import UNPATCHED, UNPATCHED_NAME
 from steerlab.report.contents import Entry, measure_in
 from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, label, title
 
@@ -26,7 +28,7 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
     points: list[tuple[float, float]] = []
     for number, entry in enumerate(chosen):
         colour = f"@{number % 10}"
-        table = {float(s): values for s, values in (entry.choice or {})["table"].items()}
+        table = stored.by_strength((entry.choice or {})["table"])
         line = [(s, table[s].get(cost), table[s].get(effect)) for s in sorted(table)]
         line = [point for point in line if None not in point]
         points += [(x, y) for _, x, y in line]
@@ -136,9 +138,9 @@ def by_layer(entries: Sequence[Entry]) -> Figure | None:
     """Draw metrics that are measured at every layer (`probing/layer_NN`) over the layers, and once without any patch."""
     drawn = Drawing()
     stems: dict[str, None] = {}
-    plain = next((entry.summary["strengths"]["0.0"] for entry in entries if "0.0" in entry.summary["strengths"]), {})
+    plain = next((entry.summary["strengths"][UNPATCHED] for entry in entries if UNPATCHED in entry.summary["strengths"]), {})
     lines = [(label(entry.name), entry.summary["metrics"], f"@{number % 10}", "solid") for number, entry in enumerate(entries)]
-    for name, metrics, colour, dash in [*lines, ("strength 0 (no patch)", plain, "@soft", "dot")]:
+    for name, metrics, colour, dash in [*lines, (f"{UNPATCHED_NAME} (no patch)", plain, "@soft", "dot")]:
         for stem, points in _layers(metrics).items():
             stems[stem] = None
             drawn.add_scatter(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from steerlab.guards.faults import explained
+from steerlab.job import UNPATCHED, UNPATCHED_NAME
 from steerlab.report.contents import Entry
 
 MAX_TEXTS = 6
@@ -18,7 +19,6 @@ _THUMBNAIL = 256
 """Larger images are embedded at this many pixels a side."""
 _SHEET = 2000
 """Larger contact sheets are embedded at this many pixels a side."""
-_WITHOUT = "strength 0"
 _OUTPUTS = ("continuation", "output", "output_in_data", "answer", "response", "generation")
 _PROMPTS = ("prompt", "instruction", "question")
 _CONTEXTS = ("data", "input", "data_with_probe")
@@ -46,16 +46,16 @@ def texts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     whole = [row for row in found.values() if len(row["outputs"]) > 1 or most == 1]
     by_task: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(whole, key=lambda row: -len(row["outputs"])):
-        row["outputs"] = dict(sorted(row["outputs"].items(), key=lambda output: output[0] != _WITHOUT))
+        row["outputs"] = dict(sorted(row["outputs"].items(), key=lambda output: output[0] != UNPATCHED_NAME))
         by_task.setdefault(row["task"], []).append(row)
     return [row for rows in by_task.values() for row in rows[:MAX_TEXTS]]
 
 
 def _column(entry: Entry, sample: dict[str, Any]) -> str:
     strength = sample.get("strength")
-    if strength == 0:
-        return _WITHOUT
-    several = len({s.get("strength") for samples in entry.samples.values() for s in samples} - {0.0}) > 1
+    if strength == UNPATCHED:
+        return UNPATCHED_NAME
+    several = len({s.get("strength") for samples in entry.samples.values() for s in samples} - {UNPATCHED}) > 1
     return f"{entry.name}, strength {strength:g}" if several and strength is not None else entry.name
 
 

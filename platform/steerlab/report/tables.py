@@ -9,6 +9,7 @@ from typing import Any
 
 from steerlab.evaluation.statistics.measures import Better
 from steerlab.evaluation.statistics.metrics import left_out
+from steerlab.job import UNPATCHED, UNPATCHED_NAME
 from steerlab.report.contents import Entry, Sweep, measure_in
 from steerlab.report.sweep_figures import measured, standing
 
@@ -46,8 +47,8 @@ def rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[str]]:
     plain = _unsteered(entries)
     found = []
     for entry in plain:
-        name = "strength 0 (no patch)" if len(plain) == 1 else f"strength 0 of {entry.name}"
-        found.append([name, "0", *(cell(entry.summary["strengths"]["0.0"].get(name)) for name in names), DASH])
+        name = f"{UNPATCHED_NAME} (no patch)" if len(plain) == 1 else f"{UNPATCHED_NAME} of {entry.name}"
+        found.append([name, "0", *(cell(entry.summary["strengths"][UNPATCHED].get(name)) for name in names), DASH])
     for entry in entries:
         values = [cell(entry.summary["metrics"].get(name)) for name in names]
         fit = DASH if entry.fit_s is None else f"{entry.fit_s:.2g}" if entry.fit_s < 10 else f"{entry.fit_s:.0f}"
@@ -59,7 +60,7 @@ def _unsteered(entries: Sequence[Entry]) -> list[Entry]:
     """Return a run for each model that some run has measured at strength 0."""
     by_model: dict[str, Entry] = {}
     for entry in entries:
-        if "0.0" in entry.summary["strengths"]:
+        if UNPATCHED in entry.summary["strengths"]:
             by_model.setdefault(json.dumps(entry.job.get("model"), sort_keys=True), entry)
     return list(by_model.values())
 
@@ -70,7 +71,7 @@ def overview(entries: Sequence[Entry], names: Sequence[str]) -> list[Cells]:
     A metric has no best value where no direction is better, or where runs measured it on other rows, or otherwise.
     """
     plain = _unsteered(entries)
-    values = [[_value(entry.summary["strengths"]["0.0"].get(name)) for name in names] for entry in plain]
+    values = [[_value(entry.summary["strengths"][UNPATCHED].get(name)) for name in names] for entry in plain]
     values += [[_value(entry.summary["metrics"].get(name)) for name in names] for entry in entries]
     first = len(plain)
     best = [

@@ -46,6 +46,7 @@ def check(planned: Plan) -> models.ModelFacts:
             raise ValueError(
                 f"model.source: the job {below.job.name} leaves no model of its own, so there is none to start from"
             )
+        _check_start(below.job)
     _check_method(planned)
     for role, data in job.data.by_role.items():
         check_rows(f"data.{role}", data)
@@ -65,6 +66,16 @@ def check(planned: Plan) -> models.ModelFacts:
             f"train.max_tokens {job.train.max_tokens}: the context of {found.architecture} holds {found.max_positions} tokens"
         )
     return found
+
+
+def _check_start(below: Job) -> None:
+    """Refuse a job below that says how it is evaluated: what builds on it takes the end of its training, at strength 1."""
+    for name in ("snapshot", "strength"):
+        if (value := getattr(below, name)) is not None:
+            raise ValueError(
+                f"model.source: the job {below.name} sets {name} {value:g}, which says how it is evaluated; a job that builds "
+                f"on it starts from the end of its training, with its patch at strength 1: leave {name} out there"
+            )
 
 
 def _check_method(planned: Plan) -> None:
@@ -112,7 +123,7 @@ def _check_training(job: Job) -> None:
 def _warn_of_strengths(job: Job) -> None:
     """Warn of strengths outside of the range that the method's maps are made for."""
     means = METHODS[job.method.name].strength_range
-    asked = {*(job.choose.strengths if job.choose else ()), *(s for task in job.evaluate for s in task.strengths)}
+    asked = {*(job.choose.strengths if job.choose else ()), *(s for task in job.tasks for s in task.strengths)}
     outside = sorted(strength for strength in asked if means and not means[0] <= strength <= means[1])
     if outside:
         warnings.warn(

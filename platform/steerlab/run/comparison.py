@@ -10,6 +10,7 @@ from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.measures import Transform
 from steerlab.evaluation.statistics.metrics import Difference, Observation, paired_difference
 from steerlab.guards import saved
+from steerlab.job import UNPATCHED
 from steerlab.run import folder as folders
 from steerlab.run.record import SCHEMA, labelled
 from steerlab.storage import plan
@@ -154,7 +155,7 @@ class _Run(NamedTuple):
             plain = self.summary["unsteered"].get(label)
             if strength in (None, *given):
                 found |= self._metrics(label, key, given[0] if strength is None else strength, strength)
-            elif strength == 0 and plain is not None:
+            elif strength == UNPATCHED and plain is not None:
                 found |= self._metrics(label, plain, self._strengths(plain)[0], strength)
         if not found and strength is not None:
             known = ", ".join(f"{value:g}" for value in measured) or "none"
@@ -163,7 +164,7 @@ class _Run(NamedTuple):
 
     def _strengths(self, key: str) -> list[float]:
         """Return the strengths of an evaluation, that of its headline first."""
-        return [float(value) for value in stored.strengths(self.store.local("evaluate", key))]
+        return list(stored.strengths(self.store.local("evaluate", key)))
 
     def _metrics(self, label: str, key: str, measured: float, strength: float | None) -> dict[str, _Measured]:
         """Read the observations that an evaluation stored under one strength, which people may call by another."""

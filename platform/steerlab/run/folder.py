@@ -80,8 +80,14 @@ class _Line(saved.Shape):
 
 
 def summary(store: Store, folder: str) -> dict[str, Any]:
-    """Return summary.json. Raises ValueError where it is damaged, FileNotFoundError where the run has not finished."""
-    return _like(store, f"{folder}/summary.json", _Summary)
+    """Return summary.json, its strengths as numbers.
+
+    Raises:
+        ValueError: it is damaged.
+        FileNotFoundError: the run has not finished.
+    """
+    found = _like(store, f"{folder}/summary.json", _Summary)
+    return {**found, "strengths": stored.by_strength(found["strengths"])}
 
 
 def measures(summary: Mapping[str, Any]) -> dict[str, Measure]:

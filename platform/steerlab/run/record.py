@@ -17,6 +17,7 @@ import ray
 
 from steerlab.evaluation.statistics import stored
 from steerlab.guards import texts
+from steerlab.job import UNPATCHED
 from steerlab.stages import Evaluation, Plan, choose, evaluate
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -42,7 +43,7 @@ def summarise(planned: Plan, store: Store) -> dict[str, Any]:
     evaluations of the model without the patch where the strength was chosen, and strength 0 of `strengths` has their numbers.
     """
     headline: dict[str, Any] = {}
-    strengths: dict[str, dict[str, Any]] = {}
+    strengths: dict[float, dict[str, Any]] = {}
     choice: dict[str, Any] | None = None
     measured: dict[str, str] = {}
     unsteered: dict[str, str] = {}
@@ -61,7 +62,7 @@ def summarise(planned: Plan, store: Store) -> dict[str, Any]:
             if number == 0:
                 headline.update(named)
             if number == 0 and planned.leaves_patch:
-                reported[stage.label] = float(strength)
+                reported[stage.label] = strength
         if found.baseline is not None:
             unsteered[stage.label] = found.baseline.key
     left = planned.model
@@ -79,12 +80,12 @@ def summarise(planned: Plan, store: Store) -> dict[str, Any]:
     }
 
 
-def _measured_strengths(store: Store, found: Evaluation) -> dict[str, dict[str, Any]]:
+def _measured_strengths(store: Store, found: Evaluation) -> dict[float, dict[str, Any]]:
     """Return a task's metrics by strength, the headline's first; the model without the patch is strength 0."""
     saved = stored.strengths(store.local("evaluate", found.stage.key))
     if found.baseline is not None:
         plain = stored.strengths(store.local("evaluate", found.baseline.key))
-        saved.setdefault("0.0", next(iter(plain.values())))
+        saved.setdefault(UNPATCHED, next(iter(plain.values())))
     return saved
 
 
@@ -116,7 +117,7 @@ def samples_of(store: Store, found: Evaluation) -> list[dict[str, Any]]:
     if found.baseline is None:
         return kept
     plain = stored.samples(store.local("evaluate", found.baseline.key))
-    return [*kept, *({**sample, "strength": 0.0} for sample in plain)]
+    return [*kept, *({**sample, "strength": UNPATCHED} for sample in plain)]
 
 
 def labelled(metric: str, label: str) -> str:

@@ -14,7 +14,7 @@ from steerlab.data import rows
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.measured import unmeasured
 from steerlab.evaluation.statistics.metrics import TokenKinds
-from steerlab.job import DataSet, Frozen, Job, Selection, TaskConfig
+from steerlab.job import UNPATCHED_NAME, DataSet, Frozen, Job, Selection, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.stages import Plan
 
@@ -23,6 +23,8 @@ def check_tasks(planned: Plan) -> None:
     """Refuse labels that occur twice, rows of tasks that are not as their format says, strengths without a patch, and
     a choice by a metric that is not measured. Raises ValueError."""
     job, seen = planned.job, dict[str, list[str]]()
+    if job.strength not in (None, 1) and not planned.leaves_patch:
+        raise ValueError(f"strength {job.strength:g}: method {job.method.name} leaves no patch to scale")
     for key, task in tasks_of(job):
         label, labels = task.label or task.task, seen.setdefault(key.rpartition(".")[0], [])
         if label in labels:
@@ -72,10 +74,10 @@ def check_reach(planned: Plan) -> None:
                 f"{key}: {name} has the same value at every strength, because it is measured on tokens that method.steer "
                 f"leaves as they are ({_words(selection)}); take a metric of generated text or of responses, or steer others"
             )
-    for number, task in enumerate(job.evaluate):
+    for number, task in enumerate(job.tasks):
         if not _meets(job, selection, TASKS[task.task].runs_over(task, None)):
             warnings.warn(
-                f"evaluate.{number}: task {task.task} gives the numbers of strength 0 at every strength, because it is "
+                f"evaluate.{number}: task {task.task} gives the numbers of {UNPATCHED_NAME} at every strength, because it is "
                 f"measured on tokens that method.steer leaves as they are ({_words(selection)})",
                 stacklevel=2,
             )
@@ -91,7 +93,7 @@ def check_rows(key: str, data: DataSet) -> None:
 
 def tasks_of(job: Job) -> Iterator[tuple[str, TaskConfig]]:
     """Yield a job's tasks with their keys, those that it chooses by after those that it reports."""
-    yield from ((f"evaluate.{number}", task) for number, task in enumerate(job.evaluate))
+    yield from ((f"evaluate.{number}", task) for number, task in enumerate(job.tasks))
     yield from ((f"choose.tasks.{number}", task) for number, task in enumerate(job.choose.tasks if job.choose else ()))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.stored import StrengthKey
 from steerlab.guards import saved
-from steerlab.job import ChooseConfig, Job, Limit
+from steerlab.job import UNPATCHED, UNPATCHED_NAME, ChooseConfig, Job, Limit
 from steerlab.storage.plan import Stage, Work
 
 _CHOICE = "choice.json"
@@ -59,12 +59,12 @@ def _steered(label: str) -> str:
 
 def _plain(label: str) -> str:
     """Return the name of the input that holds a task's development metrics without a patch."""
-    return f"{label}, strength 0"
+    return f"{label}, {UNPATCHED_NAME}"
 
 
 def candidates(choose: ChooseConfig) -> tuple[float, ...]:
     """Return the strengths that the development tasks are run at; 0 is the model without a patch, evaluated apart."""
-    return tuple(strength for strength in sorted(set(choose.strengths)) if strength)
+    return tuple(strength for strength in sorted(set(choose.strengths)) if strength != UNPATCHED)
 
 
 def run(work: Work) -> None:
@@ -73,9 +73,9 @@ def run(work: Work) -> None:
     for label in work.params["labels"]:
         found = stored.strengths(work.inputs[_steered(label)])
         (plain,) = stored.strengths(work.inputs[_plain(label)]).values()
-        for strength, metrics in {0.0: plain, **found}.items():
+        for strength, metrics in {UNPATCHED: plain, **found}.items():
             named = {f"{label}/{name.partition('/')[2]}": metric["value"] for name, metric in metrics.items()}
-            table.setdefault(float(strength), {}).update(named)
+            table.setdefault(strength, {}).update(named)
     within = work.params["within"]
     bound = None if within is None else Limit.model_validate(within)
     chosen = best(table, work.params["metric"], work.params["mode"], bound)
@@ -108,16 +108,16 @@ def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, wi
         ValueError: the development tasks have no such metric, or could not score it at strength 0.
     """
     for name in (metric, *([within.metric] if within else [])):
-        if name not in table[0.0]:
-            raise ValueError(f"choose: the development tasks have no metric {name!r}; they have {', '.join(table[0.0])}")
-        if table[0.0][name] is None:
-            raise ValueError(f"choose: {name} could not be scored at strength 0")
+        if name not in table[UNPATCHED]:
+            raise ValueError(f"choose: the development tasks have no metric {name!r}; they have {', '.join(table[UNPATCHED])}")
+        if table[UNPATCHED][name] is None:
+            raise ValueError(f"choose: {name} could not be scored at {UNPATCHED_NAME}")
     sign = 1 if mode == "min" else -1
 
     def allowed(values: dict[str, float | None]) -> bool:
         if within is None:
             return True
-        value, start = values[within.metric], table[0.0][within.metric]
+        value, start = values[within.metric], table[UNPATCHED][within.metric]
         return value is not None and start is not None and value <= within.highest(start)
 
     scored = {s: sign * value for s, values in table.items() if (value := values[metric]) is not None and allowed(values)}

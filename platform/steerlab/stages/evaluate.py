@@ -14,7 +14,7 @@ from steerlab.data import sources
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.metrics import TOO_LONG
-from steerlab.job import Job, TaskConfig, described, headline_first
+from steerlab.job import Job, TaskConfig, described, headline_first, with_headline
 from steerlab.stages import choose
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
@@ -114,8 +114,7 @@ def _strengths(work: Work) -> list[float]:
     """
     declared: list[float] = list(work.params["task"]["strengths"])
     if CHOICE in work.inputs:
-        chosen = choose.read(work.inputs[CHOICE])["strength"]
-        return list(dict.fromkeys([chosen, *(declared if declared != [1.0] else [])]))
+        return list(with_headline(choose.read(work.inputs[CHOICE])["strength"], declared))
     return headline_first(declared)
 
 
@@ -170,7 +169,7 @@ def _outcome(model: Any, config: dict[str, Any]) -> dict[str, Any]:
     task = TASKS[config["task"]]
     result = task.run(model, task.Config.model_validate(config))
     metrics = {
-        str(strength): {name: metric._asdict() for name, metric in found.items()}
+        strength: {name: metric._asdict() for name, metric in found.items()}
         for strength, found in summarise_all(result).items()
     }
     names = dict.fromkeys(name for found in metrics.values() for name in found)

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from steerlab.evaluation import TASKS
-from steerlab.job import Job, Selection, TaskConfig, base_job, job_type
+from steerlab.job import UNPATCHED_NAME, Job, Selection, TaskConfig, base_job, job_type
 from steerlab.methods import METHODS
 from steerlab.methods.contract import Fitted, Method, Trained
 from steerlab.methods.preparations import Preparation
@@ -143,17 +143,17 @@ class Plan:
         job = self.job
         made = self.start if self.model is self.start.stage else subject.on(job, self.model)
         if job.choose is None or not self.leaves_patch:
-            return tuple(Evaluation(evaluate.stage(job, task, made), None) for task in job.evaluate)
+            return tuple(Evaluation(evaluate.stage(job, task, made), None) for task in job.tasks)
         candidates = choose.candidates(job.choose)
         tasks = [_changed(task, "development", candidates) for task in job.choose.tasks]
         development = [evaluate.stage(job, task, made) for task in tasks]
         choice = choose.stage(job, development, [self._baseline(task) for task in tasks])
-        return tuple(Evaluation(evaluate.stage(job, task, made, choice), self._baseline(task)) for task in job.evaluate)
+        return tuple(Evaluation(evaluate.stage(job, task, made, choice), self._baseline(task)) for task in job.tasks)
 
     def _baseline(self, task: TaskConfig) -> Stage:
-        """Return the task on the model that the job's patch is attached to: strength 0, whatever the patch."""
+        """Return the task on the model that the job's patch is attached to, which is one for all patches."""
         plain = self.job.model_copy(update={"snapshot": None})
-        return evaluate.stage(plain, _changed(task, "strength 0", (1.0,)), self.start)
+        return evaluate.stage(plain, _changed(task, UNPATCHED_NAME, (1.0,)), self.start)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:

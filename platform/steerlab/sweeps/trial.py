@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from steerlab import run
-from steerlab.job import Limit
+from steerlab.job import UNPATCHED, Limit
 from steerlab.run import Run
 from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
@@ -97,8 +97,8 @@ def rows_of(
 
 
 def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: str, bound: Limit | None) -> dict[str, Any]:
-    strengths: dict[str, dict[str, Any]] = done.summary["strengths"]
-    measured = strengths[str(float(trial.params[STRENGTH]))] if STRENGTH in trial.params else done.summary["metrics"]
+    strengths: dict[float, dict[str, Any]] = done.summary["strengths"]
+    measured = strengths[trial.params[STRENGTH]] if STRENGTH in trial.params else done.summary["metrics"]
     row: dict[str, Any] = {"trial_id": trial.trial_id, "seed": trial.params.get("train.seed", seed)}
     row |= {f"param.{key}": value for key, value in trial.params.items()}
     row |= {f"metric.{key}": value for key, value in training.items()}
@@ -111,7 +111,7 @@ def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: s
     reason = f"{name} is {value}" if f"metric.{name}" in row else f"{name} was not measured; there are {known}"
     row |= {"status": "finished" if is_number else "failed", "reason": "" if is_number else reason}
     if bound is not None:
-        row["within"] = _is_within(bound, measured, strengths.get("0.0"))
+        row["within"] = _is_within(bound, measured, strengths.get(UNPATCHED))
     return row
 
 

@@ -130,6 +130,7 @@ class SweepPlan:
         if strengths:
             bound = self.job.choose.within if self.job.choose is not None and self.development else None
             zero = [0.0] if bound is not None and 0.0 not in strengths else []
+            tree["strength"] = None
             for task in tree.get("evaluate") or ():
                 task["strengths"] = [*strengths, *zero]
         try:
@@ -185,7 +186,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
 
 def _check_keys(space: Space) -> None:
     """Refuse keys whose first part is no field of a job; deeper ones are the job's own business."""
-    known = [*JobType.model_fields, STRENGTH]
+    known = list(JobType.model_fields)
     for entry in space.entries:
         for key in space.spread(entry, [None] * len(entry.split(","))) if "," in entry else [entry]:
             first = key.partition(".")[0]

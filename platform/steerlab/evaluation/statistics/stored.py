@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +18,8 @@ from steerlab.evaluation.statistics.measures import Better, Measure, Transform
 from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.guards import saved
 from steerlab.guards.faults import explained
+
+_T = TypeVar("_T")
 
 FILES = "files"
 """Folder of an evaluation's images."""
@@ -42,7 +44,7 @@ def _number(text: str) -> str:
 
 
 StrengthKey = Annotated[str, AfterValidator(_number)]
-"""A strength as JSON has it, a key."""
+"""A strength as JSON has it, a key; `by_strength` makes it a number again."""
 _Number = float | None
 
 
@@ -93,9 +95,14 @@ def write(directory: Path, result: Mapping[str, Any]) -> None:
     (directory / _METRICS).write_text(json.dumps(result["metrics"], indent=1))
 
 
-def strengths(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
+def by_strength(keyed: Mapping[str, _T]) -> dict[float, _T]:
+    """Return what JSON keeps by strength under numbers, in the same order."""
+    return {float(strength): value for strength, value in keyed.items()}
+
+
+def strengths(directory: Path) -> dict[float, dict[str, dict[str, Any]]]:
     """Return the metrics by strength, the headline's first. Raises ValueError where the file is damaged."""
-    found = saved.read_like(directory / _METRICS, _Metrics)["strengths"]
+    found = by_strength(saved.read_like(directory / _METRICS, _Metrics)["strengths"])
     if not found:
         raise saved.SavedError(f"{directory / _METRICS} is damaged: it has no strength")
     return found
