@@ -40,7 +40,7 @@ def build(name: str) -> tuple[Any, Any, Any]:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=D, intermediate_size=4 * D, num_hidden_layers=LAYERS, num_attention_heads=16
     )
-    module = trained(name).module(LlamaForCausalLM(config).train(), METHODS[name].Config(), Inputs())
+    module = trained({"name": name}).module(LlamaForCausalLM(config).train(), METHODS[name].Config(), Inputs())
     ids = torch.randint(VOCABULARY, (ROWS, TOKENS))
     roles = (torch.arange(TOKENS) >= 2 * TOKENS // 5).long().expand(ROWS, TOKENS)
     batch = Batch(ids, roles, torch.ones_like(ids), torch.arange(TOKENS).expand(ROWS, TOKENS), ids, torch.zeros_like(ids))

@@ -32,7 +32,7 @@ def test_a_quarter_turn_is_exact_in_bfloat16() -> None:
 def test_a_bfloat16_step_lowers_the_loss(name: str, tiny_dir: Path, encoder: Encoder) -> None:
     torch.manual_seed(0)
     model = models.load_model(tiny_dir, dtype="bfloat16").to("cuda").train()  # type: ignore[arg-type]
-    method = trained(name)
+    method = trained({"name": name})
     module = method.module(model, method.Config(), Inputs()).to("cuda").train()
     pairs = method.module.trains_on == "preference"
     texts, data_format = ("preferences", "preference") if pairs else ("instructions", "instruction")

@@ -62,11 +62,11 @@ def model(model_dir: Path) -> Any:
 def batch(name: str, kind: str, encoder: Encoder, model: Any) -> Any:
     """Rows of the sort that the method trains on."""
     if kind == "diffusion":
-        data_format = "image" if trained(name).module.trains_on == "train" else "text"
+        data_format = "image" if trained({"name": name}).module.trains_on == "train" else "text"
         prompter = Prompter(model)
         rows = prompter.encode_data(pixels.rows("digits/train", Path)[:6], data_format, 0).rows
         return prompter.collate(rows, numbers=range(6))  # type: ignore[arg-type]
-    texts, data_format = TEXTS.get(trained(name).module.trains_on, ("instructions", "instruction"))
+    texts, data_format = TEXTS.get(trained({"name": name}).module.trains_on, ("instructions", "instruction"))
     rows = encode_data(encoder, tiny.rows(f"{texts}/train", 6), data_format, 64).rows
     return collate(rows, encoder.pad_id, loss_on="response" if data_format == "preference" else "all", numbers=range(6))
 
@@ -82,7 +82,7 @@ def make(extracted: Any, prepared: Any) -> Make:
     """A function (name, kind, model) -> trainee, with what the method reads and prepares, of other texts."""
 
     def trainee(name: str, kind: str, model: Any) -> torch.nn.Module:
-        method, config = trained(name), config_of(name, kind)
+        method, config = trained({"name": name}), config_of(name, kind)
         if kind == "diffusion":
             texts = [row["text"] for row in pixels.rows("digits/test", Path)[:8]]
             read = {role: extracted(model, texts, select=STEERED) for role in method.reads(config)}
@@ -259,7 +259,7 @@ def test_a_fit_maps_every_place_it_names_and_moves_source_towards_target(name: s
     generator = torch.Generator().manual_seed(0)
     source = {place: torch.randn(16, 6, generator=generator).abs() + 1 for place in ("a", "b", "c")}
     target = {place: 0.5 * torch.randn(12, 6, generator=generator).abs() for place in ("a", "b", "c")}
-    method = fitted(name)
+    method = fitted({"name": name})
     maps = method.fit(method.Config(), source, target)
     assert maps and set(maps) <= set(source)
     for place, one in maps.items():
@@ -276,7 +276,7 @@ def test_a_fit_maps_every_place_it_names_and_moves_source_towards_target(name: s
 
 @each_fitted
 def test_a_fit_refuses_what_says_nothing(name: str) -> None:
-    method = fitted(name)
+    method = fitted({"name": name})
     few, many = {"a": torch.randn(3, 4)}, {"a": torch.randn(8, 4)}
     with pytest.raises(ValueError, match="3 samples"):
         method.fit(method.Config(), few, many)
@@ -377,7 +377,7 @@ def test_what_a_method_leaves_on_a_pipeline(
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if isinstance(m, Fitted) and "diffusion" in m.kinds])
 def test_maps_fitted_on_a_pipeline_act_on_it(name: str, digits_dir: Path, extracted: Any) -> None:
     """The patch of a fit, attached, makes of every pixel of a place what the map makes of it."""
-    method = fitted(name)
+    method = fitted({"name": name})
     assert "diffusion" in method.kinds
     pipeline = models.load_model(digits_dir, seed=0, sampler={"steps": 2, "guidance": 2.0})
     config, place = method.Config(), {"modules": "unet.mid_block.resnets.0.norm2"}

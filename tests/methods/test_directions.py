@@ -20,7 +20,7 @@ def samples(shift: torch.Tensor, n: int = 24, m: int = 20, seed: int = 0) -> tup
 
 def test_caa_is_the_difference_of_means_at_the_middle_place() -> None:
     source, target = samples(torch.tensor([1.0, -2.0, 0.0]))
-    maps = fitted("caa").fit(caa.Config(), {n: source for n in "abcde"}, {n: target for n in "abcde"})  # type: ignore[misc]
+    maps = fitted({"name": "caa"}).fit(caa.Config(), {n: source for n in "abcde"}, {n: target for n in "abcde"})  # type: ignore[misc]
     assert list(maps) == ["c"]
     torch.testing.assert_close(maps["c"].shift_D, target.mean(0) - source.mean(0), rtol=1e-5, atol=1e-6)
     assert (maps["c"].scale_D == 1).all()
@@ -31,8 +31,8 @@ def test_caa_at_all_places_is_mean_act_at_once() -> None:
         {n: samples(torch.ones(4), seed=i)[0] for i, n in enumerate("ab")},
         {n: samples(torch.ones(4), seed=i)[1] for i, n in enumerate("ab")},
     )
-    everywhere = fitted("caa").fit(caa.Config(at="all"), source, target)  # type: ignore[misc]
-    mean = fitted("mean_act").fit(fitted("mean_act").Config(incremental=False), source, target)  # type: ignore[misc, call-arg]
+    everywhere = fitted({"name": "caa"}).fit(caa.Config(at="all"), source, target)  # type: ignore[misc]
+    mean = fitted({"name": "mean_act"}).fit(fitted({"name": "mean_act"}).Config(incremental=False), source, target)  # type: ignore[misc, call-arg]
     for name in "ab":
         torch.testing.assert_close(everywhere[name].shift_D, mean[name].shift_D)
 
@@ -78,8 +78,8 @@ def test_the_step_is_alpha_standard_deviations_along_the_direction() -> None:
 def test_top_k_keeps_the_most_accurate_places() -> None:
     good, bad = samples(torch.full((4,), 3.0)), samples(torch.zeros(4), seed=1)
     source, target = {"bad": bad[0], "good": good[0]}, {"bad": bad[1], "good": good[1]}
-    assert list(fitted("iti").fit(iti.Config(top_k=1), source, target)) == ["good"]  # type: ignore[misc]
-    assert list(fitted("iti").fit(iti.Config(), source, target)) == ["bad", "good"]  # type: ignore[misc]
+    assert list(fitted({"name": "iti"}).fit(iti.Config(top_k=1), source, target)) == ["good"]  # type: ignore[misc]
+    assert list(fitted({"name": "iti"}).fit(iti.Config(), source, target)) == ["bad", "good"]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("names", "middle"), [("a", "a"), ("ab", "b"), ("abc", "b"), ("abcd", "c"), ("abcdef", "d")])

@@ -181,15 +181,15 @@ def test_ablation_removes_the_difference_of_the_means_everywhere() -> None:
     mean = torch.tensor([0.0, 3.0, 4.0, 0.0])
     source = {name: samples(mean, 40, seed) for seed, name in enumerate("abc")}
     target = {name: samples(torch.zeros(4), 30, seed + 9) for seed, name in enumerate("abc")}
-    maps = fitted("ablation").fit(ablation.Config(at=1), source, target)
+    maps = fitted({"name": "ablation"}).fit(ablation.Config(at=1), source, target)
     naive = source["b"].mean(0) - target["b"].mean(0)
     for found in maps.values():
         torch.testing.assert_close(found(naive[None])[0], torch.zeros(4), atol=1e-5, rtol=0)
         torch.testing.assert_close(found(torch.eye(4)), torch.eye(4) - torch.outer(naive, naive) / (naive @ naive))
     with pytest.raises(ValueError, match="numbered from 0"):
-        fitted("ablation").fit(ablation.Config(at=3), source, target)
+        fitted({"name": "ablation"}).fit(ablation.Config(at=3), source, target)
     with pytest.raises(ValueError, match="extract places of one width"):
-        fitted("ablation").fit(ablation.Config(), {**source, "d": values(8, 7)}, {**target, "d": values(8, 7)})
+        fitted({"name": "ablation"}).fit(ablation.Config(), {**source, "d": values(8, 7)}, {**target, "d": values(8, 7)})
     with pytest.raises(ValueError, match="the same mean"):
         ablation.direction(source["a"], source["a"])
 
@@ -227,7 +227,7 @@ def test_repe_finds_the_axis_along_which_pairs_differ() -> None:
     found = repe.reading_vector(source, target)
     assert float(found @ axis) > 0.99 and float(found.norm()) == pytest.approx(1, abs=1e-5)
     assert float(repe.reading_vector(target, source) @ axis) < -0.99
-    maps = fitted("repe").fit(repe.Config(coefficient=2.5), {"a": source}, {"a": target})
+    maps = fitted({"name": "repe"}).fit(repe.Config(coefficient=2.5), {"a": source}, {"a": target})
     torch.testing.assert_close(maps["a"](torch.zeros(3)), 2.5 * found)
     uneven = repe.reading_vector(source[:150], target)
     assert float(uneven @ axis) > 0.99
@@ -238,14 +238,14 @@ def test_iti_shifts_the_heads_that_tell_the_texts_apart_along_their_means() -> N
     source, target = ({name: 0.5 * values_of(seed + shift) for seed, name in enumerate("ab")} for shift in (0, 50))
     target["b"][:, 2:4] += torch.tensor([3.0, -4.0])
     config = iti_heads.Config(heads=3, top_k=1, alpha=2.0)
-    maps = fitted("iti_heads").fit(config, source, target)
+    maps = fitted({"name": "iti_heads"}).fit(config, source, target)
     assert list(maps) == ["b"] and maps["b"].shift_D.nonzero().flatten().tolist() == [2, 3]  # type: ignore[attr-defined]
     theta = target["b"][:, 2:4].mean(0) - source["b"][:, 2:4].mean(0)
     theta = theta / theta.norm()
     sigma = (torch.cat([source["b"], target["b"]])[:, 2:4].double() @ theta.double()).std()
     torch.testing.assert_close(maps["b"].shift_D[2:4], (2 * sigma * theta).float(), rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"method\.heads 4: a has 6 numbers"):
-        fitted("iti_heads").fit(iti_heads.Config(heads=4), source, target)
+        fitted({"name": "iti_heads"}).fit(iti_heads.Config(heads=4), source, target)
 
 
 def values_of(seed: int) -> torch.Tensor:
@@ -259,7 +259,7 @@ def test_reft_trains_its_maps_alone_and_begins_at_the_model(tiny_dir: Path, enco
     batch = collate(rows, encoder.pad_id, loss_on="response")
     with torch.no_grad():
         plain = model(**batch.model_inputs).logits
-    method = trained("reft")
+    method = trained({"name": "reft"})
     module = method.module(model, method.Config.model_validate({"rank": 3}), Inputs())  # type: ignore[call-arg]
     with torch.no_grad():
         assert torch.equal(model(**batch.patched_inputs).logits, plain)

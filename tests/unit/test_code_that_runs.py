@@ -16,6 +16,10 @@ CALLS = (
 METHODS = ("extractall", "exec_module", "load_module", "unpack_archive", "read_pickle")
 
 ALLOWED: dict[str, dict[str, str]] = {
+    "platform/steerlab/guards/python_files.py": {
+        "exec": "a search space, or a file of a job's `method` or task: a Python program that its owner names to be run",
+        "compile": "the same",
+    },
     "platform/steerlab/tracking/wandb_client/workspaces.py": {
         "importlib.util.spec_from_file_location": "a board is a Python file that its owner names on the command line",
         ".exec_module": "the same",
@@ -44,10 +48,6 @@ ALLOWED: dict[str, dict[str, str]] = {
         "subprocess.run": "apt-get download and dpkg-deb -x of a name that a pattern allows; no script of the package runs",
     },
     "platform/steerlab/run/upload.py": {"subprocess.run": "git, with arguments that stand in the file"},
-    "platform/steerlab/sweeps/space.py": {
-        "exec": "a search space is a Python program that its owner names on the command line",
-        "compile": "the same",
-    },
     "platform/steerlab/tracking/__init__.py": {"subprocess.Popen": "this package's own writer of W&B runs"},
     "platform/steerlab/tracking/wandb_client/sweep_page.py": {"subprocess.run": "this package's own helper of W&B sweeps"},
     "platform/steerlab/tracking/writer.py": {"subprocess.Popen": "this package's own writer of W&B runs"},

@@ -19,10 +19,15 @@ from steerlab.evaluation.tasks.ability import perplexity
 from steerlab.evaluation.tasks.style import controllability
 from steerlab.evaluation.tasks.style.controllability import Point, judge, kendall, slope
 from steerlab.inputs.encoding import Encoder
-from steerlab.job import TaskConfig
+from steerlab.job import Table, TaskConfig
 from steerlab.patches import LogitPatch
 from steerlab.stages import JobType, Plan, evaluate
 from steerlab.steered.language import SteeredModel
+
+
+def over(tasks: dict[str, Task]) -> Task:
+    return controllability.over(Table(Task, "task", tasks, lambda task, config: task._replace(Config=config)))
+
 
 GRID = (1.0, 0.0, 0.5)
 TREE: dict[str, Any] = {
@@ -145,7 +150,7 @@ def dial(calls: list[tuple[float, ...]]) -> Task:
 
 def test_the_task_within_runs_once_over_the_grid() -> None:
     calls: list[tuple[float, ...]] = []
-    task = controllability.over({"dial": dial(calls), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
+    task = over({"dial": dial(calls), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
     config = task.Config.model_validate({"of": {"task": "dial", "limit": 2}, "metric": "dial/up", "strengths": GRID})
     result = task.run(None, config)  # type: ignore[arg-type]
     assert calls == [GRID] and result.samples == [{"id": "0"}]
@@ -158,13 +163,13 @@ def test_the_task_within_runs_once_over_the_grid() -> None:
 
 
 def test_one_strength_has_no_trend() -> None:
-    task = controllability.over({"dial": dial([]), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
+    task = over({"dial": dial([]), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
     config = task.Config.model_validate({"of": {"task": "dial"}, "metric": "dial/up", "strengths": (1.0,)})
     assert {o.metric for o in task.run(None, config).observations} == {"controllability/up"}  # type: ignore[arg-type]
 
 
 def test_a_metric_that_the_task_does_not_have() -> None:
-    task = controllability.over({"dial": dial([]), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
+    task = over({"dial": dial([]), "other": Task(Other, lambda _m, _c: Result([], []), lambda _c: ())})
     config = task.Config.model_validate({"of": {"task": "dial"}, "metric": "dial/upp"})
     with pytest.raises(ValueError, match=r"dial has no metric dial/upp; did you mean dial/up\?; it has dial/up, dial/other"):
         task.run(None, config)  # type: ignore[arg-type]
@@ -250,8 +255,8 @@ def test_the_task_within_and_its_sources_make_the_key(tmp_path: Path) -> None:
 
 def test_a_new_version_of_a_task_is_one_of_this_task() -> None:
     first, other = dial([]), Task(Other, lambda _m, _c: Result([], []), lambda _c: ())
-    assert controllability.over({"dial": first, "other": other}).version == 1
-    assert controllability.over({"dial": first._replace(version=3), "other": other}).version == 3
+    assert over({"dial": first, "other": other}).version == 1
+    assert over({"dial": first._replace(version=3), "other": other}).version == 3
 
 
 def test_where_the_strength_is_chosen_the_baseline_is_one_strength() -> None:

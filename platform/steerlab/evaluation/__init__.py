@@ -9,6 +9,7 @@ from steerlab.evaluation.tasks.harm import refusal, toxicity
 from steerlab.evaluation.tasks.preferences import preference, win_rate
 from steerlab.evaluation.tasks.roles import probing, separation
 from steerlab.evaluation.tasks.style import concept, controllability, sentiment
+from steerlab.job import Table, TaskConfig
 
 _TASKS: dict[str, Task] = {
     "separation": separation.TASK,
@@ -35,4 +36,12 @@ _TASKS: dict[str, Task] = {
     "clip_score": clip_score.TASK,
 }
 
-TASKS: dict[str, Task] = {**_TASKS, "controllability": controllability.over(_TASKS)}
+
+def _with_config(task: Task, config: type[TaskConfig]) -> Task:
+    return task._replace(Config=config)
+
+
+_WITHIN = Table(Task, "task", _TASKS, _with_config)
+TABLE: Table[Task] = Table(Task, "task", {**_TASKS, "controllability": controllability.over(_WITHIN)}, _with_config)
+"""With the tasks of installed packages, and of the files that jobs name."""
+TASKS = TABLE.entries

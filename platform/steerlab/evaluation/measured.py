@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from steerlab.evaluation import TASKS
+from steerlab.evaluation import TABLE
 from steerlab.evaluation.statistics.measures import Measure, find
 from steerlab.job import TaskConfig
 
@@ -14,7 +14,7 @@ def measure_of(metric: str, tasks: Iterable[TaskConfig]) -> Measure | None:
     """Return what a metric (LABEL/NAME) of some tasks measures; None where none of them reports it."""
     label, _, name = metric.partition("/")
     task = {task.label or task.task: task for task in tasks}.get(label)
-    return None if task is None else find(TASKS[task.task].measures(task), name)
+    return None if task is None else find(TABLE.of(task).measures(task), name)
 
 
 def unmeasured(metric: str, tasks: Iterable[TaskConfig]) -> str | None:
@@ -24,7 +24,7 @@ def unmeasured(metric: str, tasks: Iterable[TaskConfig]) -> str | None:
     if label not in by_label:
         return f"no task is called {label!r}; there are {', '.join(sorted(by_label)) or 'none'}"
     task = by_label[label]
-    known = [measure.name for measure in TASKS[task.task].measures(task)]
+    known = [measure.name for measure in TABLE.of(task).measures(task)]
     if measure_of(metric, [task]) is not None:
         return None
     near = difflib.get_close_matches(name, known, n=1)

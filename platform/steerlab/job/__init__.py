@@ -6,7 +6,7 @@ closed type, so that a misspelt key anywhere ends in one short message before an
 
 from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
 from steerlab.job.file import base_job, dump, inlined, put, read, read_tree, validate
-from steerlab.job.job import Job, job_type, prompt_settings, task_union
+from steerlab.job.job import Job, job_type, prompt_settings
 from steerlab.job.messages import cut, explain
 from steerlab.job.model_config import JOB_PREFIX, ModelConfig, SamplerConfig
 from steerlab.job.schema import schema
@@ -25,6 +25,7 @@ from steerlab.job.settings import (
     with_headline,
 )
 from steerlab.job.source_fields import Source, Template, described, written_out
+from steerlab.job.table import Table
 from steerlab.job.typed import SEED_LIMIT, Frozen, Implied, JobError, Radians, Seed
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Selection",
     "Source",
     "Span",
+    "Table",
     "TaskConfig",
     "Template",
     "TrackConfig",
@@ -72,7 +74,6 @@ __all__ = [
     "read",
     "read_tree",
     "schema",
-    "task_union",
     "validate",
     "with_headline",
     "written_out",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import reduce
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field, SerializeAsAny, create_model, model_validator
 
@@ -19,6 +18,7 @@ from steerlab.job.settings import (
     TrainConfig,
     with_headline,
 )
+from steerlab.job.table import Table
 from steerlab.job.typed import Frozen
 
 
@@ -128,10 +128,9 @@ def prompt_settings(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskConfig]]) -> type[Job]:
-    """Make the closed job type whose `method` and `evaluate` are unions over the given configs."""
-    method: Any = Annotated[reduce(lambda a, b: a | b, methods), Field(discriminator="name")]  # type: ignore[arg-type]
-    task = task_union(tasks)
+def job_type(methods: Table[Any], tasks: Table[Any]) -> type[Job]:
+    """Make the closed job type whose `method` and `evaluate` hold configs of the given tables."""
+    method, task = methods.field(), tasks.field()
     chosen_by: Any = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
     choose = create_model("ChooseConfig", __base__=ChooseConfig, __doc__=ChooseConfig.__doc__, tasks=chosen_by)
     fields: dict[str, Any] = {
@@ -140,8 +139,3 @@ def job_type(methods: Iterable[type[MethodConfig]], tasks: Iterable[type[TaskCon
         "evaluate": (tuple[task, ...], Field((), description=Job.model_fields["evaluate"].description)),
     }
     return create_model("Job", __base__=Job, __doc__=Job.__doc__, **fields)
-
-
-def task_union(tasks: Iterable[type[TaskConfig]]) -> Any:
-    """Make the closed union of tasks' configs, for a field that holds a task."""
-    return Annotated[reduce(lambda a, b: a | b, tasks), Field(discriminator="task")]  # type: ignore[arg-type]

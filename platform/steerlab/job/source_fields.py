@@ -28,6 +28,11 @@ def _absolute(source: str) -> str:
         raise ValueError(f"there is no home folder for {source!r}") from None
 
 
+def is_described(info: SerializationInfo) -> bool:
+    """Say whether a config is written as it stands in keys, where files are named by their content."""
+    return _NAMING in (info.context or {})
+
+
 def _written(value: Any, info: SerializationInfo) -> Any:
     naming: Callable[[str], Any] | None = (info.context or {}).get(_NAMING)
     if naming is None or value is None or isinstance(value, dict):

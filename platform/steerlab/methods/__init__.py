@@ -1,5 +1,10 @@
 """The table of methods. A further method is one new file here and one line below."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from steerlab.job import MethodConfig, Table
 from steerlab.methods import (
     ablation,
     aside,
@@ -22,7 +27,7 @@ from steerlab.methods import (
 )
 from steerlab.methods.contract import Fitted, Method, Trained
 
-METHODS: dict[str, Method] = {
+_OWN: dict[str, Method] = {
     "none": none.METHOD,
     "vanilla": vanilla.METHOD,
     "aside": aside.METHOD,
@@ -46,15 +51,20 @@ METHODS: dict[str, Method] = {
 }
 
 
-def trained(name: str) -> Trained:
-    """Return a method that trains, where nothing else can be asked for."""
-    method = METHODS[name]
-    assert isinstance(method, Trained), f"{name} trains nothing"
+TABLE: Table[Method] = Table(Method, "name", _OWN, lambda method, config: replace(method, Config=config))
+"""With the methods of installed packages, and of the files that jobs name."""
+METHODS = TABLE.entries
+
+
+def trained(config: MethodConfig | Mapping[str, Any]) -> Trained:
+    """Return the method of a config, or of one in a stage's parameters, which is one that trains."""
+    method = TABLE.of(config)
+    assert isinstance(method, Trained), f"{config} trains nothing"
     return method
 
 
-def fitted(name: str) -> Fitted:
-    """Return a closed form, where nothing else can be asked for."""
-    method = METHODS[name]
-    assert isinstance(method, Fitted), f"{name} is no closed form"
+def fitted(config: MethodConfig | Mapping[str, Any]) -> Fitted:
+    """Return the method of a config, or of one in a stage's parameters, which is a closed form."""
+    method = TABLE.of(config)
+    assert isinstance(method, Fitted), f"{config} is no closed form"
     return method

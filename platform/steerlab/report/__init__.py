@@ -139,7 +139,7 @@ def _splits(sweep: Sweep) -> list[tuple[str, str]]:
 
 def _made(entry: Entry) -> dict[str, Any]:
     environment = {"git": None, "git_changes": "", "created": "", "versions": {}, "command": "", "cluster": {}, "nodes": None}
-    environment["own_code_of"] = None
+    environment |= {"own_code_of": None, "own_code": []}
     return {
         "name": entry.name,
         "folder": entry.folder,

@@ -10,14 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from steerlab import models
+from steerlab import evaluation, models
 from steerlab.data import rows, sources
-from steerlab.evaluation import TASKS
 from steerlab.inputs import encoding
 from steerlab.inputs.drawings import check_data
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet, Job
-from steerlab.methods import METHODS
+from steerlab.methods import TABLE
 from steerlab.methods.contract import Fitted, SteeringConfig, Trained, check_masters
 from steerlab.patches import taps
 from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
@@ -59,7 +58,7 @@ def check(planned: Plan) -> models.ModelFacts:
     _check_template(planned, found)
     _check_ids(planned, found)
     _check_places(planned)
-    METHODS[job.method.name].check(job.method, found, job)
+    TABLE.of(job.method).check(job.method, found, job)
     _warn_of_strengths(job)
     if job.train is not None and found.max_positions and job.train.max_tokens > found.max_positions:
         raise ValueError(
@@ -100,7 +99,7 @@ def _check_method(planned: Plan) -> None:
 
 def _check_training(job: Job) -> None:
     assert job.train is not None
-    method, name = METHODS[job.method.name], job.method.name
+    method, name = TABLE.of(job.method), job.method.name
     if not isinstance(method, Trained):
         raise ValueError(f"train: method {name} trains nothing; remove this section")
     trains_on = method.module.trains_on
@@ -122,7 +121,7 @@ def _check_training(job: Job) -> None:
 
 def _warn_of_strengths(job: Job) -> None:
     """Warn of strengths outside of the range that the method's maps are made for."""
-    means = METHODS[job.method.name].strength_range
+    means = TABLE.of(job.method).strength_range
     asked = {*(job.choose.strengths if job.choose else ()), *(s for task in job.tasks for s in task.strengths)}
     outside = sorted(strength for strength in asked if means and not means[0] <= strength <= means[1])
     if outside:
@@ -136,12 +135,12 @@ def _check_places(planned: Plan) -> None:
     job = planned.job
     skeleton = models.skeleton(sources.fetch(planned.source), job.model.trust_remote_code)
     try:
-        METHODS[job.method.name].prepares(job.method, skeleton)
+        TABLE.of(job.method).prepares(job.method, skeleton)
     except ValueError as error:
         raise ValueError(f"method: {error}") from None
     named = {
         "extract.select": job.extract.select if job.extract else None,
-        "method.steer": METHODS[job.method.name].steers(job.method),
+        "method.steer": TABLE.of(job.method).steers(job.method),
     }
     for key, selection in named.items():
         if selection is not None:
@@ -177,8 +176,8 @@ def _check_kind(planned: Plan, found: models.ModelFacts) -> None:
     if kind not in method.kinds:
         raise ValueError(f"method {job.method.name} works on models of kind {', '.join(method.kinds)}; this one is {kind}")
     for key, task in tasks_of(job):
-        if kind not in TASKS[task.task].kinds:
-            fitting = ", ".join(name for name, other in TASKS.items() if kind in other.kinds)
+        if kind not in evaluation.TABLE.of(task).kinds:
+            fitting = ", ".join(name for name, other in evaluation.TASKS.items() if kind in other.kinds)
             raise ValueError(f"{key}: task {task.task} is none for a model of kind {kind}; there are {fitting}")
     if kind == "diffusion":
         _check_drawing(planned)
@@ -228,7 +227,7 @@ def _check_template(planned: Plan, found: models.ModelFacts) -> None:
     job = planned.job
     if job.model.kind != "causal_lm":
         return
-    chats = any(TASKS[task.task].chats(task) for _, task in tasks_of(job))
+    chats = any(evaluation.TABLE.of(task).chats(task) for _, task in tasks_of(job))
     trained = {role: data for role, data in job.data.by_role.items() if data.format != "text"}
     if not chats and not trained:
         return

@@ -58,7 +58,7 @@ def execute(
     store.write_text(f"{folder}/job.yaml", dump(job))
     trusted = [planned.source] if any(one.job.model.trust_remote_code for one in planned.chain) else []
     trusted += [task.trusted_source for task in job.evaluate if task.trusted_source is not None]
-    store.write_json(f"{folder}/environment.json", environment(command, ", ".join(trusted) or None))
+    store.write_json(f"{folder}/environment.json", environment(command, ", ".join(trusted) or None, planned.own_code))
     local = Path(store.root.removeprefix("file://")) / folder
     scratch = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
     # A sweep's trial waits for nothing: its writer outlives it.

@@ -57,6 +57,8 @@ class _Environment(saved.Shape):
     cluster: dict[str, float] = {}
     nodes: int = 1
     python: str = ""
+    own_code_of: str | None = None
+    own_code: list[str] = []
 
 
 class _Method(saved.Shape):

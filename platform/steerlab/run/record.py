@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,10 +125,11 @@ def labelled(metric: str, label: str) -> str:
     return f"{label}/{metric.partition('/')[2]}"
 
 
-def environment(command: str, trusted: str | None = None) -> dict[str, Any]:
+def environment(command: str, trusted: str | None = None, own_code: Sequence[str] = ()) -> dict[str, Any]:
     """Return what a result depends on besides its job: versions, git commit, hardware.
 
-    `trusted` names the sources whose own code ran; the key is left out where there is none.
+    `trusted` names the sources whose own code ran, `own_code` the methods and tasks that are not the platform's; their keys are
+    left out where there are none.
     """
     versions = {}
     for package in _PACKAGES:
@@ -146,6 +147,7 @@ def environment(command: str, trusted: str | None = None) -> dict[str, Any]:
         "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
         "nodes": len([node for node in ray.nodes() if node["Alive"]]),
         **({} if trusted is None else {"own_code_of": texts.without_secrets(trusted)}),
+        **({"own_code": list(own_code)} if own_code else {}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

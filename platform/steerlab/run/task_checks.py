@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from steerlab.data import rows
-from steerlab.evaluation import TASKS
+from steerlab.evaluation import TABLE
 from steerlab.evaluation.measured import unmeasured
 from steerlab.evaluation.statistics.metrics import TokenKinds
 from steerlab.job import UNPATCHED_NAME, DataSet, Frozen, Job, Selection, TaskConfig
@@ -44,7 +44,7 @@ def check_named(job: Job, facts: ModelFacts) -> None:
     """Refuse what a task names and is not there, and answers that leave no room for a prompt. Raises ValueError."""
     for key, task in tasks_of(job):
         try:
-            TASKS[task.task].check(task, facts)
+            TABLE.of(task).check(task, facts)
         except ValueError as error:
             raise ValueError(f"{key}.{error}") from None
         for path, config in configs(key, task):
@@ -69,13 +69,13 @@ def check_reach(planned: Plan) -> None:
     for key, name in _deciding(job).items():
         label, _, metric = name.partition("/")
         task = by_label[label]
-        if not _meets(job, selection, TASKS[task.task].runs_over(task, f"{task.task}/{metric}")):
+        if not _meets(job, selection, TABLE.of(task).runs_over(task, f"{task.task}/{metric}")):
             raise ValueError(
                 f"{key}: {name} has the same value at every strength, because it is measured on tokens that method.steer "
                 f"leaves as they are ({_words(selection)}); take a metric of generated text or of responses, or steer others"
             )
     for number, task in enumerate(job.tasks):
-        if not _meets(job, selection, TASKS[task.task].runs_over(task, None)):
+        if not _meets(job, selection, TABLE.of(task).runs_over(task, None)):
             warnings.warn(
                 f"evaluate.{number}: task {task.task} gives the numbers of {UNPATCHED_NAME} at every strength, because it is "
                 f"measured on tokens that method.steer leaves as they are ({_words(selection)})",

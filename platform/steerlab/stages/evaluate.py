@@ -11,10 +11,11 @@ from typing import Any
 import ray
 
 from steerlab.data import sources
-from steerlab.evaluation import TASKS
+from steerlab.evaluation import TABLE
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.metrics import TOO_LONG
-from steerlab.job import Job, TaskConfig, described, headline_first, with_headline
+from steerlab.job import Job, TaskConfig, described, headline_first, own_code, with_headline
+from steerlab.job.own_code import Code
 from steerlab.stages import choose
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
@@ -40,7 +41,7 @@ def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = Non
     """Return the stage of one task on a model; `choice` is the one that chooses the strength."""
     params: dict[str, Any] = {
         "task": subject.dumped(task, exclude={"label"}),
-        "task_version": TASKS[task.task].version,
+        "task_version": TABLE.of(task).version,
         "fingerprints": fingerprints(task),
         **model.params,
     }
@@ -89,7 +90,7 @@ def _warn_of_long_rows(label: str, observations: Sequence[Mapping[str, Any]]) ->
 
 def _in_actor(work: Work, config: dict[str, Any]) -> dict[str, Any]:
     evaluator = _evaluator(work)
-    future = evaluator.evaluate.remote(config)
+    future = evaluator.evaluate.remote(config, own_code.codes_in(config))
     while not ray.wait([future], timeout=_POLL_S)[0]:
         done, total = ray.get(evaluator.progress.remote())
         if total:
@@ -100,7 +101,7 @@ def _in_actor(work: Work, config: dict[str, Any]) -> dict[str, Any]:
 def _in_warm_process(work: Work, config: dict[str, Any]) -> dict[str, Any]:
     """Run the task where Ray keeps processes between tasks: nothing is imported again, and no actor started."""
     options = {**subject.resources(work.scale), "max_retries": work.scale.max_failures}
-    future = _evaluate.options(**options).remote(subject.of(work), config)  # type: ignore[attr-defined]
+    future = _evaluate.options(**options).remote(subject.of(work), config, own_code.codes_in(config))  # type: ignore[attr-defined]
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
     return ray.get(future)
@@ -151,14 +152,16 @@ class Evaluator:
         """Return (rows done, rows in all) of the pass that runs now."""
         return self._done
 
-    def evaluate(self, config: dict[str, Any]) -> dict[str, Any]:
+    def evaluate(self, config: dict[str, Any], codes: tuple[Code, ...]) -> dict[str, Any]:
         """Run one task and summarise its observations, for each strength."""
+        own_code.receive(codes)
         return _outcome(self._model, config)
 
 
 @ray.remote(scheduling_strategy=subject.ANYWHERE)
-def _evaluate(made_of: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _evaluate(made_of: dict[str, Any], config: dict[str, Any], codes: tuple[Code, ...]) -> dict[str, Any]:
     """Run one task; those of one trial follow each other, and the process keeps their model."""
+    own_code.receive(codes)
     return _outcome(subject.kept(f"evaluate {json.dumps(made_of, sort_keys=True)}", made_of), config)
 
 
@@ -166,7 +169,7 @@ def _outcome(model: Any, config: dict[str, Any]) -> dict[str, Any]:
     """Run one task and summarise its observations, for each strength."""
     from steerlab.evaluation.statistics.metrics import summarise_all
 
-    task = TASKS[config["task"]]
+    task = TABLE.of(config)
     result = task.run(model, task.Config.model_validate(config))
     metrics = {
         strength: {name: metric._asdict() for name, metric in found.items()}

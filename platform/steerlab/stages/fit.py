@@ -13,7 +13,8 @@ import ray
 from steerlab import patches
 from steerlab.data import rows
 from steerlab.guards import expressions
-from steerlab.job import DataSet, ExtractConfig, Job, Selection
+from steerlab.job import DataSet, ExtractConfig, Job, Selection, own_code
+from steerlab.job.own_code import Code
 from steerlab.methods import fitted
 from steerlab.patches.maps import Map
 from steerlab.stages import extract
@@ -28,7 +29,7 @@ _POLL_S = 0.5
 def stage(job: Job, model: Subject, extractions: Mapping[str, Stage]) -> Stage:
     """Return the fitting stage of a job; `extractions` leave the activations that its method reads, by data role."""
     assert job.extract is not None
-    method = fitted(job.method.name)
+    method = fitted(job.method)
     params: dict[str, Any] = {
         "method": subject.dumped(job.method),
         "reads": sorted(extractions),
@@ -50,11 +51,12 @@ def run(work: Work) -> None:
     made_of = subject.of(work)
     read = {role: work.stage.inputs[extract.read_as(role)] for role in work.params["reads"]}
     found = {role: (work.store.root, extraction.name, extraction.key) for role, extraction in read.items()}
-    method = fitted(work.params["method"]["name"])
+    method = fitted(work.params["method"])
     config = method.Config.model_validate(work.params["method"])
     walks = method.walks(config)
+    codes = own_code.codes_in(work.params["method"])
     resources = subject.resources(work.scale) if walks else {"num_cpus": 1}
-    future = _fit.options(**resources).remote(made_of, dict(work.params), found)  # type: ignore[attr-defined]
+    future = _fit.options(**resources).remote(made_of, dict(work.params), found, codes)  # type: ignore[attr-defined]
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
     made: dict[str, Any] = ray.get(future)  # type: ignore[assignment]
@@ -75,13 +77,16 @@ def write_base(work: Work, prompt: Mapping[str, Any]) -> None:
 
 
 @ray.remote(scheduling_strategy=subject.ANYWHERE)
-def _fit(made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
+def _fit(
+    made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple[str, str, str]], codes: tuple[Code, ...]
+) -> dict[str, Any]:
     """Fit the maps of a method; what comes back is a few vectors a place."""
     from steerlab.activations.parquet import Activations
 
+    own_code.receive(codes)
     read = {role: Activations.open(ModelRef(artifact=artifact).locate()) for role, artifact in found.items()}
     target = read["target"]
-    method = fitted(params["method"]["name"])
+    method = fitted(params["method"])
     config = method.Config.model_validate(params["method"])
     selection = steered(Selection.model_validate(target.metadata["selection"]), method.steers(config))
     names = [name for name in target.modules if _takes(selection, name)]
@@ -133,7 +138,7 @@ def _walk(
     from steerlab.methods.math.sequential_fit import Reading, fit_in_order
     from steerlab.patches import taps
 
-    method = fitted(params["method"]["name"])
+    method = fitted(params["method"])
     config = method.Config.model_validate(params["method"])
     model = subject.load(made_of)
     extract, data = ExtractConfig.model_validate(params["extract"]), DataSet.model_validate(params["source"])

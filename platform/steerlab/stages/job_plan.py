@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from steerlab.evaluation import TASKS
+from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Selection, TaskConfig, base_job, job_type
-from steerlab.methods import METHODS
 from steerlab.methods.contract import Fitted, Method, Trained
 from steerlab.methods.preparations import Preparation
 from steerlab.stages import choose, evaluate, extract, fit, prepare, reduce, train
@@ -24,8 +23,8 @@ from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, ordered
 
-JobType: type[Job] = job_type([m.Config for m in METHODS.values()], [t.Config for t in TASKS.values()])
-"""The closed type of a job: every method and every task of this version."""
+JobType: type[Job] = job_type(methods.TABLE, evaluation.TABLE)
+"""The closed type of a job: every method and every task of this version, of packages and of files."""
 
 
 class Evaluation(NamedTuple):
@@ -69,7 +68,7 @@ class Plan:
     @property
     def method(self) -> Method:
         """The job's method."""
-        return METHODS[self.job.method.name]
+        return methods.TABLE.of(self.job.method)
 
     @property
     def source(self) -> str:
@@ -168,6 +167,19 @@ class Plan:
         """The jobs that train something, by the key of their training stage, the lowest first."""
         trained = [(one.job, one.model) for one in reversed(self.chain)]
         return {s.key: job for job, s in trained if s is not None and s.name == "train" and job.train is not None}
+
+    @property
+    def own_code(self) -> tuple[str, ...]:
+        """Whose code runs that is not the platform's: files that the jobs name, packages; for people."""
+        found: dict[str, None] = {}
+        for one in reversed(self.chain):
+            if (method := methods.TABLE.foreign(one.job.method)) is not None:
+                found[f"method {one.job.method.name}: {method}"] = None
+        for task in [*self.job.evaluate, *(self.job.choose.tasks if self.job.choose else ())]:
+            for config in (task, getattr(task, "of", None)):
+                if config is not None and (whose := evaluation.TABLE.foreign(config)) is not None:
+                    found[f"task {config.task}: {whose}"] = None
+        return tuple(found)
 
     @property
     def places(self) -> dict[str, str]:

@@ -24,8 +24,8 @@ from steerlab.data import rows, sources
 from steerlab.inputs import encoding
 from steerlab.inputs.encoding import encode_data
 from steerlab.inputs.tokens import collate
-from steerlab.job import Job
-from steerlab.methods import METHODS
+from steerlab.job import Job, own_code
+from steerlab.methods import TABLE
 from steerlab.methods.preparations import Moments, OfEachRow, OverParts, OverRows, Preparation, Source
 from steerlab.models import ModelFacts
 from steerlab.stages import extract, reduce
@@ -48,7 +48,7 @@ _WHOLE = "all"
 
 def preparations(job: Job, source: str) -> tuple[Preparation, ...]:
     """Return what a job's method asks for before its training; `source` is that of the model at the bottom of the job."""
-    method = METHODS[job.method.name]
+    method = TABLE.of(job.method)
     if job.train is None:
         return ()
     return method.prepares(job.method, models.skeleton(sources.fetch(source), job.model.trust_remote_code))
@@ -63,6 +63,7 @@ def stages(job: Job, model: Subject, asked: tuple[Preparation, ...]) -> dict[str
 
 
 def _stage(job: Job, model: Subject, preparation: Preparation, needed: dict[str, Stage]) -> Stage:
+    own = TABLE.version(job.method)
     match preparation:
         case Moments():
             return reduce.stage(job, preparation.role, model, preparation.extract)
@@ -74,6 +75,7 @@ def _stage(job: Job, model: Subject, preparation: Preparation, needed: dict[str,
                 **({} if sums else {"max_tokens": job.train.max_tokens}),
                 "data": subject.dumped(data),
                 "data_fingerprint": rows.fingerprint(data),
+                **own,
                 **model.params,
             }
             inputs = {**model.inputs, **needed}
@@ -81,7 +83,7 @@ def _stage(job: Job, model: Subject, preparation: Preparation, needed: dict[str,
             run = partial(_sum if sums else _keep, preparation)  # type: ignore[arg-type]
             return Stage(preparation.name, preparation.version, params, run, inputs, label, model.places)
         case OverParts():
-            params = {**preparation.params, **(model.params if preparation.reads_model else {})}
+            params = {**preparation.params, **own, **(model.params if preparation.reads_model else {})}
             inputs = {**(model.inputs if preparation.reads_model else {}), **needed}
             label = ", ".join(preparation.parts[:1]) if len(preparation.parts) == 1 else f"{len(preparation.parts)} parts"
             run = partial(_make, preparation)
@@ -130,7 +132,7 @@ def _located(needed: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
 
 def _sum(preparation: OverRows, work: Work) -> None:
     """Sum the shards that are missing in a pool of actors, then add them up in the order of the shards."""
-    maker = partial(_SumOfShard, preparation.start, _needed(work))
+    maker = partial(_SumOfShard, own_code.portable(preparation.start), _needed(work))
     made = shards.run(work, maker, work.params["rows_per_shard"], lambda num_rows, some: None)
     work.directory.mkdir(parents=True, exist_ok=True)
     name = "part-00000.safetensors"
@@ -196,7 +198,7 @@ class _SumOfShard(shards.Maker):
 
 def _keep(preparation: OfEachRow, work: Work) -> None:
     """Make the shards that are missing in a pool of actors, and index the tensors of all."""
-    maker = partial(_TensorsOfShard, preparation.start)
+    maker = partial(_TensorsOfShard, own_code.portable(preparation.start))
     made = shards.run(work, maker, work.params["rows_per_shard"], lambda num_rows, some: None)
     shards.collect(work)
     facts = {row["path"]: {name: row[name] for name in _TensorsOfShard.facts} for row in made}
@@ -257,7 +259,7 @@ def _make(preparation: OverParts, work: Work) -> None:
     place.plan = entries
     done = {entry["name"]: row for entry in entries if (row := place.done(entry, verify=True)) is not None}
     made_of = subject.of(work) if preparation.reads_model else None
-    request = (preparation.make, dict(work.params), _needed(work), place.address, made_of)
+    request = (own_code.portable(preparation.make), dict(work.params), _needed(work), place.address, made_of)
     num_cpus = min(work.scale.cpus_per_worker, ray.cluster_resources().get("CPU", 1))
     left = [_make_part.options(num_cpus=num_cpus).remote(*request, entry) for entry in entries if entry["name"] not in done]  # type: ignore[attr-defined]
     while left:

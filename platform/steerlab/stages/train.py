@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from steerlab.data import rows
-from steerlab.job import PROMPT_FIELDS, Job
+from steerlab.job import PROMPT_FIELDS, Job, own_code
 from steerlab.methods import trained
 from steerlab.methods.contract import Size
 from steerlab.models import ModelFacts
@@ -30,7 +30,7 @@ def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: 
     with.
     """
     assert job.train is not None
-    trains_on = trained(job.method.name).module.trains_on
+    trains_on = trained(job.method).module.trains_on
     data = {role: job.data.by_role[role] for role in (trains_on, "validation") if role in job.data.by_role}
     settings = subject.dumped(job.data, include={*PROMPT_FIELDS, *data})
     params: dict[str, Any] = {
@@ -51,7 +51,7 @@ def run(work: Work) -> None:
     from steerlab.training import launch, warm
 
     storage = work.store.work(work.stage.name, work.stage.key)
-    method = trained(work.params["method"]["name"])
+    method = trained(work.params["method"])
     request = {
         "model_ref": asdict(starting_model(work, as_it_is=not method.leaves_model)),
         "model": {"source": work.params["model"].get("source", "artifact"), **_loading(work), **_elsewhere(work)},
@@ -64,6 +64,7 @@ def run(work: Work) -> None:
         "method": work.params["method"],
         "data": work.params["data"],
         "train": work.params["train"],
+        "code": own_code.codes_in(work.params["method"]),
     }
     if work.scale.warm:
         warm.fit(request, work.scale, storage=storage, report=work.report)
@@ -113,7 +114,7 @@ def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate
     what ZeRO shards, and the logits of one micro-batch, which dwarf other activations for small models.
     """
     assert job.train is not None
-    method, is_float32 = trained(job.method.name), job.model.dtype == "float32"
+    method, is_float32 = trained(job.method), job.model.dtype == "float32"
     weight = _FLOAT_BYTES if is_float32 else 2
     sequences = 2 if job.data.by_role[method.module.trains_on].format == "preference" else 1
     tokens = sequences * job.train.micro_batch * job.train.max_tokens

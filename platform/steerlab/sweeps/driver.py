@@ -23,7 +23,7 @@ from ray.tune.search import ConcurrencyLimiter
 from steerlab import job as jobs
 from steerlab import run, tracking
 from steerlab.guards import saved
-from steerlab.job import Job, JobError
+from steerlab.job import Job, JobError, own_code
 from steerlab.run import capacity
 from steerlab.run import folder as folders
 from steerlab.stages import Plan
@@ -159,6 +159,7 @@ def concurrency(asked: Asked) -> int:
     return max(1, int(min(fits)))
 
 
+@own_code.held()
 def sweep(
     asked: Asked,
     store: Store,
@@ -346,6 +347,7 @@ def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str
         "metric": asked.plan.metric,
         "within": None if bound is None else bound.model_dump(mode="json"),
         "watched": getattr(scheduler, "_metric", None),
+        "code": own_code.codes_in([job.model_dump(mode="json") for job in made]),
         **told,
     }
     path = f"{folder}/units/{unit.name}.json"

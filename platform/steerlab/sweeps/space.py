@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import difflib
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Function
 
-from steerlab.guards import files
+from steerlab.guards import files, python_files
 from steerlab.job import JobError, cut
 from steerlab.sweeps.entries import describe, entries, finite, is_grid, plain
 
@@ -121,28 +120,24 @@ def _run(path: Path) -> ModuleType:
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=1, cutoff=0.3)
         raise JobError(f"{path}: no such search space" + (f"; did you mean {near[0]}?" if near else ""))
-    module = ModuleType(f"steerlab_space_{path.stem}")
-    module.__file__ = str(path)
+    folder = path.parent.absolute()
     try:
-        with _neighbours(path.parent.absolute(), module):
-            exec(compile(files.read(path), str(path), "exec"), vars(module))
-    except SyntaxError as error:
-        where = f"{error.filename or path}:{error.lineno or 1}"
-        raise JobError(f"{where}: {(error.text or '').strip()[:200]}\n  SyntaxError: {error.msg}") from None
-    except (Exception, SystemExit) as error:  # whatever a person's file may raise: all of it is theirs to read
-        folder = path.parent.absolute()
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).absolute().parent == folder]
-        lines = "".join(f"{frame.filename}:{frame.lineno}: {frame.line}\n" for frame in own) or f"{path}\n"
-        raise JobError(f"{lines}  {type(error).__name__}: {str(error)[:500]}") from None
-    return module
+        with _neighbours(folder):
+            return python_files.run(
+                files.read(path, python_files.LONGEST),
+                path,
+                f"steerlab_space_{path.stem}",
+                lambda file: file.absolute().parent == folder,
+            )
+    except python_files.PythonFileError as error:
+        raise JobError(str(error)) from None
 
 
 @contextmanager
-def _neighbours(folder: Path, module: ModuleType) -> Iterator[None]:
+def _neighbours(folder: Path) -> Iterator[None]:
     """Let a space's file import the files beside it, as a script may, and forget them: another folder has others."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
-    sys.modules[module.__name__] = module
     try:
         yield
     finally:

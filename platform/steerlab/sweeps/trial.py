@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from steerlab import run
-from steerlab.job import UNPATCHED, Limit
+from steerlab.job import UNPATCHED, Limit, own_code
 from steerlab.run import Run
 from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
@@ -34,6 +34,7 @@ def run_unit(config: dict[str, Any]) -> None:
 
     store = Store(config["root"])
     request = _request(store, config["request"], config["sha256"])
+    own_code.receive(request["code"])
     unit = Unit.from_dict(request["unit"])
     obey = stops.Obedience(store, config["request"])
     rows: list[dict[str, Any]] = []

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from steerlab.data.sources import remote
 from steerlab.guards import files, saved
-from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
+from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig, own_code
 from steerlab.storage.plan import ModelRef
 from steerlab.training.loop import Request
 
@@ -237,6 +237,7 @@ def loop_request(raw: dict[str, Any]) -> Request:
     """Return what the loop computes, with all inputs as directories of this node."""
     from steerlab.training import loop
 
+    own_code.receive(raw["code"])
     return loop.Request(
         model_dir=ModelRef(**raw["model_ref"]).locate(),
         model=ModelConfig.model_validate(raw["model"]),

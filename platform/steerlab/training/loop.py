@@ -135,7 +135,7 @@ class _Training:
     def __post_init__(self) -> None:
         torch.manual_seed(self.request.train.seed)
         request = self.request
-        self.method = trained(request.method["name"])
+        self.method = trained(request.method)
         self.encoder: RowEncoder
         model, self.encoder, below = language.load_stack(
             request.model_dir,

@@ -11,7 +11,7 @@ import ray
 
 from steerlab.data import sources
 from steerlab.inputs import encoding
-from steerlab.job import PROMPT_FIELDS, Frozen, Job, ScaleConfig, described
+from steerlab.job import PROMPT_FIELDS, Frozen, Job, ScaleConfig, described, own_code
 from steerlab.storage.plan import ModelRef, Stage, Work
 
 ANYWHERE = "DEFAULT"
@@ -81,8 +81,8 @@ def places(job: Job) -> dict[str, str]:
                 found[sources.fingerprint(source)] = source
         return source
 
-    described(job, note)
-    return found
+    tree = described(job, note)
+    return found | {code.sha256: code.path for code in own_code.codes_in(tree)}
 
 
 def _drawing(job: Job) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -35,7 +35,7 @@ from pydantic import Field, SerializeAsAny, create_model, model_validator
 
 from steerlab.evaluation.statistics.measures import Measure, find, likeness
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, TokenKinds, observed
-from steerlab.job import TaskConfig, task_union
+from steerlab.job import Table, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
@@ -75,52 +75,52 @@ class Point(NamedTuple):
     weight: float
 
 
-def over(tasks: Mapping[str, Task]) -> Task:
-    """Make the task over a table of tasks: `of` is the closed union of their configs, and their versions are its own."""
-    of = (task_union(task.Config for task in tasks.values()), Field(description=Config.model_fields["of"].description))
+def over(tasks: Table[Task]) -> Task:
+    """Make the task over a table of tasks: `of` holds a config of theirs, and their versions are its own."""
+    of = (tasks.field(), Field(description=Config.model_fields["of"].description))
     config = create_model("Config", __base__=Config, __doc__=Config.__doc__, __module__=__name__, of=of)
     return Task(
         config,
         partial(run, tasks),
         partial(measures, tasks),
-        1 + sum(task.version - 1 for task in tasks.values()),
+        1 + sum(task.version - 1 for task in tasks.entries.values()),
         check=partial(check, tasks),
         runs_over=partial(runs_over, tasks),
-        chats=lambda config: tasks[config.of.task].chats(config.of),
+        chats=lambda config: tasks.of(config.of).chats(config.of),
     )
 
 
-def measures(tasks: Mapping[str, Task], config: Config, found: Sequence[Measure] = ()) -> tuple[Measure, ...]:
+def measures(tasks: Table[Task], config: Config, found: Sequence[Measure] = ()) -> tuple[Measure, ...]:
     """Return what is measured: the metric of the task within, and how it follows the strength; `found` is what it found."""
     name = config.metric.partition("/")[2]
-    within = find([*found, *tasks[config.of.task].measures(config.of)], name) or Measure(name, None)
+    within = find([*found, *tasks.of(config.of).measures(config.of)], name) or Measure(name, None)
     tau = likeness(_TAU.partition("/")[2], within.better, "bootstrap")
     slope = Measure(_SLOPE.partition("/")[2], within.better, within.unit, transform="bootstrap")
     return (within._replace(name=name), *((tau, slope) if len(set(config.strengths)) > 1 else ()))
 
 
-def check(tasks: Mapping[str, Task], config: Config, facts: ModelFacts) -> None:
+def check(tasks: Table[Task], config: Config, facts: ModelFacts) -> None:
     """Refuse what the task within refuses, and a metric that it does not have. Raises ValueError with the field."""
-    within = tasks[config.of.task].measures(config.of)
+    within = tasks.of(config.of).measures(config.of)
     if find(within, config.metric.partition("/")[2]) is None:
         known = [f"{config.of.task}/{measure.name}" for measure in within]
         near = difflib.get_close_matches(config.metric, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"metric: task {config.of.task} has no {config.metric}{hint}; it has {', '.join(known)}")
     try:
-        tasks[config.of.task].check(config.of, facts)
+        tasks.of(config.of).check(config.of, facts)
     except ValueError as error:
         raise ValueError(f"of.{error}") from None
 
 
-def runs_over(tasks: Mapping[str, Task], config: Config, metric: str | None) -> TokenKinds:
+def runs_over(tasks: Table[Task], config: Config, metric: str | None) -> TokenKinds:
     """Return the tokens of the task within: tau and slope are those of its metric."""
-    return tasks[config.of.task].runs_over(config.of, config.metric)
+    return tasks.of(config.of).runs_over(config.of, config.metric)
 
 
-def run(tasks: Mapping[str, Task], model: SteeredModel, config: Config) -> Result:
+def run(tasks: Table[Task], model: SteeredModel, config: Config) -> Result:
     """Run the task within at every strength and see how its metric follows."""
-    found = tasks[config.of.task].run(model, config.of.model_copy(update={"strengths": config.strengths}))
+    found = tasks.of(config.of).run(model, config.of.model_copy(update={"strengths": config.strengths}))
     measured = [o for o in found.observations if o.metric == config.metric]
     if not measured:
         known = dict.fromkeys(o.metric for o in found.observations)
