@@ -17,6 +17,7 @@ from steerlab.inputs.encoding import Encoder, encode_data
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import dpo, iav
 from steerlab.methods.contract import Inputs, trained_parameters
+from steerlab.methods.preparations import Prepare
 from steerlab.patches import ActivationPatch, CannotFold, LogitPatch
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.tensors import Parts
@@ -263,7 +264,7 @@ def test_what_cannot_be_trained_is_refused(tiny_model: PreTrainedModel) -> None:
         with pytest.raises(ValueError, match=f"{name}\n.*greater than or equal to 0"):
             iav.Config.model_validate({name: -0.1})
     with pytest.raises(ValueError, match="layer 4: LlamaForCausalLM has the layers 0 to 3"):
-        iav.prepares(iav.Config(layer=4), tiny_model)
+        iav.prepares(iav.Config(layer=4), tiny_model, Prepare())
     with pytest.raises(ValueError, match="has 10 tokens and width 128, the head of LlamaForCausalLM has"):
         patches.attach(tiny_model, [LogitPatch(128, 10)])
     with pytest.raises(ValueError, match="a linear head of rank 3"):

@@ -18,7 +18,8 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import warp
 from steerlab.methods.contract import Inputs, language_modelling_loss
-from steerlab.methods.math import rotation
+from steerlab.methods.math import gradients, rotation
+from steerlab.methods.math.selected_layers import numbers
 from steerlab.methods.warp import Config, Warp
 from steerlab.stages import extract
 from steerlab.storage.tensors import Parts
@@ -358,7 +359,7 @@ def test_a_layer_type_that_the_model_lacks_is_refused() -> None:
     ],
 )
 def test_layers_are_named_as_in_the_papers_code(given: Any, expected: list[int]) -> None:
-    assert warp.layers(Config.model_validate({"target_layers": given}), 32) == expected
+    assert numbers(Config.model_validate({"target_layers": given}).target_layers, 32) == expected
 
 
 def test_a_basis_of_another_model_is_refused(tiny_model: PreTrainedModel, tiny_dir: Path, prepared: Any) -> None:
@@ -380,7 +381,7 @@ def test_a_gradient_that_is_none_is_named_too(
     def finite_with_a_broken_slope(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return language_modelling_loss(logits, labels) + (0 * logits.sum()).abs().sqrt()
 
-    monkeypatch.setattr(warp, "language_modelling_loss", finite_with_a_broken_slope)
+    monkeypatch.setattr(gradients, "language_modelling_loss", finite_with_a_broken_slope)
     with pytest.raises(
         ValueError, match=r"data\.safety, batch 0: the gradient of model\.layers\.1\.mlp\.down_proj holds a NaN"
     ):

@@ -66,7 +66,7 @@ def test_a_job_caches_trains_and_evaluates_over_alphas(cluster: None, store: Sto
     assert kl[0] == 0 and kl == sorted(kl)
     assert all(metric["stderr"] is not None for metric in found[0.5].values())
 
-    cache = Parts.open(store.local("hidden", Plan.of(wanted).prepared["hidden"].stage.key))
+    cache = Parts.open(store.local("hidden", Plan.of(wanted).preparing.made["hidden"].stage.key))
     assert sorted(facts["rows"] for facts in cache.facts.values()) == [8, 20, 20]
     model = language.load(store.local("train", done.summary["model"]["key"]))
     rows = encode_data(model.encoder, tiny.rows("preferences/train", 48), "preference", 64).rows

@@ -52,7 +52,7 @@ def do(store: Store, folder: Path, **method: Any) -> tuple[job.Job, run.Run]:
 
 def prepared(wanted: job.Job) -> dict[str, plan.Stage]:
     """The stages of what the method asks for before its training."""
-    return {name: found.stage for name, found in Plan.of(wanted).prepared.items()}
+    return {name: found.stage for name, found in Plan.of(wanted).preparing.made.items()}
 
 
 def stages_run(store: Store, folder: Path, ratios: tuple[float, ...]) -> Counter[str]:

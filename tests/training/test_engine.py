@@ -203,22 +203,15 @@ ROTATED = {"name": "warp", "keep_ratio": 0.3, "rotation": "random", "mask": "ran
 
 def rotated(root: Path, workers: int, **settings: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:
     """Train coefficients in random coordinates behind a random mask: preparations that need no model."""
-    from steerlab.methods import METHODS
-    from steerlab.methods.preparations import OverParts, Source
-    from steerlab.models import skeleton
-    from steerlab.storage.tensors import Parts
+    from here import Here
 
-    method, folders = METHODS["warp"], {}
+    from steerlab.methods import METHODS
+    from steerlab.models import skeleton
+
+    method, here = METHODS["warp"], Here(root)
     tiny.write_model(root / "model")
-    for asked in method.prepares(method.Config.model_validate(ROTATED), skeleton(root / "model")):
-        assert isinstance(asked, OverParts)
-        folders[asked.name] = root / asked.name
-        folders[asked.name].mkdir(exist_ok=True)
-        files = {part: f"{number}.safetensors" for number, part in enumerate(asked.parts)}
-        facts = {
-            part: asked.make(Source(asked.params, {}, None), part, root / asked.name / file) for part, file in files.items()
-        }
-        Parts.write_index(root / asked.name, facts, files)
+    method.prepares(method.Config.model_validate(ROTATED), skeleton(root / "model"), here)
+    folders = here.folders
     return train(root, workers, method=ROTATED, prepared={name: str(path) for name, path in folders.items()}, **settings)
 
 

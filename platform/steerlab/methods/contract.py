@@ -27,7 +27,7 @@ from steerlab import patches
 from steerlab.activations.parquet import Activations
 from steerlab.inputs.tokens import IGNORED, Row
 from steerlab.job import Job, MethodConfig, Pooling, Selection
-from steerlab.methods.preparations import Preparation
+from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
 from steerlab.patches.maps import Map
 
@@ -208,8 +208,8 @@ class Method:
         """Return the roles of the data sets whose activations the method wants extracted first."""
         return ()
 
-    def prepares(self, config: MethodConfig, skeleton: PreTrainedModel) -> tuple[Preparation, ...]:
-        """Return the stages before the training, each after those that it needs. Raises ValueError."""
+    def prepares(self, config: MethodConfig, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
+        """Ask for the stages before the training, each after those that it needs. Raises ValueError."""
         return ()
 
     def walks(self, config: MethodConfig) -> bool:
@@ -235,10 +235,9 @@ class Trained(Method):
     _: KW_ONLY
     roles_read: tuple[str, ...] = ()
     """Roles of the data sets whose activations are extracted first, for a config that says how (`SteeringConfig`)."""
-    preparations: Callable[[Any, PreTrainedModel], tuple[Preparation, ...]] = lambda config, skeleton: ()
-    """(config, the model's modules without weights) -> stages before the training. Raises ValueError."""
-    trains_with: tuple[str, ...] = ()
-    """Names of the preparations that the training reads, where there are such."""
+    preparations: Callable[[Any, PreTrainedModel, Prepare], tuple[str, ...]] = lambda config, skeleton, prepare: ()
+    """(config, the model's modules without weights, what takes preparations) -> names of those that the training reads; it
+    asks for the stages before the training, and refuses what cannot be made with a ValueError (preparations.py)."""
 
     def __post_init__(self) -> None:
         if not issubclass(self.module, WholeModel | PatchedModel | PatchAlone):
@@ -265,9 +264,9 @@ class Trained(Method):
         """Return `roles_read`."""
         return self.roles_read
 
-    def prepares(self, config: MethodConfig, skeleton: PreTrainedModel) -> tuple[Preparation, ...]:
-        """Return `preparations` of a config and a model."""
-        return self.preparations(config, skeleton)
+    def prepares(self, config: MethodConfig, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
+        """Ask for `preparations`, and return the names of those that the training reads."""
+        return self.preparations(config, skeleton, prepare)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, MethodConfig
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, check_masters, train_everything
 from steerlab.methods.math.lora import Adapters, Lora, num_trained
-from steerlab.methods.preparations import Preparation
+from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
 from steerlab.steered import scoring
 
@@ -112,7 +112,7 @@ class Genarm(PatchAlone):
         return saved
 
 
-def prepares(config: Config, skeleton: PreTrainedModel) -> tuple[Preparation, ...]:
+def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
     """Ask for nothing. Raises ValueError if the logits, to which log-probabilities are added, are not what the head gives."""
     models.check_head(skeleton)
     return ()

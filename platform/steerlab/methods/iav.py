@@ -42,7 +42,7 @@ from steerlab import models, patches
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, MethodConfig
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained
-from steerlab.methods.preparations import OfEachRow, Preparation
+from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
 from steerlab.steered import scoring
 from steerlab.steered.language import SteeredModel
@@ -201,8 +201,8 @@ def check_cache(cache: Parts, model: PreTrainedModel) -> None:
         raise ValueError("the hidden states were computed by another model than the one that the vector is trained for")
 
 
-def prepares(config: Config, skeleton: PreTrainedModel) -> tuple[Preparation, ...]:
-    """Return the stage that fills the cache, where there is one.
+def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
+    """Ask for the stage that fills the cache, where there is one.
 
     Raises:
         ValueError: the model has no such layer, or its logits are not what its head gives.
@@ -215,7 +215,8 @@ def prepares(config: Config, skeleton: PreTrainedModel) -> tuple[Preparation, ..
         return ()
     params = {"layer": config.layer, "batch_tokens": config.batch_tokens, "rows_per_shard": config.rows_per_shard}
     width = models.linear_shape(models.head(skeleton))[1]
-    return (OfEachRow("hidden", 2, "preference", params, Hidden, width * len(_names(config.layer))),)
+    prepare.keep_of_rows("hidden", 2, "preference", params, Hidden, width * len(_names(config.layer)))
+    return ("hidden",)
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
@@ -224,4 +225,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError("scale.zero_stage 3: the head is used in pieces of the loss, which ZeRO 3 would shard; use 0, 1 or 2")
 
 
-METHOD = Trained(Config, Iav, preparations=prepares, trains_with=("hidden",), check=check, strength_range=_STRENGTHS)
+METHOD = Trained(Config, Iav, preparations=prepares, check=check, strength_range=_STRENGTHS)

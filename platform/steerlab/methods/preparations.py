@@ -1,14 +1,22 @@
-"""What a trained method may ask for before its training: stages that are cached like any other.
+"""What a trained method asks for before its training: stages that are cached like any other, spread over the cluster.
 
-Moments of what the model computes, sums over batches of rows, tensors of each row, and parts that are made one by one.
+A method's `prepares(config, skeleton, prepare)` calls the functions of `prepare`, each for one stage, in the order in which
+they need each other, and returns the names of those that its training reads:
+
+    def prepares(config, skeleton, prepare):
+        prepare.moments("safety", extract)
+        prepare.map_parts("basis", 1, {}, parts, eigenbasis, needs=("moments",))
+        return ("basis",)
+
+How shards and parts reach the workers, and how a stage goes on after a kill, is the business of `stages/`. All leave a
+directory that `tensors.Parts` opens, but moments have their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -18,17 +26,9 @@ from steerlab.steered.language import SteeredModel
 from steerlab.storage.plan import Estimate
 from steerlab.storage.tensors import Shape
 
+MOMENTS = "moments"
+"""Name of the preparation that `Prepare.moments` makes."""
 NOTHING = Estimate()
-
-
-@dataclass(frozen=True)
-class Moments:
-    """A preparation: moments of what the model computes on the rows of a data set (moments.py says what is in them)."""
-
-    name: ClassVar[str] = "moments"
-    needs: ClassVar[tuple[str, ...]] = ()
-    role: str
-    extract: ExtractConfig
 
 
 class Sums(Protocol):
@@ -52,50 +52,6 @@ class Sums(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class OverRows:
-    """A preparation: a sum over batches of consecutive rows of a data set, spread over workers that hold the model."""
-
-    name: str
-    version: int
-    role: str
-    params: Mapping[str, Any]
-    """What it declares besides the model and the rows: JSON values; `rows_per_batch`, `rows_per_shard` (a multiple of it) and
-    `max_tokens` are among them."""
-    start: Callable[[SteeredModel, Mapping[str, Any], Mapping[str, Path]], Sums]
-    """(model, params, directories of what it needs) -> sums at zero."""
-    needs: tuple[str, ...] = ()
-    """Names of the preparations before it."""
-    estimate: Estimate = NOTHING
-    """Besides the model."""
-
-
-@dataclass(frozen=True)
-class OverParts:
-    """A preparation: parts that are made each by itself, one task a part, from what others left or from the weights."""
-
-    name: str
-    version: int
-    params: Mapping[str, Any]
-    parts: tuple[str, ...]
-    make: Callable[[Source, str, Path], dict[str, Any]]
-    """(source, part, path of the safetensors file to write) -> what is to be known of it; people are told its `note`."""
-    needs: tuple[str, ...] = ()
-    reads_model: bool = False
-    """True when the parts are made from the model's weights."""
-    estimate: Estimate = NOTHING
-
-
-class Source(NamedTuple):
-    """What a part is made from."""
-
-    params: Mapping[str, Any]
-    needed: Mapping[str, Path]
-    """Directories of the preparations before, by name."""
-    model: SteeredModel | None
-    """Where the model is read."""
-
-
 class Keeper(Protocol):
     """What is kept of each row of a data set."""
 
@@ -112,22 +68,69 @@ class Keeper(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class OfEachRow:
-    """A preparation: tensors of every row that the training will see, cut as it cuts them, so that no model need run there."""
+class Source(NamedTuple):
+    """What a part is made from."""
 
-    name: str
-    version: int
-    role: str
     params: Mapping[str, Any]
-    """What it declares besides the model, the rows and `train.max_tokens`: JSON values; `batch_tokens` and `rows_per_shard` are
-    among them."""
-    start: Callable[[SteeredModel, Mapping[str, Any]], Keeper]
-    """(model, params) -> keeper."""
-    values_per_target: int
-    """Numbers kept of each token in the loss, in the model's type; for estimates."""
-    needs: tuple[str, ...] = ()
-    """None: the model and the rows are enough."""
+    needed: Mapping[str, Path]
+    """Directories of the preparations before, by name."""
+    model: SteeredModel | None
+    """Where the model is read."""
 
 
-Preparation = Moments | OverRows | OverParts | OfEachRow
+StartSums = Callable[[SteeredModel, Mapping[str, Any], Mapping[str, Path]], Sums]
+"""(model, params, directories of what is needed) -> sums at zero."""
+StartKeeper = Callable[[SteeredModel, Mapping[str, Any]], Keeper]
+"""(model, params) -> keeper."""
+MakePart = Callable[[Source, str, Path], dict[str, Any]]
+"""(source, part, path of the safetensors file to write) -> what is to be known of it; people are told its `note`."""
+
+
+class Prepare:
+    """Takes a method's preparations and makes nothing of them: for a check of its settings. Others make stages.
+
+    `params` are what a stage declares besides the model and the rows, JSON values; `version` is raised when its code changes,
+    `needs` names preparations before it, and `estimate` is what it takes besides the model.
+    """
+
+    def moments(self, role: str, config: ExtractConfig) -> None:
+        """Take moments of what the model computes on the rows of a data set (activations/moments.py)."""
+
+    def sum_over_rows(
+        self,
+        name: str,
+        version: int,
+        role: str,
+        params: Mapping[str, Any],
+        start: StartSums,
+        *,
+        needs: tuple[str, ...] = (),
+        estimate: Estimate = NOTHING,
+    ) -> None:
+        """Sum over batches of consecutive rows of a data set, on workers that hold the model.
+
+        `rows_per_batch`, `rows_per_shard` (a multiple of it) and `max_tokens` are among `params`.
+        """
+
+    def map_parts(
+        self,
+        name: str,
+        version: int,
+        params: Mapping[str, Any],
+        parts: tuple[str, ...],
+        make: MakePart,
+        *,
+        needs: tuple[str, ...] = (),
+        reads_model: bool = False,
+        estimate: Estimate = NOTHING,
+    ) -> None:
+        """Make parts each by itself, one task a part, from what others left or, where it reads the model, from the weights."""
+
+    def keep_of_rows(
+        self, name: str, version: int, role: str, params: Mapping[str, Any], start: StartKeeper, values_per_target: int
+    ) -> None:
+        """Keep tensors of every row that the training will see, cut as it cuts them, so that no model need run there.
+
+        `batch_tokens` and `rows_per_shard` are among `params`, to which `train.max_tokens` is added; `values_per_target`
+        numbers are kept of each token in the loss, in the model's type: for estimates.
+        """

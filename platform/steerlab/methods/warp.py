@@ -12,8 +12,8 @@ For a linear layer y = W x, with W of shape (M, N) and inputs x over all tokens 
 5. fold        W replaces W_0; inference costs what it did
 
 D is what an optimizer sees, so any elementwise one is right, also flattened and partitioned by ZeRO 0 to 2, and a frozen
-coefficient, whose gradient is always 0, does not move by a bit whatever momentum or decay do. What of it is computed where is
-in rotation.py.
+coefficient, whose gradient is always 0, does not move by a bit whatever momentum or decay do. math/rotation.py has the layer
+that trains (steps 4 and 5).
 
 Departures from the manuscript and its code:
 - coefficients are ranked one by one; the seed code ranks output rows by a norm that no rotation changes, so that its basis has
@@ -26,66 +26,28 @@ Departures from the manuscript and its code:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from torch import Tensor, nn
 
 from steerlab import models, patches
-from steerlab.activations.moments import Moments as SavedMoments
 from steerlab.inputs.tokens import Batch
 from steerlab.job import ExtractConfig, Job, MethodConfig, Seed, Selection
-from steerlab.methods.contract import (
-    Inputs,
-    Loss,
-    PatchAlone,
-    Size,
-    Trained,
-    language_modelling_loss,
-)
-from steerlab.methods.math import rotation
-from steerlab.methods.preparations import Moments, OverParts, OverRows, Preparation, Source
+from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, language_modelling_loss
+from steerlab.methods.math import rotation, weight_space
+from steerlab.methods.math.selected_layers import Layers, Types
+from steerlab.methods.math.selected_layers import places as selected
+from steerlab.methods.preparations import MOMENTS, Prepare
 from steerlab.models import LayerType, ModelFacts, WeightPlace
-from steerlab.steered.language import SteeredModel
 from steerlab.storage.plan import Estimate
-from steerlab.storage.tensors import Parts, Shape, writing
+from steerlab.storage.tensors import Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PAPER_TYPES: tuple[LayerType, ...] = ("attn_q", "attn_k", "attn_v", "ffn_up", "ffn_down")
-_RANGES = ("all", "early", "middle", "late", "last")
-_SPAN = re.compile(r"(\d+)(?:-(\d+))?")
-
-
-def _listed(value: Any) -> Any:
-    """Accept one item, or several in a text with commas, in place of a list."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(","))
-    return (value,) if isinstance(value, int) else value
-
-
-def _known(value: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    for item in value:
-        if not re.fullmatch(_LAYER, str(item)):
-            message = f"{item!r} is none of {', '.join(_RANGES)}, no number and no span such as 8-15"
-            raise PydanticCustomError("layers", "{message}", {"message": message})
-    return value
-
-
-_LAYER = rf"({'|'.join(_RANGES)}|[0-9]+(-[0-9]+)?)"
-_Layers = tuple[Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=f"^{_LAYER}$")], ...]
-# What may be written: a list, one item, or a text with commas.
-_WrittenLayers = (
-    Annotated[_Layers, Field(min_length=1)] | int | Annotated[str, Field(pattern=f"^ *{_LAYER} *(, *{_LAYER} *)*$")]
-)
-_TYPES = f"({'|'.join(get_args(LayerType))})"
-_Types = Annotated[tuple[LayerType, ...], Field(min_length=1)]
-_WrittenTypes = _Types | Annotated[str, Field(pattern=f"^ *{_TYPES} *(, *{_TYPES} *)*$")]
 
 
 class Config(MethodConfig):
@@ -95,20 +57,9 @@ class Config(MethodConfig):
     """The method."""
     keep_ratio: float = Field(0.1, ge=0, le=1)
     """Share of the coefficients that is frozen. Paper: 0.1, swept from 0.01 to 0.2."""
-    layer_type: Annotated[_Types, BeforeValidator(_listed, json_schema_input_type=_WrittenTypes)] = (
-        "attn_q",
-        "attn_k",
-        "attn_v",
-        "ffn_up",
-        "ffn_down",
-    )
+    layer_type: Types = PAPER_TYPES
     """Linear layers that are trained; the default is the paper's."""
-    target_layers: Annotated[
-        tuple[int | str, ...],
-        Field(min_length=1),
-        AfterValidator(_known),
-        BeforeValidator(_listed, json_schema_input_type=_WrittenLayers),
-    ] = ("all",)
+    target_layers: Layers = ("all",)
     """Decoder layers: all, early, middle or late (a third each), last, numbers from 0, spans such as 8-15 (inclusive)."""
     scope: Literal["module", "global"] = "module"
     """Whether the share is that of each linear layer (paper) or of all together."""
@@ -128,98 +79,52 @@ class Config(MethodConfig):
     """Of a random rotation or mask."""
 
 
-def layers(config: Config, num_layers: int) -> list[int]:
-    """Return the numbers of the decoder layers that `target_layers` names, in order."""
-    third, two_thirds = -(-num_layers // 3), -(-2 * num_layers // 3)
-    named = {
-        "all": range(num_layers),
-        "early": range(third),
-        "middle": range(third, two_thirds),
-        "late": range(two_thirds, num_layers),
-        "last": range(num_layers - 1, num_layers),
-    }
-    found: set[int] = set()
-    for item in config.target_layers:
-        if str(item) in named:
-            found.update(named[str(item)])
-        else:
-            first, last = _SPAN.fullmatch(str(item)).groups()  # type: ignore[union-attr]
-            found.update(range(int(first), int(last or first) + 1))
-    return sorted(found)
+# --- preparations: moments -> basis -> importance -> mask --------------------------------------------------------------
+
+
+def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
+    """Ask for the stages before the training; a control leaves out what it does not use."""
+    chosen = places(skeleton, config)
+    if config.rotation != "none":
+        _prepare_basis(config, chosen, prepare)
+    if config.mask != "random":
+        _prepare_importance(config, chosen, prepare)
+    _prepare_mask(config, chosen, prepare)
+    return ("basis", "mask") if config.rotation != "none" else ("mask",)
 
 
 def places(model: PreTrainedModel, config: Config) -> list[WeightPlace]:
     """Return the linear layers that are rotated. Raises ValueError if the model lacks a type of layer, or a layer."""
-    return models.weight_places(model, config.layer_type, layers(config, len(models.layer_names(model))))
+    return selected(model, config.layer_type, config.target_layers)
 
 
-# --- preparations: moments -> basis -> importance -> mask --------------------------------------------------------------
-
-
-def prepares(config: Config, skeleton: PreTrainedModel) -> tuple[Preparation, ...]:
-    """Return the stages before the training; a control leaves out what it does not use."""
-    chosen = places(skeleton, config)
+def _prepare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
     sizes = {place.input_of: place.shape[1] for place in chosen}
-    found: list[Preparation] = []
-    if config.rotation == "safety":
-        select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")
-        limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
-        reads = {"select": select, "pooling": ("none",), "keep": "moments", "second_moment": True, **limits}
-        found.append(Moments("safety", ExtractConfig.model_validate(reads)))
-    if config.rotation != "none":
-        found.append(_basis(config, sizes))
-    if config.mask != "random":
-        found.append(_importance(config, chosen))
-    found.append(_mask(config, chosen))
-    return tuple(found)
-
-
-def _basis(config: Config, sizes: Mapping[str, int]) -> OverParts:
-    largest = max(sizes.values())
-    estimate = Estimate(memory_bytes=4 * 8 * largest**2, disk_bytes=4 * sum(size**2 for size in sizes.values()))
+    estimate = Estimate(memory_bytes=32 * max(sizes.values()) ** 2, disk_bytes=4 * sum(size**2 for size in sizes.values()))
     if config.rotation == "random":
-        params = {"rotation": "random", "seed": config.seed, "sizes": dict(sizes)}
-        return OverParts("basis", 1, params, tuple(sizes), _random_basis, estimate=estimate)
-    return OverParts("basis", 1, {"rotation": "safety"}, tuple(sizes), _eigenbasis, ("moments",), estimate=estimate)
+        params: dict[str, Any] = {"rotation": "random", "seed": config.seed, "sizes": sizes}
+        return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
+    select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")
+    limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
+    reads = {"select": select, "pooling": ("none",), "keep": "moments", "second_moment": True, **limits}
+    prepare.moments("safety", ExtractConfig.model_validate(reads))
+    return prepare.map_parts(
+        "basis", 1, {"rotation": "safety"}, tuple(sizes), weight_space.eigenbasis, needs=(MOMENTS,), estimate=estimate
+    )
 
 
-def _eigenbasis(source: Source, group: str, path: Path) -> dict[str, Any]:
-    """Write the eigenvectors of one Gram matrix (step 1)."""
-    moments = SavedMoments.open(source.needed["moments"])
-    try:
-        basis = rotation.eigenbasis(moments.second_moment(group))
-    except ValueError as error:
-        raise ValueError(f"basis of the inputs of {group}: {error}") from None
-    _write(path, {f"{group}/vectors": basis.vectors_NN, f"{group}/values": basis.values_N})
-    size = len(basis.values_N)
-    facts: dict[str, Any] = {"rank": basis.rank, "size": size, "vectors": moments.count}
-    if basis.rank < size:
-        facts["note"] = (
-            f"the inputs of {group} span {basis.rank} of {size} directions on {moments.count} tokens of data.safety; others "
-            "are arbitrary, and more rows would say something about them"
-        )
-    return facts | {name: moments.metadata[name] for name in ("fingerprint", "architecture")}
-
-
-def _random_basis(source: Source, group: str, path: Path) -> dict[str, Any]:
-    size = source.params["sizes"][group]
-    _write(path, {f"{group}/vectors": rotation.random_basis(size, source.params["seed"], group)})
-    return {"rank": size, "size": size}
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with writing(path, {name: Shape(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-
-
-def _importance(config: Config, chosen: list[WeightPlace]) -> OverRows | OverParts:
-    declared = {"layer_type": list(config.layer_type), "target_layers": [str(item) for item in config.target_layers]}
+def _prepare_importance(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
+    declared: dict[str, Any] = {
+        "layer_type": list(config.layer_type), "target_layers": [str(item) for item in config.target_layers],
+    }  # fmt: skip
     needs = () if config.rotation == "none" else ("basis",)
-    num = sum(place.shape[0] * place.shape[1] for place in chosen)
+    sizes = [4 * place.shape[0] * place.shape[1] for place in chosen]
     if config.mask == "magnitude":
-        estimate = Estimate(memory_bytes=4 * max(place.shape[0] * place.shape[1] for place in chosen), disk_bytes=4 * num)
-        return OverParts("importance", 1, {"of": "magnitude", **declared}, ("magnitude",), _magnitude, needs, True, estimate)
+        estimate = Estimate(memory_bytes=max(sizes), disk_bytes=sum(sizes))
+        params = {"of": "magnitude", **declared}
+        return prepare.map_parts(
+            "importance", 1, params, ("magnitude",), weight_space.magnitude, needs=needs, reads_model=True, estimate=estimate
+        )
     per_shard = max(1, config.rows_per_shard // config.rows_per_batch) * config.rows_per_batch
     params = {
         "of": "gradients",
@@ -229,136 +134,22 @@ def _importance(config: Config, chosen: list[WeightPlace]) -> OverRows | OverPar
         "max_tokens": config.max_tokens,
     }
     # The sums, and one gradient at a time; a file of them for each shard besides the result.
-    estimate = Estimate(memory_bytes=4 * num, disk_bytes=4 * num, work_bytes=4 * num)
-    return OverRows("importance", 1, "safety", params, Importance, needs, estimate)
+    estimate = Estimate(memory_bytes=sum(sizes), disk_bytes=sum(sizes), work_bytes=sum(sizes))
+    return prepare.sum_over_rows("importance", 1, "safety", params, weight_space.importance, needs=needs, estimate=estimate)
 
 
-class Importance:
-    """Sums of absolute gradients of the coefficients over batches (step 2)."""
-
-    def __init__(self, model: SteeredModel, params: Mapping[str, Any], needed: Mapping[str, Path]) -> None:
-        config = Config.model_validate({name: params[name] for name in ("layer_type", "target_layers")})
-        self._model = model
-        self._places = places(model.model, config)
-        self._basis = Parts.open(needed["basis"]) if "basis" in needed else None
-        self._sums = {place.module: torch.zeros(place.shape) for place in self._places}
-        self._where = ""
-        model.model.requires_grad_(False)
-        weights: list[Any] = [model.model.get_submodule(place.module).weight.requires_grad_(True) for place in self._places]
-        self._handles = [
-            weight.register_post_accumulate_grad_hook(self._taker(place))
-            for weight, place in zip(weights, self._places, strict=True)
-        ]
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Names and shapes of the sums."""
-        return {place.module: Shape(torch.float32, place.shape) for place in self._places}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the sums by module."""
-        yield from self._sums.items()
-
-    def close(self) -> None:
-        """Take no more gradients."""
-        for handle in self._handles:
-            handle.remove()
-
-    def add(self, batch: Batch, number: int) -> None:
-        """Add |dL_b / d(W U)| of one batch, L_b being the mean loss of its response tokens."""
-        self._where = f"batch {number}"
-        num_targets = int((batch.labels[:, 1:] >= 0).sum())
-        logits_BTV = self._model.model(**batch.patched_inputs, use_cache=False).logits
-        loss = language_modelling_loss(logits_BTV, batch.labels) / max(1, num_targets)
-        if not bool(loss.isfinite()):
-            raise ValueError(f"data.safety, {self._where}: the loss is {float(loss.detach())}, so there is no importance")
-        loss.backward()
-
-    def _taker(self, place: WeightPlace) -> Any:
-        """Take a gradient as soon as it is there: one is held at a time."""
-
-        def take(weight: Tensor) -> None:
-            assert weight.grad is not None
-            module = self._model.model.get_submodule(place.module)
-            grad_MN = models.linear_weight(module, weight.grad).float()
-            weight.grad = None
-            if not bool(grad_MN.isfinite().all()):
-                raise ValueError(f"data.safety, {self._where}: the gradient of {place.module} holds a NaN or infinite value")
-            if self._basis is not None:
-                grad_MN = grad_MN @ self._basis.tensor(f"{place.input_of}/vectors").to(grad_MN.device)
-            self._sums[place.module] += grad_MN.abs_().cpu()
-
-        return take
-
-
-def _magnitude(source: Source, part: str, path: Path) -> dict[str, Any]:
-    """Write |W U|: the control that knows nothing of safety."""
-    assert source.model is not None
-    model = source.model.model
-    config = Config.model_validate({name: source.params[name] for name in ("layer_type", "target_layers")})
-    basis = Parts.open(source.needed["basis"]) if "basis" in source.needed else None
-    chosen = places(model, config)
-    with writing(path, {place.module: Shape(torch.float32, place.shape) for place in chosen}) as writer:
-        for place in chosen:
-            weight_MN = models.linear_weight(model.get_submodule(place.module)).detach().float().cpu()
-            rotated_MN = weight_MN if basis is None else weight_MN @ basis.tensor(f"{place.input_of}/vectors")
-            writer.write(place.module, rotated_MN.abs())
-    return {}
-
-
-def _mask(config: Config, chosen: list[WeightPlace]) -> OverParts:
+def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
+    spans = {p.module: None if p.outputs is None else [list(span) for span in p.outputs] for p in chosen}
     params = {
         "keep_ratio": config.keep_ratio,
         "scope": config.scope,
-        "places": {place.module: [list(place.shape), _spans(place)] for place in chosen},
+        "places": {place.module: [list(place.shape), spans[place.module]] for place in chosen},
         **({"seed": config.seed} if config.mask == "random" else {}),
     }
+    sizes = [place.shape[0] * place.shape[1] for place in chosen]
+    estimate = Estimate(memory_bytes=24 * max(sizes), disk_bytes=sum(-(-size // 8) for size in sizes))
     needs = () if config.mask == "random" else ("importance",)
-    num_bytes = [-(-place.shape[0] * place.shape[1] // 8) for place in chosen]
-    largest = max(place.shape[0] * place.shape[1] for place in chosen)
-    estimate = Estimate(memory_bytes=24 * largest, disk_bytes=sum(num_bytes))
-    return OverParts("mask", 1, params, ("mask",), _freeze, needs, estimate=estimate)
-
-
-def _spans(place: WeightPlace) -> list[list[int]] | None:
-    return None if place.outputs is None else [list(span) for span in place.outputs]
-
-
-def _freeze(source: Source, part: str, path: Path) -> dict[str, Any]:
-    """Write which coefficients are frozen (step 3), a bit each; of fused layers, outputs that are not meant are frozen."""
-    params = source.params
-    importance = Parts.open(source.needed["importance"]) if "importance" in source.needed else None
-    sizes = {name: tuple(shape) for name, (shape, _) in params["places"].items()}
-    meant = {name: _meant(shape, outputs) for name, (shape, outputs) in params["places"].items()}
-
-    def scores(names: list[str]) -> Iterator[Tensor]:
-        for name in names:
-            score_MN = (
-                torch.rand(sizes[name], generator=rotation.generator(params["seed"], name))
-                if importance is None
-                else importance.tensor(name)
-            )
-            yield score_MN[meant[name]]
-
-    groups = [[name] for name in sizes] if params["scope"] == "module" else [list(sizes)]
-    num_frozen: dict[str, int] = {}
-    with writing(path, {name: Shape(torch.uint8, [-(-m * n // 8)]) for name, (m, n) in sizes.items()}) as writer:
-        for names in groups:
-            num = round(params["keep_ratio"] * sum(int(meant[name].sum()) * sizes[name][1] for name in names))
-            for name, taken in zip(names, rotation.largest(lambda names=names: scores(names), num), strict=True):
-                frozen_MN = torch.ones(sizes[name], dtype=torch.bool)
-                frozen_MN[meant[name]] = taken
-                num_frozen[name] = int(taken.sum())
-                writer.write(name, rotation.packed(frozen_MN))
-    return {"frozen": num_frozen, "meant": {name: int(meant[name].sum()) * sizes[name][1] for name in sizes}}
-
-
-def _meant(shape: list[int], outputs: list[list[int]] | None) -> Tensor:
-    """Return which outputs of a layer are meant, (M,)."""
-    meant_M = torch.full((shape[0],), outputs is None)
-    for start, end in outputs or ():
-        meant_M[start:end] = True
-    return meant_M
+    prepare.map_parts("mask", 1, params, ("mask",), weight_space.mask, needs=needs, estimate=estimate)
 
 
 # --- training ----------------------------------------------------------------------------------------------------------
@@ -482,4 +273,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError("method.keep_ratio 1 freezes every coefficient, and method.others the other weights: nothing trains")
 
 
-METHOD = Trained(Config, Warp, preparations=prepares, trains_with=("basis", "mask"), check=check)
+METHOD = Trained(Config, Warp, preparations=prepares, check=check)

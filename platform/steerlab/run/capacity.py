@@ -10,7 +10,7 @@ import ray
 
 from steerlab import models
 from steerlab.data import sources
-from steerlab.stages import Plan, extract, prepare, train
+from steerlab.stages import Plan, extract, train
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -32,9 +32,9 @@ def estimates(planned: Plan, facts: models.ModelFacts, records: list[plan.Record
             assert job.extract is not None
             if stage.key in left:
                 found[stage.key] = extract.estimate(job, role, job.extract, facts, directory)
-        for asked, stage in owner.prepared.values():
-            if stage.key in left:
-                found[stage.key] = prepare.estimate(job, asked, facts, directory)
+        for made in owner.preparing.made.values():
+            if made.stage.key in left:
+                found[made.stage.key] = made.estimate(facts, directory)
     for key, job in planned.trainings.items():
         if key in left:
             found[key] = train.estimate(job, facts, skeleton)

@@ -18,6 +18,7 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet, Job
 from steerlab.methods import TABLE
 from steerlab.methods.contract import Fitted, SteeringConfig, Trained, check_masters
+from steerlab.methods.preparations import Prepare
 from steerlab.patches import taps
 from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
 from steerlab.stages import Plan
@@ -135,7 +136,7 @@ def _check_places(planned: Plan) -> None:
     job = planned.job
     skeleton = models.skeleton(sources.fetch(planned.source), job.model.trust_remote_code)
     try:
-        TABLE.of(job.method).prepares(job.method, skeleton)
+        TABLE.of(job.method).prepares(job.method, skeleton, Prepare())
     except ValueError as error:
         raise ValueError(f"method: {error}") from None
     named = {

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Selection, TaskConfig, base_job, job_type
 from steerlab.methods.contract import Fitted, Method, Trained
-from steerlab.methods.preparations import Preparation
 from steerlab.stages import choose, evaluate, extract, fit, prepare, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
@@ -33,13 +32,6 @@ class Evaluation(NamedTuple):
     stage: Stage
     baseline: Stage | None
     """Shared by all jobs that patch the same model; only where the strength is chosen."""
-
-
-class Prepared(NamedTuple):
-    """What a method asks for before its training, and the stage that makes it."""
-
-    preparation: Preparation
-    stage: Stage
 
 
 @dataclass(frozen=True)
@@ -120,11 +112,9 @@ class Plan:
         return {role: kind.stage(job, role, self.start, job.extract) for role in job.data.by_role}
 
     @cached_property
-    def prepared(self) -> dict[str, Prepared]:
-        """What the method asks for before its training, by name."""
-        asked = prepare.preparations(self.job, self.source)
-        made = prepare.stages(self.job, self.start, asked)
-        return {preparation.name: Prepared(preparation, made[preparation.name]) for preparation in asked}
+    def preparing(self) -> prepare.Stages:
+        """What the method asks for before its training."""
+        return prepare.Stages(self.job, self.start, self.source)
 
     @cached_property
     def model(self) -> Stage | None:
@@ -133,8 +123,7 @@ class Plan:
             return fit.stage(self.job, self.start, self.read)
         if self.job.train is None or not isinstance(self.method, Trained):
             return self.start.stage
-        used = {name: self.prepared[name].stage for name in self.method.trains_with if name in self.prepared}
-        return train.stage(self.job, self.start, self.read, used)
+        return train.stage(self.job, self.start, self.read, self.preparing.used)
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, ...]:

@@ -1,295 +1,153 @@
 """The stages that come before a method's training, as it asks for them: moments, sums over rows, tensors of each row, parts.
 
-What is made is the method's business (contract.py); here is how it is spread over the cluster and continued after a kill. All
-leave a directory that `tensors.Parts` opens, but moments have their own.
+What is made is the method's business (methods/preparations.py), how it is spread over workers that of `spread/making.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import ray
-import torch
-from safetensors import safe_open
+from typing import Any, NamedTuple
 
 from steerlab import models
-from steerlab.activations import reading
 from steerlab.data import rows, sources
 from steerlab.inputs import encoding
 from steerlab.inputs.encoding import encode_data
-from steerlab.inputs.tokens import collate
-from steerlab.job import Job, own_code
+from steerlab.job import ExtractConfig, Job, own_code
 from steerlab.methods import TABLE
-from steerlab.methods.preparations import Moments, OfEachRow, OverParts, OverRows, Preparation, Source
+from steerlab.methods.preparations import MOMENTS, NOTHING, MakePart, Prepare, StartKeeper, StartSums
 from steerlab.models import ModelFacts
 from steerlab.stages import extract, reduce
-from steerlab.stages.spread import shards, subject
-from steerlab.stages.spread.shard_plan import Place, Shard
+from steerlab.stages.spread import making, subject
 from steerlab.stages.spread.subject import Subject
-from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
-from steerlab.storage.tensors import Parts, Shape, writing
-from steerlab.storage.whole import size_and_sha256
+from steerlab.storage.plan import Estimate, Stage, Work
 
-if TYPE_CHECKING:
-    from steerlab.steered.language import SteeredModel
-
-_POLL_S = 0.5
 _ROWS_JUDGED = 256
 """Rows that are tokenised to judge the length of all."""
-_WHOLE = "all"
-"""Name of the only part of a sum."""
 
 
-def preparations(job: Job, source: str) -> tuple[Preparation, ...]:
-    """Return what a job's method asks for before its training; `source` is that of the model at the bottom of the job."""
-    method = TABLE.of(job.method)
-    if job.train is None:
-        return ()
-    return method.prepares(job.method, models.skeleton(sources.fetch(source), job.model.trust_remote_code))
+class Prepared(NamedTuple):
+    """The stage of a preparation."""
+
+    stage: Stage
+    estimate: Callable[[ModelFacts, Path], Estimate]
+    """(facts of the model, directory with its config and tokenizer) -> what it needs."""
 
 
-def stages(job: Job, model: Subject, asked: tuple[Preparation, ...]) -> dict[str, Stage]:
-    """Return the stages of a job's preparations by name, on the model that it starts from."""
-    found: dict[str, Stage] = {}
-    for preparation in asked:
-        found[preparation.name] = _stage(job, model, preparation, {name: found[name] for name in preparation.needs})
-    return found
+class Stages(Prepare):
+    """Makes a stage of everything that a job's method asks for before its training."""
 
+    def __init__(self, job: Job, model: Subject, source: str) -> None:
+        """Ask the method; `model` is what the job starts from, `source` that of the model at the bottom. Raises ValueError."""
+        self._job, self._model, self._own = job, model, TABLE.version(job.method)
+        self.made: dict[str, Prepared] = {}
+        """By name, in the order in which they were asked for."""
+        read: tuple[str, ...] = ()
+        if job.train is not None:
+            skeleton = models.skeleton(sources.fetch(source), job.model.trust_remote_code)
+            read = TABLE.of(job.method).prepares(job.method, skeleton, self)
+        self.used: dict[str, Stage] = {name: self.made[name].stage for name in read}
+        """Those that the training reads."""
 
-def _stage(job: Job, model: Subject, preparation: Preparation, needed: dict[str, Stage]) -> Stage:
-    own = TABLE.version(job.method)
-    match preparation:
-        case Moments():
-            return reduce.stage(job, preparation.role, model, preparation.extract)
-        case OverRows() | OfEachRow():
-            assert job.train is not None
-            data, sums = job.data.by_role[preparation.role], isinstance(preparation, OverRows)
-            params = {
-                **preparation.params,
-                **({} if sums else {"max_tokens": job.train.max_tokens}),
-                "data": subject.dumped(data),
-                "data_fingerprint": rows.fingerprint(data),
-                **own,
-                **model.params,
-            }
-            inputs = {**model.inputs, **needed}
-            label = f"{preparation.role}: {rows.describe(data)}"
-            run = partial(_sum if sums else _keep, preparation)  # type: ignore[arg-type]
-            return Stage(preparation.name, preparation.version, params, run, inputs, label, model.places)
-        case OverParts():
-            params = {**preparation.params, **own, **(model.params if preparation.reads_model else {})}
-            inputs = {**(model.inputs if preparation.reads_model else {}), **needed}
-            label = ", ".join(preparation.parts[:1]) if len(preparation.parts) == 1 else f"{len(preparation.parts)} parts"
-            run = partial(_make, preparation)
-            return Stage(preparation.name, preparation.version, params, run, inputs, label, model.places)
+    def moments(self, role: str, config: ExtractConfig) -> None:
+        """Add a stage of moments, which is that of any job that asks for the same."""
+        stage = reduce.stage(self._job, role, self._model, config)
+        self.made[MOMENTS] = Prepared(stage, partial(extract.estimate, self._job, role, config))
 
-
-def estimate(job: Job, asked: Preparation, facts: ModelFacts, directory: Path) -> Estimate:
-    """Estimate what a preparation needs; `directory` holds the model's config and tokenizer."""
-    if isinstance(asked, Moments):
-        return extract.estimate(job, asked.role, asked.extract, facts, directory)
-    weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
-    if isinstance(asked, OfEachRow):
-        return _estimate_rows(job, asked, weights, directory)
-    own = asked.estimate
-    if isinstance(asked, OverParts):
-        return own if not asked.reads_model else replace(own, memory_bytes=own.memory_bytes + weights)
-    num_shards = -(-len(rows.read(job.data.by_role[asked.role])) // asked.params["rows_per_shard"])
-    logits = 3 * 4 * asked.params["rows_per_batch"] * asked.params["max_tokens"] * facts.vocab_size
-    memory_bytes = own.memory_bytes + weights + logits
-    return replace(own, memory_bytes=memory_bytes, work_bytes=own.work_bytes * num_shards)
-
-
-def _estimate_rows(job: Job, asked: OfEachRow, weights: int, directory: Path) -> Estimate:
-    """Estimate the disk of kept rows from the length of some of them; a batch of them is held beside the model."""
-    assert job.train is not None
-    data = job.data.by_role[asked.role]
-    found = rows.read(data)
-    encoder = encoding.load(directory, job.prompt, job.model.trust_remote_code)
-    some = found[:: -(-len(found) // _ROWS_JUDGED)]
-    encoded = encode_data(encoder, some, data.format, job.train.max_tokens, skip_bad=data.skip_bad).rows
-    values = asked.values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)
-    value_bytes = models.DTYPES[job.model.dtype].itemsize
-    disk_bytes = int(value_bytes * values / len(some) * len(found))
-    return Estimate(weights + 16 * value_bytes * asked.params["batch_tokens"] * asked.values_per_target, disk_bytes)
-
-
-def _needed(work: Work) -> dict[str, dict[str, Any]]:
-    """Return where the artifacts of the preparations before lie, valid on every node."""
-    needed = {name: stage for name, stage in work.stage.inputs.items() if name != subject.MODEL}
-    return {name: asdict(ModelRef(artifact=(work.store.root, stage.name, stage.key))) for name, stage in needed.items()}
-
-
-def _located(needed: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
-    return {name: ModelRef(**ref).locate() for name, ref in needed.items()}
-
-
-def _sum(preparation: OverRows, work: Work) -> None:
-    """Sum the shards that are missing in a pool of actors, then add them up in the order of the shards."""
-    maker = partial(_SumOfShard, own_code.portable(preparation.start), _needed(work))
-    made = shards.run(work, maker, work.params["rows_per_shard"], lambda num_rows, some: None)
-    work.directory.mkdir(parents=True, exist_ok=True)
-    name = "part-00000.safetensors"
-    with shards.parts(work) as paths:
-        _add_up(paths, work.directory / name)
-    facts = {fact: sum(row[fact] for row in made) for fact in ("rows", "batches", "tokens", "cut", "dropped")}
-    Parts.write_index(work.directory, {_WHOLE: facts}, {_WHOLE: name})
-
-
-def _add_up(paths: list[Path], target: Path) -> None:
-    """Write the sum of each tensor over some files, holding one of it at once."""
-    with safe_open(paths[0], "pt") as first:
-        shapes = {name: Shape(torch.float32, first.get_slice(name).get_shape()) for name in first.offset_keys()}
-    with writing(target, shapes) as writer:
-        for name in shapes:
-            total: torch.Tensor | None = None
-            for path in paths:
-                with safe_open(path, "pt") as file:
-                    tensor = file.get_tensor(name)
-                total = tensor if total is None else total + tensor
-            assert total is not None
-            writer.write(name, total)
-
-
-class _SumOfShard(shards.Maker):
-    """Makes the sum over a shard's batches; a shard holds whole batches, so that the shards change no batch."""
-
-    suffix = ".safetensors"
-
-    def __init__(
-        self, start: Callable[..., Any], needed: Mapping[str, Any], model: SteeredModel, params: Mapping[str, Any]
+    def sum_over_rows(
+        self,
+        name: str,
+        version: int,
+        role: str,
+        params: Mapping[str, Any],
+        start: StartSums,
+        *,
+        needs: tuple[str, ...] = (),
+        estimate: Estimate = NOTHING,
     ) -> None:
-        self._start, self._needed, self._model, self._params = start, _located(needed), model, params
+        """Add a stage that sums over the batches of a data set."""
 
-    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
-        """Leave the sums at `path`."""
-        encoder, size = self._model.encoder, self._params["rows_per_batch"]
-        data, max_tokens = self._params["data"], self._params["max_tokens"]
-        found = encode_data(encoder, shard.rows, data["format"], max_tokens, skip_bad=data.get("skip_bad", False))
-        found.check(self._params["max_tokens"])
-        sums = self._start(self._model, self._params, self._needed)
-        try:
-            for first in range(0, len(found.rows), size):
-                batch = collate(found.rows[first : first + size], encoder.pad_id, loss_on=self._params["data"]["loss_on"])
-                sums.add(batch.to(self._model.device), (shard.first + first) // size)
-                tell(first)
-        finally:
-            sums.close()
-        with writing(path, sums.shapes) as writer:
-            for name, tensor in sums.tensors():
-                writer.write(name, tensor)
-        return {
-            "path": path.name,
-            **size_and_sha256(path),
-            "rows": len(found.rows),
-            "batches": -(-len(found.rows) // size),
-            "tokens": sum(len(row) for row in found.rows),
-            "cut": found.num_cut,
-            "dropped": found.num_dropped,
-            "refused": found.num_refused,
-        }
+        def estimated(facts: ModelFacts, directory: Path) -> Estimate:
+            num_shards = -(-len(rows.read(self._job.data.by_role[role])) // params["rows_per_shard"])
+            logits = 3 * 4 * params["rows_per_batch"] * params["max_tokens"] * facts.vocab_size
+            memory_bytes = estimate.memory_bytes + self._weights(facts) + logits
+            return replace(estimate, memory_bytes=memory_bytes, work_bytes=estimate.work_bytes * num_shards)
 
+        self._add_over_rows(name, version, role, params, partial(making.sum_shards, own_code.portable(start)), estimated, needs)
 
-def _keep(preparation: OfEachRow, work: Work) -> None:
-    """Make the shards that are missing in a pool of actors, and index the tensors of all."""
-    maker = partial(_TensorsOfShard, own_code.portable(preparation.start))
-    made = shards.run(work, maker, work.params["rows_per_shard"], lambda num_rows, some: None)
-    shards.collect(work)
-    facts = {row["path"]: {name: row[name] for name in _TensorsOfShard.facts} for row in made}
-    Parts.write_index(work.directory, facts, {path: path for path in facts})
+    def keep_of_rows(
+        self, name: str, version: int, role: str, params: Mapping[str, Any], start: StartKeeper, values_per_target: int
+    ) -> None:
+        """Add a stage that keeps tensors of every row of a data set."""
+        assert self._job.train is not None
+        cut = {"max_tokens": self._job.train.max_tokens}
+        estimated = partial(self._estimated_rows, role, params["batch_tokens"], values_per_target)
+        self._add_over_rows(
+            name, version, role, {**params, **cut}, partial(making.keep_shards, own_code.portable(start)), estimated
+        )
 
+    def map_parts(
+        self,
+        name: str,
+        version: int,
+        params: Mapping[str, Any],
+        parts: tuple[str, ...],
+        make: MakePart,
+        *,
+        needs: tuple[str, ...] = (),
+        reads_model: bool = False,
+        estimate: Estimate = NOTHING,
+    ) -> None:
+        """Add a stage of parts, each made by itself."""
+        of_model = self._model.params if reads_model else {}
+        inputs = {**(self._model.inputs if reads_model else {}), **self._needed(needs)}
+        label = ", ".join(parts[:1]) if len(parts) == 1 else f"{len(parts)} parts"
+        run = partial(making.make_parts, own_code.portable(make), parts, reads_model)
+        stage = Stage(name, version, {**params, **self._own, **of_model}, run, inputs, label, self._model.places)
 
-class _TensorsOfShard(shards.Maker):
-    """Keeps tensors of a shard's rows, those of a batch at a time in memory."""
+        def estimated(facts: ModelFacts, directory: Path) -> Estimate:
+            weights = self._weights(facts) if reads_model else 0
+            return replace(estimate, memory_bytes=estimate.memory_bytes + weights)
 
-    suffix = ".safetensors"
-    facts = ("rows", "cut", "dropped", "fingerprint")
+        self.made[name] = Prepared(stage, estimated)
 
-    def __init__(self, start: Callable[..., Any], model: SteeredModel, params: Mapping[str, Any]) -> None:
-        self._start, self._model, self._params = start, model, params
+    def _add_over_rows(
+        self,
+        name: str,
+        version: int,
+        role: str,
+        params: Mapping[str, Any],
+        run: Callable[[Work], None],
+        estimate: Callable[[ModelFacts, Path], Estimate],
+        needs: tuple[str, ...] = (),
+    ) -> None:
+        data = self._job.data.by_role[role]
+        of_rows = {"data": subject.dumped(data), "data_fingerprint": rows.fingerprint(data)}
+        inputs = {**self._model.inputs, **self._needed(needs)}
+        label = f"{role}: {rows.describe(data)}"
+        whole = {**params, **of_rows, **self._own, **self._model.params}
+        self.made[name] = Prepared(Stage(name, version, whole, run, inputs, label, self._model.places), estimate)
 
-    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
-        """Leave the tensors at `path`, in the order of the batches; rows of similar length go together."""
-        encoder, data = self._model.encoder, self._params["data"]
-        max_tokens = self._params["max_tokens"]
-        found = encode_data(encoder, shard.rows, data["format"], max_tokens, skip_bad=data.get("skip_bad", False))
-        numbers = [shard.first + number for number in found.numbers]
-        lengths, alike = [len(row) for row in found.rows], models.alike_up_to(self._model.model)
-        chunks = list(reading.batches(lengths, self._params["batch_tokens"], reading.PADDING_SHARE, alike=alike))
-        keeper = self._start(self._model, self._params)
-        shapes = {
-            name: shape for chunk in chunks for i in chunk for name, shape in keeper.shapes(numbers[i], found.rows[i]).items()
-        }
-        num_done = 0
-        try:
-            with writing(path, shapes) as writer, torch.no_grad():
-                for chunk in chunks:
-                    chosen = [numbers[i] for i in chunk]
-                    batch = collate([found.rows[i] for i in chunk], encoder.pad_id, loss_on=data["loss_on"], numbers=chosen)
-                    for name, tensor in keeper.keep(batch.to(self._model.device)):
-                        writer.write(name, tensor)
-                    num_done += len(chunk)
-                    tell(num_done)
-        finally:
-            keeper.close()
-        return {
-            "path": path.name,
-            **size_and_sha256(path),
-            "rows": len(found.rows),
-            "cut": found.num_cut,
-            "dropped": found.num_dropped,
-            "refused": found.num_refused,
-            "fingerprint": models.fingerprint(self._model.model),
-        }
+    def _needed(self, names: tuple[str, ...]) -> dict[str, Stage]:
+        return {name: self.made[name].stage for name in names}
 
+    def _weights(self, facts: ModelFacts) -> int:
+        return facts.num_parameters * (4 if self._job.model.dtype == "float32" else 2)
 
-def _make(preparation: OverParts, work: Work) -> None:
-    """Make the parts that are missing, one task each."""
-    place = Place(work.store.root, work.stage.name, work.stage.key)
-    entries = [
-        {"number": number, "first": number, "rows": 1, "name": name, "sha256": hashlib.sha256(name.encode()).hexdigest()}
-        for number, name in enumerate(preparation.parts)
-    ]
-    place.plan = entries
-    done = {entry["name"]: row for entry in entries if (row := place.done(entry, verify=True)) is not None}
-    made_of = subject.of(work) if preparation.reads_model else None
-    request = (own_code.portable(preparation.make), dict(work.params), _needed(work), place.address, made_of)
-    num_cpus = min(work.scale.cpus_per_worker, ray.cluster_resources().get("CPU", 1))
-    left = [_make_part.options(num_cpus=num_cpus).remote(*request, entry) for entry in entries if entry["name"] not in done]  # type: ignore[attr-defined]
-    while left:
-        ended, left = ray.wait(left, timeout=_POLL_S)
-        done |= {row["name"]: row for row in ray.get(ended)}
-        work.report({"done": len(done), "total": len(entries)})
-    work.directory.mkdir(parents=True, exist_ok=True)
-    place.copy_parts(work.directory)
-    facts = {name: done[name]["facts"] for name in preparation.parts}
-    notes = [known["note"] for known in facts.values() if "note" in known]
-    if notes:
-        warnings.warn(notes[0] + (f" (and {len(notes) - 1} more like this)" if len(notes) > 1 else ""), stacklevel=2)
-    Parts.write_index(work.directory, facts, {name: done[name]["path"] for name in preparation.parts})
-
-
-@ray.remote(scheduling_strategy=subject.ANYWHERE)
-def _make_part(
-    make: Callable[[Source, str, Path], dict[str, Any]],
-    params: dict[str, Any],
-    needed: dict[str, Any],
-    address: tuple[str, str, str],
-    made_of: dict[str, Any] | None,
-    entry: dict[str, Any],
-) -> dict[str, Any]:
-    """Make one part and return its manifest row."""
-    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    source = Source(params, _located(needed), None if made_of is None else subject.load(made_of))
-
-    def keep(path: Path) -> dict[str, Any]:
-        facts = make(source, entry["name"], path)
-        return {"path": path.name, "name": entry["name"], "facts": facts, **size_and_sha256(path)}
-
-    return Place(*address).keep(entry, ".safetensors", keep)
+    def _estimated_rows(
+        self, role: str, batch_tokens: int, values_per_target: int, facts: ModelFacts, directory: Path
+    ) -> Estimate:
+        """Estimate the disk of kept rows from the length of some of them; a batch of them is held beside the model."""
+        job = self._job
+        assert job.train is not None
+        data = job.data.by_role[role]
+        found = rows.read(data)
+        encoder = encoding.load(directory, job.prompt, job.model.trust_remote_code)
+        some = found[:: -(-len(found) // _ROWS_JUDGED)]
+        encoded = encode_data(encoder, some, data.format, job.train.max_tokens, skip_bad=data.skip_bad).rows
+        values = values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)
+        value_bytes = models.DTYPES[job.model.dtype].itemsize
+        disk_bytes = int(value_bytes * values / len(some) * len(found))
+        return Estimate(self._weights(facts) + 16 * value_bytes * batch_tokens * values_per_target, disk_bytes)

@@ -52,15 +52,14 @@ def run(work: Work) -> None:
 
     storage = work.store.work(work.stage.name, work.stage.key)
     method = trained(work.params["method"])
+    others = {subject.MODEL, *map(extract.read_as, work.params["reads"])}
     request = {
         "model_ref": asdict(starting_model(work, as_it_is=not method.leaves_model)),
         "model": {"source": work.params["model"].get("source", "artifact"), **_loading(work), **_elsewhere(work)},
         "activations": {
             role: asdict(_located(work, work.stage.inputs[extract.read_as(role)])) for role in work.params["reads"]
         },
-        "prepared": {
-            name: asdict(_located(work, work.stage.inputs[name])) for name in method.trains_with if name in work.stage.inputs
-        },
+        "prepared": {name: asdict(_located(work, made)) for name, made in work.stage.inputs.items() if name not in others},
         "method": work.params["method"],
         "data": work.params["data"],
         "train": work.params["train"],

@@ -77,6 +77,13 @@ def writing(path: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str]
         writer.check_whole()
 
 
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole, or not at all."""
+    with writing(path, {name: Shape(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
 _INDEX = "index.json"
 
 

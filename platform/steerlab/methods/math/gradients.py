@@ -1,0 +1,74 @@
+"""Sums, over batches, of something computed of the gradients of some linear layers; one gradient is held at a time.
+
+Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlab import models
+from steerlab.inputs.tokens import Batch
+from steerlab.methods.contract import language_modelling_loss
+from steerlab.models import WeightPlace
+from steerlab.steered.language import SteeredModel
+from steerlab.storage.tensors import Shape
+
+
+class GradientSums:
+    """Sums of `of(place, dL_b/dW)` over batches b, float32 on the CPU, L_b being the mean loss of a batch's labelled tokens."""
+
+    def __init__(
+        self, model: SteeredModel, places: Sequence[WeightPlace], of: Callable[[WeightPlace, Tensor], Tensor], rows: str
+    ) -> None:
+        """Let the layers' weights alone receive gradients; `rows` names the data set in messages."""
+        self._model, self._places, self._of, self._rows = model, places, of, rows
+        self._sums = {place.module: torch.zeros(place.shape) for place in places}
+        self._where = ""
+        model.model.requires_grad_(False)
+        weights: list[Any] = [model.model.get_submodule(place.module).weight.requires_grad_(True) for place in places]
+        self._handles = [
+            weight.register_post_accumulate_grad_hook(self._taker(place)) for weight, place in zip(weights, places, strict=True)
+        ]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Names and shapes of the sums, (M, N) by module."""
+        return {place.module: Shape(torch.float32, place.shape) for place in self._places}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the sums by module."""
+        yield from self._sums.items()
+
+    def close(self) -> None:
+        """Take no more gradients."""
+        for handle in self._handles:
+            handle.remove()
+
+    def add(self, batch: Batch, number: int) -> None:
+        """Add one batch. Raises ValueError where its loss or a gradient is no number."""
+        self._where = f"{self._rows}, batch {number}"
+        num_targets = int((batch.labels[:, 1:] >= 0).sum())
+        logits_BTV = self._model.model(**batch.patched_inputs, use_cache=False).logits
+        loss = language_modelling_loss(logits_BTV, batch.labels) / max(1, num_targets)
+        if not bool(loss.isfinite()):
+            raise ValueError(f"{self._where}: the loss is {float(loss.detach())}, so there is no gradient")
+        loss.backward()
+
+    def _taker(self, place: WeightPlace) -> Any:
+        """Return a hook that takes a gradient as soon as it is there."""
+
+        def take(weight: Tensor) -> None:
+            assert weight.grad is not None
+            module = self._model.model.get_submodule(place.module)
+            grad_MN = models.linear_weight(module, weight.grad).float()
+            weight.grad = None
+            if not bool(grad_MN.isfinite().all()):
+                raise ValueError(f"{self._where}: the gradient of {place.module} holds a NaN or infinite value")
+            self._sums[place.module] += self._of(place, grad_MN).cpu()
+
+        return take

@@ -1,0 +1,79 @@
+"""Linear layers of a decoder, selected by their type and by the number of their block: `attn_q`, `ffn_up`; all, 8-15, last."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from steerlab import models
+from steerlab.models import LayerType, WeightPlace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_RANGES = ("all", "early", "middle", "late", "last")
+_SPAN = re.compile(r"(\d+)(?:-(\d+))?")
+_LAYER = rf"({'|'.join(_RANGES)}|[0-9]+(-[0-9]+)?)"
+_TYPES = f"({'|'.join(get_args(LayerType))})"
+
+
+def _listed(value: Any) -> Any:
+    """Accept one item, or several in a text with commas, in place of a list."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return (value,) if isinstance(value, int) else value
+
+
+def _known(value: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    for item in value:
+        if not re.fullmatch(_LAYER, str(item)):
+            message = f"{item!r} is none of {', '.join(_RANGES)}, no number and no span such as 8-15"
+            raise PydanticCustomError("layers", "{message}", {"message": message})
+    return value
+
+
+# What may be written: a list, one item, or a text with commas.
+_ListOfLayers = tuple[Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=f"^{_LAYER}$")], ...]
+_WrittenLayers = (
+    Annotated[_ListOfLayers, Field(min_length=1)] | int | Annotated[str, Field(pattern=f"^ *{_LAYER} *(, *{_LAYER} *)*$")]
+)
+_ListOfTypes = Annotated[tuple[LayerType, ...], Field(min_length=1)]
+_WrittenTypes = _ListOfTypes | Annotated[str, Field(pattern=f"^ *{_TYPES} *(, *{_TYPES} *)*$")]
+
+Types = Annotated[_ListOfTypes, BeforeValidator(_listed, json_schema_input_type=_WrittenTypes)]
+"""Types of linear layers, in a job a list or a text with commas."""
+Layers = Annotated[
+    tuple[int | str, ...],
+    Field(min_length=1),
+    AfterValidator(_known),
+    BeforeValidator(_listed, json_schema_input_type=_WrittenLayers),
+]
+"""Blocks of a decoder: all, early, middle or late (a third each), last, numbers from 0, spans such as 8-15 (inclusive)."""
+
+
+def numbers(layers: tuple[int | str, ...], num_layers: int) -> list[int]:
+    """Return the numbers of the blocks that are named, in order."""
+    third, two_thirds = -(-num_layers // 3), -(-2 * num_layers // 3)
+    named = {
+        "all": range(num_layers),
+        "early": range(third),
+        "middle": range(third, two_thirds),
+        "late": range(two_thirds, num_layers),
+        "last": range(num_layers - 1, num_layers),
+    }
+    found: set[int] = set()
+    for item in layers:
+        if str(item) in named:
+            found.update(named[str(item)])
+        else:
+            first, last = _SPAN.fullmatch(str(item)).groups()  # type: ignore[union-attr]
+            found.update(range(int(first), int(last or first) + 1))
+    return sorted(found)
+
+
+def places(model: PreTrainedModel, types: tuple[LayerType, ...], layers: tuple[int | str, ...]) -> list[WeightPlace]:
+    """Return the selected linear layers. Raises ValueError if the model lacks a type of layer, or a block."""
+    return models.weight_places(model, types, numbers(layers, len(models.layer_names(model))))
