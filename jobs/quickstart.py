@@ -23,10 +23,10 @@ from study import console, execute, say
 from steerlab import job, report, run
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
+from steerlab.stages.spread import warm
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.sweeps import driver, space, trials
-from steerlab.training import warm
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ("scale.warm=true", "scale.cpus_per_worker=1")

@@ -144,7 +144,7 @@ def loop_under_ray(model_dir: str) -> tuple[float, int, float]:
     import ray
 
     from steerlab.job import ScaleConfig
-    from steerlab.training import launch
+    from steerlab.stages.spread import launch
 
     ray.init(address="local", num_cpus=1, logging_level=logging.ERROR, log_to_driver=False)
     told: list[dict[str, Any]] = []

@@ -151,7 +151,7 @@ def test_a_killed_worker_of_the_base_model_changes_no_bit(undisturbed: tuple[Pat
             return
         # Only workers of this test's own cluster: they descend from this process.
         family = psutil.Process().children(recursive=True)
-        training = [process for process in family if process.is_running() and "ray::_train" in " ".join(process.cmdline())]
+        training = [process for process in family if process.is_running() and "ray::train" in " ".join(process.cmdline())]
         assert not Path(other.work(stage.name, stage.key), "output").exists(), "the training ended before it could be killed"
         killed.extend(process.pid for process in training)
         for process in training:

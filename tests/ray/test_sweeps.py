@@ -225,7 +225,7 @@ class Watch:
             now = 0
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
-                    now += process.cmdline()[:1] == ["ray::_train"]
+                    now += process.cmdline()[:1] == ["ray::train"]
             self.most = max(self.most, now)
 
 

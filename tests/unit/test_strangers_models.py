@@ -119,7 +119,7 @@ FORGED: list[tuple[str, Any]] = [
 def test_ray_train_is_given_no_list_of_checkpoints_that_it_did_not_write(
     name: Any, changes: Any, run_folder: Path, victim: Path
 ) -> None:
-    from steerlab.training import launch
+    from steerlab.stages.spread import launch
 
     (run_folder / "checkpoint_link").symlink_to(victim)
     (run_folder / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot(kept(name), **(changes or {}))))
@@ -129,14 +129,14 @@ def test_ray_train_is_given_no_list_of_checkpoints_that_it_did_not_write(
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"[" * 100_000, b"\xff\xfe", b" " * (2**20 + 1)])
 def test_a_list_of_checkpoints_that_is_none_is_refused(content: bytes, run_folder: Path) -> None:
-    from steerlab.training import launch
+    from steerlab.stages.spread import launch
 
     (run_folder / "checkpoint_manager_snapshot.json").write_bytes(content)
     refused(lambda: launch.check_snapshot(str(run_folder.parent), run_folder.name), r"remove its folder, and the training")
 
 
 def test_a_list_of_checkpoints_that_was_written_here_is_taken(run_folder: Path) -> None:
-    from steerlab.training import launch
+    from steerlab.stages.spread import launch
 
     check = lambda: launch.check_snapshot(str(run_folder.parent), run_folder.name)  # noqa: E731
     check()
@@ -151,7 +151,7 @@ def test_a_list_of_checkpoints_that_was_written_here_is_taken(run_folder: Path) 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"eval/loss": "x"}', '{"eval/loss": NaN}', " " * (2**20 + 1)])
 def test_what_a_warm_training_reported_is_a_number(content: str, tmp_path: Path) -> None:
-    from steerlab.training import warm
+    from steerlab.stages.spread import warm
 
     for name, reported in (("000000001", '{"eval/loss": 0.5}'), ("zzz", '{"eval/loss": 0.1}')):
         (tmp_path / "warm" / name).mkdir(parents=True)

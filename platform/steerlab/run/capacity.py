@@ -82,7 +82,7 @@ def check_machine(records: list[plan.Record], needs: Estimates, store: Store) ->
 
 def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None:
     """Refuse what the cluster or the disk cannot hold; Ray must be connected. Raises ValueError."""
-    from steerlab.training import launch
+    from steerlab.stages.spread import reserved
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if store.is_local and len(nodes) > 1:
@@ -98,10 +98,10 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
         )
     if planned.job.train is None:
         return
-    launch.check_resources(planned.job.scale)
+    reserved.check(planned.job.scale)
     records = plan.status(planned.stages, store)
     needs = estimates(planned, facts, records)
     check_disk(records, needs, store)
-    if not launch.uses_gpu(planned.job.scale):
+    if not reserved.uses_gpu(planned.job.scale):
         largest = max(sum(node["Resources"].get(name, 0) for name in ("memory", "object_store_memory")) for node in nodes)
         check_memory(records, needs, int(largest), "the largest node")

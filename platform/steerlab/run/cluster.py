@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants, services
+from ray.util import get_node_ip_address
 
-from steerlab.guards import files
+from steerlab.guards import files, private_parts
 
 _CONNECT_S = 5.0
 _IDLE_MS = 60_000
@@ -53,7 +53,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS") or services.find_bootstrap_address(None) is not None:
+    if os.environ.get("RAY_ADDRESS") or private_parts.running_cluster() is not None:
         with _on_loopback() if _answers_on_loopback_alone() else nullcontext(), _away():
             ray.init(**quiet)
         return
@@ -67,7 +67,7 @@ def _answers_on_loopback_alone() -> bool:
     if host not in ("127.0.0.1", "localhost") or not port.isdigit():
         return False
     try:
-        socket.create_connection((services.get_node_ip_address(), int(port)), timeout=1).close()
+        socket.create_connection((get_node_ip_address(), int(port)), timeout=1).close()
     except OSError:
         return True
     return False
@@ -75,22 +75,17 @@ def _answers_on_loopback_alone() -> bool:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let a cluster that is started listen on the loopback address alone.
-
-    On Linux Ray (2.60) binds everything but the dashboard to all addresses, and takes 127.0.0.1 as a node's address for the
-    machine's own. This switch, by which it is left alone on other systems, also leaves it alone here.
-    """
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before, set_before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
-    ray_constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        if set_before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = set_before
+    """Let a cluster that is started listen on the loopback address alone."""
+    with private_parts.no_clusters_of_several_nodes() as name:
+        before = os.environ.get(name)
+        os.environ[name] = "0"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 def _away() -> AbstractContextManager[None]:

@@ -14,7 +14,8 @@ from steerlab.evaluation.statistics import stored
 from steerlab.guards import texts
 from steerlab.job import dump
 from steerlab.run.record import check_numbers, environment, root_cause, samples_of, summarise
-from steerlab.stages import Plan, evaluate
+from steerlab.stages import Plan
+from steerlab.stages.spread import staying
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.tracking import FINISH_WAIT_S, Place, Tracker, prometheus
@@ -79,7 +80,7 @@ def execute(
         name = f"{records[-1].stage.name} ({records[-1].stage.label})" if records else "(none)"
         raise plan.StageError(f"stage {name} failed: {root_cause(error)}; log: {store.root}/{folder}/error.txt") from error
     finally:
-        evaluate.close()
+        staying.close()
     summary = summarise(planned, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
     check_numbers(summary, f"{store.root}/{folder}")

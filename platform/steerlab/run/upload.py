@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from steerlab.guards import files, saved, yaml12
+from steerlab.guards import files, private_parts, saved, yaml12
 
 UPLOAD_LIMIT_BYTES = 100 * 2**20
 """What a cluster accepts as working directory; beyond it, it answers with an HTTP error that names no reason."""
@@ -123,10 +123,6 @@ def _uploaded(working_dir: Path) -> list[Path]:
     Raises:
         SubmitError: a link leads to a folder or out of the directory, or something is no file.
     """
-    # Ray's own walk, so that .gitignore, .rayignore and its default exclusions mean here what they mean to Ray.
-    from ray._private.ray_constants import get_runtime_env_default_excludes
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
-
     found: list[Path] = []
 
     def note(path: Path) -> None:
@@ -140,10 +136,9 @@ def _uploaded(working_dir: Path) -> list[Path]:
             raise SubmitError(f"{path} is no file: name it in .rayignore (as in .gitignore)")
 
     _check_ignoring(working_dir, itself=True)
-    excludes = [_get_excludes(working_dir, get_runtime_env_default_excludes())]
-    include_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    obeys_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     quiet = logging.Logger("steerlab.upload", logging.CRITICAL + 1)  # what is refused is said in our own words
-    _dir_travel(working_dir, excludes, note, include_gitignore=include_gitignore, logger=quiet)
+    private_parts.walk_upload(working_dir, note, quiet, obeys_gitignore=obeys_gitignore)
     return found
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import ray
 
 from steerlab.data import sources
 from steerlab.evaluation import TABLE
@@ -17,24 +14,14 @@ from steerlab.evaluation.statistics.metrics import TOO_LONG
 from steerlab.job import Job, TaskConfig, described, headline_first, own_code, with_headline
 from steerlab.job.own_code import Code
 from steerlab.stages import choose
-from steerlab.stages.spread import subject
+from steerlab.stages.spread import reserved, staying, subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, Work
 
-_POLL_S = 0.5
+_TELL_S = 0.5
 _SOURCE = "a source"
 CHOICE = "choice"
 """Name of the input that holds the chosen strength."""
-
-
-class _Open(threading.local):
-    """The evaluator of the model that this thread used last: one thread runs one plan."""
-
-    name = ""
-    actor: Any = None
-
-
-_open = _Open()
 
 
 def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = None) -> Stage:
@@ -70,9 +57,16 @@ def _fingerprints(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 
 
 def run(work: Work) -> None:
-    """Run the task in an actor that keeps its model for the tasks to come, or in a warm process."""
+    """Run the task in a process that keeps its model for the tasks to come."""
     config = {**work.params["task"], "strengths": _strengths(work)}
-    result = _in_warm_process(work, config) if work.scale.warm else _in_actor(work, config)
+    made_of = subject.of(work)
+    owner = f"evaluate {json.dumps(made_of, sort_keys=True)}"
+
+    def told(rows: tuple[int, int]) -> None:
+        work.report({"done": rows[0], "total": rows[1]})
+
+    arguments = (owner, made_of, config, own_code.codes_in(config))
+    result = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), told, owner)
     _warn_of_long_rows(work.stage.label, result["observations"])
     stored.write(work.directory, result)
 
@@ -88,25 +82,6 @@ def _warn_of_long_rows(label: str, observations: Sequence[Mapping[str, Any]]) ->
         )
 
 
-def _in_actor(work: Work, config: dict[str, Any]) -> dict[str, Any]:
-    evaluator = _evaluator(work)
-    future = evaluator.evaluate.remote(config, own_code.codes_in(config))
-    while not ray.wait([future], timeout=_POLL_S)[0]:
-        done, total = ray.get(evaluator.progress.remote())
-        if total:
-            work.report({"done": done, "total": total})
-    return ray.get(future)  # type: ignore[return-value]
-
-
-def _in_warm_process(work: Work, config: dict[str, Any]) -> dict[str, Any]:
-    """Run the task where Ray keeps processes between tasks: nothing is imported again, and no actor started."""
-    options = {**subject.resources(work.scale), "max_retries": work.scale.max_failures}
-    future = _evaluate.options(**options).remote(subject.of(work), config, own_code.codes_in(config))  # type: ignore[attr-defined]
-    while not ray.wait([future], timeout=_POLL_S)[0]:
-        pass
-    return ray.get(future)
-
-
 def _strengths(work: Work) -> list[float]:
     """Return the strengths of the task, that of the headline first: the chosen one, which stands alone where no others are
     declared, or else the one that `headline_first` says.
@@ -119,50 +94,17 @@ def _strengths(work: Work) -> list[float]:
     return headline_first(declared)
 
 
-def close() -> None:
-    """Let go of the loaded model."""
-    if _open.actor is not None:
-        ray.kill(_open.actor)
-    _open.name, _open.actor = "", None
-
-
-def _evaluator(work: Work) -> Any:
-    made_of = subject.of(work)
-    name = json.dumps(made_of, sort_keys=True)
-    if name != _open.name:
-        close()
-        _open.actor = Evaluator.options(**subject.resources(work.scale)).remote(made_of)  # type: ignore[attr-defined]
-        _open.name = name
-    return _open.actor
-
-
-@ray.remote(max_concurrency=2, scheduling_strategy=subject.ANYWHERE)  # type: ignore[call-overload]
-class Evaluator:
-    """A loaded model that runs tasks, one after another."""
-
-    def __init__(self, made_of: dict[str, Any]) -> None:
-        self._model = subject.load(made_of)
-        self._done: tuple[int, int] = (0, 0)
-        self._model.progress = self._progress
-
-    def _progress(self, done: int, total: int) -> None:
-        self._done = (done, total)
-
-    def progress(self) -> tuple[int, int]:
-        """Return (rows done, rows in all) of the pass that runs now."""
-        return self._done
-
-    def evaluate(self, config: dict[str, Any], codes: tuple[Code, ...]) -> dict[str, Any]:
-        """Run one task and summarise its observations, for each strength."""
-        own_code.receive(codes)
-        return _outcome(self._model, config)
-
-
-@ray.remote(scheduling_strategy=subject.ANYWHERE)
-def _evaluate(made_of: dict[str, Any], config: dict[str, Any], codes: tuple[Code, ...]) -> dict[str, Any]:
-    """Run one task; those of one trial follow each other, and the process keeps their model."""
+def _evaluate(
+    tell: staying.Tell, owner: str, made_of: dict[str, Any], config: dict[str, Any], codes: tuple[Code, ...]
+) -> dict[str, Any]:
+    """Run one task, and tell how many rows of how many are done; the process keeps the model for the task after it."""
     own_code.receive(codes)
-    return _outcome(subject.kept(f"evaluate {json.dumps(made_of, sort_keys=True)}", made_of), config)
+    model = subject.kept(owner, made_of)
+    model.progress = staying.every(_TELL_S, tell)
+    try:
+        return _outcome(model, config)
+    finally:
+        model.progress = lambda done, total: None
 
 
 def _outcome(model: Any, config: dict[str, Any]) -> dict[str, Any]:

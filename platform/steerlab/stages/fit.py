@@ -18,7 +18,7 @@ from steerlab.job.own_code import Code
 from steerlab.methods import fitted
 from steerlab.patches.maps import Map
 from steerlab.stages import extract
-from steerlab.stages.spread import subject
+from steerlab.stages.spread import reserved, subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.bases import BASE, PROMPT
 from steerlab.storage.plan import ModelRef, Stage, Work
@@ -55,7 +55,7 @@ def run(work: Work) -> None:
     config = method.Config.model_validate(work.params["method"])
     walks = method.walks(config)
     codes = own_code.codes_in(work.params["method"])
-    resources = subject.resources(work.scale) if walks else {"num_cpus": 1}
+    resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
     future = _fit.options(**resources).remote(made_of, dict(work.params), found, codes)  # type: ignore[attr-defined]
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
@@ -76,7 +76,7 @@ def write_base(work: Work, prompt: Mapping[str, Any]) -> None:
     (work.directory / PROMPT).write_text(json.dumps(prompt))
 
 
-@ray.remote(scheduling_strategy=subject.ANYWHERE)
+@ray.remote(scheduling_strategy=reserved.ANYWHERE)
 def _fit(
     made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple[str, str, str]], codes: tuple[Code, ...]
 ) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: 
 
 def run(work: Work) -> None:
     """Train under Ray Train and DeepSpeed; checkpoints lie in the stage's work directory and survive any kill."""
-    from steerlab.training import launch, warm
+    from steerlab.stages.spread import launch, warm
 
     storage = work.store.work(work.stage.name, work.stage.key)
     method = trained(work.params["method"])

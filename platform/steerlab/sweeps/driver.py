@@ -22,11 +22,12 @@ from ray.tune.search import ConcurrencyLimiter
 
 from steerlab import job as jobs
 from steerlab import run, tracking
-from steerlab.guards import saved
+from steerlab.guards import private_parts, saved
 from steerlab.job import Job, JobError, own_code
 from steerlab.run import capacity
 from steerlab.run import folder as folders
 from steerlab.stages import Plan
+from steerlab.stages.spread import reserved
 from steerlab.storage import claims, plan
 from steerlab.storage.store import Store
 from steerlab.sweeps import page, processes, results, search, trials
@@ -36,7 +37,6 @@ from steerlab.sweeps.entries import finite, is_grid
 from steerlab.sweeps.history import History
 from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES, run_unit
 from steerlab.sweeps.trials import Say, SweepPlan, Unit
-from steerlab.training import launch
 
 SCHEMA = 1
 _MOST_TRIALS = 100_000
@@ -124,13 +124,9 @@ def _aim(found: SweepPlan) -> None:
     if isinstance(scheduler, AsyncHyperBandScheduler):
         steps = max((value for value in finite(found.space.entries.get("train.steps")) or [] if value), default=0)
         steps = steps or found.job.train.steps
-        if scheduler._max_t < steps:
-            raise JobError(
-                f"{found.space.path}: SCHEDULER: max_t {scheduler._max_t:g} stops every trial before its {steps} steps end"
-            )
-        # What reaches its last step is evaluated yet: Ray Tune's default would stop it there.
-        for part in (scheduler, *scheduler._brackets):
-            part._stop_last_trials = False
+        if (last := private_parts.last_step(scheduler)) < steps:
+            raise JobError(f"{found.space.path}: SCHEDULER: max_t {last:g} stops every trial before its {steps} steps end")
+        private_parts.let_last_trials_end(scheduler)
     metric = "eval/loss" if found.job.data.validation is not None else "train/loss"
     scheduler.set_search_properties(metric, "min")
 
@@ -144,16 +140,16 @@ def concurrency(asked: Asked) -> int:
     found = asked.plan
     made = [found.job_of(u.shared, u.seeds[0], u.strengths) for u in asked.units] or [found.job_of({}, None, found.strengths)]
     scales = {job.scale.model_dump_json(): job.scale for job in made}.values()
-    available = launch.resources()
+    available = reserved.available()
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     fits = []
     for scale in scales:
-        launch.check_resources(scale)
+        reserved.check(scale)
         workers, cpus = scale.worker_range[0], scale.cpus_per_worker
         if cpus > max(largest, available["CPU"] if len(ray.nodes()) == 1 else 0.0):
             raise ValueError(f"scale.cpus_per_worker {cpus:g}, but the largest node has {largest:g} CPUs")
         fits.append(available["CPU"] / (workers * cpus))
-        if launch.uses_gpu(scale):
+        if reserved.uses_gpu(scale):
             fits.append(available["GPU"] / workers)
     fits.append(ray.cluster_resources().get("memory", 0) / DRIVER_MEMORY_BYTES)
     return max(1, int(min(fits)))
@@ -346,7 +342,7 @@ def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str
         "jobs": [job.model_dump(mode="json") for job in made],
         "metric": asked.plan.metric,
         "within": None if bound is None else bound.model_dump(mode="json"),
-        "watched": getattr(scheduler, "_metric", None),
+        "watched": private_parts.metric_of(scheduler),
         "code": own_code.codes_in([job.model_dump(mode="json") for job in made]),
         **told,
     }
@@ -415,7 +411,7 @@ def _best_job(found: SweepPlan, best: results.Scored, seed: int | None) -> Job:
 def _report(job: Job, store: Store, folder: str, seed: int, command: str) -> run.Run:
     """Run the best trial's own tasks: those of the job, on the rows that nothing was chosen by."""
     if job.scale.worker_range == (1, 1) and job.scale.warm is None:
-        job = job.model_copy(update={"scale": job.scale.model_copy(update={"warm": not launch.uses_gpu(job.scale)})})
+        job = job.model_copy(update={"scale": job.scale.model_copy(update={"warm": not reserved.uses_gpu(job.scale)})})
     run_id = f"{folder.rpartition('/')[2]}-best-{seed}"
     return run.execute(Plan.of(job), store, plan.Listener(), command, run_id=run_id)
 

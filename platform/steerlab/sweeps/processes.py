@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from ray.tune import tune
-from ray.tune.execution.tune_controller import TuneController
-from ray.tune.utils.object_cache import _ObjectCache
+from steerlab.guards.private_parts import tune_parts
+
+_TuneController, _ObjectCache, _put = tune_parts()
 
 _to_end: set[str] = set()
 """Ray Tune's names of the trials whose processes are to be ended."""
@@ -35,7 +35,7 @@ class _Kept(_ObjectCache):
             yield from super().flush_cached_objects(force_all=True)
 
 
-class _Controller(TuneController):
+class _Controller(_TuneController):
     """Ray Tune's loop, with these processes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,7 +70,7 @@ def _is_deaf(trial: Any) -> bool:
 
 def keep() -> None:
     """Let the sweeps of this process keep their processes; Ray Tune has no setting for that."""
-    tune.__dict__["TuneController"] = _Controller
+    _put(_Controller)
 
 
 def end(trial_id: str) -> None:

@@ -17,6 +17,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from steerlab.guards import private_parts
 from steerlab.sweeps.entries import finite
 from steerlab.sweeps.history import Course, History
 from steerlab.sweeps.space import STRENGTH, Point, Space, draw
@@ -84,8 +85,7 @@ class Suggester:
         entries = {k: _as_domain(v) for k, v in space.entries.items() if not (k == STRENGTH and finite(v) is not None)}
         self._constants = {key: value for key, value in entries.items() if not hasattr(value, "sample")}
         searched = {key: value for key, value in entries.items() if key not in self._constants}
-        self._seed = space.search_alg._seed or 0
-        self._own_sampler = space.search_alg._sampler
+        self._seed, self._own_sampler = private_parts.optuna_settings(space.search_alg)
         self._distributions: dict[str, Any] = OptunaSearch.convert_search_space(searched)
         self._direction: Literal["minimize", "maximize"] = "minimize" if mode == "min" else "maximize"
 
@@ -181,7 +181,7 @@ def replay(scheduler: TrialScheduler, history: History) -> None:
 
 
 def _show(scheduler: TrialScheduler, controller: Any, course: Course) -> None:
-    time_attr, metric = scheduler._time_attr, scheduler._metric  # type: ignore[attr-defined]
+    time_attr, metric = private_parts.time_attribute(scheduler), private_parts.metric_of(scheduler)
     stand_in: Any = SimpleNamespace(trial_id=course.unit.name)
     scheduler.on_trial_add(controller, stand_in)
     for step, value in course.reports:

@@ -26,7 +26,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Function
 
-from steerlab.guards import files, python_files
+from steerlab.guards import files, private_parts, python_files
 from steerlab.job import JobError, cut
 from steerlab.sweeps.entries import describe, entries, finite, is_grid, plain
 
@@ -169,7 +169,7 @@ def _check(space: Space) -> None:
     if not isinstance(space.scheduler, _SCHEDULERS):
         known = ", ".join(kind.__name__ for kind in _SCHEDULERS)
         raise JobError(f"{space.path}: SCHEDULER {type(space.scheduler).__name__} is not known; known: ASHAScheduler, {known}")
-    time_attr = getattr(space.scheduler, "_time_attr", "step")
+    time_attr = private_parts.time_attribute(space.scheduler)
     if time_attr != "step":
         raise JobError(f"{space.path}: SCHEDULER has time_attr {time_attr!r}; it must be 'step', which no restart resets")
 

@@ -148,9 +148,9 @@ class SweepPlan:
 def _takes_gpu(job: Job) -> bool:
     import ray
 
-    from steerlab.training import launch
+    from steerlab.stages.spread import reserved
 
-    return job.scale.gpu == "require" or (ray.is_initialized() and launch.uses_gpu(job.scale))
+    return job.scale.gpu == "require" or (ray.is_initialized() and reserved.uses_gpu(job.scale))
 
 
 def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:

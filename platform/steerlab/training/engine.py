@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerlab.guards import private_parts
 from steerlab.guards.faults import explained
 from steerlab.job import ScaleConfig, TrainConfig
 from steerlab.training import checkpoints
@@ -36,19 +37,16 @@ def _without_code(check: Callable[[Any, Path], None]) -> Any:
 
     `check` sees what was read before it is taken.
     """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    engine, classes = private_parts.checkpoint_engine()
 
-    class WithoutCode(TorchCheckpointEngine):
+    class WithoutCode(engine):
         """DeepSpeed's own unpickles anything (0.19); what it writes itself needs no more than these three classes."""
 
         def save(self, state_dict: Any, path: str) -> None:
             super().save(_without_enums(state_dict), path)
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            with torch.serialization.safe_globals(classes):
                 found = torch.load(path, map_location=map_location, weights_only=True)
             check(found, Path(path))
             return found
@@ -87,8 +85,7 @@ class Engine:
         import deepspeed
 
         if self.device.type == "cpu":
-            # Gloo alone: DeepSpeed's shared-memory reduction would need a C++ compiler on every node.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            private_parts.without_shared_memory()
         deepspeed.utils.logging.logger.setLevel("ERROR")
         optimizer = make_optimizer(self.module, self.train)
         self._grad_norm = 0.0

@@ -22,7 +22,7 @@ from steerlab.activations import reading
 from steerlab.inputs.encoding import encode_data
 from steerlab.inputs.tokens import collate
 from steerlab.methods.preparations import MakePart, Source, StartKeeper, StartSums
-from steerlab.stages.spread import shards, subject
+from steerlab.stages.spread import reserved, shards, subject
 from steerlab.stages.spread.shard_plan import Place, Shard
 from steerlab.storage.plan import ModelRef, Work
 from steerlab.storage.tensors import Parts, Shape, writing
@@ -190,7 +190,7 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
     Parts.write_index(work.directory, facts, {name: done[name]["path"] for name in parts})
 
 
-@ray.remote(scheduling_strategy=subject.ANYWHERE)
+@ray.remote(scheduling_strategy=reserved.ANYWHERE)
 def _make_part(
     make: MakePart,
     params: dict[str, Any],

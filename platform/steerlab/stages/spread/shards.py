@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import ray
 
 from steerlab.job import DataSet, ScaleConfig
-from steerlab.stages.spread import shard_plan, subject
+from steerlab.stages.spread import reserved, shard_plan, subject
 from steerlab.stages.spread.shard_plan import Place, Shard
 from steerlab.storage.plan import Work
 from steerlab.storage.store import StoreError
@@ -105,7 +105,7 @@ def _by_actors(
     request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
 ) -> Iterator[dict[str, Any]]:
     """Make the missing shards in a pool of actors and yield their manifest rows as they come."""
-    tally: Any = Tally.options(scheduling_strategy=_beside_the_driver()).remote()  # type: ignore[attr-defined]
+    tally: Any = Tally.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
     with _following(tally, report, sum(entry["rows"] for entry in missing)):
         yield from _stream(request | {"tally": tally}, missing, scale)
 
@@ -131,17 +131,17 @@ def _stream(request: dict[str, Any], missing: list[dict[str, Any]], scale: Scale
     low, high = (min(workers, len(missing)) for workers in scale.worker_range)
     entries = [{"entry": json.dumps(entry)} for entry in missing]
     # As for all workers, also where fewer shards are left: the threads of an actor change the last bits of its sums.
-    reserved: Any = subject.resources(scale, scale.worker_range[0])
+    held: Any = reserved.of_actors(scale, scale.worker_range[0])
     source = ray.data.from_items(entries, override_num_blocks=len(entries))
     if scale.warm:
-        found = source.map(partial(_in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), **reserved)
+        found = source.map(partial(_in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), **held)
     else:
         found = source.map(
             _Worker,  # type: ignore[arg-type]
             fn_constructor_args=(request,),
             # One shard waits at each actor while it works on another.
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
-            **reserved,
+            **held,
         )
     for line in found.iter_rows():
         if "failure" in (row := json.loads(line["row"])):
@@ -300,9 +300,3 @@ def _following(tally: Any, report: Callable[[int, float], None], total: int) -> 
     ray.kill(tally)
     if failure:
         raise failure[0]
-
-
-def _beside_the_driver() -> Any:
-    from steerlab.training.launch import beside_the_driver
-
-    return beside_the_driver()

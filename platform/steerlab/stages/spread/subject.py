@@ -11,11 +11,9 @@ import ray
 
 from steerlab.data import sources
 from steerlab.inputs import encoding
-from steerlab.job import PROMPT_FIELDS, Frozen, Job, ScaleConfig, described, own_code
+from steerlab.job import PROMPT_FIELDS, Frozen, Job, described, own_code
 from steerlab.storage.plan import ModelRef, Stage, Work
 
-ANYWHERE = "DEFAULT"
-"""Scheduling of what a stage starts: said aloud, it is not in the placement group of a trial, which fits a driver alone."""
 MODEL = "model"
 """Name of the input that leaves the model which a stage works on."""
 
@@ -127,15 +125,6 @@ def load(subject: dict[str, Any]) -> Any:
     directory = ModelRef(**subject["ref"]).locate()
     snapshot = subject["snapshot"] if subject["prompt"] is None else None
     return language.load(directory, device=device, snapshot=snapshot, prompt=subject["prompt"], **loading)
-
-
-def resources(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
-    """Return what one of `workers` actors that hold the model reserves: together no more than a training's workers."""
-    cluster = ray.cluster_resources()
-    gpus = 1 if scale.gpu != "never" and cluster.get("GPU", 0) >= workers else 0
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    share = scale.worker_range[0] * scale.cpus_per_worker / workers
-    return {"num_cpus": min(share, largest), "num_gpus": gpus}
 
 
 _kept: tuple[str, Any] | None = None

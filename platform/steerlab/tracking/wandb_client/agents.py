@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
-from steerlab.guards import files
+from steerlab.guards import files, private_parts
 from steerlab.tracking import NO_KEY, has_key
 
 HEARTBEAT_S = 3.0
@@ -48,7 +48,6 @@ class Agents:
             ValueError: there is no key, no such sweep, or W&B refuses.
         """
         import wandb
-        from wandb.apis.public.sweeps import _register_agent, _sweep_with_runs
 
         if not has_key():
             raise ValueError(NO_KEY)
@@ -61,11 +60,11 @@ class Agents:
         try:
             with chdir(files.OWN_FOLDER):  # settings of the current folder would name the server that gets the key
                 self._api = wandb.Api(overrides=overrides, timeout=_TIMEOUT_S)
-            found = _sweep_with_runs(self._api, sweep_id, "{}")
+            found = private_parts.sweep_of(self._api, sweep_id)
             self.config: dict[str, Any] = _read(found["config"])
             """The sweep as W&B has it: method, metric, parameters."""
             self._runs: dict[str, list[str]] = {
-                _register_agent(self._api, host, sweep_id=sweep_id)["id"]: [] for _ in range(num_agents)
+                private_parts.registered_agent(self._api, host, sweep_id): [] for _ in range(num_agents)
             }
         except (wandb.Error, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"W&B has no sweep {path}, or refuses it: {' '.join(str(error).split())[:300]}") from None
@@ -105,20 +104,17 @@ class Agents:
 
     def poll(self) -> None:
         """Send a heartbeat for each agent and take what the sweep says to do; an unreachable server says nothing."""
-        from wandb.apis.public.sweeps import _agent_heartbeat
-        from wandb.sdk.sweeps import SweepNotFoundError
-
         for agent, runs in list(self._runs.items()):
             if self._closed.is_set():
                 return
             with self._lock:
                 alive = dict.fromkeys(runs, True)
             try:
-                commands = _agent_heartbeat(self._api, agent, {}, alive)
-            except SweepNotFoundError:  # deleted: what runs may end by itself
-                self._runs.pop(agent)
-                continue
+                commands = private_parts.heartbeat(self._api, agent, alive)
             except (TypeError, KeyError, ValueError):  # an answer without commands
+                continue
+            if commands is None:  # deleted: what runs may end by itself
+                self._runs.pop(agent)
                 continue
             with self._lock:
                 for command in commands:

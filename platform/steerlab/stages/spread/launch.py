@@ -15,14 +15,13 @@ import pyarrow.fs as pafs
 import ray
 import ray.train
 from pydantic import Field, FiniteFloat
-from ray._private.state import state as ray_state
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from steerlab.data.sources import remote
 from steerlab.guards import files, saved
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig, own_code
+from steerlab.stages.spread import reserved
 from steerlab.storage.plan import ModelRef
 from steerlab.training.loop import Request
 
@@ -56,42 +55,6 @@ class Board:
         return lines
 
 
-def beside_the_driver() -> NodeAffinitySchedulingStrategy:
-    """Keep an actor on the driver's node: it shares the driver's fate, not that of a node that may be taken away."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def resources() -> dict[str, float]:
-    """Return what the cluster has or, with an autoscaler, can grow to."""
-    now = ray.cluster_resources()
-    limit = ray_state.get_max_resources_from_cluster_config() or {}
-    return {name: max(now.get(name, 0), limit.get(name, 0)) for name in ("CPU", "GPU")}
-
-
-def uses_gpu(scale: ScaleConfig) -> bool:
-    """Decide whether workers get a GPU each. Raises ValueError when they must and the cluster has too few."""
-    available = resources()["GPU"]
-    enough = available >= scale.worker_range[0]
-    if scale.gpu == "require" and not enough:
-        raise ValueError(
-            f"scale.gpu is require: {scale.worker_range[0]} workers need a GPU each, the cluster has {available:g}"
-        )
-    return scale.gpu != "never" and enough
-
-
-def check_resources(scale: ScaleConfig) -> None:
-    """Refuse more workers than the cluster can ever hold."""
-    low = scale.worker_range[0]
-    needed = low * scale.cpus_per_worker
-    available = resources()["CPU"]
-    if needed > available:
-        raise ValueError(
-            f"scale.workers {low} x scale.cpus_per_worker {scale.cpus_per_worker:g} = {needed:g} CPUs, "
-            f"but the cluster has {available:g}"
-        )
-    uses_gpu(scale)
-
-
 def fit(
     request: dict[str, Any],
     scale: ScaleConfig,
@@ -110,8 +73,8 @@ def fit(
     """
     check_snapshot(storage, name)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 s by default, waited for at both ends of a run
-    gpu = uses_gpu(scale)
-    board = Board.options(scheduling_strategy=beside_the_driver()).remote()  # type: ignore[attr-defined]
+    gpu = reserved.uses_gpu(scale)
+    board = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
     config = {"request": request, "scale": scale.model_dump(mode="json"), "board": board, "storage": storage}
     # Beside the checkpoints where that is a disk, so that it goes with them; a bucket needs a disk of the node.
     config["scratch"] = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"

@@ -1,42 +1,37 @@
 """Train one worker in a process that stays for the next training: what a sweep of small trials needs.
 
 A Ray Train run of its own takes about 16 s on 2 cores to start and stop, whatever it trains. Here Ray Train runs in its local
-mode inside a Ray task, and Ray keeps the processes of its tasks: the imports are paid once a process. The loop and its bits are
-those of `launch`; a process that dies is replaced, and the loop goes on from the newest checkpoint.
+mode inside a process that stays (staying.py): the imports are paid once a process. The loop and its bits are those of `launch`;
+a process that dies is replaced, and the loop goes on from the newest checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import shutil
 import tempfile
-import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 import ray
 from pydantic import Field, FiniteFloat
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 from ray.train import RunConfig, ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from steerlab.data.sources import remote
-from steerlab.guards import files, saved
+from steerlab.guards import files, private_parts, saved
 from steerlab.job import ScaleConfig
-from steerlab.training import launch
+from steerlab.stages.spread import launch, reserved, staying
 
 _REPORTED = "report.json"
 """Written last into a checkpoint: one without it does not count."""
 _LONGEST_REPORT = 2**20
 _NAME = re.compile(r"[0-9]{9,18}")
 """The folder of a checkpoint: the number of its step. Others do not count."""
-_DIED = (WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 
 
 def fit(request: dict[str, Any], scale: ScaleConfig, *, storage: str, report: Callable[[dict[str, Any]], None]) -> None:
@@ -45,24 +40,16 @@ def fit(request: dict[str, Any], scale: ScaleConfig, *, storage: str, report: Ca
     A process that dies is replaced up to `scale.max_failures` times; `report` sees each step once.
     """
     assert scale.worker_range == (1, 1), "several workers need a Ray Train run of their own"
-    gpu = launch.uses_gpu(scale)
-    task: Any = _train.options(num_cpus=scale.cpus_per_worker, num_gpus=int(gpu), max_retries=0)  # type: ignore[attr-defined]
     newest = 0
-    for failures_left in reversed(range(scale.max_failures + 1)):
-        lines = task.remote(request, scale.model_dump(mode="json"), storage)
-        try:
-            for line in lines:
-                metrics: dict[str, Any] = ray.get(line)
-                if metrics["step"] > newest:
-                    newest = metrics["step"]
-                    report(metrics)
-            return
-        except _DIED:
-            if not failures_left:
-                raise
-        except BaseException:
-            ray.cancel(lines)
-            raise
+
+    def told(metrics: dict[str, Any]) -> None:
+        nonlocal newest
+        if metrics["step"] > newest:  # a process that replaces another repeats the steps since its checkpoint
+            newest = metrics["step"]
+            report(metrics)
+
+    held = {"num_cpus": scale.cpus_per_worker, "num_gpus": int(reserved.uses_gpu(scale))}
+    staying.call(_train, (request, scale.model_dump(mode="json"), storage), scale, held, told)
 
 
 def prepare(num_processes: int) -> None:
@@ -71,62 +58,20 @@ def prepare(num_processes: int) -> None:
         _import.remote()
 
 
-@ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")
+@ray.remote(num_cpus=1, scheduling_strategy=reserved.ANYWHERE)
 def _import() -> None:
     import steerlab.training.loop  # noqa: F401
 
 
-@ray.remote(num_returns="streaming", scheduling_strategy="DEFAULT")
-def _train(request: dict[str, Any], scale: dict[str, Any], storage: str) -> Iterator[dict[str, Any]]:
-    """Yield the metrics of each step while the loop runs in a thread beside."""
-    lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    stopped = threading.Event()
-    thread = threading.Thread(
-        target=_run, args=(request, ScaleConfig.model_validate(scale), storage, lines, stopped), daemon=True
-    )
-    thread.start()
-    try:
-        while not isinstance(line := lines.get(), _End):
-            yield line
-    finally:
-        stopped.set()
-        thread.join()
-    if line.error is not None:
-        raise line.error
-
-
-class _End:
-    """What the loop's thread leaves last."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
-
-
-class _Stopped(BaseException):
-    """The driver no longer wants the result."""
-
-
-def _run(
-    request: dict[str, Any], scale: ScaleConfig, storage: str, lines: queue.SimpleQueue[Any], stopped: threading.Event
-) -> None:
+def _train(tell: staying.Tell, request: dict[str, Any], scale: dict[str, Any], storage: str) -> None:
     """Run the loop under Ray Train's local mode; TorchTrainer's would take down the process group, which DeepSpeed keeps."""
-
-    def tell(metrics: dict[str, float]) -> None:
-        if stopped.is_set():
-            raise _Stopped
-        lines.put(metrics)
-
-    error: BaseException | None = None
-    try:
-        DataParallelTrainer(
-            lambda config: _loop(config, scale, storage, tell),
-            train_loop_config=request,
-            scaling_config=ScalingConfig(num_workers=0),
-            run_config=RunConfig(name="warm", storage_path=tempfile.gettempdir()),
-        ).fit()
-    except BaseException as found:  # the task raises it
-        error = found
-    lines.put(_End(error))
+    given = ScaleConfig.model_validate(scale)
+    private_parts.local_trainer()(
+        lambda config: _loop(config, given, storage, tell),
+        train_loop_config=request,
+        scaling_config=ScalingConfig(num_workers=0),
+        run_config=RunConfig(name="warm", storage_path=tempfile.gettempdir()),
+    ).fit()
 
 
 def _loop(raw: dict[str, Any], scale: ScaleConfig, storage: str, tell: Callable[[dict[str, float]], None]) -> None:
