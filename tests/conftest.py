@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,21 @@ from transformers import PreTrainedModel
 from steerlab.data.worlds import pixels, tiny
 from steerlab.inputs.encoding import Encoder
 from steerlab.models import load_model, load_tokenizer
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests on a cluster in one process where several run the suite: they share the cluster, which has both cores.
+
+    pytest-xdist's own groups (3.8, --dist loadgroup) have no effect with pytest 9.2, in which a test's id cannot be changed.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith("tests/ray/") else nodeid
+
+    return OneCluster(config, log)
 
 
 @pytest.fixture(autouse=True)

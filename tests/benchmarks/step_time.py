@@ -98,36 +98,33 @@ def peak_bytes(name: str, queue: Any) -> None:
     queue.put(peak())
 
 
-def loop_request(model_dir: str) -> dict[str, Any]:
-    """Return a request of the training loop on the tiny world, as the stage hands it over."""
-    return {
-        "model_ref": {"source": model_dir},
-        "model": {"source": model_dir},
-        "method": {"name": "aside"},
-        "data": {"prompt_style": "plain", "train": {"source": "tiny:instructions/train", "limit": 500}},
-        "train": {"steps": LOOP_STEPS, "lr": 1e-3, "micro_batch": 32, "max_tokens": 64},
-        "activations": {},
-    }
+def training_request(model_dir: str) -> Any:
+    """Return a training on the tiny world, as its stage hands it over."""
+    from steerlab.job import DataConfig, ModelConfig, TrainConfig
+    from steerlab.stages.spread.launch import TrainingRequest
+    from steerlab.storage.plan import ModelRef
+
+    train = {"source": "tiny:instructions/train", "limit": 500}
+    return TrainingRequest(
+        start=ModelRef(source=model_dir),
+        model=ModelConfig.model_validate({"source": model_dir}),
+        method={"name": "aside"},
+        data=DataConfig.model_validate({"prompt_style": "plain", "train": train}),
+        train=TrainConfig.model_validate({"steps": LOOP_STEPS, "lr": 1e-3, "micro_batch": 32, "max_tokens": 64}),
+    )
 
 
 def loop_without_ray(model_dir: str, queue: Any) -> None:
     """Run the loop in a plain process; report seconds a step and peak memory."""
     import torch
 
-    from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
+    from steerlab.job import ScaleConfig
     from steerlab.training import loop
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         torch.distributed.init_process_group("gloo", init_method=f"file://{scratch}/group", rank=0, world_size=1)
-        raw = loop_request(model_dir)
-        request = loop.Request(
-            Path(model_dir),
-            ModelConfig.model_validate(raw["model"]),
-            raw["method"],
-            DataConfig.model_validate(raw["data"]),
-            TrainConfig.model_validate(raw["train"]),
-        )
+        request = training_request(model_dir).here()
         told: list[dict[str, float]] = []
         link = loop.Link(
             0, 1, torch.device("cpu"), lambda metrics, directory: None, Path(scratch) / "checkpoints", tell=told.append
@@ -158,7 +155,7 @@ def loop_under_ray(model_dir: str) -> tuple[float, int, float]:
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         scale = ScaleConfig.model_validate({"checkpoint_every": LOOP_STEPS})
-        launch.fit(loop_request(model_dir), scale, storage=scratch, name="checkpoints", report=report)
+        launch.fit(training_request(model_dir), scale, storage=scratch, name="checkpoints", report=report)
     wall_s = time.perf_counter() - start_s
     ray.shutdown()
     return 1 / told[-1]["steps_per_s"], max(peaks), wall_s

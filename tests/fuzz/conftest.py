@@ -17,6 +17,7 @@ from steerlab import models, patches
 from steerlab.activations import parquet
 from steerlab.data.worlds import tiny
 from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import Selection
@@ -173,14 +174,11 @@ def _artifacts(store: Store, model_dir: Path) -> None:
     for key, values in zip(EVALUATED, ((0.1, 0.2, 0.3), (0.4, 0.2, 0.6)), strict=True):
         seen = [Observation("toxicity/share", str(i), v, strength=s) for i, v in enumerate(values) for s in (1.0, 0.0)]
         metrics = {"toxicity/share": METRIC}
-        result = {
-            "observations": [one._asdict() for one in seen],
-            "samples": [{"id": "1", "strength": 1.0, "prompt": "a", "continuation": "b"}],
-            "files": {},
-            "metrics": {"strengths": {"1.0": metrics, "0.0": metrics}, "transforms": {"toxicity/share": "mean"}},
-        }
+        sample = {"id": "1", "strength": 1.0, "prompt": "a", "continuation": "b"}
+        share = {"toxicity/share": Measure("toxicity/share", "lower", transform="mean")}
+        outcome = stored.Outcome(seen, [sample], {}, {1.0: metrics, 0.0: metrics}, share)
         with store.temporary("evaluate", key) as directory:
-            stored.write(directory, result)
+            stored.write(directory, outcome)
             params = {"task": {"task": "toxicity", "limit": 3}, "task_version": 1, "fingerprints": {"source": "f"}}
             store.commit("evaluate", key, directory, {"params": params, "seconds": 1.0})
 

@@ -12,14 +12,6 @@ import pytest
 import steerlab
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep these tests in one process where several run the suite: they share a cluster, which has both cores."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """Start Ray once; every test of the folder shares it."""

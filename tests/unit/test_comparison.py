@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from steerlab import cli
 from steerlab.cli import running, terminal
 from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.job import headline_first
 from steerlab.run import Side, compare, reported_strength
 from steerlab.run.record import SCHEMA
@@ -19,20 +20,15 @@ from steerlab.stages.choose import run as choose_run
 from steerlab.stages.choose import said_of
 from steerlab.storage.store import Store
 
-VALUES = {"1.0": 0.5, "0.0": 0.1, "0.5": 0.3}
+VALUES = {1.0: 0.5, 0.0: 0.1, 0.5: 0.3}
 
 
-def evaluation(store: Store, key: str, values: dict[str, float], **asked: Any) -> str:
+def evaluation(store: Store, key: str, values: dict[float, float], **asked: Any) -> str:
     """Write the artifact of an evaluation of four items, one of which is too long."""
-    rows = [
-        {"metric": "refusal/rate", "id": str(i), "value": v + i / 100, "weight": 1.0, "strength": float(s), "reason": None}
-        for s, v in values.items()
-        for i in range(3)
-    ]
-    rows += [{**row, "id": "3", "value": None, "reason": "too_long"} for row in rows if row["id"] == "0"]
+    rows = [Observation("refusal/rate", str(i), v + i / 100, strength=s) for s, v in values.items() for i in range(3)]
+    rows += [row._replace(id="3", value=None, reason="too_long") for row in rows if row.id == "0"]
     with store.temporary("evaluate", key) as folder:
-        metrics = {"strengths": {s: {} for s in values}, "transforms": {}}
-        stored.write(folder, {"observations": rows, "samples": [], "files": {}, "metrics": metrics})
+        stored.write(folder, stored.Outcome(rows, metrics={s: {} for s in values}))
         params = {"task": {"limit": 4, **asked}, "task_version": 1, "fingerprints": {}}
         store.commit("evaluate", key, folder, {"params": params, "seconds": 1.0})
     return key
@@ -55,7 +51,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_a_comparison_names_both_runs_and_their_strengths(store: Store) -> None:
     first = write_run(store, "1", {"refusal": evaluation(store, "a", VALUES)})
-    second = write_run(store, "2", {"refusal": evaluation(store, "b", {"0.25": 0.2})}, "lineas")
+    second = write_run(store, "2", {"refusal": evaluation(store, "b", {0.25: 0.2})}, "lineas")
     found = compare(Side(store, first), Side(store, second))
     assert (str(found.first), str(found.second)) == ("caa-job/1 (method caa)", "lineas-job/2 (method lineas)")
     (one,) = found.metrics.values()
@@ -67,15 +63,15 @@ def test_a_comparison_names_both_runs_and_their_strengths(store: Store) -> None:
 
 def test_a_run_is_compared_with_itself_without_its_patch(store: Store) -> None:
     """Strength 0 is measured in an evaluation of its own where the strength was chosen, and there under 1."""
-    own = {"refusal": evaluation(store, "a", {"0.5": 0.3})}
-    folder = write_run(store, "1", own, unsteered={"refusal": evaluation(store, "b", {"1.0": 0.7})})
+    own = {"refusal": evaluation(store, "a", {0.5: 0.3})}
+    folder = write_run(store, "1", own, unsteered={"refusal": evaluation(store, "b", {1.0: 0.7})})
     found = compare(Side(store, folder, 0.0), Side(store, folder)).metrics["refusal/rate"]
     assert found.strengths == (0.0, 0.5) and found.difference.value == pytest.approx(0.3 - 0.7)
 
 
 def test_the_table_says_runs_methods_and_strengths(store: Store) -> None:
     first = write_run(store, "1", {"refusal": evaluation(store, "a", VALUES)})
-    second = write_run(store, "2", {"refusal": evaluation(store, "b", {"1.0": 0.2})}, "none")
+    second = write_run(store, "2", {"refusal": evaluation(store, "b", {1.0: 0.2})}, "none")
     folders = [f"{store.root.removeprefix('file://')}/{folder}" for folder in (first, second)]
 
     def said(*more: str) -> str:
@@ -186,17 +182,16 @@ def test_a_bound_that_no_strength_moves_is_said(tmp_path: Path, moved: float, li
     """Bit-equal at every strength: the bound binds nothing, and the run's table says so."""
     from types import SimpleNamespace
 
-    def measured(name: str, strengths: dict[str, tuple[float, float]]) -> Path:
+    def measured(name: str, strengths: dict[float, tuple[float, float]]) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         found = {s: {"t/share": {"value": a}, "t/ppl": {"value": b}} for s, (a, b) in strengths.items()}
-        metrics = {"strengths": found, "transforms": {}}
-        stored.write(folder, {"observations": [], "samples": [], "files": {}, "metrics": metrics})
+        stored.write(folder, stored.Outcome([], metrics=found))
         return folder
 
     inputs = {
-        "t, development": measured("steered", {"0.5": (0.2, 0.1), "1.0": (0.3, moved)}),
-        "t, strength 0": measured("plain", {"1.0": (0.5, 0.1)}),
+        "t, development": measured("steered", {0.5: (0.2, 0.1), 1.0: (0.3, moved)}),
+        "t, strength 0": measured("plain", {1.0: (0.5, 0.1)}),
     }
     params = {"labels": ["t"], "metric": "t/share", "mode": "min", "within": {"metric": "t/ppl", "rise": 1.0}}
     work: Any = SimpleNamespace(params=params, inputs=inputs, directory=tmp_path)

@@ -117,7 +117,7 @@ def test_stages_are_handed_paths_that_hold_in_any_folder(folder: Path, monkeypat
         work = plan.Work(store, stage, folder, {}, scale, print)
         assert "@sha256" not in json.dumps({**work.params, "fingerprints": 0, "data_fingerprints": 0, "model": 0})
         if stage.name == "train":
-            assert subject.of(work)["ref"]["source"] == str(folder / "model")
+            assert subject.of(work).ref.source == str(folder / "model")
             assert len(rows.read(DataSet.model_validate(work.params["data"]["train"]))) == 8
         if stage.label == "perplexity":
             assert work.params["task"]["source"] == str(folder / "rows.jsonl")

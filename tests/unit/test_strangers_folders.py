@@ -101,7 +101,7 @@ def test_a_sweep_goes_on_with_its_own_units(store: Store, asked: driver.Asked) -
 
 def test_a_unit_runs_what_was_asked_for_and_nothing_that_was_put_in_its_place(store: Store, asked: driver.Asked) -> None:
     told = driver._request(asked, store, FOLDER, asked.units[0], {"command": "x"})
-    assert trial._request(store, told["request"], told["sha256"])["sweep"] == FOLDER.rpartition("/")[2]
+    assert trial._request(store, told["request"], told["sha256"]).sweep == FOLDER.rpartition("/")[2]
     store.write_json(told["request"], {"unit": {}, "jobs": []})
     with pytest.raises(ValueError, match="was changed while the sweep ran"):
         trial._request(store, told["request"], told["sha256"])

@@ -135,10 +135,9 @@ def test_a_scheduler_that_is_shown_the_history_decides_as_before(store: Store) -
 
 def evaluated(store: Store, key: str, values: list[float]) -> None:
     """Leave the artifact of an evaluation of task `math` with these item values at strength 1."""
-    observations = [Observation("math/solved", str(i), value)._asdict() for i, value in enumerate(values)]
+    observations = [Observation("math/solved", str(i), value) for i, value in enumerate(values)]
     with store.temporary("evaluate", key) as directory:
-        metrics = {"strengths": {"1.0": {}}, "transforms": {}}
-        stored.write(directory, {"observations": observations, "samples": [], "files": {}, "metrics": metrics})
+        stored.write(directory, stored.Outcome(observations, metrics={1.0: {}}))
         store.commit("evaluate", key, directory, {})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 from steerlab.data import sources
 from steerlab.evaluation import TABLE
 from steerlab.evaluation.statistics import stored
-from steerlab.evaluation.statistics.metrics import TOO_LONG
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation
 from steerlab.job import Job, TaskConfig, described, headline_first, own_code, with_headline
 from steerlab.job.own_code import Code
 from steerlab.stages import choose
 from steerlab.stages.spread import reserved, staying, subject
-from steerlab.stages.spread.subject import Subject
+from steerlab.stages.spread.subject import Loading, Subject
 from steerlab.storage.plan import Stage, Work
 
 _TELL_S = 0.5
@@ -59,22 +58,22 @@ def _fingerprints(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 def run(work: Work) -> None:
     """Run the task in a process that keeps its model for the tasks to come."""
     config = {**work.params["task"], "strengths": _strengths(work)}
-    made_of = subject.of(work)
-    owner = f"evaluate {json.dumps(made_of, sort_keys=True)}"
+    loading = subject.of(work)
+    owner = f"evaluate {loading}"
 
     def told(rows: tuple[int, int]) -> None:
         work.report({"done": rows[0], "total": rows[1]})
 
-    arguments = (owner, made_of, config, own_code.codes_in(config))
-    result = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), told, owner)
-    _warn_of_long_rows(work.stage.label, result["observations"])
-    stored.write(work.directory, result)
+    arguments = (owner, loading, config, own_code.codes_in(config))
+    outcome: stored.Outcome = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), told, owner)
+    _warn_of_long_rows(work.stage.label, outcome.observations)
+    stored.write(work.directory, outcome)
 
 
-def _warn_of_long_rows(label: str, observations: Sequence[Mapping[str, Any]]) -> None:
+def _warn_of_long_rows(label: str, observations: Sequence[Observation]) -> None:
     """Say it where a task has scored nothing because nothing fits; the tasks after it go on."""
-    if observations and all(observation["reason"] == TOO_LONG for observation in observations):
-        rows = len({observation["id"] for observation in observations})
+    if observations and all(observation.reason == TOO_LONG for observation in observations):
+        rows = len({observation.id for observation in observations})
         warnings.warn(
             f"task {label} has scored nothing: none of its {rows} rows fits into the model's context (with the tokens of an "
             "answer, where it asks for one)",
@@ -95,11 +94,11 @@ def _strengths(work: Work) -> list[float]:
 
 
 def _evaluate(
-    tell: staying.Tell, owner: str, made_of: dict[str, Any], config: dict[str, Any], codes: tuple[Code, ...]
-) -> dict[str, Any]:
+    tell: staying.Tell, owner: str, loading: Loading, config: dict[str, Any], codes: tuple[Code, ...]
+) -> stored.Outcome:
     """Run one task, and tell how many rows of how many are done; the process keeps the model for the task after it."""
     own_code.receive(codes)
-    model = subject.kept(owner, made_of)
+    model = subject.kept(owner, loading)
     model.progress = staying.every(_TELL_S, tell)
     try:
         return _outcome(model, config)
@@ -107,20 +106,18 @@ def _evaluate(
         model.progress = lambda done, total: None
 
 
-def _outcome(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+def _outcome(model: Any, config: dict[str, Any]) -> stored.Outcome:
     """Run one task and summarise its observations, for each strength."""
     from steerlab.evaluation.statistics.metrics import summarise_all
 
     task = TABLE.of(config)
     result = task.run(model, task.Config.model_validate(config))
-    metrics = {
-        strength: {name: metric._asdict() for name, metric in found.items()}
-        for strength, found in summarise_all(result).items()
-    }
+    metrics = summarise_all(result)
     names = dict.fromkeys(name for found in metrics.values() for name in found)
-    return {
-        "observations": [observation._asdict() for observation in result.observations],
-        "samples": result.samples,
-        "files": result.files,
-        "metrics": {"strengths": metrics, "measures": {name: stored.dumped(result.measure(name)) for name in names}},
-    }
+    return stored.Outcome(
+        list(result.observations),
+        result.samples,
+        result.files,
+        {strength: {name: metric._asdict() for name, metric in found.items()} for strength, found in metrics.items()},
+        {name: result.measure(name) for name in names},
+    )

@@ -19,7 +19,7 @@ from steerlab.models import ModelFacts
 from steerlab.stages.spread import shards, subject
 from steerlab.stages.spread.shard_plan import Shard
 from steerlab.stages.spread.subject import Subject
-from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
+from steerlab.storage.plan import Estimate, Stage, Work
 
 if TYPE_CHECKING:
     from steerlab.activations.reading import Vectors
@@ -223,15 +223,14 @@ def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> 
     from steerlab.inputs import encoding
     from steerlab.steered import language
 
-    config, made_of = ExtractConfig.model_validate(work.params["extract"]), subject.of(work)
-    directory = language.model_directory(ModelRef(**made_of["ref"]).locate())
-    trusts = subject.trusts(made_of["model"])
-    widths = _widths(models.skeleton(directory, trusts), config)
+    config, loading = ExtractConfig.model_validate(work.params["extract"]), subject.of(work)
+    directory = language.model_directory(loading.ref.locate())
+    widths = _widths(models.skeleton(directory, loading.trust_remote_code), config)
     if config.keep == "moments":
         needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)
         less = "raise extract.rows_per_shard or read fewer modules"
     else:
-        encoder = partial(encoding.load, directory, made_of["prompt"], trusts)
+        encoder = partial(encoding.load, directory, loading.prompt, loading.trust_remote_code)
         vectors = num_rows * _vectors_per_text(encoder, config, work.params["data"]["format"], some)
         needed = int(vectors * sum(widths) * _value_bytes(config))
         less = "read fewer modules, pool, or set extract.dtype: float16"

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from steerlab.methods import fitted
 from steerlab.patches.maps import Map
 from steerlab.stages import extract
 from steerlab.stages.spread import reserved, subject
-from steerlab.stages.spread.subject import Subject
+from steerlab.stages.spread.subject import Loading, Subject
 from steerlab.storage.bases import BASE, PROMPT
 from steerlab.storage.plan import ModelRef, Stage, Work
 
@@ -48,7 +49,6 @@ def stage(job: Job, model: Subject, extractions: Mapping[str, Stage]) -> Stage:
 
 def run(work: Work) -> None:
     """Fit in one task of the cluster and write the patch, the prompt settings and what the patch stands on."""
-    made_of = subject.of(work)
     read = {role: work.stage.inputs[extract.read_as(role)] for role in work.params["reads"]}
     found = {role: (work.store.root, extraction.name, extraction.key) for role, extraction in read.items()}
     method = fitted(work.params["method"])
@@ -56,15 +56,19 @@ def run(work: Work) -> None:
     walks = method.walks(config)
     codes = own_code.codes_in(work.params["method"])
     resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
-    future = _fit.options(**resources).remote(made_of, dict(work.params), found, codes)  # type: ignore[attr-defined]
+    future = _fit.options(**resources).remote(subject.of(work), dict(work.params), found, codes)  # type: ignore[attr-defined]
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
-    made: dict[str, Any] = ray.get(future)  # type: ignore[assignment]
-    selection = Selection.model_validate(made["selection"])
-    patch = patches.ActivationPatch.from_maps(made["maps"], selection, method.strength_range)
-    patches.save(patch, work.directory / "patch", made["fingerprint"])
-    write_base(work, made["prompt"])
-    facts = {name: made[name] for name in ("seconds", "places", "neurons", "rows")}
+    made: _Made = ray.get(future)  # type: ignore[assignment]
+    patch = patches.ActivationPatch.from_maps(made.maps, made.selection, method.strength_range)
+    patches.save(patch, work.directory / "patch", made.fingerprint)
+    write_base(work, made.prompt)
+    facts = {
+        "seconds": made.seconds,
+        "places": len(made.maps),
+        "neurons": sum(found.width for found in made.maps.values()),
+        "rows": made.num_rows,
+    }
     (work.directory / "fit.json").write_text(json.dumps(facts, indent=2))
 
 
@@ -76,11 +80,23 @@ def write_base(work: Work, prompt: Mapping[str, Any]) -> None:
     (work.directory / PROMPT).write_text(json.dumps(prompt))
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What comes back of a fit: a few vectors a place, and where they act."""
+
+    maps: dict[str, Map]
+    selection: Selection
+    fingerprint: str
+    """Of the model that the patch is for."""
+    prompt: dict[str, Any]
+    """How that model is asked."""
+    seconds: float
+    num_rows: dict[str, int]
+
+
 @ray.remote(scheduling_strategy=reserved.ANYWHERE)
-def _fit(
-    made_of: dict[str, Any], params: dict[str, Any], found: dict[str, tuple[str, str, str]], codes: tuple[Code, ...]
-) -> dict[str, Any]:
-    """Fit the maps of a method; what comes back is a few vectors a place."""
+def _fit(loading: Loading, params: dict[str, Any], found: dict[str, tuple[str, str, str]], codes: tuple[Code, ...]) -> _Made:
+    """Fit the maps of a method."""
     from steerlab.activations.parquet import Activations
 
     own_code.receive(codes)
@@ -97,22 +113,20 @@ def _fit(
     columns = {role: {name: activations.column(name, config.pooling) for name in names} for role, activations in read.items()}
     start_s = time.monotonic()
     if method.walks(config):
-        maps, num_source = _walk(made_of, params, columns["target"], selection)
+        maps, num_source = _walk(loading, params, columns["target"], selection)
     else:
         maps = method.fit(config, columns["source"], columns["target"])
         num_source = read["source"].num_rows
     if config.inverse:
         maps = {name: found.inverse() for name, found in maps.items()}
-    return {
-        "maps": dict(maps),
-        "selection": selection.model_dump(mode="json"),
-        "fingerprint": target.metadata["fingerprint"],
-        "prompt": target.metadata["prompt"],
-        "seconds": time.monotonic() - start_s,
-        "places": len(maps),
-        "neurons": sum(found.width for found in maps.values()),
-        "rows": {"source": num_source, "target": target.num_rows},
-    }
+    return _Made(
+        dict(maps),
+        selection,
+        target.metadata["fingerprint"],
+        target.metadata["prompt"],
+        time.monotonic() - start_s,
+        {"source": num_source, "target": target.num_rows},
+    )
 
 
 def steered(read: Selection, steer: Selection | None) -> Selection:
@@ -130,9 +144,7 @@ def _takes(selection: Selection, name: str) -> bool:
     return bool(expressions.whole(pattern, [module])) and not excluded
 
 
-def _walk(
-    made_of: dict[str, Any], params: dict[str, Any], target: dict[str, Any], steer: Selection
-) -> tuple[Mapping[str, Map], int]:
+def _walk(loading: Loading, params: dict[str, Any], target: dict[str, Any], steer: Selection) -> tuple[Mapping[str, Map], int]:
     """Fit place after place along the source texts."""
     from steerlab.activations.reading import TextReader, batches
     from steerlab.methods.math.sequential_fit import Reading, fit_in_order
@@ -140,7 +152,7 @@ def _walk(
 
     method = fitted(params["method"])
     config = method.Config.model_validate(params["method"])
-    model = subject.load(made_of)
+    model = subject.load(loading)
     extract, data = ExtractConfig.model_validate(params["extract"]), DataSet.model_validate(params["source"])
     reader = TextReader(model, extract)
     texts, _ = reader.encode(rows.read(data), data.format, 0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from steerlab.data import rows
-from steerlab.job import PROMPT_FIELDS, Job, own_code
+from steerlab.job import PROMPT_FIELDS, DataConfig, Job, ModelConfig, TrainConfig, own_code
 from steerlab.methods import trained
 from steerlab.methods.contract import Size
 from steerlab.models import ModelFacts
@@ -53,18 +53,18 @@ def run(work: Work) -> None:
     storage = work.store.work(work.stage.name, work.stage.key)
     method = trained(work.params["method"])
     others = {subject.MODEL, *map(extract.read_as, work.params["reads"])}
-    request = {
-        "model_ref": asdict(starting_model(work, as_it_is=not method.leaves_model)),
-        "model": {"source": work.params["model"].get("source", "artifact"), **_loading(work), **_elsewhere(work)},
-        "activations": {
-            role: asdict(_located(work, work.stage.inputs[extract.read_as(role)])) for role in work.params["reads"]
-        },
-        "prepared": {name: asdict(_located(work, made)) for name, made in work.stage.inputs.items() if name not in others},
-        "method": work.params["method"],
-        "data": work.params["data"],
-        "train": work.params["train"],
-        "code": own_code.codes_in(work.params["method"]),
-    }
+    request = launch.TrainingRequest(
+        start=starting_model(work, as_it_is=not method.leaves_model),
+        model=ModelConfig.model_validate(
+            {"source": work.params["model"].get("source", "artifact"), **_loading(work), **_elsewhere(work)}
+        ),
+        method=work.params["method"],
+        data=DataConfig.model_validate(work.params["data"]),
+        train=TrainConfig.model_validate(work.params["train"]),
+        activations={role: _located(work, work.stage.inputs[extract.read_as(role)]) for role in work.params["reads"]},
+        prepared={name: _located(work, made) for name, made in work.stage.inputs.items() if name not in others},
+        code=own_code.codes_in(work.params["method"]),
+    )
     if work.scale.warm:
         warm.fit(request, work.scale, storage=storage, report=work.report)
     else:

@@ -35,7 +35,7 @@ from steerlab.sweeps.agent import Agent
 from steerlab.sweeps.clerk import MAX_DEATHS, Clerk
 from steerlab.sweeps.entries import finite, is_grid
 from steerlab.sweeps.history import History
-from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES, run_unit
+from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES, TrialRequest, run_unit
 from steerlab.sweeps.trials import Say, SweepPlan, Unit
 
 SCHEMA = 1
@@ -336,18 +336,19 @@ def _request(asked: Asked, store: Store, folder: str, unit: Unit, told: dict[str
     choose = asked.plan.job.choose
     bound = choose.within if choose is not None and asked.plan.development else None
     scheduler: Any = asked.plan.space.scheduler
-    request = {
-        "sweep": folder.rpartition("/")[2],
-        "unit": unit.as_dict(),
-        "jobs": [job.model_dump(mode="json") for job in made],
-        "metric": asked.plan.metric,
-        "within": None if bound is None else bound.model_dump(mode="json"),
-        "watched": private_parts.metric_of(scheduler),
-        "code": own_code.codes_in([job.model_dump(mode="json") for job in made]),
+    trees = [job.model_dump(mode="json") for job in made]
+    request = TrialRequest(
+        sweep=folder.rpartition("/")[2],
+        unit=unit.as_dict(),
+        jobs=tuple(trees),
+        metric=asked.plan.metric,
+        within=bound,
+        watched=private_parts.metric_of(scheduler),
+        code=own_code.codes_in(trees),
         **told,
-    }
+    )
     path = f"{folder}/units/{unit.name}.json"
-    store.write_json(path, request)
+    store.write_json(path, request.model_dump(mode="json"))
     # Read again by another process, perhaps hours later: what it runs is what was asked for here.
     digest = hashlib.sha256(store.read_bytes(path)).hexdigest()
     return {"root": store.root, "request": path, "sha256": digest, "warm": all(job.scale.warm for job in made)}

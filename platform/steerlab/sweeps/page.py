@@ -43,15 +43,18 @@ def _apart(entries: dict[str, Any]) -> dict[str, Any]:
     return single
 
 
-def place_of(request: dict[str, Any], unit: Unit, job: Job, seed: int) -> Place:
-    """Return where a trial's run stands: in the sweep's group and on its page, with what it varies."""
+def place_of(unit: Unit, job: Job, seed: int, *, sweep: str, page: str | None, wandb_run: str | None) -> Place:
+    """Return where a trial's run stands: in the sweep's group and on its page, with what it varies.
+
+    `page` is the id of W&B's sweep, `wandb_run` that of the run that it has asked for.
+    """
     varied = {**unit.shared, **({"strength": list(unit.strengths)} if len(unit.strengths) > 1 else {})}
     first = seed == unit.seeds[0]
     return Place(
-        group=request["sweep"],
-        sweep_id=request["page"],
+        group=sweep,
+        sweep_id=page,
         job_type="trial",
         tags=(job.name,),
         parameters=tuple(varied.items()),
-        run_id=request["wandb_run"] if first else None,
+        run_id=wandb_run if first else None,
     )

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from steerlab import run
-from steerlab.job import UNPATCHED, Limit, own_code
+from steerlab.guards import saved
+from steerlab.job import UNPATCHED, Frozen, Limit, own_code
 from steerlab.run import Run
 from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
@@ -28,26 +29,50 @@ each driver, two CPUs would run one training of one CPU at a time."""
 Reported = Callable[[plan.Stage, dict[str, Any]], None]
 
 
+class TrialRequest(Frozen):
+    """What the process that runs a unit is asked for: a file of the sweep, whose hash it is given."""
+
+    sweep: str
+    """Id of the sweep."""
+    unit: dict[str, Any]
+    jobs: tuple[dict[str, Any], ...]
+    """One a seed, resolved."""
+    metric: str
+    within: Limit | None
+    """The bound that a trial has to keep."""
+    watched: str | None
+    """The metric that a scheduler goes by, while the training goes on."""
+    code: tuple[own_code.Code, ...]
+    """Files of methods and tasks of the user's own."""
+    command: str
+    stoppable: bool = False
+    """Whether a page may stop the unit."""
+    page: str | None = None
+    """Id of W&B's sweep, and of the run that it has asked for."""
+    wandb_run: str | None = None
+
+
 def run_unit(config: dict[str, Any]) -> None:
     """Run a unit and report its rows to Ray Tune, or why there are none; only the death of a process is left to Tune."""
     from ray import tune
 
     store = Store(config["root"])
     request = _request(store, config["request"], config["sha256"])
-    own_code.receive(request["code"])
-    unit = Unit.from_dict(request["unit"])
+    own_code.receive(request.code)
+    unit = Unit.from_dict(request.unit)
     obey = stops.Obedience(store, config["request"])
     rows: list[dict[str, Any]] = []
     try:
-        for number, (seed, tree) in enumerate(zip(unit.seeds, request["jobs"], strict=True)):
+        for number, (seed, tree) in enumerate(zip(unit.seeds, request.jobs, strict=True)):
             planned = Plan.of(JobType.model_validate(tree))
-            watched = _watched(planned, request["watched"] if number == 0 else None, tune.report)
+            watched = _watched(planned, request.watched if number == 0 else None, tune.report)
             listener = plan.Listener(reported=watched)
-            if request["stoppable"]:
+            if request.stoppable:
                 listener = plan.Listener(obey.before, reported=_both(watched, obey.during))
-            run_id, place = f"{request['sweep']}-{unit.name}-{seed}", page.place_of(request, unit, planned.job, seed)
-            done = run.execute(planned, store, listener, request["command"], run_id=run_id, place=place)
-            rows += rows_of(planned, done, store, unit, seed, request["metric"], request["within"])
+            shown = {"sweep": request.sweep, "page": request.page, "wandb_run": request.wandb_run}
+            run_id, place = f"{request.sweep}-{unit.name}-{seed}", page.place_of(unit, planned.job, seed, **shown)
+            done = run.execute(planned, store, listener, request.command, run_id=run_id, place=place)
+            rows += rows_of(planned, done, store, unit, seed, request.metric, request.within)
     except stops.Stopped as stopped:
         tune.report({"outcome": json.dumps({"stopped": str(stopped)})})
         return
@@ -57,12 +82,12 @@ def run_unit(config: dict[str, Any]) -> None:
     tune.report({"outcome": json.dumps({"rows": rows})})
 
 
-def _request(store: Store, path: str, digest: str) -> dict[str, Any]:
+def _request(store: Store, path: str, digest: str) -> TrialRequest:
     """Return what a unit's process was asked for. Raises ValueError where the file is not the one that was written for it."""
     content = store.read_bytes(path)
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{store.root}/{path} was changed while the sweep ran")
-    return json.loads(content)
+    return saved.parsed(content, TrialRequest, f"{store.root}/{path}")
 
 
 def _both(first: Reported, second: Reported) -> Reported:
@@ -85,12 +110,11 @@ def _watched(planned: Plan, metric: str | None, report: Callable[[dict[str, Any]
 
 
 def rows_of(
-    planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metric: str, within: dict[str, Any] | None
+    planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metric: str, bound: Limit | None
 ) -> list[dict[str, Any]]:
     """Return a row for each trial of a unit: what it measured, what that took, and where it lies."""
     stages = stage_columns(done.records)
     training = _training_metrics(planned, store)
-    bound = None if within is None else Limit.model_validate(within)
     return [
         _row(trial, seed, done, training, metric, bound) | stages | {"run": done.folder}
         for trial in unit.trials

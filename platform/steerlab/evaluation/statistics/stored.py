@@ -6,7 +6,8 @@ An artifact may come from somebody else's ROOT, so that each file is read as wha
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -85,14 +86,31 @@ class Sample(saved.Shape):
     strength: _Number = None
 
 
-def write(directory: Path, result: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """What the evaluation of one task found."""
+
+    observations: Sequence[Observation]
+    samples: Sequence[Mapping[str, Any]] = ()
+    """Rows and what the model made of them, for people to read."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Images by their path."""
+    metrics: Mapping[float, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """Each metric's numbers, by strength, the headline's first, and by name."""
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    """What each metric measures."""
+
+
+def write(directory: Path, outcome: Outcome) -> None:
     """Write metrics, observations, samples and images of a task."""
-    pq.write_table(pa.Table.from_pylist(result["observations"], schema=_COLUMNS), directory / _OBSERVATIONS)
-    (directory / _SAMPLES).write_text(json.dumps(result["samples"], indent=1, ensure_ascii=False))
-    for path, content in result["files"].items():
+    rows = [observation._asdict() for observation in outcome.observations]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_COLUMNS), directory / _OBSERVATIONS)
+    (directory / _SAMPLES).write_text(json.dumps(outcome.samples, indent=1, ensure_ascii=False))
+    for path, content in outcome.files.items():
         (directory / FILES / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / FILES / path).write_bytes(content)
-    (directory / _METRICS).write_text(json.dumps(result["metrics"], indent=1))
+    measures = {name: dumped(measure) for name, measure in outcome.measures.items()}
+    (directory / _METRICS).write_text(json.dumps({"strengths": outcome.metrics, "measures": measures}, indent=1))
 
 
 def by_strength(keyed: Mapping[str, _T]) -> dict[float, _T]:

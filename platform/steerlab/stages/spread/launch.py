@@ -7,7 +7,8 @@ import tempfile
 import threading
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +56,40 @@ class Board:
         return lines
 
 
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What the workers of a training are asked for, valid on every node."""
+
+    start: ModelRef
+    """The model, or the artifact with a model and patches, that the training starts from."""
+    model: ModelConfig
+    method: Mapping[str, Any]
+    """The method's config as it stands in the stage's parameters."""
+    data: DataConfig
+    train: TrainConfig
+    activations: Mapping[str, ModelRef] = field(default_factory=dict)
+    """Extracted activations by the role of their data set."""
+    prepared: Mapping[str, ModelRef] = field(default_factory=dict)
+    """What the method's preparations left, by their name."""
+    code: tuple[own_code.Code, ...] = ()
+    """The file of a method of the user's own."""
+
+    def here(self) -> Request:
+        """Return what the loop computes, with all inputs as directories of this node."""
+        own_code.receive(self.code)
+        return Request(
+            model_dir=self.start.locate(),
+            model=self.model,
+            method=dict(self.method),
+            data=self.data,
+            train=self.train,
+            activations={role: ref.locate() for role, ref in self.activations.items()},
+            prepared={name: ref.locate() for name, ref in self.prepared.items()},
+        )
+
+
 def fit(
-    request: dict[str, Any],
+    request: TrainingRequest,
     scale: ScaleConfig,
     *,
     storage: str,
@@ -75,7 +108,7 @@ def fit(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 s by default, waited for at both ends of a run
     gpu = reserved.uses_gpu(scale)
     board = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
-    config = {"request": request, "scale": scale.model_dump(mode="json"), "board": board, "storage": storage}
+    config: dict[str, Any] = {"request": request, "scale": scale, "board": board, "storage": storage}
     # Beside the checkpoints where that is a disk, so that it goes with them; a bucket needs a disk of the node.
     config["scratch"] = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
     trainer = TorchTrainer(
@@ -196,22 +229,6 @@ class _Following:
                 self._report(line)
 
 
-def loop_request(raw: dict[str, Any]) -> Request:
-    """Return what the loop computes, with all inputs as directories of this node."""
-    from steerlab.training import loop
-
-    own_code.receive(raw["code"])
-    return loop.Request(
-        model_dir=ModelRef(**raw["model_ref"]).locate(),
-        model=ModelConfig.model_validate(raw["model"]),
-        method=raw["method"],
-        data=DataConfig.model_validate(raw["data"]),
-        train=TrainConfig.model_validate(raw["train"]),
-        activations={role: ModelRef(**ref).locate() for role, ref in raw["activations"].items()},
-        prepared={name: ModelRef(**ref).locate() for name, ref in raw["prepared"].items()},
-    )
-
-
 def _worker(config: dict[str, Any]) -> None:
     """Run the loop on one rank."""
     import torch
@@ -222,8 +239,7 @@ def _worker(config: dict[str, Any]) -> None:
     if ray.get(board.failed.remote()):
         return
     context = ray.train.get_context()
-    scale = ScaleConfig.model_validate(config["scale"])
-    request = loop_request(config["request"])
+    scale, request = config["scale"], config["request"].here()
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
     rank = context.get_world_rank()
     checkpoint = ray.train.get_checkpoint()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from steerlab.inputs.tokens import collate
 from steerlab.methods.preparations import MakePart, Source, StartKeeper, StartSums
 from steerlab.stages.spread import reserved, shards, subject
 from steerlab.stages.spread.shard_plan import Place, Shard
+from steerlab.stages.spread.subject import Loading
 from steerlab.storage.plan import ModelRef, Work
 from steerlab.storage.tensors import Parts, Shape, writing
 from steerlab.storage.whole import size_and_sha256
@@ -36,14 +36,14 @@ _WHOLE = "all"
 """Name of the only part of a sum."""
 
 
-def _needed(work: Work) -> dict[str, dict[str, Any]]:
+def _needed(work: Work) -> dict[str, ModelRef]:
     """Return where the artifacts of the preparations before lie, valid on every node."""
     needed = {name: stage for name, stage in work.stage.inputs.items() if name != subject.MODEL}
-    return {name: asdict(ModelRef(artifact=(work.store.root, stage.name, stage.key))) for name, stage in needed.items()}
+    return {name: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for name, stage in needed.items()}
 
 
-def _located(needed: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
-    return {name: ModelRef(**ref).locate() for name, ref in needed.items()}
+def _located(needed: Mapping[str, ModelRef]) -> dict[str, Path]:
+    return {name: ref.locate() for name, ref in needed.items()}
 
 
 def sum_shards(start: StartSums, work: Work) -> None:
@@ -78,7 +78,9 @@ class SumOfShard(shards.Maker):
 
     suffix = ".safetensors"
 
-    def __init__(self, start: StartSums, needed: Mapping[str, Any], model: SteeredModel, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self, start: StartSums, needed: Mapping[str, ModelRef], model: SteeredModel, params: Mapping[str, Any]
+    ) -> None:
         """Sum what `start` begins; `needed` refers to the artifacts of the preparations before."""
         self._start, self._needed, self._model, self._params = start, _located(needed), model, params
 
@@ -173,8 +175,8 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
     ]
     place.plan = entries
     done = {entry["name"]: row for entry in entries if (row := place.done(entry, verify=True)) is not None}
-    made_of = subject.of(work) if reads_model else None
-    request = (make, dict(work.params), _needed(work), place.address, made_of)
+    loading = subject.of(work) if reads_model else None
+    request = (make, dict(work.params), _needed(work), place.address, loading)
     num_cpus = min(work.scale.cpus_per_worker, ray.cluster_resources().get("CPU", 1))
     left = [_make_part.options(num_cpus=num_cpus).remote(*request, entry) for entry in entries if entry["name"] not in done]  # type: ignore[attr-defined]
     while left:
@@ -194,14 +196,14 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
 def _make_part(
     make: MakePart,
     params: dict[str, Any],
-    needed: dict[str, Any],
+    needed: dict[str, ModelRef],
     address: tuple[str, str, str],
-    made_of: dict[str, Any] | None,
+    loading: Loading | None,
     entry: dict[str, Any],
 ) -> dict[str, Any]:
     """Make one part and return its manifest row."""
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    source = Source(params, _located(needed), None if made_of is None else subject.load(made_of))
+    source = Source(params, _located(needed), None if loading is None else subject.load(loading))
 
     def keep(path: Path) -> dict[str, Any]:
         facts = make(source, entry["name"], path)

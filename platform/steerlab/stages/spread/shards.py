@@ -20,6 +20,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,7 @@ import ray
 from steerlab.job import DataSet, ScaleConfig
 from steerlab.stages.spread import reserved, shard_plan, subject
 from steerlab.stages.spread.shard_plan import Place, Shard
+from steerlab.stages.spread.subject import Loading
 from steerlab.storage.plan import Work
 from steerlab.storage.store import StoreError
 
@@ -57,6 +59,21 @@ Make = Callable[["SteeredModel", Mapping[str, Any]], Maker]
 """A module's function that makes a `Maker` from a loaded model and the stage's parameters."""
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What the workers of a pool are asked for."""
+
+    loading: Loading
+    place: tuple[str, str, str]
+    params: Mapping[str, Any]
+    make: Make
+    max_failures: int
+    run: str
+    """Names this attempt at the stage."""
+    tally: Any = None
+    """The actor that counts rows; none where processes stay."""
+
+
 def run(
     work: Work, make: Make, rows_per_shard: int, check: Callable[[int, Sequence[Mapping[str, Any]]], None]
 ) -> list[dict[str, Any]]:
@@ -76,8 +93,7 @@ def run(
     work.report({"done": before, "total": total})
     if missing:
         check(total - before, place.shard(missing[0]).rows)
-        request = {"subject": subject.of(work), "place": place.address, "params": dict(work.params), "make": make}
-        request |= {"max_failures": work.scale.max_failures, "run": uuid.uuid4().hex}
+        request = _Request(subject.of(work), place.address, dict(work.params), make, work.scale.max_failures, uuid.uuid4().hex)
 
         def report(now: int, left_s: float) -> None:
             work.report({"done": before + now, "total": total, "left_s": left_s})
@@ -102,26 +118,26 @@ def parts(work: Work) -> Iterator[list[Path]]:
 
 
 def _by_actors(
-    request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
+    request: _Request, missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
 ) -> Iterator[dict[str, Any]]:
     """Make the missing shards in a pool of actors and yield their manifest rows as they come."""
     tally: Any = Tally.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
     with _following(tally, report, sum(entry["rows"] for entry in missing)):
-        yield from _stream(request | {"tally": tally}, missing, scale)
+        yield from _stream(replace(request, tally=tally), missing, scale)
 
 
 def _by_processes(
-    request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
+    request: _Request, missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
 ) -> Iterator[dict[str, Any]]:
     """Make the missing shards in warm processes. No actor follows them: Ray would give it the process that is warm."""
     started_s, num_rows, now = time.monotonic(), {entry["number"]: entry["rows"] for entry in missing}, 0
-    for row in _stream(request | {"tally": None}, missing, scale):
+    for row in _stream(request, missing, scale):
         now += num_rows[row["number"]]
         report(now, (time.monotonic() - started_s) * (sum(num_rows.values()) - now) / now)
         yield row
 
 
-def _stream(request: dict[str, Any], missing: list[dict[str, Any]], scale: ScaleConfig) -> Iterator[dict[str, Any]]:
+def _stream(request: _Request, missing: list[dict[str, Any]], scale: ScaleConfig) -> Iterator[dict[str, Any]]:
     """Send the missing shards to the workers and yield their manifest rows as they come."""
     import ray.data
 
@@ -151,14 +167,14 @@ def _stream(request: dict[str, Any], missing: list[dict[str, Any]], scale: Scale
         yield row
 
 
-def _in_warm_process(request: dict[str, Any], item: dict[str, Any]) -> dict[str, str]:
+def _in_warm_process(request: _Request, item: dict[str, Any]) -> dict[str, str]:
     """Return the manifest row of a shard from a process that keeps the model for the stage's next one."""
-    deaths = Place(*request["place"]).attempts(json.loads(item["entry"])["number"], request["run"])
-    failure = _too_many_deaths(deaths, "processes", request["max_failures"])
+    deaths = Place(*request.place).attempts(json.loads(item["entry"])["number"], request.run)
+    failure = _too_many_deaths(deaths, "processes", request.max_failures)
     if failure is not None:
         return {"row": json.dumps(failure)}
-    owner = json.dumps(request["place"])
-    worker = _Worker(request, lambda made_of: subject.kept(owner, made_of))
+    owner = json.dumps(request.place)
+    worker = _Worker(request, partial(subject.kept, owner))
     try:
         return worker(item)
     finally:
@@ -168,18 +184,18 @@ def _in_warm_process(request: dict[str, Any], item: dict[str, Any]) -> dict[str,
 class _Worker:
     """An actor of the pool: a loaded model and what it makes of its shards."""
 
-    def __init__(self, request: dict[str, Any], load: Callable[[dict[str, Any]], Any] = subject.load) -> None:
-        self._place = Place(*request["place"])
-        self._tally = request["tally"]
+    def __init__(self, request: _Request, load: Callable[[Loading], Any] = subject.load) -> None:
+        self._place = Place(*request.place)
+        self._tally = request.tally
         self._maker: Maker | None = None
         # Ray Data restarts actors and repeats their tasks without end: a model that does not fit has to be noticed here.
         is_new = self._tally is not None and ray.get_runtime_context().was_current_actor_reconstructed
         deaths: int = ray.get(self._tally.died.remote()) if is_new else 0  # type: ignore[assignment]
-        self._failure = _too_many_deaths(deaths, "actors", request["max_failures"])
+        self._failure = _too_many_deaths(deaths, "actors", request.max_failures)
         if self._failure is not None:
             return
         try:
-            self._maker = request["make"](load(request["subject"]), request["params"])
+            self._maker = request.make(load(request.loading), request.params)
         except ValueError as error:
             self._failure = _failure(error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -92,49 +92,64 @@ def _drawing(job: Job) -> dict[str, Any]:
     return {"kind": "diffusion", "sampler": dumped(sampler), **weights}
 
 
-def of(work: Work) -> dict[str, Any]:
-    """Return, in JSON values, all that a worker on any node needs to load the stage's model."""
-    below = work.stage.inputs.get(MODEL)
-    if below is None:
-        ref = ModelRef(source=work.params["model"]["source"])
-    else:
-        ref = ModelRef(artifact=(work.store.root, below.name, below.key))
-    return {
-        "ref": asdict(ref),
-        "model": work.params["model"],
-        "prompt": None if below else work.params["prompt"],
-        "snapshot": work.params.get("snapshot"),
-    }
+@dataclass(frozen=True)
+class Loading:
+    """All that a worker on any node needs to load the model of a stage."""
+
+    ref: ModelRef
+    dtype: str
+    attention: str
+    sampler: Mapping[str, Any] | None
+    """How a diffusion model draws."""
+    trust_remote_code: bool
+    """Whether code that comes with the model runs."""
+    prompt: Mapping[str, Any] | None
+    """How the model of a source is asked; what a stage left says so itself."""
+    snapshot: int | None
+    """The training step whose patch is meant, of what a stage left."""
 
 
-def trusts(model: Mapping[str, Any]) -> bool:
-    """Say whether code that comes with a stage's model runs; `model` is of its parameters, which hold no such key else."""
-    return model.get("trust_remote_code", False)
+def of(work: Work) -> Loading:
+    """Return how a worker loads the stage's model."""
+    below, model = work.stage.inputs.get(MODEL), work.params["model"]
+    return Loading(
+        ModelRef(source=model["source"]) if below is None else ModelRef(artifact=(work.store.root, below.name, below.key)),
+        model["dtype"],
+        model["attention"],
+        model.get("sampler"),
+        model.get("trust_remote_code", False),
+        work.params["prompt"] if below is None else None,
+        work.params.get("snapshot") if below is not None else None,
+    )
 
 
-def load(subject: dict[str, Any]) -> Any:
-    """Load the model that `of` describes on this worker's device, with the patches that it carries."""
+def load(loading: Loading) -> Any:
+    """Load a model on this worker's device, with the patches that it carries."""
     import torch
 
     from steerlab.steered import language
 
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-    loading = {name: subject["model"].get(name) for name in ("dtype", "attention", "sampler")}
-    loading["trust_remote_code"] = trusts(subject["model"])
-    directory = ModelRef(**subject["ref"]).locate()
-    snapshot = subject["snapshot"] if subject["prompt"] is None else None
-    return language.load(directory, device=device, snapshot=snapshot, prompt=subject["prompt"], **loading)
+    return language.load(
+        loading.ref.locate(),
+        dtype=loading.dtype,
+        attention=loading.attention,
+        device="cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu",
+        prompt=loading.prompt,
+        snapshot=loading.snapshot,
+        sampler=loading.sampler,
+        trust_remote_code=loading.trust_remote_code,
+    )
 
 
 _kept: tuple[str, Any] | None = None
 """Who used a model last in this process, and the model."""
 
 
-def kept(owner: str, subject: dict[str, Any]) -> Any:
+def kept(owner: str, loading: Loading) -> Any:
     """Return the model that `owner` used last in this process, or load it; what another one used is let go of first."""
     global _kept
     if _kept is None or _kept[0] != owner:
         _kept = None  # two models at once may not fit
-        _kept = (owner, load(subject))
+        _kept = (owner, load(loading))
     return _kept[1]

@@ -34,7 +34,7 @@ _NAME = re.compile(r"[0-9]{9,18}")
 """The folder of a checkpoint: the number of its step. Others do not count."""
 
 
-def fit(request: dict[str, Any], scale: ScaleConfig, *, storage: str, report: Callable[[dict[str, Any]], None]) -> None:
+def fit(request: launch.TrainingRequest, scale: ScaleConfig, *, storage: str, report: Callable[[dict[str, Any]], None]) -> None:
     """Train in a warm process and leave the artifact in the folder `output` of `storage`, a path or URI that all nodes reach.
 
     A process that dies is replaced up to `scale.max_failures` times; `report` sees each step once.
@@ -49,7 +49,7 @@ def fit(request: dict[str, Any], scale: ScaleConfig, *, storage: str, report: Ca
             report(metrics)
 
     held = {"num_cpus": scale.cpus_per_worker, "num_gpus": int(reserved.uses_gpu(scale))}
-    staying.call(_train, (request, scale.model_dump(mode="json"), storage), scale, held, told)
+    staying.call(_train, (request, scale, storage), scale, held, told)
 
 
 def prepare(num_processes: int) -> None:
@@ -63,18 +63,16 @@ def _import() -> None:
     import steerlab.training.loop  # noqa: F401
 
 
-def _train(tell: staying.Tell, request: dict[str, Any], scale: dict[str, Any], storage: str) -> None:
+def _train(tell: staying.Tell, request: launch.TrainingRequest, scale: ScaleConfig, storage: str) -> None:
     """Run the loop under Ray Train's local mode; TorchTrainer's would take down the process group, which DeepSpeed keeps."""
-    given = ScaleConfig.model_validate(scale)
     private_parts.local_trainer()(
-        lambda config: _loop(config, given, storage, tell),
-        train_loop_config=request,
+        lambda: _loop(request, scale, storage, tell),
         scaling_config=ScalingConfig(num_workers=0),
         run_config=RunConfig(name="warm", storage_path=tempfile.gettempdir()),
     ).fit()
 
 
-def _loop(raw: dict[str, Any], scale: ScaleConfig, storage: str, tell: Callable[[dict[str, float]], None]) -> None:
+def _loop(request: launch.TrainingRequest, scale: ScaleConfig, storage: str, tell: Callable[[dict[str, float]], None]) -> None:
     import torch
     from torch import distributed
 
@@ -101,7 +99,7 @@ def _loop(raw: dict[str, Any], scale: ScaleConfig, storage: str, tell: Callable[
         tell=tell,
     )
     try:
-        loop.run(launch.loop_request(raw), scale, link, output)
+        loop.run(request.here(), scale, link, output)
         if is_remote:
             filesystem, path = remote.opened(f"{storage}/output")
             pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
