@@ -16,17 +16,17 @@ from steerlab.models import load_model, load_tokenizer
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests on a cluster in one process where several run the suite: they share the cluster, which has both cores.
+    """Keep each file of tests on a cluster in one process where several run the suite: its tests share what they have made.
 
     pytest-xdist's own groups (3.8, --dist loadgroup) have no effect with pytest 9.2, in which a test's id cannot be changed.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneCluster(LoadScopeScheduling):
+    class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if nodeid.startswith("tests/ray/") else nodeid
+            return nodeid.partition("::")[0] if nodeid.startswith("tests/ray/") else nodeid
 
-    return OneCluster(config, log)
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ code=0
 echo "== pytest $*"
 [[ ${#failed[@]} -eq 0 ]] || printf 'failed before the tests: %s\n' "${failed[@]}"
 if [[ $# -eq 0 ]]; then
-    set -- -n 2 --durations 20 # what waits for Ray leaves a core to the others
+    set -- -n 2 --durations 20 # each process has a cluster of its own (tests/conftest.py)
 fi
 python -m pytest "$@" || code=$?
 [[ ${#failed[@]} -eq 0 && $code -eq 0 ]] || exit 1

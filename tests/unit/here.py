@@ -29,11 +29,13 @@ class Here(Prepare):
     def __init__(
         self, root: Path, model: SteeredModel | None = None, rows: Sequence[dict[str, Any]] = (), max_tokens: int = 64
     ) -> None:
+        super().__init__()
         self.folders: dict[str, Path] = {}
         self._root, self._model, self._rows, self._max_tokens = root, model, list(rows), max_tokens
 
-    def moments(self, role: str, config: ExtractConfig) -> None:
-        folder = self._folder(MOMENTS)
+    def moments(self, role: str, config: ExtractConfig, *, name: str = MOMENTS) -> None:
+        super().moments(role, config, name=name)
+        folder = self._folder(name)
         params = {"extract": config.model_dump(mode="json"), "data": DATA, "role": role}
         made = SumsOfShard(self._loaded, params).make(Shard(0, 0, self._rows), folder / PART, nothing)
         merged = ((name, moments.merge_files([folder / PART], name)) for name in made["about"]["widths"])
@@ -50,6 +52,7 @@ class Here(Prepare):
         needs: tuple[str, ...] = (),
         **told: Any,
     ) -> None:
+        super().sum_over_rows(name, version, role, params, start, needs=needs)
         folder = self._folder(name)
         maker = SumOfShard(start, {}, self._loaded, {**params, "data": DATA})
         maker._needed = self._needed(needs)
@@ -58,6 +61,7 @@ class Here(Prepare):
     def keep_of_rows(
         self, name: str, version: int, role: str, params: Mapping[str, Any], start: StartKeeper, values_per_target: int
     ) -> None:
+        super().keep_of_rows(name, version, role, params, start, values_per_target)
         folder, facts, size = self._folder(name), {}, params["rows_per_shard"]
         whole = {**params, "data": DATA | {"format": "preference"}, "max_tokens": self._max_tokens}
         for number, first in enumerate(range(0, len(self._rows), size)):
@@ -70,6 +74,7 @@ class Here(Prepare):
         self, name: str, version: int, params: Mapping[str, Any], parts: tuple[str, ...], make: MakePart, *,
         needs: tuple[str, ...] = (), reads_model: bool = False, **told: Any,
     ) -> None:  # fmt: skip
+        super().map_parts(name, version, params, parts, make, needs=needs)
         folder = self._folder(name)
         source = Source(params, self._needed(needs), self._loaded if reads_model else None)
         files = {part: f"part-{number:05d}.safetensors" for number, part in enumerate(parts)}

@@ -12,12 +12,17 @@ from typing import Any
 
 import pytest
 import ray.cloudpickle
+from ray import tune
 
 from steerlab import evaluation, job, methods, run
 from steerlab.evaluation.statistics.metrics import Task
+from steerlab.guards.faults import is_for_people
 from steerlab.job import Table, own_code
 from steerlab.methods.contract import Fitted
 from steerlab.stages import JobType, Plan
+from steerlab.sweeps.agent import point_of
+from steerlab.sweeps.space import Space
+from steerlab.tracking.wandb_client.parameters import parameter_name
 
 METHOD = '''
 from typing import Literal
@@ -182,6 +187,7 @@ def test_misspelt_fields_are_told_with_those_of_the_file(write: Callable[..., st
     assert "less than or equal to 1" in refusal({"file": file, "share": 2})
     assert "word: this key is required" in refusal({"name": "none"}, [{"file": write("task.py", TASK)}])
     assert "half_way" in refusal({"file": file, "name": "caa"})
+    assert "another one" in refusal({"file": file, "name": "file:other.py"})
 
 
 @pytest.mark.parametrize(
@@ -208,6 +214,115 @@ def test_a_file_that_leaves_no_method(write: Callable[..., str], text: str, reas
     file = write("mine.py", text)
     said = refusal({"file": file})
     assert said.startswith("a.yaml: method: ") and reason in said, said
+
+
+def test_what_a_file_raises_is_its_owners_to_read_and_no_fault_of_the_platform(write: Callable[..., str]) -> None:
+    """Its `check` refuses as any does; its annotations are its own; a text that no terminal takes is written out."""
+    checked = METHOD.replace("Fitted(Config, fit)", "Fitted(Config, fit, check=check)").replace(
+        "METHOD =", "def check(config, facts, job):\n    raise ValueError('method.share: not with this model')\n\n\nMETHOD ="
+    )
+    with pytest.raises(ValueError, match="not with this model") as caught:
+        run.check(Plan.of(valid({"file": write("mine.py", checked)})))
+    assert is_for_people(caught.value)
+    typed = METHOD + "\n\nclass Plain:\n    x: int\n\n\nassert Plain.__annotations__ == {'x': int}\n"
+    assert valid({"file": write("typed.py", typed)}).method.share == 0.5
+    assert "\\ud800" in refusal({"file": write("odd.py", "raise ValueError('\\ud800')")})
+
+
+PREPARING = '''
+from functools import partial
+from typing import Literal
+
+from torch import nn
+
+from steerlab.job import MethodConfig
+from steerlab.methods.contract import Trained, WholeModel
+
+
+class Config(MethodConfig):
+    """Hyperparameters."""
+
+    name: Literal["prepares"] = "prepares"
+    """The method."""
+
+
+class Module(WholeModel):
+    def __init__(self, model, config, inputs):
+        super().__init__(model)
+
+
+def make(source, part, path):
+    return {}
+
+
+class Makes:
+    def make(self, source, part, path):
+        return {}
+
+
+def prepares(config, skeleton, prepare):
+    READ
+
+
+METHOD = Trained(Config, Module, preparations=prepares)
+'''
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("prepare.map_parts('a', 1, {}, ('p',), make); return ('b',)", "reads b, which was not asked for before; there are a"),
+        ("prepare.map_parts('a', 1, {}, ('p',), make, needs=('b',)); return ()", "preparation a needs b"),
+        (
+            "prepare.map_parts('a', 1, {}, ('p',), make); prepare.map_parts('a', 1, {}, ('p',), make); return ()",
+            "two preparations",
+        ),
+        ("prepare.map_parts('a', 1, {'data': 1}, ('p',), make); return ()", "its parameter data would be that of the platform"),
+        ("prepare.map_parts('../b', 1, {}, ('p',), make); return ()", "a preparation is called '../b'"),
+        ("prepare.map_parts('model', 1, {}, ('p',), make); return ()", "a preparation is called 'model'"),
+        ("prepare.sum_over_rows('a', 1, 'trian', {}, make); return ()", "the job has no data.trian; it has train"),
+        ("prepare.sum_over_rows('a', 1, 'train', {}, make); return ()", "rows_per_batch is missing among its parameters"),
+        ("prepare.map_parts('a', 1, {}, ('p',), lambda *a: {}); return ()", "at the top of the file"),
+        ("prepare.map_parts('a', 1, {}, ('p',), partial(make)); return ()", "at the top of the file"),
+        ("prepare.map_parts('a', 1, {}, ('p',), Makes().make); return ()", "at the top of the file"),
+    ],
+)
+def test_preparations_that_cannot_be_made_are_refused_before_anything_starts(
+    write: Callable[..., str], body: str, reason: str
+) -> None:
+    tree = {
+        "name": "a", "model": {"source": "tiny:model"}, "data": {"train": {"source": "tiny:instructions/train", "limit": 8}},
+        "method": {"file": write("mine.py", PREPARING.replace("READ", body))},
+        "train": {"steps": 1, "max_tokens": 64, "micro_batch": 2},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r".") as caught:
+        planned = Plan.of(job.validate(tree, JobType, Path("a.yaml")))
+        run.check(planned)
+        assert planned.stages
+    assert reason in str(caught.value) and is_for_people(caught.value)
+
+
+def test_a_value_that_is_set_makes_up_no_default_for_a_file(write: Callable[..., str], tmp_path: Path) -> None:
+    """The fields of an own config are nobody else's: `limit` alone is no data set."""
+    tree = {**TREE, "method": {"name": "none"}, "evaluate": [{"file": write("task.py", TASK), "word": "sea"}]}
+    (tmp_path / "a.yaml").write_text(json.dumps(tree))
+    with pytest.raises(job.JobError, match="prompts"):
+        job.read(tmp_path / "a.yaml", JobType, ["evaluate.0.prompts.limit=4"])
+    read = job.read_tree(tmp_path / "a.yaml", JobType, ["evaluate.0.prompts.limit=4"])
+    assert read["evaluate"][0]["prompts"] == {"limit": 4}
+
+
+def test_values_from_elsewhere_name_no_file(tmp_path: Path) -> None:
+    """W&B's server, and whoever writes into ROOT, choose among the values of SPACE."""
+    space = Space(tmp_path / "s.py", {"method.name": {"grid_search": ["caa", "mean_act"]}, "train.lr": tune.uniform(0, 1)})
+    space.check({"method.name": "caa", "train.lr": 2.5}, "W&B")
+    for wrong in ("file:/tmp/evil.py", {"file": "/tmp/evil.py"}, ["caa"]):
+        with pytest.raises(job.JobError, match="is none of the values of"):
+            space.check({"method.name": wrong}, "W&B")
+    with pytest.raises(job.JobError, match="is none of the values of"):
+        point_of(space, {parameter_name("method.name"): "file:/tmp/evil.py"})
+    with pytest.raises(job.JobError, match="is none of the values of"):
+        space.check({"train.lr": "file:/tmp/evil.py"}, "W&B")
 
 
 def test_paths_that_are_no_file(tmp_path: Path) -> None:
@@ -309,8 +424,8 @@ def test_packages_register_methods_and_tasks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     own, *lines = done.stdout.splitlines()
     said, method, task = json.loads(own)
-    assert said == ["method half_way: their-code==1.2", "task said: their-code==1.2"]
-    assert (method["package"], method["share"], task["package"]) == ("their-code==1.2", 0.25, "their-code==1.2")
+    assert [line.partition("+")[0] for line in said] == ["method half_way: their-code==1.2", "task said: their-code==1.2"]
+    assert method["package"] == task["package"] == said[0].removeprefix("method half_way: ") and method["share"] == 0.25
     assert "their-code==1.2: their_code:METHOD calls itself half_way; register it so" in lines[0]
     assert "nowhere:METHOD fails: ModuleNotFoundError" in lines[1]
     assert "their_code:TASK_ is a int, no Method" in lines[2]

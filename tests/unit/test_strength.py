@@ -47,7 +47,7 @@ def strengths_run(wanted: Any) -> list[list[float]]:
         (0.5, (1.0,), (0.5,)),  # a task that declares nothing is run at the headline alone
         (0.5, (0.0, 1.0), (0.5, 0.0, 1.0)),
         (1.0, (0.0, 1.0), (1.0, 0.0)),
-        (0.0, (0.5, 1.0), (0.0,)),  # without the patch: no other number may become the headline
+        (0.0, (0.5, 1.0), (0.0, 0.5, 1.0)),  # as where 0 was chosen
         (-1.0, (1.0, 1.0), (-1.0, 1.0)),
     ],
 )
@@ -76,6 +76,12 @@ def test_it_is_set_on_the_command_line_and_read_back(tmp_path: Path) -> None:
     assert job.read(tmp_path / "b.yaml", JobType) == read and strengths_run(read) == [[0.5]]
 
 
+def test_a_strength_without_tasks_is_a_mistake_and_minus_zero_is_zero() -> None:
+    with pytest.raises(job.JobError, match="so nothing is measured at it"):
+        valid(strength=0.5, evaluate=[])
+    assert [Plan.of(valid(strength=s)).stages[-1].key for s in (-0.0,)] == [Plan.of(valid(strength=0)).stages[-1].key]
+
+
 def test_a_strength_is_given_or_chosen() -> None:
     with pytest.raises(job.JobError, match=r"strength 0\.5: the job has `choose` to find the strength"):
         valid(strength=0.5, choose=CHOOSE)
@@ -96,7 +102,7 @@ def test_it_means_nothing_without_a_patch() -> None:
 def test_a_job_below_does_not_say_how_it_is_evaluated(field: dict[str, Any]) -> None:
     """Today's stages start from the end of a training, with its patch at 1: nothing else is taken silently."""
     steps = {"steps": 4, "snapshots": [2], "micro_batch": 4, "max_tokens": 64}
-    below = {**TREE, "name": "below", "method": {"name": "lineas"}, "train": steps, "evaluate": [], **field}
+    below = {**TREE, "name": "below", "method": {"name": "lineas"}, "train": steps, "evaluate": [PERPLEXITY], **field}
     above = valid(model={"source": below})
     with pytest.raises(ValueError, match=rf"the job below sets {next(iter(field))} .*, which says how it is evaluated"):
         run.check(Plan.of(above))

@@ -45,3 +45,10 @@ _WITHIN = Table(Task, "task", _TASKS, _with_config)
 TABLE: Table[Task] = Table(Task, "task", {**_TASKS, "controllability": controllability.over(_WITHIN)}, _with_config)
 """With the tasks of installed packages, and of the files that jobs name."""
 TASKS = TABLE.entries
+
+
+def foreign(task: TaskConfig) -> list[tuple[str, str]]:
+    """Return the tasks of a config, that within another included, which are not the platform's, and whose they are."""
+    within = getattr(task, "of", None)
+    found = [(task.task, TABLE.foreign(task)), *([] if within is None else [(within.task, _WITHIN.foreign(within))])]
+    return [(name, whose) for name, whose in found if whose is not None]

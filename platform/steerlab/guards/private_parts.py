@@ -167,8 +167,12 @@ def registered_agent(api: Any, host: str, sweep_id: str) -> str:
     return _register_agent(api, host, sweep_id=sweep_id)["id"]
 
 
-def heartbeat(api: Any, agent: str, alive: dict[str, bool]) -> Any | None:
-    """Say which runs of an agent are alive and return the server's commands; None when the sweep was deleted.
+class SweepGoneError(Exception):
+    """W&B's server knows no such sweep any more."""
+
+
+def heartbeat(api: Any, agent: str, alive: dict[str, bool]) -> Any:
+    """Say which runs of an agent are alive and return the server's commands. Raises SweepGoneError when the sweep was deleted.
 
     Test: tests/ray/test_sweeps_in_wandb.py
     """
@@ -178,4 +182,4 @@ def heartbeat(api: Any, agent: str, alive: dict[str, bool]) -> Any | None:
     try:
         return _agent_heartbeat(api, agent, {}, alive)
     except SweepNotFoundError:
-        return None
+        raise SweepGoneError from None

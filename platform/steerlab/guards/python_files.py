@@ -19,6 +19,10 @@ class PythonFileError(ValueError):
     """A file failed as it ran; the message has its lines and the error."""
 
 
+def _printable(error: BaseException) -> str:
+    return str(error)[:500].encode("utf-8", "backslashreplace").decode()
+
+
 def run(content: bytes, path: Path, name: str, is_own: Callable[[Path], bool]) -> ModuleType:
     """Run the content of a file as a module called `name`, which can be imported by that name from then on.
 
@@ -31,7 +35,7 @@ def run(content: bytes, path: Path, name: str, is_own: Callable[[Path], bool]) -
     module.__file__ = str(path)
     sys.modules[name] = module
     try:
-        exec(compile(content, str(path), "exec"), vars(module))
+        exec(compile(content, str(path), "exec", dont_inherit=True), vars(module))
     except SyntaxError as error:
         del sys.modules[name]
         where = f"{error.filename or path}:{error.lineno or 1}"
@@ -41,5 +45,5 @@ def run(content: bytes, path: Path, name: str, is_own: Callable[[Path], bool]) -
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if is_own(Path(frame.filename))]
         lines = "".join(f"{frame.filename}:{frame.lineno}: {frame.line or ''}\n" for frame in own) or f"{path}\n"
-        raise PythonFileError(f"{lines}  {type(error).__name__}: {str(error)[:500]}") from None
+        raise PythonFileError(f"{lines}  {type(error).__name__}: {_printable(error)}") from None
     return module

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, SerializeAsAny, create_model, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
 
 from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, ExtractConfig
 from steerlab.job.model_config import ModelConfig
@@ -41,9 +41,9 @@ class Job(Frozen):
     """Workers, DeepSpeed, checkpoints."""
     snapshot: int | None = Field(None, ge=1)
     """The step of `train.snapshots` that is evaluated; null takes the end of training."""
-    strength: float | None = None
-    """The strength of the patch that every task reports, beside the other `strengths` of the task; 0 evaluates the model
-    without its patch, and nothing else; null leaves it to the tasks, or to `choose`."""
+    strength: Annotated[float, AfterValidator(lambda strength: strength + 0.0)] | None = None  # -0.0 is no other strength
+    """The strength of the patch that every task reports, before the other `strengths` of tasks that name several; 0 evaluates
+    the model without its patch, and nothing else; null leaves it to the tasks, or to `choose`."""
     choose: ChooseConfig | None = None
     """How the strength is chosen; null evaluates the strengths of each task."""
     evaluate: tuple[SerializeAsAny[TaskConfig], ...] = ()
@@ -57,7 +57,9 @@ class Job(Frozen):
         if self.strength is None:
             return self.evaluate
         return tuple(
-            task.model_copy(update={"strengths": with_headline(self.strength, task.strengths)}) for task in self.evaluate
+            # Without the patch nothing else is run: of several strengths the headline is never 0.
+            task.model_copy(update={"strengths": with_headline(self.strength, task.strengths if self.strength else ())})
+            for task in self.evaluate
         )
 
     @property
@@ -89,6 +91,8 @@ class Job(Frozen):
             raise ValueError(
                 f"strength {self.strength:g}: the job has `choose` to find the strength; leave one of them out (choose=null)"
             )
+        if self.strength is not None and not self.evaluate:
+            raise ValueError(f"strength {self.strength:g}: the job has no tasks in `evaluate`, so nothing is measured at it")
         if self.train is None:
             return self
         late = [step for step in self.train.snapshots if not 1 <= step <= self.train.steps]

@@ -136,9 +136,15 @@ def _tags(model: type[BaseModel]) -> set[Any]:
 
 
 def of_tag(models: Sequence[type[BaseModel]], node: Mapping[str, Any]) -> list[type[BaseModel]]:
-    """Return those of the models of a union that are meant by the tag of what is written; all where it has none."""
+    """Return those of the models of a union that are meant by the tag of what is written; all where it has none.
+
+    None are where the tag is nobody's here, or a file is named: such a config has fields that only its own code knows.
+    """
+    tagged = [model for model in models if len(_tags(model)) > 1]
     given = {node[name] for name in _TAGS if isinstance(node.get(name), str)}
-    return [model for model in models if given & _tags(model)] or list(models)
+    if tagged and ("file" in node or given):
+        return [model for model in tagged if given & _tags(model)] if "file" not in node else []
+    return list(models)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import attrgetter
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ class Code(NamedTuple):
         return f"{BY_DIGEST}{self.sha256}"
 
 
+_LONGEST_PATH = 4096
 _known: dict[str, Code] = {}
 """What this process has read or received, by reference, and what it last read, by path."""
 _received: dict[str, Code] = {}
@@ -105,18 +106,40 @@ class _Portable:
         self._code, self._name = code, name
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return attrgetter(self._name)(module(self._code))(*arguments, **named)
+        return getattr(module(self._code), self._name)(*arguments, **named)
 
 
 def portable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that other processes can be sent: one of the user's own file takes the file along."""
-    of = next((code for code in _known.values() if _name(code) == function.__module__), None)
-    return function if of is None else _Portable(of, function.__qualname__)
+    """Return a function that other processes can be sent: one of the user's own file takes the file along.
+
+    Raises:
+        JobError: it is of such a file, and no function or class at the top of it, which alone can be found again elsewhere.
+    """
+    inner = function.func if isinstance(function, partial) else getattr(function, "__func__", function)
+    where = getattr(inner, "__module__", None)
+    of = next((code for code in _known.values() if _name(code) == where), None)
+    if of is None:
+        return function
+    name = getattr(function, "__qualname__", "")
+    if not name.isidentifier() or getattr(module(of), name, None) is not function:
+        raise JobError(
+            f"{of.path}: a preparation is made by a function or a class at the top of the file, not by {function!r:.200}"
+        )
+    return _Portable(of, name)
 
 
 def codes_in(tree: Any) -> tuple[Code, ...]:
     """Return the code that a job or a stage's parameters name, by path or reference, for another process to `receive`."""
-    return tuple(dict.fromkeys(_known[text] for text in _texts(tree) if text in _known))
+    found = (_known.get(text) or _known.get(_path_in(text)) for text in _texts(tree))
+    return tuple(dict.fromkeys(code for code in found if code is not None))
+
+
+def _path_in(text: str) -> str:
+    """Return the absolute path that a text is, or names as `file:PATH`; nothing is a path that cannot be one."""
+    try:
+        return absolute(text.removeprefix("file:")) if len(text) < _LONGEST_PATH else ""
+    except JobError:
+        return ""
 
 
 def _texts(tree: Any) -> Iterator[str]:

@@ -149,11 +149,8 @@ UNPATCHED_NAME = "strength 0"
 
 
 def with_headline(headline: float, declared: Sequence[float]) -> tuple[float, ...]:
-    """Return a headline strength and, where a task declares more than the patch as it is, its other strengths after it.
-
-    A headline without the patch stands alone: `headline_first` would take another one.
-    """
-    others = declared if headline != UNPATCHED and tuple(declared) != (1.0,) else ()
+    """Return a headline strength and, where a task declares more than the patch as it is, its other strengths after it."""
+    others = declared if tuple(declared) != (1.0,) else ()
     return tuple(dict.fromkeys([headline, *others]))
 
 

@@ -12,11 +12,13 @@ A package registers an entry under its name, in the group `steerlab.methods` or 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import re
-from collections.abc import Callable, Mapping
-from functools import cached_property, reduce
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, get_args, get_origin
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -67,6 +69,7 @@ class Table(Generic[_E]):
         self.what = kind.__name__.lower()
         self.entries: dict[str, _E] = dict(own)
         self._files: dict[str, _E] = {}
+        self._packages: dict[str, _E | None] = {}
         self._by_config: dict[type[Any], tuple[_E, str]] = {}
         """Of entries that are not the platform's: the entry, and whose it is."""
 
@@ -77,7 +80,10 @@ class Table(Generic[_E]):
             return self.entries[getattr(config, self._tag)] if known is None else known[0]
         if _FILE in config:
             return self.of_file(config[_FILE])
-        return self._packages[config[self._tag]] if _PACKAGE in config else self.entries[config[self._tag]]
+        found = self._of_package(config[self._tag]) if _PACKAGE in config else self.entries[config[self._tag]]
+        if found is None:
+            raise JobError(f"{config[_PACKAGE]} brings the {self.what} {config[self._tag]}, and is not installed here")
+        return found
 
     def config(self, described: Mapping[str, Any]) -> Any:
         """Return the config that stands in a stage's parameters, as its entry has it."""
@@ -121,7 +127,7 @@ class Table(Generic[_E]):
 
     def field(self) -> Any:
         """Return the type of a field that holds a config."""
-        union = reduce(lambda a, b: a | b, [entry.Config for entry in self.entries.values()])
+        union: Any = Union[tuple(entry.Config for entry in self.entries.values())]  # noqa: UP007
         return Annotated[union, Field(discriminator=self._tag), _OrOfAFile(self)]
 
     def read(self, value: Any, others: Callable[[Any], Any]) -> Any:
@@ -132,12 +138,18 @@ class Table(Generic[_E]):
         in_the_name = isinstance(name, str) and name.startswith(_IN_THE_NAME)
         if isinstance(value, Mapping) and (_FILE in value or in_the_name):
             tree = {key: one for key, one in value.items() if key != self._tag or not in_the_name}
-            return self._of_a_file(tree if _FILE in tree else {**tree, _FILE: str(name).removeprefix(_IN_THE_NAME)})
+            if in_the_name:
+                named = str(name).removeprefix(_IN_THE_NAME)
+                if tree.setdefault(_FILE, named) != named:
+                    raise _refused(f"{self._tag} names the file {named}, and {_FILE} another one, {tree[_FILE]!r:.200}")
+            return self._of_a_file(tree)
         if isinstance(name, str) and name not in self.entries:
-            if name in self._packages:
-                return self._packages[name].Config.model_validate(value)
-            if name in self._broken:
-                raise _refused(self._broken[name])
+            try:
+                found = self._of_package(name)
+            except JobError as error:
+                raise _refused(str(error)) from None
+            if found is not None:
+                return found.Config.model_validate(value)
         return others(value)
 
     def is_foreign(self, config: Any) -> bool:
@@ -157,38 +169,40 @@ class Table(Generic[_E]):
         except ValidationError as error:
             raise _refused(explain(error, kind, file)) from None
 
-    @property
-    def _packages(self) -> dict[str, _E]:
-        return self._installed[0]
+    def _of_package(self, name: str) -> _E | None:
+        """Return the entry that an installed package registers under a name; None where none does. Raises JobError.
 
-    @property
-    def _broken(self) -> dict[str, str]:
-        return self._installed[1]
+        No other entry is imported: a package that cannot be used hinders nobody who does not name it.
+        """
+        if name not in self._packages:
+            points = list(importlib.metadata.entry_points(group=f"steerlab.{self.what}s", name=name))
+            self._packages[name] = self._loaded(points) if points else None
+        return self._packages[name]
 
-    @cached_property
-    def _installed(self) -> tuple[dict[str, _E], dict[str, str]]:
-        """The entries of installed packages by name, and why others cannot be used: told where a job names them, not before."""
-        found: dict[str, _E] = {}
-        broken: dict[str, str] = {}
-        for point in importlib.metadata.entry_points(group=f"steerlab.{self.what}s"):
-            package = "a package" if point.dist is None else f"{point.dist.name}=={point.dist.version}"
-            try:
-                entry = point.load()
-            except Exception as error:  # whatever its module raises
-                broken[point.name] = f"{package}: {point.value} fails: {type(error).__name__}: {str(error)[:300]}"
-                continue
-            if not isinstance(entry, self._kind):
-                broken[point.name] = f"{package}: {point.value} is a {type(entry).__name__}, no {self._kind.__name__}"
-            elif (reason := self._refusal(entry)) is not None:
-                broken[point.name] = f"{package}: {point.value}: {reason}"
-            elif self._name(entry) != point.name:
-                broken[point.name] = f"{package}: {point.value} calls itself {self._name(entry)}; register it so"
-            else:
-                version: Any = (Literal[package], Field(package, description="The package that brings it."))  # type: ignore[valid-type]
-                entry = self._with_config(entry, _extended(entry.Config, **{_PACKAGE: version}))
-                found[point.name] = entry
-                self._by_config[entry.Config] = (entry, package)
-        return found, broken
+    def _loaded(self, points: Sequence[importlib.metadata.EntryPoint]) -> _E:
+        point, *others = points
+        package = "a package" if point.dist is None else f"{point.dist.name}=={point.dist.version}"
+        if others:
+            names = [package, *(str(other.dist and other.dist.name) for other in others)]
+            raise JobError(f"{' and '.join(names)} both bring the {self.what} {point.name}; uninstall one of them")
+        try:
+            entry = point.load()
+        except (Exception, SystemExit) as error:  # whatever its module raises
+            raise JobError(f"{package}: {point.value} fails: {type(error).__name__}: {str(error)[:300]}") from None
+        if not isinstance(entry, self._kind):
+            raise JobError(f"{package}: {point.value} is a {type(entry).__name__}, no {self._kind.__name__}")
+        if (reason := self._refusal(entry)) is not None:
+            raise JobError(f"{package}: {point.value}: {reason}")
+        if self._name(entry) != point.name:
+            raise JobError(f"{package}: {point.value} calls itself {self._name(entry)}; register it so")
+        # A package that is edited where it lies keeps its version: the module is part of what it is.
+        file = getattr(sys.modules.get(point.module), "__file__", None)
+        digest = hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:12]
+        whose = f"{package}+{digest}"
+        version: Any = (Literal[whose], Field(whose, description="The package that brings it."))  # type: ignore[valid-type]
+        entry = self._with_config(entry, _extended(entry.Config, **{_PACKAGE: version}))
+        self._by_config[entry.Config] = (entry, whose)
+        return entry
 
     def _name(self, entry: _E) -> str | None:
         """Return the name that an entry's config gives it: the only value of its field."""
@@ -201,6 +215,8 @@ class Table(Generic[_E]):
         config = entry.Config
         if not (isinstance(config, type) and issubclass(config, Frozen)):
             return f"its Config is no {self.what}'s config: derive it from steerlab.job.{self._kind.__name__}Config"
+        if wrong := [part for part in ("run", "measures", "check", "fit") if not callable(getattr(entry, part, print))]:
+            return f"its {wrong[0]} is no function"
         name, example = self._name(entry), f'{self._tag}: Literal["my_{self.what}"] = "my_{self.what}"'
         if name is None:
             return f"its Config says no name: {example}"
@@ -233,13 +249,13 @@ class _OrOfAFile:
             return value.model_dump(mode=info.mode, context=info.context, exclude_unset=info.exclude_unset)
         return others(value)
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """Let editors take any fields beside `file`: only the file knows them."""
         path = {"type": "string", "minLength": 1, "description": "A Python file of your own."}
         name = {"type": "string", "pattern": f"^{_IN_THE_NAME}"}
         return {
             "anyOf": [
-                handler(schema.get("schema", schema)),  # type: ignore[arg-type]
+                handler(schema.get("schema", schema)),
                 {"type": "object", "properties": {_FILE: path}, "required": [_FILE]},
                 {"type": "object", "properties": {self._table._tag: name}, "required": [self._table._tag]},
             ]

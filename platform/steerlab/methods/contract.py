@@ -266,7 +266,9 @@ class Trained(Method):
 
     def prepares(self, config: MethodConfig, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
         """Ask for `preparations`, and return the names of those that the training reads."""
-        return self.preparations(config, skeleton, prepare)
+        read = self.preparations(config, skeleton, prepare)
+        prepare.check_read(read)
+        return read
 
 
 @dataclass(frozen=True)

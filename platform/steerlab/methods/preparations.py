@@ -14,7 +14,8 @@ directory that `tensors.Parts` opens, but moments have their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,9 @@ from steerlab.storage.tensors import Shape
 MOMENTS = "moments"
 """Name of the preparation that `Prepare.moments` makes."""
 NOTHING = Estimate()
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+_RESERVED = {"data", "data_fingerprint", "code", "model", "prompt", "prompt_fingerprints", "encoding"}
+"""Parameters that the platform adds to a stage's own."""
 
 
 class Sums(Protocol):
@@ -93,8 +97,50 @@ class Prepare:
     `needs` names preparations before it, and `estimate` is what it takes besides the model.
     """
 
-    def moments(self, role: str, config: ExtractConfig) -> None:
+    def __init__(self, roles: Collection[str] | None = None) -> None:
+        """Take preparations over the data sets of these roles; None takes any."""
+        self._roles = roles
+        self._asked: list[str] = []
+
+    def check_read(self, names: Iterable[str]) -> None:
+        """Refuse names that a training reads and that were not asked for. Raises ValueError."""
+        self._check_needs(names, "its training reads")
+
+    def _ask(
+        self,
+        name: str,
+        role: str | None = None,
+        needs: Iterable[str] = (),
+        params: Mapping[str, Any] | None = None,
+        also: str = "",
+    ) -> None:
+        """Refuse what could not be told apart, found or made. Raises ValueError."""
+        if not _NAME.fullmatch(name) or name == "model":
+            raise ValueError(f"a preparation is called {name!r:.60}: small letters, digits and underscores, and not model")
+        if name in self._asked:
+            raise ValueError(f"two preparations are called {name}: the second would take the place of the first")
+        if role is not None and self._roles is not None and role not in self._roles:
+            raise ValueError(f"preparation {name}: the job has no data.{role}; it has {', '.join(self._roles) or 'none'}")
+        self._check_needs(needs, f"preparation {name} needs")
+        if taken := _RESERVED & {*(params or {})}:
+            raise ValueError(
+                f"preparation {name}: its parameter {taken.pop()} would be that of the platform; call it otherwise"
+            )
+        missing = [needed for needed in also.split() if needed not in (params or {})]
+        if missing:
+            raise ValueError(f"preparation {name}: {missing[0]} is missing among its parameters")
+        self._asked.append(name)
+
+    def _check_needs(self, names: Iterable[str], who: str) -> None:
+        unknown = [name for name in names if name not in self._asked]
+        if unknown:
+            raise ValueError(
+                f"{who} {unknown[0]}, which was not asked for before; there are {', '.join(self._asked) or 'none'}"
+            )
+
+    def moments(self, role: str, config: ExtractConfig, *, name: str = MOMENTS) -> None:
         """Take moments of what the model computes on the rows of a data set (activations/moments.py)."""
+        self._ask(name, role)
 
     def sum_over_rows(
         self,
@@ -111,6 +157,7 @@ class Prepare:
 
         `rows_per_batch`, `rows_per_shard` (a multiple of it) and `max_tokens` are among `params`.
         """
+        self._ask(name, role, needs, params, "rows_per_batch rows_per_shard max_tokens")
 
     def map_parts(
         self,
@@ -125,6 +172,7 @@ class Prepare:
         estimate: Estimate = NOTHING,
     ) -> None:
         """Make parts each by itself, one task a part, from what others left or, where it reads the model, from the weights."""
+        self._ask(name, None, needs, params)
 
     def keep_of_rows(
         self, name: str, version: int, role: str, params: Mapping[str, Any], start: StartKeeper, values_per_target: int
@@ -134,3 +182,4 @@ class Prepare:
         `batch_tokens` and `rows_per_shard` are among `params`, to which `train.max_tokens` is added; `values_per_target`
         numbers are kept of each token in the loss, in the model's type: for estimates.
         """
+        self._ask(name, role, (), params, "batch_tokens rows_per_shard")

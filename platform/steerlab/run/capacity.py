@@ -10,6 +10,7 @@ import ray
 
 from steerlab import models
 from steerlab.data import sources
+from steerlab.job import own_code
 from steerlab.stages import Plan, extract, train
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -89,10 +90,11 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
         raise ValueError(
             f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
         )
-    files = planned.start.places
+    code = {one.path for one in own_code.codes_in(list(planned.start.places.values()))}  # which travels with the requests
+    files = [path for path in planned.start.places.values() if path not in code]
     if len(nodes) > 1 and files:
         warnings.warn(
-            f"{', '.join(files.values())}: all {len(nodes)} nodes read this path, so it must lie in a folder that they share; "
+            f"{', '.join(files)}: all {len(nodes)} nodes read this path, so it must lie in a folder that they share; "
             "else give a URI (s3://, gs://) or hf:",
             stacklevel=2,
         )

@@ -59,7 +59,7 @@ def check(planned: Plan) -> models.ModelFacts:
     _check_template(planned, found)
     _check_ids(planned, found)
     _check_places(planned)
-    TABLE.of(job.method).check(job.method, found, job)
+    _check_settings(job, found)
     _warn_of_strengths(job)
     if job.train is not None and found.max_positions and job.train.max_tokens > found.max_positions:
         raise ValueError(
@@ -68,10 +68,18 @@ def check(planned: Plan) -> models.ModelFacts:
     return found
 
 
+def _check_settings(job: Job, facts: models.ModelFacts) -> None:
+    """Refuse what the method refuses. What a file of the user's own raises is told as what the platform's raise."""
+    try:
+        TABLE.of(job.method).check(job.method, facts, job)
+    except ValueError as error:
+        raise ValueError(str(error)) from error
+
+
 def _check_start(below: Job) -> None:
     """Refuse a job below that says how it is evaluated: what builds on it takes the end of its training, at strength 1."""
     for name in ("snapshot", "strength"):
-        if (value := getattr(below, name)) is not None:
+        if (value := getattr(below, name)) is not None and (name, value) != ("strength", 1):
             raise ValueError(
                 f"model.source: the job {below.name} sets {name} {value:g}, which says how it is evaluated; a job that builds "
                 f"on it starts from the end of its training, with its patch at strength 1: leave {name} out there"
@@ -136,7 +144,7 @@ def _check_places(planned: Plan) -> None:
     job = planned.job
     skeleton = models.skeleton(sources.fetch(planned.source), job.model.trust_remote_code)
     try:
-        TABLE.of(job.method).prepares(job.method, skeleton, Prepare())
+        TABLE.of(job.method).prepares(job.method, skeleton, Prepare(job.data.by_role))
     except ValueError as error:
         raise ValueError(f"method: {error}") from None
     named = {

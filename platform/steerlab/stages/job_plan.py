@@ -165,9 +165,7 @@ class Plan:
             if (method := methods.TABLE.foreign(one.job.method)) is not None:
                 found[f"method {one.job.method.name}: {method}"] = None
         for task in [*self.job.evaluate, *(self.job.choose.tasks if self.job.choose else ())]:
-            for config in (task, getattr(task, "of", None)):
-                if config is not None and (whose := evaluation.TABLE.foreign(config)) is not None:
-                    found[f"task {config.task}: {whose}"] = None
+            found |= dict.fromkeys(f"task {name}: {whose}" for name, whose in evaluation.foreign(task))
         return tuple(found)
 
     @property

@@ -41,6 +41,7 @@ class Stages(Prepare):
 
     def __init__(self, job: Job, model: Subject, source: str) -> None:
         """Ask the method; `model` is what the job starts from, `source` that of the model at the bottom. Raises ValueError."""
+        super().__init__(job.data.by_role)
         self._job, self._model, self._own = job, model, TABLE.version(job.method)
         self.made: dict[str, Prepared] = {}
         """By name, in the order in which they were asked for."""
@@ -51,10 +52,11 @@ class Stages(Prepare):
         self.used: dict[str, Stage] = {name: self.made[name].stage for name in read}
         """Those that the training reads."""
 
-    def moments(self, role: str, config: ExtractConfig) -> None:
+    def moments(self, role: str, config: ExtractConfig, *, name: str = MOMENTS) -> None:
         """Add a stage of moments, which is that of any job that asks for the same."""
+        super().moments(role, config, name=name)
         stage = reduce.stage(self._job, role, self._model, config)
-        self.made[MOMENTS] = Prepared(stage, partial(extract.estimate, self._job, role, config))
+        self.made[name] = Prepared(stage, partial(extract.estimate, self._job, role, config))
 
     def sum_over_rows(
         self,
@@ -68,6 +70,7 @@ class Stages(Prepare):
         estimate: Estimate = NOTHING,
     ) -> None:
         """Add a stage that sums over the batches of a data set."""
+        super().sum_over_rows(name, version, role, params, start, needs=needs, estimate=estimate)
 
         def estimated(facts: ModelFacts, directory: Path) -> Estimate:
             num_shards = -(-len(rows.read(self._job.data.by_role[role])) // params["rows_per_shard"])
@@ -81,6 +84,7 @@ class Stages(Prepare):
         self, name: str, version: int, role: str, params: Mapping[str, Any], start: StartKeeper, values_per_target: int
     ) -> None:
         """Add a stage that keeps tensors of every row of a data set."""
+        super().keep_of_rows(name, version, role, params, start, values_per_target)
         assert self._job.train is not None
         cut = {"max_tokens": self._job.train.max_tokens}
         estimated = partial(self._estimated_rows, role, params["batch_tokens"], values_per_target)
@@ -101,6 +105,7 @@ class Stages(Prepare):
         estimate: Estimate = NOTHING,
     ) -> None:
         """Add a stage of parts, each made by itself."""
+        super().map_parts(name, version, params, parts, make, needs=needs)
         of_model = self._model.params if reads_model else {}
         inputs = {**(self._model.inputs if reads_model else {}), **self._needed(needs)}
         label = ", ".join(parts[:1]) if len(parts) == 1 else f"{len(parts)} parts"

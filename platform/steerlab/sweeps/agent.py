@@ -159,4 +159,5 @@ def point_of(space: Space, parameters: dict[str, Any]) -> dict[str, Any]:
         if name not in entries:
             raise JobError(f"W&B's sweep varies {name}, which {space.path} does not: {', '.join(sorted(entries))}")
         point |= space.spread(entries[name], value)
+    space.check(point, "W&B's sweep")
     return point

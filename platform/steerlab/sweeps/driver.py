@@ -56,17 +56,20 @@ class Asked:
 
     def described(self) -> dict[str, Any]:
         """Return what makes this sweep another one than its neighbours."""
+        space = self.plan.space.described()
+        code = sorted(one.sha256 for one in own_code.codes_in([space, list(self.plan.development)]))
         return {
             "schema": SCHEMA,
             "path": str(self.plan.space.path),
             "metric": self.plan.metric,
             "mode": self.plan.mode,
-            **self.plan.space.described(),
+            **space,
             "development": list(self.plan.development),
             "strengths": list(self.plan.strengths),
             "samples": self.num_samples,
             "seeds": list(self.seeds),
             "files": Plan.of(self.plan.job).places,
+            **({"code": code} if code else {}),
         }
 
 
@@ -217,6 +220,11 @@ def _check_units(asked: Asked, units: Iterable[Unit], where: str) -> None:
     for unit in units:
         if known and known.get(unit.number) != json.loads(json.dumps(unit.as_dict())):
             raise saved.SavedError(f"{where} is damaged: unit {unit.number} is none of this job, space and seeds")
+        for trial in unit.trials if not known else ():
+            try:
+                asked.plan.space.check(trial.params, f"{where} is damaged: unit {unit.number}")
+            except JobError as error:
+                raise saved.SavedError(str(error)) from None
         foreign = [key for trial in unit.trials for key in trial.params if key not in entries]
         if foreign:
             raise saved.SavedError(

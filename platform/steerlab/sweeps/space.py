@@ -55,6 +55,21 @@ class Space:
         """The fields of a job that points of the space set, and the strength."""
         return {key.strip() for entry in self.entries for key in entry.split(",")} | {STRENGTH}
 
+    def check(self, point: Point, where: str) -> None:
+        """Refuse values that came from elsewhere and are none of this space's: a text may name a file, which would be run.
+
+        Numbers are left to the job, since ranges may have been changed in W&B's page. Raises JobError.
+        """
+        allowed: dict[str, list[Any]] = {}
+        for entry, domain in self.entries.items():
+            for value in finite(domain) or ():
+                for key, one in self.spread(entry, value).items():
+                    allowed.setdefault(key, []).append(one)
+        for key, value in point.items():
+            known = [plain(one, key) for one in allowed.get(key, ())]
+            if not (value is None or isinstance(value, int | float) or value in known):
+                raise JobError(f"{where}: {key} = {cut(repr(value))} is none of the values of {self.path}: SPACE")
+
     def described(self) -> dict[str, Any]:
         """Return the space as JSON values."""
         return {

@@ -111,13 +111,13 @@ class Agents:
                 alive = dict.fromkeys(runs, True)
             try:
                 commands = private_parts.heartbeat(self._api, agent, alive)
-            except (TypeError, KeyError, ValueError):  # an answer without commands
-                continue
-            if commands is None:  # deleted: what runs may end by itself
+            except private_parts.SweepGoneError:  # what runs may end by itself
                 self._runs.pop(agent)
                 continue
+            except (TypeError, KeyError, ValueError):  # an answer without commands
+                continue
             with self._lock:
-                for command in commands:
+                for command in commands or ():
                     self._obey(agent, command)
 
     def _obey(self, agent: str, command: dict[str, Any]) -> None:
