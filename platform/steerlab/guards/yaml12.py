@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 _CORE = "tag:yaml.org,2002:"
+_MERGE = f"{_CORE}merge"
 _MAX_DEPTH = 64
 _MAX_VALUES = 100_000
 _MAX_ROW_VALUES = 1_000_000
@@ -32,7 +33,27 @@ class YamlError(ValueError):
         self.line = line
 
 
-class _Loader(yaml.SafeLoader):
+class _Merges:
+    """Merges (`<<`), whatever PyYAML makes of them: 6.0.4 takes an inherited key of one letter for an own one."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Put the pairs of merged mappings before a mapping's own, which win; of several the first named wins."""
+        merged: list[Any] = []
+        own: list[Any] = []
+        for key_node, value_node in node.value:
+            if key_node.tag != _MERGE:
+                own.append((key_node, value_node))
+                continue
+            sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            for source in reversed(sources):
+                if not isinstance(source, yaml.MappingNode):
+                    raise YamlError("<< takes a mapping, or a list of mappings", source.start_mark.line + 1)
+                self.flatten_mapping(source)
+                merged += source.value
+        node.value = [*merged, *own]
+
+
+class _Loader(_Merges, yaml.SafeLoader):
     """YAML 1.2's core schema with merges."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}
@@ -68,7 +89,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-class _Rows(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _Rows(_Merges, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """The same schema, for long files."""
 
     yaml_implicit_resolvers: dict[Any, Any] = _Loader.yaml_implicit_resolvers
@@ -247,6 +268,7 @@ def _said(error: yaml.MarkedYAMLError) -> str:
     """Return what is wrong in the words of who writes the file, where PyYAML's are those of a parser."""
     context, problem = (" ".join(str(part or "").split()) for part in (error.context, error.problem))
     told = {
+        "exceeded maximum nesting depth": f"the values are nested more than {_MAX_DEPTH} deep",
         "'\\t' that cannot start": "a tab stands where YAML wants spaces",
         "expected a single document": "a second document begins (---); a file holds one",
         "scanning an alias": "what begins with * is an alias in YAML",
