@@ -14,6 +14,7 @@ from steerlab.evaluation.statistics.metrics import Metric, summarise_all
 from steerlab.evaluation.tasks.cost import contenders, efficiency
 from steerlab.evaluation.tasks.cost.efficiency import Config, Timing
 from steerlab.inputs.encoding import Encoder
+from steerlab.models import cache_name
 from steerlab.patches import ActivationPatch, CannotFold, EmbeddingPatch, LogitPatch, WeightPatch
 from steerlab.steered.language import SteeredModel
 
@@ -63,12 +64,12 @@ class Machine:
         self.tokens: list[int] = []
         self.cached: list[int] = []
         self.read_after: list[int] = []
-        self._norm = model.get_submodule(NORM)
+        self._model, self._norm = model, model.get_submodule(NORM)
         self.handle = model.register_forward_pre_hook(self._forward, with_kwargs=True)
 
     def _forward(self, _model: object, _args: object, kwargs: dict) -> None:
         self.tokens.append(kwargs["input_ids"].shape[1])
-        self.cached.append(kwargs["past_key_values"].get_seq_length())
+        self.cached.append(kwargs[cache_name(self._model)].get_seq_length())
         cost_s = 1.0 if self.tokens[-1] > 1 else 0.1
         self.now_s += self.slower * cost_s * (2 if self._norm._forward_hooks else 1)
 

@@ -17,7 +17,9 @@ from steerlab.models.language.architecture import text_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CACHES = ("past_key_values", "cache_params", "state")
+_KEYS_AND_VALUES = ("past_key_values", "cache")
+"""The argument for transformers' own cache, up to its version 5.23 and from 5.24 on."""
+_CACHES = (*_KEYS_AND_VALUES, "cache_params", "state")
 """Arguments, and fields of the output, which hold keys and values or the state of a recurrent model."""
 _OPTIONAL = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 """Arguments without which a forward computes the same for rows without padding on the left."""
@@ -44,9 +46,10 @@ def empty_cache(model: Any) -> dict[str, Any]:
     """Return the cache that a first call is given: transformers' own, for models that take one and may not make it."""
     from transformers import DynamicCache
 
-    if cache_name(model) != "past_key_values" or not type(model)._supports_default_dynamic_cache():
+    name = cache_name(model)
+    if name not in _KEYS_AND_VALUES or not type(model)._supports_default_dynamic_cache():
         return {}
-    return {"past_key_values": DynamicCache(config=text_config(model))}
+    return {name: DynamicCache(config=text_config(model))}
 
 
 def reads_padding(model: PreTrainedModel) -> bool:
