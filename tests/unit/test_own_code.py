@@ -187,6 +187,8 @@ def test_misspelt_fields_are_told_with_those_of_the_file(write: Callable[..., st
     assert "less than or equal to 1" in refusal({"file": file, "share": 2})
     assert "word: this key is required" in refusal({"name": "none"}, [{"file": write("task.py", TASK)}])
     assert "half_way" in refusal({"file": file, "name": "caa"})
+    assert "for a file write name: file:mine.py" in refusal({"name": "mine.py"})
+    assert "for a file write task: file:task.py" in refusal({"name": "none"}, [{"task": "task.py"}])
     assert "another one" in refusal({"file": file, "name": "file:other.py"})
 
 
@@ -197,8 +199,9 @@ def test_misspelt_fields_are_told_with_those_of_the_file(write: Callable[..., st
         ("import nothing_like_it", "ModuleNotFoundError: No module named 'nothing_like_it'"),
         ("x = 1\nraise SystemExit(3)", "mine.py:2: raise SystemExit(3)\n  SystemExit: 3"),
         ("import helper", "helper.py lies beside it, but this file alone goes to the workers"),
-        ("x = 1", "the file of a method leaves it as METHOD, a steerlab Method; there is none"),
-        ("METHOD = 3", "it is a int"),
+        ("x = 1", "the file of a method defines METHOD, made by steerlab's Method; it has none"),
+        ("METHOD = 3", "it has a int of that name"),
+        (METHOD.replace("METHOD = Fitted", "Method = Fitted"), "it has a Method"),
         (METHOD.replace("half_way", "caa"), "the name 'caa', which is another method's here"),
         (METHOD.replace('Literal["half_way"]', "str"), 'its Config says no name: name: Literal["my_method"]'),
         (METHOD.replace("half_way", "Half-Way!"), "small letters, digits and underscores"),
@@ -339,8 +342,8 @@ def test_paths_that_are_no_file(tmp_path: Path) -> None:
 
 
 def test_a_task_of_a_file_is_no_method(write: Callable[..., str]) -> None:
-    assert "leaves it as METHOD" in refusal({"file": write("task.py", TASK)})
-    assert "leaves it as TASK" in refusal({"name": "none"}, [{"file": write("mine.py")}])
+    assert "defines METHOD, made by steerlab's Method; it has a TASK" in refusal({"file": write("task.py", TASK)})
+    assert "defines TASK, made by steerlab's Task; it has a METHOD" in refusal({"name": "none"}, [{"file": write("mine.py")}])
 
 
 def test_a_metric_of_a_task_of_ones_own_can_be_chosen_by(write: Callable[..., str]) -> None:

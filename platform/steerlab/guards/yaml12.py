@@ -89,7 +89,10 @@ class _Loader(_Merges, yaml.SafeLoader):
         return node
 
 
-class _Rows(_Merges, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+_FASTEST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Rows(_Merges, _FASTEST):
     """The same schema, for long files."""
 
     yaml_implicit_resolvers: dict[Any, Any] = _Loader.yaml_implicit_resolvers

@@ -183,7 +183,11 @@ def _inline_jobs(tree: dict[str, Any], kind: type[Job], path: Path, seen: tuple[
     source = model.get("source")
     if isinstance(source, str) and source.startswith(JOB_PREFIX):
         other = path.parent / _expanded(source, f"{path}: model.source")
-        below = _inline_jobs(_load_yaml(other), kind, other, (*seen, here))
+        try:
+            below = _load_yaml(other)
+        except JobError as error:
+            raise JobError(f"{path}: model.source: {error}") from None
+        below = _inline_jobs(below, kind, other, (*seen, here))
         return {**tree, "model": {**model, "source": _resolved(below, kind, str(other))}}
     if isinstance(source, dict):
         below = _inline_jobs(source, kind, path, seen)

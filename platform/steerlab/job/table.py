@@ -42,6 +42,7 @@ from steerlab.job.typed import Frozen, JobError
 _FILE, _PACKAGE = "file", "package"
 _IN_THE_NAME = "file:"
 """`task: file:my_task.py` is short for `file: my_task.py`."""
+_VARIABLES = ("METHOD", "TASK")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
@@ -112,10 +113,13 @@ class Table(Generic[_E]):
             variable = self.what.upper()
             found = getattr(own_code.module(code), variable, None)
             if not isinstance(found, self._kind):
-                wrong = "there is none" if found is None else f"it is a {type(found).__name__}"
-                raise JobError(
-                    f"{code.path}: the file of a {self.what} leaves it as {variable}, a steerlab {self._kind.__name__}; {wrong}"
-                )
+                held = vars(own_code.module(code)).items()
+                near = [
+                    name for name, one in held if name.upper() in _VARIABLES and not isinstance(one, type) and name != variable
+                ]
+                has = f"a {near[0]}" if near else "none" if found is None else f"a {type(found).__name__} of that name"
+                made = f"{variable}, made by steerlab's {self._kind.__name__}"
+                raise JobError(f"{code.path}: the file of a {self.what} defines {made}; it has {has}")
             if (reason := self._refusal(found)) is not None:
                 raise JobError(f"{code.path}: {reason}")
             written = PlainSerializer(lambda path, info: code.reference if is_described(info) else path)
@@ -144,6 +148,10 @@ class Table(Generic[_E]):
                     raise _refused(f"{self._tag} names the file {named}, and {_FILE} another one, {tree[_FILE]!r:.200}")
             return self._of_a_file(tree)
         if isinstance(name, str) and name not in self.entries:
+            if name.endswith(".py"):
+                raise _refused(
+                    f"{self._tag}: {name!r:.200} is no name; for a file write {self._tag}: {_IN_THE_NAME}{name}"[:400]
+                )
             try:
                 found = self._of_package(name)
             except JobError as error:

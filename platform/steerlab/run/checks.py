@@ -58,8 +58,8 @@ def check(planned: Plan) -> models.ModelFacts:
     check_reach(planned)
     _check_template(planned, found)
     _check_ids(planned, found)
-    _check_places(planned)
     _check_settings(job, found)
+    _check_places(planned)
     _warn_of_strengths(job)
     if job.train is not None and found.max_positions and job.train.max_tokens > found.max_positions:
         raise ValueError(

@@ -220,16 +220,16 @@ def _check_units(asked: Asked, units: Iterable[Unit], where: str) -> None:
     for unit in units:
         if known and known.get(unit.number) != json.loads(json.dumps(unit.as_dict())):
             raise saved.SavedError(f"{where} is damaged: unit {unit.number} is none of this job, space and seeds")
-        for trial in unit.trials if not known else ():
-            try:
-                asked.plan.space.check(trial.params, f"{where} is damaged: unit {unit.number}")
-            except JobError as error:
-                raise saved.SavedError(str(error)) from None
         foreign = [key for trial in unit.trials for key in trial.params if key not in entries]
         if foreign:
             raise saved.SavedError(
                 f"{where} is damaged: unit {unit.number} sets {foreign[0]!r:.80}, which is no entry of SPACE"
             )
+        for trial in unit.trials if not known else ():
+            try:
+                asked.plan.space.check(trial.params, f"{where} is damaged: unit {unit.number}")
+            except JobError as error:
+                raise saved.SavedError(str(error)) from None
 
 
 def latest(asked: Asked, store: Store) -> str | None:
