@@ -33,31 +33,32 @@ class YamlError(ValueError):
         self.line = line
 
 
-class _Merges:
-    """Merges (`<<`), whatever PyYAML makes of them: 6.0.4 takes an inherited key of one letter for an own one."""
+def _flatten(loader: Any, node: Any) -> None:
+    """Put the pairs of merged mappings (`<<`) before a mapping's own, which win; of several the first named wins.
 
-    def flatten_mapping(self, node: Any) -> None:
-        """Put the pairs of merged mappings before a mapping's own, which win; of several the first named wins."""
-        merged: list[Any] = []
-        own: list[Any] = []
-        for key_node, value_node in node.value:
-            if key_node.tag != _MERGE:
-                own.append((key_node, value_node))
-                continue
-            sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
-            for source in reversed(sources):
-                if not isinstance(source, yaml.MappingNode):
-                    raise YamlError("<< takes a mapping, or a list of mappings", source.start_mark.line + 1)
-                self.flatten_mapping(source)
-                merged += source.value
-        node.value = [*merged, *own]
+    Not PyYAML's way: its 6.0.4 takes an inherited key of one letter for an own one.
+    """
+    merged: list[Any] = []
+    own: list[Any] = []
+    for key_node, value_node in node.value:
+        if key_node.tag != _MERGE:
+            own.append((key_node, value_node))
+            continue
+        sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+        for source in reversed(sources):
+            if not isinstance(source, yaml.MappingNode):
+                raise YamlError("<< takes a mapping, or a list of mappings", source.start_mark.line + 1)
+            _flatten(loader, source)
+            merged += source.value
+    node.value = [*merged, *own]
 
 
-class _Loader(_Merges, yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema with merges."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}
     yaml_constructors: dict[Any, Any] = {}
+    flatten_mapping = _flatten  # type: ignore[assignment]
     depth = 0
     left = _MAX_VALUES
 
@@ -89,12 +90,10 @@ class _Loader(_Merges, yaml.SafeLoader):
         return node
 
 
-_FASTEST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Rows(_Merges, _FASTEST):
+class _Rows(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """The same schema, for long files."""
 
+    flatten_mapping = _flatten
     yaml_implicit_resolvers: dict[Any, Any] = _Loader.yaml_implicit_resolvers
     yaml_constructors: dict[Any, Any] = _Loader.yaml_constructors
 
