@@ -285,6 +285,10 @@ METHOD = Trained(Config, Module, preparations=prepares)
         ("prepare.map_parts('model', 1, {}, ('p',), make); return ()", "a preparation is called 'model'"),
         ("prepare.sum_over_rows('a', 1, 'trian', {}, make); return ()", "the job has no data.trian; it has train"),
         ("prepare.sum_over_rows('a', 1, 'train', {}, make); return ()", "rows_per_batch is missing among its parameters"),
+        (
+            "prepare.keep_of_rows('a', 1, 'train', {'max_tokens': 8}, make, 1); return ()",
+            "max_tokens would be that of the training",
+        ),
         ("prepare.map_parts('a', 1, {}, ('p',), lambda *a: {}); return ()", "at the top of the file"),
         ("prepare.map_parts('a', 1, {}, ('p',), partial(make)); return ()", "at the top of the file"),
         ("prepare.map_parts('a', 1, {}, ('p',), Makes().make); return ()", "at the top of the file"),

@@ -182,4 +182,6 @@ class Prepare:
         `batch_tokens` and `rows_per_shard` are among `params`, to which `train.max_tokens` is added; `values_per_target`
         numbers are kept of each token in the loss, in the model's type: for estimates.
         """
+        if "max_tokens" in params:
+            raise ValueError(f"preparation {name}: its parameter max_tokens would be that of the training; leave it out")
         self._ask(name, role, (), params, "batch_tokens rows_per_shard")
