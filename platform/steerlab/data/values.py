@@ -11,7 +11,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeAlias
+
+Row: TypeAlias = Mapping[str, object]
+"""A row of a data set: values of any type by column; what a column holds is checked where it is read."""
 
 MISSING: Any = object()
 """What `look_up` returns where nothing goes by the name."""
