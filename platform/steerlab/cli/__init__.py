@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from steerlab.cli import comparing, running, sending, sweeping, trying
+from steerlab.cli import comparing, describing, running, sending, sweeping, trying
 from steerlab.cli.terminal import errors
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("wandb-sweep")(sweeping.wandb_sweep)
 app.command("wandb-send")(sending.wandb_send)
 app.add_typer(sending.dashboards, name="dashboards")
 app.command()(running.submit)
+app.command()(describing.describe)
 app.command()(running.schema)
 app.command()(running.doctor)
 

@@ -1,0 +1,34 @@
+"""The command that describes methods, tasks, sections of a job and sources."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markdown import Markdown
+
+from steerlab.cli.terminal import console, explained
+
+
+def describe(
+    name: Annotated[
+        str | None, typer.Argument(help="A method, a task, a section such as train or 'data set', or source.")
+    ] = None,
+    all_of_it: Annotated[bool, typer.Option("--all", help="Print the whole catalogue as Markdown.")] = False,
+) -> None:
+    """Describe a method, a task or a section of a job: what it is, the paper, fields with ranges and defaults."""
+    from steerlab.cli import catalogue
+
+    with explained():
+        if all_of_it:
+            print(catalogue.catalogue(), end="")
+        elif name is None:
+            for kind in ("method", "task", "section"):
+                console.print(f"{kind}s: {', '.join(one.name for one in catalogue.entries() if one.kind == kind)}")
+        else:
+            text = catalogue.describe(name)
+            if sys.stdout.isatty():
+                console.print(Markdown(text))
+            else:
+                print(text)

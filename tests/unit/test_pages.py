@@ -1,0 +1,231 @@
+"""The pages of the repository: their lines, links, paths, commands and snippets are those of the code beside them."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import typer
+import yaml
+
+import steerlab
+from steerlab import cli, evaluation, job, methods
+from steerlab.cli import catalogue
+from steerlab.inputs.encoding import Encoder
+from steerlab.stages import JobType, Plan
+from steerlab.steered.language import SteeredModel
+from steerlab.sweeps import space
+
+ROOT = Path(__file__).parents[2]
+TOP = ("jobs", "search_spaces", "cluster", "dashboards", "platform", "tests")
+PAGES = sorted({*ROOT.glob("*.md"), *(page for top in TOP for page in (ROOT / top).rglob("*.md"))})
+TEXTS = [*PAGES, *(file for top in ("jobs", "search_spaces", "cluster", "dashboards") for file in (ROOT / top).rglob("*"))]
+"""Files whose words name other files."""
+WIDTH, README_LINES = 120, 150
+OTHERS = {"bash", "cluster/local.sh", "eval", "prometheus", "source"}
+"""First words of commands that are not steerlab's."""
+
+
+class Snippet(NamedTuple):
+    page: str
+    language: str
+    text: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def snippets(language: str) -> list[Snippet]:
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"^( *)```(\w+)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
+            indent, kind, body = match.groups()
+            if kind == language:
+                body = re.sub(f"^{indent}", "", body, flags=re.MULTILINE)
+                found.append(Snippet(page.relative_to(ROOT).as_posix(), kind, body, text.count("\n", 0, match.start()) + 1))
+    return found
+
+
+def commands() -> Iterator[tuple[Snippet, list[str]]]:
+    """Yield every command of every page, as words."""
+    for snippet in snippets("bash"):
+        for line in snippet.text.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&", line):
+                if words := list(itertools.takewhile(lambda word: word not in ("|", ">"), shlex.split(part, comments=True))):
+                    yield snippet, words
+    for page in PAGES:
+        for match in re.finditer(r"`(steerlab [^`]+)`", page.read_text()):
+            name, *rest = shlex.split(match[1])[0:]
+            if rest and not rest[0][0].isupper():
+                yield Snippet(page.relative_to(ROOT).as_posix(), "bash", match[1], 0), [name, *rest]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_lines_are_short(page: Path) -> None:
+    if page.name == "CATALOGUE.md":
+        return  # made of docstrings, which have the width of code
+    lines = page.read_text().splitlines()
+    long = [f"{number}: {line[:60]}" for number, line in enumerate(lines, 1) if len(line) > WIDTH and not line.startswith("|")]
+    assert not long
+    assert page != ROOT / "README.md" or len(lines) <= README_LINES
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_paths_that_files_name_exist() -> None:
+    """In pages, in comments of jobs and spaces, in the files of cluster and dashboards."""
+    pattern = re.compile(rf"(?<![\w/.~-])(?:{'|'.join(TOP)})/[\w./*-]*\w")
+    missing = set()
+    for file in TEXTS:
+        if file.suffix in (".md", ".yaml", ".py", ".sh", ".sbatch", ".json") or file.name == "Dockerfile":
+            for path in pattern.findall(file.read_text()):
+                if not any(ROOT.glob(path)) and not any(ROOT.glob(f"platform/{path}")):
+                    missing.add(f"{file.relative_to(ROOT)}: {path}")
+    assert not missing - {"platform/README.md: platform/__init__.py"}
+
+
+def parsed(words: Sequence[str]) -> Any:
+    """Parse a command of steerlab without running it."""
+    command: Any = typer.main.get_command(cli.app)
+    rest = cli.repeated(["2" if word == "N" else word for word in words], "--strength")
+    while hasattr(command, "commands"):
+        assert rest[0] in command.commands, f"there is no command {rest[0]}"
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command.make_context(command.name, list(rest))
+
+
+def test_commands_are_those_that_there_are() -> None:
+    seen = set()
+    for snippet, words in commands():
+        if words[:3] == ["python", "-m", "steerlab"]:
+            words = ["steerlab", *words[3:]]
+        seen.add(words[0])
+        if words[0] == "steerlab":
+            if any(mark in words for mark in ("JOB", "…")) or len(words) == 2:
+                assert words[1] in {one.name or one.callback.__name__ for one in cli.app.registered_commands} | {"dashboards"}  # type: ignore[union-attr]
+                continue
+            try:
+                parsed(words[1:])
+            except Exception as error:
+                raise AssertionError(f"{snippet}: {' '.join(words)}: {error}") from error
+        elif words[0] == "python":
+            script = ROOT / words[1]
+            assert script.is_file(), f"{snippet}: {words}"
+            options = {word.lstrip("-").replace("-", "_") for word in words[2:] if word.startswith("--")} - {"set"}
+            assert all(option in script.read_text() for option in options), f"{snippet}: {words}"
+        else:
+            assert words[0] in OTHERS, f"{snippet}: {words}"
+    assert {"steerlab", "python", "bash"} <= seen
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of somebody who follows the pages: the repository's jobs, the files of all snippets, some rows."""
+    for top in ("jobs", "search_spaces"):
+        os.symlink(ROOT / top, tmp_path / top)
+    for snippet in snippets("python"):
+        if name := re.match(r"# (\w+\.py)\n", snippet.text):
+            (tmp_path / name[1]).write_text(snippet.text)
+    rows = [{"question": f"Add {n} and 1.", "reply": str(n + 1)} for n in range(8)]
+    (tmp_path / "my_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mmlu").mkdir()
+    choices = [{"question": "Which?", "choices": ["a", "b"], "answer": n % 2} for n in range(8)]
+    (tmp_path / "mmlu/test-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(choices), tmp_path / "mmlu/test-0.parquet")
+    with gzip.open(tmp_path / "sst.csv.gz", "wt") as file:
+        file.write("sentence,label\n" + "a film,0\nthe film,1\n" * 4)
+    prompts = [{"prompt": {"text": "the old man", "toxicity": n / 8}} for n in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)
+def test_a_job_of_a_page_is_a_whole_job(snippet: Snippet, folder: Path) -> None:
+    (folder / "page.yaml").write_text(snippet.text)
+    read = job.read(folder / "page.yaml", JobType)
+    assert Plan.of(read).stages
+    for data in read.data.by_role.values():
+        from steerlab.data import rows
+
+        assert rows.read(data)
+
+
+@pytest.mark.parametrize("snippet", [one for one in snippets("python") if "SPACE" in one.text], ids=str)
+def test_a_search_space_of_a_page_goes_with_a_job(snippet: Snippet, folder: Path) -> None:
+    (folder / "page.py").write_text(snippet.text)
+    read = space.load(folder / "page.py")
+    assert read.entries
+
+
+@pytest.mark.parametrize("snippet", [one for one in snippets("python") if "load(" in one.text], ids=str)
+def test_python_of_a_page_runs(
+    snippet: Snippet, folder: Path, tiny_model: Any, encoder: Encoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SteeredModel(tiny_model, encoder).save_model(folder / "folder")
+    exec(compile(snippet.text, str(snippet), "exec"), {})
+    assert capsys.readouterr().out
+
+
+def test_the_catalogue_is_what_the_command_prints() -> None:
+    assert (ROOT / "jobs/CATALOGUE.md").read_text() == catalogue.catalogue(), (
+        "python -m steerlab describe --all > jobs/CATALOGUE.md"
+    )
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_the_job_of_a_method_in_the_catalogue_is_one(name: str) -> None:
+    file, override = catalogue.method_example(name)
+    read = job.read(ROOT / file, JobType, override.split()[1:])
+    assert read.method.name == name
+
+
+@pytest.mark.parametrize("name", evaluation.TASKS)
+def test_the_entry_of_a_task_in_the_catalogue_is_one(name: str) -> None:
+    read = job.read(ROOT / "jobs/tiny/base.yaml", JobType, [f"evaluate=[{catalogue.example(_entry(name))}]"])
+    assert read.evaluate[0].task == name
+    assert yaml.safe_load(catalogue.example(_entry(name)))["task"] == name
+
+
+def _entry(name: str) -> catalogue.Entry:
+    return next(entry for entry in catalogue.entries() if entry.name == name and entry.kind == "task")
+
+
+def test_every_field_of_the_catalogue_says_what_it_means() -> None:
+    for entry in catalogue.entries():
+        for name, kind, default, meaning in entry.fields():
+            assert kind and default and meaning, f"{entry.name}.{name}"
+            assert "steerlab__" not in kind, f"{entry.name}.{name}: {kind}"
+
+
+def test_the_package_says_its_version_where_it_is_cited() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(cited["version"]) == steerlab.__version__ and torch.__version__
