@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab import patches
+from steerlab import models, patches
 from steerlab.data.worlds import tiny
+from steerlab.inputs.drawings import Drawing, Prompter
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.job import Selection
@@ -43,13 +46,16 @@ def fit(name: str, source_ND: torch.Tensor) -> AffineMap:
     return linear_map(source_ND, target_of(name))
 
 
+# The order in which the model runs them, which is not that of `named_modules`.
+IN_ORDER = [taps.Tap(f"model.layers.{i}.{name}") for i in range(4) for name in ("post_attention_layernorm", "mlp")]
+
+
 def naive(model: PreTrainedModel, batch: Batch, steer: Selection = SELECTION) -> dict[str, AffineMap]:
     """For each place a whole forward pass with the maps of the places before it: O(L^2)."""
     maps: dict[str, AffineMap] = {}
-    # The order in which the model runs them, which is not that of `named_modules`.
-    for place in [taps.Tap(f"model.layers.{i}.{name}") for i in range(4) for name in ("post_attention_layernorm", "mlp")]:
+    for place in IN_ORDER:
         attached = patches.attach(model, [patches.ActivationPatch.from_maps(maps, steer)] if maps else [])
-        reader = taps.Reader(model, [place], stop=False)
+        reader = taps.Reader(model, [place], steer.side, stop=False)
         with torch.no_grad():
             z_BTD = reader(**batch.patched_inputs)[place.name]
         reader.close()
@@ -81,6 +87,75 @@ def test_only_steered_tokens_are_mapped(tiny_model: PreTrainedModel, batch: Batc
     everywhere = fit_in_order(tiny_model, taps.select(tiny_model, SELECTION), SELECTION, [reading(batch)], "mean", fit)
     last = list(one_pass)[-1]
     assert not torch.allclose(one_pass[last].scale_D, everywhere[last].scale_D, rtol=1e-3)
+
+
+def test_inputs_of_modules_are_fitted_and_mapped(tiny_model: PreTrainedModel, batch: Batch) -> None:
+    steer = SELECTION.model_copy(update={"side": "input"})
+    one_pass = fit_in_order(tiny_model, taps.select(tiny_model, steer), steer, [reading(batch)], "mean", fit)
+    assert_equal(one_pass, naive(tiny_model, batch, steer))
+    of_outputs = fit_in_order(tiny_model, taps.select(tiny_model, SELECTION), SELECTION, [reading(batch)], "mean", fit)
+    assert all(not torch.allclose(one_pass[name].scale_D, of_outputs[name].scale_D, rtol=1e-2) for name in one_pass)
+
+
+@pytest.mark.parametrize("sizes", [[6], [4, 2]], ids=str)
+def test_of_a_guided_drawing_the_half_with_the_prompt_is_fitted_and_mapped(digits_dir: Path, sizes: list[int]) -> None:
+    model = models.load_model(digits_dir, seed=0, sampler={"steps": 3, "guidance": 2.0})
+    norms = Selection(modules=r"unet.*resnets.*norm2")
+    prompter = Prompter(model)
+    drawings = iter([Drawing(("bold three", "thin one")[i % 2], i, 64) for i in range(sum(sizes))])
+    parts = [prompter.collate([next(drawings) for _ in range(size)]) for size in sizes]
+    readings = [Reading(part.patched_inputs, *[taps.selected(part, norms)] * 2) for part in parts]
+
+    def fit_channels(name: str, source_ND: torch.Tensor) -> AffineMap:
+        return linear_map(source_ND, target_of(name)[:, : source_ND.shape[1]])
+
+    one_pass = fit_in_order(model, taps.select(model, norms), norms, readings, "mean", fit_channels)
+
+    def pooled(place: taps.Tap) -> Iterator[torch.Tensor]:
+        for part in parts:
+            with torch.no_grad():
+                yield taps.pool(reader(**part.patched_inputs)[place.name], taps.selected(part, norms), "mean")
+
+    maps: dict[str, AffineMap] = {}
+    for name in one_pass:
+        attached = patches.attach(model, [patches.ActivationPatch.from_maps(maps, norms)] if maps else [])
+        reader = taps.Reader(model, [taps.tap(name)])
+        maps[name] = fit_channels(name, torch.cat(list(pooled(taps.tap(name)))))
+        reader.close()
+        attached.detach()
+    assert len(maps) == len(taps.select(model, norms)) > 3
+    assert_equal(one_pass, maps)
+
+
+def test_progress_counts_places(tiny_model: PreTrainedModel, batch: Batch) -> None:
+    told: list[tuple[int, int]] = []
+    places = taps.select(tiny_model, SELECTION)
+    fit_in_order(tiny_model, places, SELECTION, [reading(batch)], "mean", fit, lambda *counts: told.append(counts))
+    assert told == [(number, 8) for number in range(1, 9)]
+
+
+def test_a_place_that_runs_twice_is_refused(tiny_model: PreTrainedModel, batch: Batch) -> None:
+    tiny_model.model.layers[1].mlp = tiny_model.model.layers[0].mlp
+    places = [taps.Tap("model.layers.0.mlp"), taps.Tap("model.layers.3.mlp")]
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp runs more than once in a forward pass"):
+        fit_in_order(tiny_model, places, SELECTION, [reading(batch)], "mean", fit)
+
+
+def test_a_place_without_a_map_is_left_alone(tiny_model: PreTrainedModel, batch: Batch) -> None:
+    places = taps.select(tiny_model, SELECTION)
+    last = IN_ORDER[-1].name
+    all_but_last = fit_in_order(
+        tiny_model, places, SELECTION, [reading(batch)], "mean", lambda name, z_ND: fit(name, z_ND) if name == last else None
+    )
+    assert_equal(all_but_last, {last: fit(last, _read(tiny_model, batch, last))})
+
+
+def _read(model: PreTrainedModel, batch: Batch, name: str) -> torch.Tensor:
+    reader = taps.Reader(model, [taps.tap(name)], stop=False)
+    with torch.no_grad():
+        z_BTD = reader(**batch.patched_inputs)[name]
+    reader.close()
+    return taps.pool(z_BTD, taps.selected(batch, SELECTION), "mean")
 
 
 def test_the_model_runs_once(tiny_model: PreTrainedModel, batch: Batch) -> None:

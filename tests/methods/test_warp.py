@@ -399,3 +399,24 @@ def test_control_masks_need_no_safety_rows(kind: str, tiny_model: PreTrainedMode
         if kind == "magnitude":
             weight = tiny_model.get_submodule(place.module).weight.abs()  # type: ignore[operator]
             assert weight[first].min() >= weight[~first].max()
+
+
+def test_magnitudes_are_those_of_the_rotated_weights(tiny_model: PreTrainedModel, prepared: Any) -> None:
+    wanted = config(mask="magnitude", rotation="safety", keep_ratio=0.3)
+    before = prepared(warp.METHOD, wanted, tiny_model, SAFETY)
+    basis, mask = Parts.open(before["basis"]), Parts.open(before["mask"])
+    for place in warp.places(tiny_model, wanted):
+        weight_MN = tiny_model.get_submodule(place.module).weight.detach()  # type: ignore[union-attr]
+        rotated_MN = (weight_MN @ basis.tensor(f"{place.input_of}/vectors")).abs()  # type: ignore[operator]
+        frozen_MN = rotation.unpacked(mask.tensor(place.module), place.shape)
+        assert rotated_MN[frozen_MN].min() >= rotated_MN[~frozen_MN].max() - 1e-6
+        plain_MN = weight_MN.abs()  # type: ignore[operator]
+        assert plain_MN[frozen_MN].min() < plain_MN[~frozen_MN].max()
+
+
+def test_random_bases_are_those_of_the_seed_and_the_inputs_name(tiny_model: PreTrainedModel, prepared: Any) -> None:
+    wanted = config(rotation="random", mask="random", keep_ratio=0.3)
+    before = prepared(warp.METHOD, wanted, tiny_model, SAFETY)
+    basis = Parts.open(before["basis"])
+    for group, size in {place.input_of: place.shape[1] for place in warp.places(tiny_model, wanted)}.items():
+        assert torch.equal(basis.tensor(f"{group}/vectors"), rotation.random_basis(size, wanted.seed, group))

@@ -43,6 +43,18 @@ def test_random_bases_are_orthonormal_and_differ_by_name_and_seed() -> None:
     assert not torch.allclose(basis, rotation.random_basis(16, 1, "a"))
 
 
+def test_random_bases_have_the_bits_of_their_seed() -> None:
+    """Golden numbers: artifacts of earlier runs stand on them."""
+    torch.testing.assert_close(
+        torch.rand(3, generator=rotation.generator(3, "a.b")),
+        torch.tensor([0.94507152, 0.96191633, 0.08037788]),
+        rtol=0,
+        atol=1e-7,
+    )
+    golden = torch.tensor([[-0.5967, -0.7023, 0.3883], [-0.4522, 0.6940, 0.5602], [-0.6629, 0.1587, -0.7317]])
+    torch.testing.assert_close(rotation.random_basis(3, 5, "g"), golden, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("num", [0, 1, 17, 300, 599, 600])
 @pytest.mark.parametrize("distinct", [3, 10_000])
 def test_the_largest_are_those_of_a_stable_sort(num: int, distinct: int) -> None:
