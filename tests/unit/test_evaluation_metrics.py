@@ -10,6 +10,7 @@ from steerlab.evaluation.statistics.metrics import (
     Observation,
     Result,
     contains,
+    left_out,
     paired_difference,
     spread,
     summarise,
@@ -222,8 +223,10 @@ def test_paired_difference_of_perplexities_is_that_of_the_exponentials():
 
 
 def test_paired_difference_is_deterministic():
-    a, b = observations([0.1, 0.5, 0.9, 0.2]), observations([0.3, 0.1, 0.8, 0.4])
-    assert paired_difference(a, b, seed=3) == paired_difference(a, b, seed=3)
+    values = np.random.default_rng(0).normal(size=(2, 60))
+    a, b = observations(values[0].tolist()), observations(values[1].tolist())
+    assert paired_difference(a, b, seed=3) == paired_difference(a, b, seed=3) != paired_difference(a, b, seed=4)
+    assert paired_difference(a, b) == paired_difference(a, b, seed=0, num_resamples=10_000)
 
 
 def test_paired_difference_refuses_what_cannot_be_compared():
@@ -258,3 +261,42 @@ def test_resamples_of_a_paired_difference_keep_the_weights():
     means = [(weights[draw] * values[draw]).sum() / weights[draw].sum() for draw in draws]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-9)
     assert found.value == pytest.approx(9 / 11)
+
+
+def test_medians_of_weighted_items_are_those_of_the_items():
+    a, b = observations([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]), observations([0.0, 0.0, 0.0], [4.0, 4.0, 4.0])
+    assert paired_difference(a, b, transform="median", num_resamples=100).value == 2.0
+
+
+def test_resamples_in_which_a_side_has_no_weight_are_left_out():
+    """Of two items one has weight on the first side: a quarter of the resamples lacks it, and has no mean."""
+    a, b = observations([1.0, 0.0], [1.0, 0.0]), observations([0.0, 0.0])
+    with np.errstate(all="raise"):
+        assert paired_difference(a, b, num_resamples=400) == (1.0, 1.0, 1.0, 2)
+
+
+def test_an_exponential_that_overflows_is_the_largest_number_there_is():
+    found = summarise(observations([2000.0, 2000.0]), "exp")
+    assert found.value == math.exp(709) < math.inf
+    assert paired_difference(observations([2000.0] * 2), observations([1.0] * 2), transform="exp").value < math.inf
+
+
+def test_what_is_left_out_is_counted_by_its_reason():
+    items = [
+        Observation("m", "0", 1.0),
+        Observation("m", "1", None),
+        Observation("m", "2", None, reason="too_long"),
+        Observation("m", "3", None, reason="too_long"),
+        Observation("m", "4", 0.0, reason="cut"),
+    ]
+    found = summarise(items)
+    assert (found.n, found.unparsable, found.too_long, found.rows_cut) == (2, 1, 2, 1)
+    assert left_out(found._asdict()) == "1 unparsable, 2 too long, 1 cut"
+
+
+def test_a_metric_is_found_among_the_measures_by_what_follows_its_label():
+    result = Result([], [], [Measure("a/b", "lower"), Measure("layer_*", "higher")])
+    assert result.measure("label/a/b").better == "lower"
+    assert result.measure("label/layer_3").better == "higher"
+    assert result.measure("label/unknown") == Measure("unknown", None)
+    assert result.measure("alone") == Measure("alone", None)
