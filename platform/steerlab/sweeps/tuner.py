@@ -106,7 +106,7 @@ def _quiet() -> None:
 
 def _request(request: SweepRequest, store: Store, folder: str, unit: Unit, told: Told) -> UnitConfig:
     """Write down what the process that runs a unit needs to know, and return where: Ray Tune keeps what it is given."""
-    plan = request.plan
+    plan, scheduler = request.plan, request.plan.space.scheduler
     unit_jobs = [plan.job_of(unit.shared, seed, unit.strengths) for seed in unit.seeds]
     trees = [job.model_dump(mode="json") for job in unit_jobs]
     trial_request = TrialRequest(
@@ -115,7 +115,7 @@ def _request(request: SweepRequest, store: Store, folder: str, unit: Unit, told:
         jobs=tuple(trees),
         metric=plan.metric,
         within=plan.job.choose.within if plan.job.choose is not None and plan.development else None,
-        watched=private_parts.metric_of(plan.space.scheduler),
+        watched=None if scheduler is None else private_parts.metric_of(scheduler),
         code=own_code.codes_in(trees),
         **told,
     )

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Literal, NotRequired, TypedDict
 
-from steerlab.guards import files, private_parts
+from steerlab.guards import files, private_parts, saved
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.tracking import NO_KEY, has_key
 
@@ -39,23 +38,18 @@ class Suggestion:
     """Values by the names of the sweep's parameters: paths of fields of the job."""
 
 
-class _Value(TypedDict):
+class _Value(saved.Shape):
     value: Json
 
 
-class _RunCommand(TypedDict):
-    """W&B's server has a run to be started or stopped."""
+class _Command(saved.Shape):
+    """What W&B's server tells an agent."""
 
-    type: Literal["run", "resume", "stop"]
-    run_id: str
-    args: NotRequired[dict[str, _Value] | None]
+    type: str
+    """`run`, `resume`, `stop` or `exit`."""
+    run_id: str = ""
+    args: dict[str, _Value] | None = None
     """Values by the name of the parameter."""
-
-
-class _ExitCommand(TypedDict):
-    """W&B's server has nothing more for an agent, nor for what it still runs: the sweep was cancelled."""
-
-    type: Literal["exit"]
 
 
 class Agents:
@@ -140,14 +134,15 @@ class Agents:
                 for command in commands or ():
                     self._obey(agent, command)
 
-    def _obey(self, agent: str, command: _RunCommand | _ExitCommand) -> None:
-        if command["type"] == "run" or command["type"] == "resume":
-            self._runs[agent].append(command["run_id"])
-            values = {name: value["value"] for name, value in (command.get("args") or {}).items()}
-            self._suggestions.put(Suggestion(command["run_id"], values))
-        elif command["type"] == "stop":
-            self.stopped.add(command["run_id"])
-        elif command["type"] == "exit":
+    def _obey(self, agent: str, answer: Mapping[str, object]) -> None:
+        command = saved.checked(answer, _Command, "W&B's answer")
+        if command.type in ("run", "resume"):
+            self._runs[agent].append(command.run_id)
+            values = {name: argument.value for name, argument in (command.args or {}).items()}
+            self._suggestions.put(Suggestion(command.run_id, values))
+        elif command.type == "stop":
+            self.stopped.add(command.run_id)
+        elif command.type == "exit":  # nothing more for this agent, nor for what it still runs: the sweep was cancelled
             self.stopped.update(self._runs.pop(agent))
 
     def _serve(self) -> None:
