@@ -26,7 +26,7 @@ from steerlab.stages import JobType, Plan
 from steerlab.stages.spread import warm
 from steerlab.storage import plan
 from steerlab.storage.store import Store
-from steerlab.sweeps import driver, space, trials
+from steerlab.sweeps import driver, space, sweep_request, trials
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ("scale.warm=true", "scale.cpus_per_worker=1")
@@ -69,7 +69,7 @@ class Checked(NamedTuple):
     """A part that can start."""
 
     part: Part
-    todo: job.Job | driver.Asked
+    todo: job.Job | sweep_request.SweepRequest
 
 
 def check(part: Part) -> Checked:
@@ -80,7 +80,7 @@ def check(part: Part) -> Checked:
         run.check(Plan.of(wanted))
         return Checked(part, wanted)
     knob = space.load(REPOSITORY / "search_spaces" / f"{part.knob}.py")
-    return Checked(part, driver.asked(trials.plan(file, overrides, knob), None, 1))
+    return Checked(part, sweep_request.checked(trials.plan(file, overrides, knob), None, 1))
 
 
 def perform(checked: Checked, store: Store) -> str:
@@ -128,7 +128,7 @@ def main(
             planned = Plan.of(checked.todo)
             capacity.check_cluster(planned, store, run.facts_of(planned))
         else:
-            driver.check_cluster(checked.todo, store)
+            sweep_request.check_cluster(checked.todo, store)
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
         folders = list(pool.map(lambda checked: perform(checked, store), parts))

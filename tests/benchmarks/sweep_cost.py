@@ -33,7 +33,7 @@ from steerlab.evaluation import TASKS
 from steerlab.job import Job
 from steerlab.steered.language import load
 from steerlab.storage.store import Store
-from steerlab.sweeps import driver, trials
+from steerlab.sweeps import driver, sweep_request, trials
 from steerlab.sweeps import space as spaces
 from steerlab.training import loop
 
@@ -55,15 +55,15 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def ask(folder: Path, tree: dict[str, Any], text: str) -> driver.Asked:
+def ask(folder: Path, tree: dict[str, Any], text: str) -> sweep_request.SweepRequest:
     """Write a job and a space and read them."""
     folder.mkdir(parents=True)
     (folder / "a.yaml").write_text(yaml.safe_dump(tree))
     (folder / "space.py").write_text("from ray import tune\n" + text)
-    return driver.asked(trials.plan(folder / "a.yaml", (), spaces.load(folder / "space.py")), None, 1)
+    return sweep_request.checked(trials.plan(folder / "a.yaml", (), spaces.load(folder / "space.py")), None, 1)
 
 
-def swept(asked: driver.Asked, root: Path) -> tuple[float, list[float], int]:
+def swept(asked: sweep_request.SweepRequest, root: Path) -> tuple[float, list[float], int]:
     """Return the seconds of a sweep, those between its finished units, and by how many bytes this process grew meanwhile."""
     store, before, start_s = Store.open(str(root)), psutil.Process().memory_info().rss, time.monotonic()
     outcome = driver.sweep(asked, store, resume=False, command="benchmark")
@@ -72,7 +72,7 @@ def swept(asked: driver.Asked, root: Path) -> tuple[float, list[float], int]:
     return took, [b - a for a, b in itertools.pairwise(ends)], psutil.Process().memory_info().rss - before
 
 
-def one_by_one(asked: driver.Asked, folder: Path, most: int = 3) -> list[float]:
+def one_by_one(asked: sweep_request.SweepRequest, folder: Path, most: int = 3) -> list[float]:
     """Return the seconds of the first, a middle and the last trial, each as a sweep of its own with a cold store."""
     alone = [replace(unit, trials=(trial,)) for unit in asked.units for trial in unit.trials]
     chosen = [alone[number * (len(alone) - 1) // (most - 1)] for number in range(most)]

@@ -15,7 +15,7 @@ from steerlab.run import folder as folders
 from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
-from steerlab.sweeps import driver, trials
+from steerlab.sweeps import driver, sweep_request, trials
 from steerlab.sweeps import space as spaces
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:the inputs of .* span")]
@@ -125,7 +125,7 @@ def test_a_sweep_runs_the_file_as_it_was_when_it_began(cluster: None, tmp_path: 
         "from ray import tune\nSPACE = {'method.at': tune.grid_search([0, 1])}\nMETRIC = 'perplexity/value'\n"
     )
     found = trials.plan(tmp_path / "a.yaml", [], spaces.load(tmp_path / "space.py"))
-    asked = driver.asked(found, None, 1)
+    asked = sweep_request.checked(found, None, 1)
     (tmp_path / "method.py").unlink()
     outcome = driver.sweep(asked, store, resume=False, command="")
     rows = folders.trials(store, outcome.folder)

@@ -28,7 +28,7 @@ from steerlab import job, report, run
 from steerlab.stages import JobType, Plan
 from steerlab.storage import claims, plan
 from steerlab.storage.store import Store
-from steerlab.sweeps import driver, estimate, trials
+from steerlab.sweeps import driver, estimate, sweep_request, trials
 from steerlab.sweeps import space as spaces
 from steerlab.sweeps.history import History
 
@@ -85,15 +85,19 @@ LINEAS: dict[str, Any] = {
 BEST = 'METRIC, MODE = "perplexity/value", "min"\n'
 
 
-def ask(folder: Path, tree: dict[str, Any], text: str, samples: int | None = None, seeds: int = 1) -> driver.Asked:
+def ask(
+    folder: Path, tree: dict[str, Any], text: str, samples: int | None = None, seeds: int = 1
+) -> sweep_request.SweepRequest:
     (folder / "a.yaml").write_text(yaml.safe_dump(tree))
     (folder / "space.py").write_text("from ray import tune\n" + text)
-    return driver.asked(trials.plan(folder / "a.yaml", (), spaces.load(folder / "space.py")), samples, seeds)
+    return sweep_request.checked(trials.plan(folder / "a.yaml", (), spaces.load(folder / "space.py")), samples, seeds)
 
 
-def do(folder: Path, asked: driver.Asked, *, resume: bool = False) -> tuple[Store, driver.Outcome, list[dict[str, Any]]]:
+def do(
+    folder: Path, asked: sweep_request.SweepRequest, *, resume: bool = False
+) -> tuple[Store, driver.Outcome, list[dict[str, Any]]]:
     store = Store.open(str(folder / "root"))
-    driver.check_cluster(asked, store)
+    sweep_request.check_cluster(asked, store)
     outcome = driver.sweep(asked, store, resume=resume, command="test")
     return store, outcome, table(folder, outcome.folder)
 
@@ -245,8 +249,8 @@ def test_a_trial_that_can_never_fit_is_refused_with_the_arithmetic(cluster: None
     text = "SPACE = {'scale.workers': tune.grid_search([1, 4])}\n" + BEST
     with pytest.raises(ValueError, match=r"scale.workers 4 x scale.cpus_per_worker 1 = 4 CPUs, but the cluster has 2"):
         do(tmp_path, ask(tmp_path, ASIDE, text))
-    assert driver.concurrency(ask(tmp_path, ASIDE, "SPACE = {'train.lr': tune.grid_search([1e-3])}\n" + BEST)) == 2
-    assert driver.concurrency(ask(tmp_path, ASIDE, "SPACE = {'scale.workers': tune.grid_search([2])}\n" + BEST)) == 1
+    assert sweep_request.concurrency(ask(tmp_path, ASIDE, "SPACE = {'train.lr': tune.grid_search([1e-3])}\n" + BEST)) == 2
+    assert sweep_request.concurrency(ask(tmp_path, ASIDE, "SPACE = {'scale.workers': tune.grid_search([2])}\n" + BEST)) == 1
 
 
 @pytest.mark.slow

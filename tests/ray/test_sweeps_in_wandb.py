@@ -15,7 +15,7 @@ import yaml
 
 from steerlab import report, tracking
 from steerlab.storage.store import Store
-from steerlab.sweeps import driver, stops, trials
+from steerlab.sweeps import driver, stops, sweep_request, trials
 from steerlab.sweeps import space as spaces
 from steerlab.tracking.wandb_client import agents
 from steerlab.tracking.wandb_client.parameters import sweep_config
@@ -52,10 +52,10 @@ def server() -> Iterator[standin.Standin]:
         ray.shutdown()
 
 
-def ask(folder: Path, space: str = SPACE, tree: dict[str, Any] = TREE) -> driver.Asked:
+def ask(folder: Path, space: str = SPACE, tree: dict[str, Any] = TREE) -> sweep_request.SweepRequest:
     (folder / "a.yaml").write_text(yaml.safe_dump(tree))
     (folder / "space.py").write_text(space)
-    return driver.asked(trials.plan(folder / "a.yaml", (), spaces.load(folder / "space.py")), None, 1)
+    return sweep_request.checked(trials.plan(folder / "a.yaml", (), spaces.load(folder / "space.py")), None, 1)
 
 
 def until(condition: Callable[[], bool], wait_s: float = 120) -> None:

@@ -22,7 +22,7 @@ from steerlab.stages import JobType, Plan
 from steerlab.stages.spread import subject
 from steerlab.storage import plan
 from steerlab.storage.store import Store
-from steerlab.sweeps import driver, trials
+from steerlab.sweeps import driver, sweep_request, trials
 from steerlab.sweeps import space as spaces
 
 TREE: dict[str, Any] = {
@@ -213,10 +213,10 @@ def test_a_sweep_is_gone_on_with_where_its_files_lie_elsewhere(folder: Path) -> 
     (folder / "space.py").write_text("SPACE = {'train.lr': 1e-3}\nMETRIC, MODE = 'perplexity/value', 'min'\n")
     changes = {"evaluate": [{"task": "perplexity", "source": "ROWS"}]}
 
-    def asked(**names: str) -> driver.Asked:
+    def asked(**names: str) -> sweep_request.SweepRequest:
         read(folder, changes, **names)
         path = folder.parent / "jobs" / "a.yaml"
-        return driver.asked(trials.plan(path, (), spaces.load(folder / "space.py")), None, 1)
+        return sweep_request.checked(trials.plan(path, (), spaces.load(folder / "space.py")), None, 1)
 
     store = Store.open(str(folder / "root"))
     begun = asked()

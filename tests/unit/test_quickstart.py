@@ -9,7 +9,7 @@ import pytest
 
 from steerlab import job
 from steerlab.methods import METHODS
-from steerlab.sweeps import driver
+from steerlab.sweeps import sweep_request
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -25,7 +25,7 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_part_that_needs_no_download_can_start(quickstart: Any) -> None:
     parts = [part for part in quickstart.PARTS if part.file.startswith("tiny/")]
     checked = {part.name: quickstart.check(part).todo for part in parts}
-    sweeps = {name: todo for name, todo in checked.items() if isinstance(todo, driver.Asked)}
+    sweeps = {name: todo for name, todo in checked.items() if isinstance(todo, sweep_request.SweepRequest)}
     knobs = {key for todo in sweeps.values() for unit in todo.units for trial in unit.trials for key in trial.params}
     assert knobs == {"method.angle_rad", "method.keep_ratio", "snapshot", "strength"}
     jobs_ = [todo if isinstance(todo, job.Job) else todo.plan.job for todo in checked.values()]

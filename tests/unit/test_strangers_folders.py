@@ -15,10 +15,10 @@ from test_report_sweeps import write_run, write_sweep
 from steerlab import report
 from steerlab.guards import files
 from steerlab.storage.store import Store
-from steerlab.sweeps import driver, trial, trials
+from steerlab.sweeps import driver, sweep_request, trial, trials, tuner
 from steerlab.sweeps import space as spaces
 from steerlab.sweeps.history import History
-from steerlab.sweeps.trials import trial_id
+from steerlab.sweeps.units import trial_id
 from steerlab.tracking import spool
 from steerlab.tracking.wandb_client import agents, sweep_page
 
@@ -39,12 +39,12 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> driver.Asked:
+def asked(tmp_path: Path) -> sweep_request.SweepRequest:
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(JOB))
     (tmp_path / "space.py").write_text(
         "from ray import tune\nSPACE = {'train.lr': tune.grid_search([1e-3, 2e-3])}\nMETRIC = 'perplexity/value'\n"
     )
-    return driver.asked(trials.plan(tmp_path / "a.yaml", (), spaces.load(tmp_path / "space.py")), None, 1)
+    return sweep_request.checked(trials.plan(tmp_path / "a.yaml", (), spaces.load(tmp_path / "space.py")), None, 1)
 
 
 def suggestion(number: int, params: dict[str, Any], name: str | None = None, **more: Any) -> dict[str, Any]:
@@ -72,7 +72,9 @@ EVIL = {"model.source": "/evil", "model.trust_remote_code": True}
         ({"event": "finish", "unit": "a"}, "line 2 is damaged: unit"),
     ],
 )
-def test_a_sweep_that_goes_on_takes_no_unit_of_another(store: Store, asked: driver.Asked, line: Any, message: str) -> None:
+def test_a_sweep_that_goes_on_takes_no_unit_of_another(
+    store: Store, asked: sweep_request.SweepRequest, line: Any, message: str
+) -> None:
     """A line of a history sets fields of the user's own job: only what the user's space gives."""
     store.append_line(f"{FOLDER}/history.jsonl", {"event": "begin", "time": 1})
     store.append_line(f"{FOLDER}/history.jsonl", line)
@@ -80,7 +82,7 @@ def test_a_sweep_that_goes_on_takes_no_unit_of_another(store: Store, asked: driv
         driver._begin(asked, store, FOLDER)
 
 
-def test_what_a_searcher_left_sets_entries_of_the_space_alone(store: Store, asked: driver.Asked) -> None:
+def test_what_a_searcher_left_sets_entries_of_the_space_alone(store: Store, asked: sweep_request.SweepRequest) -> None:
     drawn = replace(asked, units=[])
     history = f"{FOLDER}/history.jsonl"
     store.append_line(history, {"event": "begin", "time": 1})
@@ -91,7 +93,7 @@ def test_what_a_searcher_left_sets_entries_of_the_space_alone(store: Store, aske
         driver._begin(drawn, store, FOLDER)
 
 
-def test_a_sweep_goes_on_with_its_own_units(store: Store, asked: driver.Asked) -> None:
+def test_a_sweep_goes_on_with_its_own_units(store: Store, asked: sweep_request.SweepRequest) -> None:
     first = History(store, FOLDER)
     first.add("begin", sweep="20260101-000000-aaaaaa", job="a")
     for unit in asked.units:
@@ -99,8 +101,10 @@ def test_a_sweep_goes_on_with_its_own_units(store: Store, asked: driver.Asked) -
     assert driver._begin(asked, store, FOLDER).pending == asked.units
 
 
-def test_a_unit_runs_what_was_asked_for_and_nothing_that_was_put_in_its_place(store: Store, asked: driver.Asked) -> None:
-    told = driver._request(asked, store, FOLDER, asked.units[0], {"command": "x"})
+def test_a_unit_runs_what_was_asked_for_and_nothing_that_was_put_in_its_place(
+    store: Store, asked: sweep_request.SweepRequest
+) -> None:
+    told = tuner._request(asked, store, FOLDER, asked.units[0], {"command": "x"})
     assert trial._request(store, told["request"], told["sha256"]).sweep == FOLDER.rpartition("/")[2]
     store.write_json(told["request"], {"unit": {}, "jobs": []})
     with pytest.raises(ValueError, match="was changed while the sweep ran"):

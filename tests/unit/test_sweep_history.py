@@ -23,7 +23,7 @@ from steerlab.storage.store import Store
 from steerlab.sweeps import processes, results, search
 from steerlab.sweeps.history import History
 from steerlab.sweeps.space import Space
-from steerlab.sweeps.trials import Trial, Unit, trial_id
+from steerlab.sweeps.units import Trial, Unit, trial_id
 
 
 @pytest.fixture

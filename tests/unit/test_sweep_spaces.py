@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from steerlab.job import JobError
-from steerlab.sweeps import driver, search, trials
+from steerlab.sweeps import search, sweep_request, trials
 from steerlab.sweeps import space as spaces
 
 ROOT = Path(__file__).parents[2]
@@ -39,10 +39,12 @@ def job(tmp_path: Path) -> Path:
     return path
 
 
-def ask(job: Path, text: str, samples: int | None = None, seeds: int = 1, overrides: tuple[str, ...] = ()) -> driver.Asked:
+def ask(
+    job: Path, text: str, samples: int | None = None, seeds: int = 1, overrides: tuple[str, ...] = ()
+) -> sweep_request.SweepRequest:
     path = job.parent / "space.py"
     path.write_text("from ray import tune\n" + text)
-    return driver.asked(trials.plan(job, overrides, spaces.load(path)), samples, seeds)
+    return sweep_request.checked(trials.plan(job, overrides, spaces.load(path)), samples, seeds)
 
 
 def test_more_trials_than_anybody_reads_are_refused_with_the_arithmetic(job: Path) -> None:
@@ -316,7 +318,7 @@ def test_every_kind_of_domain_is_drawn_checked_and_written(job: Path) -> None:
 
 def test_the_strengths_of_choose_are_an_axis_and_its_tasks_choose() -> None:
     path = ROOT / "search_spaces/steering_steps.py"
-    asked = driver.asked(trials.plan(ROOT / "jobs/tiny/lineas.yaml", (), spaces.load(path)), None, 1)
+    asked = sweep_request.checked(trials.plan(ROOT / "jobs/tiny/lineas.yaml", (), spaces.load(path)), None, 1)
     assert [unit.shared for unit in asked.units] == [{"snapshot": step} for step in (5, 15, 30, 60)]
     assert {unit.strengths for unit in asked.units} == {(0.0, 0.5, 1.0)}
     assert (asked.plan.metric, asked.plan.mode) == ("concept/words", "max")
@@ -352,7 +354,7 @@ def test_every_search_space_has_a_job() -> None:
 @pytest.mark.parametrize("name", [name for name, job in SPACES.items() if (ROOT / f"jobs/tiny/{job}.yaml").exists()])
 def test_every_search_space_fits_its_job(name: str) -> None:
     space = spaces.load(ROOT / f"search_spaces/{name}.py")
-    asked = driver.asked(trials.plan(ROOT / f"jobs/tiny/{SPACES[name]}.yaml", (), space), None, 1)
+    asked = sweep_request.checked(trials.plan(ROOT / f"jobs/tiny/{SPACES[name]}.yaml", (), space), None, 1)
     assert asked.units or asked.plan.space.search_alg is not None
     json.dumps(asked.described())
 

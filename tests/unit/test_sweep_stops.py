@@ -11,7 +11,7 @@ from steerlab.storage.plan import Stage
 from steerlab.storage.store import Store
 from steerlab.sweeps import results, stops
 from steerlab.sweeps.history import History
-from steerlab.sweeps.trials import Trial, Unit, trial_id
+from steerlab.sweeps.units import Trial, Unit, trial_id
 
 TRAIN = Stage("train", 1, {}, lambda work: None)
 FOLDER = "sweeps/a/1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -42,7 +42,7 @@ def compare(
             _print_comparison(found)
 
 
-def _comparison(found: Comparison) -> dict[str, Any]:
+def _comparison(found: Comparison) -> dict[str, object]:
     metrics = {name: one.difference._asdict() | {"strengths": one.strengths} for name, one in found.metrics.items()}
     return {"first": found.first._asdict(), "second": found.second._asdict(), "metrics": metrics}
 

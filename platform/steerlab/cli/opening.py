@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
+    from steerlab.guards.json_values import JsonObject
     from steerlab.job import Job
     from steerlab.run import Reported
+    from steerlab.storage.store import Store
 
 
 def read_job(path: Path, overrides: list[str] | None) -> Job:
@@ -20,7 +22,7 @@ def read_job(path: Path, overrides: list[str] | None) -> Job:
     return job.read(path, JobType, overrides or ())
 
 
-def opened_store(root: str | None) -> Any:
+def opened_store(root: str | None) -> Store:
     """Open ROOT, the default one where none is given. Raises ValueError."""
     from steerlab.run import default_root
     from steerlab.storage.store import Store
@@ -52,11 +54,19 @@ def split(folder: str) -> tuple[str | None, str]:
     return None, folder
 
 
+class Loading(TypedDict, total=False):
+    """Options of `language.load` that a run's job sets."""
+
+    dtype: str | None
+    sampler: JsonObject | None
+    snapshot: int | None
+
+
 class Artifact(NamedTuple):
     """The model of a run folder, or an exported folder."""
 
     path: Path
-    loading: dict[str, Any]
+    loading: Loading
     """How the run's job loads it."""
     reported: Reported
     """The strength that is meant where none is given."""
@@ -78,13 +88,16 @@ def artifact_of(folder: str, root: str | None) -> Artifact:
         raise missing
     store = opened_store(root or found_root)
     try:
-        summary = folders.summary(store, below)
+        summary = folders.read_summary(store, below)
     except FileNotFoundError:
         raise missing from None
-    subject = summary.get("model")
-    if subject is None:
+    if summary.model is None:
         raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
     model = folders.job(store, below).get("model", {})
-    loading = {name: model[name] for name in ("dtype", "sampler") if name in model}
-    path = located(store, subject["stage"], subject["key"])
-    return Artifact(path, {"snapshot": subject.get("snapshot"), **loading}, runs.reported_strength(summary))
+    loading: Loading = {"snapshot": summary.model.snapshot}
+    if "dtype" in model:
+        loading["dtype"] = model["dtype"]
+    if "sampler" in model:
+        loading["sampler"] = model["sampler"]
+    path = located(store, summary.model.stage, summary.model.key)
+    return Artifact(path, loading, runs.reported_strength(summary.model_dump()))

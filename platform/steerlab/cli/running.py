@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -21,7 +21,7 @@ from steerlab.job import UNPATCHED, UNPATCHED_NAME
 
 if TYPE_CHECKING:
     from steerlab.job import Job
-    from steerlab.run import Run
+    from steerlab.run import MetricNumbers, Run, RunSummary
     from steerlab.storage import plan
 
 
@@ -156,7 +156,7 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
     tasks: dict[str, TaskID] = {}
     printed_s, printed = time.monotonic(), ""
 
-    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+    def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
         nonlocal printed_s, printed
         done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
         note = f"loss {metrics['train/loss']:.4f}, {metrics.get('steps_per_s', 0):.2f} steps/s" if "step" in metrics else ""
@@ -181,6 +181,7 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
 
 
 def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
+    from steerlab.run import reported_strength
     from steerlab.stages.choose import said_of
 
     names = list(dict.fromkeys(name for _, r in done for name in r.summary["metrics"]))
@@ -192,17 +193,15 @@ def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
         console.print(table)
         console.print("value \\[95 % interval] (items scored)")
     for job, result in done:
-        if result.summary["choice"] is not None:
-            choice = result.summary["choice"]
-            console.print(
-                f"{job.name}: strength {choice['strength']:g} was chosen by {choice['rule']['metric']} on development rows"
-            )
+        if (choice := result.summary["choice"]) is not None:
+            reported = reported_strength(result.summary)
+            console.print(f"{job.name}: strength {reported.strength:g} was {reported.reason}")
             for line in said_of(choice):
                 console.print(f"[yellow]warning[/yellow] {escape(line)}", soft_wrap=True)
         console.print(f"{job.name}: {root}/{result.folder}", soft_wrap=True, highlight=False)
 
 
-def _columns(name: str, summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _columns(name: str, summary: RunSummary) -> list[tuple[str, dict[str, MetricNumbers]]]:
     """Return a run's columns of the table: its headline and, where that is steered, strength 0 beside it."""
     steered = [f"{strength:g}" for strength in dict.fromkeys(summary["reported"].values())]
     found = [(f"{name}\nstrength {', '.join(steered)}" if steered else name, summary["metrics"])]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from steerlab.cli.terminal import console, explained, say_line
-
-if TYPE_CHECKING:
-    pass
 
 
 def wandb_send(
@@ -38,17 +35,16 @@ def _send(folder: Path) -> str:
     """Send a run and return its id in W&B."""
     from steerlab import tracking
 
-    settings = folder / "wandb" / tracking.spool.SETTINGS
-    if not settings.is_file():
+    if not (folder / "wandb" / tracking.spool.SETTINGS).is_file():
         raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
-    asked = tracking.spool.read_settings(folder / "wandb")
-    owner = f"{asked['entity']}/" if asked.get("entity") else ""
-    say_line(f"{folder}: sending to W&B project {owner}{asked['project']}")
+    settings = tracking.spool.settings_of(folder / "wandb")
+    owner = f"{settings.entity}/" if settings.entity else ""
+    say_line(f"{folder}: sending to W&B project {owner}{settings.project}")
     status = tracking.send(folder / "wandb")
     if status.get("state") != "online" or not status.get("done"):
         raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")
     console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
-    return tracking.spool.read_json(settings)["id"]
+    return settings.id
 
 
 dashboards = typer.Typer(no_args_is_help=True, help="W&B workspaces and a report, as code.")

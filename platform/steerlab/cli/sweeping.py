@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -28,6 +29,8 @@ from steerlab.cli.terminal import (
 
 if TYPE_CHECKING:
     from steerlab.sweeps.driver import Outcome
+    from steerlab.sweeps.estimate import SweepCost
+    from steerlab.sweeps.sweep_request import SweepRequest
 
 
 def sweep(
@@ -47,8 +50,8 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Run a job's trials over a search space; stages that they share run once."""
-    from steerlab.sweeps import agent, driver, estimate, trials
-    from steerlab.sweeps import space as spaces
+    from steerlab.sweeps import driver, estimate
+    from steerlab.sweeps.sweep_request import check_cluster
 
     chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with explained("run the same command with --resume to go on"), chatter:
@@ -56,18 +59,15 @@ def sweep(
         if backend not in ("ray", "wandb") or (backend == "wandb") != (wandb_sweep is not None):
             raise ValueError("--backend is ray, or wandb together with --wandb-sweep ENTITY/PROJECT/ID")
         say = _quiet if as_json else say_line
-        asked = driver.asked(trials.plan(job, set_ or (), spaces.load(space)), samples, seeds, say)
-        if wandb_sweep is not None:
-            agent.check(wandb_sweep, asked.plan)
-            asked = replace(asked, units=[])
+        request = _checked(job, space, set_ or (), samples, seeds, wandb_sweep, say)
         if dry_run:
-            _print_estimate(estimate.of(asked, store, say), as_json)
+            _print_estimate(estimate.of(request, store, say), as_json)
             return
         with joined_ray():
-            driver.check_cluster(asked, store)
+            check_cluster(request, store)
             command = " ".join(sys.argv)
             outcome = driver.sweep(
-                asked, store, resume=resume, command=command, say=say, at_once=at_once, wandb_sweep=wandb_sweep
+                request, store, resume=resume, command=command, say=say, at_once=at_once, wandb_sweep=wandb_sweep
             )
         if outcome.interrupted:
             raise KeyboardInterrupt
@@ -79,11 +79,31 @@ def sweep(
         raise typer.Exit(1)
 
 
+def _checked(
+    job: Path,
+    space: Path,
+    overrides: Sequence[str],
+    samples: int | None,
+    seeds: int,
+    wandb_sweep: str | None,
+    say: Callable[[str], None],
+) -> SweepRequest:
+    """Return what the command line asks for, checked; W&B makes the units of a sweep of its own."""
+    from steerlab.sweeps import agent, sweep_request, trials
+    from steerlab.sweeps import space as spaces
+
+    request = sweep_request.checked(trials.plan(job, overrides, spaces.load(space)), samples, seeds, say)
+    if wandb_sweep is None:
+        return request
+    agent.check(wandb_sweep, request.plan)
+    return replace(request, units=[])
+
+
 def _quiet(line: str) -> None:
     """Say nothing: standard output holds the results alone."""
 
 
-def _print_estimate(found: dict[str, Any], as_json: bool) -> None:
+def _print_estimate(found: SweepCost, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1), file=sys.__stdout__)
         return
@@ -106,7 +126,8 @@ def _print_sweep(outcome: Outcome, root: str) -> None:
         errors.print("[red]failed[/red] no trial finished; the reasons are in trials.parquet and history.jsonl", soft_wrap=True)
     else:
         params = ", ".join(f"{key} = {value}" for key, value in best["params"].items())
-        console.print(f"best of {summary['metric']}: {cell(best | {'n': len(best['seeds'])})} with {escape(params)}")
+        numbers = {"value": best["value"], "low": best["low"], "high": best["high"], "n": len(best["seeds"])}
+        console.print(f"best of {summary['metric']}: {cell(numbers)} with {escape(params)}")
         others = summary["indistinguishable"]
         console.print(f"not distinguishable from it: {'unknown' if others is None else ', '.join(others) or 'no other trial'}")
         rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, so they flatter it"

@@ -18,7 +18,7 @@ from steerlab.guards import texts
 from steerlab.guards.faults import gave_up, is_for_people
 
 if TYPE_CHECKING:
-    pass
+    from steerlab.run import MetricNumbers
 
 
 class PlainConsole(Console):
@@ -60,7 +60,7 @@ def explained(how_to_go_on: str = "run the same command again to continue from t
 
     said: set[str] = set()
 
-    def say(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    def say(message: Warning | str, category: type[Warning], *_: object) -> None:
         # Libraries warn in words of their own; those are for developers. What is checked and then read would be said twice.
         if category is UserWarning and str(message) not in said:
             said.add(str(message))
@@ -103,7 +103,7 @@ def say_line(line: str) -> None:
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def cell(metric: dict[str, Any] | None) -> str:
+def cell(metric: MetricNumbers | None) -> str:
     """Return a metric as a cell of a table: value, interval, items, and what was left out."""
     from steerlab.evaluation.statistics.metrics import left_out
 

@@ -4,12 +4,14 @@ from steerlab.run.checks import check, facts_of
 from steerlab.run.cluster import check_address, connect
 from steerlab.run.comparison import Comparison, Side, compare
 from steerlab.run.execution import Run, default_root, execute, new_id
-from steerlab.run.record import Reported, environment, reported_strength, root_cause, summarise
+from steerlab.run.record import MetricNumbers, Reported, RunSummary, environment, reported_strength, root_cause, summarise
 
 __all__ = [
     "Comparison",
+    "MetricNumbers",
     "Reported",
     "Run",
+    "RunSummary",
     "Side",
     "check",
     "check_address",

@@ -8,8 +8,8 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.util import get_node_ip_address
@@ -52,13 +52,13 @@ def connect() -> None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(_IDLE_MS))
     if ray.is_initialized():
         return
-    quiet: Any = {"logging_level": logging.ERROR, "log_to_driver": False}
+    join = partial(ray.init, logging_level=logging.ERROR, log_to_driver=False)
     if os.environ.get("RAY_ADDRESS") or private_parts.running_cluster() is not None:
         with _on_loopback() if _answers_on_loopback_alone() else nullcontext(), _away():
-            ray.init(**quiet)
+            join()
         return
     with _on_loopback(), _away():
-        ray.init(address="local", _temp_dir=str(_session_folder()), **quiet)
+        join(address="local", _temp_dir=str(_session_folder()))
 
 
 def _answers_on_loopback_alone() -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.measures import Transform
 from steerlab.evaluation.statistics.metrics import Difference, Observation, paired_difference
 from steerlab.guards import saved
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import UNPATCHED
 from steerlab.run import folder as folders
 from steerlab.run.record import SCHEMA, labelled
@@ -91,7 +92,7 @@ def _pairs(a: Sequence[Observation], b: Sequence[Observation]) -> bool:
     return counts or not {o.id for o in a} & {o.id for o in b}
 
 
-def _some(names: dict[str, Any]) -> str:
+def _some(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:5]) or "none"
 
 
@@ -100,7 +101,7 @@ class _Measured(NamedTuple):
 
     observations: list[Observation]
     transform: Transform
-    task: Any
+    task: object
     """What was asked and of which data: equal for runs whose items are the same."""
     strength: float
 
@@ -108,9 +109,9 @@ class _Measured(NamedTuple):
 class _Params(saved.Shape):
     """What an evaluation's manifest says of its task and data."""
 
-    task: dict[str, Any]
+    task: JsonObject
     task_version: int
-    fingerprints: dict[str, Any]
+    fingerprints: JsonObject
 
 
 class _Run(NamedTuple):
@@ -119,7 +120,7 @@ class _Run(NamedTuple):
     store: Store
     folder: str
     name: Named
-    summary: dict[str, Any]
+    summary: folders.Summary
 
     @classmethod
     def read(cls, side: Side) -> _Run:
@@ -135,24 +136,24 @@ class _Run(NamedTuple):
             raise ValueError(f"{where} is no run folder (ROOT/runs/NAME/ID)")
         if "summary.json" not in files:
             raise ValueError(f"{where} is a run that did not finish{_reason(store, folder, files)}")
-        summary = folders.summary(store, folder)
-        if summary.get("schema") != SCHEMA:
+        summary = folders.read_summary(store, folder)
+        if summary.version != SCHEMA:
             raise ValueError(
-                f"{where} was written by another version of steerlab (summary {summary.get('schema')}, not {SCHEMA}): run its "
+                f"{where} was written by another version of steerlab (summary {summary.version}, not {SCHEMA}): run its "
                 "job again, what has not changed is taken from the store"
             )
         job = folders.job(store, folder)
-        name = Named(job["name"], folder.rpartition("/")[2], job["method"]["name"], bool(summary["reported"]))
+        name = Named(job["name"], folder.rpartition("/")[2], job["method"]["name"], bool(summary.reported))
         return cls(store, folder, name, summary)
 
     def measured(self, strength: float | None) -> dict[str, _Measured]:
         """Return the metrics at a strength, None: those reported. Raises ValueError when no task was measured at it."""
         found: dict[str, _Measured] = {}
         measured: dict[float, None] = {}
-        for label, key in self.summary["evaluations"].items():
+        for label, key in self.summary.evaluations.items():
             given = self._strengths(key)
             measured |= dict.fromkeys(given)
-            plain = self.summary["unsteered"].get(label)
+            plain = self.summary.unsteered.get(label)
             if strength in (None, *given):
                 found |= self._metrics(label, key, given[0] if strength is None else strength, strength)
             elif strength == UNPATCHED and plain is not None:

@@ -8,12 +8,11 @@ import traceback
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from steerlab.evaluation.statistics import stored
 from steerlab.guards import texts
-from steerlab.job import dump
-from steerlab.run.record import check_numbers, environment, root_cause, samples_of, summarise
+from steerlab.job import Job, dump
+from steerlab.run.record import RunSummary, check_numbers, environment, root_cause, samples_of, summarise
 from steerlab.stages import Plan
 from steerlab.stages.spread import staying
 from steerlab.storage import plan
@@ -30,7 +29,7 @@ class Run:
 
     folder: str
     """Path below ROOT."""
-    summary: dict[str, Any]
+    summary: RunSummary
     records: list[plan.Record]
 
 
@@ -56,16 +55,10 @@ def execute(
     """
     job, run_id = planned.job, run_id or new_id()
     folder = f"runs/{job.name}/{run_id}"
-    store.write_text(f"{folder}/job.yaml", dump(job))
-    trusted = [planned.source] if any(one.job.model.trust_remote_code for one in planned.chain) else []
-    trusted += [task.trusted_source for task in job.evaluate if task.trusted_source is not None]
-    store.write_json(f"{folder}/environment.json", environment(command, ", ".join(trusted) or None, planned.own_code))
-    local = Path(store.root.removeprefix("file://")) / folder
-    scratch = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
+    _write_request(planned, store, folder, command)
     # A sweep's trial waits for nothing: its writer outlives it.
     wait_s = FINISH_WAIT_S if place.group is None else 0
-    place = replace(place, tags=(*place.tags, job.method.name))
-    tracker = Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, place)
+    tracker = _tracker(job, store, folder, run_id, place)
     store.sweep_temporary(_ABANDONED_S)
     records: list[plan.Record] = []
     following = _following(planned, store, folder, tracker, listener)
@@ -85,12 +78,7 @@ def execute(
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
     check_numbers(summary, f"{store.root}/{folder}")
     store.write_json(f"{folder}/summary.json", summary)
-    for found in planned.evaluations:
-        samples = samples_of(store, found)
-        store.write_json(f"{folder}/samples/{found.stage.label}.json", samples)
-        tracker.table(f"samples/{found.stage.label}", samples)
-    _keep_images(planned, store, folder)
-    tracker.images_below(local / "samples" / "images")
+    _keep_samples(planned, store, folder, tracker)
     tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s)
     return Run(folder, summary, records)
 
@@ -98,6 +86,36 @@ def execute(
 def new_id() -> str:
     """Return the name of a folder that nobody else makes: the time, to be read, and a random end."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+
+
+def _write_request(planned: Plan, store: Store, folder: str, command: str) -> None:
+    """Write the job, and what a result depends on besides it, into the run's folder."""
+    store.write_text(f"{folder}/job.yaml", dump(planned.job))
+    trusted = [planned.source] if any(one.job.model.trust_remote_code for one in planned.chain) else []
+    trusted += [task.trusted_source for task in planned.job.evaluate if task.trusted_source is not None]
+    store.write_json(f"{folder}/environment.json", environment(command, ", ".join(trusted) or None, planned.own_code))
+
+
+def _tracker(job: Job, store: Store, folder: str, run_id: str, place: Place) -> Tracker:
+    """Open the run in W&B; its spool lies in the run's folder, or on this machine where ROOT is an object store."""
+    scratch = _local(store, folder) if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
+    tagged = replace(place, tags=(*place.tags, job.method.name))
+    return Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, tagged)
+
+
+def _local(store: Store, folder: str) -> Path:
+    """Return where a folder of a local ROOT lies."""
+    return Path(store.root.removeprefix("file://")) / folder
+
+
+def _keep_samples(planned: Plan, store: Store, folder: str, tracker: Tracker) -> None:
+    """Put what people may read and see of the tasks into the run's folder, and into W&B."""
+    for evaluation in planned.evaluations:
+        samples = samples_of(store, evaluation)
+        store.write_json(f"{folder}/samples/{evaluation.stage.label}.json", samples)
+        tracker.table(f"samples/{evaluation.stage.label}", samples)
+    _keep_images(planned, store, folder)
+    tracker.images_below(_local(store, folder) / "samples" / "images")
 
 
 def _keep_images(planned: Plan, store: Store, folder: str) -> None:
@@ -117,7 +135,7 @@ def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, liste
         kept[line["key"]] = max(kept.get(line["key"], 0), line["step"])
     keys, own = list(planned.trainings), planned.model
 
-    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+    def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
         if "step" in metrics and metrics["step"] > kept.get(stage.key[:12], 0):
             line = {"stage": stage.name, "key": stage.key[:12], **metrics}
             store.append_line(f"{folder}/metrics.jsonl", line)

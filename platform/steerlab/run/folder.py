@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.stored import Metric, Sample, StoredMeasure, StrengthKey
 from steerlab.guards import saved, yaml12
 from steerlab.guards.faults import explained
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.stages.choose import Choice
 from steerlab.storage.store import Store, StoreError
-
-_Number = float | None
 
 
 class _Model(saved.Shape):
@@ -25,7 +25,9 @@ class _Model(saved.Shape):
     snapshot: int | None = None
 
 
-class _Summary(saved.Shape):
+class Summary(saved.Shape):
+    """What summary.json of a run must hold; what its fields are says `record.RunSummary`."""
+
     metrics: dict[str, Metric]
     strengths: dict[StrengthKey, dict[str, Metric]]
     choice: Choice | None = None
@@ -33,6 +35,11 @@ class _Summary(saved.Shape):
     reported: dict[str, float] = {}
     evaluations: dict[str, str] = {}
     unsteered: dict[str, str] = {}
+    measures: dict[str, StoredMeasure] = {}
+    version: object = Field(None, alias="schema")
+
+
+class _Measures(saved.Shape):
     measures: dict[str, StoredMeasure] = {}
 
 
@@ -67,7 +74,7 @@ class _Method(saved.Shape):
 
 class _Loaded(saved.Shape):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    sampler: dict[str, Any] | None = None
+    sampler: dict[str, object] | None = None
 
 
 class _Job(saved.Shape):
@@ -77,38 +84,44 @@ class _Job(saved.Shape):
 
 
 class _Line(saved.Shape):
-    key: Any
+    key: object
     step: float
 
 
+def read_summary(store: Store, folder: str) -> Summary:
+    """Read summary.json of a run. Raises ValueError where it is damaged, FileNotFoundError while the run goes on."""
+    path = f"{folder}/summary.json"
+    return saved.checked(_tree(store, path), Summary, f"{store.root}/{path}")
+
+
 def summary(store: Store, folder: str) -> dict[str, Any]:
-    """Return summary.json, its strengths as numbers.
+    """Return summary.json as it is, its strengths as numbers.
 
     Raises:
         ValueError: it is damaged.
         FileNotFoundError: the run has not finished.
     """
-    found = _like(store, f"{folder}/summary.json", _Summary)
+    found = _like(store, f"{folder}/summary.json", Summary)
     return {**found, "strengths": stored.by_strength(found["strengths"])}
 
 
-def measures(summary: Mapping[str, Any]) -> dict[str, Measure]:
+def measures(summary: Mapping[str, object]) -> dict[str, Measure]:
     """Return what the metrics of a summary measure, by name; nothing of summaries that earlier versions wrote."""
-    found = summary.get("measures", {})
-    return {name: stored.measured(name, StoredMeasure.model_validate(one)) for name, one in found.items()}
+    found = _Measures.model_validate(summary).measures
+    return {name: stored.measured(name, one) for name, one in found.items()}
 
 
-def stages(store: Store, folder: str) -> list[dict[str, Any]]:
+def stages(store: Store, folder: str) -> list[JsonObject]:
     """Return the stages of plan.json. Raises ValueError, FileNotFoundError."""
     return _like(store, f"{folder}/plan.json", _Plan)["stages"]
 
 
-def environment(store: Store, folder: str) -> dict[str, Any]:
+def environment(store: Store, folder: str) -> JsonObject:
     """Return environment.json. Raises ValueError, FileNotFoundError."""
     return _like(store, f"{folder}/environment.json", _Environment)
 
 
-def samples(store: Store, folder: str) -> dict[str, list[dict[str, Any]]]:
+def samples(store: Store, folder: str) -> dict[str, list[JsonObject]]:
     """Return the samples of each task. Raises ValueError where a file is damaged."""
     names = [name for name in store.list(f"{folder}/samples") if name.endswith(".json")]
     return {name.removesuffix(".json"): _like(store, f"{folder}/samples/{name}", list[Sample]) for name in names}
@@ -140,7 +153,7 @@ def job(store: Store, folder: str) -> dict[str, Any]:
 class _Space(saved.Shape):
     metric: str | None = None
     mode: str | None = None
-    files: dict[str, Any] = {}
+    files: dict[str, object] = {}
 
 
 class _Best(saved.Shape):
@@ -170,17 +183,17 @@ _NUMBERS = ("metric.", "stderr.", "low.", "high.", "n.", "seconds.")
 _VALUES = (int, float, str, bool, type(None))
 
 
-def space(store: Store, folder: str) -> dict[str, Any]:
+def space(store: Store, folder: str) -> JsonObject:
     """Return space.json of a sweep. Raises ValueError where it is damaged, FileNotFoundError."""
     return _like(store, f"{folder}/space.json", _Space)
 
 
-def sweep_summary(store: Store, folder: str) -> dict[str, Any]:
+def sweep_summary(store: Store, folder: str) -> JsonObject:
     """Return summary.json of a sweep. Raises ValueError where it is damaged, FileNotFoundError while it goes on."""
     return _like(store, f"{folder}/summary.json", _SweepSummary)
 
 
-def trials(store: Store, folder: str) -> list[dict[str, Any]]:
+def trials(store: Store, folder: str) -> list[JsonObject]:
     """Return the rows of trials.parquet, one a trial and seed. Raises ValueError where it is damaged, FileNotFoundError."""
     path = f"{folder}/trials.parquet"
     where = f"{store.root}/{path}"
@@ -196,8 +209,12 @@ def trials(store: Store, folder: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _like(store: Store, path: str, shape: Any) -> Any:
+def _like(store: Store, path: str, shape: type) -> Any:
+    return saved.like(_tree(store, path), shape, f"{store.root}/{path}")
+
+
+def _tree(store: Store, path: str) -> Json:
     try:
-        return saved.like(store.read_json(path), shape, f"{store.root}/{path}")
+        return store.read_json(path)
     except StoreError as error:
         raise saved.SavedError(str(error)) from None

@@ -11,12 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import ray
 
 from steerlab.evaluation.statistics import stored
-from steerlab.guards import texts
+from steerlab.guards import saved, texts
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import UNPATCHED
 from steerlab.stages import Evaluation, Plan, choose, evaluate
 from steerlab.storage import plan
@@ -24,10 +25,39 @@ from steerlab.storage.store import Store
 
 SCHEMA = 2
 """Version of summary.json; raised when what older readers look for is elsewhere."""
+MetricNumbers: TypeAlias = Mapping[str, float | None]
+"""A metric as it stands in files: `value`, `stderr`, `low`, `high`, `n` and counts of what was left out."""
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
 
 
-def check_numbers(summary: dict[str, Any], folder: str) -> None:
+class ModelFacts(TypedDict):
+    """The artifact that holds a run's model."""
+
+    stage: str
+    key: str
+    snapshot: int | None
+
+
+class RunSummary(TypedDict):
+    """What summary.json of a run holds, strengths as numbers."""
+
+    metrics: dict[str, MetricNumbers]
+    """Those of each task's headline, whose strength is in `reported` where there is a patch."""
+    reported: dict[str, float]
+    strengths: dict[float, dict[str, MetricNumbers]]
+    choice: JsonObject | None
+    """How the strength was chosen (`choose.Choice`)."""
+    model: ModelFacts | None
+    evaluations: dict[str, str]
+    """Keys of the evaluations, by the label of the task."""
+    unsteered: dict[str, str]
+    """Keys of those of the model without the patch, where the strength was chosen; strength 0 has their numbers."""
+    measures: dict[str, JsonObject]
+    """What each metric is: which way is better, its unit, its range."""
+    schema: int
+
+
+def check_numbers(summary: RunSummary, folder: str) -> None:
     """Refuse a metric that is not a number: a table with one in it would be read as if it were. Raises plan.StageError."""
     for strength, metrics in summary["strengths"].items():
         for name, metric in metrics.items():
@@ -35,58 +65,51 @@ def check_numbers(summary: dict[str, Any], folder: str) -> None:
                 raise plan.StageError(f"metric {name} at strength {strength} is {metric['value']}; run folder: {folder}")
 
 
-def summarise(planned: Plan, store: Store) -> dict[str, Any]:
-    """Collect the metrics of a job whose stages are all in the store.
-
-    `measures` says what each metric is: which way is better, its unit, its range.
-    `metrics` are those of each task's headline, whose strength is in `reported` where there is a patch; `unsteered` names the
-    evaluations of the model without the patch where the strength was chosen, and strength 0 of `strengths` has their numbers.
-    """
-    headline: dict[str, Any] = {}
-    strengths: dict[float, dict[str, Any]] = {}
-    choice: dict[str, Any] | None = None
-    measured: dict[str, str] = {}
-    unsteered: dict[str, str] = {}
-    reported: dict[str, float] = {}
-    measures: dict[str, Any] = {}
-    for found in planned.evaluations:
-        stage = found.stage
-        if (chosen := stage.inputs.get(evaluate.CHOICE)) is not None:
-            choice = choose.read(store.local(chosen.name, chosen.key))
-        measured[stage.label] = stage.key
-        of_task = stored.measures(store.local("evaluate", stage.key))
-        measures |= {labelled(name, stage.label): stored.dumped(measure) for name, measure in of_task.items()}
-        for number, (strength, metrics) in enumerate(_measured_strengths(store, found).items()):
-            named = {labelled(name, stage.label): metric for name, metric in metrics.items()}
-            strengths.setdefault(strength, {}).update(named)
-            if number == 0:
-                headline.update(named)
-            if number == 0 and planned.leaves_patch:
-                reported[stage.label] = strength
-        if found.baseline is not None:
-            unsteered[stage.label] = found.baseline.key
+def summarise(planned: Plan, store: Store) -> RunSummary:
+    """Collect the metrics of a job whose stages are all in the store."""
     left = planned.model
-    model = None if left is None else {"stage": left.name, "key": left.key, "snapshot": planned.job.snapshot}
-    return {
-        "metrics": headline,
-        "reported": reported,
-        "strengths": strengths,
-        "choice": choice,
-        "model": model,
-        "evaluations": measured,
-        "unsteered": unsteered,
-        "measures": measures,
+    summary: RunSummary = {
+        "metrics": {},
+        "reported": {},
+        "strengths": {},
+        "choice": None,
+        "model": None if left is None else {"stage": left.name, "key": left.key, "snapshot": planned.job.snapshot},
+        "evaluations": {},
+        "unsteered": {},
+        "measures": {},
         "schema": SCHEMA,
     }
+    for evaluation in planned.evaluations:
+        _add_evaluation(summary, evaluation, store, has_patch=planned.leaves_patch)
+    return summary
 
 
-def _measured_strengths(store: Store, found: Evaluation) -> dict[float, dict[str, Any]]:
+def _add_evaluation(summary: RunSummary, evaluation: Evaluation, store: Store, *, has_patch: bool) -> None:
+    """Put one task's metrics, and how its strength was chosen, into a run's summary."""
+    stage, baseline = evaluation.stage, evaluation.baseline
+    if (chosen := stage.inputs.get(evaluate.CHOICE)) is not None:
+        summary["choice"] = choose.read(store.local(chosen.name, chosen.key))
+    summary["evaluations"][stage.label] = stage.key
+    if baseline is not None:
+        summary["unsteered"][stage.label] = baseline.key
+    measures = stored.measures(store.local("evaluate", stage.key))
+    summary["measures"] |= {labelled(name, stage.label): stored.dumped(measure) for name, measure in measures.items()}
+    for number, (strength, metrics) in enumerate(_measured_strengths(store, evaluation).items()):
+        named = {labelled(name, stage.label): metric for name, metric in metrics.items()}
+        summary["strengths"].setdefault(strength, {}).update(named)
+        if number == 0:
+            summary["metrics"].update(named)
+        if number == 0 and has_patch:
+            summary["reported"][stage.label] = strength
+
+
+def _measured_strengths(store: Store, evaluation: Evaluation) -> Mapping[float, Mapping[str, MetricNumbers]]:
     """Return a task's metrics by strength, the headline's first; the model without the patch is strength 0."""
-    saved = stored.strengths(store.local("evaluate", found.stage.key))
-    if found.baseline is not None:
-        plain = stored.strengths(store.local("evaluate", found.baseline.key))
-        saved.setdefault(UNPATCHED, next(iter(plain.values())))
-    return saved
+    measured = stored.strengths(store.local("evaluate", evaluation.stage.key))
+    if evaluation.baseline is not None:
+        plain = stored.strengths(store.local("evaluate", evaluation.baseline.key))
+        measured.setdefault(UNPATCHED, next(iter(plain.values())))
+    return measured
 
 
 class Reported(NamedTuple):
@@ -97,21 +120,27 @@ class Reported(NamedTuple):
     """Where it is from; empty where the run has none to report."""
 
 
-def reported_strength(summary: Mapping[str, Any]) -> Reported:
+class _Reporting(saved.Shape):
+    """What a summary says of the strength of its numbers."""
+
+    choice: choose.Choice | None = None
+    reported: dict[str, float] | None = None
+
+
+def reported_strength(summary: Mapping[str, object]) -> Reported:
     """Return the strength that a run's numbers are of: the chosen one, else that of its tasks, else 1."""
-    choice = summary.get("choice")
-    if choice is not None:
-        return Reported(choice["strength"], f"chosen by {choice['rule']['metric']} on development rows")
-    reported = summary.get("reported") or {}
-    if not reported:
+    reporting = _Reporting.model_validate(summary)
+    if (choice := reporting.choice) is not None:
+        return Reported(choice.strength, f"chosen by {choice.rule.metric} on development rows")
+    if not reporting.reported:
         return Reported(1.0, "")
-    (task, strength), *others = reported.items()
+    (task, strength), *others = reporting.reported.items()
     different = [f"{other} at {value:g}" for other, value in others if value != strength]
     more = f"; the run reports {', '.join(different)}" if different else ""
     return Reported(strength, f"the one that {task} reports{more}")
 
 
-def samples_of(store: Store, found: Evaluation) -> list[dict[str, Any]]:
+def samples_of(store: Store, found: Evaluation) -> list[JsonObject]:
     """Return a task's readable samples, those of the model without the patch as strength 0."""
     kept = stored.samples(store.local("evaluate", found.stage.key))
     if found.baseline is None:
@@ -125,7 +154,7 @@ def labelled(metric: str, label: str) -> str:
     return f"{label}/{metric.partition('/')[2]}"
 
 
-def environment(command: str, trusted: str | None = None, own_code: Sequence[str] = ()) -> dict[str, Any]:
+def environment(command: str, trusted: str | None = None, own_code: Sequence[str] = ()) -> dict[str, object]:
     """Return what a result depends on besides its job: versions, git commit, hardware.
 
     `trusted` names the sources whose own code ran, `own_code` the methods and tasks that are not the platform's; their keys are

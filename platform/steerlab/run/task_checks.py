@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 from steerlab.data import rows
 from steerlab.evaluation import TABLE
@@ -121,7 +120,7 @@ def _deciding(job: Job) -> dict[str, str]:
 
 def _meets(job: Job, selection: Selection, kinds: TokenKinds) -> bool:
     """Say whether a selection takes any of these tokens, by phase and role."""
-    own: dict[str, Any] = {"response": job.data.response_role}
+    own: dict[str, str] = {"response": job.data.response_role}
     return any(
         phase in selection.phases
         and (selection.roles is None or own.get(role, role) in selection.roles)

@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,21 +46,21 @@ class _RuntimeEnv(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     env_vars: dict[str, str | int | float | bool] = {}
-    pip: _Packages | dict[str, Any] | None = None
-    uv: _Packages | dict[str, Any] | None = None
-    conda: Annotated[str, Field(pattern=r"^[\w-]+$")] | dict[str, Any] | None = None
+    pip: _Packages | dict[str, object] | None = None
+    uv: _Packages | dict[str, object] | None = None
+    conda: Annotated[str, Field(pattern=r"^[\w-]+$")] | dict[str, object] | None = None
     excludes: list[str] | None = None
-    config: dict[str, Any] | None = None
+    config: dict[str, object] | None = None
 
 
-def runtime_env(working_dir: Path) -> dict[str, Any]:
+def runtime_env(working_dir: Path) -> dict[str, object]:
     """Return Ray's runtime environment: the working directory's own cluster/runtime_env.yaml over what a job needs.
 
     Raises:
         SubmitError: the file cannot be read, or asks for what is not of the working directory.
     """
     path = working_dir / _RUNTIME_ENV
-    given: dict[str, Any] = {}
+    asked = _RuntimeEnv()
     if path.exists() or path.is_symlink():
         try:
             tree = yaml12.load(files.read_text(path))
@@ -72,9 +72,8 @@ def runtime_env(working_dir: Path) -> dict[str, Any]:
         except (files.FileError, saved.SavedError) as error:
             allowed = ", ".join(_RuntimeEnv.model_fields)
             raise SubmitError(f"{error}; a runtime environment has the keys {allowed}, and lists in place of files") from None
-        given = asked.model_dump(exclude_unset=True)
-    env_vars = _ENV_VARS | _commit(working_dir) | {name: str(value) for name, value in given.get("env_vars", {}).items()}
-    return given | {"working_dir": str(working_dir), "env_vars": env_vars}
+    env_vars = _ENV_VARS | _commit(working_dir) | {name: str(value) for name, value in asked.env_vars.items()}
+    return asked.model_dump(exclude_unset=True) | {"working_dir": str(working_dir), "env_vars": env_vars}
 
 
 def _commit(working_dir: Path) -> dict[str, str]:

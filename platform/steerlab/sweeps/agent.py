@@ -6,14 +6,16 @@ So stages are shared, a restart goes on with the units that the history has, and
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
+from steerlab.guards import saved
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import JobError
 from steerlab.storage.store import Store
 from steerlab.sweeps.history import History
 from steerlab.sweeps.search import with_strengths
-from steerlab.sweeps.space import STRENGTH, Space
-from steerlab.sweeps.trials import SweepPlan, Trial, Unit, trial_id
+from steerlab.sweeps.space import STRENGTH, Point, Space, strength_of
+from steerlab.sweeps.trials import SweepPlan
+from steerlab.sweeps.units import Trial, Unit, trial_id
 from steerlab.tracking import NO_KEY, has_key
 from steerlab.tracking.wandb_client import agents
 from steerlab.tracking.wandb_client.parameters import metric_name, parameter_name
@@ -61,7 +63,7 @@ class Agent:
         """Begin to ask, with the runs of the units that are left."""
         self._store, self._file = store, f"{folder}/{RUNS}"
         try:
-            self.runs = store.read_json(self._file)
+            self.runs = saved.checked(store.read_json(self._file), dict[str, str], f"{store.root}/{self._file}")
         except FileNotFoundError:
             self.runs = {}
         self._agents.start([self.runs[unit.name] for unit in history.pending if unit.name in self.runs])
@@ -123,37 +125,51 @@ def _is_known(unit: Unit, history: History) -> bool:
     return any(trial.trial_id in known for trial in unit.trials)
 
 
-def _check_config(config: dict[str, Any], found: SweepPlan) -> None:
+class _Metric(saved.Shape):
+    name: str | None = None
+
+
+class _Config(saved.Shape):
+    """What W&B's server says of a sweep."""
+
+    parameters: dict[str, JsonObject] = {}
+    metric: _Metric = _Metric()
+
+
+def _check_config(tree: JsonObject, found: SweepPlan) -> None:
     """Compare a sweep with the space before anything starts."""
-    point_of(found.space, {name: _value_of(entry) for name, entry in config.get("parameters", {}).items()})
-    wanted, metric = config.get("metric", {}).get("name"), metric_name(found.metric)
+    config = saved.checked(tree, _Config, "W&B's sweep")
+    point_of(found.space, {name: _value_of(entry) for name, entry in config.parameters.items()})
+    wanted, metric = config.metric.name, metric_name(found.metric)
     if wanted not in (None, metric):
         warnings.warn(f"W&B's sweep goes by {wanted}, {found.space.path} by {metric}", stacklevel=2)
 
 
-def _value_of(entry: dict[str, Any]) -> Any:
+def _value_of(entry: JsonObject) -> Json:
     """Return one of the values that W&B's form of an entry can have; any number for a range."""
-    return entry["value"] if "value" in entry else next(iter(entry.get("values", [0])))
+    values = entry.get("values")
+    return entry["value"] if "value" in entry else values[0] if isinstance(values, list) and values else 0
 
 
-def unit_of(found: SweepPlan, parameters: dict[str, Any], number: int, seeds: tuple[int, ...]) -> Unit:
+def unit_of(found: SweepPlan, parameters: JsonObject, number: int, seeds: tuple[int, ...]) -> Unit:
     """Return the unit of what W&B asks for: one trial where W&B chooses the strength too, since its run has one result.
 
     Raises:
         JobError: W&B's sweep has a parameter that the space lacks.
     """
     point = point_of(found.space, parameters)
-    points = [{**point, STRENGTH: float(point[STRENGTH])}] if STRENGTH in point else with_strengths(point, found.strengths)
+    strength = strength_of(point)
+    points = with_strengths(point, found.strengths) if strength is None else [{**point, STRENGTH: float(strength)}]
     return Unit(number, tuple(Trial(trial_id(one), one) for one in points), seeds)
 
 
-def point_of(space: Space, parameters: dict[str, Any]) -> dict[str, Any]:
+def point_of(space: Space, parameters: JsonObject) -> Point:
     """Return the fields that W&B's values set.
 
     Raises:
         JobError: W&B's sweep has a parameter that the space lacks: they were not made of the same file.
     """
-    point: dict[str, Any] = {}
+    point: Point = {}
     entries = {parameter_name(entry): entry for entry in space.entries}
     for name, value in parameters.items():
         if name not in entries:

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 
 from steerlab import run
 from steerlab.storage.store import Store
 from steerlab.sweeps import processes, results, search, stops
 from steerlab.sweeps.agent import WHY, Agent
 from steerlab.sweeps.history import History
-from steerlab.sweeps.trials import Say, Unit
+from steerlab.sweeps.trial import UnitOutcome
+from steerlab.sweeps.trials import Say
+from steerlab.sweeps.units import Unit
 from steerlab.tracking import prometheus
 
 MAX_DEATHS = 3
@@ -45,11 +48,11 @@ class Clerk(tune.Callback):
         self._write, self._say = write, say
         self._written_s = 0.0
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave everything out of what Ray Tune pickles: nobody reads that."""
         return {}
 
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
         """Ask units that W&B stops to stop, and end the process of one that does not."""
         wanted = self._agent.stopped if self._agent is not None else set()
         for trial, unit in self._feed.units.items() if wanted else ():
@@ -61,12 +64,14 @@ class Clerk(tune.Callback):
             elif time.monotonic() - self._stopping[unit.number] > stops.GRACE_S:
                 processes.end(trial)
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """A process runs a unit."""
         self._history.add("start", unit=self._unit(trial).number)
         self._count()
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: object
+    ) -> None:
         """It reported a loss for the scheduler, or its rows."""
         unit = self._unit(trial)
         if self._history.courses[unit.number].settled:
@@ -78,7 +83,7 @@ class Clerk(tune.Callback):
             (value,) = (result[name] for name in ("eval/loss", "train/loss") if name in result)
             self._history.add("report", unit=unit.number, step=result["step"], value=value)
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """It is done; without rows the scheduler stopped it, or its process was ended because W&B stopped it."""
         unit = self._unit(trial)
         if self._history.courses[unit.number].settled:
@@ -90,7 +95,7 @@ class Clerk(tune.Callback):
             self._history.add("prune", unit=unit.number, reason=reason)
         self._tell(unit)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Its process failed more often than it may."""
         unit = self._unit(trial)
         if not self._history.courses[unit.number].settled:
@@ -103,21 +108,21 @@ class Clerk(tune.Callback):
         reports = self._history.courses[unit.number].reports
         return reports[-1][0] if reports else 0
 
-    def _unit(self, trial: Any) -> Unit:
+    def _unit(self, trial: Trial) -> Unit:
         return self._feed.units[trial.trial_id]
 
-    def _settle(self, unit: Unit, outcome: dict[str, Any]) -> None:
+    def _settle(self, unit: Unit, outcome: UnitOutcome) -> None:
         if "stopped" in outcome:
             self._history.add("stop", unit=unit.number, reason=outcome["stopped"])
             return self._tell(unit)
         rows = outcome.get("rows", [])
-        found = results.scored(rows, self._metric)
-        best = results.best_of(found, self._mode)
+        scored = results.scored(rows, self._metric)
+        best = results.best_of(scored, self._mode)
         if best is not None:
             self._history.add("finish", unit=unit.number, score=best.value, rows=rows)
         else:
             broken = next((row["reason"] for row in rows if row["reason"]), "no trial of it keeps the bound of `choose`")
-            kind = "finish" if found else "fail"
+            kind = "finish" if scored else "fail"
             self._history.add(kind, unit=unit.number, rows=rows, reason=outcome.get("reason", broken))
         self._tell(unit)
 

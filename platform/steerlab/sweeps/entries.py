@@ -9,25 +9,32 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias, TypedDict, TypeGuard, overload
 
 import numpy as np
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Quantized
 
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import JobError, cut
 
-_GRID = "grid_search"
-_SCALARS: dict[type, Callable[[Any], Any]] = {int: int.__int__, float: float.__float__, str: str.__str__}
+Entry: TypeAlias = Domain | Json
+"""A domain of Ray Tune, a grid (`Grid`, which is JSON too) or a constant."""
 
 
-def entries(space: Mapping[Any, Any]) -> dict[str, Any]:
+class Grid(TypedDict):
+    """What `tune.grid_search` makes."""
+
+    grid_search: list[Json]
+
+
+def entries(space: Mapping[object, object]) -> dict[str, Entry]:
     """Return the entries of a SPACE by their whole keys, their values those of JSON.
 
     Raises:
         JobError: a key is no text, two entries set one field, or a value is none that a job can hold.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Entry] = {}
     for key, entry in _flat(space, ""):
         if key in found:
             raise JobError(f"SPACE[{key!r}] is there twice, once nested and once by its whole key")
@@ -40,7 +47,7 @@ def entries(space: Mapping[Any, Any]) -> dict[str, Any]:
     return found
 
 
-def _flat(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat(node: Mapping[object, object], prefix: str) -> Iterator[tuple[str, object]]:
     for key, entry in node.items():
         if not isinstance(key, str) or not all(part.strip() for part in key.replace(",", ".").split(".")):
             raise JobError(
@@ -57,17 +64,17 @@ def _flat(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield whole, entry
 
 
-def _holds_domain(value: Any) -> bool:
+def _holds_domain(value: object) -> bool:
     if isinstance(value, Domain) or is_grid(value) or callable(value):
         return True
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return any(_holds_domain(one) for one in inner)
 
 
-def _entry(key: str, entry: Any) -> Any:
+def _entry(key: str, entry: object) -> Entry:
     """Return an entry whose values are those of JSON."""
     if is_grid(entry):
-        return {_GRID: _values(key, entry[_GRID])}
+        return {"grid_search": _values(key, entry["grid_search"])}
     if isinstance(entry, Categorical):
         changed = copy.copy(entry)
         changed.categories = _values(key, entry.categories)
@@ -79,7 +86,7 @@ def _entry(key: str, entry: Any) -> Any:
     return plain(entry, f"SPACE[{key!r}]")
 
 
-def _values(key: str, values: Any) -> list[Any]:
+def _values(key: str, values: object) -> list[Json]:
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
         raise JobError(f"SPACE[{key!r}]: tune.grid_search and tune.choice take a list of values, not {cut(repr(values))}")
     found = list(values)
@@ -93,7 +100,11 @@ def _values(key: str, values: Any) -> list[Any]:
     return [plain(one, f"SPACE[{key!r}]") for one in found]
 
 
-def plain(value: Any, where: str) -> Any:
+@overload
+def plain(value: dict[object, object], where: str) -> JsonObject: ...
+@overload
+def plain(value: object, where: str) -> Json: ...
+def plain(value: object, where: str) -> Json:
     """Return a value in JSON's types. Raises JobError, which begins with `where`, if it has none."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
@@ -101,9 +112,13 @@ def plain(value: Any, where: str) -> Any:
         return value
     if isinstance(value, float) and not math.isfinite(value):
         raise JobError(f"{where}: {value} is no value of a setting")
-    for kind, exact in _SCALARS.items():
-        if isinstance(value, kind):
-            return exact(value)
+    # Of a subclass, such as an enumeration of numbers, the plain value.
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, list | tuple | range):
         return [plain(one, where) for one in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -113,12 +128,12 @@ def plain(value: Any, where: str) -> Any:
     raise JobError(f"{where}: a value of type {type(value).__name__} is none of a setting: {cut(repr(value))}")
 
 
-def is_grid(entry: Any) -> bool:
+def is_grid(entry: object) -> TypeGuard[Grid]:
     """Say whether an entry is a grid_search."""
-    return isinstance(entry, Mapping) and set(entry) == {_GRID}
+    return isinstance(entry, Mapping) and set(entry) == {"grid_search"}
 
 
-def finite(entry: Any) -> list[Any] | None:
+def finite(entry: Entry) -> list[Json] | None:
     """Return the values of an entry that can only have these; None where there is no such list."""
     if is_grid(entry):
         return list(entry["grid_search"])
@@ -127,7 +142,7 @@ def finite(entry: Any) -> list[Any] | None:
     return None if isinstance(entry, Domain) else [entry]
 
 
-def extremes(entry: Any) -> list[Any]:
+def extremes(entry: Entry) -> list[Json]:
     """Return the values of an entry that have to be valid for all of them to be: every one, or the ends of a range."""
     values = finite(entry)
     if values is not None:
@@ -140,7 +155,7 @@ def extremes(entry: Any) -> list[Any]:
     return []
 
 
-def describe(entry: Any) -> dict[str, Any]:
+def describe(entry: Entry) -> JsonObject:
     """Write an entry as JSON values: its kind, and its values or the ends of its range."""
     if is_grid(entry):
         return {"kind": "grid_search", "values": list(entry["grid_search"])}
@@ -152,7 +167,7 @@ def describe(entry: Any) -> dict[str, Any]:
         inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
         kind = type(inner).__name__.strip("_").lower() if not isinstance(inner, LogUniform) else "loguniform"
         number = "randint" if isinstance(entry, Integer) else "uniform"
-        described = {"kind": {"uniform": number, "loguniform": f"log{number}"}.get(kind, kind)}
+        described: JsonObject = {"kind": {"uniform": number, "loguniform": f"log{number}"}.get(kind, kind)}
         return described | {"low": entry.lower, "high": entry.upper} | ({"step": step} if step else {})
     if isinstance(entry, Domain):
         return {"kind": "sample_from"}

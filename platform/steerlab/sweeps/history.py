@@ -15,40 +15,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from steerlab.guards import saved
 from steerlab.storage.store import Store
-from steerlab.sweeps.trials import Unit, trial_id
+from steerlab.sweeps.units import TrialRow, Unit, UnitNumber, UnitRecord, trial_id
 
 Status = Literal["pending", "running", "finished", "failed", "pruned", "stopped"]
 _SETTLES: dict[str, Status] = {"finish": "finished", "fail": "failed", "prune": "pruned", "stop": "stopped"}
 
 
-_Number = Annotated[int, Field(ge=0, lt=10**9)]
-
-
-class _Trial(saved.Shape):
-    trial_id: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
-    params: dict[str, Any]
-
-
 class _Line(saved.Shape):
     event: str
-    unit: _Number | None = None
+    unit: UnitNumber | None = None
     step: int = 0
     value: float = 0.0
-    rows: list[dict[str, Any]] = []
+    rows: list[TrialRow] = []
     reason: str = ""
     score: float | None = None
-
-
-class _Suggestion(saved.Shape):
-    number: _Number
-    trials: Annotated[list[_Trial], Field(min_length=1)]
-    seeds: Annotated[list[_Number], Field(min_length=1)]
 
 
 @dataclass
@@ -57,7 +41,7 @@ class Course:
 
     unit: Unit
     status: Status = "pending"
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[TrialRow] = field(default_factory=list)
     """What it measured, a row a trial and seed."""
     reason: str = ""
     reports: list[tuple[int, float]] = field(default_factory=list)
@@ -87,16 +71,16 @@ class History:
         """Numbers of the settled units, in the order in which they were."""
         self.started = self.ended = False
         for number, line in enumerate(store.read_lines(self._path), 1):
-            self._apply(_checked(line, f"{store.root}/{self._path} line {number}"))
+            self._read(line, f"{store.root}/{self._path} line {number}")
         for course in self.courses.values():
             if course.status == "running":
                 course.status = "pending"
 
-    def add(self, event: str, **facts: Any) -> None:
+    def add(self, event: str, **facts: object) -> None:
         """Append an event."""
         line = {"event": event, "time": round(time.time(), 3), **facts}
         self._store.append_line(self._path, line)
-        self._apply(line)
+        self._apply(_Line.model_validate(line))
 
     def suggest(self, unit: Unit) -> None:
         """Append a unit. Raises ValueError if there is one with a trial and seed of the same name."""
@@ -105,42 +89,38 @@ class History:
             if any((trial.trial_id, seed) in taken for seed in unit.seeds):
                 raise ValueError(f"trial {trial.trial_id} is in the sweep already: {trial.params}")
         self.add("suggest", **unit.as_dict())
+        self.courses[unit.number] = Course(unit)
 
-    def _apply(self, line: dict[str, Any]) -> None:
-        event = line["event"]
-        if event == "begin":
-            self.started = True
-        self.ended = event == "end"
-        if event == "suggest":
-            unit = Unit.from_dict(line)
+    def _read(self, tree: object, where: str) -> None:
+        """Take a line of the file, which another's ROOT may hold. Raises ValueError where it is none of a sweep's."""
+        line = saved.checked(tree, _Line, where)
+        if line.event == "suggest":
+            unit = saved.checked(tree, UnitRecord, where).unit
+            for trial in unit.trials:
+                if trial.trial_id != trial_id(trial.params):
+                    raise saved.SavedError(f"{where} is damaged: {trial.trial_id} is not the name of the trial {trial.params}")
             self.courses[unit.number] = Course(unit)
-        if "unit" not in line:
+        self._apply(line)
+
+    def _apply(self, line: _Line) -> None:
+        if line.event == "begin":
+            self.started = True
+        self.ended = line.event == "end"
+        if line.unit is None:
             return
-        course = self.courses.get(line["unit"])
+        course = self.courses.get(line.unit)
         if course is None:
-            raise saved.SavedError(f"{self._store.root}/{self._path} is damaged: nobody suggested unit {line['unit']}")
-        if event == "start":
+            raise saved.SavedError(f"{self._store.root}/{self._path} is damaged: nobody suggested unit {line.unit}")
+        if line.event == "start":
             course.status = "running"
-        elif event == "report":
-            course.reports.append((line["step"], line["value"]))
-        elif event in _SETTLES and not course.settled:
-            course.status = _SETTLES[event]
-            course.rows, course.reason = line.get("rows", []), line.get("reason", "")
-            course.score = line.get("score")
-            self.settled.append(line["unit"])
+        elif line.event == "report":
+            course.reports.append((line.step, line.value))
+        elif line.event in _SETTLES and not course.settled:
+            course.status = _SETTLES[line.event]
+            course.rows, course.reason, course.score = line.rows, line.reason, line.score
+            self.settled.append(line.unit)
 
     @property
     def pending(self) -> list[Unit]:
         """Units that are not settled, in order."""
         return [course.unit for course in self.courses.values() if not course.settled]
-
-
-def _checked(line: Any, where: str) -> dict[str, Any]:
-    """Return a line that is one of a sweep's: another's ROOT may hold anything. Raises ValueError."""
-    found: dict[str, Any] = saved.like(line, _Line, where)
-    if found["event"] == "suggest":
-        suggested = saved.checked(found, _Suggestion, where)
-        for trial in suggested.trials:
-            if trial.trial_id != trial_id(trial.params):
-                raise saved.SavedError(f"{where} is damaged: {trial.trial_id} is not the name of the trial {trial.params}")
-    return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from steerlab.job import Job
 from steerlab.storage.store import Store
-from steerlab.sweeps.space import finite
-from steerlab.sweeps.trials import SweepPlan, Unit
+from steerlab.sweeps.entries import Entry, finite
+from steerlab.sweeps.trials import SweepPlan
+from steerlab.sweeps.units import Unit
 from steerlab.tracking import Place
 from steerlab.tracking.wandb_client import sweep_page
 from steerlab.tracking.wandb_client.parameters import sweep_config
@@ -29,16 +30,16 @@ def begin(found: SweepPlan, store: Store, folder: str) -> str | None:
     return sweep_page.begin(found.job.track, config, directory)
 
 
-def _apart(entries: dict[str, Any]) -> dict[str, Any]:
+def _apart(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Name each field that an entry sets by itself: that is how trials name them."""
-    single: dict[str, Any] = {}
+    single: dict[str, Entry] = {}
     for entry, value in entries.items():
         keys, values = [key.strip() for key in entry.split(",")], finite(value)
         if len(keys) == 1 or values is None:
             single[entry] = value
             continue
         for number, key in enumerate(keys):
-            distinct = {repr(one[number]): one[number] for one in values}
+            distinct = {repr(one[number]): one[number] for one in values if isinstance(one, list)}
             single[key] = {"grid_search": list(distinct.values())}
     return single
 
@@ -48,7 +49,7 @@ def place_of(unit: Unit, job: Job, seed: int, *, sweep: str, page: str | None, w
 
     `page` is the id of W&B's sweep, `wandb_run` that of the run that it has asked for.
     """
-    varied = {**unit.shared, **({"strength": list(unit.strengths)} if len(unit.strengths) > 1 else {})}
+    varied = {**unit.shared, **({"strength": [*unit.strengths]} if len(unit.strengths) > 1 else {})}
     first = seed == unit.seeds[0]
     return Place(
         group=sweep,

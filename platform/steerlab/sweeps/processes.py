@@ -12,7 +12,8 @@ would be given a process that is still at work, and fail.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
+
+from ray.tune.experiment import Trial
 
 from steerlab.guards.private_parts import tune_parts
 
@@ -25,12 +26,12 @@ _to_end: set[str] = set()
 class _Kept(_ObjectCache):
     """Idle processes, all of which are kept until there is nothing left to run."""
 
-    def cache_object(self, key: Any, obj: Any) -> bool:
+    def cache_object(self, key: object, obj: object) -> bool:
         self._cached_objects[key].append(obj)
         self._num_cached_objects += 1
         return True
 
-    def flush_cached_objects(self, force_all: bool = False) -> Generator[Any, None, None]:
+    def flush_cached_objects(self, force_all: bool = False) -> Generator[object, None, None]:
         if force_all:
             yield from super().flush_cached_objects(force_all=True)
 
@@ -38,7 +39,7 @@ class _Kept(_ObjectCache):
 class _Controller(_TuneController):
     """Ray Tune's loop, with these processes."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._actor_cache = _Kept()
 
@@ -47,22 +48,22 @@ class _Controller(_TuneController):
         for trial in [trial for trial in self._running_trials if trial.trial_id in _to_end]:
             self.stop_trial(trial)
 
-    def _maybe_cache_trial_actor(self, trial: Any) -> bool:
+    def _maybe_cache_trial_actor(self, trial: Trial) -> bool:
         return not _is_deaf(trial) and super()._maybe_cache_trial_actor(trial)
 
-    def _schedule_trial_stop(self, trial: Any, exception: Exception | None = None) -> None:
+    def _schedule_trial_stop(self, trial: Trial, exception: Exception | None = None) -> None:
         process = self._trial_to_actor.get(trial)
         super()._schedule_trial_stop(trial, exception)
         if process is not None and _is_deaf(trial) and self._actor_manager.is_actor_started(process):
             self._actor_manager.remove_actor(tracked_actor=process, kill=True)
             self._stopping_actors.pop(process, None)
 
-    def _maybe_reuse_cached_actor(self, trial: Any) -> bool:
+    def _maybe_reuse_cached_actor(self, trial: Trial) -> bool:
         """Give an idle process to a trial that has none on its way."""
         return trial not in self._trial_to_actor and super()._maybe_reuse_cached_actor(trial)
 
 
-def _is_deaf(trial: Any) -> bool:
+def _is_deaf(trial: Trial) -> bool:
     """Say whether the process of a trial that ends is at work without hearing of that."""
     is_over = "outcome" in (trial.last_result or {})
     return trial.trial_id in _to_end or not (is_over or trial.config["warm"])

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
 import optuna
+from optuna.distributions import BaseDistribution
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.sample import Categorical, Domain
 
 from steerlab.guards import private_parts
-from steerlab.sweeps.entries import finite
+from steerlab.guards.json_values import Json, JsonObject
+from steerlab.sweeps.entries import Entry, finite
 from steerlab.sweeps.history import Course, History
 from steerlab.sweeps.space import STRENGTH, Point, Space, draw
-from steerlab.sweeps.trials import Trial, Unit, trial_id
+from steerlab.sweeps.trial import UnitConfig
+from steerlab.sweeps.units import Trial, Unit, trial_id
 
 
 class Suggests(Protocol):
@@ -40,7 +44,7 @@ class Suggests(Protocol):
 class Feed(Searcher):
     """Ray Tune's searcher of every sweep."""
 
-    def __init__(self, history: History, request: Callable[[Unit], dict[str, Any]], suggester: Suggests | None) -> None:
+    def __init__(self, history: History, request: Callable[[Unit], UnitConfig], suggester: Suggests | None) -> None:
         """Take units from the history, then from `suggester`; `request` writes what a trial process is handed."""
         super().__init__()
         self._history, self._request, self._suggester = history, request, suggester
@@ -60,10 +64,10 @@ class Feed(Searcher):
         self.units[trial_id] = unit
         return self._request(unit)
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
         """Let the searcher learn from the history, which has the result by now."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave everything out of what Ray Tune pickles: nobody reads that."""
         return {}
 
@@ -83,10 +87,10 @@ class Suggester:
         assert space.search_alg is not None
         self._space, self._strengths, self._seeds, self._num_trials = space, strengths, seeds, num_trials
         entries = {k: _as_domain(v) for k, v in space.entries.items() if not (k == STRENGTH and finite(v) is not None)}
-        self._constants = {key: value for key, value in entries.items() if not hasattr(value, "sample")}
-        searched = {key: value for key, value in entries.items() if key not in self._constants}
+        self._constants = {key: value for key, value in entries.items() if not isinstance(value, Domain)}
+        searched = {key: value for key, value in entries.items() if isinstance(value, Domain)}
         self._seed, self._own_sampler = private_parts.optuna_settings(space.search_alg)
-        self._distributions: dict[str, Any] = OptunaSearch.convert_search_space(searched)
+        self._distributions: dict[str, BaseDistribution] = OptunaSearch.convert_search_space(searched)
         self._direction: Literal["minimize", "maximize"] = "minimize" if mode == "min" else "maximize"
 
     @property
@@ -111,7 +115,7 @@ class Suggester:
             study.tell(asked, state=optuna.trial.TrialState.FAIL)
         return None  # a small space that has nothing new
 
-    def _study(self, history: History) -> Any:
+    def _study(self, history: History) -> optuna.Study:
         """Make the study of the units settled so far, in their order."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(direction=self._direction)
@@ -129,34 +133,35 @@ class Suggester:
             )
         return study
 
-    def _point(self, params: dict[str, Any]) -> Point:
+    def _point(self, params: Mapping[str, Json]) -> Point:
         point: Point = {}
         for entry in self._space.entries:
-            if entry in params or entry in self._constants:
-                value = params[entry] if entry in params else self._constants[entry]
-                point |= self._space.spread(entry, json.loads(value) if "," in entry else value)
+            if entry in params:
+                value = params[entry]
+                point |= self._space.spread(entry, json.loads(value) if "," in entry and isinstance(value, str) else value)
+            elif entry in self._constants:
+                point |= self._space.spread(entry, self._constants[entry])
         return point
 
-    def _params(self, point: Point) -> dict[str, Any]:
+    def _params(self, point: Point) -> JsonObject:
         """Return Optuna's parameters of a point: the reverse of `_point`."""
-        params = {}
+        params: JsonObject = {}
         for entry in self._distributions:
             keys = [key.strip() for key in entry.split(",")]
             params[entry] = json.dumps([point[key] for key in keys]) if len(keys) > 1 else point[entry]
         return params
 
 
-def _as_domain(entry: Any) -> Any:
+def _as_domain(entry: Entry) -> Entry:
     """Write choices of several values as texts, the only kind that Optuna keeps."""
-    values = finite(entry)
-    if hasattr(entry, "categories") and values and any(isinstance(value, list | tuple) for value in values):
+    if isinstance(entry, Categorical) and any(isinstance(value, list) for value in entry.categories):
         changed = copy.copy(entry)
-        changed.categories = [json.dumps(list(value)) for value in values]
+        changed.categories = [json.dumps(list(value)) for value in entry.categories]
         return changed
     return entry
 
 
-def _lone_strength(unit: Unit, distributions: dict[str, Any]) -> Point:
+def _lone_strength(unit: Unit, distributions: Mapping[str, BaseDistribution]) -> Point:
     return {STRENGTH: unit.strengths[0]} if STRENGTH in distributions else {}
 
 
@@ -174,15 +179,15 @@ def drawn_points(space: Space, strengths: tuple[float, ...], num_samples: int, s
 
 def replay(scheduler: TrialScheduler, history: History) -> None:
     """Show a scheduler what it saw before the sweep was cut short, so that its rungs are what they were."""
-    controller: Any = None
     for course in history.courses.values():
         if course.settled and course.reports:
-            _show(scheduler, controller, course)
+            _show(scheduler, course)
 
 
-def _show(scheduler: TrialScheduler, controller: Any, course: Course) -> None:
+def _show(scheduler: TrialScheduler, course: Course) -> None:
     time_attr, metric = private_parts.time_attribute(scheduler), private_parts.metric_of(scheduler)
-    stand_in: Any = SimpleNamespace(trial_id=course.unit.name)
+    controller: Any = None
+    stand_in: Any = SimpleNamespace(trial_id=course.unit.name)  # all that these schedulers read of a trial
     scheduler.on_trial_add(controller, stand_in)
     for step, value in course.reports:
         scheduler.on_trial_result(controller, stand_in, {time_attr: step, metric: value})

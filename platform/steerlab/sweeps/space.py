@@ -15,25 +15,26 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Function
 
 from steerlab.guards import files, private_parts, python_files
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import JobError, cut
-from steerlab.sweeps.entries import describe, entries, finite, is_grid, plain
+from steerlab.sweeps.entries import Entry, describe, entries, finite, is_grid, plain
 
 STRENGTH = "strength"
 _NAMES = ("SPACE", "METRIC", "MODE", "SEARCH_ALG", "SCHEDULER", "DEVELOPMENT")
 _SCHEDULERS = (AsyncHyperBandScheduler, MedianStoppingRule, FIFOScheduler)
-Point = dict[str, Any]
+Point: TypeAlias = JsonObject
 """A value for each key of a space."""
 
 
@@ -42,13 +43,13 @@ class Space:
     """A search space as its file says it."""
 
     path: Path
-    entries: dict[str, Any]
+    entries: dict[str, Entry]
     """Ray Tune's domains, grids and constants, by key or by several keys with commas."""
     metric: str | None = None
     mode: Literal["min", "max"] | None = None
     search_alg: OptunaSearch | None = None
     scheduler: TrialScheduler | None = None
-    development: tuple[dict[str, Any], ...] = field(default=())
+    development: tuple[JsonObject, ...] = ()
 
     @property
     def fields(self) -> set[str]:
@@ -60,7 +61,7 @@ class Space:
 
         Numbers are left to the job, since ranges may have been changed in W&B's page. Raises JobError.
         """
-        allowed: dict[str, list[Any]] = {}
+        allowed: dict[str, list[Json]] = {}
         for entry, domain in self.entries.items():
             for value in finite(domain) or ():
                 for key, one in self.spread(entry, value).items():
@@ -70,7 +71,7 @@ class Space:
             if not (value is None or isinstance(value, int | float) or value in known):
                 raise JobError(f"{where}: {key} = {cut(repr(value))} is none of the values of {self.path}: SPACE")
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> JsonObject:
         """Return the space as JSON values."""
         return {
             "space": {key: describe(entry) for key, entry in self.entries.items()},
@@ -79,7 +80,7 @@ class Space:
             "development": list(self.development),
         }
 
-    def spread(self, entry: str, value: Any) -> Point:
+    def spread(self, entry: str, value: Json) -> Point:
         """Return the fields that an entry sets when it has `value`. Raises JobError if the numbers of both differ."""
         keys = [key.strip() for key in entry.split(",")]
         if len(keys) == 1:
@@ -87,6 +88,20 @@ class Space:
         if not isinstance(value, list | tuple) or len(value) != len(keys):
             raise JobError(f"{self.path}: SPACE[{entry!r}] sets {len(keys)} fields, so {value!r} is none of its values")
         return dict(zip(keys, value, strict=True))
+
+
+def strength_of(point: Point) -> float | None:
+    """Return the strength that a point sets; None where the job says it.
+
+    Raises:
+        JobError: it is no number: the point was read from a file.
+    """
+    if STRENGTH not in point:
+        return None
+    value = point[STRENGTH]
+    if not isinstance(value, int | float):
+        raise JobError(f"{STRENGTH} is {cut(repr(value))}, which is no number")
+    return value
 
 
 def load(path: Path) -> Space:
@@ -125,10 +140,11 @@ def load(path: Path) -> Space:
     return found
 
 
-def _tasks(development: Any) -> tuple[dict[str, Any], ...]:
+def _tasks(development: object) -> tuple[JsonObject, ...]:
     if not isinstance(development, list | tuple) or not all(isinstance(task, dict) for task in development):
         raise JobError("DEVELOPMENT is a list of tasks, each a dict, as in a job's evaluate")
-    return tuple(plain(task, "DEVELOPMENT") for task in development)
+    tasks: list[dict[object, object]] = list(development)
+    return tuple(plain(task, "DEVELOPMENT") for task in tasks)
 
 
 def _run(path: Path) -> ModuleType:
@@ -189,7 +205,7 @@ def _check(space: Space) -> None:
         raise JobError(f"{space.path}: SCHEDULER has time_attr {time_attr!r}; it must be 'step', which no restart resets")
 
 
-def draw(space: Space, entries: dict[str, Any], num_samples: int, seed: int) -> Iterator[Point]:
+def draw(space: Space, entries: Mapping[str, Entry], num_samples: int, seed: int) -> Iterator[Point]:
     """Yield the points of Ray Tune's grid and random search: every grid value, `num_samples` times over."""
     import numpy as np
     from ray.tune.search.variant_generator import generate_variants
@@ -204,7 +220,7 @@ def draw(space: Space, entries: dict[str, Any], num_samples: int, seed: int) -> 
             yield point
 
 
-def _next(variants: Iterator[Any], space: Space) -> dict[str, Any] | None:
+def _next(variants: Iterator[tuple[dict[str, object], dict[str, dict[str, object]]]], space: Space) -> dict[str, object] | None:
     """Return the next point as Ray Tune draws it."""
     try:
         return next(variants)[1]["config"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from collections.abc import Mapping
 
 from steerlab.storage.plan import Stage
 from steerlab.storage.store import Store
@@ -40,7 +40,7 @@ class Obedience:
         """Look before a stage. Raises Stopped."""
         self._read(f"before {stage.name}")
 
-    def during(self, stage: Stage, metrics: dict[str, Any]) -> None:
+    def during(self, stage: Stage, metrics: Mapping[str, float]) -> None:
         """Look, once in a while, as a stage reports. Raises Stopped."""
         if threading.get_ident() == self._thread and time.monotonic() - self._read_s > _READ_EVERY_S:
             self._read(f"after step {metrics['step']} of {stage.name}" if "step" in metrics else f"during {stage.name}")

@@ -9,24 +9,45 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypedDict
 
 from steerlab import run
 from steerlab.guards import saved
 from steerlab.job import UNPATCHED, Frozen, Limit, own_code
-from steerlab.run import Run
+from steerlab.run import MetricNumbers, Run
 from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.sweeps import page, stops
-from steerlab.sweeps.space import STRENGTH
-from steerlab.sweeps.trials import Trial, Unit
+from steerlab.sweeps.units import Trial, TrialRow, Unit, UnitRecord
 
 DRIVER_MEMORY_BYTES = 512 << 20
 """What a driver reserves. Ray Tune wants something, and an actor that waits keeps what it holds: with a hundredth of a CPU for
 each driver, two CPUs would run one training of one CPU at a time."""
-Reported = Callable[[plan.Stage, dict[str, Any]], None]
+Reported = Callable[[plan.Stage, dict[str, float]], None]
+
+
+class UnitConfig(TypedDict):
+    """What Ray Tune hands to the process that runs a unit."""
+
+    root: str
+    request: str
+    """Path of the request's file below ROOT."""
+    sha256: str
+    """Hash of that file."""
+    warm: bool
+    """Whether every training runs in the process itself, which is then free as soon as its unit is over."""
+
+
+class UnitOutcome(TypedDict, total=False):
+    """What the process of a unit reports at its end, as a text of JSON."""
+
+    rows: list[TrialRow]
+    stopped: str
+    """When it was stopped, where it was."""
+    reason: str
+    """Why there are no rows."""
 
 
 class TrialRequest(Frozen):
@@ -34,8 +55,8 @@ class TrialRequest(Frozen):
 
     sweep: str
     """Id of the sweep."""
-    unit: dict[str, Any]
-    jobs: tuple[dict[str, Any], ...]
+    unit: UnitRecord
+    jobs: tuple[dict[str, object], ...]
     """One a seed, resolved."""
     metric: str
     within: Limit | None
@@ -52,16 +73,16 @@ class TrialRequest(Frozen):
     wandb_run: str | None = None
 
 
-def run_unit(config: dict[str, Any]) -> None:
+def run_unit(config: UnitConfig) -> None:
     """Run a unit and report its rows to Ray Tune, or why there are none; only the death of a process is left to Tune."""
     from ray import tune
 
     store = Store(config["root"])
     request = _request(store, config["request"], config["sha256"])
     own_code.receive(request.code)
-    unit = Unit.from_dict(request.unit)
+    unit = request.unit.unit
     obey = stops.Obedience(store, config["request"])
-    rows: list[dict[str, Any]] = []
+    rows: list[TrialRow] = []
     try:
         for number, (seed, tree) in enumerate(zip(unit.seeds, request.jobs, strict=True)):
             planned = Plan.of(JobType.model_validate(tree))
@@ -74,12 +95,12 @@ def run_unit(config: dict[str, Any]) -> None:
             done = run.execute(planned, store, listener, request.command, run_id=run_id, place=place)
             rows += rows_of(planned, done, store, unit, seed, request.metric, request.within)
     except stops.Stopped as stopped:
-        tune.report({"outcome": json.dumps({"stopped": str(stopped)})})
-        return
+        outcome: UnitOutcome = {"stopped": str(stopped)}
     except (plan.StageError, ValueError, OSError) as error:
-        tune.report({"outcome": json.dumps({"reason": " ".join(str(error).split())[:1000]})})
-        return
-    tune.report({"outcome": json.dumps({"rows": rows})})
+        outcome = {"reason": " ".join(str(error).split())[:1000]}
+    else:
+        outcome = {"rows": rows}
+    tune.report({"outcome": json.dumps(outcome)})
 
 
 def _request(store: Store, path: str, digest: str) -> TrialRequest:
@@ -91,27 +112,25 @@ def _request(store: Store, path: str, digest: str) -> TrialRequest:
 
 
 def _both(first: Reported, second: Reported) -> Reported:
-    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+    def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
         first(stage, metrics)
         second(stage, metrics)
 
     return reported
 
 
-def _watched(planned: Plan, metric: str | None, report: Callable[[dict[str, Any]], None]) -> Reported:
+def _watched(planned: Plan, metric: str | None, report: Callable[[dict[str, float]], None]) -> Reported:
     """Return a listener that shows a scheduler the metric that it goes by, as the job's own training reports it."""
     own = planned.model if metric is not None else None
 
-    def reported(stage: plan.Stage, metrics: dict[str, Any]) -> None:
+    def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
         if own is not None and stage.key == own.key and metric in metrics:
             report({"step": metrics["step"], metric: metrics[metric]})
 
     return reported
 
 
-def rows_of(
-    planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metric: str, bound: Limit | None
-) -> list[dict[str, Any]]:
+def rows_of(planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metric: str, bound: Limit | None) -> list[TrialRow]:
     """Return a row for each trial of a unit: what it measured, what that took, and where it lies."""
     stages = stage_columns(done.records)
     training = _training_metrics(planned, store)
@@ -121,17 +140,17 @@ def rows_of(
     ]  # fmt: skip
 
 
-def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: str, bound: Limit | None) -> dict[str, Any]:
-    strengths: dict[float, dict[str, Any]] = done.summary["strengths"]
-    measured = strengths[trial.params[STRENGTH]] if STRENGTH in trial.params else done.summary["metrics"]
-    row: dict[str, Any] = {"trial_id": trial.trial_id, "seed": trial.params.get("train.seed", seed)}
+def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: str, bound: Limit | None) -> TrialRow:
+    strengths = done.summary["strengths"]
+    measured = done.summary["metrics"] if trial.strength is None else strengths[trial.strength]
+    row: TrialRow = {"trial_id": trial.trial_id, "seed": trial.params.get("train.seed", seed)}
     row |= {f"param.{key}": value for key, value in trial.params.items()}
     row |= {f"metric.{key}": value for key, value in training.items()}
     for key, metric in measured.items():
         row[f"metric.{key}"] = metric["value"]
         row |= {f"{part}.{key}": metric[part] for part in ("stderr", "low", "high", "n")}
     value = row.get(f"metric.{name}")
-    is_number = value is not None and math.isfinite(value)
+    is_number = isinstance(value, int | float) and math.isfinite(value)
     known = ", ".join(key.removeprefix("metric.") for key in row if key.startswith("metric."))
     reason = f"{name} is {value}" if f"metric.{name}" in row else f"{name} was not measured; there are {known}"
     row |= {"status": "finished" if is_number else "failed", "reason": "" if is_number else reason}
@@ -140,7 +159,7 @@ def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: s
     return row
 
 
-def _is_within(bound: Limit, measured: dict[str, Any], plain: dict[str, Any] | None) -> bool:
+def _is_within(bound: Limit, measured: Mapping[str, MetricNumbers], plain: Mapping[str, MetricNumbers] | None) -> bool:
     """Say whether a trial keeps the bound of the job's `choose`; strength 0 is the start that it is measured from."""
     value, start = (side.get(bound.metric, {}).get("value") for side in (measured, plain or {}))
     return value is not None and start is not None and value <= bound.highest(start)
@@ -156,13 +175,13 @@ def _training_metrics(planned: Plan, store: Store) -> dict[str, float]:
     return {name: last[name] for name in ("train/loss", "eval/loss") if name in last}
 
 
-def stage_columns(records: Sequence[plan.Record]) -> dict[str, Any]:
+def stage_columns(records: Sequence[plan.Record]) -> TrialRow:
     """Return seconds, whether it was cached, and the key of every stage.
 
     A stage goes by its name, an evaluation by `evaluate.<label>`; those of the job that this one builds on by `<name>.1`, of
     the next one below by `<name>.2`.
     """
-    row: dict[str, Any] = {}
+    row: TrialRow = {}
     taken: set[str] = set()
     for record in reversed(records):
         name = record.stage.name

@@ -1,30 +1,25 @@
-"""Turn the points of a search space into trials and these into jobs.
-
-A trial is one point. Trials that differ in the strength of the patch alone are one unit: one job with one trained patch and
-one evaluation, whose tasks run at all their strengths in one batch. Steps of one training (`snapshot`) are units of their own
-that share the training, because each of them is another patch.
-"""
+"""What a sweep asks of every trial, and the job of each: read from the job and the search space, checked before the start."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from steerlab import job as jobs
 from steerlab import run
 from steerlab.evaluation.measured import measure_of, unmeasured
 from steerlab.evaluation.statistics.measures import LOSSES, Measure
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import SEED_LIMIT, Job, JobError, cut
 from steerlab.stages import JobType, Plan
 from steerlab.sweeps.entries import extremes, finite
-from steerlab.sweeps.space import STRENGTH, Point, Space
+from steerlab.sweeps.space import STRENGTH, Point, Space, strength_of
+from steerlab.sweeps.units import Unit
 
 _T = TypeVar("_T")
 Say = Callable[[str], None]
@@ -35,65 +30,18 @@ SNAPSHOT = "snapshot"
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One point of the space."""
-
-    trial_id: str
-    """Eight digits of the point's SHA-256: equal points are the same trial."""
-    params: Point
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Trials that one job answers, once a seed."""
-
-    number: int
-    trials: tuple[Trial, ...]
-    seeds: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """Name within the sweep, and part of the names of its run folders."""
-        return f"{self.number:04d}-{self.trials[0].trial_id}"
-
-    @property
-    def shared(self) -> Point:
-        """The parameters of its job: those of its trials but the strength."""
-        return {key: value for key, value in self.trials[0].params.items() if key != STRENGTH}
-
-    @property
-    def strengths(self) -> tuple[float, ...]:
-        """The strengths of its trials; empty where the job says them."""
-        return tuple(trial.params[STRENGTH] for trial in self.trials if STRENGTH in trial.params)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the unit as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Unit:
-        """Read what `as_dict` returned."""
-        return cls(found["number"], tuple(Trial(**trial) for trial in found["trials"]), tuple(found["seeds"]))
-
-
-def trial_id(params: Point) -> str:
-    """Name a point by its values."""
-    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:8]
-
-
-@dataclass(frozen=True)
 class SweepPlan:
     """What a sweep asks of every trial: the job, the space, the metric, the rows that choose."""
 
     path: Path
     """The job file."""
-    tree: dict[str, Any]
+    tree: JsonObject
     """The job as it is written, overrides applied, the jobs it builds on inlined."""
     job: Job
     space: Space
     metric: str
     mode: Literal["min", "max"]
-    development: tuple[dict[str, Any], ...]
+    development: tuple[JsonObject, ...]
     """Tasks on development rows; empty where the job has none."""
     strengths: tuple[float, ...]
     """Strengths that every unit answers; empty where strength is no axis, or one that is searched point by point."""
@@ -104,35 +52,40 @@ class SweepPlan:
         """Return the job that a unit runs. Raises JobError if the point makes none."""
         tree = self._tree(point, seed)
         if self.development:
-            tree["evaluate"], tree["choose"] = list(copy.deepcopy(self.development)), None
+            tree["evaluate"], tree["choose"] = [*copy.deepcopy(self.development)], None
         return self._valid(tree, point, strengths, warm=True)
 
     def best_job(self, point: Point, seed: int | None) -> Job:
         """Return the job that reports a trial on the rows of the job's own tasks."""
         shared = {key: value for key, value in point.items() if key != STRENGTH}
-        tree = self._tree(shared, seed)
-        if STRENGTH in point:
+        tree, strength = self._tree(shared, seed), strength_of(point)
+        if strength is not None:
             tree["choose"] = None
-        return self._valid(tree, shared, [point[STRENGTH]] if STRENGTH in point else [], warm=False)
+        return self._valid(tree, shared, [] if strength is None else [strength], warm=False)
 
-    def _tree(self, point: Point, seed: int | None) -> dict[str, Any]:
+    def _tree(self, point: Point, seed: int | None) -> JsonObject:
         tree = copy.deepcopy(self.tree)
         if self.snapshots:
-            train = tree.setdefault("train", {})
-            train["snapshots"] = sorted({*train.get("snapshots", ()), *self.snapshots})
+            written = tree.get("train")
+            steps = self.job.train.snapshots if self.job.train is not None else ()
+            kept: JsonObject = {"snapshots": [*sorted({*steps, *self.snapshots})]}
+            tree["train"] = (written if isinstance(written, dict) else {}) | kept
         for key, value in point.items():
             jobs.put(tree, key, value, f"{self.space.path}: SPACE[{key!r}]", JobType)
-        if seed is not None and tree.get("train") and "train.seed" not in point:
-            tree["train"]["seed"] = seed
+        train = tree.get("train")
+        if seed is not None and isinstance(train, dict) and train and "train.seed" not in point:
+            train["seed"] = seed
         return tree
 
-    def _valid(self, tree: dict[str, Any], point: Point, strengths: Sequence[float], *, warm: bool) -> Job:
+    def _valid(self, tree: JsonObject, point: Point, strengths: Sequence[float], *, warm: bool) -> Job:
         if strengths:
             bound = self.job.choose.within if self.job.choose is not None and self.development else None
             zero = [0.0] if bound is not None and 0.0 not in strengths else []
             tree["strength"] = None
-            for task in tree.get("evaluate") or ():
-                task["strengths"] = [*strengths, *zero]
+            tasks = tree.get("evaluate")
+            for task in tasks if isinstance(tasks, list) else ():
+                if isinstance(task, dict):
+                    task["strengths"] = [*strengths, *zero]
         try:
             found = jobs.validate(tree, JobType, self.path)
         except JobError as error:
@@ -188,7 +141,7 @@ def _check_keys(space: Space) -> None:
     """Refuse keys whose first part is no field of a job; deeper ones are the job's own business."""
     known = list(JobType.model_fields)
     for entry in space.entries:
-        for key in space.spread(entry, [None] * len(entry.split(","))) if "," in entry else [entry]:
+        for key in [part.strip() for part in entry.split(",")] if "," in entry else [entry]:
             first = key.partition(".")[0]
             if first not in known:
                 near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
@@ -201,10 +154,11 @@ def _strengths(space: Space) -> list[float]:
     values = finite(space.entries[STRENGTH]) or []
     if any(isinstance(value, list) for value in values):
         raise JobError(f"{space.path}: SPACE['strength'] is a list; for several values write tune.grid_search([0.5, 1.0])")
-    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]
-    if wrong:
-        raise JobError(f"{space.path}: SPACE['strength']: {cut(repr(wrong[0]))} is no number")
-    return [float(value) for value in values]
+    numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(values):
+        wrong = next(value for value in values if isinstance(value, bool) or not isinstance(value, int | float))
+        raise JobError(f"{space.path}: SPACE['strength']: {cut(repr(wrong))} is no number")
+    return numbers
 
 
 def _steps(space: Space) -> tuple[int, ...]:
@@ -212,9 +166,10 @@ def _steps(space: Space) -> tuple[int, ...]:
     if SNAPSHOT not in space.entries:
         return ()
     values = finite(space.entries[SNAPSHOT])
-    if values is None or not all(type(value) is int for value in values):
+    steps = [value for value in values or () if type(value) is int]
+    if values is None or len(steps) < len(values):
         raise JobError(f"{space.path}: SPACE['snapshot'] names the steps to keep: tune.grid_search or tune.choice of numbers")
-    return tuple(sorted(set(values)))
+    return tuple(sorted(set(steps)))
 
 
 def _measured(found: SweepPlan) -> Measure:
@@ -272,27 +227,6 @@ def check(found: SweepPlan, units: Sequence[Unit], say: Say = lambda line: None)
                 raise JobError(f"{found.space.path}: SPACE[{entry!r}] = {value!r}: {error}") from None
     for unit in counted(units, "checking the jobs", say):
         found.job_of(unit.shared, unit.seeds[0], unit.strengths)
-
-
-def grouped(found: SweepPlan, points: Iterable[Point], seeds: Sequence[int], *, apart: bool, drawn: bool) -> list[Unit]:
-    """Make units of points: those that differ in strength alone together, in the order in which they come.
-
-    `apart` makes a unit of each seed. Points that were `drawn` may repeat each other and count once.
-
-    Raises:
-        JobError: a grid names the same trial twice.
-    """
-    by_shared: dict[str, dict[str, Trial]] = {}
-    for point in points:
-        trial = Trial(trial_id(point), point)
-        shared = {key: value for key, value in point.items() if key != STRENGTH}
-        group = by_shared.setdefault(json.dumps(shared, sort_keys=True), {})
-        if trial.trial_id in group and not drawn:
-            raise JobError(f"{found.space.path}: SPACE gives the trial {trial.trial_id} twice: {point}")
-        group[trial.trial_id] = trial
-    choices = [(seed,) for seed in seeds] if apart else [tuple(seeds)]
-    pairs = [(tuple(group.values()), chosen) for group in by_shared.values() for chosen in choices]
-    return [Unit(number, trials, chosen) for number, (trials, chosen) in enumerate(pairs, 1)]
 
 
 def seeds_of(found: SweepPlan, num_seeds: int) -> tuple[int, ...]:

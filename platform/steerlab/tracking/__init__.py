@@ -16,13 +16,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import urlsplit
 
 from steerlab.guards import files, texts
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import TrackConfig
 from steerlab.tracking import spool
 from steerlab.tracking.spool import Spool
@@ -53,7 +54,7 @@ class Place:
     tags: tuple[str, ...] = ()
     run_id: str | None = None
     """The id of the W&B run where it is not the run's own: a W&B agent is told under which id to log."""
-    parameters: tuple[tuple[str, Any], ...] = ()
+    parameters: tuple[tuple[str, Json], ...] = ()
     """What the trial varies, by path. W&B's sweep pages look for these names at the top of the config."""
 
 
@@ -88,7 +89,7 @@ class Tracker:
         track: TrackConfig,
         run_id: str,
         name: str,
-        config: dict[str, Any],
+        config: Mapping[str, object],
         directory: Path,
         place: Place = Place(),
     ) -> None:
@@ -119,7 +120,7 @@ class Tracker:
         _open_spools.append(self._spool)
         _serve(self._spool.directory)
 
-    def log(self, metrics: dict[str, Any], stage: str = "train") -> None:
+    def log(self, metrics: Mapping[str, float], stage: str = "train") -> None:
         """Record one line of metrics on the axis of a stage, `train/step`.
 
         A line whose step is not above the axis' last is one that a resumed stage computes again: it is not recorded twice.
@@ -127,11 +128,11 @@ class Tracker:
         if self._spool is None:
             return
         axis = f"{stage}/step"
-        data = {f"{stage}/{name.removeprefix('train/')}": value for name, value in metrics.items()}
-        if data[axis] > self._spool.last_step.get(axis, float("-inf")):
+        if metrics["step"] > self._spool.last_step.get(axis, float("-inf")):
+            data: JsonObject = {f"{stage}/{name.removeprefix('train/')}": value for name, value in metrics.items()}
             self._spool.append({"kind": "log", "axis": axis, "data": data})
 
-    def table(self, key: str, rows: Sequence[dict[str, Any]]) -> None:
+    def table(self, key: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Record rows of texts and scores as a table, once for each key."""
         if self._spool is None or not rows or key in self._spool.told:
             return
@@ -159,14 +160,24 @@ class Tracker:
     ) -> None:
         """Record which stage made or reused which artifact, of which inputs (stage, key, URI): the lineage."""
         if self._spool is not None and key not in self._spool.told and status in ("ran", "cached"):
-            event = {"kind": "stage", "stage": name, "key": key, "label": label, "status": status}
-            self._spool.append({**event, "seconds": round(seconds, 3), "uri": uri, "inputs": [list(one) for one in inputs]})
+            self._spool.append(
+                {
+                    "kind": "stage",
+                    "stage": name,
+                    "key": key,
+                    "label": label,
+                    "status": status,
+                    "seconds": round(seconds, 3),
+                    "uri": uri,
+                    "inputs": list(inputs),
+                }
+            )
 
-    def finish(self, summary: dict[str, Any], exit_code: int, wait_s: float = FINISH_WAIT_S) -> None:
+    def finish(self, summary: Mapping[str, Json], exit_code: int, wait_s: float = FINISH_WAIT_S) -> None:
         """Write final values and close; waits for the writer for a few seconds at most, and says what became of the run."""
         if self._spool is None:
             return
-        self._spool.append({"kind": "finish", "summary": summary, "exit_code": exit_code})
+        self._spool.append({"kind": "finish", "summary": dict(summary), "exit_code": exit_code})
         self._spool.close()
         deadline_s = time.monotonic() + wait_s
         while not _is_settled(self._spool) and time.monotonic() < deadline_s:
@@ -197,7 +208,7 @@ def close(wait_s: float) -> None:
     _open_spools.clear()
 
 
-def send(directory: Path) -> dict[str, Any]:
+def send(directory: Path) -> spool.Status:
     """Send the run of a spool's directory again, online; lines that the server holds are not doubled.
 
     Returns the writer's status.
@@ -250,16 +261,17 @@ def _is_settled(found: Spool) -> bool:
 def _explain(found: Spool) -> None:
     """Warn of a run that did not go where it should."""
     status = found.status()
+    reason = status.get("reason")
     again = f"send it again with `steerlab wandb-send {found.directory.parent}`"
     if status.get("state") == "failed":
-        warnings.warn(f"W&B: {status['reason']}; {again}", stacklevel=3)
-    elif status.get("state") == "offline" and status["reason"] not in _REASONS:
-        warnings.warn(f"W&B: {status['reason']}; the run is written offline; {again}", stacklevel=3)
+        warnings.warn(f"W&B: {reason}; {again}", stacklevel=3)
+    elif status.get("state") == "offline" and reason not in _REASONS:
+        warnings.warn(f"W&B: {reason}; the run is written offline; {again}", stacklevel=3)
     elif not _is_settled(found) and found.mode == "online":
         warnings.warn(
             f"W&B has not taken all of the run yet; its writer goes on for a while. If need be, {again}", stacklevel=3
         )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Json:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)

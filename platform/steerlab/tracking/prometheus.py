@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -55,7 +54,7 @@ def ended(record: Record) -> None:
         _histogram("stage_seconds", "Seconds that stages took.", "stage").observe(record.seconds, {"stage": stage})
 
 
-def reported(stage: Stage, metrics: Mapping[str, Any]) -> None:
+def reported(stage: Stage, metrics: Mapping[str, float]) -> None:
     """Take over what a running stage reports: steps of a training, or rows done."""
     if not ray.is_initialized():
         return

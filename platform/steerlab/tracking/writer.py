@@ -15,13 +15,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from steerlab.guards import files
+from steerlab.guards import files, saved
 from steerlab.tracking import spool
+from steerlab.tracking.events import Line, StageEnded, step_of
+
+if TYPE_CHECKING:
+    import wandb
+
+_E = TypeVar("_E", Line, StageEnded)
 
 INIT_S = 30.0
 """Longest wait for a server when a run begins."""
@@ -30,6 +36,8 @@ FINISH_S = 60.0
 GRACE_S = 90.0
 """Longest life after the driver's end."""
 _POLL_S = 0.1
+_LINES = ("log", "table", "images")
+"""Kinds of events that are lines of the history."""
 _RESUMED = "a process of this run was lost before it could say that it ended"
 
 
@@ -68,23 +76,23 @@ def write(directory: Path, ended: Callable[[], bool]) -> None:
     """Write one spool as a W&B run, from the first line that the server lacks."""
     import wandb
 
-    settings = spool.read_settings(directory)
+    settings = spool.settings_of(directory)
     with _alone(directory):
         try:
             run = _open(settings, directory)
         except (wandb.Error, OSError) as error:
-            if settings["mode"] == "offline":
+            if settings.mode == "offline":
                 raise
             traceback.print_exc()
-            refusal = f"{settings['url'] or 'the server'} answered: {' '.join(str(error).split())[:300]}"
+            refusal = f"{settings.url or 'the server'} answered: {' '.join(str(error).split())[:300]}"
         else:
             return _send(run, settings, directory, ended)
-    _write_offline({**settings, "mode": "offline", "reason": refusal}, directory, ended)
+    _write_offline({**spool.read_settings(directory), "mode": "offline", "reason": refusal}, directory, ended)
 
 
-def _send(run: Any, settings: dict[str, Any], directory: Path, ended: Callable[[], bool]) -> None:
+def _send(run: wandb.Run, settings: spool.Settings, directory: Path, ended: Callable[[], bool]) -> None:
     """Send a spool to an open run and close it."""
-    status = {"state": settings["mode"], "reason": settings["reason"], "files": run.settings.sync_dir}
+    status: spool.Status = {"state": settings.mode, "reason": settings.reason, "files": run.settings.sync_dir}
     spool.write_json(directory / spool.STATUS, status)
     run.finish(exit_code=_History(run, directory).send(ended))
     if run.offline:
@@ -92,7 +100,7 @@ def _send(run: Any, settings: dict[str, Any], directory: Path, ended: Callable[[
     spool.write_json(directory / spool.STATUS, {**status, "done": True})
 
 
-def _write_offline(settings: dict[str, Any], directory: Path, ended: Callable[[], bool]) -> None:
+def _write_offline(settings: Mapping[str, object], directory: Path, ended: Callable[[], bool]) -> None:
     """Write a spool in a process of its own: in this one, W&B's client holds the run that could not begin."""
     spool.write_json(directory / spool.SETTINGS, settings)
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
@@ -117,31 +125,31 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def _open(settings: dict[str, Any], directory: Path) -> Any:
+def _open(settings: spool.Settings, directory: Path) -> wandb.Run:
     """Open the run, in the state in which its last process left it."""
     import wandb
 
     return wandb.init(
-        project=settings["project"],
-        entity=settings["entity"],
-        id=settings["id"],
-        name=settings["name"],
-        group=settings["group"],
-        job_type=settings["job_type"],
-        tags=settings["tags"],
-        config=settings["config"],
+        project=settings.project,
+        entity=settings.entity,
+        id=settings.id,
+        name=settings.name,
+        group=settings.group,
+        job_type=settings.job_type,
+        tags=settings.tags,
+        config=settings.config,
         dir=str(directory),
-        mode=settings["mode"],
+        mode=settings.mode,
         resume="allow",
         reinit="create_new",
         settings=wandb.Settings(
             silent=True,
             console="off",
-            sweep_id=settings["sweep_id"] if settings["mode"] == "online" else None,
+            sweep_id=settings.sweep_id if settings.mode == "online" else None,
             init_timeout=INIT_S,
             finish_timeout=FINISH_S,
-            x_stats_pid=settings["pid"],
-            program=settings["program"],
+            x_stats_pid=settings.pid or os.getpid(),
+            program=settings.program,
             x_graphql_retry_max=4,
             x_graphql_timeout_seconds=10,
         ),
@@ -151,7 +159,7 @@ def _open(settings: dict[str, Any], directory: Path) -> Any:
 class _History:
     """Sends events to an open run; line k of the spool is step k there."""
 
-    def __init__(self, run: Any, directory: Path) -> None:
+    def __init__(self, run: wandb.Run, directory: Path) -> None:
         self.run = run
         self.events, self.folder = directory / spool.EVENTS, directory.parent
         self.online = not run.offline
@@ -163,27 +171,26 @@ class _History:
         self.axes: set[str] = set()
         self.first = directory / spool.FIRST
         if self.first.exists():
-            self.number = spool.read_json(self.first)["step"]
+            self.number = saved.read(self.first, spool.First).step
             return
         earlier = [event["kind"] for event in spool.read(self.events)]
-        if self.held and not any(kind in spool.HISTORY for kind in earlier[: _last(earlier, "open")]):
+        if self.held and not any(kind in _LINES for kind in earlier[: _last(earlier, "open")]):
             self.number = self.held  # the machine that held the spool's first lines is gone
 
     def send(self, ended: Callable[[], bool]) -> int:
         """Send events until the run ends; returns its exit code."""
         for event in spool.follow(self.events, ended):
-            kind = event["kind"]
-            if kind in spool.HISTORY:
+            if event["kind"] == "log" or event["kind"] == "table" or event["kind"] == "images":
                 self._line(event)
-            elif kind == "stage":
+            elif event["kind"] == "stage":
                 _keep(event, lambda event: _link(self.run, event, self.online))
-            elif kind == "finish":
+            elif event["kind"] == "finish":
                 self.run.summary.update(event["summary"])
                 return int(event["exit_code"])
         print(_RESUMED, flush=True)
         return 1
 
-    def _line(self, event: dict[str, Any]) -> None:
+    def _line(self, event: Line) -> None:
         if event["kind"] == "log" and event["axis"] not in self.axes:
             self.axes.add(event["axis"])
             self.run.define_metric(event["axis"])
@@ -195,15 +202,16 @@ class _History:
         self.number += 1
         self.seen += 1
 
-    def _log(self, event: dict[str, Any]) -> None:
-        self.run.log({**self._content(event), "_timestamp": event["time"]}, self.number, commit=True)
+    def _log(self, event: Line) -> None:
+        self.run.log({**self._content(event), "_timestamp": event.get("time")}, self.number, commit=True)
 
-    def _content(self, event: dict[str, Any]) -> dict[str, Any]:
+    def _content(self, event: Line) -> dict[str, Any]:
         """Return what a line of the history holds, in W&B's own types. Raises ValueError for an image of another folder."""
         import wandb
 
         if event["kind"] == "table":
-            return {event["key"]: wandb.Table(columns=event["columns"], data=event["rows"], allow_mixed_types=True)}
+            table = wandb.Table(columns=[*event["columns"]], data=[*event["rows"]], allow_mixed_types=True)
+            return {event["key"]: table}
         if event["kind"] != "images":
             return event["data"]
         images = []
@@ -215,21 +223,21 @@ class _History:
             images.append(wandb.Image(path, caption=caption))
         return {event["key"]: images}
 
-    def _is_known(self, event: dict[str, Any]) -> bool:
+    def _is_known(self, event: Line) -> bool:
         """Say whether a line of a lost spool is in the server's summary already."""
         if not self.held or event["kind"] != "log" or self.number > self.held:
             return False
         last = self.run.summary.get(event["axis"])
-        known = last is not None and event["data"][event["axis"]] <= last
+        known = last is not None and step_of(event) <= last
         self.number -= known
         return known
 
 
-def _last(kinds: list[str], kind: str) -> int:
+def _last(kinds: Sequence[str], kind: str) -> int:
     return max((number for number, found in enumerate(kinds) if found == kind), default=0)
 
 
-def _keep(event: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+def _keep(event: _E, send: Callable[[_E], None]) -> None:
     """Send one event; one that W&B cannot take is named in the log and left out."""
     import wandb
 
@@ -239,11 +247,11 @@ def _keep(event: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None
         print(f"left out {event['kind']} {event.get('key', '')}: {error}", flush=True)
 
 
-def _link(run: Any, event: dict[str, Any], online: bool) -> None:
+def _link(run: wandb.Run, event: StageEnded, online: bool) -> None:
     """Record that the run used an artifact, or made it from others: references and facts, no bytes."""
     import wandb
 
-    def reference(stage: str, key: str, uri: str, **facts: Any) -> Any:
+    def reference(stage: str, key: str, uri: str, **facts: object) -> wandb.Artifact:
         artifact = wandb.Artifact(f"{stage}-{key[:16]}", type=stage, metadata={"key": key, **facts})
         artifact.add_reference(uri, name="artifact", checksum=False)
         return artifact
@@ -264,7 +272,7 @@ def _link(run: Any, event: dict[str, Any], online: bool) -> None:
         run.use_artifact(made)
 
 
-def _drop_older(run: Any) -> None:
+def _drop_older(run: wandb.Run) -> None:
     """Remove offline files of earlier processes of this run: the new ones hold all of it, from the first line."""
     import shutil
 

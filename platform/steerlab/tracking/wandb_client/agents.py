@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
 
-from steerlab.guards import files, private_parts
+from steerlab.guards import files, private_parts, saved
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.tracking import NO_KEY, has_key
 
 HEARTBEAT_S = 3.0
@@ -34,8 +34,22 @@ class Suggestion:
 
     run_id: str
     """The id that its W&B run must have (`Tracker`'s `run_id`)."""
-    parameters: dict[str, Any]
+    parameters: JsonObject
     """Values by the names of the sweep's parameters: paths of fields of the job."""
+
+
+class _Value(saved.Shape):
+    value: Json
+
+
+class _Command(saved.Shape):
+    """What W&B's server tells an agent."""
+
+    type: str
+    """`run`, `resume`, `stop` or `exit`."""
+    run_id: str = ""
+    args: dict[str, _Value] | None = None
+    """Values by the name of the parameter."""
 
 
 class Agents:
@@ -52,7 +66,7 @@ class Agents:
         if not has_key():
             raise ValueError(NO_KEY)
         *before, sweep_id = path.strip("/").split("/")
-        overrides: Any = dict(zip(("project", "entity"), reversed(before), strict=False))
+        overrides: dict[str, str] = dict(zip(("project", "entity"), reversed(before), strict=False))
         self._suggestions: SimpleQueue[Suggestion] = SimpleQueue()
         self._lock = threading.Lock()
         self._wake, self._closed = threading.Event(), threading.Event()
@@ -61,7 +75,7 @@ class Agents:
             with chdir(files.OWN_FOLDER):  # settings of the current folder would name the server that gets the key
                 self._api = wandb.Api(overrides=overrides, timeout=_TIMEOUT_S)
             found = private_parts.sweep_of(self._api, sweep_id)
-            self.config: dict[str, Any] = _read(found["config"])
+            self.config: JsonObject = _read(found["config"])
             """The sweep as W&B has it: method, metric, parameters."""
             self._runs: dict[str, list[str]] = {
                 private_parts.registered_agent(self._api, host, sweep_id): [] for _ in range(num_agents)
@@ -120,15 +134,15 @@ class Agents:
                 for command in commands or ():
                     self._obey(agent, command)
 
-    def _obey(self, agent: str, command: dict[str, Any]) -> None:
-        kind: Literal["run", "resume", "stop", "exit"] = command["type"]
-        if kind in ("run", "resume"):
-            self._runs[agent].append(command["run_id"])
-            values = {name: value["value"] for name, value in (command.get("args") or {}).items()}
-            self._suggestions.put(Suggestion(command["run_id"], values))
-        elif kind == "stop":
-            self.stopped.add(command["run_id"])
-        elif kind == "exit":  # nothing more for this agent, nor for what it still runs: the sweep was cancelled
+    def _obey(self, agent: str, answer: Mapping[str, object]) -> None:
+        command = saved.checked(answer, _Command, "W&B's answer")
+        if command.type in ("run", "resume"):
+            self._runs[agent].append(command.run_id)
+            values = {name: argument.value for name, argument in (command.args or {}).items()}
+            self._suggestions.put(Suggestion(command.run_id, values))
+        elif command.type == "stop":
+            self.stopped.add(command.run_id)
+        elif command.type == "exit":  # nothing more for this agent, nor for what it still runs: the sweep was cancelled
             self.stopped.update(self._runs.pop(agent))
 
     def _serve(self) -> None:
@@ -138,7 +152,7 @@ class Agents:
             self._wake.clear()
 
 
-def _read(config: Any) -> dict[str, Any]:
+def _read(config: object) -> JsonObject:
     """Return the configuration that a server sends as YAML, or as JSON, which is YAML."""
     import yaml
 

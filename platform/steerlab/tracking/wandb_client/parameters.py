@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, LogUniform, Normal, Quantized
 
@@ -23,12 +23,12 @@ def metric_name(metric: str) -> str:
 
 def sweep_config(
     name: str,
-    space: Mapping[str, Any],
+    space: Mapping[str, object],
     metric: str,
     mode: Literal["min", "max"],
     method: Method | None = None,
     min_reports: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return W&B's configuration of a sweep.
 
     `method` is by default grid where every entry is a list, else random; `min_reports` asks for W&B's hyperband, which stops
@@ -43,7 +43,7 @@ def sweep_config(
         raise ValueError(f"SPACE[{ranges[0]!r}] is a range; W&B's grid needs lists of values: use random or bayes")
     chosen = method or ("random" if ranges or any(isinstance(entry, Domain) for entry in space.values()) else "grid")
     goal = {"min": "minimize", "max": "maximize"}[mode]
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "name": name,
         "method": chosen,
         "metric": {"name": metric_name(metric), "goal": goal},
@@ -59,7 +59,7 @@ def parameter_name(entry: str) -> str:
     return "--".join(key.strip() for key in entry.split(","))
 
 
-def parameter(key: str, entry: Any) -> dict[str, Any]:
+def parameter(key: str, entry: object) -> dict[str, object]:
     """Return W&B's form of one entry of a space.
 
     Raises:
@@ -78,8 +78,8 @@ def parameter(key: str, entry: Any) -> dict[str, Any]:
     return {"value": _plain(entry)}
 
 
-def _range(key: str, entry: Float | Integer) -> dict[str, Any]:
-    sampler: Any = entry.get_sampler()
+def _range(key: str, entry: Float | Integer) -> dict[str, object]:
+    sampler = entry.get_sampler()
     step = sampler.q if isinstance(sampler, Quantized) else None
     inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
     if isinstance(inner, Normal):
@@ -101,6 +101,6 @@ def _range(key: str, entry: Float | Integer) -> dict[str, Any]:
     return {"distribution": "int_uniform" if isinstance(entry, Integer) else "uniform", "min": low, "max": high}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a value as YAML writes it: tuples are lists."""
     return [_plain(one) for one in value] if isinstance(value, tuple | list) else value

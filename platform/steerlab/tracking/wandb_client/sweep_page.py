@@ -17,9 +17,9 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from steerlab.guards import files
+from steerlab.guards import files, saved
 from steerlab.job import TrackConfig
 from steerlab.tracking import mode_of, spool
 
@@ -31,7 +31,21 @@ ASKED = "wandb_sweep_asked.json"
 """What its page is made of."""
 
 
-def begin(track: TrackConfig, config: Mapping[str, Any], directory: Path) -> str | None:
+class _Page(saved.Shape):
+    """The file SWEEP, as far as it is read."""
+
+    id: str
+
+
+class _Answer(TypedDict):
+    """What `main` prints, and the file SWEEP holds."""
+
+    id: str
+    project: str
+    entity: str | None
+
+
+def begin(track: TrackConfig, config: Mapping[str, object], directory: Path) -> str | None:
     """Make the page of a sweep and return its id; one that was made before, as `directory` remembers, is gone on with.
 
     `config` is W&B's own: method, metric, parameters (`parameters.sweep_config`). Returns None where the job is not tracked
@@ -39,7 +53,7 @@ def begin(track: TrackConfig, config: Mapping[str, Any], directory: Path) -> str
     """
     path = directory / SWEEP
     if path.exists():
-        return spool.read_json(path)["id"]
+        return saved.read(path, _Page).id
     mode = mode_of(track)
     if mode == "disabled" or track.wandb is None:
         return None
@@ -62,14 +76,14 @@ def send(directory: Path, runs: Sequence[str]) -> str:
     """
     path = directory / SWEEP
     if path.exists():
-        return spool.read_json(path)["id"]
-    made = _made(directory, spool.read_json(directory / ASKED), runs)
+        return saved.read(path, _Page).id
+    made = _made(directory, saved.read(directory / ASKED, dict[str, object]), runs)
     if made is None:
         raise ValueError(f"{directory}: its runs are sent, but it has no page yet; send it again")
     return made
 
 
-def _made(directory: Path, asked: dict[str, Any], prior_runs: Sequence[str]) -> str | None:
+def _made(directory: Path, asked: Mapping[str, object], prior_runs: Sequence[str]) -> str | None:
     answer = _call({**asked, "prior_runs": list(prior_runs)})
     if answer is None:
         return None
@@ -77,7 +91,7 @@ def _made(directory: Path, asked: dict[str, Any], prior_runs: Sequence[str]) -> 
     return answer["id"]
 
 
-def _call(request: dict[str, Any]) -> dict[str, Any] | None:
+def _call(request: Mapping[str, object]) -> _Answer | None:
     paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         done = subprocess.run(

@@ -16,11 +16,12 @@ from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steerlab.guards import files
 
 if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2.interface as wr
     import wandb_workspaces.workspaces as ws
 
 _MISSING = "this needs wandb-workspaces: pip install 'steerlab[dashboards]'"
@@ -59,7 +60,7 @@ def column(parameter: str) -> str:
     return f"config:{first}.value{dot}{rest}"
 
 
-def panels(board: Board) -> dict[str, list[Any]]:
+def panels(board: Board) -> dict[str, list[wr.PanelTypes]]:
     """Return the panels of a board by section."""
     wr = _reports()
     goal, *costs = board.metrics
@@ -88,7 +89,7 @@ def panels(board: Board) -> dict[str, list[Any]]:
     }
 
 
-def _columns(board: Board) -> list[Any]:
+def _columns(board: Board) -> list[wr.ParallelCoordinatesPlotColumn]:
     wr = _reports()
     asked = [(wr.Config(path), path) for path in board.parameters] + [(wr.SummaryMetric(name), name) for name in board.metrics]
     return [
@@ -97,7 +98,9 @@ def _columns(board: Board) -> list[Any]:
     ]
 
 
-def _scatter(board: Board, x: Any, metric: str, log_x: bool, number: int, title: str | None = None) -> Any:
+def _scatter(
+    board: Board, x: wr.Config | wr.SummaryMetric, metric: str, log_x: bool, number: int, title: str | None = None
+) -> wr.ScatterPlot:
     wr = _reports()
     log_y = metric in board.log or None
     return wr.ScatterPlot(title=title, x=x, y=wr.SummaryMetric(metric), log_x=log_x or None, log_y=log_y, layout=_place(number))
@@ -108,7 +111,7 @@ def _axis_of(curve: str) -> str:
     return f"{curve.rpartition('/')[0]}/step"
 
 
-def _place(number: int) -> Any:
+def _place(number: int) -> wr.Layout:
     """Place a panel on a grid of three columns; W&B's grid is 24 units wide."""
     return _reports().Layout(x=8 * (number % 3), y=6 * (number // 3), w=8, h=6)
 
@@ -130,10 +133,10 @@ def workspace(board: Board, entity: str, project: str) -> ws.Workspace:
     )
 
 
-def report(boards: Sequence[Board], entity: str, project: str) -> Any:
+def report(boards: Sequence[Board], entity: str, project: str) -> wr.Report:
     """Return one report about all boards: a chapter each, with its own set of runs."""
     wr = _reports()
-    blocks: list[Any] = [wr.TableOfContents()]
+    blocks: list[wr.BlockTypes] = [wr.TableOfContents()]
     for board in boards:
         runs = wr.Runset(entity=entity, project=project, name=board.title, filters=board.filters)
         shown = panels(board)
@@ -197,7 +200,7 @@ def push(boards: Mapping[str, Board], path: str) -> dict[str, str]:
         raise ValueError(f"W&B refused: {' '.join(str(error).split())[:300]}") from None
 
 
-def _reports() -> Any:
+def _reports() -> ModuleType:
     try:
         import wandb_workspaces.reports.v2 as wr
     except ImportError:
@@ -205,7 +208,7 @@ def _reports() -> Any:
     return wr
 
 
-def _workspaces() -> Any:
+def _workspaces() -> ModuleType:
     try:
         import wandb_workspaces.workspaces as ws
     except ImportError:
