@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +28,16 @@ from steerlab.data.rows import read as read_rows
 from steerlab.guards.faults import explained
 from steerlab.inputs.encoding import RowEncoder, Rows
 from steerlab.inputs.tokens import Batch
-from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig, prompt_settings
+from steerlab.job import DataSet, ScaleConfig, TrainConfig, prompt_settings
 from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.steered import language
 from steerlab.training import checkpoints
 from steerlab.training.engine import Engine
+from steerlab.training.request import Request
 
 _SNAPSHOTS = "snapshots.safetensors"
 _NOT_EVALUATED = 1e30  # finite: Ray keeps checkpoint scores as JSON, which has no infinity
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one training stage computes."""
-
-    model_dir: Path
-    """A model, or an artifact with a model and patches."""
-    model: ModelConfig
-    method: dict[str, Any]
-    data: DataConfig
-    train: TrainConfig
-    activations: dict[str, Path] = field(default_factory=dict)
-    """Extracted activations by the role of their data set."""
-    prepared: dict[str, Path] = field(default_factory=dict)
-    """What the method's preparations left, by their name."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +113,7 @@ def _check_finite(metrics: dict[str, float]) -> None:
 class _Training:
     """The state of one rank."""
 
-    request: Request
+    request: Request[Path]
     scale: ScaleConfig
     link: Link
 
@@ -138,7 +123,7 @@ class _Training:
         self.method = trained(request.method)
         self.encoder: RowEncoder
         model, self.encoder, below = language.load_stack(
-            request.model_dir,
+            request.start,
             dtype=request.model.dtype,
             attention=request.model.attention,
             trust_remote_code=request.model.trust_remote_code,
@@ -305,7 +290,7 @@ class _Training:
         return {name.removeprefix("patch."): value for name, value in state.items() if name.startswith("patch.")}
 
 
-def run(request: Request, scale: ScaleConfig, link: Link, output: Path) -> None:
+def run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) -> None:
     """Train from the latest checkpoint, or from the start, to the end, and write the artifact on rank 0."""
     shutil.rmtree(link.scratch, ignore_errors=True)
     link.scratch.mkdir(parents=True)
