@@ -57,7 +57,7 @@ class Size(NamedTuple):
 class Inputs:
     """What a method is handed besides its model and config."""
 
-    below: tuple[Any, ...] = ()
+    below: tuple[patches.SavedPatch, ...] = ()
     """Patches that the model carries already; the method's own one is attached above them."""
     activations: Mapping[str, Activations] = field(default_factory=dict)
     """Extracted activations by the role of their data set."""
@@ -95,7 +95,7 @@ class Trainee(nn.Module):
     def after_step(self, lr: float) -> None:
         """Do what follows the optimizer, on every worker; `lr` is the step's learning rate."""
 
-    def finished(self, state: dict[str, Tensor]) -> Any:
+    def finished(self, state: dict[str, Tensor]) -> patches.SavedPatch:
         """Return the patch to save for a trained state of `patch`: one of the same make with that state."""
         fresh = patches.KINDS[self.patch.kind](**self.patch.spec())
         fresh.load_state_dict(state)

@@ -266,10 +266,10 @@ def check_disk(work: Work, params: Params, num_rows: int, some: Sequence[Row]) -
         return
     from steerlab import models
     from steerlab.inputs import encoding
-    from steerlab.steered import language
+    from steerlab.steered import stacks
 
     config, loading = params.extract, subject.of(work)
-    directory = language.model_directory(loading.ref.locate())
+    directory = stacks.model_directory(loading.ref.locate())
     widths = _widths(models.skeleton(directory, loading.model.trust_remote_code), config)
     if config.keep == "moments":
         needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,7 +30,7 @@ from steerlab.inputs.tokens import Batch
 from steerlab.job import DataSet, ScaleConfig, TrainConfig, prompt_settings
 from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
-from steerlab.steered import language
+from steerlab.steered.stacks import load_stack
 from steerlab.training import checkpoints
 from steerlab.training.engine import Engine
 from steerlab.training.request import Request
@@ -122,7 +121,7 @@ class _Training:
         request = self.request
         self.method = trained(request.method)
         self.encoder: RowEncoder
-        model, self.encoder, below = language.load_stack(
+        model, self.encoder, below = load_stack(
             request.start,
             dtype=request.model.dtype,
             attention=request.model.attention,
@@ -160,8 +159,7 @@ class _Training:
         return self.request.data.by_role[self.method.module.trains_on]
 
     def resume(self, checkpoint: Path) -> None:
-        state = self.engine.load(checkpoint)
-        checkpoints.check_state(state, self.request.train.steps, checkpoint)
+        state = checkpoints.check_state(self.engine.load(checkpoint), self.request.train.steps, checkpoint)
         self.step, self.history = state["step"], state["history"]
         if (checkpoint / _SNAPSHOTS).is_file():
             self.snapshots = self._read_snapshots(checkpoint / _SNAPSHOTS)
@@ -256,7 +254,7 @@ class _Training:
             return
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
-        patch: Any = self.module.patch
+        patch = self.module.patch
         if self.method.leaves_model:
             state = self._export_model(state, output)
         if patch is not None:
@@ -280,7 +278,7 @@ class _Training:
 
     def _export_model(self, state: dict[str, Tensor], output: Path) -> dict[str, Tensor]:
         """Write the trained weights and the tokenizer, take the model's fingerprint, and return the patch's state."""
-        model: Any = self.module.model
+        model = self.module.model
         weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         models.save_trained(model, weights, output / "model")
         self.encoder.save(output / "model")

@@ -171,17 +171,21 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
     low, high = (min(workers, len(missing)) for workers in scale.worker_range)
     items = [{"entry": entry.model_dump_json()} for entry in missing]
     # As for all workers, also where fewer shards are left: the threads of an actor change the last bits of its sums.
-    resources: Any = reserved.of_actors(scale, scale.worker_range[0])
+    resources = reserved.of_actors(scale, scale.worker_range[0])
+    cpus, gpus = resources["num_cpus"], resources["num_gpus"]
     source = ray.data.from_items(items, override_num_blocks=len(items))
     if scale.warm:
-        lines = source.map(partial(_in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), **resources)
+        lines = source.map(
+            partial(_in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), num_cpus=cpus, num_gpus=gpus
+        )
     else:
         lines = source.map(
             _Worker,  # type: ignore[arg-type]
             fn_constructor_args=(request,),
             # One shard waits at each actor while it works on another.
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
-            **resources,
+            num_cpus=cpus,
+            num_gpus=gpus,
         )
     for line in lines.iter_rows():
         row = _LINE.validate_json(line["row"])
@@ -209,7 +213,7 @@ def _in_warm_process(request: _Request, item: _Item) -> _Line:
 class _Worker:
     """An actor of the pool: a loaded model and what it makes of its shards."""
 
-    def __init__(self, request: _Request, load: Callable[[Loading], Any] = subject.load) -> None:
+    def __init__(self, request: _Request, load: Callable[[Loading], SteeredModel] = subject.load) -> None:
         self._place = Place(*request.place)
         self._tally = request.tally
         self._maker: Maker | None = None
