@@ -11,6 +11,8 @@ A trainee derives from one of three bases, by what is left of the training:
 WholeModel      the model's own weights
 PatchedModel    the model's own weights, and a patch on them that trained with them (ASIDE's rotation)
 PatchAlone      a patch on the model that it started from, whose weights stay as they are on disk
+
+The file is longer than others because whoever writes a method reads it as a whole.
 """
 
 from __future__ import annotations

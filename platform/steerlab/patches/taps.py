@@ -1,7 +1,8 @@
 """Choose modules and tokens, read what a model computes there, and pool it: the same words for reading and for steering.
 
 A `Selection` (job/data_set.py) says where. `select` turns it into taps, `token_mask` into the tokens of one call, `pool`
-makes one vector a row of them. A `Reader` runs the model no further than the last module that is read.
+makes one vector a row of them. A `Reader` runs the model no further than the last module that is read. All of it stands in one
+file because reading and steering must agree on what a place, its tokens and its neurons are.
 """
 
 from __future__ import annotations
