@@ -76,7 +76,8 @@ class Bench:
         self.steered = language.SteeredModel(models.load_model(directory), encoding.Encoder(models.load_tokenizer(directory)))
         self.rows = data_rows.read(asked.data.by_role["source"])
         self.taps = taps.select(self.steered.model, asked.extract.select)
-        self.params = extract.stage(asked, "source", Plan.of(asked).start, asked.extract).params
+        stage = extract.stage(asked, "source", Plan.of(asked).start, asked.extract)
+        self.params = extract.Params.model_validate(stage.params)
         reader = reading.TextReader(self.steered, asked.extract)
         self.texts, _ = reader.encode(self.rows, "text", 0)
         reader.close()
@@ -103,7 +104,7 @@ class Bench:
         from steerlab.stages import extract
         from steerlab.stages.spread.shard_plan import Shard
 
-        maker = extract.RowsOfShard(self.steered, self.params)
+        maker = extract.RowsOfShard(self.params, self.steered)
         maker.make(Shard(0, 0, self.rows), directory / "part-00000.parquet", lambda rows: None)
         maker.close()
 

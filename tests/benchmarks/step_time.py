@@ -101,11 +101,11 @@ def peak_bytes(name: str, queue: Any) -> None:
 def training_request(model_dir: str) -> Any:
     """Return a training on the tiny world, as its stage hands it over."""
     from steerlab.job import DataConfig, ModelConfig, TrainConfig
-    from steerlab.stages.spread.launch import TrainingRequest
     from steerlab.storage.plan import ModelRef
+    from steerlab.training.request import Request
 
     train = {"source": "tiny:instructions/train", "limit": 500}
-    return TrainingRequest(
+    return Request(
         start=ModelRef(source=model_dir),
         model=ModelConfig.model_validate({"source": model_dir}),
         method={"name": "aside"},
@@ -120,11 +120,12 @@ def loop_without_ray(model_dir: str, queue: Any) -> None:
 
     from steerlab.job import ScaleConfig
     from steerlab.training import loop
+    from steerlab.training.request import received
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         torch.distributed.init_process_group("gloo", init_method=f"file://{scratch}/group", rank=0, world_size=1)
-        request = training_request(model_dir).here()
+        request = received(training_request(model_dir))
         told: list[dict[str, float]] = []
         link = loop.Link(
             0, 1, torch.device("cpu"), lambda metrics, directory: None, Path(scratch) / "checkpoints", tell=told.append

@@ -31,13 +31,14 @@ class Stopped(Exception):
 def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], stop_at: int, resume: bool) -> None:
     """Train on one rank; every checkpoint is gathered in root/<step>."""
     from steerlab.training import loop
+    from steerlab.training.request import Request
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{root}/group{stop_at}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     scale = ScaleConfig(workers=world_size, checkpoint_every=3, **settings["scale"])
-    request = loop.Request(
+    request = Request(
         Path(settings["model_dir"]),
         ModelConfig(source="tiny:model", dtype=settings.get("dtype", "float32")),
         settings["method"],

@@ -27,6 +27,8 @@ from steerlab.patches.maps import AffineMap
 from steerlab.steered import export, language
 from steerlab.steered.language import SteeredModel
 from steerlab.steered.model import Asked
+from steerlab.steered.stacks import encoder_of
+from steerlab.storage import bases as standing
 
 MAKERS = {"sd": stable_diffusion, "sdxl": sdxl, "flux": flux, "dit": dit}
 NORMS = r"unet\..*norm\d?|unet\.conv_norm_out"
@@ -63,8 +65,8 @@ def left(folder: Path, base: Path, modules: str, sampler: dict[str, Any], **sele
     patch = ActivationPatch.from_maps({n: AffineMap(drawn(w, 1.0), drawn(w, 0.2)) for n, w in widths.items()}, chosen)
     folder.mkdir()
     patches.save(patch, folder / "patch", models.fingerprint(model))
-    (folder / language.BASE).write_text(json.dumps({"source": str(base)}))
-    (folder / language.PROMPT).write_text(json.dumps({"sampler": model.sampler.model_dump(mode="json")}))
+    (folder / standing.BASE).write_text(json.dumps({"source": str(base)}))
+    (folder / standing.PROMPT).write_text(json.dumps({"sampler": model.sampler.model_dump(mode="json")}))
     return folder
 
 
@@ -150,7 +152,7 @@ def test_of_a_stack_the_newest_patch_folds_at_the_strength(bases: dict[str, Path
     folders = [left(tmp_path / name, bases["digits"], modules, {"steps": 2}) for name, modules in (("a", NORMS), ("b", LAYERS))]
     model = models.load_model(bases["digits"], sampler={"steps": 2})
     stack = tuple(patches.load(folder / "patch", model) for folder in (folders[0], folders[0], folders[1]))
-    steered = SteeredPipeline(model, language.encoder_of(model, bases["digits"], None), stack)
+    steered = SteeredPipeline(model, encoder_of(model, bases["digits"], None), stack)
     expected, whole = drawn(steered, PROMPT, 0.4), drawn(steered, PROMPT, 1.0)
     steered.fold(0.4)
     assert steered.patches == ()

@@ -15,6 +15,8 @@ from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, EmbeddingPatch, taps
 from steerlab.patches.maps import AffineMap
 from steerlab.steered import export, language
+from steerlab.steered.stacks import BELOW
+from steerlab.storage.bases import BASE, PROMPT
 
 
 @pytest.fixture
@@ -29,10 +31,10 @@ def left(folder: Path, base: Path, *stack: Any) -> Path:
     model = models.load_model(base)
     folder.mkdir()
     for number, patch in enumerate(stack[:-1]):
-        patches.save(patch, folder / language.BELOW / str(number), models.fingerprint(model))
+        patches.save(patch, folder / BELOW / str(number), models.fingerprint(model))
     patches.save(stack[-1], folder / "patch", models.fingerprint(model))
-    (folder / language.BASE).write_text(json.dumps({"source": str(base)}))
-    (folder / language.PROMPT).write_text(json.dumps({"prompt_style": "plain", "response_role": "data"}))
+    (folder / BASE).write_text(json.dumps({"source": str(base)}))
+    (folder / PROMPT).write_text(json.dumps({"prompt_style": "plain", "response_role": "data"}))
     return folder
 
 

@@ -262,6 +262,7 @@ def resume_each(root: str) -> None:
 
     from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
     from steerlab.training import loop
+    from steerlab.training.request import Request
 
     torch.set_num_threads(1)
     made, base = Path(root) / "made", Path(root)
@@ -269,7 +270,7 @@ def resume_each(root: str) -> None:
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     tiny.write_model(base / "model")
     rows = {"prompt_style": "plain", "train": {"source": "tiny:instructions/train", "limit": 16}}
-    request = loop.Request(
+    request = Request(
         base / "model",
         ModelConfig(source="tiny:model"),
         {"name": "vanilla"},

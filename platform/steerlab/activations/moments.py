@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from steerlab.activations.parquet import resolved_column
+from steerlab.activations.origin import Origin
 from steerlab.guards import saved
 from steerlab.storage.tensors import Shape, writing
 
@@ -95,11 +95,26 @@ def merge_files(paths: Sequence[Path], column: str) -> Sums:
     return total
 
 
-def save(found: Iterable[tuple[str, Sums]], directory: Path, summary: Mapping[str, Any]) -> None:
-    """Write the moments of every column as they come, means over its vectors, and what they are of."""
+class Columns(saved.Shape):
+    """What a summary of moments says of the columns."""
+
+    widths: dict[str, int]
+    second_moment: bool
+    """Whether products of neurons are summed, too."""
+
+
+def save(found: Iterable[tuple[str, Sums]], directory: Path, summary: Mapping[str, object]) -> None:
+    """Write the moments of every column as they come, means over its vectors, and what they are of.
+
+    Args:
+        found: the sums, by column.
+        directory: where they go.
+        summary: the keys of `Origin`, count, widths, second_moment, and others for people.
+    """
     shapes: dict[str, Shape] = {}
-    for name, width in summary["widths"].items():
-        shapes |= _shapes(name, width, summary["second_moment"], ("mean", "variance", "second_moment"))
+    columns = Columns.model_validate(summary)
+    for name, width in columns.widths.items():
+        shapes |= _shapes(name, width, columns.second_moment, ("mean", "variance", "second_moment"))
     with writing(directory / TENSORS, shapes) as writer:
         for name, known in found:
             writer.write(f"{name}/mean", known.mean_D)
@@ -109,11 +124,7 @@ def save(found: Iterable[tuple[str, Sums]], directory: Path, summary: Mapping[st
     (directory / SUMMARY).write_text(json.dumps(dict(summary), indent=1))
 
 
-class _About(saved.Shape):
-    model_key: str
-    architecture: str
-    modules: list[str]
-    pooling: list[str]
+class _Origin(Origin):
     count: int
     second_moment: bool
 
@@ -123,8 +134,7 @@ class Moments:
     """The moments in a directory; tensors are read when they are asked for."""
 
     directory: Path
-    metadata: dict[str, Any]
-    """model_key, architecture, tokenizer, pooling, selection, widths, count, texts, tokens, cut."""
+    origin: _Origin
 
     @classmethod
     def open(cls, directory: str | Path, model_key: str | None = None) -> Moments:
@@ -132,20 +142,20 @@ class Moments:
         directory = Path(directory)
         if not (directory / SUMMARY).is_file():
             raise ValueError(f"{directory} holds no moments: there is no {SUMMARY}")
-        metadata = saved.read_like(directory / SUMMARY, _About)
-        if model_key is not None and metadata["model_key"] != model_key:
-            raise ValueError(f"{directory} holds moments of another model ({metadata['architecture']}) than this one")
-        return cls(directory, metadata)
+        origin = saved.read(directory / SUMMARY, _Origin)
+        if model_key is not None and origin.model_key != model_key:
+            raise ValueError(f"{directory} holds moments of another model ({origin.architecture}) than this one")
+        return cls(directory, origin)
 
     @property
     def modules(self) -> list[str]:
         """The names of the taps, in the model's order."""
-        return list(self.metadata["modules"])
+        return list(self.origin.modules)
 
     @property
     def count(self) -> int:
         """Number of vectors: texts, or tokens with pooling none."""
-        return self.metadata["count"]
+        return self.origin.count
 
     def mean(self, module: str, pooling: str | None = None) -> Tensor:
         """Return the mean of each neuron, (D,) float64."""
@@ -157,12 +167,12 @@ class Moments:
 
     def second_moment(self, module: str, pooling: str | None = None) -> Tensor:
         """Return the mean of z z^T, not centred, (D, D) float64. Raises ValueError if it was not asked for."""
-        if not self.metadata["second_moment"]:
+        if not self.origin.second_moment:
             raise ValueError(f"{self.directory} holds no second moment: set extract.second_moment")
         return self._tensor(module, pooling, "second_moment")
 
     def _tensor(self, module: str, pooling: str | None, kind: str) -> Tensor:
-        name = resolved_column(self.metadata, module, pooling, self.directory)
+        name = self.origin.column(module, pooling, self.directory)
         with safe_open(self.directory / TENSORS, "pt") as file:
             return file.get_tensor(f"{name}/{kind}")
 

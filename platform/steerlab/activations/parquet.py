@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,10 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from steerlab.activations.origin import Origin
 from steerlab.guards import saved
-from steerlab.storage.whole import size_and_sha256, written_whole
+from steerlab.guards.json_values import JsonObject
+from steerlab.storage.whole import Content, size_and_sha256, written_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,11 +44,7 @@ class _Part(saved.Shape):
     rows: int
 
 
-class _About(saved.Shape):
-    model_key: str
-    architecture: str
-    modules: list[str]
-    pooling: list[str]
+class _Origin(Origin):
     widths: dict[str, int]
 
 
@@ -54,33 +52,13 @@ FORMAT = 1
 PARTS, SUMMARY = "parts.json", "extraction.json"
 _METADATA = b"steerlab"
 _TYPES = {"float16": pa.float16(), "float32": pa.float32()}
+AboutColumn: TypeAlias = Sequence[int] | Sequence[str] | npt.NDArray[np.int64]
+"""Values of a column that says what a row is about."""
 _ABOUT_ROWS = (("sample_id", pa.int64()), ("label", pa.string()), ("text_sha256", pa.string()))
 _ABOUT_TOKENS = (("token_index", pa.int32()), ("token_id", pa.int32()), ("role", pa.string()))
 
 
-def column_name(tap: str, pooling: str, poolings: Sequence[str]) -> str:
-    """Return the column of a tap: its name, with the pooling behind it where there are several."""
-    return tap if len(poolings) == 1 else f"{tap}@{pooling}"
-
-
-def resolved_column(metadata: Mapping[str, Any], module: str, pooling: str | None, where: Path) -> str:
-    """Return the column of a module, whose pooling may be left out where there is one only.
-
-    Raises:
-        ValueError: there is no such column.
-    """
-    poolings, modules = metadata["pooling"], metadata["modules"]
-    if pooling is None and len(poolings) > 1:
-        raise ValueError(f"say which pooling of {module} is meant: {', '.join(poolings)}")
-    if module not in modules or (pooling or poolings[0]) not in poolings:
-        raise ValueError(
-            f"{where} holds no {module!r} with pooling {pooling or poolings[0]}; modules: {', '.join(modules[:6])}"
-            f"{', ...' if len(modules) > 6 else ''}; pooling: {', '.join(poolings)}"
-        )
-    return column_name(module, pooling or poolings[0], poolings)
-
-
-def schema(widths: Mapping[str, int], dtype: str, tokens: bool, metadata: Mapping[str, Any]) -> pa.Schema:
+def schema(widths: Mapping[str, int], dtype: str, tokens: bool, metadata: Mapping[str, object]) -> pa.Schema:
     """Return the schema of a part: what a row is about, then a fixed-size list for each column in `widths`."""
     about = _ABOUT_ROWS + (_ABOUT_TOKENS if tokens else ())
     value = pa.field("element", _TYPES[dtype], nullable=False)
@@ -90,15 +68,14 @@ def schema(widths: Mapping[str, int], dtype: str, tokens: bool, metadata: Mappin
     return pa.schema(fields, metadata={_METADATA: json.dumps(said, ensure_ascii=False).encode()})
 
 
-def metadata_of(found: pa.Schema) -> dict[str, Any]:
+def origin_of(found: pa.Schema) -> Origin:
     """Return what `schema` said about the activations. Raises ValueError if the schema is of another kind."""
     if _METADATA not in (found.metadata or {}):
         raise ValueError("the Parquet file holds no activations of this platform")
-    where = "what the Parquet file says of its activations"
-    return saved.like(saved.parsed(found.metadata[_METADATA], dict[str, Any], where), _About, where)
+    return saved.parsed(found.metadata[_METADATA], _Origin, "what the Parquet file says of its activations")
 
 
-def table(about: Mapping[str, Any], values: Mapping[str, npt.NDArray[np.float32]], to: pa.Schema) -> pa.Table:
+def table(about: Mapping[str, AboutColumn], values: Mapping[str, npt.NDArray[np.float32]], to: pa.Schema) -> pa.Table:
     """Make a table of the schema `to`; `about` holds the first columns, `values` an (N, D) array for each other one.
 
     Raises:
@@ -117,63 +94,96 @@ def table(about: Mapping[str, Any], values: Mapping[str, npt.NDArray[np.float32]
     return pa.Table.from_arrays(columns, schema=to)
 
 
-def _check_range(name: str, values_ND: npt.NDArray[Any], stored_ND: npt.NDArray[Any], sample_ids: Sequence[int]) -> None:
+def _check_range(
+    name: str,
+    values_ND: npt.NDArray[np.float32],
+    stored_ND: npt.NDArray[np.floating],
+    sample_ids: AboutColumn,
+) -> None:
     if stored_ND.dtype == values_ND.dtype:
         return
     outside_ND = np.isinf(stored_ND) & np.isfinite(values_ND)
     if outside_ND.any():
         row, neuron = np.argwhere(outside_ND)[0]
         raise ValueError(
-            f"{name}, row {int(sample_ids[row])}: {values_ND[row, neuron]:.6g} exceeds the range of {stored_ND.dtype} "
+            f"{name}, row {sample_ids[int(row)]}: {values_ND[row, neuron]:.6g} exceeds the range of {stored_ND.dtype} "
             f"({np.finfo(stored_ND.dtype).max:g}); set extract.dtype: float32"
         )
 
 
-def write_part(tables: Iterable[pa.Table], path: Path) -> dict[str, Any]:
-    """Write tables of one schema as the row groups of a file that appears whole or not at all; return its facts.
+class PartFacts(Content):
+    """What is known of a part, as it stands in `parts.json`."""
 
-    They are path (the name), rows, bytes, sha256, and nan: how many values are NaN or infinite, with the first of them in
-    bad_module and bad_row (sample_id).
-    """
-    facts: dict[str, Any] = {"path": path.name, "rows": 0, "nan": 0, "bad_module": None, "bad_row": None}
+    path: str
+    """Its name."""
+    rows: int
+    nan: int
+    """How many values are NaN or infinite."""
+    bad_module: str | None
+    """Column of the first of them."""
+    bad_row: int | None
+    """Its sample_id."""
+
+
+@dataclass
+class _Counts:
+    """What is counted while a part is written."""
+
+    num_rows: int = 0
+    num_bad: int = 0
+    bad_module: str | None = None
+    bad_row: int | None = None
+
+
+def write_part(tables: Iterable[pa.Table], path: Path) -> PartFacts:
+    """Write tables of one schema as the row groups of a file that appears whole or not at all; return its facts."""
+    counts = _Counts()
     groups = iter(tables)
     group = next(groups)
     vectors = [field.name for field in group.schema if pa.types.is_fixed_size_list(field.type)]
     with written_whole(path) as scratch, _writer(scratch, group.schema, vectors) as writer:
         while group is not None:
             writer.write_table(group, row_group_size=group.num_rows)
-            facts["rows"] += group.num_rows
-            _note_bad_values(group, vectors, facts)
+            counts.num_rows += group.num_rows
+            _note_bad_values(group, vectors, counts)
             group = next(groups, None)
-    return facts | size_and_sha256(path)
+    return PartFacts(
+        path=path.name,
+        rows=counts.num_rows,
+        nan=counts.num_bad,
+        bad_module=counts.bad_module,
+        bad_row=counts.bad_row,
+        **size_and_sha256(path),
+    )
 
 
 def _writer(path: Path, to: pa.Schema, vectors: Sequence[str]) -> pq.ParquetWriter:
     others = [name for name in to.names if name not in vectors]
     # DuckDB reads no half-precision numbers that are split by byte.
     split = [f"{name}.list.element" for name in vectors if to.field(name).type.value_type == pa.float32()]
-    options: dict[str, Any] = {
-        "compression": "zstd",
-        "use_dictionary": others,
-        "use_byte_stream_split": split,
-        "write_statistics": others,
-        "write_page_checksum": True,
-    }
-    return pq.ParquetWriter(path, to, **options)
+    return pq.ParquetWriter(
+        path,
+        to,
+        compression="zstd",
+        use_dictionary=others,  # type: ignore[arg-type]
+        use_byte_stream_split=split,  # type: ignore[arg-type]
+        write_statistics=others,  # type: ignore[arg-type]
+        write_page_checksum=True,
+    )
 
 
-def _note_bad_values(group: pa.Table, vectors: Sequence[str], facts: dict[str, Any]) -> None:
+def _note_bad_values(group: pa.Table, vectors: Sequence[str], counts: _Counts) -> None:
     for name in vectors:
         bad_ND = ~np.isfinite(_matrix(group.column(name)))
         if not bad_ND.any():
             continue
-        facts["nan"] += int(bad_ND.sum())
-        if facts["bad_module"] is None:
-            facts["bad_module"] = name
-            facts["bad_row"] = group.column("sample_id")[int(bad_ND.any(1).argmax())].as_py()
+        counts.num_bad += int(bad_ND.sum())
+        if counts.bad_module is None:
+            counts.bad_module = name
+            counts.bad_row = group.column("sample_id")[int(bad_ND.any(1).argmax())].as_py()
 
 
-def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+def _matrix(column: pa.ChunkedArray) -> npt.NDArray[np.floating]:
     """Return a column of fixed-size lists as an (N, D) array. Raises ValueError for another column."""
     if not pa.types.is_fixed_size_list(column.type):
         raise ValueError(f"a column of activations is damaged: it holds {column.type} where vectors of one length were written")
@@ -187,9 +197,8 @@ class Activations:
     """The activations in a directory; columns are read when they are asked for, one at a time."""
 
     directory: Path
-    parts: tuple[dict[str, Any], ...]
-    metadata: dict[str, Any]
-    """model_key, fingerprint, architecture, patches, tokenizer, prompt, modules, pooling, selection, widths, dtype, format."""
+    parts: tuple[_Part, ...]
+    origin: Origin
 
     @classmethod
     def open(cls, directory: str | Path, model_key: str | None = None) -> Activations:
@@ -201,32 +210,34 @@ class Activations:
         directory = Path(directory)
         if not (directory / PARTS).is_file():
             raise ValueError(f"{directory} holds no activations: there is no {PARTS}")
-        parts = tuple(saved.read_like(directory / PARTS, list[_Part]))
+        parts = tuple(saved.read(directory / PARTS, list[_Part]))
         if not parts:
             raise ValueError(f"{directory} holds no activations: {PARTS} names no part")
-        keys = set()
-        metadata: dict[str, Any] = {}
-        for part in parts:
-            metadata = _opened(directory / part["path"], part)
-            keys.add(metadata["model_key"])
+        origins = [_opened(directory / part.path, part) for part in parts]
+        keys = {origin.model_key for origin in origins}
         if len(keys) > 1:
             raise ValueError(f"{directory}: the parts are of {len(keys)} different models; extract them again")
         if model_key is not None and keys != {model_key}:
             raise ValueError(
-                f"{directory} holds activations of another model ({metadata['architecture']}, {keys.pop()[:12]}) "
+                f"{directory} holds activations of another model ({origins[-1].architecture}, {keys.pop()[:12]}) "
                 f"than this one ({model_key[:12]})"
             )
-        return cls(directory, parts, metadata)
+        return cls(directory, parts, origins[-1])
+
+    @property
+    def metadata(self) -> JsonObject:
+        """What else is said of the activations: patches, tokenizer, widths, dtype, format beside the fields of `Origin`."""
+        return self.origin.model_dump(mode="json")
 
     @property
     def modules(self) -> list[str]:
         """The names of the taps, in the model's order."""
-        return list(self.metadata["modules"])
+        return list(self.origin.modules)
 
     @property
     def num_rows(self) -> int:
         """Number of rows in all parts."""
-        return sum(part["rows"] for part in self.parts)
+        return sum(part.rows for part in self.parts)
 
     @cached_property
     def labels(self) -> list[str]:
@@ -245,7 +256,7 @@ class Activations:
         """
         import torch
 
-        name = resolved_column(self.metadata, module, pooling, self.directory)
+        name = self.origin.column(module, pooling, self.directory)
         values_ND = _matrix(self._read(name))
         bad_N = ~np.isfinite(values_ND).all(1)
         if bad_N.any():
@@ -260,7 +271,7 @@ class Activations:
         """The parts, whose footers are read once for all columns."""
         options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
         kind = pads.ParquetFileFormat(default_fragment_scan_options=options)
-        paths = [self.directory / part["path"] for part in self.parts]
+        paths = [self.directory / part.path for part in self.parts]
         return [(path, next(pads.dataset(path, format=kind).get_fragments())) for path in paths]
 
     def _read(self, name: str) -> pa.ChunkedArray:
@@ -275,20 +286,20 @@ def _read_part(path: Path, fragment: pads.Fragment, name: str) -> pa.ChunkedArra
         raise _damaged(path, " ".join(str(error).split())) from error
 
 
-def _opened(path: Path, part: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a part's size, footer and number of rows; return its metadata."""
+def _opened(path: Path, part: _Part) -> Origin:
+    """Check a part's size, footer and number of rows; return what it says of its activations."""
     if not path.is_file():
         raise _damaged(path, "it is missing")
-    if (size := path.stat().st_size) != part["bytes"]:
-        raise _damaged(path, f"it has {size:,} bytes instead of {part['bytes']:,}")
+    if (size := path.stat().st_size) != part.bytes:
+        raise _damaged(path, f"it has {size:,} bytes instead of {part.bytes:,}")
     try:
         with pq.ParquetFile(path) as file:
             rows, found = file.metadata.num_rows, file.schema_arrow
     except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: a name that is no UTF-8
         raise _damaged(path, " ".join(str(error).split())) from error
-    if rows != part["rows"]:
-        raise _damaged(path, f"it has {rows} rows instead of {part['rows']}")
-    return metadata_of(found)
+    if rows != part.rows:
+        raise _damaged(path, f"it has {rows} rows instead of {part.rows}")
+    return origin_of(found)
 
 
 def _damaged(path: Path, what: str) -> ValueError:

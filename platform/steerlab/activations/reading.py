@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from steerlab import models
-from steerlab.activations.parquet import column_name
+from steerlab.activations.origin import column_name
+from steerlab.data.values import Row
+from steerlab.guards.json_values import JsonObject
 from steerlab.inputs.tokens import ROLES, Batch, Encoded
 from steerlab.job import ExtractConfig
 from steerlab.patches import taps
@@ -78,7 +80,7 @@ class TextReader:
         poolings = self._config.pooling
         return {column_name(tap.name, p, poolings): found[tap.name].shape[-1] for tap in self._taps for p in poolings}
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], data_format: str, first: int) -> tuple[list[Encoded], int]:
+    def encode(self, rows: Sequence[Row], data_format: str, first: int) -> tuple[list[Encoded], int]:
         """Tokenise rows of a data set, the first of which has the number `first`; return them and how many were cut.
 
         Raises:
@@ -203,7 +205,7 @@ def model_key(model: SteeredModel) -> str:
     return digest.hexdigest()
 
 
-def about_model(model: SteeredModel, config: ExtractConfig) -> dict[str, Any]:
+def about_model(model: SteeredModel, config: ExtractConfig) -> JsonObject:
     """Return what is written beside activations: of which model they are, and what was read of it."""
     return {
         "model_key": model_key(model),

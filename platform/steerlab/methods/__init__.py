@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from steerlab.job import MethodConfig, Table
 from steerlab.methods import (
@@ -56,14 +55,14 @@ TABLE: Table[Method] = Table(Method, "name", _OWN, lambda method, config: replac
 METHODS = TABLE.entries
 
 
-def trained(config: MethodConfig | Mapping[str, Any]) -> Trained:
+def trained(config: MethodConfig | Mapping[str, object]) -> Trained:
     """Return the method of a config, or of one in a stage's parameters, which is one that trains."""
     method = TABLE.of(config)
     assert isinstance(method, Trained), f"{config} trains nothing"
     return method
 
 
-def fitted(config: MethodConfig | Mapping[str, Any]) -> Fitted:
+def fitted(config: MethodConfig | Mapping[str, object]) -> Fitted:
     """Return the method of a config, or of one in a stage's parameters, which is a closed form."""
     method = TABLE.of(config)
     assert isinstance(method, Fitted), f"{config} is no closed form"

@@ -11,6 +11,8 @@ A trainee derives from one of three bases, by what is left of the training:
 WholeModel      the model's own weights
 PatchedModel    the model's own weights, and a patch on them that trained with them (ASIDE's rotation)
 PatchAlone      a patch on the model that it started from, whose weights stay as they are on disk
+
+The file is longer than others because whoever writes a method reads it as a whole.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Size(NamedTuple):
 class Inputs:
     """What a method is handed besides its model and config."""
 
-    below: tuple[Any, ...] = ()
+    below: tuple[patches.SavedPatch, ...] = ()
     """Patches that the model carries already; the method's own one is attached above them."""
     activations: Mapping[str, Activations] = field(default_factory=dict)
     """Extracted activations by the role of their data set."""
@@ -95,7 +97,7 @@ class Trainee(nn.Module):
     def after_step(self, lr: float) -> None:
         """Do what follows the optimizer, on every worker; `lr` is the step's learning rate."""
 
-    def finished(self, state: dict[str, Tensor]) -> Any:
+    def finished(self, state: dict[str, Tensor]) -> patches.SavedPatch:
         """Return the patch to save for a trained state of `patch`: one of the same make with that state."""
         fresh = patches.KINDS[self.patch.kind](**self.patch.spec())
         fresh.load_state_dict(state)

@@ -32,15 +32,16 @@ Since h does not change, `cache` computes it once: the training then reads it fr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerlab import models, patches
+from steerlab.guards.json_values import Json
 from steerlab.inputs.tokens import Batch, Row
-from steerlab.job import Job, MethodConfig
+from steerlab.job import Frozen, Job, MethodConfig
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
@@ -148,8 +149,12 @@ class Iav(PatchAlone):
     def _check_head(self) -> None:
         """Refuse a model whose logits are not what its head gives: a capped or scaled one has no z = W h + a."""
         ids = torch.arange(1, 4, device=self.model.device)[None]
-        made: list[Any] = []
-        handle = models.head(self.model).register_forward_hook(lambda _m, _i, logits_BTV: made.append(logits_BTV))
+        made: list[Tensor] = []
+
+        def keep(_head: nn.Module, _args: object, logits_BTV: Tensor) -> None:
+            made.append(logits_BTV)
+
+        handle = models.head(self.model).register_forward_hook(keep)
         zeros = torch.zeros_like(ids)
         logits_BTV = self.model(input_ids=ids, position_ids=ids, roles=zeros, phases=zeros, use_cache=False).logits
         handle.remove()
@@ -163,12 +168,21 @@ def _names(layer: int | None) -> tuple[str, ...]:
     return ("last",) if layer is None else ("last", "tapped")
 
 
+class _HiddenParams(Frozen, extra="ignore"):
+    """Parameters of the cache."""
+
+    layer: int | None
+    batch_tokens: int
+    rows_per_shard: int
+
+
 class Hidden:
     """Keeps the hidden states of the response tokens of each pair, those of the chosen response first."""
 
-    def __init__(self, model: SteeredModel, params: Mapping[str, Any]) -> None:
-        self._read = scoring.StateReader(model.model, params["layer"])
-        self._names = _names(params["layer"])
+    def __init__(self, model: SteeredModel, params: Mapping[str, Json]) -> None:
+        layer = _HiddenParams.model_validate(params).layer
+        self._read = scoring.StateReader(model.model, layer)
+        self._names = _names(layer)
         self._shape = (model.model.dtype, models.linear_shape(models.head(model.model))[1])
 
     def shapes(self, number: int, row: Row) -> dict[str, Shape]:
@@ -196,8 +210,8 @@ class Hidden:
 
 def check_cache(cache: Parts, model: PreTrainedModel) -> None:
     """Refuse hidden states of another model."""
-    found = {facts["fingerprint"] for facts in cache.facts.values()}
-    if found != {models.fingerprint(model)}:
+    fingerprints = {str(facts["fingerprint"]) for facts in cache.facts.values()}
+    if fingerprints != {models.fingerprint(model)}:
         raise ValueError("the hidden states were computed by another model than the one that the vector is trained for")
 
 
@@ -213,9 +227,9 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
         raise ValueError(f"layer {config.layer}: {type(skeleton).__name__} has the layers 0 to {num_layers - 1}")
     if not config.cache:
         return ()
-    params = {"layer": config.layer, "batch_tokens": config.batch_tokens, "rows_per_shard": config.rows_per_shard}
+    params = _HiddenParams(layer=config.layer, batch_tokens=config.batch_tokens, rows_per_shard=config.rows_per_shard)
     width = models.linear_shape(models.head(skeleton))[1]
-    prepare.keep_of_rows("hidden", 2, "preference", params, Hidden, width * len(_names(config.layer)))
+    prepare.keep_of_rows("hidden", 2, "preference", params.model_dump(mode="json"), Hidden, width * len(_names(config.layer)))
     return ("hidden",)
 
 

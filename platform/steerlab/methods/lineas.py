@@ -90,9 +90,9 @@ class Lineas(PatchAlone):
         super().__init__(model)
         self.config = config
         target = inputs.activations["target"]
-        if target.metadata["fingerprint"] != models.fingerprint(model):
+        if target.origin.fingerprint != models.fingerprint(model):
             raise ValueError("the target's activations were read from another model than the one that is steered")
-        self.measured = Selection.model_validate(target.metadata["selection"])
+        self.measured = Selection.model_validate(target.origin.selection)
         places = [taps.tap(name) for name in target.modules]
         columns = [target.column(name, config.pooling) for name in target.modules]
         if len(columns[0]) < MIN_SAMPLES:

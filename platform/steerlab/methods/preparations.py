@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from steerlab.guards.json_values import Json
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import ExtractConfig
 from steerlab.steered.language import SteeredModel
@@ -75,23 +77,76 @@ class Keeper(Protocol):
 class Source(NamedTuple):
     """What a part is made from."""
 
-    params: Mapping[str, Any]
+    params: Mapping[str, Json]
     needed: Mapping[str, Path]
     """Directories of the preparations before, by name."""
     model: SteeredModel | None
     """Where the model is read."""
 
 
-StartSums = Callable[[SteeredModel, Mapping[str, Any], Mapping[str, Path]], Sums]
+StartSums = Callable[[SteeredModel, Mapping[str, Json], Mapping[str, Path]], Sums]
 """(model, params, directories of what is needed) -> sums at zero."""
-StartKeeper = Callable[[SteeredModel, Mapping[str, Any]], Keeper]
+StartKeeper = Callable[[SteeredModel, Mapping[str, Json]], Keeper]
 """(model, params) -> keeper."""
-MakePart = Callable[[Source, str, Path], dict[str, Any]]
+MakePart = Callable[[Source, str, Path], Mapping[str, object]]
 """(source, part, path of the safetensors file to write) -> what is to be known of it; people are told its `note`."""
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Moments of what the model computes on the rows of a data set."""
+
+    name: str
+    role: str
+    """Of the data set."""
+    config: ExtractConfig
+
+
+@dataclass(frozen=True)
+class SumOverRows:
+    """Sums over batches of consecutive rows of a data set, on workers that hold the model."""
+
+    name: str
+    version: int
+    role: str
+    params: Mapping[str, Json]
+    start: StartSums
+    needs: tuple[str, ...]
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class KeepOfRows:
+    """Tensors of every row that the training will see."""
+
+    name: str
+    version: int
+    role: str
+    params: Mapping[str, Json]
+    start: StartKeeper
+    values_per_target: int
+
+
+@dataclass(frozen=True)
+class MapParts:
+    """Parts that are each made by itself, one task a part."""
+
+    name: str
+    version: int
+    params: Mapping[str, Json]
+    parts: tuple[str, ...]
+    make: MakePart
+    needs: tuple[str, ...]
+    reads_model: bool
+    estimate: Estimate
+
+
+Preparation = Moments | SumOverRows | KeepOfRows | MapParts
+"""What a method asks for before its training, as `Prepare` hands it to whoever makes it."""
+
+
 class Prepare:
-    """Takes a method's preparations and makes nothing of them: for a check of its settings. Others make stages.
+    """Takes a method's preparations and makes nothing of them: for a check of its settings. Others override `make`.
 
     `params` are what a stage declares besides the model and the rows, JSON values; `version` is raised when its code changes,
     `needs` names preparations before it, and `estimate` is what it takes besides the model.
@@ -102,6 +157,9 @@ class Prepare:
         self._roles = roles
         self._asked: list[str] = []
 
+    def make(self, preparation: Preparation) -> None:
+        """Make a preparation whose settings have been checked: here, nothing."""
+
     def check_read(self, names: Iterable[str]) -> None:
         """Refuse names that a training reads and that were not asked for. Raises ValueError."""
         self._check_needs(names, "its training reads")
@@ -111,7 +169,7 @@ class Prepare:
         name: str,
         role: str | None = None,
         needs: Iterable[str] = (),
-        params: Mapping[str, Any] | None = None,
+        params: Mapping[str, Json] | None = None,
         also: str = "",
     ) -> None:
         """Refuse what could not be told apart, found or made. Raises ValueError."""
@@ -141,13 +199,14 @@ class Prepare:
     def moments(self, role: str, config: ExtractConfig, *, name: str = MOMENTS) -> None:
         """Take moments of what the model computes on the rows of a data set (activations/moments.py)."""
         self._ask(name, role)
+        self.make(Moments(name, role, config))
 
     def sum_over_rows(
         self,
         name: str,
         version: int,
         role: str,
-        params: Mapping[str, Any],
+        params: Mapping[str, Json],
         start: StartSums,
         *,
         needs: tuple[str, ...] = (),
@@ -158,12 +217,13 @@ class Prepare:
         `rows_per_batch`, `rows_per_shard` (a multiple of it) and `max_tokens` are among `params`.
         """
         self._ask(name, role, needs, params, "rows_per_batch rows_per_shard max_tokens")
+        self.make(SumOverRows(name, version, role, params, start, needs, estimate))
 
     def map_parts(
         self,
         name: str,
         version: int,
-        params: Mapping[str, Any],
+        params: Mapping[str, Json],
         parts: tuple[str, ...],
         make: MakePart,
         *,
@@ -173,9 +233,10 @@ class Prepare:
     ) -> None:
         """Make parts each by itself, one task a part, from what others left or, where it reads the model, from the weights."""
         self._ask(name, None, needs, params)
+        self.make(MapParts(name, version, params, parts, make, needs, reads_model, estimate))
 
     def keep_of_rows(
-        self, name: str, version: int, role: str, params: Mapping[str, Any], start: StartKeeper, values_per_target: int
+        self, name: str, version: int, role: str, params: Mapping[str, Json], start: StartKeeper, values_per_target: int
     ) -> None:
         """Keep tensors of every row that the training will see, cut as it cuts them, so that no model need run there.
 
@@ -185,3 +246,4 @@ class Prepare:
         if "max_tokens" in params:
             raise ValueError(f"preparation {name}: its parameter max_tokens would be that of the training; leave it out")
         self._ask(name, role, (), params, "batch_tokens rows_per_shard")
+        self.make(KeepOfRows(name, version, role, params, start, values_per_target))

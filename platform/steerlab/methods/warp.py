@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ def _prepare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) 
     sizes = {place.input_of: place.shape[1] for place in chosen}
     estimate = Estimate(memory_bytes=32 * max(sizes.values()) ** 2, disk_bytes=4 * sum(size**2 for size in sizes.values()))
     if config.rotation == "random":
-        params: dict[str, Any] = {"rotation": "random", "seed": config.seed, "sizes": sizes}
+        params = weight_space.RandomBasis(seed=config.seed, sizes=sizes).model_dump(mode="json")
         return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
     select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")
     limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
@@ -114,42 +114,38 @@ def _prepare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) 
 
 
 def _prepare_importance(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
-    declared: dict[str, Any] = {
-        "layer_type": list(config.layer_type), "target_layers": [str(item) for item in config.target_layers],
-    }  # fmt: skip
+    layers = weight_space.SelectedLayers(
+        of="magnitude" if config.mask == "magnitude" else "gradients",
+        layer_type=config.layer_type,
+        target_layers=tuple(str(item) for item in config.target_layers),
+    ).model_dump(mode="json")
     needs = () if config.rotation == "none" else ("basis",)
     sizes = [4 * place.shape[0] * place.shape[1] for place in chosen]
     if config.mask == "magnitude":
         estimate = Estimate(memory_bytes=max(sizes), disk_bytes=sum(sizes))
-        params = {"of": "magnitude", **declared}
         return prepare.map_parts(
-            "importance", 1, params, ("magnitude",), weight_space.magnitude, needs=needs, reads_model=True, estimate=estimate
+            "importance", 1, layers, ("magnitude",), weight_space.magnitude, needs=needs, reads_model=True, estimate=estimate
         )
     per_shard = max(1, config.rows_per_shard // config.rows_per_batch) * config.rows_per_batch
-    params = {
-        "of": "gradients",
-        **declared,
-        "rows_per_batch": config.rows_per_batch,
-        "rows_per_shard": per_shard,
-        "max_tokens": config.max_tokens,
-    }
+    limits = {"rows_per_batch": config.rows_per_batch, "rows_per_shard": per_shard, "max_tokens": config.max_tokens}
     # The sums, and one gradient at a time; a file of them for each shard besides the result.
     estimate = Estimate(memory_bytes=sum(sizes), disk_bytes=sum(sizes), work_bytes=sum(sizes))
-    return prepare.sum_over_rows("importance", 1, "safety", params, weight_space.importance, needs=needs, estimate=estimate)
+    return prepare.sum_over_rows(
+        "importance", 1, "safety", layers | limits, weight_space.importance, needs=needs, estimate=estimate
+    )
 
 
 def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
-    spans = {p.module: None if p.outputs is None else [list(span) for span in p.outputs] for p in chosen}
-    params = {
-        "keep_ratio": config.keep_ratio,
-        "scope": config.scope,
-        "places": {place.module: [list(place.shape), spans[place.module]] for place in chosen},
-        **({"seed": config.seed} if config.mask == "random" else {}),
-    }
+    params = weight_space.Masks(
+        keep_ratio=config.keep_ratio,
+        scope=config.scope,
+        places={place.module: (place.shape, place.outputs) for place in chosen},
+        seed=config.seed if config.mask == "random" else None,
+    )
     sizes = [place.shape[0] * place.shape[1] for place in chosen]
     estimate = Estimate(memory_bytes=24 * max(sizes), disk_bytes=sum(-(-size // 8) for size in sizes))
     needs = () if config.mask == "random" else ("importance",)
-    prepare.map_parts("mask", 1, params, ("mask",), weight_space.mask, needs=needs, estimate=estimate)
+    prepare.map_parts("mask", 1, params.model_dump(mode="json"), ("mask",), weight_space.mask, needs=needs, estimate=estimate)
 
 
 # --- training ----------------------------------------------------------------------------------------------------------

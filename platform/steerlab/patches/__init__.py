@@ -10,7 +10,7 @@ from steerlab.patches.activation import ActivationPatch
 from steerlab.patches.attaching import Attached, CannotFold, Forward, Patch, attach
 from steerlab.patches.embedding import EmbeddingPatch, rotate
 from steerlab.patches.logit import LogitPatch
-from steerlab.patches.saving import KINDS, exists, load, save
+from steerlab.patches.saving import KINDS, SavedPatch, exists, load, save
 from steerlab.patches.second_model import SecondModelPatch
 from steerlab.patches.weight import WeightPatch
 
@@ -23,6 +23,7 @@ __all__ = [
     "Forward",
     "LogitPatch",
     "Patch",
+    "SavedPatch",
     "SecondModelPatch",
     "WeightPatch",
     "attach",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class ActivationPatch(nn.Module):
     def __init__(
         self,
         sizes: dict[str, int],
-        selection: Selection | dict[str, Any] | None = None,
+        selection: Selection | dict[str, object] | None = None,
         bounded: bool = False,
         strength_range: tuple[float, float] | list[float] | None = None,
         kinds: dict[str, dict[str, str | int | bool]] | None = None,
@@ -96,7 +96,7 @@ class ActivationPatch(nn.Module):
 
         module = model.get_submodule(place.module)
 
-        def edit(value: Any) -> Any:
+        def edit(value: object) -> object:
             if not forward.acts:
                 return value
             given, images = taps.value_at(value, place.element, where), forward.shape_BT is None
@@ -122,23 +122,23 @@ class ActivationPatch(nn.Module):
         layer: AffineLayer,
         forward: Forward,
         number: int,
-        edit: Callable[[Any], Any],
+        edit: Callable[[object], object],
     ) -> list[RemovableHandle]:
         """Act on a norm's output; while the map trains, on its weights for the time of the call.
 
         Gradients are then sums that the norm's own backward pass has, and no passes over all values.
         """
-        own: list[dict[str, Any]] = []
+        own: list[dict[str, nn.Parameter | None]] = []
         takes_all = self.selection.takes_all_tokens
 
-        def enter(_norm: nn.Module, args: tuple[Any, ...]) -> None:
+        def enter(_norm: nn.Module, args: tuple[Tensor, ...]) -> None:
             trains = takes_all and layer.scale.requires_grad and torch.is_grad_enabled()
             is_whole = trains and forward.acts and forward.strength(number, 1) is None
             if is_whole and args and args[0].dtype == layer.scale.dtype:
                 own.append({"weight": norm.weight, "bias": norm.bias})
                 norm._parameters.update(zip(("weight", "bias"), layer.merged(norm), strict=True))  # type: ignore[arg-type]
 
-        def leave(_norm: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        def leave(_norm: nn.Module, _args: object, output: object) -> object:
             if not own:
                 return None if output is None else edit(output)
             norm._parameters.update(own.pop())
@@ -146,7 +146,7 @@ class ActivationPatch(nn.Module):
 
         return [norm.register_forward_pre_hook(enter), norm.register_forward_hook(leave, always_call=True)]
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Return the constructor's arguments."""
         return {
             "sizes": self.sizes,

@@ -31,7 +31,7 @@ class Forward:
     """Rows and tokens of the call; None where its inputs are no tokens."""
     strengths_NB: Tensor | None = None
     """None when every strength is 1."""
-    memory: dict[int, Any] | None = None
+    memory: dict[int, dict[str, object]] | None = None
     """What patches keep from call to call while a batch is continued, by their number; None where nothing is kept."""
     only: tuple[Tensor, Tensor] | None = None
     """Rows and positions of the tokens whose logits are made; None: all."""
@@ -95,7 +95,7 @@ class Patch(Protocol):
         """Register the hooks of patch `number` of a stack."""
         ...
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Return the scalars from which the patch is made again."""
         ...
 
@@ -127,7 +127,7 @@ class Attached:
             handle.remove()
         self.handles.clear()
 
-    def take_arguments(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def take_arguments(self, model: PreTrainedModel, args: object, kwargs: dict[str, Any]) -> tuple[object, dict[str, Any]]:
         """Keep what the hooks of this call read; it stays until the next call, for recomputation."""
         self.forward.roles_BT = kwargs.pop("roles", None)
         self.forward.phases_BT = kwargs.pop("phases", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,12 @@ class EmbeddingPatch(nn.Module):
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
         """Act on the output of the input embedding; the output head is not touched, tied or not."""
 
-        def edit(_module: nn.Module, _inputs: Any, e_BTD: Tensor) -> Tensor:
+        def edit(_module: nn.Module, _inputs: object, e_BTD: Tensor) -> Tensor:
             return self(e_BTD, forward.roles(), forward.strength(number, 3))
 
         return [models.embedding(model).register_forward_hook(edit)]
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Return the constructor's arguments."""
         return {
             "hidden_size": self.hidden_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class LogitPatch(nn.Module):
                 f"{type(model).__name__} has {vocab_size} and {hidden_size}"
             )
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Return the constructor's arguments."""
         names = ("hidden_size", "vocab_size", "head", "rank", "layer", "strength_range")
         return {name: getattr(self, name) for name in names}
@@ -107,5 +107,5 @@ class LogitPatch(nn.Module):
         model.config.tie_word_embeddings = False
 
 
-def _keep_only(kept: list[Tensor], output: Any) -> None:
+def _keep_only(kept: list[Tensor], output: object) -> None:
     kept[:] = [taps.value_at(output, None, "a decoder layer's output")]

@@ -11,12 +11,15 @@ A further kind is one class of each sort here and one line in LAYERS: whatever a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steerlab import models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Map(Protocol):
@@ -39,7 +42,7 @@ class Map(Protocol):
         """Return the map that undoes this one: it induces what this one removes. Raises ValueError where there is none."""
         ...
 
-    def then(self, other: Any) -> Map:
+    def then(self, other: object) -> Map:
         """Return the one map that does this one first and `other` after it. Raises ValueError where that is no one map."""
         ...
 
@@ -87,7 +90,7 @@ class AffineMap(NamedTuple):
         ends_2D = torch.stack([self.scale_D * self.low_D + self.shift_D, self.scale_D * self.high_D + self.shift_D])
         return AffineMap(scale_D, shift_D, ends_2D.amin(0), ends_2D.amax(0))
 
-    def then(self, other: Any) -> AffineMap:
+    def then(self, other: object) -> AffineMap:
         """Return the one map that does this one first and `other` after it.
 
         Raises:
@@ -146,7 +149,7 @@ class LowRankMap(NamedTuple):
             raise ValueError("the map erases a direction: what was erased cannot be brought back")
         return LowRankMap((-up_DR @ torch.linalg.inv(core_RR)).float(), self.down_RD, self.bias_R)
 
-    def then(self, other: Any) -> LowRankMap:
+    def then(self, other: object) -> LowRankMap:
         """Return the one map that does this one first and `other` after it; its rank is the sum of both.
 
         Raises:
@@ -183,11 +186,11 @@ class MapLayer(nn.Module):
         """Return the map that the layer applies."""
         raise NotImplementedError
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, int]:
         """Return what its constructor takes besides the width: whole numbers and truth values."""
         return {}
 
-    def fold(self, model: Any, name: str, strength: float) -> None:
+    def fold(self, model: PreTrainedModel, name: str, strength: float) -> None:
         """Merge the map at a strength into the weights of the module whose output it maps. Raises ValueError, with why not."""
         raise NotImplementedError
 
@@ -227,7 +230,7 @@ class AffineLayer(MapLayer):
         """Return the map that the layer applies."""
         return AffineMap(self.scale.detach(), self.shift.detach(), self.low, self.high)
 
-    def fold(self, model: Any, name: str, strength: float) -> None:
+    def fold(self, model: PreTrainedModel, name: str, strength: float) -> None:
         """Scale the weights of a linear layer, a convolution or a norm; it, or the linear layers behind it, take the shift."""
         if self.low is not None:
             raise ValueError("a map with bounds is no weight in disguise")
@@ -271,11 +274,11 @@ class LowRankLayer(MapLayer):
         """Return the map that the layer applies."""
         return LowRankMap(self.up.detach(), self.down.detach(), self.bias.detach())
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, int]:
         """Return the rank."""
         return {"rank": len(self.bias)}
 
-    def fold(self, model: Any, name: str, strength: float) -> None:
+    def fold(self, model: PreTrainedModel, name: str, strength: float) -> None:
         """Change the outputs of a linear layer or the vectors of an embedding."""
         up_DR, down_RD, bias_R = (part.double() for part in self.fitted())  # type: ignore[attr-defined]
         models.fold_low_rank(model, name, strength * up_DR, down_RD, bias_R)

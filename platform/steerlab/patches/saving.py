@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, TypeAlias, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from steerlab import models
 from steerlab.guards import saved
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.patches.activation import ActivationPatch
+from steerlab.patches.attaching import Patch
 from steerlab.patches.embedding import EmbeddingPatch
 from steerlab.patches.logit import LogitPatch
 from steerlab.patches.second_model import SecondModelPatch
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
 _SMALL = 1 << 20
 """Sizes that may stand in a patch without a tensor of them: the width of a model whose embeddings are rotated, a context."""
-KINDS: dict[str, Callable[..., Any]] = {
+SavedPatch: TypeAlias = EmbeddingPatch | ActivationPatch | LogitPatch | WeightPatch | SecondModelPatch
+KINDS: dict[str, Callable[..., SavedPatch]] = {
     "embedding": EmbeddingPatch,
     "activation": ActivationPatch,
     "logit": LogitPatch,
@@ -36,7 +39,7 @@ KINDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def save(patch: Any, directory: Path, model_fingerprint: str) -> None:
+def save(patch: Patch, directory: Path, model_fingerprint: str) -> None:
     """Write a patch as JSON and safetensors; the fingerprint names the model it belongs to."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in patch.tensors().items()}, directory / _TENSORS)
@@ -46,11 +49,11 @@ def save(patch: Any, directory: Path, model_fingerprint: str) -> None:
 
 class _Saved(BaseModel):
     kind: str
-    spec: dict[str, Any]
+    spec: JsonObject
     model: str
 
 
-def load(directory: Path, model: PreTrainedModel | None = None) -> Any:
+def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
     """Read a patch; with a model given, refuse a patch that was made for another one.
 
     Raises:
@@ -78,13 +81,13 @@ def _arguments(kind: str) -> type[BaseModel]:
     constructor = KINDS[kind].__init__  # type: ignore[misc]
     types = get_type_hints(constructor)
     given = list(inspect.signature(constructor).parameters.values())[1:]
-    fields: dict[str, Any] = {
+    fields: dict[str, tuple[object, object]] = {
         one.name: (types[one.name], ... if one.default is inspect.Parameter.empty else one.default) for one in given
     }
     return create_model(kind, __config__=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False), **fields)
 
 
-def _check_sizes(spec: Any, directory: Path) -> None:
+def _check_sizes(spec: JsonObject, directory: Path) -> None:
     """Refuse numbers in a patch's arguments for which there are no tensors: they would take memory before it is compared."""
     try:
         with safe_open(directory / _TENSORS, "pt") as file:
@@ -98,7 +101,7 @@ def _check_sizes(spec: Any, directory: Path) -> None:
             )
 
 
-def _whole_numbers(value: Any) -> Iterator[int]:
+def _whole_numbers(value: Json) -> Iterator[int]:
     if isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _whole_numbers(one)

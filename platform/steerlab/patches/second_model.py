@@ -25,10 +25,10 @@ class SecondModelPatch(nn.Module):
     kind: ClassVar[str] = "second_model"
     strength_range: tuple[float, float] | None = None
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, object]) -> None:
         super().__init__()
         self.config = dict(config)
-        self.second: Any = models.from_config(config)
+        self.second: PreTrainedModel = models.from_config(config)
 
     @classmethod
     def of(cls, second: PreTrainedModel) -> SecondModelPatch:
@@ -51,7 +51,7 @@ class SecondModelPatch(nn.Module):
         log_probs: list[Tensor] = []
         cache = models.cache_name(self.second)
 
-        def read(_model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        def read(_model: nn.Module, _args: object, kwargs: dict[str, object]) -> None:
             passed = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
             inputs = {name: kwargs[name] for name in passed if name in kwargs}
             memory = forward.memory
@@ -61,7 +61,7 @@ class SecondModelPatch(nn.Module):
                 memory[number] = {cache: out[cache]}
             log_probs[:] = [out.logits.float().log_softmax(-1)]
 
-        def edit(_module: nn.Module, _inputs: Any, logits_BTV: Tensor) -> Tensor:
+        def edit(_module: nn.Module, _inputs: object, logits_BTV: Tensor) -> Tensor:
             alpha, added_BTV = forward.strength_of_logits(number), log_probs.pop()
             return logits_BTV + (added_BTV if alpha is None else alpha * added_BTV).to(logits_BTV.dtype)
 
@@ -71,7 +71,7 @@ class SecondModelPatch(nn.Module):
             models.head(model).register_forward_hook(edit),
         ]
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Return the second model's config."""
         return {"config": self.config}
 

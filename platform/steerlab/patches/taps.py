@@ -1,7 +1,8 @@
 """Choose modules and tokens, read what a model computes there, and pool it: the same words for reading and for steering.
 
 A `Selection` (job/data_set.py) says where. `select` turns it into taps, `token_mask` into the tokens of one call, `pool`
-makes one vector a row of them. A `Reader` runs the model no further than the last module that is read.
+makes one vector a row of them. A `Reader` runs the model no further than the last module that is read. All of it stands in one
+file because reading and steering must agree on what a place, its tokens and its neurons are.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
 from steerlab.guards import expressions
@@ -176,7 +178,7 @@ def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
             raise ValueError("pooling none keeps every token: there is nothing to pool")
 
 
-def value_at(output: Any, element: int | None, where: str) -> Tensor:
+def value_at(output: object, element: int | None, where: str) -> Tensor:
     """Return the tensor that a tap means in a module's output or arguments.
 
     Raises:
@@ -194,7 +196,7 @@ def value_at(output: Any, element: int | None, where: str) -> Tensor:
     return value
 
 
-def replaced(output: Any, element: int | None, value: Tensor) -> Any:
+def replaced(output: object, element: int | None, value: Tensor) -> object:
     """Return the output with the tap's tensor replaced, in the container it came in."""
     if not isinstance(output, tuple | list):
         return value
@@ -275,10 +277,11 @@ class Reader:
         """None outside of a call: gradient checkpointing runs modules again, which is nothing to read."""
         self._handles = [self._hook(place, side) for place in taps]
 
-    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
+    def __call__(self, **inputs: object) -> dict[str, Tensor]:
         """Run the model on `inputs` and return {tap name: value}."""
         self._values = values = {}
-        self._shape_BT = tuple(inputs["input_ids"].shape) if "input_ids" in inputs else None
+        ids_BT = inputs.get("input_ids")
+        self._shape_BT = tuple(ids_BT.shape) if isinstance(ids_BT, Tensor) else None
         try:
             self._model(**inputs)
         except _Done:
@@ -295,7 +298,7 @@ class Reader:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, place: Tap, side: str) -> Any:
+    def _hook(self, place: Tap, side: str) -> RemovableHandle:
         module = self._model.get_submodule(place.module)
         if side == "output":
             return module.register_forward_hook(lambda _m, _i, output: self._keep(place, module, output))
@@ -303,7 +306,7 @@ class Reader:
             lambda _m, args, kwargs: self._keep(place, module, first_argument(args, kwargs)), with_kwargs=True
         )
 
-    def _keep(self, place: Tap, module: nn.Module, output: Any) -> None:
+    def _keep(self, place: Tap, module: nn.Module, output: object) -> None:
         call = models.running(self._model)
         if self._values is None or (call is not None and not call.is_read):
             return
@@ -322,14 +325,14 @@ class Reader:
             raise _Done
 
 
-def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def first_argument(args: Sequence[object], kwargs: Mapping[str, object]) -> object:
     """Return a module's first argument, named or not."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def rewritten(
-    args: tuple[Any, ...], kwargs: dict[str, Any], edit: Callable[[Any], Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args: tuple[object, ...], kwargs: dict[str, object], edit: Callable[[object], object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return a module's arguments with the first one edited."""
     if args:
         return (edit(args[0]), *args[1:]), kwargs
@@ -337,7 +340,7 @@ def rewritten(
     return args, {**kwargs, name: edit(kwargs[name])}
 
 
-def widths(model: Any, steer: Selection) -> dict[str, int]:
+def widths(model: nn.Module, steer: Selection) -> dict[str, int]:
     """Return the widths of the places that a selection takes, by one forward pass over a token or an image."""
     places = select(model, steer)
     reader = Reader(model, places, steer.side)

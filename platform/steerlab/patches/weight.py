@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class WeightPatch(nn.Module):
                 weight.data.copy_(start if strength == 0 else start + strength * delta.to(start.device))
             state["strength"] = strength
 
-        def before(_model: nn.Module, _args: Any) -> None:
+        def before(_model: nn.Module, _args: object) -> None:
             strength_B = forward.strength(number, 1)
             values = [1.0] if strength_B is None else strength_B.unique().tolist()
             if len(values) > 1:
@@ -82,7 +82,7 @@ class WeightPatch(nn.Module):
         handle = model.register_forward_pre_hook(before)
         return [_Restoring(handle, lambda: write(0.0))]
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, object]:
         """Return the names and shapes of the changed weights."""
         return {"shapes": self.shapes, "rank": self.rank}
 

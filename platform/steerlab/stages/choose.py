@@ -6,12 +6,13 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.stored import StrengthKey
 from steerlab.guards import saved
-from steerlab.job import UNPATCHED, UNPATCHED_NAME, ChooseConfig, Job, Limit
+from steerlab.guards.json_values import JsonObject
+from steerlab.job import UNPATCHED, UNPATCHED_NAME, ChooseConfig, Frozen, Job, Limit
 from steerlab.storage.plan import Stage, Work
 
 _CHOICE = "choice.json"
@@ -29,27 +30,44 @@ class _Rule(saved.Shape):
     within: _Bound | None = None
 
 
+class Params(Frozen):
+    """Parameters of the stage: the rule, and the development tasks whose metrics it reads."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    within: Limit | None
+    labels: tuple[str, ...]
+
+
 class Choice(saved.Shape):
     """The chosen strength, and what it was chosen by."""
 
     strength: float
     rule: _Rule
     table: dict[StrengthKey, dict[str, float | None]] = {}
+    """Development metrics by strength."""
+    unmoved: list[str] = []
+    """Metrics of the rule that have the same value at every strength."""
 
 
-def read(directory: Path) -> dict[str, Any]:
-    """Return what was chosen. Raises ValueError where the file is damaged."""
+def read(directory: Path) -> JsonObject:
+    """Return what was chosen, as its file holds it. Raises ValueError where the file is damaged."""
     return saved.read_like(directory / _CHOICE, Choice)
+
+
+def strength(directory: Path) -> float:
+    """Return the strength that was chosen. Raises ValueError where the file is damaged."""
+    return saved.read(directory / _CHOICE, Choice).strength
 
 
 def stage(job: Job, development: Sequence[Stage], baselines: Sequence[Stage]) -> Stage:
     """Return the choosing stage, behind the evaluations of its tasks at the candidates and without a patch."""
     assert job.choose is not None
-    rule = job.choose.model_dump(mode="json", include={"metric", "mode", "within"})
-    labels = [task.label or task.task for task in job.choose.tasks]
+    labels = tuple(task.label or task.task for task in job.choose.tasks)
+    params = Params(metric=job.choose.metric, mode=job.choose.mode, within=job.choose.within, labels=labels)
     # The two models one after the other: each is loaded once.
     inputs = dict(zip([*map(_steered, labels), *map(_plain, labels)], [*development, *baselines], strict=True))
-    return Stage("choose", 1, {**rule, "labels": labels}, run, inputs, label=job.choose.metric)
+    return Stage("choose", 1, params.model_dump(mode="json"), run, inputs, label=job.choose.metric)
 
 
 def _steered(label: str) -> str:
@@ -69,21 +87,20 @@ def candidates(choose: ChooseConfig) -> tuple[float, ...]:
 
 def run(work: Work) -> None:
     """Read the development metrics and keep the best strength that stays within the bound."""
+    params = Params.model_validate(work.params)
     table: dict[float, dict[str, float | None]] = {}
-    for label in work.params["labels"]:
-        found = stored.strengths(work.inputs[_steered(label)])
+    for label in params.labels:
+        steered = stored.strengths(work.inputs[_steered(label)])
         (plain,) = stored.strengths(work.inputs[_plain(label)]).values()
-        for strength, metrics in {UNPATCHED: plain, **found}.items():
+        for strength, metrics in {UNPATCHED: plain, **steered}.items():
             named = {f"{label}/{name.partition('/')[2]}": metric["value"] for name, metric in metrics.items()}
             table.setdefault(strength, {}).update(named)
-    within = work.params["within"]
-    bound = None if within is None else Limit.model_validate(within)
-    chosen = best(table, work.params["metric"], work.params["mode"], bound)
-    rule = {name: work.params[name] for name in ("metric", "mode", "within")}
-    unmoved = _unmoved(table, [work.params["metric"], *([bound.metric] if bound else [])])
+    chosen = best(table, params.metric, params.mode, params.within)
+    unmoved = _unmoved(table, [params.metric, *([params.within.metric] if params.within else [])])
+    rule = params.model_dump(mode="json", exclude={"labels"})
     choice = {"strength": chosen, "rule": rule, "table": table, "unmoved": unmoved}
     (work.directory / _CHOICE).write_text(json.dumps(choice, indent=1))
-    for line in said_of(choice):
+    for line in _remarks(params.metric, unmoved):
         warnings.warn(line, stacklevel=2)
 
 
@@ -92,13 +109,18 @@ def _unmoved(table: Mapping[float, Mapping[str, float | None]], metrics: Sequenc
     return [name for name in metrics if len(table) > 1 and len({values.get(name) for values in table.values()}) == 1]
 
 
-def said_of(choice: Mapping[str, Any]) -> list[str]:
-    """Return what is to be said of a choice: a rule by a metric that no strength moves decides nothing."""
-    rule, found = choice["rule"], []
-    for name in choice.get("unmoved", ()):
-        effect = "the weakest strength was chosen" if name == rule["metric"] else "the bound on it binds nothing"
-        found.append(f"choose: {name} is the same at every strength, so {effect}; look where the patch acts")
-    return found
+def said_of(choice: Mapping[str, object]) -> list[str]:
+    """Return warnings about a choice as its file holds it: a rule by a metric that no strength moves decides nothing."""
+    found = Choice.model_validate(choice)
+    return _remarks(found.rule.metric, found.unmoved)
+
+
+def _remarks(metric: str, unmoved: Sequence[str]) -> list[str]:
+    lines = []
+    for name in unmoved:
+        effect = "the weakest strength was chosen" if name == metric else "the bound on it binds nothing"
+        lines.append(f"choose: {name} is the same at every strength, so {effect}; look where the patch acts")
+    return lines
 
 
 def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, within: Limit | None) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from steerlab.data import sources
 from steerlab.evaluation import TABLE
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import Job, TaskConfig, described, headline_first, own_code, with_headline
 from steerlab.job.own_code import Code
 from steerlab.stages import choose
@@ -23,41 +24,59 @@ CHOICE = "choice"
 """Name of the input that holds the chosen strength."""
 
 
+class Params(subject.OnModel):
+    """Parameters of the stage."""
+
+    task: JsonObject
+    """The task's config, without its label."""
+    task_version: int
+    fingerprints: dict[str, str | list[str]]
+    """Of the task's sources, by their keys in its config."""
+
+
 def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = None) -> Stage:
     """Return the stage of one task on a model; `choice` is the one that chooses the strength."""
-    params: dict[str, Any] = {
-        "task": subject.dumped(task, exclude={"label"}),
-        "task_version": TABLE.of(task).version,
-        "fingerprints": fingerprints(task),
-        **model.params,
-    }
-    if job.snapshot is not None:
-        params["snapshot"] = job.snapshot
+    params = Params(
+        task=subject.dumped(task, exclude={"label"}),
+        task_version=TABLE.of(task).version,
+        fingerprints=fingerprints(task),
+        **{**model.fields, "snapshot": job.snapshot},
+    )
     inputs = {**model.inputs, **({} if choice is None else {CHOICE: choice})}
-    return Stage("evaluate", 3, params, run, inputs, task.label or task.task, model.places)
+    return Stage("evaluate", 3, subject.dumped(params), run, inputs, task.label or task.task, model.places)
 
 
-def fingerprints(task: TaskConfig) -> dict[str, Any]:
+def fingerprints(task: TaskConfig) -> dict[str, str | list[str]]:
     """Return the fingerprints of a task's sources, those of its data sets included, by their keys."""
     return dict(_fingerprints(described(task, lambda source: {_SOURCE: source})))
 
 
-def _fingerprints(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _fingerprints(config: JsonObject, prefix: str = "") -> Iterator[tuple[str, str | list[str]]]:
     for name, value in sorted(config.items()):
-        if isinstance(value, Mapping) and _SOURCE in value:
-            yield f"{prefix}{name}", sources.fingerprint(value[_SOURCE])
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping) and _SOURCE in value[0]:
-            yield f"{prefix}{name}", [sources.fingerprint(one[_SOURCE]) for one in value]
-        elif isinstance(value, Mapping):
+        if (source := _source(value)) is not None:
+            yield f"{prefix}{name}", sources.fingerprint(source)
+        elif isinstance(value, dict):
             yield from _fingerprints(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        elif isinstance(value, list):
+            named = [source for item in value if (source := _source(item)) is not None]
+            if named:
+                yield f"{prefix}{name}", [sources.fingerprint(source) for source in named]
+                continue
             for number, item in enumerate(value):
-                yield from _fingerprints(item, f"{prefix}{name}.{number}.")
+                if isinstance(item, dict):
+                    yield from _fingerprints(item, f"{prefix}{name}.{number}.")
+
+
+def _source(value: Json) -> str | None:
+    """Return the source that a value of a described config is; None where it is something else."""
+    source = value.get(_SOURCE) if isinstance(value, dict) else None
+    return source if isinstance(source, str) else None
 
 
 def run(work: Work) -> None:
     """Run the task in a process that keeps its model for the tasks to come."""
-    config = {**work.params["task"], "strengths": _strengths(work)}
+    task = Params.model_validate(work.params).task
+    config: JsonObject = {**task, "strengths": [*_strengths(work, task)]}
     loading = subject.of(work)
     owner = f"evaluate {loading}"
 
@@ -65,7 +84,7 @@ def run(work: Work) -> None:
         work.report({"done": rows[0], "total": rows[1]})
 
     arguments = (owner, loading, config, own_code.codes_in(config))
-    outcome: stored.Outcome = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), told, owner)
+    outcome = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), told, owner)
     _warn_of_long_rows(work.stage.label, outcome.observations)
     stored.write(work.directory, outcome)
 
@@ -81,20 +100,20 @@ def _warn_of_long_rows(label: str, observations: Sequence[Observation]) -> None:
         )
 
 
-def _strengths(work: Work) -> list[float]:
+def _strengths(work: Work, task: JsonObject) -> list[float]:
     """Return the strengths of the task, that of the headline first: the chosen one, which stands alone where no others are
     declared, or else the one that `headline_first` says.
 
     All that is said of a task's first strength, here and where results are read, is said of its headline.
     """
-    declared: list[float] = list(work.params["task"]["strengths"])
+    declared = TABLE.of(task).Config.model_validate(task).strengths
     if CHOICE in work.inputs:
-        return list(with_headline(choose.read(work.inputs[CHOICE])["strength"], declared))
+        return list(with_headline(choose.strength(work.inputs[CHOICE]), declared))
     return headline_first(declared)
 
 
 def _evaluate(
-    tell: staying.Tell, owner: str, loading: Loading, config: dict[str, Any], codes: tuple[Code, ...]
+    tell: staying.Tell[tuple[int, int]], owner: str, loading: Loading, config: JsonObject, codes: tuple[Code, ...]
 ) -> stored.Outcome:
     """Run one task, and tell how many rows of how many are done; the process keeps the model for the task after it."""
     own_code.receive(codes)
@@ -106,7 +125,7 @@ def _evaluate(
         model.progress = lambda done, total: None
 
 
-def _outcome(model: Any, config: dict[str, Any]) -> stored.Outcome:
+def _outcome(model: Any, config: JsonObject) -> stored.Outcome:
     """Run one task and summarise its observations, for each strength."""
     from steerlab.evaluation.statistics.metrics import summarise_all
 

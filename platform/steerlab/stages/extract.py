@@ -8,20 +8,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from steerlab.activations import parquet
 from steerlab.data import rows
-from steerlab.job import ExtractConfig, Job
+from steerlab.data.values import Row
+from steerlab.guards.json_values import JsonObject
+from steerlab.job import DataSet, ExtractConfig, Job
 from steerlab.models import ModelFacts
 from steerlab.stages.spread import shards, subject
-from steerlab.stages.spread.shard_plan import Shard
+from steerlab.stages.spread.shard_plan import Facts, Shard
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, Stage, Work
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from steerlab.activations.reading import Vectors
     from steerlab.inputs.encoding import Encoder
     from steerlab.inputs.tokens import Encoded
@@ -47,6 +51,16 @@ def read_as(role: str) -> str:
     return f"{role} activations"
 
 
+class Params(subject.OnModel):
+    """Parameters of the stages that read texts: which, how, and of which model."""
+
+    role: str
+    """What the data set is for in the job; a label in what is read."""
+    data: DataSet
+    data_fingerprint: str | list[str]
+    extract: ExtractConfig
+
+
 def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
     """Return the stage that extracts the activations of one data set of the job from a model."""
     return Stage(
@@ -60,38 +74,69 @@ def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
     )
 
 
-def params(job: Job, role: str, model: Subject, config: ExtractConfig, exclude: set[str]) -> dict[str, Any]:
-    """Return what decides which texts are read, how, and of which model."""
+def params(job: Job, role: str, model: Subject, config: ExtractConfig, exclude: set[str]) -> JsonObject:
+    """Return what decides which texts are read, how, and of which model; `exclude` names fields of the config that do not."""
     data = job.data.by_role[role]
-    return {
-        "role": role,
-        "data": subject.dumped(data, exclude={"loss_on"}),
-        "data_fingerprint": rows.fingerprint(data),
-        "extract": config.model_dump(mode="json", exclude=exclude),
-        **model.params,
-    }
+    declared = Params(role=role, data=data, data_fingerprint=rows.fingerprint(data), extract=config, **model.fields)
+    return subject.dumped(declared, exclude={"data": {"loss_on"}, "extract": exclude})
+
+
+class ReadFacts(Facts):
+    """What is known of a part that texts were read for."""
+
+    rows: int
+    """Vectors: texts, or tokens with pooling none."""
+    texts: int
+    tokens: int
+    cut: int
+    """Texts that were cut."""
+    seconds: float
+
+
+class PartFacts(ReadFacts):
+    """What is known of a Parquet part."""
+
+    nan: int
+    """Values that are NaN or infinite."""
+    bad_module: str | None
+    """Column of the first of them."""
+    bad_row: int | None
+    widths: dict[str, int]
+    """Neurons by column."""
+
+
+_LINE = ("path", "rows", "bytes", "sha256", "nan", "bad_module", "bad_row", "seconds")
+"""Facts that `parts.json` holds."""
 
 
 def run(work: Work) -> None:
     """Extract what is missing in a pool of actors, then gather the parts."""
-    start_s = time.monotonic()
-    made = shards.run(
-        work, RowsOfShard, work.params["extract"]["rows_per_shard"], lambda num_rows, some: check_disk(work, num_rows, some)
+    start_s, declared = time.monotonic(), Params.model_validate(work.params)
+    parts = shards.run(
+        work,
+        partial(RowsOfShard, declared),
+        PartFacts,
+        declared.data,
+        declared.extract.rows_per_shard,
+        lambda num_rows, some: check_disk(work, declared, num_rows, some),
     )
     shards.collect(work)
-    (work.directory / parquet.PARTS).write_text(json.dumps([{name: row[name] for name in _FACTS} for row in made], indent=1))
-    bad = next((row for row in made if row["nan"]), None)
+    lines = [part.model_dump() for part in parts]
+    (work.directory / parquet.PARTS).write_text(json.dumps([{name: line[name] for name in _LINE} for line in lines], indent=1))
+    bad = next((part for part in parts if part.nan), None)
     summary = {
-        **{name: sum(row[name] for row in made) for name in ("texts", "rows", "tokens", "cut", "nan", "bytes")},
-        "first_bad": None if bad is None else {"module": bad["bad_module"], "row": bad["bad_row"]},
+        "texts": sum(part.texts for part in parts),
+        "rows": sum(part.rows for part in parts),
+        "tokens": sum(part.tokens for part in parts),
+        "cut": sum(part.cut for part in parts),
+        "nan": sum(part.nan for part in parts),
+        "bytes": sum(part.bytes for part in parts),
+        "first_bad": None if bad is None else {"module": bad.bad_module, "row": bad.bad_row},
         "seconds": round(time.monotonic() - start_s, 3),
-        "actor_seconds": round(sum(row["seconds"] for row in made), 3),
-        "widths": made[0]["widths"],
+        "actor_seconds": round(sum(part.seconds for part in parts), 3),
+        "widths": parts[0].widths,
     }
     (work.directory / parquet.SUMMARY).write_text(json.dumps(summary, indent=1))
-
-
-_FACTS = ("path", "rows", "bytes", "sha256", "nan", "bad_module", "bad_row", "seconds")
 
 
 class RowsOfShard(shards.Maker):
@@ -99,11 +144,10 @@ class RowsOfShard(shards.Maker):
 
     suffix = ".parquet"
 
-    def __init__(self, model: SteeredModel, params: Mapping[str, Any]) -> None:
+    def __init__(self, params: Params, model: SteeredModel) -> None:
         from steerlab.activations import reading
 
-        self._config = ExtractConfig.model_validate(params["extract"])
-        self._format, self._label = params["data"]["format"], params["role"]
+        self._config, self._format, self._label = params.extract, params.data.format, params.role
         self._reader = reading.TextReader(model, self._config)
         about = reading.about_model(model, self._config)
         self._schema = parquet.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
@@ -116,19 +160,19 @@ class RowsOfShard(shards.Maker):
     def _keeps_tokens(self) -> bool:
         return self._config.pooling == ("none",)
 
-    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> PartFacts:
         """Leave the part at `path`; hold no more than a row group of it at once."""
         start_s = time.monotonic()
         texts, num_cut = self._reader.encode(shard.rows, self._format, shard.first)
         facts = parquet.write_part(self._tables(shard, texts, tell), path)
-        return {
+        return PartFacts(
             **facts,
-            "texts": len(texts),
-            "tokens": sum(len(text) for text in texts),
-            "cut": num_cut,
-            "seconds": time.monotonic() - start_s,
-            "widths": self._reader.widths,
-        }
+            texts=len(texts),
+            tokens=sum(len(text) for text in texts),
+            cut=num_cut,
+            seconds=time.monotonic() - start_s,
+            widths=self._reader.widths,
+        )
 
     def _tables(self, shard: Shard, texts: Sequence[Encoded], tell: Callable[[int], None]) -> Iterator[pa.Table]:
         from steerlab.activations import reading
@@ -136,19 +180,20 @@ class RowsOfShard(shards.Maker):
         vector_bytes = 4 * sum(self._reader.widths.values())
         sizes = [vector_bytes * (len(text) if self._keeps_tokens else 1) for text in texts]
         for start, end in spans(sizes, _GROUP_BYTES):
-            found, num_done = [], start
+            read: list[Vectors] = []
+            num_done = start
             for vectors in self._reader.read(texts[start:end], shard.first + start):
-                found.append(vectors.cpu())
+                read.append(vectors.cpu())
                 num_done += vectors.num_texts
                 tell(num_done)
-            yield self._table(reading.in_order(found), shard, start)
+            yield self._table(reading.in_order(read), shard, start)
 
     def _table(self, vectors: Vectors, shard: Shard, start: int) -> pa.Table:
         from steerlab.activations import reading
 
         rows_M = [start + row for row in vectors.row_M.tolist()]
         hashes = {row: text_sha256(shard.rows[row]) for row in set(rows_M)}
-        about: dict[str, Any] = {
+        about: dict[str, parquet.AboutColumn] = {
             "sample_id": [shard.first + row for row in rows_M],
             "label": [self._label] * len(rows_M),
             "text_sha256": [hashes[row] for row in rows_M],
@@ -170,10 +215,10 @@ def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
     yield start, len(sizes)
 
 
-def text_sha256(row: Mapping[str, Any]) -> str:
+def text_sha256(row: Row) -> str:
     """Hash what a row's text was made from."""
     if "text" in row:
-        text = row["text"]
+        text = str(row["text"])
     elif "messages" in row:
         text = json.dumps(row["messages"], ensure_ascii=False)
     else:
@@ -210,7 +255,7 @@ def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, dire
     return Estimate(memory_bytes=weights + batch_bytes + 3 * min(_GROUP_BYTES, disk_bytes), disk_bytes=disk_bytes)
 
 
-def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> None:
+def check_disk(work: Work, params: Params, num_rows: int, some: Sequence[Row]) -> None:
     """Refuse an extraction of `num_rows` more rows for which ROOT's disk is too small; `some` are rows to judge by.
 
     Raises:
@@ -221,17 +266,17 @@ def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> 
         return
     from steerlab import models
     from steerlab.inputs import encoding
-    from steerlab.steered import language
+    from steerlab.steered import stacks
 
-    config, loading = ExtractConfig.model_validate(work.params["extract"]), subject.of(work)
-    directory = language.model_directory(loading.ref.locate())
-    widths = _widths(models.skeleton(directory, loading.trust_remote_code), config)
+    config, loading = params.extract, subject.of(work)
+    directory = stacks.model_directory(loading.ref.locate())
+    widths = _widths(models.skeleton(directory, loading.model.trust_remote_code), config)
     if config.keep == "moments":
         needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)
         less = "raise extract.rows_per_shard or read fewer modules"
     else:
-        encoder = partial(encoding.load, directory, loading.prompt, loading.trust_remote_code)
-        vectors = num_rows * _vectors_per_text(encoder, config, work.params["data"]["format"], some)
+        encoder = partial(encoding.load, directory, loading.prompt_settings, loading.model.trust_remote_code)
+        vectors = num_rows * _vectors_per_text(encoder, config, params.data.format, some)
         needed = int(vectors * sum(widths) * _value_bytes(config))
         less = "read fewer modules, pool, or set extract.dtype: float16"
     if needed * _SAFETY > free:
@@ -241,7 +286,7 @@ def check_disk(work: Work, num_rows: int, some: Sequence[Mapping[str, Any]]) -> 
         )
 
 
-def _widths(skeleton: Any, config: ExtractConfig) -> list[int]:
+def _widths(skeleton: PreTrainedModel, config: ExtractConfig) -> list[int]:
     """Guess the width of every column from the modules' weights; what has none is taken to be as wide as the model."""
     from steerlab.patches import taps
 
@@ -259,7 +304,7 @@ def _vectors_per_text(
     load: Callable[[], Encoder],
     config: ExtractConfig,
     data_format: str,
-    texts: Sequence[Mapping[str, Any]],
+    texts: Sequence[Row],
 ) -> float:
     """Return how many vectors a text gives: one, or the mean number of tokens of some texts."""
     if config.pooling != ("none",):

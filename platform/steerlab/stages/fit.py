@@ -7,13 +7,15 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
+from pydantic import Field
 
 from steerlab import patches
 from steerlab.data import rows
 from steerlab.guards import expressions
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import DataSet, ExtractConfig, Job, Selection, own_code
 from steerlab.job.own_code import Code
 from steerlab.methods import fitted
@@ -24,93 +26,113 @@ from steerlab.stages.spread.subject import Loading, Subject
 from steerlab.storage.bases import BASE, PROMPT
 from steerlab.storage.plan import ModelRef, Stage, Work
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _POLL_S = 0.5
+
+
+_WALK_FIELDS = {"select", "max_tokens", "batch_tokens"}
+"""Fields of `extract` that matter where texts are walked through."""
+
+
+class Params(subject.OnModel):
+    """Parameters of the stage."""
+
+    method: JsonObject
+    """The method's config."""
+    reads: tuple[str, ...]
+    """Roles of the extracted activations."""
+    source: DataSet | None = Field(default=None, exclude_if=lambda source: source is None)
+    """Texts that are walked through, place after place; None where both samples are extracted."""
+    source_fingerprint: str | list[str] | None = Field(default=None, exclude_if=lambda fingerprint: fingerprint is None)
+    extract: ExtractConfig | None = Field(default=None, exclude_if=lambda config: config is None)
+    """How these texts are read."""
 
 
 def stage(job: Job, model: Subject, extractions: Mapping[str, Stage]) -> Stage:
     """Return the fitting stage of a job; `extractions` leave the activations that its method reads, by data role."""
     assert job.extract is not None
     method = fitted(job.method)
-    params: dict[str, Any] = {
-        "method": subject.dumped(job.method),
-        "reads": sorted(extractions),
-        **model.params,
-    }
-    if method.walks(job.method):
-        source = job.data.by_role["source"]
-        params |= {
-            "source": subject.dumped(source),
-            "source_fingerprint": rows.fingerprint(source),
-            "extract": job.extract.model_dump(mode="json", include={"select", "max_tokens", "batch_tokens"}),
-        }
+    walks = method.walks(job.method)
+    source = job.data.by_role["source"] if walks else None
+    params = Params(
+        method=subject.dumped(job.method),
+        reads=tuple(sorted(extractions)),
+        source=source,
+        source_fingerprint=None if source is None else rows.fingerprint(source),
+        extract=job.extract if walks else None,
+        **model.fields,
+    )
+    declared = subject.dumped(params, exclude={"extract": ExtractConfig.model_fields.keys() - _WALK_FIELDS})
     inputs = {**model.inputs, **extract.read_by(extractions)}
-    return Stage("fit", 2, params, run, inputs, job.method.name, model.places)
+    return Stage("fit", 2, declared, run, inputs, job.method.name, model.places)
 
 
 def run(work: Work) -> None:
     """Fit in one task of the cluster and write the patch, the prompt settings and what the patch stands on."""
-    read = {role: work.stage.inputs[extract.read_as(role)] for role in work.params["reads"]}
-    found = {role: (work.store.root, extraction.name, extraction.key) for role, extraction in read.items()}
-    method = fitted(work.params["method"])
-    config = method.Config.model_validate(work.params["method"])
-    walks = method.walks(config)
-    codes = own_code.codes_in(work.params["method"])
+    params = Params.model_validate(work.params)
+    inputs = {role: work.stage.inputs[extract.read_as(role)] for role in params.reads}
+    activations = {role: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for role, stage in inputs.items()}
+    method = fitted(params.method)
+    walks = method.walks(method.Config.model_validate(params.method))
     resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
-    future = _fit.options(**resources).remote(subject.of(work), dict(work.params), found, codes)  # type: ignore[attr-defined]
+    task = _fit.options(**resources)  # type: ignore[attr-defined]
+    future = task.remote(subject.of(work), params, activations, own_code.codes_in(params.method))
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
-    made: _Made = ray.get(future)  # type: ignore[assignment]
-    patch = patches.ActivationPatch.from_maps(made.maps, made.selection, method.strength_range)
-    patches.save(patch, work.directory / "patch", made.fingerprint)
-    write_base(work, made.prompt)
+    fit: _Fit = ray.get(future)
+    patch = patches.ActivationPatch.from_maps(fit.maps, fit.selection, method.strength_range)
+    patches.save(patch, work.directory / "patch", fit.fingerprint)
+    write_base(work, params, fit.prompt)
     facts = {
-        "seconds": made.seconds,
-        "places": len(made.maps),
-        "neurons": sum(found.width for found in made.maps.values()),
-        "rows": made.num_rows,
+        "seconds": fit.seconds,
+        "places": len(fit.maps),
+        "neurons": sum(one.width for one in fit.maps.values()),
+        "rows": fit.num_rows,
     }
     (work.directory / "fit.json").write_text(json.dumps(facts, indent=2))
 
 
-def write_base(work: Work, prompt: Mapping[str, Any]) -> None:
+def write_base(work: Work, params: subject.OnModel, prompt: JsonObject) -> None:
     """Write what the patch of a frozen model stands on, and how that model is prompted."""
     below = work.stage.inputs.get(subject.MODEL)
-    base = {"stage": below.name, "key": below.key} if below else {"source": work.params["model"]["source"]}
+    base = {"stage": below.name, "key": below.key} if below else {"source": params.model.source}
     (work.directory / BASE).write_text(json.dumps(base))
     (work.directory / PROMPT).write_text(json.dumps(prompt))
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What comes back of a fit: a few vectors a place, and where they act."""
+class _Fit:
+    """What a fit hands back: a few vectors a place, and where they act."""
 
     maps: dict[str, Map]
     selection: Selection
     fingerprint: str
     """Of the model that the patch is for."""
-    prompt: dict[str, Any]
-    """How that model is asked."""
+    prompt: JsonObject
+    """How that model is prompted."""
     seconds: float
     num_rows: dict[str, int]
 
 
 @ray.remote(scheduling_strategy=reserved.ANYWHERE)
-def _fit(loading: Loading, params: dict[str, Any], found: dict[str, tuple[str, str, str]], codes: tuple[Code, ...]) -> _Made:
+def _fit(loading: Loading, params: Params, activations: dict[str, ModelRef], codes: tuple[Code, ...]) -> _Fit:
     """Fit the maps of a method."""
     from steerlab.activations.parquet import Activations
 
     own_code.receive(codes)
-    read = {role: Activations.open(ModelRef(artifact=artifact).locate()) for role, artifact in found.items()}
+    read = {role: Activations.open(ref.locate()) for role, ref in activations.items()}
     target = read["target"]
-    method = fitted(params["method"])
-    config = method.Config.model_validate(params["method"])
-    selection = steered(Selection.model_validate(target.metadata["selection"]), method.steers(config))
+    method = fitted(params.method)
+    config = method.Config.model_validate(params.method)
+    selection = steered(Selection.model_validate(target.origin.selection), method.steers(config))
     names = [name for name in target.modules if _takes(selection, name)]
     if not names:
         raise ValueError(
             f"method.steer.modules {selection.modules!r} takes none of the extracted places: {', '.join(target.modules[:5])}"
         )
-    columns = {role: {name: activations.column(name, config.pooling) for name in names} for role, activations in read.items()}
+    columns = {role: {name: one.column(name, config.pooling) for name in names} for role, one in read.items()}
     start_s = time.monotonic()
     if method.walks(config):
         maps, num_source = _walk(loading, params, columns["target"], selection)
@@ -119,11 +141,11 @@ def _fit(loading: Loading, params: dict[str, Any], found: dict[str, tuple[str, s
         num_source = read["source"].num_rows
     if config.inverse:
         maps = {name: found.inverse() for name, found in maps.items()}
-    return _Made(
+    return _Fit(
         dict(maps),
         selection,
-        target.metadata["fingerprint"],
-        target.metadata["prompt"],
+        target.origin.fingerprint,
+        target.origin.prompt,
         time.monotonic() - start_s,
         {"source": num_source, "target": target.num_rows},
     )
@@ -144,16 +166,17 @@ def _takes(selection: Selection, name: str) -> bool:
     return bool(expressions.whole(pattern, [module])) and not excluded
 
 
-def _walk(loading: Loading, params: dict[str, Any], target: dict[str, Any], steer: Selection) -> tuple[Mapping[str, Map], int]:
+def _walk(loading: Loading, params: Params, target: dict[str, Tensor], steer: Selection) -> tuple[Mapping[str, Map], int]:
     """Fit place after place along the source texts."""
     from steerlab.activations.reading import TextReader, batches
     from steerlab.methods.math.sequential_fit import Reading, fit_in_order
     from steerlab.patches import taps
 
-    method = fitted(params["method"])
-    config = method.Config.model_validate(params["method"])
+    method = fitted(params.method)
+    config = method.Config.model_validate(params.method)
     model = subject.load(loading)
-    extract, data = ExtractConfig.model_validate(params["extract"]), DataSet.model_validate(params["source"])
+    extract, data = params.extract, params.source
+    assert extract is not None and data is not None, "the stage declares what is walked through"
     reader = TextReader(model, extract)
     texts, _ = reader.encode(rows.read(data), data.format, 0)
     reader.close()
@@ -168,7 +191,7 @@ def _walk(loading: Loading, params: dict[str, Any], target: dict[str, Any], stee
         )
     places = [taps.tap(name) for name in target]
 
-    def fit_one(name: str, source_ND: Any) -> Map | None:
+    def fit_one(name: str, source_ND: Tensor) -> Map | None:
         return method.fit(config, {name: source_ND.cpu()}, {name: target[name]}).get(name)
 
     pooling = config.pooling

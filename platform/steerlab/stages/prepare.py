@@ -9,15 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from steerlab import models
 from steerlab.data import rows, sources
+from steerlab.guards.json_values import Json
 from steerlab.inputs import encoding
 from steerlab.inputs.encoding import encode_data
-from steerlab.job import ExtractConfig, Job, own_code
+from steerlab.job import Frozen, Job, own_code
 from steerlab.methods import TABLE
-from steerlab.methods.preparations import MOMENTS, NOTHING, MakePart, Prepare, StartKeeper, StartSums
+from steerlab.methods.preparations import KeepOfRows, MapParts, Moments, Preparation, Prepare, SumOverRows
 from steerlab.models import ModelFacts
 from steerlab.stages import extract, reduce
 from steerlab.stages.spread import making, subject
@@ -26,6 +27,20 @@ from steerlab.storage.plan import Estimate, Stage, Work
 
 _ROWS_JUDGED = 256
 """Rows that are tokenised to judge the length of all."""
+
+
+class _Batches(Frozen, extra="ignore"):
+    """Parameters of a sum that decide what it needs."""
+
+    rows_per_batch: int
+    rows_per_shard: int
+    max_tokens: int
+
+
+class _Kept(Frozen, extra="ignore"):
+    """Parameters of what is kept of rows that decide what it needs."""
+
+    batch_tokens: int
 
 
 class Prepared(NamedTuple):
@@ -52,88 +67,68 @@ class Stages(Prepare):
         self.used: dict[str, Stage] = {name: self.made[name].stage for name in read}
         """Those that the training reads."""
 
-    def moments(self, role: str, config: ExtractConfig, *, name: str = MOMENTS) -> None:
-        """Add a stage of moments, which is that of any job that asks for the same."""
-        super().moments(role, config, name=name)
-        stage = reduce.stage(self._job, role, self._model, config)
-        self.made[name] = Prepared(stage, partial(extract.estimate, self._job, role, config))
+    def make(self, preparation: Preparation) -> None:
+        """Add the stage of a preparation."""
+        match preparation:
+            case Moments(name, role, config):
+                # That of any job that asks for the same.
+                stage = reduce.stage(self._job, role, self._model, config)
+                self.made[name] = Prepared(stage, partial(extract.estimate, self._job, role, config))
+            case SumOverRows():
+                self._sum_over_rows(preparation)
+            case KeepOfRows():
+                self._keep_of_rows(preparation)
+            case MapParts():
+                self._map_parts(preparation)
 
-    def sum_over_rows(
-        self,
-        name: str,
-        version: int,
-        role: str,
-        params: Mapping[str, Any],
-        start: StartSums,
-        *,
-        needs: tuple[str, ...] = (),
-        estimate: Estimate = NOTHING,
-    ) -> None:
-        """Add a stage that sums over the batches of a data set."""
-        super().sum_over_rows(name, version, role, params, start, needs=needs, estimate=estimate)
+    def _sum_over_rows(self, asked: SumOverRows) -> None:
+        params = _Batches.model_validate(asked.params)
 
         def estimated(facts: ModelFacts, directory: Path) -> Estimate:
-            num_shards = -(-len(rows.read(self._job.data.by_role[role])) // params["rows_per_shard"])
-            logits = 3 * 4 * params["rows_per_batch"] * params["max_tokens"] * facts.vocab_size
-            memory_bytes = estimate.memory_bytes + self._weights(facts) + logits
-            return replace(estimate, memory_bytes=memory_bytes, work_bytes=estimate.work_bytes * num_shards)
+            num_shards = -(-len(rows.read(self._job.data.by_role[asked.role])) // params.rows_per_shard)
+            logits = 3 * 4 * params.rows_per_batch * params.max_tokens * facts.vocab_size
+            memory_bytes = asked.estimate.memory_bytes + self._weights(facts) + logits
+            return replace(asked.estimate, memory_bytes=memory_bytes, work_bytes=asked.estimate.work_bytes * num_shards)
 
-        self._add_over_rows(name, version, role, params, partial(making.sum_shards, own_code.portable(start)), estimated, needs)
+        run = partial(making.sum_shards, own_code.portable(asked.start))
+        self._add_over_rows(asked, asked.params, run, estimated, self._needed(asked.needs))
 
-    def keep_of_rows(
-        self, name: str, version: int, role: str, params: Mapping[str, Any], start: StartKeeper, values_per_target: int
-    ) -> None:
-        """Add a stage that keeps tensors of every row of a data set."""
-        super().keep_of_rows(name, version, role, params, start, values_per_target)
+    def _keep_of_rows(self, asked: KeepOfRows) -> None:
         assert self._job.train is not None
-        cut = {"max_tokens": self._job.train.max_tokens}
-        estimated = partial(self._estimated_rows, role, params["batch_tokens"], values_per_target)
-        self._add_over_rows(
-            name, version, role, {**params, **cut}, partial(making.keep_shards, own_code.portable(start)), estimated
-        )
+        batch_tokens = _Kept.model_validate(asked.params).batch_tokens
+        estimated = partial(self._estimated_rows, asked.role, batch_tokens, asked.values_per_target)
+        run = partial(making.keep_shards, own_code.portable(asked.start))
+        self._add_over_rows(asked, {**asked.params, "max_tokens": self._job.train.max_tokens}, run, estimated, {})
 
-    def map_parts(
-        self,
-        name: str,
-        version: int,
-        params: Mapping[str, Any],
-        parts: tuple[str, ...],
-        make: MakePart,
-        *,
-        needs: tuple[str, ...] = (),
-        reads_model: bool = False,
-        estimate: Estimate = NOTHING,
-    ) -> None:
-        """Add a stage of parts, each made by itself."""
-        super().map_parts(name, version, params, parts, make, needs=needs)
-        of_model = self._model.params if reads_model else {}
-        inputs = {**(self._model.inputs if reads_model else {}), **self._needed(needs)}
-        label = ", ".join(parts[:1]) if len(parts) == 1 else f"{len(parts)} parts"
-        run = partial(making.make_parts, own_code.portable(make), parts, reads_model)
-        stage = Stage(name, version, {**params, **self._own, **of_model}, run, inputs, label, self._model.places)
+    def _map_parts(self, asked: MapParts) -> None:
+        of_model = subject.dumped(self._model.params) if asked.reads_model else {}
+        inputs = {**(self._model.inputs if asked.reads_model else {}), **self._needed(asked.needs)}
+        label = ", ".join(asked.parts[:1]) if len(asked.parts) == 1 else f"{len(asked.parts)} parts"
+        run = partial(making.make_parts, own_code.portable(asked.make), asked.parts, asked.reads_model)
+        params = {**asked.params, **self._own, **of_model}
+        stage = Stage(asked.name, asked.version, params, run, inputs, label, self._model.places)
 
         def estimated(facts: ModelFacts, directory: Path) -> Estimate:
-            weights = self._weights(facts) if reads_model else 0
-            return replace(estimate, memory_bytes=estimate.memory_bytes + weights)
+            weights = self._weights(facts) if asked.reads_model else 0
+            return replace(asked.estimate, memory_bytes=asked.estimate.memory_bytes + weights)
 
-        self.made[name] = Prepared(stage, estimated)
+        self.made[asked.name] = Prepared(stage, estimated)
 
     def _add_over_rows(
         self,
-        name: str,
-        version: int,
-        role: str,
-        params: Mapping[str, Any],
+        asked: SumOverRows | KeepOfRows,
+        params: Mapping[str, Json],
         run: Callable[[Work], None],
         estimate: Callable[[ModelFacts, Path], Estimate],
-        needs: tuple[str, ...] = (),
+        needed: Mapping[str, Stage],
     ) -> None:
-        data = self._job.data.by_role[role]
-        of_rows = {"data": subject.dumped(data), "data_fingerprint": rows.fingerprint(data)}
-        inputs = {**self._model.inputs, **self._needed(needs)}
-        label = f"{role}: {rows.describe(data)}"
-        whole = {**params, **of_rows, **self._own, **self._model.params}
-        self.made[name] = Prepared(Stage(name, version, whole, run, inputs, label, self._model.places), estimate)
+        data = self._job.data.by_role[asked.role]
+        inputs = {**self._model.inputs, **needed}
+        label = f"{asked.role}: {rows.describe(data)}"
+        of_rows = making.OnRows(data=data, data_fingerprint=rows.fingerprint(data), **self._model.fields)
+        whole = {**params, **self._own, **subject.dumped(of_rows)}
+        stage = Stage(asked.name, asked.version, whole, run, inputs, label, self._model.places)
+        self.made[asked.name] = Prepared(stage, estimate)
 
     def _needed(self, names: tuple[str, ...]) -> dict[str, Stage]:
         return {name: self.made[name].stage for name in names}
@@ -148,11 +143,11 @@ class Stages(Prepare):
         job = self._job
         assert job.train is not None
         data = job.data.by_role[role]
-        found = rows.read(data)
+        read = rows.read(data)
         encoder = encoding.load(directory, job.prompt, job.model.trust_remote_code)
-        some = found[:: -(-len(found) // _ROWS_JUDGED)]
+        some = read[:: -(-len(read) // _ROWS_JUDGED)]
         encoded = encode_data(encoder, some, data.format, job.train.max_tokens, skip_bad=data.skip_bad).rows
         values = values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)
         value_bytes = models.DTYPES[job.model.dtype].itemsize
-        disk_bytes = int(value_bytes * values / len(some) * len(found))
+        disk_bytes = int(value_bytes * values / len(some) * len(read))
         return Estimate(self._weights(facts) + 16 * value_bytes * batch_tokens * values_per_target, disk_bytes)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steerlab.data import rows
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import ExtractConfig, Job
 from steerlab.stages import extract
 from steerlab.stages.spread import shards
@@ -37,35 +39,46 @@ def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
     )
 
 
+class SumFacts(extract.ReadFacts):
+    """What is known of the sums of a shard."""
+
+    about: JsonObject
+    """Of which model the sums are, what was read of it, and the columns."""
+
+
 def run(work: Work) -> None:
     """Sum each missing shard in a pool of actors, then merge the sums in the order of the shards."""
     from steerlab.activations import moments
 
-    start_s = time.monotonic()
-    made = shards.run(
+    start_s, params = time.monotonic(), extract.Params.model_validate(work.params)
+    parts = shards.run(
         work,
-        SumsOfShard,
-        work.params["extract"]["rows_per_shard"],
-        lambda num_rows, some: extract.check_disk(work, num_rows, some),
+        partial(SumsOfShard, params),
+        SumFacts,
+        params.data,
+        params.extract.rows_per_shard,
+        lambda num_rows, some: extract.check_disk(work, params, num_rows, some),
     )
     work.directory.mkdir(parents=True, exist_ok=True)
     with shards.parts(work) as paths:
-        widths = made[0]["about"]["widths"]
-        moments.save(((name, moments.merge_files(paths, name)) for name in widths), work.directory, _summary(made, start_s))
+        widths = moments.Columns.model_validate(parts[0].about).widths
+        moments.save(((name, moments.merge_files(paths, name)) for name in widths), work.directory, _summary(parts, start_s))
 
 
-def _summary(made: Sequence[Mapping[str, Any]], start_s: float) -> dict[str, Any]:
+def _summary(parts: Sequence[SumFacts], start_s: float) -> JsonObject:
     return {
-        **made[0]["about"],
-        "count": sum(row["rows"] for row in made),
-        **{name: sum(row[name] for row in made) for name in ("texts", "tokens", "cut")},
+        **parts[0].about,
+        "count": sum(part.rows for part in parts),
+        "texts": sum(part.texts for part in parts),
+        "tokens": sum(part.tokens for part in parts),
+        "cut": sum(part.cut for part in parts),
         "seconds": round(time.monotonic() - start_s, 3),
-        "actor_seconds": round(sum(row["seconds"] for row in made), 3),
+        "actor_seconds": round(sum(part.seconds for part in parts), 3),
     }
 
 
 @dataclass
-class _Facts:
+class _Counts:
     """What is counted while a shard is read."""
 
     num_vectors: int = 0
@@ -82,41 +95,39 @@ class SumsOfShard(shards.Maker):
 
     suffix = ".safetensors"
 
-    def __init__(self, model: SteeredModel, params: Mapping[str, Any]) -> None:
+    def __init__(self, params: extract.Params, model: SteeredModel) -> None:
         from steerlab.activations import reading
 
-        self._model = model
-        self._config = ExtractConfig.model_validate(params["extract"])
-        self._format = params["data"]["format"]
+        self._model, self._config, self._format = model, params.extract, params.data.format
         reader = reading.TextReader(model, self._config)
         self._widths, self._modules = reader.widths, reader.modules
         reader.close()
-        self._about = {
+        self._about: JsonObject = {
             **reading.about_model(model, self._config),
-            "widths": self._widths,
+            "widths": dict[str, Json](self._widths),
             "second_moment": self._config.second_moment,
-            "label": params["role"],
+            "label": params.role,
         }
 
-    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> SumFacts:
         """Leave the sums at `path`."""
         from steerlab.activations import moments
 
         start_s = time.monotonic()
-        facts = _Facts()
-        moments.save_sums(self._sums(shard, facts, tell), self._widths, self._config.second_moment, path)
-        return {
-            "path": path.name,
-            "rows": facts.num_vectors,
+        counts = _Counts()
+        moments.save_sums(self._sums(shard, counts, tell), self._widths, self._config.second_moment, path)
+        return SumFacts(
+            path=path.name,
+            rows=counts.num_vectors,
             **size_and_sha256(path),
-            "texts": len(shard.rows),
-            "tokens": facts.num_tokens,
-            "cut": facts.num_cut,
-            "seconds": time.monotonic() - start_s,
-            "about": self._about,
-        }
+            texts=len(shard.rows),
+            tokens=counts.num_tokens,
+            cut=counts.num_cut,
+            seconds=time.monotonic() - start_s,
+            about=self._about,
+        )
 
-    def _sums(self, shard: Shard, facts: _Facts, tell: Callable[[int], None]) -> Iterator[tuple[str, Sums]]:
+    def _sums(self, shard: Shard, counts: _Counts, tell: Callable[[int], None]) -> Iterator[tuple[str, Sums]]:
         """Yield the sums of every column, those of a pass together."""
         from steerlab.activations import reading
 
@@ -125,13 +136,13 @@ class SumsOfShard(shards.Maker):
         groups = list(extract.spans([poolings * self._num_bytes(size) for size in sizes], extract.SUMS_HELD_BYTES))
         for number, (start, end) in enumerate(groups):
             reader = reading.TextReader(self._model, self._config, self._modules[start:end])
-            texts, facts.num_cut = reader.encode(shard.rows, self._format, shard.first)
-            facts.num_tokens = sum(len(text) for text in texts)
+            texts, counts.num_cut = reader.encode(shard.rows, self._format, shard.first)
+            counts.num_tokens = sum(len(text) for text in texts)
             total: dict[str, Sums] = {}
             for done in self._pass(reader, texts, shard.first, total):
                 tell((number * len(texts) + done) // len(groups))
             reader.close()
-            facts.num_vectors = next(iter(total.values())).num_vectors
+            counts.num_vectors = next(iter(total.values())).num_vectors
             yield from ((name, total.pop(name)) for name in list(total))
 
     def _pass(self, reader: TextReader, texts: Sequence[Encoded], first: int, total: dict[str, Sums]) -> Iterator[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steerlab.data import rows
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import PROMPT_FIELDS, DataConfig, Job, ModelConfig, TrainConfig, own_code
 from steerlab.methods import trained
 from steerlab.methods.contract import Size
@@ -16,11 +17,26 @@ from steerlab.stages import extract, fit
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
+from steerlab.training.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FLOAT_BYTES = 4
+
+
+class Params(subject.OnModel):
+    """Parameters of the stage."""
+
+    method: JsonObject
+    """The method's config."""
+    data: DataConfig
+    """The data sets that are trained on and validated with, and the prompt format."""
+    data_fingerprints: dict[str, str | list[str]]
+    """By role."""
+    train: TrainConfig
+    reads: tuple[str, ...]
+    """Roles of the extracted activations that the method reads."""
 
 
 def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: Mapping[str, Stage]) -> Stage:
@@ -32,18 +48,18 @@ def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: 
     assert job.train is not None
     trains_on = trained(job.method).module.trains_on
     data = {role: job.data.by_role[role] for role in (trains_on, "validation") if role in job.data.by_role}
-    settings = subject.dumped(job.data, include={*PROMPT_FIELDS, *data})
-    params: dict[str, Any] = {
-        **model.params,
-        "method": subject.dumped(job.method),
-        "data": settings,
-        "data_fingerprints": {role: rows.fingerprint(found) for role, found in data.items()},
-        "train": job.train.model_dump(mode="json"),
-        "reads": sorted(extractions),
-    }
+    params = Params(
+        **model.fields,
+        method=subject.dumped(job.method),
+        data=job.data,
+        data_fingerprints={role: rows.fingerprint(found) for role, found in data.items()},
+        train=job.train,
+        reads=tuple(sorted(extractions)),
+    )
+    left_out = DataConfig.model_fields.keys() - {*PROMPT_FIELDS, *data}
     inputs = {**model.inputs, **extract.read_by(extractions), **prepared}
     label = f"{job.method.name} on {rows.describe(data[trains_on])}"
-    return Stage("train", 3, params, run, inputs, label, model.places)
+    return Stage("train", 3, subject.dumped(params, exclude={"data": left_out}), run, inputs, label, model.places)
 
 
 def run(work: Work) -> None:
@@ -51,19 +67,18 @@ def run(work: Work) -> None:
     from steerlab.stages.spread import launch, warm
 
     storage = work.store.work(work.stage.name, work.stage.key)
-    method = trained(work.params["method"])
-    others = {subject.MODEL, *map(extract.read_as, work.params["reads"])}
-    request = launch.TrainingRequest(
+    params = Params.model_validate(work.params)
+    method = trained(params.method)
+    others = {subject.MODEL, *map(extract.read_as, params.reads)}
+    request = Request(
         start=starting_model(work, as_it_is=not method.leaves_model),
-        model=ModelConfig.model_validate(
-            {"source": work.params["model"].get("source", "artifact"), **_loading(work), **_elsewhere(work)}
-        ),
-        method=work.params["method"],
-        data=DataConfig.model_validate(work.params["data"]),
-        train=TrainConfig.model_validate(work.params["train"]),
-        activations={role: _located(work, work.stage.inputs[extract.read_as(role)]) for role in work.params["reads"]},
-        prepared={name: _located(work, made) for name, made in work.stage.inputs.items() if name not in others},
-        code=own_code.codes_in(work.params["method"]),
+        model=_model(params),
+        method=params.method,
+        data=params.data,
+        train=params.train,
+        activations={role: _located(work, work.stage.inputs[extract.read_as(role)]) for role in params.reads},
+        prepared={name: _located(work, stage) for name, stage in work.stage.inputs.items() if name not in others},
+        code=own_code.codes_in(params.method),
     )
     if work.scale.warm:
         warm.fit(request, work.scale, storage=storage, report=work.report)
@@ -74,20 +89,14 @@ def run(work: Work) -> None:
     work.store.move_from_work(work.stage.name, work.stage.key, "output", work.directory)
     assert (work.directory / "training.json").is_file(), "the workers left no artifact"
     if not method.leaves_model:
-        fit.write_base(work, json.loads((work.directory / "prompt.json").read_text()))
-
-
-def _elsewhere(work: Work) -> dict[str, str]:
-    """Return the sources of tokenizer and chat template, where they do not lie beside the model."""
-    prompt = work.params.get("prompt", {})
-    return {name: prompt[name] for name in ("tokenizer", "chat_template") if name in prompt}
+        fit.write_base(work, params, json.loads((work.directory / "prompt.json").read_text()))
 
 
 def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
     """Return the model that the stage starts from; `as_it_is` takes it with its patches, which frozen weights allow."""
     base = work.stage.inputs.get(subject.MODEL)
     if base is None:
-        return ModelRef(source=work.params["model"]["source"])
+        return ModelRef(source=subject.OnModel.model_validate(work.params).model.source)
     if as_it_is:
         return _located(work, base)
     if (work.inputs[subject.MODEL] / "patch").exists():
@@ -101,9 +110,19 @@ def _located(work: Work, made: Stage) -> ModelRef:
     return ModelRef(artifact=(work.store.root, made.name, made.key))
 
 
-def _loading(work: Work) -> dict[str, Any]:
-    model = work.params["model"]
-    return {name: model[name] for name in ("dtype", "attention", "kind", "sampler", "trust_remote_code") if name in model}
+def _model(params: Params) -> ModelConfig:
+    """Return how the model is loaded, with the sources of what does not lie beside it."""
+    model, prompt = params.model, params.prompt
+    return ModelConfig(
+        source=model.source or "artifact",
+        kind=model.kind or "causal_lm",
+        dtype=model.dtype,
+        attention=model.attention,
+        tokenizer=None if prompt is None else prompt.tokenizer,
+        chat_template=None if prompt is None else prompt.chat_template,
+        trust_remote_code=model.trust_remote_code,
+        sampler=model.sampler,
+    )
 
 
 def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate:

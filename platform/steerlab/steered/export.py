@@ -14,6 +14,8 @@ from torch import Tensor
 from steerlab import models, patches
 from steerlab.guards import saved
 from steerlab.steered import language
+from steerlab.steered.stacks import BELOW
+from steerlab.storage.bases import PROMPT
 
 _Steered = language.SteeredModel | language.SteeredPipeline
 STRENGTH = "strength.json"
@@ -82,7 +84,7 @@ def _fold(
     except patches.CannotFold as refusal:
         return str(refusal)
     loaded.save_model(directory)
-    (directory / language.PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
+    (directory / PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
     error = max(_differences(_load(directory, loading).probe(), expected))
     if error <= bound:
         return None
@@ -107,7 +109,7 @@ def _write_apart(loaded: _Steered, directory: Path, strength: float) -> None:
     fingerprint = models.fingerprint(loaded.model)
     *below, newest = loaded.patches
     for number, patch in enumerate(below):
-        patches.save(patch, directory / language.BELOW / str(number), fingerprint)
+        patches.save(patch, directory / BELOW / str(number), fingerprint)
     patches.save(newest, directory / "patch", fingerprint)
-    (directory / language.PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
+    (directory / PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
     (directory / STRENGTH).write_text(json.dumps(strength))

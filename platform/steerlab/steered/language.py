@@ -2,41 +2,36 @@
 
 Decoding is batched and cached; roles are given by position for every chunk, so embedding patches see the right role in
 prefill and in each decoding step. Sampling draws from a generator of its own for each prompt, so what a prompt gets depends on
-the batch and on other strengths by rounding alone.
+the batch and on other strengths by rounding alone. The file is as long as the class is: what it is asked for all works on the
+same batches, caches and strengths.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from steerlab import models, patches
-from steerlab.guards import saved
-from steerlab.inputs import encoding
-from steerlab.inputs.drawings import Prompter
-from steerlab.inputs.encoding import Encoder, RowEncoder
+from steerlab import models
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import GENERATION, Batch, Conversation, Encoded, Row, collate
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.patches import taps
 from steerlab.steered.drawing import SteeredPipeline
 from steerlab.steered.model import Asked, Shown, Steered
-from steerlab.storage import bases
-from steerlab.storage.bases import BASE, PROMPT, SavedPrompt
+from steerlab.steered.prefilled import Decoding
+from steerlab.steered.sampling import Sampling, choose, uniforms
+from steerlab.steered.stacks import load_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _T = TypeVar("_T")
-BELOW = "below"
-"""Folder of an artifact with the patches under its newest one, numbered from the lowest."""
-_NUCLEUS = 512
-"""Tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
 _PROBES = (
     ("Say what the text is about.", "It is about nothing in particular."),
     ("Name three colours.", ""),
@@ -73,55 +68,6 @@ class TokenLogProbs(NamedTuple):
     in_response: list[bool]
     too_long: bool = False
     """True when the row did not fit into the model's context: the lists are empty."""
-
-
-class Sampling(NamedTuple):
-    """How the next token is chosen."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-
-@dataclass
-class Decoding:
-    """A batch that is being continued, with the cache of what it has read."""
-
-    model: PreTrainedModel
-    inputs: dict[str, Tensor]
-    """All that was read, (B, T) each: ids, mask, positions, roles, phases."""
-    written: dict[str, int]
-    """Role and phase of what is written."""
-    strengths: Tensor | None
-    cache: dict[str, Any] = field(init=False)
-    """What the model keeps of what it has read, by the name of its argument; empty in a model that reads all of it again."""
-    memory: dict[int, Any] | None = field(init=False)
-    """What patches keep, by their number; None where nothing is kept."""
-    logits_BV: Tensor = field(init=False)
-    """Of the next token."""
-
-    def __post_init__(self) -> None:
-        self.memory = None if models.cache_name(self.model) is None else {}
-        self.cache = models.empty_cache(self.model)
-        self._read(self.inputs)
-
-    def step(self, token_B: Tensor) -> None:
-        """Read one more token of every row."""
-        last_B1 = self.inputs["position_ids"][:, -1:]
-        new = {"input_ids": token_B[:, None], "attention_mask": torch.ones_like(last_B1), "position_ids": last_B1 + 1}
-        new |= {name: torch.full_like(last_B1, value) for name, value in self.written.items()}
-        self.inputs = {name: torch.cat([read, new[name]], 1) for name, read in self.inputs.items()}
-        self._read({**new, "attention_mask": self.inputs["attention_mask"]} if self.cache else self.inputs)
-
-    def _read(self, inputs: dict[str, Tensor]) -> None:
-        name = models.cache_name(self.model)
-        if not models.reads_padding(self.model):
-            inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
-        patched = {"strengths": self.strengths, "memory": self.memory}
-        out = self.model(**inputs, **patched, **self.cache, use_cache=name is not None, logits_to_keep=1)
-        if name is not None and name in out:
-            self.cache = {name: out[name]}
-        self.logits_BV = out.logits[:, -1]
 
 
 @dataclass
@@ -231,7 +177,7 @@ class SteeredModel(Steered):
         for chunk in self._batches(jobs, lambda job: len(encoded[job[1]]), max_new_tokens):
             rows = [encoded[p] for _, p in chunk]
             strength_B = torch.tensor([strengths[s] for s, _ in chunk])
-            uniforms_BT = _uniforms([p for _, p in chunk], max_new_tokens, seed) if temperature else None
+            uniforms_BT = uniforms([p for _, p in chunk], max_new_tokens, seed) if temperature else None
             for job, ids in zip(
                 chunk, self._decode(rows, strength_B, max_new_tokens, sampling, uniforms_BT, stop), strict=True
             ):
@@ -401,41 +347,6 @@ class SteeredModel(Steered):
         return fitting
 
 
-def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
-    """Choose the next token of each row, greedily at temperature 0, else by inverting the distribution at `uniform_B`."""
-    if sampling.repetition_penalty != 1:
-        for row, ids in enumerate(seen):
-            index = torch.tensor(sorted(set(ids)), device=logits_BV.device)
-            value = logits_BV[row, index]
-            factor = sampling.repetition_penalty
-            logits_BV[row, index] = torch.where(value > 0, value / factor, value * factor)
-    if uniform_B is None:
-        return logits_BV.argmax(-1)
-    probs_BK, order_BK = _most_likely(torch.softmax(logits_BV / sampling.temperature, -1), sampling.top_p)
-    before_BK = probs_BK.cumsum(-1) - probs_BK
-    probs_BK = torch.where(before_BK < sampling.top_p, probs_BK, 0)
-    cumulative_BK = probs_BK.cumsum(-1)
-    target_B1 = uniform_B.to(cumulative_BK)[:, None] * cumulative_BK[:, -1:]
-    rank_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True).clamp(max=probs_BK.shape[-1] - 1)
-    return order_BK.gather(-1, rank_B1)[:, 0]
-
-
-def _most_likely(probs_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return probabilities, the largest first, and their tokens: as many as the nucleus of every row needs, or all."""
-    if top_p < 1 and probs_BV.shape[-1] > _NUCLEUS:
-        # Sorting a whole vocabulary takes longer than the model's own layers.
-        probs_BK, order_BK = probs_BV.topk(_NUCLEUS, dim=-1)
-        if bool((probs_BK.sum(-1) > top_p).all()):
-            return probs_BK, order_BK
-    return probs_BV.sort(stable=True, dim=-1, descending=True)
-
-
-def _uniforms(prompts: Sequence[int], num: int, seed: int) -> Tensor:
-    """Return (B, num) uniform numbers, a row for each prompt's own generator."""
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + prompt) for prompt in prompts]
-    return torch.stack([torch.rand(num, generator=generator) for generator in generators])
-
-
 def _gathered_log_probs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """Return log p(ids) in float32, a row at a time: a full float32 copy of the logits would double the memory."""
     return torch.stack(
@@ -452,9 +363,9 @@ def load(
     dtype: str | None = None,
     attention: str = "sdpa",
     device: str | torch.device = "cpu",
-    prompt: Mapping[str, Any] | None = None,
+    prompt: Mapping[str, object] | None = None,
     snapshot: int | None = None,
-    sampler: Mapping[str, Any] | None = None,
+    sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
 ) -> SteeredModel | SteeredPipeline:
     """Load an artifact or an exported folder: model (in its saved dtype if none is given), patches, prompt settings.
@@ -475,61 +386,3 @@ def load(
     if isinstance(model, Diffusion):
         return SteeredPipeline(model.to(device), encoder, placed)
     return SteeredModel(model.to(device), encoder, placed)
-
-
-def encoder_of(model: Any, directory: Path, prompt: Mapping[str, Any] | None, trust_remote_code: bool = False) -> Any:
-    """Return what makes rows of data into inputs of a model: the encoder of its tokenizer, or a pipeline's prompter."""
-    encoder: RowEncoder = (
-        Prompter(model) if isinstance(model, Diffusion) else encoding.load(directory, prompt, trust_remote_code)
-    )
-    return encoder
-
-
-def load_stack(
-    directory: str | Path,
-    *,
-    dtype: str | None = None,
-    attention: str = "sdpa",
-    seed: int = 0,
-    prompt: Mapping[str, Any] | None = None,
-    snapshot: int | None = None,
-    sampler: Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Load a model, its encoder and the patches of its artifacts, the lowest first, none attached yet.
-
-    A directory without prompt settings of its own is a plain model, prompted by `prompt`. An artifact of a frozen model holds
-    its patch alone and names in `base.json` what it stands on: a source, or an artifact beside it.
-    """
-    directory = Path(directory)
-    kernel: dict[str, Any] = {"attention": attention, "trust_remote_code": trust_remote_code}
-    if not (directory / PROMPT).is_file():
-        model = models.load_model(directory, dtype=dtype or "float32", seed=seed, sampler=sampler, **kernel)
-        return model, encoder_of(model, directory, prompt, trust_remote_code), ()
-    prompt = saved.read(directory / PROMPT, SavedPrompt).model_dump(mode="json", exclude_unset=True)
-    sampler = prompt.get("sampler") if sampler is None else sampler
-    below: tuple[Any, ...] = ()
-    if (directory / BASE).is_file():
-        bases.chain(directory)  # which ends
-        model, encoder, below = load_stack(bases.below(directory), dtype=dtype, prompt=prompt, sampler=sampler, **kernel)
-    else:
-        checkpoint = directory / "model" if (directory / "model").is_dir() else directory
-        # Other weights of a denoiser are in the checkpoint, trained further or not.
-        sampler = None if sampler is None else {**sampler, "denoiser": None}
-        model = models.load_model(checkpoint, dtype=dtype or models.saved_dtype(checkpoint), sampler=sampler, **kernel)
-        encoder = encoder_of(model, checkpoint, prompt, trust_remote_code)
-    numbered = [path for path in (directory / BELOW).glob("*") if path.name.isdecimal()]
-    numbered.sort(key=lambda path: int(path.name))
-    below = (*below, *(patches.load(path) for path in numbered))
-    patch_dir = directory / "patch" if snapshot is None else directory / "snapshots" / str(snapshot)
-    if not patches.exists(patch_dir):
-        if snapshot is not None:
-            raise ValueError(f"{directory} holds no patch of step {snapshot}; train.snapshots says which steps are kept")
-        return model, encoder, below
-    return model, encoder, (*below, patches.load(patch_dir, model if (directory / BASE).is_file() else None))
-
-
-def model_directory(directory: Path) -> Path:
-    """Return where the config and the tokenizer of a source or an artifact lie, whatever patches stand on it."""
-    directory = bases.chain(directory)[-1]
-    return directory / "model" if (directory / "model").is_dir() else directory

@@ -52,7 +52,7 @@ class Steered:
 
     model: Any
     encoder: Any
-    patches: tuple[Any, ...] = ()
+    patches: tuple[patches.SavedPatch, ...] = ()
     progress: Callable[[int, int], None] = lambda done, total: None
     _attached: patches.Attached = field(init=False)
 

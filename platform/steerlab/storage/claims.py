@@ -6,10 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerlab.guards import files
 from steerlab.storage.store import Store
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 _POLL_S = 0.2
 
@@ -44,7 +47,7 @@ def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
         ray.kill(actor)
 
 
-def _claim_actor(name: str, wait: bool) -> Any:
+def _claim_actor(name: str, wait: bool) -> ActorHandle:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

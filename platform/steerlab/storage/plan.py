@@ -16,16 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from steerlab.data import sources
 from steerlab.guards import saved, texts
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import ScaleConfig
 from steerlab.storage import bases, claims
 from steerlab.storage.store import Store
 
 Status = Literal["cached", "to run", "ran", "failed"]
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[dict[str, float]], None]
 
 
 class StageError(RuntimeError):
@@ -59,9 +60,9 @@ class Work:
     """Takes metrics and progress while the stage runs."""
 
     @property
-    def params(self) -> Mapping[str, Any]:
+    def params(self) -> JsonObject:
         """The declared parameters, with files on disk by their paths."""
-        return replaced(self.stage.params, self.stage.places)
+        return {name: replaced(value, self.stage.places) for name, value in self.stage.params.items()}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Stage:
 
     name: str
     version: int
-    params: Mapping[str, Any]
+    params: Mapping[str, Json]
     """Declared parameters: JSON values only. A file on disk stands there as the fingerprint of its content."""
     run: Callable[[Work], None]
     inputs: Mapping[str, Stage] = field(default_factory=dict)
@@ -87,11 +88,11 @@ class Stage:
         return hashlib.sha256(json.dumps(made_of, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def replaced(value: Any, places: Mapping[str, str]) -> Any:
-    """Return JSON values with other texts in place of those that `places` has."""
-    if isinstance(value, Mapping):
+def replaced(value: Json, places: Mapping[str, str]) -> Json:
+    """Return a JSON value with other texts in place of those that `places` has."""
+    if isinstance(value, dict):
         return {name: replaced(one, places) for name, one in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple):  # tuples: what a method declares
         return [replaced(one, places) for one in value]
     return places.get(value, value) if isinstance(value, str) else value
 
@@ -104,7 +105,7 @@ class Record:
     status: Status
     seconds: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the line."""
         return {
             "name": self.stage.name,
@@ -170,7 +171,7 @@ class Listener:
 
     started: Callable[[Stage], None] = lambda stage: None
     ended: Callable[[Record], None] = lambda record: None
-    reported: Callable[[Stage, dict[str, Any]], None] = lambda stage, metrics: None
+    reported: Callable[[Stage, dict[str, float]], None] = lambda stage, metrics: None
 
 
 def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Listener, records: list[Record]) -> None:
@@ -206,7 +207,7 @@ def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) 
 class Made(saved.Shape):
     """What the manifest of an artifact says of its making."""
 
-    params: dict[str, Any]
+    params: JsonObject
     seconds: float
     """Seconds that the stage took."""
 
@@ -221,7 +222,7 @@ def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener)
     start_s = time.monotonic()
     with store.temporary(stage.name, stage.key) as directory:
         stage.run(Work(store, stage, directory, inputs, scale, lambda metrics: listener.reported(stage, metrics)))
-        meta = {
+        meta: JsonObject = {
             "params": dict(stage.params),
             "version": stage.version,
             "inputs": [[needed.name, needed.key] for needed in stage.inputs.values()],

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from steerlab.guards import saved
+from steerlab.guards.json_values import JsonObject
 from steerlab.storage.whole import written_whole
 
 _NAMES = {
@@ -88,7 +89,7 @@ _INDEX = "index.json"
 
 
 class _Index(saved.Shape):
-    parts: dict[str, dict[str, Any]]
+    parts: dict[str, JsonObject]
     tensors: dict[str, saved.Inside]
 
 
@@ -97,7 +98,7 @@ class Parts:
     """A directory of safetensors files, each made by itself, and what is known of them."""
 
     directory: Path
-    facts: dict[str, dict[str, Any]]
+    facts: dict[str, JsonObject]
     """What was told of each part, by its name."""
     _file_of: dict[str, str]
 
@@ -108,7 +109,7 @@ class Parts:
         return cls(directory, index.parts, index.tensors)
 
     @staticmethod
-    def write_index(directory: Path, facts: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]) -> None:
+    def write_index(directory: Path, facts: Mapping[str, Mapping[str, object]], files: Mapping[str, str]) -> None:
         """Write the index of parts that lie in the directory; `files` holds the file name of each part."""
         file_of: dict[str, str] = {}
         for path in files.values():

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 
 @contextmanager
@@ -24,7 +24,14 @@ def written_whole(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def size_and_sha256(path: Path) -> dict[str, Any]:
+class Content(TypedDict):
+    """Size and hash of a file, as they stand in rows of JSON."""
+
+    bytes: int
+    sha256: str
+
+
+def size_and_sha256(path: Path) -> Content:
     """Return bytes and sha256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from pydantic import Field, FiniteFloat
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steerlab.guards import files, saved
 from steerlab.guards.faults import is_for_people
+from steerlab.guards.json_values import JsonObject
 
 META = "steerlab.json"
 _LONGEST_META, _LONGEST_PICKLE = 2**28, 2**26
@@ -33,7 +34,7 @@ class _Meta(saved.Shape):
 
     world_size: int = Field(ge=1)
     zero_stage: int = Field(ge=0, le=3)
-    state: dict[str, Any]
+    state: JsonObject
 
 
 class _Line(saved.Shape):
@@ -47,6 +48,14 @@ class _State(saved.Shape):
     history: list[_Line]
 
 
+class LoopState(TypedDict):
+    """The state of the loop beside that of the engine, as a checkpoint holds it."""
+
+    step: int
+    history: list[dict[str, float]]
+    """Metrics of each step."""
+
+
 def read_meta(directory: Path) -> _Meta:
     """Read what stands beside the tensors of a checkpoint. Raises ValueError where it is damaged, or there is none."""
     try:
@@ -56,14 +65,15 @@ def read_meta(directory: Path) -> _Meta:
         raise ValueError(f"{directory} is no checkpoint: it has no {META}") from None
 
 
-def check_state(state: Any, steps: int, directory: Path) -> None:
-    """Refuse a state of the loop that no training of `steps` steps has left. Raises ValueError."""
+def check_state(state: JsonObject, steps: int, directory: Path) -> LoopState:
+    """Return a state of the loop; refuse one that no training of `steps` steps has left. Raises ValueError."""
     where = f"{directory / META}: state"
     found = saved.checked(state, _State, where)
     if found.step > steps or [line.step for line in found.history] != list(range(1, found.step + 1)):
         raise ValueError(
             f"{where} is at step {found.step} with {len(found.history)} lines of history; the training has {steps}"
         )
+    return saved.like(state, _State, where)
 
 
 def check_files(folder: Path) -> None:
@@ -116,7 +126,7 @@ def _described_in_pickles(path: Path) -> int:
         return file.tell()
 
 
-def check_tensors(loaded: Any, path: Path) -> None:
+def check_tensors(loaded: object, path: Path) -> None:
     """Refuse tensors that say they are larger than what the file holds, such as one number spread over a gigabyte.
 
     Raises:
@@ -136,9 +146,10 @@ def _is_spread(tensor: Tensor) -> bool:
     return repeats or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
-def _tensors(loaded: Any) -> Iterator[Tensor]:
+def _tensors(loaded: object) -> Iterator[Tensor]:
     """Yield the tensors in a value at any depth; what is reached twice is looked at once."""
-    left, seen = [loaded], set[int]()
+    left: list[object] = [loaded]
+    seen = set[int]()
     while left:
         value = left.pop()
         if isinstance(value, Tensor):
@@ -153,7 +164,7 @@ def _tensors(loaded: Any) -> Iterator[Tensor]:
                 left += vars(value).values() if hasattr(value, "__dict__") else ()
 
 
-def check_module(found: Any, own: Mapping[str, Tensor], trained: Sequence[str], path: Path) -> None:
+def check_module(found: object, own: Mapping[str, Tensor], trained: Sequence[str], path: Path) -> None:
     """Refuse weights that are not those of the module. Raises ValueError with the first name."""
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} holds no weights (module)")
@@ -166,7 +177,7 @@ def check_module(found: Any, own: Mapping[str, Tensor], trained: Sequence[str], 
         _compare(value, own[name], f"{path}: {name}")
 
 
-def check_optimizer(found: Any, own: torch.optim.Optimizer, parameters: Sequence[Tensor], path: Path) -> None:
+def check_optimizer(found: object, own: torch.optim.Optimizer, parameters: Sequence[Tensor], path: Path) -> None:
     """Refuse a state of the optimizer that is not of its parameters, or has other settings. Raises ValueError."""
     state, groups = (found.get("state"), found.get("param_groups")) if isinstance(found, Mapping) else (None, None)
     if not isinstance(state, Mapping) or not isinstance(groups, list) or len(groups) != len(own.param_groups):
@@ -186,7 +197,7 @@ def check_optimizer(found: Any, own: torch.optim.Optimizer, parameters: Sequence
                 raise ValueError(f"{where}, {name!r:.40}, is a tensor {_shown(value)}, not a number")
 
 
-def _compare(value: Any, own: Tensor, where: str) -> None:
+def _compare(value: object, own: Tensor, where: str) -> None:
     if not isinstance(value, Tensor) or value.shape != own.shape or value.dtype != own.dtype:
         shown = _shown(value) if isinstance(value, Tensor) else f"{value!r:.40}"
         raise ValueError(f"{where} is {shown}, not {_shown(own)}")

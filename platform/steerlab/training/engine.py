@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from steerlab.guards import private_parts
 from steerlab.guards.faults import explained
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import ScaleConfig, TrainConfig
 from steerlab.training import checkpoints
-from steerlab.training.checkpoints import META
+from steerlab.training.checkpoints import META, LoopState
 
 _TAG = "state"
 _SMALL = 4_000_000
@@ -32,7 +33,7 @@ class WorldSizeError(ValueError):
     """A sharded checkpoint cannot be loaded on another number of workers."""
 
 
-def _without_code(check: Callable[[Any, Path], None]) -> Any:
+def _without_code(check: Callable[[object, Path], None]) -> object:
     """Return a reader and writer of DeepSpeed's checkpoint files that runs no code of them: they lie where others may write.
 
     `check` sees what was read before it is taken.
@@ -42,10 +43,10 @@ def _without_code(check: Callable[[Any, Path], None]) -> Any:
     class WithoutCode(engine):
         """DeepSpeed's own unpickles anything (0.19); what it writes itself needs no more than these three classes."""
 
-        def save(self, state_dict: Any, path: str) -> None:
+        def save(self, state_dict: object, path: str) -> None:
             super().save(_without_enums(state_dict), path)
 
-        def load(self, path: str, map_location: Any = None) -> Any:
+        def load(self, path: str, map_location: Any = None) -> object:
             with torch.serialization.safe_globals(classes):
                 found = torch.load(path, map_location=map_location, weights_only=True)
             check(found, Path(path))
@@ -54,7 +55,7 @@ def _without_code(check: Callable[[Any, Path], None]) -> Any:
     return WithoutCode()
 
 
-def _without_enums(value: Any) -> Any:
+def _without_enums(value: object) -> object:
     """Return a state whose enumerations are numbers: Python 3.11.2 pickles one as a call of getattr, which is not allowed."""
     if isinstance(value, enum.Enum) and isinstance(value, int):
         return int(value)
@@ -110,8 +111,8 @@ class Engine:
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self._grad_norm = float(nn.utils.clip_grad_norm_(trained, self.train.clip_norm or float("inf")))
 
-    def _config(self) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.scale.zero_stage}
+    def _config(self) -> dict[str, object]:
+        zero: dict[str, object] = {"stage": self.scale.zero_stage}
         if self.scale.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
             if self.scale.zero_stage == 3:
@@ -128,7 +129,7 @@ class Engine:
             "steps_per_print": 10**9,
         }
 
-    def backward(self, batch: Any, num_targets: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def backward(self, batch: object, num_targets: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Add one micro-batch's gradients; `num_targets` counts the whole step, so the sum over passes and workers is exact.
 
         DeepSpeed divides by passes and workers; multiplying by both first leaves total / num_targets.
@@ -138,7 +139,7 @@ class Engine:
         self._ds.step()
         return loss.total.detach(), {name: value.detach() for name, value in loss.metrics.items()}
 
-    def evaluate(self, batch: Any) -> Tensor:
+    def evaluate(self, batch: object) -> Tensor:
         """Return the summed loss of one batch without gradients."""
         self._ds.eval()
         with torch.no_grad():
@@ -164,7 +165,7 @@ class Engine:
         torch.distributed.all_reduce(summed)
         return summed.tolist()
 
-    def save(self, directory: Path, state: dict[str, Any]) -> None:
+    def save(self, directory: Path, state: LoopState) -> None:
         """Write this rank's part of a checkpoint; all ranks call it."""
         # Frozen weights are those of the model that the run starts from.
         self._ds.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
@@ -172,8 +173,8 @@ class Engine:
             meta = {"world_size": self.world_size, "zero_stage": self.scale.zero_stage, "state": state}
             (directory / META).write_text(json.dumps(meta))
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Continue from a checkpoint and return its state.
+    def load(self, directory: Path) -> JsonObject:
+        """Continue from a checkpoint and return the state of the loop, unchecked.
 
         Raises:
             WorldSizeError: a ZeRO 1-3 checkpoint of another number of workers.
@@ -193,7 +194,7 @@ class Engine:
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"
         return meta.state
 
-    def _check(self, found: Any, path: Path) -> None:
+    def _check(self, found: object, path: Path) -> None:
         """Refuse what a file of a checkpoint holds unless it is that of this module and optimizer. Raises ValueError."""
         checkpoints.check_tensors(found, path)
         if not isinstance(found, dict):
@@ -208,7 +209,7 @@ class Engine:
         elif self.scale.zero_stage == 0:
             self._check_optimizer(found.get("optimizer"), path)
 
-    def _check_optimizer(self, found: Any, path: Path) -> None:
+    def _check_optimizer(self, found: object, path: Path) -> None:
         """Compare a state with torch's optimizer, whose parameters are, under ZeRO, flat shares of those of the module."""
         optimizer = self._ds.optimizer if self.scale.zero_stage == 0 else self._ds.optimizer.optimizer
         if self.scale.zero_stage == 3:

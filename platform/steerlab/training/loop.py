@@ -13,9 +13,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,31 +27,16 @@ from steerlab.data.rows import read as read_rows
 from steerlab.guards.faults import explained
 from steerlab.inputs.encoding import RowEncoder, Rows
 from steerlab.inputs.tokens import Batch
-from steerlab.job import DataConfig, DataSet, ModelConfig, ScaleConfig, TrainConfig, prompt_settings
+from steerlab.job import DataSet, ScaleConfig, TrainConfig, prompt_settings
 from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
-from steerlab.steered import language
+from steerlab.steered.stacks import load_stack
 from steerlab.training import checkpoints
 from steerlab.training.engine import Engine
+from steerlab.training.request import Request
 
 _SNAPSHOTS = "snapshots.safetensors"
 _NOT_EVALUATED = 1e30  # finite: Ray keeps checkpoint scores as JSON, which has no infinity
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one training stage computes."""
-
-    model_dir: Path
-    """A model, or an artifact with a model and patches."""
-    model: ModelConfig
-    method: dict[str, Any]
-    data: DataConfig
-    train: TrainConfig
-    activations: dict[str, Path] = field(default_factory=dict)
-    """Extracted activations by the role of their data set."""
-    prepared: dict[str, Path] = field(default_factory=dict)
-    """What the method's preparations left, by their name."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +112,7 @@ def _check_finite(metrics: dict[str, float]) -> None:
 class _Training:
     """The state of one rank."""
 
-    request: Request
+    request: Request[Path]
     scale: ScaleConfig
     link: Link
 
@@ -137,8 +121,8 @@ class _Training:
         request = self.request
         self.method = trained(request.method)
         self.encoder: RowEncoder
-        model, self.encoder, below = language.load_stack(
-            request.model_dir,
+        model, self.encoder, below = load_stack(
+            request.start,
             dtype=request.model.dtype,
             attention=request.model.attention,
             trust_remote_code=request.model.trust_remote_code,
@@ -175,8 +159,7 @@ class _Training:
         return self.request.data.by_role[self.method.module.trains_on]
 
     def resume(self, checkpoint: Path) -> None:
-        state = self.engine.load(checkpoint)
-        checkpoints.check_state(state, self.request.train.steps, checkpoint)
+        state = checkpoints.check_state(self.engine.load(checkpoint), self.request.train.steps, checkpoint)
         self.step, self.history = state["step"], state["history"]
         if (checkpoint / _SNAPSHOTS).is_file():
             self.snapshots = self._read_snapshots(checkpoint / _SNAPSHOTS)
@@ -271,7 +254,7 @@ class _Training:
             return
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
-        patch: Any = self.module.patch
+        patch = self.module.patch
         if self.method.leaves_model:
             state = self._export_model(state, output)
         if patch is not None:
@@ -295,7 +278,7 @@ class _Training:
 
     def _export_model(self, state: dict[str, Tensor], output: Path) -> dict[str, Tensor]:
         """Write the trained weights and the tokenizer, take the model's fingerprint, and return the patch's state."""
-        model: Any = self.module.model
+        model = self.module.model
         weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         models.save_trained(model, weights, output / "model")
         self.encoder.save(output / "model")
@@ -305,7 +288,7 @@ class _Training:
         return {name.removeprefix("patch."): value for name, value in state.items() if name.startswith("patch.")}
 
 
-def run(request: Request, scale: ScaleConfig, link: Link, output: Path) -> None:
+def run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) -> None:
     """Train from the latest checkpoint, or from the start, to the end, and write the artifact on rank 0."""
     shutil.rmtree(link.scratch, ignore_errors=True)
     link.scratch.mkdir(parents=True)

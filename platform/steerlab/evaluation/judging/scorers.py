@@ -21,7 +21,7 @@ from steerlab.evaluation.statistics.metrics import TOO_LONG, Score
 from steerlab.guards import saved
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import INSTRUCTION, Message, Part, collate
-from steerlab.steered import language
+from steerlab.steered import stacks
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -194,7 +194,7 @@ def check_asked(source: str, words: tuple[str, str]) -> Asked:
 
 def check_model(source: str) -> Path:
     """Return the folder of a model, an artifact or an exported folder. Raises ValueError when it is none."""
-    return models.prepare(language.model_directory(sources.fetch(source)))
+    return models.prepare(stacks.model_directory(sources.fetch(source)))
 
 
 def check_embedder(source: str) -> None:

@@ -6,7 +6,6 @@ Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class GradientSums:
         self._sums = {place.module: torch.zeros(place.shape) for place in places}
         self._where = ""
         model.model.requires_grad_(False)
-        weights: list[Any] = [model.model.get_submodule(place.module).weight.requires_grad_(True) for place in places]
+        weights = [model.model.get_parameter(f"{place.module}.weight").requires_grad_(True) for place in places]
         self._handles = [
             weight.register_post_accumulate_grad_hook(self._taker(place)) for weight, place in zip(weights, places, strict=True)
         ]
@@ -59,7 +58,7 @@ class GradientSums:
             raise ValueError(f"{self._where}: the loss is {float(loss.detach())}, so there is no gradient")
         loss.backward()
 
-    def _taker(self, place: WeightPlace) -> Any:
+    def _taker(self, place: WeightPlace) -> Callable[[Tensor], None]:
         """Return a hook that takes a gradient as soon as it is there."""
 
         def take(weight: Tensor) -> None:

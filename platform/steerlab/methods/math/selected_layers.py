@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -20,7 +20,7 @@ _LAYER = rf"({'|'.join(_RANGES)}|[0-9]+(-[0-9]+)?)"
 _TYPES = f"({'|'.join(get_args(LayerType))})"
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     """Accept one item, or several in a text with commas, in place of a list."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))

@@ -10,11 +10,12 @@ state a batch. The result is the naive procedure's.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
 from steerlab.job import Pooling, Selection
@@ -25,7 +26,7 @@ from steerlab.patches.maps import Map
 class Reading(NamedTuple):
     """One batch of source texts: the model's inputs, and which tokens are pooled and which are mapped."""
 
-    inputs: dict[str, Any]
+    inputs: Mapping[str, object]
     read_BT: Tensor
     steered_BT: Tensor
 
@@ -102,11 +103,11 @@ class _Walk:
             self.error = self.error or error
             self._barrier.abort()
 
-    def hook(self, model: nn.Module, place: taps.Tap, side: str) -> Any:
+    def hook(self, model: nn.Module, place: taps.Tap, side: str) -> RemovableHandle:
         """Stop at a place, and go on with the mapped value."""
         module, where = model.get_submodule(place.module), f"the value of {place.module}"
 
-        def edit(value: Any) -> Any:
+        def edit(value: object) -> object:
             call = models.running(model)
             z = taps.value_at(value, place.element, where)
             if call is None:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from steerlab import models
 from steerlab.activations.moments import Moments
+from steerlab.guards.json_values import Json
+from steerlab.job import Frozen
 from steerlab.methods.math import rotation
 from steerlab.methods.math.gradients import GradientSums
 from steerlab.methods.math.selected_layers import places
 from steerlab.methods.preparations import MOMENTS, Source
-from steerlab.models import WeightPlace
+from steerlab.models import LayerType, WeightPlace
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.tensors import Parts, Shape, write, writing
 
@@ -51,7 +54,35 @@ def frozen(
 # --- on disk ------------------------------------------------------------------------------------------------------------
 
 
-def eigenbasis(source: Source, group: str, path: Path) -> dict[str, Any]:
+class RandomBasis(Frozen, extra="ignore"):
+    """Parameters of random bases."""
+
+    rotation: Literal["random"] = "random"
+    seed: int
+    sizes: dict[str, int]
+    """N by the layers' input."""
+
+
+class SelectedLayers(Frozen, extra="ignore"):
+    """Parameters of what is computed of some layers, which they select."""
+
+    of: Literal["gradients", "magnitude"]
+    layer_type: tuple[LayerType, ...]
+    target_layers: tuple[str, ...]
+
+
+class Masks(Frozen, extra="ignore"):
+    """Parameters of the masks."""
+
+    keep_ratio: float
+    scope: Literal["module", "global"]
+    places: dict[str, tuple[tuple[int, int], tuple[tuple[int, int], ...] | None]]
+    """By module: its shape (M, N), and the spans of outputs that are meant, None where all are."""
+    seed: int | None = Field(default=None, exclude_if=lambda seed: seed is None)
+    """Of random scores; None where an importance is read."""
+
+
+def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
     """Write the eigenvectors of one Gram matrix (step 1)."""
     moments = Moments.open(source.needed[MOMENTS])
     try:
@@ -60,23 +91,24 @@ def eigenbasis(source: Source, group: str, path: Path) -> dict[str, Any]:
         raise ValueError(f"basis of the inputs of {group}: {error}") from None
     write(path, {f"{group}/vectors": basis.vectors_NN, f"{group}/values": basis.values_N})
     size = len(basis.values_N)
-    facts: dict[str, Any] = {"rank": basis.rank, "size": size, "vectors": moments.count}
+    facts: dict[str, object] = {"rank": basis.rank, "size": size, "vectors": moments.count}
     if basis.rank < size:
         facts["note"] = (
             f"the inputs of {group} span {basis.rank} of {size} directions on {moments.count} tokens of data.safety; others "
             "are arbitrary, and more rows would say something about them"
         )
-    return facts | {name: moments.metadata[name] for name in ("fingerprint", "architecture")}
+    return {**facts, "fingerprint": moments.origin.fingerprint, "architecture": moments.origin.architecture}
 
 
-def random_basis(source: Source, group: str, path: Path) -> dict[str, Any]:
+def random_basis(source: Source, group: str, path: Path) -> dict[str, object]:
     """Write a random basis in place of the eigenvectors: the control of step 1."""
-    size = source.params["sizes"][group]
-    write(path, {f"{group}/vectors": rotation.random_basis(size, source.params["seed"], group)})
+    params = RandomBasis.model_validate(source.params)
+    size = params.sizes[group]
+    write(path, {f"{group}/vectors": rotation.random_basis(size, params.seed, group)})
     return {"rank": size, "size": size}
 
 
-def importance(model: SteeredModel, params: Mapping[str, Any], needed: Mapping[str, Path]) -> GradientSums:
+def importance(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]) -> GradientSums:
     """Return sums of |dL_b / d(W U)| over batches of safety rows (step 2)."""
     basis, chosen = _basis_and_places(model, params, needed)
 
@@ -86,7 +118,7 @@ def importance(model: SteeredModel, params: Mapping[str, Any], needed: Mapping[s
     return GradientSums(model, chosen, of, "data.safety")
 
 
-def magnitude(source: Source, part: str, path: Path) -> dict[str, Any]:
+def magnitude(source: Source, part: str, path: Path) -> dict[str, object]:
     """Write |W U| in place of the importance: the control that knows nothing of safety."""
     assert source.model is not None
     basis, chosen = _basis_and_places(source.model, source.params, source.needed)
@@ -98,32 +130,32 @@ def magnitude(source: Source, part: str, path: Path) -> dict[str, Any]:
 
 
 def _basis_and_places(
-    model: SteeredModel, params: Mapping[str, Any], needed: Mapping[str, Path]
+    model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]
 ) -> tuple[Callable[[WeightPlace], Tensor | None], list[WeightPlace]]:
     """Return the layers that a stage's parameters select, and a function that gives the basis of each."""
     basis = Parts.open(needed["basis"]) if "basis" in needed else None
-    chosen = places(model.model, params["layer_type"], params["target_layers"])
+    layers = SelectedLayers.model_validate(params)
+    chosen = places(model.model, layers.layer_type, layers.target_layers)
     return (lambda place: None if basis is None else basis.tensor(f"{place.input_of}/vectors")), chosen
 
 
-def mask(source: Source, part: str, path: Path) -> dict[str, Any]:
+def mask(source: Source, part: str, path: Path) -> dict[str, object]:
     """Write which coefficients are frozen (step 3), a bit each."""
-    params = source.params
+    params = Masks.model_validate(source.params)
     important = Parts.open(source.needed["importance"]) if "importance" in source.needed else None
-    sizes: dict[str, tuple[int, int]] = {name: tuple(shape) for name, (shape, _) in params["places"].items()}
-    meant = {name: _meant(shape[0], outputs) for name, (shape, outputs) in params["places"].items()}
+    sizes = {name: shape for name, (shape, _) in params.places.items()}
+    meant = {name: _meant(shape[0], outputs) for name, (shape, outputs) in params.places.items()}
 
     def scores(names: list[str]) -> Iterator[Tensor]:
         for name in names:
-            drawn = rotation.generator(params["seed"], name) if important is None else None
-            yield torch.rand(sizes[name], generator=drawn) if important is None else important.tensor(name)
+            yield _drawn(params.seed, name, sizes[name]) if important is None else important.tensor(name)
 
-    groups = [[name] for name in sizes] if params["scope"] == "module" else [list(sizes)]
+    groups = [[name] for name in sizes] if params.scope == "module" else [list(sizes)]
     num_frozen: dict[str, int] = {}
     with writing(path, {name: Shape(torch.uint8, [-(-m * n // 8)]) for name, (m, n) in sizes.items()}) as writer:
         for names in groups:
             found = frozen(
-                lambda names=names: scores(names), [meant[n] for n in names], [sizes[n][1] for n in names], params["keep_ratio"]
+                lambda names=names: scores(names), [meant[n] for n in names], [sizes[n][1] for n in names], params.keep_ratio
             )
             for name, frozen_MN in zip(names, found, strict=True):
                 num_frozen[name] = int(frozen_MN[meant[name]].sum())
@@ -131,7 +163,13 @@ def mask(source: Source, part: str, path: Path) -> dict[str, Any]:
     return {"frozen": num_frozen, "meant": {name: int(meant[name].sum()) * sizes[name][1] for name in sizes}}
 
 
-def _meant(num_outputs: int, spans: list[list[int]] | None) -> Tensor:
+def _drawn(seed: int | None, name: str, shape: tuple[int, int]) -> Tensor:
+    """Return random scores of a layer, (M, N): those of the same seed and name are the same."""
+    assert seed is not None, "without an importance the scores are drawn"
+    return torch.rand(shape, generator=rotation.generator(seed, name))
+
+
+def _meant(num_outputs: int, spans: Sequence[tuple[int, int]] | None) -> Tensor:
     """Return which outputs of a layer are meant, (M,)."""
     meant_M = torch.full((num_outputs,), spans is None)
     for start, end in spans or ():

@@ -7,10 +7,9 @@ import tempfile
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import pyarrow.fs as pafs
 import ray
@@ -21,10 +20,13 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from steerlab.data.sources import remote
 from steerlab.guards import files, saved
-from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig, own_code
+from steerlab.job import ScaleConfig
 from steerlab.stages.spread import reserved
-from steerlab.storage.plan import ModelRef
-from steerlab.training.loop import Request
+from steerlab.storage.plan import ModelRef, Report
+from steerlab.training.request import Request, received
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 _POLL_S = 0.5
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -33,68 +35,71 @@ _LONGEST_SNAPSHOT = 2**20
 _LATER = "remove its folder, and the training starts from its beginning"
 
 
+class _Told(NamedTuple):
+    """What was left on a board since it was last looked at."""
+
+    lines: list[dict[str, float]]
+    failures: list[Exception]
+
+
 @ray.remote(num_cpus=0)
 class Board:
     """A place where rank 0 leaves metrics and the driver picks them up."""
 
     def __init__(self) -> None:
-        self._lines: list[dict[str, Any]] = []
+        self._lines: list[dict[str, float]] = []
+        self._failures: list[Exception] = []
         self._failed = False
 
-    def put(self, line: dict[str, Any]) -> None:
-        """Leave one line."""
-        self._failed = self._failed or "failure" in line
+    def put(self, line: dict[str, float]) -> None:
+        """Leave the metrics of a step."""
         self._lines.append(line)
 
+    def fail(self, failure: Exception) -> None:
+        """Leave a failure that another try would only repeat."""
+        self._failed = True
+        self._failures.append(failure)
+
     def failed(self) -> bool:
-        """Say whether a rank left a failure that another try would only repeat."""
+        """Say whether a rank left a failure."""
         return self._failed
 
-    def take(self) -> list[dict[str, Any]]:
-        """Take all lines since the last call."""
-        lines, self._lines = self._lines, []
-        return lines
+    def take(self) -> _Told:
+        """Take all that was left since the last call."""
+        told = _Told(self._lines, self._failures)
+        self._lines, self._failures = [], []
+        return told
 
 
 @dataclass(frozen=True)
-class TrainingRequest:
-    """What the workers of a training are asked for, valid on every node."""
+class _Launch:
+    """What every worker of a training is handed."""
 
-    start: ModelRef
-    """The model, or the artifact with a model and patches, that the training starts from."""
-    model: ModelConfig
-    method: Mapping[str, Any]
-    """The method's config as it stands in the stage's parameters."""
-    data: DataConfig
-    train: TrainConfig
-    activations: Mapping[str, ModelRef] = field(default_factory=dict)
-    """Extracted activations by the role of their data set."""
-    prepared: Mapping[str, ModelRef] = field(default_factory=dict)
-    """What the method's preparations left, by their name."""
-    code: tuple[own_code.Code, ...] = ()
-    """The file of a method of the user's own."""
+    request: Request[ModelRef]
+    scale: ScaleConfig
+    board: ActorHandle
+    storage: str
+    scratch: str
+    """Folder of a node's disk for checkpoints that are being written."""
 
-    def here(self) -> Request:
-        """Return what the loop computes, with all inputs as directories of this node."""
-        own_code.receive(self.code)
-        return Request(
-            model_dir=self.start.locate(),
-            model=self.model,
-            method=dict(self.method),
-            data=self.data,
-            train=self.train,
-            activations={role: ref.locate() for role, ref in self.activations.items()},
-            prepared={name: ref.locate() for name, ref in self.prepared.items()},
-        )
+    @property
+    def is_remote(self) -> bool:
+        """Whether the storage is no disk that all nodes share."""
+        return "://" in self.storage
+
+    @property
+    def output(self) -> Path:
+        """Where rank 0 writes the artifact."""
+        return Path(self.scratch if self.is_remote else self.storage) / "output"
 
 
 def fit(
-    request: TrainingRequest,
+    request: Request[ModelRef],
     scale: ScaleConfig,
     *,
     storage: str,
     name: str,
-    report: Callable[[dict[str, Any]], None],
+    report: Report,
 ) -> None:
     """Train in Ray Train workers and leave the artifact in the folder `output` of `storage`.
 
@@ -107,13 +112,12 @@ def fit(
     check_snapshot(storage, name)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 s by default, waited for at both ends of a run
     gpu = reserved.uses_gpu(scale)
-    board = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
-    config: dict[str, Any] = {"request": request, "scale": scale, "board": board, "storage": storage}
+    board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
     # Beside the checkpoints where that is a disk, so that it goes with them; a bucket needs a disk of the node.
-    config["scratch"] = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
+    scratch = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=config,
+        train_loop_config={"launch": _Launch(request, scale, board, storage, scratch)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scale.workers,
@@ -156,7 +160,7 @@ class _Snapshot(saved.Shape):
     checkpoint_results: list[_Kept]
     checkpoint_report_indices: list[int]
     latest_checkpoint_result: _Kept | None = None
-    pending_training_results: list[Any] = Field(max_length=0)
+    pending_training_results: list[object] = Field(max_length=0)
     current_report_index: int
 
 
@@ -185,7 +189,7 @@ def check_snapshot(storage: str, name: str) -> None:
             raise ValueError(f"{where} names {one}, which is no folder beside it; {_LATER}")
 
 
-def _read(filesystem: Any, path: str, is_local: bool) -> bytes:
+def _read(filesystem: pafs.FileSystem, path: str, is_local: bool) -> bytes:
     if is_local:
         return files.read(Path(path), _LONGEST_SNAPSHOT)
     with filesystem.open_input_stream(path) as stream:
@@ -195,7 +199,7 @@ def _read(filesystem: Any, path: str, is_local: bool) -> bytes:
 class _Following:
     """Hand what rank 0 leaves on the board to `report`, each step once, until the block ends."""
 
-    def __init__(self, board: Any, report: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, board: ActorHandle, report: Report) -> None:
         self._board, self._report = board, report
         self._newest = 0
         self.failure: Exception | None = None
@@ -219,28 +223,28 @@ class _Following:
             self.failure = error
 
     def _pick_up(self) -> None:
-        for line in ray.get(self._board.take.remote()):
-            if "failure" in line:
-                self.failure = self.failure or line["failure"]
-                continue
+        told: _Told = ray.get(self._board.take.remote())  # type: ignore[assignment]
+        self.failure = next((failure for failure in (self.failure, *told.failures) if failure is not None), None)
+        for line in told.lines:
             # A resumed run repeats the steps since its checkpoint, with the same numbers.
             if line["step"] > self._newest:
                 self._newest = line["step"]
                 self._report(line)
 
 
-def _worker(config: dict[str, Any]) -> None:
+def _worker(config: dict[str, _Launch]) -> None:
     """Run the loop on one rank."""
     import torch
 
     from steerlab.training import loop
 
-    board = config["board"]
+    launch = config["launch"]
+    board = launch.board
     if ray.get(board.failed.remote()):
         return
     context = ray.train.get_context()
-    scale, request = config["scale"], config["request"].here()
-    torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
+    request = received(launch.request)
+    torch.set_num_threads(max(1, int(launch.scale.cpus_per_worker)))
     rank = context.get_world_rank()
     checkpoint = ray.train.get_checkpoint()
     link = loop.Link(
@@ -248,22 +252,21 @@ def _worker(config: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         device=get_device(),
         report=_report,
-        scratch=Path(config["scratch"]) / f"rank{rank}",
+        scratch=Path(launch.scratch) / f"rank{rank}",
         latest=None if checkpoint is None else _local(checkpoint),
         best=_best,
         tell=(lambda metrics: board.put.remote(metrics)) if rank == 0 else (lambda metrics: None),
     )
-    output = Path(config["scratch"]) / "output" if "://" in config["storage"] else Path(config["storage"]) / "output"
     try:
-        loop.run(request, scale, link, output)
+        loop.run(request, launch.scale, link, launch.output)
     except (ValueError, FloatingPointError) as error:
         # What the settings or the data did: the next group of workers finds it on the board and ends at once.
         error.add_note(traceback.format_exc())
-        ray.get(board.put.remote({"failure": error}))
+        ray.get(board.fail.remote(error))
         raise
-    if "://" in config["storage"] and rank == 0:
-        filesystem, path = remote.opened(f"{config['storage']}/output")
-        pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+    if launch.is_remote and rank == 0:
+        filesystem, path = remote.opened(f"{launch.storage}/output")
+        pafs.copy_files(str(launch.output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
 
 
 def _report(metrics: dict[str, float], directory: Path | None) -> None:
@@ -279,8 +282,8 @@ def _report(metrics: dict[str, float], directory: Path | None) -> None:
 
 def _local(checkpoint: Checkpoint) -> Path:
     """Return a local directory of a checkpoint: itself on a local ROOT, else a copy shared by the ranks of this node."""
-    filesystem: Any = checkpoint.filesystem
-    return Path(checkpoint.path) if filesystem.type_name == "local" else Path(checkpoint.to_directory())
+    assert checkpoint.filesystem is not None, "a checkpoint lies somewhere"
+    return Path(checkpoint.path) if checkpoint.filesystem.type_name == "local" else Path(checkpoint.to_directory())
 
 
 def _best() -> Path | None:

@@ -12,14 +12,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow.fs as pafs
+from pydantic import Field
 
 from steerlab.data import pairs, rows
 from steerlab.data.sources import remote
+from steerlab.data.values import Row
 from steerlab.guards import saved
 from steerlab.job import DataSet
 from steerlab.storage.store import Store, StoreError
@@ -40,25 +42,35 @@ class Shard(NamedTuple):
     number: int
     first: int
     """Number of its first row in the data set."""
-    rows: list[dict[str, Any]]
+    rows: Sequence[Row]
 
 
-class _Planned(saved.Shape):
-    """A shard of plan.json."""
+class Planned(saved.Shape):
+    """A planned shard, an entry of plan.json."""
 
     number: int
     first: int
     rows: int
     sha256: str
+    """Of its texts, or of its name."""
+    name: str = Field(default="", exclude_if=lambda name: not name)
+    """Of a part that is made of no rows."""
 
 
-class _Done(saved.Shape):
-    """What is known of a part that was made."""
+class Facts(saved.Shape):
+    """What is known of a part that was made; those who make one know more of it."""
 
     path: saved.Inside
-    planned: str
     bytes: int
     sha256: str
+
+
+class Done(Facts):
+    """The manifest row of a part, with all its facts."""
+
+    number: int
+    planned: str
+    """The hash of the shard that it was made of."""
 
 
 class Place:
@@ -72,16 +84,16 @@ class Place:
         self._fs, self._base = (pafs.LocalFileSystem(), uri) if uri.startswith("/") else remote.opened(uri)
 
     @property
-    def plan(self) -> list[dict[str, Any]] | None:
+    def plan(self) -> list[Planned] | None:
         """The planned shards, or None when there is no whole plan yet."""
         try:
-            return saved.like(self._store.read_json(f"{self._folder}/plan.json"), list[_Planned], self._folder)
+            return saved.checked(self._store.read_json(f"{self._folder}/plan.json"), list[Planned], self._folder)
         except (FileNotFoundError, StoreError, saved.SavedError):
             return None
 
     @plan.setter
-    def plan(self, entries: list[dict[str, Any]]) -> None:
-        self._store.write_json(f"{self._folder}/plan.json", entries)
+    def plan(self, entries: list[Planned]) -> None:
+        self._store.write_json(f"{self._folder}/plan.json", [entry.model_dump() for entry in entries])
 
     def write_texts(self, number: int, texts: str) -> None:
         """Keep the texts of a shard."""
@@ -94,24 +106,24 @@ class Place:
         except FileNotFoundError:
             return None
 
-    def shard(self, entry: Mapping[str, Any]) -> Shard:
+    def shard(self, entry: Planned) -> Shard:
         """Read a planned shard."""
-        texts = self.texts(entry["number"])
-        assert texts is not None and _sha256(texts) == entry["sha256"], "the plan was verified before"
-        return Shard(entry["number"], entry["first"], json.loads(texts))
+        texts = self.texts(entry.number)
+        assert texts is not None and _sha256(texts) == entry.sha256, "the plan was verified before"
+        return Shard(entry.number, entry.first, json.loads(texts))
 
-    def done(self, entry: Mapping[str, Any], verify: bool = False) -> dict[str, Any] | None:
+    def done(self, entry: Planned, verify: bool = False) -> Done | None:
         """Return a shard's manifest row if its part is as it says, with `verify` down to the last byte."""
         try:
-            row = saved.like(self._store.read_json(f"{self._folder}/done/{entry['number']:05d}.json"), _Done, self._folder)
+            row = saved.checked(self._store.read_json(f"{self._folder}/done/{entry.number:05d}.json"), Done, self._folder)
         except (FileNotFoundError, StoreError, saved.SavedError):
             return None
-        path = self._part(row["path"])
-        if row["planned"] != entry["sha256"] or self._fs.get_file_info(path).size != row["bytes"]:
+        path = self._part(row.path)
+        if row.planned != entry.sha256 or self._fs.get_file_info(path).size != row.bytes:
             return None
         if verify:
             with self._fs.open_input_stream(path) as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != row["sha256"]:  # type: ignore[arg-type]
+                if hashlib.file_digest(stream, "sha256").hexdigest() != row.sha256:  # type: ignore[arg-type]
                     return None
         return row
 
@@ -119,15 +131,15 @@ class Place:
         """Count an attempt of one run at a shard; return how many there were before."""
         path = f"{self._folder}/attempts/{run}-{number:05d}.json"
         try:
-            before: int = self._store.read_json(path)  # type: ignore[assignment]
+            before = saved.checked(self._store.read_json(path), int, path)
         except FileNotFoundError:
             before = 0
         self._store.write_json(path, before + 1)
         return before
 
-    def keep(self, entry: Mapping[str, Any], suffix: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    def keep(self, entry: Planned, suffix: str, make: Callable[[Path], Facts]) -> Done:
         """Have `make` leave a part, then write its manifest row."""
-        name = f"part-{entry['number']:05d}{suffix}"
+        name = f"part-{entry.number:05d}{suffix}"
         self._fs.create_dir(f"{self._base}/parts", recursive=True)
         if isinstance(self._fs, pafs.LocalFileSystem):
             facts = make(Path(self._base, "parts", name))
@@ -136,9 +148,9 @@ class Place:
                 facts = make(Path(scratch, name))
                 with Path(scratch, name).open("rb") as source, self._fs.open_output_stream(self._part(name)) as target:
                     shutil.copyfileobj(source, target, 1 << 22)
-        row = {"number": entry["number"], "first": entry["first"], "planned": entry["sha256"], **facts}
-        self._store.write_json(f"{self._folder}/done/{entry['number']:05d}.json", row)
-        return row
+        row = {"number": entry.number, "first": entry.first, "planned": entry.sha256, **facts.model_dump()}
+        self._store.write_json(f"{self._folder}/done/{entry.number:05d}.json", row)
+        return Done.model_validate(row)
 
     def _part(self, name: str) -> str:
         return f"{self._base}/parts/{name}"
@@ -148,7 +160,7 @@ class Place:
         for entry in self.plan or []:
             row = self.done(entry)
             assert row is not None, "every part was made"
-            source, target = self._part(row["path"]), directory / row["path"]
+            source, target = self._part(row.path), directory / row.path
             if isinstance(self._fs, pafs.LocalFileSystem):
                 # A link, not a move: a kill before the commit must not cost the parts.
                 os.link(source, target)
@@ -156,15 +168,15 @@ class Place:
                 pafs.copy_files(source, str(target), source_filesystem=self._fs, destination_filesystem=pafs.LocalFileSystem())
 
 
-def planned(place: Place, data: DataSet, rows_per_shard: int) -> list[dict[str, Any]]:
+def planned(place: Place, data: DataSet, rows_per_shard: int) -> list[Planned]:
     """Return the planned shards: those of an extraction that was cut short, if their texts are whole."""
     entries = place.plan
-    if entries is not None and all(_is_whole(place.texts(entry["number"]), entry) for entry in entries):
+    if entries is not None and all(_is_whole(place.texts(entry.number), entry) for entry in entries):
         return entries
     entries = []
-    found = rows.read(data)
-    for number, first in enumerate(range(0, len(found), rows_per_shard)):
-        chosen = found[first : first + rows_per_shard]
+    read = rows.read(data)
+    for number, first in enumerate(range(0, len(read), rows_per_shard)):
+        chosen = read[first : first + rows_per_shard]
         taken = [
             {name: row.get(name) for name in _TEXT_FIELDS[data.format]}
             | {name: row[name] for name in _FIELDS_BESIDE.get(data.format, ()) if name in row}
@@ -172,13 +184,13 @@ def planned(place: Place, data: DataSet, rows_per_shard: int) -> list[dict[str, 
         ]
         texts = json.dumps(taken, ensure_ascii=False)
         place.write_texts(number, texts)
-        entries.append({"number": number, "first": first, "rows": len(taken), "sha256": _sha256(texts)})
+        entries.append(Planned(number=number, first=first, rows=len(taken), sha256=_sha256(texts)))
     place.plan = entries
     return entries
 
 
-def _is_whole(texts: str | None, entry: Mapping[str, Any]) -> bool:
-    return texts is not None and _sha256(texts) == entry["sha256"]
+def _is_whole(texts: str | None, entry: Planned) -> bool:
+    return texts is not None and _sha256(texts) == entry.sha256
 
 
 def _sha256(text: str) -> str:

@@ -13,28 +13,33 @@ import errno
 import json
 import logging
 import tempfile
-import threading
 import time
 import traceback
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import ray
+from pydantic import TypeAdapter
 
+from steerlab.data.values import Row
+from steerlab.guards import saved
 from steerlab.job import DataSet, ScaleConfig
 from steerlab.stages.spread import reserved, shard_plan, subject
-from steerlab.stages.spread.shard_plan import Place, Shard
+from steerlab.stages.spread.shard_plan import Done, Facts, Place, Planned, Shard
 from steerlab.stages.spread.subject import Loading
+from steerlab.stages.spread.tally import Tally, following
 from steerlab.storage.plan import Work
 from steerlab.storage.store import StoreError
 
 if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
     from steerlab.steered.language import SteeredModel
 
 _POLL_S = 0.5
@@ -48,15 +53,16 @@ class Maker(ABC):
     """Of the parts' names."""
 
     @abstractmethod
-    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> Facts:
         """Leave the part at `path`, whole or not at all; return its facts. `tell` takes the number of rows done so far."""
 
     def close(self) -> None:  # noqa: B027
         """Take off the model what was put on it, where something stays on it between shards."""
 
 
-Make = Callable[["SteeredModel", Mapping[str, Any]], Maker]
-"""A module's function that makes a `Maker` from a loaded model and the stage's parameters."""
+Make = Callable[["SteeredModel"], Maker]
+"""Makes a `Maker` around a loaded model; what it knows of the stage's parameters can be sent to other processes."""
+_F = TypeVar("_F", bound=Facts)
 
 
 @dataclass(frozen=True)
@@ -65,19 +71,37 @@ class _Request:
 
     loading: Loading
     place: tuple[str, str, str]
-    params: Mapping[str, Any]
     make: Make
     max_failures: int
     run: str
     """Names this attempt at the stage."""
-    tally: Any = None
+    tally: ActorHandle | None = None
     """The actor that counts rows; none where processes stay."""
 
 
+_Item = dict[str, str]
+"""What Ray Data hands to a worker: JSON of the planned shard, under the name entry."""
+_Line = dict[str, str]
+"""What Ray Data gets back from a worker: JSON of the manifest row or of a failure, under the name row."""
+
+
+class _Failure(saved.Shape):
+    """Stands in place of a manifest row where another attempt would only repeat it."""
+
+    failure: str
+    kind: Literal["ValueError", "OSError", "RuntimeError"]
+    trace: str
+
+
 def run(
-    work: Work, make: Make, rows_per_shard: int, check: Callable[[int, Sequence[Mapping[str, Any]]], None]
-) -> list[dict[str, Any]]:
-    """Make the parts that are missing and return the manifest rows of all, in order.
+    work: Work,
+    make: Make,
+    facts: type[_F],
+    data: DataSet,
+    rows_per_shard: int,
+    check: Callable[[int, Sequence[Row]], None] = lambda num_rows, some: None,
+) -> list[_F]:
+    """Make the parts that are missing and return the facts of all, in order; `facts` is what the maker leaves.
 
     `check` sees the number of missing rows and some of them before the first actor starts; it raises ValueError to stop.
 
@@ -85,22 +109,22 @@ def run(
         ValueError: the data or the settings are wrong; no other attempt is made.
     """
     place = Place(work.store.root, work.stage.name, work.stage.key)
-    planned = shard_plan.planned(place, DataSet.model_validate(work.params["data"]), rows_per_shard)
-    done = {entry["number"]: row for entry in planned if (row := place.done(entry, verify=True)) is not None}
-    missing = [entry for entry in planned if entry["number"] not in done]
-    total = sum(entry["rows"] for entry in planned)
-    before = total - sum(entry["rows"] for entry in missing)
+    planned = shard_plan.planned(place, data, rows_per_shard)
+    done = {entry.number: row for entry in planned if (row := place.done(entry, verify=True)) is not None}
+    missing = [entry for entry in planned if entry.number not in done]
+    total = sum(entry.rows for entry in planned)
+    before = total - sum(entry.rows for entry in missing)
     work.report({"done": before, "total": total})
     if missing:
         check(total - before, place.shard(missing[0]).rows)
-        request = _Request(subject.of(work), place.address, dict(work.params), make, work.scale.max_failures, uuid.uuid4().hex)
+        request = _Request(subject.of(work), place.address, make, work.scale.max_failures, uuid.uuid4().hex)
 
         def report(now: int, left_s: float) -> None:
             work.report({"done": before + now, "total": total, "left_s": left_s})
 
-        made = (_by_processes if work.scale.warm else _by_actors)(request, missing, work.scale, report)
-        done |= {row["number"]: row for row in made}
-    return [done[entry["number"]] for entry in planned]
+        rows = (_by_processes if work.scale.warm else _by_actors)(request, missing, work.scale, report)
+        done |= {row.number: row for row in rows}
+    return [facts.model_validate(done[entry.number].model_dump()) for entry in planned]
 
 
 def collect(work: Work) -> None:
@@ -118,26 +142,26 @@ def parts(work: Work) -> Iterator[list[Path]]:
 
 
 def _by_actors(
-    request: _Request, missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
-) -> Iterator[dict[str, Any]]:
+    request: _Request, missing: list[Planned], scale: ScaleConfig, report: Callable[[int, float], None]
+) -> Iterator[Done]:
     """Make the missing shards in a pool of actors and yield their manifest rows as they come."""
     tally: Any = Tally.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
-    with _following(tally, report, sum(entry["rows"] for entry in missing)):
+    with following(tally, report, sum(entry.rows for entry in missing)):
         yield from _stream(replace(request, tally=tally), missing, scale)
 
 
 def _by_processes(
-    request: _Request, missing: list[dict[str, Any]], scale: ScaleConfig, report: Callable[[int, float], None]
-) -> Iterator[dict[str, Any]]:
+    request: _Request, missing: list[Planned], scale: ScaleConfig, report: Callable[[int, float], None]
+) -> Iterator[Done]:
     """Make the missing shards in warm processes. No actor follows them: Ray would give it the process that is warm."""
-    started_s, num_rows, now = time.monotonic(), {entry["number"]: entry["rows"] for entry in missing}, 0
+    started_s, num_rows, now = time.monotonic(), {entry.number: entry.rows for entry in missing}, 0
     for row in _stream(request, missing, scale):
-        now += num_rows[row["number"]]
+        now += num_rows[row.number]
         report(now, (time.monotonic() - started_s) * (sum(num_rows.values()) - now) / now)
         yield row
 
 
-def _stream(request: _Request, missing: list[dict[str, Any]], scale: ScaleConfig) -> Iterator[dict[str, Any]]:
+def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> Iterator[Done]:
     """Send the missing shards to the workers and yield their manifest rows as they come."""
     import ray.data
 
@@ -145,34 +169,39 @@ def _stream(request: _Request, missing: list[dict[str, Any]], scale: ScaleConfig
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     low, high = (min(workers, len(missing)) for workers in scale.worker_range)
-    entries = [{"entry": json.dumps(entry)} for entry in missing]
+    items = [{"entry": entry.model_dump_json()} for entry in missing]
     # As for all workers, also where fewer shards are left: the threads of an actor change the last bits of its sums.
-    held: Any = reserved.of_actors(scale, scale.worker_range[0])
-    source = ray.data.from_items(entries, override_num_blocks=len(entries))
+    resources = reserved.of_actors(scale, scale.worker_range[0])
+    cpus, gpus = resources["num_cpus"], resources["num_gpus"]
+    source = ray.data.from_items(items, override_num_blocks=len(items))
     if scale.warm:
-        found = source.map(partial(_in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), **held)
+        lines = source.map(
+            partial(_in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), num_cpus=cpus, num_gpus=gpus
+        )
     else:
-        found = source.map(
+        lines = source.map(
             _Worker,  # type: ignore[arg-type]
             fn_constructor_args=(request,),
             # One shard waits at each actor while it works on another.
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
-            **held,
+            num_cpus=cpus,
+            num_gpus=gpus,
         )
-    for line in found.iter_rows():
-        if "failure" in (row := json.loads(line["row"])):
-            error = _ERRORS[row["kind"]](row["failure"])
-            error.add_note(row["trace"])
+    for line in lines.iter_rows():
+        row = _LINE.validate_json(line["row"])
+        if isinstance(row, _Failure):
+            error = _ERRORS[row.kind](row.failure)
+            error.add_note(row.trace)
             raise error
         yield row
 
 
-def _in_warm_process(request: _Request, item: dict[str, Any]) -> dict[str, str]:
+def _in_warm_process(request: _Request, item: _Item) -> _Line:
     """Return the manifest row of a shard from a process that keeps the model for the stage's next one."""
-    deaths = Place(*request.place).attempts(json.loads(item["entry"])["number"], request.run)
+    deaths = Place(*request.place).attempts(Planned.model_validate_json(item["entry"]).number, request.run)
     failure = _too_many_deaths(deaths, "processes", request.max_failures)
     if failure is not None:
-        return {"row": json.dumps(failure)}
+        return {"row": failure.model_dump_json()}
     owner = json.dumps(request.place)
     worker = _Worker(request, partial(subject.kept, owner))
     try:
@@ -184,7 +213,7 @@ def _in_warm_process(request: _Request, item: dict[str, Any]) -> dict[str, str]:
 class _Worker:
     """An actor of the pool: a loaded model and what it makes of its shards."""
 
-    def __init__(self, request: _Request, load: Callable[[Loading], Any] = subject.load) -> None:
+    def __init__(self, request: _Request, load: Callable[[Loading], SteeredModel] = subject.load) -> None:
         self._place = Place(*request.place)
         self._tally = request.tally
         self._maker: Maker | None = None
@@ -195,7 +224,7 @@ class _Worker:
         if self._failure is not None:
             return
         try:
-            self._maker = request.make(load(request.loading), request.params)
+            self._maker = request.make(load(request.loading))
         except ValueError as error:
             self._failure = _failure(error)
 
@@ -204,19 +233,19 @@ class _Worker:
         if self._maker is not None:
             self._maker.close()
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
+    def __call__(self, item: _Item) -> _Line:
         """Return the manifest row of a shard, made now or by an actor that was killed too late to hand it back."""
-        entry = json.loads(item["entry"])
+        entry = Planned.model_validate_json(item["entry"])
         row = self._failure or self._place.done(entry) or self._made(entry)
-        if "failure" not in row:
-            self._tell(entry, entry["rows"])
-        return {"row": json.dumps(row)}
+        if isinstance(row, Done):
+            self._tell(entry, entry.rows)
+        return {"row": row.model_dump_json()}
 
-    def _tell(self, entry: dict[str, Any], num_rows: int) -> None:
+    def _tell(self, entry: Planned, num_rows: int) -> None:
         if self._tally is not None:
-            self._tally.tell.remote(entry["number"], num_rows)
+            self._tally.tell.remote(entry.number, num_rows)
 
-    def _made(self, entry: dict[str, Any]) -> dict[str, Any]:
+    def _made(self, entry: Planned) -> Done | _Failure:
         told_s = time.monotonic()
 
         def tell(num_rows: int) -> None:
@@ -236,20 +265,21 @@ class _Worker:
         except OSError as error:
             if error.errno not in _FULL_DISK:
                 raise
-            return {**_failure(error), "failure": f"no space left for part {entry['number']} in {self._place.address[0]}"}
+            message = f"no space left for part {entry.number} in {self._place.address[0]}"
+            return _failure(error).model_copy(update={"failure": message})
 
 
+_LINE: TypeAdapter[Done | _Failure] = TypeAdapter(Done | _Failure)
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": StoreError, "RuntimeError": RuntimeError}
 """What the driver raises for a failure."""
 
 
-def _failure(error: ValueError | OSError) -> dict[str, str]:
-    """Return, in place of a manifest row, what another attempt would only repeat."""
+def _failure(error: ValueError | OSError) -> _Failure:
     kind = "OSError" if isinstance(error, OSError) else "ValueError"
-    return {"failure": str(error), "kind": kind, "trace": traceback.format_exc()}
+    return _Failure(failure=str(error), kind=kind, trace=traceback.format_exc())
 
 
-def _too_many_deaths(deaths: int, which: str, most: int) -> dict[str, str] | None:
+def _too_many_deaths(deaths: int, which: str, most: int) -> _Failure | None:
     """Return a failure where another attempt would only be one more death."""
     if deaths <= most:
         return None
@@ -257,62 +287,4 @@ def _too_many_deaths(deaths: int, which: str, most: int) -> dict[str, str] | Non
         f"{deaths} {which} died, more than scale.max_failures {most}; if they ran out of memory, "
         "lower extract.batch_tokens or scale.workers"
     )
-    return {"failure": text, "kind": "RuntimeError", "trace": ""}
-
-
-@ray.remote(num_cpus=0)
-class Tally:
-    """How far the shards are, as the actors tell it."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, int] = {}
-        self._deaths = 0
-        self._first_s = 0.0
-
-    def died(self) -> int:
-        """Count one more actor that died; return how many did."""
-        self._deaths += 1
-        return self._deaths
-
-    def tell(self, number: int, num_rows: int) -> None:
-        """Take the rows done of one shard; those of a killed actor are not taken back."""
-        self._first_s = self._first_s or time.monotonic()
-        self._rows[number] = max(num_rows, self._rows.get(number, 0))
-
-    def total(self) -> tuple[int, float]:
-        """Return the rows done of all shards and the seconds since the first actor began."""
-        return sum(self._rows.values()), time.monotonic() - self._first_s
-
-
-@contextmanager
-def _following(tally: Any, report: Callable[[int, float], None], total: int) -> Iterator[None]:
-    """Report the tally and the seconds left while the block runs, and once more at its end."""
-    stop = threading.Event()
-    failure: list[Exception] = []
-    told = 0
-
-    def tell() -> None:
-        nonlocal told
-        now, seconds = ray.get(tally.total.remote())
-        if now > told:
-            told = now
-            report(now, seconds * (total - now) / now)
-
-    def follow() -> None:
-        try:
-            while not stop.wait(_POLL_S):
-                tell()
-        except Exception as error:  # whatever `report` raised: the main thread has to hear of it
-            failure.append(error)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    tell()
-    ray.kill(tally)
-    if failure:
-        raise failure[0]
+    return _Failure(failure=text, kind="RuntimeError", trace="")

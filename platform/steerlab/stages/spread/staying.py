@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, TypeVarTuple
 
 import ray
 from ray.exceptions import (
@@ -26,29 +26,47 @@ from ray.exceptions import (
 from steerlab.job import ScaleConfig
 from steerlab.stages.spread.reserved import ANYWHERE
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 _DIED = (WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, ActorDiedError, ActorUnavailableError)
-_RESULT, _TOLD = "result", "told"
-Tell = Callable[[Any], None]
+_L = TypeVar("_L")
+_R = TypeVar("_R")
+_A = TypeVarTuple("_A")
+Tell = Callable[[_L], None]
+"""Takes what a function tells while it runs."""
+
+
+class _Told(NamedTuple, Generic[_L]):
+    """What a function tells while it runs."""
+
+    value: _L
+
+
+class _Result(NamedTuple, Generic[_R]):
+    """What a function returns."""
+
+    value: _R
 
 
 class _Open(threading.local):
     """The actor that this thread used last: one thread runs one plan."""
 
     owner = ""
-    actor: Any = None
+    actor: ActorHandle | None = None
 
 
 _open = _Open()
 
 
 def call(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    function: Callable[[Tell[_L], *_A], _R],
+    arguments: tuple[*_A],
     scale: ScaleConfig,
     reserved: Mapping[str, float],
-    told: Tell,
+    told: Tell[_L],
     owner: str = "",
-) -> Any:
+) -> _R:
     """Return `function(tell, *arguments)` of another process; `told` sees what it tells.
 
     `owner` is what an actor is kept for: the next call of the same owner finds what it left in the process. A process that dies
@@ -58,10 +76,10 @@ def call(
         lines = _started(function, arguments, scale, reserved, owner)
         try:
             for line in lines:
-                kind, value = ray.get(line)
-                if kind == _RESULT:
-                    return value
-                told(value)
+                said: _Told[_L] | _Result[_R] = ray.get(line)
+                if isinstance(said, _Result):
+                    return said.value
+                told(said.value)
         except BaseException as error:
             # Also where it died: the loss of one line is no proof that the process is gone.
             if scale.warm:
@@ -80,11 +98,11 @@ def close() -> None:
     _open.owner, _open.actor = "", None
 
 
-def every(seconds: float, tell: Tell) -> Callable[..., None]:
+def every(seconds: float, tell: Tell[tuple[*_A]]) -> Callable[[*_A], None]:
     """Return a function that tells its arguments, but not more often than this."""
     told_s = time.monotonic()
 
-    def sometimes(*values: Any) -> None:
+    def sometimes(*values: *_A) -> None:
         nonlocal told_s
         if time.monotonic() - told_s > seconds:
             told_s = time.monotonic()
@@ -94,44 +112,49 @@ def every(seconds: float, tell: Tell) -> Callable[..., None]:
 
 
 def _started(
-    function: Callable[..., Any], arguments: tuple[Any, ...], scale: ScaleConfig, reserved: Mapping[str, float], owner: str
-) -> Any:
+    function: Callable[[Tell[_L], *_A], _R],
+    arguments: tuple[*_A],
+    scale: ScaleConfig,
+    reserved: Mapping[str, float],
+    owner: str,
+) -> ray.ObjectRefGenerator:
     """Begin, and return references to the lines that come."""
     name = function.__name__.strip("_")  # as people see the process: ray::train, ray::evaluate
     if scale.warm:
-        task: Any = _in_task.options(**reserved, max_retries=0, name=name)  # type: ignore[attr-defined]
+        task = _in_task.options(**reserved, max_retries=0, name=name)  # type: ignore[attr-defined]
         return task.remote(function, arguments)
     if _open.actor is None or owner != _open.owner:
         close()
         _open.actor = _Actor.options(**reserved).remote()  # type: ignore[attr-defined]
         _open.owner = owner
+    assert _open.actor is not None
     return _open.actor.run.options(num_returns="streaming", name=name).remote(function, arguments)
 
 
 @ray.remote(num_returns="streaming", scheduling_strategy=ANYWHERE)
-def _in_task(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+def _in_task(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Told[_L] | _Result[_R]]:
     yield from _lines(function, arguments)
 
 
 @ray.remote(scheduling_strategy=ANYWHERE)
 class _Actor:
-    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    def run(self, function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Told[_L] | _Result[_R]]:
         yield from _lines(function, arguments)
 
 
-def _lines(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+def _lines(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Told[_L] | _Result[_R]]:
     """Yield what a function tells while it runs in a thread beside, and its result last."""
-    lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    lines: queue.SimpleQueue[_Told[_L] | _Result[_R] | BaseException] = queue.SimpleQueue()
     stopped = threading.Event()
 
-    def tell(line: Any) -> None:
+    def tell(line: _L) -> None:
         if stopped.is_set():
             raise _Stopped
-        lines.put((_TOLD, line))
+        lines.put(_Told(line))
 
     def run() -> None:
         try:
-            lines.put((_RESULT, function(tell, *arguments)))
+            lines.put(_Result(function(tell, *arguments)))
         except BaseException as error:  # raised below, where Ray sees it
             lines.put(error)
 
@@ -143,7 +166,7 @@ def _lines(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator
             if isinstance(line, BaseException):
                 raise line
             yield line
-            if line[0] == _RESULT:
+            if isinstance(line, _Result):
                 return
     finally:
         stopped.set()

@@ -5,17 +5,64 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
+from pydantic import Field
 
 from steerlab.data import sources
+from steerlab.guards.json_values import JsonObject
 from steerlab.inputs import encoding
-from steerlab.job import PROMPT_FIELDS, Frozen, Job, described, own_code
+from steerlab.job import Frozen, Job, ModelConfig, SamplerConfig, Source, Template, described, own_code, prompt_settings
 from steerlab.storage.plan import ModelRef, Stage, Work
 
 MODEL = "model"
 """Name of the input that leaves the model which a stage works on."""
+
+
+# A key holds no null where a setting is absent: the keys of artifacts stay what they were before there was such a setting.
+class LoadedModel(Frozen):
+    """How a stage's model is loaded and, where it is the job's source, which one it is."""
+
+    dtype: Literal["float32", "bfloat16"]
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    kind: Literal["diffusion"] | None = Field(default=None, exclude_if=lambda kind: kind is None)
+    """Family of the model; None for language models."""
+    sampler: SamplerConfig | None = Field(default=None, exclude_if=lambda sampler: sampler is None)
+    """How a diffusion model draws."""
+    denoiser_fingerprint: str | None = Field(default=None, exclude_if=lambda fingerprint: fingerprint is None)
+    trust_remote_code: bool = Field(default=False, exclude_if=lambda trusts: not trusts)
+    """Whether code that comes with the model runs."""
+    source: Source | None = Field(default=None, exclude_if=lambda source: source is None)
+    """None where another stage leaves the model."""
+    fingerprint: str | None = Field(default=None, exclude_if=lambda fingerprint: fingerprint is None)
+    """Of the source."""
+
+
+class Prompting(Frozen):
+    """How the model of a source is prompted."""
+
+    prompt_style: Literal["aside", "plain"]
+    response_role: Literal["data", "instruction", "response"]
+    thinking: bool = Field(default=False, exclude_if=lambda thinks: not thinks)
+    tokenizer: Source | None = Field(default=None, exclude_if=lambda source: source is None)
+    """Source of the tokenizer, where it does not lie beside the model."""
+    chat_template: Template | None = Field(default=None, exclude_if=lambda source: source is None)
+    """The template or its source, where it does not lie beside the model."""
+
+
+class OnModel(Frozen, extra="ignore"):
+    """Parameters of every stage that works on a model; stages derive theirs from it, and what is their own is skipped here."""
+
+    model: LoadedModel
+    prompt: Prompting | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
+    """None where another stage leaves the model, whose artifact says how it is prompted."""
+    prompt_fingerprints: dict[str, str] = Field(default={}, exclude_if=lambda fingerprints: not fingerprints)
+    """Of tokenizer and chat template, where they do not lie beside the model."""
+    encoding: int | None = Field(default=None, exclude_if=lambda version: version is None)
+    """Version of the code that makes tokens of rows."""
+    snapshot: int | None = Field(default=None, exclude_if=lambda step: step is None)
+    """The step of the training below whose patch is meant; None takes its end."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +71,7 @@ class Subject:
 
     stage: Stage | None
     """The stage that leaves it, None when it is the job's source."""
-    params: Mapping[str, Any]
+    params: OnModel
     """What of it goes into the keys of the stages."""
     places: Mapping[str, str]
     """Where the files on disk lie that the job's own configs name, by their fingerprints."""
@@ -34,28 +81,35 @@ class Subject:
         """The stage that leaves it, as an input of the stages that work on it."""
         return {} if self.stage is None else {MODEL: self.stage}
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The parameters as arguments for a stage's own, which are derived from `OnModel`."""
+        return dict(self.params)
+
 
 def on(job: Job, stage: Stage | None) -> Subject:
     """Return the model that a stage leaves, or that of the job's source, as the job loads it. Raises SourceError."""
     return Subject(stage, _params(job, stage), places(job))
 
 
-def _params(job: Job, below: Stage | None) -> dict[str, Any]:
-    model: dict[str, Any] = {"dtype": job.model.dtype, "attention": job.model.attention, **_drawing(job)}
-    if job.model.trust_remote_code:
-        model["trust_remote_code"] = True
+def _params(job: Job, below: Stage | None) -> OnModel:
+    model = LoadedModel(
+        dtype=job.model.dtype,
+        attention=job.model.attention,
+        trust_remote_code=job.model.trust_remote_code,
+        **_drawing(job.model),
+    )
     if below is not None:
-        return {"model": model}
-    assert isinstance(job.model.source, str)
-    model |= {"source": identity(job.model.source), "fingerprint": sources.fingerprint(job.model.source)}
+        return OnModel(model=model)
+    source = job.model.source
+    assert isinstance(source, str)
     elsewhere = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
-    fingerprints = {name: encoding.fingerprint(name, source) for name, source in elsewhere.items() if source is not None}
-    return {
-        "model": model,
-        "prompt": dumped(job.data, include=set(PROMPT_FIELDS)) | dumped(job.model, include=set(elsewhere)),
-        **({"prompt_fingerprints": fingerprints} if fingerprints else {}),
-        **({"encoding": encoding.VERSION} if job.model.kind == "causal_lm" else {}),
-    }
+    return OnModel(
+        model=model.model_copy(update={"source": source, "fingerprint": sources.fingerprint(source)}),
+        prompt=Prompting.model_validate(prompt_settings(job.model, job.data)),
+        prompt_fingerprints={name: encoding.fingerprint(name, one) for name, one in elsewhere.items() if one is not None},
+        encoding=encoding.VERSION if job.model.kind == "causal_lm" else None,
+    )
 
 
 def identity(source: str) -> str:
@@ -63,8 +117,8 @@ def identity(source: str) -> str:
     return sources.fingerprint(source) if sources.parse(source).kind == "path" else source
 
 
-def dumped(config: Frozen, **options: Any) -> dict[str, Any]:
-    """Return a config as it stands in a stage's parameters."""
+def dumped(config: Frozen, **options: Any) -> JsonObject:
+    """Return a config, or a stage's parameters, as they stand in a key; the options are those of pydantic's `model_dump`."""
     return described(config, identity, **options)
 
 
@@ -83,13 +137,13 @@ def places(job: Job) -> dict[str, str]:
     return found | {code.sha256: code.path for code in own_code.codes_in(tree)}
 
 
-def _drawing(job: Job) -> dict[str, Any]:
-    """Return how a diffusion model draws; nothing for other kinds, whose keys have no such part."""
-    if job.model.kind != "diffusion":
+def _drawing(model: ModelConfig) -> dict[str, Any]:
+    """Return how a diffusion model draws, as fields of `LoadedModel`; nothing for other kinds, whose keys have no such part."""
+    if model.kind != "diffusion":
         return {}
-    sampler = job.model.drawing
-    weights = {} if sampler.denoiser is None else {"denoiser_fingerprint": sources.fingerprint(sampler.denoiser)}
-    return {"kind": "diffusion", "sampler": dumped(sampler), **weights}
+    sampler = model.drawing
+    weights = None if sampler.denoiser is None else sources.fingerprint(sampler.denoiser)
+    return {"kind": "diffusion", "sampler": sampler, "denoiser_fingerprint": weights}
 
 
 @dataclass(frozen=True)
@@ -97,48 +151,43 @@ class Loading:
     """All that a worker on any node needs to load the model of a stage."""
 
     ref: ModelRef
-    dtype: str
-    attention: str
-    sampler: Mapping[str, Any] | None
-    """How a diffusion model draws."""
-    trust_remote_code: bool
-    """Whether code that comes with the model runs."""
-    prompt: Mapping[str, Any] | None
+    model: LoadedModel
+    prompt: Prompting | None
     """How the model of a source is asked; what a stage left says so itself."""
     snapshot: int | None
     """The training step whose patch is meant, of what a stage left."""
 
+    @property
+    def prompt_settings(self) -> JsonObject | None:
+        """How the model of a source is asked, as encoders take it."""
+        return None if self.prompt is None else self.prompt.model_dump(mode="json")
+
 
 def of(work: Work) -> Loading:
     """Return how a worker loads the stage's model."""
-    below, model = work.stage.inputs.get(MODEL), work.params["model"]
-    return Loading(
-        ModelRef(source=model["source"]) if below is None else ModelRef(artifact=(work.store.root, below.name, below.key)),
-        model["dtype"],
-        model["attention"],
-        model.get("sampler"),
-        model.get("trust_remote_code", False),
-        work.params["prompt"] if below is None else None,
-        work.params.get("snapshot") if below is not None else None,
-    )
+    below, params = work.stage.inputs.get(MODEL), OnModel.model_validate(work.params)
+    if below is None:
+        return Loading(ModelRef(source=params.model.source), params.model, params.prompt, None)
+    return Loading(ModelRef(artifact=(work.store.root, below.name, below.key)), params.model, None, params.snapshot)
 
 
 def load(loading: Loading) -> Any:
-    """Load a model on this worker's device, with the patches that it carries."""
+    """Load a model on this worker's device, with the patches that it carries: a `SteeredModel` or a `SteeredPipeline`."""
     import torch
 
     from steerlab.steered import language
 
+    model = loading.model
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     return language.load(
         loading.ref.locate(),
-        dtype=loading.dtype,
-        attention=loading.attention,
+        dtype=model.dtype,
+        attention=model.attention,
         device="cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu",
-        prompt=loading.prompt,
+        prompt=loading.prompt_settings,
         snapshot=loading.snapshot,
-        sampler=loading.sampler,
-        trust_remote_code=loading.trust_remote_code,
+        sampler=None if model.sampler is None else model.sampler.model_dump(mode="json"),
+        trust_remote_code=model.trust_remote_code,
     )
 
 

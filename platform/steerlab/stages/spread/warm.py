@@ -13,9 +13,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.fs as pafs
 import ray
@@ -25,7 +23,9 @@ from ray.train import RunConfig, ScalingConfig
 from steerlab.data.sources import remote
 from steerlab.guards import files, private_parts, saved
 from steerlab.job import ScaleConfig
-from steerlab.stages.spread import launch, reserved, staying
+from steerlab.stages.spread import reserved, staying
+from steerlab.storage.plan import ModelRef, Report
+from steerlab.training.request import Request, received
 
 _REPORTED = "report.json"
 """Written last into a checkpoint: one without it does not count."""
@@ -34,7 +34,7 @@ _NAME = re.compile(r"[0-9]{9,18}")
 """The folder of a checkpoint: the number of its step. Others do not count."""
 
 
-def fit(request: launch.TrainingRequest, scale: ScaleConfig, *, storage: str, report: Callable[[dict[str, Any]], None]) -> None:
+def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report: Report) -> None:
     """Train in a warm process and leave the artifact in the folder `output` of `storage`, a path or URI that all nodes reach.
 
     A process that dies is replaced up to `scale.max_failures` times; `report` sees each step once.
@@ -42,7 +42,7 @@ def fit(request: launch.TrainingRequest, scale: ScaleConfig, *, storage: str, re
     assert scale.worker_range == (1, 1), "several workers need a Ray Train run of their own"
     newest = 0
 
-    def told(metrics: dict[str, Any]) -> None:
+    def told(metrics: dict[str, float]) -> None:
         nonlocal newest
         if metrics["step"] > newest:  # a process that replaces another repeats the steps since its checkpoint
             newest = metrics["step"]
@@ -63,7 +63,7 @@ def _import() -> None:
     import steerlab.training.loop  # noqa: F401
 
 
-def _train(tell: staying.Tell, request: launch.TrainingRequest, scale: ScaleConfig, storage: str) -> None:
+def _train(tell: Report, request: Request[ModelRef], scale: ScaleConfig, storage: str) -> None:
     """Run the loop under Ray Train's local mode; TorchTrainer's would take down the process group, which DeepSpeed keeps."""
     private_parts.local_trainer()(
         lambda: _loop(request, scale, storage, tell),
@@ -72,7 +72,7 @@ def _train(tell: staying.Tell, request: launch.TrainingRequest, scale: ScaleConf
     ).fit()
 
 
-def _loop(request: launch.TrainingRequest, scale: ScaleConfig, storage: str, tell: Callable[[dict[str, float]], None]) -> None:
+def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Report) -> None:
     import torch
     from torch import distributed
 
@@ -81,7 +81,7 @@ def _loop(request: launch.TrainingRequest, scale: ScaleConfig, storage: str, tel
     gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        store: Any = distributed.HashStore()  # type: ignore[attr-defined]
+        store = distributed.HashStore()  # type: ignore[attr-defined]
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
     kept = _Checkpoints(storage)
@@ -99,7 +99,7 @@ def _loop(request: launch.TrainingRequest, scale: ScaleConfig, storage: str, tel
         tell=tell,
     )
     try:
-        loop.run(request.here(), scale, link, output)
+        loop.run(received(request), scale, link, output)
         if is_remote:
             filesystem, path = remote.opened(f"{storage}/output")
             pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)

@@ -1,0 +1,82 @@
+"""What an artifact holds: its manifest, made, and checked against what lies there."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TypedDict
+
+from steerlab.guards.files import escapes
+from steerlab.guards.json_values import Json, JsonObject
+from steerlab.storage.records import StoreError
+from steerlab.storage.whole import Content
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+class StoredFile(Content):
+    """A file of an artifact."""
+
+    path: str
+    """Relative to the artifact."""
+
+
+class Manifest(TypedDict):
+    """The manifest of an artifact."""
+
+    stage: Json
+    key: Json
+    meta: JsonObject
+    """How the artifact was made."""
+    files: list[StoredFile]
+    schema: Json
+
+
+def listing(directory: Path) -> list[StoredFile]:
+    """Return the files of a directory that becomes an artifact."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
+    return [
+        StoredFile(path=path.relative_to(directory).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
+        for path in paths
+    ]
+
+
+def check(manifest: Json, artifact: str) -> Manifest:
+    """Return a manifest, and refuse what is none: whoever may write into ROOT may have left it there. Raises StoreError."""
+    found = manifest if isinstance(manifest, dict) else {}
+    files, meta = found.get("files"), found.get("meta")
+    if not isinstance(files, list) or not isinstance(meta, dict):
+        raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} names neither files nor meta")
+    checked = [_checked_file(file, artifact) for file in files]
+    return Manifest(stage=found.get("stage"), key=found.get("key"), meta=meta, files=checked, schema=found.get("schema"))
+
+
+def _checked_file(file: Json, artifact: str) -> StoredFile:
+    path, size, digest = (file.get(name) for name in ("path", "bytes", "sha256")) if isinstance(file, dict) else (None,) * 3
+    if not isinstance(path, str) or not isinstance(size, int) or not isinstance(digest, str):
+        raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} describes a file by {file!r:.100}")
+    if escapes(path) or not path:
+        raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} names {path!r:.100}, outside of it")
+    return StoredFile(path=path, bytes=size, sha256=digest)
+
+
+def check_sizes(directory: Path, manifest: Manifest) -> None:
+    """Compare the files of an artifact with its manifest. Raises StoreError."""
+    for file in manifest["files"]:
+        path = directory / file["path"]
+        if not path.is_file():
+            raise damaged(directory, file["path"], "is missing")
+        if (size := path.stat().st_size) != file["bytes"]:
+            raise damaged(directory, file["path"], f"has {size:,} bytes, its manifest says {file['bytes']:,}")
+
+
+def damaged(directory: Path | str, file: str, what: str) -> StoreError:
+    """Return the error that says what is wrong with a file of an artifact."""
+    return StoreError(f"artifact {directory} is damaged: {file} {what}; remove the directory and it is made again")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
