@@ -308,8 +308,9 @@ def _check_lengths(said: str, found: encoding.Rows, longest: int, is_all: bool) 
 def _encoder_of(planned: Plan) -> Encoder:
     """Load the encoder of a job's model, with the prompt settings of the job at the bottom, which names the model's source."""
     job = planned.chain[-1].job
-    directory, prompt = sources.fetch(planned.source), job.prompt
-    elsewhere = [encoding.fingerprint(name, prompt[name]) for name in ("tokenizer", "chat_template") if name in prompt]
+    directory = sources.fetch(planned.source)
+    named = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
+    elsewhere = [encoding.fingerprint(name, source) for name, source in named.items() if source is not None]
     return _encoder(
         directory, (*_state(directory), *elsewhere), json.dumps(job.prompt, sort_keys=True), job.model.trust_remote_code
     )
