@@ -10,11 +10,11 @@ from steerlab.evaluation.statistics.metrics import (
     Observation,
     Result,
     contains,
-    paired_difference,
     spread,
     summarise,
     summarise_all,
 )
+from steerlab.evaluation.statistics.paired import paired_difference
 
 
 def observations(values, weights=None, metric="m", strength=1.0):

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.measures import Transform
-from steerlab.evaluation.statistics.metrics import Difference, Observation, paired_difference
+from steerlab.evaluation.statistics.metrics import Observation
+from steerlab.evaluation.statistics.paired import Difference, paired_difference
 from steerlab.guards import saved
 from steerlab.job import UNPATCHED
 from steerlab.run import folder as folders
