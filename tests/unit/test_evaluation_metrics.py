@@ -11,11 +11,11 @@ from steerlab.evaluation.statistics.metrics import (
     Result,
     contains,
     left_out,
-    paired_difference,
     spread,
     summarise,
     summarise_all,
 )
+from steerlab.evaluation.statistics.paired import paired_difference
 
 
 def observations(values, weights=None, metric="m", strength=1.0):

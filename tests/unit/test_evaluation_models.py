@@ -12,7 +12,7 @@ from steerlab.evaluation import TASKS
 from steerlab.evaluation.statistics.metrics import summarise_all
 from steerlab.evaluation.tasks.ability import alpaca, perplexity
 from steerlab.evaluation.tasks.attacks import injection
-from steerlab.evaluation.tasks.roles import probing, separation
+from steerlab.evaluation.tasks.roles import marked_prompts, probing, separation
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Part
 from steerlab.patches import EmbeddingPatch
@@ -205,7 +205,9 @@ def test_the_causal_check_gives_another_role_to_the_probe_alone(directory):
         encoder = build(directory, 0.0, style).encoder
         as_data, as_instruction = (
             encoder.encode(
-                probing.marked(encoder, INSTRUCTION_TEXT, probing.probe_parts((f"{DATA_TEXT} ", PROBE_TEXT, ""), role))
+                marked_prompts.marked(
+                    encoder, INSTRUCTION_TEXT, marked_prompts.probe_parts((f"{DATA_TEXT} ", PROBE_TEXT, ""), role)
+                )
             )
             for role in (DATA, INSTRUCTION)
         )
@@ -219,7 +221,7 @@ def test_the_causal_check_gives_another_role_to_the_probe_alone(directory):
 def test_marking_finds_the_texts_own_tokens_without_headings(directory):
     for style in ("plain", "aside"):
         encoder = build(directory, 0.0, style).encoder
-        row = encoder.encode(probing.marked(encoder, INSTRUCTION_TEXT, (Part(DATA_TEXT, DATA),)))
+        row = encoder.encode(marked_prompts.marked(encoder, INSTRUCTION_TEXT, (Part(DATA_TEXT, DATA),)))
         of = [[t for t, part in zip(row.input_ids, row.parts, strict=True) if part == wanted] for wanted in (1, max(row.parts))]
         assert [encoder.decode(ids) for ids in of] == [INSTRUCTION_TEXT, DATA_TEXT]
 
@@ -237,7 +239,7 @@ def test_marking_finds_the_texts_own_tokens_without_headings(directory):
 )
 def test_split_probe(data, with_probe, side, expected):
     item = separation.Item("0", "i", data, "", with_probe, "w", {"appended_type": f"l{side}"})
-    found = probing.split_probe(item)
+    found = marked_prompts.split_probe(item)
     assert found == expected
     assert found is None or "".join(found) == with_probe
 

@@ -17,7 +17,7 @@ from ray import tune
 from steerlab import evaluation, job, methods, run
 from steerlab.evaluation.statistics.metrics import Task
 from steerlab.guards.faults import is_for_people
-from steerlab.job import Table, own_code
+from steerlab.job import Table, foreign_code, own_code
 from steerlab.methods.contract import Fitted
 from steerlab.stages import JobType, Plan
 from steerlab.sweeps.agent import point_of
@@ -444,5 +444,5 @@ def test_every_entry_of_the_platform_has_a_name_of_its_own() -> None:
     for table, kind in ((methods.TABLE, methods.Method), (evaluation.TABLE, Task)):
         assert isinstance(table, Table)
         for name, entry in table.entries.items():
-            fresh: Table[Any] = Table(kind, table._tag, {}, lambda entry, config: entry)
-            assert fresh._name(entry) == name and fresh._refusal(entry) is None
+            strange: foreign_code.Kind[Any] = foreign_code.Kind(kind, table.tag, lambda entry, config: entry)
+            assert foreign_code.name_of(strange, entry) == name and foreign_code.refusal(strange, entry, ()) is None

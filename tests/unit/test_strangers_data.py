@@ -27,7 +27,7 @@ from steerlab import models
 from steerlab.data import sources
 from steerlab.data.sources import budget, parse
 from steerlab.data.worlds import tiny
-from steerlab.guards import yaml12
+from steerlab.guards import yaml12, yaml_limits
 from steerlab.guards.faults import TooLong, explained, limited
 from steerlab.inputs import encoding, templates
 from steerlab.inputs.encoding import Encoder
@@ -138,7 +138,7 @@ def test_aliases_nest_no_deeper_than_what_is_written() -> None:
 
 
 def test_a_yaml_file_of_too_many_values_is_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yaml12, "_MAX_ROW_VALUES", 1_000)
+    monkeypatch.setattr(yaml_limits, "MAX_ROW_VALUES", 1_000)
     assert said(lambda: yaml12.load_rows("- x\n" * 1_001)) == "there are more than 1,000 values"
 
 

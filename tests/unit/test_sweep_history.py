@@ -18,7 +18,8 @@ from ray.tune.utils.object_cache import _ObjectCache
 
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.intervals import student
-from steerlab.evaluation.statistics.metrics import Observation, paired_difference
+from steerlab.evaluation.statistics.metrics import Observation
+from steerlab.evaluation.statistics.paired import paired_difference
 from steerlab.storage.store import Store
 from steerlab.sweeps import processes, results, search
 from steerlab.sweeps.history import History

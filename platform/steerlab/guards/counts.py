@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 _MOST_LAYERS, _MOST_OTHERS = 1_000, 1_000_000
 _LAYERS = re.compile(r"layers|n_layer|\w*_layers|(transformer_)?layers_per_block|num_\w*blocks|depths?|\w*_depth")
@@ -13,13 +12,13 @@ _OTHERS = re.compile(r"(^|_)(experts?|labels|heads|groups|timesteps|levels|codeb
 """Names of numbers of parts: those that are made one after another, and others, whose size is bounded by memory alone."""
 
 
-def check_counts(config: Any, where: str) -> None:
+def check_counts(config: object, where: str) -> None:
     """Refuse a model's config that asks for more parts than any model has: a library would make them one by one.
 
     Raises:
         ValueError: with the place of the number in the file `where`.
     """
-    left: list[tuple[str, Any]] = [("", config)]
+    left: list[tuple[str, object]] = [("", config)]
     while left:
         name, value = left.pop()
         if isinstance(value, Mapping):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import regex
 
@@ -32,7 +31,7 @@ def part(pattern: str, names: Iterable[str]) -> list[str]:
     return _matched(pattern, names, lambda compiled, name, left_s: compiled.search(name, timeout=left_s))
 
 
-def _matched(pattern: str, names: Iterable[str], match: Callable[[Any, str, float], Any]) -> list[str]:
+def _matched(pattern: str, names: Iterable[str], match: Callable[[regex.Pattern[str], str, float], object]) -> list[str]:
     if len(pattern) > _LONGEST:
         raise ValueError(f"module pattern {pattern[:60]!r}... has {len(pattern)} characters, more than {_LONGEST}")
     if calls := _CALLS.search(pattern):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 _NAMES = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
 _OWN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
 """Kernels that come with torch and transformers."""
 
 
-def check_kernels(config: Any, where: str) -> None:
+def check_kernels(config: object, where: str) -> None:
     """Refuse a config that names a kernel which does not come with torch: a library would fetch it and run it.
 
     Raises:

@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import logging
+
+    import wandb
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from optuna.samplers import BaseSampler
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+    from ray.tune.search.optuna import OptunaSearch
+    from ray.tune.utils.object_cache import _ObjectCache
 
 # --- Ray (2.60) --------------------------------------------------------------------------------------------------------
 
@@ -51,7 +63,7 @@ def no_clusters_of_several_nodes() -> Iterator[str]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def walk_upload(folder: Path, note: Callable[[Path], None], logger: Any, *, obeys_gitignore: bool) -> None:
+def walk_upload(folder: Path, note: Callable[[Path], None], logger: logging.Logger, *, obeys_gitignore: bool) -> None:
     """Walk what Ray would upload of a folder: ignore files and default exclusions mean here what they mean to Ray.
 
     Test: tests/unit/test_submit.py::test_upload_is_what_ray_packs
@@ -63,7 +75,7 @@ def walk_upload(folder: Path, note: Callable[[Path], None], logger: Any, *, obey
     _dir_travel(folder, excludes, note, include_gitignore=obeys_gitignore, logger=logger)
 
 
-def local_trainer() -> type[Any]:
+def local_trainer() -> type[DataParallelTrainer]:
     """Return Ray Train's trainer without torch's process group, which `TorchTrainer` would take down and DeepSpeed keeps.
 
     Its public name gives that of Ray Train's older version. Test: tests/ray/test_sweeps.py, which trains in warm processes.
@@ -73,7 +85,7 @@ def local_trainer() -> type[Any]:
     return DataParallelTrainer
 
 
-def tune_parts() -> tuple[Any, Any, Callable[[Any], None]]:
+def tune_parts() -> tuple[type[TuneController], type[_ObjectCache], Callable[[type[TuneController]], None]]:
     """Return Ray Tune's loop, its store of idle processes, and a function that puts another loop in the place of its own.
 
     Tune has no setting for how many idle processes it keeps (sweeps/processes.py says why they stay).
@@ -83,18 +95,18 @@ def tune_parts() -> tuple[Any, Any, Callable[[Any], None]]:
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.utils.object_cache import _ObjectCache
 
-    def put(controller: Any) -> None:
+    def put(controller: type[TuneController]) -> None:
         tune.__dict__["TuneController"] = controller
 
     return TuneController, _ObjectCache, put
 
 
-def time_attribute(scheduler: Any) -> str:
+def time_attribute(scheduler: TrialScheduler) -> str:
     """Return what a scheduler of Ray Tune counts in. Test: tests/unit/test_sweep_spaces.py"""
     return getattr(scheduler, "_time_attr", "step")
 
 
-def metric_of(scheduler: Any) -> str | None:
+def metric_of(scheduler: TrialScheduler) -> str | None:
     """Return the metric that a scheduler of Ray Tune goes by.
 
     Test: tests/ray/test_sweeps.py::test_asha_stops_trainings_that_fall_behind
@@ -102,17 +114,17 @@ def metric_of(scheduler: Any) -> str | None:
     return getattr(scheduler, "_metric", None)
 
 
-def optuna_settings(searcher: Any) -> tuple[int, Any]:
+def optuna_settings(searcher: OptunaSearch) -> tuple[int, BaseSampler | None]:
     """Return the seed and the sampler that an `OptunaSearch` was made with. Test: tests/unit/test_sweep_history.py"""
     return searcher._seed or 0, searcher._sampler
 
 
-def last_step(asha: Any) -> float:
+def last_step(asha: AsyncHyperBandScheduler) -> float:
     """Return the step at which ASHA ends a trial. Test: tests/unit/test_sweep_spaces.py"""
     return asha._max_t
 
 
-def let_last_trials_end(asha: Any) -> None:
+def let_last_trials_end(asha: AsyncHyperBandScheduler) -> None:
     """Let a trial that reaches ASHA's last step go on: it is evaluated yet, and Ray Tune's default would stop it there.
 
     Test: tests/ray/test_sweeps.py::test_asha_stops_trainings_that_fall_behind
@@ -134,7 +146,7 @@ def without_shared_memory() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def checkpoint_engine() -> tuple[type[Any], list[Any]]:
+def checkpoint_engine() -> tuple[type[TorchCheckpointEngine], list[type]]:
     """Return what reads and writes DeepSpeed's checkpoints, and the classes that these hold.
 
     DeepSpeed's own unpickles anything. Test: tests/unit/test_strangers_models.py, whose payload would leave a marker.
@@ -150,7 +162,7 @@ def checkpoint_engine() -> tuple[type[Any], list[Any]]:
 # --- wandb (0.31) ------------------------------------------------------------------------------------------------------
 
 
-def sweep_of(api: Any, sweep_id: str) -> dict[str, Any]:
+def sweep_of(api: wandb.Api, sweep_id: str) -> dict[str, Any]:
     """Return a sweep as W&B's server has it. `wandb.agent` asks the server too, but runs what it says in a process of its own.
 
     Test: tests/ray/test_sweeps_in_wandb.py
@@ -160,7 +172,7 @@ def sweep_of(api: Any, sweep_id: str) -> dict[str, Any]:
     return _sweep_with_runs(api, sweep_id, "{}")
 
 
-def registered_agent(api: Any, host: str, sweep_id: str) -> str:
+def registered_agent(api: wandb.Api, host: str, sweep_id: str) -> str:
     """Register an agent with a sweep and return its id. Test: tests/ray/test_sweeps_in_wandb.py"""
     from wandb.apis.public.sweeps import _register_agent
 
@@ -171,7 +183,7 @@ class SweepGoneError(Exception):
     """W&B's server knows no such sweep any more."""
 
 
-def heartbeat(api: Any, agent: str, alive: dict[str, bool]) -> Any:
+def heartbeat(api: wandb.Api, agent: str, alive: dict[str, bool]) -> list[dict[str, Any]]:
     """Say which runs of an agent are alive and return the server's commands. Raises SweepGoneError when the sweep was deleted.
 
     Test: tests/ray/test_sweeps_in_wandb.py

@@ -42,12 +42,12 @@ class Shape(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=True, strict=True)
 
 
-def read_like(path: Path, shape: Any) -> Any:
+def read_like(path: Path, shape: type) -> Any:
     """Read a JSON file that has a shape, and return it as it is. Raises SavedError, FileNotFoundError."""
     return like(_value(files.read(path), str(path)), shape, str(path))
 
 
-def like(value: Any, shape: Any, where: str) -> Any:
+def like(value: object, shape: type, where: str) -> Any:
     """Return a value of JSON that has a shape; `where` names its file. Raises SavedError."""
     checked(value, shape, where)
     return value
@@ -68,14 +68,14 @@ def parsed(content: bytes, kind: type[_T], where: str) -> _T:
     return checked(_value(content, where), kind, where)
 
 
-def _value(content: bytes, where: str) -> Any:
+def _value(content: bytes, where: str) -> object:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SavedError(f"{where} is not JSON: {' '.join(str(error).split())[:_SHOWN]}") from None
 
 
-def checked(value: Any, kind: type[_T], where: str) -> _T:
+def checked(value: object, kind: type[_T], where: str) -> _T:
     """Return a value of JSON as one of a type; `where` names its file. Raises SavedError."""
     try:
         return _adapter(kind).validate_python(value)
@@ -88,5 +88,5 @@ def checked(value: Any, kind: type[_T], where: str) -> _T:
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: type[_T]) -> TypeAdapter[_T]:
     return TypeAdapter(kind)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import overload
+
+from steerlab.guards.json_values import Json, JsonObject
 
 _LONGEST = 2000
 """Characters of a message; what is longer is cut in the middle."""
@@ -48,7 +50,11 @@ def without_user(uri: str) -> str:
     return _OPTION.sub(r"\1***", re.sub(r"(://)[^/@]*@", r"\1", uri))
 
 
-def everywhere(change: Callable[[str], str], tree: Any) -> Any:
+@overload
+def everywhere(change: Callable[[str], str], tree: Mapping[str, Json]) -> JsonObject: ...
+@overload
+def everywhere(change: Callable[[str], str], tree: object) -> object: ...
+def everywhere(change: Callable[[str], str], tree: object) -> object:
     """Return a tree of values of JSON with every text in it, keys too, changed: `everywhere(plain, tree)`."""
     if isinstance(tree, str):
         return change(tree)

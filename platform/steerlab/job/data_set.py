@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -11,7 +11,7 @@ from steerlab.job.source_fields import Source
 from steerlab.job.typed import Frozen, Seed
 
 
-def _spelt(value: Any) -> Any:
+def _spelt(value: object) -> object:
     """Write the keys of a table of names as texts: YAML reads 0 and true as numbers and booleans, a saved job holds texts."""
     if not isinstance(value, dict):
         return value
@@ -114,7 +114,7 @@ class DataSet(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _responses(cls, values: Any) -> Any:
+    def _responses(cls, values: object) -> object:
         """Let the loss of pairs be that of their responses where nothing is said."""
         if isinstance(values, dict) and values.get("format") == "preference":
             return {"loss_on": "response", **values}
@@ -234,7 +234,7 @@ class ExtractConfig(Frozen):
 
     @field_validator("dtype", mode="before")
     @classmethod
-    def _no_bfloat16(cls, value: Any) -> Any:
+    def _no_bfloat16(cls, value: object) -> object:
         if value == "bfloat16":
             raise ValueError("Arrow has no bfloat16: float16 keeps more digits in the same space, float32 all of them")
         return value

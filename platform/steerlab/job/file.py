@@ -6,11 +6,12 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from steerlab.guards import files, yaml12
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job.job import Job
 from steerlab.job.messages import cut, explain, models_in, of_tag
 from steerlab.job.model_config import JOB_PREFIX
@@ -31,7 +32,7 @@ def read(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> Jo
     return validate(read_tree(path, kind, overrides), kind, Path(path))
 
 
-def read_tree(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_tree(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> JsonObject:
     """Read a job file as a tree of scalars, overrides applied, nothing validated. Raises JobError."""
     tree = _load_yaml(Path(path))
     for override in overrides:
@@ -39,7 +40,7 @@ def read_tree(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) 
     return tree
 
 
-def validate(tree: Mapping[str, Any], kind: type[Job], path: Path) -> Job:
+def validate(tree: Mapping[str, Json], kind: type[Job], path: Path) -> Job:
     """Turn a tree of scalars into a job; `path` is named in messages and resolves `job:` sources."""
     tree = _inline_jobs(dict(tree), kind, path)
     try:
@@ -48,7 +49,7 @@ def validate(tree: Mapping[str, Any], kind: type[Job], path: Path) -> Job:
         raise JobError(explain(error, kind, str(path))) from None
 
 
-def inlined(tree: Mapping[str, Any], kind: type[Job], path: Path) -> dict[str, Any]:
+def inlined(tree: Mapping[str, Json], kind: type[Job], path: Path) -> JsonObject:
     """Return a job's tree with the jobs it builds on inside, so that it stands alone. Raises JobError."""
     return _inline_jobs(dict(tree), kind, path)
 
@@ -63,7 +64,7 @@ def base_job(job: Job, kind: type[Job]) -> Job | None:
     return None if isinstance(job.model.source, str) else kind.model_validate(job.model.source)
 
 
-def _load_yaml(path: Path) -> dict[str, Any]:
+def _load_yaml(path: Path) -> JsonObject:
     content = b""
     try:
         content = files.read(path, _LONGEST)
@@ -88,7 +89,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], text: str, kind: type[Job]) -> None:
+def _override(tree: JsonObject, text: str, kind: type[Job]) -> None:
     """Set one value in place, as it is written on the command line."""
     asked = f"--set {cut(text)}"
     if not (match := re.fullmatch(r'((?:"[^"]*"|[^"=])+)=(.*)', text, re.DOTALL)):
@@ -114,7 +115,7 @@ def _expanded(source: str, where: str) -> Path:
         raise JobError(f"{where} {cut(source)}: there is no user of this name here") from None
 
 
-def put(tree: dict[str, Any], key: str, value: Any, asked: str, kind: type[Job]) -> None:
+def put(tree: JsonObject, key: str, value: Json, asked: str, kind: type[Job]) -> None:
     """Set one value in place; list items are addressed by number (`evaluate.0.limit`), a key with dots in "quotes".
 
     A section that the tree leaves out begins as its default, so that one value of a default can be changed.
@@ -122,7 +123,7 @@ def put(tree: dict[str, Any], key: str, value: Any, asked: str, kind: type[Job])
     Raises:
         JobError: the path leads through a value or past the end of a list; the message begins with `asked`.
     """
-    node: Any = tree
+    node: Json = tree
     models: list[type[BaseModel]] = [kind]
     *parents, last = _parts(key, asked)
     for part in parents:
@@ -135,11 +136,13 @@ def put(tree: dict[str, Any], key: str, value: Any, asked: str, kind: type[Job])
             node, models = node[part], [model for field in fields for model in models_in(field.annotation)]
         if not isinstance(node, dict | list):
             raise JobError(f"{asked}: {part} holds {cut(repr(node))}, not a group of settings")
-    place: Any = _index(node, last, asked) if isinstance(node, list) else last
-    node[place] = value
+    if isinstance(node, list):
+        node[_index(node, last, asked)] = value
+    else:
+        node[last] = value
 
 
-def _default(field: Any, node: Mapping[str, Any]) -> Any:
+def _default(field: FieldInfo, node: Mapping[str, Json]) -> Json:
     """Return, as a tree, what a field of the config written in `node` stands for when it is left out; else an empty group."""
     implied = next((one for one in field.metadata if isinstance(one, Implied)), None)
     if implied is not None:
@@ -166,13 +169,13 @@ def _parts(key: str, asked: str) -> list[str]:
     return parts
 
 
-def _index(node: list[Any], part: str, asked: str) -> int:
+def _index(node: list[Json], part: str, asked: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
         raise JobError(f"{asked}: {cut(part)} is not an item of a list of {len(node)} (numbered from 0)")
     return int(part)
 
 
-def _inline_jobs(tree: dict[str, Any], kind: type[Job], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _inline_jobs(tree: JsonObject, kind: type[Job], path: Path, seen: tuple[Path, ...] = ()) -> JsonObject:
     """Replace `model.source: job:FILE` by that job's own tree, so that a resolved job stands alone."""
     here = path.resolve()
     if here in seen:
@@ -195,7 +198,7 @@ def _inline_jobs(tree: dict[str, Any], kind: type[Job], path: Path, seen: tuple[
     return tree
 
 
-def _resolved(tree: dict[str, Any], kind: type[Job], where: str) -> dict[str, Any]:
+def _resolved(tree: JsonObject, kind: type[Job], where: str) -> JsonObject:
     """Return the dump of the validated job: every default resolved, so that equal jobs are equal trees."""
     try:
         return kind.model_validate(tree).model_dump(mode="json")

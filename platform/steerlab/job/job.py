@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
 
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, ExtractConfig
+from steerlab.job.foreign_code import Entry
 from steerlab.job.model_config import ModelConfig
 from steerlab.job.settings import (
     ChooseConfig,
@@ -20,6 +22,9 @@ from steerlab.job.settings import (
 )
 from steerlab.job.table import Table
 from steerlab.job.typed import Frozen
+
+_M = TypeVar("_M", bound=Entry)
+_T = TypeVar("_T", bound=Entry)
 
 
 class Job(Frozen):
@@ -63,17 +68,18 @@ class Job(Frozen):
         )
 
     @property
-    def prompt(self) -> dict[str, Any]:
+    def prompt(self) -> JsonObject:
         """Settings by which texts become tokens, as `encoding.load` takes them."""
         return prompt_settings(self.model, self.data)
 
     @model_validator(mode="before")
     @classmethod
-    def _is_asked_as_its_base(cls, tree: Any) -> Any:
+    def _is_asked_as_its_base(cls, tree: object) -> object:
         """Take the prompt settings of the job that makes the model: the model was trained on them, and keeps them."""
-        below = _prompt_below(tree)
-        data = tree.get("data", {}) if below else None
-        if below is None or not isinstance(data, Mapping):
+        if not isinstance(tree, Mapping) or (below := _prompt_below(tree)) is None:
+            return tree
+        data = tree.get("data", {})
+        if not isinstance(data, Mapping):
             return tree
         for name, value in below.items():
             if name in data and data[name] != value:
@@ -111,19 +117,18 @@ class Job(Frozen):
         return self
 
 
-def _prompt_below(tree: Any) -> dict[str, Any] | None:
+def _prompt_below(tree: Mapping[str, Json]) -> JsonObject | None:
     """Return the prompt settings of the job at the bottom of those that a job stands on; None where it stands on none."""
-    found, base = None, tree
-    while isinstance(base, Mapping) and isinstance(model := base.get("model"), Mapping):
-        base = model.get("source")
-        data = base.get("data") if isinstance(base, Mapping) else None
-        if isinstance(base, Mapping):
-            given = data if isinstance(data, Mapping) else {}
-            found = {name: given.get(name, DataConfig.model_fields[name].default) for name in PROMPT_FIELDS}
-    return found
+    settings, base = None, tree
+    while isinstance(model := base.get("model"), Mapping) and isinstance(source := model.get("source"), Mapping):
+        base = source
+        data = base.get("data")
+        given = data if isinstance(data, Mapping) else {}
+        settings = {name: given.get(name, DataConfig.model_fields[name].default) for name in PROMPT_FIELDS}
+    return settings
 
 
-def prompt_settings(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+def prompt_settings(model: ModelConfig, data: DataConfig) -> JsonObject:
     """Return the settings by which texts become tokens: how they are asked, and what does not lie beside the model."""
     elsewhere = {"tokenizer": model.tokenizer, "chat_template": model.chat_template}
     return {
@@ -132,10 +137,10 @@ def prompt_settings(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def job_type(methods: Table[Any], tasks: Table[Any]) -> type[Job]:
+def job_type(methods: Table[_M], tasks: Table[_T]) -> type[Job]:
     """Make the closed job type whose `method` and `evaluate` hold configs of the given tables."""
     method, task = methods.field(), tasks.field()
-    chosen_by: Any = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
+    chosen_by = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
     choose = create_model("ChooseConfig", __base__=ChooseConfig, __doc__=ChooseConfig.__doc__, tasks=chosen_by)
     fields: dict[str, Any] = {
         "method": (method, Field(description=Job.model_fields["method"].description)),

@@ -6,9 +6,10 @@ import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 _LONGEST = 80
 _TAGS = ("name", "task")
@@ -41,7 +42,7 @@ def explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
 class _Located(NamedTuple):
     """An error of pydantic."""
 
-    error: Any
+    error: ErrorDetails
     valid: list[str]
     """Keys of the config that it is in."""
     shown: list[str]
@@ -55,7 +56,7 @@ def _deepest(located: Sequence[_Located]) -> _Located:
     return max(below, key=lambda one: len(one.shown)) if first.error["type"].endswith("_type") else first
 
 
-def _message(first: _Located, same: Sequence[Any]) -> str:
+def _message(first: _Located, same: Sequence[ErrorDetails]) -> str:
     error, key = first.error, cut(".".join(first.shown)) or "(top level)"
     context = error.get("ctx", {})
     match error["type"]:
@@ -83,7 +84,7 @@ def _message(first: _Located, same: Sequence[Any]) -> str:
     return f"{key}: {message}{given}" + next((f"; {hint}" for hint in hints if hint), "")
 
 
-def _said(error: Any, number: int) -> str:
+def _said(error: ErrorDetails, number: int) -> str:
     if error["type"] == "too_short" and not error["input"]:
         return "the list is empty"
     message = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
@@ -91,7 +92,7 @@ def _said(error: Any, number: int) -> str:
     return message.removeprefix("Input should be ") if number else message
 
 
-def _hints_help(value: Any) -> bool:
+def _hints_help(value: object) -> bool:
     """Say whether a value is of another type only by the way it is written."""
     if not isinstance(value, str):
         return True
@@ -126,7 +127,7 @@ def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[st
     return valid, shown
 
 
-def _tags(model: type[BaseModel]) -> set[Any]:
+def _tags(model: type[BaseModel]) -> set[object]:
     return {
         tag
         for name in _TAGS
@@ -135,7 +136,7 @@ def _tags(model: type[BaseModel]) -> set[Any]:
     } | {model.__name__}
 
 
-def of_tag(models: Sequence[type[BaseModel]], node: Mapping[str, Any]) -> list[type[BaseModel]]:
+def of_tag(models: Sequence[type[BaseModel]], node: Mapping[str, object]) -> list[type[BaseModel]]:
     """Return those of the models of a union that are meant by the tag of what is written; all where it has none.
 
     None are where the tag is nobody's here, or a file is named: such a config has fields that only its own code knows.
@@ -147,7 +148,7 @@ def of_tag(models: Sequence[type[BaseModel]], node: Mapping[str, Any]) -> list[t
     return list(models)
 
 
-def models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: object) -> list[type[BaseModel]]:
     """Return the configs that a field's type allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
 from steerlab.guards import files, python_files
 from steerlab.job.typed import JobError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 BY_DIGEST = "sha256:"
 """How a reference begins that names code by its content: in keys, and in what workers are asked for."""
@@ -99,17 +102,17 @@ def _hint(message: str, path: Path) -> str:
     return f"; {missing[0]}.py lies beside it, but this file alone goes to the workers: make both one" if missing else ""
 
 
-class _Portable:
+class _Portable(Generic[_P, _T]):
     """A function or a class of a file, which is pickled as the text of the file and its name there."""
 
     def __init__(self, code: Code, name: str) -> None:
         self._code, self._name = code, name
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, *arguments: _P.args, **named: _P.kwargs) -> _T:
         return getattr(module(self._code), self._name)(*arguments, **named)
 
 
-def portable(function: Callable[..., Any]) -> Callable[..., Any]:
+def portable(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Return a function that other processes can be sent: one of the user's own file takes the file along.
 
     Raises:
@@ -128,7 +131,7 @@ def portable(function: Callable[..., Any]) -> Callable[..., Any]:
     return _Portable(of, name)
 
 
-def codes_in(tree: Any) -> tuple[Code, ...]:
+def codes_in(tree: object) -> tuple[Code, ...]:
     """Return the code that a job or a stage's parameters name, by path or reference, for another process to `receive`."""
     found = (_known.get(text) or _known.get(_path_in(text)) for text in _texts(tree))
     return tuple(dict.fromkeys(code for code in found if code is not None))
@@ -142,7 +145,7 @@ def _path_in(text: str) -> str:
         return ""
 
 
-def _texts(tree: Any) -> Iterator[str]:
+def _texts(tree: object) -> Iterator[str]:
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, Mapping):

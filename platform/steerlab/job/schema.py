@@ -28,7 +28,7 @@ def schema(kind: type[Job]) -> str:
     return json.dumps(found, indent=1)
 
 
-def _unions(node: Any) -> Iterator[dict[str, Any]]:
+def _unions(node: object) -> Iterator[dict[str, Any]]:
     """Find the unions whose choices are told apart by a tag."""
     if isinstance(node, dict):
         if "discriminator" in node:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PlainSerializer, SerializationInfo
 
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import grammar
 from steerlab.job.typed import Frozen
 
@@ -33,8 +34,8 @@ def is_described(info: SerializationInfo) -> bool:
     return _NAMING in (info.context or {})
 
 
-def _written(value: Any, info: SerializationInfo) -> Any:
-    naming: Callable[[str], Any] | None = (info.context or {}).get(_NAMING)
+def _written(value: Any, info: SerializationInfo) -> object:
+    naming: Callable[[str], object] | None = (info.context or {}).get(_NAMING)
     if naming is None or value is None or isinstance(value, dict):
         return value
     return naming(value) if isinstance(value, str) else [naming(one) for one in value]
@@ -53,7 +54,7 @@ def _template(template: str) -> str:
     return template if written_out(template) else _absolute(template)
 
 
-def _template_written(template: Any, info: SerializationInfo) -> Any:
+def _template_written(template: object, info: SerializationInfo) -> object:
     return template if isinstance(template, str) and written_out(template) else _written(template, info)
 
 
@@ -61,9 +62,9 @@ Template = Annotated[str, Field(min_length=1), AfterValidator(_template), PlainS
 """A chat template: its own text, or a source of it."""
 
 
-def described(config: Frozen, naming: Callable[[str], Any], **options: Any) -> dict[str, Any]:
+def described(config: Frozen, naming: Callable[[str], object], **options: Any) -> JsonObject:
     """Return a config as JSON values, every source in it, however deep, replaced by what `naming` makes of it."""
-    found: dict[str, Any] = {}
+    found: dict[str, None] = {}
     config.model_dump(mode="json", context={_NAMING: lambda source: found.setdefault(source)}, **options)
     # Not while pydantic serializes: it turns what is raised there into a warning.
     named = {source: naming(source) for source in found}

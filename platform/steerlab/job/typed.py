@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from steerlab.guards.json_values import Json, JsonObject
+
 
 class JobError(ValueError):
     """A request that is wrong: the message says what, where and what would be right."""
@@ -34,11 +36,11 @@ def _strict(schema: Any, whole: bool = True) -> Any:
     return inner
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     if isinstance(value, bool):  # which is equal to 0 or 1
         raise PydanticCustomError("int_type", "Input should be a number")
     return _whole(value)
@@ -53,7 +55,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:
         """Make numbers and truth values strict. Pydantic's own strict mode would refuse lists where tuples are declared."""
         return _strict(handler(source))
 
@@ -65,7 +67,7 @@ class Implied:
     `--set` changes one value of what it stands for.
     """
 
-    of: Callable[[Mapping[str, Any]], dict[str, Any]]
+    of: Callable[[Mapping[str, Json]], JsonObject]
 
 
 SEED_LIMIT = 2**32
@@ -76,7 +78,7 @@ Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 _ANGLE = r"^ *(-?) *(([0-9]+(\.[0-9]*)?) *\* *)?pi *(/ *([1-9][0-9]*(\.[0-9]+)?) *)?$"
 
 
-def _radians(value: Any) -> Any:
+def _radians(value: object) -> object:
     """Accept `pi`, `pi/8`, `3*pi/4` beside plain numbers."""
     if not isinstance(value, str):
         return value

@@ -10,25 +10,27 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import yaml
 from markupsafe import Markup
 
 from steerlab.guards.texts import everywhere, plain
 from steerlab.report import figures, samples, sweep_figures, tables
-from steerlab.report.contents import Entry, Sweep, fit_seconds, read, read_sweep
+from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, read, read_sweep
 from steerlab.report.plotting import Figure, front
 from steerlab.report.samples import texts
 from steerlab.report.tables import cell, metrics, rows
 
 __all__ = ["Entry", "Sweep", "cell", "fit_seconds", "front", "metrics", "page", "read", "read_sweep", "rows", "texts", "write"]
+Placed: TypeAlias = dict[str, object]
+"""Where a figure stands on the page: its number, name, height and metrics."""
 _TOLD = 2
 """Best trials of a sweep whose texts and images are shown."""
-_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_DUMPER: type[yaml.SafeDumper] = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Sequence[Sweep] = ()) -> str:
@@ -39,7 +41,7 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
     template = resources.files("steerlab.report").joinpath("page.html").read_text(encoding="utf-8")
     drawn: list[Figure] = []
 
-    def put(figure: Figure | None, name: str) -> dict[str, Any] | None:
+    def put(figure: Figure | None, name: str) -> Placed | None:
         """Give a figure its number on the page."""
         if figure is None:
             return None
@@ -77,7 +79,7 @@ def _counts(entries: Sequence[Entry], sweeps: Sequence[Sweep]) -> str:
     return ", ".join(f"{number} {word}{'' if number == 1 else 's'}" for number, word in parts if number)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Write out control characters and direction marks of what is no HTML yet."""
     return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
@@ -88,7 +90,7 @@ def _script(drawn: Sequence[Figure]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _drawn(value: Any) -> Any:
+def _drawn(value: object) -> object:
     """Return a tree of JSON with nothing in place of numbers that are none: a folder may come from anywhere."""
     if isinstance(value, Mapping):
         return {key: _drawn(one) for key, one in value.items()}
@@ -97,7 +99,7 @@ def _drawn(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _sweep(sweep: Sweep, put: Any) -> dict[str, Any]:
+def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> dict[str, object]:
     header, body = tables.trials(sweep)
     best = sweep.summary.get("best") or {}
     return {
@@ -137,14 +139,14 @@ def _splits(sweep: Sweep) -> list[tuple[str, str]]:
     return found
 
 
-def _made(entry: Entry) -> dict[str, Any]:
+def _made(entry: Entry) -> dict[str, object]:
     environment = {"git": None, "git_changes": "", "created": "", "versions": {}, "command": "", "cluster": {}, "nodes": None}
     environment |= {"own_code_of": None, "own_code": []}
     return {
         "name": entry.name,
         "folder": entry.folder,
         "stages": entry.stages,
-        "environment": environment | entry.environment,
+        "environment": {**environment, **entry.environment},
         "job": _readable(entry.job),
         "reproduce": _command(entry),
     }
@@ -158,7 +160,7 @@ def _command(entry: Entry) -> str:
     return f"git checkout {commit}\n{command}" if commit and re.fullmatch("[0-9a-f]{7,64}", commit) else command
 
 
-def _readable(job: dict[str, Any]) -> str:
+def _readable(job: Document) -> str:
     return str(yaml.dump(job, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, width=100))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.guards import saved
@@ -17,7 +17,8 @@ MAX_POINTS = 400
 """Points of one training curve; longer ones are thinned, their ends kept."""
 MAX_CURVES = 8
 """Trials of a sweep whose runs are read whole: the best ones."""
-Metric = dict[str, Any]
+Document: TypeAlias = Mapping[str, Any]
+"""A JSON object of a run's or a sweep's folder, or a row of its trials; `run.folder` checked the keys that are read here."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Entry:
 
     name: str
     folder: str
-    job: dict[str, Any]
-    summary: dict[str, Any]
-    stages: list[dict[str, Any]]
-    environment: dict[str, Any]
-    samples: dict[str, list[dict[str, Any]]]
+    job: Document
+    summary: Document
+    stages: Sequence[Document]
+    environment: Document
+    samples: Mapping[str, Sequence[Document]]
     fit_s: float | None
     """Seconds that fitting or training took when it was done."""
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Entry:
         return next(iter(self.summary["strengths"]), math.nan)
 
     @property
-    def choice(self) -> dict[str, Any] | None:
+    def choice(self) -> Document | None:
         """How the strength was chosen, if it was."""
         return self.summary.get("choice")
 
@@ -71,11 +72,11 @@ class Sweep:
 
     name: str
     folder: str
-    job: dict[str, Any]
-    space: dict[str, Any]
-    trials: list[dict[str, Any]]
+    job: Document
+    space: Document
+    trials: Sequence[Document]
     """Rows of trials.parquet: one a trial and seed."""
-    summary: dict[str, Any]
+    summary: Document
     """Empty while the sweep goes on."""
     root: str = "ROOT"
     runs: tuple[Entry, ...] = ()
@@ -104,7 +105,7 @@ class Sweep:
         return sorted(_named(self.trials, "metric."), key=lambda name: name != own)
 
     @property
-    def finished(self) -> list[dict[str, Any]]:
+    def finished(self) -> list[Document]:
         """The rows that have a value of the sweep's metric, the best first."""
         key = f"metric.{self.metric}"
         scored = [trial for trial in self.trials if _is_number(trial.get(key))]
@@ -177,7 +178,7 @@ def read_sweep(store: Store, folder: str) -> Sweep:
 def _best_runs(store: Store, sweep: Sweep) -> list[Entry]:
     """Read the runs of a sweep's best trials, one a trial, named by what they vary."""
     varied = [name for name in sweep.parameters if len({str(trial.get(f"param.{name}")) for trial in sweep.trials}) > 1]
-    first: dict[str, dict[str, Any]] = {}
+    first: dict[str, Document] = {}
     for trial in sorted(sweep.finished, key=lambda trial: trial["trial_id"] != sweep.best):
         if trial.get("run") and trial["run"] not in (other["run"] for other in first.values()):
             first.setdefault(trial["trial_id"], trial)
@@ -191,7 +192,7 @@ def _best_runs(store: Store, sweep: Sweep) -> list[Entry]:
     return runs
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -199,7 +200,7 @@ class _Fitted(saved.Shape):
     seconds: float
 
 
-def fit_seconds(store: Store, model: dict[str, Any] | None) -> float | None:
+def fit_seconds(store: Store, model: Document | None) -> float | None:
     """Return how long the fit or the training of a run's model took, None where there was none."""
     if model is None or not store.has(model["stage"], model["key"]):
         return None
@@ -253,15 +254,15 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(digits) if digits else -1, name)
 
 
-def _named(trials: Sequence[dict[str, Any]], prefix: str) -> list[str]:
+def _named(trials: Sequence[Document], prefix: str) -> list[str]:
     return list(dict.fromkeys(name.removeprefix(prefix) for trial in trials for name in trial if name.startswith(prefix)))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
-def _or_nothing(read: Callable[[Store, str], dict[str, Any]], store: Store, folder: str) -> dict[str, Any]:
+def _or_nothing(read: Callable[[Store, str], Document], store: Store, folder: str) -> Document:
     """Read a file of a sweep that may not be there yet."""
     try:
         return read(store, folder)

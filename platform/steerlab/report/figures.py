@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.stored import MetricNumbers
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
-from steerlab.report.contents import Entry, measure_in
+from steerlab.report.contents import Document, Entry, measure_in
 from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, label, title
 
 _WIDE = 8.0
@@ -22,7 +22,7 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
     chosen = [entry for entry in entries if entry.choice and entry.choice["rule"]["within"]]
     if not chosen:
         return None
-    rule: dict[str, Any] = chosen[0].choice["rule"] if chosen[0].choice else {}
+    rule = chosen[0].choice["rule"] if chosen[0].choice else {}
     effect, cost = rule["metric"], rule["within"]["metric"]
     drawn = Drawing()
     points: list[tuple[float, float]] = []
@@ -123,8 +123,8 @@ def timeline(entries: Sequence[Entry]) -> Figure | None:
     return drawn.done(150 + 34 * len(rows))
 
 
-def _bars_of(entries: Sequence[Entry], rows: Sequence[str], name: str) -> list[dict[str, Any]]:
-    found = []
+def _bars_of(entries: Sequence[Entry], rows: Sequence[str], name: str) -> list[Document]:
+    found: list[Document] = []
     for entry, row in zip(entries, rows, strict=True):
         start = 0.0
         for stage in entry.stages:
@@ -155,9 +155,9 @@ def by_layer(entries: Sequence[Entry]) -> Figure | None:
     return drawn.done(380, {stem: stem for stem in stems})
 
 
-def _layers(metrics: Mapping[str, Any]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+def _layers(metrics: Mapping[str, MetricNumbers]) -> dict[str, list[tuple[int, MetricNumbers]]]:
     """Group metrics by what stands before `layer_NN`."""
-    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    found: dict[str, list[tuple[int, MetricNumbers]]] = {}
     for name, metric in metrics.items():
         stem, layer, number = name.rpartition("layer_")
         if layer and re.fullmatch("[0-9]{1,4}", number) and metric["value"] is not None:

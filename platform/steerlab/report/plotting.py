@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeAlias
 
 from steerlab.evaluation.statistics.measures import Measure
+from steerlab.evaluation.statistics.stored import MetricNumbers
 
 MAX_METRICS = 12
 """Metrics among which a figure's menu chooses."""
-Figure = dict[str, Any]
+Plotly: TypeAlias = dict[str, Any]
+"""A trace, a layout or a part of one, in Plotly's own JSON."""
+Figure: TypeAlias = Plotly
+"""What the page needs of a figure: `data` and `layout` for Plotly, and the metrics of its menu."""
 
 
 def front(points: Sequence[tuple[float, float]], maximise: bool = False) -> list[int]:
@@ -31,7 +35,7 @@ def front(points: Sequence[tuple[float, float]], maximise: bool = False) -> list
     return found
 
 
-def label(text: Any) -> str:
+def label(text: object) -> str:
     """Return a text as Plotly draws it, letter by letter: it would read tags."""
     return escape(str(text), quote=False)
 
@@ -40,18 +44,18 @@ class Drawing:
     """A Plotly figure being made: traces and layout in Plotly's own words, which the tests have Plotly check."""
 
     def __init__(self) -> None:
-        self.data: list[dict[str, Any]] = []
-        self.layout: dict[str, Any] = {"xaxis": {}, "yaxis": {}}
+        self.data: list[Plotly] = []
+        self.layout: Plotly = {"xaxis": {}, "yaxis": {}}
 
-    def add_scatter(self, **trace: Any) -> None:
+    def add_scatter(self, **trace: object) -> None:
         """Add points or lines."""
         self.data.append({"type": "scatter", **trace})
 
-    def add_bar(self, **trace: Any) -> None:
+    def add_bar(self, **trace: object) -> None:
         """Add bars."""
         self.data.append({"type": "bar", **trace})
 
-    def axis(self, name: str, title: str | None = None, **settings: Any) -> None:
+    def axis(self, name: str, title: str | None = None, **settings: object) -> None:
         """Set up `xaxis` or `yaxis`."""
         self.layout[name] |= settings | ({} if title is None else {"title": {"text": label(title)}})
 
@@ -67,7 +71,7 @@ def title(measure: Measure) -> str:
     return f"{measure.name} ({measure.unit})" if measure.unit else measure.name
 
 
-def bars(metrics: Sequence[Mapping[str, Any]], colour: str) -> dict[str, Any]:
+def bars(metrics: Sequence[MetricNumbers], colour: str) -> Plotly:
     """Return the error bars of metrics, to the ends of their intervals."""
     ends = [_ends(metric) for metric in metrics]
     above = [max(0.0, high - metric["value"]) for metric, (_, high) in zip(metrics, ends, strict=True)]
@@ -75,7 +79,7 @@ def bars(metrics: Sequence[Mapping[str, Any]], colour: str) -> dict[str, Any]:
     return {"array": above, "arrayminus": below, "thickness": 1.2, "width": 3, "color": colour}
 
 
-def _ends(metric: Mapping[str, Any]) -> tuple[float, float]:
+def _ends(metric: MetricNumbers) -> tuple[float, float]:
     value = metric["value"]
     if metric.get("low") is not None and metric.get("high") is not None:
         return metric["low"], metric["high"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 from steerlab.guards.faults import explained
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
-from steerlab.report.contents import Entry
+from steerlab.report.contents import Document, Entry
 
 MAX_TEXTS = 6
 MAX_CHARS = 1200
@@ -24,12 +24,28 @@ _PROMPTS = ("prompt", "instruction", "question")
 _CONTEXTS = ("data", "input", "data_with_probe")
 
 
-def texts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+class Output(TypedDict):
+    """What a run wrote, and its scores in a line."""
+
+    text: str
+    facts: str
+
+
+class Told(TypedDict):
+    """A prompt, and what the runs wrote for it by name and strength, as the template of the page reads it."""
+
+    task: str
+    prompt: str
+    context: str
+    outputs: dict[str, Output]
+
+
+def texts(entries: Sequence[Entry]) -> list[Told]:
     """Return what each run wrote for the same prompts: at strength 0 once, then at every strength that it kept.
 
     Prompts come first that more runs and strengths have an output for.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[tuple[str, str], Told] = {}
     for entry in entries:
         for task, samples in entry.samples.items():
             for sample in samples:
@@ -38,20 +54,20 @@ def texts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
                 if output is None or prompt is None:
                     continue
                 context = next((str(sample[name]) for name in _CONTEXTS if sample.get(name)), "")
-                empty = {"task": task, "prompt": str(sample[prompt]), "context": context, "outputs": {}}
+                empty: Told = {"task": task, "prompt": str(sample[prompt]), "context": context, "outputs": {}}
                 row = found.setdefault((task, str(sample["id"])), empty)
                 row["outputs"].setdefault(_column(entry, sample), {"text": _cut(sample[output]), "facts": _facts(sample)})
     counts = [len(row["outputs"]) for row in found.values()]
     most = max(counts, default=0)
     whole = [row for row in found.values() if len(row["outputs"]) > 1 or most == 1]
-    by_task: dict[str, list[dict[str, Any]]] = {}
+    by_task: dict[str, list[Told]] = {}
     for row in sorted(whole, key=lambda row: -len(row["outputs"])):
         row["outputs"] = dict(sorted(row["outputs"].items(), key=lambda output: output[0] != UNPATCHED_NAME))
         by_task.setdefault(row["task"], []).append(row)
     return [row for rows in by_task.values() for row in rows[:MAX_TEXTS]]
 
 
-def _column(entry: Entry, sample: dict[str, Any]) -> str:
+def _column(entry: Entry, sample: Document) -> str:
     strength = sample.get("strength")
     if strength == UNPATCHED:
         return UNPATCHED_NAME
@@ -59,7 +75,7 @@ def _column(entry: Entry, sample: dict[str, Any]) -> str:
     return f"{entry.name}, strength {strength:g}" if several and strength is not None else entry.name
 
 
-def _facts(sample: dict[str, Any]) -> str:
+def _facts(sample: Document) -> str:
     """Return a sample's scores in a line."""
     scores = {name: value for name, value in sample.items() if isinstance(value, bool | float) and name != "strength"}
     shown = [
@@ -69,12 +85,12 @@ def _facts(sample: dict[str, Any]) -> str:
     return " · ".join(shown[:4])
 
 
-def _cut(text: Any) -> str:
+def _cut(text: object) -> str:
     whole = str(text).strip("\n")
     return whole if len(whole) <= MAX_CHARS else whole[:MAX_CHARS] + " …"
 
 
-def galleries(entries: Sequence[Entry], budget_bytes: int = IMAGE_BYTES) -> list[dict[str, Any]]:
+def galleries(entries: Sequence[Entry], budget_bytes: int = IMAGE_BYTES) -> list[dict[str, object]]:
     """Return the images of the runs that drew some: a frame for each strength and guidance, all with the same ids.
 
     The budget is shared evenly among runs; within a run ids are dropped, never strengths, so that the slider stays whole.
@@ -83,7 +99,7 @@ def galleries(entries: Sequence[Entry], budget_bytes: int = IMAGE_BYTES) -> list
     return [found for entry in drawing if (found := _gallery(entry, budget_bytes // len(drawing)))["frames"]]
 
 
-def _gallery(entry: Entry, budget_bytes: int) -> dict[str, Any]:
+def _gallery(entry: Entry, budget_bytes: int) -> dict[str, object]:
     ids = list(dict.fromkeys(name for pictures in entry.images.values() for name, _ in pictures))
     columns: dict[str, dict[str, str]] = {}
     used = 0

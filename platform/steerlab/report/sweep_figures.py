@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from steerlab.report.contents import Sweep, measure_in
-from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, label, title
+from steerlab.evaluation.statistics.stored import MetricNumbers
+from steerlab.report.contents import Document, Sweep, measure_in
+from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, Plotly, bars, front, label, title
 
 _WIDE_PARAMETER = 30.0
 """Parameters whose values differ by more than this factor are drawn on a logarithmic axis."""
@@ -18,7 +19,7 @@ _MANY_TRIALS = 30
 """More trials than this have no names at their bars."""
 
 
-def measured(trial: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+def measured(trial: Document, name: str) -> MetricNumbers | None:
     """Return one metric of a row of trials.parquet; None where it was not measured."""
     value = trial.get(f"metric.{name}")
     if value is None or not math.isfinite(value):
@@ -26,7 +27,7 @@ def measured(trial: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     return {"value": value, **{part: trial.get(f"{part}.{name}") for part in ("stderr", "low", "high", "n")}, "unparsable": 0}
 
 
-def standing(sweep: Sweep) -> Callable[[Mapping[str, Any]], int]:
+def standing(sweep: Sweep) -> Callable[[Document], int]:
     """Return a function that says of a row: 2 the best trial, 1 not distinguishable from it, 0 any other."""
     even = set(sweep.summary.get("indistinguishable") or ())
     return lambda trial: 2 if trial["trial_id"] == sweep.best else 1 if trial["trial_id"] in even else 0
@@ -69,7 +70,7 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
     return drawn.done(380, {name: title(measure_in(sweep.runs, name)) for name in sweep.metrics[:MAX_METRICS]})
 
 
-def _add_means(drawn: Drawing, points: Sequence[tuple[Any, dict[str, Any], Any]], metric: str, numeric: bool) -> None:
+def _add_means(drawn: Drawing, points: Sequence[tuple[Any, MetricNumbers, Document]], metric: str, numeric: bool) -> None:
     grouped: dict[Any, list[float]] = {}
     for x, found, _ in points:
         grouped.setdefault(x, []).append(found["value"])
@@ -136,7 +137,13 @@ def _shades(num_rows: int) -> list[range]:
 
 
 def _add_lines(
-    drawn: Drawing, axes: Sequence[_Axis], numbers: Sequence[int], rows: Sequence[Any], name: str, colour: str, width: float
+    drawn: Drawing,
+    axes: Sequence[_Axis],
+    numbers: Sequence[int],
+    rows: Sequence[Document],
+    name: str,
+    colour: str,
+    width: float,
 ) -> None:
     """Add trials as one trace, whose lines are apart where it has no value."""
     xs: list[float | None] = []
@@ -152,7 +159,7 @@ def _add_lines(
     )  # fmt: skip
 
 
-def _ticks(number: int, axis: _Axis) -> list[dict[str, Any]]:
+def _ticks(number: int, axis: _Axis) -> list[Plotly]:
     """Return the name of an axis, above it, and its values, beside it."""
     plain = {"showarrow": False, "x": number}
     name = axis.name if len(axis.name) < _LONG else "…" + axis.name[1 - _LONG :]

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 from steerlab.evaluation.statistics.measures import Better
 from steerlab.evaluation.statistics.metrics import left_out
+from steerlab.evaluation.statistics.stored import MetricNumbers
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
-from steerlab.report.contents import Entry, Sweep, measure_in
+from steerlab.report.contents import Document, Entry, Sweep, measure_in
 from steerlab.report.sweep_figures import measured, standing
 
 DASH = "\u2013"
-Cells = list[dict[str, Any]]
+
+
+class Cell(TypedDict):
+    """A cell of a table, as the template of the page reads it."""
+
+    value: str
+    interval: str
+    best: bool
+    key: float | None
+    """What the column is sorted by."""
+    state: NotRequired[str]
+
+
+Cells = list[Cell]
 
 
 def metrics(entries: Sequence[Entry]) -> list[str]:
@@ -28,7 +42,7 @@ def metrics(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys([*(name for name in first if name in found), *found]))
 
 
-def cell(metric: Mapping[str, Any] | None) -> str:
+def cell(metric: MetricNumbers | None) -> str:
     """Write a metric with its interval, a dash where nothing was scored."""
     if metric is None:
         return DASH
@@ -98,7 +112,7 @@ def _comparable(entries: Sequence[Entry], metric: str) -> bool:
     return len(asked) <= 1
 
 
-def _value(metric: Mapping[str, Any] | None) -> float | None:
+def _value(metric: MetricNumbers | None) -> float | None:
     return metric["value"] if metric is not None else None
 
 
@@ -110,7 +124,7 @@ def _best(values: Sequence[float | None], better: Better | None) -> float | None
     return min(known) if better == "lower" else max(known)
 
 
-def _split(text: str, best: bool, key: float | None) -> dict[str, Any]:
+def _split(text: str, best: bool, key: float | None) -> Cell:
     """Return a cell whose interval can be set smaller than its value."""
     value, bracket, interval = text.partition(" [")
     return {"value": value, "interval": bracket.strip() + interval, "best": best, "key": key}
@@ -140,13 +154,13 @@ def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
     return header, body
 
 
-def _plain(value: Any) -> dict[str, Any]:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+def _plain(value: object) -> Cell:
+    key = value if isinstance(value, int | float) and not isinstance(value, bool) else None
     text = DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return {"value": text, "interval": "", "best": False, "key": value if number else None}
+    return {"value": text, "interval": "", "best": False, "key": key}
 
 
-def ran_s(trial: Mapping[str, Any]) -> float:
+def ran_s(trial: Document) -> float:
     """Return the seconds of a trial's stages that ran for it."""
     stages = [name.removeprefix("seconds.") for name in trial if name.startswith("seconds.")]
     spent = [trial[f"seconds.{stage}"] or 0.0 for stage in stages if not trial.get(f"cached.{stage}")]

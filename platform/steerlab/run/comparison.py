@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.measures import Transform
-from steerlab.evaluation.statistics.metrics import Difference, Observation, paired_difference
+from steerlab.evaluation.statistics.metrics import Observation
+from steerlab.evaluation.statistics.paired import Difference, paired_difference
 from steerlab.guards import saved
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import UNPATCHED

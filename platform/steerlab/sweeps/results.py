@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from steerlab.evaluation.statistics import intervals, stored
-from steerlab.evaluation.statistics.metrics import Observation, paired_difference
+from steerlab.evaluation.statistics.metrics import Observation
+from steerlab.evaluation.statistics.paired import paired_difference
 from steerlab.guards import saved
 from steerlab.guards.json_values import Json
 from steerlab.run import MetricNumbers

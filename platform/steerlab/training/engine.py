@@ -47,7 +47,7 @@ def _without_code(check: Callable[[object, Path], None]) -> object:
             super().save(_without_enums(state_dict), path)
 
         def load(self, path: str, map_location: Any = None) -> object:
-            with torch.serialization.safe_globals(classes):
+            with torch.serialization.safe_globals([*classes]):
                 found = torch.load(path, map_location=map_location, weights_only=True)
             check(found, Path(path))
             return found

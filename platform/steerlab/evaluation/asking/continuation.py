@@ -7,7 +7,6 @@ continuation alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import Field
 
@@ -51,7 +50,7 @@ def read_prompts(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
     """
     found: dict[str, Numbered] = {}
     for i, row in enumerate(rows.read(data), data.offset):
-        found.setdefault(row["text"], Numbered(str(i), row))
+        found.setdefault(str(row["text"]), Numbered(str(i), row))
     return choose(list(found.values()), limit, seed)
 
 
@@ -68,7 +67,7 @@ def conversation(encoder: Encoder, prompt: str, continuation: str | None = None)
     return (Message("text", tuple(parts)),)
 
 
-def sample(item_id: str, strength: float, prompt: str, continuation: str, **judged: Any) -> dict[str, Any]:
+def sample(item_id: str, strength: float, prompt: str, continuation: str, **judged: object) -> dict[str, object]:
     """Make a readable sample of a judged continuation."""
     return {"id": item_id, "strength": strength, "prompt": prompt, "continuation": continuation, **judged}
 

@@ -6,7 +6,7 @@ Images of one prompt and seed differ by strength and guidance alone. Axes: S str
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import BeforeValidator, Field, ValidationError
@@ -36,7 +36,7 @@ class Grid(Frozen):
 Strengths = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
-def _grid(value: Any) -> Any:
+def _grid(value: object) -> object:
     """Accept {min, max, steps} beside a list of strengths."""
     if not isinstance(value, dict):
         return value
@@ -108,6 +108,6 @@ def files(items: Sequence[Numbered], drawn: Sequence[Drawn], strengths: Sequence
     return pictures.files(images, strengths, [item.id for item in kept], [str(item.row["text"]) for item in kept])
 
 
-def samples(items: Sequence[Numbered], config: ImageConfig, **found: Any) -> list[dict[str, Any]]:
+def samples(items: Sequence[Numbered], config: ImageConfig, **found: object) -> list[dict[str, object]]:
     """Return what is said of the first kept images beside the files."""
     return [{"id": item.id, "prompt": str(item.row["text"]), "seed": item.row.get("seed")} | found for item in items]

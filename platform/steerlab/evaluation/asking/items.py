@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from steerlab.data import rows as job_rows
 from steerlab.data import sources
+from steerlab.data.values import Row
 from steerlab.evaluation.statistics.metrics import about
 from steerlab.job import DataSet
+
+_T = TypeVar("_T")
 
 ALPACA = "sdist:llamafactory==0.9.5#data/alpaca_en_demo.json"
 """999 instruction rows, 412 of them with an input; needs no hub."""
@@ -22,15 +25,15 @@ class Numbered(NamedTuple):
     """A row under an id: its position in the source."""
 
     id: str
-    row: dict[str, Any]
+    row: Row
 
 
-def number(rows: Sequence[dict[str, Any]], start: int = 0) -> list[Numbered]:
+def number(rows: Sequence[Row], start: int = 0) -> list[Numbered]:
     """Give every row its position in the source as id; the first one is at `start`."""
     return [Numbered(str(i), row) for i, row in enumerate(rows, start)]
 
 
-def choose(rows: Sequence[Numbered], limit: int | None, seed: int) -> list[Numbered]:
+def choose(rows: Sequence[_T], limit: int | None, seed: int) -> list[_T]:
     """Choose `limit` rows at random (None: all), kept in order; with the same seed fewer rows are a subset of more."""
     if limit is None or limit >= len(rows):
         return list(rows)
@@ -72,7 +75,7 @@ def instruction_rows(
     return choose(usable[offset:], limit, seed)
 
 
-def has_input(row: dict[str, Any]) -> bool:
+def has_input(row: Row) -> bool:
     """Say whether an instruction row has data; alpaca's placeholders are none."""
     text = str(row.get("input") or "").strip()
     return len(text) >= 2 and text.lower() not in _PLACEHOLDERS

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -23,6 +23,9 @@ from steerlab.inputs import templates
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Conversation
 from steerlab.steered.language import SteeredModel
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 QUESTION = (
     "Here are a prompt and two responses to it.\n\nPrompt: {prompt}\n\nResponse 1: {first}\n\nResponse 2: {second}\n\n"
@@ -147,7 +150,7 @@ def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
 
     @torch.inference_mode()
     def reward(answer: Answer) -> Score:
-        inputs: Any = _turns(tokenizer, answer) if tokenizer.chat_template else tokenizer(answer.prompt, answer.text)
+        inputs = _turns(tokenizer, answer) if tokenizer.chat_template else tokenizer(answer.prompt, answer.text)
         inputs = inputs.convert_to_tensors("pt", prepend_batch_axis=True).to(device)
         return TOO_LONG if inputs["input_ids"].shape[1] > longest else float(model(**inputs).logits[0, 0])
 
@@ -161,7 +164,7 @@ def check_reward_model(source: str) -> None:
         raise ValueError(f"{source} is no reward model: it has the classes {', '.join(classes)}, not one")
 
 
-def _turns(tokenizer: Any, answer: Answer) -> Any:
+def _turns(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> BatchEncoding:
     turns = [*answer.messages, {"role": "assistant", "content": answer.text}]
     return templates.apply(tokenizer, turns, return_dict=True)
 

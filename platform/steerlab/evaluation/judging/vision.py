@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,10 @@ from steerlab.evaluation.judging import scorers
 from steerlab.job import DataSet
 from steerlab.steered import pictures
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from sklearn.neural_network import MLPClassifier
+
 Floats = npt.NDArray[np.float32]
 _HIDDEN, _ROUNDS = 128, 40
 _BATCH = 64
@@ -35,7 +39,7 @@ _C1, _C2 = 0.01**2, 0.03**2
 class Classifier:
     """A trained classifier of pixels."""
 
-    model: Any
+    model: MLPClassifier
     classes: tuple[str, ...]
     shape: tuple[int, ...]
 
@@ -193,7 +197,7 @@ def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
     return _direction(torch.cat([part.pooler_output for part in parts]))
 
 
-def _pictures(images_NCHW: Tensor) -> list[Any]:
+def _pictures(images_NCHW: Tensor) -> list[Image]:
     return [pictures.picture(image).convert("RGB") for image in images_NCHW]
 
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from steerlab.evaluation.statistics import intervals
 from steerlab.evaluation.statistics.measures import Measure, Transform, find
 from steerlab.job import Phase, Role, TaskConfig
 from steerlab.models import ModelFacts
+
+_M = TypeVar("_M")
+_C = TypeVar("_C", bound=TaskConfig)
 
 TOO_LONG: Literal["too_long"] = "too_long"
 """What stands for the score of an item that does not fit into a model's context."""
@@ -101,21 +104,12 @@ class Metric(NamedTuple):
     """Scored items whose prompt was cut to fit."""
 
 
-class Difference(NamedTuple):
-    """A paired difference with its 95 % interval; `low > 0` or `high < 0` says that it is more than noise."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
 @dataclass(frozen=True)
 class Result:
     """What a task found: observations, a few readable samples, and how a metric is summarised."""
 
     observations: list[Observation]
-    samples: list[dict[str, Any]]
+    samples: Sequence[Mapping[str, object]]
     measures: Sequence[Measure] = ()
     """What the observations are of: the task's own measures, for this config."""
     files: dict[str, bytes] = field(default_factory=dict)
@@ -127,24 +121,24 @@ class Result:
         return find(self.measures, name) or Measure(name, None)
 
 
-class Task(NamedTuple):
+class Task(NamedTuple, Generic[_M, _C]):
     """An evaluation: its config, and the function that runs it on a model."""
 
-    Config: type[TaskConfig]
-    run: Callable[[Any, Any], Result]
+    Config: type[_C]
+    run: Callable[[_M, _C], Result]
     """(`SteeredModel` or `SteeredPipeline`, config) -> what was found."""
-    measures: Callable[[Any], Sequence[Measure]]
+    measures: Callable[[_C], Sequence[Measure]]
     """config -> the numbers that the task reports."""
     version: int = 1
     """Raised whenever the task's own data or scoring changes, so that older results are not taken for new ones."""
     kinds: tuple[str, ...] = ("causal_lm",)
     """Kinds of model that the task evaluates."""
-    chats: Callable[[Any], bool] = lambda config: True
+    chats: Callable[[_C], bool] = lambda config: True
     """config -> whether the task asks in conversations, so that it needs a chat template that holds them."""
-    check: Callable[[Any, ModelFacts], None] = lambda config, facts: None
+    check: Callable[[_C, ModelFacts], None] = lambda config, facts: None
     """Refuse a config that names what is not there (rows, models, packages) or does not go with the model, before anything
     starts; data sets of the config are checked for all tasks alike. Raises ValueError with the field and what is wrong."""
-    runs_over: Callable[[Any, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
+    runs_over: Callable[[_C, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
     """(config, metric) -> the tokens that the patched model is run over for a metric, None for all of them: a patch that acts
     on none of them leaves the metric as it is without the patch."""
 
@@ -214,39 +208,7 @@ def _within(value: float, bounds: tuple[float | None, float | None]) -> float:
     return value if high is None else min(high, value)
 
 
-def paired_difference(
-    a: Sequence[Observation],
-    b: Sequence[Observation],
-    *,
-    transform: str = "identity",
-    num_resamples: int = 10_000,
-    seed: int = 0,
-) -> Difference:
-    """Compare one metric of two runs over the items they share: f(mean of a) - f(mean of b), or that of their medians.
-
-    The interval holds the middle 95 % of the difference when the shared items are drawn anew with replacement (bootstrap), so
-    what makes an item hard for both runs cancels. Each side keeps its own weights. Resamples in which one side has
-    no weight at all (SEP: no probe executed) are left out.
-
-    Raises:
-        ValueError: when an id occurs twice in a run, no id is shared, or one side has nothing scored among the shared ids.
-    """
-    by_id_a, by_id_b = _by_id(a), _by_id(b)
-    shared = [i for i in by_id_a if i in by_id_b and by_id_a[i].value is not None and by_id_b[i].value is not None]
-    if not shared:
-        example = f" (for example {a[0].id!r} and {b[0].id!r})" if a and b else ""
-        raise ValueError(f"the two runs share no judged item: their ids are those of different data{example}")
-    weights_2N = np.array([[runs[i].weight for i in shared] for runs in (by_id_a, by_id_b)])
-    products_2N = weights_2N * np.array([[runs[i].value for i in shared] for runs in (by_id_a, by_id_b)], dtype=float)
-    if not weights_2N.sum(axis=1).all():
-        raise ValueError(f"one of the two runs has no scored item among the {len(shared)} shared ones: all weights are 0")
-    difference = _differences(products_2N, weights_2N, transform)
-    draws_R = _bootstrap(products_2N, weights_2N, transform, num_resamples, np.random.default_rng(seed))
-    low, high = np.quantile(draws_R, [0.025, 0.975])
-    return Difference(float(difference), float(low), float(high), len(shared))
-
-
-def left_out(metric: Mapping[str, Any]) -> str:
+def left_out(metric: Mapping[str, object]) -> str:
     """Say in words what a metric, as JSON values, leaves out: `2 unparsable, 1 too long`; empty where it is nothing."""
     words = {"unparsable": "unparsable", "too_long": "too long", "rows_cut": "cut"}
     return ", ".join(f"{metric[name]} {said}" for name, said in words.items() if metric.get(name))
@@ -257,7 +219,7 @@ def contains(text: str, witness: str) -> bool:
     return witness.lower() in text.lower()
 
 
-def spread(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def spread(samples: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
     """Keep `MAX_SAMPLES` samples at equal distances."""
     if len(samples) <= MAX_SAMPLES:
         return list(samples)
@@ -310,32 +272,3 @@ def _transformed(mean: float, transform: str) -> tuple[float, float]:
     if transform not in get_args(Transform):
         raise ValueError(f"unknown transform {transform!r}: one of {', '.join(get_args(Transform))}")
     return mean, 1.0
-
-
-def _by_id(observations: Sequence[Observation]) -> Mapping[str, Observation]:
-    found: dict[str, Observation] = {}
-    for observation in observations:
-        if observation.id in found:
-            raise ValueError(f"item {observation.id!r} of {observation.metric} occurs twice: pass one metric at one strength")
-        found[observation.id] = observation
-    return found
-
-
-def _differences(products: np.ndarray, weights: np.ndarray, transform: str) -> np.ndarray:
-    """Return f(a) - f(b) of weighted items; the first axis is the two runs, the last one the items."""
-    if transform not in get_args(Transform):
-        raise ValueError(f"unknown transform {transform!r}: one of {', '.join(get_args(Transform))}")
-    found = np.median(products / weights, axis=-1) if transform == "median" else products.sum(axis=-1) / weights.sum(axis=-1)
-    transformed = np.exp(np.minimum(found, 709.0)) if transform == "exp" else found
-    return transformed[0] - transformed[1]
-
-
-def _bootstrap(
-    products_2N: np.ndarray, weights_2N: np.ndarray, transform: str, num_resamples: int, rng: np.random.Generator
-) -> np.ndarray:
-    found = []
-    for index_RN in intervals.resampled(products_2N.shape[1], num_resamples, rng):
-        weights_2RN = weights_2N[:, index_RN]
-        usable_R = weights_2RN.sum(axis=-1).all(axis=0)
-        found.append(_differences(products_2N[:, index_RN][:, usable_R], weights_2RN[:, usable_R], transform))
-    return np.concatenate(found)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +19,7 @@ from steerlab.evaluation.statistics.measures import Better, Measure, Transform
 from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.guards import saved
 from steerlab.guards.faults import explained
+from steerlab.guards.json_values import JsonObject
 
 _T = TypeVar("_T")
 
@@ -46,6 +47,8 @@ def _number(text: str) -> str:
 
 StrengthKey = Annotated[str, AfterValidator(_number)]
 """A strength as JSON has it, a key; `by_strength` makes it a number again."""
+MetricNumbers: TypeAlias = dict[str, Any]
+"""A metric as JSON has it: its numbers by name (value, low, high, n, ...), of which earlier versions wrote fewer."""
 _Number = float | None
 
 
@@ -82,7 +85,7 @@ class _Metrics(saved.Shape):
 class Sample(saved.Shape):
     """A row and what the model made of it, for people to read."""
 
-    id: Any
+    id: object
     strength: _Number = None
 
 
@@ -91,11 +94,11 @@ class Outcome:
     """What the evaluation of one task found."""
 
     observations: Sequence[Observation]
-    samples: Sequence[Mapping[str, Any]] = ()
+    samples: Sequence[Mapping[str, object]] = ()
     """Rows and what the model made of them, for people to read."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Images by their path."""
-    metrics: Mapping[float, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    metrics: Mapping[float, Mapping[str, Mapping[str, object]]] = field(default_factory=dict)
     """Each metric's numbers, by strength, the headline's first, and by name."""
     measures: Mapping[str, Measure] = field(default_factory=dict)
     """What each metric measures."""
@@ -118,7 +121,7 @@ def by_strength(keyed: Mapping[str, _T]) -> dict[float, _T]:
     return {float(strength): value for strength, value in keyed.items()}
 
 
-def strengths(directory: Path) -> dict[float, dict[str, dict[str, Any]]]:
+def strengths(directory: Path) -> dict[float, dict[str, MetricNumbers]]:
     """Return the metrics by strength, the headline's first. Raises ValueError where the file is damaged."""
     found = by_strength(saved.read_like(directory / _METRICS, _Metrics)["strengths"])
     if not found:
@@ -139,7 +142,7 @@ def measured(name: str, one: StoredMeasure) -> Measure:
     return Measure(name, one.better, one.unit, one.low, one.high, one.transform)
 
 
-def dumped(measure: Measure) -> dict[str, Any]:
+def dumped(measure: Measure) -> dict[str, object]:
     """Return what a metric measures as it stands in files."""
     return {name: value for name, value in measure._asdict().items() if name != "name"}
 
@@ -155,6 +158,6 @@ def observations(directory: Path, strength: float) -> list[Observation]:
     return [Observation(**row) for row in rows]
 
 
-def samples(directory: Path) -> list[dict[str, Any]]:
+def samples(directory: Path) -> list[JsonObject]:
     """Return the rows that people may read. Raises ValueError where the file is damaged."""
     return saved.read_like(directory / _SAMPLES, list[Sample])

@@ -17,7 +17,7 @@ Metrics: `alpaca/response_tokens`, `alpaca/empty` (share of answers without a wo
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -82,7 +82,7 @@ def observe(row_id: str, output: Generation, strength: float = 1.0) -> list[Obse
     return [Observation(f"alpaca/{name}", row_id, value, 1.0, strength) for name, value in values.items()]
 
 
-def entry(item: Numbered, output: str, generator: str) -> dict[str, Any]:
+def entry(item: Numbered, output: str, generator: str) -> dict[str, str]:
     """Write one answer in AlpacaEval's format."""
     data = _data(item)
     instruction = str(item.row["instruction"])

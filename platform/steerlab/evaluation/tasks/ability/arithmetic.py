@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -115,7 +115,7 @@ def _solution(item: Numbered, data: DataSet) -> Decimal:
     return found
 
 
-def _sample(item: Numbered, solution: Decimal, text: str, found: Decimal | None, strength: float) -> dict[str, Any]:
+def _sample(item: Numbered, solution: Decimal, text: str, found: Decimal | None, strength: float) -> dict[str, object]:
     return {
         "id": item.id,
         "strength": strength,

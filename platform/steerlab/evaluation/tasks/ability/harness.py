@@ -18,8 +18,8 @@ import difflib
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -30,6 +30,9 @@ from steerlab.evaluation.tasks.ability.harness_model import Fates, adapter
 from steerlab.job import Seed, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
+
+Logged: TypeAlias = Mapping[str, Any]
+"""What the harness logs of a document: its prompt, answers, and metrics, whose types are the harness's tasks' own."""
 
 
 class Config(TaskConfig):
@@ -88,7 +91,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     return Result(observations, spread(samples), (*measured.values(), *measures(config)))
 
 
-def _library(config: Config) -> tuple[Any, Any]:
+def _library(config: Config) -> tuple[Callable[..., Any], Any]:
     """Return the harness's evaluation function and its table of tasks."""
     if config.tasks_source is not None and not config.trust_remote_code:
         raise ValueError(
@@ -113,8 +116,8 @@ def _library(config: Config) -> tuple[Any, Any]:
 
 
 def observe(
-    logged: dict[str, list[dict[str, Any]]],
-    reported: dict[str, dict[str, Any]],
+    logged: Mapping[str, Sequence[Logged]],
+    reported: Mapping[str, Mapping[str, object]],
     strength: float,
     fates: Fates,
     higher_is_better: Mapping[str, Mapping[str, bool | None]],
@@ -149,7 +152,7 @@ def _fated(observation: Observation, task: str, number: int, fates: Fates) -> Ob
     return too_long(observation) if fate == TOO_LONG else observation._replace(reason=fate)
 
 
-def _empty(task: str, samples: Iterable[dict[str, Any]], strength: float) -> dict[int, Observation]:
+def _empty(task: str, samples: Iterable[Logged], strength: float) -> dict[int, Observation]:
     """Say of the documents whose answers are texts how many of these are empty; each document once, whatever its filters."""
     found = {}
     for sample in samples:
@@ -161,15 +164,15 @@ def _empty(task: str, samples: Iterable[dict[str, Any]], strength: float) -> dic
     return found
 
 
-def _by_metric(samples: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+def _by_metric(samples: Iterable[Logged]) -> dict[tuple[str, str], list[Logged]]:
+    groups: dict[tuple[str, str], list[Logged]] = defaultdict(list)
     for sample in samples:
         for metric in sample["metrics"]:
             groups[metric, sample["filter"]].append(sample)
     return groups
 
 
-def _as_means(values: Sequence[Any], number: Any) -> tuple[list[tuple[float, float]], Transform] | None:
+def _as_means(values: Sequence[Any], number: object) -> tuple[list[tuple[float, float]], Transform] | None:
     """Express the harness's number as a weighted mean: [(value, weight)] and its transform; None where it is not one."""
     if not isinstance(number, int | float):
         return None
@@ -191,7 +194,7 @@ def _candidates(values: Sequence[Any]) -> Iterator[tuple[list[tuple[float, float
         yield [(-float(ll) / size / math.log(2), float(size)) for ll, size in values], "identity"
 
 
-def _sample(task: str, logged: dict[str, Any], strength: float) -> dict[str, Any]:
+def _sample(task: str, logged: Logged, strength: float) -> dict[str, object]:
     return {
         "id": f"{task}/{logged['doc_id']}",
         "strength": strength,

@@ -15,8 +15,8 @@ import json
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -28,6 +28,15 @@ _MAX_LENGTH = 2048
 """Context of a model whose config names none (the harness's default)."""
 Fates = dict[tuple[str, int], Reason]
 """Which documents, by task and number, did not fit or were cut."""
+
+
+class Request(Protocol):
+    """What the harness asks of a model about one document."""
+
+    args: tuple[Any, ...]
+    """Context and continuation, a whole text, or context and settings of generation."""
+    task_name: str
+    doc_id: int
 
 
 class Row(NamedTuple):
@@ -59,15 +68,15 @@ def adapter(model: SteeredModel, strength: float, seed: int, fates: Fates) -> An
     from lm_eval.api.model import LM  # type: ignore[import-not-found]
 
     class Steered(LM):
-        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
             found = loglikelihoods(model, [request.args for request in requests], strength)
             note(fates, requests, [one.reason for one in found])
             return [(one.log_prob_nats, one.is_greedy) for one in found]
 
-        def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
             return rolling_loglikelihoods(model, [request.args[0] for request in requests], strength)
 
-        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        def generate_until(self, requests: Sequence[Request]) -> list[str]:
             found = generations(model, [request.args for request in requests], strength, seed)
             note(fates, requests, [one.reason for one in found])
             return [one.text for one in found]
@@ -75,7 +84,7 @@ def adapter(model: SteeredModel, strength: float, seed: int, fates: Fates) -> An
     return Steered()
 
 
-def note(fates: Fates, requests: Sequence[Any], reasons: Sequence[Reason | None]) -> None:
+def note(fates: Fates, requests: Sequence[Request], reasons: Sequence[Reason | None]) -> None:
     """Note what became of the requests' documents; one that was not scored stays so whatever its other requests give."""
     for request, reason in zip(requests, reasons, strict=True):
         document = (request.task_name, request.doc_id)
@@ -113,7 +122,7 @@ def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: 
 
 
 def generations(
-    model: SteeredModel, requests: Sequence[tuple[str, dict[str, Any]]], strength: float, seed: int
+    model: SteeredModel, requests: Sequence[tuple[str, Mapping[str, object]]], strength: float, seed: int
 ) -> list[Continued]:
     """Continue contexts, those with the same settings in one call; contexts that do not fit are cut from the left."""
     from lm_eval.models.utils import normalize_gen_kwargs  # type: ignore[import-not-found]

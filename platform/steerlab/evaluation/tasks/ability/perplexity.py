@@ -10,14 +10,16 @@ Metric: `perplexity/value`. Its observations are the rows' mean negative log-lik
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from steerlab.data import sources
+from steerlab.data.values import Row
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, data_rows, instruction_rows, number
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import EVERY_TOKEN, Observation, Result, Task, TokenKinds, spread, too_long
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 from steerlab.job import DataSet, Implied, Source, TaskConfig
 from steerlab.models import ModelFacts
@@ -26,7 +28,7 @@ from steerlab.steered.language import SteeredModel, TokenLogProbs
 _METRIC = "perplexity/value"
 
 
-def _own_rows(config: Mapping[str, Any]) -> dict[str, Any]:
+def _own_rows(config: Mapping[str, Json]) -> JsonObject:
     """Return the rows that a config without `data` names, as a data set."""
     named = {name: config[name] for name in ("source", "format", "needs_input", "offset") if name in config}
     return {"source": ALPACA, **named}
@@ -109,7 +111,7 @@ def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: floa
     return Observation(_METRIC, row_id, -sum(scored) / len(scored), float(len(scored)), strength)
 
 
-def conversation(model: SteeredModel, row: dict[str, Any], config: Config) -> Conversation:
+def conversation(model: SteeredModel, row: Row, config: Config) -> Conversation:
     """Make the conversation of a row."""
     if config.format != "text":
         return model.encoder.from_row(row, config.format)
@@ -140,7 +142,7 @@ def _unscored(row_id: str, strength: float) -> Observation:
     return Observation(_METRIC, row_id, None, 1.0, strength)
 
 
-def _sample(item: Numbered, found: Observation) -> dict[str, Any]:
+def _sample(item: Numbered, found: Observation) -> dict[str, object]:
     texts = {name: item.row[name] for name in ("instruction", "input", "output", "text") if name in item.row}
     tokens = None if found.value is None else int(found.weight)
     return {"id": item.id, "strength": found.strength, **texts, "nll_nats_per_token": found.value, "tokens": tokens}

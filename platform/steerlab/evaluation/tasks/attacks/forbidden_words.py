@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ from steerlab.evaluation.asking.items import Numbered, check_rows, choose, numbe
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, contains, spread
 from steerlab.guards import files
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import Seed, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -115,7 +116,7 @@ def purple_questions(source: str) -> list[str]:
     return [str(row["prompt"]) for row in sources.rows(source, fields=["prompt"], texts=["prompt"])]
 
 
-def _first_object(path: Path) -> dict[str, Any] | None:
+def _first_object(path: Path) -> JsonObject | None:
     """Return the object on the file's first line, None when it starts otherwise (a list of rows)."""
     text = files.read_text(path).lstrip()
     if not text.startswith("{"):
@@ -132,7 +133,7 @@ def _split_sources(config: GandalfConfig) -> list[str]:
 
 def _run(model: SteeredModel, config: GandalfConfig | PurpleConfig, rows: Sequence[Numbered], rule: str, word: str) -> Result:
     rows = choose(rows, config.limit, config.seed)
-    prompts = [model.encoder.conversation(rule, item.row["text"]) for item in rows]
+    prompts = [model.encoder.conversation(rule, str(item.row["text"])) for item in rows]
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
         for item, output in zip(rows, outputs, strict=True):

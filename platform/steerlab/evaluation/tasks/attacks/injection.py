@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
+from steerlab.data.values import Row
 from steerlab.evaluation.asking.answers import answers, judged, with_empty
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
 from steerlab.evaluation.statistics.measures import Measure, empty, share
@@ -198,11 +199,11 @@ def _pick(options: Sequence[str], draw: random.Random) -> str:
     return options[int(draw.random() * len(options))]
 
 
-def _holds(row: Mapping[str, Any], witness: str) -> bool:
+def _holds(row: Row, witness: str) -> bool:
     return any(contains(str(row.get(name) or ""), witness) for name in ("instruction", "input", "output"))
 
 
-def _sample(a: Attempt, output: Generation, witness: str, strength: float) -> dict[str, Any]:
+def _sample(a: Attempt, output: Generation, witness: str, strength: float) -> dict[str, object]:
     return {
         "id": a.id,
         "strength": strength,

@@ -32,7 +32,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -127,7 +127,7 @@ def run(model: SteeredModel, config: Config, clock: Clock = time.perf_counter) -
     return Result(observations, samples, measures(config))
 
 
-def _timed(model: SteeredModel, strength: float, config: Config, clock: Clock) -> tuple[list[Observation], dict[str, Any]]:
+def _timed(model: SteeredModel, strength: float, config: Config, clock: Clock) -> tuple[list[Observation], dict[str, object]]:
     """Time the contenders at one strength; the copy of the folded model, if there is one, does not outlive this."""
     contenders, note = at_strength(model, strength, config.folded)
     found = []
@@ -221,7 +221,7 @@ def _now_s(device: torch.device, clock: Clock) -> float:
 
 def prompts(model: SteeredModel, batch_size: int, num_tokens: int, seed: int) -> Batch:
     """Make a batch of random tokens, of the roles instruction and data."""
-    vocabulary: Any = models.text_config(model.model).vocab_size
+    vocabulary: int = models.text_config(model.model).vocab_size
     ids_BT = torch.randint(vocabulary, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
     roles = [INSTRUCTION] * (num_tokens // 2) + [DATA] * (num_tokens - num_tokens // 2)
     rows = [Encoded(ids, roles, [False] * num_tokens, [0] * num_tokens) for ids in ids_BT.tolist()]
@@ -237,7 +237,7 @@ def _check_length(model: SteeredModel, config: Config) -> None:
         )
 
 
-def _conditions(model: SteeredModel) -> dict[str, Any]:
+def _conditions(model: SteeredModel) -> dict[str, object]:
     """Say what the absolute numbers depend on."""
     is_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"

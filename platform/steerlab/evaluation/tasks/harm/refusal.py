@@ -28,10 +28,11 @@ alpaca's instructions as harmless prompts:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, StringConstraints
 
+from steerlab.data.values import Row
 from steerlab.evaluation.asking.answers import answers, with_empty
 from steerlab.evaluation.asking.items import data_rows
 from steerlab.evaluation.judging import scorers
@@ -161,12 +162,12 @@ def _judge(model: SteeredModel, config: Config) -> scorers.Scorer:
     return scorers.more_likely(scorers.classifier(config.classifier_source, config.refusal_label, model.device))
 
 
-def _texts(row: dict[str, Any], data_format: str) -> tuple[str, str]:
+def _texts(row: Row, data_format: str) -> tuple[str, str]:
     """Return a row's instruction and data; a plain text is an instruction."""
-    return (row["text"], "") if data_format == "text" else (str(row["instruction"]), str(row.get("input") or ""))
+    return (str(row["text"]), "") if data_format == "text" else (str(row["instruction"]), str(row.get("input") or ""))
 
 
-def _sample(asked: Asked, text: str, refused: Score, strength: float) -> dict[str, Any]:
+def _sample(asked: Asked, text: str, refused: Score, strength: float) -> dict[str, object]:
     return {
         "id": asked.id,
         "strength": strength,

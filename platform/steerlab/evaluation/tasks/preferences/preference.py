@@ -19,7 +19,7 @@ The default needs no hub: the 60 pairs of LLaMA-Factory's demonstration that job
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -106,7 +106,7 @@ def margin(scored: Scored, beta: float) -> float:
     return beta * (chosen - rejected)
 
 
-def _sample(item: Numbered, scored: Scored | None, beta: float, strength: float) -> dict[str, Any]:
+def _sample(item: Numbered, scored: Scored | None, beta: float, strength: float) -> dict[str, object]:
     texts = {name: item.row[name] for name in ("prompt", "chosen", "rejected")}
     return {"id": item.id, "strength": strength, **texts, "margin": None if scored is None else margin(scored, beta)}
 

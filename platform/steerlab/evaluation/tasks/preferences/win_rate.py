@@ -27,7 +27,7 @@ the model at strength 0 ties everywhere. All of it is deterministic for a given 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -259,7 +259,7 @@ def _is_classifier(source: str) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in told.architectures or ())
 
 
-def _asked(row: dict[str, Any], data_format: str) -> Answer:
+def _asked(row: Mapping[str, Any], data_format: str) -> Answer:
     """Return a row's prompt with its reference answer, where it has one; a plain text is an instruction."""
     if data_format == "text":
         return Answer(row["text"], "", "")
@@ -271,7 +271,7 @@ def _asked(row: dict[str, Any], data_format: str) -> Answer:
     return Answer("", "", chosen, turns=tuple((message["role"], message["content"]) for message in prompt))
 
 
-def _sample(item_id: str, strength: float, pair: Pair, verdict: Verdict) -> dict[str, Any]:
+def _sample(item_id: str, strength: float, pair: Pair, verdict: Verdict) -> dict[str, object]:
     answer, opponent = pair
     return {
         "id": item_id,

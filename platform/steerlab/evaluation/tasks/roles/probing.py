@@ -21,13 +21,15 @@ are standardised, which a linear probe could undo, because hidden states of late
 those of early ones; headings and framing are tokens of neither kind.
 
 Axes beside the legend of `tokens`: N tokens (of all rows). L counts the embedding and every layer.
+
+The file is longer than others because the four measures share their config, their rows and the hidden states.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -49,8 +51,9 @@ from steerlab.evaluation.statistics.metrics import (
     spread,
 )
 from steerlab.evaluation.tasks.roles import separation
-from steerlab.inputs.encoding import Encoder
-from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Message, Part
+from steerlab.evaluation.tasks.roles.linear_probe import LinearProbe, Tokens, fit
+from steerlab.evaluation.tasks.roles.marked_prompts import marked, of_row, probe_parts, split_probe
+from steerlab.inputs.tokens import DATA, INSTRUCTION, Part
 from steerlab.job import Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -92,34 +95,6 @@ class Config(TaskConfig):
     """Rows that are longer (in tokens) train no probe."""
     max_new_tokens: int = Field(1024, ge=1)
     """Longest answer of the causal check."""
-
-
-class Tokens(NamedTuple):
-    """Hidden states of single tokens."""
-
-    h_NLD: Tensor
-    is_instruction_N: Tensor
-    row_N: Tensor
-    """Number of the row that the token comes from."""
-    exchanged_N: Tensor
-    """True for the form of the row in which instruction and data are exchanged."""
-
-    def where(self, mask_N: Tensor) -> Tokens:
-        """Keep some tokens."""
-        return Tokens(*(tensor[mask_N] for tensor in self))
-
-
-class LinearProbe(NamedTuple):
-    """One linear classifier of tokens for each layer."""
-
-    weight_LD: Tensor
-    bias_L: Tensor
-    mean_LD: Tensor
-    std_LD: Tensor
-
-    def says_instruction(self, h_NLD: Tensor) -> Tensor:
-        """Classify tokens at every layer: (N, L) of booleans."""
-        return ((h_NLD - self.mean_LD) / self.std_LD * self.weight_LD).sum(-1) + self.bias_L > 0
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
@@ -190,20 +165,7 @@ def concept_layer(config: Config, num_layers: int) -> int:
 def train_rows(num_rows: int, config: Config) -> list[int]:
     """Choose the rows that train; at least one trains and one tests."""
     num_train = min(max(1, round(config.train_share * num_rows)), num_rows - 1)
-    order = choose([Numbered(str(i), {}) for i in range(num_rows)], num_train, config.seed + 1)
-    return [int(item.id) for item in order]
-
-
-def marked(encoder: Encoder, instruction: str, data: Sequence[Part]) -> Conversation:
-    """Make a prompt whose second part is the instruction's own text and whose last parts are `data`.
-
-    Parts change no tokenisation; they say which tokens are the instruction's and the data's own, headings left out.
-    """
-    # The template takes the role of a message's first part: an empty data part keeps it whatever role the data get.
-    system, *rest = encoder.conversation(instruction, (Part("", DATA), *data))
-    text = "".join(part.text for part in system.parts)
-    heading = text.removesuffix(instruction)
-    return (Message(system.speaker, (Part(heading, INSTRUCTION), Part(instruction, INSTRUCTION))), *rest)
+    return choose(range(num_rows), num_train, config.seed + 1)
 
 
 def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], list[Numbered]]:
@@ -215,7 +177,7 @@ def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], li
     found = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=config.num_rows, seed=config.seed)
     if len(found) < 2:
         raise ValueError(f"{config.source} has {len(found)} usable row; a probe needs two")
-    forms = [model.fits([_prompt(model.encoder, item, e) for item in found], config.max_tokens) for e in (False, True)]
+    forms = [model.fits([of_row(model.encoder, item, e) for item in found], config.max_tokens) for e in (False, True)]
     fits = [plain and exchanged for plain, exchanged in zip(*forms, strict=True)]
     halves = [[item for item, fit in zip(found, fits, strict=True) if fit == wanted] for wanted in (True, False)]
     return halves[0], halves[1]
@@ -224,7 +186,7 @@ def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], li
 def collect(model: SteeredModel, rows: Sequence[Numbered], config: Config, strength: float) -> Tokens:
     """Read the hidden states of as many instruction as data tokens of every row, in both of its forms."""
     forms = [(i, exchanged) for i in range(len(rows)) for exchanged in (False, True)]
-    prompts = [_prompt(model.encoder, rows[i], exchanged) for i, exchanged in forms]
+    prompts = [of_row(model.encoder, rows[i], exchanged) for i, exchanged in forms]
     h, is_instruction, row, exchange = [], [], [], []
     for (i, exchanged), (h_LTD, encoded) in zip(forms, model.hidden_states(prompts, strength=strength), strict=True):
         draw = random.Random(f"{config.seed} {rows[i].id} {exchanged}")
@@ -243,55 +205,6 @@ def balanced(parts: Sequence[int], data_part: int, most: int, draw: random.Rando
     return [t for found in of_role for t in sorted(found, key=lambda _: draw.random())[:count]]
 
 
-def fit(tokens: Tokens, config: Config) -> LinearProbe:
-    """Train one probe a layer, all at once; the layers do not share anything but the order of the tokens."""
-    mean_LD, std_LD = tokens.h_NLD.mean(0), tokens.h_NLD.std(0).clamp_min(1e-6)
-    x_NLD, label_N = (tokens.h_NLD - mean_LD) / std_LD, tokens.is_instruction_N.float()
-    weight_LD = torch.zeros_like(mean_LD, requires_grad=True)
-    bias_L = torch.zeros(mean_LD.shape[0], requires_grad=True)
-    optimizer = torch.optim.Adam([weight_LD, bias_L], lr=config.lr)
-    generator = torch.Generator().manual_seed(config.seed)
-    for _ in range(config.epochs):
-        for index_B in torch.randperm(len(label_N), generator=generator).split(config.batch):
-            logit_BL = (x_NLD[index_B] * weight_LD).sum(-1) + bias_L
-            target_BL = label_N[index_B, None].expand_as(logit_BL)
-            loss_BL = torch.nn.functional.binary_cross_entropy_with_logits(logit_BL, target_BL, reduction="none")
-            optimizer.zero_grad()
-            loss_BL.mean(0).sum().backward()
-            optimizer.step()
-    return LinearProbe(weight_LD.detach(), bias_L.detach(), mean_LD, std_LD)
-
-
-def split_probe(item: separation.Item) -> tuple[str, str, str] | None:
-    """Cut the data of (D) into what stands before the probe, the probe, and what stands behind it.
-
-    None when the clean data are not found at either end.
-    """
-    data, with_probe = item.data, item.data_with_probe
-    side = str(item.info.get("appended_type", ""))[-1:]
-    if with_probe.endswith(data) and not (side == "r" and with_probe.startswith(data)):
-        head = with_probe.removesuffix(data)
-        probe = head.rstrip()
-        return ("", probe, head[len(probe) :] + data) if probe else None
-    if with_probe.startswith(data):
-        tail = with_probe.removeprefix(data)
-        probe = tail.lstrip()
-        return (data + tail[: len(tail) - len(probe)], probe, "") if probe else None
-    return None
-
-
-def probe_parts(texts: tuple[str, str, str], role: int) -> tuple[Part, ...]:
-    """Give the probe its role; the rest are data."""
-    before, probe, after = texts
-    return (Part(before, DATA), Part(probe, role), Part(after, DATA))
-
-
-def _prompt(encoder: Encoder, item: Numbered, exchanged: bool) -> Conversation:
-    first, second = str(item.row["instruction"]), str(item.row["input"])
-    instruction, data = (second, first) if exchanged else (first, second)
-    return marked(encoder, instruction, (Part(data, DATA),))
-
-
 def _left_out(model: SteeredModel, long: Sequence[Numbered], config: Config, strength: float) -> list[Observation]:
     """Return an observation without a value of each row that does not fit, in the metrics that rows are part of."""
     layers = range(model.num_layers + 1)
@@ -307,8 +220,12 @@ def _left_out(model: SteeredModel, long: Sequence[Numbered], config: Config, str
 def _observe_layers(
     tokens: Tokens, is_train_N: Tensor, rows: Sequence[Numbered], config: Config, strength: float
 ) -> list[Observation]:
-    probe, test = fit(tokens.where(is_train_N), config), tokens.where(~is_train_N)
+    probe, test = _fitted(tokens.where(is_train_N), config), tokens.where(~is_train_N)
     return _accuracies(probe, test, rows, lambda layer: f"probing/layer_{layer:02d}", strength)
+
+
+def _fitted(tokens: Tokens, config: Config) -> LinearProbe:
+    return fit(tokens, epochs=config.epochs, lr=config.lr, batch=config.batch, seed=config.seed)
 
 
 def _accuracies(
@@ -335,7 +252,7 @@ def _observe_concept(
 ) -> list[Observation]:
     at_layer = clean._replace(h_NLD=clean.h_NLD[:, layer : layer + 1])
     is_train_N = torch.isin(clean.row_N, torch.tensor(train_rows(len(rows), config)))
-    probe = fit(at_layer.where(is_train_N), config)
+    probe = _fitted(at_layer.where(is_train_N), config)
     found = _accuracies(probe, at_layer.where(~is_train_N), rows, lambda _: "probing/concept_accuracy", strength)
     shares = _probe_shares(model, items, layer, probe, strength)
     for item, (taken, num_tokens) in zip(items, shares, strict=True):
@@ -386,14 +303,14 @@ def _observe_cosine(model: SteeredModel, rows: Sequence[Numbered], strength: flo
 
 def _observe_causal(
     model: SteeredModel, items: Sequence[separation.Item], config: Config
-) -> tuple[list[Observation], list[dict[str, Any]]]:
+) -> tuple[list[Observation], list[dict[str, object]]]:
     texts = [split_probe(item) for item in items]
     whole = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
     prompts = [
         marked(model.encoder, item.instruction, probe_parts(text, role)) for role in (DATA, INSTRUCTION) for item, text in whole
     ]
     observations: list[Observation] = []
-    samples: list[dict[str, Any]] = []
+    samples: list[dict[str, object]] = []
     for strength, row in answers(model, prompts, config):
         cut = [item for item, text in zip(items, texts, strict=True) if text is None]
         observations += [Observation(name, item.id, None, 1.0, strength) for item in cut for name in _EXECUTED]

@@ -34,6 +34,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from steerlab.data import sources
+from steerlab.data.values import Row
 from steerlab.evaluation.asking.answers import answers, with_empty
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, has_input, number
 from steerlab.evaluation.statistics.measures import Measure, empty, share
@@ -81,7 +82,7 @@ class Item(NamedTuple):
     instruction_with_probe: str
     data_with_probe: str
     witness: str
-    info: Mapping[str, Any]
+    info: Mapping[str, object]
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
@@ -150,18 +151,18 @@ def probes() -> list[Probe]:
     return [Probe(**entry) for entry in json.loads(text)]
 
 
-def embedded_rows() -> list[dict[str, Any]]:
+def embedded_rows() -> list[Row]:
     """Build the default set from the repository's probes and the alpaca rows with an input."""
     return place_probes([row for row in sources.rows(ALPACA) if has_input(row)], probes())
 
 
-def place_probes(rows: Sequence[Mapping[str, Any]], probes: Sequence[Probe]) -> list[dict[str, Any]]:
+def place_probes(rows: Sequence[Row], probes: Sequence[Probe]) -> list[Row]:
     """Put one probe into each row, positions and wordings in turn; the same rows and probes give the same set.
 
     Raises:
         ValueError: when a row holds the witness of every probe.
     """
-    placed = []
+    placed: list[Row] = []
     for i, row in enumerate(rows):
         instruction, data = str(row["instruction"]), str(row["input"])
         text = "\n".join((instruction, data, str(row.get("output", ""))))
@@ -198,6 +199,7 @@ def beside(text: str, request: str, side: str) -> str:
 
 def _item(found: Numbered) -> Item:
     row = found.row
+    info = row.get("info")
     return Item(
         id=found.id,
         instruction=str(row["system_prompt_clean"]),
@@ -205,7 +207,7 @@ def _item(found: Numbered) -> Item:
         instruction_with_probe=str(row["system_prompt_instructed"]),
         data_with_probe=str(row["prompt_instructed"]),
         witness=str(row["witness"]),
-        info=row.get("info") or {},
+        info=info if isinstance(info, Mapping) else {},
     )
 
 
@@ -216,7 +218,7 @@ def _is_val(row: Mapping[str, Any]) -> bool:
     return int(task_id) % _VAL_EVERY == 0
 
 
-def _sample(item: Item, in_data: Generation, in_instruction: Generation, strength: float) -> dict[str, Any]:
+def _sample(item: Item, in_data: Generation, in_instruction: Generation, strength: float) -> dict[str, object]:
     return {
         "id": item.id,
         "strength": strength,

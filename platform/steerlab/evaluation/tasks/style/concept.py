@@ -108,7 +108,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Continue the prompts at every strength and look for the concept."""
     judges = _scorers(model, config)
     items = _items(config)
-    ids, prompts = [item.id for item in items], [item.row["text"] for item in items]
+    ids, prompts = [item.id for item in items], [str(item.row["text"]) for item in items]
     outputs = continue_texts(model, prompts, config)
     observations, samples = [], []
     for strength, row in zip(config.strengths, outputs, strict=True):

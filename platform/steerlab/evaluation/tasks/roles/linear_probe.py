@@ -1,0 +1,58 @@
+"""Linear classifiers that tell instruction tokens from data tokens by hidden states, one for each layer.
+
+Axes beside the legend of `tokens`: N tokens (of all rows). L counts the embedding and every layer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """Hidden states of single tokens."""
+
+    h_NLD: Tensor
+    is_instruction_N: Tensor
+    row_N: Tensor
+    """Number of the row that the token comes from."""
+    exchanged_N: Tensor
+    """True for the form of the row in which instruction and data are exchanged."""
+
+    def where(self, mask_N: Tensor) -> Tokens:
+        """Keep some tokens."""
+        return Tokens(*(tensor[mask_N] for tensor in self))
+
+
+class LinearProbe(NamedTuple):
+    """One linear classifier of tokens for each layer."""
+
+    weight_LD: Tensor
+    bias_L: Tensor
+    mean_LD: Tensor
+    std_LD: Tensor
+
+    def says_instruction(self, h_NLD: Tensor) -> Tensor:
+        """Classify tokens at every layer: (N, L) of booleans."""
+        return ((h_NLD - self.mean_LD) / self.std_LD * self.weight_LD).sum(-1) + self.bias_L > 0
+
+
+def fit(tokens: Tokens, *, epochs: int, lr: float, batch: int, seed: int) -> LinearProbe:
+    """Train one probe a layer, all at once; the layers do not share anything but the order of the tokens."""
+    mean_LD, std_LD = tokens.h_NLD.mean(0), tokens.h_NLD.std(0).clamp_min(1e-6)
+    x_NLD, label_N = (tokens.h_NLD - mean_LD) / std_LD, tokens.is_instruction_N.float()
+    weight_LD = torch.zeros_like(mean_LD, requires_grad=True)
+    bias_L = torch.zeros(mean_LD.shape[0], requires_grad=True)
+    optimizer = torch.optim.Adam([weight_LD, bias_L], lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for index_B in torch.randperm(len(label_N), generator=generator).split(batch):
+            logit_BL = (x_NLD[index_B] * weight_LD).sum(-1) + bias_L
+            target_BL = label_N[index_B, None].expand_as(logit_BL)
+            loss_BL = torch.nn.functional.binary_cross_entropy_with_logits(logit_BL, target_BL, reduction="none")
+            optimizer.zero_grad()
+            loss_BL.mean(0).sum().backward()
+            optimizer.step()
+    return LinearProbe(weight_LD.detach(), bias_L.detach(), mean_LD, std_LD)

@@ -1,0 +1,152 @@
+"""Methods and tasks whose code is not the platform's: of files that jobs name, and of installed packages.
+
+Such an entry is checked before it stands beside the platform's own, and its config gets a field that says whose it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import re
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin
+
+from pydantic import AfterValidator, Field, PlainSerializer, create_model
+
+from steerlab.job import own_code
+from steerlab.job.source_fields import is_described
+from steerlab.job.typed import Frozen, JobError
+
+FILE, PACKAGE = "file", "package"
+"""Fields of a config that say whose code it is."""
+_VARIABLES = ("METHOD", "TASK")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+
+
+class Entry(Protocol):
+    """A method or a task: it has a config, whose name in a field of its own is the entry's."""
+
+    @property
+    def Config(self) -> type[Frozen]:
+        """Its hyperparameters."""
+        ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[E]):
+    """What the entries of one table are: methods, or tasks."""
+
+    type: type[E]
+    tag: str
+    """The field of a config that holds the name."""
+    with_config: Callable[[E, Any], E]
+    """(entry, config) -> the entry with that config, which is derived from its own."""
+
+    @property
+    def word(self) -> str:
+        """What people call an entry."""
+        return self.type.__name__.lower()
+
+
+class Foreign(NamedTuple, Generic[E]):
+    """An entry that is not the platform's."""
+
+    entry: E
+    whose: str
+    """The SHA-256 of its file, or its package with the version."""
+
+
+def of_file(kind: Kind[E], code: own_code.Code, taken: Collection[str]) -> Foreign[E]:
+    """Run a file and return the entry that it defines; `taken` are the names of the platform's own.
+
+    Raises:
+        JobError: it fails, or defines no entry with a name of its own.
+    """
+    variable = kind.word.upper()
+    entry = getattr(own_code.module(code), variable, None)
+    if not isinstance(entry, kind.type):
+        held = vars(own_code.module(code)).items()
+        near = [name for name, one in held if name.upper() in _VARIABLES and not isinstance(one, type) and name != variable]
+        has = f"a {near[0]}" if near else "none" if entry is None else f"a {type(entry).__name__} of that name"
+        wanted = f"{variable}, made by steerlab's {kind.type.__name__}"
+        raise JobError(f"{code.path}: the file of a {kind.word} defines {wanted}; it has {has}")
+    if (reason := refusal(kind, entry, taken)) is not None:
+        raise JobError(f"{code.path}: {reason}")
+    written = PlainSerializer(lambda path, info: code.reference if is_described(info) else path)
+    place = (Annotated[str, AfterValidator(_place), written], Field(description="The file of this code."))
+    return Foreign(kind.with_config(entry, _extended(entry.Config, FILE, place)), f"SHA-256 {code.sha256}")
+
+
+def of_package(kind: Kind[E], name: str, taken: Collection[str]) -> Foreign[E] | None:
+    """Return the entry that an installed package registers under a name; None where none does. Raises JobError.
+
+    No other entry is imported: a package that cannot be used hinders nobody who does not name it.
+    """
+    points = list(importlib.metadata.entry_points(group=f"steerlab.{kind.word}s", name=name))
+    return _loaded(kind, points, taken) if points else None
+
+
+def _loaded(kind: Kind[E], points: Sequence[importlib.metadata.EntryPoint], taken: Collection[str]) -> Foreign[E]:
+    point, *others = points
+    package = "a package" if point.dist is None else f"{point.dist.name}=={point.dist.version}"
+    if others:
+        names = [package, *(str(other.dist and other.dist.name) for other in others)]
+        raise JobError(f"{' and '.join(names)} both bring the {kind.word} {point.name}; uninstall one of them")
+    try:
+        entry = point.load()
+    except (Exception, SystemExit) as error:  # whatever its module raises
+        raise JobError(f"{package}: {point.value} fails: {type(error).__name__}: {str(error)[:300]}") from None
+    if not isinstance(entry, kind.type):
+        raise JobError(f"{package}: {point.value} is a {type(entry).__name__}, no {kind.type.__name__}")
+    if (reason := refusal(kind, entry, taken)) is not None:
+        raise JobError(f"{package}: {point.value}: {reason}")
+    if name_of(kind, entry) != point.name:
+        raise JobError(f"{package}: {point.value} calls itself {name_of(kind, entry)}; register it so")
+    # A package that is edited where it lies keeps its version: the module is part of what it is.
+    file = getattr(sys.modules.get(point.module), "__file__", None)
+    digest = hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:12]
+    whose = f"{package}+{digest}"
+    version = (Literal[whose], Field(whose, description="The package that brings it."))  # type: ignore[valid-type]
+    return Foreign(kind.with_config(entry, _extended(entry.Config, PACKAGE, version)), whose)
+
+
+def name_of(kind: Kind[E], entry: E) -> str | None:
+    """Return the name that an entry's config gives it: the only value of its field."""
+    field = getattr(entry.Config, "model_fields", {}).get(kind.tag)
+    allowed = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+    return allowed[0] if len(allowed) == 1 and field is not None and field.default == allowed[0] else None
+
+
+def refusal(kind: Kind[E], entry: E, taken: Collection[str]) -> str | None:
+    """Say why an entry cannot stand beside the others; None where it can."""
+    config: object = entry.Config  # of anybody's code
+    if not (isinstance(config, type) and issubclass(config, Frozen)):
+        return f"its Config is no {kind.word}'s config: derive it from steerlab.job.{kind.type.__name__}Config"
+    if wrong := [part for part in ("run", "measures", "check", "fit") if not callable(getattr(entry, part, print))]:
+        return f"its {wrong[0]} is no function"
+    name, example = name_of(kind, entry), f'{kind.tag}: Literal["my_{kind.word}"] = "my_{kind.word}"'
+    if name is None:
+        return f"its Config says no name: {example}"
+    if not _NAME.fullmatch(str(name)):
+        return f"its Config has the {kind.tag} {name!r:.60}: small letters, digits and underscores, 40 at most"
+    if name in taken:
+        return f"its Config has the {kind.tag} {name!r}, which is another {kind.word}'s here; take one of its own"
+    if reserved := {FILE, PACKAGE} & set(config.model_fields):
+        return f"its Config has a field {reserved.pop()!r}, which says here whose code it is; call that otherwise"
+    return None
+
+
+def _place(path: str) -> str:
+    return path if path.startswith(own_code.BY_DIGEST) else own_code.absolute(path)
+
+
+def _extended(config: type[Frozen], name: str, field: tuple[object, object]) -> type[Frozen]:
+    """Return a config with a further field, which reads like the one that it is made of."""
+    fields: dict[str, Any] = {name: field}
+    return create_model(config.__name__, __base__=config, __doc__=config.__doc__, __module__=config.__module__, **fields)
