@@ -12,7 +12,7 @@ from typing import Any
 
 from steerlab import evaluation, models
 from steerlab.data import rows, sources
-from steerlab.inputs import encoding
+from steerlab.inputs import encoded_rows, encoding, prompt_sources
 from steerlab.inputs.drawings import check_data
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet, Job
@@ -287,7 +287,7 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
         warnings.warn(f"{said} {found.num_dropped} are left out: {reason}", stacklevel=2)
     if longest is not None:
         _check_lengths(said, found, longest, is_all=len(tried) < _ROWS_TRIED and not data.also)
-    otherwise = encoding.asked_otherwise(encoder, [tried[number] for number in found.numbers], data.format)
+    otherwise = encoded_rows.asked_otherwise(encoder, [tried[number] for number in found.numbers], data.format)
     if otherwise:
         warnings.warn(
             f"{said} the answers of {otherwise} change the tokens of their prompts (by white space at their beginning, as a "
@@ -296,9 +296,9 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
         )
 
 
-def _check_lengths(said: str, found: encoding.Rows, longest: int, is_all: bool) -> None:
+def _check_lengths(said: str, found: encoded_rows.Rows, longest: int, is_all: bool) -> None:
     """Say how many prompts do not fit into a training row. Raises ValueError where none of all rows fits."""
-    num_long = sum(encoding.prompt_length(row) >= longest for row in found.rows)
+    num_long = sum(encoded_rows.prompt_length(row) >= longest for row in found.rows)
     if num_long and num_long == len(found.rows) and is_all:
         raise ValueError(f"{said} no prompt has fewer than {longest} tokens (train.max_tokens): nothing would be trained")
     if num_long:
@@ -309,7 +309,7 @@ def _encoder_of(planned: Plan) -> Encoder:
     """Load the encoder of a job's model, with the prompt settings of the job at the bottom, which names the model's source."""
     job = planned.chain[-1].job
     directory, prompt = sources.fetch(planned.source), job.prompt
-    elsewhere = [encoding.fingerprint(name, prompt[name]) for name in ("tokenizer", "chat_template") if name in prompt]
+    elsewhere = [prompt_sources.fingerprint(name, prompt[name]) for name in ("tokenizer", "chat_template") if name in prompt]
     return _encoder(
         directory, (*_state(directory), *elsewhere), json.dumps(job.prompt, sort_keys=True), job.model.trust_remote_code
     )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from steerlab import models
 from steerlab.data import rows, sources
 from steerlab.inputs import encoding
-from steerlab.inputs.encoding import encode_data
+from steerlab.inputs.encoded_rows import encode_data
 from steerlab.job import ExtractConfig, Job, own_code
 from steerlab.methods import TABLE
 from steerlab.methods.preparations import MOMENTS, NOTHING, MakePart, Prepare, StartKeeper, StartSums

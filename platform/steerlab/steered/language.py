@@ -20,7 +20,8 @@ from steerlab import models, patches
 from steerlab.guards import saved
 from steerlab.inputs import encoding
 from steerlab.inputs.drawings import Prompter
-from steerlab.inputs.encoding import Encoder, RowEncoder
+from steerlab.inputs.encoded_rows import RowEncoder
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import GENERATION, Batch, Conversation, Encoded, Row, collate
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.patches import taps

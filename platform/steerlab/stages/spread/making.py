@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from steerlab import models
 from steerlab.activations import reading
-from steerlab.inputs.encoding import encode_data
+from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.tokens import collate
 from steerlab.methods.preparations import MakePart, Source, StartKeeper, StartSums
 from steerlab.stages.spread import reserved, shards, subject

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from steerlab.data import sources
-from steerlab.inputs import encoding
+from steerlab.inputs import encoding, prompt_sources
 from steerlab.job import PROMPT_FIELDS, Frozen, Job, described, own_code
 from steerlab.storage.plan import ModelRef, Stage, Work
 
@@ -49,7 +49,7 @@ def _params(job: Job, below: Stage | None) -> dict[str, Any]:
     assert isinstance(job.model.source, str)
     model |= {"source": identity(job.model.source), "fingerprint": sources.fingerprint(job.model.source)}
     elsewhere = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
-    fingerprints = {name: encoding.fingerprint(name, source) for name, source in elsewhere.items() if source is not None}
+    fingerprints = {name: prompt_sources.fingerprint(name, source) for name, source in elsewhere.items() if source is not None}
     return {
         "model": model,
         "prompt": dumped(job.data, include=set(PROMPT_FIELDS)) | dumped(job.model, include=set(elsewhere)),

@@ -41,7 +41,7 @@ from steerlab.evaluation.asking.items import choose, number
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, spread
 from steerlab.guards import files
-from steerlab.inputs.encoding import checked
+from steerlab.inputs.conversations import checked
 from steerlab.job import Seed, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
