@@ -26,7 +26,7 @@ from chat_families import FAMILIES, family
 from steerlab import models
 from steerlab.data import sources
 from steerlab.data.sources import budget, parse
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny_checkpoint
 from steerlab.guards import yaml12
 from steerlab.guards.faults import TooLong, explained, limited
 from steerlab.inputs import encoding, rendering, tokenising
@@ -41,7 +41,7 @@ Tree = dict[str, Any]
 def model_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    tiny.write_model(folder)
+    tiny_checkpoint.write_model(folder)
     return folder
 
 

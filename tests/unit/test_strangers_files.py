@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from steerlab import cli, job, models, report
 from steerlab.data import sources
 from steerlab.data.sources import SourceError, file_sets, packages, remote
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny_checkpoint
 from steerlab.evaluation.tasks.ability import harness
 from steerlab.guards import counts, expressions, files
 from steerlab.inputs import encoding, rendering, tokenising
@@ -64,7 +64,7 @@ def victim(tmp_path: Path) -> Path:
 def model_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    tiny.write_model(folder)
+    tiny_checkpoint.write_model(folder)
     return folder
 
 

@@ -51,7 +51,7 @@ def read_prompts(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
     """
     found: dict[str, Numbered] = {}
     for i, row in enumerate(rows.read(data), data.offset):
-        found.setdefault(row["text"], Numbered(str(i), row))
+        found.setdefault(str(row["text"]), Numbered(str(i), row))
     return choose(list(found.values()), limit, seed)
 
 
