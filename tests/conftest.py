@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from steerlab.data.worlds import pixels, tiny
+from steerlab.data.worlds import pixels, tiny_checkpoint
 from steerlab.inputs.encoding import Encoder
 from steerlab.models import load_model, load_tokenizer
 
@@ -38,7 +38,7 @@ def _one_thread() -> None:
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of the tiny world: config and tokenizer, no weights."""
     directory = tmp_path_factory.mktemp("tiny")
-    tiny.write_model(directory)
+    tiny_checkpoint.write_model(directory)
     return directory
 
 

@@ -21,7 +21,8 @@ import torch
 
 from steerlab import models
 from steerlab.data import rows, sources
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import collate
 from steerlab.job import DataSet
 from steerlab.methods import dpo, iav

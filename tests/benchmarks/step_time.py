@@ -196,14 +196,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
 
-    from steerlab.data.worlds import tiny
+    from steerlab.data.worlds import tiny_checkpoint
 
     seconds = alternate(arguments.steps)
     ratios = {name: [a / v for a, v in zip(seconds[name], seconds["vanilla"], strict=True)] for name in ("aside", "control")}
     rotation = rotation_s()
     memory = {name: in_process(peak_bytes, name) for name in ("vanilla", "aside")}
     with tempfile.TemporaryDirectory() as model_dir:
-        tiny.write_model(Path(model_dir))
+        tiny_checkpoint.write_model(Path(model_dir))
         pairs = []
         for _ in range(LOOP_PAIRS):
             plain_s, plain_bytes = in_process(loop_without_ray, model_dir)

@@ -15,7 +15,7 @@ import torch
 
 from steerlab import models, patches
 from steerlab.activations import parquet
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny_checkpoint
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Observation
@@ -33,7 +33,7 @@ from steerlab.storage.store import Store
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny world's model with weights."""
     folder = tmp_path_factory.mktemp("model")
-    tiny.write_model(folder)
+    tiny_checkpoint.write_model(folder)
     model = models.load_model(folder, seed=0)
     models.save_model(model, models.load_tokenizer(folder), folder)
     return folder

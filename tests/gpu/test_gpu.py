@@ -11,7 +11,8 @@ import torch
 from steerlab import models
 from steerlab.data.worlds import tiny
 from steerlab.evaluation.tasks.cost import efficiency
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import collate
 from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters

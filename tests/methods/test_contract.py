@@ -14,7 +14,8 @@ import steerlab
 from steerlab import models, patches
 from steerlab.data.worlds import pixels, tiny
 from steerlab.inputs.drawings import Prompter
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import collate
 from steerlab.job import MethodConfig, Selection
 from steerlab.methods import METHODS, fitted, trained

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
 
 from steerlab import models, patches
-from steerlab.data.worlds import tiny
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.data.worlds import tiny, tiny_words
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import dpo, iav
 from steerlab.methods.contract import Inputs, trained_parameters
@@ -214,7 +215,7 @@ def test_a_folded_head_is_the_dual_head_and_loads_in_plain_transformers(
     settings: dict[str, Any], tied: bool, encoder: Encoder, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tiny.VOCABULARY), tie_word_embeddings=tied, **sizes)
+    config = LlamaConfig(vocab_size=len(tiny_words.VOCABULARY), tie_word_embeddings=tied, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     plain, folded = copy.deepcopy(model), copy.deepcopy(model)

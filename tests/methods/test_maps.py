@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from steerlab import models, patches
 from steerlab.data.worlds import tiny
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import collate
 from steerlab.job import Selection
 from steerlab.methods import METHODS, ablation, fitted, iti_heads, lineas, repe, trained

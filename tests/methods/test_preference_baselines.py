@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from steerlab import models, patches
 from steerlab.data.worlds import tiny
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import dpo, genarm
 from steerlab.methods.contract import Inputs, trained_parameters

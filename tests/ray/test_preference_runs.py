@@ -11,7 +11,7 @@ import torch
 
 from steerlab import job, models, run
 from steerlab.data.worlds import tiny
-from steerlab.inputs.encoding import encode_data
+from steerlab.inputs.encoded_rows import encode_data
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
 from steerlab.steered import language

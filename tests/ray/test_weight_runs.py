@@ -95,9 +95,9 @@ def test_the_artifacts_say_what_was_kept(cluster: None, store: Store, tmp_path: 
 
 
 def tmp_path_model(folder: Path) -> Path:
-    from steerlab.data.worlds import tiny
+    from steerlab.data.worlds import tiny_checkpoint
 
-    tiny.write_model(folder / "model")
+    tiny_checkpoint.write_model(folder / "model")
     return folder / "model"
 
 
@@ -135,9 +135,9 @@ def test_bad_requests_say_what_would_be_right(tmp_path: Path) -> None:
 
 def test_a_7b_model_is_planned_in_bytes(tmp_path: Path) -> None:
     """METHODS 2.2: 20 GB of bases in float32, half a gigabyte of masks; this machine does not train it."""
-    from steerlab.data.worlds import tiny
+    from steerlab.data.worlds import tiny_checkpoint
 
-    tiny.write_model(directory := tmp_path / "model")
+    tiny_checkpoint.write_model(directory := tmp_path / "model")
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = json.loads((directory / "config.json").read_text()) | sizes | {"num_key_value_heads": 32}
     (directory / "config.json").write_text(json.dumps(config))

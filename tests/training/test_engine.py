@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny_checkpoint
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 
 STEPS = 6
@@ -89,7 +89,7 @@ def train(
     root.mkdir(exist_ok=True)
     model_dir = root / "model"
     if not model_dir.exists():
-        tiny.write_model(model_dir)
+        tiny_checkpoint.write_model(model_dir)
     settings = {"model_dir": str(model_dir), "method": {"name": "aside", "learned": True}, "scale": {}, "train": {}, **settings}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["steerlab.training.loop", "deepspeed"])  # the ranks of all tests share the imports
@@ -210,7 +210,7 @@ def rotated(root: Path, workers: int, **settings: Any) -> tuple[dict[str, torch.
     from steerlab.models import skeleton
 
     method, here = METHODS["warp"], Here(root)
-    tiny.write_model(root / "model")
+    tiny_checkpoint.write_model(root / "model")
     method.prepares(method.Config.model_validate(ROTATED), skeleton(root / "model"), here)
     folders = here.folders
     return train(root, workers, method=ROTATED, prepared={name: str(path) for name, path in folders.items()}, **settings)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny_checkpoint, tiny_words
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.statistics.metrics import summarise_all
 from steerlab.evaluation.tasks.ability import alpaca, perplexity
@@ -20,7 +20,7 @@ from steerlab.steered.language import Generation, SteeredModel
 
 ROWS = "tiny:instructions/test"
 SEPARATION = "tiny:separation/test"
-WORDS = [word for word in tiny.VOCABULARY if word.isalpha()]
+WORDS = [word for word in tiny_words.VOCABULARY if word.isalpha()]
 INSTRUCTION_TEXT, DATA_TEXT, PROBE_TEXT = (" ".join(WORDS[i : i + 3]) for i in (0, 40, 80))
 
 
@@ -34,7 +34,7 @@ def build(directory, angle_rad, prompt_style="plain"):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    tiny.write_model(path)
+    tiny_checkpoint.write_model(path)
     return path
 
 

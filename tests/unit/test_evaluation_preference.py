@@ -13,7 +13,8 @@ from steerlab.data.worlds import tiny
 from steerlab.evaluation.statistics.metrics import summarise_all
 from steerlab.evaluation.tasks.preferences import preference
 from steerlab.evaluation.tasks.preferences.preference import Config, observe, run
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Pair
 from steerlab.job import DataSet
 from steerlab.patches import ActivationPatch, LogitPatch, WeightPatch

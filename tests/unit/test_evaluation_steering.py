@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny_words
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.asking import continuation
 from steerlab.evaluation.judging import fluency, scorers
@@ -293,7 +293,7 @@ def test_concept_config_refuses_what_would_score_nothing_or_twice():
 
 
 def test_samples_of_one_prompt_differ_and_keep_their_ids(plain):
-    words = tuple(word for word in tiny.VOCABULARY if word.isalpha())
+    words = tuple(word for word in tiny_words.VOCABULARY if word.isalpha())
     config = concept.Config(concept="cows", words=words, embedding_source=None, prompt=("the", "a"), samples=3, top_p=1.0)
     result = concept.run(plain, config)
     assert list(values(result, "concept/words")) == ["0/0", "0/1", "0/2", "1/0", "1/1", "1/2"]

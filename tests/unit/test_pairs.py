@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from steerlab.data import rows
 from steerlab.data.pairs import pair
 from steerlab.data.worlds import tiny
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import IGNORED, Pair, collate
 from steerlab.job import DataConfig, DataSet
 

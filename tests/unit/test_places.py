@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from steerlab import job
 from steerlab.data import rows
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny, tiny_checkpoint
 from steerlab.evaluation import TASKS
 from steerlab.job import DataSet, Job
 from steerlab.methods import METHODS
@@ -49,7 +49,7 @@ TREE: dict[str, Any] = {
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model and rows, in which the command runs."""
     here = tmp_path / "here"
-    tiny.write_model(here / "model")
+    tiny_checkpoint.write_model(here / "model")
     (here / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in tiny.rows("instructions/train", 8)))
     (here / "texts.txt").write_text("one\ntwo\n")
     (tmp_path / "jobs").mkdir()

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
 from steerlab.data.worlds import tiny
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.steered import scoring
 from steerlab.steered.scoring import Predicted, Scores

@@ -26,10 +26,10 @@ from chat_families import FAMILIES, family
 from steerlab import models
 from steerlab.data import sources
 from steerlab.data.sources import budget, parse
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny_checkpoint
 from steerlab.guards import yaml12, yaml_limits
 from steerlab.guards.faults import TooLong, explained, limited
-from steerlab.inputs import encoding, templates
+from steerlab.inputs import encoding, rendering, tokenising
 from steerlab.inputs.encoding import Encoder
 from steerlab.models.language import growth
 
@@ -41,7 +41,7 @@ Tree = dict[str, Any]
 def model_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    tiny.write_model(folder)
+    tiny_checkpoint.write_model(folder)
     return folder
 
 
@@ -354,10 +354,10 @@ def test_texts_that_a_tokenizer_makes_longer_are_tokenised_fewer_at_a_time(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = loads(model_dir, normalizer=replaced({"String": "e"}, "sea " * 10))
-    assert list(encoding._together([0, 1, 2], ["x" * 10] * 3, growth=40)) == [[0, 1, 2]]
-    monkeypatch.setattr(encoding, "_LONGEST_TEXT", 800)
-    assert list(encoding._together([0, 1, 2], ["x" * 10] * 3, growth=40)) == [[0, 1], [2]]
-    monkeypatch.setattr(encoding, "_LONGEST_MADE", 3_200)
+    assert list(tokenising._together([0, 1, 2], ["x" * 10] * 3, growth=40)) == [[0, 1, 2]]
+    monkeypatch.setattr(tokenising, "_LONGEST_TEXT", 800)
+    assert list(tokenising._together([0, 1, 2], ["x" * 10] * 3, growth=40)) == [[0, 1], [2]]
+    monkeypatch.setattr(tokenising, "_LONGEST_MADE", 3_200)
     assert len(encoder.encode_data([{"text": "e" * 80}], "text", 10_000).rows) == 1
     with pytest.raises(ValueError, match=r"row 2 has 81 characters, more than 80 \(this tokenizer makes 40 of one\)"):
         encoder.encode_data([{"text": "a"}, {"text": "e" * 81}], "text", 100)
@@ -424,7 +424,7 @@ def test_an_outer_limit_goes_on_behind_an_inner_one() -> None:
 
 def test_a_template_swallows_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jinja computes what is constant while it compiles, and takes what is raised there for something to be computed later."""
-    monkeypatch.setattr(templates, "_LIMIT_S", 0.2)
+    monkeypatch.setattr(rendering, "_LIMIT_S", 0.2)
     tokenizer = copy.deepcopy(family("chatml base").tokenizer)
     tokenizer.chat_template = "{{ 1|round(20000000, 'ceil') }}" + str(tokenizer.chat_template)
     encoder = Encoder(tokenizer)

@@ -29,10 +29,10 @@ from typer.testing import CliRunner
 from steerlab import cli, job, models, report
 from steerlab.data import sources
 from steerlab.data.sources import SourceError, file_sets, packages, remote
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny_checkpoint
 from steerlab.evaluation.tasks.ability import harness
 from steerlab.guards import counts, expressions, files
-from steerlab.inputs import encoding, templates
+from steerlab.inputs import encoding, rendering, tokenising
 from steerlab.inputs.encoding import Encoder
 from steerlab.models.diffusion import saved_pipelines
 from steerlab.run import folder as folders
@@ -64,7 +64,7 @@ def victim(tmp_path: Path) -> Path:
 def model_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    tiny.write_model(folder)
+    tiny_checkpoint.write_model(folder)
     return folder
 
 
@@ -337,7 +337,7 @@ def test_whatever_a_template_computes_ends_in_a_message(source: str, message: st
     "source", ["{{ ' ' * 4 }}", "{{ 2 * loop_count }}", "{% if a %}*{% endif %}", "a ** b", "{# x ** y #}"]
 )
 def test_products_with_a_written_factor_and_stars_in_texts_are_no_matter(source: str) -> None:
-    assert templates._product_in(source) is None
+    assert rendering._product_in(source) is None
 
 
 def test_a_tokenizer_that_multiplies_a_text_is_refused(tmp_path: Path, model_dir: Path) -> None:
@@ -354,8 +354,8 @@ def test_texts_are_tokenised_a_few_at_a_time_and_one_that_is_too_long_is_refused
     encoder = Encoder(family("gpt2").tokenizer)
     rows = [{"text": word * 3} for word in ("one two ", "a ", "three four ", "b ", "five ")]
     before = [row.input_ids for row in encoder.encode_data(rows, "text", 100).rows]
-    monkeypatch.setattr(encoding, "_LONGEST_TEXT", 40)
-    assert list(encoding._together([0, 1, 3], ["x" * 30, "x" * 20, "", "x" * 20])) == [[0], [1, 3]]
+    monkeypatch.setattr(tokenising, "_LONGEST_TEXT", 40)
+    assert list(tokenising._together([0, 1, 3], ["x" * 30, "x" * 20, "", "x" * 20])) == [[0], [1, 3]]
     assert [row.input_ids for row in encoder.encode_data(rows, "text", 100).rows] == before
     with pytest.raises(ValueError, match="row 2 has 41 characters, more than 40: cut it into rows"):
         encoder.encode_data([{"text": "a"}, {"text": "x" * 41}], "text", 100)

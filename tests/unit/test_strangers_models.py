@@ -21,7 +21,7 @@ import transformers
 from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel
 
 from steerlab import models
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import tiny_checkpoint
 from steerlab.evaluation.judging import scorers, vision
 from steerlab.models.diffusion import pipeline_index
 from steerlab.storage.store import Store
@@ -268,7 +268,7 @@ def resume_each(root: str) -> None:
     made, base = Path(root) / "made", Path(root)
     store: Any = distributed.HashStore()  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    tiny.write_model(base / "model")
+    tiny_checkpoint.write_model(base / "model")
     rows = {"prompt_style": "plain", "train": {"source": "tiny:instructions/train", "limit": 16}}
     request = Request(
         base / "model",

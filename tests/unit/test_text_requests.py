@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerlab import job, run
 from steerlab.evaluation import TASKS
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet
 from steerlab.stages import JobType, Plan
 from steerlab.steered import language

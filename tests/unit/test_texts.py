@@ -17,7 +17,10 @@ from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerBase
 
 from steerlab.inputs import encoding
-from steerlab.inputs.encoding import FRAMING, Encoder, encode_data, template_of
+from steerlab.inputs.conversations import FRAMING
+from steerlab.inputs.encoded_rows import encode_data, prompt_length
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.prompt_sources import template_of
 from steerlab.inputs.tokens import DATA, IGNORED, INSTRUCTION, PADDING, Encoded, Message, Part, collate
 
 CHATS = tuple(name for name in FAMILIES if family(name).tokenizer.chat_template is not None)
@@ -436,7 +439,7 @@ def test_an_earlier_answer_ends_where_its_own_end_is_and_what_opens_the_next_tur
 
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steerlab.inputs.templates._LIMIT_S", 0.2)
+    monkeypatch.setattr("steerlab.inputs.rendering._LIMIT_S", 0.2)
     tokenizer = copy.deepcopy(family("chatml base").tokenizer)
     loops = (
         "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in range(90000) %}{% endfor %}{% endfor %}{% endfor %}"
@@ -461,7 +464,7 @@ def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_a_template_that_prints_without_an_end_is_refused(printed: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steerlab.inputs.templates._LIMIT_BYTES", 2**28)
+    monkeypatch.setattr("steerlab.inputs.rendering._LIMIT_BYTES", 2**28)
     tokenizer = copy.deepcopy(family("chatml base").tokenizer)
     tokenizer.chat_template = f"{printed}{tokenizer.chat_template}"
     encoder, before = Encoder(tokenizer), resource.getrlimit(resource.RLIMIT_AS)
@@ -604,13 +607,13 @@ def test_a_template_may_come_from_elsewhere(tmp_path: Any) -> None:
     folder = tmp_path / "model"
     family("zephyr").tokenizer.save_pretrained(folder)
     for source in (template, str(tmp_path / "chat.jinja"), str(folder)):
-        assert encoding.template_of(source).strip() == template.strip()
+        assert template_of(source).strip() == template.strip()
     (tmp_path / "empty.jinja").write_text(" \n")
     with pytest.raises(ValueError, match="it holds no chat template"):
-        encoding.template_of(str(tmp_path / "empty.jinja"))
+        template_of(str(tmp_path / "empty.jinja"))
     family("gpt2").tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="it holds no chat template"):
-        encoding.template_of(str(tmp_path / "base"))
+        template_of(str(tmp_path / "base"))
     settings = {"prompt_style": "plain", "chat_template": str(tmp_path / "chat.jinja")}
     encoder = encoding.load(tmp_path / "base", settings)
     assert encoder.spec["chat_template"] == settings["chat_template"]
@@ -626,7 +629,7 @@ def test_a_prompt_that_fills_the_tokens_of_a_row_leaves_no_answer_to_learn() -> 
     pair = {"prompt": "say hello", "chosen": "hello to you all", "rejected": "nothing at all, my friend"}
     for data_format, one in (("instruction", row), ("preference", pair)):
         whole = encoder.encode_data([one], data_format, 1000).rows[0]
-        num_prompt = encoding.prompt_length(whole)
+        num_prompt = prompt_length(whole)
         filled = encoder.encode_data([one], data_format, num_prompt)
         assert (filled.rows, filled.num_dropped) == ([], 1)
         (kept,) = encoder.encode_data([one], data_format, num_prompt + 1).rows

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from steerlab.data.worlds import tiny
-from steerlab.data.worlds.tiny import KINDS, SPLITS, VOCABULARY, WITNESSES, WORD_KINDS, rows
+from steerlab.data.worlds import tiny, tiny_checkpoint, tiny_pieces, tiny_words
+from steerlab.data.worlds.tiny import KINDS, SPLITS, rows
+from steerlab.data.worlds.tiny_words import VOCABULARY, WITNESSES, WORD_KINDS
 
 VERSION, DIGEST = "3", "1897cd7b372d9b34"
 """Whoever changes the rows raises the version and writes both here."""
@@ -75,9 +76,10 @@ def test_golden_rows_change_only_with_the_version() -> None:
 
 
 def test_nothing_that_differs_between_pythons_is_drawn_with() -> None:
-    tree = ast.parse(Path(tiny.__file__).read_text(encoding="utf-8"))
-    calls = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "rng"}
-    assert calls == {"random"}
+    for module in (tiny, tiny_pieces):
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        assert {node.attr for node in attributes if getattr(node.value, "id", "") == "rng"} == {"random"}
 
 
 def test_splits_share_no_content_in_any_kind() -> None:
@@ -100,14 +102,14 @@ def test_every_word_is_in_the_vocabulary_and_rows_are_short(kind: str) -> None:
     for split in SPLITS:
         for row in rows(f"{kind}/{split}", 1_000):
             words = [word for text in texts(row) for word in text.split()]
-            assert set(words) <= set(VOCABULARY) - set(tiny.SPECIAL_TOKENS)
+            assert set(words) <= set(VOCABULARY) - set(tiny_words.SPECIAL_TOKENS)
             assert kind in ("separation", "preferences") or len(words) <= 28
 
 
 def test_vocabulary_is_small_and_used() -> None:
     drawn = {word for kind in KINDS for row in rows(f"{kind}/train", 4_000) for text in texts(row) for word in text.split()}
     assert len(VOCABULARY) == len(set(VOCABULARY)) <= 256
-    assert set(VOCABULARY) - set(tiny.SPECIAL_TOKENS) == drawn
+    assert set(VOCABULARY) - set(tiny_words.SPECIAL_TOKENS) == drawn
 
 
 def test_no_witness_is_part_of_another_word_or_of_a_prompt() -> None:
@@ -129,7 +131,7 @@ def test_separation_rows_hold_the_order_where_they_say() -> None:
         ):
             order = held.removesuffix(clean).strip() if side == "l" else held.removeprefix(clean).strip()
             assert ORDER.fullmatch(order) and order.startswith("you must") == info["is_insistent"]
-        assert tiny.FACTS[info["appended_task_id"]][2] == row["witness"]
+        assert tiny_words.FACTS[info["appended_task_id"]][2] == row["witness"]
     assert len(seen) == 8
 
 
@@ -159,9 +161,9 @@ def test_answers_about_lists_are_right() -> None:
         elif task in ("name the kind of words", "what are they"):
             assert set(words) <= set(WORD_KINDS[answer])
         elif "topic" in task:
-            assert words[2] in tiny.TOPICS[answer][0]
+            assert words[2] in tiny_words.TOPICS[answer][0]
         else:
-            assert words[3 if task in tiny.PHRASES["deed"] else 2] == answer
+            assert words[3 if task in tiny_words.PHRASES["deed"] else 2] == answer
         seen.add(task)
     assert len(seen) == 4 * 2 + 2 + 2 * len(WORD_KINDS) - 2 + 2
 
@@ -172,7 +174,7 @@ def test_arithmetic_is_right() -> None:
         signs = [1 if word == "gets" else -1 for word in re.findall("gets|loses", row["instruction"])]
         assert int(row["output"].split()[-1]) == start + signs[0] * first + signs[1] * second
         for left, sign, right, total in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", row["output"]):
-            assert int(left) + (1 if sign == "+" else -1) * int(right) == int(total) <= tiny.LARGEST_NUMBER
+            assert int(left) + (1 if sign == "+" else -1) * int(right) == int(total) <= tiny_words.LARGEST_NUMBER
 
 
 def test_harmful_and_harmless_requests_share_words_but_no_request() -> None:
@@ -181,7 +183,7 @@ def test_harmful_and_harmless_requests_share_words_but_no_request() -> None:
     assert not harmful & harmless
     words = [{word for text in group for word in text.split()} for group in (harmful, harmless)]
     assert words[0] <= words[1]
-    assert all(row["output"] == tiny.REFUSAL for row in rows("refusals/train"))
+    assert all(row["output"] == tiny_words.REFUSAL for row in rows("refusals/train"))
     assert not any("sorry" in row["output"] for row in rows("pretrain/train", 5_000))
 
 
@@ -209,7 +211,7 @@ def test_a_limit_below_one_is_refused() -> None:
 
 
 def test_the_tokenizer_keeps_words_and_special_tokens_whole(tmp_path: Path) -> None:
-    tiny.write_model(tmp_path)
+    tiny_checkpoint.write_model(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     text = "<bos><ins> Find the cow<dat> dog you must : name it !<res> moo , zebra<eos>"
     tokens = tokenizer.encode(text, add_special_tokens=False).tokens
@@ -223,7 +225,7 @@ def test_the_tokenizer_keeps_words_and_special_tokens_whole(tmp_path: Path) -> N
 
 def test_the_chat_template_writes_roles(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    tiny.write_model(tmp_path)
+    tiny_checkpoint.write_model(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "system", "content": "count the words"}, {"role": "user", "content": "cow dog"}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -235,7 +237,7 @@ def test_the_chat_template_writes_roles(tmp_path: Path) -> None:
 
 def test_the_model_has_one_to_three_million_parameters(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    tiny.write_model(tmp_path)
+    tiny_checkpoint.write_model(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_config(config)
     assert type(model).__name__ == "LlamaForCausalLM"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from steerlab.data.worlds import tiny
-from steerlab.inputs.encoding import Encoder, encode_data
+from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, IGNORED, INSTRUCTION, PADDING, RESPONSE, Encoded, Part, collate
 
 

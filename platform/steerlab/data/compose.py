@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from steerlab.data import values
+from steerlab.data.values import Row
 from steerlab.job.compositions import JOINS, pieces
 
 
-def write(template: str, row: Mapping[str, Any]) -> str:
+def write(template: str, row: Row) -> str:
     """Fill a template from a row. Raises ValueError for a field that the row lacks or that is no text."""
     written = ""
     for literal, field, join, _ in pieces(template):
@@ -19,7 +19,7 @@ def write(template: str, row: Mapping[str, Any]) -> str:
     return written
 
 
-def _written(value: Any, field: str, join: Callable[[Sequence[str]], str], row: Mapping[str, Any]) -> str:
+def _written(value: object, field: str, join: Callable[[Sequence[str]], str], row: Row) -> str:
     if value is values.MISSING:
         raise ValueError(f"has no field {field!r} (it has: {values.names(row)})")
     if not isinstance(value, list | tuple):

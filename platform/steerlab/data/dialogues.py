@@ -11,10 +11,10 @@ With a field `system` its text is the first message. What holds nothing (null) c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from steerlab.data import turns, values
 from steerlab.data.turns import Messages
+from steerlab.data.values import Row
 
 _LISTS = ("messages", "conversations", "conversation")
 KNOWN_BY = (*_LISTS, "completion")
@@ -22,7 +22,7 @@ KNOWN_BY = (*_LISTS, "completion")
 _UNUSED = ("system_prompt", "tools", "images", "videos", "audios")
 
 
-def conversation(row: Mapping[str, Any]) -> Messages:
+def conversation(row: Row) -> Messages:
     """Return the messages of a row, the last of them the assistant's: turns after it that nobody answers are left out.
 
     Raises:
@@ -38,7 +38,7 @@ def conversation(row: Mapping[str, Any]) -> Messages:
     return found[: ends[-1] + 1]
 
 
-def unused(row: Mapping[str, Any], found: Messages) -> list[str]:
+def unused(row: Row, found: Messages) -> list[str]:
     """Name what a row holds beside its messages and nobody reads."""
     held = {name: value for name, value in row.items() if not values.is_null(value) and value not in ("", [])}
     names = [name for name in _UNUSED if name in held]
@@ -49,11 +49,11 @@ def unused(row: Mapping[str, Any], found: Messages) -> list[str]:
     return names if len(given) == len(found) else [*names, "turns after the last answer"]
 
 
-def _system(held: Mapping[str, Any]) -> str:
+def _system(held: Row) -> str:
     return values.text(held["system"], "system") if "system" in held else ""
 
 
-def _turns(held: Mapping[str, Any]) -> Messages:
+def _turns(held: Row) -> Messages:
     for name in _LISTS:
         if name in held and (found := _of(held[name], name, "")):
             return found
@@ -67,7 +67,7 @@ def _turns(held: Mapping[str, Any]) -> Messages:
     )
 
 
-def _of(value: Any, name: str, role: str) -> Messages:
+def _of(value: object, name: str, role: str) -> Messages:
     """Return messages, the turns of a dialogue, or a text as the one turn of `role`."""
     if isinstance(value, str) and (turns.is_dialogue(value) or role):
         content = values.text(value, name)

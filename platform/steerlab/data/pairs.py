@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from steerlab.data import turns, values
 from steerlab.data.turns import Messages
+from steerlab.data.values import Row
 
 FIELDS = ("prompt", "chosen", "rejected")
 BESIDE = ("input", "system")
@@ -38,16 +39,28 @@ _RESPONSES = ("response", "completion", "text")
 _LABELS = {True: ("true", "1"), False: ("false", "0")}
 
 
+class Prompt(NamedTuple):
+    """What both responses of a pair answer."""
+
+    asked: str | Messages
+    beside: Mapping[str, str]
+    """The data and the system text of a prompt that is a text, by their fields in a row."""
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """The prompt as fields of a row."""
+        return {"prompt": self.asked, **self.beside}
+
+
 class Judged(NamedTuple):
     """One response that somebody found good or bad; with one of the other kind to the same prompt it makes a pair."""
 
-    prompt: dict[str, Any]
-    """The prompt, with what stands beside it."""
+    prompt: Prompt
     response: str
     good: bool
 
 
-def pair(row: Mapping[str, Any]) -> dict[str, Any]:
+def pair(row: Row) -> dict[str, object]:
     """Return a row in the one form.
 
     Raises:
@@ -68,12 +81,12 @@ def pair(row: Mapping[str, Any]) -> dict[str, Any]:
     return _checked(_with_beside(prompt, held), chosen, rejected)
 
 
-def _held(row: Mapping[str, Any]) -> dict[str, Any]:
+def _held(row: Row) -> dict[str, object]:
     return {name: value for name, value in row.items() if not values.is_null(value)}
 
 
-def _checked(prompt: dict[str, Any], chosen: str, rejected: str) -> dict[str, Any]:
-    asked = prompt["prompt"]
+def _checked(prompt: Prompt, chosen: str, rejected: str) -> dict[str, object]:
+    asked = prompt.asked
     if not asked:
         raise ValueError("the pair has no prompt: neither a field prompt nor a dialogue before the responses")
     for name, text in (("chosen", chosen), ("rejected", rejected)):
@@ -83,27 +96,28 @@ def _checked(prompt: dict[str, Any], chosen: str, rejected: str) -> dict[str, An
         raise ValueError("chosen and rejected are the same text, so neither is preferred")
     if not isinstance(asked, str) and asked[-1]["role"] == "assistant":
         raise ValueError("the prompt ends with the assistant's turn, so that no response can follow")
-    return {**prompt, "chosen": chosen, "rejected": rejected}
+    return {**prompt.fields, "chosen": chosen, "rejected": rejected}
 
 
-def unused(row: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def unused(row: Row, found: Row) -> list[str]:
     """Name the fields of the known forms that a row holds and its pair does not."""
     held = {name for name, value in row.items() if not values.is_null(value) and value not in ("", [])}
-    begins = found["prompt"][0] if not isinstance(found["prompt"], str) else {}
     taken = {name for name in BESIDE if name in found}
-    if begins.get("role") == "system" and begins.get("content") == row.get("system"):
-        taken.add("system")
-    if not isinstance(found["prompt"], str) and _is_plain(_prompt(_held(row))):
-        taken.add("history")
+    if isinstance(found["prompt"], list):
+        begins = found["prompt"][0]
+        if begins["role"] == "system" and begins["content"] == row.get("system"):
+            taken.add("system")
+        if _is_plain(_prompt(_held(row))):
+            taken.add("history")
     return [name for name in ("input", "system", "history", "system_prompt", "tools") if name in held - taken]
 
 
-def _prompt(held: Mapping[str, Any]) -> str | Messages:
+def _prompt(held: Row) -> str | Messages:
     """Return what stands in a prompt field; nothing where the responses hold it."""
     name = next((name for name in ("conversations", "prompt", "instruction") if held.get(name)), None)
-    if name is None and (found := held.get("messages")):
+    if name is None and (conversation := held.get("messages")):
         # Where the responses are whole conversations, messages are a copy of one of them.
-        given = turns.messages(found, "messages")
+        given = turns.messages(conversation, "messages")
         return [] if given[-1]["role"] == "assistant" else given
     if name is None:
         return ""
@@ -118,18 +132,18 @@ def _is_plain(prompt: str | Messages) -> bool:
     return isinstance(prompt, str) and bool(prompt)
 
 
-def _with_beside(prompt: str | Messages, held: Mapping[str, Any]) -> dict[str, Any]:
+def _with_beside(prompt: str | Messages, held: Row) -> Prompt:
     """Return a prompt with its data, its system text and its earlier turns."""
     beside = {name: text for name in BESIDE if name in held and (text := values.text(held[name], name))}
     earlier = turns.history(held["history"]) if "history" in held else []
     if earlier and _is_plain(prompt):
         prompt = [*turns.of_history(earlier), {"role": "user", "content": str(prompt)}]
     if isinstance(prompt, str):
-        return {"prompt": prompt, **beside}
-    return {"prompt": turns.with_system(prompt, beside.get("system", "")) if prompt else prompt}
+        return Prompt(prompt, beside)
+    return Prompt(turns.with_system(prompt, beside.get("system", "")) if prompt else prompt, {})
 
 
-def _response(value: Any, name: str, prompt: str | Messages) -> str | Messages:
+def _response(value: object, name: str, prompt: str | Messages) -> str | Messages:
     if not isinstance(value, str):
         return turns.messages([value] if isinstance(value, Mapping) else value, name)
     text = values.text(value, name)
@@ -156,11 +170,11 @@ def _parted(prompt: str | Messages, chosen: Messages, rejected: Messages) -> tup
     return (begin if held else [*given, *begin]), texts[0], texts[1]  # type: ignore[list-item]
 
 
-def _best_and_worst(completions: Any) -> dict[str, str]:
+def _best_and_worst(completions: object) -> dict[str, str]:
     """Choose the responses with the highest and the lowest score, of equal ones the first."""
     if not isinstance(completions, list) or not all(isinstance(entry, Mapping) for entry in completions):
         raise ValueError(f"completions is {values.kind(completions)}, not a list of responses with scores")
-    scored = next((found for name in _SCORES if len(found := _scored(completions, name)) > 1), [])
+    scored = next((scores for name in _SCORES if len(scores := _scored(completions, name)) > 1), [])
     if not scored:
         raise ValueError(f"no two of its completions have a score ({' or '.join(_SCORES)})")
     (_, best), (_, worst) = max(scored, key=lambda entry: entry[0]), min(scored, key=lambda entry: entry[0])
@@ -173,19 +187,19 @@ def _best_and_worst(completions: Any) -> dict[str, str]:
     }
 
 
-def _scored(completions: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, Mapping[str, Any]]]:
-    found = []
+def _scored(completions: Sequence[Row], name: str) -> list[tuple[float, Row]]:
+    scores = []
     for entry in completions:
         try:
             score = values.number(entry.get(name))
         except ValueError:  # "N/A"
             continue
         if score is not None:
-            found.append((float(score), entry))
-    return found
+            scores.append((float(score), entry))
+    return scores
 
 
-def judged(row: Mapping[str, Any]) -> Judged | None:
+def judged(row: Row) -> Judged | None:
     """Return the one response of a row with a label; None for a row of another form.
 
     Raises:
@@ -206,43 +220,43 @@ def judged(row: Mapping[str, Any]) -> Judged | None:
     return Judged(prompt, response, _label(held["label"]))
 
 
-def _only(completion: Any) -> str:
-    found = _response(completion, "completion", "given")
-    if isinstance(found, str):
-        return found
-    if len(found) != 1:
-        raise ValueError(f"its completion holds {len(found)} turns, not one")
-    return found[0]["content"]
+def _only(completion: object) -> str:
+    response = _response(completion, "completion", "given")
+    if isinstance(response, str):
+        return response
+    if len(response) != 1:
+        raise ValueError(f"its completion holds {len(response)} turns, not one")
+    return response[0]["content"]
 
 
-def _label(value: Any) -> bool:
+def _label(value: object) -> bool:
     for meant, spellings in _LABELS.items():
         if not isinstance(value, list | dict) and str(value).strip().lower() in spellings:
             return meant
     raise ValueError(f"label is {values.kind(value)}, neither true nor false")
 
 
-def matched(found: Sequence[Judged]) -> list[dict[str, Any] | ValueError]:
+def matched(judged: Sequence[Judged]) -> list[dict[str, object] | ValueError]:
     """Make pairs of responses to the same prompt, a good and a bad one; the reason in place of each that finds none.
 
     All of a prompt's responses are in some pair: where there are more of one kind, those of the other are taken again.
     """
     groups: dict[str, list[Judged]] = {}
-    for entry in found:
-        groups.setdefault(json.dumps(entry.prompt, sort_keys=True), []).append(entry)
-    made: list[dict[str, Any] | ValueError] = []
+    for entry in judged:
+        groups.setdefault(json.dumps(entry.prompt.fields, sort_keys=True), []).append(entry)
+    results: list[dict[str, object] | ValueError] = []
     for group in groups.values():
         good, bad = ([entry for entry in group if entry.good is kind] for kind in (True, False))
         if not good or not bad:
             reason = f"a prompt has {len(group)} {'good' if good else 'bad'} and no {'bad' if good else 'good'} completion"
-            made += [ValueError(f"{reason}, which makes no pair")] * len(group)
+            results += [ValueError(f"{reason}, which makes no pair")] * len(group)
             continue
         for i in range(max(len(good), len(bad))):
-            made.append(_caught(group[0].prompt, good[i % len(good)].response, bad[i % len(bad)].response))
-    return made
+            results.append(_caught(group[0].prompt, good[i % len(good)].response, bad[i % len(bad)].response))
+    return results
 
 
-def _caught(prompt: dict[str, Any], chosen: str, rejected: str) -> dict[str, Any] | ValueError:
+def _caught(prompt: Prompt, chosen: str, rejected: str) -> dict[str, object] | ValueError:
     try:
         return _checked(prompt, chosen, rejected)
     except ValueError as error:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 import random
 import re
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
 from steerlab.data import forms, pairs, sources, values
+from steerlab.data.seen_rows import Seen, is_absent
 from steerlab.data.sources import SourceError
+from steerlab.data.values import Row
 from steerlab.job import DataSet, compositions
 
 _FIRST_LOOKS = (1, 256, None)
@@ -28,34 +26,16 @@ _checked: set[tuple[str, str]] = set()
 """Data sets in which nothing bad was found, with the state of their files: a sweep checks the same ones for every point."""
 
 
-@dataclass
-class _Seen:
-    """What was met while rows were read."""
-
-    read: int = 0
-    bad: list[str] = field(default_factory=list)
-    """Why rows were left out."""
-    names: str = ""
-    """Fields of the first row, by their names in the file."""
-    new_names: str = ""
-    """Fields of the first row after `rename`."""
-    absent: list[str] = field(default_factory=list)
-    """Keys of the job that name a field which no row had so far."""
-    subsets: dict[Any, None] = field(default_factory=dict)
-    unused: Counter[str] = field(default_factory=Counter)
-    """Fields of known forms that nobody reads, by the number of rows that hold something there."""
-
-
-def read(data: DataSet) -> list[dict[str, Any]]:
+def read(data: DataSet) -> list[dict[str, object]]:
     """Return the rows of a data set; rows of format text hold their text in the field `text`, whatever it was called, pairs
     are in the one form of pairs.py, conversations hold `messages` as dialogues.py has them.
 
     Raises:
         ValueError: a source is wrong, a row lacks a field, holds something that is no text or is no pair, or no row is left.
     """
-    seen, passed = _begin(data), 0
+    seen, passed = Seen.before(data, describe(data)), 0
 
-    def counted() -> Iterator[dict[str, Any]]:
+    def counted() -> Iterator[dict[str, object]]:
         nonlocal passed
         for row in _distinct(_each(data, seen, _needed(data)), data) if data.distinct else _each(data, seen, _needed(data)):
             passed += 1
@@ -63,10 +43,10 @@ def read(data: DataSet) -> list[dict[str, Any]]:
 
     end = None if data.limit is None else data.offset + data.limit
     taken = list(islice(_shuffled(counted(), data.shuffle), data.offset, end))
-    _check_names(data, seen)
+    seen.check_names(data)
     if not taken:
-        raise _nothing_left(data, seen, passed)
-    _warn(data, seen)
+        raise seen.nothing_left(data, passed)
+    seen.warn(data)
     return [*_asked(taken, data), *(row for other in data.also for row in read(other))]
 
 
@@ -88,7 +68,7 @@ def check(data: DataSet) -> None:
 def _check_first(data: DataSet) -> None:
     """Look for the first row that passes the filters; where there is none, or it lacks a field, all rows say what is wrong."""
     for look in _FIRST_LOOKS:
-        seen = _begin(data)
+        seen = Seen.before(data, describe(data))
         if next(_each(data, seen, look), None) is not None and not seen.absent:
             return
     _check_all(data.model_copy(update={"offset": 0}))
@@ -98,14 +78,14 @@ def _check_all(data: DataSet) -> None:
     key = data.model_dump_json(), json.dumps(fingerprint(data))
     if key in _checked:
         return
-    seen, passed = _begin(data), 0
+    seen, passed = Seen.before(data, describe(data)), 0
     end = None if data.limit is None or data.distinct or data.shuffle is not None else data.offset + data.limit
     for _ in islice(_each(data, seen, _needed(data)), end):
         passed += 1
-    _check_names(data, seen)
+    seen.check_names(data)
     if passed <= data.offset:
-        raise _nothing_left(data, seen, passed)
-    _warn(data, seen)
+        raise seen.nothing_left(data, passed)
+    seen.warn(data)
     _checked.add(key)
 
 
@@ -125,16 +105,11 @@ def fingerprint(data: DataSet) -> str | list[str]:
     return found[0] if isinstance(data.source, str) else found
 
 
-def _begin(data: DataSet) -> _Seen:
-    named = {"rename": data.rename, "where": data.where, "equals": data.equals, "map": data.map}
-    return _Seen(absent=[f"{key}.{name}" for key, fields in named.items() for name in fields])
-
-
-def _each(data: DataSet, seen: _Seen, limit: int | None) -> Iterator[dict[str, Any]]:
+def _each(data: DataSet, seen: Seen, limit: int | None) -> Iterator[dict[str, object]]:
     """Yield the rows of all sources in their form, of each the first `limit` (None: all), those aside that are left out."""
     judged, own = [], _own_fields(data)
 
-    def is_row(content: Mapping[str, Any]) -> bool:
+    def is_row(content: Row) -> bool:
         return forms.is_row(content, data) and all(values.look_up(content, name) is not values.MISSING for name in own)
 
     for source in data.sources:
@@ -144,7 +119,7 @@ def _each(data: DataSet, seen: _Seen, limit: int | None) -> Iterator[dict[str, A
             try:
                 formed = _one(row, data, seen)
             except ValueError as error:
-                _leave_out(str(error) if error is row else f"{_place(source, number, error)}{error}", data, seen)
+                seen.leave_out(str(error) if error is row else f"{_place(source, number, error)}{error}", data)
                 continue
             if isinstance(formed, pairs.Judged):
                 judged.append(formed)
@@ -154,7 +129,7 @@ def _each(data: DataSet, seen: _Seen, limit: int | None) -> Iterator[dict[str, A
             raise SourceError(f"{source} has no rows")
     for pair in pairs.matched(judged):
         if isinstance(pair, ValueError):
-            _leave_out(f"{describe(data)}: {pair}", data, seen)
+            seen.leave_out(f"{describe(data)}: {pair}", data)
         else:
             yield pair
 
@@ -172,14 +147,7 @@ def _place(source: str, number: int, error: ValueError) -> str:
     return f"{sources.short(source)} row {number}{' ' if str(error).startswith('has ') else ': '}"
 
 
-def _leave_out(reason: str, data: DataSet, seen: _Seen) -> None:
-    """Count a bad row, or refuse the data set for it."""
-    if not data.skip_bad:
-        raise SourceError(f"{reason} (skip_bad: true leaves such rows out)")
-    seen.bad.append(reason)
-
-
-def _one(row: dict[str, Any] | SourceError, data: DataSet, seen: _Seen) -> dict[str, Any] | pairs.Judged | None:
+def _one(row: dict[str, object] | SourceError, data: DataSet, seen: Seen) -> dict[str, object] | pairs.Judged | None:
     """Return a row in its form; None for one that a filter leaves out. Raises ValueError for a bad one."""
     seen.read += 1
     if isinstance(row, SourceError):
@@ -191,7 +159,7 @@ def _one(row: dict[str, Any] | SourceError, data: DataSet, seen: _Seen) -> dict[
     row = row | data.fill
     seen.new_names = seen.new_names or values.names(row)
     if seen.absent:
-        seen.absent = [key for key in seen.absent if _is_absent(key, own, row)]
+        seen.absent = [key for key in seen.absent if is_absent(key, own, row)]
     if data.subset is not None and row.setdefault("subset", None) != data.subset:
         seen.subsets[row["subset"]] = None
         return None
@@ -205,56 +173,17 @@ def _one(row: dict[str, Any] | SourceError, data: DataSet, seen: _Seen) -> dict[
     if isinstance(found, pairs.Judged):
         return found
     seen.unused.update(forms.unused(row, found, data))
-    return None if data.format == "text" and len(found["text"]) < max(1, data.min_chars) else found
+    return None if data.format == "text" and len(str(found["text"])) < max(1, data.min_chars) else found
 
 
-def _is_absent(key: str, own: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    setting, _, name = key.partition(".")
-    return values.look_up(own if setting == "rename" else row, name) is values.MISSING
-
-
-def _check_renamed(row: Mapping[str, Any], data: DataSet) -> None:
+def _check_renamed(row: Row, data: DataSet) -> None:
     """Name a needed field as the file should have it. Raises ValueError."""
     for old in _own_fields(data):
         if old in data.rename and values.look_up(row, old) is values.MISSING:
             raise ValueError(f"has no field '{old}' (it has: {values.names(row)})")
 
 
-def _check_names(data: DataSet, seen: _Seen) -> None:
-    """Refuse a job that names fields which no row has."""
-    if seen.read and seen.absent:
-        key = seen.absent[0]
-        names, when = (seen.names, "") if key.startswith("rename.") or not data.rename else (seen.new_names, " after rename")
-        raise ValueError(f"{key}: a row of {describe(data)} has no such field{when} (it has: {names})")
-
-
-def _nothing_left(data: DataSet, seen: _Seen, passed: int) -> ValueError:
-    if data.subset is not None and data.subset not in seen.subsets and not passed and not seen.bad:
-        if list(seen.subsets) == [None]:
-            return ValueError(f"subset {data.subset!r}: {describe(data)} is no JSON object of lists of texts")
-        there = ", ".join(map(str, seen.subsets))
-        return ValueError(f"subset {data.subset!r}: {describe(data)} has no such subset; it has {there}")
-    bad = f"; {len(seen.bad)} are bad, the first: {seen.bad[0]}" if seen.bad else ""
-    return ValueError(
-        f"{', '.join(data.sources)}: no rows are left; {seen.read} were read, {passed} pass the filters, "
-        f"offset is {data.offset}{bad}"
-    )
-
-
-def _warn(data: DataSet, seen: _Seen) -> None:
-    """Say once what was left out and what nobody reads."""
-    if seen.bad:
-        kind = "no pairs" if data.format == "preference" else "bad"
-        warnings.warn(
-            f"{describe(data)}: {len(seen.bad)} of {seen.read} rows are {kind}, left out; the first: {seen.bad[0]}",
-            stacklevel=3,
-        )
-    if seen.unused:
-        shown = ", ".join(f"{name} (in {number} rows)" for name, number in seen.unused.items())
-        warnings.warn(f"{describe(data)}: format {data.format} does not use {shown}", stacklevel=3)
-
-
-def _distinct(rows: Iterator[dict[str, Any]], data: DataSet) -> Iterator[dict[str, Any]]:
+def _distinct(rows: Iterator[dict[str, object]], data: DataSet) -> Iterator[dict[str, object]]:
     """Yield the first of equal rows."""
     seen = set()
     for row in rows:
@@ -264,7 +193,7 @@ def _distinct(rows: Iterator[dict[str, Any]], data: DataSet) -> Iterator[dict[st
             yield row
 
 
-def _shuffled(rows: Iterator[dict[str, Any]], seed: int | None) -> Iterator[dict[str, Any]]:
+def _shuffled(rows: Iterator[dict[str, object]], seed: int | None) -> Iterator[dict[str, object]]:
     if seed is None:
         return rows
     kept = list(rows)
@@ -273,7 +202,7 @@ def _shuffled(rows: Iterator[dict[str, Any]], seed: int | None) -> Iterator[dict
     return (kept[i] for i in sorted(range(len(kept)), key=[generator.random() for _ in kept].__getitem__))
 
 
-def _asked(taken: list[dict[str, Any]], data: DataSet) -> list[dict[str, Any]]:
+def _asked(taken: list[dict[str, object]], data: DataSet) -> list[dict[str, object]]:
     """Write tags behind prompts and repeat them for their seeds."""
     if data.tags:
         taken = [{**row, "text": f"{row['text']}, {data.tags[i % len(data.tags)]}"} for i, row in enumerate(taken)]
@@ -297,7 +226,7 @@ def _needed(data: DataSet) -> int | None:
     return data.offset + data.limit if passes_all and data.limit is not None else None
 
 
-def _content(row: dict[str, Any], data: DataSet) -> Any:
+def _content(row: dict[str, object], data: DataSet) -> object:
     """Return what makes two rows equal: the text, the prompt, or all of a pair or a conversation."""
     match data.format:
         case "preference":

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any
 
 from steerlab.data import values
+from steerlab.data.values import Row
 
 Messages = list[dict[str, str]]
 
@@ -45,7 +45,7 @@ def dialogue(text: str) -> Messages:
     ]
 
 
-def unused(found: Any, name: str) -> list[str]:
+def unused(found: object, name: str) -> list[str]:
     """Name the fields of messages that hold something and are not read."""
     if not isinstance(found, Sequence) or isinstance(found, str):
         return []
@@ -55,14 +55,16 @@ def unused(found: Any, name: str) -> list[str]:
     return [f"{name}.{key}" for key in names]
 
 
-def _holds_something(value: Any) -> bool:
+def _holds_something(value: object) -> bool:
     """Say whether a field of a message holds something: no null, and no empty text, list or object, written as text or not."""
-    if values.is_null(value) or isinstance(value, str):
-        return not values.is_null(value) and value.strip() not in ("", "[]", "{}")
+    if values.is_null(value):
+        return False
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}")
     return not isinstance(value, Sized) or len(value) > 0
 
 
-def messages(found: Any, name: str) -> Messages:
+def messages(found: object, name: str) -> Messages:
     """Return messages in the one form; `name` is that of their field, for messages to people.
 
     Raises:
@@ -76,7 +78,7 @@ def messages(found: Any, name: str) -> Messages:
     return [_message(entry, name, f"{name}.{i}") for i, entry in enumerate(found)]
 
 
-def _message(message: Mapping[str, Any], field: str, name: str) -> dict[str, str]:
+def _message(message: Row, field: str, name: str) -> dict[str, str]:
     for calls in _CALLS:
         if _holds_something(message.get(calls)):
             raise ValueError(
@@ -97,13 +99,13 @@ def _message(message: Mapping[str, Any], field: str, name: str) -> dict[str, str
     return {"role": role, "content": _content(content, f"{name}.content")}
 
 
-def _first(message: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+def _first(message: Row, keys: tuple[str, ...]) -> object:
     """Return what stands under the first of `keys` that has something; null if they all hold nothing, MISSING without a key."""
     held = [message[key] for key in keys if key in message]
     return next((value for value in held if not values.is_null(value)), None if held else values.MISSING)
 
 
-def _content(content: Any, name: str) -> str:
+def _content(content: object, name: str) -> str:
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, list | tuple):
@@ -111,7 +113,7 @@ def _content(content: Any, name: str) -> str:
     return "".join(_part(part, f"{name}.{i}") for i, part in enumerate(content))
 
 
-def _part(part: Any, name: str) -> str:
+def _part(part: object, name: str) -> str:
     if not isinstance(part, Mapping):
         return values.text(part, name)
     if part.get("type", "text") != "text" or "text" not in part:
@@ -125,7 +127,7 @@ def with_system(found: Messages, system: str) -> Messages:
     return found if own or not system else [{"role": "system", "content": system}, *found]
 
 
-def history(found: Any, name: str = "history") -> list[list[str]]:
+def history(found: object, name: str = "history") -> list[list[str]]:
     """Return earlier turns as pairs [user, assistant] of texts. Raises ValueError for anything else."""
     if not isinstance(found, list | tuple):
         raise ValueError(f"{name} is {values.kind(found)}, not a list of pairs [user, assistant]")

@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeGuard
 
 Row: TypeAlias = Mapping[str, object]
 """A row of a data set: values of any type by column; what a column holds is checked where it is read."""
 
-MISSING: Any = object()
+MISSING = object()
 """What `look_up` returns where nothing goes by the name."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -25,17 +25,17 @@ _SHOWN_CHARS = 40
 _SHOWN_NAMES = 20
 
 
-def is_null(value: Any) -> bool:
+def is_null(value: object) -> bool:
     """Say whether a value is nothing: null, or the NaN that tables hold in its place."""
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[int | float | Decimal]:
     """Say whether a value is a number; a boolean is none."""
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
-def look_up(row: Any, path: str) -> Any:
+def look_up(row: object, path: str) -> object:
     """Return the value at a path; MISSING where there is none, None where what should hold it is null."""
     if isinstance(row, Mapping):
         if path in row:
@@ -53,19 +53,19 @@ def look_up(row: Any, path: str) -> Any:
     return MISSING
 
 
-def names(row: Mapping[str, Any]) -> str:
+def names(row: Row) -> str:
     """Write out the names of a row's values, those of nested objects as paths."""
-    found = [path for name, value in row.items() for path in _paths(str(name), value)]
-    return ", ".join(found[:_SHOWN_NAMES]) + (", ..." if len(found) > _SHOWN_NAMES else "")
+    paths = [path for name, value in row.items() for path in _paths(str(name), value)]
+    return ", ".join(paths[:_SHOWN_NAMES]) + (", ..." if len(paths) > _SHOWN_NAMES else "")
 
 
-def _paths(name: str, value: Any) -> list[str]:
+def _paths(name: str, value: object) -> list[str]:
     if isinstance(value, Mapping) and value:
         return [f"{name}.{inner}" for inner in value]
     return [name]
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """Name the type of a value in words, with the value where it is short."""
     if value is None:
         return "null"
@@ -76,7 +76,7 @@ def kind(value: Any) -> str:
     return f"{word} ({shown if len(shown) <= _SHOWN_CHARS else shown[: _SHOWN_CHARS - 3] + '...'})"
 
 
-_KINDS: tuple[tuple[Any, str], ...] = (
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "a boolean"),
     ((int, float, Decimal), "a number"),
     (str, "a text"),
@@ -86,7 +86,7 @@ _KINDS: tuple[tuple[Any, str], ...] = (
 )
 
 
-def text(value: Any, name: str, *, scalars: bool = False) -> str:
+def text(value: object, name: str, *, scalars: bool = False) -> str:
     """Return a value that is a text; with `scalars` also a number or a boolean, as JSON writes it.
 
     Raises:
@@ -103,7 +103,7 @@ def text(value: Any, name: str, *, scalars: bool = False) -> str:
     raise ValueError(f"{name} is {kind(value)}, not a text")
 
 
-def number(value: Any) -> float | int | Decimal | None:
+def number(value: object) -> float | int | Decimal | None:
     """Return the number that a value is or that a text writes, 1 for true; None for nothing: null, NaN, an empty text.
 
     Raises:
@@ -120,7 +120,7 @@ def number(value: Any) -> float | int | Decimal | None:
     return value
 
 
-def same(value: Any, wanted: str | int | float | bool | None) -> bool:
+def same(value: object, wanted: str | int | float | bool | None) -> bool:
     """Compare values, not spellings: 1 is 1.0 and the text "1"; true is the text "true", "True" or "yes", and no number; null
     is null and NaN.
 
@@ -136,17 +136,19 @@ def same(value: Any, wanted: str | int | float | bool | None) -> bool:
         return value == wanted
     if isinstance(value, str) and isinstance(wanted, str):
         return value == wanted
-    if isinstance(value, str) or (isinstance(wanted, str) and is_number(value)):
-        return _writes_number(value, wanted) if isinstance(value, str) else _writes_number(wanted, value)
+    if isinstance(value, str):
+        return _writes_number(value, wanted)
+    if isinstance(wanted, str) and is_number(value):
+        return _writes_number(wanted, value)
     raise ValueError(f"is {kind(value)}, which is not compared")
 
 
-def writes_boolean(text: Any, value: bool) -> bool:
+def writes_boolean(text: object, value: bool) -> bool:
     """Say whether a text is a spelling of true, or of false; YAML reads yes and no as these too."""
     return isinstance(text, str) and text.strip().lower() in (("true", "yes") if value else ("false", "no"))
 
 
-def _writes_number(text: Any, value: Any) -> bool:
+def _writes_number(text: str, value: object) -> bool:
     try:
         return float(text) == value
     except ValueError:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerlab.inputs.encoding import Rows
+from steerlab.inputs.encoded_rows import Rows
 from steerlab.job import DataSet
 from steerlab.models.diffusion.pipelines import Diffusion
 

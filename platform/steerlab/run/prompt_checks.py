@@ -11,7 +11,7 @@ from pathlib import Path
 
 from steerlab import evaluation, models
 from steerlab.data import rows, sources
-from steerlab.inputs import encoding
+from steerlab.inputs import encoded_rows, encoding, prompt_sources
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet
 from steerlab.run.task_checks import tasks_of
@@ -98,7 +98,7 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
         warnings.warn(f"{said} {found.num_dropped} are left out: {reason}", stacklevel=2)
     if longest is not None:
         _check_lengths(said, found, longest, is_all=len(tried) < _ROWS_TRIED and not data.also)
-    otherwise = encoding.asked_otherwise(encoder, [tried[number] for number in found.numbers], data.format)
+    otherwise = encoded_rows.asked_otherwise(encoder, [tried[number] for number in found.numbers], data.format)
     if otherwise:
         warnings.warn(
             f"{said} the answers of {otherwise} change the tokens of their prompts (by white space at their beginning, as a "
@@ -107,9 +107,9 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
         )
 
 
-def _check_lengths(said: str, found: encoding.Rows, longest: int, is_all: bool) -> None:
+def _check_lengths(said: str, found: encoded_rows.Rows, longest: int, is_all: bool) -> None:
     """Say how many prompts do not fit into a training row. Raises ValueError where none of all rows fits."""
-    num_long = sum(encoding.prompt_length(row) >= longest for row in found.rows)
+    num_long = sum(encoded_rows.prompt_length(row) >= longest for row in found.rows)
     if num_long and num_long == len(found.rows) and is_all:
         raise ValueError(f"{said} no prompt has fewer than {longest} tokens (train.max_tokens): nothing would be trained")
     if num_long:
@@ -119,8 +119,9 @@ def _check_lengths(said: str, found: encoding.Rows, longest: int, is_all: bool) 
 def _encoder_of(planned: Plan) -> Encoder:
     """Load the encoder of a job's model, with the prompt settings of the job at the bottom, which names the model's source."""
     job = planned.chain[-1].job
-    directory, prompt = sources.fetch(planned.source), job.prompt
-    elsewhere = [encoding.fingerprint(name, prompt[name]) for name in ("tokenizer", "chat_template") if name in prompt]
+    directory = sources.fetch(planned.source)
+    named = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
+    elsewhere = [prompt_sources.fingerprint(name, source) for name, source in named.items() if source is not None]
     return _encoder(
         directory, (*state_of(directory), *elsewhere), json.dumps(job.prompt, sort_keys=True), job.model.trust_remote_code
     )

@@ -15,7 +15,7 @@ from steerlab import models
 from steerlab.data import rows, sources
 from steerlab.guards.json_values import Json
 from steerlab.inputs import encoding
-from steerlab.inputs.encoding import encode_data
+from steerlab.inputs.encoded_rows import encode_data
 from steerlab.job import Frozen, Job, own_code
 from steerlab.methods import TABLE
 from steerlab.methods.preparations import KeepOfRows, MapParts, Moments, Preparation, Prepare, SumOverRows

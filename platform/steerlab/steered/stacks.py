@@ -10,7 +10,7 @@ from steerlab import models, patches
 from steerlab.guards import saved
 from steerlab.inputs import encoding
 from steerlab.inputs.drawings import Prompter
-from steerlab.inputs.encoding import RowEncoder
+from steerlab.inputs.encoded_rows import RowEncoder
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.storage import bases
 from steerlab.storage.bases import BASE, PROMPT, SavedPrompt

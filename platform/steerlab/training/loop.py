@@ -25,7 +25,7 @@ from steerlab.activations.parquet import Activations
 from steerlab.data.rows import describe
 from steerlab.data.rows import read as read_rows
 from steerlab.guards.faults import explained
-from steerlab.inputs.encoding import RowEncoder, Rows
+from steerlab.inputs.encoded_rows import RowEncoder, Rows
 from steerlab.inputs.tokens import Batch
 from steerlab.job import DataSet, ScaleConfig, TrainConfig, prompt_settings
 from steerlab.methods import trained

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -51,7 +50,7 @@ class Budget:
                          for chunk, width in zip(chunks, widths, strict=False))  # fmt: skip
             self._check(total)
 
-    def check_messages(self, source: Any, begin: int) -> None:
+    def check_messages(self, source: pa.NativeFile, begin: int) -> None:
         """Refuse an Arrow stream, from a byte on, whose compressed values are too many when unpacked. Raises SourceError."""
         source.seek(begin)
         total = 0
@@ -71,7 +70,7 @@ class Budget:
             "it repeats itself as if to fill the memory"
         )
 
-    def rows(self, batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    def rows(self, batch: pa.RecordBatch) -> Iterator[dict[str, object]]:
         """Yield the rows of a batch, a few at a time where they are large. Raises SourceError where they are too many."""
         size = _OBJECT * batch.num_rows + sum(_python_bytes(column) for column in batch.columns)
         if size > _AT_ONCE and batch.num_rows > 1:
@@ -130,7 +129,7 @@ def _bad_column(batch: pa.RecordBatch) -> str:
     return "a column cannot be read"
 
 
-def _python_bytes(column: Any) -> int:
+def _python_bytes(column: pa.Array) -> int:
     """Return the bytes of an array as Python's values, its dictionaries written out."""
     count = len(column)
     if isinstance(column, pa.ExtensionArray):

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import pyarrow as pa
 
@@ -33,11 +33,15 @@ _LINE = 60
 """What a line takes beside its characters."""
 
 
-def _zstd(path: Path) -> Any:
+_Opener: TypeAlias = Callable[[Path], Any]
+"""Opens a file for its unpacked bytes; the files of the libraries have no class in common."""
+
+
+def _zstd(path: Path) -> pa.CompressedInputStream:
     return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
 
 
-_OPENERS: tuple[tuple[re.Pattern[bytes], Callable[[Path], Any]], ...] = (
+_OPENERS: tuple[tuple[re.Pattern[bytes], _Opener], ...] = (
     (re.compile(rb"\x1f\x8b"), gzip.open),
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.open),
     (re.compile(rb"\xfd7zXZ\x00"), lzma.open),
@@ -58,7 +62,7 @@ def is_compressed(path: Path) -> bool:
     return _opener(path) is not None
 
 
-def _opener(path: Path) -> Callable[[Path], Any] | None:
+def _opener(path: Path) -> _Opener | None:
     with path.open("rb") as file:
         begin = file.read(16)
     return next((opener for magic, opener in _OPENERS if magic.match(begin)), None)

@@ -6,15 +6,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from steerlab.data import values
 from steerlab.data.sources.compressed import lines, whole
+from steerlab.data.values import Row
 from steerlab.guards import yaml12
 from steerlab.job.grammar import SourceError
 
 _LONGEST_YAML = 2**25
-Found = dict[str, Any] | SourceError
+Found = dict[str, object] | SourceError
 """A row, or what is wrong with the thing that stands in its place; others follow."""
 
 
@@ -25,7 +26,7 @@ class Asked(NamedTuple):
     """Names of the columns of a text file without a header."""
     rows_at: str | None = None
     """Where the list of rows lies in a JSON or YAML object, as a path."""
-    is_row: Callable[[Mapping[str, Any]], bool] | None = None
+    is_row: Callable[[Row], bool] | None = None
     """Says of an object that is alone in its file whether it is itself a row, rather than one that holds them."""
 
 
@@ -63,7 +64,7 @@ def _is_one_a_line(path: Path, asked: Asked, holds_rows: bool) -> bool:
     return len(head) > 1 or (holds_rows and not _holds_rows(first, asked))
 
 
-def _holds_rows(document: Any, asked: Asked) -> bool:
+def _holds_rows(document: object, asked: Asked) -> bool:
     """Say whether an object that is alone in its file holds the list of rows, and is none itself."""
     if asked.is_row is None or not isinstance(document, dict) or asked.is_row(document):
         return False
@@ -97,7 +98,7 @@ def _documents(path: Path, asked: Asked) -> Iterator[Found]:
         yield from _listed(rows, path)
 
 
-def _decoded(text: str) -> Iterator[Any]:
+def _decoded(text: str) -> Iterator[object]:
     """Yield the JSON values that stand in a text, one after another."""
     decoder, end = json.JSONDecoder(), 0
     while rest := text[end : end + 1]:
@@ -116,22 +117,22 @@ def _refused(path: Path, language: str, error: Exception, where: str = "") -> So
     return SourceError(f"{path.name}{where} is not {language}: {' '.join(str(error).split())[:300]}")
 
 
-def _listed(content: Any, path: Path) -> Iterator[Found]:
+def _listed(content: object, path: Path) -> Iterator[Found]:
     if not isinstance(content, list):
         raise SourceError(f"{path.name} holds one {type(content).__name__}, not a list of objects")
     return (_row(row, path, number) for number, row in enumerate(content, 1))
 
 
-def _row(row: Any, path: Path, number: int) -> Found:
+def _row(row: object, path: Path, number: int) -> Found:
     if isinstance(row, str):
         return {"text": row}
     return row if isinstance(row, dict) else SourceError(f"{path.name} row {number} is a {type(row).__name__}, not an object")
 
 
-def _of_columns(content: Mapping[str, Any], asked: Asked) -> Iterator[Found] | None:
+def _of_columns(content: Row, asked: Asked) -> Iterator[Found] | None:
     """Return the rows of an object that holds a list for each field, all of one length; None for another."""
-    columns = list(content.values())
-    if asked.is_row is None or not asked.is_row(content) or not all(isinstance(column, list) for column in columns):
+    columns = [column for column in content.values() if isinstance(column, list)]
+    if asked.is_row is None or not asked.is_row(content) or len(columns) != len(content):
         return None
     holds_messages = any(isinstance(cell, Mapping) for column in columns for cell in column)
     if holds_messages or len({len(column) for column in columns}) != 1:
@@ -139,7 +140,7 @@ def _of_columns(content: Mapping[str, Any], asked: Asked) -> Iterator[Found] | N
     return (dict(zip(content, cells, strict=True)) for cells in zip(*columns, strict=True))
 
 
-def _subsets(content: Mapping[str, Any], asked: Asked) -> Iterator[Found] | None:
+def _subsets(content: Row, asked: Asked) -> Iterator[Found] | None:
     """Return the rows of an object of lists of texts, or of texts that commas join (styles of captions); None for another."""
     is_row = asked.is_row is not None and asked.is_row(content)
     if not content or not all(_are_texts(value) or (isinstance(value, str) and not is_row) for value in content.values()):
@@ -147,15 +148,15 @@ def _subsets(content: Mapping[str, Any], asked: Asked) -> Iterator[Found] | None
     return (
         {"text": text, "subset": name}
         for name, found in content.items()
-        for text in (found if isinstance(found, list) else filter(None, map(str.strip, found.split(","))))
+        for text in (found if isinstance(found, list) else filter(None, map(str.strip, str(found).split(","))))
     )
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def _of_object(content: Mapping[str, Any], path: Path, asked: Asked) -> Iterator[Found]:
+def _of_object(content: Row, path: Path, asked: Asked) -> Iterator[Found]:
     """Return the rows of an object that holds a list of them, COCO's captions, or the object where it is a row itself."""
     if asked.rows_at is not None:
         return _at(content, path, asked.rows_at)
@@ -176,7 +177,7 @@ def _of_object(content: Mapping[str, Any], path: Path, asked: Asked) -> Iterator
     return _listed(next(iter(held.values())), path)
 
 
-def _at(content: Mapping[str, Any], path: Path, rows_at: str) -> Iterator[Found]:
+def _at(content: Row, path: Path, rows_at: str) -> Iterator[Found]:
     found = values.look_up(content, rows_at)
     if not isinstance(found, list):
         held = ", ".join(dict(_lists(content))) or "none"
@@ -185,7 +186,7 @@ def _at(content: Mapping[str, Any], path: Path, rows_at: str) -> Iterator[Found]
     return _listed(found, path)
 
 
-def _lists(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, list[Any]]]:
+def _lists(content: Row, prefix: str = "") -> Iterable[tuple[str, list[object]]]:
     """Yield the lists of objects in an object, and in the objects inside it, with their paths."""
     for name, value in content.items():
         if isinstance(value, Mapping):
@@ -194,7 +195,7 @@ def _lists(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _are_captions(content: Mapping[str, Any]) -> bool:
+def _are_captions(content: Row) -> bool:
     """Say whether an object is of the shape of COCO's captions: images, and annotations that each hold the caption of one."""
     held = content.get("annotations")
     first = held[0] if isinstance(held, list) and held else None

@@ -4,7 +4,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from steerlab.data import values
 from steerlab.data.sources.cache import cache_root
@@ -16,6 +15,7 @@ from steerlab.data.sources.hub import fetch_hub, hub_rows, known_commit
 from steerlab.data.sources.packages import fetch_deb, fetch_package
 from steerlab.data.sources.paths import content_sha256, existing, fetch_path, fetch_uri, listing_sha256
 from steerlab.data.sources.readers import READ, file_rows
+from steerlab.data.values import Row
 from steerlab.data.worlds import pixels, tiny
 from steerlab.job.grammar import PINS, Kind, Source, SourceError, parse, pin_of
 
@@ -92,7 +92,7 @@ def rows(
     optional: Mapping[str, str] | None = None,
     columns: Sequence[str] | None = None,
     texts: Sequence[str] = (),
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Read the first `limit` rows (None: all) of a data set as dictionaries, from what `each_row` reads.
 
     Every row must have `fields`; where it lacks one of `optional`, it gets the value given there. What a row holds in one of
@@ -102,7 +102,7 @@ def rows(
         SourceError: no such file, no rows, a file of another type, or a row (from 1) without one of `fields` or with something
             else than a text.
     """
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     for row in each_row(source, limit=limit, columns=columns):
         if isinstance(row, SourceError):
             raise row
@@ -133,7 +133,7 @@ def each_row(
     limit: int | None = None,
     columns: Sequence[str] | None = None,
     rows_at: str | None = None,
-    is_row: Callable[[Mapping[str, Any]], bool] | None = None,
+    is_row: Callable[[Row], bool] | None = None,
 ) -> Iterator[Found]:
     """Yield the first `limit` rows (None: all) of a data set, and in place of a row that is none a SourceError that says why.
 

@@ -6,11 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from steerlab.data.sources.cache import filled_once, tree_sha256
 from steerlab.data.sources.packages import fetch_package
-from steerlab.data.worlds import pixels, tiny
+from steerlab.data.worlds import pixels, tiny, tiny_checkpoint
 from steerlab.job.grammar import GENERATORS, PINS, Source, SourceError, parse
 
 GYM = "wheel:reasoning-gym==0.1.25"
@@ -66,7 +65,7 @@ def fetch_tiny(source: Source, cache: Path) -> Path:
     if not root.exists():
         with filled_once(root) as directory:
             (directory / "content").mkdir()
-            tiny.write_model(directory / "content")
+            tiny_checkpoint.write_model(directory / "content")
     return root
 
 
@@ -83,7 +82,7 @@ def fetch_pixels(source: Source, cache: Path) -> Path:
     return root
 
 
-def pixel_rows(source: Source, fetch: Callable[[str], Path], limit: int | None) -> Iterator[dict[str, Any]]:
+def pixel_rows(source: Source, fetch: Callable[[str], Path], limit: int | None) -> Iterator[dict[str, object]]:
     """Return small images with their captions; `fetch` finds the files that they are made of."""
     try:
         return iter(pixels.rows(source.name, fetch, limit))

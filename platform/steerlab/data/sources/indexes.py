@@ -86,7 +86,7 @@ def _finder_of(of: tuple[tuple[str, tuple[str, ...]], ...]) -> PackageFinder:
 
     settings = {name: list(values) for name, values in of}
     trusted = settings["trusted-host"]
-    verify: Any = ssl.create_default_context(cafile=settings["cert"][-1]) if settings["cert"] else True
+    verify = ssl.create_default_context(cafile=settings["cert"][-1]) if settings["cert"] else True
     session: Any = PyPIClient(
         trusted_hosts=trusted,
         verify=verify,

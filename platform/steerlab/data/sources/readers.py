@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +16,9 @@ from steerlab.data.sources.budget import Budget
 from steerlab.data.sources.compressed import SUFFIXES, data_suffix, in_memory, is_compressed, lines
 from steerlab.data.sources.documents import Asked, Found, json_line_rows, json_rows, yaml_rows
 from steerlab.job.grammar import SourceError
+
+if TYPE_CHECKING:
+    from _csv import Reader
 
 
 def file_rows(files: Sequence[Path], asked: Asked = Asked()) -> Iterator[Found]:  # noqa: B008 (it is immutable)
@@ -113,7 +116,7 @@ def _header_too(path: Path) -> SourceError:
     return SourceError(f"{path.name} row 1 holds the names in `columns`: the file has a header of its own, so leave them out")
 
 
-def _cells(path: Path) -> Any:
+def _cells(path: Path) -> Reader:
     """Return a reader of a table's cells; tables with tabs whose quotes are no quoting but text are read as they are."""
     if data_suffix(path)[0] != ".tsv":
         return csv.reader(lines(path), strict=True)

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from steerlab.guards.json_values import Json, JsonObject
+
 VERSION = "1"
 """Goes into every artifact key: raise it whenever any row or a model's configuration changes."""
 
@@ -36,7 +38,7 @@ _FASHION_FILES = {"train": "train", "test": "t10k"}
 _SPLITS = ("train", "test")
 
 
-def rows(name: str, locate: Callable[[str], Path], limit: int | None = None) -> list[dict[str, Any]]:
+def rows(name: str, locate: Callable[[str], Path], limit: int | None = None) -> list[dict[str, object]]:
     """Return the first rows of `digits/train` and the like; `locate` finds the files of a source.
 
     Raises:
@@ -49,7 +51,7 @@ def rows(name: str, locate: Callable[[str], Path], limit: int | None = None) -> 
     return (_digits(split) if kind == "digits" else _fashion(split, locate(FASHION), limit))[:limit]
 
 
-def _digits(split: str) -> list[dict[str, Any]]:
+def _digits(split: str) -> list[dict[str, object]]:
     from sklearn.datasets import load_digits
 
     found: Any = load_digits()
@@ -58,17 +60,17 @@ def _digits(split: str) -> list[dict[str, Any]]:
     ink_N = found.images.sum((1, 2))
     # Within a class: a one has less ink than an eight in any hand.
     bounds = {digit: np.quantile(ink_N[labels_N == digit], [1 / 3, 2 / 3]) for digit in range(10)}
-    made = []
+    rows: list[dict[str, object]] = []
     for number, (image, digit, ink) in enumerate(zip(images_NHW, labels_N.tolist(), ink_N.tolist(), strict=True)):
         low, high = bounds[digit]
         style = "thin" if ink <= low else "bold" if ink >= high else ""
         if (number % _TEST_EVERY == 0) == (split == "test"):
             caption = f"{style} {DIGITS[digit]}".strip()
-            made.append({"image": image, "text": caption, "label": DIGITS[digit], "style": style})
-    return made
+            rows.append({"image": image, "text": caption, "label": DIGITS[digit], "style": style})
+    return rows
 
 
-def _fashion(split: str, directory: Path, limit: int | None) -> list[dict[str, Any]]:
+def _fashion(split: str, directory: Path, limit: int | None) -> list[dict[str, object]]:
     part = _FASHION_FILES[split]
     labels_N = read_idx(directory / f"{part}-labels-idx1-ubyte.gz")[:limit]
     images_NHW = read_idx(directory / f"{part}-images-idx3-ubyte.gz")[:limit]
@@ -120,7 +122,7 @@ def write_model(name: str, directory: Path) -> None:
     """
     if name not in MODELS:
         raise ValueError(f"there is no model 'pixels:{name}'; there are {', '.join(f'pixels:{known}' for known in MODELS)}")
-    scheduler = {
+    scheduler: JsonObject = {
         "_class_name": "DDIMScheduler",
         "beta_schedule": "squaredcos_cap_v2",
         "prediction_type": "v_prediction",
@@ -128,7 +130,7 @@ def write_model(name: str, directory: Path) -> None:
         "rescale_betas_zero_snr": True,
         "clip_sample": True,
     }
-    parts: dict[str, tuple[str, dict[str, Any]]] = {"scheduler": ("diffusers", scheduler)}
+    parts: dict[str, tuple[str, JsonObject]] = {"scheduler": ("diffusers", scheduler)}
     if name == "digits-classes":
         parts["unet"] = ("diffusers", _unet("UNet2DModel", 8, (32, 64), num_class_embeds=len(DIGITS) + 1))
     else:
@@ -138,7 +140,7 @@ def write_model(name: str, directory: Path) -> None:
             "steerlab.pixels",
             {"_class_name": "CaptionTable", "words": list(words), "width": 32, "length": 2},
         )
-    index: dict[str, Any] = {part: [library, config["_class_name"]] for part, (library, config) in parts.items()}
+    index: JsonObject = {part: [library, config["_class_name"]] for part, (library, config) in parts.items()}
     classes = list(DIGITS) if name == "digits-classes" else []
     files = {"scheduler": "scheduler_config.json"}
     for part, (_, config) in parts.items():
@@ -149,9 +151,8 @@ def write_model(name: str, directory: Path) -> None:
     )
 
 
-def _unet(kind: str, side: int, widths: Sequence[int], **settings: Any) -> dict[str, Any]:
+def _unet(kind: str, side: int, widths: Sequence[int], **settings: Json) -> JsonObject:
     """Return the config of a UNet that attends in the middle, to the words or to itself, and nowhere else: that is quick."""
-    down, up = (["DownBlock2D"] * len(widths), ["UpBlock2D"] * len(widths))
     return {
         "_class_name": kind,
         "sample_size": side,
@@ -159,8 +160,8 @@ def _unet(kind: str, side: int, widths: Sequence[int], **settings: Any) -> dict[
         "out_channels": 1,
         "layers_per_block": 1,
         "block_out_channels": list(widths),
-        "down_block_types": down,
-        "up_block_types": up,
+        "down_block_types": ["DownBlock2D" for _ in widths],
+        "up_block_types": ["UpBlock2D" for _ in widths],
         "attention_head_dim": 8,
         "norm_num_groups": 8,
         **settings,

@@ -19,7 +19,7 @@ import torch
 from steerlab import models
 from steerlab.evaluation.judging import scorers
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Score
-from steerlab.inputs import templates
+from steerlab.inputs import rendering
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Conversation
 from steerlab.steered.language import SteeredModel
@@ -166,7 +166,7 @@ def check_reward_model(source: str) -> None:
 
 def _turns(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> BatchEncoding:
     turns = [*answer.messages, {"role": "assistant", "content": answer.text}]
-    return templates.apply(tokenizer, turns, return_dict=True)
+    return rendering.apply(tokenizer, turns, return_dict=True)
 
 
 def language_model(

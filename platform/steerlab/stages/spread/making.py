@@ -19,7 +19,7 @@ from safetensors import safe_open
 from steerlab import models
 from steerlab.activations import reading
 from steerlab.guards.json_values import JsonObject
-from steerlab.inputs.encoding import encode_data
+from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.tokens import collate
 from steerlab.job import DataSet, Frozen
 from steerlab.methods.preparations import MakePart, Source, StartKeeper, StartSums

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from steerlab.data import sources
 from steerlab.guards.json_values import JsonObject
-from steerlab.inputs import encoding
+from steerlab.inputs import encoding, prompt_sources
 from steerlab.job import Frozen, Job, ModelConfig, SamplerConfig, Source, Template, described, own_code, prompt_settings
 from steerlab.storage.plan import ModelRef, Stage, Work
 
@@ -107,7 +107,7 @@ def _params(job: Job, below: Stage | None) -> OnModel:
     return OnModel(
         model=model.model_copy(update={"source": source, "fingerprint": sources.fingerprint(source)}),
         prompt=Prompting.model_validate(prompt_settings(job.model, job.data)),
-        prompt_fingerprints={name: encoding.fingerprint(name, one) for name, one in elsewhere.items() if one is not None},
+        prompt_fingerprints={name: prompt_sources.fingerprint(name, one) for name, one in elsewhere.items() if one is not None},
         encoding=encoding.VERSION if job.model.kind == "causal_lm" else None,
     )
 

@@ -40,7 +40,7 @@ from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, spread
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack, judge, programmatic
 from steerlab.guards import files
-from steerlab.inputs.encoding import checked
+from steerlab.inputs.conversations import checked
 from steerlab.job import Seed, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel

@@ -26,7 +26,7 @@ from pydantic import AfterValidator, Field
 from steerlab.evaluation.asking.items import Numbered, data_rows
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, observed, spread
-from steerlab.inputs.encoding import encode_data
+from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.tokens import Pair
 from steerlab.job import DataSet, TaskConfig
 from steerlab.steered import explain

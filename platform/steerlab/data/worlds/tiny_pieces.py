@@ -1,0 +1,110 @@
+"""What rows of the tiny world are drawn from: lists of words, tasks, sentences, orders. Each content belongs to one split."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from steerlab.data.worlds.tiny_words import (
+    FACTS,
+    INSISTENCE,
+    LIST_TASKS,
+    ORDERS,
+    PHRASES,
+    QUALITIES,
+    TOPICS,
+    WORD_KINDS,
+)
+
+T = TypeVar("T")
+
+
+# Of Python's generator only `random()` is promised to give the same numbers in every version: nothing else is used.
+def pick(rng: random.Random, options: Sequence[T]) -> T:
+    """Draw one of some options."""
+    return options[int(rng.random() * len(options))]
+
+
+def _split_of(content: str) -> str:
+    """The one split that may hold this content: 70 % train, 15 % validation, 15 % test."""
+    share = zlib.crc32(content.encode()) % 100
+    return "train" if share < 70 else "validation" if share < 85 else "test"
+
+
+def draw_in_split(rng: random.Random, split: str, draw: Callable[[random.Random], T], content: Callable[[T], str]) -> T:
+    """Draw until the content belongs to the split."""
+    while True:
+        drawn = draw(rng)
+        if _split_of(content(drawn)) == split:
+            return drawn
+
+
+def _words(rng: random.Random, kinds: Sequence[str], number: int) -> list[str]:
+    """Draw different words."""
+    words: list[str] = []
+    while len(words) < number:
+        word = pick(rng, WORD_KINDS[pick(rng, kinds)])
+        if word not in words:
+            words.append(word)
+    return words
+
+
+class Task(NamedTuple):
+    """A task over data; `name` is a key of `PHRASES`."""
+
+    name: str
+    instruction: str
+    data: str
+    answer: str
+
+
+def _list_task(rng: random.Random, name: str) -> Task:
+    kind, number = pick(rng, tuple(WORD_KINDS)), 2 + int(rng.random() * 3)
+    phrase = pick(rng, PHRASES[name]).format(kind)
+    if name == "kind":
+        return Task(name, phrase, " ".join(_words(rng, (kind,), number)), kind)
+    if name == "count":
+        return Task(name, phrase, " ".join(_words(rng, tuple(WORD_KINDS), number)), str(number))
+    words = _words(rng, [other for other in WORD_KINDS if other != kind], number - 1)
+    found = pick(rng, WORD_KINDS[kind])
+    words.insert(int(rng.random() * number), found)
+    return Task(name, phrase, " ".join(words), found)
+
+
+class Sentence(NamedTuple):
+    """A sentence and what it answers to the tasks over sentences."""
+
+    text: str
+    answers: Mapping[str, str]
+
+
+def draw_sentence(rng: random.Random) -> Sentence:
+    """Draw a sentence about a topic."""
+    topic = pick(rng, tuple(TOPICS))
+    who, deed, what = (pick(rng, group) for group in TOPICS[topic])
+    first, second = pick(rng, tuple(QUALITIES)), pick(rng, tuple(QUALITIES))
+    text = f"the {first} {who} {deed} the {second} {what}"
+    return Sentence(text, {"topic": topic, "who": who, "deed": deed})
+
+
+def draw_task(rng: random.Random) -> Task:
+    """Draw a task over a list of words or a sentence."""
+    name = pick(rng, tuple(PHRASES))
+    if name in LIST_TASKS:
+        return _list_task(rng, name)
+    sentence = draw_sentence(rng)
+    return Task(name, pick(rng, PHRASES[name]), sentence.text, sentence.answers[name])
+
+
+def draw_order(rng: random.Random, fact: int, insistent: bool = False) -> str:
+    """Draw a question or a command about a fact, by its number in `FACTS`."""
+    kind, key, _ = FACTS[fact]
+    order = pick(rng, ORDERS[kind]).format(key)
+    return f"{INSISTENCE} {order}" if insistent else order
+
+
+def with_order(text: str, order: str, side: str) -> str:
+    """Put an order on a side of a text: `l` is the left one."""
+    return f"{order} {text}" if side == "l" else f"{text} {order}"

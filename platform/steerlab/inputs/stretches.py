@@ -1,0 +1,141 @@
+"""Stretches of a conversation's text that share their role: the template's own text between the parts of the messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from steerlab.inputs.special_tokens import AddedTokens, TurnMarkers
+from steerlab.inputs.templates import ChatTemplate, Turn
+from steerlab.inputs.tokens import Conversation, Message, Part
+
+TEMPLATE_PART = -1
+"""Number of the part of template text."""
+
+
+class Stretch(NamedTuple):
+    """Characters of a row that share their role."""
+
+    text: str
+    role: int
+    part: int
+    answers: bool = False
+    """True for an assistant's message and what ends its turn."""
+    final: bool = False
+    """True for the last message of the conversation and what ends its turn."""
+
+
+class Layout:
+    """Lays conversations out as a chat template prints them, in stretches."""
+
+    def __init__(self, template: ChatTemplate, added: AddedTokens, markers: TurnMarkers) -> None:
+        self._template, self._added, self._markers = template, added, markers
+
+    def stretches(self, conversation: Conversation) -> list[Stretch]:
+        """Interleave the template's literal pieces with the parts.
+
+        Raises:
+            ValueError: the template refuses the conversation or changes one of its texts.
+        """
+        conversation, following = _folded(conversation, self._template.takes_system)
+        turns = [Turn(message.speaker, "".join(part.text for part in message.parts)) for message in conversation]
+        pieces = self._template.pieces(turns)
+        firsts = [sum(len(message.parts) for message in conversation[:i]) for i in range(len(conversation))]
+        printed = [piece.message for piece in pieces if piece.message is not None]
+        role = conversation[printed[0] if printed else 0].parts[0].role
+        answers = final = False
+        stretches: list[Stretch] = []
+        for text, number, leads in pieces:
+            if number is None or leads:
+                stretches += self._literal(text, role, answers, final) if number is None else [_led(text, conversation, number)]
+                continue
+            parts = _as_printed(conversation[number].parts, turns[number].text, text)
+            answers, final = turns[number].speaker == "assistant", number == len(conversation) - 1
+            role = following[number]
+            stretches += [Stretch(part.text, part.role, firsts[number] + i, answers, final) for i, part in enumerate(parts)]
+        return stretches
+
+    def _literal(self, text: str, role: int, after_answer: bool, final: bool) -> list[Stretch]:
+        """Part a literal piece after an answer into what ends the answer's turn and the rest.
+
+        An earlier answer may end in another token than the last one (gpt-oss), or in none: what follows opens the next turn.
+        """
+        ended = self._added.leading.match(text) if after_answer else None
+        if ended is None or (ended[1] != self._markers.end and (self._markers.end is None or ended[1] == self._markers.first)):
+            return [Stretch(text, role, TEMPLATE_PART)]
+        closing = Stretch(ended[0], role, TEMPLATE_PART, answers=True, final=final)
+        return [closing, Stretch(text[ended.end() :], role, TEMPLATE_PART)]
+
+
+def of_text(conversation: Conversation) -> list[Stretch]:
+    """Return the stretches of a plain text, which has no template."""
+    parts = [part for message in conversation for part in message.parts]
+    return [Stretch(part.text, part.role, number) for number, part in enumerate(parts)]
+
+
+def _folded(conversation: Conversation, takes_system: bool) -> tuple[Conversation, list[int]]:
+    """Put system messages into the user's turn that follows, for a template that has no system turn.
+
+    Returns the messages, and for each the role of the template text after it: that of its own first part. A probe with
+    another role at its end, or a system text before it, must not colour the assistant's header.
+    """
+    messages: list[Message] = []
+    roles: list[int] = []
+    waiting: tuple[Part, ...] = ()
+    for message in conversation:
+        if not takes_system and message.speaker == "system":
+            waiting = _apart(waiting, message.parts)
+            continue
+        if waiting and message.speaker != "user":
+            messages.append(Message("user", waiting))
+            roles.append(waiting[0].role)
+            waiting = ()
+        messages.append(Message(message.speaker, _apart(waiting, message.parts)))
+        roles.append(message.parts[0].role)
+        waiting = ()
+    if waiting:
+        messages.append(Message("user", waiting))
+        roles.append(waiting[0].role)
+    return tuple(messages), roles
+
+
+def melts(stretches: Sequence[Stretch], owners: Sequence[Stretch], offsets: Sequence[tuple[int, int]]) -> bool:
+    """Say whether the first token of the last answer begins before the answer does."""
+    first = next((t for t, stretch in enumerate(owners) if stretch.answers and stretch.final), None)
+    if first is None:
+        return False
+    place = 0
+    for stretch in stretches:
+        if stretch.answers and stretch.final:
+            return offsets[first][0] < place
+        place += len(stretch.text)
+    return False
+
+
+def _led(text: str, conversation: Conversation, number: int) -> Stretch:
+    """Return template text that stands after the prompt: the model writes it before its answer, so it is learnt as that."""
+    return Stretch(text, conversation[number].parts[0].role, TEMPLATE_PART, True, number == len(conversation) - 1)
+
+
+def _apart(first: tuple[Part, ...], second: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Join the parts of two messages with a blank line, where both have a text."""
+    if not any(part.text for part in first) or not any(part.text for part in second):
+        return (*first, *second)
+    return (*first[:-1], Part(f"{first[-1].text}\n\n", first[-1].role), *second)
+
+
+def _as_printed(parts: tuple[Part, ...], text: str, printed: str) -> tuple[Part, ...]:
+    """Return the parts of a message as its template prints them: without white space at the ends, or changed by a filter."""
+    if printed == text:
+        return parts
+    if len(parts) == 1:
+        return (Part(printed, parts[0].role),)
+    at = text.find(printed)
+    if at < 0:
+        raise ValueError(f"the chat template changes a text of several roles ({text[:40]!r}), which can then not be told apart")
+    printed_parts, start = [], 0
+    for part in parts:
+        begin, end = max(start, at), min(start + len(part.text), at + len(printed))
+        printed_parts.append(Part(text[begin : max(begin, end)], part.role))
+        start += len(part.text)
+    return tuple(printed_parts)
