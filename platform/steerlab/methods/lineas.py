@@ -144,7 +144,8 @@ class Lineas(PatchAlone):
 
     def finished(self, state: dict[str, Tensor]) -> patches.ActivationPatch:
         """Return the trained maps, or their inverses."""
-        trained: patches.ActivationPatch = super().finished(state)
+        trained = super().finished(state)
+        assert isinstance(trained, patches.ActivationPatch)
         return trained.inverse() if self.config.inverse else trained
 
     @classmethod

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
 from safetensors import SafetensorError, safe_open
@@ -81,7 +81,7 @@ def _arguments(kind: str) -> type[BaseModel]:
     constructor = KINDS[kind].__init__  # type: ignore[misc]
     types = get_type_hints(constructor)
     given = list(inspect.signature(constructor).parameters.values())[1:]
-    fields: dict[str, tuple[object, object]] = {
+    fields: dict[str, Any] = {
         one.name: (types[one.name], ... if one.default is inspect.Parameter.empty else one.default) for one in given
     }
     return create_model(kind, __config__=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False), **fields)

@@ -47,7 +47,7 @@ class SecondModelPatch(nn.Module):
         own, other = (models.linear_shape(models.head(one))[0] for one in (self.second, model))
         if own != other:
             raise ValueError(f"the second model has {own} tokens, {type(model).__name__} has {other}")
-        self.second.to(device=model.device, dtype=model.dtype)
+        self.second.to(device=model.device, dtype=model.dtype)  # type: ignore[reportCallIssue]  # a decorator hides `self`
         log_probs: list[Tensor] = []
         cache = models.cache_name(self.second)
 
@@ -57,7 +57,7 @@ class SecondModelPatch(nn.Module):
             memory = forward.memory
             kept = {} if memory is None else memory.setdefault(number, models.empty_cache(self.second))
             out = self.second(**inputs, **kept, use_cache=memory is not None, only=forward.only)
-            if memory is not None and cache in out:
+            if memory is not None and cache is not None and cache in out:
                 memory[number] = {cache: out[cache]}
             log_probs[:] = [out.logits.float().log_softmax(-1)]
 

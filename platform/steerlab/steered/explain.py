@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steerlab import models
+from steerlab import models, patches
 from steerlab.inputs.tokens import Batch, Conversation, Pair, collate
 from steerlab.steered import scoring
 from steerlab.steered.language import SteeredModel
@@ -56,7 +56,7 @@ def score(model: SteeredModel, pairs: Sequence[Pair], strengths: Sequence[float]
 def _at_strengths(model: SteeredModel, batch: Batch, tokens: Predicted, strengths: Sequence[float]) -> Iterator[Scores]:
     """Yield the scores of a batch's response tokens at every strength."""
     *below, newest = model.patches or (None,)
-    if newest is None or newest.kind != "logit" or any(patch.kind == "logit" for patch in below):
+    if not isinstance(newest, patches.LogitPatch) or any(patch.kind == "logit" for patch in below):
         base_NV = scoring.wide(model.logits(batch, 0.0 if newest else 1.0, tokens.places)[0])
         for strength in strengths:
             changes = newest is not None and strength != 0

@@ -166,7 +166,11 @@ def check_reward_model(source: str) -> None:
 
 def _turns(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> BatchEncoding:
     turns = [*answer.messages, {"role": "assistant", "content": answer.text}]
-    return rendering.apply(tokenizer, turns, return_dict=True)
+    from transformers import BatchEncoding
+
+    encoded = rendering.apply(tokenizer, turns, return_dict=True)
+    assert isinstance(encoded, BatchEncoding)
+    return encoded
 
 
 def language_model(

@@ -142,7 +142,7 @@ def measured(name: str, one: StoredMeasure) -> Measure:
     return Measure(name, one.better, one.unit, one.low, one.high, one.transform)
 
 
-def dumped(measure: Measure) -> dict[str, object]:
+def dumped(measure: Measure) -> JsonObject:
     """Return what a metric measures as it stands in files."""
     return {name: value for name, value in measure._asdict().items() if name != "name"}
 
