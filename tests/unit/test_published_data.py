@@ -155,9 +155,10 @@ def test_a_task_is_given_composed_rows_and_names_in_place_of_labels(tmp_path: Pa
     assert found[0]["instruction"] == "Q0\nA. a\nB. b\nC. c\nD. d" and found[4]["input"] == "fine"
 
 
-def test_the_data_sets_in_the_readme_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_sets_of_the_page_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = Path(__file__).parents[2].joinpath("jobs", "README.md").read_text().partition("## Data files")[2]
-    toxic, choice, review = yaml.safe_load(section.split("```yaml\n")[1].split("```")[0])
+    job_of_page = yaml.safe_load(section.split("```yaml\n")[1].split("```")[0])
+    toxic, choice, review = job_of_page["evaluate"][0]["data"], job_of_page["data"]["train"], job_of_page["data"]["validation"]
     lines(tmp_path / "prompts.jsonl", [{"prompt": {"text": "So", "toxicity": score}} for score in (0.2, 0.7, None)])
     (tmp_path / "mmlu").mkdir()
     row = {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1}

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steerlab.data.values import Row
+from steerlab.guards.json_values import Json
 from steerlab.inputs.encoded_rows import Rows
 from steerlab.job import DataSet
 from steerlab.models.diffusion.pipelines import Diffusion
@@ -46,7 +48,7 @@ class Drawing:
 
     @property
     def sequences(self) -> tuple[Drawing, ...]:
-        """What of the row goes through the model."""
+        """The drawing alone: a row is one call of the model."""
         return (self,)
 
 
@@ -67,12 +69,12 @@ class Drawings:
         return Drawings(self.prompts, self.seeds, None if self.images is None else self.images.to(device), self.numbers)
 
     @property
-    def patched_inputs(self) -> dict[str, Any]:
+    def patched_inputs(self) -> dict[str, object]:
         """Arguments of a call of the model."""
         return {"prompts": self.prompts, "seeds": self.seeds.tolist()}
 
     @property
-    def read_inputs(self) -> dict[str, Any]:
+    def read_inputs(self) -> dict[str, object]:
         """Arguments of a call of the model that is read."""
         return self.patched_inputs
 
@@ -92,17 +94,17 @@ class Prompter:
         self._channels, self._size, self._pixels = config.in_channels, (height, width), height * width
 
     @property
-    def saved_spec(self) -> dict[str, Any]:
+    def saved_spec(self) -> dict[str, Json]:
         """The same: a pipeline has no tokenizer apart."""
         return self.spec
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, Json]:
         """How the pipeline draws: what is kept beside a result, so that it is loaded as it was made."""
         return {"sampler": self._model.sampler.model_dump(mode="json")}
 
     @property
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Json]:
         """What is written beside activations about how texts were read."""
         return {"tokenizer": "", "tokenizer_sha256": "", "prompt": self.spec}
 
@@ -136,9 +138,7 @@ class Prompter:
         """Return the drawings: there is nothing to tokenise."""
         return drawings
 
-    def encode_data(
-        self, rows: Sequence[Mapping[str, Any]], data_format: str, max_tokens: int, *, skip_bad: bool = False
-    ) -> Rows:
+    def encode_data(self, rows: Sequence[Row], data_format: str, max_tokens: int, *, skip_bad: bool = False) -> Rows:
         """Make the drawings of the rows of a data set; `skip_bad` leaves out images of another size than the model draws.
 
         Raises:
@@ -168,7 +168,7 @@ class Prompter:
             torch.tensor(list(numbers), dtype=torch.long),
         )
 
-    def _image(self, values: Any) -> Tensor:
+    def _image(self, values: object) -> Tensor:
         image_HWC = np.asarray(values, dtype=np.float32)
         image_CHW = torch.from_numpy(image_HWC[None] if image_HWC.ndim == 2 else np.moveaxis(image_HWC, -1, 0).copy())
         if image_CHW.shape != (self._channels, *self._size):

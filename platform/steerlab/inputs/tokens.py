@@ -139,7 +139,7 @@ class Batch:
         return {**self.model_inputs, "roles": self.roles, "phases": self.phases}
 
     @property
-    def read_inputs(self) -> dict[str, Any]:
+    def read_inputs(self) -> dict[str, object]:
         """Arguments of a forward whose activations are read: nothing is kept for a next token."""
         return {**self.patched_inputs, "use_cache": False}
 

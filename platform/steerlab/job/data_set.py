@@ -250,6 +250,8 @@ class ExtractConfig(Frozen):
         return self
 
 
+PromptStyle = Literal["aside", "plain"]
+ResponseRole = Literal["data", "instruction", "response"]
 PROMPT_FIELDS = ("prompt_style", "response_role", "thinking")
 """Fields of `DataConfig` by which texts become tokens."""
 
@@ -269,10 +271,10 @@ class DataConfig(Frozen):
     """Texts whose activations are the goal."""
     preference: DataSet | None = None
     """Pairs of a preferred and another response (format preference)."""
-    prompt_style: Literal["aside", "plain"] = "aside"
+    prompt_style: PromptStyle = "aside"
     """aside: the paper's framing with Instruction/Input/Response headings; plain: the texts alone inside the chat template.
     Prompts that come as messages are turns of their own in either."""
-    response_role: Literal["data", "instruction", "response"] = "data"
+    response_role: ResponseRole = "data"
     """Role of response tokens (ASIDE's paper: data)."""
     thinking: bool = Field(False, exclude_if=lambda thinks: not thinks)
     """Prompts end where the chat template lets a model begin a thought (Qwen 3: before `<think>`), and the thoughts in answers

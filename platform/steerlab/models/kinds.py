@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
@@ -17,6 +18,12 @@ from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.models.language import decoding
 from steerlab.models.language.decoding import accepted, empty_cache
 from steerlab.models.language.weight_places import head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    Model: TypeAlias = PreTrainedModel | Diffusion
+    """Every model is one of these two."""
 
 DRY_SHAPE_BT = (3, 11)
 """Rows and tokens of a pass without weights: sizes that no other axis is likely to have."""
@@ -42,24 +49,24 @@ def num_reads(model: nn.Module) -> int:
     return model.num_reads if isinstance(model, Diffusion) else 1
 
 
-def max_positions(model: Any) -> float:
+def max_positions(model: Model) -> float:
     """Return how many tokens a model's context holds; infinity where its config names no limit, or it reads no tokens."""
     return math.inf if isinstance(model, Diffusion) else decoding.max_positions(model)
 
 
-def alike_up_to(model: Any) -> float:
+def alike_up_to(model: Model) -> float:
     """Return the number of tokens up to which a row is computed alike in every batch; infinity for most models."""
     return math.inf if isinstance(model, Diffusion) else decoding.alike_up_to(model)
 
 
-def modules_that_run(skeleton: Any) -> dict[str, Any] | None:
+def modules_that_run(skeleton: Model) -> dict[str, object] | None:
     """Return the modules that take part in a forward pass over `DRY_SHAPE_BT` tokens with what they return.
 
     No weights are needed. None where that cannot be said.
     """
     if isinstance(skeleton, Diffusion):
         return None
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, object] = {}
     handles = [
         module.register_forward_hook(lambda _m, _i, output, name=name: outputs.update({name: output}))
         for name, module in skeleton.named_modules()
@@ -69,7 +76,7 @@ def modules_that_run(skeleton: Any) -> dict[str, Any] | None:
     return None if _dry_run(skeleton, handles, inputs) is None else outputs
 
 
-def check_head(skeleton: Any) -> None:
+def check_head(skeleton: PreTrainedModel) -> None:
     """Refuse a model whose logits are not what its head makes of the last hidden state, found without weights.
 
     Raises:
@@ -86,15 +93,15 @@ def check_head(skeleton: Any) -> None:
 
 
 @lru_cache(maxsize=16)
-def _changes_logits(skeleton: Any) -> bool:
+def _changes_logits(skeleton: PreTrainedModel) -> bool:
     """Say whether a skeleton returns other logits than its head makes. Plans of one model share its skeleton."""
-    made: list[Any] = []
-    handle = head(skeleton).register_forward_hook(lambda _m, _i, logits: made.append(logits))
+    of_head: list[object] = []
+    handle = head(skeleton).register_forward_hook(lambda _m, _i, logits: of_head.append(logits))
     out = _dry_run(skeleton, [handle], small_inputs(skeleton))
-    return out is not None and not any(out.logits is logits for logits in made)
+    return out is not None and not any(out.logits is logits for logits in of_head)
 
 
-def _dry_run(skeleton: Any, handles: Sequence[RemovableHandle], inputs: Mapping[str, Any]) -> Any:
+def _dry_run(skeleton: PreTrainedModel, handles: Sequence[RemovableHandle], inputs: Mapping[str, object]) -> Any:
     """Return the output of a short call of a model without weights, and take hooks off; None where it cannot be called."""
     try:
         # Given a cache, transformers does not look at the positions for several rows in one.
@@ -110,7 +117,9 @@ def _dry_run(skeleton: Any, handles: Sequence[RemovableHandle], inputs: Mapping[
 class _WithoutValues(TorchDispatchMode):
     """Lets a model without weights answer where it looks at a value, or calls a kernel that is picky about types."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False
         if func is torch.ops.aten._grouped_mm.default:
@@ -118,7 +127,7 @@ class _WithoutValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def small_inputs(model: Any) -> dict[str, Any]:
+def small_inputs(model: Model) -> dict[str, object]:
     """Return arguments of a short call of the model, by which the widths of modules are found."""
     if isinstance(model, Diffusion):
         return {"prompts": [model.small_prompt], "seeds": [0]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,16 +15,20 @@ import transformers
 from torch import Tensor, nn
 
 from steerlab.data import sources
-from steerlab.guards import counts, files, saved
+from steerlab.guards import saved
 from steerlab.guards.faults import explained
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import SamplerConfig
 from steerlab.models.diffusion import saved_pipelines
 from steerlab.models.diffusion.pipelines import Diffusion
-from steerlab.models.language import architecture, gguf_header, growth, weights
+from steerlab.models.language import architecture, growth, weights
 from steerlab.models.language.weight_places import embedding_shape, layer_names
+from steerlab.models.loadable import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from steerlab.models.kinds import Model
 
 transformers.logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +57,7 @@ def load_model(
     dtype: str = "float32",
     attention: str = "sdpa",
     seed: int = 0,
-    sampler: Mapping[str, Any] | None = None,
+    sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a checkpoint in evaluation mode; a directory with a config but no weights is initialised from `seed`.
@@ -122,7 +125,7 @@ def facts(directory: str | Path, trust_remote_code: bool = False) -> ModelFacts:
 
 def _facts_of_pipeline(model: Diffusion) -> ModelFacts:
     """Sizes of a pipeline; width and depth, for estimates, are those of its widest level and of its blocks."""
-    config: Any = model.config
+    config = model.config
     widths = getattr(config, "block_out_channels", None)
     width = max(widths) if widths else config.num_attention_heads * config.attention_head_dim
     depth = len(widths) if widths else getattr(config, "num_layers", 1)
@@ -154,17 +157,17 @@ def check_checkpoint(directory: str | Path, attention: str, trust_remote_code: b
         warnings.warn(f"{type(model).__name__} has no attention kernel {attention}: it runs with eager", stacklevel=2)
 
 
-def config_of(model: PreTrainedModel) -> dict[str, Any]:
+def config_of(model: PreTrainedModel) -> JsonObject:
     """Return a model's config as JSON values, from which `from_config` makes one like it, without where it was read from."""
-    found: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    found.pop("_name_or_path", None)
-    return found
+    config: JsonObject = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)
+    return config
 
 
 def from_config(config: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model with random weights, float32."""
-    made = transformers.AutoConfig.for_model(**config)
-    return architecture.model_class(made).from_config(made, dtype=torch.float32, trust_remote_code=False)
+    own = transformers.AutoConfig.for_model(**config)
+    return architecture.model_class(own).from_config(own, dtype=torch.float32, trust_remote_code=False)
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
@@ -179,8 +182,8 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     size = model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if size not in config:
         raise ValueError(f"{type(model).__name__} has other parts than its language model, so it is not made shorter")
-    cut: Any = from_config({**config, size: num_layers})
-    cut = cut.to(dtype=model.dtype, device=model.device)
+    cut = from_config({**config, size: num_layers})
+    cut = cut.to(dtype=model.dtype, device=model.device)  # type: ignore[reportCallIssue]  # a decorator hides `self`
     cut.load_state_dict({name: value for name, value in model.state_dict().items() if name in cut.state_dict()})
     return cut.eval()
 
@@ -202,7 +205,7 @@ def saved_dtype(directory: Path) -> str:
     return (saved.read(config, _Dtype).dtype or "float32") if config.is_file() else "float32"
 
 
-def start_training(model: Any, checkpointing: bool) -> None:
+def start_training(model: Model, checkpointing: bool) -> None:
     """Make a loaded model fit for training; with `checkpointing` activations are computed again in the backward pass."""
     if not isinstance(model, Diffusion):
         model.config.use_cache = False
@@ -210,7 +213,7 @@ def start_training(model: Any, checkpointing: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def save_trained(model: Any, weights: Mapping[str, Tensor], directory: Path) -> None:
+def save_trained(model: Model, weights: Mapping[str, Tensor], directory: Path) -> None:
     """Write the trained weights, by the names of the model's parameters, as a checkpoint that its library loads."""
     if isinstance(model, Diffusion):
         model.load_state_dict(dict(weights), strict=False)
@@ -218,91 +221,6 @@ def save_trained(model: Any, weights: Mapping[str, Tensor], directory: Path) -> 
         return
     model.config.use_cache = True
     model.save_pretrained(directory, state_dict=dict(weights))
-
-
-def prepare(directory: Path) -> Path:
-    """Return a directory that transformers loads directly; a GGUF file is dequantised once, into the cache.
-
-    Raises:
-        ValueError: the directory holds no model, several, or what is no file.
-    """
-    files.check_folder(directory)
-    is_model = (directory / "config.json").is_file()
-    if is_model and (directory / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{directory} holds a model and an adapter (adapter_config.json), which transformers would put into it: merge it "
-            "with peft, or take the adapter's files away"
-        )
-    if is_model or saved_pipelines.is_pipeline(directory):
-        return directory
-    if (directory / "adapter_config.json").is_file():
-        raise ValueError(f"{directory} holds an adapter without its model: merge it into the model with peft, and give that")
-    gguf = sorted([*directory.glob("*.gguf"), *directory.glob("*/*.gguf")])
-    if len(gguf) != 1:
-        found = f"{len(gguf)} GGUF files" if gguf else "neither config.json nor a GGUF file"
-        raise ValueError(f"{directory} holds no model: expected config.json, model_index.json or one .gguf file, found {found}")
-    return _dequantise(gguf[0])
-
-
-def _dequantise(gguf: Path) -> Path:
-    from transformers import GgufConfig
-
-    state = gguf.stat()
-    # In the cache, by its content: what lies beside the file may be read only, or somebody else's.
-    target = sources.cache_root() / "gguf" / sources.file_sha256(gguf, state.st_size, state.st_mtime_ns)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with files.locked(target.with_suffix(".lock")):
-        if not target.exists():
-            with explained(f"the GGUF file {gguf}"):
-                _check_gguf(gguf)
-            scratches = tempfile.TemporaryDirectory(dir=target.parent)
-            with explained(f"the GGUF file {gguf}"), weights.without_its_report(), scratches as scratch:
-                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                    gguf.parent,
-                    gguf_file=gguf.name,
-                    quantization_config=GgufConfig(dequantize=True),
-                    trust_remote_code=False,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-                model, loading = loaded
-                weights.check_loading(gguf, model, loading)
-                model.save_pretrained(Path(scratch, "model"))
-                transformers.AutoTokenizer.from_pretrained(
-                    gguf.parent, gguf_file=gguf.name, trust_remote_code=False
-                ).save_pretrained(Path(scratch, "model"))
-                Path(scratch, "model").rename(target)
-    return target
-
-
-_MOST_OWN, _MOST_COMPUTED = 10**6, 2**28
-"""Parameters that a model may have beyond those in a GGUF file, before it is looked which are missing; and numbers that its
-class computes, such as masks."""
-
-
-def _check_gguf(gguf: Path) -> None:
-    """Refuse a header that claims more than the file holds, and sizes of which it holds no tensors: transformers would make
-    them all.
-
-    Raises:
-        ValueError: with the first such claim.
-    """
-    files.check(gguf)
-    if (gguf.parent / "adapter_config.json").exists():
-        raise ValueError(f"{gguf.parent} holds a GGUF file and an adapter (adapter_config.json): take the adapter's files away")
-    header = gguf_header.read(gguf)
-    layers = [number for name, number in header.numbers.items() if name.endswith(".block_count")]
-    if not layers or max(layers) > len(header.elements):
-        said = f"that it has {max(layers):,} layers" if layers else "no number of layers"
-        raise ValueError(f"{gguf} says {said}, and holds {len(header.elements)} tensors")
-    config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-    counts.check_counts(config.to_dict(), str(gguf))
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    made, held = sum(p.numel() for p in model.parameters()), sum(header.elements.values())
-    computed = sum(buffer.numel() for buffer in model.buffers())
-    if made > held + _MOST_OWN or computed > held + _MOST_COMPUTED:
-        raise ValueError(f"{gguf} describes a model of {made + computed:,} numbers, and holds {held:,}")
 
 
 def fingerprint(model: nn.Module) -> str:

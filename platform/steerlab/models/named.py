@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import transformers
 
 from steerlab.guards import saved
 from steerlab.guards.faults import explained
-from steerlab.models import loading
+from steerlab.models import loadable, loading
 from steerlab.models.language import architecture, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Kind: TypeAlias = type[Any]
+"""A class of transformers, or an auto class, that loads a model or a processor; these have no parent in common."""
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _MOST_PIXELS = 2_048
@@ -27,21 +30,22 @@ _MOST_PIXELS = 2_048
 _SIZES = ("height", "width", "shortest_edge", "longest_edge")
 
 
-def read_config(directory: Path, kind: Any = None) -> PreTrainedConfig:
+def read_config(directory: Path, kind: Kind | None = None) -> PreTrainedConfig:
     """Read the config of a model that a task names; `kind` is the class, or the auto class, that is to load it.
 
     Raises:
         ValueError: it cannot be read, needs code of its own, or is that of a model of another kind.
     """
-    config = architecture.read_any_config(loading.prepare(directory))
+    config = architecture.read_any_config(loadable.prepare(directory))
     mapping = getattr(kind, "_model_mapping", None)
     own = getattr(kind, "config_class", None)
-    if (mapping is not None and type(config) not in mapping) or (own is not None and not isinstance(config, own)):
+    is_other = (mapping is not None and type(config) not in mapping) or (own is not None and not isinstance(config, own))
+    if kind is not None and is_other:
         raise ValueError(f"{directory} holds a {config.model_type}, of which there is no {kind.__name__.removeprefix('Auto')}")
     return config
 
 
-def check(directory: Path, kind: Any) -> PreTrainedConfig:
+def check(directory: Path, kind: Kind) -> PreTrainedConfig:
     """Refuse a model that cannot be made, without its weights, and return its config. Raises ValueError as `read_config`."""
     config = read_config(directory, kind)
     make = getattr(kind, "from_config", kind)
@@ -50,7 +54,7 @@ def check(directory: Path, kind: Any) -> PreTrainedConfig:
     return config
 
 
-def load(directory: Path, kind: Any, optional: tuple[str, ...] = ()) -> PreTrainedModel:
+def load(directory: Path, kind: Kind, optional: tuple[str, ...] = ()) -> PreTrainedModel:
     """Load a model whose checkpoint holds all its weights but those whose names begin as `optional` says.
 
     Raises:
@@ -77,13 +81,13 @@ def load(directory: Path, kind: Any, optional: tuple[str, ...] = ()) -> PreTrain
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model that a task names. Raises ValueError where there is none that can be used."""
     tokenizer = loading.load_tokenizer(directory)
-    longest: Any = tokenizer.model_max_length
+    longest: object = tokenizer.model_max_length
     if not isinstance(longest, int | float) or longest < 1:
         raise ValueError(f"the tokenizer in {directory} has model_max_length {longest!r:.40}, which is no number of tokens")
     return tokenizer
 
 
-def load_processor(directory: Path, kind: Any) -> Any:
+def load_processor(directory: Path, kind: Kind) -> Any:
     """Load what prepares images for a model, by its class. Raises ValueError where it cannot be read, or makes them huge."""
     check_processor(directory)
     with explained(f"the processor of images in {directory}"):
@@ -99,15 +103,15 @@ def check_processor(directory: Path) -> None:
     for file in (directory / name for name in _PROCESSORS):
         if not file.is_file():
             continue
-        raw = saved.read(file, dict[str, Any])
+        raw = saved.read(file, dict[str, object])
         named = raw.get("image_processor_type") or raw.get("feature_extractor_type") or raw.get("processor_class")
         if "auto_map" in raw and not (isinstance(named, str) and hasattr(transformers, named)):
             raise ValueError(f"{file}: the processor needs code that comes with the checkpoint, which no task runs")
         _check_pixels(raw, file)
 
 
-def _check_pixels(raw: Mapping[str, Any], file: Path) -> None:
-    left: list[tuple[str, Any]] = list(raw.items())
+def _check_pixels(raw: Mapping[str, object], file: Path) -> None:
+    left: list[tuple[str, object]] = list(raw.items())
     while left:
         name, value = left.pop()
         if isinstance(value, Mapping):

@@ -16,6 +16,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -72,7 +73,9 @@ class PixelPipeline(DiffusionPipeline):
     scheduler: Any
     words: CaptionTable | None
 
-    def __init__(self, unet: Any, scheduler: Any, words: CaptionTable | None = None, classes: list[str] | None = None) -> None:
+    def __init__(
+        self, unet: nn.Module, scheduler: SchedulerMixin, words: CaptionTable | None = None, classes: list[str] | None = None
+    ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, words=words)
         self.register_to_config(classes=list(classes or ()))
@@ -80,8 +83,12 @@ class PixelPipeline(DiffusionPipeline):
     @property
     def prompts(self) -> list[str]:
         """Words or classes, each of which is a prompt."""
+        return self._classes if self.words is None else self.words.known
+
+    @property
+    def _classes(self) -> list[str]:
         settings: Any = self.config
-        return list(settings.classes) if self.words is None else self.words.known
+        return list(settings.classes)
 
     def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return what the denoiser is given of prompts; the empty one is no condition.
@@ -91,8 +98,7 @@ class PixelPipeline(DiffusionPipeline):
         """
         if self.words is not None:
             return {"encoder_hidden_states": self.words(prompts)}
-        settings: Any = self.config
-        classes = list(settings.classes)
+        classes = self._classes
         unknown = [prompt for prompt in prompts if prompt and prompt not in classes]
         if unknown:
             raise ValueError(f"prompt {unknown[0]!r} is no class of the model: {', '.join(classes)}")
@@ -134,7 +140,7 @@ class PixelPipeline(DiffusionPipeline):
             x_BCHW = self.scheduler.step(predicted, t, x_BCHW, **step_arguments).prev_sample
         return ((x_BCHW / 2 + 0.5).clamp(0, 1),)
 
-    def _step_arguments(self, generator: list[torch.Generator] | None) -> dict[str, Any]:
+    def _step_arguments(self, generator: list[torch.Generator] | None) -> dict[str, object]:
         return {"generator": generator} if "generator" in _taken_by_step(type(self.scheduler)) else {}
 
 

@@ -6,7 +6,6 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from steerlab.guards import counts, files, kernels, saved
 from steerlab.guards.files import escapes
@@ -19,14 +18,14 @@ LIBRARIES = ("diffusers", "transformers", OWN)
 """Where the classes of components come from."""
 
 
-def components(index: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+def components(index: Mapping[str, object]) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield the components that an index names: library and class."""
     for name, entry in index.items():
         if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], str):
             yield name, (entry[0], entry[1])
 
 
-def read(directory: Path) -> dict[str, Any]:
+def read(directory: Path) -> dict[str, object]:
     """Read a pipeline's index, which is a stranger's file: diffusers would import any module that it names.
 
     Raises:

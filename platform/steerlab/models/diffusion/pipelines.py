@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -115,7 +117,7 @@ class Diffusion(nn.Module):
         """Whether activations are computed again in the backward pass."""
         return self._checkpointing
 
-    def gradient_checkpointing_enable(self, **_options: Any) -> None:
+    def gradient_checkpointing_enable(self, **_options: object) -> None:
         """Compute activations again in the backward pass.
 
         Raises:
@@ -160,20 +162,20 @@ class Diffusion(nn.Module):
         finally:
             here.seeds = None
 
-    def _schedule(self, steps: int | None) -> dict[str, Any]:
+    def _schedule(self, steps: int | None) -> dict[str, object]:
         sampler, takes = self.sampler, arguments_of(type(self.pipeline))
-        found: dict[str, Any] = {"num_inference_steps": steps or sampler.steps, "output_type": "pt"}
+        settings: dict[str, object] = {"num_inference_steps": steps or sampler.steps, "output_type": "pt"}
         if sampler.timesteps is not None and (steps is None or steps == len(sampler.timesteps)):
-            found["timesteps"] = list(sampler.timesteps)
+            settings["timesteps"] = list(sampler.timesteps)
         if sampler.size is not None:
-            found["height"], found["width"] = sampler.size
+            settings["height"], settings["width"] = sampler.size
         if "return_dict" in takes:
-            found["return_dict"] = False
+            settings["return_dict"] = False
         if self.family.gives_arrays:
-            found["output_type"] = "np"
-        return found
+            settings["output_type"] = "np"
+        return settings
 
-    def _conditions(self, prompts: Sequence[str], guided: bool) -> dict[str, Any]:
+    def _conditions(self, prompts: Sequence[str], guided: bool) -> dict[str, object]:
         """Return what a call is given of the prompts; text encoders, which are frozen, run once a prompt."""
         encode = self.family.encode
         if encode is None:
@@ -211,7 +213,7 @@ class Diffusion(nn.Module):
             here.grad = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
 
-    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _leave(self, _module: nn.Module, _args: object, output: Any) -> None:
         here = self._here
         if getattr(here, "seeds", None) is None:
             return
@@ -231,13 +233,13 @@ class Diffusion(nn.Module):
 
 
 @cache
-def arguments_of(pipeline: type[Any]) -> frozenset[str]:
+def arguments_of(pipeline: type) -> frozenset[str]:
     """Return the names of the arguments of a pipeline\'s call."""
     return frozenset(inspect.signature(pipeline.__call__).parameters)
 
 
-def _images(found: Any) -> Tensor:
+def _images(images: Tensor | npt.NDArray[np.float32]) -> Tensor:
     """Return images as (B, C, H, W) in [0, 1], float32."""
-    if not isinstance(found, Tensor):
-        found = torch.from_numpy(found).movedim(-1, 1)
-    return found.float()
+    if not isinstance(images, Tensor):
+        images = torch.from_numpy(images).movedim(-1, 1)
+    return images.float()

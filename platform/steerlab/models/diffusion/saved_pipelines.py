@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -22,6 +22,10 @@ from steerlab.models.diffusion.families import FAMILIES
 from steerlab.models.diffusion.pipeline_index import INDEX
 from steerlab.models.diffusion.pipelines import Diffusion, arguments_of
 from steerlab.models.diffusion.schedulers import scheduler_like, set_scheduler
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,7 +80,7 @@ def skeleton(directory: Path) -> Diffusion:
 def _skeleton(directory: Path, configs: tuple[tuple[str, bytes], ...]) -> Diffusion:
     name, _ = class_of(directory)
     with torch.device("meta"), explained(f"the pipeline in {directory}"):
-        parts = dict(parts_of(directory, with_scheduler=False))
+        parts = {part: module for part, module in parts_of(directory, with_scheduler=False) if isinstance(module, nn.Module)}
         return Diffusion(name, parts, None, SamplerConfig.model_validate({}))
 
 
@@ -91,7 +95,7 @@ def check_scheduler(directory: Path, sampler: SamplerConfig) -> None:
             raise ValueError(f"sampler.{setting}: a {kind.__name__} has no such setting")
 
 
-def class_of(directory: Path) -> tuple[str, type[Any]]:
+def class_of(directory: Path) -> tuple[str, type[DiffusionPipeline]]:
     """Return the name and the class of a pipeline; diffusers is imported here, where it is needed."""
     import diffusers
     from diffusers.utils import logging as diffusers_logging
@@ -105,7 +109,9 @@ def class_of(directory: Path) -> tuple[str, type[Any]]:
     return name, PixelPipeline if name == PixelPipeline.__name__ else getattr(diffusers, name)
 
 
-def parts_of(directory: Path, only: Sequence[str] = (), with_scheduler: bool = True) -> Iterator[tuple[str, Any]]:
+def parts_of(
+    directory: Path, only: Sequence[str] = (), with_scheduler: bool = True
+) -> Iterator[tuple[str, nn.Module | SchedulerMixin]]:
     """Make the modules and the scheduler of a pipeline from their configs."""
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -124,7 +130,7 @@ def parts_of(directory: Path, only: Sequence[str] = (), with_scheduler: bool = T
         yield name, part
 
 
-def _assembled(directory: Path, kind: type[Any], dtype: torch.dtype) -> Any:
+def _assembled(directory: Path, kind: type[DiffusionPipeline], dtype: torch.dtype) -> DiffusionPipeline:
     """Make a pipeline of embedded configs, none of which needs a tokenizer."""
     index = pipeline_index.read(directory)
     settings = {name: value for name, value in index.items() if name == "classes"}

@@ -43,9 +43,9 @@ def scheduler_like(own: Any, sampler: SamplerConfig) -> Any:
     return kind.from_config(own.config, **sampler.options)
 
 
-def _is_a(kind: Any, parent: type[Any]) -> bool:
+def _is_a(kind: object, parent: type) -> bool:
     return inspect.isclass(kind) and issubclass(kind, parent)
 
 
-def _follows_betas(kind: Any) -> bool:
+def _follows_betas(kind: type) -> bool:
     return "beta_start" in inspect.signature(kind.__init__).parameters

@@ -58,7 +58,7 @@ def read_any_config(directory: Path, trust_remote_code: bool = False, advice: st
     return config
 
 
-def _forget_kernels(config: Any) -> None:
+def _forget_kernels(config: PreTrainedConfig) -> None:
     """Leave the choice of kernels to the job, in all parts of a config: some names are fetched from a hub."""
     config._attn_implementation_internal = None
     config._experts_implementation_internal = None
@@ -81,13 +81,13 @@ def runs_own_code(directory: Path) -> bool:
     return any("auto_map" in _json(directory / name) for name in _CODE_FILES if (directory / name).is_file())
 
 
-def _refuse_code(raw: dict[str, Any], file: Path, advice: str) -> None:
+def _refuse_code(raw: dict[str, object], file: Path, advice: str) -> None:
     if "auto_map" in raw:
         raise ValueError(f"{file}: the {_CODE_FILES[file.name]} needs code that comes with the checkpoint{advice}")
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return saved.read(file, dict[str, Any])
+def _json(file: Path) -> dict[str, object]:
+    return saved.read(file, dict[str, object])
 
 
 def _first_line(error: Exception) -> str:
@@ -107,7 +107,7 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _check_kind(config: PreTrainedConfig, raw: dict[str, Any], directory: Path) -> None:
+def _check_kind(config: PreTrainedConfig, raw: dict[str, object], directory: Path) -> None:
     """Refuse a config that is not a causal language model's, and a checkpoint of another head on the same layers."""
     named = raw.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):

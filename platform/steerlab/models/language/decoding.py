@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +16,8 @@ from steerlab.models.language.architecture import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 _KEYS_AND_VALUES = ("past_key_values", "cache")
 """The argument for transformers' own cache, up to its version 5.23 and from 5.24 on."""
@@ -32,7 +34,7 @@ _BY_LONGEST_ROW = ("dynamic", "longrope")
 
 
 @cache
-def _taken(kind: Any) -> Mapping[str, inspect.Parameter]:
+def _taken(kind: type[PreTrainedModel]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(kind.forward).parameters
 
 
@@ -42,12 +44,13 @@ def cache_name(model: PreTrainedModel) -> str | None:
     return next((name for name in _CACHES if name in taken), None)
 
 
-def empty_cache(model: Any) -> dict[str, Any]:
+def empty_cache(model: PreTrainedModel) -> dict[str, object]:
     """Return the cache that a first call is given: transformers' own, for models that take one and may not make it."""
     from transformers import DynamicCache
 
     name = cache_name(model)
-    if name not in _KEYS_AND_VALUES or not type(model)._supports_default_dynamic_cache():
+    kind: Any = type(model)  # what it asks is no public part of transformers (5.23)
+    if name is None or name not in _KEYS_AND_VALUES or not kind._supports_default_dynamic_cache():
         return {}
     return {name: DynamicCache(config=text_config(model))}
 
@@ -65,7 +68,7 @@ def reads_padding(model: PreTrainedModel) -> bool:
     return _reads_padding[model]
 
 
-_reads_padding: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_reads_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def alike_up_to(model: PreTrainedModel) -> float:
@@ -88,14 +91,14 @@ def alike_up_to(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def _same_behind_padding(model: Any) -> bool:
+def _same_behind_padding(model: PreTrainedModel) -> bool:
     """Compare the logits of a short row, read and continued, with those that it has behind padding."""
     alone, padded = (_decoded(model, width).float() for width in (0, _PROBE_TOKENS))
     tolerance = max(_SAME, 3 * torch.finfo(model.dtype).eps)
     return bool((alone - padded).square().mean().sqrt() <= tolerance * alone.std())
 
 
-def _decoded(model: Any, padding: int) -> Tensor:
+def _decoded(model: PreTrainedModel, padding: int) -> Tensor:
     """Return the logits after a short row behind some columns of padding and after each token that continues it, (T, V)."""
     ids = torch.arange(1, 1 + _PROBE_TOKENS + _PROBE_STEPS, device=model.device) % text_config(model).vocab_size
     ids_1T = torch.cat([ids.new_zeros(padding), ids])[None]
@@ -116,13 +119,13 @@ def _decoded(model: Any, padding: int) -> Tensor:
     return torch.stack(logits)
 
 
-def max_positions(model: Any) -> float:
+def max_positions(model: PreTrainedModel) -> float:
     """Return how many tokens a language model's context holds; infinity where its config names no limit."""
     limit = getattr(text_config(model), "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else math.inf  # XLNet says -1
 
 
-def accepted(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(model: PreTrainedModel, kwargs: Mapping[str, T]) -> dict[str, T]:
     """Leave out the arguments that a model's forward does not know and can do without."""
     taken = _taken(type(model))
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from steerlab.models.kinds import small_inputs
 from steerlab.models.language.weight_places import layer_names, stores_transposed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _BIAS_FLAGS = {"mlp": "mlp_bias", "self_attn": "attention_bias"}
 """Blocks of Llama-like models whose linear layers have biases if the config says so."""
 
 
-def fold_affine(model: Any, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
+def fold_affine(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
     """Merge z -> scale * z + shift of a module's output into weights: its own, and for a shift that it cannot hold into the
     biases of the linear layers behind it.
 
@@ -41,7 +45,7 @@ def fold_affine(model: Any, name: str, scale_D: Tensor, shift_D: Tensor) -> None
             raise ValueError(f"{name} is {kind}: only the map of a linear layer, a convolution or a norm folds into weights")
 
 
-def fold_low_rank(model: Any, name: str, up_DR: Tensor, down_RD: Tensor, bias_R: Tensor) -> None:
+def fold_low_rank(model: PreTrainedModel, name: str, up_DR: Tensor, down_RD: Tensor, bias_R: Tensor) -> None:
     """Merge z -> z + up (down z + bias) of a module's output into its weights: those of a linear layer, or of an embedding.
 
     Raises:
@@ -82,9 +86,9 @@ def _is_plain_norm(module: nn.Module) -> bool:
     return isinstance(module, _WITH_GAINS) and type(module).__module__.startswith("torch.nn.")
 
 
-def _scaled(model: Any, name: str, weight: Tensor, scale_D: Tensor, shift_D: Tensor) -> None:
+def _scaled(model: PreTrainedModel, name: str, weight: Tensor, scale_D: Tensor, shift_D: Tensor) -> None:
     """Give a module its scaled weight, and the bias that goes with it."""
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     if module.bias is None and bool(shift_D.any()):
         _declare_bias(model, name)
     module.weight.copy_(weight)
@@ -92,13 +96,12 @@ def _scaled(model: Any, name: str, weight: Tensor, scale_D: Tensor, shift_D: Ten
         _set_bias(module, scale_D * _bias(module) + shift_D)
 
 
-def _fold_into_rms_norm(model: Any, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
+def _fold_into_rms_norm(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
     """Scale the gain; the shift goes into the biases of the linear layers that read the norm."""
     norm = model.get_submodule(name)
-    followers = _linear_followers(model, norm) if bool(shift_D.any()) else []
+    followers = _linear_followers(model, norm) if bool(shift_D.any()) else {}
     _scale_gain(norm, scale_D)
-    for path in followers:
-        linear = model.get_submodule(path)
+    for path, linear in followers.items():
         if linear.bias is None:
             _declare_bias(model, path)
         _set_bias(linear, _bias(linear) + linear.weight.double() @ shift_D)
@@ -133,20 +136,24 @@ def _scale_gain(norm: nn.Module, scale_D: Tensor, shift_D: Tensor | None = None)
     raise ValueError(f"the gain of a {type(norm).__name__} is not kept in a way that is known here")
 
 
-def _linear_followers(model: Any, norm: nn.Module) -> list[str]:
-    """Return the linear layers whose input is the norm's output itself, found by one short call."""
-    output: list[Any] = []
-    found: list[str] = []
+def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> dict[str, nn.Linear]:
+    """Return, by their paths, the linear layers whose input is the norm's output itself, found by one short call."""
+    output: list[Tensor] = []
+    followers: dict[str, nn.Module] = {}
 
-    def follow(name: str) -> Any:
-        def seen(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    def follow(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def seen(module: nn.Module, args: tuple[object, ...]) -> None:
             # The same memory: a module may be given a view, such as all tokens in one axis.
             if args and output and isinstance(args[0], Tensor) and args[0].data_ptr() == output[0].data_ptr():
-                found.append(name)
+                followers[name] = module
 
         return seen
 
-    handles = [norm.register_forward_hook(lambda _m, _i, value: output.append(value))]
+    def keep(_module: nn.Module, _inputs: object, value: object) -> None:
+        if isinstance(value, Tensor):
+            output.append(value)
+
+    handles = [norm.register_forward_hook(keep)]
     weighted = [
         (name, module) for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
     ]
@@ -156,19 +163,20 @@ def _linear_followers(model: Any, norm: nn.Module) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    others = [name for name in found if not isinstance(model.get_submodule(name), nn.Linear)]
+    linear = {name: module for name, module in followers.items() if isinstance(module, nn.Linear)}
+    others = [name for name in followers if name not in linear]
     if others:
         raise ValueError(
             f"{others[0]}, no linear layer, takes the output of a {type(norm).__name__} too: the shift has no place"
         )
-    if not found:
+    if not linear:
         raise ValueError(
             f"a {type(norm).__name__} has no bias, and no linear layer takes its output as it is: the shift has no place"
         )
-    return found
+    return linear
 
 
-def _declare_bias(model: Any, path: str) -> None:
+def _declare_bias(model: PreTrainedModel, path: str) -> None:
     """Give the linear layers of a block the biases that the saved config then promises."""
     parent, _, _ = path.rpartition(".")
     flag = _BIAS_FLAGS.get(parent.rpartition(".")[2], "")

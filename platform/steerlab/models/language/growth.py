@@ -8,7 +8,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_Step: TypeAlias = Mapping[str, Any]
+"""A step of a tokenizer as its library writes it: the keys are those of its type."""
 
 _MOST = 100
 """Characters that a tokenizer may make of one: some write a byte as six characters, such as <0x0A>, or undo ligatures."""
@@ -20,12 +26,12 @@ _TAKES = re.compile(r"(?:\\[swdSWDnrt]|\\[pP]\{\w+\}|\{[1-9][0-9]*(?:,[0-9]*)?\}
 """Expressions that match no empty text, by the look of them; of what looks otherwise nobody knows."""
 
 
-def of(tokenizer: Any) -> float:
+def of(tokenizer: PreTrainedTokenizerBase) -> float:
     """Return how many characters a tokenizer makes of one before it looks for tokens, at most."""
     return math.prod(_steps_growth(tokenizer, part) for part in ("normalizer", "pre_tokenizer"))
 
 
-def check(tokenizer: Any, directory: Path) -> None:
+def check(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Refuse a tokenizer that multiplies a text until the memory is full.
 
     Raises:
@@ -46,12 +52,12 @@ def check(tokenizer: Any, directory: Path) -> None:
             raise ValueError(f"the post-processor of the tokenizer in {directory} {said}; none needs to")
 
 
-def _state(tokenizer: Any, part: str) -> Mapping[str, Any]:
+def _state(tokenizer: PreTrainedTokenizerBase, part: str) -> _Step:
     step = getattr(getattr(tokenizer, "backend_tokenizer", None), part, None)
     return {} if step is None else json.loads(step.__getstate__())
 
 
-def _flat(step: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _flat(step: _Step) -> Iterator[_Step]:
     """Yield a step of a tokenizer, or of a sequence of steps each."""
     inner = [step[name] for name in ("normalizers", "pretokenizers", "decoders", "processors") if name in step]
     if not inner:
@@ -60,14 +66,14 @@ def _flat(step: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from _flat(one)
 
 
-def _steps_growth(tokenizer: Any, part: str) -> float:
+def _steps_growth(tokenizer: PreTrainedTokenizerBase, part: str) -> float:
     growth = 1.0
     for step in _flat(_state(tokenizer, part)):
         growth = min(growth * _growth(step, is_decoder=part == "decoder"), 1e300)
     return growth
 
 
-def _growth(step: Mapping[str, Any], *, is_decoder: bool) -> float:
+def _growth(step: _Step, *, is_decoder: bool) -> float:
     """Return into how many characters a step turns one character, at most; Unicode's own forms aside, which end."""
     kind = step.get("type")
     if kind == "Replace":
@@ -85,7 +91,7 @@ def _growth(step: Mapping[str, Any], *, is_decoder: bool) -> float:
     return 2.0 if kind == ("WordPiece" if is_decoder else "Metaspace") else 1.0  # a space before what stands between spaces
 
 
-def _replaced(pattern: Mapping[str, Any], length: int) -> float:
+def _replaced(pattern: _Step, length: int) -> float:
     """Return the growth by a replacement of `length` characters; of an empty match one stands before each character."""
     if text := pattern.get("String"):
         return max(1.0, length / len(text))
@@ -99,7 +105,7 @@ def _longest_entry(charsmap: str | None) -> float:
     return max(1.0, max(len(text.decode(errors="ignore")) for text in texts))
 
 
-def _around(step: Mapping[str, Any]) -> tuple[int, int]:
+def _around(step: _Step) -> tuple[int, int]:
     """Return how often a post-processor's step writes a text, and how many tokens it puts around."""
     if step.get("type") != "TemplateProcessing":
         return 1, 0 if step.get("type") in (None, "ByteLevel") else 4

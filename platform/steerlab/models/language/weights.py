@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 _WEIGHTS = ("*.safetensors", "*.bin")
 _SHOWN = 5
 """Names in a message."""
+
+
+class Loading(TypedDict):
+    """What transformers says of the tensors of a checkpoint that it loaded."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, torch.Size, torch.Size]]
+    """Name, shape in the checkpoint, shape in the model."""
+    error_msgs: list[str]
 
 
 def has_weights(directory: Path) -> bool:
@@ -61,7 +71,7 @@ def load(directory: Path, kwargs: Mapping[str, Any]) -> PreTrainedModel:
     return _read(directory, kwargs)[0]
 
 
-def _read(directory: Path, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _read(directory: Path, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, Loading]:
     """Load a checkpoint and return what its library says of the tensors."""
     check_files(directory)
     config = kwargs.get("config") or architecture.read_config(directory, kwargs["trust_remote_code"])
@@ -73,7 +83,7 @@ def _read(directory: Path, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, 
     return model, loading
 
 
-def check_loading(directory: Path, model: PreTrainedModel, loading: Mapping[str, Any], optional: tuple[str, ...] = ()) -> None:
+def check_loading(directory: Path, model: PreTrainedModel, loading: Loading, optional: tuple[str, ...] = ()) -> None:
     """Refuse a model whose checkpoint lacks tensors, which its library fills with random numbers, or has them of other shapes.
 
     `optional` names how those begin that may be missing.
@@ -83,9 +93,9 @@ def check_loading(directory: Path, model: PreTrainedModel, loading: Mapping[str,
     """
     missing = [f"{name} is missing" for name in sorted(loading["missing_keys"]) if not name.startswith(optional)]
     shapes = [f"{name} is {list(has)}, not {list(wants)}" for name, has, wants in sorted(loading["mismatched_keys"])]
-    found = [*missing, *shapes, *loading["error_msgs"]]
-    if found:
-        raise ValueError(f"{directory}: the checkpoint is not that of a {type(model).__name__}: {listed(found)}")
+    faults = [*missing, *shapes, *loading["error_msgs"]]
+    if faults:
+        raise ValueError(f"{directory}: the checkpoint is not that of a {type(model).__name__}: {listed(faults)}")
 
 
 def listed(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from steerlab.data import sources
 from steerlab.guards.json_values import JsonObject
 from steerlab.inputs import encoding, prompt_sources
 from steerlab.job import Frozen, Job, ModelConfig, SamplerConfig, Source, Template, described, own_code, prompt_settings
+from steerlab.job.data_set import PromptStyle, ResponseRole
 from steerlab.storage.plan import ModelRef, Stage, Work
 
 MODEL = "model"
@@ -42,8 +43,8 @@ class LoadedModel(Frozen):
 class Prompting(Frozen):
     """How the model of a source is prompted."""
 
-    prompt_style: Literal["aside", "plain"]
-    response_role: Literal["data", "instruction", "response"]
+    prompt_style: PromptStyle
+    response_role: ResponseRole
     thinking: bool = Field(default=False, exclude_if=lambda thinks: not thinks)
     tokenizer: Source | None = Field(default=None, exclude_if=lambda source: source is None)
     """Source of the tokenizer, where it does not lie beside the model."""
