@@ -18,7 +18,7 @@ import typer
 import yaml
 
 import steerlab
-from steerlab import cli, evaluation, job, methods
+from steerlab import cli, evaluation, job, methods, run
 from steerlab.cli import catalogue
 from steerlab.inputs.encoding import Encoder
 from steerlab.stages import JobType, Plan
@@ -171,12 +171,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)
 def test_a_job_of_a_page_is_a_whole_job(snippet: Snippet, folder: Path) -> None:
     (folder / "page.yaml").write_text(snippet.text)
-    read = job.read(folder / "page.yaml", JobType)
-    assert Plan.of(read).stages
-    for data in read.data.by_role.values():
-        from steerlab.data import rows
-
-        assert rows.read(data)
+    planned = Plan.of(job.read(folder / "page.yaml", JobType))
+    assert planned.stages
+    run.check(planned)
 
 
 @pytest.mark.parametrize("snippet", [one for one in snippets("python") if "SPACE" in one.text], ids=str)

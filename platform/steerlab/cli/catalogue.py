@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, JsonValue, TypeAdapter
 
 from steerlab import evaluation, methods
 from steerlab.evaluation.statistics.measures import Measure
@@ -22,7 +23,9 @@ from steerlab.job import (
     DataConfig,
     DataSet,
     ExtractConfig,
+    JobError,
     Limit,
+    MethodConfig,
     ModelConfig,
     SamplerConfig,
     ScaleConfig,
@@ -85,22 +88,53 @@ class Entry:
 
     @cached_property
     def about(self) -> str:
-        """What the module of a method or task says first (what it is, and the paper), or the docstring of a section."""
-        if self.kind == "section":
-            return inspect.getdoc(self.Config) or ""
-        text = inspect.getdoc(sys.modules[self.Config.__module__]) or ""
-        return "\n\n".join(text.split("\n\n")[:2])
+        """The docstring of a method's or task's module (what it is, the paper, where this code departs), or of a section."""
+        # A file of one's own is no module that others can import.
+        described = self.Config if self.kind == "section" else sys.modules.get(self.Config.__module__, self.Config)
+        paragraphs = (inspect.getdoc(described) or "").split("\n\n")
+        return "\n\n".join(_paragraph(paragraph) for paragraph in paragraphs)
 
     def fields(self) -> Iterator[tuple[str, str, str, str]]:
         """Yield name, type with its range, default and meaning of each field."""
-        schema = self.Config.model_json_schema()
-        if "$ref" in schema:  # a config that holds others of its own kind
-            schema = schema["$defs"][schema["$ref"].rpartition("/")[2]]
-        required = _names(schema.get("required"))
-        for name, field in _objects(schema.get("properties")).items():
-            if name not in self.inherited:
-                default = "required" if name in required else _default(field.get("default"))
-                yield name, _type(field), default, " ".join(str(field.get("description", "")).split())
+        for name, kind, default, meaning in _fields(self.Config):
+            if name.partition(".")[0] not in self.inherited:
+                yield name, kind, default, meaning
+
+
+def _paragraph(text: str) -> str:
+    """Return a paragraph of a docstring as Markdown: what is indented or holds columns is shown as it is."""
+    lines = text.split("\n")
+    is_list = any(line.startswith("- ") for line in lines)
+    shown = [number for number, line in enumerate(lines) if line.startswith("  ") or re.search(r"\S   +\S", line)]
+    if is_list or not shown:
+        return text
+    first = shown[0]
+    return "\n".join([*lines[:first], *([""] if first else []), "```text", *lines[first:], "```"])
+
+
+def _fields(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield the fields of a config; those of a config within that is no section of its own follow, under its name."""
+    schema = config.model_json_schema()
+    if "$ref" in schema:  # a config that holds others of its own kind
+        schema = schema["$defs"][schema["$ref"].rpartition("/")[2]]
+    required = _names(schema.get("required"))
+    for name, field in _objects(schema.get("properties")).items():
+        meaning = " ".join(str(field.get("description", "")).split())
+        default = "required" if name in required else _default(config.model_fields[name].get_default(call_default_factory=True))
+        yield f"{prefix}{name}", _type(field), default, meaning
+        for within in _configs_within(config.model_fields[name].annotation):
+            yield from _fields(within, f"{prefix}{name}.")
+
+
+def _configs_within(annotation: object) -> Iterator[type[BaseModel]]:
+    """Yield the configs of an annotation, those of sections, methods and tasks left out: they are described by themselves."""
+    described = {*_SECTIONS.values()}
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        if annotation not in described and not issubclass(annotation, MethodConfig | TaskConfig):
+            yield annotation
+        return
+    for argument in get_args(annotation):
+        yield from _configs_within(argument)
 
 
 def entries() -> list[Entry]:
@@ -117,11 +151,27 @@ def describe(name: str) -> str:
     """Return what is known of a method, a task, a section or `source`, as Markdown. Raises ValueError with near names."""
     if name in ("source", "sources"):
         return _sources()
-    known = {entry.name: entry for entry in entries()}
-    if name not in known:
-        near = difflib.get_close_matches(name, [*known, "source"], n=3) or [*known, "source"]
+    if name.endswith(".py"):
+        return _written(_own(name))
+    described = {entry.name: entry for entry in entries()}
+    if name not in described:
+        with_field = [entry.name for entry in described.values() if name in {field for field, *_ in entry.fields()}]
+        if with_field:
+            raise ValueError(f"{name} is a field of {', '.join(with_field)}: describe one of them")
+        near = difflib.get_close_matches(name, [*described, "source"], n=3) or [*described, "source"]
         raise ValueError(f"nothing is called {name!r:.60}; there are {', '.join(near)}")
-    return _written(known[name])
+    return _written(described[name])
+
+
+def _own(file: str) -> Entry:
+    """Return the method or task of a file. Raises ValueError, JobError."""
+    try:
+        return Entry(file, "method", methods.TABLE.of_file(file).Config, frozenset({"name"}))
+    except JobError as of_method:
+        try:
+            return Entry(file, "task", evaluation.TABLE.of_file(file).Config, frozenset(TaskConfig.model_fields))
+        except JobError:
+            raise of_method from None
 
 
 def catalogue() -> str:
@@ -175,9 +225,9 @@ _FILES = {"none": "extract", "denoise": "digits"}
 
 def _written(entry: Entry) -> str:
     parts = [f"### {entry.name} ({entry.kind})", entry.about]
-    if entry.kind == "task":
+    if entry.name in evaluation.TASKS:
         parts.append(_measured(entry))
-    if entry.kind != "section":
+    if entry.name in evaluation.TASKS or entry.name in methods.METHODS:
         parts.append(f"Minimal {'entry' if entry.kind == 'task' else 'job'}: `{example(entry)}`")
     rows = ["| " + " | ".join(_cell(text) for text in (f"`{field[0]}`", *field[1:])) + " |" for field in entry.fields()]
     if rows:
@@ -213,13 +263,20 @@ def _objects(value: JsonValue) -> dict[str, dict[str, JsonValue]]:
     return {name: one for name, one in value.items() if isinstance(one, dict)} if isinstance(value, dict) else {}
 
 
-def _default(value: JsonValue) -> str:
-    if isinstance(value, dict) and value:
-        return "see there"
+_LONGEST = 90
+"""Characters of a default that are shown."""
+
+
+def _default(default: object) -> str:
+    """Write a default; of a config within, what differs from its own defaults."""
+    if isinstance(default, BaseModel):
+        value = default.model_dump(mode="json", exclude_defaults=True)
+    else:
+        value = TypeAdapter(object).dump_python(default, mode="json")
     if isinstance(value, list) and len(value) > 4:
         return f"{len(value)} values"
-    text = _flow(value)
-    return f"`{text}`" if len(text) <= 60 else f"`{text[:57]}…`"
+    text = _flow(value).replace("\n", "\\n").replace("`", "'")
+    return f"`{text}`" if len(text) <= _LONGEST else f"`{text[: _LONGEST - 1]}…`"
 
 
 def _flow(value: JsonValue) -> str:

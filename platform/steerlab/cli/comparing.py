@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="Run folder of the control.")],
-    second: Annotated[str, typer.Argument(help="Run folder of the other.")],
+    first: Annotated[str, typer.Argument(help="Run of the control: its name, or its folder.")],
+    second: Annotated[str, typer.Argument(help="The other run.")],
     strength: Annotated[
         list[float] | None, typer.Option(help="Strength of both, or of each: --strength 0 0.5. Default: what each reported.")
     ] = None,
@@ -33,7 +33,7 @@ def compare(
             raise ValueError(f"--strength takes one number for both runs, or two, not {len(given)}")
         sides = []
         for folder, own in zip((first, second), (given[0], given[-1]), strict=True):
-            found_root, below = split(folder)
+            found_root, below = split(folder, root)
             sides.append(runs.Side(opened_store(root or found_root), below, own))
         found = runs.compare(*sides)
         if as_json:
@@ -62,7 +62,7 @@ def _print_comparison(found: Comparison) -> None:
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN_OR_SWEEP...", help="Run and sweep folders.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN_OR_SWEEP...", help="Names of runs and sweeps, or their folders.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     root: RootOption = None,
 ) -> None:
@@ -70,7 +70,7 @@ def report(
     from steerlab import report as reports
 
     with explained():
-        found = [split(folder) for folder in runs]
+        found = [split(folder, root, or_sweep=True) for folder in runs]
         opened = [(opened_store(root or found_root), below) for found_root, below in found]
         entries = [reports.read(store, below) for store, below in opened if not below.startswith("sweeps/")]
         with_trials = [reports.read_sweep(store, below) for store, below in opened if below.startswith("sweeps/")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
     from steerlab.job import Job
     from steerlab.run import Reported
     from steerlab.storage.store import Store
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Names of runs, as `Job.name` has them."""
 
 
 def read_job(path: Path, overrides: list[str] | None) -> Job:
@@ -44,14 +49,47 @@ def joined_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def split(folder: str) -> tuple[str | None, str]:
-    """Return ROOT and the path below it of a run or sweep folder: ROOT/runs/NAME/ID, ROOT/sweeps/NAME/ID, a path or a URI."""
+def split(folder: str, root: str | None = None, *, or_sweep: bool = False) -> tuple[str | None, str]:
+    """Return ROOT and the path below it of a run, which is given by its folder or by its name.
+
+    Args:
+        folder: ROOT/runs/NAME/ID or ROOT/sweeps/NAME/ID, a path or a URI; or NAME, which takes the newest run of that name.
+        root: ROOT of a name; None takes the default one.
+        or_sweep: whether a name may be that of a sweep, whose newest one is taken where no run of the name is newer.
+
+    Raises:
+        ValueError: no finished run is called so.
+    """
+    if _NAME.fullmatch(folder) and not Path(folder).exists():
+        return root, _newest(opened_store(root), folder, or_sweep)
     whole = folder if "://" in folder else str(Path(folder).absolute())
     for kind in ("/runs/", "/sweeps/"):
         head, middle, tail = whole.rstrip("/").rpartition(kind)
         if middle and tail.count("/") == 1:
             return head, middle.lstrip("/") + tail
     return None, folder
+
+
+def _newest(store: Store, name: str, or_sweep: bool) -> str:
+    """Return the folder of the newest finished run of a name. Folders are called by the time at which they began."""
+    sweeps = store.list(f"sweeps/{name}")
+    runs = [run for run in store.list(f"runs/{name}") if _is_finished(store, f"runs/{name}/{run}")]
+    of_sweeps = {run for run in runs for sweep in sweeps if run.startswith(sweep)}
+    candidates = [(run, f"runs/{name}/{run}") for run in runs if run not in of_sweeps]
+    if or_sweep:
+        candidates += [(sweep, f"sweeps/{name}/{sweep}") for sweep in sweeps]
+    if candidates:
+        return max(candidates)[1]
+    if of_sweeps:
+        raise ValueError(f"the runs called {name} are trials of sweeps: give the folder of one, such as runs/{name}/{runs[-1]}")
+    names = sorted({*store.list("runs"), *(store.list("sweeps") if or_sweep else ())})
+    near = difflib.get_close_matches(name, names, n=3) or names[:10]
+    there = f"; there are {', '.join(near)}" if near else ""
+    raise ValueError(f"{name} is no folder, and no finished run in {store.root} is called so{there}")
+
+
+def _is_finished(store: Store, folder: str) -> bool:
+    return "summary.json" in store.list(folder)
 
 
 class Loading(TypedDict, total=False):
@@ -82,9 +120,9 @@ def artifact_of(folder: str, root: str | None) -> Artifact:
     from steerlab.run import folder as folders
     from steerlab.storage.plan import located
 
-    found_root, below = split(folder)
+    found_root, below = split(folder, root)
     missing = ValueError(f"{folder} is neither a finished run folder (ROOT/runs/NAME/ID) nor an exported model")
-    if found_root is None:
+    if found_root is None and not below.startswith("runs/"):
         raise missing
     store = opened_store(root or found_root)
     try:

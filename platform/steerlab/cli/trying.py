@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or a folder made by export.")],
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, its folder, or a folder made by export.")],
     prompt: Annotated[str, typer.Option(help="The instruction, or what is to be drawn.")],
     data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
     strength: Annotated[
@@ -56,7 +56,7 @@ def generate(
 
 
 def explain(
-    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or a folder made by export.")],
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, its folder, or a folder made by export.")],
     prompt: Annotated[str, typer.Option(help="The instruction.")],
     data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
     response: Annotated[str | None, typer.Option(help="Response to look at; default: the model's own, greedily.")] = None,
