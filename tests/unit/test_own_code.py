@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray.cloudpickle
+import torch
 from ray import tune
 
 from steerlab import evaluation, job, methods, run
@@ -109,7 +110,10 @@ def test_a_file_is_a_method_with_fields_of_its_own(write: Callable[..., str]) ->
     file = write("mine.py")
     found = valid({"file": file, "share": 0.25})
     assert (found.method.name, found.method.share, found.method.file) == ("half_way", 0.25, file)
-    assert isinstance(methods.TABLE.of(found.method), Fitted) and "half_way" not in methods.METHODS
+    method = methods.TABLE.of(found.method)
+    assert isinstance(method, Fitted) and "half_way" not in methods.METHODS
+    source, target = {"a": torch.zeros(4, 3)}, {"a": torch.full((4, 3), 8.0)}
+    assert torch.equal(method.fit(found.method, source, target)["a"](source["a"]), torch.full((4, 3), 2.0))
     run.check(Plan.of(found))
     assert valid({"name": "half_way", "file": file}) == valid({"name": f"file:{file}"}) == valid({"file": file})
 

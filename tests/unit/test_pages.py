@@ -18,9 +18,12 @@ import typer
 import yaml
 
 import steerlab
-from steerlab import cli, evaluation, job, methods, run
+from steerlab import cli, evaluation, job, methods, patches, run
 from steerlab.cli import catalogue
+from steerlab.data.worlds import tiny
 from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import collate
+from steerlab.methods.contract import Inputs, language_modelling_loss
 from steerlab.stages import JobType, Plan
 from steerlab.steered.language import SteeredModel
 from steerlab.sweeps import space
@@ -190,6 +193,34 @@ def test_python_of_a_page_runs(
     SteeredModel(tiny_model, encoder).save_model(folder / "folder")
     exec(compile(snippet.text, str(snippet), "exec"), {})
     assert capsys.readouterr().out
+
+
+def test_the_training_of_a_page_trains(folder: Path, tiny_model: Any, encoder: Encoder) -> None:
+    method = methods.TABLE.of_file(str(folder / "my_training.py"))
+    assert isinstance(method, methods.Trained)
+    rows = [encoder.encode(encoder.from_row(row, "instruction")) for row in tiny.rows("instructions/train", 4)]
+    trainee = method.module(tiny_model, method.Config.model_validate({"file": "my_training.py", "smoothing": 0.0}), Inputs())
+    batch = collate(rows, encoder.pad_id)
+    loss = trainee(batch).total
+    torch.testing.assert_close(loss, language_modelling_loss(tiny_model(**batch.model_inputs).logits, batch.labels))
+    loss.backward()
+    trainee.check()
+    assert all(parameter.grad is not None for parameter in tiny_model.parameters())
+
+
+def test_the_closed_form_and_the_task_of_a_page_run(folder: Path, tiny_model: Any, encoder: Encoder) -> None:
+    method = methods.TABLE.of_file(str(folder / "my_method.py"))
+    assert isinstance(method, methods.Fitted)
+    source, target = torch.zeros(4, 128), torch.ones(4, 128)
+    config = method.Config.model_validate({"file": "my_method.py", "share": 0.25})
+    maps = method.fit(config, {"model.norm": source}, {"model.norm": target})
+    assert torch.equal(maps["model.norm"](source), torch.full((4, 128), 0.25))
+    task = evaluation.TABLE.of_file(str(folder / "my_task.py"))
+    asked = task.Config.model_validate({"file": "my_task.py", "word": "the", "texts": ["the old", "a"], "strengths": [1, 0]})
+    patch = patches.ActivationPatch.from_maps(maps, job.Selection(modules="model.norm"))
+    result = task.run(SteeredModel(tiny_model, encoder, (patch,)), asked)
+    assert [(one.metric, one.strength) for one in result.observations] == [("said/rate", s) for s in (1, 1, 0, 0)]
+    assert "1" in result.samples[1]["id"] and result.measures[0].name == "rate"
 
 
 def test_the_catalogue_is_what_the_command_prints() -> None:

@@ -59,6 +59,11 @@ class AffineMap(NamedTuple):
     low_D: Tensor | None = None
     high_D: Tensor | None = None
 
+    @classmethod
+    def shift(cls, shift_D: Tensor) -> AffineMap:
+        """Return the map that adds one vector to every value, z -> z + shift; `shift_D` has shape (D,)."""
+        return cls(torch.ones_like(shift_D), shift_D)
+
     @property
     def width(self) -> int:
         """Size D of the values that are mapped."""
