@@ -43,16 +43,18 @@ def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], s
         ModelConfig(source="tiny:model", dtype=settings.get("dtype", "float32")),
         settings["method"],
         DataConfig.model_validate({"prompt_style": "plain", **settings.get("data", INSTRUCTIONS)}),
-        TrainConfig(
-            steps=STEPS,
-            lr=5e-3,
-            warmup_steps=2,
-            micro_batch=2,
-            grad_accum=4,
-            weight_decay=0.01,
-            seed=5,
-            eval_every=2,
-            **settings["train"],
+        TrainConfig.model_validate(
+            {
+                "steps": STEPS,
+                "lr": 5e-3,
+                "warmup_steps": 2,
+                "micro_batch": 2,
+                "grad_accum": 4,
+                "weight_decay": 0.01,
+                "seed": 5,
+                "eval_every": 2,
+                **settings["train"],
+            }
         ),
         prepared={name: Path(path) for name, path in settings.get("prepared", {}).items()},
     )
@@ -137,6 +139,19 @@ def test_training_lowers_the_loss(one_worker: Any) -> None:
     assert len(losses) == STEPS
     assert losses[-1] < 0.9 * losses[0]
     assert [line["step"] for line in one_worker[1] if "eval/loss" in line] == [2, 4, 6]
+
+
+def test_the_best_weights_are_kept_where_the_loss_rises(tmp_path: Path) -> None:
+    """They are, bit for bit, those of a training that ends at the best step."""
+    rising = {"lr": 0.5, "schedule": "constant", "warmup_steps": 0, "eval_every": 1, "steps": 4}
+    best, history = train(tmp_path / "best", 1, train={**rising, "keep": "best"})
+    losses = [line["eval/loss"] for line in history]
+    step = losses.index(min(losses)) + 1
+    assert step < 4 and len(history) == 4, losses
+    last, _ = train(tmp_path / "last", 1, train=rising)
+    short, _ = train(tmp_path / "short", 1, train={**rising, "steps": step})
+    assert all(torch.equal(best[name], short[name]) for name in best)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
 @pytest.mark.parametrize("zero_stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])

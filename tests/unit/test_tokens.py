@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from steerlab.data.worlds import tiny
-from steerlab.inputs.encoded_rows import encode_data
+from steerlab.inputs.encoded_rows import encode_data, prompt_length
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, IGNORED, INSTRUCTION, PADDING, RESPONSE, Encoded, Part, collate
 
@@ -109,3 +109,19 @@ def test_the_paper_style_frames_and_names_a_missing_input(tiny_dir: object) -> N
     system, user = styled.conversation("do it")
     assert "Instruction:\ndo it" in system.parts[0].text
     assert [part.text for part in user.parts] == ["Input:\n", "No input"]
+
+
+@pytest.mark.parametrize("room", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("instruction", {"instruction": "find the animal", "input": "cow box key", "output": "cow"}),
+        ("preference", {"prompt": "find the animal", "chosen": "cow", "rejected": "box"}),
+    ],
+)
+def test_a_prompt_that_fills_the_row_leaves_no_room_for_a_response(
+    encoder: Encoder, kind: str, row: dict[str, str], room: int
+) -> None:
+    prompt = prompt_length(encode_data(encoder, [row], kind, 64).rows[0])
+    found = encode_data(encoder, [row], kind, max_tokens=prompt + room)
+    assert (len(found.rows), found.num_dropped) == (room, 1 - room)
