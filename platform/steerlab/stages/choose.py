@@ -99,6 +99,7 @@ def run(work: Work) -> None:
     table: dict[float, dict[str, float | None]] = {}
     for label in params.labels:
         steered = stored.strengths(work.inputs[_steered(label)])
+        # The baseline has one strength, which scales nothing: its model has no patch of this job.
         (plain,) = stored.strengths(work.inputs[_plain(label)]).values()
         for strength, metrics in {UNPATCHED: plain, **steered}.items():
             # A metric is stored under its task's name; the rule names it by the task's label, so that a task can occur twice.

@@ -44,6 +44,7 @@ def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = Non
         fingerprints=fingerprints(task),
         **{**model.fields, "snapshot": job.snapshot},
     )
+    # The label is no parameter: two tasks that differ by it alone share an artifact.
     inputs = {**model.inputs, **({} if choice is None else {CHOICE: choice})}
     return Stage("evaluate", 3, subject.dumped(params), run, inputs, task.label or task.task, model.paths)
 

@@ -173,6 +173,7 @@ class RowsOfShard(shards.Maker):
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> PartFacts:
         """Write the part to `path`, with no more than one row group of it in memory."""
         start_s = time.monotonic()
+        # All texts of the shard are tokenised first: their lengths decide the batches.
         texts, num_cut = self._reader.encode(shard.rows, self._format, shard.first)
         facts = parquet.write_part(self._tables(shard, texts, tell), path)
         return PartFacts(
@@ -193,6 +194,7 @@ class RowsOfShard(shards.Maker):
             read: list[Vectors] = []
             num_done = start
             for vectors in self._reader.read(texts[start:end], shard.first + start):
+                # Moved to the CPU batch by batch: a row group may be larger than the memory of the GPU.
                 read.append(vectors.cpu())
                 num_done += vectors.num_texts
                 tell(num_done)
@@ -286,6 +288,7 @@ def check_disk(work: Work, params: Params, num_rows: int, some: Sequence[Row]) -
     Raises:
         ValueError: ROOT has too little free space; the message says how much is needed and which setting lowers it.
     """
+    # An object store has no such limit.
     free = work.store.free_bytes()
     if free is None:
         return
@@ -339,6 +342,7 @@ def _vectors_per_text(
     if config.pooling != ("none",):
         return 1
     encoder = load()
+    # Evenly spaced, because a data set may be sorted by length or by topic.
     some = [encoder.from_row(row, data_format) for row in texts[:: max(1, len(texts) // _TEXTS_JUDGED)]]
     lengths = [min(len(text), config.max_tokens) for text in encoder.encode_all(some)]
     return sum(lengths) / len(lengths)

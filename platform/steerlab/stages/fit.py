@@ -82,7 +82,7 @@ def run(work: Work) -> None:
     resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
     task = _fit.options(**resources)  # type: ignore[attr-defined]
     future = task.remote(subject.of(work), params, activations, own_code.codes_in(params.method))
-    # Short waits: one long `ray.get` would not let Python handle a Ctrl-C or a termination signal before the fit ends.
+    # Short waits: Python handles a signal, or an exception that another thread raises in this one, only between calls of Ray.
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
     fit: _Fit = ray.get(future)
@@ -146,7 +146,7 @@ def _fit(loading: Loading, params: Params, activations: dict[str, ModelRef], cod
             f"method.steer.modules {selection.modules!r} takes none of the extracted places: {', '.join(target.modules[:5])}"
         )
     columns = {role: {name: sample.column(name, config.pooling) for name in names} for role, sample in read.items()}
-    # Reading the columns is not part of the time of the fit, which reports compare between methods.
+    # The clock starts after the columns are read: `seconds` is the time of the method, not of the disk.
     start_s = time.monotonic()
     if method.walks(config):
         maps, num_source = _walk(loading, params, columns["target"], selection)

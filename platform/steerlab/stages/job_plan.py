@@ -51,6 +51,7 @@ class Plan:
         jobs = [job]
         while (base := base_job(jobs[-1], JobType)) is not None:
             jobs.append(base)
+        # Built from the last job of the chain upwards, because a plan is frozen and holds the plan below it.
         plan = cls(jobs.pop(), None)
         while jobs:
             plan = cls(jobs.pop(), plan)
@@ -138,6 +139,8 @@ class Plan:
         if job.choose is None or not self.leaves_patch:
             return tuple(Evaluation(evaluate.stage(job, task, evaluated), None) for task in job.tasks)
         candidates = choose.candidates(job.choose)
+        # The development rows are those of the tasks of `choose`; the tasks of `evaluate` have rows of their own, since a
+        # strength that was chosen on the rows of the report would look better than it is.
         tasks = [_changed(task, "development", candidates) for task in job.choose.tasks]
         development = [evaluate.stage(job, task, evaluated) for task in tasks]
         choice = choose.stage(job, development, [self._baseline(task) for task in tasks])

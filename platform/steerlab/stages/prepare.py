@@ -115,6 +115,7 @@ class Stages(Prepare):
         # A preparation that reads no model does not depend on it, and shares its artifact between jobs on different models.
         of_model = subject.dumped(self._model.params) if request.reads_model else {}
         inputs = {**(self._model.inputs if request.reads_model else {}), **self._needed(request.needs)}
+        # People read the name of a single part; of many, their number.
         label = ", ".join(request.parts[:1]) if len(request.parts) == 1 else f"{len(request.parts)} parts"
         run = partial(making.make_parts, own_code.portable(request.make), request.parts, request.reads_model)
         params = {**request.params, **self._own, **of_model}

@@ -147,5 +147,6 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
 
 
 def _top(model: SteeredModel, vector_V: Tensor, num: int, sign: int = 1) -> list[tuple[str, float]]:
+    # For the tokens whose logits fall, the caller negates the vector, and `sign` the values again.
     values, ids = vector_V.topk(min(num, len(vector_V)))
     return [(model.encoder.shown(i), sign * value) for value, i in zip(values.tolist(), ids.tolist(), strict=True)]

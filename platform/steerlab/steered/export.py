@@ -109,7 +109,7 @@ def _load(directory: Path, loading: Mapping[str, Any]) -> _Steered:
 
 def _differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     """Return the root mean square difference of each pair of tensors; infinity where it is NaN."""
-    differences = [float((one - other).square().mean().sqrt()) for one, other in zip(outputs, expected, strict=True)]
+    differences = [float((a - b).square().mean().sqrt()) for a, b in zip(outputs, expected, strict=True)]
     # `max` of a list with NaN depends on its order; infinity is always the largest.
     return [math.inf if math.isnan(difference) else difference for difference in differences]
 
@@ -123,4 +123,5 @@ def _write_apart(loaded: _Steered, directory: Path, strength: float) -> None:
         patches.save(patch, directory / BELOW / str(number), fingerprint)
     patches.save(newest, directory / "patch", fingerprint)
     (directory / PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
+    # Not merged into the patch: a user may still want other strengths, which this file only presets.
     (directory / STRENGTH).write_text(json.dumps(strength))

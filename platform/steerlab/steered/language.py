@@ -231,6 +231,7 @@ class SteeredModel(Steered):
             log_probs_BT = _gathered_log_probs(logits_BTV[:, :-1], batch.input_ids[:, 1:]).cpu()
             for row, number in enumerate(chunk):
                 i = fitting[number]
+                # Padding lies on the right, so the first T - 1 scores are those of the row.
                 length = len(encoded[i]) - 1
                 results[i] = TokenLogProbs(
                     log_probs_BT[row, :length].tolist(), encoded[i].roles[1:], encoded[i].in_response[1:]
@@ -293,6 +294,7 @@ class SteeredModel(Steered):
         names = [embedding, *models.layer_names(self.model)]
         reader = taps.Reader(self.model, [taps.Tap(name) for name in names])
         try:
+            # One conversation at a time: all layers' states of a batch would fill the memory.
             for row in self.encoder.encode_all(conversations):
                 self._fitting([row], 0, skip_long=False)
                 batch = collate([row], self.encoder.pad_id).to(self.device)
@@ -355,6 +357,7 @@ class SteeredModel(Steered):
 
     def _finish(self, ids: list[int], max_new_tokens: int, stop: Sequence[str]) -> Generation:
         text = self.encoder.decode(ids)
+        # Cut at the first of the stop texts; a token may hold its beginning and more text after it.
         ends = [text.find(s) for s in stop if s in text]
         finished = bool(ends) or (bool(ids) and ids[-1] in self._end_ids)
         return Generation(text[: min(ends)] if ends else text, len(ids), finished)
@@ -378,6 +381,7 @@ class SteeredModel(Steered):
         # The longest first: a batch that is too large for the memory fails at the start and not after an hour.
         chunk: list[_T] = []
         for item in sorted(items, key=length, reverse=True):
+            # Padded to the longest row, which is the first. A row longer than `batch_tokens` is a batch alone.
             if chunk and (len(chunk) + 1) * length(chunk[0]) > self.batch_tokens:
                 yield chunk
                 chunk = []

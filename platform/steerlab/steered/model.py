@@ -69,7 +69,7 @@ class Steered:
     _attached: patches.Attached = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model.eval()
+        self.model.eval()  # without dropout: the same inputs give the same outputs
         self.attach()
 
     def attach(self) -> None:
@@ -101,6 +101,8 @@ class Steered:
         """Return the outputs of `probe` for the model without any patch; the patches are attached again afterwards."""
         # Not `probe(0)`: strength 0 takes away the newest patch only.
         stack = self.patches
+        # `attach` with an empty stack and no bare `detach`: a model without hooks does not accept the arguments (roles,
+        # strengths) that this class passes.
         self.detach()
         self.patches = ()
         self.attach()
@@ -137,6 +139,7 @@ class Steered:
         # First, because hooks that stay would apply the patches a second time.
         self.detach()
         for number, patch in enumerate(self.patches, 1):
+            # Older patches have strength 1. The oldest is merged first, as it acts on what the next one reads.
             patch.fold(self.model, strength if number == len(self.patches) else 1.0)
         self.patches = ()
 
@@ -156,5 +159,6 @@ class Steered:
         # None makes patches skip the mixing s T(z) + (1 - s) z, whose rounding would change what was trained in the last bits.
         if bool((strength_B == 1).all()):
             return None
+        # On the CPU until the end: the strengths come from Python lists, and one copy to the device is enough.
         below_NB = torch.ones(len(self.patches) - 1, len(strength_B))
         return torch.cat([below_NB, strength_B[None].to(below_NB)]).to(self.device)

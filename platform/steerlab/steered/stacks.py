@@ -81,6 +81,7 @@ def load_stack(
     # An artifact of a frozen model holds its patch alone, and names in `base.json` the model that the patch is for.
     if (directory / BASE).is_file():
         bases.chain(directory)  # raises if the models refer to one another in a circle: the recursion below would not end
+        # The prompt settings are for a plain checkpoint at the end of the chain, which has none of its own.
         model, encoder, below = load_stack(
             bases.below(directory),
             dtype=dtype,

@@ -64,7 +64,10 @@ def below(directory: Path) -> Path:
     # Artifacts lie at artifacts/STAGE/KEY, in ROOT and in the cache of an object store alike.
     model = directory.absolute().parents[1] / base.stage / base.key
     if not base.stage or not base.key or not (model / PROMPT).is_file():
-        raise ValueError(f"{directory} stands on the artifact {base.stage}/{base.key[:12]}, which is not beside it")
+        raise ValueError(
+            f"{directory} holds a patch for the model of the artifact {base.stage}/{base.key[:12]}, which is missing: "
+            f"copy it to {model}"
+        )
     return model
 
 
@@ -79,5 +82,8 @@ def chain(directory: Path) -> list[Path]:
         directories.append(below(directories[-1]))
         # Resolved, because a link would give the same directory a new name in each round.
         if len(directories) > _MAX_BASES or directories[-1].resolve() in [path.resolve() for path in directories[:-1]]:
-            raise ValueError(f"{directory / BASE}: the models that it stands on go in a circle, or are more than {_MAX_BASES}")
+            raise ValueError(
+                f"{directory / BASE}: the models that its patch builds on refer to one another in a circle, or are more than "
+                f"{_MAX_BASES}"
+            )
     return directories

@@ -62,6 +62,7 @@ def _checked_file(file: Json, artifact: str) -> StoredFile:
     path, size, digest = (file.get(name) for name in ("path", "bytes", "sha256")) if isinstance(file, dict) else (None,) * 3
     if not isinstance(path, str) or not isinstance(size, int) or not isinstance(digest, str):
         raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} describes a file by {file!r:.100}")
+    # An absolute path, or one with "..": a download would write there.
     if escapes(path) or not path:
         raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} names {path!r:.100}, outside of it")
     return StoredFile(path=path, bytes=size, sha256=digest)

@@ -199,6 +199,7 @@ def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Lis
     for stage in stages:
         listener.started(stage)
         start_s = time.monotonic()
+        # Recorded as failed beforehand, so that the status is right whatever exception ends the stage, a Ctrl-C included.
         record = Record(stage, "failed")
         records.append(record)
         try:
@@ -239,6 +240,7 @@ def made(store: Store, stage: str, key: str) -> Made:
 
 
 def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> None:
+    # Before the clock starts: a download is no part of the stage's own time, from which later runs are estimated.
     inputs = {name: store.local(needed.name, needed.key) for name, needed in stage.inputs.items()}
     start_s = time.monotonic()
     with store.temporary(stage.name, stage.key) as directory:
@@ -252,4 +254,5 @@ def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener)
             **({"places": dict(stage.paths)} if stage.paths else {}),
         }
         store.commit(stage.name, stage.key, directory, meta)
+    # After the commit and not before: until then the checkpoints and parts are needed if this process dies.
     store.discard_work(stage.name, stage.key)

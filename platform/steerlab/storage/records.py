@@ -41,6 +41,7 @@ class Records:
         Raises:
             ValueError: `root` is neither an absolute path nor a URI that pyarrow can open.
         """
+        # One name for one ROOT, because the cache of artifacts is named by it: "/a/" is "/a", but "/" stays.
         self.root = root.rstrip("/") if root.strip("/") else root
         self._fs, self._base = _filesystem(self.root)
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
@@ -137,6 +138,7 @@ class Records:
                 if self.is_local:
                     os.replace(written, path)
             except OSError:
+                # Half a file under a random name, which nobody would remove later.
                 if self.is_local:
                     Path(written).unlink(missing_ok=True)
                 raise
@@ -180,6 +182,7 @@ def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _existing_parent(path: Path) -> Path:
+    # ROOT may not exist before the first write, and `disk_usage` takes existing paths only.
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 

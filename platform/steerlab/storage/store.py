@@ -115,6 +115,7 @@ class Store(Records):
         files = manifests.listing(directory)
         manifest = Manifest(stage=stage, key=key, meta=meta, files=files, schema=SCHEMA)
         with self._explain_full_disk(f"artifact {stage}/{key}", sum(file["bytes"] for file in files)):
+            # Another process may commit the same key from here on; `_commit_by_rename` asks again when the rename fails.
             if not self.is_local:
                 return self._commit_by_upload(directory, f"artifacts/{stage}/{key}", manifest)
             if directory.is_relative_to(self._temporary_folder()):

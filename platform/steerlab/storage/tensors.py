@@ -52,6 +52,7 @@ class TensorWriter:
         self._file, self._left = file, list(shapes.items())
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         start = 0
+        # Positions follow from the shapes alone, so the header can be written before the first tensor exists.
         for name, shape in shapes.items():
             end = start + shape.num_bytes
             header[name] = {"dtype": _NAMES[shape.dtype], "shape": list(shape.sizes), "data_offsets": [start, end]}
@@ -87,6 +88,7 @@ def writing(path: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str]
     with written_whole(path) as scratch, scratch.open("wb") as file:
         writer = TensorWriter(file, shapes, metadata or {})
         yield writer
+        # Inside the block of `written_whole`, so that an incomplete file is removed and never gets its name.
         writer.check_whole()
 
 
@@ -129,6 +131,7 @@ class Parts:
             facts: Facts about each part, by its name.
             files: File name of each part, by its name.
         """
+        # Only the headers are read. With the file of each tensor in the index, readers open no file in vain.
         file_of: dict[str, str] = {}
         for path in files.values():
             with safe_open(directory / path, "pt") as file:
@@ -148,6 +151,7 @@ class Parts:
         """Return the tensors of these names, in the order of `names`; each file is opened once."""
         unknown = [name for name in names if name not in self._file_of]
         if unknown:
+            # The first few names only: a model has thousands of tensors.
             raise ValueError(f"{self.directory} holds no {unknown[0]}; it has {', '.join(list(self._file_of)[:3])} ...")
         tensors: dict[str, Tensor] = {}
         for path in {self._file_of[name] for name in names}:

@@ -125,7 +125,7 @@ def fit(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     gpu = reserved.uses_gpu(scale)
     board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
-    # On a disk, scratch lies beside the checkpoints: it is moved there without a copy, and removed with the work directory.
+    # On a disk, scratch lies beside the checkpoints and is removed with them; for a bucket it needs the node's own disk.
     scratch = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
     trainer = TorchTrainer(
         _worker,

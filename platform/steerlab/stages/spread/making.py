@@ -1,6 +1,6 @@
 """Compute the preparations of a method on workers: sums over rows, tensors of each row, or named parts.
 
-Each of them writes a directory that `tensors.Parts` opens, and continues with the missing shards after it was killed.
+Each writes a directory that `tensors.Parts` opens, and continues with the missing shards after a kill.
 """
 
 from __future__ import annotations
@@ -137,12 +137,12 @@ class SumOfShard(shards.Maker):
         """Write the sums to `path`, whole or not at all."""
         encoder, size, data = self._model.encoder, self._over.rows_per_batch, self._over.data
         read = encode_data(encoder, shard.rows, data.format, self._over.max_tokens, skip_bad=data.skip_bad)
+        # A sum over no rows would be zero, and pass for a result.
         read.check(self._over.max_tokens)
         sums = self._start(self._model, self._params, self._needed)
         try:
             for first in range(0, len(read.rows), size):
-                # `rows_per_shard` is a multiple of `rows_per_batch`, so the size of the shards changes neither the batches nor
-                # their numbers.
+                # `rows_per_shard` is a multiple of `rows_per_batch`, so that shards change neither batches nor their numbers.
                 batch = collate(read.rows[first : first + size], encoder.pad_id, loss_on=data.loss_on)
                 sums.add(batch.to(self._model.device), (shard.first + first) // size)
                 tell(first)
@@ -202,6 +202,7 @@ class TensorsOfShard(shards.Maker):
         """Write the tensors to `path`, in the order of the batches, which hold rows of similar length."""
         encoder, data = self._model.encoder, self._over.data
         read = encode_data(encoder, shard.rows, data.format, self._over.max_tokens, skip_bad=data.skip_bad)
+        # Tensors are named by the row's number in the data set, so that the size of the shards does not change their names.
         numbers = [shard.first + number for number in read.numbers]
         lengths, alike = [len(row) for row in read.rows], models.alike_up_to(self._model.model)
         chunks = list(reading.batches(lengths, self._over.batch_tokens, reading.PADDING_SHARE, alike=alike))
@@ -244,11 +245,7 @@ class _NamedPart(Facts):
 def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: Work) -> None:
     """Make the missing parts, each in a Ray task of its own.
 
-    Args:
-        make: The method's function that writes one part.
-        parts: Names of all parts.
-        reads_model: Whether the tasks load the model.
-        work: The running stage.
+    `make` is the method's function that writes one part; the tasks load the model if `reads_model`.
     """
     folder = WorkFolder(work.store.root, work.stage.name, work.stage.key)
     entries = [

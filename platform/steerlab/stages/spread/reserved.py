@@ -57,6 +57,7 @@ def of_actors(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
     Together they reserve no more than the workers of a training do; none reserves more than the largest node has.
     """
     gpus = 1 if scale.gpu != "never" and ray.cluster_resources().get("GPU", 0) >= workers else 0
+    # A reservation must fit on one node, which the share of several workers may not.
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     share = scale.worker_range[0] * scale.cpus_per_worker / workers
     return {"num_cpus": min(share, largest), "num_gpus": gpus}

@@ -105,15 +105,19 @@ def _params(job: Job, below: Stage | None) -> OnModel:
         trust_remote_code=job.model.trust_remote_code,
         **_drawing(job.model),
     )
+    # The key of the stage that makes the model is an input of this stage's key, and covers everything else.
     if below is not None:
         return OnModel(model=model)
     source = job.model.source
     assert isinstance(source, str)
-    elsewhere = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
+    # A tokenizer or template beside the model is covered by the model's own fingerprint.
+    prompt_files = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
     return OnModel(
         model=model.model_copy(update={"source": source, "fingerprint": sources.fingerprint(source)}),
         prompt=Prompting.model_validate(prompt_settings(job.model, job.data)),
-        prompt_fingerprints={name: prompt_sources.fingerprint(name, one) for name, one in elsewhere.items() if one is not None},
+        prompt_fingerprints={
+            name: prompt_sources.fingerprint(name, origin) for name, origin in prompt_files.items() if origin is not None
+        },
         encoding=encoding.VERSION if job.model.kind == "causal_lm" else None,
     )
 
@@ -173,6 +177,7 @@ class Loading:
 def of(work: Work) -> Loading:
     """Return what a worker needs to load the stage's model."""
     below, params = work.stage.inputs.get(MODEL), OnModel.model_validate(work.params)
+    # A snapshot is a file of an artifact; a source has none.
     if below is None:
         return Loading(ModelRef(source=params.model.source), params.model, params.prompt, None)
     return Loading(ModelRef(artifact=(work.store.root, below.name, below.key)), params.model, None, params.snapshot)

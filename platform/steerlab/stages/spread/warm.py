@@ -93,6 +93,7 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
     checkpoints = _Checkpoints(storage)
+    # On a disk, scratch lies beside the checkpoints, so that a finished one is renamed and not copied.
     is_remote = "://" in storage
     scratch = Path(f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if is_remote else f"{storage}/scratch")
     output = scratch / "output" if is_remote else Path(storage) / "output"
@@ -112,7 +113,7 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
             filesystem, path = remote.opened(f"{storage}/output")
             pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
     finally:
-        # The process stays: what is left on the disk or in PyTorch's cache of GPU memory would be missing to the next training.
+        # The process stays, so the disk and the GPU memory in PyTorch's cache must be free for the next training.
         shutil.rmtree(scratch, ignore_errors=True)
         if gpu:
             torch.cuda.empty_cache()
