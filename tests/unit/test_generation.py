@@ -10,7 +10,7 @@ from steerlab.data.worlds import tiny
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Conversation, collate
 from steerlab.patches import EmbeddingPatch
-from steerlab.steered import language as decoding
+from steerlab.steered import sampling
 from steerlab.steered.language import Sampling, SteeredModel, choose
 
 
@@ -132,7 +132,7 @@ def test_a_nucleus_among_the_likeliest_tokens_is_that_of_the_whole_vocabulary(mo
     logits, uniform = torch.cat([5 * torch.randn(40, 300, generator=generator), flat]), torch.rand(41, generator=generator)
     chosen = {}
     for size in (16, 300):
-        monkeypatch.setattr(decoding, "_NUCLEUS", size)
+        monkeypatch.setattr(sampling, "_NUCLEUS", size)
         for rows in (slice(0, 40), slice(0, 41)):
             found = choose(logits[rows].clone(), [[]] * len(logits[rows]), Sampling(1.0, 0.6), uniform[rows])
             chosen[size, rows.stop] = found

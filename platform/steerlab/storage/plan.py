@@ -96,13 +96,13 @@ class Stage:
         return hashlib.sha256(json.dumps(hashed, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def replaced(value: Json, texts_by_text: Mapping[str, str]) -> Json:
-    """Return a JSON value in which each text that is a key of a mapping is replaced by the mapping's value."""
+def replaced(value: Json, replacements: Mapping[str, str]) -> Json:
+    """Return a JSON value in which the texts that are keys of `replacements` are replaced by its values."""
     if isinstance(value, dict):
-        return {name: replaced(item, texts_by_text) for name, item in value.items()}
+        return {name: replaced(item, replacements) for name, item in value.items()}
     if isinstance(value, list | tuple):  # methods declare some parameters as tuples
-        return [replaced(item, texts_by_text) for item in value]
-    return texts_by_text.get(value, value) if isinstance(value, str) else value
+        return [replaced(item, replacements) for item in value]
+    return replacements.get(value, value) if isinstance(value, str) else value
 
 
 @dataclass
