@@ -77,7 +77,7 @@ def test_what_is_told_comes_in_order_and_the_process_stays(cluster: None, warm: 
 
 
 def test_an_actor_is_ended_where_another_model_is_needed(cluster: None) -> None:
-    """Not so a task's process: it reserves nothing, and lets go of its model by itself (`subject.kept`)."""
+    """Not so a task's process: it reserves nothing, and lets go of its model by itself (`subject.loaded_once`)."""
     first, second = (staying.call(counts, (0,), scale(False), HELD, print, owner) for owner in ("model a", "model b"))
     assert first != second
     assert gone(first)

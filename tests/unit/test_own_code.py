@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from steerlab.guards.faults import is_for_people
 from steerlab.job import Table, foreign_code, own_code
 from steerlab.methods.contract import Fitted
 from steerlab.stages import JobType, Plan
+from steerlab.stages.fit import checked_maps
 from steerlab.sweeps.agent import point_of
 from steerlab.sweeps.space import Space
 from steerlab.tracking.wandb_client.parameters import parameter_name
@@ -44,7 +46,8 @@ class Config(SteeringConfig):
 
 
 def fit(config, source, target):
-    return {name: AffineMap.shift(config.share * (target[name].mean(0) - source[name].mean(0))) for name in source}
+    shifts = {name: config.share * (target[name].mean(0) - source[name].mean(0)) for name in source}
+    return {name: AffineMap(shift.new_ones(len(shift)), shift) for name, shift in shifts.items()}
 
 
 METHOD = Fitted(Config, fit)
@@ -132,6 +135,30 @@ def test_a_relative_path_starts_where_the_command_runs(write: Callable[..., str]
     assert valid({"file": "mine.py"}) == valid({"file": file})
 
 
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        ("shift", "fit must return a Map for each place; a.b got a Tensor"),
+        ("0.5", "fit must return a Map for each place; a.b got a float"),
+    ],
+)
+def test_a_fit_that_returns_something_else_than_maps(write: Callable[..., str], result: str, reason: str) -> None:
+    """The message names the method, its file and the place."""
+    file = write("mine.py", METHOD.replace("AffineMap(shift.new_ones(len(shift)), shift)", result))
+    config = valid({"file": file}).method
+    maps = methods.fitted(config).fit(config, {"a.b": torch.zeros(2, 3)}, {"a.b": torch.ones(2, 3)})
+    with pytest.raises(ValueError, match=f"^method half_way of {re.escape(file)} .*: {reason}$"):
+        checked_maps(config, maps)
+
+
+def test_a_fit_that_returns_no_mapping(write: Callable[..., str]) -> None:
+    config = valid({"file": write("mine.py")}).method
+    with pytest.raises(ValueError, match=r"fit must return a Map for each place; it returned a list$"):
+        checked_maps(config, [])  # type: ignore[arg-type]
+    maps = methods.fitted(config).fit(config, {"a.b": torch.zeros(2, 3)}, {"a.b": torch.ones(2, 3)})
+    assert checked_maps(config, maps) is maps
+
+
 def test_the_key_is_the_content_of_the_file(write: Callable[..., str]) -> None:
     """Neither its name nor its place; a byte more is another method."""
     keys = {}
@@ -211,7 +238,7 @@ def test_misspelt_fields_are_told_with_those_of_the_file(write: Callable[..., st
         (METHOD.replace("half_way", "Half-Way!"), "small letters, digits and underscores"),
         (METHOD.replace("    share:", "    file:"), "its Config has a field 'file'"),
         (METHOD.replace("(SteeringConfig)", ""), "derive it from SteeringConfig"),
-        (METHOD.replace("METHOD = Fitted(Config, fit)", "METHOD = Fitted(Config)"), "mine.py:23: METHOD = Fitted(Config)"),
+        (METHOD.replace("METHOD = Fitted(Config, fit)", "METHOD = Fitted(Config)"), "mine.py:24: METHOD = Fitted(Config)"),
         ("\0", "SyntaxError"),
         ("x" * (2**20 + 1), "1,048,577 bytes; such a file has 1,048,576 at most"),
     ],

@@ -90,8 +90,8 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
         raise ValueError(
             f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
         )
-    code = {one.path for one in own_code.codes_in(list(planned.start.places.values()))}  # which travels with the requests
-    files = [path for path in planned.start.places.values() if path not in code]
+    code = {one.path for one in own_code.codes_in(list(planned.start.paths.values()))}  # which travels with the requests
+    files = [path for path in planned.start.paths.values() if path not in code]
     if len(nodes) > 1 and files:
         warnings.warn(
             f"{', '.join(files)}: all {len(nodes)} nodes read this path, so it must lie in a folder that they share; "

@@ -1,4 +1,4 @@
-"""The stage that chooses the strength on development rows; the evaluation on other rows then reports it."""
+"""The stage that chooses the strength of a patch on development rows; the evaluation on other rows then reports it."""
 
 from __future__ import annotations
 
@@ -40,32 +40,39 @@ class Params(Frozen):
 
 
 class Choice(saved.Shape):
-    """The chosen strength, and what it was chosen by."""
+    """The chosen strength, the rule that chose it, and the metrics that the rule compared."""
 
     strength: float
     rule: _Rule
     table: dict[StrengthKey, dict[str, float | None]] = {}
-    """Development metrics by strength."""
+    """Development metrics by strength; None where a metric could not be scored."""
     unmoved: list[str] = []
-    """Metrics of the rule that have the same value at every strength."""
+    """Metrics of the rule that have the same value at every strength: the patch does not reach them."""
 
 
 def read(directory: Path) -> JsonObject:
-    """Return what was chosen, as its file holds it. Raises ValueError where the file is damaged."""
+    """Return the content of `choice.json` in an artifact. Raises ValueError if the file is damaged."""
     return saved.read_like(directory / _CHOICE, Choice)
 
 
 def strength(directory: Path) -> float:
-    """Return the strength that was chosen. Raises ValueError where the file is damaged."""
+    """Return the strength that was chosen. Raises ValueError if the file is damaged."""
     return saved.read(directory / _CHOICE, Choice).strength
 
 
 def stage(job: Job, development: Sequence[Stage], baselines: Sequence[Stage]) -> Stage:
-    """Return the choosing stage, behind the evaluations of its tasks at the candidates and without a patch."""
+    """Return the stage that chooses the strength.
+
+    Args:
+        job: A job with a `choose` section.
+        development: For each task of `choose`, its evaluation at the candidate strengths.
+        baselines: For each task of `choose`, its evaluation on the model without the patch.
+    """
     assert job.choose is not None
     labels = tuple(task.label or task.task for task in job.choose.tasks)
     params = Params(metric=job.choose.metric, mode=job.choose.mode, within=job.choose.within, labels=labels)
-    # The two models one after the other: each is loaded once.
+    # All evaluations of the patched model come first, then all of the plain one. The order of the inputs is the order in which
+    # the plan runs them, and a process keeps its model until a stage needs another one, so each model is loaded once.
     inputs = dict(zip([*map(_steered, labels), *map(_plain, labels)], [*development, *baselines], strict=True))
     return Stage("choose", 1, params.model_dump(mode="json"), run, inputs, label=job.choose.metric)
 
@@ -81,20 +88,23 @@ def _plain(label: str) -> str:
 
 
 def candidates(choose: ChooseConfig) -> tuple[float, ...]:
-    """Return the strengths that the development tasks are run at; 0 is the model without a patch, evaluated apart."""
+    """Return the strengths at which the development tasks run; strength 0 is left out."""
+    # Strength 0 is the model without a patch. Its evaluation is a stage of its own, which all patches of the model share.
     return tuple(strength for strength in sorted(set(choose.strengths)) if strength != UNPATCHED)
 
 
 def run(work: Work) -> None:
-    """Read the development metrics and keep the best strength that stays within the bound."""
+    """Read the development metrics and write the best strength within the bound to `choice.json`."""
     params = Params.model_validate(work.params)
     table: dict[float, dict[str, float | None]] = {}
     for label in params.labels:
         steered = stored.strengths(work.inputs[_steered(label)])
+        # The baseline has one strength, which scales nothing: its model has no patch of this job.
         (plain,) = stored.strengths(work.inputs[_plain(label)]).values()
         for strength, metrics in {UNPATCHED: plain, **steered}.items():
-            named = {f"{label}/{name.partition('/')[2]}": metric["value"] for name, metric in metrics.items()}
-            table.setdefault(strength, {}).update(named)
+            # A metric is stored under its task's name; the rule names it by the task's label, so that a task can occur twice.
+            values = {f"{label}/{name.partition('/')[2]}": metric["value"] for name, metric in metrics.items()}
+            table.setdefault(strength, {}).update(values)
     chosen = best(table, params.metric, params.mode, params.within)
     unmoved = _unmoved(table, [params.metric, *([params.within.metric] if params.within else [])])
     rule = params.model_dump(mode="json", exclude={"labels"})
@@ -105,14 +115,15 @@ def run(work: Work) -> None:
 
 
 def _unmoved(table: Mapping[float, Mapping[str, float | None]], metrics: Sequence[str]) -> list[str]:
-    """Return the metrics that have the same value at every strength, to the last bit: the patch does not reach them."""
+    """Return the metrics that have the same value at every strength."""
+    # Compared to the last bit: rounding alone would move a metric that the patch reaches at all.
     return [name for name in metrics if len(table) > 1 and len({values.get(name) for values in table.values()}) == 1]
 
 
 def said_of(choice: Mapping[str, object]) -> list[str]:
-    """Return warnings about a choice as its file holds it: a rule by a metric that no strength moves decides nothing."""
-    found = Choice.model_validate(choice)
-    return _remarks(found.rule.metric, found.unmoved)
+    """Return warnings about the content of a `choice.json`: a metric that is the same at every strength decides nothing."""
+    checked = Choice.model_validate(choice)
+    return _remarks(checked.rule.metric, checked.unmoved)
 
 
 def _remarks(metric: str, unmoved: Sequence[str]) -> list[str]:
@@ -124,10 +135,16 @@ def _remarks(metric: str, unmoved: Sequence[str]) -> list[str]:
 
 
 def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, within: Limit | None) -> float:
-    """Return the strength with the best metric, 0 among them; of equals the weakest.
+    """Return the strength whose metric is the best; of equal ones the weakest.
+
+    Args:
+        table: Metrics by strength, with those of strength 0; None where a metric could not be scored.
+        metric: Name of the metric to optimise.
+        mode: "min" or "max".
+        within: Bound on another metric, relative to its value at strength 0; None for no bound.
 
     Raises:
-        ValueError: the development tasks have no such metric, or could not score it at strength 0.
+        ValueError: a metric of the rule does not exist, or could not be scored at strength 0.
     """
     for name in (metric, *([within.metric] if within else [])):
         if name not in table[UNPATCHED]:
@@ -136,6 +153,8 @@ def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, wi
             raise ValueError(f"choose: {name} could not be scored at {UNPATCHED_NAME}")
     sign = 1 if mode == "min" else -1
 
+    # Strength 0 meets a bound that is relative to its own value (with `factor` only where that value is not negative), so a
+    # strength is left to choose.
     def allowed(values: dict[str, float | None]) -> bool:
         if within is None:
             return True
@@ -143,4 +162,5 @@ def best(table: dict[float, dict[str, float | None]], metric: str, mode: str, wi
         return value is not None and start is not None and value <= within.highest(start)
 
     scored = {s: sign * value for s, values in table.items() if (value := values[metric]) is not None and allowed(values)}
+    # The strength itself breaks ties: what a weak patch already does is not worth a strong one's side effects.
     return min(scored, key=lambda strength: (scored[strength], strength))

@@ -1,4 +1,4 @@
-"""The stage that runs one task on a model: one artifact a task, one loaded model for all tasks of a plan."""
+"""The stage that runs one task on a model. Each task is an artifact; all tasks of a plan share one loaded model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from steerlab.stages.spread.subject import Loading, Subject
 from steerlab.storage.plan import Stage, Work
 
 _TELL_S = 0.5
+"""Least seconds between two reports of progress."""
 _SOURCE = "a source"
+"""Key that marks a source in a described config; no config has a field of this name, because of the space."""
 CHOICE = "choice"
 """Name of the input that holds the chosen strength."""
 
@@ -31,23 +33,25 @@ class Params(subject.OnModel):
     """The task's config, without its label."""
     task_version: int
     fingerprints: dict[str, str | list[str]]
-    """Of the task's sources, by their keys in its config."""
+    """Fingerprints of the task's sources, by their keys in its config (`of.source`); a list where the key holds several."""
 
 
 def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = None) -> Stage:
-    """Return the stage of one task on a model; `choice` is the one that chooses the strength."""
+    """Return the stage that runs one task on a model; `choice` is the stage that chooses the strength, None without one."""
     params = Params(
         task=subject.dumped(task, exclude={"label"}),
         task_version=TABLE.of(task).version,
         fingerprints=fingerprints(task),
         **{**model.fields, "snapshot": job.snapshot},
     )
+    # The label is no parameter: two tasks that differ by it alone share an artifact.
     inputs = {**model.inputs, **({} if choice is None else {CHOICE: choice})}
-    return Stage("evaluate", 3, subject.dumped(params), run, inputs, task.label or task.task, model.places)
+    return Stage("evaluate", 3, subject.dumped(params), run, inputs, task.label or task.task, model.paths)
 
 
 def fingerprints(task: TaskConfig) -> dict[str, str | list[str]]:
-    """Return the fingerprints of a task's sources, those of its data sets included, by their keys."""
+    """Return the fingerprints of a task's sources, including those of its data sets, by their keys in the config."""
+    # `described` hands every source of a config to a function; here the function marks it, so that it can be told from a text.
     return dict(_fingerprints(described(task, lambda source: {_SOURCE: source})))
 
 
@@ -58,9 +62,9 @@ def _fingerprints(config: JsonObject, prefix: str = "") -> Iterator[tuple[str, s
         elif isinstance(value, dict):
             yield from _fingerprints(value, f"{prefix}{name}.")
         elif isinstance(value, list):
-            named = [source for item in value if (source := _source(item)) is not None]
-            if named:
-                yield f"{prefix}{name}", [sources.fingerprint(source) for source in named]
+            listed = [source for item in value if (source := _source(item)) is not None]
+            if listed:
+                yield f"{prefix}{name}", [sources.fingerprint(source) for source in listed]
                 continue
             for number, item in enumerate(value):
                 if isinstance(item, dict):
@@ -68,29 +72,31 @@ def _fingerprints(config: JsonObject, prefix: str = "") -> Iterator[tuple[str, s
 
 
 def _source(value: Json) -> str | None:
-    """Return the source that a value of a described config is; None where it is something else."""
+    """Return the source that a value of a described config holds, or None if the value is no source."""
     source = value.get(_SOURCE) if isinstance(value, dict) else None
     return source if isinstance(source, str) else None
 
 
 def run(work: Work) -> None:
-    """Run the task in a process that keeps its model for the tasks to come."""
+    """Run the task in a process that keeps its model for the next task."""
     task = Params.model_validate(work.params).task
     config: JsonObject = {**task, "strengths": [*_strengths(work, task)]}
     loading = subject.of(work)
+    # Two tasks with the same owner load the same model in the same way, so the second finds the first one's in the process.
     owner = f"evaluate {loading}"
 
-    def told(rows: tuple[int, int]) -> None:
+    def report(rows: tuple[int, int]) -> None:
         work.report({"done": rows[0], "total": rows[1]})
 
     arguments = (owner, loading, config, own_code.codes_in(config))
-    outcome = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), told, owner)
+    outcome = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), report, owner)
     _warn_of_long_rows(work.stage.label, outcome.observations)
     stored.write(work.directory, outcome)
 
 
 def _warn_of_long_rows(label: str, observations: Sequence[Observation]) -> None:
-    """Say it where a task has scored nothing because nothing fits; the tasks after it go on."""
+    """Warn if a task has scored nothing because every row is longer than the model's context."""
+    # A warning and no error: the other tasks of the job may have shorter rows, and their results count.
     if observations and all(observation.reason == TOO_LONG for observation in observations):
         rows = len({observation.id for observation in observations})
         warnings.warn(
@@ -101,10 +107,10 @@ def _warn_of_long_rows(label: str, observations: Sequence[Observation]) -> None:
 
 
 def _strengths(work: Work, task: JsonObject) -> list[float]:
-    """Return the strengths of the task, that of the headline first: the chosen one, which stands alone where no others are
-    declared, or else the one that `headline_first` says.
+    """Return the strengths at which the task runs; the first is the headline, which tables and sweeps report.
 
-    All that is said of a task's first strength, here and where results are read, is said of its headline.
+    The headline is the strength that a `choose` stage has chosen, or else the one that `headline_first` puts first. Without
+    strengths in the task's config, the chosen one is the only one.
     """
     declared = TABLE.of(task).Config.model_validate(task).strengths
     if CHOICE in work.inputs:
@@ -115,28 +121,32 @@ def _strengths(work: Work, task: JsonObject) -> list[float]:
 def _evaluate(
     tell: staying.Tell[tuple[int, int]], owner: str, loading: Loading, config: JsonObject, codes: tuple[Code, ...]
 ) -> stored.Outcome:
-    """Run one task, and tell how many rows of how many are done; the process keeps the model for the task after it."""
+    """Run one task in the process that holds the model, and report how many of its rows are done."""
+    # Before the config is read: its task may be one of the files that were sent along.
     own_code.receive(codes)
-    model = subject.kept(owner, loading)
+    model = subject.loaded_once(owner, loading)
     model.progress = staying.every(_TELL_S, tell)
     try:
         return _outcome(model, config)
     finally:
+        # The model outlives this call, and `tell` must not: its reader in the driver is gone.
         model.progress = lambda done, total: None
 
 
 def _outcome(model: Any, config: JsonObject) -> stored.Outcome:
-    """Run one task and summarise its observations, for each strength."""
+    """Run one task and summarise its observations for each strength."""
+    # Imported here, in the process that evaluates: a driver that only makes the plan does not need it.
     from steerlab.evaluation.statistics.metrics import summarise_all
 
     task = TABLE.of(config)
     result = task.run(model, task.Config.model_validate(config))
     metrics = summarise_all(result)
-    names = dict.fromkeys(name for found in metrics.values() for name in found)
+    # A dict and no set: the order of the metrics is that of the file.
+    names = dict.fromkeys(name for of_strength in metrics.values() for name in of_strength)
     return stored.Outcome(
         list(result.observations),
         result.samples,
         result.files,
-        {strength: {name: metric._asdict() for name, metric in found.items()} for strength, found in metrics.items()},
+        {s: {name: metric._asdict() for name, metric in of_strength.items()} for s, of_strength in metrics.items()},
         {name: result.measure(name) for name in names},
     )

@@ -1,4 +1,7 @@
-"""The stage that extracts activations: from texts and a model to Parquet parts (activations.py says what is in them)."""
+"""The stage that extracts activations: from texts and a model to Parquet files (activations/parquet.py describes them).
+
+The file is longer than 300 lines because the estimate before the start and the work itself share their constants.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +35,18 @@ if TYPE_CHECKING:
     from steerlab.steered.language import SteeredModel
 
 _GROUP_BYTES = 1 << 28
-"""Activations held before they are written as a row group: a part may be larger than the memory."""
+"""Bytes of activations that are collected before they are written as one row group: a part may be larger than the memory."""
 SUMS_HELD_BYTES = 4 << 30
-"""Moments that an actor holds at once: there are as many passes over the texts as that takes."""
+"""Bytes of moments that an actor holds at once; where all modules need more, the texts are read in several passes."""
 _SAFETY = 1.1
-"""Free disk asked for, relative to the estimate."""
+"""Free disk that an extraction must have, as a multiple of its estimate."""
 _TEXTS_JUDGED = 256
-"""Texts that are tokenised to judge the length of all."""
+"""Texts that are tokenised to estimate the mean length of all."""
 
 
 def read_by(roles: Mapping[str, Stage]) -> dict[str, Stage]:
-    """Return extractions by data role as inputs of the stage that reads them, in the order of the roles."""
+    """Return extractions by data role as inputs of the stage that reads them."""
+    # Sorted, because the order of a stage's inputs is part of its key.
     return {read_as(role): roles[role] for role in sorted(roles)}
 
 
@@ -52,17 +56,17 @@ def read_as(role: str) -> str:
 
 
 class Params(subject.OnModel):
-    """Parameters of the stages that read texts: which, how, and of which model."""
+    """Parameters of the stages that read activations: the texts, the places in the model, and the model."""
 
     role: str
-    """What the data set is for in the job; a label in what is read."""
+    """Key of the data set in the job's `data` section; the label of every row that is written."""
     data: DataSet
     data_fingerprint: str | list[str]
     extract: ExtractConfig
 
 
 def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
-    """Return the stage that extracts the activations of one data set of the job from a model."""
+    """Return the stage that extracts the activations that a model has on one data set of the job."""
     return Stage(
         "extract",
         1,
@@ -70,47 +74,52 @@ def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
         run,
         model.inputs,
         label=f"{role}: {rows.describe(job.data.by_role[role])}",
-        places=model.places,
+        paths=model.paths,
     )
 
 
 def params(job: Job, role: str, model: Subject, config: ExtractConfig, exclude: set[str]) -> JsonObject:
-    """Return what decides which texts are read, how, and of which model; `exclude` names fields of the config that do not."""
+    """Return the parameters of a stage that reads activations.
+
+    `exclude` names the fields of the extract config that do not change this stage's result and must not change its key.
+    """
     data = job.data.by_role[role]
     declared = Params(role=role, data=data, data_fingerprint=rows.fingerprint(data), extract=config, **model.fields)
+    # `loss_on` matters to training alone: a job that trains on other tokens of the same rows shares the extraction.
     return subject.dumped(declared, exclude={"data": {"loss_on"}, "extract": exclude})
 
 
 class ReadFacts(Facts):
-    """What is known of a part that texts were read for."""
+    """Counts of one part of the activations that were read."""
 
     rows: int
-    """Vectors: texts, or tokens with pooling none."""
+    """Number of vectors: one for each text, or one for each token with pooling none."""
     texts: int
     tokens: int
     cut: int
-    """Texts that were cut."""
+    """Number of texts that were cut to `max_tokens`."""
     seconds: float
 
 
 class PartFacts(ReadFacts):
-    """What is known of a Parquet part."""
+    """Counts and columns of one Parquet part."""
 
     nan: int
-    """Values that are NaN or infinite."""
+    """Number of values that are NaN or infinite."""
     bad_module: str | None
-    """Column of the first of them."""
+    """Column of the first value that is NaN or infinite; None if every value is finite."""
     bad_row: int | None
+    """Row of that value; None if every value is finite."""
     widths: dict[str, int]
-    """Neurons by column."""
+    """Number of neurons of each column."""
 
 
 _LINE = ("path", "rows", "bytes", "sha256", "nan", "bad_module", "bad_row", "seconds")
-"""Facts that `parts.json` holds."""
+"""Fields of `PartFacts` that are written into `parts.json`."""
 
 
 def run(work: Work) -> None:
-    """Extract what is missing in a pool of actors, then gather the parts."""
+    """Extract the missing parts in a pool of actors, then put all parts and their summary into the artifact."""
     start_s, declared = time.monotonic(), Params.model_validate(work.params)
     parts = shards.run(
         work,
@@ -123,6 +132,7 @@ def run(work: Work) -> None:
     shards.collect(work)
     lines = [part.model_dump() for part in parts]
     (work.directory / parquet.PARTS).write_text(json.dumps([{name: line[name] for name in _LINE} for line in lines], indent=1))
+    # A value that is not finite does not stop an extraction of days: the summary names the first one, and readers refuse it.
     bad = next((part for part in parts if part.nan), None)
     summary = {
         "texts": sum(part.texts for part in parts),
@@ -140,7 +150,7 @@ def run(work: Work) -> None:
 
 
 class RowsOfShard(shards.Maker):
-    """Makes a Parquet part of a shard; its rows are in the order of the data set."""
+    """Makes the Parquet part of a shard, with rows in the order of the data set."""
 
     suffix = ".parquet"
 
@@ -153,7 +163,7 @@ class RowsOfShard(shards.Maker):
         self._schema = parquet.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
 
     def close(self) -> None:
-        """Remove the reader's hooks."""
+        """Remove the hooks that read the model."""
         self._reader.close()
 
     @property
@@ -161,8 +171,9 @@ class RowsOfShard(shards.Maker):
         return self._config.pooling == ("none",)
 
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> PartFacts:
-        """Leave the part at `path`; hold no more than a row group of it at once."""
+        """Write the part to `path`, with no more than one row group of it in memory."""
         start_s = time.monotonic()
+        # All texts of the shard are tokenised first: their lengths decide the batches.
         texts, num_cut = self._reader.encode(shard.rows, self._format, shard.first)
         facts = parquet.write_part(self._tables(shard, texts, tell), path)
         return PartFacts(
@@ -183,15 +194,18 @@ class RowsOfShard(shards.Maker):
             read: list[Vectors] = []
             num_done = start
             for vectors in self._reader.read(texts[start:end], shard.first + start):
+                # Moved to the CPU batch by batch: a row group may be larger than the memory of the GPU.
                 read.append(vectors.cpu())
                 num_done += vectors.num_texts
                 tell(num_done)
+            # Batches hold texts of similar length, to save padding; the file has the order of the data set.
             yield self._table(reading.in_order(read), shard, start)
 
     def _table(self, vectors: Vectors, shard: Shard, start: int) -> pa.Table:
         from steerlab.activations import reading
 
         rows_M = [start + row for row in vectors.row_M.tolist()]
+        # With pooling none a text has a row for each token: it is hashed once.
         hashes = {row: text_sha256(shard.rows[row]) for row in set(rows_M)}
         about: dict[str, parquet.AboutColumn] = {
             "sample_id": [shard.first + row for row in rows_M],
@@ -205,7 +219,7 @@ class RowsOfShard(shards.Maker):
 
 
 def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Cut a sequence into stretches [start, end) whose sizes add up to at most `limit`, one item at least."""
+    """Yield ranges [start, end) of consecutive items whose sizes add up to `limit` at most; a larger item is a range alone."""
     start, held = 0, 0
     for i, size in enumerate(sizes):
         if i > start and held + size > limit:
@@ -216,23 +230,28 @@ def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
 
 
 def text_sha256(row: Row) -> str:
-    """Hash what a row's text was made from."""
+    """Return the SHA-256 of the fields from which a row's text is made."""
+    # The fields and not the rendered text, which depends on the tokenizer: the same row has one hash under all models.
     if "text" in row:
         text = str(row["text"])
     elif "messages" in row:
         text = json.dumps(row["messages"], ensure_ascii=False)
     else:
-        beside = [row[name] for name in ("system", "history") if name in row]
-        text = json.dumps([row["instruction"], row["input"] or "", row["output"], *beside], ensure_ascii=False)
+        # Only where a row has them: rows without them keep the hash that existing artifacts hold.
+        more = [row[name] for name in ("system", "history") if name in row]
+        text = json.dumps([row["instruction"], row["input"] or "", row["output"], *more], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, directory: Path) -> Estimate:
-    """Estimate memory and disk of extracting one of the job's data sets; reads the data, and tokenises some of it.
+    """Estimate the memory and disk of extracting one of the job's data sets.
 
-    `directory` holds the model's config and tokenizer.
-
-    A worker holds the weights, what the taps give for one batch and, for rows, a row group in three copies while it is written.
+    Args:
+        job: A job whose data set is read and partly tokenised by this call.
+        role: Key of the data set in the job's `data` section.
+        config: How the activations are read.
+        facts: Sizes of the model.
+        directory: Directory with the model's config and tokenizer; no weights are read.
     """
     from steerlab import models
     from steerlab.inputs import encoding
@@ -244,23 +263,32 @@ def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, dire
     vectors = len(texts) * _vectors_per_text(encoder, config, data.format, texts)
     weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
     if config.keep == "moments":
-        one, parts = _moment_bytes(widths, config), -(-len(texts) // config.rows_per_shard)
+        artifact_bytes, num_parts = _moment_bytes(widths, config), -(-len(texts) // config.rows_per_shard)
+        # A pass holds the moments of its modules and, in float32, what they compute for one batch.
         held = max(
             _moment_bytes(widths[start:end], config) + 4 * config.batch_tokens * sum(widths[start:end])
             for start, end in spans([_moment_bytes([width], config) for width in widths], SUMS_HELD_BYTES)
         )
-        return Estimate(memory_bytes=weights + held, disk_bytes=one, work_bytes=one * parts)
+        return Estimate(memory_bytes=weights + held, disk_bytes=artifact_bytes, work_bytes=artifact_bytes * num_parts)
     batch_bytes = 4 * config.batch_tokens * sum(widths)
     disk_bytes = int(vectors * sum(widths) * _value_bytes(config))
+    # A row group exists three times while it is written: as tensors, as Arrow columns and as encoded Parquet pages.
     return Estimate(memory_bytes=weights + batch_bytes + 3 * min(_GROUP_BYTES, disk_bytes), disk_bytes=disk_bytes)
 
 
 def check_disk(work: Work, params: Params, num_rows: int, some: Sequence[Row]) -> None:
-    """Refuse an extraction of `num_rows` more rows for which ROOT's disk is too small; `some` are rows to judge by.
+    """Refuse an extraction for which ROOT's disk is too small.
+
+    Args:
+        work: The running stage.
+        params: Its parameters.
+        num_rows: Number of rows that are still to be read.
+        some: Some of these rows, from whose length that of all is estimated.
 
     Raises:
-        ValueError: with what is needed and what would need less.
+        ValueError: ROOT has too little free space; the message says how much is needed and which setting lowers it.
     """
+    # An object store has no such limit.
     free = work.store.free_bytes()
     if free is None:
         return
@@ -272,6 +300,7 @@ def check_disk(work: Work, params: Params, num_rows: int, some: Sequence[Row]) -
     directory = stacks.model_directory(loading.ref.locate())
     widths = _widths(models.skeleton(directory, loading.model.trust_remote_code), config)
     if config.keep == "moments":
+        # The sums of every shard stay until their total, as large as one of them, is committed.
         needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)
         less = "raise extract.rows_per_shard or read fewer modules"
     else:
@@ -287,17 +316,20 @@ def check_disk(work: Work, params: Params, num_rows: int, some: Sequence[Row]) -
 
 
 def _widths(skeleton: PreTrainedModel, config: ExtractConfig) -> list[int]:
-    """Guess the width of every column from the modules' weights; what has none is taken to be as wide as the model."""
+    """Estimate the width of every column from the shapes of the modules' weights.
+
+    A linear layer has `in_features` and `out_features`, a norm a weight of one axis; other modules count as wide as the model.
+    """
     from steerlab.patches import taps
 
     name, other = ("out_features", "weight") if config.select.side == "output" else ("in_features", "weight")
-    found = []
+    widths = []
     for tap in taps.select(skeleton, config.select):
         module = skeleton.get_submodule(tap.module)
         weight = getattr(module, other, None)
         vector = weight.shape[0] if weight is not None and weight.dim() == 1 else skeleton.config.hidden_size
-        found.append(getattr(module, name, vector))
-    return found * len(config.pooling)
+        widths.append(getattr(module, name, vector))
+    return widths * len(config.pooling)
 
 
 def _vectors_per_text(
@@ -306,10 +338,11 @@ def _vectors_per_text(
     data_format: str,
     texts: Sequence[Row],
 ) -> float:
-    """Return how many vectors a text gives: one, or the mean number of tokens of some texts."""
+    """Return the mean number of vectors of a text: one, or with pooling none its number of tokens, from a sample of texts."""
     if config.pooling != ("none",):
         return 1
     encoder = load()
+    # Evenly spaced, because a data set may be sorted by length or by topic.
     some = [encoder.from_row(row, data_format) for row in texts[:: max(1, len(texts) // _TEXTS_JUDGED)]]
     lengths = [min(len(text), config.max_tokens) for text in encoder.encode_all(some)]
     return sum(lengths) / len(lengths)
@@ -320,4 +353,5 @@ def _value_bytes(config: ExtractConfig) -> int:
 
 
 def _moment_bytes(widths: Sequence[int], config: ExtractConfig) -> int:
+    # Float64: the mean and the squares of each column, (D,) both, and the second moment, (D, D), where it is configured.
     return 8 * sum(2 * width + config.second_moment * width**2 for width in widths)

@@ -1,11 +1,10 @@
-"""The plan of a job: its stages, with what each of them is for.
+"""The plan of a job: its stages, each under a name that says what it is for.
 
-    plan = Plan.of(job)      walks the chain of jobs once: this job, the one that trains its starting model, and so on
+    plan = Plan.of(job)      follows the chain of jobs: this job, the job that trains its starting model, and so on
     plan.stages              all stages in the order in which they run
-    plan.model, plan.evaluations, plan.below.model, ...     the same stages by what they are
+    plan.model, plan.evaluations, plan.below.model, ...     the same stages by their purpose
 
-Whoever asks what a job does (checks, estimates, the run, a sweep) reads it here. Stages are made when they are first asked for,
-because a source that is not there has no key, and the checks before the start say that better.
+Checks, estimates, runs and sweeps all read a job's stages here.
 """
 
 from __future__ import annotations
@@ -23,30 +22,36 @@ from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, ordered
 
 JobType: type[Job] = job_type(methods.TABLE, evaluation.TABLE)
-"""The closed type of a job: every method and every task of this version, of packages and of files."""
+"""The type of a job in which `method` and `evaluate` accept every known method and task, also those of packages and files."""
 
 
 class Evaluation(NamedTuple):
-    """One task of a job: the stage that runs it, and the one that runs it on the model without the job's patch."""
+    """One task of a job."""
 
     stage: Stage
+    """Runs the task on the job's model."""
     baseline: Stage | None
-    """Shared by all jobs that patch the same model; only where the strength is chosen."""
+    """Runs the task on the model without the job's patch, once for all jobs that patch it; None if no strength is chosen."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of one job; `below` is the plan of the job that trains its starting model."""
+    """The stages of one job."""
 
     job: Job
     below: Plan | None
+    """The plan of the job that trains the starting model; None if the job starts from a source."""
+
+    # Stages are cached properties and made when they are first read: a stage's key needs the fingerprints of its sources, and
+    # the checks before the start report a missing source in better words than a failing constructor would.
 
     @classmethod
     def of(cls, job: Job) -> Plan:
-        """Return the plan of a job, with those of the jobs that it builds on."""
+        """Return the plan of a job, linked to the plans of the jobs that it builds on."""
         jobs = [job]
         while (base := base_job(jobs[-1], JobType)) is not None:
             jobs.append(base)
+        # Built from the last job of the chain upwards, because a plan is frozen and holds the plan below it.
         plan = cls(jobs.pop(), None)
         while jobs:
             plan = cls(jobs.pop(), plan)
@@ -54,7 +59,7 @@ class Plan:
 
     @cached_property
     def chain(self) -> tuple[Plan, ...]:
-        """This plan and those of the jobs below, the lowest last."""
+        """This plan and those of the jobs that it builds on; the last one starts from a source."""
         return (self,) if self.below is None else (self, *self.below.chain)
 
     @property
@@ -64,29 +69,29 @@ class Plan:
 
     @property
     def source(self) -> str:
-        """The source of the model at the bottom."""
-        found = self.chain[-1].job.model.source
-        assert isinstance(found, str)
-        return found
+        """The source from which the last job of the chain starts."""
+        source = self.chain[-1].job.model.source
+        assert isinstance(source, str)
+        return source
 
     @property
     def makes_model(self) -> bool:
-        """Whether the job trains or fits something; else it takes the model that it starts from as it is."""
+        """Whether the job trains or fits something; if not, it only evaluates the model that it starts from."""
         return isinstance(self.method, Fitted) or self.job.train is not None
 
     @property
     def _maker(self) -> Plan:
-        """The plan of the job whose method made the model that this one evaluates."""
+        """The plan of the job whose method made the model that this job evaluates."""
         return self if self.makes_model or self.below is None else self.below._maker
 
     @property
     def leaves_patch(self) -> bool:
-        """Whether the model that is evaluated carries a patch, of this job or of the one below."""
+        """Whether the model that the job evaluates carries a patch, made by this job or by one that it builds on."""
         return self._maker.method.leaves_patch
 
     @property
     def steers(self) -> Selection | None:
-        """Where the patch acts whose strength is varied; None where its method does not say, or everywhere."""
+        """Modules and tokens on which the patch acts whose strength is varied; None if its method does not restrict them."""
         maker = self._maker
         return maker.method.steers(maker.job.method)
 
@@ -97,15 +102,16 @@ class Plan:
 
     @cached_property
     def read(self) -> dict[str, Stage]:
-        """The extractions that the method is fitted or trained on, by the role of their data set."""
+        """The extractions on which the method is fitted or trained, by the role of their data set. Empty for most methods."""
         job, roles = self.job, self.method.reads(self.job.method)
-        assert job.extract is not None or not roles, "a job whose method reads activations says where"
+        assert job.extract is not None or not roles, "a job whose method reads activations has an extract section"
         return {} if job.extract is None else {role: extract.stage(job, role, self.start, job.extract) for role in roles}
 
     @cached_property
     def extracted(self) -> dict[str, Stage]:
-        """The extractions that are asked for their own sake, by the role of their data set."""
+        """Extractions whose artifacts are results of the job themselves, by the role of their data set."""
         job = self.job
+        # An `extract` section belongs to the method if that reads activations; else it says what the job itself is for.
         if job.extract is None or self.method.reads(job.method):
             return {}
         kind = reduce if job.extract.keep == "moments" else extract
@@ -113,12 +119,12 @@ class Plan:
 
     @cached_property
     def preparing(self) -> prepare.Stages:
-        """What the method asks for before its training."""
+        """The stages that prepare the method's training."""
         return prepare.Stages(self.job, self.start, self.source)
 
     @cached_property
     def model(self) -> Stage | None:
-        """The stage that leaves the job's model; None where the job only evaluates the model of its source."""
+        """The stage whose artifact is the job's model; None if the job only evaluates the model of its source."""
         if isinstance(self.method, Fitted):
             return fit.stage(self.job, self.start, self.read)
         if self.job.train is None or not isinstance(self.method, Trained):
@@ -127,51 +133,57 @@ class Plan:
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """The tasks; where the strength is chosen, that is done before them, on development rows."""
+        """The job's tasks; with a `choose` section they run at the strength that is chosen on development rows first."""
         job = self.job
-        made = self.start if self.model is self.start.stage else subject.on(job, self.model)
+        evaluated = self.start if self.model is self.start.stage else subject.on(job, self.model)
         if job.choose is None or not self.leaves_patch:
-            return tuple(Evaluation(evaluate.stage(job, task, made), None) for task in job.tasks)
+            return tuple(Evaluation(evaluate.stage(job, task, evaluated), None) for task in job.tasks)
         candidates = choose.candidates(job.choose)
+        # The development rows are those of the tasks of `choose`; the tasks of `evaluate` have rows of their own, since a
+        # strength that was chosen on the rows of the report would look better than it is.
         tasks = [_changed(task, "development", candidates) for task in job.choose.tasks]
-        development = [evaluate.stage(job, task, made) for task in tasks]
+        development = [evaluate.stage(job, task, evaluated) for task in tasks]
         choice = choose.stage(job, development, [self._baseline(task) for task in tasks])
-        return tuple(Evaluation(evaluate.stage(job, task, made, choice), self._baseline(task)) for task in job.tasks)
+        return tuple(Evaluation(evaluate.stage(job, task, evaluated, choice), self._baseline(task)) for task in job.tasks)
 
     def _baseline(self, task: TaskConfig) -> Stage:
-        """Return the task on the model that the job's patch is attached to, which is one for all patches."""
+        """Return the stage that runs a task on the model to which the job's patch is attached."""
+        # Neither snapshot nor strength is part of it, so that all jobs and trials that patch this model share one artifact.
         plain = self.job.model_copy(update={"snapshot": None})
         return evaluate.stage(plain, _changed(task, UNPATCHED_NAME, (1.0,)), self.start)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """All stages in order, those of the jobs below first."""
-        # The two models one after the other, so that each is loaded once.
-        tasks = [one.stage for one in self.evaluations] + [one.baseline for one in self.evaluations if one.baseline is not None]
+        """All stages in the order in which they run, those of the jobs that this one builds on first."""
+        # All tasks on the patched model, then all on the plain one: a process keeps its model until another one is needed, so
+        # each of the two is loaded once.
+        tasks = [task.stage for task in self.evaluations]
+        tasks += [task.baseline for task in self.evaluations if task.baseline is not None]
         model = [] if self.model is None else [self.model]
         return tuple(ordered([*self.extracted.values(), *(tasks or model)]))
 
     @cached_property
     def trainings(self) -> dict[str, Job]:
-        """The jobs that train something, by the key of their training stage, the lowest first."""
-        trained = [(one.job, one.model) for one in reversed(self.chain)]
+        """The jobs that train something by the key of their training stage, in the order in which they run."""
+        trained = [(plan.job, plan.model) for plan in reversed(self.chain)]
         return {s.key: job for job, s in trained if s is not None and s.name == "train" and job.train is not None}
 
     @property
     def own_code(self) -> tuple[str, ...]:
-        """Whose code runs that is not the platform's: files that the jobs name, packages; for people."""
-        found: dict[str, None] = {}
-        for one in reversed(self.chain):
-            if (method := methods.TABLE.foreign(one.job.method)) is not None:
-                found[f"method {one.job.method.name}: {method}"] = None
+        """Lines for people that name the code outside of the platform that the job runs: user files and other packages."""
+        # A dict and no set, because the lines keep their order.
+        lines: dict[str, None] = {}
+        for plan in reversed(self.chain):
+            if (method := methods.TABLE.foreign(plan.job.method)) is not None:
+                lines[f"method {plan.job.method.name}: {method}"] = None
         for task in [*self.job.evaluate, *(self.job.choose.tasks if self.job.choose else ())]:
-            found |= dict.fromkeys(f"task {name}: {whose}" for name, whose in evaluation.foreign(task))
-        return tuple(found)
+            lines |= dict.fromkeys(f"task {name}: {owner}" for name, owner in evaluation.foreign(task))
+        return tuple(lines)
 
     @property
-    def places(self) -> dict[str, str]:
-        """The fingerprints of the files on disk that the jobs name, by their paths."""
-        return {path: made_of for one in reversed(self.chain) for made_of, path in one.start.places.items()}
+    def files(self) -> dict[str, str]:
+        """Paths of the files on disk that the jobs name -> fingerprints of their content."""
+        return {path: digest for plan in reversed(self.chain) for digest, path in plan.start.paths.items()}
 
 
 def _changed(task: TaskConfig, note: str, strengths: tuple[float, ...]) -> TaskConfig:

@@ -1,6 +1,6 @@
-"""The stages that come before a method's training, as it asks for them: moments, sums over rows, tensors of each row, parts.
+"""The stages that prepare a method's training: moments, sums over rows, tensors of each row, or named parts.
 
-What is made is the method's business (methods/preparations.py), how it is spread over workers that of `spread/making.py`.
+A method requests preparations (methods/preparations.py) and defines their mathematics; `spread/making.py` distributes the work.
 """
 
 from __future__ import annotations
@@ -26,52 +26,62 @@ from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, Stage, Work
 
 _ROWS_JUDGED = 256
-"""Rows that are tokenised to judge the length of all."""
+"""Rows that are tokenised to estimate the mean length of all."""
 
 
-class _Batches(Frozen, extra="ignore"):
-    """Parameters of a sum that decide what it needs."""
+class _SumSizes(Frozen, extra="ignore"):
+    """Parameters of a sum over rows that decide how much memory and disk it needs."""
 
     rows_per_batch: int
     rows_per_shard: int
     max_tokens: int
 
 
-class _Kept(Frozen, extra="ignore"):
-    """Parameters of what is kept of rows that decide what it needs."""
+class _RowSizes(Frozen, extra="ignore"):
+    """Parameters of tensors of each row that decide how much memory they need."""
 
     batch_tokens: int
 
 
 class Prepared(NamedTuple):
-    """The stage of a preparation."""
+    """The stage of a preparation, and its cost."""
 
     stage: Stage
     estimate: Callable[[ModelFacts, Path], Estimate]
-    """(facts of the model, directory with its config and tokenizer) -> what it needs."""
+    """(facts of the model, directory with its config and tokenizer) -> memory and disk that the stage needs."""
 
 
 class Stages(Prepare):
-    """Makes a stage of everything that a job's method asks for before its training."""
+    """Makes a stage of each preparation that a job's method requests before its training."""
 
     def __init__(self, job: Job, model: Subject, source: str) -> None:
-        """Ask the method; `model` is what the job starts from, `source` that of the model at the bottom. Raises ValueError."""
+        """Let the job's method request its preparations.
+
+        Args:
+            job: A job; one without a `train` section has no preparations.
+            model: The model from which the job starts.
+            source: Source of that model's architecture: the source from which the chain of jobs starts.
+
+        Raises:
+            ValueError: the method cannot be prepared on this model or with this data.
+        """
         super().__init__(job.data.by_role)
         self._job, self._model, self._own = job, model, TABLE.version(job.method)
         self.made: dict[str, Prepared] = {}
-        """By name, in the order in which they were asked for."""
+        """Stages by the name of their preparation, in the order in which the method requested them."""
         read: tuple[str, ...] = ()
         if job.train is not None:
+            # Modules without weights: methods look up names and shapes, and the plan must not take the memory of a model.
             skeleton = models.skeleton(sources.fetch(source), job.model.trust_remote_code)
             read = TABLE.of(job.method).prepares(job.method, skeleton, self)
         self.used: dict[str, Stage] = {name: self.made[name].stage for name in read}
-        """Those that the training reads."""
+        """The stages whose artifacts the training loads; the others are inputs of these."""
 
     def make(self, preparation: Preparation) -> None:
         """Add the stage of a preparation."""
         match preparation:
             case Moments(name, role, config):
-                # That of any job that asks for the same.
+                # The same stage as that of a job which only extracts these moments, so both share one artifact.
                 stage = reduce.stage(self._job, role, self._model, config)
                 self.made[name] = Prepared(stage, partial(extract.estimate, self._job, role, config))
             case SumOverRows():
@@ -81,54 +91,58 @@ class Stages(Prepare):
             case MapParts():
                 self._map_parts(preparation)
 
-    def _sum_over_rows(self, asked: SumOverRows) -> None:
-        params = _Batches.model_validate(asked.params)
+    def _sum_over_rows(self, request: SumOverRows) -> None:
+        params = _SumSizes.model_validate(request.params)
 
         def estimated(facts: ModelFacts, directory: Path) -> Estimate:
-            num_shards = -(-len(rows.read(self._job.data.by_role[asked.role])) // params.rows_per_shard)
+            num_shards = -(-len(rows.read(self._job.data.by_role[request.role])) // params.rows_per_shard)
+            # Logits, their log-softmax and their gradient, 4 bytes a value: no activation of a small model is larger.
             logits = 3 * 4 * params.rows_per_batch * params.max_tokens * facts.vocab_size
-            memory_bytes = asked.estimate.memory_bytes + self._weights(facts) + logits
-            return replace(asked.estimate, memory_bytes=memory_bytes, work_bytes=asked.estimate.work_bytes * num_shards)
+            memory_bytes = request.estimate.memory_bytes + self._weights(facts) + logits
+            return replace(request.estimate, memory_bytes=memory_bytes, work_bytes=request.estimate.work_bytes * num_shards)
 
-        run = partial(making.sum_shards, own_code.portable(asked.start))
-        self._add_over_rows(asked, asked.params, run, estimated, self._needed(asked.needs))
+        run = partial(making.sum_shards, own_code.portable(request.start))
+        self._add_over_rows(request, request.params, run, estimated, self._needed(request.needs))
 
-    def _keep_of_rows(self, asked: KeepOfRows) -> None:
+    def _keep_of_rows(self, request: KeepOfRows) -> None:
         assert self._job.train is not None
-        batch_tokens = _Kept.model_validate(asked.params).batch_tokens
-        estimated = partial(self._estimated_rows, asked.role, batch_tokens, asked.values_per_target)
-        run = partial(making.keep_shards, own_code.portable(asked.start))
-        self._add_over_rows(asked, {**asked.params, "max_tokens": self._job.train.max_tokens}, run, estimated, {})
+        batch_tokens = _RowSizes.model_validate(request.params).batch_tokens
+        estimated = partial(self._estimated_rows, request.role, batch_tokens, request.values_per_target)
+        run = partial(making.keep_shards, own_code.portable(request.start))
+        self._add_over_rows(request, {**request.params, "max_tokens": self._job.train.max_tokens}, run, estimated, {})
 
-    def _map_parts(self, asked: MapParts) -> None:
-        of_model = subject.dumped(self._model.params) if asked.reads_model else {}
-        inputs = {**(self._model.inputs if asked.reads_model else {}), **self._needed(asked.needs)}
-        label = ", ".join(asked.parts[:1]) if len(asked.parts) == 1 else f"{len(asked.parts)} parts"
-        run = partial(making.make_parts, own_code.portable(asked.make), asked.parts, asked.reads_model)
-        params = {**asked.params, **self._own, **of_model}
-        stage = Stage(asked.name, asked.version, params, run, inputs, label, self._model.places)
+    def _map_parts(self, request: MapParts) -> None:
+        # A preparation that reads no model does not depend on it, and shares its artifact between jobs on different models.
+        of_model = subject.dumped(self._model.params) if request.reads_model else {}
+        inputs = {**(self._model.inputs if request.reads_model else {}), **self._needed(request.needs)}
+        # People read the name of a single part; of many, their number.
+        label = ", ".join(request.parts[:1]) if len(request.parts) == 1 else f"{len(request.parts)} parts"
+        run = partial(making.make_parts, own_code.portable(request.make), request.parts, request.reads_model)
+        params = {**request.params, **self._own, **of_model}
+        stage = Stage(request.name, request.version, params, run, inputs, label, self._model.paths)
 
         def estimated(facts: ModelFacts, directory: Path) -> Estimate:
-            weights = self._weights(facts) if asked.reads_model else 0
-            return replace(asked.estimate, memory_bytes=asked.estimate.memory_bytes + weights)
+            weights = self._weights(facts) if request.reads_model else 0
+            return replace(request.estimate, memory_bytes=request.estimate.memory_bytes + weights)
 
-        self.made[asked.name] = Prepared(stage, estimated)
+        self.made[request.name] = Prepared(stage, estimated)
 
     def _add_over_rows(
         self,
-        asked: SumOverRows | KeepOfRows,
+        request: SumOverRows | KeepOfRows,
         params: Mapping[str, Json],
         run: Callable[[Work], None],
         estimate: Callable[[ModelFacts, Path], Estimate],
         needed: Mapping[str, Stage],
     ) -> None:
-        data = self._job.data.by_role[asked.role]
+        data = self._job.data.by_role[request.role]
         inputs = {**self._model.inputs, **needed}
-        label = f"{asked.role}: {rows.describe(data)}"
+        label = f"{request.role}: {rows.describe(data)}"
         of_rows = making.OnRows(data=data, data_fingerprint=rows.fingerprint(data), **self._model.fields)
-        whole = {**params, **self._own, **subject.dumped(of_rows)}
-        stage = Stage(asked.name, asked.version, whole, run, inputs, label, self._model.places)
-        self.made[asked.name] = Prepared(stage, estimate)
+        # The method's own parameters first: a method must not overwrite the platform's, which say what was read.
+        all_params = {**params, **self._own, **subject.dumped(of_rows)}
+        stage = Stage(request.name, request.version, all_params, run, inputs, label, self._model.paths)
+        self.made[request.name] = Prepared(stage, estimate)
 
     def _needed(self, names: tuple[str, ...]) -> dict[str, Stage]:
         return {name: self.made[name].stage for name in names}
@@ -139,15 +153,17 @@ class Stages(Prepare):
     def _estimated_rows(
         self, role: str, batch_tokens: int, values_per_target: int, facts: ModelFacts, directory: Path
     ) -> Estimate:
-        """Estimate the disk of kept rows from the length of some of them; a batch of them is held beside the model."""
+        """Estimate the disk of tensors of each row from the length of some rows, and the memory of one batch of them."""
         job = self._job
         assert job.train is not None
         data = job.data.by_role[role]
         read = rows.read(data)
         encoder = encoding.load(directory, job.prompt, job.model.trust_remote_code)
+        # Evenly spaced over the data set, which may be sorted by length or topic.
         some = read[:: -(-len(read) // _ROWS_JUDGED)]
         encoded = encode_data(encoder, some, data.format, job.train.max_tokens, skip_bad=data.skip_bad).rows
         values = values_per_target * sum(sum(row.targets(data.loss_on)) for row in encoded)
         value_bytes = models.DTYPES[job.model.dtype].itemsize
         disk_bytes = int(value_bytes * values / len(some) * len(read))
+        # A rough allowance: 16 tensors of the size of the kept values while a batch goes through the model.
         return Estimate(self._weights(facts) + 16 * value_bytes * batch_tokens * values_per_target, disk_bytes)

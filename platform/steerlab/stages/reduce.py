@@ -1,4 +1,4 @@
-"""The stage that reduces activations to moments: the same texts, actors and shards as extraction, no row is stored."""
+"""The stage that reduces activations to moments: it reads texts as the extraction does, but stores sums instead of rows."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
     """Return the stage that sums the activations that a model has on one of the job's data sets."""
+    # Sums are float64 whatever the dtype of extracted rows, which therefore must not change the key.
     return Stage(
         "moments",
         1,
@@ -35,19 +36,19 @@ def stage(job: Job, role: str, model: Subject, config: ExtractConfig) -> Stage:
         run,
         model.inputs,
         label=f"{role}: {rows.describe(job.data.by_role[role])}",
-        places=model.places,
+        paths=model.paths,
     )
 
 
 class SumFacts(extract.ReadFacts):
-    """What is known of the sums of a shard."""
+    """Counts of one shard, and a description of its sums."""
 
     about: JsonObject
-    """Of which model the sums are, what was read of it, and the columns."""
+    """The model, the places that were read, and the width of each column; the same for all shards of a stage."""
 
 
 def run(work: Work) -> None:
-    """Sum each missing shard in a pool of actors, then merge the sums in the order of the shards."""
+    """Sum each missing shard in a pool of actors, then merge the sums of all shards."""
     from steerlab.activations import moments
 
     start_s, params = time.monotonic(), extract.Params.model_validate(work.params)
@@ -60,6 +61,8 @@ def run(work: Work) -> None:
         lambda num_rows, some: extract.check_disk(work, params, num_rows, some),
     )
     work.directory.mkdir(parents=True, exist_ok=True)
+    # Merged in the order of the shards, not in that in which they came: floating-point addition is not associative, and the
+    # artifact must not depend on which actor was faster.
     with shards.parts(work) as paths:
         widths = moments.Columns.model_validate(parts[0].about).widths
         moments.save(((name, moments.merge_files(paths, name)) for name in widths), work.directory, _summary(parts, start_s))
@@ -79,7 +82,7 @@ def _summary(parts: Sequence[SumFacts], start_s: float) -> JsonObject:
 
 @dataclass
 class _Counts:
-    """What is counted while a shard is read."""
+    """Counts of a shard, filled while its sums are written."""
 
     num_vectors: int = 0
     num_tokens: int = 0
@@ -87,10 +90,10 @@ class _Counts:
 
 
 class SumsOfShard(shards.Maker):
-    """Makes the sums of a shard, one column after another, in a safetensors file.
+    """Makes the safetensors file with the sums of a shard.
 
-    Second moments of a whole model may be larger than it: the places are read in as many passes over the texts as it takes to
-    hold only some of them at once.
+    Second moments of all places may need more memory than the model itself. The texts are then read in several passes, each
+    of which sums some of the places.
     """
 
     suffix = ".safetensors"
@@ -99,6 +102,7 @@ class SumsOfShard(shards.Maker):
         from steerlab.activations import reading
 
         self._model, self._config, self._format = model, params.extract, params.data.format
+        # This reader only tells the columns; each pass makes one of its own, with hooks on its own places.
         reader = reading.TextReader(model, self._config)
         self._widths, self._modules = reader.widths, reader.modules
         reader.close()
@@ -110,10 +114,12 @@ class SumsOfShard(shards.Maker):
         }
 
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> SumFacts:
-        """Leave the sums at `path`."""
+        """Write the sums to `path`, whole or not at all."""
         from steerlab.activations import moments
 
         start_s = time.monotonic()
+        # `save_sums` takes one column at a time from the generator, so that no more than one pass is in memory. The counts are
+        # therefore complete only after it returns.
         counts = _Counts()
         moments.save_sums(self._sums(shard, counts, tell), self._widths, self._config.second_moment, path)
         return SumFacts(
@@ -128,9 +134,10 @@ class SumsOfShard(shards.Maker):
         )
 
     def _sums(self, shard: Shard, counts: _Counts, tell: Callable[[int], None]) -> Iterator[tuple[str, Sums]]:
-        """Yield the sums of every column, those of a pass together."""
+        """Yield the sums of every column, pass after pass, and fill `counts`."""
         from steerlab.activations import reading
 
+        # Columns are place by place, and for each place one for each pooling; all columns of a place are of the same width.
         poolings = len(self._config.pooling)
         sizes = list(self._widths.values())[::poolings]
         groups = list(extract.spans([poolings * self._num_bytes(size) for size in sizes], extract.SUMS_HELD_BYTES))
@@ -140,21 +147,24 @@ class SumsOfShard(shards.Maker):
             counts.num_tokens = sum(len(text) for text in texts)
             total: dict[str, Sums] = {}
             for done in self._pass(reader, texts, shard.first, total):
+                # In rows of one reading of the shard, over all passes, so that progress does not start again with each.
                 tell((number * len(texts) + done) // len(groups))
             reader.close()
             counts.num_vectors = next(iter(total.values())).num_vectors
+            # `pop` frees the memory of a column as soon as it is written.
             yield from ((name, total.pop(name)) for name in list(total))
 
     def _pass(self, reader: TextReader, texts: Sequence[Encoded], first: int, total: dict[str, Sums]) -> Iterator[int]:
-        """Add up one pass over the texts and yield how many are done."""
+        """Read the texts once, add their sums to `total`, and yield the number of texts done after each batch."""
         from steerlab.activations import moments
 
         num_done = 0
         for vectors in reader.read(texts, first):
             for name, z_MD in vectors.values.items():
+                # A sum cannot be repaired once a NaN is in it, unlike rows, where readers can point to the bad one.
                 moments.check_finite(name, z_MD, vectors.row_M, first)
-                known = moments.sums(z_MD, self._config.second_moment)
-                total[name] = moments.merged(total[name], known) if name in total else known
+                batch = moments.sums(z_MD, self._config.second_moment)
+                total[name] = moments.merged(total[name], batch) if name in total else batch
             num_done += vectors.num_texts
             yield num_done
 

@@ -1,4 +1,4 @@
-"""The stage that trains: from a model and rows to an artifact with weights, patch, prompt settings and history."""
+"""The stage that trains a model, or a patch for it: its artifact holds weights or patch, prompt settings and history."""
 
 from __future__ import annotations
 
@@ -31,19 +31,22 @@ class Params(subject.OnModel):
     method: JsonObject
     """The method's config."""
     data: DataConfig
-    """The data sets that are trained on and validated with, and the prompt format."""
+    """The data sets for training and validation, and the prompt format; other data sets of the job are left out."""
     data_fingerprints: dict[str, str | list[str]]
-    """By role."""
+    """Fingerprints of these data sets by role."""
     train: TrainConfig
     reads: tuple[str, ...]
-    """Roles of the extracted activations that the method reads."""
+    """Roles of the data sets whose extracted activations the method reads. Empty for most methods."""
 
 
 def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: Mapping[str, Stage]) -> Stage:
-    """Return the training stage of a job, from its starting model.
+    """Return the training stage of a job.
 
-    `extractions` leave the activations that its method reads, by data role; `prepared` are the preparations that it trains
-    with.
+    Args:
+        job: A job with a `train` section.
+        model: The model from which the training starts.
+        extractions: Stages of the activations that the method reads, by the role of their data set.
+        prepared: Stages of the preparations that the training loads, by name.
     """
     assert job.train is not None
     trains_on = trained(job.method).module.trains_on
@@ -52,23 +55,32 @@ def stage(job: Job, model: Subject, extractions: Mapping[str, Stage], prepared: 
         **model.fields,
         method=subject.dumped(job.method),
         data=job.data,
-        data_fingerprints={role: rows.fingerprint(found) for role, found in data.items()},
+        data_fingerprints={role: rows.fingerprint(data_set) for role, data_set in data.items()},
         train=job.train,
         reads=tuple(sorted(extractions)),
     )
+    # Data sets that this training does not read must not change its key.
     left_out = DataConfig.model_fields.keys() - {*PROMPT_FIELDS, *data}
     inputs = {**model.inputs, **extract.read_by(extractions), **prepared}
     label = f"{job.method.name} on {rows.describe(data[trains_on])}"
-    return Stage("train", 3, subject.dumped(params, exclude={"data": left_out}), run, inputs, label, model.places)
+    return Stage("train", 3, subject.dumped(params, exclude={"data": left_out}), run, inputs, label, model.paths)
 
 
 def run(work: Work) -> None:
-    """Train under Ray Train and DeepSpeed; checkpoints lie in the stage's work directory and survive any kill."""
+    """Train under Ray Train and DeepSpeed.
+
+    Checkpoints lie in the stage's work directory, so a training that was killed continues from the newest one.
+
+    Raises:
+        ValueError: the method trains the model's own weights, and the model carries a patch.
+    """
+    # Ray Train takes seconds to import; a driver that finds the artifact in the cache needs none of it.
     from steerlab.stages.spread import launch, warm
 
     storage = work.store.work(work.stage.name, work.stage.key)
     params = Params.model_validate(work.params)
     method = trained(params.method)
+    # The inputs of the stage are the model, the activations and the preparations; the last have names of the method's choice.
     others = {subject.MODEL, *map(extract.read_as, params.reads)}
     request = Request(
         start=starting_model(work, as_it_is=not method.leaves_model),
@@ -84,16 +96,23 @@ def run(work: Work) -> None:
         warm.fit(request, work.scale, storage=storage, report=work.report)
     else:
         launch.fit(request, work.scale, storage=storage, name="checkpoints", report=work.report)
-    # A training of days may find its empty directory swept away.
+    # A sweep of old temporary directories removes those in which nothing was written for a while, and until now nothing was
+    # written into this one: after a training of days it may be gone.
     work.directory.mkdir(parents=True, exist_ok=True)
     work.store.move_from_work(work.stage.name, work.stage.key, "output", work.directory)
-    assert (work.directory / "training.json").is_file(), "the workers left no artifact"
+    assert (work.directory / "training.json").is_file(), "rank 0 writes training.json into the artifact"
     if not method.leaves_model:
         fit.write_base(work, params, json.loads((work.directory / "prompt.json").read_text()))
 
 
 def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
-    """Return the model that the stage starts from; `as_it_is` takes it with its patches, which frozen weights allow."""
+    """Return a reference to the model from which the training starts.
+
+    `as_it_is` keeps the patches on it, which only methods with frozen weights allow.
+
+    Raises:
+        ValueError: the model carries a patch and `as_it_is` is False.
+    """
     base = work.stage.inputs.get(subject.MODEL)
     if base is None:
         return ModelRef(source=subject.OnModel.model_validate(work.params).model.source)
@@ -103,15 +122,17 @@ def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
         raise ValueError(
             f"model.source: the model of '{base.label}' carries a patch; only a model without one can be trained further"
         )
+    # An artifact of trained weights holds the checkpoint in `model/`, beside history and prompt settings.
     return replace(_located(work, base), subfolder="model")
 
 
-def _located(work: Work, made: Stage) -> ModelRef:
-    return ModelRef(artifact=(work.store.root, made.name, made.key))
+def _located(work: Work, stage: Stage) -> ModelRef:
+    return ModelRef(artifact=(work.store.root, stage.name, stage.key))
 
 
 def _model(params: Params) -> ModelConfig:
-    """Return how the model is loaded, with the sources of what does not lie beside it."""
+    """Return the model's config as the training loop reads it, with the sources of a tokenizer or template elsewhere."""
+    # Defaults stand for the settings that a key leaves out: "artifact" is never read, since `Request.start` names the model.
     model, prompt = params.model, params.prompt
     return ModelConfig(
         source=model.source or "artifact",
@@ -126,24 +147,27 @@ def _model(params: Params) -> ModelConfig:
 
 
 def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate:
-    """Estimate memory and disk of training with Adam: of all weights, of some that their method counts, or of a small patch.
+    """Estimate the memory of one worker and the disk of training with Adam.
 
-    A worker holds weights, gradients and two moments (float32: 16 bytes a parameter; bfloat16 adds a float32 master copy), less
-    what ZeRO shards, and the logits of one micro-batch, which dwarf other activations for small models.
+    A method trains all weights of the model, some parameters that it counts itself (`size`), or a patch that is small beside
+    the frozen weights.
     """
     assert job.train is not None
     method, is_float32 = trained(job.method), job.model.dtype == "float32"
     weight = _FLOAT_BYTES if is_float32 else 2
     sequences = 2 if job.data.by_role[method.module.trains_on].format == "preference" else 1
     tokens = sequences * job.train.micro_batch * job.train.max_tokens
+    # About 16 values of the width of the residual stream are kept for the backward pass of a layer.
     layers = 16 * weight * tokens * facts.hidden_size * facts.num_layers
+    # Logits, their log-softmax and their gradient, in float32: for small models more than all other activations.
     logits = 3 * _FLOAT_BYTES * tokens * facts.vocab_size if method.module.holds_logits else 0
     if method.leaves_model:
+        # Adam's two moments are float32, 8 bytes a parameter; in bfloat16 it also keeps a float32 copy of the weights.
         own, state = weight, 8 if is_float32 else 12
         size = Size(facts.num_parameters)
-    elif (found := method.module.size(job.method, skeleton)) is not None:
+    elif (own_size := method.module.size(job.method, skeleton)) is not None:
         own, state = _FLOAT_BYTES, 8
-        size = Size(found.trained, found.more_bytes + facts.num_parameters * weight)
+        size = Size(own_size.trained, own_size.more_bytes + facts.num_parameters * weight)
     else:
         # Frozen weights need no gradients and no moments; the patch is small beside them.
         return Estimate(memory_bytes=int(facts.num_parameters * weight + layers))
@@ -151,12 +175,14 @@ def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate
     return Estimate(
         memory_bytes=int(size.trained * sharded + size.more_bytes + logits + layers),
         disk_bytes=size.trained * own,
+        # The newest checkpoint, the best one, and the one that is being written.
         work_bytes=3 * int(size.trained * (own + state)),
     )
 
 
 def _per_parameter(job: Job, weight: int, state: int) -> float:
-    """Return the bytes of a trained parameter on a worker: itself, its gradient and what the optimizer keeps of it."""
+    """Return the bytes of one trained parameter on a worker: the parameter, its float32 gradient and the optimizer's state."""
+    # ZeRO stage 1 divides the optimizer's state among the workers, stage 2 the gradients too, stage 3 also the parameters.
     workers, stage_number = job.scale.worker_range[0], job.scale.zero_stage
     return (
         weight / (workers if stage_number == 3 else 1)

@@ -1,1 +1,1 @@
-"""A loaded model with its patches: generate, draw, score, read, export."""
+"""A loaded model with its patches: generate text, draw images, score texts, read hidden states, export."""

@@ -1,7 +1,10 @@
-"""One loaded diffusion pipeline with its patches: draw prompts at several strengths and guidance scales.
+"""A loaded diffusion pipeline with its patches: it draws prompts at several strengths and guidance scales.
 
-The noise of an image is decided by its seed alone, drawn on the CPU, step by step from a generator of its own, so that images
-of one prompt and seed differ by strength and guidance alone. Strengths share batches: a row a strength, prompt by prompt.
+The noise of an image depends on its seed only: each image has its own random generator on the CPU, for the start and for every
+step. Images of one prompt and seed therefore differ by strength and guidance alone. Several strengths of a prompt are rows of
+one batch.
+
+Axes: S strengths, B prompts, C channels, H and W pixels; N patches.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class SteeredPipeline(Steered):
     model: Diffusion
     encoder: Prompter
     _last: tuple[Any, Tensor] | None = field(init=False, default=None)
-    """What was drawn last and how: tasks of one job ask for the same images."""
+    """Arguments and images of the last call of `draw`: several tasks of one job measure the same images."""
 
     @property
     def device(self) -> torch.device:
@@ -40,28 +43,38 @@ class SteeredPipeline(Steered):
     def picture(
         self, prompt: str, *, seed: int = 0, strength: float = 1.0, guidance: float | None = None, steps: int | None = None
     ) -> Image.Image:
-        """Draw one image; `guidance` and `steps` take the place of the sampler's."""
+        """Draw one image.
+
+        Args:
+            prompt: The prompt.
+            seed: Seed of the noise.
+            strength: Strength of the newest patch.
+            guidance: Scale of classifier-free guidance; None for the sampler's.
+            steps: Number of denoising steps; None for the sampler's.
+        """
         drawing = self.encoder.from_row({"text": prompt, "seed": seed}, "text")
         return pictures.picture(self.draw([drawing], strengths=(strength,), guidance=guidance, steps=steps)[0, 0])
 
-    def side_by_side(self, asked: Asked) -> Shown:
-        """Draw a prompt from one noise at several strengths and guidance scales: images, contact sheets, animations."""
-        asked.check("a pipeline", "seed", "guidance")
-        seed, scales = asked.seed or 0, asked.guidance or (self.model.sampler.guidance,)
-        drawing = self.encoder.from_row({"text": asked.prompt, "seed": seed}, "text")
-        images = {scale: self.draw([drawing], strengths=asked.strengths, guidance=scale) for scale in scales}
-        outputs = [(s, pictures.path(s, scale, str(seed))) for scale in scales for s in asked.strengths]
-        return Shown(outputs, pictures.files(images, asked.strengths, [str(seed)], [asked.prompt]))
+    def side_by_side(self, request: Asked) -> Shown:
+        """Draw a prompt from one noise at several strengths and guidance scales; also contact sheets and animations."""
+        request.check("a pipeline", "seed", "guidance")
+        # One noise for all images: they differ by strength and guidance alone.
+        seed, scales = request.seed or 0, request.guidance or (self.model.sampler.guidance,)
+        drawing = self.encoder.from_row({"text": request.prompt, "seed": seed}, "text")
+        images = {scale: self.draw([drawing], strengths=request.strengths, guidance=scale) for scale in scales}
+        outputs = [(s, pictures.path(s, scale, str(seed))) for scale in scales for s in request.strengths]
+        return Shown(outputs, pictures.files(images, request.strengths, [str(seed)], [request.prompt]))
 
     def probe(self, strength: float = 1.0) -> list[Tensor]:
-        """Draw an image from the noise of each of two seeds, (C, H, W)."""
+        """Draw a small image from the noise of each of two seeds, (C, H, W) both."""
+        # Two seeds: an export that ignores the noise would give two equal images and be noticed.
         drawing = self.encoder.small_drawing()
         drawings = [drawing, dataclasses.replace(drawing, seed=1)]
         return list(self.draw(drawings, strengths=(strength,))[0])
 
     @property
     def tolerance(self) -> float:
-        """One level of grey of 255; eight in types of 16 bits."""
+        """One of 255 levels of brightness in float32; eight in types of 16 bits, whose rounding adds up over the steps."""
         return (1 if self.model.denoiser.dtype == torch.float32 else 8) / 255
 
     def save_model(self, directory: Path) -> None:
@@ -69,11 +82,11 @@ class SteeredPipeline(Steered):
         models.save_trained(self.model, {}, directory)
 
     def loading_lines(self, directory: Path) -> str:
-        """Return Python that loads and calls what `save_model` wrote."""
+        """Return Python code that loads the checkpoint of `save_model` with diffusers and draws an image."""
         return self.model.loading_lines(directory)
 
     def asking_line(self, strength: float = 1.0) -> str:
-        """Return Python that draws."""
+        """Return Python code that draws an image with `model`."""
         return f"model.picture({self.model.small_prompt!r}, seed=0, strength={strength:g}).save('image.png')"
 
     @torch.inference_mode()
@@ -85,26 +98,36 @@ class SteeredPipeline(Steered):
         guidance: float | None = None,
         steps: int | None = None,
     ) -> Tensor:
-        """Draw every prompt at every strength, (S, B, C, H, W) in [0, 1] on the CPU.
+        """Draw every prompt at every strength.
 
-        `guidance` and `steps` take the place of the sampler's.
+        Args:
+            drawings: The prompts, each with its seed.
+            strengths: Strengths of the newest patch.
+            guidance: Scale of classifier-free guidance; None for the sampler's.
+            steps: Number of denoising steps; None for the sampler's.
+
+        Returns:
+            Images (S, B, C, H, W) with values in [0, 1], on the CPU.
 
         Raises:
-            FloatingPointError: a NaN or infinite value; step and seed are named.
+            FloatingPointError: a value is NaN or infinite; the message names step and seed.
         """
         self.check_strengths(strengths)
+        # Part of the key: with other patches, or none, the same prompt and seed give other images.
         acting = self.patches if self._attached.handles else ()
-        asked = ([(d.prompt, d.seed) for d in drawings], tuple(strengths), guidance, steps, acting)
-        if self._last is not None and self._last[0] == asked:
+        arguments = ([(d.prompt, d.seed) for d in drawings], tuple(strengths), guidance, steps, acting)
+        if self._last is not None and self._last[0] == arguments:
             return self._last[1]
+        # All strengths of a prompt follow one another, so that a batch holds images which differ by strength only.
         jobs = [(s, p) for p in range(len(drawings)) for s in range(len(strengths))]
+        # Kept on the CPU pass by pass: the images of all strengths may not fit beside the pipeline on a GPU.
         size, drawn = self.model.sampler.images_per_pass, []
         for first in range(0, len(jobs), size):
             chunk = jobs[first : first + size]
             drawn.append(self._draw([drawings[p] for _, p in chunk], [strengths[s] for s, _ in chunk], guidance, steps))
             self.progress(first + len(chunk), len(jobs))
         images = torch.cat(drawn).unflatten(0, (len(drawings), len(strengths))).transpose(0, 1).contiguous()
-        self._last = (asked, images)
+        self._last = (arguments, images)
         return images
 
     def _draw(self, drawings: list[Drawing], strengths: list[float], guidance: float | None, steps: int | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a patch does to the tokens of a response: their log-probabilities, the distance to the model without it, and which
-tokens it promotes.
+"""Measure what a patch does to the tokens of a response: log-probabilities, KL divergence, and the tokens that it promotes.
 
-All is relative to strength 0 of the newest patch. A vector on the logits leaves the hidden states as they are, so one pass
-through the model serves all strengths; of other patches each strength is a pass of its own.
+The reference ("base") is the model at strength 0 of the newest patch. The policy is the model at another strength.
+
+Axes besides those of tokens.py: N response tokens of a batch, K features of a logit patch.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from steerlab.steered.scoring import Predicted, Scores
 
 
 class Response(NamedTuple):
-    """One response at one strength: sums over its tokens, nats."""
+    """One response at one strength. Values are sums over its tokens, in nats."""
 
     log_prob: float
+    """Log-probability of the response."""
     base_log_prob: float
-    """At strength 0."""
+    """Log-probability of the response at strength 0."""
     kl: float
-    """KL(policy || base), of each token's distribution."""
+    """KL(policy || base) of the distributions of the next token, summed over the tokens."""
     num_tokens: int
 
 
 class Scored(NamedTuple):
-    """A pair of responses at one strength."""
+    """The two responses of a preference pair at one strength."""
 
     chosen: Response
     rejected: Response
@@ -40,29 +41,46 @@ class Scored(NamedTuple):
 
 @torch.inference_mode()
 def score(model: SteeredModel, pairs: Sequence[Pair], strengths: Sequence[float]) -> list[list[Scored]]:
-    """Score pairs at every strength; the result is indexed [strength][pair]."""
+    """Score preference pairs at every strength.
+
+    Args:
+        model: A language model, with a patch or without one.
+        pairs: The pairs.
+        strengths: Strengths of the newest patch; a model without a patch accepts 1 only.
+
+    Returns:
+        The scores, indexed [strength][pair].
+
+    Raises:
+        ValueError: a pair does not fit into the model's context, or there is no patch to scale.
+    """
     model.check_strengths(strengths)
-    found: dict[tuple[int, int], Scored] = {}
+    scored: dict[tuple[int, int], Scored] = {}
     for chunk, batch in model.batches(pairs, loss_on="response"):
         tokens = scoring.predicted(batch)
         for number, scores in enumerate(_at_strengths(model, batch, tokens, strengths)):
+            # A batch holds the sequences of its pairs in turn: chosen, rejected, chosen, ...
             responses = _responses(scores, tokens)
-            for place, pair in enumerate(chunk):
-                found[number, pair] = Scored(*responses[2 * place : 2 * place + 2])
-        model.progress(len(found), len(pairs) * len(strengths))
-    return [[found[number, pair] for pair in range(len(pairs))] for number in range(len(strengths))]
+            for row, pair in enumerate(chunk):
+                scored[number, pair] = Scored(*responses[2 * row : 2 * row + 2])
+        model.progress(len(scored), len(pairs) * len(strengths))
+    return [[scored[number, pair] for pair in range(len(pairs))] for number in range(len(strengths))]
 
 
 def _at_strengths(model: SteeredModel, batch: Batch, tokens: Predicted, strengths: Sequence[float]) -> Iterator[Scores]:
     """Yield the scores of a batch's response tokens at every strength."""
     *below, newest = model.patches or (None,)
+    # Other patches change the hidden states, so each strength needs a pass through the model. So does a second logit patch:
+    # the hook of the head would have to act between the two.
     if not isinstance(newest, patches.LogitPatch) or any(patch.kind == "logit" for patch in below):
         base_NV = scoring.wide(model.logits(batch, 0.0 if newest else 1.0, tokens.places)[0])
         for strength in strengths:
+            # Strength 0 is the reference itself, exactly: a second pass could differ in the last bits.
             changes = newest is not None and strength != 0
             policy_NV = scoring.wide(model.logits(batch, strength, tokens.places)[0]) if changes else base_NV
             yield scoring.compared(base_NV, policy_NV - base_NV, tokens.target_N)
         return
+    # A logit patch leaves the hidden states as they are, so one pass serves all strengths: the logits are linear in strength.
     reader = scoring.StateReader(model.model, newest.layer)
     try:
         states = reader(batch, tokens)
@@ -75,8 +93,9 @@ def _at_strengths(model: SteeredModel, batch: Batch, tokens: Predicted, strength
 
 
 def _responses(scores: Scores, tokens: Predicted) -> list[Response]:
-    """Sum the scores of every sequence."""
+    """Sum the scores of the tokens of every response."""
     sizes = tokens.sequence_N.bincount().tolist()
+    # Summed in float64: a response has hundreds of terms, and callers subtract two sums of nearly the same size.
     columns = [
         [float(part.double().sum()) for part in values_N.split(sizes)]
         for values_N in (scores.log_prob_N, scores.reference_N, scores.kl_N)
@@ -85,23 +104,30 @@ def _responses(scores: Scores, tokens: Predicted) -> list[Response]:
 
 
 class Effect(NamedTuple):
-    """What the patch does where one token of a response is predicted."""
+    """How the patch changes the prediction of one token of a response."""
 
     token: str
-    """The response's token."""
+    """The token of the response, as text."""
     norm: float
-    """Norm of the vector that the patch adds to the logits."""
+    """Euclidean norm of the change of the logits."""
     kl: float
-    """KL(policy || base), nats."""
+    """KL(policy || base) of the token's distribution, in nats."""
     promoted: list[tuple[str, float]]
-    """Tokens whose logits rise most, and by how much."""
+    """Tokens whose logits rise most, and the changes of their logits."""
     demoted: list[tuple[str, float]]
-    """Tokens whose logits fall most."""
+    """Tokens whose logits fall most, and the changes of their logits."""
 
 
 @torch.inference_mode()
 def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, strength: float = 1.0) -> list[Effect]:
-    """Say for every token of a conversation's response which `num` tokens the patch promotes and demotes most."""
+    """Return for every token of a conversation's response how the patch changes its prediction.
+
+    Args:
+        model: A language model with a patch.
+        conversation: A conversation with a response.
+        num: Number of promoted and of demoted tokens.
+        strength: Strength of the newest patch.
+    """
     model.check_strengths((strength, 0.0))
     batch = collate([model.encoder.encode(conversation)], model.encoder.pad_id, loss_on="response").to(model.device)
     tokens = scoring.predicted(batch)
@@ -121,5 +147,6 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
 
 
 def _top(model: SteeredModel, vector_V: Tensor, num: int, sign: int = 1) -> list[tuple[str, float]]:
+    # For the tokens whose logits fall, the caller negates the vector, and `sign` the values again.
     values, ids = vector_V.topk(min(num, len(vector_V)))
     return [(model.encoder.shown(i), sign * value) for value, i in zip(values.tolist(), ids.tolist(), strict=True)]

@@ -1,4 +1,8 @@
-"""Write what a run left as a checkpoint of a plain library: with the patches in its weights, or model and patch apart."""
+"""Export a steered model as a checkpoint of transformers or diffusers.
+
+If the patches can be merged into the weights, the checkpoint needs nothing of this package. Otherwise the folder holds the
+model and the patches side by side, and `steerlab.load` opens it.
+"""
 
 from __future__ import annotations
 
@@ -19,40 +23,45 @@ from steerlab.storage.bases import PROMPT
 
 _Steered = language.SteeredModel | language.SteeredPipeline
 STRENGTH = "strength.json"
-"""The strength that is meant where a patch lies beside its model; in weights it is 1."""
+"""File with the strength for which a patch beside a model was exported; absent if the patch is in the weights."""
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """How the exported folder is used."""
 
     lines: str
-    """Python that loads it."""
+    """Python code that loads the folder."""
     reason: str | None
-    """Why the patch lies beside the model; None where it is in the weights."""
+    """Why the patch could not be merged into the weights; None if it was."""
 
 
 def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[str, Any]) -> Exported:
-    """Write a model with the patch that it carries, at a strength, into a new folder.
+    """Write a model with its patches into a new folder, load it again, and compare it with the patched model.
 
-    `loading` holds options of `language.load`. The folder is loaded again and compared with the patched model: the
-    log-probabilities of several conversations, or images. Patches that do not become weights lie beside the model.
+    Args:
+        artifact: Directory of the artifact.
+        directory: The folder; it must not exist.
+        strength: Strength of the newest patch.
+        loading: Options of `language.load`.
 
     Raises:
-        ValueError: the folder exists, or what was saved is not the patched model; nothing stays.
+        ValueError: the folder exists, or the loaded folder gives other log-probabilities or images than the patched model. The
+            folder is then removed.
     """
     if directory.exists():
         raise ValueError(f"{directory} exists already; name a new folder")
     loaded = language.load(artifact, **loading)
     expected = loaded.probe(strength)
+    # How far the patches move the probe: a merged model must be much closer to the patched one than the plain one is.
     effect = max(_differences(expected, loaded.plain_probe()))
     reason = _fold(loaded, directory, strength, expected, effect, loading)
     if reason is None:
         return Exported(loaded.loading_lines(directory), None)
     shutil.rmtree(directory, ignore_errors=True)
-    loaded = language.load(artifact, **loading)  # some of the weights may have changed
+    loaded = language.load(artifact, **loading)  # again, because `fold` may have changed some of the weights before it failed
     _write_apart(loaded, directory, strength)
     error = max(_differences(_load(directory, loading).probe(strength), expected))
-    if not error <= loaded.tolerance:
+    if not error <= loaded.tolerance:  # written so that a NaN is refused as well
         shutil.rmtree(directory)
         raise ValueError(
             f"nothing was exported: what was saved differs by {error:.2g} from the patched model, which is not rounding"
@@ -61,12 +70,12 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
 
 
 def strength_of(directory: Path) -> float:
-    """Return the strength at which a folder was exported, as what it holds now takes it."""
+    """Return the strength at which an exported folder is to be used: 1 if the patch is in the weights."""
     return saved.read(directory / STRENGTH, float) if (directory / STRENGTH).is_file() else 1.0
 
 
 _SHARE = 0.1
-"""Share of the patches' own effect by which the folded weights may miss it."""
+"""Error of the merged weights at most, as a share of the patches' own effect: a weak patch must not vanish in rounding."""
 
 
 def _fold(
@@ -77,7 +86,7 @@ def _fold(
     effect: float,
     loading: Mapping[str, Any],
 ) -> str | None:
-    """Write a model whose weights hold its patches, and return why that is not the patched model; None where it is."""
+    """Write a model whose weights hold its patches; return why that failed, or None if it gives the outputs of `expected`."""
     bound = min(loaded.tolerance, _SHARE * effect) if loaded.patches else loaded.tolerance
     try:
         loaded.fold(strength)
@@ -92,19 +101,21 @@ def _fold(
 
 
 def _load(directory: Path, loading: Mapping[str, Any]) -> _Steered:
-    """Load what was written, in the type in which it was saved, with the same kernels."""
+    """Load an exported folder in the type in which it was saved."""
+    # With the same attention: other kernels round in another way, which would be taken for an error of the export.
     kernels = {name: loading[name] for name in ("attention", "trust_remote_code") if name in loading}
     return language.load(directory, **kernels)
 
 
-def _differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """Return the root mean square difference of each of several probes; infinity where one of them is no number."""
-    differences = [float((one - other).square().mean().sqrt()) for one, other in zip(found, expected, strict=True)]
+def _differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Return the root mean square difference of each pair of tensors; infinity where it is NaN."""
+    differences = [float((a - b).square().mean().sqrt()) for a, b in zip(outputs, expected, strict=True)]
+    # `max` of a list with NaN depends on its order; infinity is always the largest.
     return [math.inf if math.isnan(difference) else difference for difference in differences]
 
 
 def _write_apart(loaded: _Steered, directory: Path, strength: float) -> None:
-    """Write a model, the patches on it, how it is asked, and the strength that is meant."""
+    """Write a model, its patches, its prompt settings and the strength beside one another."""
     loaded.save_model(directory / "model")
     fingerprint = models.fingerprint(loaded.model)
     *below, newest = loaded.patches
@@ -112,4 +123,5 @@ def _write_apart(loaded: _Steered, directory: Path, strength: float) -> None:
         patches.save(patch, directory / BELOW / str(number), fingerprint)
     patches.save(newest, directory / "patch", fingerprint)
     (directory / PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
+    # Not merged into the patch: a user may still want other strengths, which this file only presets.
     (directory / STRENGTH).write_text(json.dumps(strength))

@@ -1,9 +1,12 @@
-"""One loaded model with its patches: generate, score and read hidden states, for every task and method.
+"""A loaded language model with its patches: it generates text, scores texts and reads hidden states.
 
-Decoding is batched and cached; roles are given by position for every chunk, so embedding patches see the right role in
-prefill and in each decoding step. Sampling draws from a generator of its own for each prompt, so what a prompt gets depends on
-the batch and on other strengths by rounding alone. The file is as long as the class is: what it is asked for all works on the
-same batches, caches and strengths.
+Decoding is batched and cached. Each call of the model gets the role of every token, so that patches which depend on roles act
+correctly on the prompt and in each decoding step. Each prompt samples from a random generator of its own, so that its
+continuation depends on other prompts and strengths of a batch by rounding alone.
+
+The file is longer than 300 lines because it is one class: all its methods share batches, caches and strengths.
+
+Axes besides those of tokens.py: S strengths, N chosen tokens.
 """
 
 from __future__ import annotations
@@ -42,11 +45,11 @@ _PROBES = (
         "but I would be glad if the fence were mended before spring, and if you came over for tea. Yours, Ada.",
     ),
 )
-"""Instructions and data by which two copies of a model are compared."""
+"""Instructions and data of `SteeredModel.probe`: short and long, with and without data, with digits and punctuation."""
 _SHOWN_TOKENS = 64
-"""Tokens that are generated for people who do not say how many."""
+"""Number of tokens that `side_by_side` generates by default."""
 _BATCH_TOKENS = 4096
-"""Tokens in one batch: prompts, padding and what may be generated."""
+"""Number of tokens in one batch: prompts, padding and the tokens that may be generated."""
 
 
 class Generation(NamedTuple):
@@ -54,33 +57,39 @@ class Generation(NamedTuple):
 
     text: str
     num_tokens: int
+    """Number of generated tokens, including the one that ends the text and those after a stop text."""
     finished: bool
-    """True when it ended by itself, False when it was cut at `max_new_tokens`."""
+    """True if the model ended the text or a stop text occurred; False if it was cut at `max_new_tokens`."""
     too_long: bool = False
-    """True when the prompt did not fit into the model's context, so that nothing was written."""
+    """True if prompt and continuation do not fit into the model's context, so that nothing was generated."""
 
 
 class TokenLogProbs(NamedTuple):
-    """Log-probabilities (nats) of tokens 1..T-1 of one row, and what those tokens are."""
+    """Log-probabilities of tokens 1..T-1 of one row; the first token has none, since nothing predicts it."""
 
     log_prob: list[float]
+    """Log-probability of each token, in nats."""
     roles: list[int]
+    """Role of each token."""
     in_response: list[bool]
+    """Whether each token belongs to the response."""
     too_long: bool = False
-    """True when the row did not fit into the model's context: the lists are empty."""
+    """True if the row does not fit into the model's context; the lists are then empty."""
 
 
 @dataclass
 class SteeredModel(Steered):
-    """A language model, its tokenizer's encoder and the patches attached to it."""
+    """A language model, its encoder and the patches attached to it."""
 
     model: PreTrainedModel
     encoder: Encoder
     batch_tokens: int = _BATCH_TOKENS
+    """Number of tokens in one batch: prompts, padding and the tokens that may be generated."""
 
     def __post_init__(self) -> None:
         self.model.eval()
-        models.reads_padding(self.model)  # found while nothing is attached
+        # `reads_padding` runs the model once and remembers the answer; it needs the model without patches, so it is called now.
+        models.reads_padding(self.model)
         super().__post_init__()
 
     @property
@@ -90,11 +99,11 @@ class SteeredModel(Steered):
 
     @property
     def max_tokens(self) -> float:
-        """Tokens that the model's context holds; infinity where there is no limit."""
+        """Number of tokens in the model's context; infinity if it has no limit."""
         return models.max_positions(self.model)
 
     def fits(self, conversations: Sequence[Conversation], longest: float = math.inf) -> list[bool]:
-        """Say of each conversation whether it has no more than `longest` tokens and fits into the model's context."""
+        """Return for each conversation whether it has at most `longest` tokens and fits into the model's context."""
         return [len(row) <= min(longest, self.max_tokens) for row in self.encoder.encode_all(conversations)]
 
     @property
@@ -103,47 +112,49 @@ class SteeredModel(Steered):
         return next(models.embedding(self.model).parameters()).device
 
     def answer(self, instruction: str, data: str = "", *, max_new_tokens: int = 128, strength: float = 1.0) -> str:
-        """Answer one instruction about one piece of data, greedily."""
+        """Answer one instruction about some data, with greedy decoding."""
         prompt = self.encoder.conversation(instruction, data)
         return self.generate([prompt], max_new_tokens=max_new_tokens, strengths=(strength,))[0][0].text
 
-    def side_by_side(self, asked: Asked) -> Shown:
+    def side_by_side(self, request: Asked) -> Shown:
         """Continue a prompt at several strengths."""
-        asked.check("a language model", "data", "max_new_tokens", "temperature", "seed")
+        request.check("a language model", "data", "max_new_tokens", "temperature", "seed")
         outputs = self.generate(
-            [self.encoder.conversation(asked.prompt, asked.data or "")],
-            max_new_tokens=asked.max_new_tokens or _SHOWN_TOKENS,
-            temperature=asked.temperature or 0.0,
-            seed=asked.seed or 0,
-            strengths=asked.strengths,
+            [self.encoder.conversation(request.prompt, request.data or "")],
+            max_new_tokens=request.max_new_tokens or _SHOWN_TOKENS,
+            temperature=request.temperature or 0.0,
+            seed=request.seed or 0,
+            strengths=request.strengths,
         )
-        return Shown([(s, output.text) for s, (output,) in zip(asked.strengths, outputs, strict=True)], {})
+        return Shown([(s, output.text) for s, (output,) in zip(request.strengths, outputs, strict=True)], {})
 
     def probe(self, strength: float = 1.0) -> list[Tensor]:
-        """Return the log-probabilities (nats) of the tokens of fixed conversations, (T-1,) each."""
+        """Return the log-probabilities (nats) of the tokens of a few fixed conversations, (T-1,) each."""
         prompts = [self.encoder.conversation(instruction, data) for instruction, data in _PROBES]
+        # Models with a context of a few dozen tokens are compared by the shorter ones.
         limit = models.max_positions(self.model)
         fitting = [p for p, row in zip(prompts, self.encoder.encode_all(prompts), strict=True) if len(row) <= limit]
         return [torch.tensor(scored.log_prob) for scored in self.token_log_probs(fitting, strength=strength)]
 
     @property
     def tolerance(self) -> float:
-        """Nats, in bfloat16 too."""
+        """Nats, for bfloat16 as well: log-probabilities are computed in float32."""
         return 1e-2
 
     def save_model(self, directory: Path) -> None:
         """Write the model and its tokenizer as transformers does."""
         if self.model.generation_config is not None:
-            self.model.generation_config.eos_token_id = sorted(self._end_ids)  # plain transformers ends turns there, too
+            # With all tokens that end a turn here, so that plain transformers stops at the same tokens.
+            self.model.generation_config.eos_token_id = sorted(self._end_ids)
         models.save_model(self.model, self.encoder.tokenizer, directory)
 
     def loading_lines(self, directory: Path) -> str:
-        """Return Python that loads what `save_model` wrote."""
+        """Return Python code that loads the checkpoint of `save_model` with transformers."""
         kind = "AutoModelForCausalLM"
         return f"from transformers import {kind}\nmodel = {kind}.from_pretrained({str(directory)!r})"
 
     def asking_line(self, strength: float = 1.0) -> str:
-        """Return Python that answers."""
+        """Return Python code that answers an instruction with `model`."""
         return f"print(model.answer('instruction', 'data', strength={strength:g}))"
 
     @torch.inference_mode()
@@ -160,13 +171,26 @@ class SteeredModel(Steered):
         stop: Sequence[str] = (),
         skip_long: bool = False,
     ) -> list[list[Generation]]:
-        """Continue every prompt at every strength; the result is indexed [strength][prompt].
+        """Continue every prompt at every strength.
 
-        `temperature` 0 is greedy; the nucleus of `top_p` keeps the token that crosses it. With `skip_long` a prompt that does
-        not fit, together with its continuation, is left out and gets an empty one that is marked `too_long`.
+        Args:
+            prompts: The prompts.
+            max_new_tokens: Number of tokens at which a continuation is cut.
+            temperature: Sampling temperature; 0 for greedy decoding.
+            top_p: Nucleus sampling (Holtzman et al., https://arxiv.org/abs/1904.09751): sample from the most likely tokens
+                whose probabilities reach this sum, including the token that crosses it.
+            repetition_penalty: Factor against tokens that occurred before (Keskar et al., https://arxiv.org/abs/1909.05858,
+                section 4.1); 1 for none.
+            seed: Seed of sampling.
+            strengths: Strengths of the newest patch.
+            stop: Texts at which a continuation ends; they are not part of it.
+            skip_long: Whether a prompt that does not fit into the context gets an empty continuation, marked `too_long`.
+
+        Returns:
+            The continuations, indexed [strength][prompt].
 
         Raises:
-            ValueError: when a prompt and its continuation exceed the model's positions, unless `skip_long`.
+            ValueError: a prompt and its continuation do not fit into the model's context, and `skip_long` is False.
         """
         self.check_strengths(strengths)
         encoded = list(self.encoder.encode_all(prompts, continued=True))
@@ -175,8 +199,11 @@ class SteeredModel(Steered):
         jobs = [(s, p) for p in fitting for s in range(len(strengths))]
         results: dict[tuple[int, int], Generation] = {}
         for chunk in self._batches(jobs, lambda job: len(encoded[job[1]]), max_new_tokens):
+            # Rows of a batch may have different strengths, so all strengths of one prompt decode at the same time.
             rows = [encoded[p] for _, p in chunk]
             strength_B = torch.tensor([strengths[s] for s, _ in chunk])
+            # By the prompt's number in the call, not by its row in a batch: its random numbers are the same for all strengths,
+            # whatever else is in the batch.
             uniforms_BT = uniforms([p for _, p in chunk], max_new_tokens, seed) if temperature else None
             for job, ids in zip(
                 chunk, self._decode(rows, strength_B, max_new_tokens, sampling, uniforms_BT, stop), strict=True
@@ -190,10 +217,10 @@ class SteeredModel(Steered):
     def token_log_probs(
         self, conversations: Sequence[Conversation], *, strength: float = 1.0, skip_long: bool = False
     ) -> list[TokenLogProbs]:
-        """Score the tokens of complete rows under the steered model.
+        """Return the log-probabilities of the tokens of complete conversations under the patched model.
 
         Raises:
-            ValueError: when a row exceeds the model's positions; with `skip_long` it is marked `too_long` instead.
+            ValueError: a conversation does not fit into the model's context; with `skip_long` it is marked `too_long` instead.
         """
         self.check_strengths((strength,))
         encoded = list(self.encoder.encode_all(conversations))
@@ -204,6 +231,7 @@ class SteeredModel(Steered):
             log_probs_BT = _gathered_log_probs(logits_BTV[:, :-1], batch.input_ids[:, 1:]).cpu()
             for row, number in enumerate(chunk):
                 i = fitting[number]
+                # Padding lies on the right, so the first T - 1 scores are those of the row.
                 length = len(encoded[i]) - 1
                 results[i] = TokenLogProbs(
                     log_probs_BT[row, :length].tolist(), encoded[i].roles[1:], encoded[i].in_response[1:]
@@ -213,12 +241,18 @@ class SteeredModel(Steered):
         return [results.get(i, unread) for i in range(len(encoded))]
 
     def batches(self, rows: Sequence[Row], loss_on: str = "all") -> Iterator[tuple[list[int], Batch]]:
-        """Yield padded batches of whole rows on the model's device, and which rows each holds; the longest rows first.
+        """Yield padded batches of complete rows on the model's device, each with the numbers of its rows; the longest first.
+
+        Args:
+            rows: Conversations, or pairs of them.
+            loss_on: Tokens that get labels: "all" or "response".
 
         Raises:
-            ValueError: a row exceeds the model's positions.
+            ValueError: a row does not fit into the model's context.
         """
         self._fitting(rows, 0, skip_long=False)
+        # Beyond a length, some rotary embeddings (dynamic, longrope) depend on the longest row of the batch. Such rows share a
+        # batch only with rows of the same length, so that a row's scores do not depend on its batch.
         alike = models.alike_up_to(self.model)
         groups: dict[int, list[int]] = {}
         for number, row in enumerate(rows):
@@ -229,7 +263,16 @@ class SteeredModel(Steered):
 
     @torch.inference_mode()
     def logits(self, batch: Batch, strength: float, only: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return the logits of a batch at one strength, (B, T, V), or those of some rows and positions, (1, N, V)."""
+        """Return the logits of a batch at one strength.
+
+        Args:
+            batch: The rows.
+            strength: Strength of the newest patch.
+            only: Rows and positions, (N,) both, whose logits are computed; None for all.
+
+        Returns:
+            Logits (B, T, V), or (1, N, V) with `only`.
+        """
         strengths = self._strengths(torch.full((len(batch.labels),), strength))
         return self.model(**batch.patched_inputs, strengths=strengths, only=only, use_cache=False).logits
 
@@ -237,16 +280,21 @@ class SteeredModel(Steered):
     def hidden_states(
         self, conversations: Sequence[Conversation], *, strength: float = 1.0
     ) -> Iterator[tuple[Tensor, Encoded]]:
-        """Yield (L+1, T, D) float32 hidden states on the CPU for each row: the patched embedding, then every layer's output.
+        """Yield the hidden states of each conversation: the output of the embedding and of every layer, with patches.
+
+        Yields:
+            Hidden states (L+1, T, D) in float32 on the CPU, and the encoded conversation.
 
         Raises:
-            ValueError: when a row exceeds the model's positions.
+            ValueError: a conversation does not fit into the model's context.
         """
         self.check_strengths((strength,))
+        # Read by hooks, not by transformers' `output_hidden_states`, whose last entry is the output of the final norm.
         embedding = next(n for n, m in self.model.named_modules() if m is models.embedding(self.model))
         names = [embedding, *models.layer_names(self.model)]
         reader = taps.Reader(self.model, [taps.Tap(name) for name in names])
         try:
+            # One conversation at a time: all layers' states of a batch would fill the memory.
             for row in self.encoder.encode_all(conversations):
                 self._fitting([row], 0, skip_long=False)
                 batch = collate([row], self.encoder.pad_id).to(self.device)
@@ -256,11 +304,12 @@ class SteeredModel(Steered):
             reader.close()
 
     def prefill(self, batch: Batch, strength_B: Tensor) -> Decoding:
-        """Read prompts, padded on the left, and return what continues them.
+        """Read a batch of prompts, padded on the left, and return the state from which they are continued.
 
         Raises:
-            ValueError: there is padding, which the model would read as if it were text.
+            ValueError: the batch has padding, which this model would read as text.
         """
+        # Models that take no positions or masks, such as recurrent ones.
         if not models.reads_padding(self.model) and not bool(batch.attention_mask.all()):
             raise ValueError(f"{type(self.model).__name__} takes no positions: it reads rows of one length at a time")
         written = {"roles": self.encoder.response_role_id, "phases": GENERATION}
@@ -275,7 +324,8 @@ class SteeredModel(Steered):
         uniforms_BT: Tensor | None,
         stop: Sequence[str],
     ) -> list[list[int]]:
-        """Continue rows until each has ended; they are padded on the left so that all end together."""
+        """Return the new tokens of each row, including the one that ends it."""
+        # Padded on the left, so that the last token of every row is in the last column, from which the next one is predicted.
         decoding = self.prefill(collate(rows, self.encoder.pad_id, side="left").to(self.device), strength_B)
         seen = [row.input_ids.copy() for row in rows]
         written: list[list[int]] = [[] for _ in rows]
@@ -284,10 +334,12 @@ class SteeredModel(Steered):
             uniform_B = None if uniforms_BT is None else uniforms_BT[:, step]
             chosen_B = choose(decoding.logits_BV.float(), seen, sampling, uniform_B)
             for row, token in enumerate(chosen_B.tolist()):
+                # Rows that have ended stay in the batch, and their tokens are dropped: removing a row would move the cache.
                 if running[row]:
                     written[row].append(token)
                     seen[row].append(token)
                     running[row] = token not in self._end_ids and not self._stopped(written[row], stop)
+            # Before the step: the last token needs no forward pass after it.
             if not any(running) or step == max_new_tokens - 1:
                 return written
             decoding.step(chosen_B)
@@ -296,14 +348,16 @@ class SteeredModel(Steered):
     @property
     def _end_ids(self) -> set[int]:
         ids: Any = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        known = ids if isinstance(ids, list) else [ids]
-        return {int(i) for i in known if i is not None} | self.encoder.end_ids
+        listed = ids if isinstance(ids, list) else [ids]
+        return {int(i) for i in listed if i is not None} | self.encoder.end_ids
 
     def _stopped(self, ids: list[int], stop: Sequence[str]) -> bool:
+        # On the decoded text, because a stop text may be divided into tokens in several ways.
         return bool(stop) and any(text in self.encoder.decode(ids) for text in stop)
 
     def _finish(self, ids: list[int], max_new_tokens: int, stop: Sequence[str]) -> Generation:
         text = self.encoder.decode(ids)
+        # Cut at the first of the stop texts; a token may hold its beginning and more text after it.
         ends = [text.find(s) for s in stop if s in text]
         finished = bool(ends) or (bool(ids) and ids[-1] in self._end_ids)
         return Generation(text[: min(ends)] if ends else text, len(ids), finished)
@@ -311,11 +365,10 @@ class SteeredModel(Steered):
     def _batches(
         self, jobs: list[tuple[int, int]], length: Callable[[tuple[int, int]], int], more: int
     ) -> Iterator[list[tuple[int, int]]]:
-        """Group (strength, prompt) pairs, whose prompts become longer by `more` tokens.
-
-        Changed weights have one strength a call, other patches one a row; a model that reads no padding, one length.
-        """
+        """Yield batches of (strength, prompt) pairs, whose prompts become longer by `more` tokens."""
+        # A patch of the weights has one strength in a call of the model; other patches take one for each row.
         one_strength = bool(self.patches) and self.patches[-1].kind == "weight"
+        # A model that cannot read padding needs prompts of one length; others do beyond the length explained in `batches`.
         together = models.alike_up_to(self.model) if models.reads_padding(self.model) else 0
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for job in jobs:
@@ -324,9 +377,11 @@ class SteeredModel(Steered):
             yield from self._chunks(groups[group], lambda job: length(job) + more)
 
     def _chunks(self, items: list[_T], length: Callable[[_T], int]) -> Iterator[list[_T]]:
-        """Group items of similar length so that a padded batch stays within `batch_tokens`; longest first."""
+        """Yield groups of items of similar length, the longest first, so that a padded batch has at most `batch_tokens`."""
+        # The longest first: a batch that is too large for the memory fails at the start and not after an hour.
         chunk: list[_T] = []
         for item in sorted(items, key=length, reverse=True):
+            # Padded to the longest row, which is the first. A row longer than `batch_tokens` is a batch alone.
             if chunk and (len(chunk) + 1) * length(chunk[0]) > self.batch_tokens:
                 yield chunk
                 chunk = []
@@ -335,7 +390,11 @@ class SteeredModel(Steered):
             yield chunk
 
     def _fitting(self, rows: Sequence[Row], max_new_tokens: int, skip_long: bool) -> list[int]:
-        """Return the numbers of the rows that fit into the model's context; unless others are skipped, they are refused."""
+        """Return the numbers of the rows that fit into the model's context.
+
+        Raises:
+            ValueError: a row does not fit, and `skip_long` is False.
+        """
         fitting, limit = [], self.max_tokens
         for number, row in enumerate(rows):
             if len(row) + max_new_tokens <= limit:
@@ -348,7 +407,8 @@ class SteeredModel(Steered):
 
 
 def _gathered_log_probs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Return log p(ids) in float32, a row at a time: a full float32 copy of the logits would double the memory."""
+    """Return log p(ids) in nats, (B, T), in float32."""
+    # Row by row: a float32 copy of all logits would need twice the memory of those in bfloat16.
     return torch.stack(
         [
             -torch.nn.functional.cross_entropy(logits.float(), ids, reduction="none")
@@ -368,10 +428,23 @@ def load(
     sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
 ) -> SteeredModel | SteeredPipeline:
-    """Load an artifact or an exported folder: model (in its saved dtype if none is given), patches, prompt settings.
+    """Load a model with its patches from an artifact, an exported folder or a plain checkpoint.
 
-    A pipeline draws as `sampler` says, or else as the result was made. `prompt` holds the settings of a plain model, which has
-    none; `snapshot` takes the patch as it was after that training step.
+    Args:
+        directory: The artifact, folder or checkpoint.
+        dtype: "float32" or "bfloat16"; None for the type in which the model was saved, or float32 for a plain checkpoint.
+        attention: Attention implementation of transformers.
+        device: Device of model and patches.
+        prompt: Prompt settings of a plain checkpoint, which has none of its own (the fields of `SavedPrompt`).
+        snapshot: Training step after which the patch was saved; None for the patch at the end of the training.
+        sampler: How a pipeline draws (the fields of `SamplerConfig`); None for the settings with which it was made.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+
+    Returns:
+        A `SteeredModel` for a language model, a `SteeredPipeline` for a diffusion model.
+
+    Raises:
+        ValueError: a file of the artifact is damaged or missing, or it holds no patch of that snapshot.
     """
     model, encoder, stack = load_stack(
         directory,

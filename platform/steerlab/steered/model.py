@@ -1,6 +1,6 @@
-"""A loaded model with a stack of patches on it: what language models and diffusion pipelines have in common.
+"""A loaded model with a stack of patches: the interface that language models and diffusion pipelines have in common.
 
-Whoever tries a result by hand or writes it out for other libraries talks to a `Steered` and does not ask which kind it is.
+The commands that try a result by hand or export it use this interface, so that they work for both kinds of model.
 """
 
 from __future__ import annotations
@@ -19,53 +19,65 @@ from steerlab import patches
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person asks of a loaded model by hand; None is left to the model."""
+    """A prompt and settings that a person chose for `Steered.side_by_side`; None leaves a setting to the model's default."""
 
     prompt: str
     strengths: tuple[float, ...] = (1.0,)
+    """Strengths of the newest patch; each gives one output."""
     seed: int | None = None
+    """Seed of sampling, or of an image's noise; 0 by default."""
     data: str | None = None
+    """Data that the prompt is an instruction about; language models only."""
     max_new_tokens: int | None = None
+    """Number of tokens to generate at most; language models only."""
     temperature: float | None = None
+    """Sampling temperature, 0 for greedy decoding; language models only."""
     guidance: tuple[float, ...] | None = None
+    """Guidance scales, each of which gives an image for every strength; pipelines only."""
 
-    def check(self, kind: str, *known: str) -> None:
-        """Refuse settings that mean nothing to a kind of model. Raises ValueError."""
-        given = [name for name, value in vars(self).items() if value is not None and name not in ("prompt", "strengths")]
-        unknown = next((name for name in given if name not in known), None)
+    def check(self, kind: str, *accepted: str) -> None:
+        """Raise ValueError if a setting was chosen that a kind of model does not accept."""
+        chosen = [name for name, value in vars(self).items() if value is not None and name not in ("prompt", "strengths")]
+        unknown = next((name for name in chosen if name not in accepted), None)
         if unknown is not None:
-            raise ValueError(f"{unknown.replace('_', '-')} means nothing to {kind}, which takes {', '.join(known)}")
+            raise ValueError(f"{unknown.replace('_', '-')} means nothing to {kind}, which takes {', '.join(accepted)}")
 
 
 class Shown(NamedTuple):
-    """What came of it."""
+    """Texts or image files that one prompt gave, by strength."""
 
     outputs: list[tuple[float, str]]
     """Strength and output: a text, or the path of an image in `files`."""
     files: dict[str, bytes]
-    """Path -> content."""
+    """Contents of image files by path; empty for texts."""
 
 
 @dataclass
 class Steered:
-    """A model and the patches attached to it, the oldest first; strength scales the newest."""
+    """A model and the patches attached to it, the oldest first.
+
+    A strength scales the newest patch; all others act at strength 1, as they did when the newest one was made.
+    """
 
     model: Any
+    """A `PreTrainedModel` or a `Diffusion`."""
     encoder: Any
+    """An `Encoder` or a `Prompter`: it turns rows of data into inputs of the model."""
     patches: tuple[patches.SavedPatch, ...] = ()
     progress: Callable[[int, int], None] = lambda done, total: None
+    """Called with the numbers of finished and of all items (rows, images) while a call computes."""
     _attached: patches.Attached = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model.eval()
+        self.model.eval()  # without dropout: the same inputs give the same outputs
         self.attach()
 
     def attach(self) -> None:
-        """Hang the patches on the model again."""
+        """Attach the patches to the model."""
         self._attached = patches.attach(self.model, self.patches)
 
     def detach(self) -> None:
-        """Take the patches off the model, which can then be changed itself."""
+        """Detach the patches from the model, so that its weights can be changed."""
         self._attached.detach()
 
     @property
@@ -73,17 +85,24 @@ class Steered:
         """Device of the model's inputs."""
         raise NotImplementedError
 
-    def side_by_side(self, asked: Asked) -> Shown:
-        """Answer a prompt at several strengths, for people. Raises ValueError for settings that mean nothing here."""
+    def side_by_side(self, request: Asked) -> Shown:
+        """Answer a prompt at several strengths, for people.
+
+        Raises:
+            ValueError: the request holds a setting that this kind of model does not accept.
+        """
         raise NotImplementedError
 
     def probe(self, strength: float = 1.0) -> list[Tensor]:
-        """Compute something small and fixed from several inputs, by which two copies of a model are compared."""
+        """Return small outputs for fixed inputs, one tensor an input, by which two copies of a model are compared."""
         raise NotImplementedError
 
     def plain_probe(self) -> list[Tensor]:
-        """Compute the same without any patch, and hang the patches on the model again."""
+        """Return the outputs of `probe` for the model without any patch; the patches are attached again afterwards."""
+        # Not `probe(0)`: strength 0 takes away the newest patch only.
         stack = self.patches
+        # `attach` with an empty stack and no bare `detach`: a model without hooks does not accept the arguments (roles,
+        # strengths) that this class passes.
         self.detach()
         self.patches = ()
         self.attach()
@@ -96,7 +115,7 @@ class Steered:
 
     @property
     def tolerance(self) -> float:
-        """By how much `probe` may differ, root mean square, where patches have become weights: rounding."""
+        """Largest root mean square difference of `probe` that is taken for rounding, after patches were merged into weights."""
         raise NotImplementedError
 
     def save_model(self, directory: Path) -> None:
@@ -104,41 +123,42 @@ class Steered:
         raise NotImplementedError
 
     def loading_lines(self, directory: Path) -> str:
-        """Return Python that loads what `save_model` wrote with that library alone."""
+        """Return Python code that loads the checkpoint of `save_model` with its own library, without this package."""
         raise NotImplementedError
 
     def asking_line(self, strength: float = 1.0) -> str:
-        """Return Python that asks `model`, as `steerlab.load` returned it, at a strength."""
+        """Return Python code that prompts `model`, as `steerlab.load` returns it, at a strength."""
         raise NotImplementedError
 
     def fold(self, strength: float) -> None:
-        """Merge the patches into the model's weights, the newest one at a strength, and take them off.
+        """Merge the patches into the model's weights, the newest one at a strength, and detach them.
 
         Raises:
-            patches.CannotFold: the algebra does not allow it; some of the weights may have changed.
+            patches.CannotFold: a patch cannot be expressed by the weights; some of the weights may have changed already.
         """
+        # First, because hooks that stay would apply the patches a second time.
         self.detach()
         for number, patch in enumerate(self.patches, 1):
+            # Older patches have strength 1. The oldest is merged first, as it acts on what the next one reads.
             patch.fold(self.model, strength if number == len(self.patches) else 1.0)
         self.patches = ()
 
     def check_strengths(self, strengths: Sequence[float]) -> None:
-        """Warn of strengths outside of the patch's range. Raises ValueError when there is no patch to scale."""
+        """Warn about strengths outside of the newest patch's range. Raises ValueError if there is no patch to scale."""
         if not self.patches and any(strength != 1 for strength in strengths):
             raise ValueError(f"strengths {list(strengths)} were asked for, but this model carries no patch to scale")
-        means = self.patches[-1].strength_range if self.patches else None
-        outside = [strength for strength in strengths if means and not means[0] <= strength <= means[1]]
-        if outside and means:
+        limits = self.patches[-1].strength_range if self.patches else None
+        outside = [strength for strength in strengths if limits and not limits[0] <= strength <= limits[1]]
+        if outside and limits:
             warnings.warn(
-                f"strengths {outside} lie outside of {list(means)}, where this patch was made to be used", stacklevel=3
+                f"strengths {outside} lie outside of {list(limits)}, where this patch was made to be used", stacklevel=3
             )
 
     def _strengths(self, strength_B: Tensor) -> Tensor | None:
-        """Return the strengths of the stack, (N, B): those below the newest patch stay at 1.
-
-        A strength of 1 everywhere takes the path without mixing: exactly what was trained.
-        """
+        """Return the strengths of all N patches for B rows, (N, B), from those of the newest; None if all of them are 1."""
+        # None makes patches skip the mixing s T(z) + (1 - s) z, whose rounding would change what was trained in the last bits.
         if bool((strength_B == 1).all()):
             return None
+        # On the CPU until the end: the strengths come from Python lists, and one copy to the device is enough.
         below_NB = torch.ones(len(self.patches) - 1, len(strength_B))
         return torch.cat([below_NB, strength_B[None].to(below_NB)]).to(self.device)

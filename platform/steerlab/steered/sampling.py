@@ -1,4 +1,7 @@
-"""How the next token is chosen: greedily, or drawn from a nucleus with numbers of the prompt's own generator."""
+"""Choose the next token: greedily, or by nucleus sampling with random numbers of the prompt's own generator.
+
+Axes besides those of tokens.py: K the most likely tokens of a row, by falling probability.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,55 @@ import torch
 from torch import Tensor
 
 _NUCLEUS = 512
-"""Tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
+"""Number of most likely tokens in which the nucleus is searched; only if it is larger, the whole vocabulary is sorted."""
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen."""
+    """Settings of decoding."""
 
     temperature: float = 0.0
+    """Divisor of the logits; 0 for greedy decoding."""
     top_p: float = 1.0
+    """Probability of the nucleus; 1 for the whole vocabulary."""
     repetition_penalty: float = 1.0
+    """Factor against tokens that occurred before; 1 for none."""
 
 
 def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
-    """Choose the next token of each row, greedily at temperature 0, else by inverting the distribution at `uniform_B`."""
+    """Return the next token of each row, (B,).
+
+    Args:
+        logits_BV: Logits of the next token; changed in place by the repetition penalty.
+        seen: Tokens of each row so far, prompt included.
+        sampling: Settings of decoding.
+        uniform_B: Uniform random numbers in [0, 1), at which the distribution is inverted; None for greedy decoding.
+    """
     if sampling.repetition_penalty != 1:
         for row, ids in enumerate(seen):
             index = torch.tensor(sorted(set(ids)), device=logits_BV.device)
+            # Keskar et al., https://arxiv.org/abs/1909.05858, section 4.1, divides every logit by the factor. That would favour
+            # negative ones, so these are multiplied, as in transformers.
             value = logits_BV[row, index]
             factor = sampling.repetition_penalty
             logits_BV[row, index] = torch.where(value > 0, value / factor, value * factor)
     if uniform_B is None:
         return logits_BV.argmax(-1)
     probs_BK, order_BK = _most_likely(torch.softmax(logits_BV / sampling.temperature, -1), sampling.top_p)
+    # A token belongs to the nucleus if those before it do not reach `top_p` yet: so the one that crosses it does.
     before_BK = probs_BK.cumsum(-1) - probs_BK
     probs_BK = torch.where(before_BK < sampling.top_p, probs_BK, 0)
     cumulative_BK = probs_BK.cumsum(-1)
     target_B1 = uniform_B.to(cumulative_BK)[:, None] * cumulative_BK[:, -1:]
+    # Inverting the cumulative distribution, because `torch.multinomial` has one generator for all rows. The number is scaled by
+    # the sum instead of dividing all probabilities by it; the clamp is for a sum that rounding has left below the number.
     rank_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True).clamp(max=probs_BK.shape[-1] - 1)
     return order_BK.gather(-1, rank_B1)[:, 0]
 
 
 def _most_likely(probs_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return probabilities, the largest first, and their tokens: as many as the nucleus of every row needs, or all."""
+    """Return the largest probabilities in falling order, (B, K), and their tokens: enough for the nucleus of every row."""
     if top_p < 1 and probs_BV.shape[-1] > _NUCLEUS:
-        # Sorting a whole vocabulary takes longer than the model's own layers.
+        # Sorting a whole vocabulary for each token takes longer than the layers of a small model.
         probs_BK, order_BK = probs_BV.topk(_NUCLEUS, dim=-1)
         if bool((probs_BK.sum(-1) > top_p).all()):
             return probs_BK, order_BK
@@ -50,6 +68,7 @@ def _most_likely(probs_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def uniforms(prompts: Sequence[int], num: int, seed: int) -> Tensor:
-    """Return (B, num) uniform numbers, a row for each prompt's own generator."""
+    """Return uniform random numbers in [0, 1), (B, num); each row depends on `seed` and the prompt's number only."""
+    # On the CPU, whose generator gives the same numbers on every machine. The prime keeps prompts of different seeds apart.
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + prompt) for prompt in prompts]
     return torch.stack([torch.rand(num, generator=generator) for generator in generators])

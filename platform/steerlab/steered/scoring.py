@@ -1,10 +1,10 @@
-"""Preference losses on the tokens of responses, in pieces, so that a large vocabulary does not fill the memory.
+"""Preference losses on the tokens of responses, computed in pieces, so that a large vocabulary does not fill the memory.
 
 Rafailov et al., "Direct Preference Optimization", NeurIPS 2023, https://arxiv.org/abs/2305.18290, eq. 7:
 
     L = -log sigmoid( beta [ r(y_w) - r(y_l) ] ),    r(y) = sum over the tokens of y of log pi(y_t) - log pi_ref(y_t)
 
-Where the policy is the reference plus a vector on its logits, z = z_ref + a, both come from one hidden state, and
+If the policy adds a vector a to the logits of the reference, z = z_ref + a, both come from one hidden state, and
 
     KL(pi || pi_ref) = E_pi[a] - logsumexp(z) + logsumexp(z_ref)
 
@@ -29,19 +29,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 1 << 23
-"""Logits of one piece: 32 MB in float32; a handful of such tensors are held at once, whatever the batch and the vocabulary.
-On the CPU pieces of 64 MB took 1.1 to 1.6 times as long: the C library gives their memory back each time, and the kernel clears
-it again."""
+"""Number of logits in one piece: 32 MB in float32. About five tensors of this size exist at once."""
+# On the CPU, pieces of 64 MB took 1.1 to 1.6 times as long: glibc returns blocks of more than 32 MB to the kernel each time,
+# which clears the memory before it hands it out again.
 
 
 class Predicted(NamedTuple):
     """The response tokens of a batch, sequence by sequence."""
 
     sequence_N: Tensor
+    """Row of the batch of each token."""
     position_N: Tensor
-    """Position whose state predicts the token: the one before it."""
+    """Position whose hidden state predicts the token: the one before the token."""
     target_N: Tensor
-    """The token."""
+    """Id of each token."""
 
     @property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -49,19 +50,21 @@ class Predicted(NamedTuple):
         return self.sequence_N, self.position_N
 
     def at(self, values_BTX: Tensor) -> Tensor:
-        """Pick what stands at the positions, (N, X)."""
+        """Return the values at the positions that predict the tokens, (N, X)."""
         return values_BTX[self.places]
 
 
 def predicted(batch: Batch) -> Predicted:
-    """Return the tokens of a batch that are labelled, and where they are predicted."""
+    """Return the tokens of a batch that have labels, and the positions that predict them."""
+    # Position t predicts token t + 1.
     target_BT = batch.labels[:, 1:]
     sequence_N, position_N = (target_BT != IGNORED).nonzero(as_tuple=True)
     return Predicted(sequence_N, position_N, target_BT[sequence_N, position_N])
 
 
 def log_probs(model: nn.Module, batch: Batch, tokens: Predicted) -> Tensor:
-    """Return the log-probabilities (nats) of tokens under a model with its patches, (N,); no other logits are made."""
+    """Return the log-probabilities (nats) of tokens under a model with its patches, (N,)."""
+    # `only` skips the logits of prompts and padding, which would take most of the memory.
     logits_NV = model(**batch.patched_inputs, only=tokens.places, use_cache=False).logits[0]
     return -nn.functional.cross_entropy(wide(logits_NV), tokens.target_N, reduction="none")
 
@@ -70,13 +73,16 @@ class States(NamedTuple):
     """Hidden states of response tokens."""
 
     last_ND: Tensor
-    """What the language modelling head takes."""
+    """Input of the language modelling head."""
     tapped_ND: Tensor
-    """What the vector is a function of: the same, or the output of an earlier layer."""
+    """Input of the logit patch: the same, or the output of an earlier layer."""
 
 
 class StateReader:
-    """Runs a model, with what is attached to it, as far as its head; holds hooks until `close`."""
+    """Runs a model with its patches up to its head and returns hidden states; holds hooks until `close`.
+
+    `layer` is the number of the layer whose output the logit patch reads; None for the input of the head.
+    """
 
     def __init__(self, model: PreTrainedModel, layer: int | None) -> None:
         head = next(name for name, module in model.named_modules() if module is models.head(model))
@@ -86,11 +92,12 @@ class StateReader:
         self._handles = []
         if layer is not None:
             module = model.get_submodule(models.layer_names(model)[layer])
+            # A hook of its own, because the reader reads the inputs of modules, and this is an output.
             self._handles.append(module.register_forward_hook(lambda _m, _i, output: self._keep(output)))
 
     @torch.no_grad()
     def __call__(self, batch: Batch, tokens: Predicted) -> States:
-        """Return the states that predict some tokens of a batch."""
+        """Return the hidden states that predict some tokens of a batch."""
         last_ND = tokens.at(self._reader(**batch.patched_inputs, use_cache=False)[self._head.name])
         return States(last_ND, tokens.at(self._tapped.pop()) if self._handles else last_ND)
 
@@ -105,22 +112,32 @@ class StateReader:
 
 
 class Scores(NamedTuple):
-    """What a policy and its reference say of each token, (N,), in nats."""
+    """Comparison of a policy with its reference at each token, (N,), in nats."""
 
     log_prob_N: Tensor
+    """Log-probability of the token under the policy."""
     reference_N: Tensor
-    """Log-probability under the reference."""
+    """Log-probability of the token under the reference."""
     kl_N: Tensor
-    """KL(policy || reference)"""
+    """KL(policy || reference) of the distributions of the token."""
     square_N: Tensor
-    """Squared norm of the vector between the logits."""
+    """Squared Euclidean norm of the difference of the logits (no unit)."""
 
 
 def compared(reference_NV: Tensor, vector_NV: Tensor, target_N: Tensor, reference_lse_N: Tensor | None = None) -> Scores:
-    """Compare the policy with logits `reference + vector` with its reference, whose logsumexp may be known."""
+    """Compare a policy that adds a vector to the logits of its reference with that reference.
+
+    Args:
+        reference_NV: Logits of the reference, in float32 or wider.
+        vector_NV: The vector that the policy adds.
+        target_N: Ids of the tokens.
+        reference_lse_N: logsumexp of the reference's logits, if the caller has computed it.
+    """
     policy_NV = reference_NV + vector_NV
     policy_lse_N = policy_NV.logsumexp(-1)
     reference_lse_N = reference_NV.logsumexp(-1) if reference_lse_N is None else reference_lse_N
+    # E_pi[a], the first term of the KL. In this form no difference of two log-probabilities of the whole vocabulary is needed,
+    # which would be a further tensor (N, V) and would cancel where policy and reference are close.
     mean_N = ((policy_NV - policy_lse_N[:, None]).exp() * vector_NV).sum(-1)
     return Scores(
         policy_NV.gather(1, target_N[:, None])[:, 0] - policy_lse_N,
@@ -133,16 +150,24 @@ def compared(reference_NV: Tensor, vector_NV: Tensor, target_N: Tensor, referenc
 def scores(
     head: nn.Module, last_ND: Tensor, features_NK: Tensor, up_VK: Tensor, target_N: Tensor, chunk: int = CHUNK_LOGITS
 ) -> Scores:
-    """Compare the model's head, the reference, with itself plus the vector `up features`.
+    """Compare a policy that adds the vector `up_VK features_K` to the logits of a head with that head, differentiably.
 
-    The logits are made in pieces of `chunk`, in float32 or wider, and made again in the backward pass: none outlives its piece.
+    Args:
+        head: Language modelling head of the reference.
+        last_ND: Inputs of the head.
+        features_NK: Features of the logit patch.
+        up_VK: Matrix from features to logits.
+        target_N: Ids of the tokens.
+        chunk: Number of logits that are computed at once.
     """
+    # Each piece is checkpointed: the backward pass computes its logits again, so that no (n, V) tensor outlives its piece.
+    # There is no dropout in a piece, so the state of the random generators need not be saved.
     size = max(1, chunk // len(up_VK))
     pieces = [
         checkpoint(_piece, head, *piece, up_VK, use_reentrant=False, preserve_rng_state=False)
         for piece in zip(last_ND.split(size), features_NK.split(size), target_N.split(size), strict=True)
     ]
-    return Scores(*(torch.cat(found) for found in zip(*pieces, strict=True)))
+    return Scores(*(torch.cat(values) for values in zip(*pieces, strict=True)))
 
 
 @torch.inference_mode()
@@ -154,43 +179,50 @@ def scores_at(
     strengths: Sequence[float],
     chunk: int = CHUNK_LOGITS,
 ) -> list[Scores]:
-    """Return what `scores` says of the vector times each strength, without gradients; states are (last_ND, features_NK).
+    """Return the result of `scores` for the vector times each strength, without gradients.
 
-    Both logits are made once for all strengths.
+    `states` are (last_ND, features_NK); the other arguments are those of `scores`.
     """
     size = max(1, chunk // len(up_VK))
-    found: list[list[Scores]] = [[] for _ in strengths]
+    scored: list[list[Scores]] = [[] for _ in strengths]
+    # Pieces outside, strengths inside: the logits of a piece, which cost the most, are computed once for all strengths.
     for last_ND, features_NK, targets in zip(*(values.split(size) for values in (*states, target_N)), strict=True):
         vector_NV = nn.functional.linear(features_NK, up_VK)
-        reference_NV = head.forward(last_ND).to(vector_NV.dtype)  # without the head's own hooks, as in `_piece`
+        reference_NV = head.forward(last_ND).to(vector_NV.dtype)  # without the head's hooks, as in `_piece`
         lse_N = reference_NV.logsumexp(-1)
-        for pieces, strength in zip(found, strengths, strict=True):
+        for pieces, strength in zip(scored, strengths, strict=True):
             pieces.append(compared(reference_NV, strength * vector_NV, targets, lse_N))
-    return [Scores(*(torch.cat(values) for values in zip(*pieces, strict=True))) for pieces in found]
+    return [Scores(*(torch.cat(values) for values in zip(*pieces, strict=True))) for pieces in scored]
 
 
 def _piece(head: nn.Module, last_ND: Tensor, features_NK: Tensor, target_N: Tensor, up_VK: Tensor) -> Scores:
-    # The head's own hooks would add the vector a second time.
+    # `forward` and not a call: the hook of an attached patch on the head would add the vector a second time.
     reference_NV = head.forward(last_ND)
     vector_NV = nn.functional.linear(features_NK, up_VK)
     return compared(reference_NV.to(vector_NV.dtype), vector_NV, target_N)
 
 
 def wide(values: Tensor) -> Tensor:
-    """Return values in float32, or in the wider type that they have."""
+    """Return values in float32, or unchanged if their type is wider."""
+    # Float64 stays: tests compare gradients with finite differences in it.
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def dpo(log_ratio_N: Tensor, tokens: Predicted, beta: float, length_average: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the losses (nats) and the margins, beta times the difference of the two sums of log-ratios, of the pairs, (P,).
+    """Return the DPO losses (nats) and margins of pairs, (P,) both.
 
-    `length_average` takes means over the tokens of a response in place of sums.
+    Args:
+        log_ratio_N: log pi(y_t) - log pi_ref(y_t) of each response token.
+        tokens: The response tokens, of sequences chosen, rejected, chosen, ...
+        beta: Scale of the margin (beta in eq. 7).
+        length_average: Whether r(y) is the mean over the tokens of a response instead of the sum.
     """
     num = int(tokens.sequence_N[-1]) + 1
     sum_S = log_ratio_N.new_zeros(num).index_add(0, tokens.sequence_N, log_ratio_N)
     if length_average:
         sum_S = sum_S / tokens.sequence_N.bincount(minlength=num)
     margin_P = beta * (sum_S[0::2] - sum_S[1::2])
+    # `logsigmoid` and not log(sigmoid(x)), which is -inf for margins below about -100 in float32.
     return -nn.functional.logsigmoid(margin_P), margin_P
 
 

@@ -1,4 +1,4 @@
-"""Load what lies in a directory: a model, what makes its inputs, and the patches of its artifacts, none attached yet."""
+"""Load a model, its encoder and its patches from a directory, without attaching the patches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from steerlab.storage import bases
 from steerlab.storage.bases import BASE, PROMPT, SavedPrompt
 
 BELOW = "below"
-"""Folder of an artifact with the patches under its newest one, numbered from the lowest."""
+"""Folder of an exported model with the older patches, in subfolders numbered from the oldest."""
 
 
 def encoder_of(model: Any, directory: Path, prompt: Mapping[str, object] | None, trust_remote_code: bool = False) -> Any:
-    """Return what makes rows of data into inputs of a model: the encoder of its tokenizer, or a pipeline's prompter."""
+    """Return the object that turns rows of data into inputs of a model: an `Encoder`, or a `Prompter` for a pipeline."""
     encoder: RowEncoder = (
         Prompter(model) if isinstance(model, Diffusion) else encoding.load(directory, prompt, trust_remote_code)
     )
@@ -28,14 +28,14 @@ def encoder_of(model: Any, directory: Path, prompt: Mapping[str, object] | None,
 
 
 class Stack(NamedTuple):
-    """A loaded model and its patches, none attached yet."""
+    """A loaded model and its patches, which are not attached yet."""
 
     model: Any
     """A `PreTrainedModel` or a `Diffusion`."""
     encoder: Any
     """An `Encoder` or a `Prompter`."""
     patches: tuple[patches.SavedPatch, ...]
-    """The lowest first."""
+    """The patches, the oldest first."""
 
 
 def load_stack(
@@ -49,10 +49,20 @@ def load_stack(
     sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
 ) -> Stack:
-    """Load a model, its encoder and the patches of its artifacts, the lowest first, none attached yet.
+    """Load a model, its encoder and its patches.
 
-    A directory without prompt settings of its own is a plain model, prompted by `prompt`. An artifact of a frozen model holds
-    its patch alone and names in `base.json` what it stands on: a source, or an artifact beside it.
+    Args:
+        directory: An artifact, an exported folder, or a plain checkpoint (a directory without `prompt.json`).
+        dtype: "float32" or "bfloat16"; None for the saved type, or float32 for a plain checkpoint.
+        attention: Attention implementation of transformers.
+        seed: Seed of weights that a plain checkpoint does not hold.
+        prompt: Prompt settings of a plain checkpoint.
+        snapshot: Training step after which the newest patch was saved; None for the end of the training.
+        sampler: How a pipeline draws; None for the settings with which it was made.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+
+    Raises:
+        ValueError: a file is damaged, a model that a patch is for does not exist, or there is no patch of this snapshot.
     """
     directory = Path(directory)
     if not (directory / PROMPT).is_file():
@@ -68,8 +78,10 @@ def load_stack(
     prompt = saved.read(directory / PROMPT, SavedPrompt).model_dump(mode="json", exclude_unset=True)
     sampler = prompt.get("sampler") if sampler is None else sampler
     below: tuple[patches.SavedPatch, ...] = ()
+    # An artifact of a frozen model holds its patch alone, and names in `base.json` the model that the patch is for.
     if (directory / BASE).is_file():
-        bases.chain(directory)  # which ends
+        bases.chain(directory)  # raises if the models refer to one another in a circle: the recursion below would not end
+        # The prompt settings are for a plain checkpoint at the end of the chain, which has none of its own.
         model, encoder, below = load_stack(
             bases.below(directory),
             dtype=dtype,
@@ -80,7 +92,7 @@ def load_stack(
         )
     else:
         checkpoint = directory / "model" if (directory / "model").is_dir() else directory
-        # Other weights of a denoiser are in the checkpoint, trained further or not.
+        # The sampler's own weights of the denoiser were loaded before the model was saved, so the checkpoint holds them.
         sampler = None if sampler is None else {**sampler, "denoiser": None}
         model = models.load_model(
             checkpoint,
@@ -91,18 +103,19 @@ def load_stack(
         )
         encoder = encoder_of(model, checkpoint, prompt, trust_remote_code)
     numbered = [path for path in (directory / BELOW).glob("*") if path.name.isdecimal()]
-    numbered.sort(key=lambda path: int(path.name))
+    numbered.sort(key=lambda path: int(path.name))  # as numbers: "10" comes after "9"
     below = (*below, *(patches.load(path) for path in numbered))
     patch_dir = directory / "patch" if snapshot is None else directory / "snapshots" / str(snapshot)
     if not patches.exists(patch_dir):
         if snapshot is not None:
             raise ValueError(f"{directory} holds no patch of step {snapshot}; train.snapshots says which steps are kept")
         return Stack(model, encoder, below)
+    # A patch beside its own model was saved with it; one on another model is checked against that model's fingerprint.
     newest = patches.load(patch_dir, model if (directory / BASE).is_file() else None)
     return Stack(model, encoder, (*below, newest))
 
 
 def model_directory(directory: Path) -> Path:
-    """Return where the config and the tokenizer of a source or an artifact lie, whatever patches stand on it."""
+    """Return the directory with the config and the tokenizer of a model, given its own directory or that of a patch for it."""
     directory = bases.chain(directory)[-1]
     return directory / "model" if (directory / "model").is_dir() else directory

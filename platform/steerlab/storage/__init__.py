@@ -1,1 +1,1 @@
-"""What stays on disk: artifacts addressed by what made them, the plan that makes them, tensors."""
+"""Artifacts on disk, each addressed by a hash of what made it; the plan that makes them; tensor files."""

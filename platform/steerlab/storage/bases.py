@@ -1,4 +1,4 @@
-"""What a saved model or patch stands on, and how it is asked: two small files of an artifact or an exported folder."""
+"""Two small files beside a saved model or patch: `base.json` names the model of a patch, `prompt.json` how it is prompted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from steerlab.job import Frozen, SamplerConfig
 
 PROMPT, BASE = "prompt.json", "base.json"
 _MAX_BASES = 100
-"""Models that stand on one another: jobs may build on jobs, but not for ever."""
+"""Length of a chain of patched models at most; a longer one is taken for a damaged file."""
 
 
 class SavedPrompt(Frozen):
-    """How a saved model or patch is asked: the settings of an encoder, or those of a pipeline."""
+    """Content of `prompt.json`: the settings of a language model's encoder, or `sampler` for a diffusion pipeline.
+
+    The settings have the meanings of the fields of a job's `data` and `model` sections.
+    """
 
     prompt_style: Literal["aside", "plain"] = "aside"
     response_role: Literal["data", "instruction", "response"] = "data"
@@ -29,42 +32,58 @@ class SavedPrompt(Frozen):
 
 
 class SavedBase(Frozen):
-    """What the patch of a frozen model stands on: a source, or the artifact of a stage beside its own."""
+    """Content of `base.json`: the model that a patch is for, as a source or as an artifact in the same ROOT."""
 
     source: str | None = None
+    """Source of the model; None if it is an artifact."""
+    # The patterns keep a file that somebody else wrote from leading out of ROOT.
     stage: Annotated[str, Field(pattern=r"^[a-z_]*$")] = ""
+    """Stage of the artifact; empty if the model is a source."""
     key: Annotated[str, Field(pattern=r"^[0-9a-z]*$")] = ""
+    """Key of the artifact; empty if the model is a source."""
 
 
 def read(directory: Path) -> SavedBase | None:
-    """Return what the patch in a directory stands on; None where the directory holds the whole model. Raises ValueError."""
+    """Return which model the patch in a directory is for; None if the directory holds a whole model.
+
+    Raises:
+        ValueError: `base.json` is damaged.
+    """
     return saved.read(directory / BASE, SavedBase) if (directory / BASE).is_file() else None
 
 
 def below(directory: Path) -> Path:
-    """Return the directory of the model that the patch in a directory stands on.
+    """Return the directory of the model that the patch in a directory is for.
 
     Raises:
-        ValueError: `base.json` is damaged, or the model is not there.
+        ValueError: `base.json` is damaged, or the model does not exist.
     """
     base = saved.read(directory / BASE, SavedBase)
     if base.source is not None:
         return sources.fetch(base.source)
-    found = directory.absolute().parents[1] / base.stage / base.key
-    if not base.stage or not base.key or not (found / PROMPT).is_file():
-        raise ValueError(f"{directory} stands on the artifact {base.stage}/{base.key[:12]}, which is not beside it")
-    return found
+    # Artifacts lie at artifacts/STAGE/KEY, in ROOT and in the cache of an object store alike.
+    model = directory.absolute().parents[1] / base.stage / base.key
+    if not base.stage or not base.key or not (model / PROMPT).is_file():
+        raise ValueError(
+            f"{directory} holds a patch for the model of the artifact {base.stage}/{base.key[:12]}, which is missing: "
+            f"copy it to {model}"
+        )
+    return model
 
 
 def chain(directory: Path) -> list[Path]:
-    """Return a directory and those of the models below it, the lowest last.
+    """Return a directory, the directory of the model that its patch is for, and so on; the last one holds a whole model.
 
     Raises:
-        ValueError: one of them is not there, or they go in a circle.
+        ValueError: one of the models does not exist, or they refer to one another in a circle.
     """
-    found = [directory]
-    while (found[-1] / BASE).is_file():
-        found.append(below(found[-1]))
-        if len(found) > _MAX_BASES or found[-1].resolve() in [path.resolve() for path in found[:-1]]:
-            raise ValueError(f"{directory / BASE}: the models that it stands on go in a circle, or are more than {_MAX_BASES}")
-    return found
+    directories = [directory]
+    while (directories[-1] / BASE).is_file():
+        directories.append(below(directories[-1]))
+        # Resolved, because a link would give the same directory a new name in each round.
+        if len(directories) > _MAX_BASES or directories[-1].resolve() in [path.resolve() for path in directories[:-1]]:
+            raise ValueError(
+                f"{directory / BASE}: the models that its patch builds on refer to one another in a circle, or are more than "
+                f"{_MAX_BASES}"
+            )
+    return directories

@@ -1,4 +1,15 @@
-"""Claims: the only right to do something below ROOT, held by one process of all that use it."""
+"""Claims: the exclusive right to compute a stage or to drive a sweep below a ROOT.
+
+Two runs on one ROOT exclude each other, so that the second waits and then uses the first one's artifact,
+
+- on a local ROOT: always when they run on one machine, in whatever Ray cluster or process. (The claim is a lock of the kernel,
+  `flock`. On a network disk it excludes other machines only if the disk passes locks on; NFS 4 does, some others do not.)
+- on an object store: only if both run in the same Ray cluster. (The claim is the name of an actor, which one cluster knows.)
+
+Two Ray clusters on one bucket do NOT exclude each other. They share every artifact that is finished, but if both need the same
+missing one at the same time, both compute it in the same work directory, where each may overwrite the other's checkpoints and
+parts. Let one cluster at a time compute on a bucket, or give each its own ROOT.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +29,29 @@ _POLL_S = 0.2
 
 
 class Held(RuntimeError):
-    """Somebody else holds a claim that nobody wants to wait for."""
+    """Another process holds the claim, and the caller did not want to wait."""
 
 
 @contextmanager
 def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
-    """Hold a claim; it ends with the process that holds it, however that dies. Raises Held if it is taken and not waited for.
+    """Hold a claim while the block runs. It ends with the process, in whatever way that dies.
 
-    On a local ROOT it is a file lock, which the kernel gives back; elsewhere the name of a Ray actor, which Ray gives back when
-    the driver that made it is gone. Two Ray clusters on one bucket are not kept apart.
+    Args:
+        store: The store whose users exclude each other (see the top of this file for the exceptions).
+        name: Name of the claim: a file name.
+        wait: Whether to wait until other holders are done.
+
+    Raises:
+        Held: another process holds the claim, and `wait` is False.
     """
     if store.is_local:
         path = Path(store.root.removeprefix("file://")) / "claims" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
+        # The lock file is never removed: a process that waits for it would lock a file that others no longer see.
+        with ExitStack() as lock:
+            # Entered by hand, so that a BlockingIOError of the caller's block is not taken for a held claim.
             try:
-                held.enter_context(files.locked(path, wait=wait))
+                lock.enter_context(files.locked(path, wait=wait))
             except BlockingIOError:
                 raise Held(name) from None
             yield
@@ -44,6 +62,7 @@ def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
     finally:
         import ray
 
+        # Ray ends the actor with its driver in any case; without this line the claim would last until the driver ends.
         ray.kill(actor)
 
 
@@ -55,14 +74,16 @@ def _claim_actor(name: str, wait: bool) -> ActorHandle:
         def held(self) -> bool:
             return True
 
+    # On the driver's node: if another node goes away, its actors die, and the claim with them, while the work goes on.
     beside_the_driver: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     make: Any = ray.remote(num_cpus=0, scheduling_strategy=beside_the_driver)(Claim)
     while True:
         try:
+            # A namespace of its own: without one, Ray gives each job a random one, and no two jobs see the same name.
             actor = make.options(name=name, namespace="steerlab").remote()
-            ray.get(actor.held.remote())
+            ray.get(actor.held.remote())  # returns when the actor has started, and with it the claim
             return actor
-        except ValueError:  # the name is taken: somebody else is running this stage
+        except ValueError:  # Ray 2's error for a name that is taken: another driver of this cluster holds the claim
             if not wait:
                 raise Held(name) from None
             time.sleep(_POLL_S)

@@ -1,4 +1,4 @@
-"""What an artifact holds: its manifest, made, and checked against what lies there."""
+"""The manifest of an artifact, which lists its files: how it is made, and how the files are checked against it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SCHEMA = 1
 
 
 class StoredFile(Content):
-    """A file of an artifact."""
+    """A file of an artifact: path, size in bytes, SHA-256."""
 
     path: str
-    """Relative to the artifact."""
+    """Path relative to the artifact, with forward slashes."""
 
 
 class Manifest(TypedDict):
@@ -28,13 +28,14 @@ class Manifest(TypedDict):
     stage: Json
     key: Json
     meta: JsonObject
-    """How the artifact was made."""
+    """How the artifact was made: parameters, version and inputs of the stage, and the seconds that it took."""
     files: list[StoredFile]
     schema: Json
 
 
 def listing(directory: Path) -> list[StoredFile]:
-    """Return the files of a directory that becomes an artifact."""
+    """Return the files of a directory that becomes an artifact, with their sizes and hashes."""
+    # Sorted: the order in which a directory is listed depends on the filesystem.
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
     return [
         StoredFile(path=path.relative_to(directory).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
@@ -43,26 +44,33 @@ def listing(directory: Path) -> list[StoredFile]:
 
 
 def check(manifest: Json, artifact: str) -> Manifest:
-    """Return a manifest, and refuse what is none: whoever may write into ROOT may have left it there. Raises StoreError."""
-    found = manifest if isinstance(manifest, dict) else {}
-    files, meta = found.get("files"), found.get("meta")
+    """Return a manifest that was read from the store.
+
+    Raises:
+        StoreError: it is no manifest, or names files outside of the artifact.
+    """
+    # Everybody who may write into ROOT may have written it, and its paths are opened as they are.
+    fields = manifest if isinstance(manifest, dict) else {}
+    files, meta = fields.get("files"), fields.get("meta")
     if not isinstance(files, list) or not isinstance(meta, dict):
         raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} names neither files nor meta")
     checked = [_checked_file(file, artifact) for file in files]
-    return Manifest(stage=found.get("stage"), key=found.get("key"), meta=meta, files=checked, schema=found.get("schema"))
+    return Manifest(stage=fields.get("stage"), key=fields.get("key"), meta=meta, files=checked, schema=fields.get("schema"))
 
 
 def _checked_file(file: Json, artifact: str) -> StoredFile:
     path, size, digest = (file.get(name) for name in ("path", "bytes", "sha256")) if isinstance(file, dict) else (None,) * 3
     if not isinstance(path, str) or not isinstance(size, int) or not isinstance(digest, str):
         raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} describes a file by {file!r:.100}")
+    # An absolute path, or one with "..": a download would write there.
     if escapes(path) or not path:
         raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} names {path!r:.100}, outside of it")
     return StoredFile(path=path, bytes=size, sha256=digest)
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
-    """Compare the files of an artifact with its manifest. Raises StoreError."""
+    """Compare the sizes of an artifact's files with its manifest. Raises StoreError if one differs or a file is missing."""
+    # Sizes and not hashes: this runs each time a stage reads the artifact, and hashing a model takes minutes.
     for file in manifest["files"]:
         path = directory / file["path"]
         if not path.is_file():
@@ -72,7 +80,7 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
 
 
 def damaged(directory: Path | str, file: str, what: str) -> StoreError:
-    """Return the error that says what is wrong with a file of an artifact."""
+    """Return the error for a damaged file of an artifact; `what` says what is wrong with it."""
     return StoreError(f"artifact {directory} is damaged: {file} {what}; remove the directory and it is made again")
 
 

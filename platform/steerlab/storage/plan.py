@@ -1,10 +1,14 @@
-"""A job's plan: stages addressed by what made them, run at most once each, whoever else is running.
+"""A plan: stages, each addressed by a hash of what made it, and each computed once.
 
     key = SHA-256(stage name, stage version, declared parameters, keys of the inputs)
 
-A stage is a pure function of its parameters and inputs that fills one directory. It is handed nothing else that could change
-the result, so a field that it did not declare cannot reach it. How the work is spread (`scale`) is handed over apart and
-never hashed.
+A stage is a pure function that fills one directory from its parameters and inputs. It receives nothing else that could change
+the result, so that a setting which is not part of its key cannot reach it. The size of the cluster (`scale`) is passed
+separately and never hashed, since it must not change a result.
+
+Runs on one ROOT share work: a stage whose artifact exists is skipped, and a stage that another run is computing is waited for.
+The waiting works on a local ROOT for all runs on one machine, and on an object store for all runs in one Ray cluster. Two Ray
+clusters on one bucket share finished artifacts only, and must not compute the same stage at the same time (claims.py).
 """
 
 from __future__ import annotations
@@ -30,39 +34,40 @@ Report = Callable[[dict[str, float]], None]
 
 
 class StageError(RuntimeError):
-    """A stage failed; the message names the stage, the cause and where to read on."""
+    """A stage failed; the message names the stage, the cause and the log file."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage is expected to need; rough, and said to be."""
+    """Rough estimate of the memory and disk that a stage needs."""
 
     memory_bytes: int = 0
-    """Peak of one worker."""
+    """Peak memory of one worker, in bytes; 0 if unknown."""
     disk_bytes: int = 0
-    """Size of the artifact."""
+    """Size of the artifact, in bytes; 0 if unknown or small."""
     work_bytes: int = 0
-    """Checkpoints while it runs."""
+    """Size of checkpoints and parts in the work directory while the stage runs, in bytes; 0 if there are none."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """All that a running stage is handed."""
+    """Everything that a running stage receives."""
 
     store: Store
     stage: Stage
     directory: Path
-    """The directory to fill; it becomes the artifact."""
+    """Empty local directory to fill; it becomes the artifact when the stage returns."""
     inputs: Mapping[str, Path]
     """Local directories of the input artifacts, under the names of `Stage.inputs`."""
     scale: ScaleConfig
+    """Number and size of workers; must not change the result."""
     report: Report
     """Takes metrics and progress while the stage runs."""
 
     @property
     def params(self) -> JsonObject:
-        """The declared parameters, with files on disk by their paths."""
-        return {name: replaced(value, self.stage.places) for name, value in self.stage.params.items()}
+        """The declared parameters, in which the fingerprints of files on disk are replaced by their paths."""
+        return {name: replaced(value, self.stage.paths) for name, value in self.stage.params.items()}
 
 
 @dataclass(frozen=True)
@@ -72,41 +77,44 @@ class Stage:
     name: str
     version: int
     params: Mapping[str, Json]
-    """Declared parameters: JSON values only. A file on disk stands there as the fingerprint of its content."""
+    """Declared parameters: JSON values. A file on disk is represented by the fingerprint of its content."""
     run: Callable[[Work], None]
+    """Fills `Work.directory`; an exception leaves no artifact."""
     inputs: Mapping[str, Stage] = field(default_factory=dict)
-    """Stages whose artifacts this one reads, by what it takes them for. Their order is hashed; the names are not."""
+    """Stages whose artifacts this one reads, by their purpose here. Their order is hashed; the names are not."""
     label: str = ""
-    """What a person reads; not hashed."""
-    places: Mapping[str, str] = field(default_factory=dict)
-    """Fingerprints of files on disk -> where they lie; not hashed, so that a file is one artifact however it is called."""
+    """Description for people; not hashed."""
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of files on disk -> their paths; not hashed, so that a file that is moved or renamed keeps its artifacts."""
 
     @cached_property
     def key(self) -> str:
-        """Address of the artifact."""
-        made_of = [self.name, self.version, self.params, [stage.key for stage in self.inputs.values()]]
-        return hashlib.sha256(json.dumps(made_of, sort_keys=True, allow_nan=False).encode()).hexdigest()
+        """Address of the artifact: 64 hexadecimal digits."""
+        # Sorted keys: the order in which a config lists its fields is no part of its meaning. No NaN: it is not JSON, and
+        # other readers of the manifest would refuse it.
+        hashed = [self.name, self.version, self.params, [stage.key for stage in self.inputs.values()]]
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def replaced(value: Json, places: Mapping[str, str]) -> Json:
-    """Return a JSON value with other texts in place of those that `places` has."""
+def replaced(value: Json, replacements: Mapping[str, str]) -> Json:
+    """Return a JSON value in which the texts that are keys of `replacements` are replaced by its values."""
     if isinstance(value, dict):
-        return {name: replaced(one, places) for name, one in value.items()}
-    if isinstance(value, list | tuple):  # tuples: what a method declares
-        return [replaced(one, places) for one in value]
-    return places.get(value, value) if isinstance(value, str) else value
+        return {name: replaced(item, replacements) for name, item in value.items()}
+    if isinstance(value, list | tuple):  # methods declare some parameters as tuples
+        return [replaced(item, replacements) for item in value]
+    return replacements.get(value, value) if isinstance(value, str) else value
 
 
 @dataclass
 class Record:
-    """What became of a stage in one run: a line of plan.json."""
+    """Status of a stage in one run: an entry of plan.json."""
 
     stage: Stage
     status: Status
     seconds: float = 0.0
 
     def as_dict(self) -> JsonObject:
-        """Return the line."""
+        """Return the entry."""
         return {
             "name": self.stage.name,
             "label": texts.without_secrets(self.stage.label),
@@ -118,36 +126,38 @@ class Record:
 
 
 def ordered(targets: Sequence[Stage]) -> list[Stage]:
-    """Return the targets and all they need, inputs first, each artifact once."""
-    found: dict[str, Stage] = {}
+    """Return the targets and all stages that they need: inputs before the stages that read them, each artifact once."""
+    stages: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
         for needed in stage.inputs.values():
             visit(needed)
-        found.setdefault(stage.key, stage)
+        # Two stage objects with one key make the same artifact; the first one stays, and with it its label.
+        stages.setdefault(stage.key, stage)
 
     for target in targets:
         visit(target)
-    return list(found.values())
+    return list(stages.values())
 
 
 def status(stages: Sequence[Stage], store: Store) -> list[Record]:
-    """Say of each stage whether it is cached or to run."""
+    """Return for each stage whether its artifact exists ("cached") or not ("to run")."""
     return [Record(stage, "cached" if store.has(stage.name, stage.key) else "to run") for stage in stages]
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Where a model lies, valid on every node: a source, or an artifact of a store."""
+    """Reference to a source or an artifact that is valid on every node. It is a model's, or any other artifact's."""
 
     source: str | None = None
+    """The source; None for an artifact."""
     artifact: tuple[str, str, str] | None = None
-    """(ROOT, stage, key)"""
+    """(ROOT, stage, key); None for a source."""
     subfolder: str = ""
-    """Folder of the artifact that is meant; empty for all of it."""
+    """Folder inside the artifact; empty for the artifact itself."""
 
     def locate(self) -> Path:
-        """Return a local directory on this node."""
+        """Return a local directory on this node, after downloading it if necessary."""
         if self.artifact is not None:
             root, stage, key = self.artifact
             return located(Store(root), stage, key) / self.subfolder
@@ -156,7 +166,9 @@ class ModelRef:
 
 
 def located(store: Store, stage: str, key: str) -> Path:
-    """Return the local directory of an artifact; those that it stands on (`base.json`) are then beside it."""
+    """Return the local directory of an artifact, after making sure that the models of its patches are local too."""
+    # A patch names its model by stage and key (`base.json`), to be looked up beside it; from an object store, each of these
+    # artifacts has to be downloaded first. `seen` ends the loop on a damaged chain, which `bases.chain` then reports.
     directory = store.local(stage, key)
     seen, base = {(stage, key)}, bases.read(directory)
     while base is not None and base.source is None and (base.stage, base.key) not in seen:
@@ -167,7 +179,7 @@ def located(store: Store, stage: str, key: str) -> Path:
 
 @dataclass
 class Listener:
-    """Who is told how a plan goes."""
+    """Functions that are called while a plan runs: before a stage, after it, and with its metrics."""
 
     started: Callable[[Stage], None] = lambda stage: None
     ended: Callable[[Record], None] = lambda record: None
@@ -175,14 +187,19 @@ class Listener:
 
 
 def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Listener, records: list[Record]) -> None:
-    """Run a plan in order and append a record for each stage: skip what is cached, wait for what another process runs.
+    """Run a plan: skip stages whose artifact exists, and wait for stages that another process is computing.
 
-    Raises:
-        StageError: when a stage fails; its record is the last.
+    Args:
+        stages: The stages, inputs before the stages that read them (see `ordered`).
+        store: The store of the artifacts.
+        scale: Number and size of the workers.
+        listener: Called as the plan proceeds.
+        records: Filled with a record of each stage that was reached. If a stage raises, its record is the last one.
     """
     for stage in stages:
         listener.started(stage)
         start_s = time.monotonic()
+        # Recorded as failed beforehand, so that the status is right whatever exception ends the stage, a Ctrl-C included.
         record = Record(stage, "failed")
         records.append(record)
         try:
@@ -197,7 +214,7 @@ def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) 
         store.discard_work(stage.name, stage.key)  # left if a kill came between the commit and this line
         return "cached"
     with claims.hold(store, f"{stage.name}-{stage.key}", wait=True):
-        # Whoever held the claim before may have finished it.
+        # Asked again: the process that held the claim before may have finished the artifact.
         if store.has(stage.name, stage.key):
             return "cached"
         _execute(stage, store, scale, listener)
@@ -205,7 +222,7 @@ def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) 
 
 
 class Made(saved.Shape):
-    """What the manifest of an artifact says of its making."""
+    """How an artifact was made, according to its manifest."""
 
     params: JsonObject
     seconds: float
@@ -213,11 +230,17 @@ class Made(saved.Shape):
 
 
 def made(store: Store, stage: str, key: str) -> Made:
-    """Return how an artifact was made. Raises ValueError where it is not there or its manifest is damaged."""
+    """Return how an artifact was made.
+
+    Raises:
+        ValueError: the manifest is damaged.
+        StoreError: the artifact does not exist.
+    """
     return saved.checked(store.manifest(stage, key)["meta"], Made, f"the manifest of {stage}/{key} in {store.root}")
 
 
 def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> None:
+    # Before the clock starts: a download is no part of the stage's own time, from which later runs are estimated.
     inputs = {name: store.local(needed.name, needed.key) for name, needed in stage.inputs.items()}
     start_s = time.monotonic()
     with store.temporary(stage.name, stage.key) as directory:
@@ -227,7 +250,9 @@ def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener)
             "version": stage.version,
             "inputs": [[needed.name, needed.key] for needed in stage.inputs.values()],
             "seconds": round(time.monotonic() - start_s, 3),
-            **({"places": dict(stage.places)} if stage.places else {}),
+            # "places" is the name of `Stage.paths` in the file format.
+            **({"places": dict(stage.paths)} if stage.paths else {}),
         }
         store.commit(stage.name, stage.key, directory, meta)
+    # After the commit and not before: until then the checkpoints and parts are needed if this process dies.
     store.discard_work(stage.name, stage.key)

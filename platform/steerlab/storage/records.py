@@ -1,4 +1,7 @@
-"""Files below one ROOT on a pyarrow filesystem: JSON, texts and lines, whole or not at all. Paths are relative to ROOT."""
+"""Read and write small files below one ROOT on a pyarrow filesystem: JSON, texts and lines of JSON.
+
+Paths are relative to ROOT. A write is atomic: readers see the old file or the new one, also if the writer is killed.
+"""
 
 from __future__ import annotations
 
@@ -20,33 +23,40 @@ from steerlab.guards import files
 from steerlab.guards.json_values import Json
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a full disk and of a user's full quota."""
 _LONGEST = 2**30
-"""Bytes of a file that is read whole."""
+"""Bytes of a file at most that is read into memory."""
 
 
 class StoreError(OSError):
-    """An artifact or a record could not be written or read; the message is one line for people."""
+    """An artifact or a file below ROOT could not be written or read; the message is one line for people."""
 
 
 class Records:
     """The files below one ROOT."""
 
     def __init__(self, root: str) -> None:
-        """Point at `root`, an absolute path or a URI, without touching it. Raises ValueError if it is neither."""
+        """Open the files below `root` without reading or writing there.
+
+        Raises:
+            ValueError: `root` is neither an absolute path nor a URI that pyarrow can open.
+        """
+        # One name for one ROOT, because the cache of artifacts is named by it: "/a/" is "/a", but "/" stays.
         self.root = root.rstrip("/") if root.strip("/") else root
         self._fs, self._base = _filesystem(self.root)
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
 
     def write_json(self, relpath: str, obj: object) -> None:
-        """Write `obj` as JSON; a reader sees the old file or the new one, never a part."""
+        """Write `obj` as JSON. Raises ValueError if it holds a NaN or infinite number."""
+        # Python would write NaN as a word that is not JSON and that browsers and other libraries refuse.
         self._write(relpath, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False).encode())
 
     def write_text(self, relpath: str, text: str) -> None:
-        """Write a text file, whole or not at all."""
+        """Write a text file in UTF-8."""
         self._write(relpath, text.encode())
 
     def write_bytes(self, relpath: str, content: bytes) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file."""
         self._write(relpath, content)
 
     def read_text(self, relpath: str) -> str:
@@ -57,15 +67,18 @@ class Records:
             raise StoreError(f"{self.root}/{relpath} is no UTF-8 text (byte {error.start})") from None
 
     def read_json(self, relpath: str) -> Any:
-        """Read a JSON file, of whatever shape. Raises StoreError if it is not JSON, FileNotFoundError if it is absent."""
+        """Read a JSON file. Raises StoreError if it is not JSON, FileNotFoundError if it is absent."""
         return _parse(self._read(relpath), f"{self.root}/{relpath}")
 
     def read_bytes(self, relpath: str) -> bytes:
-        """Read a file below ROOT whole."""
+        """Read a file. Raises FileNotFoundError if it is absent, StoreError if it is no file or too large."""
         return self._read(relpath)
 
     def append_line(self, relpath: str, obj: object) -> None:
-        """Append `obj` as one line of JSON. An object store rewrites the file: keep one writer a file there."""
+        """Append `obj` as one line of JSON.
+
+        On a local ROOT several processes may append to one file. On an object store only one may: each line rewrites the file.
+        """
         line = json.dumps(obj, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         if not self.is_local:
             before = self._read(relpath) if self._is_file(self._at(relpath)) else b""
@@ -73,24 +86,27 @@ class Records:
         path = Path(self._at(relpath))
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._explain_full_disk(relpath, len(line)), files.appending(path) as file:
-            # A writer that was killed may have left half a line: it must not swallow this one.
+            # A writer that was killed may have left half a line. Without a line break, this line would be lost with it.
             if file.tell() and not _ends_in_newline(path):
                 line = b"\n" + line
             file.write(line)
 
     def read_lines(self, relpath: str) -> list[Any]:
-        """Read what `append_line` wrote, without a line that a killed writer left unfinished; [] if absent."""
+        """Return the values that `append_line` wrote; [] if the file is absent.
+
+        Lines that are not JSON are skipped: a killed writer may have left half a line.
+        """
         if not self._is_file(self._at(relpath)):
             return []
         return [value for line in self._read(relpath).splitlines() for value in _whole_values(line)]
 
     def list(self, relpath: str) -> list[str]:
-        """Return the sorted names of what lies directly in a directory; [] if it is absent."""
+        """Return the sorted names of the files and folders directly in a directory; [] if it is absent."""
         selector = pafs.FileSelector(self._at(relpath), allow_not_found=True)
         return sorted(PurePosixPath(info.path).name for info in self._fs.get_file_info(selector))
 
     def free_bytes(self) -> int | None:
-        """Return the free bytes on ROOT's disk; None where that has no meaning (an object store)."""
+        """Return the number of free bytes on ROOT's disk; None for an object store, which has no such limit."""
         return shutil.disk_usage(_existing_parent(Path(self._base))).free if self.is_local else None
 
     def _at(self, *parts: str) -> str:
@@ -102,6 +118,7 @@ class Records:
     def _read(self, relpath: str) -> bytes:
         path = self._at(relpath)
         info = self._fs.get_file_info(path)
+        # A pipe or a device would block or never end; a missing file raises FileNotFoundError below.
         if info.type not in (pafs.FileType.File, pafs.FileType.NotFound):
             raise StoreError(f"{self.root}/{relpath} is not a file")
         if (info.size or 0) > _LONGEST:
@@ -112,7 +129,7 @@ class Records:
     def _write(self, relpath: str, content: bytes) -> None:
         path = self._at(relpath)
         self._fs.create_dir(str(PurePosixPath(path).parent), recursive=True)
-        # An object appears when its upload ends; a file needs the detour over another name.
+        # An object appears when its upload ends. A file appears when it is opened, so it is written under another name.
         written = f"{path}.{uuid.uuid4().hex[:12]}" if self.is_local else path
         with self._explain_full_disk(relpath, len(content)):
             try:
@@ -121,11 +138,13 @@ class Records:
                 if self.is_local:
                     os.replace(written, path)
             except OSError:
+                # Half a file under a random name, which nobody would remove later.
                 if self.is_local:
                     Path(written).unlink(missing_ok=True)
                 raise
 
     def _temporary_folder(self) -> Path:
+        # On ROOT's own disk, because a rename, which makes a commit atomic, does not work from one disk to another.
         folder = Path(self._at("tmp")) if self.is_local else cache_root() / "tmp"
         if folder.is_symlink():
             raise StoreError(
@@ -135,6 +154,7 @@ class Records:
 
     @contextmanager
     def _explain_full_disk(self, what: str, num_bytes: int | None) -> Iterator[None]:
+        """Turn the error of a full disk into one that says what was written, how much it needs, and how much is free."""
         try:
             yield
         except OSError as error:
@@ -162,6 +182,7 @@ def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _existing_parent(path: Path) -> Path:
+    # ROOT may not exist before the first write, and `disk_usage` takes existing paths only.
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
@@ -174,7 +195,7 @@ def _ends_in_newline(path: Path) -> bool:
 def _parse(content: bytes, where: str) -> Json:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
         raise StoreError(f"{where} is not JSON: {one_line(error)}") from error
 
 

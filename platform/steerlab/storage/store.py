@@ -1,11 +1,11 @@
-"""Keep artifacts on a pyarrow filesystem: whole or absent, whoever is killed and whenever.
+"""Store artifacts on a pyarrow filesystem. An artifact is complete or absent, also if its writer is killed.
 
-    ROOT/artifacts/<stage>/<key>/   files and manifest.json; a directory without a manifest does not exist
-    ROOT/work/<stage>/<key>/        what must survive a kill (training checkpoints), until the artifact is committed
-    ROOT/tmp/                       directories being filled (a local ROOT only; otherwise they lie in the cache)
+    ROOT/artifacts/<stage>/<key>/   files and manifest.json; a directory without a manifest is no artifact
+    ROOT/work/<stage>/<key>/        checkpoints and parts of a stage, kept until its artifact is committed
+    ROOT/tmp/                       directories that are being filled (on a local ROOT; otherwise they lie in the local cache)
 
-On a local ROOT a commit is one rename. Object stores have no rename: the manifest is uploaded last, and two writers of
-one key at once are kept apart by the claims of the plan, not here.
+On a local ROOT a commit is one rename. Object stores have no rename, so the manifest is uploaded last. Two writers of one key
+at the same time are not excluded here but by the claims of the plan (claims.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from steerlab.storage.manifests import MANIFEST, SCHEMA, Manifest, StoredFile
 from steerlab.storage.records import Records, StoreError, one_line
 
 _MADE_HERE = re.compile(r"^[a-z_]+-[0-9a-z]{1,12}(-[0-9a-f]{12})?$")
-"""Names of temporary directories: of what lies in ROOT/tmp, nothing else is removed."""
+"""Names that `temporary` gives: a sweep removes nothing else from ROOT/tmp, which users may use as well."""
 
 
 class Store(Records):
@@ -42,8 +42,13 @@ class Store(Records):
 
     @classmethod
     def open(cls, root: str) -> Self:
-        """Return the store at `root`, made if it is not there. Raises ValueError if it cannot be written."""
+        """Return the store at `root`, a directory or bucket folder that is made if necessary.
+
+        Raises:
+            ValueError: `root` is no absolute path or URI, or cannot be written.
+        """
         store = cls(root)
+        # Written now, so that a missing permission ends a run at its start and not after the first hours of computing.
         probe = f"tmp/probe-{uuid.uuid4().hex}"
         try:
             store.write_json(probe, {})
@@ -55,38 +60,40 @@ class Store(Records):
     # Artifacts
 
     def path(self, stage: str, key: str) -> str:
-        """Return where the artifact lies (or would lie), as a path on the filesystem."""
+        """Return the path of an artifact on the filesystem, whether it exists or not."""
+        # Stage and key may come from a manifest or a `base.json` that somebody else wrote.
         if escapes(stage) or escapes(key):
             raise StoreError(f"{stage!r:.40}/{key!r:.80} is no artifact: it lies outside of {self.root}")
         return self._at("artifacts", stage, key)
 
     def has(self, stage: str, key: str) -> bool:
-        """Say whether the artifact is there, whole."""
+        """Return whether the artifact exists and is complete."""
         return self._is_file(f"{self.path(stage, key)}/{MANIFEST}")
 
     def manifest(self, stage: str, key: str) -> Manifest:
-        """Return what an artifact is made of, and its files.
+        """Return the manifest of an artifact: its parameters and inputs, and its files.
 
         Raises:
-            StoreError: there is no artifact, or its manifest is none: one whose paths lead out of the artifact among them.
+            StoreError: the artifact does not exist, or its manifest is damaged or names files outside of the artifact.
         """
         if not self.has(stage, key):
             raise StoreError(f"there is no artifact {stage}/{key} in {self.root}")
         return manifests.check(self.read_json(f"artifacts/{stage}/{key}/{MANIFEST}"), self.path(stage, key))
 
     def local(self, stage: str, key: str) -> Path:
-        """Return a local directory with the artifact: itself, or a verified copy in the cache.
+        """Return a local directory with the artifact: the artifact itself, or a copy in the cache of this node.
 
-        Sizes are compared with the manifest each time, SHA-256 sums when a copy is downloaded.
+        The sizes of its files are compared with the manifest each time, their SHA-256 when a copy is downloaded.
 
         Raises:
-            StoreError: the artifact is absent, or a file of it is missing or differs from the manifest.
+            StoreError: the artifact does not exist, or a file of it is missing or differs from the manifest.
         """
         manifest = self.manifest(stage, key)
         if self.is_local:
             directory = Path(self.path(stage, key))
             manifests.check_sizes(directory, manifest)
             return directory
+        # The cache is shared by all ROOTs, and the text of a URI is no file name.
         name = hashlib.sha256(self.root.encode()).hexdigest()[:16]
         copy = cache_root() / "artifacts" / name / stage / key
         if not copy.exists():
@@ -95,10 +102,10 @@ class Store(Records):
         return copy
 
     def commit(self, stage: str, key: str, directory: Path, meta: JsonObject) -> None:
-        """Make `directory` the artifact, with `meta` in its manifest, in one step that cannot be seen half done.
+        """Turn a directory into an artifact, with `meta` in its manifest; readers see it complete or not at all.
 
-        A directory from `temporary` is moved, not copied. If another process has committed the same key in the
-        meantime, its artifact stays and this one is discarded.
+        A directory from `temporary` is moved, others are copied. If another process has committed the same key in the
+        meantime, that artifact stays and this directory is discarded.
 
         Raises:
             StoreError: the disk is full.
@@ -108,6 +115,7 @@ class Store(Records):
         files = manifests.listing(directory)
         manifest = Manifest(stage=stage, key=key, meta=meta, files=files, schema=SCHEMA)
         with self._explain_full_disk(f"artifact {stage}/{key}", sum(file["bytes"] for file in files)):
+            # Another process may commit the same key from here on; `_commit_by_rename` asks again when the rename fails.
             if not self.is_local:
                 return self._commit_by_upload(directory, f"artifacts/{stage}/{key}", manifest)
             if directory.is_relative_to(self._temporary_folder()):
@@ -120,7 +128,7 @@ class Store(Records):
 
     @contextmanager
     def temporary(self, stage: str, key: str) -> Iterator[Path]:
-        """Give an empty local directory, on ROOT's own disk if ROOT is local; it is removed on any exit.
+        """Provide an empty local directory for an artifact, on ROOT's disk if ROOT is local; it is removed with the block.
 
         Raises:
             StoreError: the disk filled up while the directory was being filled.
@@ -134,7 +142,8 @@ class Store(Records):
             shutil.rmtree(directory, ignore_errors=True)
 
     def sweep_temporary(self, older_than_s: float) -> int:
-        """Remove temporary directories in which nothing was written for `older_than_s`; return how many."""
+        """Remove temporary directories in which nothing was written for `older_than_s` seconds; return their number."""
+        # Processes that were killed left them. Their names tell no owner, so age decides: a running stage writes more often.
         limit_s = time.time() - older_than_s
         old = [
             path
@@ -148,12 +157,14 @@ class Store(Records):
     # Work that survives a kill
 
     def work(self, stage: str, key: str) -> str:
-        """Return the work directory of a stage as an absolute path or a URI; made if it is not there.
+        """Return the work directory of a stage as an absolute path or a URI, after making it if necessary.
 
         Raises:
-            SourceError: on an object store, a name in it leads out of it; libraries copy checkpoints from there as they lie.
-            FileError: on a disk, it is a link or holds one; libraries write, read and remove what lies there.
+            SourceError: on an object store, the name of an object leads out of the directory.
+            FileError: on a disk, the directory is a link or contains one.
         """
+        # Ray Train and other libraries read, write and remove files here without a check of their own, so a link or a name with
+        # ".." that somebody else left would make them touch files elsewhere.
         path = self._at("work", stage, key)
         if self.is_local:
             if Path(path).parent.is_symlink():
@@ -165,7 +176,7 @@ class Store(Records):
         return _join(self.root, "work", stage, key)
 
     def move_from_work(self, stage: str, key: str, folder: str, directory: Path) -> None:
-        """Move what workers left in a folder of the work directory into a local directory (a copy from an object store)."""
+        """Move the content of a folder of the work directory into a local directory; from an object store it is copied."""
         path = self._at("work", stage, key, folder)
         with self._explain_full_disk(f"artifact {stage}/{key}", None):
             if not self.is_local:
@@ -174,7 +185,7 @@ class Store(Records):
                 shutil.move(item, directory / item.name)
 
     def discard_work(self, stage: str, key: str) -> None:
-        """Remove the work directory of a stage, if there is one."""
+        """Remove the work directory of a stage if it exists."""
         path = self._at("work", stage, key)
         if self._fs.get_file_info(path).type == pafs.FileType.Directory:
             self._fs.delete_dir(path)
@@ -182,6 +193,7 @@ class Store(Records):
     def _commit_by_rename(self, stage: str, key: str, directory: Path, manifest: Manifest) -> None:
         target = Path(self.path(stage, key))
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
+        # Before the rename: after a power cut, filesystems such as XFS may hold a renamed directory with empty files.
         for path in (*(path for path in directory.rglob("*")), directory):
             _sync(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +204,8 @@ class Store(Records):
                 raise
             if self.has(stage, key):
                 return shutil.rmtree(directory)
-            # Left by a copy that was cut short: it has no manifest, so it does not count.
+            # The directory has no manifest, so it is no artifact: somebody's copy from another ROOT was cut short. It is moved
+            # out of the way, not removed in place, so that no reader sees it half removed.
             os.rename(target, self._temporary_folder() / f"incomplete-{uuid.uuid4().hex[:12]}")
             os.rename(directory, target)
         _sync(target.parent)
@@ -203,6 +216,7 @@ class Store(Records):
             self._fs.create_dir(str(PurePosixPath(destination).parent), recursive=True)
             with (directory / file["path"]).open("rb") as source, self._fs.open_output_stream(destination) as stream:
                 shutil.copyfileobj(source, stream, 1 << 22)
+        # The last object: until it exists, the others are no artifact.
         self.write_json(f"{target}/{MANIFEST}", manifest)
 
     def _download(self, stage: str, key: str, files: Sequence[StoredFile], copy: Path) -> None:
@@ -212,7 +226,7 @@ class Store(Records):
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.rename(staging, copy)
-            except OSError as error:  # another process was faster
+            except OSError as error:  # another process of this node has downloaded it in the meantime
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
 
@@ -230,7 +244,7 @@ class Store(Records):
 def _join(root: str, *parts: str) -> str:
     if root.startswith("/"):
         return str(PurePosixPath(root, *parts))
-    # Options such as ?endpoint_override=... stand behind the path.
+    # Options of pyarrow, such as ?endpoint_override=..., follow the path.
     uri = urlsplit(root)
     return urlunsplit(uri._replace(path="/".join((uri.path.rstrip("/"), *parts))))
 
@@ -248,6 +262,6 @@ def _last_write_s(path: Path) -> float:
     for entry in (path, *path.rglob("*")):
         try:
             times_s.append(entry.lstat().st_mtime)
-        except FileNotFoundError:  # its owner is at work: not old
+        except FileNotFoundError:  # removed since `rglob` listed it: a process is at work here, so the directory is in use
             return time.time()
     return max(times_s)

@@ -1,4 +1,8 @@
-"""Tensors on disk one at a time: written in turn, and read by name from the files of a directory."""
+"""Write tensors into a safetensors file one at a time, and read single tensors by name from a directory of such files.
+
+The safetensors library writes a file only from tensors that are all in memory; here memory holds one. Its format is a header
+of JSON with the name, type, shape and position of each tensor, then their bytes (https://github.com/huggingface/safetensors).
+"""
 
 from __future__ import annotations
 
@@ -26,60 +30,70 @@ _NAMES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
+"""Names of types in the header of a safetensors file."""
 
 
 class Shape(NamedTuple):
-    """Type and sizes of a tensor that is still to come."""
+    """Type and sizes of a tensor that will be written."""
 
     dtype: torch.dtype
     sizes: Sequence[int]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the tensor takes."""
+        """Size of the tensor in bytes."""
         return self.dtype.itemsize * math.prod(self.sizes)
 
 
 class TensorWriter:
-    """Takes the tensors of a file in the order in which they were announced."""
+    """Writes the header of a file, then its tensors in the order of the header."""
 
     def __init__(self, file: IO[bytes], shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> None:
         self._file, self._left = file, list(shapes.items())
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         start = 0
+        # Positions follow from the shapes alone, so the header can be written before the first tensor exists.
         for name, shape in shapes.items():
             end = start + shape.num_bytes
             header[name] = {"dtype": _NAMES[shape.dtype], "shape": list(shape.sizes), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the format's way to align what follows
+        text += b" " * (-len(text) % 8)  # padding, so that the tensors begin at a multiple of 8 bytes and can be mapped
         file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor. Raises ValueError if it is not the one that was announced."""
+        """Append the next tensor. Raises ValueError if name, type or shape are not those of the header."""
         expected, shape = self._left.pop(0)
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, shape.dtype, tuple(shape.sizes)):
             raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} comes where {expected} {shape} was announced")
-        # Over numpy's buffer: bytes() would copy a tensor of gigabytes once more. As bytes: numpy has no bfloat16.
+        # Through numpy's buffer, because `bytes()` would copy a tensor of gigabytes once more. Viewed as bytes, because numpy
+        # has no bfloat16.
         self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def check_whole(self) -> None:
-        """Raise ValueError when an announced tensor did not come."""
+        """Raise ValueError if a tensor of the header was not written."""
         if self._left:
             raise ValueError(f"{len(self._left)} announced tensors did not come, {self._left[0][0]} the first")
 
 
 @contextmanager
 def writing(path: Path, shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> Iterator[TensorWriter]:
-    """Give a writer of a safetensors file that appears whole at the end of the block, or not at all."""
+    """Provide a writer of a safetensors file, which appears at the end of the block or, after an exception, not at all.
+
+    Args:
+        path: Path of the file.
+        shapes: Types and shapes of its tensors by name, in the order in which they will be written.
+        metadata: Texts for the header.
+    """
     with written_whole(path) as scratch, scratch.open("wb") as file:
         writer = TensorWriter(file, shapes, metadata or {})
         yield writer
+        # Inside the block of `written_whole`, so that an incomplete file is removed and never gets its name.
         writer.check_whole()
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole, or not at all."""
+    """Write a safetensors file of tensors that are in memory, atomically."""
     with writing(path, {name: Shape(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
@@ -95,22 +109,29 @@ class _Index(saved.Shape):
 
 @dataclass(frozen=True)
 class Parts:
-    """A directory of safetensors files, each made by itself, and what is known of them."""
+    """A directory of safetensors files that were made separately, with an index of their tensors."""
 
     directory: Path
     facts: dict[str, JsonObject]
-    """What was told of each part, by its name."""
+    """Facts about each part, as `write_index` got them, by the part's name."""
     _file_of: dict[str, str]
 
     @classmethod
     def open(cls, directory: Path) -> Parts:
-        """Read the index of a directory."""
+        """Open a directory by its index. Raises ValueError if the index is damaged, FileNotFoundError if it is absent."""
         index = saved.read(directory / _INDEX, _Index)
         return cls(directory, index.parts, index.tensors)
 
     @staticmethod
     def write_index(directory: Path, facts: Mapping[str, Mapping[str, object]], files: Mapping[str, str]) -> None:
-        """Write the index of parts that lie in the directory; `files` holds the file name of each part."""
+        """Write the index of a directory.
+
+        Args:
+            directory: Directory that holds the parts.
+            facts: Facts about each part, by its name.
+            files: File name of each part, by its name.
+        """
+        # Only the headers are read. With the file of each tensor in the index, readers open no file in vain.
         file_of: dict[str, str] = {}
         for path in files.values():
             with safe_open(directory / path, "pt") as file:
@@ -118,21 +139,22 @@ class Parts:
         (directory / _INDEX).write_text(json.dumps({"parts": dict(facts), "tensors": file_of}, indent=1))
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor, mapped from the disk: it takes memory where it is read.
+        """Return a tensor, mapped from the disk: pages of it take memory when they are read.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: no tensor has this name.
         """
-        (found,) = self.tensors([name])
-        return found
+        (tensor,) = self.tensors([name])
+        return tensor
 
     def tensors(self, names: Sequence[str]) -> list[Tensor]:
-        """Return tensors, each as `tensor` does, opening each file once."""
+        """Return the tensors of these names, in the order of `names`; each file is opened once."""
         unknown = [name for name in names if name not in self._file_of]
         if unknown:
+            # The first few names only: a model has thousands of tensors.
             raise ValueError(f"{self.directory} holds no {unknown[0]}; it has {', '.join(list(self._file_of)[:3])} ...")
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path in {self._file_of[name] for name in names}:
             with safe_open(self.directory / path, "pt") as file:
-                found |= {name: file.get_tensor(name) for name in names if self._file_of[name] == path}
-        return [found[name] for name in names]
+                tensors |= {name: file.get_tensor(name) for name in names if self._file_of[name] == path}
+        return [tensors[name] for name in names]

@@ -53,7 +53,7 @@ class SweepRequest:
             "strengths": [*self.plan.strengths],
             "samples": self.num_samples,
             "seeds": [*self.seeds],
-            "files": {**Plan.of(self.plan.job).places},
+            "files": {**Plan.of(self.plan.job).files},
             **({"code": [*code]} if code else {}),
         }
 

@@ -1,4 +1,7 @@
-"""Run the training loop in Ray Train workers, and keep it alive."""
+"""Run the training loop in Ray Train workers, and continue it from the newest checkpoint when a worker dies.
+
+The file is longer than 300 lines because driver and workers of a training share its types: launch, board and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -30,21 +33,23 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of the checkpoints of a run, in the run's folder."""
+"""File in the folder of a run in which Ray Train lists the checkpoints of the run."""
 _LONGEST_SNAPSHOT = 2**20
-_LATER = "remove its folder, and the training starts from its beginning"
+"""Bytes of that file at most; a run keeps two checkpoints, whose entries take a few hundred."""
+_ADVICE = "remove its folder, and the training starts from its beginning"
 
 
-class _Told(NamedTuple):
-    """What was left on a board since it was last looked at."""
+class _News(NamedTuple):
+    """Metrics and failures that were put on a board since it was last read."""
 
     lines: list[dict[str, float]]
     failures: list[Exception]
 
 
+# An actor, because Ray Train's own reports reach the driver only when `fit` returns.
 @ray.remote(num_cpus=0)
 class Board:
-    """A place where rank 0 leaves metrics and the driver picks them up."""
+    """Holds the metrics that rank 0 sends until the driver takes them."""
 
     def __init__(self) -> None:
         self._lines: list[dict[str, float]] = []
@@ -52,44 +57,45 @@ class Board:
         self._failed = False
 
     def put(self, line: dict[str, float]) -> None:
-        """Leave the metrics of a step."""
+        """Add the metrics of a step."""
         self._lines.append(line)
 
     def fail(self, failure: Exception) -> None:
-        """Leave a failure that another try would only repeat."""
+        """Add an error that another attempt would only repeat."""
         self._failed = True
         self._failures.append(failure)
 
     def failed(self) -> bool:
-        """Say whether a rank left a failure."""
+        """Return whether a rank has added a failure, also if it has been taken since."""
         return self._failed
 
-    def take(self) -> _Told:
-        """Take all that was left since the last call."""
-        told = _Told(self._lines, self._failures)
+    def take(self) -> _News:
+        """Return all that was added since the last call, and forget it."""
+        news = _News(self._lines, self._failures)
         self._lines, self._failures = [], []
-        return told
+        return news
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """What every worker of a training is handed."""
+    """What every worker of a training receives."""
 
     request: Request[ModelRef]
     scale: ScaleConfig
     board: ActorHandle
     storage: str
+    """Path or URI of the stage's work directory, valid on all nodes."""
     scratch: str
-    """Folder of a node's disk for checkpoints that are being written."""
+    """Local folder for checkpoints that are being written."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether the storage is no disk that all nodes share."""
+        """Whether the storage is an object store and not a disk."""
         return "://" in self.storage
 
     @property
     def output(self) -> Path:
-        """Where rank 0 writes the artifact."""
+        """Local folder into which rank 0 writes the artifact."""
         return Path(self.scratch if self.is_remote else self.storage) / "output"
 
 
@@ -101,19 +107,25 @@ def fit(
     name: str,
     report: Report,
 ) -> None:
-    """Train in Ray Train workers and leave the artifact in the folder `output` of `storage`.
+    """Train in Ray Train workers and write the artifact into the folder `output` of `storage`.
 
-    `storage` (a path or URI that all nodes reach) and `name` find the checkpoints again after a kill of the whole job; a worker
-    that dies is replaced up to `scale.max_failures` times.
+    Args:
+        request: What the training computes.
+        scale: Number and size of the workers. A worker that dies is replaced up to `scale.max_failures` times.
+        storage: Path or URI that all nodes reach. Checkpoints lie there, and a later call continues from the newest one.
+        name: Name of the run, and of its folder in `storage`; a later call must use the same.
+        report: Takes the metrics of each step once.
 
     Raises:
-        ValueError: the list of checkpoints that is there was not left by a run, as `check_snapshot` says.
+        ValueError: `storage` holds a list of checkpoints that no run wrote (see `check_snapshot`), or the loop refused the
+            settings or the data.
     """
     check_snapshot(storage, name)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 s by default, waited for at both ends of a run
+    # Ray Train's controller looks at its workers every 2 s by default, and a run waits for a look when it starts and ends.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     gpu = reserved.uses_gpu(scale)
     board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
-    # Beside the checkpoints where that is a disk, so that it goes with them; a bucket needs a disk of the node.
+    # On a disk, scratch lies beside the checkpoints and is removed with them; for a bucket it needs the node's own disk.
     scratch = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
     trainer = TorchTrainer(
         _worker,
@@ -128,7 +140,7 @@ def fit(
             name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=scale.max_failures),
-            # The best one by this score and, always, the latest one: two at most.
+            # Ray Train keeps the latest checkpoint besides the best one by this score, so two lie there at most.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute="eval/loss", checkpoint_score_order="min"
             ),
@@ -137,39 +149,42 @@ def fit(
     following = _Following(board, report)
     with following:
         trainer.fit()
+    # After a failure that a repetition would not change, the replaced workers end without an error, and `fit` returns.
     if following.failure is not None:
         raise following.failure
 
 
 _Name = Annotated[str, Field(pattern=r"^checkpoint_[0-9A-Za-z_.-]+$")]
-"""A folder of a checkpoint, as Ray Train calls it: a name and no path."""
+"""Name of a checkpoint's folder as Ray Train makes it. No path: Ray Train removes the folders that its list names."""
 
 
 class _Metrics(saved.Shape):
     loss: FiniteFloat = Field(alias="eval/loss")
 
 
-class _Kept(saved.Shape):
+class _Entry(saved.Shape):
     checkpoint_dir_name: _Name
     metrics: _Metrics
 
 
 class _Snapshot(saved.Shape):
-    """What the list holds in trainings of this platform, which validate nothing in Ray Train's sense."""
+    """Content of Ray Train's list of checkpoints, in trainings of this platform."""
 
-    checkpoint_results: list[_Kept]
+    checkpoint_results: list[_Entry]
     checkpoint_report_indices: list[int]
-    latest_checkpoint_result: _Kept | None = None
+    latest_checkpoint_result: _Entry | None = None
+    # Always empty: the platform uses none of Ray Train's asynchronous validations.
     pending_training_results: list[object] = Field(max_length=0)
     current_report_index: int
 
 
 def check_snapshot(storage: str, name: str) -> None:
-    """Refuse a list of checkpoints that no run here has left: Ray Train continues from what it names, and removes that.
+    """Refuse a list of checkpoints that no run of this platform wrote.
 
     Raises:
-        ValueError: it is damaged, or names what is no checkpoint in the folder of the run.
+        ValueError: the list is damaged, or names something else than a checkpoint in the folder of the run.
     """
+    # Whoever may write into ROOT may have written the list; Ray Train loads the folders that it names, and removes them later.
     is_local = "://" not in storage
     filesystem, base = (pafs.LocalFileSystem(), storage) if is_local else remote.opened(storage)
     folder, where = f"{base}/{name}", f"{storage}/{name}/{_SNAPSHOT}"
@@ -178,15 +193,16 @@ def check_snapshot(storage: str, name: str) -> None:
     except FileNotFoundError:
         return
     except (saved.SavedError, files.FileError) as error:
-        raise ValueError(f"{error}; {_LATER}") from None
-    named = [kept.checkpoint_dir_name for kept in snapshot.checkpoint_results]
+        raise ValueError(f"{error}; {_ADVICE}") from None
+    names = [entry.checkpoint_dir_name for entry in snapshot.checkpoint_results]
     latest = snapshot.latest_checkpoint_result
-    if len(named) != len(snapshot.checkpoint_report_indices) or (latest and latest.checkpoint_dir_name not in named):
-        raise ValueError(f"{where} is damaged: its lists of checkpoints do not belong together; {_LATER}")
-    for one in named:
-        is_link = is_local and Path(folder, one).is_symlink()
-        if is_link or filesystem.get_file_info(f"{folder}/{one}").type != pafs.FileType.Directory:
-            raise ValueError(f"{where} names {one}, which is no folder beside it; {_LATER}")
+    if len(names) != len(snapshot.checkpoint_report_indices) or (latest and latest.checkpoint_dir_name not in names):
+        raise ValueError(f"{where} is damaged: its lists of checkpoints do not belong together; {_ADVICE}")
+    for checkpoint in names:
+        # pyarrow follows links, so a link to a directory elsewhere would pass as one.
+        is_link = is_local and Path(folder, checkpoint).is_symlink()
+        if is_link or filesystem.get_file_info(f"{folder}/{checkpoint}").type != pafs.FileType.Directory:
+            raise ValueError(f"{where} names {checkpoint}, which is no folder beside it; {_ADVICE}")
 
 
 def _read(filesystem: pafs.FileSystem, path: str, is_local: bool) -> bytes:
@@ -197,13 +213,15 @@ def _read(filesystem: pafs.FileSystem, path: str, is_local: bool) -> bytes:
 
 
 class _Following:
-    """Hand what rank 0 leaves on the board to `report`, each step once, until the block ends."""
+    """Pass the metrics on the board to `report`, each step once, until the block ends; then end the board."""
 
     def __init__(self, board: ActorHandle, report: Report) -> None:
         self._board, self._report = board, report
-        self._newest = 0
+        self._newest = 0.0
         self.failure: Exception | None = None
+        """First error of the workers or of `report`; None if there was none."""
         self._stop = threading.Event()
+        # A thread, because `fit` blocks the main one. A daemon, so that it cannot keep a process alive that is ending.
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> None:
@@ -212,38 +230,42 @@ class _Following:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._pick_up()
+        # Once more: the last steps may have come after the thread's last look.
+        self._take()
         ray.kill(self._board)
 
     def _follow(self) -> None:
         try:
             while not self._stop.wait(_POLL_S):
-                self._pick_up()
-        except Exception as error:  # whatever `report` raised (a full disk, a bug): the main thread has to hear of it
+                self._take()
+        except Exception as error:  # of `report`: a full disk, a bug. A thread's exception is only printed; `fit` raises it
             self.failure = error
 
-    def _pick_up(self) -> None:
-        told: _Told = ray.get(self._board.take.remote())  # type: ignore[assignment]
-        self.failure = next((failure for failure in (self.failure, *told.failures) if failure is not None), None)
-        for line in told.lines:
-            # A resumed run repeats the steps since its checkpoint, with the same numbers.
+    def _take(self) -> None:
+        news: _News = ray.get(self._board.take.remote())  # type: ignore[assignment]
+        self.failure = next((failure for failure in (self.failure, *news.failures) if failure is not None), None)
+        for line in news.lines:
+            # Workers that replace others repeat the steps since the checkpoint, with the same numbers.
             if line["step"] > self._newest:
                 self._newest = line["step"]
                 self._report(line)
 
 
 def _worker(config: dict[str, _Launch]) -> None:
-    """Run the loop on one rank."""
+    """Run the training loop on one rank."""
     import torch
 
     from steerlab.training import loop
 
     launch = config["launch"]
     board = launch.board
+    # Ray Train starts a new group of workers after any error. If the error was one of settings or data, a second group would
+    # only repeat it; it ends here instead, without an error, which ends the run.
     if ray.get(board.failed.remote()):
         return
     context = ray.train.get_context()
     request = received(launch.request)
+    # PyTorch starts a thread for every core of the node, not for the CPUs that Ray reserved for this worker.
     torch.set_num_threads(max(1, int(launch.scale.cpus_per_worker)))
     rank = context.get_world_rank()
     checkpoint = ray.train.get_checkpoint()
@@ -260,7 +282,8 @@ def _worker(config: dict[str, _Launch]) -> None:
     try:
         loop.run(request, launch.scale, link, launch.output)
     except (ValueError, FloatingPointError) as error:
-        # What the settings or the data did: the next group of workers finds it on the board and ends at once.
+        # An error of the settings or the data. The traceback travels as a note, since pickling an exception drops it; `get`
+        # waits until the board has the error, because this process ends with the `raise`.
         error.add_note(traceback.format_exc())
         ray.get(board.fail.remote(error))
         raise
@@ -270,24 +293,26 @@ def _worker(config: dict[str, _Launch]) -> None:
 
 
 def _report(metrics: dict[str, float], directory: Path | None) -> None:
-    """Report from every rank; each rank's files become part of one checkpoint."""
+    """Report a checkpoint to Ray Train; it merges the files of all ranks into one checkpoint."""
     checkpoint = None if directory is None else Checkpoint.from_directory(str(directory))
     ray.train.report(
         metrics,
         checkpoint=checkpoint,
+        # The upload runs in a thread while the next steps compute; Ray Train removes the local files after it.
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
     )
 
 
 def _local(checkpoint: Checkpoint) -> Path:
-    """Return a local directory of a checkpoint: itself on a local ROOT, else a copy shared by the ranks of this node."""
-    assert checkpoint.filesystem is not None, "a checkpoint lies somewhere"
+    """Return a local directory with a checkpoint: the checkpoint itself on a local ROOT, else a copy for this node's ranks."""
+    assert checkpoint.filesystem is not None, "Ray Train sets the filesystem of a checkpoint"
     return Path(checkpoint.path) if checkpoint.filesystem.type_name == "local" else Path(checkpoint.to_directory())
 
 
 def _best() -> Path | None:
-    """Return the reported checkpoint with the lowest evaluation loss; waits for uploads that are under way."""
+    """Return a local directory with the checkpoint of the lowest evaluation loss; None if no checkpoint was reported."""
+    # `get_all_reported_checkpoints` waits for uploads that are under way.
     reported = [r for r in ray.train.get_all_reported_checkpoints() if r.checkpoint is not None]
     if not reported:
         return None

@@ -1,6 +1,6 @@
-"""How what a method prepares is computed on workers: sums over rows, tensors of each row, parts; continued after a kill.
+"""Compute the preparations of a method on workers: sums over rows, tensors of each row, or named parts.
 
-All leave a directory that `tensors.Parts` opens.
+Each writes a directory that `tensors.Parts` opens, and continues with the missing shards after a kill.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from steerlab.inputs.tokens import collate
 from steerlab.job import DataSet, Frozen
 from steerlab.methods.preparations import MakePart, Source, StartKeeper, StartSums
 from steerlab.stages.spread import reserved, shards, subject
-from steerlab.stages.spread.shard_plan import Done, Facts, Place, Planned, Shard
+from steerlab.stages.spread.shard_plan import Done, Facts, Planned, Shard, WorkFolder
 from steerlab.stages.spread.subject import Loading
 from steerlab.storage.plan import ModelRef, Work
 from steerlab.storage.tensors import Parts, Shape, writing
@@ -35,28 +35,28 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 _WHOLE = "all"
-"""Name of the only part of a sum."""
+"""Name of the single part of a sum in its index."""
 
 
 def _needed(work: Work) -> dict[str, ModelRef]:
-    """Return where the artifacts of the preparations before lie, valid on every node."""
-    needed = {name: stage for name, stage in work.stage.inputs.items() if name != subject.MODEL}
-    return {name: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for name, stage in needed.items()}
+    """Return references, valid on every node, to the artifacts of the preparations that this one needs."""
+    stages = {name: stage for name, stage in work.stage.inputs.items() if name != subject.MODEL}
+    return {name: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for name, stage in stages.items()}
 
 
-def _located(needed: Mapping[str, ModelRef]) -> dict[str, Path]:
+def _local(needed: Mapping[str, ModelRef]) -> dict[str, Path]:
     return {name: ref.locate() for name, ref in needed.items()}
 
 
 class OnRows(subject.OnModel):
-    """Parameters that the platform adds to those of a preparation over the rows of a data set."""
+    """Parameters that the platform adds to the method's own in a preparation over the rows of a data set."""
 
     data: DataSet
     data_fingerprint: str | list[str]
 
 
 class _OverRows(Frozen, extra="ignore"):
-    """Parameters of such a preparation that decide which rows are read, and how."""
+    """Parameters of a preparation over rows that decide which rows are read, and how."""
 
     data: DataSet
     rows_per_shard: int
@@ -64,28 +64,33 @@ class _OverRows(Frozen, extra="ignore"):
 
 
 class RowFacts(Facts):
-    """What is known of a part that rows of a data set were encoded for."""
+    """Counts of the rows of one shard after they were turned into tokens."""
 
     rows: int
+    """Number of rows that were read."""
     cut: int
+    """Number of rows that were cut to `max_tokens`."""
     dropped: int
+    """Number of rows that were left out because their prompt alone is longer than `max_tokens`."""
     refused: int
+    """Number of rows that were left out because they could not be encoded (`skip_bad`)."""
 
 
 class _SumFacts(RowFacts):
-    """What is known of the sums over a shard."""
+    """Counts of the sums over one shard."""
 
     batches: int
     tokens: int
 
 
 def sum_shards(start: StartSums, work: Work) -> None:
-    """Sum the shards that are missing in a pool of actors, then add them up in the order of the shards."""
+    """Sum the missing shards in a pool of actors, then write the total of all shards."""
     params = _OverRows.model_validate(work.params)
     maker = partial(SumOfShard, start, _needed(work), work.params)
     parts = shards.run(work, maker, _SumFacts, params.data, params.rows_per_shard)
     work.directory.mkdir(parents=True, exist_ok=True)
     name = "part-00000.safetensors"
+    # In the order of the shards: floating-point addition is not associative, and the artifact must not depend on the workers.
     with shards.parts(work) as paths:
         _add_up(paths, work.directory / name)
     facts = {
@@ -99,8 +104,9 @@ def sum_shards(start: StartSums, work: Work) -> None:
 
 
 def _add_up(paths: list[Path], target: Path) -> None:
-    """Write the sum of each tensor over some files, holding one of it at once."""
+    """Write the sum of each tensor over some files; memory holds one tensor's sum and one summand."""
     with safe_open(paths[0], "pt") as first:
+        # In the order of the file (`offset_keys`), which reads the disk sequentially; `keys` is in the order of the names.
         shapes = {name: Shape(torch.float32, first.get_slice(name).get_shape()) for name in first.offset_keys()}
     with writing(target, shapes) as writer:
         for name in shapes:
@@ -118,27 +124,30 @@ class _Summed(_OverRows):
 
 
 class SumOfShard(shards.Maker):
-    """Makes the sum over a shard's batches; a shard holds whole batches, so that the shards change no batch."""
+    """Makes the sum over a shard's batches."""
 
     suffix = ".safetensors"
 
     def __init__(self, start: StartSums, needed: Mapping[str, ModelRef], params: JsonObject, model: SteeredModel) -> None:
-        """Sum what `start` begins; `needed` refers to the artifacts of the preparations before."""
-        self._start, self._needed, self._model, self._params = start, _located(needed), model, params
+        """Use the method's function `start` to sum; `needed` refers to the artifacts of the preparations that it needs."""
+        self._start, self._needed, self._model, self._params = start, _local(needed), model, params
         self._over = _Summed.model_validate(params)
 
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> _SumFacts:
-        """Leave the sums at `path`."""
+        """Write the sums to `path`, whole or not at all."""
         encoder, size, data = self._model.encoder, self._over.rows_per_batch, self._over.data
         read = encode_data(encoder, shard.rows, data.format, self._over.max_tokens, skip_bad=data.skip_bad)
+        # A sum over no rows would be zero, and pass for a result.
         read.check(self._over.max_tokens)
         sums = self._start(self._model, self._params, self._needed)
         try:
             for first in range(0, len(read.rows), size):
+                # `rows_per_shard` is a multiple of `rows_per_batch`, so that shards change neither batches nor their numbers.
                 batch = collate(read.rows[first : first + size], encoder.pad_id, loss_on=data.loss_on)
                 sums.add(batch.to(self._model.device), (shard.first + first) // size)
                 tell(first)
         finally:
+            # The process may keep this model for the next stage, so no hook may stay on it.
             sums.close()
         with writing(path, sums.shapes) as writer:
             for name, tensor in sums.tensors():
@@ -155,48 +164,50 @@ class SumOfShard(shards.Maker):
         )
 
 
-class _KeptFacts(RowFacts):
-    """What is known of the tensors of a shard's rows."""
+class _TensorFacts(RowFacts):
+    """Counts of the tensors of one shard's rows."""
 
     fingerprint: str
-    """Of the model."""
+    """Fingerprint of the model that read the rows."""
 
 
 _INDEXED = ("rows", "cut", "dropped", "fingerprint")
-"""Facts of a part that the index holds."""
+"""Fields of `_TensorFacts` that the index holds."""
 
 
 def keep_shards(start: StartKeeper, work: Work) -> None:
-    """Make the shards that are missing in a pool of actors, and index the tensors of all."""
+    """Make the tensors of the missing shards in a pool of actors, and write an index of the tensors of all shards."""
     params = _OverRows.model_validate(work.params)
-    parts = shards.run(work, partial(TensorsOfShard, start, work.params), _KeptFacts, params.data, params.rows_per_shard)
+    parts = shards.run(work, partial(TensorsOfShard, start, work.params), _TensorFacts, params.data, params.rows_per_shard)
     shards.collect(work)
     lines = {part.path: part.model_dump() for part in parts}
     facts = {path: {name: line[name] for name in _INDEXED} for path, line in lines.items()}
     Parts.write_index(work.directory, facts, {path: path for path in facts})
 
 
-class _Kept(_OverRows):
+class _InBatches(_OverRows):
     batch_tokens: int
 
 
 class TensorsOfShard(shards.Maker):
-    """Keeps tensors of a shard's rows, those of a batch at a time in memory."""
+    """Makes the file with the tensors of a shard's rows; memory holds those of one batch."""
 
     suffix = ".safetensors"
 
     def __init__(self, start: StartKeeper, params: JsonObject, model: SteeredModel) -> None:
         self._start, self._model, self._params = start, model, params
-        self._over = _Kept.model_validate(params)
+        self._over = _InBatches.model_validate(params)
 
-    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> _KeptFacts:
-        """Leave the tensors at `path`, in the order of the batches; rows of similar length go together."""
+    def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> _TensorFacts:
+        """Write the tensors to `path`, in the order of the batches, which hold rows of similar length."""
         encoder, data = self._model.encoder, self._over.data
         read = encode_data(encoder, shard.rows, data.format, self._over.max_tokens, skip_bad=data.skip_bad)
+        # Tensors are named by the row's number in the data set, so that the size of the shards does not change their names.
         numbers = [shard.first + number for number in read.numbers]
         lengths, alike = [len(row) for row in read.rows], models.alike_up_to(self._model.model)
         chunks = list(reading.batches(lengths, self._over.batch_tokens, reading.PADDING_SHARE, alike=alike))
         keeper = self._start(self._model, self._params)
+        # A safetensors file begins with the shapes of all its tensors, so they are needed before the first batch is computed.
         shapes = {
             name: shape for chunk in chunks for i in chunk for name, shape in keeper.shapes(numbers[i], read.rows[i]).items()
         }
@@ -212,7 +223,7 @@ class TensorsOfShard(shards.Maker):
                     tell(num_done)
         finally:
             keeper.close()
-        return _KeptFacts(
+        return _TensorFacts(
             path=path.name,
             **size_and_sha256(path),
             rows=len(read.rows),
@@ -224,24 +235,28 @@ class TensorsOfShard(shards.Maker):
 
 
 class _NamedPart(Facts):
-    """The manifest row of a part by name."""
+    """Record of a part that has a name instead of rows."""
 
     name: str
     facts: dict[str, object]
-    """What the method knows of it."""
+    """What the method's function returned about the part; "note" is a warning for people."""
 
 
 def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: Work) -> None:
-    """Make the parts that are missing, one task each."""
-    place = Place(work.store.root, work.stage.name, work.stage.key)
+    """Make the missing parts, each in a Ray task of its own.
+
+    `make` is the method's function that writes one part; the tasks load the model if `reads_model`.
+    """
+    folder = WorkFolder(work.store.root, work.stage.name, work.stage.key)
     entries = [
         Planned(number=number, first=number, rows=1, name=name, sha256=hashlib.sha256(name.encode()).hexdigest())
         for number, name in enumerate(parts)
     ]
-    place.plan = entries
-    done = {entry.name: row for entry in entries if (row := place.done(entry, verify=True)) is not None}
+    folder.plan = entries
+    done = {entry.name: row for entry in entries if (row := folder.done(entry, verify=True)) is not None}
     loading = subject.of(work) if reads_model else None
-    request = (make, work.params, _needed(work), place.address, loading)
+    request = (make, work.params, _needed(work), folder.address, loading)
+    # No more than the cluster has: a task that reserves more waits for ever instead of failing.
     num_cpus = min(work.scale.cpus_per_worker, ray.cluster_resources().get("CPU", 1))
     task = _make_part.options(num_cpus=num_cpus)  # type: ignore[attr-defined]
     left: list[ray.ObjectRef] = [task.remote(*request, entry) for entry in entries if entry.name not in done]
@@ -251,14 +266,14 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
         done |= dict(rows)
         work.report({"done": len(done), "total": len(entries)})
     work.directory.mkdir(parents=True, exist_ok=True)
-    place.copy_parts(work.directory)
-    made = {name: _NamedPart.model_validate(done[name].model_dump()) for name in parts}
-    notes = [str(part.facts["note"]) for part in made.values() if "note" in part.facts]
+    folder.copy_parts(work.directory)
+    records = {name: _NamedPart.model_validate(done[name].model_dump()) for name in parts}
+    notes = [str(part.facts["note"]) for part in records.values() if "note" in part.facts]
     if notes:
+        # One line for all: a method that warns of a module tends to warn of all modules of the model.
         warnings.warn(notes[0] + (f" (and {len(notes) - 1} more like this)" if len(notes) > 1 else ""), stacklevel=2)
-    Parts.write_index(
-        work.directory, {name: part.facts for name, part in made.items()}, {name: part.path for name, part in made.items()}
-    )
+    facts = {name: part.facts for name, part in records.items()}
+    Parts.write_index(work.directory, facts, {name: part.path for name, part in records.items()})
 
 
 @ray.remote(scheduling_strategy=reserved.ANYWHERE)
@@ -270,12 +285,13 @@ def _make_part(
     loading: Loading | None,
     entry: Planned,
 ) -> tuple[str, Done]:
-    """Make one part and return its name and its manifest row."""
+    """Make one part and return its name and its record."""
+    # PyTorch starts a thread for every core of the node, not for the CPUs that Ray reserved for this task.
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    source = Source(params, _located(needed), None if loading is None else subject.load(loading))
+    source = Source(params, _local(needed), None if loading is None else subject.load(loading))
 
     def keep(path: Path) -> _NamedPart:
         facts = make(source, entry.name, path)
         return _NamedPart(path=path.name, name=entry.name, facts=dict(facts), **size_and_sha256(path))
 
-    return entry.name, Place(*address).keep(entry, ".safetensors", keep)
+    return entry.name, WorkFolder(*address).keep(entry, ".safetensors", keep)

@@ -1,4 +1,4 @@
-"""What a cluster has, and what workers and actors reserve of it."""
+"""CPUs and GPUs: how many a cluster has, and how many the workers and actors of a stage reserve."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from steerlab.guards.private_parts import most_resources
 from steerlab.job import ScaleConfig
 
 ANYWHERE = "DEFAULT"
-"""Scheduling of what a stage starts: said aloud, it is not in the placement group of a trial, which fits a driver alone."""
+"""Scheduling strategy of the tasks and actors of a stage.
+
+Without one, Ray would place them in the placement group of the sweep's trial that starts them, which has room for the driver
+only, and they would wait for ever.
+"""
 
 
 def beside_the_driver() -> NodeAffinitySchedulingStrategy:
-    """Keep an actor on the driver's node: it shares the driver's fate, not that of a node that may be taken away."""
+    """Return the scheduling strategy that keeps an actor on the driver's node."""
+    # Other nodes may be taken away by an autoscaler or a spot market; without the driver's node the run has ended anyway.
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def available() -> dict[str, float]:
-    """Return what the cluster has or, with an autoscaler, can grow to."""
+    """Return the number of CPUs and GPUs that the cluster has or, with an autoscaler, can grow to."""
     now, limit = ray.cluster_resources(), most_resources()
     return {name: max(now.get(name, 0), limit.get(name, 0)) for name in ("CPU", "GPU")}
 
 
 def uses_gpu(scale: ScaleConfig) -> bool:
-    """Decide whether workers get a GPU each. Raises ValueError when they must and the cluster has too few."""
+    """Return whether each worker gets a GPU. Raises ValueError if `scale.gpu` requires it and the cluster has too few."""
     gpus = available()["GPU"]
     enough = gpus >= scale.worker_range[0]
     if scale.gpu == "require" and not enough:
@@ -33,7 +38,8 @@ def uses_gpu(scale: ScaleConfig) -> bool:
 
 
 def check(scale: ScaleConfig) -> None:
-    """Refuse more workers than the cluster can ever hold. Raises ValueError."""
+    """Refuse workers for which the cluster has too few CPUs or GPUs. Raises ValueError."""
+    # Ray does not refuse them: it waits for nodes that never come.
     low = scale.worker_range[0]
     needed = low * scale.cpus_per_worker
     cpus = available()["CPU"]
@@ -46,8 +52,12 @@ def check(scale: ScaleConfig) -> None:
 
 
 def of_actors(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
-    """Return what one of `workers` actors that hold the model reserves: together no more than a training's workers."""
+    """Return the CPUs and GPUs that each of `workers` actors with a model reserves, as options of Ray.
+
+    Together they reserve no more than the workers of a training do; none reserves more than the largest node has.
+    """
     gpus = 1 if scale.gpu != "never" and ray.cluster_resources().get("GPU", 0) >= workers else 0
+    # A reservation must fit on one node, which the share of several workers may not.
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     share = scale.worker_range[0] * scale.cpus_per_worker / workers
     return {"num_cpus": min(share, largest), "num_gpus": gpus}

@@ -1,8 +1,12 @@
-"""The shards of a data set: planned once, kept in the stage's work directory, each with the part that was made of it.
+"""The shards of a data set, planned once, and the part that was made of each; all lie in the stage's work directory.
 
-work/plan/00000.json, plan.json     the texts of each shard; where each begins, how many rows, SHA-256
-work/parts/part-00000.*             what was made of a shard: written to another name, synced, renamed
-work/done/00000.json                its manifest row, written last: a shard without one is missing
+The files of the work directory:
+
+    plan.json                 the plan: number, first row, number of rows and SHA-256 of each shard
+    plan/00000.json           the texts of a shard
+    parts/part-00000.*        the part that was made of a shard
+    done/00000.json           the record of the part, written after it: a shard without one is missing
+    attempts/RUN-00000.json   how often a run has started on a shard
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ _TEXT_FIELDS = {
     "conversation": ("messages",),
 }
 _FIELDS_BESIDE = {"text": ("seed",), "instruction": ("system", "history"), "preference": pairs.BESIDE}
-"""Kept where a row has them."""
+"""Fields that a row may have; they are stored only where it has them, so that other texts keep their hash."""
 
 
 class Shard(NamedTuple):
@@ -52,13 +56,13 @@ class Planned(saved.Shape):
     first: int
     rows: int
     sha256: str
-    """Of its texts, or of its name."""
+    """SHA-256 of the shard's texts, or of its name if it has no rows."""
     name: str = Field(default="", exclude_if=lambda name: not name)
-    """Of a part that is made of no rows."""
+    """Name of a part that is not made of rows; empty otherwise."""
 
 
 class Facts(saved.Shape):
-    """What is known of a part that was made; those who make one know more of it."""
+    """File of a part; each kind of part adds counts of its own."""
 
     path: saved.Inside
     bytes: int
@@ -66,15 +70,15 @@ class Facts(saved.Shape):
 
 
 class Done(Facts):
-    """The manifest row of a part, with all its facts."""
+    """Record of a part that is complete, with the counts of its kind."""
 
     number: int
     planned: str
-    """The hash of the shard that it was made of."""
+    """SHA-256 of the shard from which the part was made: a part of an older plan does not count."""
 
 
-class Place:
-    """The work directory of a stage, as every node sees it."""
+class WorkFolder:
+    """The work directory of a stage; `address` opens it again on any node."""
 
     def __init__(self, root: str, stage: str, key: str) -> None:
         self.address = (root, stage, key)
@@ -85,7 +89,8 @@ class Place:
 
     @property
     def plan(self) -> list[Planned] | None:
-        """The planned shards, or None when there is no whole plan yet."""
+        """The planned shards; None if no plan was written, or a damaged one."""
+        # Only files that lead to the same result when they are made again are treated as missing when they are damaged.
         try:
             return saved.checked(self._store.read_json(f"{self._folder}/plan.json"), list[Planned], self._folder)
         except (FileNotFoundError, StoreError, saved.SavedError):
@@ -96,11 +101,11 @@ class Place:
         self._store.write_json(f"{self._folder}/plan.json", [entry.model_dump() for entry in entries])
 
     def write_texts(self, number: int, texts: str) -> None:
-        """Keep the texts of a shard."""
+        """Write the texts of a shard."""
         self._store.write_text(f"{self._folder}/plan/{number:05d}.json", texts)
 
     def texts(self, number: int) -> str | None:
-        """Return the texts of a shard, None where there are none."""
+        """Return the texts of a shard; None if they were not written."""
         try:
             return self._store.read_text(f"{self._folder}/plan/{number:05d}.json")
         except FileNotFoundError:
@@ -113,12 +118,16 @@ class Place:
         return Shard(entry.number, entry.first, json.loads(texts))
 
     def done(self, entry: Planned, verify: bool = False) -> Done | None:
-        """Return a shard's manifest row if its part is as it says, with `verify` down to the last byte."""
+        """Return the record of a shard's part; None if the part is missing or does not match its record.
+
+        `verify` compares the SHA-256 of the part; otherwise only its size is compared.
+        """
         try:
             row = saved.checked(self._store.read_json(f"{self._folder}/done/{entry.number:05d}.json"), Done, self._folder)
         except (FileNotFoundError, StoreError, saved.SavedError):
             return None
         path = self._part(row.path)
+        # The size costs one request on an object store; reading every part to the end costs as much as a download.
         if row.planned != entry.sha256 or self._fs.get_file_info(path).size != row.bytes:
             return None
         if verify:
@@ -128,7 +137,8 @@ class Place:
         return row
 
     def attempts(self, number: int, run: str) -> int:
-        """Count an attempt of one run at a shard; return how many there were before."""
+        """Count one more attempt of a run at a shard; return the number of attempts before it."""
+        # A file and not a counter in the process, which would die with it. One process works on a shard at a time.
         path = f"{self._folder}/attempts/{run}-{number:05d}.json"
         try:
             before = saved.checked(self._store.read_json(path), int, path)
@@ -138,16 +148,18 @@ class Place:
         return before
 
     def keep(self, entry: Planned, suffix: str, make: Callable[[Path], Facts]) -> Done:
-        """Have `make` leave a part, then write its manifest row."""
+        """Let `make` write a part to the path it is called with, then write the part's record and return it."""
         name = f"part-{entry.number:05d}{suffix}"
         self._fs.create_dir(f"{self._base}/parts", recursive=True)
         if isinstance(self._fs, pafs.LocalFileSystem):
             facts = make(Path(self._base, "parts", name))
         else:
+            # An object appears at the end of its upload, so the part is made on the node's disk and uploaded in one piece.
             with tempfile.TemporaryDirectory() as scratch:
                 facts = make(Path(scratch, name))
                 with Path(scratch, name).open("rb") as source, self._fs.open_output_stream(self._part(name)) as target:
                     shutil.copyfileobj(source, target, 1 << 22)
+        # The record is written last: whatever kills this process before leaves a shard that counts as missing.
         row = {"number": entry.number, "first": entry.first, "planned": entry.sha256, **facts.model_dump()}
         self._store.write_json(f"{self._folder}/done/{entry.number:05d}.json", row)
         return Done.model_validate(row)
@@ -156,22 +168,23 @@ class Place:
         return f"{self._base}/parts/{name}"
 
     def copy_parts(self, directory: Path) -> None:
-        """Put all planned parts into a local directory: links on a disk, copies from an object store."""
+        """Put all planned parts into a local directory: hard links on a disk, copies from an object store."""
         for entry in self.plan or []:
             row = self.done(entry)
-            assert row is not None, "every part was made"
+            assert row is not None, "the caller made every missing part"
             source, target = self._part(row.path), directory / row.path
             if isinstance(self._fs, pafs.LocalFileSystem):
-                # A link, not a move: a kill before the commit must not cost the parts.
+                # A hard link takes no space, and the part stays in the work directory if the process dies before the commit.
                 os.link(source, target)
             else:
                 pafs.copy_files(source, str(target), source_filesystem=self._fs, destination_filesystem=pafs.LocalFileSystem())
 
 
-def planned(place: Place, data: DataSet, rows_per_shard: int) -> list[Planned]:
-    """Return the planned shards: those of an extraction that was cut short, if their texts are whole."""
-    entries = place.plan
-    if entries is not None and all(_is_whole(place.texts(entry.number), entry) for entry in entries):
+def planned(folder: WorkFolder, data: DataSet, rows_per_shard: int) -> list[Planned]:
+    """Return the planned shards of a data set; a complete plan of a stage that was killed is used again."""
+    entries = folder.plan
+    # The data set is not read again: its fingerprint is part of the stage's key, which names this folder.
+    if entries is not None and all(_is_whole(folder.texts(entry.number), entry) for entry in entries):
         return entries
     entries = []
     read = rows.read(data)
@@ -183,9 +196,10 @@ def planned(place: Place, data: DataSet, rows_per_shard: int) -> list[Planned]:
             for row in chosen
         ]
         texts = json.dumps(taken, ensure_ascii=False)
-        place.write_texts(number, texts)
+        folder.write_texts(number, texts)
         entries.append(Planned(number=number, first=first, rows=len(taken), sha256=_sha256(texts)))
-    place.plan = entries
+    # After the texts: a plan that exists names texts that exist.
+    folder.plan = entries
     return entries
 
 

@@ -1,10 +1,14 @@
-"""Stream the shards of a data set through a pool of actors that hold a model; what is made of a shard is not known here.
+"""Stream the shards of a data set through a pool of actors that hold a model; a `Maker` turns a shard into a part.
 
-The plan comes first (shard_plan.py): rows of the data set, so many to a shard, as small files in the work directory. Ray
-Data streams the numbers of the missing shards to the actors. Each reads its texts, leaves its part and hands back the manifest
-row, so that nothing large goes through the object store and memory does not grow with the data. A killed actor is made again
-and its shard with it; after a kill of everything the stage continues with the shards that are missing. With `scale.warm` tasks
-take the actors' place: their processes stay for the next stage, which saves a small one most of its time.
+First the rows of the data set are divided into shards, which are written as small files into the work directory
+(shard_plan.py). Ray Data then streams the numbers of the missing shards to the actors. An actor reads the texts of a shard,
+writes its part and returns the part's record, so that nothing large goes through Ray's object store and memory does not grow
+with the data. Ray replaces an actor that dies and repeats its shard; a stage that was killed continues with the missing shards.
+
+With `scale.warm`, tasks replace the actors. Ray keeps their processes for the next stage, which saves a small stage most of its
+time.
+
+The file is longer than 300 lines because driver and workers of a pool share its types: requests, records and failures.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from steerlab.data.values import Row
 from steerlab.guards import saved
 from steerlab.job import DataSet, ScaleConfig
 from steerlab.stages.spread import reserved, shard_plan, subject
-from steerlab.stages.spread.shard_plan import Done, Facts, Place, Planned, Shard
+from steerlab.stages.spread.shard_plan import Done, Facts, Planned, Shard, WorkFolder
 from steerlab.stages.spread.subject import Loading
 from steerlab.stages.spread.tally import Tally, following
 from steerlab.storage.plan import Work
@@ -47,46 +51,60 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Maker(ABC):
-    """What an actor does with its shards; one is made for each actor, around its model."""
+    """Makes the parts of shards; each actor has one, for the model that it has loaded."""
 
     suffix: ClassVar[str]
-    """Of the parts' names."""
+    """Suffix of the parts' file names, with the dot."""
 
     @abstractmethod
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> Facts:
-        """Leave the part at `path`, whole or not at all; return its facts. `tell` takes the number of rows done so far."""
+        """Make the part of one shard.
+
+        Args:
+            shard: The rows.
+            path: Local path of the part, which must appear there whole or not at all.
+            tell: Takes the number of the shard's rows that are done so far.
+
+        Returns:
+            Size, hash and counts of the part.
+
+        Raises:
+            ValueError: the data or the settings are wrong, so that another attempt would fail as well.
+        """
 
     def close(self) -> None:  # noqa: B027
-        """Take off the model what was put on it, where something stays on it between shards."""
+        """Remove hooks from the model; only for makers whose hooks stay on it between shards."""
 
 
 Make = Callable[["SteeredModel"], Maker]
-"""Makes a `Maker` around a loaded model; what it knows of the stage's parameters can be sent to other processes."""
+"""Function (loaded model) -> `Maker`. It must be serialisable, with the stage's parameters that it holds."""
 _F = TypeVar("_F", bound=Facts)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What the workers of a pool are asked for."""
+    """What every worker of a pool receives."""
 
     loading: Loading
-    place: tuple[str, str, str]
+    folder: tuple[str, str, str]
+    """Address of the stage's work directory."""
     make: Make
     max_failures: int
     run: str
-    """Names this attempt at the stage."""
+    """Random name of this attempt at the stage."""
     tally: ActorHandle | None = None
-    """The actor that counts rows; none where processes stay."""
+    """The actor that counts rows; None with `scale.warm`."""
 
 
+# JSON texts, because Ray Data infers one Arrow type for each column, and records and failures have different fields.
 _Item = dict[str, str]
-"""What Ray Data hands to a worker: JSON of the planned shard, under the name entry."""
+"""Row that Ray Data hands to a worker: JSON of the planned shard under the key "entry"."""
 _Line = dict[str, str]
-"""What Ray Data gets back from a worker: JSON of the manifest row or of a failure, under the name row."""
+"""Row that a worker returns to Ray Data: JSON of the part's record, or of a failure, under the key "row"."""
 
 
 class _Failure(saved.Shape):
-    """Stands in place of a manifest row where another attempt would only repeat it."""
+    """Error that a worker returns instead of a record, because another attempt would only repeat it."""
 
     failure: str
     kind: Literal["ValueError", "OSError", "RuntimeError"]
@@ -101,23 +119,32 @@ def run(
     rows_per_shard: int,
     check: Callable[[int, Sequence[Row]], None] = lambda num_rows, some: None,
 ) -> list[_F]:
-    """Make the parts that are missing and return the facts of all, in order; `facts` is what the maker leaves.
+    """Make the missing parts of a data set's shards and return the facts of all parts, in the order of the shards.
 
-    `check` sees the number of missing rows and some of them before the first actor starts; it raises ValueError to stop.
+    Args:
+        work: The running stage.
+        make: Makes the `Maker` of an actor.
+        facts: Type of the facts that the maker returns.
+        data: The data set.
+        rows_per_shard: Number of rows of each shard but the last.
+        check: Called with the number of missing rows and some of them before the first actor starts; raises ValueError to stop.
 
     Raises:
-        ValueError: the data or the settings are wrong; no other attempt is made.
+        ValueError: the data or the settings are wrong; no further attempt is made.
+        RuntimeError: more than `scale.max_failures` actors died.
+        StoreError: a disk is full.
     """
-    place = Place(work.store.root, work.stage.name, work.stage.key)
-    planned = shard_plan.planned(place, data, rows_per_shard)
-    done = {entry.number: row for entry in planned if (row := place.done(entry, verify=True)) is not None}
+    folder = WorkFolder(work.store.root, work.stage.name, work.stage.key)
+    planned = shard_plan.planned(folder, data, rows_per_shard)
+    # Parts of an earlier attempt are read through once: a power cut can leave a file of the right size with wrong bytes.
+    done = {entry.number: row for entry in planned if (row := folder.done(entry, verify=True)) is not None}
     missing = [entry for entry in planned if entry.number not in done]
     total = sum(entry.rows for entry in planned)
     before = total - sum(entry.rows for entry in missing)
     work.report({"done": before, "total": total})
     if missing:
-        check(total - before, place.shard(missing[0]).rows)
-        request = _Request(subject.of(work), place.address, make, work.scale.max_failures, uuid.uuid4().hex)
+        check(total - before, folder.shard(missing[0]).rows)
+        request = _Request(subject.of(work), folder.address, make, work.scale.max_failures, uuid.uuid4().hex)
 
         def report(now: int, left_s: float) -> None:
             work.report({"done": before + now, "total": total, "left_s": left_s})
@@ -128,23 +155,25 @@ def run(
 
 
 def collect(work: Work) -> None:
-    """Put the parts into the directory that becomes the artifact; they stay in the work directory until it is committed."""
-    work.directory.mkdir(parents=True, exist_ok=True)  # an extraction of days may find its empty directory swept away
-    Place(work.store.root, work.stage.name, work.stage.key).copy_parts(work.directory)
+    """Put the parts into the directory that becomes the artifact."""
+    # After an extraction of days the directory may be gone: it was empty, and old temporary directories are removed.
+    work.directory.mkdir(parents=True, exist_ok=True)
+    WorkFolder(work.store.root, work.stage.name, work.stage.key).copy_parts(work.directory)
 
 
 @contextmanager
 def parts(work: Work) -> Iterator[list[Path]]:
-    """Give local files of all parts, in the order of the shards."""
+    """Provide local files of all parts, in the order of the shards; they are removed at the end of the block."""
+    # On the disk of the artifact, so that hard links to parts in a local ROOT are possible.
     with tempfile.TemporaryDirectory(dir=work.directory.parent) as folder:
-        Place(work.store.root, work.stage.name, work.stage.key).copy_parts(Path(folder))
+        WorkFolder(work.store.root, work.stage.name, work.stage.key).copy_parts(Path(folder))
         yield sorted(Path(folder).iterdir())
 
 
 def _by_actors(
     request: _Request, missing: list[Planned], scale: ScaleConfig, report: Callable[[int, float], None]
 ) -> Iterator[Done]:
-    """Make the missing shards in a pool of actors and yield their manifest rows as they come."""
+    """Make the missing parts in a pool of actors and yield their records as they come."""
     tally: Any = Tally.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
     with following(tally, report, sum(entry.rows for entry in missing)):
         yield from _stream(replace(request, tally=tally), missing, scale)
@@ -153,7 +182,8 @@ def _by_actors(
 def _by_processes(
     request: _Request, missing: list[Planned], scale: ScaleConfig, report: Callable[[int, float], None]
 ) -> Iterator[Done]:
-    """Make the missing shards in warm processes. No actor follows them: Ray would give it the process that is warm."""
+    """Make the missing parts in warm processes and yield their records as they come."""
+    # Progress is counted by finished shards, without a `Tally`: Ray would start that actor in one of the warm processes.
     started_s, num_rows, now = time.monotonic(), {entry.number: entry.rows for entry in missing}, 0
     for row in _stream(request, missing, scale):
         now += num_rows[row.number]
@@ -162,7 +192,8 @@ def _by_processes(
 
 
 def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> Iterator[Done]:
-    """Send the missing shards to the workers and yield their manifest rows as they come."""
+    """Send the missing shards to the workers and yield the records of their parts as they come."""
+    # Imported here: it takes a second, and workers read this file too.
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -170,7 +201,8 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
     context.enable_progress_bars = False
     low, high = (min(workers, len(missing)) for workers in scale.worker_range)
     items = [{"entry": entry.model_dump_json()} for entry in missing]
-    # As for all workers, also where fewer shards are left: the threads of an actor change the last bits of its sums.
+    # The share of one worker of the configured number, even if fewer shards are left: the number of CPUs decides the number of
+    # PyTorch's threads, which changes the last bits of sums. A resumed stage must make the same parts.
     resources = reserved.of_actors(scale, scale.worker_range[0])
     cpus, gpus = resources["num_cpus"], resources["num_gpus"]
     source = ray.data.from_items(items, override_num_blocks=len(items))
@@ -182,7 +214,7 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
         lines = source.map(
             _Worker,  # type: ignore[arg-type]
             fn_constructor_args=(request,),
-            # One shard waits at each actor while it works on another.
+            # Two tasks for each actor: the next shard waits there while the actor works on the first, so that it never idles.
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
             num_cpus=cpus,
             num_gpus=gpus,
@@ -190,6 +222,7 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
     for line in lines.iter_rows():
         row = _LINE.validate_json(line["row"])
         if isinstance(row, _Failure):
+            # Raised here, in the driver: an exception inside a worker would make Ray Data repeat the shard.
             error = _ERRORS[row.kind](row.failure)
             error.add_note(row.trace)
             raise error
@@ -197,13 +230,15 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
 
 
 def _in_warm_process(request: _Request, item: _Item) -> _Line:
-    """Return the manifest row of a shard from a process that keeps the model for the stage's next one."""
-    deaths = Place(*request.place).attempts(Planned.model_validate_json(item["entry"]).number, request.run)
+    """Return the record of a shard's part, made in a process that keeps the model for the next shard."""
+    # Ray repeats a task whose process died. An attempt that left no part and no failure is such a death.
+    deaths = WorkFolder(*request.folder).attempts(Planned.model_validate_json(item["entry"]).number, request.run)
     failure = _too_many_deaths(deaths, "processes", request.max_failures)
     if failure is not None:
         return {"row": failure.model_dump_json()}
-    owner = json.dumps(request.place)
-    worker = _Worker(request, partial(subject.kept, owner))
+    # Owned by the stage, not by its model: what another stage keeps in the process must not count as loaded here.
+    owner = json.dumps(request.folder)
+    worker = _Worker(request, partial(subject.loaded_once, owner))
     try:
         return worker(item)
     finally:
@@ -211,13 +246,14 @@ def _in_warm_process(request: _Request, item: _Item) -> _Line:
 
 
 class _Worker:
-    """An actor of the pool: a loaded model and what it makes of its shards."""
+    """An actor of the pool: a loaded model and the maker of its parts."""
 
     def __init__(self, request: _Request, load: Callable[[Loading], SteeredModel] = subject.load) -> None:
-        self._place = Place(*request.place)
+        self._folder = WorkFolder(*request.folder)
         self._tally = request.tally
         self._maker: Maker | None = None
-        # Ray Data restarts actors and repeats their tasks without end: a model that does not fit has to be noticed here.
+        # Ray Data (2.x) restarts actors and repeats their tasks without end, so a model that does not fit into memory would be
+        # loaded for ever. The tally outlives the actors and counts how often one was started again.
         is_new = self._tally is not None and ray.get_runtime_context().was_current_actor_reconstructed
         deaths: int = ray.get(self._tally.died.remote()) if is_new else 0  # type: ignore[assignment]
         self._failure = _too_many_deaths(deaths, "actors", request.max_failures)
@@ -229,14 +265,15 @@ class _Worker:
             self._failure = _failure(error)
 
     def close(self) -> None:
-        """Leave the model without hooks."""
+        """Remove the maker's hooks from the model."""
         if self._maker is not None:
             self._maker.close()
 
     def __call__(self, item: _Item) -> _Line:
-        """Return the manifest row of a shard, made now or by an actor that was killed too late to hand it back."""
+        """Return the record of a shard's part."""
         entry = Planned.model_validate_json(item["entry"])
-        row = self._failure or self._place.done(entry) or self._made(entry)
+        # An actor may have been killed between writing the record and returning it; then the part is not made again.
+        row = self._failure or self._folder.done(entry) or self._make(entry)
         if isinstance(row, Done):
             self._tell(entry, entry.rows)
         return {"row": row.model_dump_json()}
@@ -245,33 +282,34 @@ class _Worker:
         if self._tally is not None:
             self._tally.tell.remote(entry.number, num_rows)
 
-    def _made(self, entry: Planned) -> Done | _Failure:
-        told_s = time.monotonic()
+    def _make(self, entry: Planned) -> Done | _Failure:
+        last_s = time.monotonic()
 
         def tell(num_rows: int) -> None:
-            nonlocal told_s
-            if time.monotonic() - told_s > _POLL_S:
-                told_s = time.monotonic()
+            nonlocal last_s
+            if time.monotonic() - last_s > _POLL_S:
+                last_s = time.monotonic()
                 self._tell(entry, num_rows)
 
         assert self._maker is not None
         make = self._maker.make
         self._tell(entry, 0)
         try:
-            shard = self._place.shard(entry)
-            return self._place.keep(entry, self._maker.suffix, lambda path: make(shard, path, tell))
+            shard = self._folder.shard(entry)
+            return self._folder.keep(entry, self._maker.suffix, lambda path: make(shard, path, tell))
         except ValueError as error:
             return _failure(error)
         except OSError as error:
+            # Any other error of a disk or a network may pass: Ray repeats the shard.
             if error.errno not in _FULL_DISK:
                 raise
-            message = f"no space left for part {entry.number} in {self._place.address[0]}"
+            message = f"no space left for part {entry.number} in {self._folder.address[0]}"
             return _failure(error).model_copy(update={"failure": message})
 
 
 _LINE: TypeAdapter[Done | _Failure] = TypeAdapter(Done | _Failure)
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": StoreError, "RuntimeError": RuntimeError}
-"""What the driver raises for a failure."""
+"""Exceptions that the driver raises, by the kind of the failure."""
 
 
 def _failure(error: ValueError | OSError) -> _Failure:
@@ -279,12 +317,12 @@ def _failure(error: ValueError | OSError) -> _Failure:
     return _Failure(failure=str(error), kind=kind, trace=traceback.format_exc())
 
 
-def _too_many_deaths(deaths: int, which: str, most: int) -> _Failure | None:
-    """Return a failure where another attempt would only be one more death."""
+def _too_many_deaths(deaths: int, workers: str, most: int) -> _Failure | None:
+    """Return a failure if more than `most` workers died, else None."""
     if deaths <= most:
         return None
     text = (
-        f"{deaths} {which} died, more than scale.max_failures {most}; if they ran out of memory, "
+        f"{deaths} {workers} died, more than scale.max_failures {most}; if they ran out of memory, "
         "lower extract.batch_tokens or scale.workers"
     )
     return _Failure(failure=text, kind="RuntimeError", trace="")

@@ -1,8 +1,8 @@
-"""Processes that stay, so that imports and models are paid for once: where a stage runs something with a model on its own.
+"""Run functions in processes that stay for the next call, so that imports and models are loaded once.
 
-There are two kinds. With `scale.warm` it is a task, whose process Ray keeps for the next one: what a sweep's small trials need,
-since an idle process reserves nothing. Otherwise it is an actor of the thread that runs the plan, which is ended when another
-model is needed: an idle process would hold the memory of a GPU unseen. What runs is the same; a process that dies is replaced.
+With `scale.warm` a call is a Ray task, whose process Ray keeps for the next task. An idle process reserves no CPU or GPU, which
+suits the small trials of a sweep. Otherwise a call goes to an actor that belongs to the thread that runs the plan, and that is
+ended as soon as another model is needed: an idle process would hold GPU memory that Ray counts as free.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _L = TypeVar("_L")
 _R = TypeVar("_R")
 _A = TypeVarTuple("_A")
 Tell = Callable[[_L], None]
-"""Takes what a function tells while it runs."""
+"""Takes a message, such as progress, from a function that is running."""
 
 
-class _Told(NamedTuple, Generic[_L]):
-    """What a function tells while it runs."""
+class _Message(NamedTuple, Generic[_L]):
+    """Message of a function that is running."""
 
     value: _L
 
 
 class _Result(NamedTuple, Generic[_R]):
-    """What a function returns."""
+    """Return value of a function."""
 
     value: _R
 
 
 class _Open(threading.local):
-    """The actor that this thread used last: one thread runs one plan."""
+    """The actor that this thread used last, and its owner; thread-local because each thread runs a plan of its own."""
 
     owner = ""
     actor: ActorHandle | None = None
@@ -64,24 +64,32 @@ def call(
     arguments: tuple[*_A],
     scale: ScaleConfig,
     reserved: Mapping[str, float],
-    told: Tell[_L],
+    receive: Tell[_L],
     owner: str = "",
 ) -> _R:
-    """Return `function(tell, *arguments)` of another process; `told` sees what it tells.
+    """Return `function(tell, *arguments)`, run in another process.
 
-    `owner` is what an actor is kept for: the next call of the same owner finds what it left in the process. A process that dies
-    is replaced up to `scale.max_failures` times, and the function begins again.
+    A process that dies is replaced up to `scale.max_failures` times, and the function begins again.
+
+    Args:
+        function: A function of a module; its first argument sends messages to `receive`.
+        arguments: Its other arguments, sent to the process.
+        scale: `warm` and `max_failures` decide how it runs.
+        reserved: CPUs and GPUs that the process reserves, as options of Ray.
+        receive: Called in this process with each message.
+        owner: Name of the state that the process holds. Calls with the same owner, one after another, share an actor.
     """
     for failures_left in reversed(range(scale.max_failures + 1)):
-        lines = _started(function, arguments, scale, reserved, owner)
+        lines = _start(function, arguments, scale, reserved, owner)
         try:
             for line in lines:
-                said: _Told[_L] | _Result[_R] = ray.get(line)
-                if isinstance(said, _Result):
-                    return said.value
-                told(said.value)
+                item: _Message[_L] | _Result[_R] = ray.get(line)
+                if isinstance(item, _Result):
+                    return item.value
+                receive(item.value)
         except BaseException as error:
-            # Also where it died: the loss of one line is no proof that the process is gone.
+            # BaseException: after a Ctrl-C, too, the function must not go on. Even after a death the process is ended: the
+            # error may mean that one message was lost, while the process is alive.
             if scale.warm:
                 ray.cancel(lines)
             else:
@@ -99,28 +107,29 @@ def close() -> None:
 
 
 def every(seconds: float, tell: Tell[tuple[*_A]]) -> Callable[[*_A], None]:
-    """Return a function that tells its arguments, but not more often than this."""
-    told_s = time.monotonic()
+    """Return a function that passes its arguments to `tell`, at most once in so many seconds; other calls do nothing."""
+    last_s = time.monotonic()
 
     def sometimes(*values: *_A) -> None:
-        nonlocal told_s
-        if time.monotonic() - told_s > seconds:
-            told_s = time.monotonic()
+        nonlocal last_s
+        if time.monotonic() - last_s > seconds:
+            last_s = time.monotonic()
             tell(values)
 
     return sometimes
 
 
-def _started(
+def _start(
     function: Callable[[Tell[_L], *_A], _R],
     arguments: tuple[*_A],
     scale: ScaleConfig,
     reserved: Mapping[str, float],
     owner: str,
 ) -> ray.ObjectRefGenerator:
-    """Begin, and return references to the lines that come."""
-    name = function.__name__.strip("_")  # as people see the process: ray::train, ray::evaluate
+    """Start the function and return references to its messages and its result, in the order in which it yields them."""
+    name = function.__name__.strip("_")  # the process is listed under it: ray::train, ray::evaluate
     if scale.warm:
+        # `call` starts a function again itself, since it has to tell a death from an error of the function.
         task = _in_task.options(**reserved, max_retries=0, name=name)  # type: ignore[attr-defined]
         return task.remote(function, arguments)
     if _open.actor is None or owner != _open.owner:
@@ -132,25 +141,28 @@ def _started(
 
 
 @ray.remote(num_returns="streaming", scheduling_strategy=ANYWHERE)
-def _in_task(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Told[_L] | _Result[_R]]:
+def _in_task(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Message[_L] | _Result[_R]]:
     yield from _lines(function, arguments)
 
 
 @ray.remote(scheduling_strategy=ANYWHERE)
 class _Actor:
-    def run(self, function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Told[_L] | _Result[_R]]:
+    def run(self, function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Message[_L] | _Result[_R]]:
         yield from _lines(function, arguments)
 
 
-def _lines(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Told[_L] | _Result[_R]]:
-    """Yield what a function tells while it runs in a thread beside, and its result last."""
-    lines: queue.SimpleQueue[_Told[_L] | _Result[_R] | BaseException] = queue.SimpleQueue()
+def _lines(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Message[_L] | _Result[_R]]:
+    """Yield the messages of a function, and its result last."""
+    # The function runs in a thread of its own, because a generator is the only way to stream from a Ray task: this one waits
+    # at `get` until the function has something to send.
+    lines: queue.SimpleQueue[_Message[_L] | _Result[_R] | BaseException] = queue.SimpleQueue()
     stopped = threading.Event()
 
     def tell(line: _L) -> None:
+        # Python cannot end a thread from outside, so a cancelled function ends at its next message.
         if stopped.is_set():
             raise _Stopped
-        lines.put(_Told(line))
+        lines.put(_Message(line))
 
     def run() -> None:
         try:
@@ -169,9 +181,10 @@ def _lines(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> It
             if isinstance(line, _Result):
                 return
     finally:
+        # Joined, so that the process does not run two functions on one model at once.
         stopped.set()
         thread.join()
 
 
 class _Stopped(BaseException):
-    """The driver no longer wants the result."""
+    """Ends a function whose caller has gone. A BaseException, so that `except Exception` in the function lets it pass."""

@@ -1,4 +1,4 @@
-"""The model that a stage works on: what of it goes into the stage's key, and how a worker loads it."""
+"""The model that a stage works on: the settings that are part of the stage's key, and how a worker loads the model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from steerlab.job.data_set import PromptStyle, ResponseRole
 from steerlab.storage.plan import ModelRef, Stage, Work
 
 MODEL = "model"
-"""Name of the input that leaves the model which a stage works on."""
+"""Name of the input whose artifact is the model that a stage works on."""
 
 
-# A key holds no null where a setting is absent: the keys of artifacts stay what they were before there was such a setting.
+# Fields with a default are left out of the key (`exclude_if`), not written as null: an artifact keeps its key when a later
+# version of this file adds a setting that the artifact does not use.
 class LoadedModel(Frozen):
-    """How a stage's model is loaded and, where it is the job's source, which one it is."""
+    """How a stage's model is loaded and, if the model is the job's source, which one it is."""
 
     dtype: Literal["float32", "bfloat16"]
     attention: Literal["sdpa", "eager", "flash_attention_2"]
@@ -32,65 +33,70 @@ class LoadedModel(Frozen):
     sampler: SamplerConfig | None = Field(default=None, exclude_if=lambda sampler: sampler is None)
     """How a diffusion model draws."""
     denoiser_fingerprint: str | None = Field(default=None, exclude_if=lambda fingerprint: fingerprint is None)
+    """Fingerprint of the sampler's own weights of the denoiser; None where the pipeline's are used."""
     trust_remote_code: bool = Field(default=False, exclude_if=lambda trusts: not trusts)
-    """Whether code that comes with the model runs."""
+    """Whether Python code that comes with the model may run."""
     source: Source | None = Field(default=None, exclude_if=lambda source: source is None)
-    """None where another stage leaves the model."""
+    """Source of the model; None if the model is the artifact of another stage."""
     fingerprint: str | None = Field(default=None, exclude_if=lambda fingerprint: fingerprint is None)
-    """Of the source."""
+    """Fingerprint of the source; None if the model is the artifact of another stage."""
 
 
 class Prompting(Frozen):
-    """How the model of a source is prompted."""
+    """How a model that is loaded from a source is prompted."""
 
     prompt_style: PromptStyle
     response_role: ResponseRole
     thinking: bool = Field(default=False, exclude_if=lambda thinks: not thinks)
     tokenizer: Source | None = Field(default=None, exclude_if=lambda source: source is None)
-    """Source of the tokenizer, where it does not lie beside the model."""
+    """Source of the tokenizer; None if it lies beside the model."""
     chat_template: Template | None = Field(default=None, exclude_if=lambda source: source is None)
-    """The template or its source, where it does not lie beside the model."""
+    """The chat template or its source; None if it lies beside the model."""
 
 
 class OnModel(Frozen, extra="ignore"):
-    """Parameters of every stage that works on a model; stages derive theirs from it, and what is their own is skipped here."""
+    """Parameters of every stage that works on a model. Stages derive their own from it; parsing as `OnModel` skips the rest."""
 
     model: LoadedModel
     prompt: Prompting | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
-    """None where another stage leaves the model, whose artifact says how it is prompted."""
+    """None if the model is the artifact of another stage: its `prompt.json` says how it is prompted."""
     prompt_fingerprints: dict[str, str] = Field(default={}, exclude_if=lambda fingerprints: not fingerprints)
-    """Of tokenizer and chat template, where they do not lie beside the model."""
+    """Fingerprints of the tokenizer and the chat template that do not lie beside the model."""
     encoding: int | None = Field(default=None, exclude_if=lambda version: version is None)
-    """Version of the code that makes tokens of rows."""
+    """Version of the code that turns rows into tokens; None for models that take no tokens."""
     snapshot: int | None = Field(default=None, exclude_if=lambda step: step is None)
-    """The step of the training below whose patch is meant; None takes its end."""
+    """Training step after which the model's patch was saved; None for the patch at the end of its training."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that stages of a job work on: one for all of them, so that nothing about it is asked twice."""
+    """The model that several stages of a job work on, made once for all of them, since fingerprints take time."""
 
     stage: Stage | None
-    """The stage that leaves it, None when it is the job's source."""
+    """The stage whose artifact is the model; None if the model is the job's source."""
     params: OnModel
-    """What of it goes into the keys of the stages."""
-    places: Mapping[str, str]
-    """Where the files on disk lie that the job's own configs name, by their fingerprints."""
+    """The settings of the model that are part of the stages' keys."""
+    paths: Mapping[str, str]
+    """Fingerprints of files on disk that the job's own configs name -> their paths."""
 
     @property
     def inputs(self) -> dict[str, Stage]:
-        """The stage that leaves it, as an input of the stages that work on it."""
+        """The stage whose artifact is the model, as an input of the stages that work on it."""
         return {} if self.stage is None else {MODEL: self.stage}
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The parameters as arguments for a stage's own, which are derived from `OnModel`."""
+        """The fields of `params` as keyword arguments for a class derived from `OnModel`."""
         return dict(self.params)
 
 
 def on(job: Job, stage: Stage | None) -> Subject:
-    """Return the model that a stage leaves, or that of the job's source, as the job loads it. Raises SourceError."""
-    return Subject(stage, _params(job, stage), places(job))
+    """Return the model that the job's stages work on: the artifact of `stage`, or the job's source if that is None.
+
+    Raises:
+        SourceError: a source of the job cannot be read.
+    """
+    return Subject(stage, _params(job, stage), paths(job))
 
 
 def _params(job: Job, below: Stage | None) -> OnModel:
@@ -100,46 +106,51 @@ def _params(job: Job, below: Stage | None) -> OnModel:
         trust_remote_code=job.model.trust_remote_code,
         **_drawing(job.model),
     )
+    # The key of the stage that makes the model is an input of this stage's key, and covers everything else.
     if below is not None:
         return OnModel(model=model)
     source = job.model.source
     assert isinstance(source, str)
-    elsewhere = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
+    # A tokenizer or template beside the model is covered by the model's own fingerprint.
+    prompt_files = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
     return OnModel(
         model=model.model_copy(update={"source": source, "fingerprint": sources.fingerprint(source)}),
         prompt=Prompting.model_validate(prompt_settings(job.model, job.data)),
-        prompt_fingerprints={name: prompt_sources.fingerprint(name, one) for name, one in elsewhere.items() if one is not None},
+        prompt_fingerprints={
+            name: prompt_sources.fingerprint(name, origin) for name, origin in prompt_files.items() if origin is not None
+        },
         encoding=encoding.VERSION if job.model.kind == "causal_lm" else None,
     )
 
 
 def identity(source: str) -> str:
-    """Return how a source stands in a stage's parameters: a file on disk by its content, any other as it is written."""
+    """Return what represents a source in a stage's parameters: for a file on disk its fingerprint, else its text."""
     return sources.fingerprint(source) if sources.parse(source).kind == "path" else source
 
 
 def dumped(config: Frozen, **options: Any) -> JsonObject:
-    """Return a config, or a stage's parameters, as they stand in a key; the options are those of pydantic's `model_dump`."""
+    """Return a config, or a stage's parameters, as they are hashed; `options` are those of pydantic's `model_dump`."""
     return described(config, identity, **options)
 
 
-def places(job: Job) -> dict[str, str]:
-    """Return where the files on disk lie that a job's own configs name, by their fingerprints."""
-    found: dict[str, str] = {}
+def paths(job: Job) -> dict[str, str]:
+    """Return the paths of the files on disk that a job's own configs name, by their fingerprints."""
+    path_of: dict[str, str] = {}
 
     def note(source: str) -> str:
         if sources.parse(source).kind == "path":
-            # What is not there is no part of a stage whose key could be made.
+            # A file that does not exist has no fingerprint. No stage that reads it has a key either, and the checks before the
+            # start report it with the key of the job that names it.
             with suppress(sources.SourceError):
-                found[sources.fingerprint(source)] = source
+                path_of[sources.fingerprint(source)] = source
         return source
 
     tree = described(job, note)
-    return found | {code.sha256: code.path for code in own_code.codes_in(tree)}
+    return path_of | {code.sha256: code.path for code in own_code.codes_in(tree)}
 
 
 def _drawing(model: ModelConfig) -> dict[str, Any]:
-    """Return how a diffusion model draws, as fields of `LoadedModel`; nothing for other kinds, whose keys have no such part."""
+    """Return the fields of `LoadedModel` that say how a diffusion model draws; nothing for models of other kinds."""
     if model.kind != "diffusion":
         return {}
     sampler = model.drawing
@@ -149,41 +160,49 @@ def _drawing(model: ModelConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Loading:
-    """All that a worker on any node needs to load the model of a stage."""
+    """What a worker on any node needs to load the model of a stage."""
 
     ref: ModelRef
     model: LoadedModel
     prompt: Prompting | None
-    """How the model of a source is asked; what a stage left says so itself."""
+    """How the model is prompted; None for an artifact, whose `prompt.json` says so."""
     snapshot: int | None
-    """The training step whose patch is meant, of what a stage left."""
+    """Training step after which the artifact's patch was saved; None for the patch at the end."""
 
     @property
     def prompt_settings(self) -> JsonObject | None:
-        """How the model of a source is asked, as encoders take it."""
+        """`prompt` as the settings that `steered.language.load` takes."""
         return None if self.prompt is None else self.prompt.model_dump(mode="json")
 
 
 def of(work: Work) -> Loading:
-    """Return how a worker loads the stage's model."""
+    """Return what a worker needs to load the stage's model."""
     below, params = work.stage.inputs.get(MODEL), OnModel.model_validate(work.params)
+    # A snapshot is a file of an artifact; a source has none.
     if below is None:
         return Loading(ModelRef(source=params.model.source), params.model, params.prompt, None)
     return Loading(ModelRef(artifact=(work.store.root, below.name, below.key)), params.model, None, params.snapshot)
 
 
 def load(loading: Loading) -> Any:
-    """Load a model on this worker's device, with the patches that it carries: a `SteeredModel` or a `SteeredPipeline`."""
+    """Load a model with its patches on this worker's device.
+
+    Returns:
+        A `SteeredModel` for a language model, a `SteeredPipeline` for a diffusion model.
+    """
+    # PyTorch is imported by workers only; the driver reads this file for every plan.
     import torch
 
     from steerlab.steered import language
 
     model = loading.model
+    # PyTorch starts a thread for every core of the node; several workers on one node would then slow one another down.
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     return language.load(
         loading.ref.locate(),
         dtype=model.dtype,
         attention=model.attention,
+        # Ray sets CUDA_VISIBLE_DEVICES to the GPUs that this worker reserved; without one it must not take another worker's.
         device="cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu",
         prompt=loading.prompt_settings,
         snapshot=loading.snapshot,
@@ -192,14 +211,14 @@ def load(loading: Loading) -> Any:
     )
 
 
-_kept: tuple[str, Any] | None = None
-"""Who used a model last in this process, and the model."""
+_last: tuple[str, Any] | None = None
+"""Owner and model of the last call of `loaded_once` in this process."""
 
 
-def kept(owner: str, loading: Loading) -> Any:
-    """Return the model that `owner` used last in this process, or load it; what another one used is let go of first."""
-    global _kept
-    if _kept is None or _kept[0] != owner:
-        _kept = None  # two models at once may not fit
-        _kept = (owner, load(loading))
-    return _kept[1]
+def loaded_once(owner: str, loading: Loading) -> Any:
+    """Return the model of `owner`, loaded by this call unless the last one in this process had the same owner."""
+    global _last
+    if _last is None or _last[0] != owner:
+        _last = None  # drops the other model before the new one is loaded: both at once may not fit into memory
+        _last = (owner, load(loading))
+    return _last[1]

@@ -1,4 +1,4 @@
-"""How many rows of a data set the actors of a pool have read, counted in an actor beside the driver."""
+"""Count the rows that the actors of a pool have read, in an actor on the driver's node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POLL_S = 0.5
 
 @ray.remote(num_cpus=0)
 class Tally:
-    """How far the shards are, as the actors tell it."""
+    """Progress of the shards, as the actors of a pool report it."""
 
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}
@@ -26,41 +26,50 @@ class Tally:
         self._first_s = 0.0
 
     def died(self) -> int:
-        """Count one more actor that died; return how many did."""
+        """Count one more actor that died; return the number of all that died."""
         self._deaths += 1
         return self._deaths
 
     def tell(self, number: int, num_rows: int) -> None:
-        """Take the rows done of one shard; those of a killed actor are not taken back."""
+        """Record the number of rows done of one shard."""
+        # The first report starts the clock: before it the actors load their model, which says nothing about the rows to come.
         self._first_s = self._first_s or time.monotonic()
+        # An actor that replaces a killed one begins the shard again; people should not see the progress go backwards.
         self._rows[number] = max(num_rows, self._rows.get(number, 0))
 
     def total(self) -> tuple[int, float]:
-        """Return the rows done of all shards and the seconds since the first actor began."""
+        """Return the number of rows done of all shards and the seconds since the first report."""
         return sum(self._rows.values()), time.monotonic() - self._first_s
 
 
 @contextmanager
 def following(tally: ActorHandle, report: Callable[[int, float], None], total: int) -> Iterator[None]:
-    """Report the tally and the seconds left while the block runs, and once more at its end."""
+    """Report the rows done and the seconds left while the block runs, and once more at its end.
+
+    Args:
+        tally: The actor that counts; it is ended with the block.
+        report: Called with the number of rows done and the estimated seconds for the others, whenever more rows are done.
+        total: Number of all rows.
+    """
     stop = threading.Event()
     failure: list[Exception] = []
-    told = 0
+    newest = 0
 
     def tell() -> None:
-        nonlocal told
+        nonlocal newest
         now, seconds = ray.get(tally.total.remote())
-        if now > told:
-            told = now
+        if now > newest:
+            newest = now
             report(now, seconds * (total - now) / now)
 
     def follow() -> None:
         try:
             while not stop.wait(_POLL_S):
                 tell()
-        except Exception as error:  # whatever `report` raised: the main thread has to hear of it
+        except Exception as error:  # a thread's exception is only printed; the main thread raises it below
             failure.append(error)
 
+    # A thread, because the main one waits in Ray Data's iterator, which returns once for each finished shard.
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:

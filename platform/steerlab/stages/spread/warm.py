@@ -1,8 +1,8 @@
-"""Train one worker in a process that stays for the next training: what a sweep of small trials needs.
+"""Train with one worker in a process that stays for the next training, for the small trials of a sweep.
 
-A Ray Train run of its own takes about 16 s on 2 cores to start and stop, whatever it trains. Here Ray Train runs in its local
-mode inside a process that stays (staying.py): the imports are paid once a process. The loop and its bits are those of `launch`;
-a process that dies is replaced, and the loop goes on from the newest checkpoint.
+A Ray Train run takes about 16 s on 2 cores to start and stop, whatever it trains. Here Ray Train runs in its local mode inside
+a process that stays (staying.py), so that imports are paid for once. The loop is that of `launch`, with the same results to the
+last bit. A process that dies is replaced, and the loop continues from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -28,32 +28,38 @@ from steerlab.storage.plan import ModelRef, Report
 from steerlab.training.request import Request, received
 
 _REPORTED = "report.json"
-"""Written last into a checkpoint: one without it does not count."""
+"""File that is written last into a checkpoint; a folder without it is no checkpoint."""
 _LONGEST_REPORT = 2**20
+"""Bytes of that file at most; it holds a dozen numbers."""
 _NAME = re.compile(r"[0-9]{9,18}")
-"""The folder of a checkpoint: the number of its step. Others do not count."""
+"""Name of a checkpoint's folder: the number of its step. Other folders are ignored."""
 
 
 def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report: Report) -> None:
-    """Train in a warm process and leave the artifact in the folder `output` of `storage`, a path or URI that all nodes reach.
+    """Train in a warm process and write the artifact into the folder `output` of `storage`.
 
-    A process that dies is replaced up to `scale.max_failures` times; `report` sees each step once.
+    Args:
+        request: What the training computes.
+        scale: Size of the single worker. A process that dies is replaced up to `scale.max_failures` times.
+        storage: Path or URI that all nodes reach. Checkpoints lie there, and a later call continues from the newest one.
+        report: Takes the metrics of each step once.
     """
     assert scale.worker_range == (1, 1), "several workers need a Ray Train run of their own"
-    newest = 0
+    newest = 0.0
 
-    def told(metrics: dict[str, float]) -> None:
+    def receive(metrics: dict[str, float]) -> None:
         nonlocal newest
         if metrics["step"] > newest:  # a process that replaces another repeats the steps since its checkpoint
             newest = metrics["step"]
             report(metrics)
 
     held = {"num_cpus": scale.cpus_per_worker, "num_gpus": int(reserved.uses_gpu(scale))}
-    staying.call(_train, (request, scale, storage), scale, held, told)
+    staying.call(_train, (request, scale, storage), scale, held, receive)
 
 
 def prepare(num_processes: int) -> None:
-    """Let processes that will train import what that needs, while the caller does something else; returns at once."""
+    """Start importing the training loop in that many processes; returns at once, while they import."""
+    # Ray runs the tasks at the same time in processes of their own, if CPUs are free, and keeps the processes.
     for _ in range(num_processes):
         _import.remote()
 
@@ -64,7 +70,8 @@ def _import() -> None:
 
 
 def _train(tell: Report, request: Request[ModelRef], scale: ScaleConfig, storage: str) -> None:
-    """Run the loop under Ray Train's local mode; TorchTrainer's would take down the process group, which DeepSpeed keeps."""
+    """Run the loop under Ray Train's local mode."""
+    # Not `TorchTrainer`'s local mode: it destroys the process group at the end, while DeepSpeed keeps a reference to it.
     private_parts.local_trainer()(
         lambda: _loop(request, scale, storage, tell),
         scaling_config=ScalingConfig(num_workers=0),
@@ -80,11 +87,13 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
 
     gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
     if not distributed.is_initialized():
+        # Once for each process. A group of one needs no port: a `HashStore` lives in the memory of the process.
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         store = distributed.HashStore()  # type: ignore[attr-defined]
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
-    kept = _Checkpoints(storage)
+    checkpoints = _Checkpoints(storage)
+    # On a disk, scratch lies beside the checkpoints, so that a finished one is renamed and not copied.
     is_remote = "://" in storage
     scratch = Path(f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if is_remote else f"{storage}/scratch")
     output = scratch / "output" if is_remote else Path(storage) / "output"
@@ -92,10 +101,10 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
         rank=0,
         world_size=1,
         device=torch.device("cuda" if gpu else "cpu"),
-        report=kept.add,
+        report=checkpoints.add,
         scratch=scratch / "rank0",
-        latest=kept.latest(),
-        best=kept.best,
+        latest=checkpoints.latest(),
+        best=checkpoints.best,
         tell=tell,
     )
     try:
@@ -104,6 +113,7 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
             filesystem, path = remote.opened(f"{storage}/output")
             pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
     finally:
+        # The process stays, so the disk and the GPU memory in PyTorch's cache must be free for the next training.
         shutil.rmtree(scratch, ignore_errors=True)
         if gpu:
             torch.cuda.empty_cache()
@@ -124,39 +134,40 @@ class _Checkpoints:
             self._fs, self._base = remote.opened(f"{storage}/warm")
 
     def add(self, metrics: dict[str, float], directory: Path | None) -> None:
-        """Keep the checkpoint in `directory`, whole or not at all, and let go of those that are neither newest nor best."""
+        """Store the checkpoint in `directory` atomically, and remove those that are neither the newest nor the best."""
         assert directory is not None, "the loop reports checkpoints only"
         (directory / _REPORTED).write_text(json.dumps(metrics))
         name = f"{int(metrics['step']):09d}"
         if self._is_local:
             target = Path(self._base) / name
             target.parent.mkdir(parents=True, exist_ok=True)
+            # An earlier process may have stored the same step before it died; a rename onto a full directory fails.
             shutil.rmtree(target, ignore_errors=True)
             os.rename(directory, target)
         else:
             self._upload(directory, f"{self._base}/{name}")
-        found = self._found()
-        keep = {max(found), min(found, key=lambda step: (found[step], step))}
-        for step in found.keys() - keep:
+        losses = self._losses()
+        # Names have nine digits and more, so that their order as texts is that of the steps.
+        for step in losses.keys() - {max(losses), _best(losses)}:
             self._fs.delete_dir(f"{self._base}/{step}")
 
     def latest(self) -> Path | None:
-        """Return the newest checkpoint as a local directory."""
-        found = self._found()
-        return self._local(max(found)) if found else None
+        """Return a local directory with the newest checkpoint; None if there is no checkpoint."""
+        losses = self._losses()
+        return self._local(max(losses)) if losses else None
 
     def best(self) -> Path | None:
-        """Return the checkpoint with the lowest evaluation loss as a local directory."""
-        found = self._found()
-        return self._local(min(found, key=lambda step: (found[step], step))) if found else None
+        """Return a local directory with the checkpoint of the lowest evaluation loss; None if there is no checkpoint."""
+        losses = self._losses()
+        return self._local(_best(losses)) if losses else None
 
-    def _found(self) -> dict[str, float]:
-        """Return the evaluation loss of every whole checkpoint by its name.
+    def _losses(self) -> dict[str, float]:
+        """Return the evaluation loss of every complete checkpoint by its name.
 
         Raises:
-            ValueError: what was reported of one is damaged, or no number.
+            ValueError: the report of a checkpoint is damaged.
         """
-        found = {}
+        losses = {}
         for info in self._fs.get_file_info(pafs.FileSelector(self._base, allow_not_found=True)):
             marker = f"{self._base}/{info.base_name}/{_REPORTED}"
             report = self._fs.get_file_info(marker)
@@ -165,11 +176,11 @@ class _Checkpoints:
             if report.size > _LONGEST_REPORT:
                 raise files.FileError(f"{marker} has {report.size:,} bytes; such a file has {_LONGEST_REPORT:,} at most")
             with self._fs.open_input_stream(marker) as stream:
-                found[info.base_name] = saved.parsed(stream.read(), _Report, marker).loss
-        return found
+                losses[info.base_name] = saved.parsed(stream.read(), _Report, marker).loss
+        return losses
 
     def _upload(self, directory: Path, target: str) -> None:
-        """Copy a checkpoint to an object store, the file that makes it count last."""
+        """Copy a checkpoint to an object store, its report last: without it an upload that was cut short is no checkpoint."""
         marker = (directory / _REPORTED).read_bytes()
         (directory / _REPORTED).unlink()
         pafs.copy_files(str(directory), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self._fs)
@@ -184,3 +195,8 @@ class _Checkpoints:
         folder = f"{self._base}/{name}"
         remote.copy(self._fs, folder, remote.files_below(self._fs, folder), copy)
         return copy
+
+
+def _best(losses: dict[str, float]) -> str:
+    """Return the checkpoint with the lowest evaluation loss; of equal ones the earliest."""
+    return min(losses, key=lambda step: (losses[step], step))
