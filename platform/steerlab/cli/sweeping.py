@@ -88,7 +88,7 @@ def _checked(
     wandb_sweep: str | None,
     say: Callable[[str], None],
 ) -> SweepRequest:
-    """Return what the command line asks for, checked; W&B makes the units of a sweep of its own."""
+    """Return the checked request for a sweep. It has no units if W&B chooses the points."""
     from steerlab.sweeps import agent, sweep_request, trials
     from steerlab.sweeps import space as spaces
 
@@ -100,22 +100,23 @@ def _checked(
 
 
 def _quiet(line: str) -> None:
-    """Say nothing: standard output holds the results alone."""
+    """Print nothing: with --json, standard output holds the results only."""
 
 
-def _print_estimate(found: SweepCost, as_json: bool) -> None:
+def _print_estimate(cost: SweepCost, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found, indent=1), file=sys.__stdout__)
+        # The caller has redirected sys.stdout to standard error, so that output of libraries does not mix with the JSON.
+        print(json.dumps(cost, indent=1), file=sys.__stdout__)
         return
     from steerlab.run.capacity import in_words
 
     table = folding_table("stage", "distinct", "cached", "to run", "seconds", "disk")
-    for name, line in found["stages"].items():
+    for name, line in cost["stages"].items():
         seconds = "unknown" if line["seconds"] is None else f"{line['seconds']:.0f}"
         counts = (str(line[part]) for part in ("distinct", "cached", "to_run"))
         table.add_row(escape(name), *counts, seconds, in_words(line["bytes"]) if line["bytes"] else "small")
     console.print(table)
-    console.print(escape(found["words"]), soft_wrap=True, highlight=False)
+    console.print(escape(cost["words"]), soft_wrap=True, highlight=False)
 
 
 def _print_sweep(outcome: Outcome, root: str) -> None:
@@ -160,12 +161,14 @@ def wandb_sweep(
     with explained():
         if method not in (None, "grid", "random", "bayes"):
             raise ValueError(f"--method {method}: W&B has grid, random and bayes")
-        found = trials.plan(job, set_ or (), spaces.load(space))
-        if min_reports is not None and found.metric not in LOSSES:
+        sweep_plan = trials.plan(job, set_ or (), spaces.load(space))
+        if min_reports is not None and sweep_plan.metric not in LOSSES:
             raise ValueError(
-                f"--min-reports: {found.metric} is measured once, at the end; W&B can only stop a trial by METRIC "
+                f"--min-reports: {sweep_plan.metric} is measured once, at the end; W&B can only stop a trial by METRIC "
                 + " or ".join(LOSSES)
             )
-        config = parameters.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method, min_reports)
+        config = parameters.sweep_config(
+            sweep_plan.job.name, sweep_plan.space.entries, sweep_plan.metric, sweep_plan.mode, method, min_reports
+        )
     typer.echo(f"# run by: steerlab sweep {job} {space} --backend wandb --wandb-sweep ENTITY/PROJECT/ID")
     typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
