@@ -121,11 +121,11 @@ def submit(
     root: Annotated[str, typer.Option(help="ROOT on the cluster: an absolute path or a URI.")],
     space: Annotated[Path | None, typer.Option(help="Search space: submit the sweep over it.")] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Of a sweep: points to draw, or times a grid is gone through.")
+        int | None, typer.Option(min=1, help="For a sweep: points to draw, or how often a grid is repeated.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Of a sweep: training seeds of every trial.")] = None,
-    at_once: Annotated[int | None, typer.Option(min=1, help="Of a sweep: trials that run at a time at most.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="For a sweep: training seeds of every trial.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="For a sweep: largest number of trials at a time.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest sweep of this job over this space.")] = False,
     set_: SetOption = None,
 ) -> None:
     """Run a job or a sweep on a cluster through Ray's job API and follow its log."""
@@ -149,6 +149,7 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
     """Yield a listener that shows stages, steps, rate and time left: a live bar on a terminal, else a line every 10 s."""
     from steerlab.storage import plan
 
+    # Transient and on terminals only: in a file or a log, every update of the bar would be a line.
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"), 

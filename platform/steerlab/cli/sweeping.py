@@ -1,4 +1,4 @@
-"""Commands over a search space."""
+"""Commands that run a sweep over a search space, estimate its cost, and translate the space for W&B."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
 def sweep(
     job: JobArgument,
     space: Annotated[Path, typer.Argument(help="Search space (Python): SPACE, METRIC, MODE.")],
-    samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or times each grid is gone through.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or how often each grid is repeated.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
-    at_once: Annotated[int | None, typer.Option(min=1, help="Trials that run at a time at most; else all that fit.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest sweep of this job over this space.")] = False,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of trials at a time; default: all that fit.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show trials, stages, time and bytes; start nothing.")] = False,
     backend: Annotated[str, typer.Option(help="Who chooses the points: ray, or wandb (with --wandb-sweep).")] = "ray",
     wandb_sweep: Annotated[
@@ -69,6 +71,7 @@ def sweep(
             outcome = driver.sweep(
                 request, store, resume=resume, command=command, say=say, at_once=at_once, wandb_sweep=wandb_sweep
             )
+        # Ray Tune turned the Ctrl-C into a normal return; raised again, it gets its message and exit code.
         if outcome.interrupted:
             raise KeyboardInterrupt
     if as_json:
@@ -131,6 +134,7 @@ def _print_sweep(outcome: Outcome, root: str) -> None:
         console.print(f"best of {summary['metric']}: {cell(numbers)} with {escape(params)}")
         others = summary["indistinguishable"]
         console.print(f"not distinguishable from it: {'unknown' if others is None else ', '.join(others) or 'no other trial'}")
+        # The best of many trials looks better on the rows that chose it than on new rows (winner's curse).
         rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, so they flatter it"
         table = folding_table("metric", f"on {rows}")
         for name, metric in (summary["test"] or {}).items():
@@ -162,6 +166,7 @@ def wandb_sweep(
         if method not in (None, "grid", "random", "bayes"):
             raise ValueError(f"--method {method}: W&B has grid, random and bayes")
         sweep_plan = trials.plan(job, set_ or (), spaces.load(space))
+        # W&B stops a run by metrics that arrive during the run, and only the losses do.
         if min_reports is not None and sweep_plan.metric not in LOSSES:
             raise ValueError(
                 f"--min-reports: {sweep_plan.metric} is measured once, at the end; W&B can only stop a trial by METRIC "

@@ -51,6 +51,7 @@ def generate(
             table.add_row(f"{value:g}", escape(text))
         console.print(table)
         if shown.files:
+            # Beside one image for each strength, there are a contact sheet and an animation of all of them.
             overview = sorted(shown.files.keys() - {text for _, text in shown.outputs})
             console.print(f"in {output}, with {', '.join(overview)}", soft_wrap=True, highlight=False, markup=False)
 
@@ -114,6 +115,7 @@ def export(
 
 def _strengths(requested: list[float] | None, artifact: Artifact, loaded: Steered, *, quiet: bool = False) -> tuple[float, ...]:
     """Return the requested strengths; if none are given, return the reported one and print it."""
+    # A model whose patch is folded into its weights, or that has none, exists at a single strength.
     if requested or not loaded.patches:
         return tuple(requested or (1.0,))
     if not quiet:

@@ -83,6 +83,7 @@ def check_memory(records: list[plan.Record], needs: Estimates, available: int, w
         ValueError: the message names the stage that needs most.
     """
     left = [(needs[r.stage.key].memory_bytes, r.stage.name) for r in records if r.status != "cached" and r.stage.key in needs]
+    # Not the sum: the stages of one job run one after another.
     most, name = max(left, default=(0, ""))
     if most > available:
         raise ValueError(

@@ -65,6 +65,7 @@ def _checked(planned: Plan) -> models.ModelFacts:
         if below.model is None:
             raise ValueError(f"model.source: the job {below.job.name} trains no model that this job could start from")
         _check_start(below.job)
+    # In order of cost: settings, then rows, then the model's config, then its tokenizer and a forward pass without weights.
     _check_method(planned)
     for role, data in job.data.by_role.items():
         check_rows(f"data.{role}", data)
@@ -135,6 +136,7 @@ def _check_training(job: Job) -> None:
     if trains_on not in job.data.by_role:
         raise ValueError(f"data.{trains_on}: this key is required, because method {name} trains on it")
     trained, validation = job.data.by_role[trains_on], job.data.validation
+    # A preference loss needs pairs of answers, and the loss of all other methods needs one answer.
     if validation is not None and (validation.format == "preference") != (trained.format == "preference"):
         raise ValueError(
             f"data.validation: method {name} trains on rows of format {trained.format}, and its loss cannot be computed for "
@@ -144,6 +146,7 @@ def _check_training(job: Job) -> None:
         raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
     if method.leaves_model:
         check_masters(job)
+    # Snapshots hold the weights of a patch. A method that trains the model itself would store whole models.
     if method.leaves_model and job.train.snapshots:
         raise ValueError(f"train.snapshots: method {name} trains the model itself, so a patch alone is no snapshot of it")
 
@@ -247,6 +250,7 @@ def _check_drawing(planned: Plan) -> None:
         )
 
 
+# `state` is part of the cache key only: it changes when a file of the folder does.
 @lru_cache(maxsize=16)
 def _facts(directory: Path, state: Hashable, trust_remote_code: bool) -> models.ModelFacts:
     return models.facts(directory, trust_remote_code)

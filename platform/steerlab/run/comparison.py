@@ -155,6 +155,7 @@ class _Run(NamedTuple):
             ValueError: no task was measured at this strength.
         """
         metrics: dict[str, _Measured] = {}
+        # A dict as an ordered set: the message below lists the strengths in their order.
         measured: dict[float, None] = {}
         for label, key in self.summary.evaluations.items():
             strengths = self._strengths(key)
@@ -163,6 +164,7 @@ class _Run(NamedTuple):
             if strength in (None, *strengths):
                 metrics |= self._metrics(label, key, strengths[0] if strength is None else strength, strength)
             elif strength == UNPATCHED and plain is not None:
+                # If the strength was chosen, the model without the patch was measured in an evaluation of its own.
                 metrics |= self._metrics(label, plain, self._strengths(plain)[0], strength)
         if not metrics and strength is not None:
             available = ", ".join(f"{value:g}" for value in measured) or "none"

@@ -63,6 +63,7 @@ def _root(root: str) -> Finding:
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Ray's object store lies in /dev/shm; if that is too small, Ray falls back to slow files in /tmp.
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     return Finding("memory", total > 4e9, f"{total / 1e9:.0f} GB, /dev/shm {shared / 1e9:.0f} GB free")
 

@@ -66,6 +66,7 @@ def execute(
     # The trial of a sweep need not wait for W&B: the process that sends its metrics outlives it.
     wait_s = FINISH_WAIT_S if place.group is None else 0
     tracker = _tracker(job, store, folder, run_id, place)
+    # Here and not in a service of its own: nothing else runs regularly on ROOT.
     store.sweep_temporary(_ABANDONED_S)
     records: list[plan.Record] = []
     following = _following(planned, store, folder, tracker, listener)

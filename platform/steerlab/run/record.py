@@ -73,13 +73,13 @@ def check_numbers(summary: RunSummary, folder: str) -> None:
 
 def summarise(planned: Plan, store: Store) -> RunSummary:
     """Return the summary of a job whose stages are all in the store."""
-    left = planned.model
+    model = planned.model
     summary: RunSummary = {
         "metrics": {},
         "reported": {},
         "strengths": {},
         "choice": None,
-        "model": None if left is None else {"stage": left.name, "key": left.key, "snapshot": planned.job.snapshot},
+        "model": None if model is None else {"stage": model.name, "key": model.key, "snapshot": planned.job.snapshot},
         "evaluations": {},
         "unsteered": {},
         "measures": {},

@@ -64,6 +64,7 @@ def submit(
     job_id = _answer(
         address, lambda: client.submit_job(entrypoint=command, runtime_env=environment, metadata={"job": str(job_path)})
     )
+    # The id is printed within commands for the user's shell, so nothing but a plain name is accepted.
     if not isinstance(job_id, str) or not re.fullmatch(r"[\w.-]{1,200}", job_id):
         raise SubmitError(f"{address} answers with a job {texts.shown(repr(job_id))[:100]}, which is no name of one")
     print(f"sent as {job_id}: {command}", flush=True)
@@ -185,6 +186,7 @@ async def _follow(client: "JobSubmissionClient", job_id: str) -> None:
         except (ValueError, TypeError, KeyError) as error:
             raise SubmitError(f"the cluster's answer about {job_id} cannot be read ({_shown(str(error))[:300]})") from error
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            # Ray's client raises RuntimeError for an HTTP error. 30 attempts every 2 s give a dashboard time to restart.
             num_failures += 1
             if num_failures > 30:
                 raise SubmitError(

@@ -28,6 +28,7 @@ def check_tasks(planned: Plan) -> None:
     if job.strength not in (None, 1) and not planned.leaves_patch:
         raise ValueError(f"strength {job.strength:g}: method {job.method.name} makes no patch to scale; remove this key")
     for key, task in tasks_of(job):
+        # The same label may occur once in `evaluate` and once in `choose.tasks`: these are reported apart.
         label, labels = task.label or task.task, seen.setdefault(key.rpartition(".")[0], [])
         if label in labels:
             raise ValueError(f"{key}: the job has {label} already; give one of them another `label`")
@@ -52,6 +53,7 @@ def check_named(job: Job, facts: ModelFacts) -> None:
         except ValueError as error:
             raise ValueError(f"{key}.{error}") from None
         for path, config in configs(key, task):
+            # Not every nested config generates text, so the field may be missing.
             longest = getattr(config, "max_new_tokens", 0)
             if facts.max_positions and longest >= facts.max_positions:
                 raise ValueError(

@@ -92,6 +92,7 @@ def _commit(working_dir: Path) -> dict[str, str]:
         about, _, name = entry.partition("\t")
         hashes[name] = about.split()[-1] if about else ""
     top = Path(_git(working_dir, "rev-parse", "--show-toplevel").strip() or working_dir)
+    # Only uploaded files count: a changed file that stays here has no influence on the job.
     dirty = any(_blob(path, len(commit)) != hashes.get(os.path.relpath(path, top)) for path in _uploaded(working_dir))
     return {"STEERLAB_GIT_COMMIT": f"{commit}-dirty" if dirty else commit}
 
@@ -137,6 +138,7 @@ def _uploaded(working_dir: Path) -> list[Path]:
         elif path.exists():
             raise SubmitError(f"{path} is neither a file nor a folder: name it in .rayignore (as in .gitignore)")
 
+    # The ignore files of a folder are checked at the visit of its parent, which the top folder does not have.
     _check_ignoring(working_dir, itself=True)
     obeys_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     quiet = logging.Logger("steerlab.upload", logging.CRITICAL + 1)  # Ray would warn of each file; errors here say more
@@ -173,6 +175,7 @@ def check_upload(working_dir: Path, limit_bytes: int = UPLOAD_LIMIT_BYTES) -> in
     """Return the number of bytes to upload. Raises SubmitError, which names the largest folders, above `limit_bytes`."""
     sizes = upload_sizes(working_dir)
     _warn_of_secrets(sizes)
+    # Uncompressed sizes: an upper bound, since the size of the archive is known only after packing.
     total = sum(sizes.values()) + _ZIP_ENTRY_BYTES * len(sizes)
     if total <= limit_bytes:
         return total

@@ -62,6 +62,7 @@ class Agent:
             ValueError: W&B refuses, the job's runs would not reach it (see `check`), or its sweep varies a parameter that
                 the search space lacks.
         """
+        # Before the registration, so that a refused request leaves no agent at W&B.
         check(path, sweep_plan)
         self._agents = agents.Agents(path, num_at_once)
         _check_config(self._agents.config, sweep_plan)
@@ -113,6 +114,7 @@ class Agent:
             unit = unit_of(self._plan, suggestion.parameters, len(history.courses) + 1, self._seeds)
             if _is_known(unit, history):
                 warnings.warn(f"W&B asks for {suggestion.parameters} again, which is not run twice", stacklevel=2)
+                # Without this, the agent would report the run as running for ever and never get another one.
                 self._agents.release(suggestion.run_id)
                 continue
             self.runs[unit.name] = suggestion.run_id
@@ -121,6 +123,7 @@ class Agent:
             reason = self._refusal(unit)
             if reason is None:
                 return unit
+            # As a failed unit and not as an error: one bad suggestion should not end the sweep.
             history.suggest(unit)
             history.add("fail", unit=unit.number, reason=reason)
             self.settled(unit)
@@ -192,5 +195,6 @@ def point_of(space: Space, parameters: JsonObject) -> Point:
         if name not in entries:
             raise JobError(f"W&B's sweep varies {name}, which {space.path} does not: {', '.join(sorted(entries))}")
         point |= space.spread(entries[name], value)
+    # The values come from a server; `Space.check` says why strings among them are compared with the file.
     space.check(point, "W&B's sweep")
     return point

@@ -73,6 +73,7 @@ class Clerk(tune.Callback):
                 self._stopping[unit.number] = time.monotonic()
                 stops.ask(self._store, self._history.folder, unit.name, WHY)
             elif time.monotonic() - self._stopping[unit.number] > stops.GRACE_S:
+                # The note had no effect: the process is busy, or its training runs in workers that do not see the note.
                 processes.end(trial)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
@@ -87,10 +88,12 @@ class Clerk(tune.Callback):
         unit = self._unit(trial)
         if self._history.courses[unit.number].settled:
             return
+        # A report may still arrive after the unit was stopped, hence the check above; a settled unit never changes.
         if "outcome" in result:
             self._settle(unit, json.loads(result["outcome"]))
         # A training that resumes from a checkpoint after its process died reports some steps again.
         elif "step" in result and result["step"] > self._last_step(unit):
+            # A unit with a scheduler reports exactly one of the two losses (`trial.TrialRequest.watched`).
             (value,) = (result[name] for name in ("eval/loss", "train/loss") if name in result)
             self._history.add("report", unit=unit.number, step=result["step"], value=value)
 

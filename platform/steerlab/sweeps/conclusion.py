@@ -68,6 +68,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
             summary["development"] = results.metrics_of_rows(best.rows)
         sweep.store.write_text(f"{sweep.folder}/best.yaml", jobs.dump(plan.best_job(best.params, None)))
     if best is not None and not interrupted:
+        # Only for a complete sweep: a later trial could still become the best one.
         summary["indistinguishable"] = results.indistinguishable(scored, best, plan.metric, sweep.store)
         follows = "; its own tasks follow" if plan.development else ""
         sweep.say(f"best: trial {best.trial_id}, {plan.metric} {best.value:.4g}{follows}")
@@ -95,5 +96,6 @@ def _report(sweep: SweepRun, job: Job, seed: int) -> run.Run:
     # No Ray Tune process is waiting now, so a small job may train in this process, as the trials did in theirs.
     if job.scale.worker_range == (1, 1) and job.scale.warm is None:
         job = job.model_copy(update={"scale": job.scale.model_copy(update={"warm": not reserved.uses_gpu(job.scale)})})
+    # A fixed id: a sweep that is interrupted here and resumed continues this run instead of starting another one.
     run_id = f"{sweep.folder.rpartition('/')[2]}-best-{seed}"
     return run.execute(Plan.of(job), sweep.store, Listener(), sweep.command, run_id=run_id)

@@ -74,6 +74,7 @@ def sweep(
             say(f"{folder}: {len(history.courses)} units, {left} left, {num_at_once} at once" if request.units else f"{folder}")
             running = SweepRun(request, store, folder, history, command, say)
             interrupted = tuner.run_units(running, num_at_once, agent)
+            # The trials do not wait until W&B has their metrics, so the sweep waits once for all of them.
             tracking.drain(tracking.FINISH_WAIT_S)
             return Outcome(folder, conclusion.conclude(running, interrupted), interrupted)
     except claims.Held:
@@ -91,6 +92,7 @@ def _begin(request: SweepRequest, store: Store, folder: str) -> History:
         store.write_json(f"{folder}/space.json", request.described())
         store.write_json(f"{folder}/environment.json", run.environment(""))
         history.add("begin", sweep=folder.rpartition("/")[2], job=request.plan.job.name)
+    # If the process dies in the middle of this loop, the resumed sweep adds the remaining units.
     for unit in request.units:
         if unit.number not in history.courses:
             history.suggest(unit)

@@ -67,6 +67,7 @@ def _flat(node: Mapping[object, object], prefix: str) -> Iterator[tuple[str, obj
 
 
 def _holds_domain(value: object) -> bool:
+    # A plain function counts as a domain, so that `_entry` is reached and can say to write `tune.sample_from`.
     if isinstance(value, Domain) or is_grid(value) or callable(value):
         return True
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -169,6 +170,7 @@ def describe(entry: Entry) -> JsonObject:
         # `quniform` and the like wrap the sampler of the range in one that rounds to steps.
         step = sampler.q if isinstance(sampler, Quantized) else None
         inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
+        # The samplers of Ray Tune are private classes with names such as _Uniform and _LogUniform (Ray 2.60).
         kind = type(inner).__name__.strip("_").lower() if not isinstance(inner, LogUniform) else "loguniform"
         number = "randint" if isinstance(entry, Integer) else "uniform"
         described: JsonObject = {"kind": {"uniform": number, "loguniform": f"log{number}"}.get(kind, kind)}

@@ -62,6 +62,7 @@ def of(request: SweepRequest, store: Store, say: trials.Say = lambda line: None)
             planned = Plan.of(request.plan.job_of(unit.shared, seed, unit.strengths))
             new = [stage for stage in planned.stages if stage.key not in stages]
             stages |= {stage.key: stage for stage in new}
+            # An estimate may tokenise the rows, so only stages that no earlier unit has are estimated.
             if new:
                 needs |= capacity.estimates(planned, run.facts_of(planned), plan.status(new, store))
     records = plan.status(list(stages.values()), store)

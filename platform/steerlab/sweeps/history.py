@@ -76,6 +76,7 @@ class History:
         for number, line in enumerate(store.read_lines(self._path), 1):
             self._read(line, f"{store.root}/{self._path} line {number}")
         for course in self.courses.values():
+            # Its process died with the sweep; finished stages are in the store, and a training has checkpoints.
             if course.status == "running":
                 course.status = "pending"
 
@@ -110,6 +111,7 @@ class History:
     def _apply(self, line: _Line) -> None:
         if line.event == "begin":
             self.started = True
+        # Only the last event counts: a sweep that is resumed after its end has further events.
         self.ended = line.event == "end"
         if line.unit is None:
             return
@@ -121,11 +123,12 @@ class History:
         elif line.event == "report":
             course.reports.append((line.step, line.value))
         elif line.event in _SETTLES and not course.settled:
+            # The first event that settles a unit counts: a process may report its outcome after W&B stopped the unit.
             course.status = _SETTLES[line.event]
             course.rows, course.reason, course.score = line.rows, line.reason, line.score
             self.settled.append(line.unit)
 
     @property
     def pending(self) -> list[Unit]:
-        """Units that are not settled, in order."""
+        """Units that are not settled, in the order in which they were suggested."""
         return [course.unit for course in self.courses.values() if not course.settled]

@@ -25,10 +25,12 @@ def begin(sweep_plan: SweepPlan, store: Store, folder: str) -> str | None:
     if sweep_plan.job.track.wandb is None:
         return None
     local = Path(store.root.removeprefix("file://")) / folder
+    # W&B's client writes local files, so with ROOT in an object store they lie in the user's cache folder.
     directory = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / folder.rpartition("/")[2]
     try:
         config = sweep_config(sweep_plan.job.name, _apart(sweep_plan.space.entries), sweep_plan.metric, sweep_plan.mode)
     except ValueError as error:
+        # W&B cannot describe a function of the space. Its page works without the list of parameters, only with fewer plots.
         warnings.warn(f"{error}: the sweep's page in W&B names no such parameter", stacklevel=2)
         config = sweep_config(sweep_plan.job.name, {}, sweep_plan.metric, sweep_plan.mode)
     return sweep_page.begin(sweep_plan.job.track, config, directory)

@@ -164,6 +164,7 @@ def best_of(trials: Sequence[Scored], mode: str) -> Scored | None:
 
     Among equally good trials, the one with the weakest patch wins, then the first one.
     """
+    # Rows have the field `within` only if the job's `choose` has a bound.
     allowed = [trial for trial in trials if all(row.get("within", True) for row in trial.rows)]
     sign = 1 if mode == "min" else -1
     return min(allowed, key=lambda t: (sign * t.value, abs(number_of(t.rows[0], f"param.{STRENGTH}") or 0.0)), default=None)
@@ -193,6 +194,7 @@ def indistinguishable(trials: Sequence[Scored], best: Scored, metric: str, store
 
 def _differs_over_seeds(a: Scored, b: Scored, metric: str) -> bool:
     of_a, of_b = ({number_of(row, "seed"): metric_of(row, metric) for row in side.rows} for side in (a, b))
+    # Pairs of equal seeds: what a seed changes in both trials (the order of the data) cancels in the difference.
     differences = np.array([of_a[seed] - of_b[seed] for seed in of_a if seed in of_b])
     if len(differences) < 2:  # no standard error of a single difference
         return False
@@ -212,6 +214,7 @@ def _observations(row: TrialRow, metric: str, store: Store) -> _Measured | None:
     if row.get(f"key.evaluate.{label}") is None:
         return None
     directory = store.local("evaluate", text_of(row, f"key.evaluate.{label}"))
+    # The first strength of an evaluation is the reported one, which counts if the sweep varies no strength.
     own_strength = number_of(row, f"param.{STRENGTH}")
     strength = float(next(iter(stored.strengths(directory))) if own_strength is None else own_strength)
     chosen = [item for item in stored.observations(directory, strength) if item.metric.partition("/")[2] == name]

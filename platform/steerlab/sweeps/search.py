@@ -141,6 +141,7 @@ class Suggester:
         for number in history.settled:
             course = history.courses[number]
             params = self._params(course.unit.shared | _lone_strength(course.unit, self._distributions))
+            # Failed, pruned and stopped units have no score; as failed trials they keep their number, and TPE ignores them.
             has_value = course.status == "finished" and course.score is not None
             study.add_trial(
                 optuna.trial.create_trial(
@@ -181,6 +182,7 @@ def _as_domain(entry: Entry) -> Entry:
 
 
 def _lone_strength(unit: Unit, distributions: Mapping[str, BaseDistribution]) -> Point:
+    # If Optuna searches the strength, each unit has a single trial, so its strength is a parameter of the unit.
     return {STRENGTH: unit.strengths[0]} if STRENGTH in distributions else {}
 
 

@@ -228,6 +228,7 @@ def draw(space: Space, entries: Mapping[str, Entry], num_samples: int, seed: int
     import numpy as np
     from ray.tune.search.variant_generator import generate_variants
 
+    # Ray Tune takes NumPy's legacy generator. One state for all samples: a sweep with more samples begins with the same.
     random_state = np.random.RandomState(seed)
     for _ in range(num_samples):
         variants = iter(generate_variants({"config": dict(entries)}, random_state=random_state))

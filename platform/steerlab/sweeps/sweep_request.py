@@ -137,6 +137,7 @@ def _aim(sweep_plan: SweepPlan, scheduler: TrialScheduler) -> None:
             raise JobError(f"{sweep_plan.space.path}: SCHEDULER: max_t {last:g} stops every trial before its {steps} steps end")
         # ASHA stops a trial at max_t before its last report is handled, so the trial would never be evaluated.
         private_parts.let_last_trials_end(scheduler)
+    # The loss on training rows rewards overfitting, so it counts only if there are no validation rows.
     metric = "eval/loss" if sweep_plan.job.data.validation is not None else "train/loss"
     scheduler.set_search_properties(metric, "min")
 
@@ -153,6 +154,7 @@ def concurrency(request: SweepRequest) -> int:
     ]
     scales = {job.scale.model_dump_json(): job.scale for job in unit_jobs}.values()
     available = reserved.available()
+    # Ray places the CPUs of one worker on one node, so the sum over nodes is not enough.
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     fits = []
     for scale in scales:

@@ -88,6 +88,7 @@ def run_unit(config: UnitConfig) -> None:
 
     store = Store(config["root"])
     request = _request(store, config["request"], config["sha256"])
+    # Before the jobs are validated: their method may be one of these files.
     own_code.receive(request.code)
     unit = request.unit.unit
     obey = stops.Obedience(store, config["request"])
@@ -107,6 +108,7 @@ def run_unit(config: UnitConfig) -> None:
     except stops.Stopped as stopped:
         outcome: UnitOutcome = {"stopped": str(stopped)}
     except (plan.StageError, ValueError, OSError) as error:
+        # One short line, because it becomes a cell of the table; the whole traceback is in the run's error.txt.
         outcome = {"reason": " ".join(str(error).split())[:1000]}
     else:
         outcome = {"rows": rows}
@@ -154,6 +156,7 @@ def rows_of(planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metri
 def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: str, bound: Limit | None) -> TrialRow:
     strengths = done.summary["strengths"]
     measured = done.summary["metrics"] if trial.strength is None else strengths[trial.strength]
+    # A space that varies `train.seed` sets the seed itself.
     row: TrialRow = {"trial_id": trial.trial_id, "seed": trial.params.get("train.seed", seed)}
     row |= {f"param.{key}": value for key, value in trial.params.items()}
     row |= {f"metric.{key}": value for key, value in training.items()}
@@ -178,10 +181,11 @@ def _is_within(bound: Limit, measured: Mapping[str, MetricNumbers], plain: Mappi
 
 def _training_metrics(planned: Plan, store: Store) -> dict[str, float]:
     """Return the training and validation loss at the step that the job evaluates; empty when nothing is trained."""
-    job, left = planned.job, planned.model
-    if left is None or left.name != "train" or job.train is None:
+    job, model = planned.job, planned.model
+    if model is None or model.name != "train" or job.train is None:
         return {}
-    lines = (store.local("train", left.key) / "metrics.jsonl").read_text().splitlines()
+    lines = (store.local("train", model.key) / "metrics.jsonl").read_text().splitlines()
+    # metrics.jsonl of a training has one line for each step, so the line number is the step.
     last = json.loads(lines[(job.snapshot or len(lines)) - 1])
     return {name: last[name] for name in ("train/loss", "eval/loss") if name in last}
 

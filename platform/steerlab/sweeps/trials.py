@@ -64,6 +64,7 @@ class SweepPlan:
         """
         tree = self._tree(point, seed)
         if self.development:
+            # Without `choose`: the sweep compares the strengths, so a trial does not choose one for itself.
             tree["evaluate"], tree["choose"] = [*copy.deepcopy(self.development)], None
         return self._valid(tree, point, strengths, warm=True)
 
@@ -95,6 +96,7 @@ class SweepPlan:
             # The bound of `choose` is relative to strength 0, so each unit has to measure it too.
             bound = self.job.choose.within if self.job.choose is not None and self.development else None
             zero = [0.0] if bound is not None and 0.0 not in strengths else []
+            # The strengths of the tasks replace the job's own strength, which cannot stand beside them.
             tree["strength"] = None
             tasks = tree.get("evaluate")
             for task in tasks if isinstance(tasks, list) else ():
@@ -103,6 +105,7 @@ class SweepPlan:
         try:
             job = jobs.validate(tree, JobType, self.path)
         except JobError as error:
+            # The job file was valid without the point, so the message names the space instead.
             reason = str(error).removeprefix(f"{self.path}: ")
             settings = ", ".join(f"{key} = {cut(repr(value))}" for key, value in point.items())
             raise JobError(f"{self.space.path}: SPACE with {settings}: {reason}") from None

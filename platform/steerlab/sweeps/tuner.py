@@ -48,6 +48,7 @@ def run_units(sweep: SweepRun, num_at_once: int, agent: Agent | None) -> bool:
     if suggester is None and not history.pending:
         return False
     if request.plan.space.scheduler is not None:
+        # Only settled units: a pending unit runs again and reports its steps itself.
         search.replay(request.plan.space.scheduler, history)
     page_id = page.begin(request.plan, sweep.store, sweep.folder) if agent is None else agent.sweep_id
 
@@ -96,6 +97,7 @@ def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | 
             scheduler=plan.space.scheduler,
             num_samples=-1,  # until the searcher says that it has finished
             reuse_actors=True,  # the next unit runs in a process that has paid for its imports
+            # Folder names that people can match with the history, instead of Ray Tune's random ids.
             trial_name_creator=lambda trial: feed.units[trial.trial_id].name,
             trial_dirname_creator=lambda trial: feed.units[trial.trial_id].name,
         ),
@@ -103,6 +105,7 @@ def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | 
             name="tune",
             storage_path=f"{sweep.store.root}/{sweep.folder}",
             callbacks=[clerk],
+            # A restarted process takes finished stages from the store and resumes a training from its checkpoint.
             failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             verbose=0,
         ),

@@ -120,6 +120,7 @@ def grouped(path: Path, points: Iterable[Point], seeds: Sequence[int], *, apart:
     for point in points:
         trial = Trial(trial_id(point), point)
         shared = {key: value for key, value in point.items() if key != STRENGTH}
+        # JSON as the key, because values may be lists; sorted, because points may list their fields in any order.
         group = by_shared.setdefault(json.dumps(shared, sort_keys=True), {})
         if trial.trial_id in group and not drawn:
             raise JobError(f"{path}: SPACE gives the trial {trial.trial_id} twice: {point}")

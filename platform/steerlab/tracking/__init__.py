@@ -197,6 +197,7 @@ class Tracker:
 def drain(wait_s: float) -> None:
     """Wait at most `wait_s` seconds for the writer of all runs that are finished, and warn of those that were not sent."""
     deadline_s = time.monotonic() + wait_s
+    # One deadline for all runs: with a server that is away, a sweep of many runs should not wait for each.
     for run_spool in _open_spools:
         while not _is_settled(run_spool) and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
@@ -247,6 +248,7 @@ def _serve(directory: Path) -> None:
             _writer.write(line)
             return
         except BrokenPipeError:
+            # The writer died, for example because the machine ran out of memory.
             _writer = None
     starter = _started(directory, "--detach")
     starter.wait()  # it forks and exits at once; without `wait` it would stay as a zombie process
@@ -281,6 +283,7 @@ def _explain(run_spool: Spool) -> None:
     if status.get("state") == "failed":
         warnings.warn(f"W&B: {reason}; {again}", stacklevel=3)
     elif status.get("state") == "offline" and reason not in _REASONS:
+        # Without a key there was a warning at the start of the run, and an offline job needs none.
         warnings.warn(f"W&B: {reason}; the run is written offline; {again}", stacklevel=3)
     elif not _is_settled(run_spool) and run_spool.mode == "online":
         warnings.warn(

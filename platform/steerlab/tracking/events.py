@@ -22,7 +22,7 @@ class Logged(TypedDict):
     data: JsonObject
     """Metrics by name, with the step as a number under the name of the axis."""
     time: NotRequired[float]
-    """Seconds since 1970; `Spool.append` writes it."""
+    """Seconds since 1970, set by `Spool.append`."""
 
 
 class Table(TypedDict):

@@ -69,6 +69,7 @@ def reported(stage: Stage, metrics: Mapping[str, float]) -> None:
     if "done" in metrics:
         more = metrics["done"] - _rows.get(stage.key, 0)
         _rows[stage.key] = metrics["done"]
+        # A stage that is repeated after a failure reports smaller totals, and a counter must not decrease.
         if more > 0:
             _counter("rows", "Rows that stages have gone through.", "stage").inc(more, tags)
 

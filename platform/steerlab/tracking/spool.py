@@ -69,6 +69,7 @@ class Spool:
         except ValueError:
             self._file.close()
             raise
+        # Tells the events of this process from those of earlier processes of the run (see `follow`).
         self.append({"kind": "open"})
 
     def append(self, event: Event) -> None:
@@ -111,7 +112,7 @@ class _Kind(saved.Shape):
 
 
 def _event(line: bytes, where: str) -> Event:
-    """Return an event as a line of the file holds it. Raises ValueError where it is none."""
+    """Parse one line of the file. Raises ValueError, which begins with `where`, if it is not an event."""
     event = saved.like(saved.parsed(line, dict[str, object], where), _Kind, where)
     return saved.like(event, _Log, where) if event["kind"] == "log" else event
 
@@ -149,6 +150,7 @@ def follow(path: Path, ended: Callable[[], bool], poll_s: float = 0.1) -> Iterat
         while True:
             over = ended()  # asked before the read: what is written in between is read in the next round
             rest += file.read()
+            # A line that is still being written has no line end yet, and stays in `rest`.
             *lines, rest = rest.split(b"\n")
             for line in lines:
                 event = _event(line, str(path))
@@ -203,6 +205,7 @@ def read_settings(directory: Path) -> JsonObject:
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file atomically: a reader sees the old content or the new one."""
+    # The process id keeps the driver and the writer, which both write here, from using one temporary file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content))
     temporary.replace(path)

@@ -104,6 +104,7 @@ def _write_offline(settings: Mapping[str, object], directory: Path, ended: Calla
     """Write a spool offline, in a separate process."""
     # In this process, W&B's client still holds the run that the server refused, and would not open it a second time.
     spool.write_json(directory / spool.SETTINGS, settings)
+    # The variable leads to the service process of this process's W&B client, which the new process must not join.
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "steerlab.tracking.writer"], stdin=subprocess.PIPE, env=environment, cwd=files.OWN_FOLDER
@@ -152,6 +153,7 @@ def _open(settings: spool.Settings, directory: Path) -> wandb.Run:
             finish_timeout=FINISH_S,
             x_stats_pid=settings.pid or os.getpid(),
             program=settings.program,
+            # Few and short retries: a server that does not answer makes the run an offline run, which can be sent later.
             x_graphql_retry_max=4,
             x_graphql_timeout_seconds=10,
         ),
@@ -202,6 +204,7 @@ class _History:
             # W&B's own step counts all lines of the run; each stage gets an axis that starts at its own first step.
             self.run.define_metric(event["axis"])
             self.run.define_metric(event["axis"].rpartition("/")[0] + "/*", step_metric=event["axis"])
+        # Lines before `held` were sent by an earlier process. They are counted, so that line k keeps step k.
         if self.number >= self.held and not self._is_known(event):
             if self.online and not self.first.exists():
                 spool.write_json(self.first, {"step": self.number - self.seen})
@@ -283,6 +286,7 @@ def _drop_older(run: wandb.Run) -> None:
     """Remove the offline files that earlier processes of this run wrote: the new files hold the run from its first line."""
     import shutil
 
+    # An offline run cannot be continued, so each process of a run writes all of it again, into a new folder.
     newest = Path(run.settings.sync_dir)
     for older in newest.parent.glob(f"offline-run-*-{run.id}"):
         if older != newest:

@@ -131,6 +131,7 @@ class Agents:
             if self._closed.is_set():
                 return
             with self._lock:
+                # A copy under the lock; the request itself is outside, since `release` must not wait for a server.
                 alive = dict.fromkeys(runs, True)
             try:
                 commands = private_parts.heartbeat(self._api, agent, alive)
@@ -157,6 +158,7 @@ class Agents:
     def _serve(self) -> None:
         while self._runs and not self._closed.is_set():
             self.poll()
+            # `release` and `close` set the event, so that a free agent asks for its next run at once.
             self._wake.wait(HEARTBEAT_S)
             self._wake.clear()
 

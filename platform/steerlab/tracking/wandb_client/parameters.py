@@ -98,6 +98,7 @@ def _range(key: str, entry: Float | Integer) -> dict[str, object]:
         step, high = step if step and step > 1 else None, high if step and step > 1 else high - 1
     if isinstance(inner, LogUniform):
         whole = isinstance(entry, Integer)
+        # W&B has no logarithmic distribution of integers, but one that rounds to multiples of q.
         if step or whole:
             return {"distribution": "q_log_uniform_values", "min": low, "max": high, "q": step or 1}
         return {"distribution": "log_uniform_values", "min": low, "max": high}

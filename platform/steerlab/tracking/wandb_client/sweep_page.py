@@ -101,6 +101,7 @@ def _create(directory: Path, request: Mapping[str, object], prior_runs: Sequence
 def _call(request: Mapping[str, object]) -> _Answer | None:
     paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
+        # A process can be killed after CALL_S; a thread that waits for a server cannot.
         done = subprocess.run(
             [sys.executable, "-P", "-m", "steerlab.tracking.wandb_client.sweep_page"],
             input=json.dumps(request), capture_output=True, text=True, timeout=CALL_S, check=False, cwd=files.OWN_FOLDER,
@@ -113,6 +114,7 @@ def _call(request: Mapping[str, object]) -> _Answer | None:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         warnings.warn(f"W&B: {reason[:300]}; the sweep has no page there, its runs share a group", stacklevel=3)
         return None
+    # W&B's client prints to standard output too; the answer is the last line.
     return json.loads(done.stdout.splitlines()[-1])
 
 
