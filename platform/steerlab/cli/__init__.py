@@ -44,6 +44,7 @@ _INTERNAL = 70
 
 def main() -> None:
     """Run the command line."""
+    # The options that take a list of numbers.
     for option in ("--strength", "--guidance"):
         sys.argv[1:] = repeated(sys.argv[1:], option)
     try:

@@ -86,6 +86,7 @@ def explained(how_to_go_on: str = "run the same command again to continue from t
         errors.print(f"[red]failed[/red] {escape(texts.shown(str(error)))}", soft_wrap=True)
         raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
+        # A ValueError from within a library or from `int("x")` is a bug of the platform and keeps its traceback.
         if isinstance(error, ValueError) and not is_for_people(error):
             raise
         errors.print(f"[red]error[/red] {escape(texts.shown(_in_words(error)))}", soft_wrap=True)

@@ -76,6 +76,7 @@ def explain(
         if not isinstance(model, language.SteeredModel):
             raise ValueError(f"{run_folder} draws images; explain works on the tokens of a language model")
         (scale,) = _strengths(None if strength is None else [strength], artifact, model, quiet=as_json)
+        # The model's own response at this strength: the effect of a patch is of interest on text that it produced.
         text = response or model.answer(prompt, data or "", max_new_tokens=max_new_tokens, strength=scale)
         if not text:
             raise ValueError("the model answers nothing to this prompt: give it words with --response")

@@ -71,6 +71,7 @@ def compare(first: Side, second: Side) -> Comparison:
     metrics = {}
     for name in (name for name in ours if name in theirs):
         own, other = ours[name], theirs[name]
+        # Item 3 of other data is another item, so a paired test over equal ids would be wrong.
         if own.task != other.task:
             raise ValueError(f"{name} was measured on other data or with other settings in the two runs, so items do not pair")
         if _pairs(own.observations, other.observations):
@@ -88,6 +89,7 @@ def _pairs(a: Sequence[Observation], b: Sequence[Observation]) -> bool:
     was executed), so the metric is left out of the comparison. True also when the runs share no item id at all: they used other
     data, for which `paired_difference` raises an error.
     """
+    # An item with weight 0 was scored, but does not count in the mean.
     judged_a, judged_b = ({o.id: o.weight for o in side if o.value is not None} for side in (a, b))
     shared = judged_a.keys() & judged_b.keys()
     counts = all(any(weights[i] for i in shared) for weights in (judged_a, judged_b))
@@ -139,6 +141,7 @@ class _Run(NamedTuple):
         if "summary.json" not in files:
             raise ValueError(f"{where} is a run that did not finish{_reason(store, folder, files)}")
         summary = folders.read_summary(store, folder)
+        # Not read with defaults: a field that moved would look like a metric that is missing.
         if summary.version != SCHEMA:
             raise ValueError(
                 f"{where} was written by another version of steerlab (summary {summary.version}, not {SCHEMA}): run its "

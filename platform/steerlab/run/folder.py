@@ -127,6 +127,7 @@ def environment(store: Store, folder: str) -> JsonObject:
 
 def samples(store: Store, folder: str) -> dict[str, list[JsonObject]]:
     """Return the samples of a run by the label of the task."""
+    # Images lie in the same folder, below folders of their own.
     names = [name for name in store.list(f"{folder}/samples") if name.endswith(".json")]
     return {name.removesuffix(".json"): _like(store, f"{folder}/samples/{name}", list[Sample]) for name in names}
 
@@ -202,6 +203,7 @@ def trials(store: Store, folder: str) -> list[JsonObject]:
     """Return the rows of trials.parquet of a sweep: one for each trial and seed."""
     path = f"{folder}/trials.parquet"
     where = f"{store.root}/{path}"
+    # Read whole and not opened by pyarrow: ROOT may be an object store, and a damaged file then has one kind of error.
     content = store.read_bytes(path)
     with explained(where):
         rows = pq.read_table(io.BytesIO(content)).to_pylist()

@@ -59,6 +59,7 @@ def check_template(planned: Plan, facts: models.ModelFacts) -> None:
     if not chats and not trained:
         return
     encoder = _encoder_of(planned)
+    # Templates of reasoning models treat the text between <think> tags differently from the rest of an answer.
     answer = "<think>\nthought\n</think>\n\nresponse" if job.data.thinking else "response"
     prompt, whole = (encoder.encode(encoder.conversation("instruction", "data", end)) for end in (None, answer))
     # A training row is prompt + answer, and the loss starts after the prompt's tokens. If a template writes the prompt
@@ -77,6 +78,8 @@ def check_template(planned: Plan, facts: models.ModelFacts) -> None:
     extracted = planned.method.reads(job.method)
     for role, data in trained.items():
         longest = None if job.train is None or role in extracted else job.train.max_tokens
+        # All that the result depends on, so that a sweep over `train.max_tokens` checks each value and a sweep over `lr`
+        # once.
         key = (encoder.identity, json.dumps(encoder.spec), data.model_dump_json(), json.dumps(rows.fingerprint(data)), longest)
         if key not in _encoded:
             _check_encoded(f"data.{role}", encoder, data, longest)
@@ -106,6 +109,7 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
     limit = _ROWS_TRIED if data.limit is None else min(data.limit, _ROWS_TRIED)
     tried = rows.read(data.model_copy(update={"limit": limit, "also": ()}))
     try:
+        # `sys.maxsize`: nothing is truncated here, so that the lengths of prompts can be compared with `longest` below.
         encoded = encoder.encode_data(tried, data.format, sys.maxsize, skip_bad=data.skip_bad)
     except ValueError as error:
         where = f"{key}: {rows.describe(data)}, counted from the job's first row"

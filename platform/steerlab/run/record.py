@@ -138,6 +138,7 @@ def reported_strength(summary: Mapping[str, object]) -> Reported:
     reporting = _Reporting.model_validate(summary)
     if (choice := reporting.choice) is not None:
         return Reported(choice.strength, f"chosen by {choice.rule.metric} on development rows")
+    # A run without a patch, or one of a version that did not record strengths.
     if not reporting.reported:
         return Reported(1.0, "")
     (task, strength), *others = reporting.reported.items()
@@ -168,6 +169,7 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
         trusted: names of the model sources whose own code ran; None if there are none, which leaves out the key.
         own_code: the user's own files of methods and tasks; empty leaves out the key.
     """
+    # None for a package that is not installed: that too may explain a difference.
     versions = {}
     for package in _PACKAGES:
         try:

@@ -25,6 +25,7 @@ def check_tasks(planned: Plan) -> None:
         ValueError: the message names the key of the job.
     """
     job, seen = planned.job, dict[str, list[str]]()
+    # Strength 1 changes nothing, so it is accepted without a patch too.
     if job.strength not in (None, 1) and not planned.leaves_patch:
         raise ValueError(f"strength {job.strength:g}: method {job.method.name} makes no patch to scale; remove this key")
     for key, task in tasks_of(job):
@@ -75,12 +76,14 @@ def check_reach(planned: Plan) -> None:
     for key, name in _deciding(job).items():
         label, _, metric = name.partition("/")
         task = by_label[label]
+        # A patch that acts on generated tokens only leaves a score over the prompt's tokens as it is, at any strength.
         if not _meets(job, selection, TABLE.of(task).runs_over(task, f"{task.task}/{metric}")):
             raise ValueError(
                 f"{key}: {name} has the same value at every strength, because it is measured on tokens that method.steer "
                 f"leaves as they are ({_words(selection)}); take a metric of generated text or of responses, or steer others"
             )
     for number, task in enumerate(job.tasks):
+        # Only a warning: such a task may be wanted as a check that the patch leaves something alone.
         if not _meets(job, selection, TABLE.of(task).runs_over(task, None)):
             warnings.warn(
                 f"evaluate.{number}: task {task.task} gives the numbers of {UNPATCHED_NAME} at every strength, because it is "

@@ -99,6 +99,7 @@ def _commit(working_dir: Path) -> dict[str, str]:
 
 def _git(working_dir: Path, *arguments: str) -> str:
     """Return the output of a git command that runs no program of the folder's configuration; empty if the command fails."""
+    # The folder may come from somebody else, and its .git/config may name programs that git would run.
     command = ["git", "-C", str(working_dir), "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
@@ -181,6 +182,7 @@ def check_upload(working_dir: Path, limit_bytes: int = UPLOAD_LIMIT_BYTES) -> in
         return total
     folders: Counter[str] = Counter()
     for path, size in sizes.items():
+        # Two levels: the first is often `platform` or `data`, which says little about what is large.
         folders[str(PurePosixPath(*path.parts[:2])) if len(path.parts) > 1 else path.name] += size
     biggest = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in folders.most_common(5))
     raise SubmitError(

@@ -159,6 +159,7 @@ def _check_config(tree: JsonObject, sweep_plan: SweepPlan) -> None:
     """Refuse a W&B sweep with parameters that the space lacks; warn when it optimises another metric."""
     config = saved.checked(tree, _Config, "W&B's sweep")
     point_of(sweep_plan.space, {name: _value_of(entry) for name, entry in config.parameters.items()})
+    # Only a warning: W&B then optimises one metric, and the table names the best trial by the other.
     wanted, metric = config.metric.name, metric_name(sweep_plan.metric)
     if wanted not in (None, metric):
         warnings.warn(f"W&B's sweep goes by {wanted}, {sweep_plan.space.path} by {metric}", stacklevel=2)

@@ -63,6 +63,7 @@ def sweep(
     Raises:
         ValueError: there is no sweep to resume, another process runs it, or a trial does not fit on the cluster.
     """
+    # Before the sweep has a folder: a trial that can never fit on the cluster should leave nothing behind.
     num_at_once = min(concurrency(request), at_once or sys.maxsize)
     agent = Agent(wandb_sweep, request.plan, request.seeds, num_at_once) if wandb_sweep is not None else None
     folder = _to_resume(request, store) if resume else f"sweeps/{request.plan.job.name}/{run.new_id()}"

@@ -107,6 +107,7 @@ def _seconds(stages: list[plan.Stage], store: Store) -> float | None:
     total = 0.0
     for stage in stages:
         own = dict(_flat(stage.params))
+        # Only the number of parameters that differ counts, not by how much; that is enough for a rough estimate.
         near, seconds = min(flat, key=lambda entry: _distance(own, entry[0]))
         total += seconds * _ratio(own.get("train.steps"), near.get("train.steps"))
     return total

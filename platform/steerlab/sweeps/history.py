@@ -89,6 +89,7 @@ class History:
 
     def suggest(self, unit: Unit) -> None:
         """Append a unit. Raises ValueError if the history already has one of its trials with one of its seeds."""
+        # One trial may occur in several units, one for each seed.
         taken = {(trial.trial_id, seed) for c in self.courses.values() for trial in c.unit.trials for seed in c.unit.seeds}
         for trial in unit.trials:
             if any((trial.trial_id, seed) in taken for seed in unit.seeds):

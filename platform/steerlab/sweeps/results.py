@@ -117,6 +117,7 @@ def _bare_rows(course: Course) -> list[TrialRow]:
 
 def write_table(store: Store, path: str, rows: Sequence[TrialRow]) -> None:
     """Write rows as Parquet; a column with values of several types is written as JSON text."""
+    # Trials may have different columns (stages, metrics of failed trials), so the table has the union.
     names = sorted({name for row in rows for name in row}, key=_order)
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
     sink = pa.BufferOutputStream()
@@ -166,6 +167,7 @@ def best_of(trials: Sequence[Scored], mode: str) -> Scored | None:
     """
     # Rows have the field `within` only if the job's `choose` has a bound.
     allowed = [trial for trial in trials if all(row.get("within", True) for row in trial.rows)]
+    # Python's `min` returns the first of equal trials. Without a strength in the space, 0 makes them equal.
     sign = 1 if mode == "min" else -1
     return min(allowed, key=lambda t: (sign * t.value, abs(number_of(t.rows[0], f"param.{STRENGTH}") or 0.0)), default=None)
 
@@ -266,6 +268,7 @@ def over_seeds(metrics: Sequence[MetricNumbers]) -> MetricNumbers:
     Returns the first seed's numbers if there is only one seed or if a seed lacks the metric.
     """
     values = [metric["value"] for metric in metrics if metric["value"] is not None]
+    # A mean over some of the seeds could be better than the trial: a seed without a value may have diverged.
     if len(metrics) == 1 or len(values) < len(metrics):
         return metrics[0]
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))

@@ -117,6 +117,7 @@ class Suggester:
         """Return the next unit; None when there are enough, or when 20 attempts gave only points that already ran."""
         earlier_ids = {trial.trial_id for course in history.courses.values() for trial in course.unit.trials}
         number = len(history.courses) + 1
+        # Counted in the history, so that a resumed sweep ends at the same number.
         if number > self._num_trials:
             return None
         study = self._study(history)

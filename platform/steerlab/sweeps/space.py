@@ -120,6 +120,7 @@ def load(path: Path) -> Space:
         JobError: the file does not exist, raises an error (the message names the line), or has a name or value that is not
             supported.
     """
+    # The file is a program of the user and runs with their rights, like any script.
     module = _run(path)
     # Any other name in capitals is the file's own constant, unless it looks like a misspelling.
     for name in vars(module):

@@ -98,6 +98,7 @@ def checked(sweep_plan: SweepPlan, num_samples: int | None, num_seeds: int, say:
     entries = sweep_plan.space.entries
     drawn = any(not is_grid(entry) and finite(entry) != [entry] for entry in entries.values())
     samples = num_samples or (_DEFAULT_SAMPLES if drawn else 1)
+    # A second sample of a grid would repeat each trial with the same seed.
     if samples > 1 and not drawn:
         raise JobError(f"--samples {samples}: {sweep_plan.space.path} is a grid, in which every point counts once")
     units: list[Unit] = []
@@ -173,5 +174,6 @@ def concurrency(request: SweepRequest) -> int:
 
 def check_cluster(request: SweepRequest, store: Store) -> None:
     """Refuse a sweep whose first unit does not fit into the memory of the cluster or onto the disk. Raises ValueError."""
+    # The first unit stands for all: an estimate reads rows, which would take long for thousands of units.
     planned = Plan.of(request.plan.job_of(request.units[0].shared if request.units else {}, None, request.plan.strengths))
     capacity.check_cluster(planned, store, run.facts_of(planned))

@@ -72,6 +72,7 @@ def run_units(sweep: SweepRun, num_at_once: int, agent: Agent | None) -> bool:
     finally:
         if agent is not None:
             agent.close()
+    # Asks for one more unit, as Ray Tune may have returned before the searcher said that it has finished.
     is_exhausted = suggester is None or (not suggester.waiting and suggester.next(history) is None)
     if not history.pending and is_exhausted:
         return False

@@ -122,6 +122,7 @@ def grouped(path: Path, points: Iterable[Point], seeds: Sequence[int], *, apart:
         shared = {key: value for key, value in point.items() if key != STRENGTH}
         # JSON as the key, because values may be lists; sorted, because points may list their fields in any order.
         group = by_shared.setdefault(json.dumps(shared, sort_keys=True), {})
+        # In a grid, a repeated point is a mistake of the person; in a random search over a choice, it is chance.
         if trial.trial_id in group and not drawn:
             raise JobError(f"{path}: SPACE gives the trial {trial.trial_id} twice: {point}")
         group[trial.trial_id] = trial

@@ -111,6 +111,7 @@ class Tracker:
             "sweep_id": place.sweep_id,
             "job_type": place.job_type,
             "tags": list(place.tags),
+            # Without control characters: texts of the job may come from somebody else, and W&B shows them to a team.
             "config": texts.everywhere(texts.plain, {**config, **dict(place.parameters)}),
             "pid": os.getpid(),
             "program": sys.argv[0],
@@ -136,6 +137,7 @@ class Tracker:
 
     def table(self, key: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Record rows of texts and scores as a table, once for each key; at most MAX_TABLE_ROWS rows."""
+        # A resumed run records its tables again; each key is sent once.
         if self._spool is None or not rows or key in self._spool.keys:
             return
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -234,6 +236,7 @@ def send(directory: Path) -> spool.Status:
         raise ValueError(NO_KEY)
     settings = spool.read_settings(directory)
     spool.write_json(directory / spool.SETTINGS, {**settings, "mode": "online", "reason": None})
+    # Else the status of an earlier attempt would be read if the writer dies before its first word.
     (directory / spool.STATUS).unlink(missing_ok=True)
     _started(directory).communicate(f"{directory}\n".encode())
     return spool.read_status(directory)

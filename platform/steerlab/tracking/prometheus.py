@@ -28,7 +28,7 @@ _rows: dict[str, float] = {}
 """Rows that each stage has reported so far, by the stage's key: stages report totals, a counter takes increments."""
 
 
-# Cached, because Ray warns when a process creates a metric of the same name twice.
+# Cached, so that a process has one object for each metric.
 @cache
 def _counter(name: str, description: str, *tags: str) -> Counter:
     return Counter(f"steerlab_{name}", description, tag_keys=tags)

@@ -56,6 +56,7 @@ class Spool:
         self.directory = directory
         self.mode = str(settings["mode"])
         (directory / STATUS).unlink(missing_ok=True)  # that of an earlier process of the run
+        # The command and the URIs of a job may hold passwords, and the spool is sent to a server.
         masked = {name: texts.everywhere(texts.without_secrets, value) for name, value in settings.items()}
         write_json(directory / SETTINGS, masked)
         self.last_step: dict[str, float] = {}

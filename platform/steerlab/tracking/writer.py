@@ -77,6 +77,7 @@ def write(directory: Path, ended: Callable[[], bool]) -> None:
     import wandb
 
     settings = spool.settings_of(directory)
+    # A resumed run starts a new writer while the old one may still send the same spool.
     with _alone(directory):
         try:
             run = _open(settings, directory)

@@ -46,6 +46,7 @@ def sweep_config(
     ranges = [key for key in space if "distribution" in parameters[parameter_name(key)]]
     if method == "grid" and ranges:
         raise ValueError(f"SPACE[{ranges[0]!r}] is a range; W&B's grid needs lists of values: use random or bayes")
+    # W&B's grid needs finite lists; `tune.choice` means a random draw, so it is not turned into a grid.
     chosen = method or ("random" if ranges or any(isinstance(entry, Domain) for entry in space.values()) else "grid")
     goal = {"min": "minimize", "max": "maximize"}[mode]
     config: dict[str, object] = {

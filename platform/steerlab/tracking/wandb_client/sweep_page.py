@@ -64,6 +64,7 @@ def begin(track: TrackConfig, config: Mapping[str, object], directory: Path) -> 
         return None
     request = {"config": dict(config), "project": track.wandb.project, "entity": track.wandb.entity}
     directory.mkdir(parents=True, exist_ok=True)
+    # Before the call, so that `send` can create the page later if W&B does not answer.
     spool.write_json(directory / ASKED, request)
     return _create(directory, request, ()) if mode == "online" else None
 

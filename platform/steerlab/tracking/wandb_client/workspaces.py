@@ -159,6 +159,7 @@ def load(folder: Path, only: Sequence[str] = ()) -> dict[str, Board]:
     Raises:
         ValueError: the folder or a name does not exist, or a file defines no BOARD.
     """
+    # `overview` first, because the report has its chapters in this order.
     files = {path.stem: path for path in sorted(folder.glob("*.py"), key=lambda path: (path.stem != "overview", path.stem))}
     unknown = [name for name in only if name not in files]
     if not files or unknown:
@@ -202,6 +203,7 @@ def push(boards: Mapping[str, Board], path: str) -> dict[str, str]:
     entity, slash, project = path.partition("/")
     if not slash or not entity or not project:
         raise ValueError(f"--project {path}: expected ENTITY/PROJECT")
+    # First of all, so that a missing package is reported before W&B is contacted.
     _workspaces()
     try:
         # W&B's client reads `wandb/settings` in the current folder, which could name another server that would get the key.
