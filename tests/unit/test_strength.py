@@ -98,6 +98,12 @@ def test_it_means_nothing_without_a_patch() -> None:
         run.check(Plan.of(valid(strength=0.5, method={"name": "none"})))
 
 
+def test_a_check_names_the_job_file_that_it_is_given() -> None:
+    planned = Plan.of(valid(strength=0.5, method={"name": "none"}))
+    with pytest.raises(ValueError, match=r"^jobs/a\.yaml: strength 0\.5: method none makes no patch"):
+        run.check(planned, Path("jobs/a.yaml"))
+
+
 @pytest.mark.parametrize("field", [{"strength": 0.5}, {"snapshot": 2}])
 def test_a_job_below_does_not_say_how_it_is_evaluated(field: dict[str, Any]) -> None:
     """Today's stages start from the end of a training, with its patch at 1: nothing else is taken silently."""

@@ -240,7 +240,7 @@ def _check_drawing(planned: Plan) -> None:
     for below in planned.chain[1:] if job.model.drawing.denoiser is not None else ():
         if below.job.train is not None and below.method.leaves_model:
             raise ValueError(
-                f"model.sampler.denoiser: the job {below.job.name} trains the denoiser; remove this key, which replaces it"
+                f"model.sampler.denoiser: the job {below.job.name} trains its denoiser, which this key would replace: remove it"
             )
     method = planned.method
     if method.walks(job.method) and len(job.model.drawing.read) > 1:

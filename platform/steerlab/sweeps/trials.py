@@ -186,7 +186,8 @@ def _nearest_path(key: str, paths: Iterable[str]) -> str | None:
         parts = path.split(".")
         for number in range(len(parts)):
             ends.setdefault(".".join(parts[number:]), path)
-    near = difflib.get_close_matches(key, ends, n=1, cutoff=0.5)
+    # A lower cutoff than 0.65 would take `share` for `where`: the paths of a job have hundreds of different ends.
+    near = difflib.get_close_matches(key, ends, n=1, cutoff=0.65)
     return ends[near[0]] if near else None
 
 
