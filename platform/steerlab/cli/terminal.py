@@ -79,6 +79,7 @@ def explained(how_to_go_on: str = "run the same command again to continue from t
 
     try:
         with warnings.catch_warnings():
+            # By default, Python shows a warning once for each line of code, but one line may warn of several data sets.
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = say
             yield

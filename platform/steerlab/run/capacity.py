@@ -68,6 +68,7 @@ def check_disk(records: list[plan.Record], needs: Estimates, store: Store) -> No
     """
     free = store.free_bytes()  # None for an object store, which has no limit
     left = [(r.stage.name, needs[r.stage.key]) for r in records if r.status != "cached" and r.stage.key in needs]
+    # `work_bytes` is the size of the checkpoints, which lie in ROOT until the stage ends.
     sizes = [(name, int((need.disk_bytes + need.work_bytes) * _SAFETY)) for name, need in left]
     if free is not None and sum(size for _, size in sizes) > free:
         parts = " + ".join(f"{in_words(size)} ({name})" for name, size in sizes if size)

@@ -177,6 +177,7 @@ def _check_places(planned: Plan) -> None:
         "extract.select": job.extract.select if job.extract else None,
         "method.steer": TABLE.of(job.method).steers(job.method),
     }
+    # Two selections, since a job may read activations at one place and change them at another.
     for key, selection in named.items():
         if selection is not None:
             try:
@@ -204,6 +205,7 @@ def _check_runs(chosen: Sequence[taps.Tap], skeleton: nn.Module, outputs: bool) 
     if never:
         raise ValueError(f"{taps.did_not_run(never, len(chosen))}; take them out with exclude_modules")
     for tap in chosen if outputs else ():
+        # Outputs such as an auxiliary loss or a cache have no axis of tokens, and a patch adds a value at each token.
         value = taps.value_at(running[tap.module], tap.element, f"the value of {tap.module}")
         if not tap.element and taps.per_token(value, models.DRY_SHAPE_BT).shape[:2] != models.DRY_SHAPE_BT:
             raise ValueError(

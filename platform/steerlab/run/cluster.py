@@ -55,6 +55,7 @@ def connect() -> None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(_IDLE_MS))
     if ray.is_initialized():
         return
+    # Without the output of the workers, which would interrupt the progress bars; it is in Ray's log files.
     join = partial(ray.init, logging_level=logging.ERROR, log_to_driver=False)
     if os.environ.get("RAY_ADDRESS") or private_parts.running_cluster() is not None:
         with _on_loopback() if _answers_on_loopback_alone() else nullcontext(), _away():

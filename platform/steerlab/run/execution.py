@@ -73,6 +73,7 @@ def execute(
     try:
         plan.run(planned.stages, store, job.scale, following, records)
     except BaseException as error:
+        # Ctrl-C too: the folder should say why the run ended, and W&B should not show it as running.
         store.write_text(f"{folder}/error.txt", texts.without_secrets("".join(traceback.format_exception(error))))
         store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
         tracker.finish({}, 1, wait_s)

@@ -113,6 +113,7 @@ def _measured_strengths(store: Store, evaluation: Evaluation) -> Mapping[float, 
     """Return a task's metrics by strength, the reported one first; strength 0 is the model without the patch."""
     measured = stored.strengths(store.local("evaluate", evaluation.stage.key))
     if evaluation.baseline is not None:
+        # The evaluation without the patch has a single strength, whatever its number is.
         plain = stored.strengths(store.local("evaluate", evaluation.baseline.key))
         measured.setdefault(UNPATCHED, next(iter(plain.values())))
     return measured
@@ -183,6 +184,7 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
         # An uploaded working directory has no repository; `steerlab submit` sends the commit along.
         "git": _git("rev-parse", "HEAD") or os.environ.get("STEERLAB_GIT_COMMIT"),
         "git_changes": _git("status", "--porcelain"),
+        # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
         "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
         "nodes": len([node for node in ray.nodes() if node["Alive"]]),
         **({} if trusted is None else {"own_code_of": texts.without_secrets(trusted)}),

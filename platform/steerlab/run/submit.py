@@ -131,6 +131,7 @@ def _connect(address: str) -> "JobSubmissionClient":
             f"no Ray cluster answers at {address} ({type(error).__name__}): is it running, and is this the dashboard's"
             " address? A local one: cluster/local.sh start"
         ) from error
+    # 401 and 403 ask for a token; Ray's client below raises AuthenticationError for them.
     if status not in (200, 401, 403):
         raise SubmitError(f"{address} answers with HTTP {status}: it is not the dashboard of a Ray cluster")
     if status == 200 and not _is_version(content):

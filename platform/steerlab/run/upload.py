@@ -73,6 +73,7 @@ def runtime_env(working_dir: Path) -> dict[str, object]:
         except (files.FileError, saved.SavedError) as error:
             allowed = ", ".join(_RuntimeEnv.model_fields)
             raise SubmitError(f"{error}; a runtime environment has the keys {allowed}, and lists instead of files") from None
+    # In this order, so that a variable of the user replaces one of the platform.
     env_vars = _ENV_VARS | _commit(working_dir) | {name: str(value) for name, value in requested.env_vars.items()}
     return requested.model_dump(exclude_unset=True) | {"working_dir": str(working_dir), "env_vars": env_vars}
 

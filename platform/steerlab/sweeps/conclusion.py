@@ -66,6 +66,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         summary["best"] = results.best_line(best, plan.metric)
         if plan.development:
             summary["development"] = results.metrics_of_rows(best.rows)
+        # Written for an interrupted sweep too: the best trial so far is often what people want.
         sweep.store.write_text(f"{sweep.folder}/best.yaml", jobs.dump(plan.best_job(best.params, None)))
     if best is not None and not interrupted:
         # Only for a complete sweep: a later trial could still become the best one.

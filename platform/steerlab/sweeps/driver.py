@@ -130,6 +130,7 @@ def latest(request: SweepRequest, store: Store) -> str | None:
     name = request.plan.job.name
     # Through JSON, because the stored request has lists where the request in memory has tuples.
     wanted = _identity(json.loads(json.dumps(request.described())), request.plan.job.model_dump(mode="json"))
+    # Ids begin with the time, so the last one is the newest.
     for sweep_id in reversed(store.list(f"sweeps/{name}")):
         folder = f"sweeps/{name}/{sweep_id}"
         try:

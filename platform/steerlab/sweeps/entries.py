@@ -109,8 +109,10 @@ def plain(value: dict[object, object], where: str) -> JsonObject: ...
 def plain(value: object, where: str) -> Json: ...
 def plain(value: object, where: str) -> Json:
     """Convert a value to JSON types. Raises JobError, with a message that begins with `where`, if that is impossible."""
+    # NumPy first: numpy.float64 is a subclass of float, but numpy.bool_ is not one of bool.
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
+    # bool before int, of which it is a subclass: True must not become 1.
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, float) and not math.isfinite(value):

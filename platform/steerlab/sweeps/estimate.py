@@ -72,6 +72,7 @@ def of(request: SweepRequest, store: Store, say: trials.Say = lambda line: None)
         line["distinct"] += 1
         line["cached" if record.status == "cached" else "to_run"] += 1
     for name, line in lines.items():
+        # Cached stages cost nothing, so only the others count in seconds and bytes.
         left = [record.stage for record in records if record.stage.name == name and record.status != "cached"]
         line["bytes"] = sum(needs[stage.key].disk_bytes for stage in left if stage.key in needs)
         line["seconds"] = _seconds(left, store)

@@ -44,10 +44,12 @@ class _Controller(_TuneController):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
+        # Replaces the cache that the base class has just made, before any process exists.
         self._actor_cache = _KeepAll()
 
     def on_step_begin(self) -> None:
         super().on_step_begin()
+        # In the loop's own step, because Ray Tune's data structures may change only there.
         for trial in [trial for trial in self._running_trials if trial.trial_id in _to_end]:
             self.stop_trial(trial)
 

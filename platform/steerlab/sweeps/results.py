@@ -120,6 +120,7 @@ def write_table(store: Store, path: str, rows: Sequence[TrialRow]) -> None:
     # Trials may have different columns (stages, metrics of failed trials), so the table has the union.
     names = sorted({name for row in rows for name in row}, key=_order)
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
+    # Through memory: ROOT may be an object store, and the store writes a file whole or not at all.
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     store.write_bytes(path, sink.getvalue().to_pybytes())

@@ -102,6 +102,7 @@ class Suggester:
         # A strength with a list of values is left out: one unit evaluates all of them at the cost of one training.
         self._space, self._strengths, self._seeds, self._num_trials = space, strengths, seeds, num_trials
         entries = {k: _as_domain(v) for k, v in space.entries.items() if not (k == STRENGTH and finite(v) is not None)}
+        # Optuna takes no constants, so they are added to each of its points (`_point`).
         self._constants = {key: value for key, value in entries.items() if not isinstance(value, Domain)}
         searched = {key: value for key, value in entries.items() if isinstance(value, Domain)}
         self._seed, self._own_sampler = private_parts.optuna_settings(space.search_alg)

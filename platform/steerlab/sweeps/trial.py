@@ -108,6 +108,7 @@ def run_unit(config: UnitConfig) -> None:
     except stops.Stopped as stopped:
         outcome: UnitOutcome = {"stopped": str(stopped)}
     except (plan.StageError, ValueError, OSError) as error:
+        # Any other error is a bug: it ends the process, and Ray Tune shows it after its retries.
         # One short line, because it becomes a cell of the table; the whole traceback is in the run's error.txt.
         outcome = {"reason": " ".join(str(error).split())[:1000]}
     else:
@@ -176,6 +177,7 @@ def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: s
 def _is_within(bound: Limit, measured: Mapping[str, MetricNumbers], plain: Mapping[str, MetricNumbers] | None) -> bool:
     """Say whether a trial keeps the bound of the job's `choose`, which is relative to the value at strength 0 (`plain`)."""
     value, start = (side.get(bound.metric, {}).get("value") for side in (measured, plain or {}))
+    # A trial that lacks one of the two numbers cannot show that it keeps the bound.
     return value is not None and start is not None and value <= bound.highest(start)
 
 
@@ -203,6 +205,7 @@ def stage_columns(records: Sequence[plan.Record]) -> TrialRow:
         name = record.stage.name
         if name == "evaluate":
             name = f"evaluate.{record.stage.label}"
+        # The stages of a chain of jobs have equal names, so each takes the first number that is free.
         depth = next(n for n in range(len(records) + 1) if (f"{name}.{n}" if n else name) not in taken)
         column = f"{name}.{depth}" if depth else name
         taken.add(column)

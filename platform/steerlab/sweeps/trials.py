@@ -196,6 +196,7 @@ def _strengths(space: Space) -> list[float]:
     values = finite(space.entries[STRENGTH]) or []
     if any(isinstance(value, list) for value in values):
         raise JobError(f"{space.path}: SPACE['strength'] is a list; for several values write tune.grid_search([0.5, 1.0])")
+    # In Python, a bool is an int: without the second condition, True would be strength 1.
     numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) < len(values):
         wrong = next(value for value in values if isinstance(value, bool) or not isinstance(value, int | float))
@@ -208,6 +209,7 @@ def _steps(space: Space) -> tuple[int, ...]:
     if SNAPSHOT not in space.entries:
         return ()
     values = finite(space.entries[SNAPSHOT])
+    # Not `isinstance`, which would accept True.
     steps = [value for value in values or () if type(value) is int]
     if values is None or len(steps) < len(values):
         raise JobError(f"{space.path}: SPACE['snapshot'] names the steps to keep: tune.grid_search or tune.choice of numbers")

@@ -52,6 +52,7 @@ class Unit:
     @property
     def name(self) -> str:
         """Name within the sweep; run folders of the unit contain it."""
+        # Padded, so that folders sort in the order of the units.
         return f"{self.number:04d}-{self.trials[0].trial_id}"
 
     @property

@@ -140,6 +140,7 @@ class Tracker:
         # A resumed run records its tables again; each key is sent once.
         if self._spool is None or not rows or key in self._spool.keys:
             return
+        # The union of all rows' fields in order of appearance: rows of one task may have different fields.
         columns = list(dict.fromkeys(name for row in rows for name in row))
         body = [[_plain(row.get(name)) for name in columns] for row in rows[:MAX_TABLE_ROWS]]
         self._spool.append({"kind": "table", "key": key, "columns": columns, "rows": body})

@@ -77,6 +77,7 @@ Event: TypeAlias = Opened | Line | StageEnded | Finished
 
 def step_of(event: Logged) -> float:
     """Return the step of a line on its axis."""
+    # The name of the axis is also the name under which the step is stored.
     step = event["data"][event["axis"]]
     assert isinstance(step, int | float), "`spool.read` refuses lines without a step"
     return step

@@ -99,6 +99,7 @@ class Agents:
     def start(self, running: Sequence[str] = ()) -> None:
         """Start to send heartbeats; `running` are ids of runs that this process continues after a restart."""
         agents = list(self._runs)
+        # W&B gives an agent no run while it reports one as running, so a restart first finishes what it had begun.
         for number, run in enumerate(running):
             self._runs[agents[number % len(agents)]].append(run)
         threading.Thread(target=self._serve, daemon=True, name="wandb-agents").start()

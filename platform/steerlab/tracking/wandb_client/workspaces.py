@@ -178,6 +178,7 @@ def load(folder: Path, only: Sequence[str] = ()) -> dict[str, Board]:
 
 
 def _module(path: Path) -> ModuleType:
+    # By path: the folder is not a package, and its files have names such as `overview` that another package may use.
     spec = importlib.util.spec_from_file_location(f"dashboards_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -217,6 +218,7 @@ def push(boards: Mapping[str, Board], path: str) -> dict[str, str]:
 
 def _reports() -> ModuleType:
     try:
+        # Imported here and not above: wandb-workspaces is an optional dependency (the `dashboards` extra).
         import wandb_workspaces.reports.v2 as wr
     except ImportError:
         raise ValueError(_MISSING) from None
