@@ -47,7 +47,7 @@ def path(tmp_path: Path) -> Path:
         (["data.train.source=nowhere.json"], "nowhere.json"),
         (["data.train.source=tiny:nothing/train"], "tiny world has no data set"),
         (["data.train.format=text"], "has no field 'text'"),
-        (["evaluate=[{task: perplexity, strengths: [0, 1]}]"], "method vanilla leaves no patch to scale"),
+        (["evaluate=[{task: perplexity, strengths: [0, 1]}]"], "method vanilla makes no patch to scale"),
         (["evaluate=[{task: perplexity}, {task: perplexity, limit: 2}]"], "give one of them another `label`"),
         (["model.source=wheel:unknown==1.0"], "unknown==1.0"),
     ],
@@ -67,7 +67,7 @@ def test_more_workers_than_the_cluster_has(cluster: None, path: Path, tmp_path: 
 def test_a_disk_that_is_too_full(cluster: None, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "free_bytes", lambda self: 1_000_000)
     wanted = job.read(path, JobType)
-    with pytest.raises(ValueError, match=r"has 1\.0 MB free; needed are about \d+\.\d MB \(train\)"):
+    with pytest.raises(ValueError, match=r"has 1\.0 MB free, but the job needs about \d+\.\d MB \(train\)"):
         capacity.check_cluster(Plan.of(wanted), Store.open(str(tmp_path / "root")), run.check(Plan.of(wanted)))
 
 

@@ -153,6 +153,6 @@ def test_a_7b_model_is_planned_in_bytes(tmp_path: Path) -> None:
     assert found["moments"].memory_bytes < weights + 8e9, "not all at once"
     assert found["basis"].memory_bytes < 5e9
     with pytest.raises(
-        ValueError, match=r"stage importance needs about \d+\.\d+ GB of memory a worker; this machine has 8\.00 GB"
+        ValueError, match=r"stage importance needs about \d+\.\d+ GB of memory for each worker; this machine has 8\.00 GB"
     ):
         capacity.check_memory(records, needs, int(8e9), "this machine")

@@ -136,7 +136,7 @@ def test_a_run_that_had_no_key_says_what_sends_it(
 
 def test_a_folder_that_was_never_tracked_is_refused(server: standin.Standin, tmp_path: Path) -> None:
     refused = call("wandb-send", tmp_path, code=2)
-    assert "is no folder of a run that was tracked in W&B" in " ".join(refused.stderr.split()) and not server.runs
+    assert "is not the folder of a run that was tracked in W&B" in " ".join(refused.stderr.split()) and not server.runs
 
 
 @pytest.mark.slow

@@ -89,9 +89,9 @@ def test_the_table_says_runs_methods_and_strengths(store: Store) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda store, run: store.write_json(f"{run}/space.json", {}), "is a sweep, and runs are compared"),
+        (lambda store, run: store.write_json(f"{run}/space.json", {}), "is a sweep, but only runs can be compared"),
         (lambda store, run: _remove(store, f"{run}/job.yaml"), r"is no run folder \(ROOT/runs/NAME/ID\)"),
-        (lambda store, run: _remove(store, f"{run}/summary.json"), "did not finish: it goes on, or was killed"),
+        (lambda store, run: _remove(store, f"{run}/summary.json"), "did not finish: it is still running, or was killed"),
         (lambda store, run: _failed(store, run), "did not finish: RayTaskError: out of memory"),
         (
             lambda store, run: store.write_json(f"{run}/summary.json", {"metrics": {}, "strengths": {}, "schema": 1}),
@@ -120,7 +120,7 @@ def _failed(store: Store, run: str) -> None:
 
 def test_a_sweeps_folder_and_other_strengths_are_refused(store: Store) -> None:
     good = write_run(store, "2", {"refusal": evaluation(store, "a", VALUES)})
-    with pytest.raises(ValueError, match="is a sweep, and runs are compared"):
+    with pytest.raises(ValueError, match="is a sweep, but only runs can be compared"):
         compare(Side(store, good), Side(store, "sweeps/a/1"))
     with pytest.raises(ValueError, match=r"caa-job/2 \(method caa\) was not measured at strength 2; there are 1, 0, 0.5"):
         compare(Side(store, good, 2.0), Side(store, good))

@@ -67,7 +67,7 @@ def path(tmp_path: Path) -> Path:
         (["method.name=caa", "method.steer=null"], "train: method caa trains nothing; remove this section"),
         (
             ["choose.metric=toxicity/share"],
-            r"choose.metric: toxicity/share is measured by none of choose.tasks: no task is called .toxicity.",
+            r"choose.metric: none of choose.tasks measures toxicity/share: no task is called .toxicity.",
         ),
     ],
 )

@@ -94,8 +94,14 @@ def test_it_is_a_number(wrong: Any) -> None:
 
 
 def test_it_means_nothing_without_a_patch() -> None:
-    with pytest.raises(ValueError, match=r"strength 0\.5: method none leaves no patch to scale"):
+    with pytest.raises(ValueError, match=r"strength 0\.5: method none makes no patch to scale"):
         run.check(Plan.of(valid(strength=0.5, method={"name": "none"})))
+
+
+def test_a_check_names_the_job_file_that_it_is_given() -> None:
+    planned = Plan.of(valid(strength=0.5, method={"name": "none"}))
+    with pytest.raises(ValueError, match=r"^jobs/a\.yaml: strength 0\.5: method none makes no patch"):
+        run.check(planned, Path("jobs/a.yaml"))
 
 
 @pytest.mark.parametrize("field", [{"strength": 0.5}, {"snapshot": 2}])
@@ -104,7 +110,7 @@ def test_a_job_below_does_not_say_how_it_is_evaluated(field: dict[str, Any]) -> 
     steps = {"steps": 4, "snapshots": [2], "micro_batch": 4, "max_tokens": 64}
     below = {**TREE, "name": "below", "method": {"name": "lineas"}, "train": steps, "evaluate": [PERPLEXITY], **field}
     above = valid(model={"source": below})
-    with pytest.raises(ValueError, match=rf"the job below sets {next(iter(field))} .*, which says how it is evaluated"):
+    with pytest.raises(ValueError, match=rf"the job below sets {next(iter(field))} .*, which concerns its own evaluation only"):
         run.check(Plan.of(above))
     run.check(Plan.of(valid(model={"source": {**below, next(iter(field)): None}})))
 

@@ -55,13 +55,13 @@ def test_entrypoint_of_a_sweep(folder: Path) -> None:
 
 
 def test_options_of_a_sweep_need_a_space(folder: Path) -> None:
-    with pytest.raises(SubmitError, match="--resume: that is for a sweep; name its search space with --space"):
+    with pytest.raises(SubmitError, match="--resume: these options are for a sweep; name its search space with --space"):
         entrypoint(folder / "jobs" / "a b.yaml", root="/r", options=("--resume",), working_dir=folder)
 
 
 @pytest.mark.parametrize("root", ["out", "./out", "~/out", ""])
 def test_relative_root_is_refused(folder: Path, root: str) -> None:
-    with pytest.raises(SubmitError, match=r"is relative: on the cluster it would vanish"):
+    with pytest.raises(SubmitError, match=r"is relative: on the cluster it would be deleted"):
         submit(folder / "jobs" / "a b.yaml", address="http://127.0.0.1:9", root=root, working_dir=folder)
 
 
@@ -259,9 +259,12 @@ def test_the_exit_code_is_the_jobs_and_a_failure_without_one_is_1(
         ),
         (lambda folder, home: (folder / "a").symlink_to("."), r"a is a link to a folder, which would be uploaded twice"),
         (lambda folder, home: (folder / "a").symlink_to("a"), r"a is a link to itself"),
-        (lambda folder, home: os.mkfifo(folder / "pipe"), r"pipe is no file: name it in \.rayignore"),
-        (lambda folder, home: os.mkfifo(folder / "spaces/.gitignore"), r"spaces/\.gitignore is no file"),
-        (lambda folder, home: [(folder / ".gitignore").unlink(), os.mkfifo(folder / ".gitignore")], r"\.gitignore is no file"),
+        (lambda folder, home: os.mkfifo(folder / "pipe"), r"pipe is neither a file nor a folder: name it in \.rayignore"),
+        (lambda folder, home: os.mkfifo(folder / "spaces/.gitignore"), r"spaces/\.gitignore is not a regular file"),
+        (
+            lambda folder, home: [(folder / ".gitignore").unlink(), os.mkfifo(folder / ".gitignore")],
+            r"\.gitignore is not a regular file",
+        ),
     ],
 )
 def test_what_lies_elsewhere_is_not_uploaded_and_nothing_hangs(
@@ -295,7 +298,7 @@ def test_files_that_hold_secrets_are_named(folder: Path) -> None:
         ("env_vars: [1]\n", "env_vars"),
         ("{", "cannot be read as YAML"),
         ("py_modules: [/home/me/.ssh]\n", "py_modules: Extra inputs.*has the keys env_vars, pip, uv, conda, excludes, config"),
-        ("pip: /home/me/.netrc\n", "pip.*lists in place of files"),
+        ("pip: /home/me/.netrc\n", "pip.*lists instead of files"),
         ("conda: ../environment.yaml\n", "conda"),
         ("worker_process_setup_hook: os.system\n", "worker_process_setup_hook"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nenv_vars: {X: *b}\n", "is damaged"),

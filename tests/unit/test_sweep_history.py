@@ -210,7 +210,7 @@ def test_the_table_takes_values_of_any_kind(store: Store) -> None:
 
 def test_idle_processes_stay_until_nothing_is_left_to_run() -> None:
     """Ray Tune keeps one; every trial that is shorter than an import would otherwise start a process."""
-    kept, usual = processes._Kept(), _ObjectCache(may_keep_one=True)
+    kept, usual = processes._KeepAll(), _ObjectCache(may_keep_one=True)
     assert [kept.cache_object("1 CPU", name) for name in "ab"] == [True, True]
     assert [usual.cache_object("1 CPU", name) for name in "ab"] == [True, False]
     assert list(kept.flush_cached_objects()) == [] and kept.num_cached_objects == 2

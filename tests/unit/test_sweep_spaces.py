@@ -54,7 +54,7 @@ def test_more_trials_than_anybody_reads_are_refused_with_the_arithmetic(job: Pat
 
 
 def test_long_checks_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "_TELL_S", -1.0)
+    monkeypatch.setattr(trials, "_PROGRESS_EVERY_S", -1.0)
     said: list[str] = []
     assert list(trials.counted("abcd", "checking", said.append)) == list("abcd")
     assert said[-1].startswith("checking: 3 of 4, 0 s left")
@@ -71,8 +71,8 @@ def test_long_checks_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> No
         ("SPACE = {'train.lr': [1e-3, 1e-2]}\n" + GOOD, r"train.lr: .*for several write tune.grid_search"),
         ("SPACE = {'train.lr': (1e-3, 1e-2)}\n" + GOOD, r"train.lr: .*for several write tune.grid_search"),
         ("SPACE = {'train': {'lr': [1e-3, 1e-2]}}\n" + GOOD, r"train.lr: .*for several write tune.grid_search"),
-        ("SPACE = {'strength': tune.grid_search(['x'])}\n" + GOOD, "'x' is no number"),
-        ("SPACE = {'strength': tune.grid_search([True])}\n" + GOOD, "True is no number"),
+        ("SPACE = {'strength': tune.grid_search(['x'])}\n" + GOOD, "'x' is not a number"),
+        ("SPACE = {'strength': tune.grid_search([True])}\n" + GOOD, "True is not a number"),
         ("SPACE = {'train.lr': tune.grid_search(1e-3)}\n" + GOOD, "take a list of values, not 0.001"),
         ("SPACE = {'train.lr': tune.grid_search('abc')}\n" + GOOD, "take a list of values, not 'abc'"),
         ("SPACE = {'train.lr': tune.choice([])}\n" + GOOD, r"SPACE\['train.lr'\] has no values"),
@@ -80,7 +80,7 @@ def test_long_checks_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> No
         ("SPACE = {'train.lr': tune.choice([tune.uniform(0, 1), 1])}\n" + GOOD, "is a domain itself"),
         ("SPACE = {'method': tune.choice([{'name': tune.grid_search(['ise'])}])}\n" + GOOD, "is a domain itself"),
         ("SPACE = {'train.lr': {1, 2}}\n" + GOOD, "a value of type set"),
-        ("SPACE = {'train.lr': tune.grid_search([float('nan')])}\n" + GOOD, "nan is no value of a setting"),
+        ("SPACE = {'train.lr': tune.grid_search([float('nan')])}\n" + GOOD, "nan is not a finite number"),
         ("SPACE = {1: 2}\n" + GOOD, r"SPACE\[1\]: a key is the path of a field"),
         ("SPACE = {('train.lr', 'train.steps'): 2}\n" + GOOD, "a key is the path of a field"),
         ("SPACE = {'train..lr': 2}\n" + GOOD, "a key is the path of a field"),
@@ -92,7 +92,10 @@ def test_long_checks_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> No
         ("SPACE = {'train.lr': 1e-3}\nMETRIC, MODE = 3, 'min'\n", "METRIC is the name of a metric"),
         ("SPACE = {'train.lr': 1e-3}\nDEVELOPMENT = {'task': 'x'}\n" + GOOD, "DEVELOPMENT is a list of tasks"),
         ("SPACE = {'method.angle_rat': tune.grid_search([1.0])}\n" + GOOD, r"unknown key; did you mean 'angle_rad'\?"),
-        ("SPACE = {'methud.angle_rad': tune.grid_search([1.0])}\n" + GOOD, "unknown key; did you mean 'method'"),
+        ("SPACE = {'methud.angle_rad': tune.grid_search([1.0])}\n" + GOOD, r"unknown key; did you mean 'method\.angle_rad'\?"),
+        ("SPACE = {'angle_rad': tune.grid_search([1.0])}\n" + GOOD, r"unknown key; did you mean 'method\.angle_rad'\?"),
+        ("SPACE = {'lr': tune.grid_search([1e-3])}\n" + GOOD, r"unknown key; did you mean 'train\.lr'\?"),
+        ("SPACE = {'metod': 'ise'}\n" + GOOD, "unknown key; did you mean 'method'"),
         ("SPACE = {'train.lr': tune.grid_search([1e-3, -1.0])}\n" + GOOD, r"train.lr = -1.0.*greater than 0"),
         ("SPACE = {'train.momentum': tune.uniform(0.1, 1.5)}\n" + GOOD, r"train.momentum = 1.5.*less than 1"),
         ("SPACE = {'train.seed, train.lr': tune.grid_search([(1, 2, 3)])}\n" + GOOD, "sets 2 fields"),

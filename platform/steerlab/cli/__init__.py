@@ -1,6 +1,8 @@
-"""The command line: thin typer commands over jobs, plans and runs, a file for each group of them.
+"""The command line `steerlab`: thin typer commands over jobs, sweeps and runs, with one file for each group of commands.
 
-Exit codes: 0 done, 1 a stage failed, 2 the request was wrong, 70 an error of the platform itself, with its traceback.
+Modules import torch, Ray and the rest of the package inside the commands, so that `steerlab --help` answers at once.
+
+Exit codes: 0 success, 1 a stage failed or Ctrl-C, 2 the request was wrong, 70 a bug of steerlab, with its traceback.
 """
 
 from __future__ import annotations
@@ -42,23 +44,30 @@ _INTERNAL = 70
 
 def main() -> None:
     """Run the command line."""
+    # The options that take a list of numbers.
     for option in ("--strength", "--guidance"):
         sys.argv[1:] = repeated(sys.argv[1:], option)
     try:
         app()
-    except Exception:  # whatever is left is nobody's mistake but ours
+    except Exception:  # `terminal.explained` has handled all errors that are for people, so the rest are bugs of steerlab
         traceback.print_exc()
         errors.print("[red]internal error[/red] the lines above say where; this is a fault of steerlab, please report it")
         sys.exit(_INTERNAL)
 
 
 def repeated(arguments: list[str], option: str) -> list[str]:
-    """Write `--option 0 0.5 1` as an option for each number."""
-    found: list[str] = []
+    """Expand `--strength 0 0.5 1` to `--strength 0 --strength 0.5 --strength 1`.
+
+    Args:
+        arguments: the command line.
+        option: the option to expand.
+    """
+    # Click, on which typer is built, takes one value for each occurrence of an option.
+    expanded: list[str] = []
     for argument in arguments:
-        is_next_value = len(found) > 1 and found[-2] == option and _is_number(found[-1])
-        found += [option, argument] if is_next_value and _is_number(argument) else [argument]
-    return found
+        is_next_value = len(expanded) > 1 and expanded[-2] == option and _is_number(expanded[-1])
+        expanded += [option, argument] if is_next_value and _is_number(argument) else [argument]
+    return expanded
 
 
 def _is_number(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Commands that run a job, say what would run, and whether this machine is ready for it."""
+"""Commands that run jobs here or on a cluster, show what would run, and check whether this machine is ready."""
 
 from __future__ import annotations
 
@@ -40,19 +40,20 @@ def run(
     chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with explained(), chatter:
         store = opened_store(root)
-        wanted = [stages.Plan.of(read_job(path, set_)) for path in jobs]
-        facts = [runs.check(one) for one in wanted]
+        plans = [stages.Plan.of(read_job(path, set_)) for path in jobs]
+        # All jobs are checked before the first one runs: a mistake in the last one should not show after hours.
+        facts = [runs.check(planned, path) for planned, path in zip(plans, jobs, strict=True)]
         with joined_ray():
-            for one, found in zip(wanted, facts, strict=True):
-                capacity.check_cluster(one, store, found)
+            for planned, facts_of_model in zip(plans, facts, strict=True):
+                capacity.check_cluster(planned, store, facts_of_model)
             done = []
-            for one in wanted:
+            for planned in plans:
                 with progress(quiet=as_json) as listener:
-                    done.append(runs.execute(one, store, listener, command=" ".join(sys.argv)))
+                    done.append(runs.execute(planned, store, listener, command=" ".join(sys.argv)))
     if as_json:
         print(json.dumps([{"folder": f"{store.root}/{r.folder}", "summary": r.summary} for r in done], indent=1))
     else:
-        _print_results(list(zip([one.job for one in wanted], done, strict=True)), store.root)
+        _print_results(list(zip([planned.job for planned in plans], done, strict=True)), store.root)
 
 
 def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
@@ -64,16 +65,16 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
 
     with explained():
         store = opened_store(root)
-        wanted = stages.Plan.of(read_job(job, set_))
-        facts = runs.check(wanted)
-        records = plan.status(wanted.stages, store)
-        needs = capacity.estimates(wanted, facts, records)
+        planned = stages.Plan.of(read_job(job, set_))
+        facts = runs.check(planned, job)
+        records = plan.status(planned.stages, store)
+        needs = capacity.estimates(planned, facts, records)
         if as_json:
             print(json.dumps({"stages": [record.as_dict() | _needed(record, needs) for record in records]}, indent=1))
             capacity.check_machine(records, needs, store)
             return
         table = folding_table(
-            "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {wanted.job.name}"
+            "stage", "what", "key", "status", "memory a worker", "disk", "checkpoints", title=f"plan of {planned.job.name}"
         )
         for record in records:
             nothing = "\u2013" if record.status == "cached" else "small"
@@ -120,18 +121,18 @@ def submit(
     root: Annotated[str, typer.Option(help="ROOT on the cluster: an absolute path or a URI.")],
     space: Annotated[Path | None, typer.Option(help="Search space: submit the sweep over it.")] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Of a sweep: points to draw, or times a grid is gone through.")
+        int | None, typer.Option(min=1, help="For a sweep: points to draw, or how often a grid is repeated.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Of a sweep: training seeds of every trial.")] = None,
-    at_once: Annotated[int | None, typer.Option(min=1, help="Of a sweep: trials that run at a time at most.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="For a sweep: training seeds of every trial.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="For a sweep: largest number of trials at a time.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest sweep of this job over this space.")] = False,
     set_: SetOption = None,
 ) -> None:
     """Run a job or a sweep on a cluster through Ray's job API and follow its log."""
     from steerlab.run.submit import submit as send
 
-    given = {"--samples": samples, "--seeds": seeds, "--at-once": at_once}
-    options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    flags = {"--samples": samples, "--seeds": seeds, "--at-once": at_once}
+    options = [part for name, value in flags.items() if value is not None for part in (name, str(value))]
     options += ["--resume"] if resume else []
     with explained():
         read_job(job, set_)
@@ -145,9 +146,10 @@ def submit(
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[plan.Listener]:
-    """Show stages, steps, rate and time left: a live bar on a terminal, lines elsewhere."""
+    """Yield a listener that shows stages, steps, rate and time left: a live bar on a terminal, else a line every 10 s."""
     from steerlab.storage import plan
 
+    # Transient and on terminals only: in a file or a log, every update of the bar would be a line.
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"), 
@@ -167,7 +169,7 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
             printed_s = time.monotonic()
             left = f", {metrics['left_s']:.0f} s left" if "left_s" in metrics else ""
             line = f"  {stage.name} ({stage.label}): {done}/{total} {note}{left}"
-            if line != printed:
+            if line != printed:  # a stage that waits reports the same numbers again
                 printed = line
                 console.print(line, highlight=False, soft_wrap=True)
 
@@ -202,8 +204,8 @@ def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
 
 
 def _columns(name: str, summary: RunSummary) -> list[tuple[str, dict[str, MetricNumbers]]]:
-    """Return a run's columns of the table: its headline and, where that is steered, strength 0 beside it."""
+    """Return a run's columns of the table: its reported metrics and, if these have a patch, those at strength 0."""
     steered = [f"{strength:g}" for strength in dict.fromkeys(summary["reported"].values())]
-    found = [(f"{name}\nstrength {', '.join(steered)}" if steered else name, summary["metrics"])]
+    headline = [(f"{name}\nstrength {', '.join(steered)}" if steered else name, summary["metrics"])]
     plain = summary["strengths"].get(UNPATCHED)
-    return [*found, (f"{name}\n{UNPATCHED_NAME}", plain)] if plain and steered != ["0"] else found
+    return [*headline, (f"{name}\n{UNPATCHED_NAME}", plain)] if plain and steered != ["0"] else headline

@@ -13,9 +13,9 @@ from steerlab.cli.terminal import console, explained, say_line
 def wandb_send(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SWEEP...", help="Their folders on this machine.")],
 ) -> None:
-    """Send runs to W&B that could not be sent, or were offline; what the server has is not doubled.
+    """Send runs to W&B that were offline or could not be sent; nothing is sent twice.
 
-    A sweep is sent with all its runs, and gets its page if it has none.
+    A sweep is sent with all its runs, and gets a page if it has none.
     """
     from steerlab.tracking.wandb_client import sweep_page
 
@@ -24,7 +24,7 @@ def wandb_send(
             if not sweep_page.is_sweep(folder):
                 _send(folder)
                 continue
-            # ROOT/sweeps/NAME/ID has its runs in ROOT/runs/NAME/ID-*; the last may be the best trial's own, which is no trial.
+            # The runs of ROOT/sweeps/NAME/ID are ROOT/runs/NAME/ID-*. ID-best-SEED evaluates the best trial; it is not a trial.
             runs = sorted(folder.parents[2].glob(f"runs/{folder.parent.name}/{folder.name}-*"))
             ids = {run: _send(run) for run in runs}
             trials = [name for run, name in ids.items() if not run.name.startswith(f"{folder.name}-best-")]
@@ -36,13 +36,13 @@ def _send(folder: Path) -> str:
     from steerlab import tracking
 
     if not (folder / "wandb" / tracking.spool.SETTINGS).is_file():
-        raise ValueError(f"{folder} is no folder of a run that was tracked in W&B")
+        raise ValueError(f"{folder} is not the folder of a run that was tracked in W&B")
     settings = tracking.spool.settings_of(folder / "wandb")
     owner = f"{settings.entity}/" if settings.entity else ""
     say_line(f"{folder}: sending to W&B project {owner}{settings.project}")
     status = tracking.send(folder / "wandb")
     if status.get("state") != "online" or not status.get("done"):
-        raise ValueError(f"{folder}: {status.get('reason') or 'not all of it was taken; try again'}")
+        raise ValueError(f"{folder}: {status.get('reason') or 'W&B did not accept all of the run; try again'}")
     console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
     return settings.id
 

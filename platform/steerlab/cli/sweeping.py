@@ -1,4 +1,4 @@
-"""Commands over a search space."""
+"""Commands that run a sweep over a search space, estimate its cost, and translate the space for W&B."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
 def sweep(
     job: JobArgument,
     space: Annotated[Path, typer.Argument(help="Search space (Python): SPACE, METRIC, MODE.")],
-    samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or times each grid is gone through.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or how often each grid is repeated.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest sweep of this job over this space.")] = False,
-    at_once: Annotated[int | None, typer.Option(min=1, help="Trials that run at a time at most; else all that fit.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest sweep of this job over this space.")] = False,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of trials at a time; default: all that fit.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show trials, stages, time and bytes; start nothing.")] = False,
     backend: Annotated[str, typer.Option(help="Who chooses the points: ray, or wandb (with --wandb-sweep).")] = "ray",
     wandb_sweep: Annotated[
@@ -69,6 +71,7 @@ def sweep(
             outcome = driver.sweep(
                 request, store, resume=resume, command=command, say=say, at_once=at_once, wandb_sweep=wandb_sweep
             )
+        # Ray Tune turned the Ctrl-C into a normal return; raised again, it gets its message and exit code.
         if outcome.interrupted:
             raise KeyboardInterrupt
     if as_json:
@@ -88,7 +91,7 @@ def _checked(
     wandb_sweep: str | None,
     say: Callable[[str], None],
 ) -> SweepRequest:
-    """Return what the command line asks for, checked; W&B makes the units of a sweep of its own."""
+    """Return the checked request for a sweep. It has no units if W&B chooses the points."""
     from steerlab.sweeps import agent, sweep_request, trials
     from steerlab.sweeps import space as spaces
 
@@ -100,22 +103,23 @@ def _checked(
 
 
 def _quiet(line: str) -> None:
-    """Say nothing: standard output holds the results alone."""
+    """Print nothing: with --json, standard output holds the results only."""
 
 
-def _print_estimate(found: SweepCost, as_json: bool) -> None:
+def _print_estimate(cost: SweepCost, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found, indent=1), file=sys.__stdout__)
+        # The caller has redirected sys.stdout to standard error, so that output of libraries does not mix with the JSON.
+        print(json.dumps(cost, indent=1), file=sys.__stdout__)
         return
     from steerlab.run.capacity import in_words
 
     table = folding_table("stage", "distinct", "cached", "to run", "seconds", "disk")
-    for name, line in found["stages"].items():
+    for name, line in cost["stages"].items():
         seconds = "unknown" if line["seconds"] is None else f"{line['seconds']:.0f}"
         counts = (str(line[part]) for part in ("distinct", "cached", "to_run"))
         table.add_row(escape(name), *counts, seconds, in_words(line["bytes"]) if line["bytes"] else "small")
     console.print(table)
-    console.print(escape(found["words"]), soft_wrap=True, highlight=False)
+    console.print(escape(cost["words"]), soft_wrap=True, highlight=False)
 
 
 def _print_sweep(outcome: Outcome, root: str) -> None:
@@ -130,6 +134,7 @@ def _print_sweep(outcome: Outcome, root: str) -> None:
         console.print(f"best of {summary['metric']}: {cell(numbers)} with {escape(params)}")
         others = summary["indistinguishable"]
         console.print(f"not distinguishable from it: {'unknown' if others is None else ', '.join(others) or 'no other trial'}")
+        # The best of many trials looks better on the rows that chose it than on new rows (winner's curse).
         rows = "its own tasks" if summary["development"] is not None else "the rows that chose it, so they flatter it"
         table = folding_table("metric", f"on {rows}")
         for name, metric in (summary["test"] or {}).items():
@@ -160,12 +165,15 @@ def wandb_sweep(
     with explained():
         if method not in (None, "grid", "random", "bayes"):
             raise ValueError(f"--method {method}: W&B has grid, random and bayes")
-        found = trials.plan(job, set_ or (), spaces.load(space))
-        if min_reports is not None and found.metric not in LOSSES:
+        sweep_plan = trials.plan(job, set_ or (), spaces.load(space))
+        # W&B stops a run by metrics that arrive during the run, and only the losses do.
+        if min_reports is not None and sweep_plan.metric not in LOSSES:
             raise ValueError(
-                f"--min-reports: {found.metric} is measured once, at the end; W&B can only stop a trial by METRIC "
+                f"--min-reports: {sweep_plan.metric} is measured once, at the end; W&B can only stop a trial by METRIC "
                 + " or ".join(LOSSES)
             )
-        config = parameters.sweep_config(found.job.name, found.space.entries, found.metric, found.mode, method, min_reports)
+        config = parameters.sweep_config(
+            sweep_plan.job.name, sweep_plan.space.entries, sweep_plan.metric, sweep_plan.mode, method, min_reports
+        )
     typer.echo(f"# run by: steerlab sweep {job} {space} --backend wandb --wandb-sweep ENTITY/PROJECT/ID")
     typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)

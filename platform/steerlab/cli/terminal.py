@@ -1,4 +1,4 @@
-"""What all commands print through, and how errors become one message and an exit code."""
+"""Print to the terminal for all commands, define their shared options, and turn errors into a message and an exit code."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
 
 class PlainConsole(Console):
-    """A console on which no text moves the cursor or sets a colour: generations, names and fields are strangers' texts."""
+    """A console that removes control characters from every text.
+
+    Generated texts, names and fields of rows come from outside; an escape sequence in them could move the cursor and overwrite
+    what was printed before.
+    """
 
     def render_str(self, text: str, **how: Any) -> Text:
-        """Render a text without what moves a cursor."""
+        """Render a text without control characters."""
         return super().render_str(texts.plain(text), **how)
 
 
@@ -55,19 +59,27 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable
 
 @contextmanager
 def explained(how_to_go_on: str = "run the same command again to continue from the last checkpoint") -> Iterator[None]:
-    """Turn errors for people into one message and an exit code, and warnings into a line each."""
+    """Turn errors for people into one message and an exit code, and print each warning once, as one line.
+
+    Other errors (bugs) pass through. `how_to_go_on` is printed after Ctrl-C.
+
+    Raises:
+        typer.Exit: with code 1 for a failed stage or Ctrl-C, 2 for a wrong request.
+    """
     from steerlab.storage.plan import StageError
 
-    said: set[str] = set()
+    printed: set[str] = set()
 
     def say(message: Warning | str, category: type[Warning], *_: object) -> None:
-        # Libraries warn in words of their own; those are for developers. What is checked and then read would be said twice.
-        if category is UserWarning and str(message) not in said:
-            said.add(str(message))
+        # The platform warns with UserWarning; other categories are for developers. A text may come twice, since some files are
+        # read by a check and again by the run.
+        if category is UserWarning and str(message) not in printed:
+            printed.add(str(message))
             errors.print(f"[yellow]warning[/yellow] {escape(texts.shown(str(message)))}", soft_wrap=True)
 
     try:
         with warnings.catch_warnings():
+            # By default, Python shows a warning once for each line of code, but one line may warn of several data sets.
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = say
             yield
@@ -75,6 +87,7 @@ def explained(how_to_go_on: str = "run the same command again to continue from t
         errors.print(f"[red]failed[/red] {escape(texts.shown(str(error)))}", soft_wrap=True)
         raise typer.Exit(1) from None
     except (ValueError, OSError) as error:
+        # A ValueError from within a library or from `int("x")` is a bug of the platform and keeps its traceback.
         if isinstance(error, ValueError) and not is_for_people(error):
             raise
         errors.print(f"[red]error[/red] {escape(texts.shown(_in_words(error)))}", soft_wrap=True)
@@ -83,6 +96,7 @@ def explained(how_to_go_on: str = "run the same command again to continue from t
         errors.print(f"interrupted; {how_to_go_on}")
         raise typer.Exit(1) from None
     except BaseException as error:
+        # The panic of a Rust library (tokenizers) is a BaseException, and no other one is handled here.
         if not gave_up(error):
             raise
         errors.print(f"[red]error[/red] a tokenizer gave up on a text: {escape(texts.shown(str(error)))}", soft_wrap=True)
@@ -90,7 +104,7 @@ def explained(how_to_go_on: str = "run the same command again to continue from t
 
 
 def _in_words(error: ValueError | OSError) -> str:
-    """Return what is said of an error: the system's and the libraries' own in a line, with the file that it is about."""
+    """Return the message for an error: one of the operating system or a library becomes one line with the file's name."""
     if is_for_people(error) or not isinstance(error, OSError):
         return str(error)
     if error.filename is not None and error.strerror:
@@ -104,7 +118,7 @@ def say_line(line: str) -> None:
 
 
 def cell(metric: MetricNumbers | None) -> str:
-    """Return a metric as a cell of a table: value, interval, items, and what was left out."""
+    """Return a metric as text for a table: value, 95 % interval, number of items, and items that were left out."""
     from steerlab.evaluation.statistics.metrics import left_out
 
     if metric is None:
@@ -113,10 +127,10 @@ def cell(metric: MetricNumbers | None) -> str:
     if metric["value"] is None:
         return f"- ({items})" if left_out(metric) else "-"
     interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"
-    # A training's loss has no items.
+    # The loss of a training has no items to count.
     return f"{metric['value']:.3f}{interval}" + ("" if metric["n"] is None else f" ({items})")
 
 
 def folding_table(*headers: str, title: str | None = None) -> Table:
-    """Return a table that folds what is wider than its column: half a metric's name is none."""
+    """Return a table that wraps text wider than its column; rich would cut it, and a name that is cut is useless."""
     return Table(*(Column(header, overflow="fold") for header in headers), title=title)

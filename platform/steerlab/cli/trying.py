@@ -1,4 +1,4 @@
-"""Commands that try a result by hand."""
+"""Commands that try a result by hand: generate with it, explain its effect on tokens, export it."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def generate(
 
     with explained():
         scales = None if guidance is None else tuple(guidance)
-        found = artifact_of(run_folder, root)
-        loaded = language.load(found.path, **found.loading)
-        asked = Asked(prompt, _strengths(strength, found, loaded), seed, data, max_new_tokens, temperature, scales)
-        shown = loaded.side_by_side(asked)
+        artifact = artifact_of(run_folder, root)
+        loaded = language.load(artifact.path, **artifact.loading)
+        request = Asked(prompt, _strengths(strength, artifact, loaded), seed, data, max_new_tokens, temperature, scales)
+        shown = loaded.side_by_side(request)
         for path, content in shown.files.items():
             (output / path).parent.mkdir(parents=True, exist_ok=True)
             (output / path).write_bytes(content)
@@ -51,6 +51,7 @@ def generate(
             table.add_row(f"{value:g}", escape(text))
         console.print(table)
         if shown.files:
+            # Beside one image for each strength, there are a contact sheet and an animation of all of them.
             overview = sorted(shown.files.keys() - {text for _, text in shown.outputs})
             console.print(f"in {output}, with {', '.join(overview)}", soft_wrap=True, highlight=False, markup=False)
 
@@ -70,11 +71,12 @@ def explain(
     from steerlab.steered import explain, language
 
     with explained():
-        found = artifact_of(run_folder, root)
-        model = language.load(found.path, **found.loading)
+        artifact = artifact_of(run_folder, root)
+        model = language.load(artifact.path, **artifact.loading)
         if not isinstance(model, language.SteeredModel):
-            raise ValueError(f"{run_folder} draws images; what is explained are the tokens of a language model")
-        (scale,) = _strengths(None if strength is None else [strength], found, model, quiet=as_json)
+            raise ValueError(f"{run_folder} draws images; explain works on the tokens of a language model")
+        (scale,) = _strengths(None if strength is None else [strength], artifact, model, quiet=as_json)
+        # The model's own response at this strength: the effect of a patch is of interest on text that it produced.
         text = response or model.answer(prompt, data or "", max_new_tokens=max_new_tokens, strength=scale)
         if not text:
             raise ValueError("the model answers nothing to this prompt: give it words with --response")
@@ -102,23 +104,24 @@ def export(
     from steerlab.steered import export as exports
 
     with explained():
-        found = artifact_of(run_folder, root)
-        scale = found.reported.strength if strength is None else strength
-        written = exports.write(found.path, directory, strength=scale, loading=found.loading)
-        if strength is None and found.reported.reason:
-            _say_strength(found.reported)
+        artifact = artifact_of(run_folder, root)
+        scale = artifact.reported.strength if strength is None else strength
+        written = exports.write(artifact.path, directory, strength=scale, loading=artifact.loading)
+        if strength is None and artifact.reported.reason:
+            _say_strength(artifact.reported)
         if written.reason is not None:
             console.print(f"not folded: {escape(written.reason)}. Three lines load it:", soft_wrap=True)
         console.print(f"\n{escape(written.lines)}\n", soft_wrap=True, highlight=False)
 
 
-def _strengths(given: list[float] | None, found: Artifact, loaded: Steered, *, quiet: bool = False) -> tuple[float, ...]:
-    """Return the strengths that are asked for, or the reported one, which is then said."""
-    if given or not loaded.patches:
-        return tuple(given or (1.0,))
+def _strengths(requested: list[float] | None, artifact: Artifact, loaded: Steered, *, quiet: bool = False) -> tuple[float, ...]:
+    """Return the requested strengths; if none are given, return the reported one and print it."""
+    # A model whose patch is folded into its weights, or that has none, exists at a single strength.
+    if requested or not loaded.patches:
+        return tuple(requested or (1.0,))
     if not quiet:
-        _say_strength(found.reported)
-    return (found.reported.strength,)
+        _say_strength(artifact.reported)
+    return (artifact.reported.strength,)
 
 
 def _say_strength(reported: Reported) -> None:

@@ -1,4 +1,4 @@
-"""One execution of a job: what is checked before it starts, the run folder it leaves, and how two runs compare."""
+"""Run a job: check it before it starts, execute its stages, write its run folder, and compare two runs."""
 
 from steerlab.run.checks import check, facts_of
 from steerlab.run.cluster import check_address, connect

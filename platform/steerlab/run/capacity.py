@@ -1,4 +1,8 @@
-"""What the stages of a job need, and whether there is so much of it: said, and refused, before anything starts."""
+"""Estimate the memory and disk that the stages of a job need, and refuse a job that does not fit before it starts.
+
+`steerlab plan` compares the estimates of all stages with this machine (`check_machine`). A run compares them with the cluster
+(`check_cluster`) only if the job has a `train` section: without one, nothing but the nodes' access to files is checked.
+"""
 
 from __future__ import annotations
 
@@ -16,73 +20,97 @@ from steerlab.storage import plan
 from steerlab.storage.store import Store
 
 Estimates = Mapping[str, plan.Estimate]
-"""By the key of the stage; nothing where it is small."""
+"""Estimate by the key of the stage. A stage without an entry needs little."""
 _SAFETY = 1.1
-"""Free disk asked for, relative to the estimate."""
+"""Factor on estimated disk space: the file system and the logs need some too."""
 
 
 def estimates(planned: Plan, facts: models.ModelFacts, records: list[plan.Record]) -> Estimates:
-    """Estimate what the stages of a job's plan need that are still to run; some are judged by the length of their rows."""
+    """Estimate memory and disk of the stages that are not cached.
+
+    Args:
+        planned: the plan of the job.
+        facts: sizes of its model.
+        records: status of the plan's stages.
+
+    Returns:
+        Estimate by stage key. Some depend on the length of the tokenised rows, so this may read the data.
+    """
     left = {record.stage.key for record in records if record.status != "cached"}
     source = sources.fetch(planned.source)
     directory, skeleton = models.prepare(source), models.skeleton(source, planned.job.model.trust_remote_code)
-    found: dict[str, plan.Estimate] = {}
+    needs: dict[str, plan.Estimate] = {}
     for owner in planned.chain:
         job = owner.job
         for role, stage in (owner.read | owner.extracted).items():
             assert job.extract is not None
             if stage.key in left:
-                found[stage.key] = extract.estimate(job, role, job.extract, facts, directory)
-        for made in owner.preparing.made.values():
-            if made.stage.key in left:
-                found[made.stage.key] = made.estimate(facts, directory)
+                needs[stage.key] = extract.estimate(job, role, job.extract, facts, directory)
+        for preparation in owner.preparing.made.values():
+            if preparation.stage.key in left:
+                needs[preparation.stage.key] = preparation.estimate(facts, directory)
     for key, job in planned.trainings.items():
         if key in left:
-            found[key] = train.estimate(job, facts, skeleton)
-    return found
+            needs[key] = train.estimate(job, facts, skeleton)
+    return needs
 
 
 def in_words(num_bytes: int) -> str:
-    """Write a size for people."""
+    """Return a size as text: "1.50 GB" from 100 MB up, "2.5 MB" below."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def check_disk(records: list[plan.Record], needs: Estimates, store: Store) -> None:
-    """Refuse stages that are still to run and together need more disk than ROOT has.
+    """Refuse uncached stages that together need more disk than is free at ROOT.
 
     Raises:
-        ValueError: with what each of them needs.
+        ValueError: the message lists the need of each stage.
     """
-    free = store.free_bytes()
+    free = store.free_bytes()  # None for an object store, which has no limit
     left = [(r.stage.name, needs[r.stage.key]) for r in records if r.status != "cached" and r.stage.key in needs]
+    # `work_bytes` is the size of the checkpoints, which lie in ROOT until the stage ends.
     sizes = [(name, int((need.disk_bytes + need.work_bytes) * _SAFETY)) for name, need in left]
     if free is not None and sum(size for _, size in sizes) > free:
         parts = " + ".join(f"{in_words(size)} ({name})" for name, size in sizes if size)
-        raise ValueError(f"ROOT '{store.root}' has {in_words(free)} free; needed are about {parts}")
+        raise ValueError(f"ROOT '{store.root}' has {in_words(free)} free, but the job needs about {parts}")
 
 
 def check_memory(records: list[plan.Record], needs: Estimates, available: int, where: str) -> None:
-    """Refuse a stage that needs more memory than there is.
+    """Refuse uncached stages of which one needs more than `available` bytes of memory on each worker.
+
+    `where` names the machine in the message.
 
     Raises:
-        ValueError: with the stage that needs most.
+        ValueError: the message names the stage that needs most.
     """
     left = [(needs[r.stage.key].memory_bytes, r.stage.name) for r in records if r.status != "cached" and r.stage.key in needs]
+    # Not the sum: the stages of one job run one after another.
     most, name = max(left, default=(0, ""))
     if most > available:
-        raise ValueError(f"stage {name} needs about {in_words(most)} of memory a worker; {where} has {in_words(available)}")
+        raise ValueError(
+            f"stage {name} needs about {in_words(most)} of memory for each worker; {where} has {in_words(available)}"
+        )
 
 
 def check_machine(records: list[plan.Record], needs: Estimates, store: Store) -> None:
-    """Refuse what this machine cannot hold, where a job would run on it. Raises ValueError."""
+    """Refuse a job that does not fit on this machine. Raises ValueError."""
     check_disk(records, needs, store)
+    # With a remote ROOT or cluster, the job would not run in the memory of this machine.
     if store.is_local and not os.environ.get("RAY_ADDRESS"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         check_memory(records, needs, memory, "this machine")
 
 
 def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None:
-    """Refuse what the cluster or the disk cannot hold; Ray must be connected. Raises ValueError."""
+    """Refuse a job that the connected Ray cluster cannot run.
+
+    Checked are: a local ROOT on a cluster of several nodes, and, for a job with a `train` section, the workers and GPUs, the
+    free disk at ROOT, and the memory of the largest node (unless the training uses GPUs).
+    Warns of local input files on a cluster of several nodes.
+
+    Raises:
+        ValueError: the message says what is missing, with the numbers.
+    """
     from steerlab.stages.spread import reserved
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -90,12 +118,13 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
         raise ValueError(
             f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
         )
-    code = {one.path for one in own_code.codes_in(list(planned.start.paths.values()))}  # which travels with the requests
+    # The user's own code travels with the requests to the nodes; all other files are read where they lie.
+    code = {code.path for code in own_code.codes_in(list(planned.start.paths.values()))}
     files = [path for path in planned.start.paths.values() if path not in code]
     if len(nodes) > 1 and files:
         warnings.warn(
             f"{', '.join(files)}: all {len(nodes)} nodes read this path, so it must lie in a folder that they share; "
-            "else give a URI (s3://, gs://) or hf:",
+            "otherwise give a URI (s3://, gs://) or hf:",
             stacklevel=2,
         )
     if planned.job.train is None:
@@ -105,5 +134,6 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
     needs = estimates(planned, facts, records)
     check_disk(records, needs, store)
     if not reserved.uses_gpu(planned.job.scale):
+        # Ray divides a node's memory between processes and its object store; a worker of one job may use both parts.
         largest = max(sum(node["Resources"].get(name, 0) for name in ("memory", "object_store_memory")) for node in nodes)
         check_memory(records, needs, int(largest), "the largest node")

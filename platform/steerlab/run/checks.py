@@ -1,4 +1,8 @@
-"""What is checked before anything starts: settings, rows and model, refused with the key and what would be right."""
+"""Check the settings, the data and the model of a job before anything starts.
+
+Each error names the key of the job that is wrong and says what would be right. No weights are loaded: sizes and modules come
+from a model on the meta device (`models.skeleton`).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ from torch import nn
 
 from steerlab import evaluation, models
 from steerlab.data import sources
+from steerlab.guards.faults import is_for_people
 from steerlab.inputs.drawings import check_data
-from steerlab.job import Job
+from steerlab.job import Job, JobError
 from steerlab.methods import TABLE
 from steerlab.methods.contract import Fitted, SteeringConfig, Trained, check_masters
 from steerlab.methods.preparations import Prepare
@@ -23,66 +28,87 @@ from steerlab.stages import Plan
 
 
 def facts_of(planned: Plan) -> models.ModelFacts:
-    """Return the sizes of a job's model; a job that builds on another has the architecture of that one's source."""
+    """Return the sizes of a job's model."""
+    # A job that starts from the model of another job has the same architecture as the source at the bottom of that chain.
     directory = sources.fetch(planned.source)
     return _facts(directory, state_of(directory), planned.job.model.trust_remote_code)
 
 
-def check(planned: Plan) -> models.ModelFacts:
-    """Refuse what cannot work, before anything starts.
+def check(planned: Plan, path: Path | None = None) -> models.ModelFacts:
+    """Refuse a job that cannot work, before anything starts.
+
+    Args:
+        planned: the plan of the job.
+        path: the job's file, with which messages begin; None for a job without a file.
+
+    Returns:
+        Sizes of the job's model.
 
     Raises:
-        ValueError: with one message for people.
+        ValueError: the message names the key that is wrong, and says what would be right.
     """
+    try:
+        return _checked(planned)
+    except ValueError as error:
+        # An internal error (`int("x")`) keeps its own type and traceback, so that the command line reports it as one.
+        if path is None or not is_for_people(error) or str(error).startswith(f"{path}:"):
+            raise
+        kind = JobError if isinstance(error, JobError) else ValueError
+        raise kind(f"{path}: {error}") from error
+
+
+def _checked(planned: Plan) -> models.ModelFacts:
+    """Run all checks in turn, the cheap ones first; return the sizes of the job's model."""
     job, below = planned.job, planned.below
     if below is not None:
         check(below)
         if below.model is None:
-            raise ValueError(
-                f"model.source: the job {below.job.name} leaves no model of its own, so there is none to start from"
-            )
+            raise ValueError(f"model.source: the job {below.job.name} trains no model that this job could start from")
         _check_start(below.job)
+    # In order of cost: settings, then rows, then the model's config, then its tokenizer and a forward pass without weights.
     _check_method(planned)
     for role, data in job.data.by_role.items():
         check_rows(f"data.{role}", data)
     check_tasks(planned)
-    found = facts_of(planned)
-    _check_kind(planned, found)
+    facts = facts_of(planned)
+    _check_kind(planned, facts)
     models.check_checkpoint(sources.fetch(planned.source), job.model.attention, job.model.trust_remote_code)
-    check_named(job, found)
+    check_named(job, facts)
     check_reach(planned)
-    check_template(planned, found)
-    check_ids(planned, found)
-    _check_settings(job, found)
+    check_template(planned, facts)
+    check_ids(planned, facts)
+    _check_settings(job, facts)
     _check_places(planned)
     _warn_of_strengths(job)
-    if job.train is not None and found.max_positions and job.train.max_tokens > found.max_positions:
+    if job.train is not None and facts.max_positions and job.train.max_tokens > facts.max_positions:
         raise ValueError(
-            f"train.max_tokens {job.train.max_tokens}: the context of {found.architecture} holds {found.max_positions} tokens"
+            f"train.max_tokens {job.train.max_tokens}: the context of {facts.architecture} holds {facts.max_positions} tokens"
         )
-    return found
+    return facts
 
 
 def _check_settings(job: Job, facts: models.ModelFacts) -> None:
-    """Refuse what the method refuses. What a file of the user's own raises is told as what the platform's raise."""
+    """Refuse settings that the method refuses. Raises ValueError."""
     try:
         TABLE.of(job.method).check(job.method, facts, job)
     except ValueError as error:
+        # Raised again from this package: an error of the user's own method file would else count as an internal error
+        # (`faults.is_for_people`).
         raise ValueError(str(error)) from error
 
 
 def _check_start(below: Job) -> None:
-    """Refuse a job below that says how it is evaluated: what builds on it takes the end of its training, at strength 1."""
+    """Refuse evaluation settings in a job that another job starts from: they would have no effect there."""
     for name in ("snapshot", "strength"):
         if (value := getattr(below, name)) is not None and (name, value) != ("strength", 1):
             raise ValueError(
-                f"model.source: the job {below.name} sets {name} {value:g}, which says how it is evaluated; a job that builds "
-                f"on it starts from the end of its training, with its patch at strength 1: leave {name} out there"
+                f"model.source: the job {below.name} sets {name} {value:g}, which concerns its own evaluation only; a job that "
+                f"builds on it starts from the end of its training, with its patch at strength 1: leave {name} out there"
             )
 
 
 def _check_method(planned: Plan) -> None:
-    """Refuse sections that the method lacks or has no use for."""
+    """Refuse a job that lacks a section which its method needs, or has one which its method does not use."""
     job, method, name = planned.job, planned.method, planned.job.method.name
     if job.train is not None:
         _check_training(job)
@@ -110,32 +136,37 @@ def _check_training(job: Job) -> None:
     if trains_on not in job.data.by_role:
         raise ValueError(f"data.{trains_on}: this key is required, because method {name} trains on it")
     trained, validation = job.data.by_role[trains_on], job.data.validation
+    # A preference loss needs pairs of answers, and the loss of all other methods needs one answer.
     if validation is not None and (validation.format == "preference") != (trained.format == "preference"):
         raise ValueError(
-            f"data.validation: rows of format {validation.format} have not the loss of method {name}, which trains on format "
-            f"{trained.format}"
+            f"data.validation: method {name} trains on rows of format {trained.format}, and its loss cannot be computed for "
+            f"rows of format {validation.format}; give rows of format {trained.format}"
         )
     if job.train.keep == "best" and job.data.validation is None:
         raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
     if method.leaves_model:
         check_masters(job)
+    # Snapshots hold the weights of a patch. A method that trains the model itself would store whole models.
     if method.leaves_model and job.train.snapshots:
         raise ValueError(f"train.snapshots: method {name} trains the model itself, so a patch alone is no snapshot of it")
 
 
 def _warn_of_strengths(job: Job) -> None:
-    """Warn of strengths outside of the range that the method's maps are made for."""
-    means = TABLE.of(job.method).strength_range
-    asked = {*(job.choose.strengths if job.choose else ()), *(s for task in job.tasks for s in task.strengths)}
-    outside = sorted(strength for strength in asked if means and not means[0] <= strength <= means[1])
+    """Warn of strengths outside the range for which the method is defined (0 to 1 for an interpolation, for example)."""
+    strength_range = TABLE.of(job.method).strength_range
+    strengths = {*(job.choose.strengths if job.choose else ()), *(s for task in job.tasks for s in task.strengths)}
+    outside = sorted(
+        strength for strength in strengths if strength_range and not strength_range[0] <= strength <= strength_range[1]
+    )
     if outside:
         warnings.warn(
-            f"strengths {outside} lie outside of {list(means or ())}, where method {job.method.name} is meant", stacklevel=2
+            f"strengths {outside} lie outside of {list(strength_range or ())}, where method {job.method.name} is meant",
+            stacklevel=2,
         )
 
 
 def _check_places(planned: Plan) -> None:
-    """Refuse a selection of modules that the model does not have; no weight is loaded for that."""
+    """Refuse a selection of modules that the model lacks. Uses the skeleton of the model, which has no weights."""
     job = planned.job
     skeleton = models.skeleton(sources.fetch(planned.source), job.model.trust_remote_code)
     try:
@@ -146,6 +177,7 @@ def _check_places(planned: Plan) -> None:
         "extract.select": job.extract.select if job.extract else None,
         "method.steer": TABLE.of(job.method).steers(job.method),
     }
+    # Two selections, since a job may read activations at one place and change them at another.
     for key, selection in named.items():
         if selection is not None:
             try:
@@ -155,14 +187,25 @@ def _check_places(planned: Plan) -> None:
 
 
 def _check_runs(chosen: Sequence[taps.Tap], skeleton: nn.Module, outputs: bool) -> None:
-    """Refuse modules that never run, such as a dropout that the attention kernel does itself, or have no value for a token."""
+    """Refuse selected modules that the forward pass never calls, and outputs without a value for each token.
+
+    Args:
+        chosen: the selected modules.
+        skeleton: the model without weights.
+        outputs: whether the selection reads outputs (True) or inputs (False).
+
+    Raises:
+        ValueError: the message names the modules.
+    """
+    # An attention kernel applies dropout itself, for example, so the model's dropout module exists but never runs.
     running = models.modules_that_run(skeleton)
-    if running is None:
+    if running is None:  # a diffusion pipeline, or a forward pass that fails on the meta device: unknown before the run
         return
     never = [tap.module for tap in chosen if tap.module not in running]
     if never:
         raise ValueError(f"{taps.did_not_run(never, len(chosen))}; take them out with exclude_modules")
     for tap in chosen if outputs else ():
+        # Outputs such as an auxiliary loss or a cache have no axis of tokens, and a patch adds a value at each token.
         value = taps.value_at(running[tap.module], tap.element, f"the value of {tap.module}")
         if not tap.element and taps.per_token(value, models.DRY_SHAPE_BT).shape[:2] != models.DRY_SHAPE_BT:
             raise ValueError(
@@ -171,18 +214,18 @@ def _check_runs(chosen: Sequence[taps.Tap], skeleton: nn.Module, outputs: bool) 
             )
 
 
-def _check_kind(planned: Plan, found: models.ModelFacts) -> None:
-    """Refuse a method, data or tasks that are not for the kind of model that there is."""
+def _check_kind(planned: Plan, facts: models.ModelFacts) -> None:
+    """Refuse a method, data or tasks that do not fit the kind of the model (causal language model or diffusion)."""
     job, kind = planned.job, planned.job.model.kind
-    if found.kind != kind:
-        raise ValueError(f"model.kind {kind}: the source holds a {found.architecture}; set kind: {found.kind}")
+    if facts.kind != kind:
+        raise ValueError(f"model.kind {kind}: the source holds a {facts.architecture}; set kind: {facts.kind}")
     method = planned.method
     if kind not in method.kinds:
         raise ValueError(f"method {job.method.name} works on models of kind {', '.join(method.kinds)}; this one is {kind}")
     for key, task in tasks_of(job):
         if kind not in evaluation.TABLE.of(task).kinds:
             fitting = ", ".join(name for name, other in evaluation.TASKS.items() if kind in other.kinds)
-            raise ValueError(f"{key}: task {task.task} is none for a model of kind {kind}; there are {fitting}")
+            raise ValueError(f"{key}: task {task.task} does not work on models of kind {kind}; tasks that do: {fitting}")
     if kind == "diffusion":
         _check_drawing(planned)
 
@@ -192,11 +235,15 @@ def _check_drawing(planned: Plan) -> None:
     for role, data in job.data.by_role.items():
         check_data(role, data)
     if job.extract is not None and "none" in job.extract.pooling:
-        raise ValueError("extract.pooling none keeps tokens; an image has none: pool over its pixels")
+        raise ValueError(
+            "extract.pooling none keeps one value for each token, and an image has no tokens: pool over its pixels (mean)"
+        )
     models.check_sampler(sources.fetch(planned.source), job.model.drawing)
-    for one in planned.chain[1:] if job.model.drawing.denoiser is not None else ():
-        if one.job.train is not None and one.method.leaves_model:
-            raise ValueError(f"model.sampler.denoiser: the job {one.job.name} trains its denoiser; other weights belong there")
+    for below in planned.chain[1:] if job.model.drawing.denoiser is not None else ():
+        if below.job.train is not None and below.method.leaves_model:
+            raise ValueError(
+                f"model.sampler.denoiser: the job {below.job.name} trains its denoiser, which this key would replace: remove it"
+            )
     method = planned.method
     if method.walks(job.method) and len(job.model.drawing.read) > 1:
         raise ValueError(
@@ -205,6 +252,7 @@ def _check_drawing(planned: Plan) -> None:
         )
 
 
+# `state` is part of the cache key only: it changes when a file of the folder does.
 @lru_cache(maxsize=16)
 def _facts(directory: Path, state: Hashable, trust_remote_code: bool) -> models.ModelFacts:
     return models.facts(directory, trust_remote_code)

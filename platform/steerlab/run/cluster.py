@@ -1,4 +1,4 @@
-"""The Ray cluster that a run uses."""
+"""Connect to a Ray cluster, or start one on this machine that nobody else can reach."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from ray.util import get_node_ip_address
 from steerlab.guards import files, private_parts
 
 _CONNECT_S = 5.0
+"""Longest wait for a connection to $RAY_ADDRESS."""
 _IDLE_MS = 60_000
+"""Milliseconds that an idle worker process of Ray stays alive."""
 
 
 def check_address() -> None:
-    """Refuse a $RAY_ADDRESS where nothing listens; Ray itself would try for many minutes.
+    """Refuse a $RAY_ADDRESS at which nothing listens.
 
     Raises:
-        ValueError: nothing answers there.
+        ValueError: no connection within _CONNECT_S seconds.
     """
+    # Ray itself would retry for many minutes before it gives up.
     host, _, port = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
@@ -34,24 +37,25 @@ def check_address() -> None:
     except OSError as error:
         raise ValueError(
             f"no Ray cluster answers at RAY_ADDRESS {host}:{port} ({error}); start it, or unset RAY_ADDRESS to use a cluster "
-            "of this machine or one made for the command"
+            "on this machine or one started for the command"
         ) from None
 
 
 def connect() -> None:
-    """Join the cluster that is there ($RAY_ADDRESS or one started on this machine), else start one for this process.
+    """Join the cluster at $RAY_ADDRESS or the one that runs on this machine; if there is none, start one for this process.
 
-    Processes of a cluster that is started here stay a while after their task: the next one then pays for no imports. Ray's own
-    second is shorter than the pauses between the stages of a job. It listens on the loopback address, and its files are this
-    user's alone.
+    A cluster that is started here listens on the loopback address only, and only this user can read its files.
 
     Raises:
-        ValueError: nothing answers at $RAY_ADDRESS, or somebody else made the folder of the sessions.
+        ValueError: nothing answers at $RAY_ADDRESS, or the folder for Ray's sessions belongs to another user.
     """
     check_address()
+    # Ray ends a worker process one second after its task. That is shorter than the pauses between the stages of a job, so each
+    # stage would import torch again.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(_IDLE_MS))
     if ray.is_initialized():
         return
+    # Without the output of the workers, which would interrupt the progress bars; it is in Ray's log files.
     join = partial(ray.init, logging_level=logging.ERROR, log_to_driver=False)
     if os.environ.get("RAY_ADDRESS") or private_parts.running_cluster() is not None:
         with _on_loopback() if _answers_on_loopback_alone() else nullcontext(), _away():
@@ -62,11 +66,12 @@ def connect() -> None:
 
 
 def _answers_on_loopback_alone() -> bool:
-    """Say whether $RAY_ADDRESS is a cluster of this machine that nothing else can reach: one that `_on_loopback` started."""
+    """Say whether $RAY_ADDRESS is a cluster of this machine that other machines cannot reach (started by `_on_loopback`)."""
     host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
     if host not in ("127.0.0.1", "localhost") or not port.isdigit():
         return False
     try:
+        # A cluster of several nodes listens on the address of the node, too; `_on_loopback` must not touch that one.
         socket.create_connection((get_node_ip_address(), int(port)), timeout=1).close()
     except OSError:
         return True
@@ -75,7 +80,8 @@ def _answers_on_loopback_alone() -> bool:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let a cluster that is started listen on the loopback address alone."""
+    """Make a cluster that is started in this context listen on the loopback address only."""
+    # Ray binds to 127.0.0.1 when clusters of several nodes are turned off; whoever reaches its ports could run any code.
     with private_parts.no_clusters_of_several_nodes() as name:
         before = os.environ.get(name)
         os.environ[name] = "0"
@@ -89,19 +95,22 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _away() -> AbstractContextManager[None]:
-    """Leave the current folder while Ray notes it: its workers would take modules from there before all others."""
+    """Change to another folder while Ray starts."""
+    # Ray puts the driver's current folder at the front of its workers' sys.path: a `torch.py` in it would be imported.
     return chdir(files.SOURCE_ROOT)
 
 
 def _session_folder() -> Path:
-    """Return the folder of this user's sessions, which nobody else may enter: Ray's own are open to all.
+    """Return a folder for Ray's sessions that only this user can enter.
 
     Raises:
-        ValueError: somebody else made a folder of this name.
+        ValueError: a folder of this name belongs to another user.
     """
+    # Ray makes its session folder readable and writable for all users, hence the private folder around it. Its name is known,
+    # so another user could have created it first to read what is written there.
     folder = Path(tempfile.gettempdir()) / f"steerlab-ray-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ValueError(f"{folder}, where Ray's sessions would lie, belongs to somebody else: set TMPDIR to a folder of yours")
     folder.chmod(0o700)
-    return folder / "ray"  # which Ray opens to all
+    return folder / "ray"

@@ -1,4 +1,4 @@
-"""Two runs, item by item: each at the strength that it reported, or at one that is asked for."""
+"""Compare two runs item by item, each at the strength that it reported or at a given one."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from steerlab.storage.store import Store
 
 
 class Side(NamedTuple):
-    """A run to compare."""
+    """One of the two runs of a comparison."""
 
     store: Store
     folder: str
-    """Path below the store's ROOT."""
+    """The run's folder, relative to the store's ROOT."""
     strength: float | None = None
-    """None takes what each task of the run reported."""
+    """Strength of the patch; None for the one that each task of the run reported."""
 
 
 class Named(NamedTuple):
-    """A run as people know it."""
+    """Name, id and method of a run, for messages and tables."""
 
     name: str
     run_id: str
     method: str
     is_steered: bool
-    """False when the run has no patch, so that there is no strength to speak of."""
+    """False when the run has no patch, and so no strength."""
 
     def __str__(self) -> str:
         return f"{self.name}/{self.run_id} (method {self.method})"
 
 
 class Compared(NamedTuple):
-    """One metric of two runs."""
+    """Difference between two runs in one metric."""
 
     difference: Difference
-    """Second minus first."""
+    """Second run minus first run."""
     strengths: tuple[float, float]
-    """Of the first run and of the second."""
+    """Strength of the first run's patch, and of the second's."""
 
 
 class Comparison(NamedTuple):
-    """Two runs and the metrics that both measured on the same items."""
+    """Two runs, and their differences in the metrics that both measured on the same items."""
 
     first: Named
     second: Named
@@ -60,33 +60,36 @@ class Comparison(NamedTuple):
 
 
 def compare(first: Side, second: Side) -> Comparison:
-    """Return second minus first for every metric that both runs measured on the same items, with a 95 % interval.
+    """Return the paired difference (second minus first) and its 95 % interval for every metric that both runs measured.
 
     Raises:
-        ValueError: a folder is no finished run, a strength was not measured, or a task of the two runs has other data or
-            settings, so its items are not pairs.
+        ValueError: a folder is not that of a finished run, a strength was not measured, the runs share no metric, or a task
+            used other data or settings in the two runs, so its items cannot be paired.
     """
     a, b = (_Run.read(side) for side in (first, second))
     ours, theirs = a.measured(first.strength), b.measured(second.strength)
-    found = {}
+    metrics = {}
     for name in (name for name in ours if name in theirs):
         own, other = ours[name], theirs[name]
+        # Item 3 of other data is another item, so a paired test over equal ids would be wrong.
         if own.task != other.task:
             raise ValueError(f"{name} was measured on other data or with other settings in the two runs, so items do not pair")
         if _pairs(own.observations, other.observations):
             difference = paired_difference(other.observations, own.observations, transform=own.transform)
-            found[name] = Compared(difference, (own.strength, other.strength))
-    if not found:
+            metrics[name] = Compared(difference, (own.strength, other.strength))
+    if not metrics:
         raise ValueError(f"{a.name} and {b.name} share no metric with judged items: {_some(ours)} and {_some(theirs)}")
-    return Comparison(a.name, b.name, found)
+    return Comparison(a.name, b.name, metrics)
 
 
 def _pairs(a: Sequence[Observation], b: Sequence[Observation]) -> bool:
-    """Say whether there is a difference to speak of: items that count on both sides, or none that both know at all.
+    """Say whether a paired difference of two metrics is defined, or must be refused with an error.
 
-    Nothing counts on a side where nothing was scored (SEP where no probe was executed) or fits; ids that differ throughout are
-    other data, which `paired_difference` refuses.
+    True when items with a weight were scored in both runs. False when nothing was scored on a side (such as SEP when no probe
+    was executed), so the metric is left out of the comparison. True also when the runs share no item id at all: they used other
+    data, for which `paired_difference` raises an error.
     """
+    # An item with weight 0 was scored, but does not count in the mean.
     judged_a, judged_b = ({o.id: o.weight for o in side if o.value is not None} for side in (a, b))
     shared = judged_a.keys() & judged_b.keys()
     counts = all(any(weights[i] for i in shared) for weights in (judged_a, judged_b))
@@ -103,12 +106,12 @@ class _Measured(NamedTuple):
     observations: list[Observation]
     transform: Transform
     task: object
-    """What was asked and of which data: equal for runs whose items are the same."""
+    """Task settings, task version and fingerprints of the data. Items of two runs are pairs only if these are equal."""
     strength: float
 
 
 class _Params(saved.Shape):
-    """What an evaluation's manifest says of its task and data."""
+    """Parameters of an evaluation in its manifest, as far as they are read here."""
 
     task: JsonObject
     task_version: int
@@ -116,7 +119,7 @@ class _Params(saved.Shape):
 
 
 class _Run(NamedTuple):
-    """What is read of a run's folder."""
+    """A run that was read from its folder."""
 
     store: Store
     folder: str
@@ -125,19 +128,20 @@ class _Run(NamedTuple):
 
     @classmethod
     def read(cls, side: Side) -> _Run:
-        """Read a run. Raises ValueError when the folder is none, or not that of a finished run."""
+        """Read a run. Raises ValueError if the folder is not that of a finished run."""
         store, folder = side.store, side.folder
         files = store.list(folder)
         where = folder if Path(folder).is_absolute() else f"{store.root}/{folder}"
         if folder.startswith("sweeps/") or "space.json" in files:
             raise ValueError(
-                f"{where} is a sweep, and runs are compared: give the folder of a trial's run (column `run` of trials.parquet)"
+                f"{where} is a sweep, but only runs can be compared: give a trial's run folder (column `run` of trials.parquet)"
             )
         if "job.yaml" not in files:
             raise ValueError(f"{where} is no run folder (ROOT/runs/NAME/ID)")
         if "summary.json" not in files:
             raise ValueError(f"{where} is a run that did not finish{_reason(store, folder, files)}")
         summary = folders.read_summary(store, folder)
+        # Not read with defaults: a field that moved would look like a metric that is missing.
         if summary.version != SCHEMA:
             raise ValueError(
                 f"{where} was written by another version of steerlab (summary {summary.version}, not {SCHEMA}): run its "
@@ -148,44 +152,59 @@ class _Run(NamedTuple):
         return cls(store, folder, name, summary)
 
     def measured(self, strength: float | None) -> dict[str, _Measured]:
-        """Return the metrics at a strength, None: those reported. Raises ValueError when no task was measured at it."""
-        found: dict[str, _Measured] = {}
+        """Return the metrics by name at a strength, or at the reported strength of each task for None.
+
+        Raises:
+            ValueError: no task was measured at this strength.
+        """
+        metrics: dict[str, _Measured] = {}
+        # A dict as an ordered set: the message below lists the strengths in their order.
         measured: dict[float, None] = {}
         for label, key in self.summary.evaluations.items():
-            given = self._strengths(key)
-            measured |= dict.fromkeys(given)
+            strengths = self._strengths(key)
+            measured |= dict.fromkeys(strengths)
             plain = self.summary.unsteered.get(label)
-            if strength in (None, *given):
-                found |= self._metrics(label, key, given[0] if strength is None else strength, strength)
+            if strength in (None, *strengths):
+                metrics |= self._metrics(label, key, strengths[0] if strength is None else strength, strength)
             elif strength == UNPATCHED and plain is not None:
-                found |= self._metrics(label, plain, self._strengths(plain)[0], strength)
-        if not found and strength is not None:
-            known = ", ".join(f"{value:g}" for value in measured) or "none"
-            raise ValueError(f"{self.name} was not measured at strength {strength:g}; there are {known}")
-        return found
+                # If the strength was chosen, the model without the patch was measured in an evaluation of its own.
+                metrics |= self._metrics(label, plain, self._strengths(plain)[0], strength)
+        if not metrics and strength is not None:
+            available = ", ".join(f"{value:g}" for value in measured) or "none"
+            raise ValueError(f"{self.name} was not measured at strength {strength:g}; there are {available}")
+        return metrics
 
     def _strengths(self, key: str) -> list[float]:
-        """Return the strengths of an evaluation, that of its headline first."""
+        """Return the strengths of an evaluation; the first one is the one that it reports."""
         return list(stored.strengths(self.store.local("evaluate", key)))
 
     def _metrics(self, label: str, key: str, measured: float, strength: float | None) -> dict[str, _Measured]:
-        """Read the observations that an evaluation stored under one strength, which people may call by another."""
-        made = plan.made(self.store, "evaluate", key).params
-        params = saved.checked(made, _Params, f"the manifest of evaluate/{key} in {self.store.root}")
+        """Read the metrics of an evaluation.
+
+        Args:
+            label: label of the task.
+            key: key of the evaluation.
+            measured: strength under which the observations are stored.
+            strength: strength to show for them; None for `measured`. They differ for the model without a patch, which is
+                stored at the strength of its own job and shown as 0.
+        """
+        stored_params = plan.made(self.store, "evaluate", key).params
+        params = saved.checked(stored_params, _Params, f"the manifest of evaluate/{key} in {self.store.root}")
+        # Without the strengths: a run at more strengths still measured the same items.
         task = [{**params.task, "strengths": None}, params.task_version, params.fingerprints]
         directory = self.store.local("evaluate", key)
         measures = stored.measures(directory)
-        found: dict[str, _Measured] = {}
+        by_metric: dict[str, _Measured] = {}
         for item in stored.observations(directory, measured):
             transform = measures[item.metric].transform if item.metric in measures else "identity"
             empty = _Measured([], transform, task, measured if strength is None else strength)
-            found.setdefault(labelled(item.metric, label), empty).observations.append(item)
-        return found
+            by_metric.setdefault(labelled(item.metric, label), empty).observations.append(item)
+        return by_metric
 
 
 def _reason(store: Store, folder: str, files: Sequence[str]) -> str:
-    """Say why a run did not finish, where it left a reason."""
+    """Return why a run did not finish, as an addition to a message: the last line of its error.txt."""
     if "error.txt" not in files:
-        return ": it goes on, or was killed"
+        return ": it is still running, or was killed"
     lines = [line for line in store.read_text(f"{folder}/error.txt").splitlines() if line.strip()]
     return f": {lines[-1].strip()[:300]}" if lines else ""

@@ -1,4 +1,4 @@
-"""Look at this machine or cluster and say what is missing."""
+"""Check whether this machine or cluster is ready to run jobs, and say what is missing (`steerlab doctor`)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ _LOW_DISK_BYTES = 5_000_000_000
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """Result of one check."""
 
     check: str
+    """What was checked."""
     ok: bool
     detail: str
+    """A version or a size; if the check failed, what to do."""
 
 
 def examine(root: str) -> list[Finding]:
-    """Return what was found, in the order in which people would repair it."""
+    """Run all checks and return their results, in the order in which people would repair what is missing."""
     return [_python(), *map(_package, _PACKAGES), _platform_module(), _root(root), _memory(), _cluster()]
 
 
@@ -42,6 +44,7 @@ def _package(name: str) -> Finding:
 def _platform_module() -> Finding:
     import platform
 
+    # steerlab lies in a folder `platform`; with an `__init__.py` in it, it would hide Python's own module of this name.
     ok = hasattr(platform, "system")
     return Finding("Python's own platform module", ok, "" if ok else "hidden: delete platform/__init__.py")
 
@@ -60,12 +63,14 @@ def _root(root: str) -> Finding:
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Ray's object store lies in /dev/shm; if that is too small, Ray falls back to slow files in /tmp.
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     return Finding("memory", total > 4e9, f"{total / 1e9:.0f} GB, /dev/shm {shared / 1e9:.0f} GB free")
 
 
 def _cluster() -> Finding:
-    """Ask the cluster that is there; starting one just to look would take longer than the answer is worth."""
+    """Check the Ray cluster, if one is running."""
+    # No cluster is started for the check: that would take many seconds and tell nothing about the cluster of a job.
     import ray
 
     from steerlab.run import check_address
@@ -83,9 +88,9 @@ def _cluster() -> Finding:
         ok = address == "auto"
         text = "none is running here; commands start one for themselves" if ok else f"no cluster answers at {address}"
         return Finding("Ray cluster", ok, text)
-    found = _described()
+    finding = _described()
     ray.shutdown()
-    return found
+    return finding
 
 
 def _described() -> Finding:

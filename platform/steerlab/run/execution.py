@@ -1,4 +1,4 @@
-"""One execution of a job: its stages, and the run folder that it leaves."""
+"""Execute a job: run its stages and write its run folder."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from steerlab.storage.store import Store
 from steerlab.tracking import FINISH_WAIT_S, Place, Tracker, prometheus
 
 _ABANDONED_S = 24 * 3600
-"""Half-filled directories of killed processes are removed when nothing was written to them for so long."""
+"""Seconds without a write after which a temporary folder counts as left by a killed process, and is removed."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished execution and where its record lies."""
+    """A finished execution of a job."""
 
     folder: str
-    """Path below ROOT."""
+    """The run folder, relative to ROOT."""
     summary: RunSummary
     records: list[plan.Record]
+    """Status of each stage, in the order of execution."""
 
 
 def default_root() -> str:
@@ -46,34 +47,43 @@ def execute(
     run_id: str | None = None,
     place: Place = Place(),  # noqa: B008
 ) -> Run:
-    """Run a job's plan and leave a run folder, also when a stage fails; with the id of an earlier run, go on in its folder.
+    """Run the stages of a job and write its run folder, also when a stage fails.
 
-    `place` is where W&B shows the run.
+    Args:
+        planned: the plan of the job.
+        store: ROOT.
+        listener: receives the events of the stages.
+        command: the command line, for the record.
+        run_id: id of the run; that of an earlier run continues in its folder. None for a new id.
+        place: group, sweep and parameters of the run in W&B.
 
     Raises:
-        plan.StageError: a stage failed; the message names it, the cause and the log.
+        plan.StageError: a stage failed; the message names the stage, the cause and the log file.
     """
     job, run_id = planned.job, run_id or new_id()
     folder = f"runs/{job.name}/{run_id}"
     _write_request(planned, store, folder, command)
-    # A sweep's trial waits for nothing: its writer outlives it.
+    # The trial of a sweep need not wait for W&B: the process that sends its metrics outlives it.
     wait_s = FINISH_WAIT_S if place.group is None else 0
     tracker = _tracker(job, store, folder, run_id, place)
+    # Here and not in a service of its own: nothing else runs regularly on ROOT.
     store.sweep_temporary(_ABANDONED_S)
     records: list[plan.Record] = []
     following = _following(planned, store, folder, tracker, listener)
     try:
         plan.run(planned.stages, store, job.scale, following, records)
     except BaseException as error:
+        # Ctrl-C too: the folder should say why the run ended, and W&B should not show it as running.
         store.write_text(f"{folder}/error.txt", texts.without_secrets("".join(traceback.format_exception(error))))
         store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
         tracker.finish({}, 1, wait_s)
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception):  # Ctrl-C, or `stops.Stopped`, which the caller handles
             raise
         name = f"{records[-1].stage.name} ({records[-1].stage.label})" if records else "(none)"
         raise plan.StageError(f"stage {name} failed: {root_cause(error)}; log: {store.root}/{folder}/error.txt") from error
     finally:
         staying.close()
+    # Readers take the presence of summary.json as the sign that a run has finished, so a failed run has none.
     summary = summarise(planned, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
     check_numbers(summary, f"{store.root}/{folder}")
@@ -84,32 +94,33 @@ def execute(
 
 
 def new_id() -> str:
-    """Return the name of a folder that nobody else makes: the time, to be read, and a random end."""
+    """Return a unique id that sorts by time: the local time and six random hexadecimal digits."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
 
 def _write_request(planned: Plan, store: Store, folder: str, command: str) -> None:
-    """Write the job, and what a result depends on besides it, into the run's folder."""
+    """Write job.yaml and environment.json, which hold all that a result depends on."""
     store.write_text(f"{folder}/job.yaml", dump(planned.job))
-    trusted = [planned.source] if any(one.job.model.trust_remote_code for one in planned.chain) else []
+    trusted = [planned.source] if any(below.job.model.trust_remote_code for below in planned.chain) else []
     trusted += [task.trusted_source for task in planned.job.evaluate if task.trusted_source is not None]
     store.write_json(f"{folder}/environment.json", environment(command, ", ".join(trusted) or None, planned.own_code))
 
 
 def _tracker(job: Job, store: Store, folder: str, run_id: str, place: Place) -> Tracker:
-    """Open the run in W&B; its spool lies in the run's folder, or on this machine where ROOT is an object store."""
+    """Open the run in W&B."""
+    # The spool is a local file that grows line by line, which an object store cannot hold.
     scratch = _local(store, folder) if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
     tagged = replace(place, tags=(*place.tags, job.method.name))
     return Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, tagged)
 
 
 def _local(store: Store, folder: str) -> Path:
-    """Return where a folder of a local ROOT lies."""
+    """Return the path of a folder below a local ROOT."""
     return Path(store.root.removeprefix("file://")) / folder
 
 
 def _keep_samples(planned: Plan, store: Store, folder: str, tracker: Tracker) -> None:
-    """Put what people may read and see of the tasks into the run's folder, and into W&B."""
+    """Copy the sample texts and images of all tasks into the run folder, and log them to W&B."""
     for evaluation in planned.evaluations:
         samples = samples_of(store, evaluation)
         store.write_json(f"{folder}/samples/{evaluation.stage.label}.json", samples)
@@ -119,24 +130,29 @@ def _keep_samples(planned: Plan, store: Store, folder: str, tracker: Tracker) ->
 
 
 def _keep_images(planned: Plan, store: Store, folder: str) -> None:
-    """Put the images that tasks have kept into the run's folder: those of the first such task as `images`, where pages look."""
-    folders = {found.stage.label: store.local("evaluate", found.stage.key) / stored.FILES for found in planned.evaluations}
-    drawing = {label: kept for label, kept in folders.items() if kept.is_dir()}
-    for number, (label, kept) in enumerate(drawing.items()):
+    """Copy the images of all tasks into the run folder: those of the first task with images to `samples/images`."""
+    # The report and W&B look in `samples/images`; images of further tasks lie beside it under the label of their task.
+    folders = {
+        evaluation.stage.label: store.local("evaluate", evaluation.stage.key) / stored.FILES
+        for evaluation in planned.evaluations
+    }
+    drawing = {label: images for label, images in folders.items() if images.is_dir()}
+    for number, (label, images) in enumerate(drawing.items()):
         name = label if number else "images"
-        for file in sorted(path for path in kept.rglob("*") if path.is_file()):
-            store.write_bytes(f"{folder}/samples/{name}/{file.relative_to(kept).as_posix()}", file.read_bytes())
+        for file in sorted(path for path in images.rglob("*") if path.is_file()):
+            store.write_bytes(f"{folder}/samples/{name}/{file.relative_to(images).as_posix()}", file.read_bytes())
 
 
 def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, listener: plan.Listener) -> plan.Listener:
-    """Pass events on, and keep every line of metrics once: a run that goes on repeats steps of the one that was killed."""
-    kept: dict[str, int] = {}
+    """Return a listener that writes metrics.jsonl, logs to W&B and Prometheus, and passes each event on to `listener`."""
+    # A run that continues after a kill starts at its last checkpoint and repeats some steps; each is written once.
+    last_steps: dict[str, int] = {}
     for line in store.read_lines(f"{folder}/metrics.jsonl"):
-        kept[line["key"]] = max(kept.get(line["key"], 0), line["step"])
+        last_steps[line["key"]] = max(last_steps.get(line["key"], 0), line["step"])
     keys, own = list(planned.trainings), planned.model
 
     def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
-        if "step" in metrics and metrics["step"] > kept.get(stage.key[:12], 0):
+        if "step" in metrics and metrics["step"] > last_steps.get(stage.key[:12], 0):
             line = {"stage": stage.name, "key": stage.key[:12], **metrics}
             store.append_line(f"{folder}/metrics.jsonl", line)
         if "step" in metrics:
@@ -158,6 +174,7 @@ def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, liste
 
 
 def _uri(store: Store, stage: plan.Stage) -> str:
-    """Return where an artifact lies, for everybody to see: without the key and the password of ROOT."""
+    """Return the URI of an artifact without credentials."""
+    # W&B shows the URI to everybody in the project, and ROOT may be a URI with a user and a password.
     path = f"{store.root}/artifacts/{stage.name}/{stage.key}"
     return texts.without_user(path) if "://" in path else f"file://{path}"

@@ -1,4 +1,8 @@
-"""Files of run and sweep folders, read as what the platform writes there: a folder may come from somebody else."""
+"""Read the files of run and sweep folders, and validate their content.
+
+A folder may come from another version of the platform or from somebody else, so each file is checked for the fields that the
+callers use. All functions raise a ValueError that names the file when it is damaged, and FileNotFoundError when it is missing.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ class _Model(saved.Shape):
 
 
 class Summary(saved.Shape):
-    """What summary.json of a run must hold; what its fields are says `record.RunSummary`."""
+    """Fields of a run's summary.json that readers use; `record.RunSummary` explains them."""
 
     metrics: dict[str, Metric]
     strengths: dict[StrengthKey, dict[str, Metric]]
@@ -89,55 +93,57 @@ class _Line(saved.Shape):
 
 
 def read_summary(store: Store, folder: str) -> Summary:
-    """Read summary.json of a run. Raises ValueError where it is damaged, FileNotFoundError while the run goes on."""
+    """Read summary.json of a run. Raises FileNotFoundError while the run has not finished."""
     path = f"{folder}/summary.json"
     return saved.checked(_tree(store, path), Summary, f"{store.root}/{path}")
 
 
 def summary(store: Store, folder: str) -> dict[str, Any]:
-    """Return summary.json as it is, its strengths as numbers.
+    """Return summary.json of a run as a dict, with strengths as numbers instead of strings.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
         FileNotFoundError: the run has not finished.
     """
-    found = _like(store, f"{folder}/summary.json", Summary)
-    return {**found, "strengths": stored.by_strength(found["strengths"])}
+    tree = _like(store, f"{folder}/summary.json", Summary)
+    return {**tree, "strengths": stored.by_strength(tree["strengths"])}
 
 
 def measures(summary: Mapping[str, object]) -> dict[str, Measure]:
-    """Return what the metrics of a summary measure, by name; nothing of summaries that earlier versions wrote."""
-    found = _Measures.model_validate(summary).measures
-    return {name: stored.measured(name, one) for name, one in found.items()}
+    """Return the description of each metric of a summary by name; empty for summaries that earlier versions wrote."""
+    stored_measures = _Measures.model_validate(summary).measures
+    return {name: stored.measured(name, measure) for name, measure in stored_measures.items()}
 
 
 def stages(store: Store, folder: str) -> list[JsonObject]:
-    """Return the stages of plan.json. Raises ValueError, FileNotFoundError."""
+    """Return the stages in plan.json of a run."""
     return _like(store, f"{folder}/plan.json", _Plan)["stages"]
 
 
 def environment(store: Store, folder: str) -> JsonObject:
-    """Return environment.json. Raises ValueError, FileNotFoundError."""
+    """Return environment.json of a run or sweep."""
     return _like(store, f"{folder}/environment.json", _Environment)
 
 
 def samples(store: Store, folder: str) -> dict[str, list[JsonObject]]:
-    """Return the samples of each task. Raises ValueError where a file is damaged."""
+    """Return the samples of a run by the label of the task."""
+    # Images lie in the same folder, below folders of their own.
     names = [name for name in store.list(f"{folder}/samples") if name.endswith(".json")]
     return {name.removesuffix(".json"): _like(store, f"{folder}/samples/{name}", list[Sample]) for name in names}
 
 
 def lines(store: Store, folder: str) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl. Raises ValueError, FileNotFoundError."""
+    """Return the lines of metrics.jsonl of a run."""
     path = f"{folder}/metrics.jsonl"
     return saved.like(store.read_lines(path), list[_Line], f"{store.root}/{path}")
 
 
 def job(store: Store, folder: str) -> dict[str, Any]:
-    """Return the tree of job.yaml, whose values are those of an older version of the platform, perhaps.
+    """Return the content of job.yaml as a dict. It is not validated as a job: an older version may have written it.
 
     Raises:
-        ValueError: it is no YAML, or no job. FileNotFoundError: there is none.
+        ValueError: the file is not YAML, or lacks the job's name or method.
+        FileNotFoundError: the file is missing.
     """
     path = f"{folder}/job.yaml"
     where = f"{store.root}/{path}"
@@ -146,7 +152,7 @@ def job(store: Store, folder: str) -> dict[str, Any]:
     except ValueError as error:
         if isinstance(error, StoreError):
             raise
-        raise saved.SavedError(f"{where} is no YAML: {' '.join(str(error).split())[:200]}") from None
+        raise saved.SavedError(f"{where} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
     return saved.like(tree, _Job, where)
 
 
@@ -179,29 +185,31 @@ class _Trial(saved.Shape):
 
 
 _NUMBERS = ("metric.", "stderr.", "low.", "high.", "n.", "seconds.")
-"""Columns of trials.parquet that hold numbers, by how their names begin."""
+"""Prefixes of the columns of trials.parquet that hold numbers."""
 _VALUES = (int, float, str, bool, type(None))
 
 
 def space(store: Store, folder: str) -> JsonObject:
-    """Return space.json of a sweep. Raises ValueError where it is damaged, FileNotFoundError."""
+    """Return space.json of a sweep."""
     return _like(store, f"{folder}/space.json", _Space)
 
 
 def sweep_summary(store: Store, folder: str) -> JsonObject:
-    """Return summary.json of a sweep. Raises ValueError where it is damaged, FileNotFoundError while it goes on."""
+    """Return summary.json of a sweep. Raises FileNotFoundError while the sweep runs."""
     return _like(store, f"{folder}/summary.json", _SweepSummary)
 
 
 def trials(store: Store, folder: str) -> list[JsonObject]:
-    """Return the rows of trials.parquet, one a trial and seed. Raises ValueError where it is damaged, FileNotFoundError."""
+    """Return the rows of trials.parquet of a sweep: one for each trial and seed."""
     path = f"{folder}/trials.parquet"
     where = f"{store.root}/{path}"
+    # Read whole and not opened by pyarrow: ROOT may be an object store, and a damaged file then has one kind of error.
     content = store.read_bytes(path)
     with explained(where):
         rows = pq.read_table(io.BytesIO(content)).to_pylist()
     for row in saved.like(rows, list[_Trial], where):
         for name, value in row.items():
+            # The shape `_Trial` covers the fixed columns; the others depend on the sweep.
             if name.startswith(_NUMBERS) and not (value is None or isinstance(value, int | float)):
                 raise saved.SavedError(f"{where} is damaged: {name:.120} holds {value!r:.80}, which is no number")
             if not isinstance(value, _VALUES) and not (name.startswith("param.") and isinstance(value, list)):

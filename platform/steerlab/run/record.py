@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: its summary, the environment it ran in."""
+"""The record of a run: its summary (summary.json) and the environment in which it ran (environment.json)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from steerlab.storage import plan
 from steerlab.storage.store import Store
 
 SCHEMA = 2
-"""Version of summary.json; raised when what older readers look for is elsewhere."""
+"""Version of the format of summary.json; raised when a field moves that older readers look for."""
 MetricNumbers: TypeAlias = Mapping[str, float | None]
-"""A metric as it stands in files: `value`, `stderr`, `low`, `high`, `n` and counts of what was left out."""
+"""Numbers of one metric: `value`, `stderr`, `low`, `high` (ends of the 95 % interval), `n` (items scored), and counts of the
+items that were left out. None where a number is unknown."""
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "numpy", "steerlab")
 
 
@@ -39,26 +40,31 @@ class ModelFacts(TypedDict):
 
 
 class RunSummary(TypedDict):
-    """What summary.json of a run holds, strengths as numbers."""
+    """Content of summary.json of a run, with strengths as numbers."""
 
     metrics: dict[str, MetricNumbers]
-    """Those of each task's headline, whose strength is in `reported` where there is a patch."""
+    """Metrics of all tasks by name, each at the strength that its task reports."""
     reported: dict[str, float]
+    """Strength that each task reports, by the task's label; empty when the run has no patch."""
     strengths: dict[float, dict[str, MetricNumbers]]
+    """Metrics by name at every strength that was measured."""
     choice: JsonObject | None
-    """How the strength was chosen (`choose.Choice`)."""
+    """How the strength was chosen (`choose.Choice`); None when the job sets it."""
     model: ModelFacts | None
+    """The artifact of the trained model or patch; None when the job makes none."""
     evaluations: dict[str, str]
-    """Keys of the evaluations, by the label of the task."""
+    """Keys of the evaluations by the label of the task."""
     unsteered: dict[str, str]
-    """Keys of those of the model without the patch, where the strength was chosen; strength 0 has their numbers."""
+    """Keys of the evaluations of the model without the patch, by label. `strengths[0]` has their metrics. Empty when no
+    strength was chosen."""
     measures: dict[str, JsonObject]
-    """What each metric is: which way is better, its unit, its range."""
+    """Description of each metric: which direction is better, unit, range."""
     schema: int
+    """SCHEMA of the version that wrote it."""
 
 
 def check_numbers(summary: RunSummary, folder: str) -> None:
-    """Refuse a metric that is not a number: a table with one in it would be read as if it were. Raises plan.StageError."""
+    """Refuse a metric that is NaN or infinite. Raises plan.StageError, so that the run counts as failed."""
     for strength, metrics in summary["strengths"].items():
         for name, metric in metrics.items():
             if metric["value"] is not None and not math.isfinite(metric["value"]):
@@ -66,14 +72,14 @@ def check_numbers(summary: RunSummary, folder: str) -> None:
 
 
 def summarise(planned: Plan, store: Store) -> RunSummary:
-    """Collect the metrics of a job whose stages are all in the store."""
-    left = planned.model
+    """Return the summary of a job whose stages are all in the store."""
+    model = planned.model
     summary: RunSummary = {
         "metrics": {},
         "reported": {},
         "strengths": {},
         "choice": None,
-        "model": None if left is None else {"stage": left.name, "key": left.key, "snapshot": planned.job.snapshot},
+        "model": None if model is None else {"stage": model.name, "key": model.key, "snapshot": planned.job.snapshot},
         "evaluations": {},
         "unsteered": {},
         "measures": {},
@@ -85,7 +91,7 @@ def summarise(planned: Plan, store: Store) -> RunSummary:
 
 
 def _add_evaluation(summary: RunSummary, evaluation: Evaluation, store: Store, *, has_patch: bool) -> None:
-    """Put one task's metrics, and how its strength was chosen, into a run's summary."""
+    """Add one task's metrics, and the choice of its strength, to a run's summary."""
     stage, baseline = evaluation.stage, evaluation.baseline
     if (chosen := stage.inputs.get(evaluate.CHOICE)) is not None:
         summary["choice"] = choose.read(store.local(chosen.name, chosen.key))
@@ -97,16 +103,17 @@ def _add_evaluation(summary: RunSummary, evaluation: Evaluation, store: Store, *
     for number, (strength, metrics) in enumerate(_measured_strengths(store, evaluation).items()):
         named = {labelled(name, stage.label): metric for name, metric in metrics.items()}
         summary["strengths"].setdefault(strength, {}).update(named)
-        if number == 0:
+        if number == 0:  # the first strength of an evaluation is the one that it reports
             summary["metrics"].update(named)
         if number == 0 and has_patch:
             summary["reported"][stage.label] = strength
 
 
 def _measured_strengths(store: Store, evaluation: Evaluation) -> Mapping[float, Mapping[str, MetricNumbers]]:
-    """Return a task's metrics by strength, the headline's first; the model without the patch is strength 0."""
+    """Return a task's metrics by strength, the reported one first; strength 0 is the model without the patch."""
     measured = stored.strengths(store.local("evaluate", evaluation.stage.key))
     if evaluation.baseline is not None:
+        # The evaluation without the patch has a single strength, whatever its number is.
         plain = stored.strengths(store.local("evaluate", evaluation.baseline.key))
         measured.setdefault(UNPATCHED, next(iter(plain.values())))
     return measured
@@ -117,21 +124,22 @@ class Reported(NamedTuple):
 
     strength: float
     reason: str
-    """Where it is from; empty where the run has none to report."""
+    """Where the strength comes from, as a clause for people; empty when the run has no patch."""
 
 
 class _Reporting(saved.Shape):
-    """What a summary says of the strength of its numbers."""
+    """Fields of a summary that tell the reported strength."""
 
     choice: choose.Choice | None = None
     reported: dict[str, float] | None = None
 
 
 def reported_strength(summary: Mapping[str, object]) -> Reported:
-    """Return the strength that a run's numbers are of: the chosen one, else that of its tasks, else 1."""
+    """Return the strength at which a run's metrics were measured: the chosen one, else that of its first task, else 1."""
     reporting = _Reporting.model_validate(summary)
     if (choice := reporting.choice) is not None:
         return Reported(choice.strength, f"chosen by {choice.rule.metric} on development rows")
+    # A run without a patch, or one of a version that did not record strengths.
     if not reporting.reported:
         return Reported(1.0, "")
     (task, strength), *others = reporting.reported.items()
@@ -140,26 +148,29 @@ def reported_strength(summary: Mapping[str, object]) -> Reported:
     return Reported(strength, f"the one that {task} reports{more}")
 
 
-def samples_of(store: Store, found: Evaluation) -> list[JsonObject]:
-    """Return a task's readable samples, those of the model without the patch as strength 0."""
-    kept = stored.samples(store.local("evaluate", found.stage.key))
-    if found.baseline is None:
-        return kept
-    plain = stored.samples(store.local("evaluate", found.baseline.key))
-    return [*kept, *({**sample, "strength": UNPATCHED} for sample in plain)]
+def samples_of(store: Store, evaluation: Evaluation) -> list[JsonObject]:
+    """Return a task's sample texts; those of the model without the patch have strength 0."""
+    samples = stored.samples(store.local("evaluate", evaluation.stage.key))
+    if evaluation.baseline is None:
+        return samples
+    plain = stored.samples(store.local("evaluate", evaluation.baseline.key))
+    return [*samples, *({**sample, "strength": UNPATCHED} for sample in plain)]
 
 
 def labelled(metric: str, label: str) -> str:
-    """Return a metric's name under the label of its task."""
+    """Replace the task in a metric's name by the task's label: `perplexity/value` becomes `LABEL/value`."""
     return f"{label}/{metric.partition('/')[2]}"
 
 
 def environment(command: str, trusted: str | None = None, own_code: Sequence[str] = ()) -> dict[str, object]:
-    """Return what a result depends on besides its job: versions, git commit, hardware.
+    """Return the content of environment.json: what a result depends on besides its job.
 
-    `trusted` names the sources whose own code ran, `own_code` the methods and tasks that are not the platform's; their keys are
-    left out where there are none.
+    Args:
+        command: the command line.
+        trusted: names of the model sources whose own code ran; None if there are none, which leaves out the key.
+        own_code: the user's own files of methods and tasks; empty leaves out the key.
     """
+    # None for a package that is not installed: that too may explain a difference.
     versions = {}
     for package in _PACKAGES:
         try:
@@ -173,6 +184,7 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
         # An uploaded working directory has no repository; `steerlab submit` sends the commit along.
         "git": _git("rev-parse", "HEAD") or os.environ.get("STEERLAB_GIT_COMMIT"),
         "git_changes": _git("status", "--porcelain"),
+        # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
         "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
         "nodes": len([node for node in ray.nodes() if node["Alive"]]),
         **({} if trusted is None else {"own_code_of": texts.without_secrets(trusted)}),
@@ -183,7 +195,8 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
 
 @cache
 def _git(*arguments: str) -> str | None:
-    """Ask git once a process: what runs is what was imported, whatever is committed since."""
+    """Return the output of a git command in this repository; None if it fails."""
+    # Cached for the life of the process: it runs the code that it imported, whatever is committed later.
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=False
@@ -194,7 +207,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the innermost message of an error that came through Ray, in one line."""
+    """Return the message of the error behind an error that Ray wrapped, as one line of at most 500 characters."""
+    # Ray Train V2 raises a WorkerGroupError with one error for each worker, or a ControllerError; Ray Core raises a
+    # RayTaskError with a `cause`.
     failures = getattr(error, "worker_failures", None)
     if failures:
         return root_cause(next(iter(failures.values())))
@@ -203,6 +218,7 @@ def root_cause(error: BaseException) -> str:
         if isinstance(inner, BaseException) and inner is not error:
             return root_cause(inner)
     text = str(error).strip()
-    if "Traceback" in text or "ray::" in text:  # an error that Ray could only quote: its last line says what happened
+    # An error that Ray could not pickle arrives as the text of its traceback, whose last line is the error itself.
+    if "Traceback" in text or "ray::" in text:
         return text.splitlines()[-1].strip()[:500]
     return f"{type(error).__name__}: {' '.join(text.split())[:500]}"

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _INTERRUPTED = 130
+"""Exit code after Ctrl-C (128 + SIGINT, as in a shell)."""
 _LONGEST_ANSWER = 1 << 20
-"""Bytes of a cluster's answer about itself."""
+"""Largest number of bytes that are read of a cluster's answer about its version: the address may be that of any server."""
 
 
 def submit(
@@ -33,25 +34,37 @@ def submit(
     working_dir: Path = Path("."),
     follow: bool = True,
 ) -> int:
-    """Send the job (with `space`: the sweep) in `job_path` to the cluster at `address`, an http(s) URL.
+    """Send a job, or a sweep over a search space, to a cluster, and print its log until it ends.
 
-    The working directory is uploaded without what .gitignore and .rayignore name; the entry point runs in its copy on the
-    cluster. `overrides` are `key=value`, `options` those of `steerlab sweep`. With `follow`, logs are printed until the job
-    ends; Ctrl-C leaves it running.
+    The working directory is uploaded, except for the files that .gitignore and .rayignore name; the job runs in its copy on the
+    cluster. Ctrl-C stops the printing and leaves the job running.
+
+    Args:
+        job_path: the job file, in the working directory.
+        address: URL of the cluster's dashboard, such as http://HOST:8265.
+        root: ROOT on the cluster: a URI, or an absolute path on a cluster of one node.
+        space: the search space, for a sweep; None for a single job.
+        overrides: `key=value` settings, as for `--set`.
+        options: options of `steerlab sweep`.
+        working_dir: the folder to upload.
+        follow: print the log until the job ends; False returns as soon as the cluster accepts the job.
 
     Returns:
-        The entry point's exit code; 0 as soon as the job is accepted if it is not followed; 130 after Ctrl-C.
+        Exit code of the job; 0 without `follow`; 130 after Ctrl-C.
 
     Raises:
-        SubmitError: a path outside the working directory, a relative ROOT, an upload above 100 MiB, or a cluster that does
-            not answer (any more) or asks for a token that is missing or wrong.
+        SubmitError: a path lies outside the working directory, ROOT is relative, the upload exceeds 100 MiB, or the cluster
+            does not answer or refuses the token.
     """
     working_dir = working_dir.resolve()
     command = entrypoint(job_path, root=root, space=space, overrides=overrides, options=options, working_dir=working_dir)
     check_upload(working_dir)
     client = _connect(address if "://" in address else f"http://{address}")
-    asked = runtime_env(working_dir)
-    job_id = _answer(address, lambda: client.submit_job(entrypoint=command, runtime_env=asked, metadata={"job": str(job_path)}))
+    environment = runtime_env(working_dir)
+    job_id = _answer(
+        address, lambda: client.submit_job(entrypoint=command, runtime_env=environment, metadata={"job": str(job_path)})
+    )
+    # The id is printed within commands for the user's shell, so nothing but a plain name is accepted.
     if not isinstance(job_id, str) or not re.fullmatch(r"[\w.-]{1,200}", job_id):
         raise SubmitError(f"{address} answers with a job {texts.shown(repr(job_id))[:100]}, which is no name of one")
     print(f"sent as {job_id}: {command}", flush=True)
@@ -78,15 +91,16 @@ def entrypoint(
     """Return the command that the cluster runs in its copy of the working directory. Raises SubmitError."""
     if not (root.startswith("/") or "://" in root):
         raise SubmitError(
-            f"ROOT '{root}' is relative: on the cluster it would vanish with the uploaded copy."
+            f"ROOT '{root}' is relative: on the cluster it would be deleted with the uploaded copy."
             " Give a URI (s3://bucket/folder, or file:///folder that all nodes see), or an absolute path on a one-node cluster."
         )
     if options and space is None:
-        raise SubmitError(f"{' '.join(options)}: that is for a sweep; name its search space with --space")
+        raise SubmitError(f"{' '.join(options)}: these options are for a sweep; name its search space with --space")
     files = [_inside(path, working_dir.resolve()) for path in (job_path, space) if path is not None]
     arguments = ["run" if space is None else "sweep", *files, "--root", root, *options]
     for override in overrides:
         arguments += ["--set", override]
+    # -P keeps the uploaded folder out of sys.path, so that a file in it does not hide a module of the same name.
     return shlex.join(["python", "-P", "-m", "steerlab", *arguments])
 
 
@@ -106,20 +120,21 @@ def _connect(address: str) -> "JobSubmissionClient":
 
     if not address.startswith(("http://", "https://")):
         raise SubmitError(f"address '{address}' is not the URL of a dashboard, such as http://127.0.0.1:8265")
-    # Ray's variables would win over the address that the user gave here.
+    # Ray's client prefers this variable to the address that it is given, so a value from the user's shell would win.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
-        # Ray's client asks without a limit of time or length.
+        # Checked before Ray's client connects, which limits neither the time nor the length of an answer.
         with requests.get(f"{address}/api/version", timeout=10, stream=True) as answer:
-            status, said = answer.status_code, answer.raw.read(_LONGEST_ANSWER, decode_content=True)
+            status, content = answer.status_code, answer.raw.read(_LONGEST_ANSWER, decode_content=True)
     except requests.RequestException as error:
         raise SubmitError(
             f"no Ray cluster answers at {address} ({type(error).__name__}): is it running, and is this the dashboard's"
             " address? A local one: cluster/local.sh start"
         ) from error
+    # 401 and 403 ask for a token; Ray's client below raises AuthenticationError for them.
     if status not in (200, 401, 403):
         raise SubmitError(f"{address} answers with HTTP {status}: it is not the dashboard of a Ray cluster")
-    if status == 200 and not _is_version(said):
+    if status == 200 and not _is_version(content):
         raise SubmitError(f"{address} does not answer as the dashboard of a Ray cluster does")
     try:
         return _answer(address, lambda: JobSubmissionClient(address))
@@ -132,34 +147,36 @@ def _connect(address: str) -> "JobSubmissionClient":
         ) from error
 
 
-def _is_version(said: bytes) -> bool:
+def _is_version(content: bytes) -> bool:
     try:
-        found = json.loads(said)
+        tree = json.loads(content)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and re.fullmatch(r"[\w.+-]{1,50}", str(found.get("ray_version", ""))) is not None
+    return isinstance(tree, dict) and re.fullmatch(r"[\w.+-]{1,50}", str(tree.get("ray_version", ""))) is not None
 
 
 def _answer(address: str, ask: Callable[[], _T]) -> _T:
-    """Ask a cluster, whose client raises whatever its answer leads it to. Raises SubmitError; a missing token goes through."""
+    """Call Ray's client, and turn its errors into SubmitError. AuthenticationError is passed on, for a message of its own."""
     from ray.exceptions import AuthenticationError
 
     try:
         return ask()
     except (AuthenticationError, SubmitError):
         raise
-    except Exception as error:  # a server's answer may be anything
-        said = " ".join(str(error).split())[:300]
-        raise SubmitError(f"{address} refuses, or answers what no Ray cluster does: {type(error).__name__}: {said}") from error
+    except Exception as error:  # Ray's client does not validate an answer, so a wrong one may raise any error
+        reason = " ".join(str(error).split())[:300]
+        raise SubmitError(
+            f"{address} refuses, or answers what no Ray cluster does: {type(error).__name__}: {reason}"
+        ) from error
 
 
 async def _follow(client: "JobSubmissionClient", job_id: str) -> None:
-    """Print the job's log until it ends; a lost connection is taken up where it broke, for about a minute."""
+    """Print the job's log until the job ends; after a lost connection, try again for about a minute."""
     import aiohttp
 
     num_printed, num_failures = 0, 0
     while True:
-        num_seen = 0
+        num_seen = 0  # characters in this connection; each one sends the log from its beginning again
         try:
             async for text in client.tail_job_logs(job_id):
                 print(_shown(text[max(0, num_printed - num_seen) :]), end="", flush=True)
@@ -170,6 +187,7 @@ async def _follow(client: "JobSubmissionClient", job_id: str) -> None:
         except (ValueError, TypeError, KeyError) as error:
             raise SubmitError(f"the cluster's answer about {job_id} cannot be read ({_shown(str(error))[:300]})") from error
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            # Ray's client raises RuntimeError for an HTTP error. 30 attempts every 2 s give a dashboard time to restart.
             num_failures += 1
             if num_failures > 30:
                 raise SubmitError(
@@ -179,7 +197,7 @@ async def _follow(client: "JobSubmissionClient", job_id: str) -> None:
 
 
 def _shown(text: str) -> str:
-    """Return a cluster's text as it is printed: progress bars line by line, and nothing that moves a cursor."""
+    """Return a cluster's text without control characters of the terminal; each state of a progress bar becomes a line."""
     return texts.plain(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 

@@ -1,7 +1,7 @@
-"""What is checked of a job's tasks before anything starts: labels, strengths, rows, models, packages, rules that bind nothing.
+"""Check the tasks of a job before anything starts: labels, strengths, data, models and packages.
 
-Everything that a task names is looked at: the data sets of its config and of a task within it, defaults included, as the job's
-own are; and what else it says of itself in its `Task.check`.
+The data sets of each task, and of a task within it, are checked like the job's own, including defaults. `Task.check` of each
+task checks the rest of what it names.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from steerlab.stages import Plan
 
 
 def check_tasks(planned: Plan) -> None:
-    """Refuse labels that occur twice, rows of tasks that are not as their format says, strengths without a patch, and
-    a choice by a metric that is not measured. Raises ValueError."""
+    """Refuse repeated labels, rows that do not fit their format, strengths without a patch, and a choice by a missing metric.
+
+    Raises:
+        ValueError: the message names the key of the job.
+    """
     job, seen = planned.job, dict[str, list[str]]()
+    # Strength 1 changes nothing, so it is accepted without a patch too.
     if job.strength not in (None, 1) and not planned.leaves_patch:
-        raise ValueError(f"strength {job.strength:g}: method {job.method.name} leaves no patch to scale")
+        raise ValueError(f"strength {job.strength:g}: method {job.method.name} makes no patch to scale; remove this key")
     for key, task in tasks_of(job):
+        # The same label may occur once in `evaluate` and once in `choose.tasks`: these are reported apart.
         label, labels = task.label or task.task, seen.setdefault(key.rpartition(".")[0], [])
         if label in labels:
             raise ValueError(f"{key}: the job has {label} already; give one of them another `label`")
@@ -32,34 +37,37 @@ def check_tasks(planned: Plan) -> None:
         for path, data in data_sets(key, task):
             check_rows(path, data)
         if any(strength != 1 for strength in task.strengths) and not planned.leaves_patch:
-            raise ValueError(f"{key}.strengths {list(task.strengths)}: method {job.method.name} leaves no patch to scale")
+            raise ValueError(
+                f"{key}.strengths {list(task.strengths)}: method {job.method.name} makes no patch to scale; remove this key"
+            )
     if job.choose is not None:
         for key, name in _deciding(job).items():
             if (reason := unmeasured(name, job.choose.tasks)) is not None:
-                raise ValueError(f"{key}: {name} is measured by none of choose.tasks: {reason}")
+                raise ValueError(f"{key}: none of choose.tasks measures {name}: {reason}")
 
 
 def check_named(job: Job, facts: ModelFacts) -> None:
-    """Refuse what a task names and is not there, and answers that leave no room for a prompt. Raises ValueError."""
+    """Refuse models, packages or files of a task that do not exist, and answers too long for the context. Raises ValueError."""
     for key, task in tasks_of(job):
         try:
             TABLE.of(task).check(task, facts)
         except ValueError as error:
             raise ValueError(f"{key}.{error}") from None
         for path, config in configs(key, task):
+            # Not every nested config generates text, so the field may be missing.
             longest = getattr(config, "max_new_tokens", 0)
             if facts.max_positions and longest >= facts.max_positions:
                 raise ValueError(
-                    f"{path}.max_new_tokens {longest}: the context of {facts.architecture} holds {facts.max_positions} tokens, "
-                    "those of the prompt among them"
+                    f"{path}.max_new_tokens {longest}: the context of {facts.architecture} holds {facts.max_positions} tokens "
+                    "including the prompt, so give a smaller number"
                 )
 
 
 def check_reach(planned: Plan) -> None:
-    """Refuse to choose by a metric that the patch cannot move, and warn of tasks that it cannot change.
+    """Refuse a choice of the strength by a metric that the patch cannot change; warn of reported tasks that it cannot change.
 
     Raises:
-        ValueError: `choose` goes by tokens that the patch does not act on: the metric would be the same at every strength.
+        ValueError: the metric of `choose` is measured on tokens that the patch leaves as they are.
     """
     job, selection = planned.job, planned.steers
     if selection is None or not planned.leaves_patch:
@@ -68,12 +76,14 @@ def check_reach(planned: Plan) -> None:
     for key, name in _deciding(job).items():
         label, _, metric = name.partition("/")
         task = by_label[label]
+        # A patch that acts on generated tokens only leaves a score over the prompt's tokens as it is, at any strength.
         if not _meets(job, selection, TABLE.of(task).runs_over(task, f"{task.task}/{metric}")):
             raise ValueError(
                 f"{key}: {name} has the same value at every strength, because it is measured on tokens that method.steer "
                 f"leaves as they are ({_words(selection)}); take a metric of generated text or of responses, or steer others"
             )
     for number, task in enumerate(job.tasks):
+        # Only a warning: such a task may be wanted as a check that the patch leaves something alone.
         if not _meets(job, selection, TABLE.of(task).runs_over(task, None)):
             warnings.warn(
                 f"evaluate.{number}: task {task.task} gives the numbers of {UNPATCHED_NAME} at every strength, because it is "
@@ -83,7 +93,7 @@ def check_reach(planned: Plan) -> None:
 
 
 def check_rows(key: str, data: DataSet) -> None:
-    """Refuse rows that are not as the data set says, with the key in the job. Raises ValueError."""
+    """Refuse a data set whose rows do not fit its format. Raises ValueError with `key`, its key in the job."""
     try:
         rows.check(data)
     except ValueError as error:
@@ -91,19 +101,19 @@ def check_rows(key: str, data: DataSet) -> None:
 
 
 def tasks_of(job: Job) -> Iterator[tuple[str, TaskConfig]]:
-    """Yield a job's tasks with their keys, those that it chooses by after those that it reports."""
+    """Yield a job's tasks with their keys: first those that it reports, then those that choose the strength."""
     yield from ((f"evaluate.{number}", task) for number, task in enumerate(job.tasks))
     yield from ((f"choose.tasks.{number}", task) for number, task in enumerate(job.choose.tasks if job.choose else ()))
 
 
 def data_sets(key: str, config: Frozen) -> Iterator[tuple[str, DataSet]]:
-    """Yield the data sets of a config, those of configs within it included, with their keys; what `also` holds is theirs."""
-    for path, found in configs(key, config):
-        yield from ((f"{path}.{name}", value) for name, value in found if isinstance(value, DataSet))
+    """Yield the data sets of a config and of the configs nested in it, with their keys; not those in a data set's `also`."""
+    for path, part in configs(key, config):
+        yield from ((f"{path}.{name}", value) for name, value in part if isinstance(value, DataSet))
 
 
 def configs(key: str, config: Frozen) -> Iterator[tuple[str, Frozen]]:
-    """Yield a config and those within it, with their keys."""
+    """Yield a config and the configs nested in it, with their keys."""
     yield key, config
     for name, value in config:
         if isinstance(value, Frozen) and not isinstance(value, DataSet):
@@ -111,7 +121,7 @@ def configs(key: str, config: Frozen) -> Iterator[tuple[str, Frozen]]:
 
 
 def _deciding(job: Job) -> dict[str, str]:
-    """Return the metrics that the strength is chosen by, by their keys."""
+    """Return the metrics that decide the choice of the strength, by the key that names each."""
     if job.choose is None:
         return {}
     within = {"choose.within": job.choose.within.metric} if job.choose.within else {}
@@ -119,7 +129,8 @@ def _deciding(job: Job) -> dict[str, str]:
 
 
 def _meets(job: Job, selection: Selection, kinds: TokenKinds) -> bool:
-    """Say whether a selection takes any of these tokens, by phase and role."""
+    """Say whether a selection includes tokens of any of these kinds, which are pairs of phase and role."""
+    # The data may give the tokens of responses another role (`data.response_role`).
     own: dict[str, str] = {"response": job.data.response_role}
     return any(
         phase in selection.phases

@@ -1,7 +1,7 @@
-"""What `steerlab submit` sends to a cluster: the working directory, and Ray's runtime environment for it.
+"""Check what `steerlab submit` sends to a cluster: the working directory, and Ray's runtime environment for it.
 
-The folder may have been somebody else's: it is looked through before Ray packs it, which follows every link, opens every pipe
-and uploads whatever `runtime_env.yaml` names.
+The folder may come from somebody else. When Ray packs it, Ray follows every link, opens every pipe and uploads all files that
+`runtime_env.yaml` names, so the folder is checked before.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from steerlab.guards import files, private_parts, saved, yaml12
 
 UPLOAD_LIMIT_BYTES = 100 * 2**20
-"""What a cluster accepts as working directory; beyond it, it answers with an HTTP error that names no reason."""
+"""Largest working directory that a cluster accepts. For a larger one, it answers with an HTTP error without a reason."""
 _ZIP_ENTRY_BYTES = 256
+"""Estimated overhead of one file in the uploaded zip archive."""
 _RUNTIME_ENV = Path("cluster", "runtime_env.yaml")
 _ENV_VARS = {"PYTHONPATH": "platform", "RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
 _IGNORING = (".gitignore", ".rayignore")
 _PRIVATE = re.compile(
     r"(?i)\.env(\..*)?|\.netrc|\.pypirc|\.npmrc|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx)|credentials(\.json)?"
 )
-"""Names of files that hold secrets more often than not."""
+"""Names of files that usually hold secrets."""
 
 
 class SubmitError(ValueError):
-    """A job could not be sent; the message is for people."""
+    """A job could not be sent to a cluster; the message says why."""
 
 
 _Packages = list[str]
 
 
 class _RuntimeEnv(BaseModel):
-    """What a working directory may ask of Ray: nothing that uploads, or reads, what lies elsewhere on this machine."""
+    """Allowed content of runtime_env.yaml. Keys with which Ray reads or uploads files outside the folder are missing."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -54,34 +55,36 @@ class _RuntimeEnv(BaseModel):
 
 
 def runtime_env(working_dir: Path) -> dict[str, object]:
-    """Return Ray's runtime environment: the working directory's own cluster/runtime_env.yaml over what a job needs.
+    """Return Ray's runtime environment for a job: the platform's own settings, then those of cluster/runtime_env.yaml.
 
     Raises:
-        SubmitError: the file cannot be read, or asks for what is not of the working directory.
+        SubmitError: the file cannot be read, or has keys or values that are not allowed.
     """
     path = working_dir / _RUNTIME_ENV
-    asked = _RuntimeEnv()
+    requested = _RuntimeEnv()
     if path.exists() or path.is_symlink():
         try:
             tree = yaml12.load(files.read_text(path))
-            asked = saved.checked({} if tree is None else tree, _RuntimeEnv, str(path))
+            requested = saved.checked({} if tree is None else tree, _RuntimeEnv, str(path))
         except FileNotFoundError:
             raise SubmitError(f"{path} is a link to nothing") from None
         except yaml12.YamlError as error:
             raise SubmitError(f"{path}:{error.line or 1}: cannot be read as YAML: {error}") from None
         except (files.FileError, saved.SavedError) as error:
             allowed = ", ".join(_RuntimeEnv.model_fields)
-            raise SubmitError(f"{error}; a runtime environment has the keys {allowed}, and lists in place of files") from None
-    env_vars = _ENV_VARS | _commit(working_dir) | {name: str(value) for name, value in asked.env_vars.items()}
-    return asked.model_dump(exclude_unset=True) | {"working_dir": str(working_dir), "env_vars": env_vars}
+            raise SubmitError(f"{error}; a runtime environment has the keys {allowed}, and lists instead of files") from None
+    # In this order, so that a variable of the user replaces one of the platform.
+    env_vars = _ENV_VARS | _commit(working_dir) | {name: str(value) for name, value in requested.env_vars.items()}
+    return requested.model_dump(exclude_unset=True) | {"working_dir": str(working_dir), "env_vars": env_vars}
 
 
 def _commit(working_dir: Path) -> dict[str, str]:
-    """Return the commit for the run's record, since the upload leaves .git behind; `-dirty` where the files are not its own.
+    """Return the variable that tells the job its git commit, with `-dirty` if the uploaded files differ from the commit.
 
-    Git is asked for names and hashes alone: what compares files for it (monitors, filters) are programs that the folder's own
-    configuration names.
+    The upload has no .git, so the job cannot find the commit itself. Empty if the folder is not in a repository.
     """
+    # Not `git status`: to compare files, git would run monitors and filters, which are programs that the folder's own
+    # configuration names. Git gives only names and hashes, and the files are hashed here.
     commit = _git(working_dir, "rev-parse", "HEAD").strip()
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         return {}
@@ -90,39 +93,42 @@ def _commit(working_dir: Path) -> dict[str, str]:
         about, _, name = entry.partition("\t")
         hashes[name] = about.split()[-1] if about else ""
     top = Path(_git(working_dir, "rev-parse", "--show-toplevel").strip() or working_dir)
+    # Only uploaded files count: a changed file that stays here has no influence on the job.
     dirty = any(_blob(path, len(commit)) != hashes.get(os.path.relpath(path, top)) for path in _uploaded(working_dir))
     return {"STEERLAB_GIT_COMMIT": f"{commit}-dirty" if dirty else commit}
 
 
 def _git(working_dir: Path, *arguments: str) -> str:
-    """Return what git answers, with none of the folder's own programs; nothing where it is no repository."""
+    """Return the output of a git command that runs no program of the folder's configuration; empty if the command fails."""
+    # The folder may come from somebody else, and its .git/config may name programs that git would run.
     command = ["git", "-C", str(working_dir), "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", *arguments]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
         return ""
-    return found.stdout if found.returncode == 0 else ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def _blob(path: Path, digits: int) -> str:
-    """Return the hash that git has of a file."""
+    """Return the hash that git gives to a file's content: SHA-1 or SHA-256, by the number of hexadecimal digits."""
+    # Git stores a symbolic link as a file that holds its target.
     content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
-    made = hashlib.sha1 if digits == 40 else hashlib.sha256
-    return made(b"blob %d\0" % len(content) + content).hexdigest()
+    algorithm = hashlib.sha1 if digits == 40 else hashlib.sha256
+    return algorithm(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def upload_sizes(working_dir: Path) -> dict[PurePosixPath, int]:
-    """Return the bytes of every file that would be uploaded, by its path in the working directory. Raises SubmitError."""
+    """Return the size in bytes of each file to upload, by its path in the working directory. Raises SubmitError."""
     return {PurePosixPath(path.relative_to(working_dir)): path.stat().st_size for path in _uploaded(working_dir)}
 
 
 def _uploaded(working_dir: Path) -> list[Path]:
-    """Return the files that would be uploaded.
+    """Return the files to upload.
 
     Raises:
-        SubmitError: a link leads to a folder or out of the directory, or something is no file.
+        SubmitError: a link leads to a folder or out of the directory, or an entry is neither a file nor a folder (a pipe).
     """
-    found: list[Path] = []
+    paths: list[Path] = []
 
     def note(path: Path) -> None:
         if path.is_symlink():
@@ -130,19 +136,20 @@ def _uploaded(working_dir: Path) -> list[Path]:
         if path.is_dir():
             _check_ignoring(path)
         elif path.is_file():
-            found.append(path)
+            paths.append(path)
         elif path.exists():
-            raise SubmitError(f"{path} is no file: name it in .rayignore (as in .gitignore)")
+            raise SubmitError(f"{path} is neither a file nor a folder: name it in .rayignore (as in .gitignore)")
 
+    # The ignore files of a folder are checked at the visit of its parent, which the top folder does not have.
     _check_ignoring(working_dir, itself=True)
     obeys_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    quiet = logging.Logger("steerlab.upload", logging.CRITICAL + 1)  # what is refused is said in our own words
+    quiet = logging.Logger("steerlab.upload", logging.CRITICAL + 1)  # Ray would warn of each file; errors here say more
     private_parts.walk_upload(working_dir, note, quiet, obeys_gitignore=obeys_gitignore)
-    return found
+    return paths
 
 
 def _check_link(path: Path, working_dir: Path) -> None:
-    """Refuse a link of which Ray would upload what it leads to: from elsewhere, or a whole folder again."""
+    """Refuse a link out of the working directory or to a folder: Ray uploads the target of a link."""
     try:
         target = path.resolve()
     except (OSError, RuntimeError):
@@ -154,7 +161,8 @@ def _check_link(path: Path, working_dir: Path) -> None:
 
 
 def _check_ignoring(folder: Path, *, itself: bool = False) -> None:
-    """Refuse ignore files that are none in the folders within a folder, before Ray opens them; `itself`: in it, too."""
+    """Refuse a .gitignore or .rayignore that is not a regular file in the subfolders, and with `itself` in the folder too."""
+    # Ray opens the ignore files of a folder before it calls back for the folder, and a pipe would block it for ever.
     try:
         children = [child for child in folder.iterdir() if child.is_dir() and not child.is_symlink()]
     except OSError as error:
@@ -162,18 +170,20 @@ def _check_ignoring(folder: Path, *, itself: bool = False) -> None:
     for place in [*([folder] if itself else []), *children]:
         for name in _IGNORING:
             if (place / name).exists() and not (place / name).is_file():
-                raise SubmitError(f"{place / name} is no file")
+                raise SubmitError(f"{place / name} is not a regular file: remove it")
 
 
 def check_upload(working_dir: Path, limit_bytes: int = UPLOAD_LIMIT_BYTES) -> int:
-    """Return the bytes to upload. Raises SubmitError, naming the biggest folders, if they exceed `limit_bytes`."""
+    """Return the number of bytes to upload. Raises SubmitError, which names the largest folders, above `limit_bytes`."""
     sizes = upload_sizes(working_dir)
     _warn_of_secrets(sizes)
+    # Uncompressed sizes: an upper bound, since the size of the archive is known only after packing.
     total = sum(sizes.values()) + _ZIP_ENTRY_BYTES * len(sizes)
     if total <= limit_bytes:
         return total
     folders: Counter[str] = Counter()
     for path, size in sizes.items():
+        # Two levels: the first is often `platform` or `data`, which says little about what is large.
         folders[str(PurePosixPath(*path.parts[:2])) if len(path.parts) > 1 else path.name] += size
     biggest = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in folders.most_common(5))
     raise SubmitError(

@@ -1,9 +1,18 @@
-"""A job, a search space, and the trials that Ray Tune makes of them.
+"""Sweeps: run one job at many points of a search space with Ray Tune, and compare the trials.
 
-`space.py` reads and checks a search space whose entries `entries.py` knows, `trials.py` turns its points into jobs and
-`units.py` groups them; `sweep_request.py` checks a sweep before it starts, `estimate.py` says what it would cost.
-`driver.py` begins it or goes on with it, `tuner.py` gives it to Ray Tune, whose searcher is in `search.py`, and
-`conclusion.py` ends it. `trial.py` runs a unit in one of Tune's processes (`processes.py`), which `stops.py` asks to
-end; with `agent.py`, Weights & Biases chooses the points, and `page.py` keeps the sweep's page there. `history.py` is
-what a sweep remembers, `clerk.py` writes it down, and `results.py` compares trials.
+A *trial* is one point of the space. Trials that differ only in the strength of the patch form a *unit*, which is one job
+and one Ray Tune trial. The files in the order in which a sweep uses them:
+
+    space.py, entries.py     read and check a search space file, and each of its entries
+    trials.py, units.py      turn points of the space into jobs, and group them into units
+    sweep_request.py         check a sweep before anything starts
+    estimate.py              estimate what a sweep would cost (`--dry-run`)
+    driver.py                start or resume a sweep
+    tuner.py, search.py      configure Ray Tune; feed it units from grid, random or Optuna search
+    agent.py, page.py        let Weights & Biases choose the points; keep the sweep's page there
+    trial.py, processes.py   run a unit in a process of Ray Tune, and keep these processes warm
+    stops.py                 ask a process to stop its unit early
+    history.py, clerk.py     the event log from which a sweep resumes, and the Ray Tune callback that writes it
+    results.py               the table of trials, the best trial, and the trials that the data cannot tell from it
+    conclusion.py            write the table and the summary, and run the best trial on the test rows
 """

@@ -1,6 +1,7 @@
-"""Sweeps whose values Weights & Biases chooses (`--backend wandb`): what its server asks for becomes units like any others.
+"""Sweeps whose points Weights & Biases chooses (`--backend wandb`): each suggestion of its server becomes a unit.
 
-So stages are shared, a restart goes on with the units that the history has, and a run that W&B stops is a unit that stops.
+Such units run like those of any other sweep: trials share stages, a restart continues with the units in the history, and
+when W&B stops a run, the unit of that run stops.
 """
 
 from __future__ import annotations
@@ -21,46 +22,57 @@ from steerlab.tracking.wandb_client import agents
 from steerlab.tracking.wandb_client.parameters import metric_name, parameter_name
 
 RUNS = "wandb_runs.json"
+"""File in the sweep's folder: the id of the W&B run of each unit, by the unit's name."""
 WHY = "W&B stopped it"
+"""Reason that the history gives for a unit that W&B stopped."""
 
 
-def check(path: str, found: SweepPlan) -> None:
-    """Refuse a job whose runs would not be runs of the sweep: W&B chooses by what it is sent. Nothing is asked of a server.
+def check(path: str, sweep_plan: SweepPlan) -> None:
+    """Refuse a job whose runs would not be part of the W&B sweep. This check contacts no server.
+
+    Args:
+        path: the W&B sweep: ENTITY/PROJECT/ID, PROJECT/ID or ID.
+        sweep_plan: the job and the search space.
 
     Raises:
-        ValueError: the job is not tracked online, or in another project, or there is no key.
+        ValueError: the job is not tracked online, is tracked in another project, or no API key is set.
     """
-    track = found.job.track
+    # W&B chooses the next point by the metrics that it received, so runs that it never sees would leave it blind.
+    track = sweep_plan.job.track
     if track.wandb is None or track.wandb.mode != "online":
-        raise JobError(f"{found.path}: --backend wandb needs track.wandb with mode: online; W&B chooses by what it is sent")
+        raise JobError(
+            f"{sweep_plan.path}: --backend wandb needs track.wandb with mode: online; W&B chooses by what it is sent"
+        )
     *before, _ = path.strip("/").split("/")
-    asked = dict(zip(("project", "entity"), reversed(before), strict=False))
+    location = dict(zip(("project", "entity"), reversed(before), strict=False))
     for name, own in (("project", track.wandb.project), ("entity", track.wandb.entity)):
-        if name in asked and own is not None and own != asked[name]:
-            raise JobError(f"{found.path}: track.wandb.{name} is {own}, and the sweep {path} lies in another one")
+        if name in location and own is not None and own != location[name]:
+            raise JobError(f"{sweep_plan.path}: track.wandb.{name} is {own}, and the sweep {path} lies in another one")
     if not has_key():
         raise ValueError(NO_KEY)
 
 
 class Agent:
-    """Makes units of what a W&B sweep asks for; stands where Optuna would."""
+    """Turn the suggestions of a W&B sweep into units. Implements `search.Suggests`, as `search.Suggester` does with Optuna."""
 
-    def __init__(self, path: str, found: SweepPlan, seeds: tuple[int, ...], num_at_once: int) -> None:
-        """Register with the sweep at `path` for so many trials at a time.
+    def __init__(self, path: str, sweep_plan: SweepPlan, seeds: tuple[int, ...], num_at_once: int) -> None:
+        """Register `num_at_once` agents with the W&B sweep at `path`.
 
         Raises:
-            ValueError: W&B refuses, would never hear of the trials, or varies what the space does not.
+            ValueError: W&B refuses, the job's runs would not reach it (see `check`), or its sweep varies a parameter that
+                the search space lacks.
         """
-        check(path, found)
+        # Before the registration, so that a refused request leaves no agent at W&B.
+        check(path, sweep_plan)
         self._agents = agents.Agents(path, num_at_once)
-        _check_config(self._agents.config, found)
-        self._plan, self._seeds = found, seeds
+        _check_config(self._agents.config, sweep_plan)
+        self._plan, self._seeds = sweep_plan, seeds
         self.sweep_id = path.rpartition("/")[2]
         self.runs: dict[str, str] = {}
-        """The ids of the units' W&B runs."""
+        """Id of each unit's W&B run, by the unit's name."""
 
     def start(self, store: Store, folder: str, history: History) -> None:
-        """Begin to ask, with the runs of the units that are left."""
+        """Start to ask W&B for runs; the runs of pending units are reported as running."""
         self._store, self._file = store, f"{folder}/{RUNS}"
         try:
             self.runs = saved.checked(store.read_json(self._file), dict[str, str], f"{store.root}/{self._file}")
@@ -69,50 +81,57 @@ class Agent:
         self._agents.start([self.runs[unit.name] for unit in history.pending if unit.name in self.runs])
 
     def close(self) -> None:
-        """Ask no more."""
+        """Stop to ask W&B for runs."""
         self._agents.close()
 
     @property
     def waiting(self) -> bool:
-        """Whether more may come."""
+        """Whether W&B may still suggest points."""
         return not self._agents.ended
 
     @property
     def stopped(self) -> set[str]:
         """Names of the units that W&B wants stopped."""
+        # A copy: the thread that sends heartbeats changes the set at any time.
         wanted = self._agents.stopped.copy()
         return {name for name, run in self.runs.items() if run in wanted} if wanted else set()
 
     def settled(self, unit: Unit) -> None:
-        """Say that a unit is over."""
+        """Tell W&B that a unit has ended, so that the agent asks for the next run."""
         if unit.name in self.runs:
             self._agents.release(self.runs[unit.name])
 
     def next(self, history: History) -> Unit | None:
-        """Return the next unit; None where W&B has none now.
+        """Return the next unit, or None when W&B suggests none now.
 
-        Values that make no job fail as a trial, with the reason; values that were there are not run again.
+        A suggestion that makes no valid job is recorded as a failed trial with the reason. A suggestion whose values already
+        ran is skipped with a warning.
         """
         while (suggestion := self._agents.take()) is not None:
-            if suggestion.run_id in self.runs.values():  # `resume`: the history has it, settled or to be gone on with
+            # W&B's `resume` command repeats a run that it handed out before a restart; the history already has its unit.
+            if suggestion.run_id in self.runs.values():
                 continue
             unit = unit_of(self._plan, suggestion.parameters, len(history.courses) + 1, self._seeds)
             if _is_known(unit, history):
                 warnings.warn(f"W&B asks for {suggestion.parameters} again, which is not run twice", stacklevel=2)
+                # Without this, the agent would report the run as running for ever and never get another one.
                 self._agents.release(suggestion.run_id)
                 continue
             self.runs[unit.name] = suggestion.run_id
+            # Written before the unit is in the history, so that after a crash no unit lacks the id of its run.
             self._store.write_json(self._file, self.runs)
             reason = self._refusal(unit)
             if reason is None:
                 return unit
+            # As a failed unit and not as an error: one bad suggestion should not end the sweep.
             history.suggest(unit)
             history.add("fail", unit=unit.number, reason=reason)
             self.settled(unit)
         return None
 
     def _refusal(self, unit: Unit) -> str | None:
-        """Return why a unit's values make no job, if so: W&B's ranges may have been changed in its page."""
+        """Return why a unit's values make no valid job; None when they do."""
+        # Somebody may have widened the ranges on W&B's page after the space was checked.
         try:
             self._plan.job_of(unit.shared, unit.seeds[0], unit.strengths)
         except JobError as error:
@@ -121,8 +140,8 @@ class Agent:
 
 
 def _is_known(unit: Unit, history: History) -> bool:
-    known = {trial.trial_id for course in history.courses.values() for trial in course.unit.trials}
-    return any(trial.trial_id in known for trial in unit.trials)
+    earlier_ids = {trial.trial_id for course in history.courses.values() for trial in course.unit.trials}
+    return any(trial.trial_id in earlier_ids for trial in unit.trials)
 
 
 class _Metric(saved.Shape):
@@ -130,44 +149,46 @@ class _Metric(saved.Shape):
 
 
 class _Config(saved.Shape):
-    """What W&B's server says of a sweep."""
+    """Configuration of a sweep as W&B's server returns it, as far as it is read here."""
 
     parameters: dict[str, JsonObject] = {}
     metric: _Metric = _Metric()
 
 
-def _check_config(tree: JsonObject, found: SweepPlan) -> None:
-    """Compare a sweep with the space before anything starts."""
+def _check_config(tree: JsonObject, sweep_plan: SweepPlan) -> None:
+    """Refuse a W&B sweep with parameters that the space lacks; warn when it optimises another metric."""
     config = saved.checked(tree, _Config, "W&B's sweep")
-    point_of(found.space, {name: _value_of(entry) for name, entry in config.parameters.items()})
-    wanted, metric = config.metric.name, metric_name(found.metric)
+    point_of(sweep_plan.space, {name: _value_of(entry) for name, entry in config.parameters.items()})
+    # Only a warning: W&B then optimises one metric, and the table names the best trial by the other.
+    wanted, metric = config.metric.name, metric_name(sweep_plan.metric)
     if wanted not in (None, metric):
-        warnings.warn(f"W&B's sweep goes by {wanted}, {found.space.path} by {metric}", stacklevel=2)
+        warnings.warn(f"W&B's sweep goes by {wanted}, {sweep_plan.space.path} by {metric}", stacklevel=2)
 
 
 def _value_of(entry: JsonObject) -> Json:
-    """Return one of the values that W&B's form of an entry can have; any number for a range."""
+    """Return a value of an entry of W&B's configuration: the constant, the first of a list, or 0 for a range."""
     values = entry.get("values")
     return entry["value"] if "value" in entry else values[0] if isinstance(values, list) and values else 0
 
 
-def unit_of(found: SweepPlan, parameters: JsonObject, number: int, seeds: tuple[int, ...]) -> Unit:
-    """Return the unit of what W&B asks for: one trial where W&B chooses the strength too, since its run has one result.
+def unit_of(sweep_plan: SweepPlan, parameters: JsonObject, number: int, seeds: tuple[int, ...]) -> Unit:
+    """Return the unit of a suggestion of W&B.
 
     Raises:
         JobError: W&B's sweep has a parameter that the space lacks.
     """
-    point = point_of(found.space, parameters)
+    point = point_of(sweep_plan.space, parameters)
     strength = strength_of(point)
-    points = with_strengths(point, found.strengths) if strength is None else [{**point, STRENGTH: float(strength)}]
-    return Unit(number, tuple(Trial(trial_id(one), one) for one in points), seeds)
+    # When W&B chooses the strength too, the unit has a single trial, because a W&B run reports a single result.
+    points = with_strengths(point, sweep_plan.strengths) if strength is None else [{**point, STRENGTH: float(strength)}]
+    return Unit(number, tuple(Trial(trial_id(values), values) for values in points), seeds)
 
 
 def point_of(space: Space, parameters: JsonObject) -> Point:
-    """Return the fields that W&B's values set.
+    """Return the point of the space that W&B's parameter values stand for.
 
     Raises:
-        JobError: W&B's sweep has a parameter that the space lacks: they were not made of the same file.
+        JobError: W&B's sweep has a parameter that the space lacks, so it was not created from the same file.
     """
     point: Point = {}
     entries = {parameter_name(entry): entry for entry in space.entries}
@@ -175,5 +196,6 @@ def point_of(space: Space, parameters: JsonObject) -> Point:
         if name not in entries:
             raise JobError(f"W&B's sweep varies {name}, which {space.path} does not: {', '.join(sorted(entries))}")
         point |= space.spread(entries[name], value)
+    # The values come from a server; `Space.check` says why strings among them are compared with the file.
     space.check(point, "W&B's sweep")
     return point

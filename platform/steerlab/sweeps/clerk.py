@@ -1,4 +1,4 @@
-"""Write what Ray Tune sees into the history of a sweep, and the table every few seconds."""
+"""Ray Tune's callback: record each event of a trial in the sweep's history, and rewrite the table every few seconds."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from steerlab.sweeps.units import Unit
 from steerlab.tracking import prometheus
 
 MAX_DEATHS = 3
-"""Deaths of a trial's process that it survives."""
+"""How often Ray Tune restarts a trial whose process died; after one more death the unit has failed."""
 _TABLE_EVERY_S = 5.0
 
 
 class Clerk(tune.Callback):
-    """Ray Tune's callback in every sweep."""
+    """Ray Tune's callback in every sweep; Ray Tune calls all methods in the sweep's own process."""
 
     def __init__(
         self,
@@ -40,20 +40,31 @@ class Clerk(tune.Callback):
         store: Store,
         agent: Agent | None = None,
     ) -> None:
-        """Write `history`; `agent` says which units W&B wants stopped."""
+        """Set up the callback.
+
+        Args:
+            history: receives the events.
+            feed: maps Ray Tune's trials to units.
+            metric, mode: the metric that the sweep optimises, and "min" or "max".
+            write: writes the table of trials.
+            say: prints a line for people.
+            store: holds the notes that ask a unit to stop.
+            agent: knows which units W&B wants stopped; None when W&B does not choose the points.
+        """
         self._store, self._agent = store, agent
         self._stopping: dict[int, float] = {}
-        """Units that are to stop, and when they were asked to."""
+        """Numbers of the units that were asked to stop, with the time of the request (seconds of `time.monotonic`)."""
         self._history, self._feed, self._metric, self._mode = history, feed, metric, mode
         self._write, self._say = write, say
         self._written_s = 0.0
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave everything out of what Ray Tune pickles: nobody reads that."""
+        """Return nothing to pickle."""
+        # Ray Tune pickles its callbacks into its experiment state, which is never read here; a store has no business there.
         return {}
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
-        """Ask units that W&B stops to stop, and end the process of one that does not."""
+        """Ask each unit that W&B stopped to stop, and end its process if it does not stop in time."""
         wanted = self._agent.stopped if self._agent is not None else set()
         for trial, unit in self._feed.units.items() if wanted else ():
             if unit.name not in wanted or self._history.courses[unit.number].settled:
@@ -62,30 +73,34 @@ class Clerk(tune.Callback):
                 self._stopping[unit.number] = time.monotonic()
                 stops.ask(self._store, self._history.folder, unit.name, WHY)
             elif time.monotonic() - self._stopping[unit.number] > stops.GRACE_S:
+                # The note had no effect: the process is busy, or its training runs in workers that do not see the note.
                 processes.end(trial)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """A process runs a unit."""
+        """Record that a process started a unit."""
         self._history.add("start", unit=self._unit(trial).number)
         self._count()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: object
     ) -> None:
-        """It reported a loss for the scheduler, or its rows."""
+        """Record a report of a unit: its final outcome, or a loss for the scheduler."""
         unit = self._unit(trial)
         if self._history.courses[unit.number].settled:
             return
+        # A report may still arrive after the unit was stopped, hence the check above; a settled unit never changes.
         if "outcome" in result:
             self._settle(unit, json.loads(result["outcome"]))
-        # A training that went on after a death reports steps again.
+        # A training that resumes from a checkpoint after its process died reports some steps again.
         elif "step" in result and result["step"] > self._last_step(unit):
+            # A unit with a scheduler reports exactly one of the two losses (`trial.TrialRequest.watched`).
             (value,) = (result[name] for name in ("eval/loss", "train/loss") if name in result)
             self._history.add("report", unit=unit.number, step=result["step"], value=value)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """It is done; without rows the scheduler stopped it, or its process was ended because W&B stopped it."""
+        """Record the end of a unit that reported no outcome: the scheduler or W&B stopped it."""
         unit = self._unit(trial)
+        # A unit that reported its outcome was settled in `on_trial_result`.
         if self._history.courses[unit.number].settled:
             return
         if unit.number in self._stopping:
@@ -96,11 +111,11 @@ class Clerk(tune.Callback):
         self._tell(unit)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
-        """Its process failed more often than it may."""
+        """Record that a unit failed because its process died more than MAX_DEATHS times."""
         unit = self._unit(trial)
         if not self._history.courses[unit.number].settled:
             error = trial.get_error()
-            cause = "" if error is None else f", the last time of {run.root_cause(error)}"
+            cause = "" if error is None else f", the last time with {run.root_cause(error)}"
             self._history.add("fail", unit=unit.number, reason=f"its process failed {MAX_DEATHS + 1} times{cause}")
             self._tell(unit)
 
@@ -121,7 +136,8 @@ class Clerk(tune.Callback):
         if best is not None:
             self._history.add("finish", unit=unit.number, score=best.value, rows=rows)
         else:
-            broken = next((row["reason"] for row in rows if row["reason"]), "no trial of it keeps the bound of `choose`")
+            # No best trial: either none has a score (failed), or none of the scored ones keeps the bound (finished).
+            broken = next((row["reason"] for row in rows if row["reason"]), "none of its trials keeps the bound of `choose`")
             kind = "finish" if scored else "fail"
             self._history.add(kind, unit=unit.number, rows=rows, reason=outcome.get("reason", broken))
         self._tell(unit)
@@ -139,6 +155,7 @@ class Clerk(tune.Callback):
         self._say(
             f"{len(self._history.settled)}/{len(all_courses)} {unit.name} {course.status}{measured} ({params}) {course.reason}"
         )
+        # Writing the table rewrites all rows: with thousands of short trials, once for each would take longer than they do.
         if time.monotonic() - self._written_s > _TABLE_EVERY_S:
             self._written_s = time.monotonic()
             self._write()

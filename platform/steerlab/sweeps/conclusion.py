@@ -1,4 +1,4 @@
-"""What a sweep ends with: table, summary, and the best trial on the rows that nothing was chosen by."""
+"""End a sweep: write its table and summary, and evaluate the best trial on rows that no choice was based on."""
 
 from __future__ import annotations
 
@@ -16,28 +16,34 @@ from steerlab.sweeps.sweep_request import SCHEMA, SweepRun
 
 
 class SweepSummary(TypedDict):
-    """What summary.json of a sweep holds."""
+    """Content of a sweep's summary.json."""
 
     schema: int
+    """Version of the format."""
     metric: str
     mode: str
+    """"min" or "max" of the metric."""
     complete: bool
+    """False when the sweep was interrupted."""
     best: results.Best | None
+    """None when no trial finished, or none keeps the bound of the job's `choose`."""
     indistinguishable: list[str] | None
-    """Other trials that the data cannot tell from the best one; None where nothing tells."""
+    """Ids of other trials whose difference to the best one may be chance. None when that is unknown: the sweep was
+    interrupted, or the metric is not stored item by item."""
     development: dict[str, MetricNumbers] | None
-    """Metrics of the best trial on the rows that chose it, where others report it."""
+    """Metrics of the best trial on the development rows that chose it. None when the sweep has no development tasks."""
     test: dict[str, MetricNumbers] | None
-    """Its metrics on the rows of the job's own tasks."""
+    """Metrics of the best trial on the rows of the job's own tasks. None when the sweep was interrupted."""
     counts: dict[str, int]
-    """Trials, and rows by status."""
+    """Number of trials (`trials`), and number of rows by status."""
     seconds: dict[str, float]
-    """By stage."""
+    """Seconds spent in each stage."""
     test_runs: NotRequired[list[str]]
+    """Run folders that `test` was read from."""
 
 
 def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
-    """Write table and summary; of a sweep that is complete, also what the best trial measures on the rows that report."""
+    """Write the table and the summary of a sweep; evaluate the best trial on the test rows if the sweep is complete."""
     sweep.write_table()
     plan, rows = sweep.request.plan, results.all_rows(sweep.history)
     scored = results.scored(rows, plan.metric)
@@ -60,8 +66,10 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         summary["best"] = results.best_line(best, plan.metric)
         if plan.development:
             summary["development"] = results.metrics_of_rows(best.rows)
+        # Written for an interrupted sweep too: the best trial so far is often what people want.
         sweep.store.write_text(f"{sweep.folder}/best.yaml", jobs.dump(plan.best_job(best.params, None)))
     if best is not None and not interrupted:
+        # Only for a complete sweep: a later trial could still become the best one.
         summary["indistinguishable"] = results.indistinguishable(scored, best, plan.metric, sweep.store)
         follows = "; its own tasks follow" if plan.development else ""
         sweep.say(f"best: trial {best.trial_id}, {plan.metric} {best.value:.4g}{follows}")
@@ -73,22 +81,22 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
 
 
 def _tested(sweep: SweepRun, best: results.Scored) -> tuple[dict[str, MetricNumbers], list[str]]:
-    """Return what the best trial measures on the rows of the job's own tasks, and the runs that say so.
-
-    Without development rows these are the rows that it was chosen by, so its own runs have said it already.
-    """
+    """Return the metrics of the best trial on the job's own tasks, and the folders of the runs that measured them."""
     request = sweep.request
+    # Without development tasks, the trials were chosen by the job's own tasks, so their runs already hold these metrics.
     if not request.plan.development:
         return results.metrics_of_rows(best.rows), [results.text_of(row, "run") for row in best.rows]
     runs = [_report(sweep, request.plan.best_job(best.params, seed), seed) for seed in request.seeds]
     names = runs[0].summary["metrics"]
-    metrics = {name: results.over_seeds([one.summary["metrics"][name] for one in runs]) for name in names}
-    return metrics, [one.folder for one in runs]
+    metrics = {name: results.over_seeds([done.summary["metrics"][name] for done in runs]) for name in names}
+    return metrics, [done.folder for done in runs]
 
 
 def _report(sweep: SweepRun, job: Job, seed: int) -> run.Run:
-    """Run the best trial's own tasks: those of the job, on the rows that nothing was chosen by."""
+    """Run the job's own tasks with the parameters of the best trial."""
+    # No Ray Tune process is waiting now, so a small job may train in this process, as the trials did in theirs.
     if job.scale.worker_range == (1, 1) and job.scale.warm is None:
         job = job.model_copy(update={"scale": job.scale.model_copy(update={"warm": not reserved.uses_gpu(job.scale)})})
+    # A fixed id: a sweep that is interrupted here and resumed continues this run instead of starting another one.
     run_id = f"{sweep.folder.rpartition('/')[2]}-best-{seed}"
     return run.execute(Plan.of(job), sweep.store, Listener(), sweep.command, run_id=run_id)

@@ -1,4 +1,4 @@
-"""Run a sweep from its job and space to its table: begin or go on, let Ray Tune run the units, say what came out.
+"""Run a sweep: start or resume it, let Ray Tune run its units, and write the table and summary.
 
 ROOT/sweeps/<job>/<sweep id>/   job.yaml, space.json, history.jsonl, units/, trials.parquet, summary.json, best.yaml, tune/
 """
@@ -28,12 +28,13 @@ from steerlab.sweeps.units import Unit
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sweep left."""
+    """Result of a sweep."""
 
     folder: str
-    """Path below ROOT."""
+    """The sweep's folder, relative to ROOT."""
     summary: conclusion.SweepSummary
     interrupted: bool
+    """True when units are still pending, as after Ctrl-C."""
 
 
 @own_code.held()
@@ -47,24 +48,34 @@ def sweep(
     at_once: int | None = None,
     wandb_sweep: str | None = None,
 ) -> Outcome:
-    """Run what is left of a sweep and write what it found; Ray must be connected.
+    """Run the pending units of a sweep and write its results; Ray must be connected.
 
-    `at_once` trials run at a time at most, None for as many as the cluster fits. `wandb_sweep` (ENTITY/PROJECT/ID) is a sweep
-    of W&B that chooses the points, in place of the space's own search.
+    Args:
+        request: the checked sweep.
+        store: ROOT.
+        resume: continue the newest sweep of the same job over the same space instead of starting a new one.
+        command: the command line, for the record.
+        say: prints a line for people.
+        at_once: largest number of trials that run at the same time; None for as many as fit on the cluster.
+        wandb_sweep: ENTITY/PROJECT/ID of a W&B sweep that chooses the points instead of the space's own search; None for
+            the space's own search.
 
     Raises:
-        ValueError: there is nothing to go on with, another process runs it, or a trial does not fit.
+        ValueError: there is no sweep to resume, another process runs it, or a trial does not fit on the cluster.
     """
+    # Before the sweep has a folder: a trial that can never fit on the cluster should leave nothing behind.
     num_at_once = min(concurrency(request), at_once or sys.maxsize)
     agent = Agent(wandb_sweep, request.plan, request.seeds, num_at_once) if wandb_sweep is not None else None
     folder = _to_resume(request, store) if resume else f"sweeps/{request.plan.job.name}/{run.new_id()}"
     try:
+        # Two processes that resume one sweep would both append to its history.
         with claims.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False):
             history = _begin(request, store, folder)
             left = len(history.pending)
             say(f"{folder}: {len(history.courses)} units, {left} left, {num_at_once} at once" if request.units else f"{folder}")
             running = SweepRun(request, store, folder, history, command, say)
             interrupted = tuner.run_units(running, num_at_once, agent)
+            # The trials do not wait until W&B has their metrics, so the sweep waits once for all of them.
             tracking.drain(tracking.FINISH_WAIT_S)
             return Outcome(folder, conclusion.conclude(running, interrupted), interrupted)
     except claims.Held:
@@ -72,7 +83,7 @@ def sweep(
 
 
 def _begin(request: SweepRequest, store: Store, folder: str) -> History:
-    """Write down what the sweep is, or read how far it came."""
+    """Record the start of a sweep, or its resumption after what the history holds; return the history."""
     history = History(store, folder)
     _check_units(request, [course.unit for course in history.courses.values()], f"{store.root}/{folder}/history.jsonl")
     if history.started:
@@ -82,6 +93,7 @@ def _begin(request: SweepRequest, store: Store, folder: str) -> History:
         store.write_json(f"{folder}/space.json", request.described())
         store.write_json(f"{folder}/environment.json", run.environment(""))
         history.add("begin", sweep=folder.rpartition("/")[2], job=request.plan.job.name)
+    # If the process dies in the middle of this loop, the resumed sweep adds the remaining units.
     for unit in request.units:
         if unit.number not in history.courses:
             history.suggest(unit)
@@ -89,22 +101,24 @@ def _begin(request: SweepRequest, store: Store, folder: str) -> History:
 
 
 def _check_units(request: SweepRequest, units: Iterable[Unit], where: str) -> None:
-    """Refuse units of an earlier run of the sweep that this space does not give: they would set other fields of the job.
+    """Refuse units in the history that do not come from this job and space.
 
     Raises:
-        ValueError: a unit is not that of its number where all are known, or sets what is no entry of the space.
+        ValueError: a unit differs from the request's unit of the same number, or sets a field that is no entry of the space.
     """
-    known = {unit.number: json.loads(json.dumps(unit.as_dict())) for unit in request.units}
+    # A sweep folder may come from somebody else, and a value in it could name a file that the job would load or run.
+    # Grid and random search know all units in advance; a searcher's units can only be checked against the space.
+    expected = {unit.number: json.loads(json.dumps(unit.as_dict())) for unit in request.units}
     entries = request.plan.space.fields
     for unit in units:
-        if known and known.get(unit.number) != json.loads(json.dumps(unit.as_dict())):
+        if expected and expected.get(unit.number) != json.loads(json.dumps(unit.as_dict())):
             raise saved.SavedError(f"{where} is damaged: unit {unit.number} is none of this job, space and seeds")
         foreign = [key for trial in unit.trials for key in trial.params if key not in entries]
         if foreign:
             raise saved.SavedError(
                 f"{where} is damaged: unit {unit.number} sets {foreign[0]!r:.80}, which is no entry of SPACE"
             )
-        for trial in unit.trials if not known else ():
+        for trial in unit.trials if not expected else ():
             try:
                 request.plan.space.check(trial.params, f"{where} is damaged: unit {unit.number}")
             except JobError as error:
@@ -112,31 +126,35 @@ def _check_units(request: SweepRequest, units: Iterable[Unit], where: str) -> No
 
 
 def latest(request: SweepRequest, store: Store) -> str | None:
-    """Return the folder of the newest sweep of the same job over the same space, None if there is none."""
+    """Return the folder of the newest sweep of the same job over the same space; None if there is no such sweep."""
     name = request.plan.job.name
+    # Through JSON, because the stored request has lists where the request in memory has tuples.
     wanted = _identity(json.loads(json.dumps(request.described())), request.plan.job.model_dump(mode="json"))
+    # Ids begin with the time, so the last one is the newest.
     for sweep_id in reversed(store.list(f"sweeps/{name}")):
         folder = f"sweeps/{name}/{sweep_id}"
         try:
             if _identity(folders.space(store, folder), folders.job(store, folder)) == wanted:
                 return folder
-        except (FileNotFoundError, saved.SavedError):  # killed before it had begun, or not what was asked for
+        except (FileNotFoundError, saved.SavedError):  # killed before both files were written, or damaged
             continue
     return None
 
 
 def _to_resume(request: SweepRequest, store: Store) -> str:
-    found = latest(request, store)
-    if found is None:
+    folder = latest(request, store)
+    if folder is None:
         raise ValueError(
             f"--resume: {store.root}/sweeps/{request.plan.job.name} has no sweep of this job over this space "
             "(same files, --set, --samples, --seeds)"
         )
-    return found
+    return folder
 
 
 def _identity(space: JsonObject, tree: JsonObject) -> tuple[JsonObject, Json]:
-    """Return what must be equal for a sweep to be gone on with: not where space and files lie, nor how the work is spread."""
+    """Return the parts of a sweep's space and job that must be equal for it to be resumed."""
+    # Left out: paths, since the same files may lie elsewhere (their hashes stand for them), and `scale` and `track`, which
+    # change no result.
     files = space.get("files")
     places = {sha256: path for sha256, path in files.items() if isinstance(path, str)} if isinstance(files, dict) else {}
     return (

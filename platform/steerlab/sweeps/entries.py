@@ -1,7 +1,7 @@
-"""What an entry of a search space is: a grid, a domain of Ray Tune or a constant, and which values it may have.
+"""Entries of a search space: a grid, a domain of Ray Tune or a constant, and the values that each can take.
 
-Ray Tune's own nested form, {"train": {"lr": tune.loguniform(...)}}, is written out to keys with dots. Values are those of JSON:
-numbers of NumPy become Python's, tuples become lists.
+Ray Tune's nested form, {"train": {"lr": tune.loguniform(...)}}, is flattened to keys with dots ("train.lr"). Values are
+converted to JSON types: NumPy numbers become Python numbers, tuples become lists.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ Entry: TypeAlias = Domain | Json
 
 
 class Grid(TypedDict):
-    """What `tune.grid_search` makes."""
+    """The dict that `tune.grid_search` returns."""
 
     grid_search: list[Json]
 
 
 def entries(space: Mapping[object, object]) -> dict[str, Entry]:
-    """Return the entries of a SPACE by their whole keys, their values those of JSON.
+    """Return the entries of a SPACE by their full keys ("train.lr"), with values of JSON types.
 
     Raises:
-        JobError: a key is no text, two entries set one field, or a value is none that a job can hold.
+        JobError: a key is not a string, two entries set the same field, or a value has a type that no job field can hold.
     """
-    found: dict[str, Entry] = {}
+    by_key: dict[str, Entry] = {}
     for key, entry in _flat(space, ""):
-        if key in found:
+        if key in by_key:
             raise JobError(f"SPACE[{key!r}] is there twice, once nested and once by its whole key")
-        found[key] = _entry(key, entry)
-    single = [(one.strip(), key) for key in found for one in key.split(",")]
+        by_key[key] = _entry(key, entry)
+    # An entry may set several fields ("method.name, method.pooling"), and a whole section ("method") sets all below it.
+    single = [(field.strip(), key) for key in by_key for field in key.split(",")]
     for name, key in single:
         for other, other_key in single:
             if name.startswith(f"{other}.") or (name == other and key != other_key):
                 raise JobError(f"SPACE[{other_key!r}] and SPACE[{key!r}] both set {name}")
-    return found
+    return by_key
 
 
 def _flat(node: Mapping[object, object], prefix: str) -> Iterator[tuple[str, object]]:
@@ -54,7 +55,8 @@ def _flat(node: Mapping[object, object], prefix: str) -> Iterator[tuple[str, obj
                 f"SPACE[{key!r}]: a key is the path of a field, 'train.lr', or of several, 'method.name, method.pooling'"
             )
         whole = ", ".join(f"{prefix}{part.strip()}" for part in key.split(",")) if prefix else key
-        # A section of the job is merged; a constant at the path of a field takes the place of what was there.
+        # {"train": {"lr": 1e-3}} changes one field of the section and leaves the others, whereas {"method.steer": {...}}
+        # replaces the whole value of that field, unless a domain somewhere in it shows that it is a nested space.
         is_section = not prefix and "." not in key
         if isinstance(entry, Mapping) and not is_grid(entry) and entry and (is_section or _holds_domain(entry)):
             if "," in key:
@@ -65,18 +67,19 @@ def _flat(node: Mapping[object, object], prefix: str) -> Iterator[tuple[str, obj
 
 
 def _holds_domain(value: object) -> bool:
+    # A plain function counts as a domain, so that `_entry` is reached and can say to write `tune.sample_from`.
     if isinstance(value, Domain) or is_grid(value) or callable(value):
         return True
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return any(_holds_domain(one) for one in inner)
+    return any(_holds_domain(item) for item in inner)
 
 
 def _entry(key: str, entry: object) -> Entry:
-    """Return an entry whose values are those of JSON."""
+    """Return an entry with values of JSON types."""
     if is_grid(entry):
         return {"grid_search": _values(key, entry["grid_search"])}
     if isinstance(entry, Categorical):
-        changed = copy.copy(entry)
+        changed = copy.copy(entry)  # the space's file may use the domain object elsewhere
         changed.categories = _values(key, entry.categories)
         return changed
     if isinstance(entry, Domain):
@@ -89,15 +92,15 @@ def _entry(key: str, entry: object) -> Entry:
 def _values(key: str, values: object) -> list[Json]:
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
         raise JobError(f"SPACE[{key!r}]: tune.grid_search and tune.choice take a list of values, not {cut(repr(values))}")
-    found = list(values)
-    if not found:
+    listed = list(values)
+    if not listed:
         raise JobError(f"SPACE[{key!r}] has no values")
-    if any(_holds_domain(one) for one in found):
+    if any(_holds_domain(value) for value in listed):
         raise JobError(
             f"SPACE[{key!r}]: one of its values is a domain itself, which is not searched here: give each field an entry of "
             "its own, or compute one from the others with tune.sample_from"
         )
-    return [plain(one, f"SPACE[{key!r}]") for one in found]
+    return [plain(value, f"SPACE[{key!r}]") for value in listed]
 
 
 @overload
@@ -105,14 +108,16 @@ def plain(value: dict[object, object], where: str) -> JsonObject: ...
 @overload
 def plain(value: object, where: str) -> Json: ...
 def plain(value: object, where: str) -> Json:
-    """Return a value in JSON's types. Raises JobError, which begins with `where`, if it has none."""
+    """Convert a value to JSON types. Raises JobError, with a message that begins with `where`, if that is impossible."""
+    # NumPy first: numpy.float64 is a subclass of float, but numpy.bool_ is not one of bool.
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
+    # bool before int, of which it is a subclass: True must not become 1.
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, float) and not math.isfinite(value):
-        raise JobError(f"{where}: {value} is no value of a setting")
-    # Of a subclass, such as an enumeration of numbers, the plain value.
+        raise JobError(f"{where}: {value} is not a finite number, so no setting can hold it")
+    # An instance of a subclass (IntEnum, StrEnum, numpy.str_) becomes its plain value, which YAML can write.
     if isinstance(value, int):
         return int.__int__(value)
     if isinstance(value, float):
@@ -120,12 +125,12 @@ def plain(value: object, where: str) -> Json:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, list | tuple | range):
-        return [plain(one, where) for one in value]
+        return [plain(item, where) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {str(key): plain(one, where) for key, one in value.items()}
+        return {str(key): plain(item, where) for key, item in value.items()}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise JobError(f"{where}: a value of type {type(value).__name__} is none of a setting: {cut(repr(value))}")
+    raise JobError(f"{where}: no setting can hold a value of type {type(value).__name__}: {cut(repr(value))}")
 
 
 def is_grid(entry: object) -> TypeGuard[Grid]:
@@ -134,7 +139,7 @@ def is_grid(entry: object) -> TypeGuard[Grid]:
 
 
 def finite(entry: Entry) -> list[Json] | None:
-    """Return the values of an entry that can only have these; None where there is no such list."""
+    """Return all values of a grid, a choice or a constant; None for a range or a function."""
     if is_grid(entry):
         return list(entry["grid_search"])
     if isinstance(entry, Categorical):
@@ -143,28 +148,31 @@ def finite(entry: Entry) -> list[Json] | None:
 
 
 def extremes(entry: Entry) -> list[Json]:
-    """Return the values of an entry that have to be valid for all of them to be: every one, or the ends of a range."""
+    """Return the values whose validity implies that of all others: every value of a finite entry, or the ends of a range."""
     values = finite(entry)
     if values is not None:
         return values
     if isinstance(entry, Integer):
+        # Ray Tune excludes the upper end of `randint`.
         return [int(entry.lower), max(int(entry.lower), int(entry.upper) - 1)]
     if isinstance(entry, Float):
-        # Ranges without ends (a normal distribution) are checked as they are drawn.
+        # A normal distribution has no ends; its values are checked when they are drawn.
         return [float(end) for end in (entry.lower, entry.upper) if end is not None and math.isfinite(end)]
     return []
 
 
 def describe(entry: Entry) -> JsonObject:
-    """Write an entry as JSON values: its kind, and its values or the ends of its range."""
+    """Describe an entry in JSON types: its kind, and its values or the ends and the step of its range."""
     if is_grid(entry):
         return {"kind": "grid_search", "values": list(entry["grid_search"])}
     if isinstance(entry, Categorical):
         return {"kind": "choice", "values": list(entry.categories)}
     if isinstance(entry, Float | Integer):
         sampler = entry.get_sampler()
+        # `quniform` and the like wrap the sampler of the range in one that rounds to steps.
         step = sampler.q if isinstance(sampler, Quantized) else None
         inner = sampler.sampler if isinstance(sampler, Quantized) else sampler
+        # The samplers of Ray Tune are private classes with names such as _Uniform and _LogUniform (Ray 2.60).
         kind = type(inner).__name__.strip("_").lower() if not isinstance(inner, LogUniform) else "loguniform"
         number = "randint" if isinstance(entry, Integer) else "uniform"
         described: JsonObject = {"kind": {"uniform": number, "loguniform": f"log{number}"}.get(kind, kind)}

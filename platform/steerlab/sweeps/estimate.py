@@ -1,4 +1,4 @@
-"""What a sweep would cost, before it starts: distinct stages, what of them is there, seconds and bytes."""
+"""Estimate what a sweep would cost before it starts: its distinct stages, how many are cached, seconds and bytes."""
 
 from __future__ import annotations
 
@@ -16,54 +16,63 @@ from steerlab.sweeps import search, trials, units
 from steerlab.sweeps.sweep_request import SweepRequest
 
 _MOST_COMPARED = 200
-"""Artifacts of a kind that an estimate looks at."""
+"""Largest number of artifacts of one stage that an estimate reads: each is a file of the store."""
 
 
 _Scalar: TypeAlias = int | float | str | None
-"""A parameter of a stage; one of several values is written as a text."""
+"""Value of a parameter of a stage; a list is written as JSON text."""
 
 
 class StageCost(TypedDict):
-    """What the stages of one kind would cost."""
+    """Estimated cost of all stages with one name."""
 
     distinct: int
+    """Number of stages with different keys."""
     cached: int
+    """How many of them are in the store."""
     to_run: int
+    """How many of them are not."""
     seconds: float | None
-    """Seconds of the artifacts of the same kind whose parameters differ least; None where there is no such artifact."""
+    """Estimated seconds of the stages to run, one after another: each takes as long as the stored artifact whose parameters
+    differ least. None when the store has no artifact of this stage."""
     bytes: int
+    """Estimated disk space of the stages to run."""
 
 
 class SweepCost(TypedDict):
-    """What a sweep would cost."""
+    """Estimated cost of a sweep."""
 
     trials: int
+    """Number of trials, counting each seed."""
     units: int
     stages: dict[str, StageCost]
-    """By the name of the stage."""
+    """Cost by stage name."""
     words: str
-    """For people."""
+    """The cost as a sentence for people."""
 
 
 def of(request: SweepRequest, store: Store, say: trials.Say = lambda line: None) -> SweepCost:
-    """Return trials, and of each kind of stage how many are distinct, cached and to run, with seconds and bytes."""
+    """Estimate the cost of a sweep: the number of trials, and the stages to run with their seconds and bytes."""
+    # A searcher's points are not known in advance; random points of the same space share stages about as often.
     runs = request.units or _stand_ins(request)
-    found: dict[str, plan.Stage] = {}
+    stages: dict[str, plan.Stage] = {}
     needs: dict[str, plan.Estimate] = {}
     for unit in trials.counted(runs, "looking for stages", say):
         for seed in unit.seeds:
             planned = Plan.of(request.plan.job_of(unit.shared, seed, unit.strengths))
-            new = [stage for stage in planned.stages if stage.key not in found]
-            found |= {stage.key: stage for stage in new}
+            new = [stage for stage in planned.stages if stage.key not in stages]
+            stages |= {stage.key: stage for stage in new}
+            # An estimate may tokenise the rows, so only stages that no earlier unit has are estimated.
             if new:
                 needs |= capacity.estimates(planned, run.facts_of(planned), plan.status(new, store))
-    records = plan.status(list(found.values()), store)
+    records = plan.status(list(stages.values()), store)
     lines: dict[str, StageCost] = {}
     for record in records:
         line = lines.setdefault(record.stage.name, {"distinct": 0, "cached": 0, "to_run": 0, "seconds": 0.0, "bytes": 0})
         line["distinct"] += 1
         line["cached" if record.status == "cached" else "to_run"] += 1
     for name, line in lines.items():
+        # Cached stages cost nothing, so only the others count in seconds and bytes.
         left = [record.stage for record in records if record.stage.name == name and record.status != "cached"]
         line["bytes"] = sum(needs[stage.key].disk_bytes for stage in left if stage.key in needs)
         line["seconds"] = _seconds(left, store)
@@ -72,11 +81,11 @@ def of(request: SweepRequest, store: Store, say: trials.Say = lambda line: None)
 
 
 def _words(request: SweepRequest, num_trials: int, lines: Mapping[str, StageCost]) -> str:
-    known = sum(line["seconds"] for line in lines.values() if line["seconds"] is not None)
+    known_s = sum(line["seconds"] for line in lines.values() if line["seconds"] is not None)
     unknown = sum(line["to_run"] for line in lines.values() if line["seconds"] is None)
-    drawn = "" if request.units else ", at points drawn at random in place of those that the searcher will choose"
-    more = f", and {unknown} of which nothing like them has run here" if unknown else ""
-    return f"{num_trials} trials{drawn}; about {known:.0f} s of stages one after another{more}"
+    drawn = "" if request.units else ", at points drawn at random instead of those that the searcher will choose"
+    more = f", and {unknown} stages of unknown duration, since no such stage has run in this ROOT" if unknown else ""
+    return f"{num_trials} trials{drawn}; about {known_s:.0f} s of stages one after another{more}"
 
 
 def _stand_ins(request: SweepRequest) -> list[units.Unit]:
@@ -85,26 +94,28 @@ def _stand_ins(request: SweepRequest) -> list[units.Unit]:
 
 
 def _seconds(stages: list[plan.Stage], store: Store) -> float | None:
-    """Return the seconds of stages of one kind by what their nearest relatives took."""
+    """Estimate the seconds of stages with one name from the stored artifacts with the most similar parameters."""
     if not stages:
         return 0.0
     name = stages[0].name
-    known = []
+    artifacts = []
     for key in store.list(f"artifacts/{name}")[:_MOST_COMPARED]:
-        with suppress(ValueError):  # half removed, or damaged: an estimate can do without
-            known.append(plan.made(store, name, key))
-    if not known:
+        with suppress(ValueError):  # damaged, or being removed by another process: the estimate works without it
+            artifacts.append(plan.made(store, name, key))
+    if not artifacts:
         return None
-    flat = [(dict(_flat(made.params)), made.seconds) for made in known]
+    flat = [(dict(_flat(artifact.params)), artifact.seconds) for artifact in artifacts]
     total = 0.0
     for stage in stages:
         own = dict(_flat(stage.params))
+        # Only the number of parameters that differ counts, not by how much; that is enough for a rough estimate.
         near, seconds = min(flat, key=lambda entry: _distance(own, entry[0]))
         total += seconds * _ratio(own.get("train.steps"), near.get("train.steps"))
     return total
 
 
 def _ratio(steps: _Scalar, near_steps: _Scalar) -> float:
+    # The duration of a training is proportional to its steps; other stages have no such parameter.
     if isinstance(steps, int | float) and isinstance(near_steps, int | float) and steps and near_steps:
         return steps / near_steps
     return 1.0
@@ -119,4 +130,5 @@ def _flat(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _distance(a: Mapping[str, _Scalar], b: Mapping[str, _Scalar]) -> int:
+    """Count the parameters in which two stages differ."""
     return sum(a.get(name) != b.get(name) for name in a.keys() | b.keys())

@@ -1,14 +1,16 @@
-"""What a sweep remembers: one line an event, appended and never changed; from it the sweep goes on after any crash.
+"""The event log of a sweep (history.jsonl): append-only, one JSON line per event. A sweep resumes from it after any crash.
 
-    begin     the sweep starts                       suggest   a unit: its trials, their parameters, its seeds
-    resume    it goes on after a crash or a stop     start     a process runs the unit (again after that process died)
-    report    a value that the scheduler saw         finish    the unit's rows: parameters, metrics, seconds, keys
-    stop      it was interrupted                     fail      the unit failed, and why
-    end       every unit is settled                  prune     the scheduler stopped the unit
+    events of the sweep                              events of a unit
+    begin     the sweep starts                       suggest   the unit: its trials, their parameters, its seeds
+    resume    it continues after a crash or a stop   start     a process runs the unit (again after a process died)
+    stop      it was interrupted                     report    a value that the scheduler saw
+    end       every unit is settled                  finish    the unit's rows: parameters, metrics, seconds, keys
+                                                     fail      the unit failed, and why
+                                                     prune     the scheduler stopped the unit
                                                      stop      W&B stopped the unit, and when
 
-Only the sweep's own process writes. What was trained and measured is in the artifacts: a unit whose line is missing runs
-again and finds them there.
+Only the sweep's own process writes. Trained weights and measurements are artifacts: a unit whose `finish` is missing runs
+again and takes its stages from the store.
 """
 
 from __future__ import annotations
@@ -37,53 +39,57 @@ class _Line(saved.Shape):
 
 @dataclass
 class Course:
-    """What became of a unit so far."""
+    """State of a unit so far."""
 
     unit: Unit
     status: Status = "pending"
     rows: list[TrialRow] = field(default_factory=list)
-    """What it measured, a row a trial and seed."""
+    """Its measurements: one row for each trial and seed. Empty until the unit finished."""
     reason: str = ""
+    """Why it failed or stopped; empty otherwise."""
     reports: list[tuple[int, float]] = field(default_factory=list)
-    """(step, value) that the scheduler saw."""
+    """(step, value) pairs that the scheduler saw."""
     score: float | None = None
-    """What the searcher was told."""
+    """Metric of its best trial, for the searcher. None when no trial has one."""
 
     @property
     def settled(self) -> bool:
-        """Say whether nothing is left to do."""
+        """Whether the unit finished, failed, was pruned or was stopped."""
         return self.status in _SETTLES.values()
 
 
 class History:
-    """The events of one sweep."""
+    """The events of one sweep, and the state of its units that follows from them."""
 
     def __init__(self, store: Store, folder: str) -> None:
-        """Read what there is; units that ran when the sweep died are pending again.
+        """Read the events so far; units that were running when the sweep's process died become pending.
 
         Raises:
-            ValueError: a line is none of a sweep's, or a trial's name is not that of its parameters.
+            ValueError: a line is not an event of a sweep, or a trial's name is not the hash of its parameters.
         """
         self.folder = folder
         self._store, self._path = store, f"{folder}/history.jsonl"
         self.courses: dict[int, Course] = {}
         self.settled: list[int] = []
-        """Numbers of the settled units, in the order in which they were."""
+        """Numbers of the settled units, in the order in which they settled: Optuna's study is rebuilt in this order."""
         self.started = self.ended = False
         for number, line in enumerate(store.read_lines(self._path), 1):
             self._read(line, f"{store.root}/{self._path} line {number}")
         for course in self.courses.values():
+            # Its process died with the sweep; finished stages are in the store, and a training has checkpoints.
             if course.status == "running":
                 course.status = "pending"
 
     def add(self, event: str, **facts: object) -> None:
         """Append an event."""
         line = {"event": event, "time": round(time.time(), 3), **facts}
+        # The file first: if the process dies in between, memory has lost nothing that the file lacks.
         self._store.append_line(self._path, line)
         self._apply(_Line.model_validate(line))
 
     def suggest(self, unit: Unit) -> None:
-        """Append a unit. Raises ValueError if there is one with a trial and seed of the same name."""
+        """Append a unit. Raises ValueError if the history already has one of its trials with one of its seeds."""
+        # One trial may occur in several units, one for each seed.
         taken = {(trial.trial_id, seed) for c in self.courses.values() for trial in c.unit.trials for seed in c.unit.seeds}
         for trial in unit.trials:
             if any((trial.trial_id, seed) in taken for seed in unit.seeds):
@@ -92,7 +98,8 @@ class History:
         self.courses[unit.number] = Course(unit)
 
     def _read(self, tree: object, where: str) -> None:
-        """Take a line of the file, which another's ROOT may hold. Raises ValueError where it is none of a sweep's."""
+        """Apply a line of the file. Raises ValueError if it is not an event of a sweep."""
+        # The file may come from somebody else's ROOT, so its content is checked before it is used.
         line = saved.checked(tree, _Line, where)
         if line.event == "suggest":
             unit = saved.checked(tree, UnitRecord, where).unit
@@ -105,6 +112,7 @@ class History:
     def _apply(self, line: _Line) -> None:
         if line.event == "begin":
             self.started = True
+        # Only the last event counts: a sweep that is resumed after its end has further events.
         self.ended = line.event == "end"
         if line.unit is None:
             return
@@ -116,11 +124,12 @@ class History:
         elif line.event == "report":
             course.reports.append((line.step, line.value))
         elif line.event in _SETTLES and not course.settled:
+            # The first event that settles a unit counts: a process may report its outcome after W&B stopped the unit.
             course.status = _SETTLES[line.event]
             course.rows, course.reason, course.score = line.rows, line.reason, line.score
             self.settled.append(line.unit)
 
     @property
     def pending(self) -> list[Unit]:
-        """Units that are not settled, in order."""
+        """Units that are not settled, in the order in which they were suggested."""
         return [course.unit for course in self.courses.values() if not course.settled]

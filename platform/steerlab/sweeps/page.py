@@ -1,4 +1,4 @@
-"""A sweep's page in Weights & Biases, and where its trials stand on it."""
+"""The page of a sweep in Weights & Biases, and the place of its trials on that page."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from steerlab.tracking.wandb_client import sweep_page
 from steerlab.tracking.wandb_client.parameters import sweep_config
 
 
-def begin(found: SweepPlan, store: Store, folder: str) -> str | None:
-    """Make the sweep's page, or find it again; None where the job is not tracked online or W&B does not answer."""
-    if found.job.track.wandb is None:
+def begin(sweep_plan: SweepPlan, store: Store, folder: str) -> str | None:
+    """Create the sweep's page in W&B, or reuse the one that it already has.
+
+    Returns:
+        Id of the page. None when the job is not tracked online or W&B does not answer.
+    """
+    if sweep_plan.job.track.wandb is None:
         return None
     local = Path(store.root.removeprefix("file://")) / folder
+    # W&B's client writes local files, so with ROOT in an object store they lie in the user's cache folder.
     directory = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / folder.rpartition("/")[2]
     try:
-        config = sweep_config(found.job.name, _apart(found.space.entries), found.metric, found.mode)
+        config = sweep_config(sweep_plan.job.name, _apart(sweep_plan.space.entries), sweep_plan.metric, sweep_plan.mode)
     except ValueError as error:
+        # W&B cannot describe a function of the space. Its page works without the list of parameters, only with fewer plots.
         warnings.warn(f"{error}: the sweep's page in W&B names no such parameter", stacklevel=2)
-        config = sweep_config(found.job.name, {}, found.metric, found.mode)
-    return sweep_page.begin(found.job.track, config, directory)
+        config = sweep_config(sweep_plan.job.name, {}, sweep_plan.metric, sweep_plan.mode)
+    return sweep_page.begin(sweep_plan.job.track, config, directory)
 
 
 def _apart(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Name each field that an entry sets by itself: that is how trials name them."""
+    """Split entries that set several fields into one entry for each field, as trials report one parameter for each."""
     single: dict[str, Entry] = {}
     for entry, value in entries.items():
         keys, values = [key.strip() for key in entry.split(",")], finite(value)
@@ -39,17 +45,25 @@ def _apart(entries: Mapping[str, Entry]) -> dict[str, Entry]:
             single[entry] = value
             continue
         for number, key in enumerate(keys):
-            distinct = {repr(one[number]): one[number] for one in values if isinstance(one, list)}
+            # By repr, because a value may be a list, which no set can hold.
+            distinct = {repr(choice[number]): choice[number] for choice in values if isinstance(choice, list)}
             single[key] = {"grid_search": list(distinct.values())}
     return single
 
 
 def place_of(unit: Unit, job: Job, seed: int, *, sweep: str, page: str | None, wandb_run: str | None) -> Place:
-    """Return where a trial's run stands: in the sweep's group and on its page, with what it varies.
+    """Return the place of a unit's run in W&B: the sweep's group and page, and the parameters that the sweep varies.
 
-    `page` is the id of W&B's sweep, `wandb_run` that of the run that it has asked for.
+    Args:
+        unit: the unit that runs.
+        job: its job.
+        seed: the training seed of this run.
+        sweep: id of the sweep, which groups its runs.
+        page: id of the sweep's page in W&B; None when it has none.
+        wandb_run: id of the run that W&B handed out; None when W&B does not choose the points.
     """
     varied = {**unit.shared, **({"strength": [*unit.strengths]} if len(unit.strengths) > 1 else {})}
+    # W&B hands out one run for each suggestion, so the other seeds of a unit get runs of their own.
     first = seed == unit.seeds[0]
     return Place(
         group=sweep,

@@ -1,6 +1,8 @@
-"""What a sweep found: its table, its best trial, and the trials that the data cannot tell from it.
+"""Results of a sweep: its table, its best trial, and the trials that the data cannot tell from the best one.
 
-trials.parquet   a row a trial and seed      summary.json   the best trial      best.yaml   the job that reports it
+trials.parquet   one row for each trial and seed
+summary.json     the best trial
+best.yaml        the job that evaluates the best trial
 """
 
 from __future__ import annotations
@@ -26,30 +28,34 @@ from steerlab.sweeps.space import STRENGTH, Point
 from steerlab.sweeps.units import TrialRow
 
 _RESAMPLES = 2_000
+"""Bootstrap resamples for each pair of trials; fewer than for a report, because a sweep compares many pairs."""
 _FIRST = ("trial_id", "seed", "status", "reason", "run")
 _PREFIXES = ("param.", "metric.", "stderr.", "low.", "high.", "n.", "within", "seconds.", "cached.", "key.")
 
 
 class Scored(NamedTuple):
-    """A trial over its seeds."""
+    """A trial with its result over all seeds."""
 
     trial_id: str
     value: float
-    """Mean over seeds of the metric that the sweep makes best."""
+    """Mean over seeds of the metric that the sweep optimises."""
     low: float | None
-    """Ends of the 95 % interval: over items for one seed, over seeds (Student) for several."""
+    """Lower end of the 95 % interval: over items for one seed, Student's t over seeds for several. None when unknown."""
     high: float | None
+    """Upper end of the interval."""
     stderr: float | None
+    """Standard error of `value`."""
     rows: list[TrialRow]
+    """One row for each seed."""
 
     @property
     def params(self) -> Point:
-        """What the trial sets."""
+        """The trial's point in the search space."""
         return {name.removeprefix("param."): value for name, value in self.rows[0].items() if name.startswith("param.")}
 
 
 class Best(TypedDict):
-    """The best trial, as it stands in summary.json."""
+    """The best trial in summary.json."""
 
     trial_id: str
     params: Point
@@ -59,16 +65,17 @@ class Best(TypedDict):
     high: float | None
     stderr: float | None
     n: float | None
-    """Items of one seed, or the number of seeds."""
+    """Number of scored items for one seed, number of seeds for several."""
     seeds: list[float | None]
     runs: list[str]
+    """Run folders, one for each seed."""
 
 
 def number_of(row: TrialRow, name: str) -> float | None:
-    """Return a number of a row, None where it has none.
+    """Return a number of a row; None where the row has no value of this name.
 
     Raises:
-        SavedError: something else stands there: a history may be somebody else's.
+        SavedError: the value is not a number (the history may come from somebody else).
     """
     value = row.get(name)
     if not (value is None or isinstance(value, int | float)):
@@ -77,7 +84,7 @@ def number_of(row: TrialRow, name: str) -> float | None:
 
 
 def metric_of(row: TrialRow, metric: str) -> float:
-    """Return a metric that a finished trial measured. Raises SavedError where its row has none."""
+    """Return a metric of a finished trial. Raises SavedError if its row lacks the metric."""
     value = number_of(row, f"metric.{metric}")
     if value is None:
         raise saved.SavedError(f"a row of the sweep's history is damaged: it is finished and has no {metric}")
@@ -85,7 +92,7 @@ def metric_of(row: TrialRow, metric: str) -> float:
 
 
 def text_of(row: TrialRow, name: str) -> str:
-    """Return a text of a row. Raises SavedError where it has none."""
+    """Return a string of a row. Raises SavedError if the value is missing or not a string."""
     value = row.get(name)
     if not isinstance(value, str):
         raise saved.SavedError(f"a row of the sweep's history is damaged: {name:.120} is {value!r:.80}, which is no text")
@@ -93,7 +100,7 @@ def text_of(row: TrialRow, name: str) -> str:
 
 
 def all_rows(history: History) -> list[TrialRow]:
-    """Return a row for each trial and seed of a sweep, also of those that measured nothing (yet)."""
+    """Return one row for each trial and seed of a sweep, including trials without a measurement (so far)."""
     return [row for course in history.courses.values() for row in course.rows or _bare_rows(course)]
 
 
@@ -109,9 +116,11 @@ def _bare_rows(course: Course) -> list[TrialRow]:
 
 
 def write_table(store: Store, path: str, rows: Sequence[TrialRow]) -> None:
-    """Write rows as Parquet; fields of mixed kinds become text."""
+    """Write rows as Parquet; a column with values of several types is written as JSON text."""
+    # Trials may have different columns (stages, metrics of failed trials), so the table has the union.
     names = sorted({name for row in rows for name in row}, key=_order)
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
+    # Through memory: ROOT may be an object store, and the store writes a file whole or not at all.
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     store.write_bytes(path, sink.getvalue().to_pybytes())
@@ -124,16 +133,17 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _column(values: list[Json]) -> pa.Array:
-    given = [value for value in values if value is not None]
-    if any(isinstance(value, float) for value in given) and all(type(value) in (int, float) for value in given):
+    # A Parquet column has one type. A grid such as [0, 0.5] mixes int and float, which pyarrow refuses to infer.
+    present = [value for value in values if value is not None]
+    if any(isinstance(value, float) for value in present) and all(type(value) in (int, float) for value in present):
         return pa.array(values, pa.float64())
-    if len({type(value) for value in given}) > 1 or any(isinstance(value, list | dict) for value in given):
+    if len({type(value) for value in present}) > 1 or any(isinstance(value, list | dict) for value in present):
         return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values])
     return pa.array(values)
 
 
 def scored(rows: Sequence[TrialRow], metric: str) -> list[Scored]:
-    """Return the trials whose every seed is finished, in order."""
+    """Return the trials of which every seed finished, in the order of the rows."""
     groups: dict[str, list[TrialRow]] = {}
     for row in rows:
         groups.setdefault(text_of(row, "trial_id"), []).append(row)
@@ -144,32 +154,42 @@ def _scored(trial_id: str, rows: list[TrialRow], metric: str) -> Scored:
     if len(rows) == 1:
         low, high, stderr = (number_of(rows[0], f"{part}.{metric}") for part in ("low", "high", "stderr"))
         return Scored(trial_id, metric_of(rows[0], metric), low, high, stderr, rows)
+    # Several seeds: the spread between seeds is the uncertainty; the intervals over items ignore it.
     values = np.array([metric_of(row, metric) for row in rows])
     mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
     low, high = intervals.student(mean, error, len(values)) or (None, None)
     return Scored(trial_id, mean, low, high, error, rows)
 
 
-def best_of(found: Sequence[Scored], mode: str) -> Scored | None:
-    """Return the best trial of those that keep the bound; of equals the weakest, then the first."""
-    allowed = [trial for trial in found if all(row.get("within", True) for row in trial.rows)]
+def best_of(trials: Sequence[Scored], mode: str) -> Scored | None:
+    """Return the best trial of those that keep the bound of `choose`; None when no trial does.
+
+    Among equally good trials, the one with the weakest patch wins, then the first one.
+    """
+    # Rows have the field `within` only if the job's `choose` has a bound.
+    allowed = [trial for trial in trials if all(row.get("within", True) for row in trial.rows)]
+    # Python's `min` returns the first of equal trials. Without a strength in the space, 0 makes them equal.
     sign = 1 if mode == "min" else -1
     return min(allowed, key=lambda t: (sign * t.value, abs(number_of(t.rows[0], f"param.{STRENGTH}") or 0.0)), default=None)
 
 
-def indistinguishable(found: Sequence[Scored], best: Scored, metric: str, store: Store) -> list[str] | None:
-    """Return the other trials whose difference to the best one has a 95 % interval that holds 0; None if nothing tells.
+def indistinguishable(trials: Sequence[Scored], best: Scored, metric: str, store: Store) -> list[str] | None:
+    """Return the ids of the trials whose difference to the best one has a 95 % interval that contains 0.
 
-    With one seed the interval is the paired bootstrap over the items that both evaluated; with several, Student's over the
-    differences of equal seeds. Each pair is judged by itself: of twenty equal trials one is expected to look different.
+    With one seed, the interval is a paired bootstrap over the items that both trials evaluated; with several seeds, Student's
+    t over the differences between runs with the same seed. The intervals are not corrected for multiple comparisons: of 20
+    trials that are equal to the best one, one is expected to look different.
+
+    Returns:
+        Trial ids; None when the metric is not stored item by item (a training loss).
     """
     if len(best.rows) > 1:
-        return [other.trial_id for other in found if other is not best and not _differs_over_seeds(other, best, metric)]
+        return [other.trial_id for other in trials if other is not best and not _differs_over_seeds(other, best, metric)]
     own = _observations(best.rows[0], metric, store)
     if own is None:
         return None
     close = []
-    for other in found:
+    for other in trials:
         if other is not best and not _differs_over_items(own, _observations(other.rows[0], metric, store)):
             close.append(other.trial_id)
     return close
@@ -177,8 +197,9 @@ def indistinguishable(found: Sequence[Scored], best: Scored, metric: str, store:
 
 def _differs_over_seeds(a: Scored, b: Scored, metric: str) -> bool:
     of_a, of_b = ({number_of(row, "seed"): metric_of(row, metric) for row in side.rows} for side in (a, b))
+    # Pairs of equal seeds: what a seed changes in both trials (the order of the data) cancels in the difference.
     differences = np.array([of_a[seed] - of_b[seed] for seed in of_a if seed in of_b])
-    if len(differences) < 2:
+    if len(differences) < 2:  # no standard error of a single difference
         return False
     mean, error = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
     low, high = intervals.student(mean, error, len(differences)) or (0.0, 0.0)
@@ -191,13 +212,14 @@ class _Measured(NamedTuple):
 
 
 def _observations(row: TrialRow, metric: str, store: Store) -> _Measured | None:
-    """Return what a trial observed of a metric, item by item; None of a training's loss."""
+    """Return a trial's observations of a metric, one for each item; None for a training loss."""
     label, _, name = metric.partition("/")
     if row.get(f"key.evaluate.{label}") is None:
         return None
     directory = store.local("evaluate", text_of(row, f"key.evaluate.{label}"))
-    given = number_of(row, f"param.{STRENGTH}")
-    strength = float(next(iter(stored.strengths(directory))) if given is None else given)
+    # The first strength of an evaluation is the reported one, which counts if the sweep varies no strength.
+    own_strength = number_of(row, f"param.{STRENGTH}")
+    strength = float(next(iter(stored.strengths(directory))) if own_strength is None else own_strength)
     chosen = [item for item in stored.observations(directory, strength) if item.metric.partition("/")[2] == name]
     measure = stored.measures(directory).get(chosen[0].metric) if chosen else None
     return _Measured(chosen, "identity" if measure is None else measure.transform) if chosen else None
@@ -208,13 +230,13 @@ def _differs_over_items(a: _Measured, b: _Measured | None) -> bool:
         return True
     try:
         difference = paired_difference(b.observations, a.observations, transform=a.transform, num_resamples=_RESAMPLES)
-    except ValueError:  # they share no scored item: other data, or nothing scored
+    except ValueError:  # no item was scored in both trials: they used other data, or nothing was scored
         return True
     return difference.low > 0 or difference.high < 0
 
 
 def best_line(best: Scored, metric: str) -> Best:
-    """Return the best trial for summary.json."""
+    """Return the entry of summary.json for the best trial."""
     first = best.rows[0]
     return {
         "trial_id": best.trial_id,
@@ -231,7 +253,7 @@ def best_line(best: Scored, metric: str) -> Best:
 
 
 def metrics_of_rows(rows: Sequence[TrialRow]) -> dict[str, MetricNumbers]:
-    """Return every metric of a trial: as it was measured for one seed, with its mean and interval for several."""
+    """Return every metric of a trial: as measured for one seed, or mean and interval over several seeds."""
     names = [name.removeprefix("metric.") for name in rows[0] if name.startswith("metric.")]
     return {name: over_seeds([_measured(row, name) for row in rows]) for name in names}
 
@@ -242,8 +264,12 @@ def _measured(row: TrialRow, name: str) -> MetricNumbers:
 
 
 def over_seeds(metrics: Sequence[MetricNumbers]) -> MetricNumbers:
-    """Return a metric over the seeds of a trial."""
+    """Return the mean of a metric over seeds, with standard error and 95 % interval (Student's t).
+
+    Returns the first seed's numbers if there is only one seed or if a seed lacks the metric.
+    """
     values = [metric["value"] for metric in metrics if metric["value"] is not None]
+    # A mean over some of the seeds could be better than the trial: a seed without a value may have diverged.
     if len(metrics) == 1 or len(values) < len(metrics):
         return metrics[0]
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
@@ -252,12 +278,13 @@ def over_seeds(metrics: Sequence[MetricNumbers]) -> MetricNumbers:
 
 
 def seconds_of(rows: Sequence[TrialRow]) -> dict[str, float]:
-    """Return the seconds of the stages that ran, by stage; trials that share a run count once."""
+    """Return the seconds that each stage ran for, summed over runs; cached stages do not count."""
+    # The trials of a unit are several strengths of one run, so a run occurs in several rows.
     runs = {text_of(row, "run"): row for row in rows if "run" in row}
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for row in runs.values():
         for name in row:
             stage = name.removeprefix("seconds.")
             if stage != name and not row[f"cached.{stage}"]:
-                found[stage] = round(found.get(stage, 0.0) + (number_of(row, name) or 0.0), 3)
-    return found
+                seconds[stage] = round(seconds.get(stage, 0.0) + (number_of(row, name) or 0.0), 3)
+    return seconds

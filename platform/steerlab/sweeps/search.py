@@ -1,7 +1,7 @@
-"""Hand units to Ray Tune: those that the history has pending, then those that a searcher suggests.
+"""Give units to Ray Tune: first the pending units of the history, then those that a searcher suggests.
 
-A sweep can go on after any crash because its truth is the history, not the searcher: Optuna's study is made anew from the
-settled units, and the random state of suggestion n is a function of (seed, n). Ray Tune's own experiment state is never read.
+A sweep can resume after any crash because its state is the history alone: Optuna's study is rebuilt from the settled units for
+each suggestion, and the random state of suggestion n depends only on (seed, n). Ray Tune's own experiment state is never read.
 """
 
 from __future__ import annotations
@@ -29,31 +29,37 @@ from steerlab.sweeps.units import Trial, Unit, trial_id
 
 
 class Suggests(Protocol):
-    """Who makes units as the sweep goes on: Optuna here, or a sweep of W&B."""
+    """Source of units that are chosen during the sweep: Optuna (`Suggester`) or a sweep of W&B (`agent.Agent`)."""
 
     @property
     def waiting(self) -> bool:
-        """Whether there may be more later when there is none now."""
+        """Whether units may come later although `next` returns None now."""
         ...
 
     def next(self, history: History) -> Unit | None:
-        """Return the next unit, if there is one now."""
+        """Return the next unit; None when there is none now."""
         ...
 
 
 class Feed(Searcher):
-    """Ray Tune's searcher of every sweep."""
+    """Ray Tune's searcher in every sweep, also for grid and random search."""
 
     def __init__(self, history: History, request: Callable[[Unit], UnitConfig], suggester: Suggests | None) -> None:
-        """Take units from the history, then from `suggester`; `request` writes what a trial process is handed."""
+        """Take units from the history, then from `suggester`.
+
+        Args:
+            history: has the pending units, and receives suggested ones.
+            request: writes a unit's request to a file, and returns the configuration for its process.
+            suggester: None for grid and random search, whose units are all in the history.
+        """
         super().__init__()
         self._history, self._request, self._suggester = history, request, suggester
         self._pending = list(history.pending)
         self.units: dict[str, Unit] = {}
-        """By Ray Tune's name of the trial."""
+        """Unit by Ray Tune's id of the trial."""
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the configuration of the next trial."""
+        """Return the configuration of the next trial; None when there is none now; FINISHED when none will come."""
         if self._pending:
             unit = self._pending.pop(0)
         elif self._suggester is not None and (suggested := self._suggester.next(self._history)) is not None:
@@ -65,28 +71,38 @@ class Feed(Searcher):
         return self._request(unit)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
-        """Let the searcher learn from the history, which has the result by now."""
+        """Do nothing: the callback (`Clerk`) has written the result into the history, from which the suggester learns."""
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave everything out of what Ray Tune pickles: nobody reads that."""
+        """Return nothing to pickle: Ray Tune's experiment state is never read."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the history is what is gone on with."""
+        """Do nothing: a sweep resumes from its history."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Never called: see `save`."""
+        """Raise NotImplementedError; Ray Tune never calls this, because no experiment is restored."""
         raise NotImplementedError
 
 
 class Suggester:
-    """Optuna over a space, as a function of the history."""
+    """Optuna's search over a space. Its suggestions are a function of the history."""
 
     def __init__(self, space: Space, mode: str, strengths: tuple[float, ...], seeds: tuple[int, ...], num_trials: int) -> None:
-        """Search all entries but a strength of known values, which every unit answers."""
+        """Set up the search.
+
+        Args:
+            space: the search space; it has a SEARCH_ALG.
+            mode: "min" or "max" of the metric.
+            strengths: strengths at which every unit evaluates its patch; they are not searched.
+            seeds: training seeds of every unit.
+            num_trials: largest number of units.
+        """
         assert space.search_alg is not None
+        # A strength with a list of values is left out: one unit evaluates all of them at the cost of one training.
         self._space, self._strengths, self._seeds, self._num_trials = space, strengths, seeds, num_trials
         entries = {k: _as_domain(v) for k, v in space.entries.items() if not (k == STRENGTH and finite(v) is not None)}
+        # Optuna takes no constants, so they are added to each of its points (`_point`).
         self._constants = {key: value for key, value in entries.items() if not isinstance(value, Domain)}
         searched = {key: value for key, value in entries.items() if isinstance(value, Domain)}
         self._seed, self._own_sampler = private_parts.optuna_settings(space.search_alg)
@@ -95,33 +111,39 @@ class Suggester:
 
     @property
     def waiting(self) -> bool:
-        """Optuna always has its next point at hand."""
+        """False: Optuna suggests its next point at once."""
         return False
 
     def next(self, history: History) -> Unit | None:
-        """Return the next unit, or None when there are enough. A point that was there is not suggested again."""
-        known = {trial.trial_id for course in history.courses.values() for trial in course.unit.trials}
+        """Return the next unit; None when there are enough, or when 20 attempts gave only points that already ran."""
+        earlier_ids = {trial.trial_id for course in history.courses.values() for trial in course.unit.trials}
         number = len(history.courses) + 1
+        # Counted in the history, so that a resumed sweep ends at the same number.
         if number > self._num_trials:
             return None
         study = self._study(history)
         for attempt in range(20):
+            # Seeded by the number of the unit: after a restart, suggestion n is the same as without one. A new attempt needs
+            # another seed, else the sampler would repeat the point. 100_003 is a prime that keeps (seed, n) pairs apart.
             study.sampler = self._own_sampler or optuna.samplers.TPESampler(seed=(self._seed * 100_003 + number) * 31 + attempt)
-            asked = study.ask(self._distributions)
-            point = self._point(asked.params)
+            optuna_trial = study.ask(self._distributions)
+            point = self._point(optuna_trial.params)
             trials = [Trial(trial_id(p), p) for p in with_strengths(point, self._strengths)]
-            if not any(trial.trial_id in known for trial in trials):
+            if not any(trial.trial_id in earlier_ids for trial in trials):
                 return Unit(number, tuple(trials), self._seeds)
-            study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        return None  # a small space that has nothing new
+            # Closed as failed, so that the sampler of the next attempt ignores it.
+            study.tell(optuna_trial, state=optuna.trial.TrialState.FAIL)
+        return None  # every point of a small space has run
 
     def _study(self, history: History) -> optuna.Study:
-        """Make the study of the units settled so far, in their order."""
+        """Return a study with the units settled so far, in the order in which they settled."""
+        # Rebuilt for each suggestion, so that nothing but the history has to survive a crash.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(direction=self._direction)
         for number in history.settled:
             course = history.courses[number]
             params = self._params(course.unit.shared | _lone_strength(course.unit, self._distributions))
+            # Failed, pruned and stopped units have no score; as failed trials they keep their number, and TPE ignores them.
             has_value = course.status == "finished" and course.score is not None
             study.add_trial(
                 optuna.trial.create_trial(
@@ -153,7 +175,7 @@ class Suggester:
 
 
 def _as_domain(entry: Entry) -> Entry:
-    """Write choices of several values as texts, the only kind that Optuna keeps."""
+    """Return a choice between lists as a choice between JSON strings: Optuna stores only scalars as categories."""
     if isinstance(entry, Categorical) and any(isinstance(value, list) for value in entry.categories):
         changed = copy.copy(entry)
         changed.categories = [json.dumps(list(value)) for value in entry.categories]
@@ -162,23 +184,25 @@ def _as_domain(entry: Entry) -> Entry:
 
 
 def _lone_strength(unit: Unit, distributions: Mapping[str, BaseDistribution]) -> Point:
+    # If Optuna searches the strength, each unit has a single trial, so its strength is a parameter of the unit.
     return {STRENGTH: unit.strengths[0]} if STRENGTH in distributions else {}
 
 
 def with_strengths(point: Point, strengths: tuple[float, ...]) -> list[Point]:
-    """Return a point at each of the strengths, itself where there are none."""
+    """Return the point once for each strength, or the point alone if there are no strengths."""
     return [{**point, STRENGTH: strength} for strength in strengths] or [point]
 
 
 def drawn_points(space: Space, strengths: tuple[float, ...], num_samples: int, seed: int) -> list[Point]:
-    """Return the points of grid and random search; a strength of known values is part of every one."""
+    """Return the points of grid and random search, each combined with all strengths."""
+    # The strengths are not drawn: every unit evaluates all of them, so that its trials share one training.
     entries = {k: v for k, v in space.entries.items() if not (k == STRENGTH and strengths)}
     points = list(draw(space, entries, num_samples, seed)) if entries else [{}]
     return [whole for point in points for whole in with_strengths(point, strengths)]
 
 
 def replay(scheduler: TrialScheduler, history: History) -> None:
-    """Show a scheduler what it saw before the sweep was cut short, so that its rungs are what they were."""
+    """Show a scheduler the reports of settled units again, so that it continues with the state from before a restart."""
     for course in history.courses.values():
         if course.settled and course.reports:
             _show(scheduler, course)

@@ -1,14 +1,15 @@
-"""Read a search space: a Python file in Ray Tune's vocabulary, and what each of its entries may become.
+"""Read a search space, a Python file that uses Ray Tune's functions, and draw points from it.
 
     SPACE        {"method.keep_ratio": tune.grid_search([...]), "train.lr": tune.loguniform(1e-4, 1e-2), ...}
-    METRIC, MODE which metric is made best ("separation/sep", "max"); by default those of the job's `choose`
-    SEARCH_ALG   optional: a searcher of Ray Tune (OptunaSearch); by default grid and random
-    SCHEDULER    optional: ASHAScheduler(time_attr="step", ...)
-    DEVELOPMENT  optional: tasks, as in a job's `evaluate`, by whose metrics the best trial is chosen
+    METRIC, MODE the metric to optimise and its direction ("separation/sep", "max"); default: those of the job's `choose`
+    SEARCH_ALG   optional: OptunaSearch(...); default: grid and random search
+    SCHEDULER    optional: ASHAScheduler(time_attr="step", ...), which stops bad trials early
+    DEVELOPMENT  optional: tasks, as in a job's `evaluate`, whose metrics choose the best trial
 
-A key is the path of a field of the job; nested dicts of fields, {"train": {"lr": ...}}, are merged into it. `strength` stands
-for the strength of the patch in every task; values that belong together share an entry, {"method.name, method.pooling":
-tune.grid_search([("aura", "max"), ("caa", "mean")])}. The file may import others beside it.
+A key is the path of a field of the job; nested dicts, {"train": {"lr": ...}}, set the fields that they name and leave the
+others. The key `strength` sets the strength of the patch in every task. An entry may set several fields together:
+{"method.name, method.pooling": tune.grid_search([("aura", "max"), ("caa", "mean")])}. The file may import modules from its
+own folder.
 """
 
 from __future__ import annotations
@@ -32,19 +33,20 @@ from steerlab.job import JobError, cut
 from steerlab.sweeps.entries import Entry, describe, entries, finite, is_grid, plain
 
 STRENGTH = "strength"
+"""Key of a space that sets the strength of the patch in every task."""
 _NAMES = ("SPACE", "METRIC", "MODE", "SEARCH_ALG", "SCHEDULER", "DEVELOPMENT")
 _SCHEDULERS = (AsyncHyperBandScheduler, MedianStoppingRule, FIFOScheduler)
 Point: TypeAlias = JsonObject
-"""A value for each key of a space."""
+"""A value for each field that a space sets, by the field's path."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """A search space as its file says it."""
+    """The content of a search space file; names that the file leaves out are None or empty."""
 
     path: Path
     entries: dict[str, Entry]
-    """Ray Tune's domains, grids and constants, by key or by several keys with commas."""
+    """Ray Tune's domains, grids and constants, by the path of a field or by several paths with commas."""
     metric: str | None = None
     mode: Literal["min", "max"] | None = None
     search_alg: OptunaSearch | None = None
@@ -53,26 +55,29 @@ class Space:
 
     @property
     def fields(self) -> set[str]:
-        """The fields of a job that points of the space set, and the strength."""
+        """Paths of the job's fields that the space sets, and `strength`."""
         return {key.strip() for entry in self.entries for key in entry.split(",")} | {STRENGTH}
 
     def check(self, point: Point, where: str) -> None:
-        """Refuse values that came from elsewhere and are none of this space's: a text may name a file, which would be run.
+        """Refuse a point from a file or a server with a value that the space does not list.
 
-        Numbers are left to the job, since ranges may have been changed in W&B's page. Raises JobError.
+        Raises:
+            JobError: a value other than a number or None is not in the space; the message begins with `where`.
         """
+        # A string may name a file of code, which the job would run. Numbers are harmless, and the job checks them: somebody
+        # may have changed their ranges on W&B's page.
         allowed: dict[str, list[Json]] = {}
         for entry, domain in self.entries.items():
             for value in finite(domain) or ():
-                for key, one in self.spread(entry, value).items():
-                    allowed.setdefault(key, []).append(one)
+                for key, field_value in self.spread(entry, value).items():
+                    allowed.setdefault(key, []).append(field_value)
         for key, value in point.items():
-            known = [plain(one, key) for one in allowed.get(key, ())]
-            if not (value is None or isinstance(value, int | float) or value in known):
+            allowed_values = [plain(field_value, key) for field_value in allowed.get(key, ())]
+            if not (value is None or isinstance(value, int | float) or value in allowed_values):
                 raise JobError(f"{where}: {key} = {cut(repr(value))} is none of the values of {self.path}: SPACE")
 
     def described(self) -> JsonObject:
-        """Return the space as JSON values."""
+        """Return a description of the space in JSON types, for space.json."""
         return {
             "space": {key: describe(entry) for key, entry in self.entries.items()},
             "search": "optuna" if self.search_alg is not None else "grid and random",
@@ -81,36 +86,43 @@ class Space:
         }
 
     def spread(self, entry: str, value: Json) -> Point:
-        """Return the fields that an entry sets when it has `value`. Raises JobError if the numbers of both differ."""
+        """Return the value of each field that an entry sets when it has `value`.
+
+        Raises:
+            JobError: the entry sets several fields, and `value` is not a list with one item for each.
+        """
         keys = [key.strip() for key in entry.split(",")]
         if len(keys) == 1:
             return {entry: value}
         if not isinstance(value, list | tuple) or len(value) != len(keys):
-            raise JobError(f"{self.path}: SPACE[{entry!r}] sets {len(keys)} fields, so {value!r} is none of its values")
+            raise JobError(f"{self.path}: SPACE[{entry!r}] sets {len(keys)} fields, so {value!r} must be {len(keys)} values")
         return dict(zip(keys, value, strict=True))
 
 
 def strength_of(point: Point) -> float | None:
-    """Return the strength that a point sets; None where the job says it.
+    """Return the strength that a point sets; None when the point sets none, so that the job's own strengths apply.
 
     Raises:
-        JobError: it is no number: the point was read from a file.
+        JobError: the strength is not a number (the point was read from a file).
     """
     if STRENGTH not in point:
         return None
     value = point[STRENGTH]
     if not isinstance(value, int | float):
-        raise JobError(f"{STRENGTH} is {cut(repr(value))}, which is no number")
+        raise JobError(f"{STRENGTH} is {cut(repr(value))}, which is not a number")
     return value
 
 
 def load(path: Path) -> Space:
-    """Run a search space's file and read its names.
+    """Run a search space file and return its content.
 
     Raises:
-        JobError: the file is absent, fails (with the line that does), or says what Ray Tune or this package cannot take.
+        JobError: the file does not exist, raises an error (the message names the line), or has a name or value that is not
+            supported.
     """
+    # The file is a program of the user and runs with their rights, like any script.
     module = _run(path)
+    # Any other name in capitals is the file's own constant, unless it looks like a misspelling.
     for name in vars(module):
         near = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.8)
         if name.isupper() and name not in _NAMES and near:
@@ -125,7 +137,7 @@ def load(path: Path) -> Space:
     if mode not in (None, "min", "max"):
         raise JobError(f"{path}: MODE is 'min' or 'max', not {cut(repr(mode))}")
     try:
-        found = Space(
+        space = Space(
             path,
             entries(written),
             metric,
@@ -136,8 +148,8 @@ def load(path: Path) -> Space:
         )
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
-    _check(found)
-    return found
+    _check(space)
+    return space
 
 
 def _tasks(development: object) -> tuple[JsonObject, ...]:
@@ -166,7 +178,8 @@ def _run(path: Path) -> ModuleType:
 
 @contextmanager
 def _neighbours(folder: Path) -> Iterator[None]:
-    """Let a space's file import the files beside it, as a script may, and forget them: another folder has others."""
+    """Let a search space file import modules from its own folder, as a script can."""
+    # The modules are forgotten afterwards: a space of another folder may import a different module of the same name.
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
@@ -180,7 +193,7 @@ def _neighbours(folder: Path) -> Iterator[None]:
 
 
 def _check(space: Space) -> None:
-    """Refuse searchers and schedulers that cannot be gone on with, and grids that Optuna cannot search."""
+    """Refuse searchers and schedulers whose state cannot be rebuilt from the history, and entries that Optuna cannot search."""
     if space.search_alg is not None:
         if not isinstance(space.search_alg, OptunaSearch):
             raise JobError(
@@ -189,27 +202,34 @@ def _check(space: Space) -> None:
         for entry, value in space.entries.items():
             if entry != STRENGTH and is_grid(value):
                 raise JobError(
-                    f"{space.path}: SPACE[{entry!r}]: Optuna searches no grid; use tune.choice in place of grid_search"
+                    f"{space.path}: SPACE[{entry!r}]: Optuna searches no grid; use tune.choice instead of grid_search"
                 )
             if isinstance(value, Function):
                 raise JobError(f"{space.path}: SPACE[{entry!r}]: Optuna searches no function (tune.sample_from)")
-            if any(isinstance(one, dict) for one in finite(value) or () if value != one):
+            # A constant dict is not searched, so it may stay.
+            if any(isinstance(choice, dict) for choice in finite(value) or () if value != choice):
                 raise JobError(f"{space.path}: SPACE[{entry!r}]: Optuna searches no dicts; give each field an entry of its own")
     if space.scheduler is None:
         return
     if not isinstance(space.scheduler, _SCHEDULERS):
-        known = ", ".join(kind.__name__ for kind in _SCHEDULERS)
-        raise JobError(f"{space.path}: SCHEDULER {type(space.scheduler).__name__} is not known; known: ASHAScheduler, {known}")
+        names = ", ".join(kind.__name__ for kind in _SCHEDULERS)
+        raise JobError(f"{space.path}: SCHEDULER {type(space.scheduler).__name__} is not known; known: ASHAScheduler, {names}")
     time_attr = private_parts.time_attribute(space.scheduler)
     if time_attr != "step":
+        # Ray Tune's own `training_iteration` counts reports, and starts at 1 again in a process that resumes a training.
         raise JobError(f"{space.path}: SCHEDULER has time_attr {time_attr!r}; it must be 'step', which no restart resets")
 
 
 def draw(space: Space, entries: Mapping[str, Entry], num_samples: int, seed: int) -> Iterator[Point]:
-    """Yield the points of Ray Tune's grid and random search: every grid value, `num_samples` times over."""
+    """Yield the points of Ray Tune's grid and random search: the product of all grids, `num_samples` times.
+
+    Raises:
+        JobError: a function of the space fails, or returns a value that no setting can hold.
+    """
     import numpy as np
     from ray.tune.search.variant_generator import generate_variants
 
+    # Ray Tune takes NumPy's legacy generator. One state for all samples: a sweep with more samples begins with the same.
     random_state = np.random.RandomState(seed)
     for _ in range(num_samples):
         variants = iter(generate_variants({"config": dict(entries)}, random_state=random_state))
@@ -221,13 +241,14 @@ def draw(space: Space, entries: Mapping[str, Entry], num_samples: int, seed: int
 
 
 def _next(variants: Iterator[tuple[dict[str, object], dict[str, dict[str, object]]]], space: Space) -> dict[str, object] | None:
-    """Return the next point as Ray Tune draws it."""
+    """Return Ray Tune's next point; None after the last. Raises JobError if a function of the space fails."""
     try:
         return next(variants)[1]["config"]
     except StopIteration:
         return None
-    except Exception as error:  # what a function of the space raises, and what Ray Tune makes of it
-        cause = error.__context__ or error  # Ray Tune says which entry it is, not what its function raised
+    except Exception as error:  # a function of the space may raise anything
+        # Ray Tune raises an error of its own that names the entry; the function's error is its context.
+        cause = error.__context__ or error
         raise JobError(
             f"{space.path}: SPACE cannot be drawn: {type(cause).__name__}: {str(cause)[:300]}; functions of tune.sample_from "
             "see the other entries by their whole keys: lambda spec: spec.config['train.lr']"

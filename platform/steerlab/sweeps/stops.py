@@ -1,8 +1,8 @@
-"""Stop a unit before its end: somebody leaves a note beside the unit's request, and the process that runs it obeys.
+"""Stop a unit early: the sweep's process writes a note beside the unit's request, and the process of the unit obeys it.
 
-It reads the note where it reports progress, so that it stays warm for the next unit. One that does not come to that in time, or
-whose training runs in other processes, is ended (`processes.end`). A note stays: a unit that was to stop when the sweep's own
-process died stops after the restart.
+The process looks for the note whenever it reports progress, so it can stop without dying and run the next unit warm. A process
+that does not report in time, or whose training runs in other processes, is killed (`processes.end`). Notes are never deleted:
+if the sweep's process dies after it wrote one, the unit stops after the restart.
 """
 
 from __future__ import annotations
@@ -15,33 +15,36 @@ from steerlab.storage.plan import Stage
 from steerlab.storage.store import Store
 
 GRACE_S = 15.0
-"""How long a process may take to obey."""
+"""Seconds that a process may take to obey before it is killed."""
 _READ_EVERY_S = 1.0
+"""Shortest time between two looks at the note: ROOT may be an object store, where each look is a request."""
 
 
 class Stopped(BaseException):
-    """The unit is to stop; no handler of errors on its way may keep it."""
+    """Raised to stop the unit. A BaseException, so that no handler of ordinary errors in the stages catches it."""
 
 
 def ask(store: Store, folder: str, unit: str, why: str) -> None:
-    """Leave a note for the process that runs a unit."""
+    """Write the note that asks the process of a unit to stop, with the reason `why`."""
     store.write_json(_path(f"{folder}/units/{unit}.json"), {"why": why})
 
 
 class Obedience:
-    """Raises Stopped where the unit of a request is to stop; asked between stages and with every progress."""
+    """Raises Stopped when a note asks its unit to stop; called between stages and at each report of progress."""
 
     def __init__(self, store: Store, request: str) -> None:
-        """Watch in the calling thread: elsewhere (where a training in other processes is followed) nothing would be stopped."""
+        """Watch for the note beside the file `request` of a unit."""
+        # Only in the calling thread. The reports of a training in other processes arrive in a thread of their own, where an
+        # exception would end that thread and not the training.
         self._store, self._note = store, _path(request)
         self._thread, self._read_s = threading.get_ident(), float("-inf")
 
     def before(self, stage: Stage) -> None:
-        """Look before a stage. Raises Stopped."""
+        """Look for the note before a stage starts. Raises Stopped."""
         self._read(f"before {stage.name}")
 
     def during(self, stage: Stage, metrics: Mapping[str, float]) -> None:
-        """Look, once in a while, as a stage reports. Raises Stopped."""
+        """Look for the note, at most once per second, when a stage reports progress. Raises Stopped."""
         if threading.get_ident() == self._thread and time.monotonic() - self._read_s > _READ_EVERY_S:
             self._read(f"after step {metrics['step']} of {stage.name}" if "step" in metrics else f"during {stage.name}")
 

@@ -1,4 +1,4 @@
-"""A sweep as it was asked for: its units, checked before anything starts, and how many trials the cluster runs at once."""
+"""The request for a sweep: make its units, check everything before it starts, and count the trials that fit on the cluster."""
 
 from __future__ import annotations
 
@@ -24,25 +24,30 @@ from steerlab.sweeps.trials import Say, SweepPlan
 from steerlab.sweeps.units import Unit, grouped
 
 SCHEMA = 1
+"""Version of the formats of space.json and of a sweep's summary.json."""
 _MOST_TRIALS = 100_000
+"""Beyond so many trials, a mistake in the space is more likely than a table that anybody reads."""
 _SEED = 0
+"""Seed of random search. Fixed, because a sweep that resumes must draw the same points."""
 _DEFAULT_SAMPLES = 10
 
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """A sweep as it was asked for, checked, its known units made."""
+    """A checked request for a sweep."""
 
     plan: SweepPlan
     num_samples: int
+    """Points to draw, or the number of units for a searcher."""
     seeds: tuple[int, ...]
+    """Training seeds of every trial."""
     units: list[Unit]
-    """All of them for grid and random search; none where a searcher suggests them."""
+    """All units of a grid or random search; empty when a searcher or W&B suggests them."""
 
     def described(self) -> JsonObject:
-        """Return what makes this sweep another one than its neighbours."""
+        """Return the content of space.json: everything that tells this sweep from other sweeps of the same job."""
         space = self.plan.space.described()
-        code = sorted(one.sha256 for one in own_code.codes_in([space, list(self.plan.development)]))
+        code = sorted(code.sha256 for code in own_code.codes_in([space, list(self.plan.development)]))
         return {
             "schema": SCHEMA,
             "path": str(self.plan.space.path),
@@ -60,83 +65,97 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A sweep that runs: what was asked for, and where its record lies."""
+    """A running sweep: its request, and the place of its files."""
 
     request: SweepRequest
     store: Store
     folder: str
-    """Path below ROOT."""
+    """The sweep's folder, relative to ROOT."""
     history: History
     command: str
     """The command line that started it."""
     say: Say
+    """Prints a line for people."""
 
     def write_table(self) -> None:
-        """Write trials.parquet as far as the sweep is."""
+        """Write trials.parquet with the results so far."""
         results.write_table(self.store, f"{self.folder}/trials.parquet", results.all_rows(self.history))
 
 
-def checked(found: SweepPlan, num_samples: int | None, num_seeds: int, say: Say = lambda line: None) -> SweepRequest:
-    """Make the units of a sweep and check them; nothing is started. `say` is told how far that is, where it takes long.
+def checked(sweep_plan: SweepPlan, num_samples: int | None, num_seeds: int, say: Say = lambda line: None) -> SweepRequest:
+    """Make the units of a sweep and check them; this starts nothing.
+
+    Args:
+        sweep_plan: the job and the space.
+        num_samples: points to draw, or how often a grid is repeated; None for 10 if the space has anything to draw, else 1.
+        num_seeds: number of training seeds of every trial.
+        say: receives a line every ten seconds about the progress of the checks.
 
     Raises:
-        ValueError: with one message for people.
+        ValueError: a value of the space, or a job that it makes, is invalid; the message names it.
     """
-    seeds = trials.seeds_of(found, num_seeds)
-    entries = found.space.entries
+    seeds = trials.seeds_of(sweep_plan, num_seeds)
+    entries = sweep_plan.space.entries
     drawn = any(not is_grid(entry) and finite(entry) != [entry] for entry in entries.values())
     samples = num_samples or (_DEFAULT_SAMPLES if drawn else 1)
+    # A second sample of a grid would repeat each trial with the same seed.
     if samples > 1 and not drawn:
-        raise JobError(f"--samples {samples}: {found.space.path} is a grid, in which every point counts once")
+        raise JobError(f"--samples {samples}: {sweep_plan.space.path} is a grid, in which every point counts once")
     units: list[Unit] = []
-    _check_number(found, samples, len(seeds))
-    if found.space.search_alg is None:
-        points = search.drawn_points(found.space, found.strengths, samples, _SEED)
-        units = grouped(found.space.path, points, seeds, apart=True, drawn=drawn)
-    trials.check(found, units, say)
-    if found.space.scheduler is not None:
-        _aim(found, found.space.scheduler)
-    return SweepRequest(found, samples, seeds, units)
+    _check_number(sweep_plan, samples, len(seeds))
+    if sweep_plan.space.search_alg is None:
+        points = search.drawn_points(sweep_plan.space, sweep_plan.strengths, samples, _SEED)
+        units = grouped(sweep_plan.space.path, points, seeds, apart=True, drawn=drawn)
+    trials.check(sweep_plan, units, say)
+    if sweep_plan.space.scheduler is not None:
+        _aim(sweep_plan, sweep_plan.space.scheduler)
+    return SweepRequest(sweep_plan, samples, seeds, units)
 
 
-def _check_number(found: SweepPlan, samples: int, num_seeds: int) -> None:
-    """Refuse more trials than anybody can read, with the arithmetic. Raises JobError."""
-    grids = {entry: len(value["grid_search"]) for entry, value in found.space.entries.items() if is_grid(value)}
+def _check_number(sweep_plan: SweepPlan, samples: int, num_seeds: int) -> None:
+    """Refuse more than _MOST_TRIALS trials; the message shows the product. Raises JobError."""
+    # Before the points are drawn, which would fill the memory.
+    grids = {entry: len(value["grid_search"]) for entry, value in sweep_plan.space.entries.items() if is_grid(value)}
     factors = {**grids, "--samples": samples, "--seeds": num_seeds}
     if (number := math.prod(factors.values())) > _MOST_TRIALS:
         written = " x ".join(f"{factor:,} ({name})" for name, factor in factors.items() if factor != 1)
-        raise JobError(f"{found.space.path}: {written} = {number:,} trials, more than {_MOST_TRIALS:,}")
+        raise JobError(f"{sweep_plan.space.path}: {written} = {number:,} trials, more than {_MOST_TRIALS:,}")
 
 
-def _aim(found: SweepPlan, scheduler: TrialScheduler) -> None:
-    """Give a scheduler without a metric the loss that the training reports, and let trainings end by themselves.
+def _aim(sweep_plan: SweepPlan, scheduler: TrialScheduler) -> None:
+    """Configure a scheduler: it compares trials by the loss that trainings report, and lets the best ones end by themselves.
 
     Raises:
-        JobError: nothing is trained, or the scheduler would stop every trial before its training ends.
+        JobError: the job trains nothing, or the scheduler would stop every trial before its training ends.
     """
-    if found.job.train is None:
-        raise JobError(f"{found.space.path}: SCHEDULER stops trainings early, and the job trains nothing")
+    if sweep_plan.job.train is None:
+        raise JobError(f"{sweep_plan.space.path}: SCHEDULER stops trainings early, and the job trains nothing")
     if isinstance(scheduler, AsyncHyperBandScheduler):
-        values = finite(found.space.entries.get("train.steps")) or []
+        values = finite(sweep_plan.space.entries.get("train.steps")) or []
         steps = max((value for value in values if isinstance(value, int | float)), default=0)
-        steps = steps or found.job.train.steps
+        steps = steps or sweep_plan.job.train.steps
         if (last := private_parts.last_step(scheduler)) < steps:
-            raise JobError(f"{found.space.path}: SCHEDULER: max_t {last:g} stops every trial before its {steps} steps end")
+            raise JobError(f"{sweep_plan.space.path}: SCHEDULER: max_t {last:g} stops every trial before its {steps} steps end")
+        # ASHA stops a trial at max_t before its last report is handled, so the trial would never be evaluated.
         private_parts.let_last_trials_end(scheduler)
-    metric = "eval/loss" if found.job.data.validation is not None else "train/loss"
+    # The loss on training rows rewards overfitting, so it counts only if there are no validation rows.
+    metric = "eval/loss" if sweep_plan.job.data.validation is not None else "train/loss"
     scheduler.set_search_properties(metric, "min")
 
 
 def concurrency(request: SweepRequest) -> int:
-    """Return how many trials the cluster can run at once.
+    """Return how many trials the cluster can run at the same time: at least 1.
 
     Raises:
-        ValueError: a trial asks for more than the cluster can ever have, with the arithmetic.
+        ValueError: a trial needs more than the cluster has; the message shows both numbers.
     """
-    found = request.plan
-    made = [found.job_of(u.shared, u.seeds[0], u.strengths) for u in request.units] or [found.job_of({}, None, found.strengths)]
-    scales = {job.scale.model_dump_json(): job.scale for job in made}.values()
+    sweep_plan = request.plan
+    unit_jobs = [sweep_plan.job_of(u.shared, u.seeds[0], u.strengths) for u in request.units] or [
+        sweep_plan.job_of({}, None, sweep_plan.strengths)
+    ]
+    scales = {job.scale.model_dump_json(): job.scale for job in unit_jobs}.values()
     available = reserved.available()
+    # Ray places the CPUs of one worker on one node, so the sum over nodes is not enough.
     largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     fits = []
     for scale in scales:
@@ -144,14 +163,17 @@ def concurrency(request: SweepRequest) -> int:
         workers, cpus = scale.worker_range[0], scale.cpus_per_worker
         if cpus > max(largest, available["CPU"] if len(ray.nodes()) == 1 else 0.0):
             raise ValueError(f"scale.cpus_per_worker {cpus:g}, but the largest node has {largest:g} CPUs")
+        # The fewest workers with which a trial can start (`scale.workers` may be a range).
         fits.append(available["CPU"] / (workers * cpus))
         if reserved.uses_gpu(scale):
             fits.append(available["GPU"] / workers)
+    # A trial's own process reserves memory and no CPU (see `trial.DRIVER_MEMORY_BYTES`).
     fits.append(ray.cluster_resources().get("memory", 0) / DRIVER_MEMORY_BYTES)
     return max(1, int(min(fits)))
 
 
 def check_cluster(request: SweepRequest, store: Store) -> None:
-    """Refuse what the cluster or the disk cannot hold. Raises ValueError."""
+    """Refuse a sweep whose first unit does not fit into the memory of the cluster or onto the disk. Raises ValueError."""
+    # The first unit stands for all: an estimate reads rows, which would take long for thousands of units.
     planned = Plan.of(request.plan.job_of(request.units[0].shared if request.units else {}, None, request.plan.strengths))
     capacity.check_cluster(planned, store, run.facts_of(planned))

@@ -1,7 +1,7 @@
-"""What runs in Ray Tune's processes: the jobs of a unit, one after another, and the rows that come of them.
+"""Run a unit in a process of Ray Tune: its jobs one after another (one for each seed), and the rows of their results.
 
-The process is a driver: it holds no CPU, only memory, reads and writes artifacts, waits for stages that another trial runs, and
-asks the cluster for what it does not wait for. Ray Tune keeps it for the next unit, so that its imports are paid once.
+The process is a driver: it reserves memory but no CPU, reads and writes artifacts, waits for stages that another trial already
+runs, and starts all other stages on the cluster. Ray Tune reuses it for the next unit, so its imports are paid for once.
 """
 
 from __future__ import annotations
@@ -23,62 +23,72 @@ from steerlab.sweeps import page, stops
 from steerlab.sweeps.units import Trial, TrialRow, Unit, UnitRecord
 
 DRIVER_MEMORY_BYTES = 512 << 20
-"""What a driver reserves. Ray Tune wants something, and an actor that waits keeps what it holds: with a hundredth of a CPU for
-each driver, two CPUs would run one training of one CPU at a time."""
+"""Memory that the process of a unit reserves."""
+# Ray Tune requires some resource, and an actor keeps its resources while it waits. With 0.01 CPU for each driver, two CPUs
+# could run only one training of one CPU at a time.
 Reported = Callable[[plan.Stage, dict[str, float]], None]
+"""Receives the metrics that a running stage reports."""
 
 
 class UnitConfig(TypedDict):
-    """What Ray Tune hands to the process that runs a unit."""
+    """Configuration that Ray Tune passes to the process that runs a unit."""
 
     root: str
     request: str
-    """Path of the request's file below ROOT."""
+    """Path of the request's file, relative to ROOT."""
     sha256: str
-    """Hash of that file."""
+    """SHA-256 of that file."""
     warm: bool
-    """Whether every training runs in the process itself, which is then free as soon as its unit is over."""
+    """Whether every training runs inside this process, so that the process is idle as soon as its unit has ended."""
 
 
 class UnitOutcome(TypedDict, total=False):
-    """What the process of a unit reports at its end, as a text of JSON."""
+    """Last report of a unit's process, as JSON text; exactly one of the keys is present."""
 
     rows: list[TrialRow]
+    """One row for each trial and seed."""
     stopped: str
-    """When it was stopped, where it was."""
+    """Reason and time of the stop, if the unit was stopped early."""
     reason: str
-    """Why there are no rows."""
+    """Why the unit failed."""
 
 
 class TrialRequest(Frozen):
-    """What the process that runs a unit is asked for: a file of the sweep, whose hash it is given."""
+    """Request to run a unit: a file in the sweep's folder. The process gets its hash, so it notices a changed file."""
 
     sweep: str
     """Id of the sweep."""
     unit: UnitRecord
     jobs: tuple[dict[str, object], ...]
-    """One a seed, resolved."""
+    """Resolved jobs, one for each seed."""
     metric: str
+    """The metric that the sweep optimises."""
     within: Limit | None
-    """The bound that a trial has to keep."""
+    """Bound that a trial has to keep; None for no bound."""
     watched: str | None
-    """The metric that a scheduler goes by, while the training goes on."""
+    """Metric that the scheduler reads while a training runs; None without a scheduler."""
     code: tuple[own_code.Code, ...]
-    """Files of methods and tasks of the user's own."""
+    """Files of the user's own methods and tasks."""
     command: str
+    """The sweep's command line, for the record."""
     stoppable: bool = False
-    """Whether a page may stop the unit."""
+    """Whether W&B may stop the unit early."""
     page: str | None = None
-    """Id of W&B's sweep, and of the run that it has asked for."""
+    """Id of the sweep's page in W&B; None when it has none."""
     wandb_run: str | None = None
+    """Id of the run that W&B handed out; None when W&B does not choose the points."""
 
 
 def run_unit(config: UnitConfig) -> None:
-    """Run a unit and report its rows to Ray Tune, or why there are none; only the death of a process is left to Tune."""
+    """Run a unit, and report its rows or the reason of its failure to Ray Tune.
+
+    Errors of a job are part of the report. Ray Tune retries only after the death of the process.
+    """
     from ray import tune
 
     store = Store(config["root"])
     request = _request(store, config["request"], config["sha256"])
+    # Before the jobs are validated: their method may be one of these files.
     own_code.receive(request.code)
     unit = request.unit.unit
     obey = stops.Obedience(store, config["request"])
@@ -86,6 +96,7 @@ def run_unit(config: UnitConfig) -> None:
     try:
         for number, (seed, tree) in enumerate(zip(unit.seeds, request.jobs, strict=True)):
             planned = Plan.of(JobType.model_validate(tree))
+            # The scheduler sees the first seed only: with a second training, the steps would start again at 1.
             watched = _watched(planned, request.watched if number == 0 else None, tune.report)
             listener = plan.Listener(reported=watched)
             if request.stoppable:
@@ -97,6 +108,8 @@ def run_unit(config: UnitConfig) -> None:
     except stops.Stopped as stopped:
         outcome: UnitOutcome = {"stopped": str(stopped)}
     except (plan.StageError, ValueError, OSError) as error:
+        # Any other error is a bug: it ends the process, and Ray Tune shows it after its retries.
+        # One short line, because it becomes a cell of the table; the whole traceback is in the run's error.txt.
         outcome = {"reason": " ".join(str(error).split())[:1000]}
     else:
         outcome = {"rows": rows}
@@ -104,7 +117,7 @@ def run_unit(config: UnitConfig) -> None:
 
 
 def _request(store: Store, path: str, digest: str) -> TrialRequest:
-    """Return what a unit's process was asked for. Raises ValueError where the file is not the one that was written for it."""
+    """Read the request of a unit. Raises ValueError if the file has changed since the sweep wrote it."""
     content = store.read_bytes(path)
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{store.root}/{path} was changed while the sweep ran")
@@ -120,7 +133,8 @@ def _both(first: Reported, second: Reported) -> Reported:
 
 
 def _watched(planned: Plan, metric: str | None, report: Callable[[dict[str, float]], None]) -> Reported:
-    """Return a listener that shows a scheduler the metric that it goes by, as the job's own training reports it."""
+    """Return a listener that reports `metric` of the job's own training to the scheduler; one that does nothing for None."""
+    # Not the trainings of jobs that this one builds on: their steps and losses are those of another training.
     own = planned.model if metric is not None else None
 
     def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
@@ -131,7 +145,7 @@ def _watched(planned: Plan, metric: str | None, report: Callable[[dict[str, floa
 
 
 def rows_of(planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metric: str, bound: Limit | None) -> list[TrialRow]:
-    """Return a row for each trial of a unit: what it measured, what that took, and where it lies."""
+    """Return one row for each trial of a unit: its metrics, the seconds and keys of its stages, and its run folder."""
     stages = stage_columns(done.records)
     training = _training_metrics(planned, store)
     return [
@@ -143,6 +157,7 @@ def rows_of(planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metri
 def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: str, bound: Limit | None) -> TrialRow:
     strengths = done.summary["strengths"]
     measured = done.summary["metrics"] if trial.strength is None else strengths[trial.strength]
+    # A space that varies `train.seed` sets the seed itself.
     row: TrialRow = {"trial_id": trial.trial_id, "seed": trial.params.get("train.seed", seed)}
     row |= {f"param.{key}": value for key, value in trial.params.items()}
     row |= {f"metric.{key}": value for key, value in training.items()}
@@ -151,8 +166,8 @@ def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: s
         row |= {f"{part}.{key}": metric[part] for part in ("stderr", "low", "high", "n")}
     value = row.get(f"metric.{name}")
     is_number = isinstance(value, int | float) and math.isfinite(value)
-    known = ", ".join(key.removeprefix("metric.") for key in row if key.startswith("metric."))
-    reason = f"{name} is {value}" if f"metric.{name}" in row else f"{name} was not measured; there are {known}"
+    names = ", ".join(key.removeprefix("metric.") for key in row if key.startswith("metric."))
+    reason = f"{name} is {value}" if f"metric.{name}" in row else f"{name} was not measured; there are {names}"
     row |= {"status": "finished" if is_number else "failed", "reason": "" if is_number else reason}
     if bound is not None:
         row["within"] = _is_within(bound, measured, strengths.get(UNPATCHED))
@@ -160,33 +175,37 @@ def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: s
 
 
 def _is_within(bound: Limit, measured: Mapping[str, MetricNumbers], plain: Mapping[str, MetricNumbers] | None) -> bool:
-    """Say whether a trial keeps the bound of the job's `choose`; strength 0 is the start that it is measured from."""
+    """Say whether a trial keeps the bound of the job's `choose`, which is relative to the value at strength 0 (`plain`)."""
     value, start = (side.get(bound.metric, {}).get("value") for side in (measured, plain or {}))
+    # A trial that lacks one of the two numbers cannot show that it keeps the bound.
     return value is not None and start is not None and value <= bound.highest(start)
 
 
 def _training_metrics(planned: Plan, store: Store) -> dict[str, float]:
-    """Return the losses at the step that the job evaluates."""
-    job, left = planned.job, planned.model
-    if left is None or left.name != "train" or job.train is None:
+    """Return the training and validation loss at the step that the job evaluates; empty when nothing is trained."""
+    job, model = planned.job, planned.model
+    if model is None or model.name != "train" or job.train is None:
         return {}
-    lines = (store.local("train", left.key) / "metrics.jsonl").read_text().splitlines()
+    lines = (store.local("train", model.key) / "metrics.jsonl").read_text().splitlines()
+    # metrics.jsonl of a training has one line for each step, so the line number is the step.
     last = json.loads(lines[(job.snapshot or len(lines)) - 1])
     return {name: last[name] for name in ("train/loss", "eval/loss") if name in last}
 
 
 def stage_columns(records: Sequence[plan.Record]) -> TrialRow:
-    """Return seconds, whether it was cached, and the key of every stage.
+    """Return the columns of a row that describe its stages: `seconds.<stage>`, `cached.<stage>` and `key.<stage>`.
 
-    A stage goes by its name, an evaluation by `evaluate.<label>`; those of the job that this one builds on by `<name>.1`, of
-    the next one below by `<name>.2`.
+    <stage> is the stage's name, or `evaluate.<label>` for an evaluation. Stages of the job that this one builds on (its
+    `model.source`) have a number, `<name>.1`; those of the job that that one builds on are `<name>.2`, and so on.
     """
     row: TrialRow = {}
     taken: set[str] = set()
+    # Records are in the order of execution, in which the job's own stages come last.
     for record in reversed(records):
         name = record.stage.name
         if name == "evaluate":
             name = f"evaluate.{record.stage.label}"
+        # The stages of a chain of jobs have equal names, so each takes the first number that is free.
         depth = next(n for n in range(len(records) + 1) if (f"{name}.{n}" if n else name) not in taken)
         column = f"{name}.{depth}" if depth else name
         taken.add(column)

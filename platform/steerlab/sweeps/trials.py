@@ -1,11 +1,11 @@
-"""What a sweep asks of every trial, and the job of each: read from the job and the search space, checked before the start."""
+"""Plan a sweep from a job and a search space, make the job of each trial, and check them before anything starts."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -23,40 +23,53 @@ from steerlab.sweeps.units import Unit
 
 _T = TypeVar("_T")
 Say = Callable[[str], None]
-"""Takes a line for people."""
-_TELL_S = 10.0
+"""Prints a line for people."""
+_PROGRESS_EVERY_S = 10.0
 
 SNAPSHOT = "snapshot"
+"""Key of a space that sets the training step whose patch a trial evaluates."""
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep asks of every trial: the job, the space, the metric, the rows that choose."""
+    """The job, the space, the metric and the evaluation tasks that all trials of a sweep share."""
 
     path: Path
     """The job file."""
     tree: JsonObject
-    """The job as it is written, overrides applied, the jobs it builds on inlined."""
+    """The job as written in its file, after overrides, with the jobs that it builds on inlined."""
     job: Job
+    """The validated job, before any point of the space is applied."""
     space: Space
     metric: str
+    """The metric that the sweep optimises."""
     mode: Literal["min", "max"]
     development: tuple[JsonObject, ...]
-    """Tasks on development rows; empty where the job has none."""
+    """Tasks on development rows, which choose the best trial. Empty: the job's own tasks choose."""
     strengths: tuple[float, ...]
-    """Strengths that every unit answers; empty where strength is no axis, or one that is searched point by point."""
+    """Strengths that every unit evaluates. Empty when the space does not vary the strength, or a searcher draws it."""
     snapshots: tuple[int, ...]
-    """Steps after which every training keeps its patch."""
+    """Steps after which every training saves its patch, because the space varies `snapshot`."""
 
     def job_of(self, point: Point, seed: int | None, strengths: Sequence[float]) -> Job:
-        """Return the job that a unit runs. Raises JobError if the point makes none."""
+        """Return the job of a unit.
+
+        Args:
+            point: the fields that the unit sets.
+            seed: the training seed; None keeps the job's own.
+            strengths: strengths at which the tasks run; empty keeps the job's own.
+
+        Raises:
+            JobError: the point makes no valid job.
+        """
         tree = self._tree(point, seed)
         if self.development:
+            # Without `choose`: the sweep compares the strengths, so a trial does not choose one for itself.
             tree["evaluate"], tree["choose"] = [*copy.deepcopy(self.development)], None
         return self._valid(tree, point, strengths, warm=True)
 
     def best_job(self, point: Point, seed: int | None) -> Job:
-        """Return the job that reports a trial on the rows of the job's own tasks."""
+        """Return the job that evaluates a trial on the rows of the job's own tasks. Raises JobError."""
         shared = {key: value for key, value in point.items() if key != STRENGTH}
         tree, strength = self._tree(shared, seed), strength_of(point)
         if strength is not None:
@@ -66,10 +79,11 @@ class SweepPlan:
     def _tree(self, point: Point, seed: int | None) -> JsonObject:
         tree = copy.deepcopy(self.tree)
         if self.snapshots:
+            # Every unit saves all snapshots, so that units which differ in `snapshot` alone share one training.
             written = tree.get("train")
             steps = self.job.train.snapshots if self.job.train is not None else ()
-            kept: JsonObject = {"snapshots": [*sorted({*steps, *self.snapshots})]}
-            tree["train"] = (written if isinstance(written, dict) else {}) | kept
+            snapshots: JsonObject = {"snapshots": [*sorted({*steps, *self.snapshots})]}
+            tree["train"] = (written if isinstance(written, dict) else {}) | snapshots
         for key, value in point.items():
             jobs.put(tree, key, value, f"{self.space.path}: SPACE[{key!r}]", JobType)
         train = tree.get("train")
@@ -79,23 +93,27 @@ class SweepPlan:
 
     def _valid(self, tree: JsonObject, point: Point, strengths: Sequence[float], *, warm: bool) -> Job:
         if strengths:
+            # The bound of `choose` is relative to strength 0, so each unit has to measure it too.
             bound = self.job.choose.within if self.job.choose is not None and self.development else None
             zero = [0.0] if bound is not None and 0.0 not in strengths else []
+            # The strengths of the tasks replace the job's own strength, which cannot stand beside them.
             tree["strength"] = None
             tasks = tree.get("evaluate")
             for task in tasks if isinstance(tasks, list) else ():
                 if isinstance(task, dict):
                     task["strengths"] = [*strengths, *zero]
         try:
-            found = jobs.validate(tree, JobType, self.path)
+            job = jobs.validate(tree, JobType, self.path)
         except JobError as error:
+            # The job file was valid without the point, so the message names the space instead.
             reason = str(error).removeprefix(f"{self.path}: ")
-            given = ", ".join(f"{key} = {cut(repr(value))}" for key, value in point.items())
-            raise JobError(f"{self.space.path}: SPACE with {given}: {reason}") from None
-        is_small = found.scale.worker_range == (1, 1) and found.scale.warm is None
-        if warm and is_small and not _takes_gpu(found):
-            return found.model_copy(update={"scale": found.scale.model_copy(update={"warm": True})})
-        return found
+            settings = ", ".join(f"{key} = {cut(repr(value))}" for key, value in point.items())
+            raise JobError(f"{self.space.path}: SPACE with {settings}: {reason}") from None
+        # A training of one worker without a GPU runs in the trial's own process, which has paid for its imports.
+        is_small = job.scale.worker_range == (1, 1) and job.scale.warm is None
+        if warm and is_small and not _takes_gpu(job):
+            return job.model_copy(update={"scale": job.scale.model_copy(update={"warm": True})})
+        return job
 
 
 def _takes_gpu(job: Job) -> bool:
@@ -107,14 +125,19 @@ def _takes_gpu(job: Job) -> bool:
 
 
 def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
-    """Read the job and find what the space leaves open: the metric, the rows that choose, the strengths.
+    """Read a job, and complete the space from it: metric, mode, development tasks and strengths.
+
+    Args:
+        path: the job file.
+        overrides: `key=value` settings of `--set`.
+        space: the search space.
 
     Raises:
-        JobError: with one message for people.
+        JobError: the job is invalid, or does not fit the space; the message says where.
     """
     tree = jobs.inlined(jobs.read_tree(path, JobType, overrides), JobType, path)
     job = jobs.validate(tree, JobType, path)
-    _check_keys(space)
+    _check_keys(space, job)
     patched = Plan.of(job).leaves_patch
     development = space.development
     if not development and job.choose is not None:
@@ -122,122 +145,150 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
     metric = space.metric or (job.choose.metric if job.choose is not None else None)
     if metric is None:
         raise JobError(f"{space.path}: METRIC is missing: the metric that is made best, such as 'separation/sep'")
-    given = space.mode or (job.choose.mode if job.choose is not None and metric == job.choose.metric else None)
+    mode = space.mode or (job.choose.mode if job.choose is not None and metric == job.choose.metric else None)
     strengths: list[float] = []
     if STRENGTH in space.entries:
         strengths = _strengths(space)
     elif job.choose is not None and patched:
         strengths = sorted({0.0, *job.choose.strengths})
     snapshots = _steps(space)
-    # The mode is known only where the metric is; until then either does.
-    found = SweepPlan(path, tree, job, space, metric, given or "max", tuple(development), tuple(strengths), snapshots)
-    measure = _measured(found)
-    if given is None and measure.mode is None:
+    # The metric's direction is known only once its task is; until then, any mode does.
+    sweep_plan = SweepPlan(path, tree, job, space, metric, mode or "max", tuple(development), tuple(strengths), snapshots)
+    measure = _measured(sweep_plan)
+    if mode is None and measure.mode is None:
         raise JobError(f"{space.path}: MODE is missing: 'min' or 'max' of {metric}, for which neither is better by itself")
-    return replace(found, mode=given or measure.mode)
+    return replace(sweep_plan, mode=mode or measure.mode)
 
 
-def _check_keys(space: Space) -> None:
-    """Refuse keys whose first part is no field of a job; deeper ones are the job's own business."""
-    known = list(JobType.model_fields)
+def _check_keys(space: Space, job: Job) -> None:
+    """Refuse keys whose first part is not a field of a job. Deeper parts are checked when the job is validated."""
+    sections = list(JobType.model_fields)
     for entry in space.entries:
         for key in [part.strip() for part in entry.split(",")] if "," in entry else [entry]:
-            first = key.partition(".")[0]
-            if first not in known:
-                near = difflib.get_close_matches(first, known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise JobError(f"{space.path}: SPACE[{entry!r}]: unknown key; {hint}valid beginnings: {', '.join(known)}")
+            if key.partition(".")[0] not in sections:
+                near = _nearest_path(key, [*sections, *_paths(job.model_dump(mode="json"), "")])
+                hint = f"did you mean {near!r}? " if near else ""
+                raise JobError(f"{space.path}: SPACE[{entry!r}]: unknown key; {hint}valid beginnings: {', '.join(sections)}")
+
+
+def _paths(node: object, prefix: str) -> Iterator[str]:
+    """Yield the paths of all fields of a job's tree."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in items:
+        yield f"{prefix}{name}"
+        yield from _paths(child, f"{prefix}{name}.")
+
+
+def _nearest_path(key: str, paths: Iterable[str]) -> str | None:
+    """Return the path that ends most like `key`: people leave out the beginning of a path, as in `share` or `steer.layers`."""
+    ends: dict[str, str] = {}
+    for path in sorted(paths, key=lambda path: path.count(".")):  # of equal ends, the least nested one
+        parts = path.split(".")
+        for number in range(len(parts)):
+            ends.setdefault(".".join(parts[number:]), path)
+    # A lower cutoff than 0.65 would take `share` for `where`: the paths of a job have hundreds of different ends.
+    near = difflib.get_close_matches(key, ends, n=1, cutoff=0.65)
+    return ends[near[0]] if near else None
 
 
 def _strengths(space: Space) -> list[float]:
-    """Return the strengths that every unit answers."""
+    """Return the strengths that every unit evaluates."""
     values = finite(space.entries[STRENGTH]) or []
     if any(isinstance(value, list) for value in values):
         raise JobError(f"{space.path}: SPACE['strength'] is a list; for several values write tune.grid_search([0.5, 1.0])")
+    # In Python, a bool is an int: without the second condition, True would be strength 1.
     numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) < len(values):
         wrong = next(value for value in values if isinstance(value, bool) or not isinstance(value, int | float))
-        raise JobError(f"{space.path}: SPACE['strength']: {cut(repr(wrong))} is no number")
+        raise JobError(f"{space.path}: SPACE['strength']: {cut(repr(wrong))} is not a number")
     return numbers
 
 
 def _steps(space: Space) -> tuple[int, ...]:
-    """Return the steps that `snapshot` may be."""
+    """Return all values of the entry `snapshot`, sorted."""
     if SNAPSHOT not in space.entries:
         return ()
     values = finite(space.entries[SNAPSHOT])
+    # Not `isinstance`, which would accept True.
     steps = [value for value in values or () if type(value) is int]
     if values is None or len(steps) < len(values):
         raise JobError(f"{space.path}: SPACE['snapshot'] names the steps to keep: tune.grid_search or tune.choice of numbers")
     return tuple(sorted(set(steps)))
 
 
-def _measured(found: SweepPlan) -> Measure:
-    """Return what the metric measures. Raises JobError where nothing does."""
-    job = found.job_of({}, None, ())
-    choose = found.job.choose
-    if found.development and choose is not None and choose.within is not None:
+def _measured(sweep_plan: SweepPlan) -> Measure:
+    """Return the description of the sweep's metric. Raises JobError if no task of the sweep measures it."""
+    job = sweep_plan.job_of({}, None, ())
+    choose = sweep_plan.job.choose
+    if sweep_plan.development and choose is not None and choose.within is not None:
         reason = unmeasured(choose.within.metric, job.evaluate)
         if reason is not None:
-            raise JobError(f"{found.path}: choose.within: {choose.within.metric} is not measured: {reason}")
-    if found.metric in LOSSES:
-        if job.train is None or (found.metric == "eval/loss" and job.data.validation is None):
+            raise JobError(f"{sweep_plan.path}: choose.within: {choose.within.metric} is not measured: {reason}")
+    if sweep_plan.metric in LOSSES:
+        if job.train is None or (sweep_plan.metric == "eval/loss" and job.data.validation is None):
             raise JobError(
-                f"{found.space.path}: METRIC {found.metric}: the job measures none; it needs train and data.validation"
+                f"{sweep_plan.space.path}: METRIC {sweep_plan.metric}: the job does not measure this loss; "
+                + ("it needs data.validation" if job.train is not None else "it needs a train section")
             )
-        return LOSSES[found.metric]
-    measure = measure_of(found.metric, job.evaluate)
+        return LOSSES[sweep_plan.metric]
+    measure = measure_of(sweep_plan.metric, job.evaluate)
     if measure is None:
-        reason = unmeasured(found.metric, job.evaluate)
-        rows = "the development tasks" if found.development else "evaluate"
-        raise JobError(f"{found.space.path}: METRIC {found.metric} is not measured by {rows}: {reason}")
+        reason = unmeasured(sweep_plan.metric, job.evaluate)
+        rows = "the development tasks" if sweep_plan.development else "evaluate"
+        raise JobError(f"{sweep_plan.space.path}: METRIC {sweep_plan.metric} is not measured by {rows}: {reason}")
     return measure
 
 
 def counted(items: Sequence[_T], what: str, say: Say) -> Iterator[_T]:
-    """Pass items on, and say every ten seconds how far it is."""
-    began_s = told_s = time.monotonic()
+    """Yield the items, and every ten seconds say how many are done and how long the rest will take."""
+    began_s = said_s = time.monotonic()
     for number, item in enumerate(items):
         now_s = time.monotonic()
-        if now_s - told_s > _TELL_S:
-            told_s = now_s
+        if now_s - said_s > _PROGRESS_EVERY_S:
+            said_s = now_s
             left_s = (now_s - began_s) / max(1, number) * (len(items) - number)
             say(f"{what}: {number:,} of {len(items):,}, {left_s:.0f} s left")
         yield item
 
 
-def check(found: SweepPlan, units: Sequence[Unit], say: Say = lambda line: None) -> None:
-    """Refuse what cannot work before anything starts: every value of the space by itself, and every unit that is known.
+def check(sweep_plan: SweepPlan, units: Sequence[Unit], say: Say = lambda line: None) -> None:
+    """Refuse invalid jobs before anything starts: check the job itself, each value of the space alone, and each known unit.
 
     Raises:
-        ValueError: with one message for people.
+        ValueError: the message names the file, and the entry of the space with its value.
     """
-    run.check(Plan.of(found.job_of({}, None, found.strengths)))
-    for entry, domain in found.space.entries.items():
+    run.check(Plan.of(sweep_plan.job_of({}, None, sweep_plan.strengths)), sweep_plan.path)
+    # The full check reads rows and the tokenizer, so it runs once for each value and not once for each combination; units are
+    # only validated, which takes milliseconds.
+    for entry, domain in sweep_plan.space.entries.items():
         if entry == STRENGTH:
             continue
         for value in counted(list(extremes(domain)), f"checking the values of {entry}", say):
             try:
-                run.check(Plan.of(found.job_of(found.space.spread(entry, value), None, found.strengths)))
+                run.check(Plan.of(sweep_plan.job_of(sweep_plan.space.spread(entry, value), None, sweep_plan.strengths)))
             except JobError as error:
                 if isinstance(domain, list):
                     raise JobError(f"{error}; a list is one value: for several write tune.grid_search([...])") from None
                 raise
             except ValueError as error:
-                raise JobError(f"{found.space.path}: SPACE[{entry!r}] = {value!r}: {error}") from None
+                raise JobError(f"{sweep_plan.space.path}: SPACE[{entry!r}] = {value!r}: {error}") from None
     for unit in counted(units, "checking the jobs", say):
-        found.job_of(unit.shared, unit.seeds[0], unit.strengths)
+        sweep_plan.job_of(unit.shared, unit.seeds[0], unit.strengths)
 
 
-def seeds_of(found: SweepPlan, num_seeds: int) -> tuple[int, ...]:
-    """Return the training seeds of every trial, the job's own first. Raises JobError where nothing is trained."""
-    if found.job.train is None:
+def seeds_of(sweep_plan: SweepPlan, num_seeds: int) -> tuple[int, ...]:
+    """Return `num_seeds` consecutive training seeds, starting with the job's own; (0,) if the job trains nothing.
+
+    Raises:
+        JobError: several seeds for a job that trains nothing or whose space sets the seed, or a seed beyond the largest one.
+    """
+    if sweep_plan.job.train is None:
         if num_seeds > 1:
             raise JobError(f"--seeds {num_seeds}: the job trains nothing, so its result depends on no seed of training")
         return (0,)
-    if num_seeds > 1 and any(key.strip() == "train.seed" for entry in found.space.entries for key in entry.split(",")):
+    if num_seeds > 1 and any(key.strip() == "train.seed" for entry in sweep_plan.space.entries for key in entry.split(",")):
         raise JobError(f"--seeds {num_seeds}: SPACE sets train.seed itself")
-    first = found.job.train.seed
+    first = sweep_plan.job.train.seed
     if first + num_seeds > SEED_LIMIT:
         raise JobError(
             f"--seeds {num_seeds}: they begin with train.seed {first} and go beyond {SEED_LIMIT - 1}, the largest seed"

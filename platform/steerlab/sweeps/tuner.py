@@ -1,4 +1,4 @@
-"""Ray Tune over the units of a sweep: what it is given, and what it is kept from."""
+"""Run the units of a sweep with Ray Tune: configure it, write the request of each unit, and silence its own logs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES, TrialRequest, UnitConfig,
 from steerlab.sweeps.units import Unit, UnitRecord
 
 
-class Told(TypedDict):
-    """What the process of a unit is told besides the unit and its jobs (`TrialRequest` says what each is)."""
+class UnitContext(TypedDict):
+    """Fields of a `TrialRequest` that do not follow from the unit and its jobs."""
 
     command: str
     stoppable: NotRequired[bool]
@@ -31,7 +31,16 @@ class Told(TypedDict):
 
 
 def run_units(sweep: SweepRun, num_at_once: int, agent: Agent | None) -> bool:
-    """Let Ray Tune run the units that are not settled; say whether it was interrupted."""
+    """Run the units that are not settled.
+
+    Args:
+        sweep: the sweep.
+        num_at_once: largest number of units that run at the same time.
+        agent: W&B's choice of points; None for the space's own search.
+
+    Returns:
+        True if the sweep was interrupted, with units still to run.
+    """
     request, history = sweep.request, sweep.history
     if agent is not None:
         agent.start(sweep.store, sweep.folder, history)
@@ -39,23 +48,31 @@ def run_units(sweep: SweepRun, num_at_once: int, agent: Agent | None) -> bool:
     if suggester is None and not history.pending:
         return False
     if request.plan.space.scheduler is not None:
+        # Only settled units: a pending unit runs again and reports its steps itself.
         search.replay(request.plan.space.scheduler, history)
     page_id = page.begin(request.plan, sweep.store, sweep.folder) if agent is None else agent.sweep_id
 
     def config_of(unit: Unit) -> UnitConfig:
         wandb_run = agent.runs.get(unit.name) if agent is not None else None
-        told: Told = {"command": sweep.command, "stoppable": agent is not None, "page": page_id, "wandb_run": wandb_run}
-        return _request(request, sweep.store, sweep.folder, unit, told)
+        context: UnitContext = {
+            "command": sweep.command,
+            "stoppable": agent is not None,
+            "page": page_id,
+            "wandb_run": wandb_run,
+        }
+        return _request(request, sweep.store, sweep.folder, unit, context)
 
     feed = search.Feed(history, config_of, suggester)
     sweep.write_table()
     _quiet()
     processes.keep()
+    # Ray Tune handles Ctrl-C itself and returns from `fit`, so an interruption shows only by the units that are left.
     try:
         _tuner(sweep, feed, num_at_once, agent).fit()
     finally:
         if agent is not None:
             agent.close()
+    # Asks for one more unit, as Ray Tune may have returned before the searcher said that it has finished.
     is_exhausted = suggester is None or (not suggester.waiting and suggester.next(history) is None)
     if not history.pending and is_exhausted:
         return False
@@ -64,7 +81,7 @@ def run_units(sweep: SweepRun, num_at_once: int, agent: Agent | None) -> bool:
 
 
 def _searcher(request: SweepRequest) -> search.Suggests | None:
-    """Return who suggests units; None for grid and random search, whose units are all known."""
+    """Return the search over the space; None for grid and random search, whose units are all in the request."""
     space = request.plan.space
     if space.search_alg is None:
         return None
@@ -79,8 +96,9 @@ def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | 
         tune_config=tune.TuneConfig(
             search_alg=ConcurrencyLimiter(feed, max_concurrent=num_at_once),
             scheduler=plan.space.scheduler,
-            num_samples=-1,
-            reuse_actors=True,
+            num_samples=-1,  # until the searcher says that it has finished
+            reuse_actors=True,  # the next unit runs in a process that has paid for its imports
+            # Folder names that people can match with the history, instead of Ray Tune's random ids.
             trial_name_creator=lambda trial: feed.units[trial.trial_id].name,
             trial_dirname_creator=lambda trial: feed.units[trial.trial_id].name,
         ),
@@ -88,6 +106,7 @@ def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | 
             name="tune",
             storage_path=f"{sweep.store.root}/{sweep.folder}",
             callbacks=[clerk],
+            # A restarted process takes finished stages from the store and resumes a training from its checkpoint.
             failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             verbose=0,
         ),
@@ -95,17 +114,18 @@ def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | 
 
 
 def _quiet() -> None:
-    """Keep Ray Tune from writing what the history says, and from printing what nobody here reads."""
+    """Turn off Ray Tune's own log files and progress tables: the history has all of it."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # A unit's last report is its rows, which a scheduler has no use for.
+    # Ray Tune refuses reports without the scheduler's metric, and a unit's last report holds only its outcome.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _request(request: SweepRequest, store: Store, folder: str, unit: Unit, told: Told) -> UnitConfig:
-    """Write down what the process that runs a unit needs to know, and return where: Ray Tune keeps what it is given."""
+def _request(request: SweepRequest, store: Store, folder: str, unit: Unit, context: UnitContext) -> UnitConfig:
+    """Write a unit's request to a file of the sweep, and return the configuration that leads its process to the file."""
+    # Ray Tune keeps every configuration in memory and writes it to its state, so the jobs themselves are not part of it.
     plan, scheduler = request.plan, request.plan.space.scheduler
     unit_jobs = [plan.job_of(unit.shared, seed, unit.strengths) for seed in unit.seeds]
     trees = [job.model_dump(mode="json") for job in unit_jobs]
@@ -117,10 +137,10 @@ def _request(request: SweepRequest, store: Store, folder: str, unit: Unit, told:
         within=plan.job.choose.within if plan.job.choose is not None and plan.development else None,
         watched=None if scheduler is None else private_parts.metric_of(scheduler),
         code=own_code.codes_in(trees),
-        **told,
+        **context,
     )
     path = f"{folder}/units/{unit.name}.json"
     store.write_json(path, trial_request.model_dump(mode="json"))
-    # Read again by another process, perhaps hours later: what it runs is what was asked for here.
+    # Another process reads the file, perhaps hours later. The hash ensures that it runs exactly this request.
     digest = hashlib.sha256(store.read_bytes(path)).hexdigest()
     return {"root": store.root, "request": path, "sha256": digest, "warm": all(job.scale.warm for job in unit_jobs)}

@@ -1,8 +1,8 @@
 """Trials, and the units in which they run.
 
-A trial is one point of a search space. Trials that differ in the strength of the patch alone are one unit: one job with one
-trained patch and one evaluation, whose tasks run at all their strengths in one batch. Steps of one training (`snapshot`) are
-units of their own that share the training, because each of them is another patch.
+A trial is one point of a search space. Trials that differ only in the strength of the patch form one unit: one job, which
+trains one patch and evaluates it at all their strengths. Points that differ in `snapshot` (the step of one training) are
+separate units, because each has another patch, but these units share the training.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from steerlab.job import JobError
 from steerlab.sweeps.space import STRENGTH, Point, strength_of
 
 TrialRow: TypeAlias = JsonObject
-"""What a trial measured with one seed, as it stands in trials.parquet: `trial_id`, `seed`, `status`, `param.<path>`,
-`metric.<name>` and so on (`results` has them all)."""
+"""Measurements of one trial with one seed, a row of trials.parquet: `trial_id`, `seed`, `status`, `param.<path>`,
+`metric.<name>` and so on (`results` has all prefixes)."""
 
 
 @dataclass(frozen=True)
@@ -31,40 +31,42 @@ class Trial:
     """One point of the space."""
 
     trial_id: str
-    """Eight digits of the point's SHA-256: equal points are the same trial."""
+    """First eight hexadecimal digits of the point's SHA-256, so equal points are the same trial."""
     params: Point
 
     @property
     def strength(self) -> float | None:
-        """The strength of the patch; None where the job says it."""
+        """The strength of the patch; None when the point sets none, so that the job's own strengths apply."""
         return strength_of(self.params)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Trials that one job answers, once a seed."""
+    """Trials that differ only in strength: one job measures all of them, and runs once for each seed."""
 
     number: int
+    """Position in the sweep, from 1."""
     trials: tuple[Trial, ...]
     seeds: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """Name within the sweep, and part of the names of its run folders."""
+        """Name within the sweep; run folders of the unit contain it."""
+        # Padded, so that folders sort in the order of the units.
         return f"{self.number:04d}-{self.trials[0].trial_id}"
 
     @property
     def shared(self) -> Point:
-        """The parameters of its job: those of its trials but the strength."""
+        """The parameters of the unit's job: those of its trials, without the strength."""
         return {key: value for key, value in self.trials[0].params.items() if key != STRENGTH}
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """The strengths of its trials; empty where the job says them."""
+        """The strengths of its trials; empty when the job's own strengths apply."""
         return tuple(trial.strength for trial in self.trials if trial.strength is not None)
 
     def as_dict(self) -> dict[str, object]:
-        """Return the unit as JSON values."""
+        """Return the unit as a dict."""
         return asdict(self)
 
 
@@ -77,7 +79,7 @@ class _TrialRecord(saved.Shape):
 
 
 class UnitRecord(saved.Shape):
-    """A unit as it stands in a file."""
+    """A unit in a file: its content is validated when it is read."""
 
     number: UnitNumber
     trials: Annotated[list[_TrialRecord], Field(min_length=1)]
@@ -97,24 +99,31 @@ class UnitRecord(saved.Shape):
 
 
 def trial_id(params: Point) -> str:
-    """Name a point by its values."""
+    """Return the id of a point: eight hexadecimal digits of its SHA-256."""
+    # Sorted, so that the order of the entries in the space's file changes no id.
     return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def grouped(path: Path, points: Iterable[Point], seeds: Sequence[int], *, apart: bool, drawn: bool) -> list[Unit]:
-    """Make units of points: those that differ in strength alone together, in the order in which they come.
+    """Group points that differ only in strength into units, in the order of the points.
 
-    `path` is the search space's, for messages. `apart` makes a unit of each seed.
-    Points that were `drawn` may repeat each other and count once.
+    Args:
+        path: file of the search space, for messages.
+        points: the points.
+        seeds: training seeds.
+        apart: make a separate unit for each seed (True) or one unit that runs all seeds one after another (False).
+        drawn: the points were drawn at random, so equal ones are accepted and count once.
 
     Raises:
-        JobError: a grid names the same trial twice.
+        JobError: a grid gives the same point twice.
     """
     by_shared: dict[str, dict[str, Trial]] = {}
     for point in points:
         trial = Trial(trial_id(point), point)
         shared = {key: value for key, value in point.items() if key != STRENGTH}
+        # JSON as the key, because values may be lists; sorted, because points may list their fields in any order.
         group = by_shared.setdefault(json.dumps(shared, sort_keys=True), {})
+        # In a grid, a repeated point is a mistake of the person; in a random search over a choice, it is chance.
         if trial.trial_id in group and not drawn:
             raise JobError(f"{path}: SPACE gives the trial {trial.trial_id} twice: {point}")
         group[trial.trial_id] = trial

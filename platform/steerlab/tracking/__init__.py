@@ -1,7 +1,7 @@
-"""Weights & Biases: one writer for each run, with a fixed id and own step axes, that a restart continues.
+"""Track runs in Weights & Biases: each run has a fixed id, so a restart continues it, and one step axis for each stage.
 
-The driver appends what happened to a file (`spool`) and never waits for a network; a process beside it (`writer`) sends that
-file with the real client. Killed, resumed, offline, or cut off for an hour: every line arrives once.
+The driver appends events to a local file (`spool`) and never waits for a network. A separate process (`writer`) sends the file
+with W&B's own client. Each line arrives exactly once, even if the run is killed, resumed, offline, or loses its connection.
 
     tracker = Tracker(job.track, run_id, job.name, config, directory, place=Place(group=sweep, sweep_id=...))
     tracker.log({"step": 1, "train/loss": 2.0})       one line of history on the axis train/step
@@ -29,37 +29,38 @@ from steerlab.tracking import spool
 from steerlab.tracking.spool import Spool
 
 FINISH_WAIT_S = 5.0
-"""Longest time that the end of a run waits for its writer, which goes on by itself."""
+"""Longest time that the end of a run waits for its writer, which afterwards continues by itself."""
 MAX_TABLE_ROWS = 1000
 MAX_IMAGES = 64
-"""Of one strength and guidance."""
+"""Largest number of images of one strength and guidance scale."""
 NO_KEY = "no W&B API key: set WANDB_API_KEY or run `wandb login`"
 _OFFLINE = "no W&B API key: the run is written offline; once there is a key, `steerlab wandb-send RUN` sends it"
 _REASONS = ("no W&B API key", "as the job asks")
 _POLL_S = 0.05
 _writer: IO[bytes] | None = None
-"""What this process' writer reads."""
+"""Standard input of this process's writer; None before the first run."""
 _open_spools: list[Spool] = []
+"""Spools of this process whose writer may not have finished: see `drain` and `close`."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands among others."""
+    """Place of a run in W&B: its group, sweep, tags and parameters."""
 
     group: str | None = None
-    """Runs that W&B shows together: the sweep's id."""
+    """Name under which W&B groups runs: the sweep's id. None outside a sweep."""
     sweep_id: str | None = None
-    """The W&B sweep that the run is a trial of (`sweep_page.begin`)."""
+    """Id of the W&B sweep to which the run belongs (`sweep_page.begin`); None outside a sweep."""
     job_type: str | None = None
     tags: tuple[str, ...] = ()
     run_id: str | None = None
-    """The id of the W&B run where it is not the run's own: a W&B agent is told under which id to log."""
+    """Id of the W&B run; None for the run's own id. W&B hands out the id when it chooses the points."""
     parameters: tuple[tuple[str, Json], ...] = ()
-    """What the trial varies, by path. W&B's sweep pages look for these names at the top of the config."""
+    """Parameters that the sweep varies, by path. W&B's sweep pages look for these names at the top level of the config."""
 
 
 def mode_of(track: TrackConfig) -> str:
-    """Return `disabled`, `online`, or `offline`, which online becomes where there is no key."""
+    """Return the mode of a job's tracking: `disabled`, `online` or `offline`. Without an API key, online becomes offline."""
     wanted = track.wandb
     if wanted is None or wanted.mode == "disabled":
         return "disabled"
@@ -67,10 +68,8 @@ def mode_of(track: TrackConfig) -> str:
 
 
 def has_key() -> bool:
-    """Say whether there is an API key, where `wandb login` keeps keys.
-
-    The client itself would take 0.2 s to import and keeps what it once found.
-    """
+    """Say whether an API key is set, in the environment or in the netrc file where `wandb login` stores it."""
+    # W&B's client could answer this too, but it takes 0.2 s to import and caches its first answer.
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
@@ -82,7 +81,7 @@ def has_key() -> bool:
 
 
 class Tracker:
-    """An open W&B run, or nothing when the job names none. No method waits for a server."""
+    """An open W&B run; does nothing if the job is not tracked. No method waits for a server."""
 
     def __init__(
         self,
@@ -112,6 +111,7 @@ class Tracker:
             "sweep_id": place.sweep_id,
             "job_type": place.job_type,
             "tags": list(place.tags),
+            # Without control characters: texts of the job may come from somebody else, and W&B shows them to a team.
             "config": texts.everywhere(texts.plain, {**config, **dict(place.parameters)}),
             "pid": os.getpid(),
             "program": sys.argv[0],
@@ -121,34 +121,39 @@ class Tracker:
         _serve(self._spool.directory)
 
     def log(self, metrics: Mapping[str, float], stage: str = "train") -> None:
-        """Record one line of metrics on the axis of a stage, `train/step`.
+        """Record one line of metrics on the step axis of a stage, such as `train/step`.
 
-        A line whose step is not above the axis' last is one that a resumed stage computes again: it is not recorded twice.
+        Args:
+            metrics: values by name, with the number of the step as `step`.
+            stage: name of the stage.
         """
         if self._spool is None:
             return
         axis = f"{stage}/step"
+        # A stage that resumed from a checkpoint computes some steps again; they are recorded once.
         if metrics["step"] > self._spool.last_step.get(axis, float("-inf")):
             data: JsonObject = {f"{stage}/{name.removeprefix('train/')}": value for name, value in metrics.items()}
             self._spool.append({"kind": "log", "axis": axis, "data": data})
 
     def table(self, key: str, rows: Sequence[Mapping[str, object]]) -> None:
-        """Record rows of texts and scores as a table, once for each key."""
-        if self._spool is None or not rows or key in self._spool.told:
+        """Record rows of texts and scores as a table, once for each key; at most MAX_TABLE_ROWS rows."""
+        # A resumed run records its tables again; each key is sent once.
+        if self._spool is None or not rows or key in self._spool.keys:
             return
+        # The union of all rows' fields in order of appearance: rows of one task may have different fields.
         columns = list(dict.fromkeys(name for row in rows for name in row))
         body = [[_plain(row.get(name)) for name in columns] for row in rows[:MAX_TABLE_ROWS]]
         self._spool.append({"kind": "table", "key": key, "columns": columns, "rows": body})
 
     def images(self, key: str, paths: Sequence[Path], captions: Sequence[str]) -> None:
-        """Record image files, once for each key; they must stay where they are until the run is sent."""
-        if self._spool is not None and paths and key not in self._spool.told:
+        """Record image files by their paths, once for each key; the files must stay where they are until the run is sent."""
+        if self._spool is not None and paths and key not in self._spool.keys:
             self._spool.append(
                 {"kind": "images", "key": key, "paths": [str(path) for path in paths], "captions": list(captions)}
             )
 
     def images_below(self, folder: Path) -> None:
-        """Record the images of a run, samples/images/{strength}_{guidance}/{id}.png: a list for each setting."""
+        """Record the images of a run, `{strength}_{guidance}/{id}.png` below `folder`, with one key for each setting."""
         for setting in sorted(folder.iterdir()) if self._spool is not None and folder.is_dir() else ():
             paths = sorted(setting.glob("*.png"))[:MAX_IMAGES]
             strength, _, guidance = setting.name.partition("_")
@@ -158,8 +163,8 @@ class Tracker:
     def stage(
         self, name: str, key: str, label: str, status: str, seconds: float, uri: str, inputs: Sequence[tuple[str, str, str]]
     ) -> None:
-        """Record which stage made or reused which artifact, of which inputs (stage, key, URI): the lineage."""
-        if self._spool is not None and key not in self._spool.told and status in ("ran", "cached"):
+        """Record the artifact that a stage made or reused, and its inputs as (stage, key, URI), for W&B's lineage graph."""
+        if self._spool is not None and key not in self._spool.keys and status in ("ran", "cached"):
             self._spool.append(
                 {
                     "kind": "stage",
@@ -174,7 +179,13 @@ class Tracker:
             )
 
     def finish(self, summary: Mapping[str, Json], exit_code: int, wait_s: float = FINISH_WAIT_S) -> None:
-        """Write final values and close; waits for the writer for a few seconds at most, and says what became of the run."""
+        """Write the final values and close the run.
+
+        Args:
+            summary: final values by name.
+            exit_code: 0 for a run that succeeded.
+            wait_s: longest wait for the writer; afterwards, warns if the run was not sent. 0 neither waits nor warns.
+        """
         if self._spool is None:
             return
         self._spool.append({"kind": "finish", "summary": dict(summary), "exit_code": exit_code})
@@ -187,18 +198,23 @@ class Tracker:
 
 
 def drain(wait_s: float) -> None:
-    """Wait for the writer of runs that were finished without waiting, and say what became of those that were not sent."""
+    """Wait at most `wait_s` seconds for the writer of all runs that are finished, and warn of those that were not sent."""
     deadline_s = time.monotonic() + wait_s
-    for found in _open_spools:
-        while not _is_settled(found) and time.monotonic() < deadline_s:
+    # One deadline for all runs: with a server that is away, a sweep of many runs should not wait for each.
+    for run_spool in _open_spools:
+        while not _is_settled(run_spool) and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
-        _explain(found)
+        _explain(run_spool)
     _open_spools.clear()
 
 
 def close(wait_s: float) -> None:
-    """End this process' writer after it sent what it has; without this it ends by itself, some time after this process."""
+    """End this process's writer, and wait at most `wait_s` seconds until it has sent its spools.
+
+    Without this call, the writer ends by itself some time after this process.
+    """
     global _writer
+    # The writer ends when its standard input does.
     if _writer is not None:
         _writer.close()
     _writer = None
@@ -209,24 +225,26 @@ def close(wait_s: float) -> None:
 
 
 def send(directory: Path) -> spool.Status:
-    """Send the run of a spool's directory again, online; lines that the server holds are not doubled.
+    """Send the run of a spool directory to W&B; lines that the server already has are not sent again.
 
-    Returns the writer's status.
+    Returns:
+        The writer's last status.
 
     Raises:
-        ValueError: there is no key.
+        ValueError: no API key is set.
     """
     if not has_key():
         raise ValueError(NO_KEY)
     settings = spool.read_settings(directory)
     spool.write_json(directory / spool.SETTINGS, {**settings, "mode": "online", "reason": None})
+    # Else the status of an earlier attempt would be read if the writer dies before its first word.
     (directory / spool.STATUS).unlink(missing_ok=True)
     _started(directory).communicate(f"{directory}\n".encode())
     return spool.read_status(directory)
 
 
 def _serve(directory: Path) -> None:
-    """Hand a spool to this process' writer, which is started with the first, and again if it died."""
+    """Give a spool to this process's writer. The writer starts with the first spool, and again if it has died."""
     global _writer
     line = f"{directory}\n".encode()
     if _writer is not None:
@@ -234,16 +252,19 @@ def _serve(directory: Path) -> None:
             _writer.write(line)
             return
         except BrokenPipeError:
+            # The writer died, for example because the machine ran out of memory.
             _writer = None
     starter = _started(directory, "--detach")
-    starter.wait()
+    starter.wait()  # it forks and exits at once; without `wait` it would stay as a zombie process
     assert starter.stdin is not None
     _writer = starter.stdin
     _writer.write(line)
 
 
 def _started(directory: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start a writer in a session of its own, so that what interrupts this process does not interrupt it."""
+    """Start a writer process that logs to writer.log in `directory`."""
+    # A session of its own, since Ctrl-C goes to all processes of the terminal's session. -P and `cwd` keep modules of the
+    # current folder from being imported instead of real ones.
     paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with files.appending(directory / "writer.log") as log:
         return subprocess.Popen(
@@ -253,23 +274,24 @@ def _started(directory: Path, *options: str) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def _is_settled(found: Spool) -> bool:
-    status = found.status()
+def _is_settled(run_spool: Spool) -> bool:
+    status = run_spool.status()
     return bool(status.get("done")) or status.get("state") == "failed"
 
 
-def _explain(found: Spool) -> None:
-    """Warn of a run that did not go where it should."""
-    status = found.status()
+def _explain(run_spool: Spool) -> None:
+    """Warn if a run was not sent to W&B as its job says."""
+    status = run_spool.status()
     reason = status.get("reason")
-    again = f"send it again with `steerlab wandb-send {found.directory.parent}`"
+    again = f"send it again with `steerlab wandb-send {run_spool.directory.parent}`"
     if status.get("state") == "failed":
         warnings.warn(f"W&B: {reason}; {again}", stacklevel=3)
     elif status.get("state") == "offline" and reason not in _REASONS:
+        # Without a key there was a warning at the start of the run, and an offline job needs none.
         warnings.warn(f"W&B: {reason}; the run is written offline; {again}", stacklevel=3)
-    elif not _is_settled(found) and found.mode == "online":
+    elif not _is_settled(run_spool) and run_spool.mode == "online":
         warnings.warn(
-            f"W&B has not taken all of the run yet; its writer goes on for a while. If need be, {again}", stacklevel=3
+            f"W&B has not received all of the run yet; its writer continues for a while. If it fails, {again}", stacklevel=3
         )
 
 

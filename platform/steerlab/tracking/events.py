@@ -1,4 +1,4 @@
-"""Events of a run as the lines of its spool hold them, by `kind`."""
+"""The events of a run: each line of its spool file is one of these, told apart by `kind`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from steerlab.guards.json_values import Json, JsonObject
 
 
 class Opened(TypedDict):
-    """A process of the run begins to write."""
+    """A process of the run starts to write. A run that was resumed has several of these."""
 
     kind: Literal["open"]
     time: NotRequired[float]
@@ -20,9 +20,9 @@ class Logged(TypedDict):
     kind: Literal["log"]
     axis: str
     data: JsonObject
-    """Metrics by name; that of the axis is a number."""
+    """Metrics by name, with the step as a number under the name of the axis."""
     time: NotRequired[float]
-    """Seconds since 1970; `Spool.append` writes it."""
+    """Seconds since 1970, set by `Spool.append`."""
 
 
 class Table(TypedDict):
@@ -46,7 +46,7 @@ class Images(TypedDict):
 
 
 class StageEnded(TypedDict):
-    """A stage that made an artifact or took one over."""
+    """A stage that made an artifact, or reused one from the store."""
 
     kind: Literal["stage"]
     key: str
@@ -71,12 +71,13 @@ class Finished(TypedDict):
 
 
 Line: TypeAlias = Logged | Table | Images
-"""Events that are lines of the history."""
+"""Events that become lines of the W&B run's history."""
 Event: TypeAlias = Opened | Line | StageEnded | Finished
 
 
 def step_of(event: Logged) -> float:
-    """Return where a line stands on its axis."""
+    """Return the step of a line on its axis."""
+    # The name of the axis is also the name under which the step is stored.
     step = event["data"][event["axis"]]
-    assert isinstance(step, int | float), "the reader of a spool refuses other lines"
+    assert isinstance(step, int | float), "`spool.read` refuses lines without a step"
     return step

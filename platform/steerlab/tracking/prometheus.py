@@ -1,7 +1,7 @@
-"""The platform's own numbers for Prometheus and Grafana, through Ray's metrics agent: rates, step times, cache hits, trials.
+"""Metrics of the platform for Prometheus and Grafana, through Ray's metrics agent: rates, step times, cache hits, trials.
 
-Every process that runs plans inside a Ray cluster reports; Ray's dashboard agents export the numbers on each node beside Ray's
-own. The scrape configuration and the panels are in `dashboards/grafana`. Outside of a cluster nothing is counted.
+Every process that runs stages inside a Ray cluster reports; on each node, Ray's dashboard agent exports these metrics together
+with Ray's own. The scrape configuration and the panels are in `dashboards/grafana`. Outside a cluster nothing is counted.
 
     steerlab_stages_total{stage, status}        stages that ended, by "ran", "cached" and "failed"
     steerlab_stage_seconds{stage}               histogram of how long stages that ran took
@@ -22,10 +22,13 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from steerlab.storage.plan import Record, Stage
 
 _SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000]
+"""Upper bounds of the buckets of the histogram of stage durations, in seconds."""
 STATES = ("pending", "running", "finished", "pruned", "stopped", "failed")
 _rows: dict[str, float] = {}
+"""Rows that each stage has reported so far, by the stage's key: stages report totals, a counter takes increments."""
 
 
+# Cached, so that a process has one object for each metric.
 @cache
 def _counter(name: str, description: str, *tags: str) -> Counter:
     return Counter(f"steerlab_{name}", description, tag_keys=tags)
@@ -46,7 +49,7 @@ def ended(record: Record) -> None:
     if not ray.is_initialized():
         return
     stage = record.stage.name
-    # Prometheus' exporter adds _total to a counter's name.
+    # Ray's exporter appends _total to the name of a counter.
     _counter("stages", "Stages that ended, by what became of them.", "stage", "status").inc(
         1, {"stage": stage, "status": record.status}
     )
@@ -55,7 +58,7 @@ def ended(record: Record) -> None:
 
 
 def reported(stage: Stage, metrics: Mapping[str, float]) -> None:
-    """Take over what a running stage reports: steps of a training, or rows done."""
+    """Export the report of a running stage: seconds per step and loss of a training, or the number of rows done."""
     if not ray.is_initialized():
         return
     tags = {"stage": stage.name}
@@ -66,12 +69,13 @@ def reported(stage: Stage, metrics: Mapping[str, float]) -> None:
     if "done" in metrics:
         more = metrics["done"] - _rows.get(stage.key, 0)
         _rows[stage.key] = metrics["done"]
+        # A stage that is repeated after a failure reports smaller totals, and a counter must not decrease.
         if more > 0:
             _counter("rows", "Rows that stages have gone through.", "stage").inc(more, tags)
 
 
 def trials(sweep: str, states: Mapping[str, int]) -> None:
-    """Say how many trials of a sweep are in each state."""
+    """Export the number of trials of a sweep in each state; states that are missing count 0."""
     if ray.is_initialized():
         for state in STATES:
             _gauge("trials", "Trials of a sweep by state.", "sweep", "state").set(

@@ -1,7 +1,8 @@
-"""What a run has to say to a dashboard, as an append-only file: the part that never waits for a network.
+"""The spool of a run: an append-only file of events, written without waiting for a network.
 
-The driver appends events; another process reads them and talks to Weights & Biases. The number of a history line in this file
-is its step there, so whoever sends the file again, after a kill or a lost connection, neither skips nor doubles a line.
+The driver appends events; the writer process reads them and sends them to Weights & Biases. The number of a history line in
+the file is its step in the W&B run, so when the file is sent again after a kill or a lost connection, no line is skipped or
+doubled.
 """
 
 from __future__ import annotations
@@ -24,41 +25,44 @@ EVENTS = "events.jsonl"
 SETTINGS = "settings.json"
 STATUS = "status.json"
 FIRST = "first.json"
-"""What step the first line is on the server, since a line was sent; below 0 where the server had lines from a lost spool."""
+"""File with the server's step of the spool's first line, written when the first line is sent. It is not 0 if the server has
+lines of an earlier spool of the run that is lost."""
 
 
 class First(saved.Shape):
-    """The file FIRST."""
+    """Content of the file FIRST."""
 
     step: int
 
 
 class Status(TypedDict, total=False):
-    """What a writer says of itself."""
+    """Status of a writer, in the file STATUS."""
 
     state: str
     """`online`, `offline` or `failed`."""
     reason: str | None
-    """Why it is not online."""
+    """Why the run is not sent online; None if it is."""
     files: str
-    """The folder of W&B's client."""
+    """Folder of W&B's client for this run."""
     done: bool
+    """True when everything was sent (online) or written (offline)."""
 
 
 class Spool:
-    """The events of one run in one directory; a second process of the same run continues the file."""
+    """The events of one run in one directory. A second process of the same run appends to the same file."""
 
     def __init__(self, directory: Path, settings: Mapping[str, object]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.mode = str(settings["mode"])
-        (directory / STATUS).unlink(missing_ok=True)
+        (directory / STATUS).unlink(missing_ok=True)  # that of an earlier process of the run
+        # The command and the URIs of a job may hold passwords, and the spool is sent to a server.
         masked = {name: texts.everywhere(texts.without_secrets, value) for name, value in settings.items()}
         write_json(directory / SETTINGS, masked)
         self.last_step: dict[str, float] = {}
-        """The last value on each axis."""
-        self.told: set[str] = set()
-        """Keys of tables, images and stages that are in the file."""
+        """The largest step so far on each axis."""
+        self.keys: set[str] = set()
+        """Keys of the tables, images and stages in the file."""
         self._file = _opened(directory / EVENTS)
         try:
             for event in read(directory / EVENTS):
@@ -66,17 +70,19 @@ class Spool:
         except ValueError:
             self._file.close()
             raise
+        # Tells the events of this process from those of earlier processes of the run (see `follow`).
         self.append({"kind": "open"})
 
     def append(self, event: Event) -> None:
-        """Write one event, without passwords; on return it survives the death of this process."""
+        """Append one event, with secrets masked. After the return, the event survives the death of this process."""
         masked = {name: texts.everywhere(texts.without_secrets, value) for name, value in event.items()}
+        # A loss may be NaN, which is not JSON, but Python writes and reads it.
         line = json.dumps({"time": round(time.time(), 3), **masked}, allow_nan=True)
         self._file.write(line.encode() + b"\n")
         self._remember(event)
 
     def status(self) -> Status:
-        """Return what the writer last said of itself."""
+        """Return the writer's last status; empty before its first one."""
         return read_status(self.directory)
 
     def close(self) -> None:
@@ -87,7 +93,7 @@ class Spool:
         if event["kind"] == "log":
             self.last_step[event["axis"]] = max(step_of(event), self.last_step.get(event["axis"], float("-inf")))
         elif "key" in event:
-            self.told.add(event["key"])
+            self.keys.add(event["key"])
 
 
 class _Log(saved.Shape):
@@ -107,14 +113,14 @@ class _Kind(saved.Shape):
 
 
 def _event(line: bytes, where: str) -> Event:
-    """Return an event as a line of the file holds it. Raises ValueError where it is none."""
+    """Parse one line of the file. Raises ValueError, which begins with `where`, if it is not an event."""
     event = saved.like(saved.parsed(line, dict[str, object], where), _Kind, where)
     return saved.like(event, _Log, where) if event["kind"] == "log" else event
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open for appending, without the torn line that a kill may have left."""
-    opened = files.appending(path)  # never through a link, so that what is cut is this file
+    """Open the file for appending, after cutting off an incomplete last line that a kill may have left."""
+    opened = files.appending(path)  # refuses a link, so that no other file is truncated
     whole = files.read(path)
     if not whole.endswith(b"\n"):
         opened.truncate(whole.rfind(b"\n") + 1)
@@ -122,7 +128,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def read(path: Path) -> Iterator[Event]:
-    """Read the whole lines of a file of events."""
+    """Yield the events of a file, without an incomplete last line. Raises ValueError if a line is not an event."""
     if path.exists():
         files.check(path)
         with path.open("rb") as file:
@@ -130,16 +136,22 @@ def read(path: Path) -> Iterator[Event]:
 
 
 def follow(path: Path, ended: Callable[[], bool], poll_s: float = 0.1) -> Iterator[Event]:
-    """Read events as they are written, until one says that the run is over or `ended()` and nothing is left.
+    """Yield events as they are written, until the run's last event, or until `ended()` is true and no event is left.
 
-    Events before the last `open` tell of earlier processes of the run; their `finish` is no end.
+    Args:
+        path: the file of events.
+        ended: says whether no process will write more events.
+        poll_s: seconds between two looks at the file.
     """
+    # A resumed run has the events of several processes in one file, each after an `open`. Only a `finish` after the last
+    # `open` ends the run.
     past = sum(1 for event in read(path) if event["kind"] == "open")
     with path.open("rb") as file:
         opened, rest = 0, b""
         while True:
-            over = ended()
+            over = ended()  # asked before the read: what is written in between is read in the next round
             rest += file.read()
+            # A line that is still being written has no line end yet, and stays in `rest`.
             *lines, rest = rest.split(b"\n")
             for line in lines:
                 event = _event(line, str(path))
@@ -155,22 +167,22 @@ def follow(path: Path, ended: Callable[[], bool], poll_s: float = 0.1) -> Iterat
 
 
 def read_status(directory: Path) -> Status:
-    """Return what the writer of a spool last said of itself; empty before its first word."""
+    """Return the last status of a spool's writer; empty before its first one."""
     return saved.read(directory / STATUS, Status) if (directory / STATUS).exists() else {}
 
 
 class Settings(saved.Shape):
-    """How a spool is sent."""
+    """How a spool is sent to W&B: the file SETTINGS."""
 
     mode: Literal["online", "offline"]
     project: str
     entity: str | None = None
     reason: str | None = None
-    """Why the run is not sent online."""
+    """Why the run is not sent online; None if it is."""
     url: str | None = None
-    """Address of the server, where it is not W&B's own."""
+    """Address of the server; None for W&B's own."""
     id: str = ""
-    """Name of the run in W&B, unique in its project."""
+    """Id of the run in W&B, unique in its project."""
     name: str | None = None
     group: str | None = None
     sweep_id: str | None = None
@@ -178,22 +190,23 @@ class Settings(saved.Shape):
     tags: list[str] = []
     config: dict[str, object] = {}
     pid: int | None = None
-    """The run's own process, whose use of the machine W&B shows."""
+    """Process of the run, whose use of CPU and memory W&B records."""
     program: str | None = None
 
 
 def settings_of(directory: Path) -> Settings:
-    """Return how a spool is sent. Raises ValueError where the file is damaged."""
+    """Read how a spool is sent. Raises ValueError if the file is damaged."""
     return saved.read(directory / SETTINGS, Settings)
 
 
 def read_settings(directory: Path) -> JsonObject:
-    """Return the file that says how a spool is sent, as it is. Raises ValueError where it is damaged."""
+    """Read how a spool is sent, as a dict with all keys of the file. Raises ValueError if the file is damaged."""
     return saved.read_like(directory / SETTINGS, Settings)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a file whole or not at all."""
+    """Write a JSON file atomically: a reader sees the old content or the new one."""
+    # The process id keeps the driver and the writer, which both write here, from using one temporary file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content))
     temporary.replace(path)

@@ -1,9 +1,9 @@
-"""The process that talks to Weights & Biases, so that nothing it waits for can stop or slow a run.
+"""The writer: a separate process that sends runs to Weights & Biases, so that waiting for a server never slows a run.
 
-`python -m steerlab.tracking.writer` reads directories of spools from its standard input, one a line, and writes each as one
-W&B run with the real client. When the input ends, because the driver is done or dead, what is left in the spools is sent and
-the process ends, after GRACE_S at the latest. A server that refuses or does not answer when a run begins makes it an offline
-run; one that is lost later is retried by W&B's own client, and what it could not send is in its files and in the spool.
+`python -m steerlab.tracking.writer` reads spool directories from its standard input, one per line, and sends each as one W&B
+run with W&B's client. When the input ends, because the driver has finished or died, the writer sends the rest of the spools
+and exits after at most GRACE_S seconds. If the server refuses a run or does not answer when it begins, the run is written
+offline. If the server is lost later, W&B's client retries; lines that it could not send stay in its files and in the spool.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ INIT_S = 30.0
 FINISH_S = 60.0
 """Longest wait for the upload when a run ends."""
 GRACE_S = 90.0
-"""Longest life after the driver's end."""
+"""Longest time that the writer lives after the driver's end."""
 _POLL_S = 0.1
 _LINES = ("log", "table", "images")
-"""Kinds of events that are lines of the history."""
+"""Kinds of events that become lines of the W&B run's history."""
 _RESUMED = "a process of this run was lost before it could say that it ended"
 
 
 def main() -> None:
-    """Serve the spools named on standard input until it ends; with `--detach`, as nobody's child.
-
-    Ray kills the children of a worker that ends, and a sweep's trials end before all of them is sent.
-    """
+    """Serve the spools that standard input names until it ends; with `--detach`, in a forked process."""
+    # Ray kills the child processes of a worker that ends, and the trial of a sweep ends before its metrics are sent. After the
+    # fork, the parent exits and the writer is no longer a child of the worker.
     if "--detach" in sys.argv and os.fork():
         os._exit(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the driver; the writer still has to send the end of the run
     ended = threading.Event()
     threads = []
     for line in sys.stdin:
+        # Daemon threads, so that one that hangs in a call to the server does not keep the process alive.
         threads.append(threading.Thread(target=_guarded, args=(Path(line.rstrip("\n")), ended.is_set), daemon=True))
         threads[-1].start()
     ended.set()
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _guarded(directory: Path, ended: Callable[[], bool]) -> None:
-    """Write a spool; whatever goes wrong is said in its status."""
+    """Send a spool; an error of any kind becomes its status."""
     try:
         write(directory, ended)
     except BaseException as error:
@@ -73,10 +73,11 @@ def _guarded(directory: Path, ended: Callable[[], bool]) -> None:
 
 
 def write(directory: Path, ended: Callable[[], bool]) -> None:
-    """Write one spool as a W&B run, from the first line that the server lacks."""
+    """Send one spool as a W&B run, from the first line that the server lacks; offline if the server refuses the run."""
     import wandb
 
     settings = spool.settings_of(directory)
+    # A resumed run starts a new writer while the old one may still send the same spool.
     with _alone(directory):
         try:
             run = _open(settings, directory)
@@ -91,7 +92,7 @@ def write(directory: Path, ended: Callable[[], bool]) -> None:
 
 
 def _send(run: wandb.Run, settings: spool.Settings, directory: Path, ended: Callable[[], bool]) -> None:
-    """Send a spool to an open run and close it."""
+    """Send the events of a spool to an open run, and close the run."""
     status: spool.Status = {"state": settings.mode, "reason": settings.reason, "files": run.settings.sync_dir}
     spool.write_json(directory / spool.STATUS, status)
     run.finish(exit_code=_History(run, directory).send(ended))
@@ -101,8 +102,10 @@ def _send(run: wandb.Run, settings: spool.Settings, directory: Path, ended: Call
 
 
 def _write_offline(settings: Mapping[str, object], directory: Path, ended: Callable[[], bool]) -> None:
-    """Write a spool in a process of its own: in this one, W&B's client holds the run that could not begin."""
+    """Write a spool offline, in a separate process."""
+    # In this process, W&B's client still holds the run that the server refused, and would not open it a second time.
     spool.write_json(directory / spool.SETTINGS, settings)
+    # The variable leads to the service process of this process's W&B client, which the new process must not join.
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "steerlab.tracking.writer"], stdin=subprocess.PIPE, env=environment, cwd=files.OWN_FOLDER
@@ -120,13 +123,13 @@ def _write_offline(settings: Mapping[str, object], directory: Path, ended: Calla
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Hold the only right to write a spool; the kernel gives it back when the process dies."""
+    """Hold the lock of a spool, so that only one process sends it. The kernel releases the lock when the process dies."""
     with files.locked(directory / "writer.lock"):
         yield
 
 
 def _open(settings: spool.Settings, directory: Path) -> wandb.Run:
-    """Open the run, in the state in which its last process left it."""
+    """Open the W&B run, or continue it if an earlier process has opened it."""
     import wandb
 
     return wandb.init(
@@ -140,16 +143,18 @@ def _open(settings: spool.Settings, directory: Path) -> wandb.Run:
         config=settings.config,
         dir=str(directory),
         mode=settings.mode,
-        resume="allow",
-        reinit="create_new",
+        resume="allow",  # continue the run of this id if the server has it
+        reinit="create_new",  # several runs are open in this process at the same time, one in each thread
         settings=wandb.Settings(
             silent=True,
-            console="off",
+            console="off",  # the output of the writer is not that of the run
+            # Runs that were offline are put on the sweep's page by `sweep_page.send`.
             sweep_id=settings.sweep_id if settings.mode == "online" else None,
             init_timeout=INIT_S,
             finish_timeout=FINISH_S,
             x_stats_pid=settings.pid or os.getpid(),
             program=settings.program,
+            # Few and short retries: a server that does not answer makes the run an offline run, which can be sent later.
             x_graphql_retry_max=4,
             x_graphql_timeout_seconds=10,
         ),
@@ -157,28 +162,32 @@ def _open(settings: spool.Settings, directory: Path) -> wandb.Run:
 
 
 class _History:
-    """Sends events to an open run; line k of the spool is step k there."""
+    """Sends the events of a spool to an open run. Line k of the spool is step k of the run's history."""
 
     def __init__(self, run: wandb.Run, directory: Path) -> None:
         self.run = run
         self.events, self.folder = directory / spool.EVENTS, directory.parent
         self.online = not run.offline
         self.held = run.starting_step if self.online else 0
-        """Lines of the history that the server holds."""
+        """Number of lines of the history that the server has."""
         self.number = 0
+        """Step of the next line on the server."""
         self.seen = 0
-        """Lines of the spool so far."""
+        """Number of lines of the spool that were read."""
         self.axes: set[str] = set()
+        """Step axes that were defined in the run."""
         self.first = directory / spool.FIRST
         if self.first.exists():
             self.number = saved.read(self.first, spool.First).step
             return
         earlier = [event["kind"] for event in spool.read(self.events)]
         if self.held and not any(kind in _LINES for kind in earlier[: _last(earlier, "open")]):
-            self.number = self.held  # the machine that held the spool's first lines is gone
+            # The spool has lines of this process only, yet the server has some: they are of a machine that was lost with its
+            # spool. The new lines continue after them.
+            self.number = self.held
 
     def send(self, ended: Callable[[], bool]) -> int:
-        """Send events until the run ends; returns its exit code."""
+        """Send events until the run ends, and return its exit code; 1 if its process died without a `finish`."""
         for event in spool.follow(self.events, ended):
             if event["kind"] == "log" or event["kind"] == "table" or event["kind"] == "images":
                 self._line(event)
@@ -193,8 +202,10 @@ class _History:
     def _line(self, event: Line) -> None:
         if event["kind"] == "log" and event["axis"] not in self.axes:
             self.axes.add(event["axis"])
+            # W&B's own step counts all lines of the run; each stage gets an axis that starts at its own first step.
             self.run.define_metric(event["axis"])
             self.run.define_metric(event["axis"].rpartition("/")[0] + "/*", step_metric=event["axis"])
+        # Lines before `held` were sent by an earlier process. They are counted, so that line k keeps step k.
         if self.number >= self.held and not self._is_known(event):
             if self.online and not self.first.exists():
                 spool.write_json(self.first, {"step": self.number - self.seen})
@@ -206,7 +217,7 @@ class _History:
         self.run.log({**self._content(event), "_timestamp": event.get("time")}, self.number, commit=True)
 
     def _content(self, event: Line) -> dict[str, Any]:
-        """Return what a line of the history holds, in W&B's own types. Raises ValueError for an image of another folder."""
+        """Return the content of a line in W&B's types. Raises ValueError for an image outside the run's folder."""
         import wandb
 
         if event["kind"] == "table":
@@ -216,7 +227,7 @@ class _History:
             return event["data"]
         images = []
         for path, caption in zip(event["paths"], event["captions"], strict=True):
-            # A stranger's run must not send other images of this machine to a stranger's project.
+            # A spool may come from somebody else: its paths must not send other images of this machine to W&B.
             if not Path(path).resolve().is_relative_to(self.folder.resolve()):
                 raise ValueError(f"{path} is no image of the run in {self.folder}")
             files.check(Path(path))
@@ -224,21 +235,21 @@ class _History:
         return {event["key"]: images}
 
     def _is_known(self, event: Line) -> bool:
-        """Say whether a line of a lost spool is in the server's summary already."""
+        """Say whether the server already has this line from a spool that is lost."""
         if not self.held or event["kind"] != "log" or self.number > self.held:
             return False
         last = self.run.summary.get(event["axis"])
-        known = last is not None and step_of(event) <= last
-        self.number -= known
-        return known
+        is_known = last is not None and step_of(event) <= last
+        self.number -= is_known  # the caller counts the line, which must not take a step of its own
+        return is_known
 
 
 def _last(kinds: Sequence[str], kind: str) -> int:
-    return max((number for number, found in enumerate(kinds) if found == kind), default=0)
+    return max((number for number, other in enumerate(kinds) if other == kind), default=0)
 
 
 def _keep(event: _E, send: Callable[[_E], None]) -> None:
-    """Send one event; one that W&B cannot take is named in the log and left out."""
+    """Send one event. An event that W&B refuses is left out and named in the log, so that the rest of the run is sent."""
     import wandb
 
     try:
@@ -248,7 +259,7 @@ def _keep(event: _E, send: Callable[[_E], None]) -> None:
 
 
 def _link(run: wandb.Run, event: StageEnded, online: bool) -> None:
-    """Record that the run used an artifact, or made it from others: references and facts, no bytes."""
+    """Record in W&B that the run used or made an artifact. Only a reference to its URI is sent, not its content."""
     import wandb
 
     def reference(stage: str, key: str, uri: str, **facts: object) -> wandb.Artifact:
@@ -261,21 +272,22 @@ def _link(run: wandb.Run, event: StageEnded, online: bool) -> None:
         "seconds": event["seconds"],
         "inputs": [f"{name}-{key[:16]}" for name, key, _ in event["inputs"]],
     }
-    made = reference(event["stage"], event["key"], event["uri"], **facts)
+    artifact = reference(event["stage"], event["key"], event["uri"], **facts)
     if event["status"] == "ran":
-        run.log_artifact(made)
+        run.log_artifact(artifact)
     if not online:
-        return  # the client refuses to use artifacts there; what was made names its inputs
+        return  # W&B's client cannot use artifacts offline; the metadata of the artifact names its inputs
     for name, key, uri in event["inputs"] if event["status"] == "ran" else []:
         run.use_artifact(reference(name, key, uri))
     if event["status"] == "cached":
-        run.use_artifact(made)
+        run.use_artifact(artifact)
 
 
 def _drop_older(run: wandb.Run) -> None:
-    """Remove offline files of earlier processes of this run: the new ones hold all of it, from the first line."""
+    """Remove the offline files that earlier processes of this run wrote: the new files hold the run from its first line."""
     import shutil
 
+    # An offline run cannot be continued, so each process of a run writes all of it again, into a new folder.
     newest = Path(run.settings.sync_dir)
     for older in newest.parent.glob(f"offline-run-*-{run.id}"):
         if older != newest:

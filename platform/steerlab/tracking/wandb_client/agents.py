@@ -1,7 +1,7 @@
-"""The agents of a sweep whose values Weights & Biases chooses: one for each trial that runs at once.
+"""W&B agents: they ask a sweep of Weights & Biases for the next run. One agent for each trial that runs at the same time.
 
-W&B hands an agent its next run when the agent says that it has none: that is how `wandb agent` works, and why W&B's own Launch
-registers an agent for each of its workers. Their heartbeats are a thread's work, so that no server makes a sweep wait.
+W&B gives an agent its next run when the agent's heartbeat says that it has none, as in `wandb agent`; W&B Launch, too,
+registers an agent for each of its workers. A thread sends the heartbeats, so that a slow server never blocks the sweep.
 
     agents = Agents("team/steerlab/abc123", num_agents=8)
     agents.start()
@@ -24,18 +24,19 @@ from steerlab.guards.json_values import Json, JsonObject
 from steerlab.tracking import NO_KEY, has_key
 
 HEARTBEAT_S = 3.0
+"""Seconds between two heartbeats."""
 _TIMEOUT_S = 30
-_CLOSE_S = 1.0
+"""Seconds after which a request to W&B fails."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A trial that W&B asks for."""
+    """A run that W&B wants to be executed."""
 
     run_id: str
-    """The id that its W&B run must have (`Tracker`'s `run_id`)."""
+    """Id that the W&B run must have (`tracking.Place.run_id`)."""
     parameters: JsonObject
-    """Values by the names of the sweep's parameters: paths of fields of the job."""
+    """Values by the names of the sweep's parameters (`parameters.parameter_name`)."""
 
 
 class _Value(saved.Shape):
@@ -43,7 +44,7 @@ class _Value(saved.Shape):
 
 
 class _Command(saved.Shape):
-    """What W&B's server tells an agent."""
+    """A command of W&B's server to an agent."""
 
     type: str
     """`run`, `resume`, `stop` or `exit`."""
@@ -53,13 +54,18 @@ class _Command(saved.Shape):
 
 
 class Agents:
-    """Ask a W&B sweep what to run next."""
+    """The registered agents of one W&B sweep, with the runs that each executes."""
 
     def __init__(self, path: str, num_agents: int, host: str = "ray") -> None:
-        """Register agents with the sweep at `path`: ENTITY/PROJECT/SWEEP, PROJECT/SWEEP or SWEEP.
+        """Register agents with a sweep.
+
+        Args:
+            path: ENTITY/PROJECT/SWEEP, PROJECT/SWEEP or SWEEP.
+            num_agents: number of runs to execute at the same time.
+            host: name of the agents' host on W&B's page.
 
         Raises:
-            ValueError: there is no key, no such sweep, or W&B refuses.
+            ValueError: no API key is set, the sweep does not exist, or W&B refuses.
         """
         import wandb
 
@@ -72,11 +78,13 @@ class Agents:
         self._wake, self._closed = threading.Event(), threading.Event()
         self.stopped: set[str] = set()
         try:
-            with chdir(files.OWN_FOLDER):  # settings of the current folder would name the server that gets the key
+            # W&B's client reads `wandb/settings` in the current folder, where a stranger's project could name another server
+            # that would receive the API key.
+            with chdir(files.OWN_FOLDER):
                 self._api = wandb.Api(overrides=overrides, timeout=_TIMEOUT_S)
-            found = private_parts.sweep_of(self._api, sweep_id)
-            self.config: JsonObject = _read(found["config"])
-            """The sweep as W&B has it: method, metric, parameters."""
+            sweep = private_parts.sweep_of(self._api, sweep_id)
+            self.config: JsonObject = _read(sweep["config"])
+            """W&B's configuration of the sweep: method, metric, parameters."""
             self._runs: dict[str, list[str]] = {
                 private_parts.registered_agent(self._api, host, sweep_id): [] for _ in range(num_agents)
             }
@@ -85,25 +93,27 @@ class Agents:
 
     @property
     def ended(self) -> bool:
-        """Whether the sweep has nothing more to run, or was stopped or deleted in its page."""
+        """Whether the sweep has nothing more to run, or was stopped or deleted on its page."""
         return not self._runs and self._suggestions.empty()
 
     def start(self, running: Sequence[str] = ()) -> None:
-        """Begin to send heartbeats; `running` are runs of an earlier process that this one goes on with."""
+        """Start to send heartbeats; `running` are ids of runs that this process continues after a restart."""
         agents = list(self._runs)
+        # W&B gives an agent no run while it reports one as running, so a restart first finishes what it had begun.
         for number, run in enumerate(running):
             self._runs[agents[number % len(agents)]].append(run)
         threading.Thread(target=self._serve, daemon=True, name="wandb-agents").start()
 
     def take(self) -> Suggestion | None:
-        """Return the next run to be started; None where W&B has none now."""
+        """Return the next run to start; None if W&B has none now."""
         try:
             return self._suggestions.get_nowait()
         except Empty:
             return None
 
     def release(self, run_id: str) -> None:
-        """Say that a run is over; its agent asks for the next one at once."""
+        """Report that a run has ended; its agent asks for the next one at once."""
+        # The lock guards `stopped` and the lists of runs, which the heartbeat thread changes too.
         with self._lock:
             self.stopped.discard(run_id)
             for runs in self._runs.values():
@@ -117,18 +127,19 @@ class Agents:
         self._wake.set()
 
     def poll(self) -> None:
-        """Send a heartbeat for each agent and take what the sweep says to do; an unreachable server says nothing."""
+        """Send a heartbeat for each agent, and carry out the commands in the answers. Does nothing if the server is away."""
         for agent, runs in list(self._runs.items()):
             if self._closed.is_set():
                 return
             with self._lock:
+                # A copy under the lock; the request itself is outside, since `release` must not wait for a server.
                 alive = dict.fromkeys(runs, True)
             try:
                 commands = private_parts.heartbeat(self._api, agent, alive)
-            except private_parts.SweepGoneError:  # what runs may end by itself
-                self._runs.pop(agent)
+            except private_parts.SweepGoneError:
+                self._runs.pop(agent)  # its running trials end by themselves
                 continue
-            except (TypeError, KeyError, ValueError):  # an answer without commands
+            except (TypeError, KeyError, ValueError):  # the answer has no commands, as while the server is down
                 continue
             with self._lock:
                 for command in commands or ():
@@ -142,21 +153,22 @@ class Agents:
             self._suggestions.put(Suggestion(command.run_id, values))
         elif command.type == "stop":
             self.stopped.add(command.run_id)
-        elif command.type == "exit":  # nothing more for this agent, nor for what it still runs: the sweep was cancelled
+        elif command.type == "exit":  # the sweep was cancelled: its running trials stop too, and this agent gets no more
             self.stopped.update(self._runs.pop(agent))
 
     def _serve(self) -> None:
         while self._runs and not self._closed.is_set():
             self.poll()
+            # `release` and `close` set the event, so that a free agent asks for its next run at once.
             self._wake.wait(HEARTBEAT_S)
             self._wake.clear()
 
 
 def _read(config: object) -> JsonObject:
-    """Return the configuration that a server sends as YAML, or as JSON, which is YAML."""
+    """Return a sweep's configuration, which a server sends as YAML text, JSON text or an object."""
     import yaml
 
-    found = yaml.safe_load(config) if isinstance(config, str) else config
-    if not isinstance(found, dict):
-        raise ValueError(f"its configuration is {json.dumps(found)[:100]}")
-    return found
+    tree = yaml.safe_load(config) if isinstance(config, str) else config
+    if not isinstance(tree, dict):
+        raise ValueError(f"its configuration is {json.dumps(tree)[:100]}")
+    return tree

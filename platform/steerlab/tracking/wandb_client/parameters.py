@@ -1,8 +1,8 @@
-"""A search space in Ray Tune's vocabulary as the configuration of a Weights & Biases sweep.
+"""Translate a search space of Ray Tune into the configuration of a Weights & Biases sweep.
 
-W&B draws the values; their meaning stays the same. What W&B cannot draw (a function, values that depend on each other) is
-refused with the entry's name. Entries that set several fields at once become one parameter whose values are lists and whose
-name is all of theirs, method.name--method.pooling: W&B allows no commas.
+W&B then draws values from the same ranges and lists. An entry that W&B cannot draw (a function, values that depend on each
+other) is refused with its name. An entry that sets several fields becomes one parameter with lists as values; its name joins
+the paths, `method.name--method.pooling`, because W&B allows no commas in names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Method = Literal["grid", "random", "bayes"]
 
 
 def metric_name(metric: str) -> str:
-    """Return what W&B calls a metric: a training's evaluation loss lies on the axis of its training there."""
+    """Return the name of a metric in W&B: `eval/loss` is `train/eval/loss`, since it shares the step axis of the training."""
     return f"train/{metric}" if metric == "eval/loss" else metric
 
 
@@ -31,16 +31,22 @@ def sweep_config(
 ) -> dict[str, object]:
     """Return W&B's configuration of a sweep.
 
-    `method` is by default grid where every entry is a list, else random; `min_reports` asks for W&B's hyperband, which stops
-    trials that do poorly after so many reports.
+    Args:
+        name: name of the sweep.
+        space: entries of the search space by key.
+        metric: the metric to optimise.
+        mode: "min" or "max".
+        method: None for grid if every entry is a list of values, else random.
+        min_reports: number of reports after which W&B's hyperband may stop bad trials; None for no early stopping.
 
     Raises:
-        ValueError: an entry has no counterpart, or a grid is asked for where there are ranges.
+        ValueError: W&B has no counterpart for an entry, or `method` is grid and an entry is a range.
     """
     parameters = {parameter_name(key): parameter(key, entry) for key, entry in space.items()}
     ranges = [key for key in space if "distribution" in parameters[parameter_name(key)]]
     if method == "grid" and ranges:
         raise ValueError(f"SPACE[{ranges[0]!r}] is a range; W&B's grid needs lists of values: use random or bayes")
+    # W&B's grid needs finite lists; `tune.choice` means a random draw, so it is not turned into a grid.
     chosen = method or ("random" if ranges or any(isinstance(entry, Domain) for entry in space.values()) else "grid")
     goal = {"min": "minimize", "max": "maximize"}[mode]
     config: dict[str, object] = {
@@ -55,15 +61,15 @@ def sweep_config(
 
 
 def parameter_name(entry: str) -> str:
-    """Return what W&B calls an entry of a space."""
+    """Return the name of an entry in W&B."""
     return "--".join(key.strip() for key in entry.split(","))
 
 
 def parameter(key: str, entry: object) -> dict[str, object]:
-    """Return W&B's form of one entry of a space.
+    """Return W&B's configuration of one entry.
 
     Raises:
-        ValueError: W&B has none.
+        ValueError: W&B has no counterpart for it.
     """
     if isinstance(entry, dict) and set(entry) == {"grid_search"}:
         return {"values": [_plain(value) for value in entry["grid_search"]]}
@@ -89,10 +95,11 @@ def _range(key: str, entry: Float | Integer) -> dict[str, object]:
     if low is None or high is None or math.isinf(low) or math.isinf(high):
         raise ValueError(f"SPACE[{key!r}]: a range needs two ends")
     if isinstance(entry, Integer):
-        # Ray Tune leaves the upper end of a range of integers out, W&B has it in; both include it where they round to steps.
+        # Ray Tune excludes the upper end of an integer range, and W&B includes it. With steps, both include it.
         step, high = step if step and step > 1 else None, high if step and step > 1 else high - 1
     if isinstance(inner, LogUniform):
         whole = isinstance(entry, Integer)
+        # W&B has no logarithmic distribution of integers, but one that rounds to multiples of q.
         if step or whole:
             return {"distribution": "q_log_uniform_values", "min": low, "max": high, "q": step or 1}
         return {"distribution": "log_uniform_values", "min": low, "max": high}
@@ -102,5 +109,5 @@ def _range(key: str, entry: Float | Integer) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """Return a value as YAML writes it: tuples are lists."""
-    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value
+    """Convert tuples to lists, which YAML can write."""
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

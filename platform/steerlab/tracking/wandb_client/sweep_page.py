@@ -1,11 +1,10 @@
-"""A sweep as Weights & Biases knows it: a page of its own, whose runs are the trials.
+"""The page of a sweep in Weights & Biases, on which each trial is a run.
 
-Either the platform's own sweep is shown there: `begin` makes the page before the first trial and every trial's run is created
-with its id (`Place.sweep_id`); the runs of a sweep that was offline, or whose server did not answer, are put on a page
-afterwards by `send`. Or W&B chooses the values: a sweep is defined in its page (`steerlab wandb-sweep` writes the YAML), and
-`agents` ask the server what to run next while the trials are executed on the Ray cluster like any others.
+Here the platform chooses the points and W&B only shows them: `begin` creates the page before the first trial, and each trial's
+run names its id (`Place.sweep_id`). `send` creates the page afterwards if the sweep was offline or the server did not answer.
+(If W&B chooses the points, the page exists before the sweep: see `agents`.)
 
-The calls of `begin` and `end` run in a process of their own with a time limit: a sweep never waits long for its page.
+W&B's client runs in a separate process with a time limit, so a sweep waits at most CALL_S seconds for its page.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from steerlab.job import TrackConfig
 from steerlab.tracking import mode_of, spool
 
 CALL_S = 30.0
-"""Longest wait for the page of a sweep."""
+"""Longest time that W&B may take to create a page."""
 SWEEP = "wandb_sweep.json"
-"""Which page a sweep has."""
+"""File in a sweep's folder that names its page."""
 ASKED = "wandb_sweep_asked.json"
-"""What its page is made of."""
+"""File in a sweep's folder with the request for its page, from which `send` can create the page later."""
 
 
 class _Page(saved.Shape):
-    """The file SWEEP, as far as it is read."""
+    """Content of the file SWEEP, as far as it is read."""
 
     id: str
 
 
 class _Answer(TypedDict):
-    """What `main` prints, and the file SWEEP holds."""
+    """Output of `main`, and content of the file SWEEP."""
 
     id: str
     project: str
@@ -46,10 +45,16 @@ class _Answer(TypedDict):
 
 
 def begin(track: TrackConfig, config: Mapping[str, object], directory: Path) -> str | None:
-    """Make the page of a sweep and return its id; one that was made before, as `directory` remembers, is gone on with.
+    """Create the page of a sweep, or reuse the one that the sweep already has.
 
-    `config` is W&B's own: method, metric, parameters (`parameters.sweep_config`). Returns None where the job is not tracked
-    online or the server does not answer, which is said; trials then share a group, and `send` makes the page later.
+    Args:
+        track: the job's tracking.
+        config: W&B's configuration of the sweep (`parameters.sweep_config`).
+        directory: folder of the files SWEEP and ASKED.
+
+    Returns:
+        Id of the page. None if the job is not tracked online, or the server does not answer (with a warning): the trials then
+        share a group only, and `send` can create the page later.
     """
     path = directory / SWEEP
     if path.exists():
@@ -57,19 +62,22 @@ def begin(track: TrackConfig, config: Mapping[str, object], directory: Path) -> 
     mode = mode_of(track)
     if mode == "disabled" or track.wandb is None:
         return None
-    asked = {"config": dict(config), "project": track.wandb.project, "entity": track.wandb.entity}
+    request = {"config": dict(config), "project": track.wandb.project, "entity": track.wandb.entity}
     directory.mkdir(parents=True, exist_ok=True)
-    spool.write_json(directory / ASKED, asked)
-    return _made(directory, asked, ()) if mode == "online" else None
+    # Before the call, so that `send` can create the page later if W&B does not answer.
+    spool.write_json(directory / ASKED, request)
+    return _create(directory, request, ()) if mode == "online" else None
 
 
 def is_sweep(directory: Path) -> bool:
-    """Say whether a folder is one of a sweep that is, or might have been, on a page."""
+    """Say whether a folder is that of a sweep that has a page or can get one with `send`."""
     return any((directory / name).is_file() for name in (SWEEP, ASKED))
 
 
 def send(directory: Path, runs: Sequence[str]) -> str:
-    """Make the page of a sweep that has none, of `runs` that W&B has; returns its id.
+    """Create the page of a sweep from `runs`, ids of runs that W&B has; return the page's id.
+
+    A sweep that already has a page keeps it.
 
     Raises:
         ValueError: W&B refuses or does not answer.
@@ -77,14 +85,14 @@ def send(directory: Path, runs: Sequence[str]) -> str:
     path = directory / SWEEP
     if path.exists():
         return saved.read(path, _Page).id
-    made = _made(directory, saved.read(directory / ASKED, dict[str, object]), runs)
-    if made is None:
+    page_id = _create(directory, saved.read(directory / ASKED, dict[str, object]), runs)
+    if page_id is None:
         raise ValueError(f"{directory}: its runs are sent, but it has no page yet; send it again")
-    return made
+    return page_id
 
 
-def _made(directory: Path, asked: Mapping[str, object], prior_runs: Sequence[str]) -> str | None:
-    answer = _call({**asked, "prior_runs": list(prior_runs)})
+def _create(directory: Path, request: Mapping[str, object], prior_runs: Sequence[str]) -> str | None:
+    answer = _call({**request, "prior_runs": list(prior_runs)})
     if answer is None:
         return None
     spool.write_json(directory / SWEEP, answer)
@@ -94,6 +102,7 @@ def _made(directory: Path, asked: Mapping[str, object], prior_runs: Sequence[str
 def _call(request: Mapping[str, object]) -> _Answer | None:
     paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
+        # A process can be killed after CALL_S; a thread that waits for a server cannot.
         done = subprocess.run(
             [sys.executable, "-P", "-m", "steerlab.tracking.wandb_client.sweep_page"],
             input=json.dumps(request), capture_output=True, text=True, timeout=CALL_S, check=False, cwd=files.OWN_FOLDER,
@@ -106,19 +115,20 @@ def _call(request: Mapping[str, object]) -> _Answer | None:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         warnings.warn(f"W&B: {reason[:300]}; the sweep has no page there, its runs share a group", stacklevel=3)
         return None
+    # W&B's client prints to standard output too; the answer is the last line.
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    """Answer one request from standard input."""
+    """Create the page that the JSON on standard input describes, and print its id as JSON."""
     import wandb
 
     request = json.load(sys.stdin)
-    found = wandb.sweep(
+    sweep_id = wandb.sweep(
         request["config"], entity=request["entity"], project=request["project"], prior_runs=request["prior_runs"] or None
     )
-    print(json.dumps({"id": found, "project": request["project"], "entity": request["entity"]}), flush=True)
-    os._exit(0)  # W&B's service would be waited for without a bound
+    print(json.dumps({"id": sweep_id, "project": request["project"], "entity": request["entity"]}), flush=True)
+    os._exit(0)  # a normal exit would wait for W&B's service process without a time limit
 
 
 if __name__ == "__main__":

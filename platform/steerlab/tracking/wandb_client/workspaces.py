@@ -1,11 +1,11 @@
-"""W&B workspaces and a report from small definitions: the files of `dashboards/`, one a method and an overview.
+"""Create W&B workspaces and a report from the definitions in `dashboards/`: one file for each method, and an overview.
 
-A definition is a Python file with BOARD, a `Board`: which runs it shows, by the tag that every run of a method carries, and
+A definition is a Python file with a `Board` named BOARD. It says which runs to show (every run has the tag of its method), and
 which parameters and metrics. `steerlab dashboards push` writes them with wandb-workspaces (the `dashboards` extra).
 
-How names are serialised, which wandb-workspaces leaves to its user (issue 46 there): a job lies in W&B as nested config, so
-the path `method.angle_rad` is the column `config:method.value.angle_rad`, `.value` behind the first part; that is what `Config`
-makes of the path. Items of lists have no columns. Filters put no `.value` anywhere, so runs are picked by tag, never by config.
+wandb-workspaces does not document the names of nested fields (its issue 46). W&B stores a job as nested config, so the field
+`method.angle_rad` is the column `config:method.value.angle_rad`, with `.value` after the first part; `wr.Config` writes a path
+this way. Items of lists have no columns. Filters add no `.value`, so runs are selected by tag and never by config.
 """
 
 from __future__ import annotations
@@ -29,39 +29,40 @@ _MISSING = "this needs wandb-workspaces: pip install 'steerlab[dashboards]'"
 
 @dataclass(frozen=True)
 class Board:
-    """What one workspace shows."""
+    """Definition of one workspace."""
 
     title: str
     about: str
     """One or two sentences for the report."""
     metrics: tuple[str, ...]
-    """Summary metrics, the most important first: its importance is drawn, and the others are its cost."""
+    """Summary metrics. The first is the goal, for which parameter importance is shown; the others are plotted against it."""
     parameters: tuple[str, ...]
-    """Fields of the job by path, for parallel coordinates and for metric against parameter."""
+    """Paths of fields of the job, for the parallel coordinates and the plots of the goal against a parameter."""
     methods: tuple[str, ...] = ()
-    """Methods whose runs it shows, by tag; none shows every run."""
+    """Methods whose runs are shown, by tag; empty shows all runs."""
     curves: tuple[str, ...] = ("train/loss",)
     """Training metrics over `train/step`."""
     log: frozenset[str] = frozenset()
     """Parameters and metrics on logarithmic axes."""
     media: tuple[str, ...] = ()
-    """Keys of tables and images."""
+    """Keys of tables and images to show."""
     in_report: bool = True
+    """Whether the common report has a chapter about this board."""
 
     @property
     def filters(self) -> str:
-        """The filter expression that picks its runs."""
+        """W&B's filter expression for the runs to show; empty for all runs."""
         return f"Tags in {list(self.methods)}" if self.methods else ""
 
 
 def column(parameter: str) -> str:
-    """Return W&B's name of a field of the job, as a column."""
+    """Return the name of the W&B column for a field of the job."""
     first, dot, rest = parameter.partition(".")
     return f"config:{first}.value{dot}{rest}"
 
 
 def panels(board: Board) -> dict[str, list[wr.PanelTypes]]:
-    """Return the panels of a board by section."""
+    """Return the panels of a board, by the name of the section."""
     wr = _reports()
     goal, *costs = board.metrics
     return {
@@ -91,10 +92,10 @@ def panels(board: Board) -> dict[str, list[wr.PanelTypes]]:
 
 def _columns(board: Board) -> list[wr.ParallelCoordinatesPlotColumn]:
     wr = _reports()
-    asked = [(wr.Config(path), path) for path in board.parameters] + [(wr.SummaryMetric(name), name) for name in board.metrics]
+    axes = [(wr.Config(path), path) for path in board.parameters] + [(wr.SummaryMetric(name), name) for name in board.metrics]
     return [
         wr.ParallelCoordinatesPlotColumn(metric=metric, display_name=name, log=name in board.log or None)
-        for metric, name in asked
+        for metric, name in axes
     ]
 
 
@@ -107,7 +108,7 @@ def _scatter(
 
 
 def _axis_of(curve: str) -> str:
-    """Return the step axis of a training metric: that of its group."""
+    """Return the step axis of a training metric: `train/step` for `train/loss`."""
     return f"{curve.rpartition('/')[0]}/step"
 
 
@@ -134,7 +135,7 @@ def workspace(board: Board, entity: str, project: str) -> ws.Workspace:
 
 
 def report(boards: Sequence[Board], entity: str, project: str) -> wr.Report:
-    """Return one report about all boards: a chapter each, with its own set of runs."""
+    """Return a report with one chapter for each board, which shows the runs of that board only."""
     wr = _reports()
     blocks: list[wr.BlockTypes] = [wr.TableOfContents()]
     for board in boards:
@@ -149,29 +150,35 @@ def report(boards: Sequence[Board], entity: str, project: str) -> wr.Report:
 
 
 def load(folder: Path, only: Sequence[str] = ()) -> dict[str, Board]:
-    """Run the definitions of a folder; `overview` comes first.
+    """Run the definition files of a folder and return their boards by name, `overview` first.
+
+    Args:
+        folder: the folder.
+        only: names of the definitions to load; empty for all.
 
     Raises:
-        ValueError: there is no such folder or name, or a file defines no board.
+        ValueError: the folder or a name does not exist, or a file defines no BOARD.
     """
+    # `overview` first, because the report has its chapters in this order.
     files = {path.stem: path for path in sorted(folder.glob("*.py"), key=lambda path: (path.stem != "overview", path.stem))}
     unknown = [name for name in only if name not in files]
     if not files or unknown:
         raise ValueError(
             f"{folder} has no definition {unknown[0] if unknown else 'at all'}; there are {', '.join(files) or 'none'}"
         )
-    found = {}
+    boards = {}
     for name, path in files.items():
         if only and name not in only:
             continue
         board = getattr(_module(path), "BOARD", None)
         if not isinstance(board, Board):
             raise ValueError(f"{path} defines no BOARD = Board(...)")
-        found[name] = board
-    return found
+        boards[name] = board
+    return boards
 
 
 def _module(path: Path) -> ModuleType:
+    # By path: the folder is not a package, and its files have names such as `overview` that another package may use.
     spec = importlib.util.spec_from_file_location(f"dashboards_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -180,19 +187,28 @@ def _module(path: Path) -> ModuleType:
 
 
 def push(boards: Mapping[str, Board], path: str) -> dict[str, str]:
-    """Write boards, and a report about those that want to be in it, to ENTITY/PROJECT; returns their addresses.
+    """Write boards, and a report about those with `in_report`, to a W&B project.
+
+    Args:
+        boards: boards by name.
+        path: ENTITY/PROJECT.
+
+    Returns:
+        URL of each board by its name, and of the report as `report`.
 
     Raises:
-        ValueError: the path is no such path, wandb-workspaces is not installed, or W&B refuses.
+        ValueError: `path` has another form, wandb-workspaces is not installed, or W&B refuses.
     """
     import wandb
 
     entity, slash, project = path.partition("/")
     if not slash or not entity or not project:
         raise ValueError(f"--project {path}: expected ENTITY/PROJECT")
+    # First of all, so that a missing package is reported before W&B is contacted.
     _workspaces()
     try:
-        with chdir(files.OWN_FOLDER):  # settings of the current folder would name the server that gets the key
+        # W&B's client reads `wandb/settings` in the current folder, which could name another server that would get the key.
+        with chdir(files.OWN_FOLDER):
             urls = {name: workspace(board, entity, project).save().url for name, board in boards.items()}
             chapters = [board for board in boards.values() if board.in_report]
             return urls | ({"report": report(chapters, entity, project).save().url} if chapters else {})
@@ -202,6 +218,7 @@ def push(boards: Mapping[str, Board], path: str) -> dict[str, str]:
 
 def _reports() -> ModuleType:
     try:
+        # Imported here and not above: wandb-workspaces is an optional dependency (the `dashboards` extra).
         import wandb_workspaces.reports.v2 as wr
     except ImportError:
         raise ValueError(_MISSING) from None
