@@ -89,7 +89,7 @@ def classifier(source: str, label: str, device: torch.device | str = "cpu") -> S
     Raises:
         ValueError: the source holds no trained classifier or has no class of that name.
     """
-    # Loaded first: a checkpoint without a trained head is refused as that, before its default classes are compared with `label`.
+    # Loaded first: a checkpoint without a trained head is refused as that, not for its default classes LABEL_0 and LABEL_1.
     model, tokenizer = load_classifier(source, device)
     labels = check_classifier(source, label)
     # Classes of a multi-label classifier, or a single class, have a sigmoid each; others share a softmax.
