@@ -159,18 +159,18 @@ def _items(config: Config) -> list[Numbered]:
 
 def _scorers(model: SteeredModel, config: Config) -> dict[str, scorers.Scorer]:
     """Load the configured scorers: metric -> scorer."""
-    by_metric: dict[str, scorers.Scorer] = {}
+    loaded: dict[str, scorers.Scorer] = {}
     if config.words:
-        by_metric["words"] = holds_a_word(config.words)
+        loaded["words"] = holds_a_word(config.words)
     if config.embedding_source:
-        by_metric["similarity"] = scorers.similarity(config.embedding_source, config.examples or (config.concept,), model.device)
+        loaded["similarity"] = scorers.similarity(config.embedding_source, config.examples or (config.concept,), model.device)
     if config.classifier_source and config.classifier_label:
         judge = scorers.classifier(config.classifier_source, config.classifier_label, model.device)
-        by_metric["judged"] = scorers.more_likely(judge)
+        loaded["judged"] = scorers.more_likely(judge)
     if config.judge_source:
         question = config.question.replace("{concept}", config.concept)
-        by_metric["judged"] = scorers.yes_or_no(config.judge_source, lambda text: question.replace("{text}", text), model.device)
-    return by_metric
+        loaded["judged"] = scorers.yes_or_no(config.judge_source, lambda text: question.replace("{text}", text), model.device)
+    return loaded
 
 
 TASK = Task(Config, run, measures, check=check, chats=plain_texts)

@@ -48,7 +48,8 @@ class Config(TaskConfig):
     task: Literal["controllability"] = "controllability"
     """This task."""
     strengths: tuple[float, ...] = Field((1.0, 0.0, 0.25, 0.5, 0.75), min_length=1)
-    """The grid, in any order, evaluated in one batch. Tables report the metric at the first strength that is not 0."""
+    """The grid, in any order, evaluated in one batch. Tables report the metric at the first strength; if it is 0, at 1 or else
+    at the first strength that is not 0."""
     of: SerializeAsAny[TaskConfig]
     """The other task, with its own rows and seed."""
     metric: str
