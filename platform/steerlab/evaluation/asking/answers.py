@@ -30,6 +30,7 @@ def answers(model: SteeredModel, prompts: Iterable[Conversation], config: TaskCo
         model's context has an empty continuation that is marked as too long; pass its observations through `judged`.
     """
     fields: Any = {name: getattr(config, name) for name in _OPTIONS if name in type(config).model_fields}
+    # One call for all strengths: rows of different strengths share batches, and the prompts are tokenised once.
     outputs = model.generate(list(prompts), strengths=config.strengths, skip_long=True, **fields)
     return list(zip(config.strengths, outputs, strict=True))
 
@@ -44,5 +45,6 @@ def with_empty(
     metric: str, item_id: str, outputs: Sequence[Generation], observations: Sequence[Observation], strength: float
 ) -> list[Observation]:
     """Return `judged` of an item's observations and of one more, `metric`: the share of its answers that are empty."""
+    # Blank counts as empty: a model that falls apart often writes line breaks only.
     share = sum(not output.text.strip() for output in outputs) / len(outputs)
     return judged(outputs, [*observations, Observation(metric, item_id, share, 1.0, strength)])

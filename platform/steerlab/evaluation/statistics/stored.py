@@ -112,6 +112,7 @@ def write(directory: Path, outcome: Outcome) -> None:
     for path, content in outcome.files.items():
         (directory / FILES / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / FILES / path).write_bytes(content)
+    # Measures are stored with the numbers, so that a report needs neither the task's code nor the package that it came from.
     measures = {name: dumped(measure) for name, measure in outcome.measures.items()}
     (directory / _METRICS).write_text(json.dumps({"strengths": outcome.metrics, "measures": measures}, indent=1))
 

@@ -67,6 +67,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     prompts = [model.encoder.conversation(str(item.row["instruction"]), _data(item)) for item in rows]
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
+        # AlpacaEval takes one generator for one list, so strengths have to differ in its name.
         name = config.generator if len(config.strengths) == 1 else f"{config.generator}_strength_{strength:g}"
         for item, output in zip(rows, outputs, strict=True):
             observations += judged([output], observe(item.id, output, strength))

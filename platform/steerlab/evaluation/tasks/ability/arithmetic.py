@@ -95,6 +95,7 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 def judge(item_id: str, solution: Decimal, number: Decimal | None, strength: float = 1.0) -> list[Observation]:
     """Compare the final number of an answer (None if it has no number) with that of the solution."""
+    # None equals no number: an answer without one is not solved, but it has no accuracy either.
     solved = float(number == solution)
     return [
         Observation("math/accuracy", item_id, None if number is None else solved, 1.0, strength),
@@ -104,9 +105,11 @@ def judge(item_id: str, solution: Decimal, number: Decimal | None, strength: flo
 
 def final_number(text: str) -> Decimal | None:
     """Return the number after `####`, else the last number of the text; None if it has no number."""
+    # "$" is dropped rather than skipped, so that "$-5" and "-$5" are both -5; models also write the Unicode minus sign.
     text = text.replace("$", "").replace("\N{MINUS SIGN}", "-")
     marked = _MARKED.search(text)
     numbers = [marked.group(1)] if marked else _NUMBER.findall(text)
+    # Decimal compares exactly: as floats 0.1 + 0.2 would differ from 0.3.
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 

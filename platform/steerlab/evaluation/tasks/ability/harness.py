@@ -94,6 +94,7 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 def _library(config: Config) -> tuple[Callable[..., Any], Any]:
     """Return the harness's evaluation function and its table of tasks."""
+    # The harness itself runs such code without asking (`!function` in YAML, Jinja templates), so it is asked for here.
     if config.tasks_source is not None and not config.trust_remote_code:
         raise ValueError(
             "tasks_source: the harness runs the Python that task files name, and their templates without a sandbox; if you "
@@ -171,6 +172,7 @@ def _empty(task: str, samples: Iterable[Logged], strength: float) -> dict[int, O
     for sample in samples:
         # A document is logged once for each filter, with the same answers; keyed by its id it counts once.
         texts = [text for answers in sample.get("resps", ()) for text in answers]
+        # Answers of multiple-choice tasks are pairs (log-likelihood, is greedy), not texts.
         if texts and all(isinstance(text, str) for text in texts):
             share = sum(not text.strip() for text in texts) / len(texts)
             number = sample["doc_id"]
@@ -193,6 +195,7 @@ def _as_means(values: Sequence[Any], number: object) -> tuple[list[tuple[float, 
     # The harness does not say how it aggregates, so each known way is tried and the result compared with its number.
     for pairs, transform in _candidates(values):
         mean = sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
+        # exp(710) overflows a double.
         value = math.exp(min(mean, 709.0)) if transform == "exp" else mean
         if math.isclose(value, number, rel_tol=1e-6, abs_tol=1e-9):
             return pairs, transform

@@ -115,8 +115,10 @@ def loglikelihoods(model: SteeredModel, pairs: Sequence[tuple[str, str]], streng
 def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: float) -> list[float]:
     """Return the log-probability in nats of each text, scored in windows of the model's context length."""
     size = _max_length(model)
+    # One list of windows for all texts, so that windows of short and long texts share batches.
     windows: list[tuple[int, Row]] = []
     for number, row in enumerate(model.encoder.encode_all([_text(model, text) for text in texts])):
+        # Part -1 is the beginning-of-sequence token that the tokenizer added; `_prefix_id` takes its place for every text.
         own = [i for i, part in zip(row.input_ids, row.parts, strict=True) if part >= 0]
         ids = [_prefix_id(model), *own]
         # Windows overlap by one token, the one that the first scored token of a window is predicted from.
@@ -137,6 +139,7 @@ def generations(
 
     groups: dict[str, list[int]] = defaultdict(list)
     for number, (_, settings) in enumerate(requests):
+        # Settings are dictionaries, which cannot be keys; as JSON they can.
         groups[json.dumps(settings, sort_keys=True)].append(number)
     continued = [Continued("")] * len(requests)
     for encoded, numbers in groups.items():
@@ -186,6 +189,7 @@ def score(model: SteeredModel, rows: Sequence[Row], strength: float) -> list[Lik
             # Only the scored positions become float32: over the whole batch that would double the memory of the logits.
             log_probs_SV = logits_TV[start - 1 : end - 1].float().log_softmax(-1)
             ids_S = ids_T[start:end]
+            # Padding is on the right here, so a row's own positions begin at 0 whatever the length of its batch.
             total = float(log_probs_SV.gather(-1, ids_S[:, None]).sum())
             likelihoods[i] = Likelihood(total, bool((log_probs_SV.argmax(-1) == ids_S).all()))
         model.progress(len(likelihoods), len(rows))
@@ -223,6 +227,7 @@ def _pair_row(model: SteeredModel, row: Encoded) -> Row:
         prefix = _encoded([_prefix_id(model)], INSTRUCTION)
         row, inside = _joined(prefix, row), [False, *inside]
     size = _max_length(model)
+    # One token of context has to remain, since the first scored token is predicted from it.
     if num_scored >= size:
         return Row(row, num_scored, TOO_LONG)
     tail = Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:])

@@ -1,10 +1,10 @@
 """Perplexity of held-out texts under the model.
 
-    perplexity/value    exp of the mean negative log-likelihood in nats over all tokens     lower is better
-
 Instruction rows are scored on their response given the prompt, plain texts on every token but the first. An observation is the
 mean negative log-likelihood of a row, weighted by its number of scored tokens, so that long rows weigh more. Rows longer than
 `max_tokens`, or than the model's context, are not scored and counted as too long.
+
+    perplexity/value    exp of the mean negative log-likelihood in nats over all tokens     lower is better
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         config = config.model_copy(update={"format": config.data.format})
     items = _rows(config)
     conversations = [conversation(model, item.row, config) for item in items]
+    # Decided once for all strengths: the same rows are scored at each, so that strengths can be compared.
     fits = model.fits(conversations, config.max_tokens)
     observations, samples = [], []
     for strength in config.strengths:
@@ -109,6 +110,7 @@ def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: floa
     ]
     if not scored:
         return _unscored(row_id, strength)
+    # The weight makes the mean over rows the mean over tokens, while rows stay the independent items of the interval.
     return Observation(_METRIC, row_id, -sum(scored) / len(scored), float(len(scored)), strength)
 
 

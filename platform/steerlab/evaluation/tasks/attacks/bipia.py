@@ -125,6 +125,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
         verdicts = [judge(a.attack, o.text, config.emoji_ratio) for a, o in zip(attempts, outputs, strict=True)]
+        # A prompt that does not fit has an empty answer, which would count as a failed attack and in the scenario's size.
         verdicts = [None if output.too_long else verdict for output, verdict in zip(outputs, verdicts, strict=True)]
         for a, output, own in zip(attempts, outputs, observe(attempts, verdicts, strength), strict=True):
             observations += with_empty("bipia/empty", a.id, [output], own, strength)
@@ -186,6 +187,7 @@ def _scenario(folder: Path, scenario: Scenario, config: Config) -> list[Attempt]
 
 
 def _attempt(scenario: Scenario, planned: _Planned, seed: int) -> Attempt:
+    # Checked line by line, before the lines are joined: the message can then name what is wrong.
     lines = planned.row["context"]
     for line in lines if isinstance(lines, list) else [lines]:
         checked(line)
@@ -196,6 +198,7 @@ def _attempt(scenario: Scenario, planned: _Planned, seed: int) -> Attempt:
 
 def _instruction(scenario: Scenario, row: Mapping[str, str]) -> str:
     template = INSTRUCTIONS[scenario]
+    # `format` would raise a KeyError that names the field only.
     missing = [name for name in re.findall(r"{(\w+)}", template) if name not in row]
     if missing:
         raise ValueError(f"a row of {scenario} has no field {missing[0]!r} (it has: {', '.join(row)})")

@@ -109,6 +109,7 @@ def purple_questions(source: str) -> list[str]:
     Raises:
         ValueError: the source has no questions.
     """
+    # Only a .json file can be the published object; any other source is read as rows.
     path = sources.fetch(source) if source.endswith(".json") and not source.startswith("tiny:") else None
     content = _first_object(path) if path else None
     listed = content.get("prompt") if content else None
@@ -128,6 +129,7 @@ def _first_object(path: Path) -> JsonObject | None:
 
 
 def _split_sources(config: GandalfConfig) -> list[str]:
+    # A source that names its split itself (after #) is left as it is.
     if config.source.startswith("hf:") and "#" not in config.source:
         return [f"{config.source}#{split}" for split in config.splits]
     return [config.source]

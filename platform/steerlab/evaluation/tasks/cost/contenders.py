@@ -46,6 +46,7 @@ def at_strength(model: SteeredModel, strength: float, folded: bool) -> tuple[lis
     plain_bytes = _bytes(model.model)
     patched_bytes = plain_bytes + sum(_bytes(patch) for patch in model.patches)
     contenders = [
+        # Without patches the model refuses any strength but 1, which then has no meaning.
         Contender(PATCHED, lambda: _patched(model), strength, patched_bytes),
         Contender(UNPATCHED, lambda: _unpatched(model), 1.0, plain_bytes),
         Contender(CONTROL, lambda: _unpatched(model), 1.0, plain_bytes),
@@ -86,6 +87,7 @@ def fold(model: SteeredModel, strength: float) -> SteeredModel:
     Raises:
         CannotFold: a patch is not equivalent to a change of the weights.
     """
+    # A copy, because folding rounds in the weights' data type and cannot be undone exactly.
     merged = copy.deepcopy(model.model)
     for number, patch in enumerate(model.patches, 1):
         patch.fold(merged, strength if number == len(model.patches) else 1.0)

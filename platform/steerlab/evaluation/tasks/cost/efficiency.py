@@ -119,6 +119,7 @@ def run(model: SteeredModel, config: Config, clock: Clock = time.perf_counter) -
     model.check_strengths(config.strengths)
     _check_length(model, config)
     observations, samples = [], []
+    # Detached between measurements, so that the unpatched contender has no hooks left that it would pay for.
     model.detach()
     try:
         for number, strength in enumerate(config.strengths):
@@ -150,6 +151,7 @@ def observe(
     observations = []
     for name in (name for name in measured if name != UNPATCHED):
         for ratio, measure in _RATIOS.items():
+            # Paired within a repeat: the machine's speed, which both share, cancels in the ratio.
             pairs = zip(measured[name], measured[UNPATCHED], strict=True)
             values = [_ratio(own[measure], plain[measure]) for own, plain in pairs]
             observations += _observations(f"{name}{ratio}", values, batch_size, strength)
@@ -162,6 +164,7 @@ def observe(
 
 def _measures(timing: Timing, batch_size: int, new_tokens: int) -> dict[str, float | None]:
     return {
+        # The first of the new tokens comes from the prefill.
         "decode_ms": 1e3 * timing.decode_s / (new_tokens - 1),
         "prefill_ms": 1e3 * timing.prefill_s,
         "tokens_per_s": batch_size * new_tokens / (timing.prefill_s + timing.decode_s),
@@ -239,6 +242,7 @@ def _now_s(device: torch.device, clock: Clock) -> float:
 
 def prompts(model: SteeredModel, batch_size: int, num_tokens: int, seed: int) -> Batch:
     """Return a batch of random tokens, the first half with the role of instructions, the rest with that of data."""
+    # Random tokens: the time does not depend on the text, and every model has a vocabulary while not every one has a template.
     vocabulary: int = models.text_config(model.model).vocab_size
     ids_BT = torch.randint(vocabulary, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
     roles = [INSTRUCTION] * (num_tokens // 2) + [DATA] * (num_tokens - num_tokens // 2)

@@ -51,6 +51,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
     observations = []
     for scale in drawn:
         for strength, images_BCHW in zip(config.strengths, scale.images_SBCHW, strict=True):
+            # Both are unit vectors, so their product is the cosine.
             likeness_B = (clip.images(images_BCHW) * texts_BF).sum(1)
             observations += [
                 Observation(f"clip_score/value{scale.suffix}", item.id, value, 1.0, strength)

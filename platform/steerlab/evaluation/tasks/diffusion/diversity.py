@@ -52,6 +52,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
     groups: dict[str, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
         groups[str(item.row["text"])].append(number)
+    # Checked before anything is trained or judged; a single image has no other to differ from.
     alone = [text for text, group in groups.items() if len(group) < 2]
     if alone:
         raise ValueError(f"diversity: prompt {alone[0]!r} is drawn once; set data.seeds so that there are several images of it")
@@ -82,6 +83,7 @@ def pixel_distances(images_BCHW: Tensor) -> Tensor:
 
 
 def _from_others(distance_BB: Tensor, i: int, group: list[int]) -> float:
+    # The distance of an image to itself, 0, is left out of the mean.
     others = [j for j in group if j != i]
     return float(distance_BB[i, others].mean())
 

@@ -75,6 +75,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredPipeline, config: Config) -> Result:
     """Draw the prompts at every strength and judge the images."""
     judge = None if config.classifier is None else vision.classifier(config.classifier, config.field)
+    # Before the images are drawn, which takes most of the time.
     for name in (config.concept, config.away):
         if judge is not None and name is not None and name not in judge.classes:
             raise ValueError(f"the classifier knows no {config.field} {name!r}, but {', '.join(judge.classes)}")

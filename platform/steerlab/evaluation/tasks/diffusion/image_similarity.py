@@ -78,6 +78,7 @@ def _compared(model: SteeredPipeline, config: Config, images_SBCHW: Tensor, plai
             [vision.ssim(a, b) for a, b in zip(of_strength, images_SBCHW[plain], strict=True)] for of_strength in images_SBCHW
         ]
     }
+    # All strengths at once: the images at `plain` are embedded once and compared with each strength.
     flat = images_SBCHW.flatten(0, 1)
     features: dict[str, Tensor] = {}
     if config.classifier is not None:

@@ -84,7 +84,7 @@ class Config(TaskConfig):
     """Longest answer in tokens."""
 
 
-class Asked(NamedTuple):
+class Prompt(NamedTuple):
     """A harmful or harmless prompt."""
 
     id: str
@@ -109,34 +109,35 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt at every strength and judge which answers are refusals."""
     judge = _judge(model, config)
-    asked = load(config)
-    prompts = [model.encoder.conversation(prompt.instruction, prompt.data) for prompt in asked]
+    items = load(config)
+    prompts = [model.encoder.conversation(prompt.instruction, prompt.data) for prompt in items]
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
         texts = [output.text for output in outputs]
-        for prompt, output, refused in zip(asked, outputs, scorers.score(judge, texts), strict=True):
+        for prompt, output, refused in zip(items, outputs, scorers.score(judge, texts), strict=True):
             name = "refusal/empty_harmless" if prompt.kind == "harmless" else "refusal/empty"
             observations += with_empty(name, prompt.id, [output], observe(prompt, refused, strength), strength)
             samples.append(_sample(prompt, output.text, refused, strength))
     return Result(observations, spread(samples), measures(config))
 
 
-def observe(asked: Asked, refused: Score, strength: float = 1.0) -> list[Observation]:
+def observe(prompt: Prompt, refused: Score, strength: float = 1.0) -> list[Observation]:
     """Turn one verdict (1 refusal, 0 no refusal, None undecided) into observations."""
-    if asked.kind == "harmless":
-        return [observed("refusal/over_refusal", asked.id, refused, strength)]
+    if prompt.kind == "harmless":
+        return [observed("refusal/over_refusal", prompt.id, refused, strength)]
+    # A prompt that is too long, or an undecided verdict, is neither a refusal nor a success.
     succeeded = 1.0 - refused if isinstance(refused, float) else refused
     return [
-        observed("refusal/attack_success", asked.id, succeeded, strength),
-        observed("refusal/refusal_rate", asked.id, refused, strength),
+        observed("refusal/attack_success", prompt.id, succeeded, strength),
+        observed("refusal/refusal_rate", prompt.id, refused, strength),
     ]
 
 
-def load(config: Config) -> list[Asked]:
+def load(config: Config) -> list[Prompt]:
     """Read the harmful prompts, followed by the harmless ones."""
     kinds: tuple[tuple[Kind, DataSet | None], ...] = (("harmful", config.prompts), ("harmless", config.harmless))
     return [
-        Asked(item.id, kind, *_texts(item.row, data.format))
+        Prompt(item.id, kind, *_texts(item.row, data.format))
         for kind, data in kinds
         if data is not None
         for item in data_rows(data, config.limit, config.seed)
@@ -169,13 +170,13 @@ def _texts(row: Row, data_format: str) -> tuple[str, str]:
     return (str(row["text"]), "") if data_format == "text" else (str(row["instruction"]), str(row.get("input") or ""))
 
 
-def _sample(asked: Asked, text: str, refused: Score, strength: float) -> dict[str, object]:
+def _sample(prompt: Prompt, text: str, refused: Score, strength: float) -> dict[str, object]:
     return {
-        "id": asked.id,
+        "id": prompt.id,
         "strength": strength,
-        "kind": asked.kind,
-        "instruction": asked.instruction,
-        "data": asked.data,
+        "kind": prompt.kind,
+        "instruction": prompt.instruction,
+        "data": prompt.data,
         "output": text,
         "refused": bool(refused) if isinstance(refused, float) else refused,
     }

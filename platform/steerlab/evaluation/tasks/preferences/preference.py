@@ -104,6 +104,7 @@ def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, c
     chosen, rejected = scored
     num_tokens = chosen.num_tokens + rejected.num_tokens
     gap, likelier = margin(scored, beta), chosen.log_prob > rejected.log_prob
+    # The KL divergence is estimated on the tokens of both responses, hence the weight by their number.
     shorter = 0.5 if chosen.num_tokens == rejected.num_tokens else float(chosen.num_tokens < rejected.num_tokens)
     values = (float(gap > 0), gap, float(likelier), (chosen.kl + rejected.kl) / num_tokens, shorter)
     weights = (float(compares), 1.0, 1.0, float(num_tokens), 1.0)

@@ -133,7 +133,7 @@ def check(config: Config, facts: ModelFacts) -> None:
             if _is_classifier(config.judge_source):
                 judges.check_reward_model(config.judge_source)
             else:
-                scorers.check_asked(config.judge_source, ("1", "2"))
+                scorers.check_judge(config.judge_source, ("1", "2"))
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -141,6 +141,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     name, judge = _judge(model, config)
     items = data_rows(config.prompts, config.limit, config.seed)
     pairs = _pairs(model, items, config)
+    # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once.
     verdicts = iter(judges.decide(judge, [pair for row in pairs for pair in row]))
     observations, samples = [], []
     for strength, row in zip(config.strengths, pairs, strict=True):
@@ -217,6 +218,7 @@ def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
     reward = judges.implicit_reward(policy)
 
     def best(answers: Sequence[Answer]) -> Answer:
+        # An answer that is too long for the reward could not be chosen on merit.
         rewards = [value if isinstance(value, float) else -math.inf for value in reward(answers)]
         return answers[rewards.index(max(rewards))]
 

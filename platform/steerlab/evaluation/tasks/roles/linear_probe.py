@@ -62,6 +62,7 @@ def fit(tokens: Tokens, *, epochs: int, lr: float, batch: int, seed: int) -> Lin
     for _ in range(epochs):
         for index_B in torch.randperm(len(label_N), generator=generator).split(batch):
             logit_BL = (x_NLD[index_B] * weight_LD).sum(-1) + bias_L
+            # Every layer sees the same tokens in the same order, so that accuracies of layers differ by the layers alone.
             target_BL = label_N[index_B, None].expand_as(logit_BL)
             loss_BL = torch.nn.functional.binary_cross_entropy_with_logits(logit_BL, target_BL, reduction="none")
             optimizer.zero_grad()

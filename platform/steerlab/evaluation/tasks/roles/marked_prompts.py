@@ -18,6 +18,7 @@ def marked(encoder: Encoder, instruction: str, data: Sequence[Part]) -> Conversa
     # The template takes the role of a message's first part. An empty part with the role of data keeps the role of the template
     # the same whatever role the data get.
     system, *rest = encoder.conversation(instruction, (Part("", DATA), *data))
+    # The heading is what the prompt style writes before the instruction in the same message.
     text = "".join(part.text for part in system.parts)
     heading = text.removesuffix(instruction)
     return (Message(system.speaker, (Part(heading, INSTRUCTION), Part(instruction, INSTRUCTION))), *rest)

@@ -137,11 +137,13 @@ def run(model: SteeredModel, config: Config) -> Result:
     observations, samples = [], []
     for strength in config.strengths:
         observations += _left_out(model, long, config, strength)
+        # Rows are collected once for both measures; with a single row there is none to test on.
         if {"layers", "concept"} & set(config.measures) and len(rows) > 1:
             tokens = collect(model, rows, config, strength)
             is_train_N = torch.isin(tokens.row_N, torch.tensor(train_rows(len(rows), config)))
             if "layers" in config.measures:
                 observations += _observe_layers(tokens, is_train_N, rows, config, strength)
+            # `concept` follows the paper, whose linear probe is trained on rows as they are.
             if "concept" in config.measures:
                 observations += _observe_concept(model, tokens.where(~tokens.exchanged_N), items, layer, rows, config, strength)
         if "cosine" in config.measures:
@@ -158,6 +160,7 @@ def concept_layer(config: Config, num_layers: int) -> int:
     Raises:
         ValueError: the model has fewer layers.
     """
+    # Layers are counted from 1, so `num_layers` itself is the last one; 0 is the embedding.
     layer = round(num_layers * 15 / 32) if config.concept_layer is None else config.concept_layer
     if layer > num_layers:
         raise ValueError(f"concept_layer {layer} does not exist: the model has layers 1 to {num_layers}, and 0, the embedding")
@@ -272,6 +275,7 @@ def _probe_shares(
     texts = [split_probe(item) for item in items]
     whole = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
     prompts = [marked(model.encoder, item.instruction, probe_parts(text, DATA)) for item, text in whole]
+    # `hidden_states` takes only prompts that fit, so its results are matched to the prompts by `fits`.
     fits = model.fits(prompts)
     states = model.hidden_states([p for p, fit in zip(prompts, fits, strict=True) if fit], strength=strength)
     remaining = iter(zip(prompts, fits, strict=True))
@@ -319,6 +323,7 @@ def _observe_causal(
     observations: list[Observation] = []
     samples: list[dict[str, object]] = []
     for strength, row in answers(model, prompts, config):
+        # Items whose SEP probe cannot be located cannot change its role alone; they are counted as unparsable.
         cut = [item for item, text in zip(items, texts, strict=True) if text is None]
         observations += [Observation(name, item.id, None, 1.0, strength) for item in cut for name in _EXECUTED]
         for (item, _), *outputs in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):

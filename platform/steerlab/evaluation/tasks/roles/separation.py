@@ -101,6 +101,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Answer both prompts of every item at every strength."""
     items = load(config.source, split=config.split, limit=config.limit, seed=config.seed, offset=config.offset)
     encoder = model.encoder
+    # First all prompts (D), then all prompts (I), in one call of `answers`, so that they share batches.
     prompts = [encoder.conversation(item.instruction, item.data_with_probe) for item in items]
     prompts += [encoder.conversation(item.instruction_with_probe, item.data) for item in items]
     observations, samples = [], []
@@ -219,6 +220,7 @@ def _item(numbered: Numbered) -> Item:
         instruction_with_probe=str(row["system_prompt_instructed"]),
         data_with_probe=str(row["prompt_instructed"]),
         witness=str(row["witness"]),
+        # Published files hold an object; other files may hold anything, and only `split` needs it.
         info=info if isinstance(info, Mapping) else {},
     )
 

@@ -101,11 +101,12 @@ def check(config: Config, facts: ModelFacts) -> None:
             scorers.check_classifier(config.classifier_source, config.classifier_label)
     if config.judge_source is not None:
         with about("judge_source"):
-            scorers.check_asked(config.judge_source, ("Yes", "No"))
+            scorers.check_judge(config.judge_source, ("Yes", "No"))
 
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue the prompts at every strength and score how far the continuations are about the concept."""
+    # Loaded before anything is generated, so that a missing model is reported within seconds.
     judges = _scorers(model, config)
     items = _items(config)
     ids, prompts = [item.id for item in items], [str(item.row["text"]) for item in items]
@@ -133,6 +134,7 @@ def holds_a_word(words: Sequence[str]) -> scorers.Scorer:
 
 def inflections(word: str) -> set[str]:
     """Return a lower-case word with its regular plural, -ed and -ing forms; in a phrase the last word is inflected."""
+    # English spelling: fairy, fairies; box, boxes; hope, hoping; stop, stopped.
     consonant_y = word.endswith("y") and word[-2:-1] not in _VOWELS
     if consonant_y:
         plural, past = f"{word[:-1]}ies", f"{word[:-1]}ied"

@@ -58,13 +58,13 @@ class Config(TaskConfig):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.of.strengths != (1.0,):
-            raise ValueError(f"of.strengths {list(self.of.strengths)}: the grid is set by strengths, beside `of`")
+            raise ValueError(f"of.strengths {list(self.of.strengths)}: set the grid as strengths of this task, outside of `of`")
         if self.of.label is not None:
-            raise ValueError(f"of.label {self.of.label}: the label is set beside `of`")
+            raise ValueError(f"of.label {self.of.label}: set the label of this task, outside of `of`")
         if self.limit is not None or self.seed != 0:
-            raise ValueError("limit and seed are those of the task within: set of.limit, of.seed")
+            raise ValueError("limit and seed belong to the task in `of`: set of.limit, of.seed")
         if not self.metric.startswith(f"{self.of.task}/"):
-            raise ValueError(f"metric {self.metric!r} is none of the task within: its metrics are called {self.of.task}/...")
+            raise ValueError(f"metric {self.metric!r} is not one of the task in `of`: its metrics are {self.of.task}/...")
         return self
 
 
@@ -137,6 +137,7 @@ def run(tasks: Table[Task], model: SteeredModel, config: Config) -> Result:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"task {config.of.task} has no metric {config.metric}{hint}; it has {', '.join(names)}")
     name = f"controllability/{config.metric.partition('/')[2]}"
+    # Reported again under this task's name: the other task is not in the job's list of tasks.
     observations = [o._replace(metric=name) for o in measured]
     if len(set(config.strengths)) > 1:
         observations += judge(measured, config.strengths[0])
@@ -168,6 +169,7 @@ def judge(measured: Sequence[Observation], headline: float) -> list[Observation]
 
 def kendall(points: Sequence[Point]) -> float | None:
     """Return Kendall's tau-a between strength and score, -1 to 1; None with fewer than two strengths."""
+    # Sorted, so that the first of a pair has the lower strength; pairs of equal strengths say nothing and are left out.
     pairs = [(a, b) for a, b in combinations(sorted(points), 2) if a.strength < b.strength]
     return sum((b.score > a.score) - (b.score < a.score) for a, b in pairs) / len(pairs) if pairs else None
 
@@ -177,5 +179,6 @@ def slope(points: Sequence[Point]) -> float | None:
     if len({point.strength for point in points}) < 2:
         return None
     strength_K = np.array([point.strength for point in points])
+    # With centred strengths the intercept vanishes: slope = sum (s - mean s) y / sum (s - mean s)^2.
     strength_K -= strength_K.mean()
     return float(strength_K @ np.array([point.score for point in points]) / (strength_K @ strength_K))
