@@ -103,7 +103,7 @@ def test_published_format_is_read_and_split_by_task_id(tmp_path):
     assert every[4].data_with_probe == "d 4 probe" and every[4].instruction == "s 4"
 
 
-@pytest.mark.parametrize("info", [None, "rr", ["rr"], {}, {"appended_task_id": "first"}, {"appended_task_id": [1]}])
+@pytest.mark.parametrize("info", ["rr", ["rr"], {}, {"appended_task_id": "first"}, {"appended_task_id": [1]}])
 def test_a_split_of_rows_without_a_task_id_is_refused(tmp_path, info):
     path = tmp_path / "sep.json"
     rows = json.loads(Path(published(path, rows=3)).read_text())

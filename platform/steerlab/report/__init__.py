@@ -30,6 +30,7 @@ Placed: TypeAlias = dict[str, object]
 """A figure as the template uses it: its number on the page, name, height in pixels, and metrics to choose from."""
 _NUM_SHOWN = 2
 """Number of a sweep's best trials whose texts and images are shown."""
+# libyaml's dumper is several times faster; PyYAML has it only if it was built with libyaml.
 _DUMPER: type[yaml.SafeDumper] = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
@@ -45,6 +46,7 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    # Read through importlib.resources: the package may be imported from an archive.
     template = resources.files("steerlab.report").joinpath("page.html").read_text(encoding="utf-8")
     drawn: list[Figure] = []
 
@@ -77,6 +79,7 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         title=title,
         counts=_counts(entries, sweeps),
         figures_json=_script(drawn),
+        # Plotly's script has 4.5 MB; a page without figures goes without it.
         plotly=get_plotlyjs() if drawn else "",
         **sections,
     )
@@ -115,10 +118,12 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         "name": sweep.name,
         "folder": f"{sweep.root}/{sweep.folder}",
         "metric": sweep.metric,
+        # The template writes this word into a sentence.
         "goal": "more" if sweep.maximises else "less",
         "facts": tables.facts(sweep),
         "header": header,
         "body": body,
+        # A space with dozens of parameters would fill the page; those that vary come first.
         "against": [
             put(figure, name) for name in sweep.parameters[:8] if (figure := sweep_figures.against(sweep, name)) is not None
         ],
@@ -142,6 +147,7 @@ def _splits(sweep: Sweep) -> list[tuple[str, str]]:
         # A summary holds a number, a metric {value, low, high, ...}, or an object with either of them for each metric.
         if isinstance(value, dict) and "value" not in value:
             value = value.get(sweep.metric or "")
+        # `cell` formats metrics, so a bare number becomes one without an interval.
         if isinstance(value, int | float):
             value = {"value": value}
         if isinstance(value, dict) and value.get("value") is not None:

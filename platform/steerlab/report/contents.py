@@ -98,6 +98,7 @@ class Sweep:
     @property
     def parameters(self) -> list[str]:
         """Paths of the parameters; those with the same value in all trials come last."""
+        # Compared as texts: values of a parameter may be lists, which cannot be members of a set.
         names = _named(self.trials, "param.")
         return sorted(names, key=lambda name: len({str(trial.get(f"param.{name}")) for trial in self.trials}) < 2)
 
@@ -138,12 +139,14 @@ def read(store: Store, folder: str) -> Entry:
     Raises:
         ValueError: the folder is not that of a finished run, or a file in it is damaged.
     """
+    # The summary is written last, so a folder that has one is that of a finished run.
     try:
         summary = folders.summary(store, folder)
     except FileNotFoundError:
         raise ValueError(f"{folder} is no finished run folder (runs/NAME/ID) of {store.root}") from None
     job = folders.job(store, folder)
     return Entry(
+        # Runs of one page are often one job with different methods, so the method's name is always part of the run's.
         name=job["name"] if job["method"]["name"] in job["name"] else f"{job['method']['name']} ({job['name']})",
         folder=folder,
         job=job,
@@ -193,6 +196,7 @@ def _best_runs(store: Store, sweep: Sweep) -> list[Entry]:
     first: dict[str, Document] = {}
     # The sort is stable: the trial that the sweep calls best first, the others by their metric.
     for trial in sorted(sweep.finished, key=lambda trial: trial["trial_id"] != sweep.best):
+        # Trials that differ in strength only share a run, which is shown once; of several seeds the best is shown.
         if trial.get("run") and trial["run"] not in (other["run"] for other in first.values()):
             first.setdefault(trial["trial_id"], trial)
     runs = []
@@ -230,6 +234,7 @@ def curves(store: Store, folder: str) -> dict[str, list[tuple[float, float]]]:
         lines = folders.lines(store, folder)
     except FileNotFoundError:
         return {}
+    # Every line has the key of its training stage. Steps begin at 0 in each, so only one training can be drawn.
     last = lines[-1]["key"] if lines else None
     by_step: dict[str, dict[float, float]] = {}
     for line in lines:
@@ -272,6 +277,7 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 def _named(trials: Sequence[Document], prefix: str) -> list[str]:
+    # A dict keeps the order of the columns, which a set would not.
     return list(dict.fromkeys(name.removeprefix(prefix) for trial in trials for name in trial if name.startswith(prefix)))
 
 

@@ -34,6 +34,7 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
         colour = f"@{number % 10}"
         table = stored.by_strength((entry.choice or {})["table"])
         line = [(s, table[s].get(cost), table[s].get(effect)) for s in sorted(table)]
+        # A strength at which a metric has no value (everything unparsable) has no point.
         line = [point for point in line if None not in point]
         points += [(x, y) for _, x, y in line]
         drawn.add_scatter(
@@ -56,6 +57,7 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
     drawn.axis("xaxis", title(measure_in(chosen, cost)))
     drawn.axis("yaxis", title(measure_in(chosen, effect)))
     costs = [x for x, _ in points]
+    # A logarithmic axis has no 0 and no negative values.
     if costs and 0 < _WIDE * min(costs) < max(costs):
         drawn.axis("xaxis", type="log", dtick="D2")
     return drawn.done(520)
@@ -109,6 +111,7 @@ def timeline(entries: Sequence[Entry]) -> Figure | None:
     rows = [f"{row} {entry.folder[-6:]}" if row in doubled else row for row, entry in zip(rows, entries, strict=True)]
     for number, name in enumerate(names):
         bars = _bars_of(entries, rows, name)
+        # A stage that failed has taken time as well; its bar is drawn in red.
         ran = [bar for bar in bars if bar["status"] != "cached"]
         drawn.add_bar(
             y=[bar["row"] for bar in ran], x=[bar["seconds"] for bar in ran], base=[bar["start"] for bar in ran],
@@ -117,6 +120,7 @@ def timeline(entries: Sequence[Entry]) -> Figure | None:
             text=[label(f"{bar['label']}: {bar['status']}") for bar in ran], textposition="none",
             hovertemplate="%{text}<br>%{x:.1f} s<extra>" + label(name) + "</extra>",
         )  # fmt: skip
+        # A stage from the store takes no time, so a bar of it could not be seen.
         cached = [bar for bar in bars if bar["status"] == "cached"]
         drawn.add_scatter(
             y=[bar["row"] for bar in cached], x=[bar["start"] for bar in cached], mode="markers", name=f"{label(name)}, cached",
@@ -127,6 +131,7 @@ def timeline(entries: Sequence[Entry]) -> Figure | None:
         )  # fmt: skip
     drawn.layout |= {"barmode": "overlay", "bargap": 0.45}
     drawn.axis("xaxis", "seconds since the start of the run")
+    # Plotly draws the first category at the bottom; reversed, the runs are in the order of the table.
     drawn.axis("yaxis", autorange="reversed", type="category", categoryorder="array", categoryarray=rows)
     return drawn.done(150 + 34 * len(rows))
 
@@ -146,7 +151,7 @@ def _bars_of(entries: Sequence[Entry], rows: Sequence[str], name: str) -> list[D
 def by_layer(entries: Sequence[Entry]) -> Figure | None:
     """Draw metrics that are measured at every layer (`probing/layer_NN`) over the layers, with and without the patch."""
     drawn = Drawing()
-    stems: dict[str, None] = {}
+    stems: dict[str, None] = {}  # in the order of the metrics, which a set would not keep
     plain = next((entry.summary["strengths"][UNPATCHED] for entry in entries if UNPATCHED in entry.summary["strengths"]), {})
     lines = [(label(entry.name), entry.summary["metrics"], f"@{number % 10}", "solid") for number, entry in enumerate(entries)]
     for name, metrics, colour, dash in [*lines, (f"{UNPATCHED_NAME} (no patch)", plain, "@soft", "dot")]:
@@ -169,6 +174,7 @@ def _layers(metrics: Mapping[str, MetricNumbers]) -> dict[str, list[tuple[int, M
     by_stem: dict[str, list[tuple[int, MetricNumbers]]] = {}
     for name, metric in metrics.items():
         stem, layer, number = name.rpartition("layer_")
+        # At most four digits: a name from a damaged file could be a number too long for int().
         if layer and re.fullmatch("[0-9]{1,4}", number) and metric["value"] is not None:
             by_stem.setdefault(f"{stem}layer", []).append((int(number), metric))
     return {stem: sorted(points, key=lambda point: point[0]) for stem, points in by_stem.items()}

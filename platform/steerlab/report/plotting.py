@@ -64,6 +64,7 @@ class Drawing:
 
     def axis(self, name: str, title: str | None = None, **settings: object) -> None:
         """Set up `xaxis` or `yaxis`."""
+        # Merged, not replaced: a figure sets the title of an axis and its scale in separate calls.
         self.layout[name] |= settings | ({} if title is None else {"title": {"text": label(title)}})
 
     def done(self, height: int, metrics: Mapping[str, str] | None = None, axis: str = "y") -> Figure:
@@ -75,6 +76,7 @@ class Drawing:
             axis: the axis (`x` or `y`) that takes the title of the chosen metric.
         """
         layout = {**self.layout, "height": height}
+        # Names and titles as two lists: the page looks them up by the index of the menu's entry.
         titles = dict(metrics or {})
         return {"data": self.data, "layout": layout, "metrics": list(titles), "titles": list(titles.values()), "axis": axis}
 

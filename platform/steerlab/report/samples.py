@@ -60,6 +60,7 @@ def texts(entries: Sequence[Entry]) -> list[Comparison]:
                 if output is None or prompt is None:
                     continue
                 context = next((str(sample[name]) for name in _CONTEXTS if sample.get(name)), "")
+                # Samples of different runs are matched by the task's name and the item's id, not by the prompt's text.
                 empty: Comparison = {"task": task, "prompt": str(sample[prompt]), "context": context, "outputs": {}}
                 row = by_prompt.setdefault((task, str(sample["id"])), empty)
                 row["outputs"].setdefault(_column(entry, sample), {"text": _cut(sample[output]), "facts": _facts(sample)})
@@ -69,6 +70,7 @@ def texts(entries: Sequence[Entry]) -> list[Comparison]:
     whole = [row for row in by_prompt.values() if len(row["outputs"]) > 1 or most == 1]
     by_task: dict[str, list[Comparison]] = {}
     for row in sorted(whole, key=lambda row: -len(row["outputs"])):
+        # The model without a patch comes first; the sort is stable, so the runs keep their order.
         row["outputs"] = dict(sorted(row["outputs"].items(), key=lambda output: output[0] != UNPATCHED_NAME))
         by_task.setdefault(row["task"], []).append(row)
     return [row for rows in by_task.values() for row in rows[:MAX_TEXTS]]
@@ -79,6 +81,7 @@ def _column(entry: Entry, sample: Document) -> str:
     # At strength 0 all runs of one model write the same, so they share a column.
     if strength == UNPATCHED:
         return UNPATCHED_NAME
+    # The strength is part of a column's name only if the run has samples at several strengths besides 0.
     several = len({s.get("strength") for samples in entry.samples.values() for s in samples} - {UNPATCHED}) > 1
     return f"{entry.name}, strength {strength:g}" if several and strength is not None else entry.name
 
@@ -117,7 +120,7 @@ def _gallery(entry: Entry, budget_bytes: int) -> dict[str, object]:
     for name in ids:
         column = dict(_column_of(entry, name))
         size = sum(len(uri) for uri in column.values())
-        if used + size > budget_bytes:
+        if used + size > budget_bytes:  # the size of the base64 texts, which is what the page grows by
             break
         used += size
         columns[name] = column
@@ -152,6 +155,7 @@ def _setting(name: str) -> tuple[float, float]:
     strength, _, guidance = name.partition("_")
     try:
         return float(strength), float(guidance or 0)
+    # Whoever copies a folder of images may name it anything.
     except ValueError:
         return 0.0, 0.0
 
@@ -172,7 +176,7 @@ def _embedded(png: bytes, where: str, side: int = _THUMBNAIL) -> str:
     # Only PNG is accepted: Pillow's other decoders are not needed, and the file may come from a stranger.
     with explained(f"the image {where}"), Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         if max(image.size) > side:
-            smaller = image.convert("RGB")
+            smaller = image.convert("RGB")  # JPEG has no transparency and no palette
             smaller.thumbnail((side, side))
             buffer = io.BytesIO()
             smaller.save(buffer, "JPEG", quality=85)

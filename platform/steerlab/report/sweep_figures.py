@@ -33,6 +33,7 @@ def measured(trial: Document, name: str) -> MetricNumbers | None:
 
 def standing(sweep: Sweep) -> Callable[[Document], int]:
     """Return a function that classifies a row: 2 the best trial, 1 not distinguishable from the best, 0 any other."""
+    # The sweep's summary lists the trials whose paired difference to the best includes 0.
     even = set(sweep.summary.get("indistinguishable") or ())
     return lambda trial: 2 if trial["trial_id"] == sweep.best else 1 if trial["trial_id"] in even else 0
 
@@ -50,6 +51,7 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
     values = [trial.get(f"param.{parameter}") for trial in sweep.trials]
     if len({str(value) for value in values if value is not None}) < 2:
         return None
+    # A bool is an int in Python, but its axis has two categories.
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values if value is not None)
     stands = standing(sweep)
     drawn = Drawing()
@@ -94,6 +96,7 @@ def parallel(sweep: Sweep) -> Figure | None:
     rows = sweep.finished[::-1]  # the best last, so that its line is drawn over the others
     if sweep.metric is None or not varied or len(rows) < 2:
         return None
+    # A line cannot cross an axis on which its trial has no value, so only metrics that all trials have get one.
     shown = [name for name in sweep.metrics[:3] if all(measured(row, name) for row in rows)]
     axes = [_scaled(name, [row.get(f"param.{name}") for row in rows]) for name in varied]
     axes += [_scaled(name, [row[f"metric.{name}"] for row in rows], most_ticks=2) for name in shown]
@@ -105,6 +108,7 @@ def parallel(sweep: Sweep) -> Figure | None:
         _add_lines(drawn, axes, [i for i in group if stands(rows[i]) < 2], rows, name, f"@s{shade}", 1.3)
     _add_lines(drawn, axes, [i for i in range(len(rows)) if stands(rows[i]) == 2], rows, "best", "@1", 3)
     notes = [note for number, axis in enumerate(axes) for note in _ticks(number, axis)]
+    # Plotly's own parallel coordinates (parcoords) show no names on hover and no markers, so the axes are drawn here.
     spine = {"type": "line", "y0": 0, "y1": 1, "layer": "below", "line": {"color": "@line", "width": 1.5}}
     drawn.layout |= {"annotations": notes, "shapes": [{**spine, "x0": number, "x1": number} for number in range(len(axes))]}
     drawn.axis("xaxis", visible=False, range=[-0.35, len(axes) - 0.65], fixedrange=True)
@@ -128,6 +132,7 @@ def _scaled(name: str, values: Sequence[Any], most_ticks: int = 8) -> _Axis:
         places = {kind: number / max(1, len(kinds) - 1) for number, kind in enumerate(kinds)}
         return _Axis(name, [places[text] for text in texts], [(place, kind) for kind, place in places.items()])
     few = sorted(set(values))
+    # A logarithmic scale needs positive values.
     wide = few[0] > 0 and few[-1] / few[0] > _WIDE_PARAMETER
     scale: Callable[[float], float] = math.log if wide else float
     low, high = scale(few[0]), scale(few[-1])
@@ -192,7 +197,7 @@ def pareto(sweep: Sweep) -> Figure | None:
         usable.append(cost)
         better = measure_in(sweep.runs, cost).better
         if better is not None:  # a metric without a better direction has no Pareto front
-            sign = 1 if better == "lower" else -1
+            sign = 1 if better == "lower" else -1  # `front` minimises the cost
             best = front([(sign * c["value"], e["value"]) for c, e, _ in rows], sweep.maximises)
             drawn.add_scatter(
                 x=[rows[i][0]["value"] for i in best], y=[rows[i][1]["value"] for i in best], mode="lines",
@@ -232,6 +237,7 @@ def costs_of(sweep: Sweep) -> Figure | None:
             x=names, y=spent, name=label(stage), marker={"color": f"@{number % 10}", "line": {"width": 0}},
             hovertemplate="%{x}: %{y:.1f} s<extra>" + label(stage) + "</extra>",
         )  # fmt: skip
+    # As categories: Plotly would take ids such as "1e5" for numbers.
     drawn.layout |= {"barmode": "stack", "bargap": 0.15}
     drawn.axis("yaxis", "seconds that ran")
     drawn.axis("xaxis", type="category", showticklabels=len(names) <= _MANY_TRIALS)

@@ -56,6 +56,7 @@ def cell(metric: MetricNumbers | None) -> str:
         return DASH + aside
     if metric.get("low") is None or metric.get("high") is None:
         return f"{metric['value']:.3g}{aside}"
+    # Fixed decimals, so that value and ends of the interval line up: shares need three, perplexities one.
     digits = 3 if abs(metric["value"]) < 10 else 1
     return f"{metric['value']:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]{aside}"
 
@@ -79,6 +80,7 @@ def _unsteered(entries: Sequence[Entry]) -> list[Entry]:
     by_model: dict[str, Entry] = {}
     for entry in entries:
         if UNPATCHED in entry.summary["strengths"]:
+            # The whole `model` section of the job, since dtype and prompt settings change the model's outputs too.
             by_model.setdefault(json.dumps(entry.job.get("model"), sort_keys=True), entry)
     return list(by_model.values())
 
@@ -142,6 +144,7 @@ def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
     seeded = len({trial.get("seed") for trial in sweep.trials}) > 1
     header = ["trial", *(["seed"] if seeded else []), *sweep.parameters, *shown, "ran, s", "state"]
     ranked = sweep.finished
+    # Trials that failed, were stopped or are still running have no value, but belong into the table.
     ranked += [trial for trial in sweep.trials if trial not in ranked]
     body = []
     for trial in ranked:
@@ -168,6 +171,7 @@ def _plain(value: object) -> Cell:
 def ran_s(trial: Document) -> float:
     """Return the seconds of the stages that ran for a trial, without those whose result was in the store."""
     stages = [name.removeprefix("seconds.") for name in trial if name.startswith("seconds.")]
+    # In rows of a Parquet file a missing number is None or NaN.
     spent = [trial[f"seconds.{stage}"] or 0.0 for stage in stages if not trial.get(f"cached.{stage}")]
     return sum(value for value in spent if math.isfinite(value))
 

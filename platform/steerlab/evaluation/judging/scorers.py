@@ -122,15 +122,6 @@ def load_classifier(source: str, device: torch.device | str) -> tuple[PreTrained
     return model.to(device), models.named.load_tokenizer(directory)
 
 
-def class_names(model: PreTrainedModel) -> list[str]:
-    """Return the names of a classifier's classes, in the order of its outputs."""
-    return _names(model.config)
-
-
-def _names(config: Any) -> list[str]:
-    return [str(config.id2label[i]) for i in range(config.num_labels)]
-
-
 def similarity(source: str, references: Sequence[str], device: torch.device | str = "cpu") -> Scorer:
     """Load a sentence encoder as a scorer: the mean cosine between a text and the references, -1 to 1."""
     embed = _embedder(source, device)
@@ -237,7 +228,7 @@ def check_classifier(source: str, label: str | None = None) -> list[str]:
     if sorted(config.id2label) != list(range(config.num_labels)):
         numbers = models.listed(map(str, config.id2label))
         raise ValueError(f"{directory / 'config.json'}: id2label numbers its classes {numbers}; they count from 0")
-    classes = _names(config)
+    classes = [str(config.id2label[i]) for i in range(config.num_labels)]
     if label is not None and label not in classes:
         raise ValueError(f"{source} has no class {label!r}; its classes: {models.listed(classes)}")
     return classes
