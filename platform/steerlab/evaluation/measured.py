@@ -13,6 +13,7 @@ from steerlab.job import TaskConfig
 def measure_of(metric: str, tasks: Iterable[TaskConfig]) -> Measure | None:
     """Return the measure of a metric (LABEL/NAME) of these tasks; None if no task reports it."""
     label, _, name = metric.partition("/")
+    # A job may run one task twice; the label, which is unique in a job, is then the beginning of the metric's name.
     task = {task.label or task.task: task for task in tasks}.get(label)
     return None if task is None else find(TABLE.of(task).measures(task), name)
 
@@ -25,6 +26,7 @@ def unmeasured(metric: str, tasks: Iterable[TaskConfig]) -> str | None:
         return f"no task is called {label!r}; there are {', '.join(sorted(by_label)) or 'none'}"
     task = by_label[label]
     names = [measure.name for measure in TABLE.of(task).measures(task)]
+    # Not `name in names`: a measure may be a pattern.
     if measure_of(metric, [task]) is not None:
         return None
     near = difflib.get_close_matches(name, names, n=1)

@@ -148,6 +148,7 @@ def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
     ranked += [trial for trial in sweep.trials if trial not in ranked]
     body = []
     for trial in ranked:
+        # A star for the best trial, an approximately-equal sign for those that cannot be distinguished from it.
         mark = ("", "\u2248", "\u2605")[stands(trial)]
         line: Cells = [{**_plain(f"{mark} {trial['trial_id']}".strip()), "best": stands(trial) == 2}]
         if seeded:

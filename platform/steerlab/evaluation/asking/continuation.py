@@ -63,6 +63,7 @@ def conversation(encoder: Encoder, prompt: str, continuation: str | None = None)
     """Return the plain text of a prompt as a conversation; a continuation becomes its second part."""
     parts = [Part(prompt, INSTRUCTION)]
     if continuation is not None:
+        # A part of its own with the role of responses, as if the model had written it at strength 0.
         parts.append(Part(_lost_space(encoder, continuation) + continuation, encoder.response_role_id))
     return (Message("text", tuple(parts)),)
 

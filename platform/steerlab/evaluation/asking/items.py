@@ -56,6 +56,7 @@ def data_rows(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
 
 def check_rows(field: str, source: str, fields: Sequence[str] = ("instruction",)) -> None:
     """Refuse a source that does not exist or whose first row lacks `fields`. Raises ValueError that begins with `field`."""
+    # One row is enough to find a misspelt name, and a source of gigabytes is not read before the run starts.
     with about(field):
         sources.rows(source, limit=1, fields=fields)
 
@@ -80,6 +81,7 @@ def instruction_rows(
         sources.rows(source, fields=fields, optional={"input": "", "output": ""}, texts=("instruction", "input", "output"))
     )
     usable = [item for item in rows if not needs_input or has_input(item.row)]
+    # `offset` counts usable rows, like the offset of a training set: a job can train on the first n and evaluate the others.
     if offset >= len(usable):
         kind = " with an input" if needs_input else ""
         raise ValueError(f"offset {offset} leaves no row of {source}, which has {len(usable)}{kind}")
@@ -89,4 +91,5 @@ def instruction_rows(
 def has_input(row: Row) -> bool:
     """Return whether an instruction row has an input; a placeholder such as "noinput" does not count."""
     text = str(row.get("input") or "").strip()
+    # Single characters in the field are punctuation that stands for nothing, such as "-" or ".".
     return len(text) >= 2 and text.lower() not in _PLACEHOLDERS

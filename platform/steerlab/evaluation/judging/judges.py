@@ -163,6 +163,7 @@ def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
     def reward(answer: Answer) -> Score:
         inputs = _turns(tokenizer, answer) if tokenizer.chat_template else tokenizer(answer.prompt, answer.text)
         inputs = inputs.convert_to_tensors("pt", prepend_batch_axis=True).to(device)
+        # Counted after the template is applied, whose tokens take part of the context.
         return TOO_LONG if inputs["input_ids"].shape[1] > longest else float(model(**inputs).logits[0, 0])
 
     # One answer at a time, because many reward models have no padding token.

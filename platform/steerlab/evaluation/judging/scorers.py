@@ -59,6 +59,7 @@ def profanity() -> Scorer:
     """
     directory = sources.fetch(PROFANITY)
     vectorizer, model = (_unpickled(directory / name, sha256) for name, sha256 in _PICKLES.items())
+    # Columns of predict_proba follow `classes_`; class 1 is "offensive".
     column = list(model.classes_).index(1)
     return lambda texts: model.predict_proba(vectorizer.transform(texts))[:, column].tolist()
 
@@ -274,6 +275,7 @@ def _embedder(source: str, device: torch.device | str) -> Callable[[Sequence[str
         for batch in _batches(texts):
             inputs = _padded(tokenizer, batch, device)
             mask_BT1 = inputs["attention_mask"].unsqueeze(-1)
+            # Padding positions have hidden states too; the mask keeps them out of the mean.
             mean_BD = (model(**inputs).last_hidden_state.float() * mask_BT1).sum(1) / mask_BT1.sum(1)
             vectors.append(torch.nn.functional.normalize(mean_BD, dim=-1).cpu())
         return torch.cat(vectors)
@@ -282,6 +284,7 @@ def _embedder(source: str, device: torch.device | str) -> Callable[[Sequence[str
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: torch.device | str) -> BatchEncoding:
+    # Cut rather than refused, unlike the pairs of a judge: the first 512 tokens are enough for these scores.
     longest = min(_MAX_TOKENS, tokenizer.model_max_length)
     return tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
 

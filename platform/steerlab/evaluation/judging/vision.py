@@ -84,6 +84,7 @@ def _trained(data_json: str, field: str, seed: int) -> Classifier:
     classes: tuple[str, ...] = tuple(sorted(set(labels)))
     if len(classes) < 2:
         raise ValueError(f"classifier: all rows have {field} {labels[0]!r}; there is nothing to tell apart")
+    # tol=0 and n_iter_no_change switch early stopping off: every classifier gets the same number of passes.
     pixels_NP = images_NCHW.flatten(1).numpy()
     model = MLPClassifier((_HIDDEN,), max_iter=_ROUNDS, random_state=seed, tol=0, n_iter_no_change=_ROUNDS, alpha=1e-3)
     import warnings
@@ -195,6 +196,7 @@ def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
     from transformers import AutoImageProcessor, AutoModel
 
     directory = scorers.check_model(source)
+    # AutoModel of a CLIP checkpoint expects texts along with the images.
     if models.named.read_config(directory).model_type == "clip":
         return Clip(source, device).images(images_NCHW)
     processor = models.named.load_processor(directory, AutoImageProcessor)
@@ -207,6 +209,7 @@ def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
 
 
 def _pictures(images_NCHW: Tensor) -> list[Image]:
+    # Processors expect three channels; images of a small world are grey.
     return [pictures.picture(image).convert("RGB") for image in images_NCHW]
 
 

@@ -34,6 +34,7 @@ class Measure(NamedTuple):
     @property
     def is_share(self) -> bool | None:
         """Whether the declared range is 0 to 1; None if the task declares neither a range nor a unit."""
+        # A unit without a range declares something else than a share as well: "words" are not proportions.
         if self.low is None and self.high is None and not self.unit:
             return None
         return (self.low, self.high) == (0.0, 1.0)

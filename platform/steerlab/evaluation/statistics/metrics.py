@@ -188,6 +188,7 @@ def summarise(
         "rows_cut": sum(o.reason == "cut" for o in observations),
     }
     n = len(value_N)
+    # Nothing to average, but the counts of what was left out are worth reporting.
     if n == 0:
         return Metric(None, None, 0, **left_out)
     if transform == "median":
@@ -245,6 +246,7 @@ def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray
     for observation in observations:
         if observation.weight < 0:
             raise ValueError(f"weight {observation.weight} of item {observation.id!r} ({observation.metric}) is below 0")
+    # An item without weight is left out of n as well, or the standard error of a conditional share would be too small.
     pairs = [(o.value, o.weight) for o in observations if o.value is not None and o.weight > 0]
     values, weights = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(values, dtype=float), np.array(weights, dtype=float)
@@ -253,7 +255,7 @@ def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray
 def _error(value_N: np.ndarray, weight_N: np.ndarray, mean: float) -> float | None:
     n = len(value_N)
     if n == 1:
-        return None
+        return None  # the spread of a single item is unknown, not 0
     # The linearised variance of a ratio of sums, sum(w v) / sum(w): its denominator varies from sample to sample as well.
     squares = float(np.square(weight_N * (value_N - mean)).sum())
     return math.sqrt(n / (n - 1) * squares) / float(weight_N.sum())
@@ -278,6 +280,7 @@ def _interval(
 def _median(value_N: np.ndarray, left_out: Mapping[str, int]) -> Metric:
     """Summarise items by their median; their weights do not matter."""
     low, high = intervals.sign(value_N) or (None, None)
+    # For a normal distribution the interval is 2 z errors long, so its length over 2 z estimates the error.
     error = None if low is None or high is None else (high - low) / (2 * intervals.Z)
     return Metric(float(np.median(value_N)), error, len(value_N), low=low, high=high, **left_out)
 

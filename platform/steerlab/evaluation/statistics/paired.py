@@ -46,10 +46,12 @@ def paired_difference(
         ValueError: an id occurs twice in a run, no id is shared, or a run has no weight on the shared ids.
     """
     by_id_a, by_id_b = _by_id(a), _by_id(b)
+    # An item that one side could not judge is left out on both, or it would be compared with nothing.
     shared = [i for i in by_id_a if i in by_id_b and by_id_a[i].value is not None and by_id_b[i].value is not None]
     if not shared:
         example = f" (for example {a[0].id!r} and {b[0].id!r})" if a and b else ""
         raise ValueError(f"the two runs share no judged item: their ids are those of different data{example}")
+    # Products and weights rather than values: a mean of a resample is then a ratio of two sums, for any weights.
     weights_2N = np.array([[runs[i].weight for i in shared] for runs in (by_id_a, by_id_b)])
     products_2N = weights_2N * np.array([[runs[i].value for i in shared] for runs in (by_id_a, by_id_b)], dtype=float)
     if not weights_2N.sum(axis=1).all():

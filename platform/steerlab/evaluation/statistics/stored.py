@@ -117,6 +117,7 @@ def write(directory: Path, outcome: Outcome) -> None:
     (directory / _METRICS).write_text(json.dumps({"strengths": outcome.metrics, "measures": measures}, indent=1))
 
 
+# JSON writes the shortest text that gives the same double again, so a strength survives as a key.
 def by_strength(keyed: Mapping[str, _T]) -> dict[float, _T]:
     """Return a JSON object keyed by strength with the keys as numbers, in the same order."""
     return {float(strength): value for strength, value in keyed.items()}
@@ -158,6 +159,7 @@ def observations(directory: Path, strength: float) -> list[Observation]:
         # Parquet keeps doubles exactly, so a strength compares equal. The cast refuses columns of unfit types.
         table = pq.read_table(path, columns=_COLUMNS.names, filters=[("strength", "=", strength)]).cast(_COLUMNS)
         rows = table.to_pylist()
+    # Columns of a Parquet file may hold nulls, which only `value` and `reason` are allowed to.
     if any(row["metric"] is None or row["id"] is None or row["weight"] is None for row in rows):
         raise saved.SavedError(f"{path} is damaged: an item has no metric, id or weight")
     return [Observation(**row) for row in rows]

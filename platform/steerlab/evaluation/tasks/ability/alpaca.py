@@ -90,6 +90,7 @@ def entry(item: Numbered, output: str, generator: str) -> dict[str, str]:
     data = _data(item)
     instruction = str(item.row["instruction"])
     return {
+        # AlpacaEval has no field for the input of a row.
         "instruction": f"{instruction}\n\n{data}" if data else instruction,
         "output": output,
         "generator": generator,

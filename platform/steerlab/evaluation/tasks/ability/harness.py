@@ -108,6 +108,7 @@ def _library(config: Config) -> tuple[Callable[..., Any], Any]:
     with about("tasks_source"):
         folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
     manager = TaskManager(include_path=folder)
+    # The harness knows thousands of names, so the nearest ones are offered.
     if config.name not in manager.all_tasks:
         near = difflib.get_close_matches(config.name, manager.all_tasks, n=3)
         raise ValueError(
@@ -148,6 +149,7 @@ def observe(
             if means is None:
                 warnings.warn(f"lm_eval/{name} of {task} is no mean over documents and is left out ({number})", stacklevel=2)
                 continue
+            # If several tasks of a group report the same metric, the direction of the last one counts.
             pairs, transform = means
             measured[name] = Measure(name, _better(higher_is_better.get(task, {}).get(metric)), transform=transform)
             for number, (value, weight) in zip([sample["doc_id"] for sample in group], pairs, strict=True):

@@ -84,6 +84,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Score the rows at every strength."""
     if config.data is not None:
+        # With `data` the field `format` of the config itself is not used; the code below reads this one only.
         config = config.model_copy(update={"format": config.data.format})
     items = _rows(config)
     conversations = [conversation(model, item.row, config) for item in items]
@@ -133,6 +134,7 @@ def _rows(config: Config) -> list[Numbered]:
             seed=config.seed,
             fields=("instruction", "output"),
         )
+    # Numbered before empty texts are dropped: an id is the row's position in the file.
     texts = [
         item for item in number(sources.rows(config.source, fields=["text"], texts=["text"])) if str(item.row["text"]).strip()
     ]

@@ -107,6 +107,7 @@ class _Planned(NamedTuple):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is measured."""
+    # The only code scenario is its own mean, so it has the one name `code`.
     texts = [scenario for scenario in dict.fromkeys(config.scenarios) if scenario != "code"]
     groups = [*(["text"] if texts else []), *(["code"] if "code" in config.scenarios else [])]
     return (*(share(name, "lower") for name in (*texts, *groups)), empty())
@@ -192,6 +193,7 @@ def _attempt(scenario: Scenario, planned: _Planned, seed: int) -> Attempt:
     for line in lines if isinstance(lines, list) else [lines]:
         checked(line)
     row = {name: _joined(value) for name, value in planned.row.items()}
+    # Seeded by the attempt's name, so that its position does not depend on which other attempts were chosen.
     data = insert(row["context"], planned.attack.text, planned.place, random.Random(f"{seed} {planned.name}"))
     return Attempt(planned.name, scenario, planned.attack, _instruction(scenario, row), data)
 

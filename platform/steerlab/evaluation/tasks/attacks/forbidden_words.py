@@ -77,6 +77,7 @@ def run_gandalf(model: SteeredModel, config: GandalfConfig) -> Result:
     """Send every attack to a model that knows the password."""
     rows = [row for source in _split_sources(config) for row in sources.rows(source, fields=["text"], texts=["text"])]
     texts = [Numbered(item.id, {"text": item.row["text"]}) for item in number(rows)]
+    # `replace` rather than `format`: the instruction may contain other braces.
     return _run(model, config, texts, config.instruction.replace("{secret}", config.secret), config.secret)
 
 

@@ -151,6 +151,7 @@ def run_attacks(
         suffix: position -> end of its metrics' names, as in `<task>/<attack><suffix>` and `<task>/asr<suffix>`.
         task: name of the task.
     """
+    # All attempts in one list, so that short and long prompts of all attacks are batched together.
     attempts = [attempt(item, attack, position, config) for position in positions for attack in config.attacks for item in rows]
     prompts = [model.encoder.conversation(a.instruction, a.data) for a in attempts]
     observations, samples = [], []
@@ -193,6 +194,7 @@ def attempt(item: Numbered, attack: Attack, position: Position, config: Injectio
     draw = random.Random(f"{config.seed} {attack} {item.id}")
     gap, text = forge(attack, config.injection, str(item.row.get("output") or ""), config.headings, draw)
     if attack != "none":
+        # `escape` may draw 0 line breaks; a space then separates the attack in front from the data.
         data = f"{data}{gap}{text}" if position == "end" else f"{text}{gap or ' '}{data}{gap}{text}"
     return Attempt(item.id, attack, position, str(item.row["instruction"]), data)
 

@@ -44,6 +44,7 @@ def at_strength(model: SteeredModel, strength: float, folded: bool) -> tuple[lis
         The forms, and a note: empty without `folded`, else "measured" or "left out: REASON".
     """
     plain_bytes = _bytes(model.model)
+    # Measured from the tensors, not from the device: a caching allocator holds more than is in use.
     patched_bytes = plain_bytes + sum(_bytes(patch) for patch in model.patches)
     contenders = [
         # Without patches the model refuses any strength but 1, which then has no meaning.
@@ -72,6 +73,7 @@ def _patched(model: SteeredModel) -> Iterator[SteeredModel]:
 
 @contextmanager
 def _unpatched(model: SteeredModel) -> Iterator[SteeredModel]:
+    # The patches are detached; this wrapper without them runs the same code path as the patched model does.
     plain = SteeredModel(model.model, model.encoder)
     try:
         yield plain

@@ -107,6 +107,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse prompts and new tokens that together exceed the model's context. Raises ValueError."""
+    # 0 means that the model's config names no limit.
     if facts.max_positions and config.prompt_tokens + config.new_tokens > facts.max_positions:
         raise ValueError(
             f"prompt_tokens {config.prompt_tokens} and new_tokens {config.new_tokens} are more than the model's context holds: "
@@ -245,6 +246,7 @@ def prompts(model: SteeredModel, batch_size: int, num_tokens: int, seed: int) ->
     # Random tokens: the time does not depend on the text, and every model has a vocabulary while not every one has a template.
     vocabulary: int = models.text_config(model.model).vocab_size
     ids_BT = torch.randint(vocabulary, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
+    # Both roles occur, because a patch may act on one of them only.
     roles = [INSTRUCTION] * (num_tokens // 2) + [DATA] * (num_tokens - num_tokens // 2)
     rows = [Encoded(ids, roles, [False] * num_tokens, [0] * num_tokens) for ids in ids_BT.tolist()]
     return collate(rows, model.encoder.pad_id, side="left").to(model.device)

@@ -111,6 +111,7 @@ def _chosen(clip: vision.Clip | None, images_BCHW: Tensor, config: Config) -> li
     assert clip is not None
     texts_2F = clip.texts([text.replace("{concept}", config.concept) for text in config.clip_texts])
     likeness_B2 = clip.images(images_BCHW) @ texts_2F.T
+    # Only the concept's name is compared with: `away` is for classifiers.
     return [config.concept if first > second else "something" for first, second in likeness_B2.tolist()]
 
 

@@ -60,6 +60,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
     items, drawn = draw(model, config, strengths)
     observations = []
     for scale in drawn:
+        # The strength nearest to 0, since a grid may hold 1e-17 instead of 0.
         plain = strengths.index(min(strengths, key=abs))
         for metric, values_SB in _compared(model, config, scale.images_SBCHW, plain).items():
             observations += [

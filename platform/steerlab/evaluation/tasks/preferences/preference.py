@@ -107,6 +107,7 @@ def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, c
     # The KL divergence is estimated on the tokens of both responses, hence the weight by their number.
     shorter = 0.5 if chosen.num_tokens == rejected.num_tokens else float(chosen.num_tokens < rejected.num_tokens)
     values = (float(gap > 0), gap, float(likelier), (chosen.kl + rejected.kl) / num_tokens, shorter)
+    # A margin that is 0 by construction is no preference: the weight 0 leaves such pairs out of the accuracy.
     weights = (float(compares), 1.0, 1.0, float(num_tokens), 1.0)
     return [Observation(n, pair_id, value, w, strength) for n, value, w in zip(names, values, weights, strict=True)]
 

@@ -175,6 +175,7 @@ def _pairs(model: SteeredModel, items: list[Numbered], config: Config) -> list[l
     """Return each answer with its opponent, indexed [strength][prompt]."""
     references = [_reference(item.row, config.prompts.format) for item in items]
     base = 0.0 if model.patches else 1.0  # a model without a patch is its own base and refuses any strength but 1
+    # Strength 0 is generated with the others in one call, even if the config does not report it.
     strengths = list(dict.fromkeys((*config.strengths, *((base,) if config.against == "base" else ()))))
     drawn = [_answers(model, references, strengths, config, number) for number in range(config.best_of)]
     best = _best(model, drawn, config)
@@ -241,6 +242,7 @@ def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Judge]:
         return "language_model", judges.language_model(
             config.judge_source, config.question, both_orders=config.both_orders, seed=config.seed, device=model.device
         )
+    # The config cannot check this: the kind of the judge is known only once its config.json is there.
     if not config.both_orders or config.question != judges.QUESTION:
         raise ValueError(f"question and both_orders are for a language model, but {config.judge_source} is a reward model")
     return "reward_model", judges.by_reward(judges.reward_model(config.judge_source, model.device))

@@ -112,6 +112,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
     """Return the kinds of tokens that a metric depends on: those of prompts, and for the causal check those of answers too."""
+    # Only the causal check generates; the other measures read hidden states of prompts.
     writes = "causal" in config.measures if metric is None else metric in (*_EXECUTED, "probing/empty")
     return EVERY_TOKEN if writes else frozenset({("prompt", "instruction"), ("prompt", "data")})
 
@@ -195,6 +196,7 @@ def collect(model: SteeredModel, rows: Sequence[Numbered], config: Config, stren
     prompts = [of_row(model.encoder, rows[i], exchanged) for i, exchanged in forms]
     h, is_instruction, row, exchange = [], [], [], []
     for (i, exchanged), (h_LTD, encoded) in zip(forms, model.hidden_states(prompts, strength=strength), strict=True):
+        # A generator for each form, so that the choice does not depend on the order or number of rows.
         draw = random.Random(f"{config.seed} {rows[i].id} {exchanged}")
         chosen = balanced(encoded.parts, max(encoded.parts), config.tokens_per_role, draw)
         h.append(h_LTD[:, chosen].transpose(0, 1))
@@ -221,6 +223,7 @@ def _left_out(model: SteeredModel, long: Sequence[Numbered], config: Config, str
         "concept": ["probing/concept_accuracy"],
         "cosine": [f"probing/cosine_layer_{layer:02d}" for layer in layers],
     }
+    # SEP items are checked for their length on their own, so `probe_as_instruction` is not among these.
     names = [name for measure, names in of_measure.items() if measure in config.measures for name in names]
     return [observed(name, item.id, TOO_LONG, strength) for item in long for name in names]
 
@@ -258,6 +261,7 @@ def _observe_concept(
     config: Config,
     strength: float,
 ) -> list[Observation]:
+    # A slice keeps the layer axis, so that the same code trains one probe or all of them.
     at_layer = clean._replace(h_NLD=clean.h_NLD[:, layer : layer + 1])
     is_train_N = torch.isin(clean.row_N, torch.tensor(train_rows(len(rows), config)))
     probe = _fitted(at_layer.where(is_train_N), config)

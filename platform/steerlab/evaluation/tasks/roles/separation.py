@@ -137,6 +137,7 @@ def load(source: str | None, *, split: str = "all", limit: int | None = None, se
     Raises:
         ValueError: the rows are not in the SEP format, or no item is left.
     """
+    # `info` is required only for a split: files in the SEP format without it can still be evaluated as a whole.
     rows = embedded_rows() if source is None else sources.rows(source, fields=[*_FIELDS, "info"] if split != "all" else _FIELDS)
     if offset >= len(rows):
         raise ValueError(f"offset {offset} leaves no item of {source or 'the embedded set'}, which has {len(rows)}")

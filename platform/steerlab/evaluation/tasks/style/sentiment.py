@@ -78,6 +78,7 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 def judge(item_id: str, compound: Score, strength: float = 1.0) -> list[Observation]:
     """Turn the compound score of one continuation into observations."""
+    # An empty continuation (None) has no sentiment; it is not counted as neutral.
     positive = float(compound >= _NEUTRAL) if isinstance(compound, float) else compound
     negative = float(compound <= -_NEUTRAL) if isinstance(compound, float) else compound
     return [
@@ -96,6 +97,7 @@ def vader() -> scorers.Scorer:
     """Load VADER as a scorer: the compound score of a text, -1 to 1."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+    # The constructor parses the lexicon, so one analyser scores all texts.
     analyser = SentimentIntensityAnalyzer()
     return lambda texts: [analyser.polarity_scores(text)["compound"] for text in texts]
 
