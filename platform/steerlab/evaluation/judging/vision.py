@@ -132,6 +132,7 @@ def ssim(a_CHW: Tensor, b_CHW: Tensor) -> float:
     maps = []
     for a_HW, b_HW in zip(a_CHW.double().numpy(), b_CHW.double().numpy(), strict=True):
         mean_a, mean_b = _blurred(a_HW), _blurred(b_HW)
+        # Variance and covariance under the window, by E[x^2] - E[x]^2.
         var_a, var_b = _blurred(a_HW**2) - mean_a**2, _blurred(b_HW**2) - mean_b**2
         covariance = _blurred(a_HW * b_HW) - mean_a * mean_b
         top = (2 * mean_a * mean_b + _C1) * (2 * covariance + _C2)

@@ -76,6 +76,6 @@ def sign(value_N: np.ndarray) -> tuple[float, float] | None:
 def resampled(num_items: int, num_resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Yield blocks (R, N) of item indices drawn with replacement, `num_resamples` rows in all."""
     # In blocks, because all indices of 10,000 resamples of 10,000 items at once would need 800 MB.
-    block = max(1, _RESAMPLED_AT_ONCE // num_items)
+    block = max(1, _RESAMPLED_AT_ONCE // num_items)  # the numbers do not depend on the block: they are drawn row by row
     for start in range(0, num_resamples, block):
         yield rng.integers(0, num_items, (min(block, num_resamples - start), num_items))

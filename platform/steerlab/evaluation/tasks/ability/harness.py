@@ -72,6 +72,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     simple_evaluate, manager = _library(config)
     observations, samples = [], []
     measured: dict[str, Measure] = {}
+    # The harness has no notion of strengths, so it runs once for each.
     for strength in config.strengths:
         fates: Fates = {}
         # The harness's bootstrap is switched off: the platform computes intervals from the observations itself.

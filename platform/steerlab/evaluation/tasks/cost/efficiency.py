@@ -194,6 +194,7 @@ def race(contenders: Sequence[Contender], batch: Batch, config: Config, clock: C
     generator = random.Random(config.seed)
     runs: dict[str, list[Timing]] = {contender.name: [] for contender in contenders}
     for _ in range(config.warmup + config.repeats):
+        # In a new order each time: the clock rate of a machine drifts, and the second of two equal runs has warmer caches.
         for contender in sorted(contenders, key=lambda _: generator.random()):
             runs[contender.name].append(_measured(contender, batch, config.new_tokens, clock))
     # The first runs include allocations, compilation of kernels and their selection by cuBLAS.

@@ -49,6 +49,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredPipeline, config: Config) -> Result:
     """Draw the prompts at every strength and compare images of the same prompt."""
     items, drawn = draw(model, config, config.strengths)
+    # By text rather than by row: `seeds` makes several rows of one prompt.
     groups: dict[str, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
         groups[str(item.row["text"])].append(number)

@@ -133,6 +133,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     if {"layers", "concept", "cosine"} & set(config.measures):
         rows, long = usable_rows(model, config)
     if {"concept", "causal"} & set(config.measures):
+        # The embedded set is built from alpaca rows, which a job may have trained on; a file of SEP rows is separate from them.
         offset = config.offset if config.separation_source is None else 0
         items = separation.load(config.separation_source, limit=config.limit, seed=config.seed, offset=offset)
     observations, samples = [], []
@@ -245,6 +246,7 @@ def _accuracies(
     """Return the accuracy of a probe on each test row at each layer, weighted by the row's number of tokens."""
     right_NL = (probe.says_instruction(test.h_NLD) == test.is_instruction_N[:, None]).float()
     observations = []
+    # Rows are the items, not tokens: tokens of one row are not independent.
     for i in test.row_N.unique().tolist():
         of_row = right_NL[test.row_N == i]
         for layer, value in enumerate(of_row.mean(0).tolist()):
@@ -310,6 +312,7 @@ def _observe_cosine(model: SteeredModel, rows: Sequence[Numbered], strength: flo
         # The data are the last part. Roles do not change the tokenisation, so the positions are those of both prompts.
         own_T = torch.tensor(encoded.parts) == max(encoded.parts)
         cosine_LT = torch.nn.functional.cosine_similarity(as_data_LTD[:, own_T], as_instruction_LTD[:, own_T], dim=-1)
+        # Weighted by tokens, so that the mean over rows is the mean over all data tokens.
         for layer, value in enumerate(cosine_LT.mean(1).tolist()):
             name = f"probing/cosine_layer_{layer:02d}"
             observations.append(Observation(name, item.id, value, float(own_T.sum()), strength))
@@ -330,6 +333,7 @@ def _observe_causal(
         # Items whose SEP probe cannot be located cannot change its role alone; they are counted as unparsable.
         cut = [item for item, text in zip(items, texts, strict=True) if text is None]
         observations += [Observation(name, item.id, None, 1.0, strength) for item in cut for name in _EXECUTED]
+        # The first half of the answers is to prompts with the role of data, the second to the same with that of instructions.
         for (item, _), *outputs in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
             verdicts = [float(contains(output.text, item.witness)) for output in outputs]
             own = [Observation(name, item.id, v, 1.0, strength) for name, v in zip(_EXECUTED, verdicts, strict=True)]
