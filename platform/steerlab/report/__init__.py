@@ -141,7 +141,7 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
 
 def _splits(sweep: Sweep) -> list[tuple[str, str]]:
     """Return (label, text) of the best trial's metric on the rows it was chosen by, and on the rows that are reported."""
-    texts = []
+    lines = []
     for split, note in (("development", "chosen by"), ("test", "reported")):
         value = sweep.summary.get(split)
         # A summary holds a number, a metric {value, low, high, ...}, or an object with either of them for each metric.
@@ -151,8 +151,8 @@ def _splits(sweep: Sweep) -> list[tuple[str, str]]:
         if isinstance(value, int | float):
             value = {"value": value}
         if isinstance(value, dict) and value.get("value") is not None:
-            texts.append((f"{split} rows, {note}", cell({"unparsable": 0, "low": None, "high": None, **value})))
-    return texts
+            lines.append((f"{split} rows, {note}", cell({"unparsable": 0, "low": None, "high": None, **value})))
+    return lines
 
 
 def _made(entry: Entry) -> dict[str, object]:

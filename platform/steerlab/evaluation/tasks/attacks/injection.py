@@ -109,12 +109,12 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def measures_of(config: InjectionConfig, suffixes: Sequence[str]) -> tuple[Measure, ...]:
     """Return the measures of `run_attacks`, for each suffix; `none` has no better direction, since it is a control."""
-    measures: list[Measure] = []
+    declared: list[Measure] = []
     for suffix in suffixes:
-        measures += [share(f"{attack}{suffix}", None if attack == "none" else "lower") for attack in config.attacks]
-        measures += [share(f"asr{suffix}", "lower")] if any(attack != "none" for attack in config.attacks) else []
-        measures += [empty(f"empty{suffix}")]
-    return tuple(measures)
+        declared += [share(f"{attack}{suffix}", None if attack == "none" else "lower") for attack in config.attacks]
+        declared += [share(f"asr{suffix}", "lower")] if any(attack != "none" for attack in config.attacks) else []
+        declared += [empty(f"empty{suffix}")]
+    return tuple(declared)
 
 
 def check(config: Config, facts: ModelFacts) -> None:
