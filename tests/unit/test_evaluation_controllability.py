@@ -227,12 +227,12 @@ def test_a_job_holds_the_task_within_with_every_default(tmp_path: Path) -> None:
         ({"of": {"limit": 1}}, r"evaluate.0.of.task: this key is required"),
         (
             {"of": {"task": "refusal", "strengths": [0, 1]}},
-            r"of.strengths \[0.0, 1.0\]: the grid is set by strengths, beside `of`",
+            r"of.strengths \[0.0, 1.0\]: set the grid as strengths of this task, outside of `of`",
         ),
-        ({"of": {"task": "refusal", "label": "b"}}, r"of.label b: the label is set beside `of`"),
-        ({"limit": 3}, r"limit and seed are those of the task within: set of.limit, of.seed"),
+        ({"of": {"task": "refusal", "label": "b"}}, r"of.label b: set the label of this task, outside of `of`"),
+        ({"limit": 3}, r"limit and seed belong to the task in `of`: set of.limit, of.seed"),
         ({"seed": 3}, r"set of.limit, of.seed"),
-        ({"metric": "toxicity/score"}, r"metric 'toxicity/score' is none of the task within: its metrics are called refusal/"),
+        ({"metric": "toxicity/score"}, r"metric 'toxicity/score' is not one of the task in `of`: its metrics are refusal/"),
         ({"metrc": "a"}, r"evaluate.0.metrc: unknown key; did you mean 'metric'\?"),
     ],
 )

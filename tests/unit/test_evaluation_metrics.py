@@ -76,6 +76,26 @@ def test_zeros_that_are_no_share_are_certain():
     assert summarise(observations([0.0] * 9, [1.0] * 9)).high > 0.2
 
 
+def test_what_a_measure_declares_decides_whether_zeros_and_ones_are_a_share():
+    """Of ten answers nine have no word and one has a single word: these are counts, whose interval is Student's."""
+    values = [0.0] * 9 + [1.0]
+    declared = {
+        "words": Measure("words", None, "words"),
+        "count": Measure("count", None, low=0.0),
+        "cosine": Measure("cosine", None, low=-1.0, high=1.0),
+        "share": Measure("share", None, "share", 0.0, 1.0),
+        "bare": Measure("bare", "lower"),
+    }
+    rows = [o for name in (*declared, "undeclared") for o in observations(values, metric=f"t/{name}")]
+    found = summarise_all(Result(rows, [], tuple(declared.values())))[1.0]
+    wilson, student = (0.017876, 0.404150), 0.1 + 2.262157 * 0.1  # t(0.975, 9) times the standard error
+    for name in ("share", "bare", "undeclared"):
+        assert (found[f"t/{name}"].low, found[f"t/{name}"].high) == pytest.approx(wilson, abs=1e-6), name
+    assert (found["t/words"].low, found["t/words"].high) == pytest.approx((0.2 - student, student), abs=1e-6)
+    assert (found["t/count"].low, found["t/count"].high) == pytest.approx((0.0, student), abs=1e-6)
+    assert found["t/cosine"].high == pytest.approx(student, abs=1e-6)
+
+
 def test_a_mean_of_zeros_and_ones_with_unequal_weights_is_no_share():
     found = summarise(observations([1.0, 0.0], [1.0, 3.0]))
     assert found.low < 0 < found.high
@@ -266,6 +286,14 @@ def test_resamples_of_a_paired_difference_keep_the_weights():
 def test_medians_of_weighted_items_are_those_of_the_items():
     a, b = observations([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]), observations([0.0, 0.0, 0.0], [4.0, 4.0, 4.0])
     assert paired_difference(a, b, transform="median", num_resamples=100).value == 2.0
+
+
+def test_items_without_weight_are_part_of_no_paired_median():
+    a, b = observations([1.0, 5.0, 9.0, 100.0], [1.0, 1.0, 1.0, 0.0]), observations([0.0, 1.0, 2.0, 3.0])
+    with np.errstate(all="raise"):
+        found = paired_difference(a, b, transform="median", num_resamples=400)
+    assert found.value == summarise(a, "median").value - summarise(b, "median").value == 5.0 - 1.5
+    assert np.isfinite(found[:3]).all() and -2 <= found.low <= found.value <= found.high <= 9
 
 
 def test_resamples_in_which_a_side_has_no_weight_are_left_out():

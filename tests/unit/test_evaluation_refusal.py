@@ -142,7 +142,7 @@ def test_what_the_model_says_decides(plain):
 def test_an_empty_answer_is_neither_a_refusal_nor_a_success():
     verdicts = scorers.score(refusal.holds_a_keyword(refusal.KEYWORDS, "prefix"), [tiny_words.REFUSAL, "take fire", " \n"])
     assert verdicts == [1.0, 0.0, None]
-    harmful, harmless = (refusal.Asked("3", kind, "burn it", "") for kind in ("harmful", "harmless"))
+    harmful, harmless = (refusal.Prompt("3", kind, "burn it", "") for kind in ("harmful", "harmless"))
     assert [o.value for v in verdicts for o in refusal.observe(harmful, v)] == [0.0, 1.0, 1.0, 0.0, None, None]
     assert [o.value for v in verdicts for o in refusal.observe(harmless, v)] == verdicts
     assert {o.id for o in refusal.observe(harmful, None)} == {"3"}
@@ -152,7 +152,7 @@ def test_prompts_are_texts_of_any_field_or_instruction_rows(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "burn it ?"}\n{"question": "cut it ?"}\n')
     asked = refusal.load(config(prompts=DataSet(source=str(path), format="text", field="question", offset=1), harmless=None))
-    assert asked == [refusal.Asked("1", "harmful", "cut it ?", "")]
+    assert asked == [refusal.Prompt("1", "harmful", "cut it ?", "")]
     path = tmp_path / "b.json"
     path.write_text(json.dumps([{"instruction": "do it", "input": "now", "output": "no"}]))
     assert refusal.load(config(prompts=DataSet(source=str(path)), harmless=None))[0][2:] == ("do it", "now")

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +101,16 @@ def test_published_format_is_read_and_split_by_task_id(tmp_path):
     assert len(every) == 30 and len(val) == 3 and len(test) == 27
     assert {i.id for i in val} | {i.id for i in test} == {i.id for i in every}
     assert every[4].data_with_probe == "d 4 probe" and every[4].instruction == "s 4"
+
+
+@pytest.mark.parametrize("info", ["rr", ["rr"], {}, {"appended_task_id": "first"}, {"appended_task_id": [1]}])
+def test_a_split_of_rows_without_a_task_id_is_refused(tmp_path, info):
+    path = tmp_path / "sep.json"
+    rows = json.loads(Path(published(path, rows=3)).read_text())
+    path.write_text(json.dumps([row | {"info": info} for row in rows]))
+    assert len(separation.load(str(path))) == 3
+    with pytest.raises(ValueError, match="a split needs a number"):
+        separation.load(str(path), split="val")
 
 
 def test_a_row_without_a_field_of_the_format_is_named(tmp_path):

@@ -106,13 +106,13 @@ def test_the_higher_reward_wins_and_each_answer_is_rewarded_once() -> None:
     [(1.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 1.0, 0.5), (0.0, 0.0, 0.5), (None, 1.0, None), (TOO_LONG, None, TOO_LONG)],
 )
 def test_a_winner_wins_in_both_orders(forward: Score, backward: Score, verdict: Score) -> None:
-    assert judges.agreed(forward, backward) == verdict
+    assert judges.combined(forward, backward) == verdict
 
 
 def test_texts_that_look_like_places_stay_as_they_are() -> None:
     first, second = Answer("say {second}", "{first}", "{prompt}"), Answer("say {second}", "{first}", "b")
-    assert judges.asked("{prompt}|{first}|{second}", first, second) == "say {second}\n\n{first}|{prompt}|b"
-    assert "Response 1: a\n\nResponse 2: b\n\nWhich" in judges.asked(judges.QUESTION, answer("a"), answer("b"))
+    assert judges.filled("{prompt}|{first}|{second}", first, second) == "say {second}\n\n{first}|{prompt}|b"
+    assert "Response 1: a\n\nResponse 2: b\n\nWhich" in judges.filled(judges.QUESTION, answer("a"), answer("b"))
 
 
 def test_one_verdict_becomes_numbers() -> None:

@@ -1,4 +1,4 @@
-"""The table of tasks: name -> what it asks, measures and needs; a new one is a file and a line here. None knows a method."""
+"""The table of tasks. A new task is one file below `tasks` and one line here; no task depends on a steering method."""
 
 from steerlab.evaluation.statistics.metrics import Task
 from steerlab.evaluation.tasks.ability import alpaca, arithmetic, harness, perplexity
@@ -43,12 +43,13 @@ def _with_config(task: Task, config: type[TaskConfig]) -> Task:
 
 _WITHIN = Table(Task, "task", _TASKS, _with_config)
 TABLE: Table[Task] = Table(Task, "task", {**_TASKS, "controllability": controllability.over(_WITHIN)}, _with_config)
-"""With the tasks of installed packages, and of the files that jobs name."""
+"""All tasks: the platform's, those of installed packages, and those in files that a job names."""
 TASKS = TABLE.entries
 
 
 def foreign(task: TaskConfig) -> list[tuple[str, str]]:
-    """Return the tasks of a config, that within another included, which are not the platform's, and whose they are."""
+    """Return (task, origin) for each task of a config that is not the platform's own, including the task inside another."""
     within = getattr(task, "of", None)
-    found = [(task.task, TABLE.foreign(task)), *([] if within is None else [(within.task, _WITHIN.foreign(within))])]
-    return [(name, whose) for name, whose in found if whose is not None]
+    # Only `controllability` holds another task. It draws from a table of its own, which cannot contain itself.
+    origins = [(task.task, TABLE.foreign(task)), *([] if within is None else [(within.task, _WITHIN.foreign(within))])]
+    return [(name, origin) for name, origin in origins if origin is not None]

@@ -1,7 +1,7 @@
-"""Runs and sweeps on one static page: results with intervals, figures, texts, images, and how they were made.
+"""Render runs and sweeps as one static HTML page: results with intervals, figures, texts, images, and how they were made.
 
-The page is one file that needs no server and no network. It follows the reader's light or dark theme, fits a phone and works
-by keyboard. Whatever a model wrote is shown as text.
+The page is one file that needs no server and no network. It follows the reader's light or dark theme, fits the screen of a
+phone and works by keyboard. Texts that a model wrote are escaped, so that they are shown and never interpreted as HTML.
 """
 
 from __future__ import annotations
@@ -27,32 +27,42 @@ from steerlab.report.tables import cell, metrics, rows
 
 __all__ = ["Entry", "Sweep", "cell", "fit_seconds", "front", "metrics", "page", "read", "read_sweep", "rows", "texts", "write"]
 Placed: TypeAlias = dict[str, object]
-"""Where a figure stands on the page: its number, name, height and metrics."""
-_TOLD = 2
-"""Best trials of a sweep whose texts and images are shown."""
+"""A figure as the template uses it: its number on the page, name, height in pixels, and metrics to choose from."""
+_NUM_SHOWN = 2
+"""Number of a sweep's best trials whose texts and images are shown."""
+# libyaml's dumper is several times faster; PyYAML has it only if it was built with libyaml.
 _DUMPER: type[yaml.SafeDumper] = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Sequence[Sweep] = ()) -> str:
-    """Return the page as HTML."""
+    """Render the page as HTML.
+
+    Args:
+        entries: runs.
+        title: title of the page.
+        sweeps: sweeps, with the runs of their best trials.
+    """
+    # Imported here, because these imports are slow and most commands write no page.
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    # Read through importlib.resources: the package may be imported from an archive.
     template = resources.files("steerlab.report").joinpath("page.html").read_text(encoding="utf-8")
     drawn: list[Figure] = []
 
     def put(figure: Figure | None, name: str) -> Placed | None:
-        """Give a figure its number on the page."""
+        """Add a figure to the page; None if there is nothing to draw."""
         if figure is None:
             return None
         drawn.append(figure)
         return {"id": len(drawn) - 1, "name": name, "height": figure["layout"]["height"], "metrics": figure["metrics"]}
 
+    # Escaped by default: texts of models, names and folders come from anywhere.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_plain
     )
     shown = [*entries, *(run for sweep in sweeps for run in sweep.runs)]
-    told = [*entries, *(run for sweep in sweeps for run in sweep.runs[:_TOLD])]
+    with_texts = [*entries, *(run for sweep in sweeps for run in sweep.runs[:_NUM_SHOWN])]
     names = metrics(entries)
     sections = {
         "sweeps": [_sweep(sweep, put) for sweep in sweeps],
@@ -61,14 +71,15 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         "training": put(figures.training(shown), "Training"),
         "timeline": put(figures.timeline(shown), "Stages"),
         "layers": put(figures.by_layer(shown), "By layer"),
-        "texts": texts(told),
-        "galleries": samples.galleries(told),
+        "texts": texts(with_texts),
+        "galleries": samples.galleries(with_texts),
         "made": [_made(entry) for entry in shown],
     }
     return environment.from_string(template).render(
         title=title,
         counts=_counts(entries, sweeps),
         figures_json=_script(drawn),
+        # Plotly's script has 4.5 MB; a page without figures goes without it.
         plotly=get_plotlyjs() if drawn else "",
         **sections,
     )
@@ -80,22 +91,23 @@ def _counts(entries: Sequence[Entry], sweeps: Sequence[Sweep]) -> str:
 
 
 def _plain(value: object) -> object:
-    """Write out control characters and direction marks of what is no HTML yet."""
+    """Make control characters and marks of writing direction visible, in strings that are not HTML yet."""
     return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _script(drawn: Sequence[Figure]) -> str:
-    """Return figures as JSON that can stand inside of a script element, whatever texts it holds."""
-    text = json.dumps(_drawn(everywhere(plain, drawn)), allow_nan=False)
+    """Return figures as JSON that is safe inside a script element."""
+    text = json.dumps(_finite(everywhere(plain, drawn)), allow_nan=False)
+    # A browser ends the script at "</script>" even within a JSON string, so the characters of markup are escaped.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _drawn(value: object) -> object:
-    """Return a tree of JSON with nothing in place of numbers that are none: a folder may come from anywhere."""
+def _finite(value: object) -> object:
+    """Return a JSON tree with null instead of NaN and infinity, which JavaScript cannot parse."""
     if isinstance(value, Mapping):
-        return {key: _drawn(one) for key, one in value.items()}
+        return {key: _finite(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [_drawn(one) for one in value]
+        return [_finite(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -106,10 +118,12 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         "name": sweep.name,
         "folder": f"{sweep.root}/{sweep.folder}",
         "metric": sweep.metric,
+        # The template writes this word into a sentence.
         "goal": "more" if sweep.maximises else "less",
         "facts": tables.facts(sweep),
         "header": header,
         "body": body,
+        # A space with dozens of parameters would fill the page; those that vary come first.
         "against": [
             put(figure, name) for name in sweep.parameters[:8] if (figure := sweep_figures.against(sweep, name)) is not None
         ],
@@ -126,20 +140,24 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
 
 
 def _splits(sweep: Sweep) -> list[tuple[str, str]]:
-    """Return the best trial's value on the rows that it was chosen by, and on those that are reported."""
-    found = []
+    """Return (label, text) of the best trial's metric on the rows it was chosen by, and on the rows that are reported."""
+    lines = []
     for split, note in (("development", "chosen by"), ("test", "reported")):
         value = sweep.summary.get(split)
+        # A summary holds a number, a metric {value, low, high, ...}, or an object with either of them for each metric.
         if isinstance(value, dict) and "value" not in value:
             value = value.get(sweep.metric or "")
+        # `cell` formats metrics, so a bare number becomes one without an interval.
         if isinstance(value, int | float):
             value = {"value": value}
         if isinstance(value, dict) and value.get("value") is not None:
-            found.append((f"{split} rows, {note}", cell({"unparsable": 0, "low": None, "high": None, **value})))
-    return found
+            lines.append((f"{split} rows, {note}", cell({"unparsable": 0, "low": None, "high": None, **value})))
+    return lines
 
 
 def _made(entry: Entry) -> dict[str, object]:
+    """Return how a run was made: its stages, environment and job, and the command that repeats it."""
+    # The template refuses a missing key (StrictUndefined), and runs of earlier versions stored fewer of them.
     environment = {"git": None, "git_changes": "", "created": "", "versions": {}, "command": "", "cluster": {}, "nodes": None}
     environment |= {"own_code_of": None, "own_code": []}
     return {
@@ -153,10 +171,10 @@ def _made(entry: Entry) -> dict[str, object]:
 
 
 def _command(entry: Entry) -> str:
-    """Return what reproduces a run: its resolved job, at its commit."""
+    """Return the shell command that reproduces a run: its resolved job at its commit."""
     command = f"steerlab run {shlex.quote(f'{entry.root}/{entry.folder}/job.yaml')} --root {shlex.quote(entry.root)}"
     commit = entry.environment.get("git")
-    # What people copy to a shell: a name that a stranger wrote there is not for them to run.
+    # People paste this into a shell, and the folder may come from a stranger: only a hash is accepted as the commit.
     return f"git checkout {commit}\n{command}" if commit and re.fullmatch("[0-9a-f]{7,64}", commit) else command
 
 

@@ -1,4 +1,7 @@
-"""The figures about runs: effect against fluency, training, stages, layers."""
+"""The figures about runs: effect against fluency, training curves, times of stages, metrics by layer.
+
+A function returns None if the runs have nothing to draw.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,17 @@ from steerlab.report.contents import Document, Entry, measure_in
 from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, label, title
 
 _WIDE = 8.0
-"""Costs that differ by more than this factor are drawn on a logarithmic axis."""
+"""Costs whose largest is more than this factor above the smallest are drawn on a logarithmic axis."""
 _MANY_TIMES = 100.0
-"""Losses likewise."""
+"""The same for losses."""
 
 
 def choices(entries: Sequence[Entry]) -> Figure | None:
-    """Draw effect against fluency for the runs whose strength was chosen within a bound; None without any."""
+    """Draw the effect against the cost for the runs whose strength was chosen within a bound of that cost."""
     chosen = [entry for entry in entries if entry.choice and entry.choice["rule"]["within"]]
     if not chosen:
         return None
+    # All runs of a page are expected to be chosen by one rule; the axes are those of the first.
     rule = chosen[0].choice["rule"] if chosen[0].choice else {}
     effect, cost = rule["metric"], rule["within"]["metric"]
     drawn = Drawing()
@@ -30,6 +34,7 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
         colour = f"@{number % 10}"
         table = stored.by_strength((entry.choice or {})["table"])
         line = [(s, table[s].get(cost), table[s].get(effect)) for s in sorted(table)]
+        # A strength at which a metric has no value (everything unparsable) has no point.
         line = [point for point in line if None not in point]
         points += [(x, y) for _, x, y in line]
         drawn.add_scatter(
@@ -44,6 +49,7 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
         x=[points[i][0] for i in best], y=[points[i][1] for i in best], mode="lines", name="Pareto front (development)",
         line={"color": "@ink", "width": 1, "dash": "dot", "shape": "hv"}, hoverinfo="skip",
     )  # fmt: skip
+    # A trace without points, for the legend only: the stars of the runs themselves are not in it.
     drawn.add_scatter(
         x=[None], y=[None], mode="markers", name="held-out rows, 95 % interval",
         marker={"symbol": "star", "size": 12, "color": "@ink"},
@@ -51,13 +57,14 @@ def choices(entries: Sequence[Entry]) -> Figure | None:
     drawn.axis("xaxis", title(measure_in(chosen, cost)))
     drawn.axis("yaxis", title(measure_in(chosen, effect)))
     costs = [x for x, _ in points]
+    # A logarithmic axis has no 0 and no negative values.
     if costs and 0 < _WIDE * min(costs) < max(costs):
         drawn.axis("xaxis", type="log", dtick="D2")
     return drawn.done(520)
 
 
 def _add_held_out(drawn: Drawing, entry: Entry, cost: str, effect: str, colour: str) -> None:
-    """Draw a run's metrics on the rows that it reports on."""
+    """Draw a run's metrics on its held-out rows, with their intervals."""
     x, y = (entry.summary["metrics"].get(name) for name in (cost, effect))
     if not x or not y or x["value"] is None or y["value"] is None:
         return
@@ -69,8 +76,9 @@ def _add_held_out(drawn: Drawing, entry: Entry, cost: str, effect: str, colour: 
 
 
 def training(entries: Sequence[Entry]) -> Figure | None:
-    """Draw what training reported over its steps, a line a run."""
+    """Draw the metrics of training over its steps, one line for each run."""
     names = list(dict.fromkeys(name for entry in entries for name, points in entry.curves.items() if len(points) > 1))
+    # Losses come first in the menu, those of training before those of evaluation.
     names.sort(key=lambda name: ("loss" not in name, "eval" in name))
     drawn = Drawing()
     for name in names[:MAX_METRICS]:
@@ -86,21 +94,24 @@ def training(entries: Sequence[Entry]) -> Figure | None:
     drawn.axis("xaxis", "step")
     losses = [value for entry in entries for name, points in entry.curves.items() if "loss" in name for _, value in points]
     if losses and min(losses) > 0 and max(losses) > _MANY_TIMES * min(losses):
-        drawn.axis("yaxis", type="log")  # losses of several methods, or one that falls by orders of magnitude
+        # The losses of different methods have different scales, and one loss may fall by orders of magnitude.
+        drawn.axis("yaxis", type="log")
     return drawn.done(380, {name: name for name in names[:MAX_METRICS]})
 
 
 def timeline(entries: Sequence[Entry]) -> Figure | None:
-    """Draw each run's stages one after another: full where they ran, a tick where the store had them, red where they failed."""
+    """Draw each run's stages one after another: a bar if it ran, a tick if its result was in the store, red if it failed."""
     drawn = Drawing()
     names = list(dict.fromkeys(stage["name"] for entry in entries for stage in entry.stages))
     if not names:
         return None
     rows = [f"{label(entry.name)}" for entry in entries]
+    # Plotly puts bars with the same name into the same row, so runs of one name get the end of their id.
     doubled = {row for row in rows if rows.count(row) > 1}
     rows = [f"{row} {entry.folder[-6:]}" if row in doubled else row for row, entry in zip(rows, entries, strict=True)]
     for number, name in enumerate(names):
         bars = _bars_of(entries, rows, name)
+        # A stage that failed has taken time as well; its bar is drawn in red.
         ran = [bar for bar in bars if bar["status"] != "cached"]
         drawn.add_bar(
             y=[bar["row"] for bar in ran], x=[bar["seconds"] for bar in ran], base=[bar["start"] for bar in ran],
@@ -109,6 +120,7 @@ def timeline(entries: Sequence[Entry]) -> Figure | None:
             text=[label(f"{bar['label']}: {bar['status']}") for bar in ran], textposition="none",
             hovertemplate="%{text}<br>%{x:.1f} s<extra>" + label(name) + "</extra>",
         )  # fmt: skip
+        # A stage from the store takes no time, so a bar of it could not be seen.
         cached = [bar for bar in bars if bar["status"] == "cached"]
         drawn.add_scatter(
             y=[bar["row"] for bar in cached], x=[bar["start"] for bar in cached], mode="markers", name=f"{label(name)}, cached",
@@ -119,25 +131,27 @@ def timeline(entries: Sequence[Entry]) -> Figure | None:
         )  # fmt: skip
     drawn.layout |= {"barmode": "overlay", "bargap": 0.45}
     drawn.axis("xaxis", "seconds since the start of the run")
+    # Plotly draws the first category at the bottom; reversed, the runs are in the order of the table.
     drawn.axis("yaxis", autorange="reversed", type="category", categoryorder="array", categoryarray=rows)
     return drawn.done(150 + 34 * len(rows))
 
 
 def _bars_of(entries: Sequence[Entry], rows: Sequence[str], name: str) -> list[Document]:
-    found: list[Document] = []
+    """Return the stages of one name, each with its row and its start in seconds."""
+    stages: list[Document] = []
     for entry, row in zip(entries, rows, strict=True):
         start = 0.0
         for stage in entry.stages:
             if stage["name"] == name:
-                found.append({**stage, "row": row, "start": start})
+                stages.append({**stage, "row": row, "start": start})
             start += stage["seconds"]
-    return found
+    return stages
 
 
 def by_layer(entries: Sequence[Entry]) -> Figure | None:
-    """Draw metrics that are measured at every layer (`probing/layer_NN`) over the layers, and once without any patch."""
+    """Draw metrics that are measured at every layer (`probing/layer_NN`) over the layers, with and without the patch."""
     drawn = Drawing()
-    stems: dict[str, None] = {}
+    stems: dict[str, None] = {}  # in the order of the metrics, which a set would not keep
     plain = next((entry.summary["strengths"][UNPATCHED] for entry in entries if UNPATCHED in entry.summary["strengths"]), {})
     lines = [(label(entry.name), entry.summary["metrics"], f"@{number % 10}", "solid") for number, entry in enumerate(entries)]
     for name, metrics, colour, dash in [*lines, (f"{UNPATCHED_NAME} (no patch)", plain, "@soft", "dot")]:
@@ -156,10 +170,11 @@ def by_layer(entries: Sequence[Entry]) -> Figure | None:
 
 
 def _layers(metrics: Mapping[str, MetricNumbers]) -> dict[str, list[tuple[int, MetricNumbers]]]:
-    """Group metrics by what stands before `layer_NN`."""
-    found: dict[str, list[tuple[int, MetricNumbers]]] = {}
+    """Group the metrics `STEM_layer_NN` by their stem: stem -> (layer, metric), sorted by layer."""
+    by_stem: dict[str, list[tuple[int, MetricNumbers]]] = {}
     for name, metric in metrics.items():
         stem, layer, number = name.rpartition("layer_")
+        # At most four digits: a name from a damaged file could be a number too long for int().
         if layer and re.fullmatch("[0-9]{1,4}", number) and metric["value"] is not None:
-            found.setdefault(f"{stem}layer", []).append((int(number), metric))
-    return {stem: sorted(points, key=lambda point: point[0]) for stem, points in found.items()}
+            by_stem.setdefault(f"{stem}layer", []).append((int(number), metric))
+    return {stem: sorted(points, key=lambda point: point[0]) for stem, points in by_stem.items()}

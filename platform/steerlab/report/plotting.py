@@ -1,8 +1,8 @@
-"""A Plotly figure in Plotly's own JSON, and what all figures of the page share.
+"""Plotly figures as Plotly's own JSON, and the functions that all figures of the page share.
 
-Colours are names, `@0` to `@9`, `@s0` to `@s4` (shades), `@ink`, `@soft`, `@line`, `@paper` and `@bad`, which the page turns
-into those of the light or the dark theme. A figure may hold traces for several metrics: those carry `meta: {"metric": name}`,
-and the page shows one metric at a time.
+Colours are names, `@0` to `@9`, `@s0` to `@s4` (shades), `@ink`, `@soft`, `@line`, `@paper` and `@bad`; the page replaces them
+by the colours of the light or the dark theme. A figure may hold traces for several metrics. These traces carry
+`meta: {"metric": name}`, and the page shows the traces of one metric at a time.
 """
 
 from __future__ import annotations
@@ -15,33 +15,40 @@ from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.stored import MetricNumbers
 
 MAX_METRICS = 12
-"""Metrics among which a figure's menu chooses."""
+"""Largest number of metrics in a figure's menu."""
 Plotly: TypeAlias = dict[str, Any]
 """A trace, a layout or a part of one, in Plotly's own JSON."""
 Figure: TypeAlias = Plotly
-"""What the page needs of a figure: `data` and `layout` for Plotly, and the metrics of its menu."""
+"""A finished figure: `data` and `layout` for Plotly, and the metrics of its menu; see `Drawing.done`."""
 
 
 def front(points: Sequence[tuple[float, float]], maximise: bool = False) -> list[int]:
-    """Return the Pareto front of (cost, effect) points by number, by rising cost: no other point is as good in both.
+    """Return the indices of the points on the Pareto front, by rising cost: no other point is as good in cost and effect.
 
-    Less cost is better; so is less effect, unless `maximise`.
+    Args:
+        points: (cost, effect) of each point; lower cost is better.
+        maximise: whether a higher effect is better.
     """
     sign = -1 if maximise else 1
-    found: list[int] = []
+    indices: list[int] = []
+    # By rising cost a point is on the front if its effect is better than that of the last one on it.
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
-        if not found or sign * points[i][1] < sign * points[found[-1]][1]:
-            found.append(i)
-    return found
+        if not indices or sign * points[i][1] < sign * points[indices[-1]][1]:
+            indices.append(i)
+    return indices
 
 
 def label(text: object) -> str:
-    """Return a text as Plotly draws it, letter by letter: it would read tags."""
+    """Escape a text for Plotly."""
+    # Plotly interprets some HTML tags (<b>, <br>, <a>) in names, titles and labels.
     return escape(str(text), quote=False)
 
 
 class Drawing:
-    """A Plotly figure being made: traces and layout in Plotly's own words, which the tests have Plotly check."""
+    """A Plotly figure under construction: its traces and its layout as Plotly's own JSON.
+
+    It does not use Plotly's Python classes, whose import takes seconds; the tests validate the JSON with them.
+    """
 
     def __init__(self) -> None:
         self.data: list[Plotly] = []
@@ -57,23 +64,32 @@ class Drawing:
 
     def axis(self, name: str, title: str | None = None, **settings: object) -> None:
         """Set up `xaxis` or `yaxis`."""
+        # Merged, not replaced: a figure sets the title of an axis and its scale in separate calls.
         self.layout[name] |= settings | ({} if title is None else {"title": {"text": label(title)}})
 
     def done(self, height: int, metrics: Mapping[str, str] | None = None, axis: str = "y") -> Figure:
-        """Return what the page needs; `axis` is the one whose title is that of the chosen metric (`metrics`: name -> title)."""
+        """Return the finished figure.
+
+        Args:
+            height: height in pixels.
+            metrics: name -> title of the metrics in the figure's menu; None for a figure without a menu.
+            axis: the axis (`x` or `y`) that takes the title of the chosen metric.
+        """
         layout = {**self.layout, "height": height}
+        # Names and titles as two lists: the page looks them up by the index of the menu's entry.
         titles = dict(metrics or {})
         return {"data": self.data, "layout": layout, "metrics": list(titles), "titles": list(titles.values()), "axis": axis}
 
 
 def title(measure: Measure) -> str:
-    """Return the title of an axis: a metric with its unit."""
+    """Return the title of an axis: the metric's name and unit."""
     return f"{measure.name} ({measure.unit})" if measure.unit else measure.name
 
 
 def bars(metrics: Sequence[MetricNumbers], colour: str) -> Plotly:
-    """Return the error bars of metrics, to the ends of their intervals."""
+    """Return the error bars of metrics, drawn to the ends of their 95 % intervals."""
     ends = [_ends(metric) for metric in metrics]
+    # Plotly takes lengths relative to the point, which must not be negative.
     above = [max(0.0, high - metric["value"]) for metric, (_, high) in zip(metrics, ends, strict=True)]
     below = [max(0.0, metric["value"] - low) for metric, (low, _) in zip(metrics, ends, strict=True)]
     return {"array": above, "arrayminus": below, "thickness": 1.2, "width": 3, "color": colour}
@@ -83,5 +99,6 @@ def _ends(metric: MetricNumbers) -> tuple[float, float]:
     value = metric["value"]
     if metric.get("low") is not None and metric.get("high") is not None:
         return metric["low"], metric["high"]
+    # Runs of earlier versions stored no interval, only the standard error.
     half = 1.96 * (metric.get("stderr") or 0.0)
     return value - half, value + half

@@ -1,4 +1,4 @@
-"""What models wrote and drew, ready to be set side by side: texts by prompt and strength, images by strength and guidance."""
+"""Texts and images of models, arranged for comparison: texts by prompt and strength, images by strength and guidance scale."""
 
 from __future__ import annotations
 
@@ -12,40 +12,46 @@ from steerlab.job import UNPATCHED, UNPATCHED_NAME
 from steerlab.report.contents import Document, Entry
 
 MAX_TEXTS = 6
+"""Prompts of each task whose texts are shown."""
 MAX_CHARS = 1200
+"""Longer texts are cut."""
 IMAGE_BYTES = 12_000_000
-"""Bytes of all images of a page together; beyond them images are left out, and that is said."""
+"""Largest size of all images of a page together, in bytes; the page says how many images are left out."""
 _THUMBNAIL = 256
-"""Larger images are embedded at this many pixels a side."""
+"""Larger images are scaled down to at most this many pixels on their longer side."""
 _SHEET = 2000
-"""Larger contact sheets are embedded at this many pixels a side."""
+"""The same for contact sheets."""
+# Tasks name the parts of their samples differently; the first of these names that a sample has is taken.
 _OUTPUTS = ("continuation", "output", "output_in_data", "answer", "response", "generation")
 _PROMPTS = ("prompt", "instruction", "question")
 _CONTEXTS = ("data", "input", "data_with_probe")
 
 
 class Output(TypedDict):
-    """What a run wrote, and its scores in a line."""
+    """A text of a run, and its scores."""
 
     text: str
     facts: str
+    """The scores in one line."""
 
 
-class Told(TypedDict):
-    """A prompt, and what the runs wrote for it by name and strength, as the template of the page reads it."""
+class Comparison(TypedDict):
+    """A prompt with the texts of all runs, as the template of the page reads it."""
 
     task: str
     prompt: str
     context: str
+    """The data that the prompt came with; empty if there are none."""
     outputs: dict[str, Output]
+    """Name of the run, with its strength if it has several -> its text."""
 
 
-def texts(entries: Sequence[Entry]) -> list[Told]:
-    """Return what each run wrote for the same prompts: at strength 0 once, then at every strength that it kept.
+def texts(entries: Sequence[Entry]) -> list[Comparison]:
+    """Return the texts of all runs for the same prompts: first at strength 0, then at every strength with samples.
 
-    Prompts come first that more runs and strengths have an output for.
+    Prompts with texts of more runs and strengths come first; each task has at most MAX_TEXTS of them.
     """
-    found: dict[tuple[str, str], Told] = {}
+    by_prompt: dict[tuple[str, str], Comparison] = {}
     for entry in entries:
         for task, samples in entry.samples.items():
             for sample in samples:
@@ -54,14 +60,17 @@ def texts(entries: Sequence[Entry]) -> list[Told]:
                 if output is None or prompt is None:
                     continue
                 context = next((str(sample[name]) for name in _CONTEXTS if sample.get(name)), "")
-                empty: Told = {"task": task, "prompt": str(sample[prompt]), "context": context, "outputs": {}}
-                row = found.setdefault((task, str(sample["id"])), empty)
+                # Samples of different runs are matched by the task's name and the item's id, not by the prompt's text.
+                empty: Comparison = {"task": task, "prompt": str(sample[prompt]), "context": context, "outputs": {}}
+                row = by_prompt.setdefault((task, str(sample["id"])), empty)
                 row["outputs"].setdefault(_column(entry, sample), {"text": _cut(sample[output]), "facts": _facts(sample)})
-    counts = [len(row["outputs"]) for row in found.values()]
+    # A prompt that only one run has samples of shows no difference; it is dropped unless no prompt has more.
+    counts = [len(row["outputs"]) for row in by_prompt.values()]
     most = max(counts, default=0)
-    whole = [row for row in found.values() if len(row["outputs"]) > 1 or most == 1]
-    by_task: dict[str, list[Told]] = {}
+    whole = [row for row in by_prompt.values() if len(row["outputs"]) > 1 or most == 1]
+    by_task: dict[str, list[Comparison]] = {}
     for row in sorted(whole, key=lambda row: -len(row["outputs"])):
+        # The model without a patch comes first; the sort is stable, so the runs keep their order.
         row["outputs"] = dict(sorted(row["outputs"].items(), key=lambda output: output[0] != UNPATCHED_NAME))
         by_task.setdefault(row["task"], []).append(row)
     return [row for rows in by_task.values() for row in rows[:MAX_TEXTS]]
@@ -69,14 +78,16 @@ def texts(entries: Sequence[Entry]) -> list[Told]:
 
 def _column(entry: Entry, sample: Document) -> str:
     strength = sample.get("strength")
+    # At strength 0 all runs of one model write the same, so they share a column.
     if strength == UNPATCHED:
         return UNPATCHED_NAME
+    # The strength is part of a column's name only if the run has samples at several strengths besides 0.
     several = len({s.get("strength") for samples in entry.samples.values() for s in samples} - {UNPATCHED}) > 1
     return f"{entry.name}, strength {strength:g}" if several and strength is not None else entry.name
 
 
 def _facts(sample: Document) -> str:
-    """Return a sample's scores in a line."""
+    """Return the first scores of a sample in one line."""
     scores = {name: value for name, value in sample.items() if isinstance(value, bool | float) and name != "strength"}
     shown = [
         f"{name.replace('_', ' ')}: " + (("yes" if value else "no") if isinstance(value, bool) else f"{value:.3g}")
@@ -91,22 +102,25 @@ def _cut(text: object) -> str:
 
 
 def galleries(entries: Sequence[Entry], budget_bytes: int = IMAGE_BYTES) -> list[dict[str, object]]:
-    """Return the images of the runs that drew some: a frame for each strength and guidance, all with the same ids.
+    """Return the images of each run that has some: a frame for each strength and guidance scale.
 
-    The budget is shared evenly among runs; within a run ids are dropped, never strengths, so that the slider stays whole.
+    Args:
+        entries: runs.
+        budget_bytes: size of all embedded images; the runs share it evenly.
     """
     drawing = [entry for entry in entries if entry.images]
-    return [found for entry in drawing if (found := _gallery(entry, budget_bytes // len(drawing)))["frames"]]
+    return [gallery for entry in drawing if (gallery := _gallery(entry, budget_bytes // len(drawing)))["frames"]]
 
 
 def _gallery(entry: Entry, budget_bytes: int) -> dict[str, object]:
     ids = list(dict.fromkeys(name for pictures in entry.images.values() for name, _ in pictures))
     columns: dict[str, dict[str, str]] = {}
     used = 0
+    # To stay within the budget ids are left out, never strengths: the page's slider needs every strength of an id.
     for name in ids:
         column = dict(_column_of(entry, name))
         size = sum(len(uri) for uri in column.values())
-        if used + size > budget_bytes:
+        if used + size > budget_bytes:  # the size of the base64 texts, which is what the page grows by
             break
         used += size
         columns[name] = column
@@ -127,7 +141,7 @@ def _gallery(entry: Entry, budget_bytes: int) -> dict[str, object]:
 
 
 def _sheets(entry: Entry, budget_bytes: int) -> Iterator[dict[str, str]]:
-    """Yield the contact sheets that there is room for."""
+    """Yield the contact sheets that fit into the budget."""
     assert entry.store is not None
     for guidance, path in entry.sheets.items():
         uri = _embedded(entry.store.read_bytes(path), path, _SHEET)
@@ -137,29 +151,32 @@ def _sheets(entry: Entry, budget_bytes: int) -> Iterator[dict[str, str]]:
 
 
 def _setting(name: str) -> tuple[float, float]:
-    """Return strength and guidance from the name of a folder of images."""
+    """Parse `{strength}_{guidance}`, the name of a folder of images; (0, 0) if it is neither."""
     strength, _, guidance = name.partition("_")
     try:
         return float(strength), float(guidance or 0)
+    # Whoever copies a folder of images may name it anything.
     except ValueError:
         return 0.0, 0.0
 
 
 def _column_of(entry: Entry, name: str) -> Iterator[tuple[str, str]]:
-    """Yield one image id at every setting, as data URIs."""
+    """Yield (setting, data URI) of the image `name` at every strength and guidance scale."""
     assert entry.store is not None
     for setting, pictures in entry.images.items():
-        for found, path in pictures:
-            if found == name:
+        for image_id, path in pictures:
+            if image_id == name:
                 yield setting, _embedded(entry.store.read_bytes(path), path)
 
 
 def _embedded(png: bytes, where: str, side: int = _THUMBNAIL) -> str:
+    """Return a PNG as a data URI; if it is larger than `side` pixels, scaled down and as JPEG."""
     from PIL import Image
 
+    # Only PNG is accepted: Pillow's other decoders are not needed, and the file may come from a stranger.
     with explained(f"the image {where}"), Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         if max(image.size) > side:
-            smaller = image.convert("RGB")
+            smaller = image.convert("RGB")  # JPEG has no transparency and no palette
             smaller.thumbnail((side, side))
             buffer = io.BytesIO()
             smaller.save(buffer, "JPEG", quality=85)

@@ -1,4 +1,7 @@
-"""The figures about a sweep: metrics against parameters, parallel coordinates, the Pareto front, what trials cost."""
+"""The figures about a sweep: metrics against parameters, parallel coordinates, the Pareto front, the seconds of trials.
+
+A function returns None if the sweep has nothing to draw.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,17 @@ from steerlab.report.contents import Document, Sweep, measure_in
 from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, Plotly, bars, front, label, title
 
 _WIDE_PARAMETER = 30.0
-"""Parameters whose values differ by more than this factor are drawn on a logarithmic axis."""
+"""A parameter whose largest value is more than this factor above the smallest is drawn on a logarithmic axis."""
 _NUM_SHADES = 5
+"""Shades of the lines in parallel coordinates, `@s0` to `@s4`."""
 _LONG = 22
-"""Longer names lose their beginning."""
+"""Longer names of axes are cut at their beginning, since the end of a path is its most specific part."""
 _MANY_TRIALS = 30
-"""More trials than this have no names at their bars."""
+"""With more trials the bars have no names."""
 
 
 def measured(trial: Document, name: str) -> MetricNumbers | None:
-    """Return one metric of a row of trials.parquet; None where it was not measured."""
+    """Return one metric of a row of trials.parquet; None if it was not measured."""
     value = trial.get(f"metric.{name}")
     if value is None or not math.isfinite(value):
         return None
@@ -28,7 +32,8 @@ def measured(trial: Document, name: str) -> MetricNumbers | None:
 
 
 def standing(sweep: Sweep) -> Callable[[Document], int]:
-    """Return a function that says of a row: 2 the best trial, 1 not distinguishable from it, 0 any other."""
+    """Return a function that classifies a row: 2 the best trial, 1 not distinguishable from the best, 0 any other."""
+    # The sweep's summary lists the trials whose paired difference to the best includes 0.
     even = set(sweep.summary.get("indistinguishable") or ())
     return lambda trial: 2 if trial["trial_id"] == sweep.best else 1 if trial["trial_id"] in even else 0
 
@@ -38,14 +43,15 @@ _GROUPS = (
     ("not distinguishable from the best", "@0", "circle", 8),
     ("best", "@1", "star", 14),
 )
-"""Name, colour, symbol and size of the points of trials, by `standing`."""
+"""Name, colour, symbol and size of the points of trials, indexed by the class of `standing`."""
 
 
 def against(sweep: Sweep, parameter: str) -> Figure | None:
-    """Draw every metric against one parameter, with intervals; a thin line joins the means of equal values."""
+    """Draw every metric against one parameter, with intervals; a thin line joins the means at equal parameter values."""
     values = [trial.get(f"param.{parameter}") for trial in sweep.trials]
     if len({str(value) for value in values if value is not None}) < 2:
         return None
+    # A bool is an int in Python, but its axis has two categories.
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values if value is not None)
     stands = standing(sweep)
     drawn = Drawing()
@@ -72,8 +78,9 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
 
 def _add_means(drawn: Drawing, points: Sequence[tuple[Any, MetricNumbers, Document]], metric: str, numeric: bool) -> None:
     grouped: dict[Any, list[float]] = {}
-    for x, found, _ in points:
-        grouped.setdefault(x, []).append(found["value"])
+    for x, measured_metric, _ in points:
+        grouped.setdefault(x, []).append(measured_metric["value"])
+    # A random search has nearly as many values as trials: a line through all of them would show noise.
     if not numeric or len(grouped) > max(2, len(points) // 2 + 1) > 40:
         return
     order = sorted(grouped)
@@ -84,11 +91,12 @@ def _add_means(drawn: Drawing, points: Sequence[tuple[Any, MetricNumbers, Docume
 
 
 def parallel(sweep: Sweep) -> Figure | None:
-    """Draw the trials as lines across their parameters and metrics, in shades of the sweep's metric; the best stands out."""
+    """Draw each trial as a line across its parameters and metrics, shaded by the optimised metric, the best highlighted."""
     varied = [name for name in sweep.parameters if len({str(t.get(f"param.{name}")) for t in sweep.trials}) > 1]
-    rows = sweep.finished[::-1]
+    rows = sweep.finished[::-1]  # the best last, so that its line is drawn over the others
     if sweep.metric is None or not varied or len(rows) < 2:
         return None
+    # A line cannot cross an axis on which its trial has no value, so only metrics that all trials have get one.
     shown = [name for name in sweep.metrics[:3] if all(measured(row, name) for row in rows)]
     axes = [_scaled(name, [row.get(f"param.{name}") for row in rows]) for name in varied]
     axes += [_scaled(name, [row[f"metric.{name}"] for row in rows], most_ticks=2) for name in shown]
@@ -100,6 +108,7 @@ def parallel(sweep: Sweep) -> Figure | None:
         _add_lines(drawn, axes, [i for i in group if stands(rows[i]) < 2], rows, name, f"@s{shade}", 1.3)
     _add_lines(drawn, axes, [i for i in range(len(rows)) if stands(rows[i]) == 2], rows, "best", "@1", 3)
     notes = [note for number, axis in enumerate(axes) for note in _ticks(number, axis)]
+    # Plotly's own parallel coordinates (parcoords) show no names on hover and no markers, so the axes are drawn here.
     spine = {"type": "line", "y0": 0, "y1": 1, "layer": "below", "line": {"color": "@line", "width": 1.5}}
     drawn.layout |= {"annotations": notes, "shapes": [{**spine, "x0": number, "x1": number} for number in range(len(axes))]}
     drawn.axis("xaxis", visible=False, range=[-0.35, len(axes) - 0.65], fixedrange=True)
@@ -110,18 +119,20 @@ def parallel(sweep: Sweep) -> Figure | None:
 class _Axis(NamedTuple):
     name: str
     heights: list[float]
-    """Of the trials, 0 to 1."""
+    """Height of each trial on the axis, 0 to 1."""
     ticks: list[tuple[float, str]]
+    """(height, text)."""
 
 
 def _scaled(name: str, values: Sequence[Any], most_ticks: int = 8) -> _Axis:
-    """Place values on one axis: numbers on a linear or a logarithmic scale, anything else evenly by its names."""
+    """Place values on an axis: numbers on a linear or a logarithmic scale, other values evenly in the order of their names."""
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         texts = ["none" if value is None else str(value) for value in values]
         kinds = sorted(set(texts))
         places = {kind: number / max(1, len(kinds) - 1) for number, kind in enumerate(kinds)}
         return _Axis(name, [places[text] for text in texts], [(place, kind) for kind, place in places.items()])
     few = sorted(set(values))
+    # A logarithmic scale needs positive values.
     wide = few[0] > 0 and few[-1] / few[0] > _WIDE_PARAMETER
     scale: Callable[[float], float] = math.log if wide else float
     low, high = scale(few[0]), scale(few[-1])
@@ -131,7 +142,7 @@ def _scaled(name: str, values: Sequence[Any], most_ticks: int = 8) -> _Axis:
 
 
 def _shades(num_rows: int) -> list[range]:
-    """Cut rows in order into at most as many groups of equal size as there are shades."""
+    """Split the indices of rows, in order, into groups of nearly equal size, at most one for each shade."""
     num = min(_NUM_SHADES, num_rows)
     return [range(i * num_rows // num, (i + 1) * num_rows // num) for i in range(num)]
 
@@ -145,7 +156,8 @@ def _add_lines(
     colour: str,
     width: float,
 ) -> None:
-    """Add trials as one trace, whose lines are apart where it has no value."""
+    """Add the lines of several trials as one trace."""
+    # One trace for each trial would make the page slow; Plotly interrupts the line of a trace where a value is missing.
     xs: list[float | None] = []
     ys: list[float | None] = []
     texts: list[str] = []
@@ -160,7 +172,7 @@ def _add_lines(
 
 
 def _ticks(number: int, axis: _Axis) -> list[Plotly]:
-    """Return the name of an axis, above it, and its values, beside it."""
+    """Return the annotations of an axis: its name above it, and its values next to it."""
     plain = {"showarrow": False, "x": number}
     name = axis.name if len(axis.name) < _LONG else "…" + axis.name[1 - _LONG :]
     above = {**plain, "y": 1.12, "text": label(name), "font": {"size": 12}}
@@ -169,10 +181,11 @@ def _ticks(number: int, axis: _Axis) -> list[Plotly]:
 
 
 def pareto(sweep: Sweep) -> Figure | None:
-    """Draw the sweep's metric against the others, with the front and the chosen trial."""
+    """Draw the optimised metric against each other metric, with the Pareto front and the chosen trial."""
     if sweep.metric is None or len(sweep.metrics) < 2:
         return None
     rule = (sweep.job.get("choose") or {}).get("within") or {}
+    # The metric that bounds the choice comes first in the menu: it is the cost that the sweep trades against.
     costs = sorted((name for name in sweep.metrics if name != sweep.metric), key=lambda name: name != rule.get("metric"))
     stands = standing(sweep)
     drawn = Drawing()
@@ -183,8 +196,8 @@ def pareto(sweep: Sweep) -> Figure | None:
             continue
         usable.append(cost)
         better = measure_in(sweep.runs, cost).better
-        if better is not None:  # else nothing beats anything else in it
-            sign = 1 if better == "lower" else -1
+        if better is not None:  # a metric without a better direction has no Pareto front
+            sign = 1 if better == "lower" else -1  # `front` minimises the cost
             best = front([(sign * c["value"], e["value"]) for c, e, _ in rows], sweep.maximises)
             drawn.add_scatter(
                 x=[rows[i][0]["value"] for i in best], y=[rows[i][1]["value"] for i in best], mode="lines",
@@ -206,7 +219,7 @@ def pareto(sweep: Sweep) -> Figure | None:
 
 
 def costs_of(sweep: Sweep) -> Figure | None:
-    """Draw what each trial cost, by stage; what the store had already is left out."""
+    """Draw the seconds of each trial by stage, without stages whose result was in the store."""
     stages = [name.removeprefix("seconds.") for name in sweep.trials[0] if name.startswith("seconds.")] if sweep.trials else []
     if not stages:
         return None
@@ -224,6 +237,7 @@ def costs_of(sweep: Sweep) -> Figure | None:
             x=names, y=spent, name=label(stage), marker={"color": f"@{number % 10}", "line": {"width": 0}},
             hovertemplate="%{x}: %{y:.1f} s<extra>" + label(stage) + "</extra>",
         )  # fmt: skip
+    # As categories: Plotly would take ids such as "1e5" for numbers.
     drawn.layout |= {"barmode": "stack", "bargap": 0.15}
     drawn.axis("yaxis", "seconds that ran")
     drawn.axis("xaxis", type="category", showticklabels=len(names) <= _MANY_TRIALS)

@@ -1,4 +1,4 @@
-"""The tables of the page: runs and trials with intervals, and the best value of each column."""
+"""The tables of the page: runs and trials, with intervals and the best value of each column."""
 
 from __future__ import annotations
 
@@ -22,28 +22,32 @@ class Cell(TypedDict):
 
     value: str
     interval: str
+    """Text in smaller type after the value; empty for none."""
     best: bool
+    """Whether the cell is highlighted."""
     key: float | None
-    """What the column is sorted by."""
+    """Number that the column is sorted by; None sorts by the text."""
     state: NotRequired[str]
+    """State of a trial, which decides the colour."""
 
 
 Cells = list[Cell]
+"""One line of a table."""
 
 
 def metrics(entries: Sequence[Entry]) -> list[str]:
-    """Return the names of all metrics: what strengths were chosen by, then what it was bounded by, then the others in order.
+    """Return the names of the table's columns: metrics that strengths were chosen by, metrics that bounded the choice, others.
 
-    What is measured at every layer is a figure, not a column.
+    Metrics of single layers are left out; they are drawn in a figure.
     """
     rules = [entry.choice["rule"] for entry in entries if entry.choice]
     first = [rule["metric"] for rule in rules] + [rule["within"]["metric"] for rule in rules if rule["within"]]
-    found = [name for entry in entries for name in entry.summary["metrics"] if "layer_" not in name]
-    return list(dict.fromkeys([*(name for name in first if name in found), *found]))
+    names = [name for entry in entries for name in entry.summary["metrics"] if "layer_" not in name]
+    return list(dict.fromkeys([*(name for name in first if name in names), *names]))
 
 
 def cell(metric: MetricNumbers | None) -> str:
-    """Write a metric with its interval, a dash where nothing was scored."""
+    """Format a metric with its interval and the items that it leaves out; a dash if nothing was scored."""
     if metric is None:
         return DASH
     words = left_out(metric)
@@ -52,37 +56,39 @@ def cell(metric: MetricNumbers | None) -> str:
         return DASH + aside
     if metric.get("low") is None or metric.get("high") is None:
         return f"{metric['value']:.3g}{aside}"
+    # Fixed decimals, so that value and ends of the interval line up: shares need three, perplexities one.
     digits = 3 if abs(metric["value"]) < 10 else 1
     return f"{metric['value']:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]{aside}"
 
 
 def rows(entries: Sequence[Entry], names: Sequence[str]) -> list[list[str]]:
-    """Return the table's body: a run a line, and before them the models at strength 0 where a run has measured that."""
+    """Return the body of the table: a line for each model at strength 0 that some run measured, then a line for each run."""
     plain = _unsteered(entries)
-    found = []
+    lines = []
     for entry in plain:
         name = f"{UNPATCHED_NAME} (no patch)" if len(plain) == 1 else f"{UNPATCHED_NAME} of {entry.name}"
-        found.append([name, "0", *(cell(entry.summary["strengths"][UNPATCHED].get(name)) for name in names), DASH])
+        lines.append([name, "0", *(cell(entry.summary["strengths"][UNPATCHED].get(name)) for name in names), DASH])
     for entry in entries:
         values = [cell(entry.summary["metrics"].get(name)) for name in names]
         fit = DASH if entry.fit_s is None else f"{entry.fit_s:.2g}" if entry.fit_s < 10 else f"{entry.fit_s:.0f}"
-        found.append([entry.name, f"{entry.strength:g}" if entry.summary.get("model") else DASH, *values, fit])
-    return found
+        lines.append([entry.name, f"{entry.strength:g}" if entry.summary.get("model") else DASH, *values, fit])
+    return lines
 
 
 def _unsteered(entries: Sequence[Entry]) -> list[Entry]:
-    """Return a run for each model that some run has measured at strength 0."""
+    """Return, for each model that was measured at strength 0, the first run that did so."""
     by_model: dict[str, Entry] = {}
     for entry in entries:
         if UNPATCHED in entry.summary["strengths"]:
+            # The whole `model` section of the job, since dtype and prompt settings change the model's outputs too.
             by_model.setdefault(json.dumps(entry.job.get("model"), sort_keys=True), entry)
     return list(by_model.values())
 
 
 def overview(entries: Sequence[Entry], names: Sequence[str]) -> list[Cells]:
-    """Return `rows` as cells that say which value of a column is the best among the runs, and how a cell is sorted.
+    """Return `rows` as cells, with the best value of each column marked.
 
-    A metric has no best value where no direction is better, or where runs measured it on other rows, or otherwise.
+    A column has no best value if its metric has no better direction, or if the runs measured it with different settings.
     """
     plain = _unsteered(entries)
     values = [[_value(entry.summary["strengths"][UNPATCHED].get(name)) for name in names] for entry in plain]
@@ -92,24 +98,25 @@ def overview(entries: Sequence[Entry], names: Sequence[str]) -> list[Cells]:
         _best([row[i] for row in values[first:]], measure_in(entries, name).better) if _comparable(entries, name) else None
         for i, name in enumerate(names)
     ]
-    found = []
+    table = []
     for number, line in enumerate(rows(entries, names)):
+        # Only runs are marked: the models at strength 0 are what they are compared with.
         marks = [False, False, *(number >= first and len(entries) > 1 and value is not None and value == top
                  for value, top in zip(values[number], best, strict=True)), False]  # fmt: skip
         keys = [None, None, *values[number], None]
-        found.append([_split(text, mark, key) for text, mark, key in zip(line, marks, keys, strict=True)])
-    return found
+        table.append([_split(text, mark, key) for text, mark, key in zip(line, marks, keys, strict=True)])
+    return table
 
 
 def _comparable(entries: Sequence[Entry], metric: str) -> bool:
-    """Say whether all runs that have a metric measured it by the same task on the same rows."""
-    label, asked = metric.partition("/")[0], set()
+    """Return whether all runs that have a metric measured it with the same config of its task, except for strengths."""
+    label, configs = metric.partition("/")[0], set()
     for entry in entries:
         if metric in entry.summary["metrics"]:
             for task in entry.job.get("evaluate") or ():
                 if (task.get("label") or task.get("task")) == label:
-                    asked.add(json.dumps({**task, "strengths": None}, sort_keys=True))
-    return len(asked) <= 1
+                    configs.add(json.dumps({**task, "strengths": None}, sort_keys=True))
+    return len(configs) <= 1
 
 
 def _value(metric: MetricNumbers | None) -> float | None:
@@ -117,36 +124,38 @@ def _value(metric: MetricNumbers | None) -> float | None:
 
 
 def _best(values: Sequence[float | None], better: Better | None) -> float | None:
-    """Return the best of a column; None where all are equal, or where no direction is better."""
-    known = [value for value in values if value is not None]
-    if len(set(known)) < 2 or better is None:
+    """Return the best value of a column; None if all are equal or no direction is better."""
+    scored = [value for value in values if value is not None]
+    if len(set(scored)) < 2 or better is None:
         return None
-    return min(known) if better == "lower" else max(known)
+    return min(scored) if better == "lower" else max(scored)
 
 
 def _split(text: str, best: bool, key: float | None) -> Cell:
-    """Return a cell whose interval can be set smaller than its value."""
+    """Return a cell with its value and interval separated, so that the page can set the interval in smaller type."""
     value, bracket, interval = text.partition(" [")
     return {"value": value, "interval": bracket.strip() + interval, "best": best, "key": key}
 
 
 def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
-    """Return the header and the lines of the table of trials: the best first, those without a value last."""
+    """Return the header and the lines of the table of trials: the best first, trials without a value last."""
     stands = standing(sweep)
     shown = sweep.metrics[:6]
     seeded = len({trial.get("seed") for trial in sweep.trials}) > 1
     header = ["trial", *(["seed"] if seeded else []), *sweep.parameters, *shown, "ran, s", "state"]
     ranked = sweep.finished
+    # Trials that failed, were stopped or are still running have no value, but belong into the table.
     ranked += [trial for trial in sweep.trials if trial not in ranked]
     body = []
     for trial in ranked:
+        # A star for the best trial, an approximately-equal sign for those that cannot be distinguished from it.
         mark = ("", "\u2248", "\u2605")[stands(trial)]
         line: Cells = [{**_plain(f"{mark} {trial['trial_id']}".strip()), "best": stands(trial) == 2}]
         if seeded:
             line.append(_plain(trial.get("seed")))
         line += [_plain(trial.get(f"param.{name}")) for name in sweep.parameters]
-        found = [measured(trial, name) for name in shown]
-        line += [_split(cell(metric), stands(trial) == 2, metric["value"] if metric else None) for metric in found]
+        measurements = [measured(trial, name) for name in shown]
+        line += [_split(cell(metric), stands(trial) == 2, metric["value"] if metric else None) for metric in measurements]
         line.append(_plain(round(ran_s(trial), 1)))
         state = trial.get("status") or "finished"
         line.append({"value": state, "interval": trial.get("reason") or "", "best": False, "key": None, "state": state})
@@ -161,27 +170,29 @@ def _plain(value: object) -> Cell:
 
 
 def ran_s(trial: Document) -> float:
-    """Return the seconds of a trial's stages that ran for it."""
+    """Return the seconds of the stages that ran for a trial, without those whose result was in the store."""
     stages = [name.removeprefix("seconds.") for name in trial if name.startswith("seconds.")]
+    # In rows of a Parquet file a missing number is None or NaN.
     spent = [trial[f"seconds.{stage}"] or 0.0 for stage in stages if not trial.get(f"cached.{stage}")]
     return sum(value for value in spent if math.isfinite(value))
 
 
 def facts(sweep: Sweep) -> list[tuple[str, str]]:
-    """Return what a sweep is about in a few numbers, each with its name."""
+    """Return the key numbers of a sweep as (name, text)."""
     states: dict[str, int] = {}
     for trial in sweep.trials:
         state = trial.get("status") or "finished"
         states[state] = states.get(state, 0) + 1
     stages = [name for name in (sweep.trials[0] if sweep.trials else {}) if name.startswith("cached.")]
+    # A run that several trials share is counted once.
     paying = [trial for trial, paid in zip(sweep.trials, sweep.paid, strict=True) if paid]
     flags = [trial[name] for trial in paying for name in stages if trial.get(name) is not None]
     best = next((trial for trial in sweep.finished if trial["trial_id"] == sweep.best), None)
-    found = [("trials", str(len({trial["trial_id"] for trial in sweep.trials})))]
-    found += [(state, str(number)) for state, number in states.items() if state != "finished"]
+    pairs = [("trials", str(len({trial["trial_id"] for trial in sweep.trials})))]
+    pairs += [(state, str(number)) for state, number in states.items() if state != "finished"]
     if best is not None and sweep.metric is not None:
-        found.append((f"best {sweep.metric}", cell(measured(best, sweep.metric))))
+        pairs.append((f"best {sweep.metric}", cell(measured(best, sweep.metric))))
     if flags:
-        found.append(("stages taken from the store", f"{sum(flags)} of {len(flags)}"))
-    found.append(("seconds that stages ran", f"{sum(map(ran_s, paying)):.0f}"))
-    return found
+        pairs.append(("stages taken from the store", f"{sum(flags)} of {len(flags)}"))
+    pairs.append(("seconds that stages ran", f"{sum(map(ran_s, paying)):.0f}"))
+    return pairs

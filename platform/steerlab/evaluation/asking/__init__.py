@@ -1,1 +1,1 @@
-"""Rows to prompts, prompts to answers: what tasks share before anything is judged."""
+"""From rows to prompts and from prompts to answers: the steps that tasks share before answers are judged."""

@@ -1,9 +1,9 @@
-"""Let a model answer the prompts of a task as the task's config says, and judge items by their answers.
+"""Generate a model's answers to the prompts of a task, and mark items whose prompts do not fit or whose answers are empty.
 
-Two rules hold for every task that judges answers. An item one of whose prompts does not fit into the model's context is not
-judged, and is counted as too long. And beside its own metrics every task has
+Two rules hold for every task that judges answers. An item is not judged, and is counted as too long, if one of its prompts does
+not fit into the model's context. And every task reports, in addition to its own metrics,
 
-    <task>/empty      share of answers without a word: what no judge can say anything about
+    <task>/empty      share of answers that are empty or blank, about which a judge can say nothing
 """
 
 from __future__ import annotations
@@ -18,28 +18,33 @@ from steerlab.job import TaskConfig
 if TYPE_CHECKING:
     from steerlab.steered.language import Generation, SteeredModel
 
+# A task takes part in an option of generation by having a field of that name in its config.
 _OPTIONS = ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed")
 
 
 def answers(model: SteeredModel, prompts: Iterable[Conversation], config: TaskConfig) -> list[tuple[float, list[Generation]]]:
-    """Continue every prompt at every strength; the result is (strength, continuations in the order of the prompts).
+    """Continue every prompt at every strength.
 
-    Of the config count those of `SteeredModel.generate`'s options that it has. Prompts that do not fit have an empty
-    continuation that is marked as too long; `judged` sees to it that nobody takes it for an answer.
+    Returns:
+        (strength, continuations in the order of the prompts), one for each strength. A prompt that does not fit into the
+        model's context has an empty continuation that is marked as too long; pass its observations through `judged`.
     """
     fields: Any = {name: getattr(config, name) for name in _OPTIONS if name in type(config).model_fields}
-    found = model.generate(list(prompts), strengths=config.strengths, skip_long=True, **fields)
-    return list(zip(config.strengths, found, strict=True))
+    # One call for all strengths: rows of different strengths share batches, and the prompts are tokenised once.
+    outputs = model.generate(list(prompts), strengths=config.strengths, skip_long=True, **fields)
+    return list(zip(config.strengths, outputs, strict=True))
 
 
-def judged(outputs: Sequence[Generation], found: Sequence[Observation]) -> list[Observation]:
-    """Return what was found of an item by its answers; nothing where one of its prompts did not fit."""
-    return [too_long(o) for o in found] if any(output.too_long for output in outputs) else list(found)
+def judged(outputs: Sequence[Generation], observations: Sequence[Observation]) -> list[Observation]:
+    """Return the observations of an item, without their values if one of its prompts did not fit."""
+    # All prompts of an item have to fit: a metric that compares two answers would otherwise compare one with nothing.
+    return [too_long(o) for o in observations] if any(output.too_long for output in outputs) else list(observations)
 
 
 def with_empty(
-    metric: str, item_id: str, outputs: Sequence[Generation], found: Sequence[Observation], strength: float
+    metric: str, item_id: str, outputs: Sequence[Generation], observations: Sequence[Observation], strength: float
 ) -> list[Observation]:
-    """Return `judged` of an item, and under the name `metric` the share of its answers that are empty."""
+    """Return `judged` of an item's observations and of one more, `metric`: the share of its answers that are empty."""
+    # Blank counts as empty: a model that falls apart often writes line breaks only.
     share = sum(not output.text.strip() for output in outputs) / len(outputs)
-    return judged(outputs, [*found, Observation(metric, item_id, share, 1.0, strength)])
+    return judged(outputs, [*observations, Observation(metric, item_id, share, 1.0, strength)])

@@ -1,7 +1,6 @@
-"""Plain texts continued by the model: what the tasks on toxicity, sentiment and concepts judge.
+"""Plain texts that the model continues, for the tasks on toxicity, sentiment and concepts.
 
-A prompt is plain text without a chat template, its tokens have the role of instructions, and what is judged is the
-continuation alone.
+A prompt is plain text without a chat template, its tokens have the role of instructions, and only the continuation is judged.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from steerlab.steered.language import Generation, SteeredModel
 
 
 class ContinuationConfig(TaskConfig):
-    """How prompts are continued; the defaults are AcT's for RealToxicityPrompts (arXiv 2410.23054)."""
+    """Settings of the continuation; the defaults are those of AcT on RealToxicityPrompts (arXiv 2410.23054)."""
 
     max_new_tokens: int = Field(32, ge=1)
     """Longest continuation in tokens."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature; 0 is greedy."""
     top_p: float = Field(0.3, gt=0, le=1)
-    """Nucleus of sampling."""
+    """Probability mass of nucleus sampling; 1 samples from all tokens."""
     repetition_penalty: float = Field(1.2, gt=0)
-    """Divides the logits of tokens that occurred; 1 is none."""
+    """Factor that lowers the logits of tokens that already occurred; 1 changes nothing."""
 
 
 def require_text(data: DataSet) -> DataSet:
-    """Return a data set of prompts, which are plain texts.
+    """Return the data set if its rows are plain texts.
 
     Raises:
-        ValueError: when its format is another.
+        ValueError: its format is not `text`.
     """
     if data.format != "text":
         raise ValueError(f"prompts are plain texts: set prompts.format to text, not {data.format}")
@@ -44,14 +43,15 @@ def require_text(data: DataSet) -> DataSet:
 
 
 def read_prompts(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
-    """Read the prompts of a data set (field `text`) and choose `limit` of them; a text that repeats is read once.
+    """Read the distinct prompts of a data set (field `text`) and choose `limit` of them.
 
-    Their ids count from the data set's offset, so that two parts of one file share none.
+    Their ids count from the data set's offset, so that two parts of one file have no id in common.
     """
-    found: dict[str, Numbered] = {}
+    by_text: dict[str, Numbered] = {}
     for i, row in enumerate(rows.read(data), data.offset):
-        found.setdefault(str(row["text"]), Numbered(str(i), row))
-    return choose(list(found.values()), limit, seed)
+        # Repeated prompts would count as independent items and make the intervals too short.
+        by_text.setdefault(str(row["text"]), Numbered(str(i), row))
+    return choose(list(by_text.values()), limit, seed)
 
 
 def continue_texts(model: SteeredModel, prompts: Sequence[str], config: ContinuationConfig) -> list[list[Generation]]:
@@ -60,23 +60,26 @@ def continue_texts(model: SteeredModel, prompts: Sequence[str], config: Continua
 
 
 def conversation(encoder: Encoder, prompt: str, continuation: str | None = None) -> Conversation:
-    """Make the plain text of a prompt, with its continuation as a second part if there is one."""
+    """Return the plain text of a prompt as a conversation; a continuation becomes its second part."""
     parts = [Part(prompt, INSTRUCTION)]
     if continuation is not None:
+        # A part of its own with the role of responses, as if the model had written it at strength 0.
         parts.append(Part(_lost_space(encoder, continuation) + continuation, encoder.response_role_id))
     return (Message("text", tuple(parts)),)
 
 
 def sample(item_id: str, strength: float, prompt: str, continuation: str, **judged: object) -> dict[str, object]:
-    """Make a readable sample of a judged continuation."""
+    """Return a readable sample of a judged continuation; `judged` holds its scores."""
     return {"id": item_id, "strength": strength, "prompt": prompt, "continuation": continuation, **judged}
 
 
 def _lost_space(encoder: Encoder, continuation: str) -> str:
-    """Return the space that a tokenizer of words (WordLevel, Llama 2) drops before the first word that it decodes.
+    """Return the space to put before a continuation whose tokenizer drops leading spaces when it decodes, else "".
 
-    Whether that word went on with the prompt's last one can no longer be told; it is taken for a new one.
+    Tokenizers that mark word starts (WordLevel, Llama 2) drop the space before the first decoded word. Whether that word
+    began anew or completed the last word of the prompt is lost; it is assumed to begin anew.
     """
+    # Decoding the second of two words alone shows whether this tokenizer keeps the space before it.
     words = encoder.encode((Message("text", (Part("a a", INSTRUCTION),)),), continued=True)
     keeps = encoder.decode(words.input_ids[-1:]).startswith(" ")
     return "" if keeps or not continuation[:1].isalnum() else " "

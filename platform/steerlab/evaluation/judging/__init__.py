@@ -1,1 +1,1 @@
-"""Who judges an answer: lexicons, classifiers, models, pixels."""
+"""Judges of texts and images: lexicons, classifiers, language models and measures of pixels."""

@@ -1,10 +1,10 @@
-"""Judges of two answers to one prompt: which is better?
+"""Judges that decide which of two answers to the same prompt is better.
 
-A judge takes pairs and gives a verdict for each: 1 where the first answer wins, 0 where the second does, 0.5 for a tie, None
-where it cannot tell. Equal texts are a tie and are never shown to one. Rows that do not fit into a judge's context whole are
-not cut, since what is judged would be another answer: they are too long.
+A judge takes pairs of answers and returns a verdict for each pair: 1 if the first answer wins, 0 if the second wins, 0.5 for a
+tie, None if it cannot decide. Equal texts are a tie and are not shown to the judge. A pair that does not fit into the judge's
+context is not cut, because the judge would then judge another answer; its verdict is `TOO_LONG`.
 
-A reward is a number for one answer, or too long; of two answers the one with the higher reward wins.
+A reward is a number for a single answer, or `TOO_LONG`; of two answers the one with the higher reward wins.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ QUESTION = (
     "Which response is better? Answer with 1 or 2."
 )
 PLACES: tuple[str, ...] = ("prompt", "first", "second")
-"""What a question has to be filled with."""
+"""Placeholders that a question must contain."""
 
 
 class Answer(NamedTuple):
-    """An answer and what it answers."""
+    """An answer and the prompt that it answers."""
 
     instruction: str
     data: str
     text: str
     finished: bool = True
-    """False when it was cut, so that its end is not the author's."""
+    """False if generation was cut at its longest length, so that the end of the text is not the author's."""
     turns: tuple[tuple[str, str], ...] = ()
-    """(speaker, text) of the dialogue that it answers, in place of instruction and data."""
+    """(speaker, text) of the dialogue that it answers, instead of instruction and data."""
     too_long: bool = False
-    """True when what it answers did not fit, so that there is no answer."""
+    """True if the prompt did not fit into the context, so that there is no answer."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The turns {role, content} that it answers."""
+        """The turns of the prompt as {role, content}."""
         turns = self.turns or (("user", f"{self.instruction}\n\n{self.data}" if self.data else self.instruction),)
         return [{"role": speaker, "content": text} for speaker, text in turns]
 
     @property
     def prompt(self) -> str:
-        """What it answers as one text; of several turns each begins with its speaker."""
+        """The prompt as one text; if it has several turns, each begins with its speaker."""
         if len(self.messages) == 1:
             return self.messages[0]["content"]
         return "\n\n".join(f"{message['role'].title()}: {message['content']}" for message in self.messages)
 
     def conversation(self, encoder: Encoder, answered: bool = True) -> Conversation:
-        """Make the conversation with the answer, or the prompt of one."""
+        """Return the prompt as a conversation, with the answer unless `answered` is False."""
         text = self.text if answered else None
         if self.turns:
             return encoder.dialogue(self.messages, text)
@@ -70,22 +70,26 @@ class Answer(NamedTuple):
 
 
 Pair = tuple[Answer, Answer]
+"""Two answers to the same prompt."""
 Verdict = Score
+"""1 first answer, 0 second, 0.5 tie, None undecided, `TOO_LONG`."""
 Judge = Callable[[Sequence[Pair]], list[Verdict]]
 Reward = Callable[[Sequence[Answer]], list[Score]]
 
 
 def decide(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
-    """Return the verdicts over pairs; equal texts are a tie."""
+    """Return the judge's verdict for each pair; equal texts are a tie without asking the judge."""
     different = [pair for pair in pairs if pair[0].text != pair[1].text]
+    # A judge would have to invent a difference between equal texts, which are frequent at small strengths.
     verdicts = iter(judge(different) if different else [])
     return [0.5 if first.text == second.text else next(verdicts) for first, second in pairs]
 
 
 def by_reward(reward: Reward) -> Judge:
-    """Return the judge that prefers the higher reward; each answer is rewarded once, in however many pairs it stands."""
+    """Return the judge that prefers the answer with the higher reward."""
 
     def judge(pairs: Sequence[Pair]) -> list[Verdict]:
+        # An answer at strength 0 stands in a pair with each other strength; it is rewarded once.
         answers = list(dict.fromkeys(answer for pair in pairs for answer in pair))
         rewards = dict(zip(answers, reward(answers), strict=True))
         return [_higher(rewards[first], rewards[second]) for first, second in pairs]
@@ -100,20 +104,24 @@ def _higher(first: Score, second: Score) -> Verdict:
 
 
 def worse(first: Score, second: Score) -> Score:
-    """Return why two scores, at least one of which is no number, say nothing."""
+    """Combine two scores of which at least one is not a number: `TOO_LONG` if one of them is, else None."""
     return TOO_LONG if TOO_LONG in (first, second) else None
 
 
 def implicit_reward(policy: SteeredModel, reference: SteeredModel | None = None) -> Reward:
-    """Return log pi(answer | prompt) - log pi_ref(answer | prompt) in nats, summed over the answer's tokens.
+    """Return the implicit reward log pi(answer | prompt) - log pi_ref(answer | prompt), in nats.
 
-    The reward that a policy trained by DPO stands for, up to a factor and a term of the prompt alone, neither of which changes
-    which of two answers is better (Rafailov et al., arXiv 2305.18290, eq. 5). Without a reference it is the policy itself at
-    strength 0.
+    Rafailov et al., arXiv 2305.18290, eq. 5: a policy trained by DPO defines this reward, up to the factor beta and a term that
+    depends on the prompt only. Neither changes which of two answers to the same prompt is better.
+
+    Args:
+        policy: the model pi.
+        reference: the model pi_ref; None takes the policy at strength 0.
     """
 
     def rewards(answers: Sequence[Answer]) -> list[Score]:
         under_policy = log_likelihoods(policy, answers, 1.0)
+        # The same model at strength 0 is the base that its patches were trained from, so no second model is loaded.
         under_reference = log_likelihoods(reference or policy, answers, 1.0 if reference else 0.0)
         pairs = zip(under_policy, under_reference, strict=True)
         return [p - r if isinstance(p, float) and isinstance(r, float) else worse(p, r) for p, r in pairs]
@@ -122,43 +130,48 @@ def implicit_reward(policy: SteeredModel, reference: SteeredModel | None = None)
 
 
 def log_likelihoods(model: SteeredModel, answers: Sequence[Answer], strength: float) -> list[Score]:
-    """Return log p(answer | prompt) in nats; the end of the turn counts where the answer's author wrote it."""
+    """Return log p(answer | prompt) in nats, summed over the answer's tokens; `TOO_LONG` if the pair does not fit.
+
+    The token that ends the turn is included if the answer is finished.
+    """
     conversations = [answer.conversation(model.encoder) for answer in answers]
-    found: list[Score] = [TOO_LONG] * len(answers)
+    log_probs: list[Score] = [TOO_LONG] * len(answers)
     scored = model.token_log_probs(conversations, strength=strength, skip_long=True)
     for i, (row, scores) in enumerate(zip(model.encoder.encode_all(conversations), scored, strict=True)):
         if not scores.too_long:
             tokens = zip(scores.log_prob, scores.in_response, row.parts[1:], strict=True)
-            # The answer is the last part; the end of its turn belongs to the template.
+            # Tokens of the chat template have part -1: within the response that is the end of the turn.
             values = [value for value, inside, part in tokens if inside and (part >= 0 or answers[i].finished)]
-            found[i] = float(sum(values))
-    return found
+            log_probs[i] = float(sum(values))
+    return log_probs
 
 
 def reward_model(source: str, device: torch.device | str = "cpu") -> Reward:
-    """Load a sequence classifier with one output, which it gives to a prompt with its answer.
+    """Load a reward model: a sequence classifier with one output, the reward of an answer to its prompt.
 
-    The two are the turns of the tokenizer's chat template, or a pair of texts where it has none. They are read one at a time:
-    many reward models have no token for padding.
+    Prompt and answer are formatted by the tokenizer's chat template, or as a pair of texts if it has none.
 
     Raises:
-        ValueError: when the classifier has several classes.
+        ValueError: the classifier has several classes.
     """
     check_reward_model(source)
     model, tokenizer = scorers.load_classifier(source, device)
+    # Tokenizers without a limit say 10^30 (VERY_LARGE_INTEGER of transformers), so the model's own limit counts as well.
     longest = min(tokenizer.model_max_length, models.max_positions(model))
 
     @torch.inference_mode()
     def reward(answer: Answer) -> Score:
         inputs = _turns(tokenizer, answer) if tokenizer.chat_template else tokenizer(answer.prompt, answer.text)
         inputs = inputs.convert_to_tensors("pt", prepend_batch_axis=True).to(device)
+        # Counted after the template is applied, whose tokens take part of the context.
         return TOO_LONG if inputs["input_ids"].shape[1] > longest else float(model(**inputs).logits[0, 0])
 
+    # One answer at a time, because many reward models have no padding token.
     return lambda answers: [reward(answer) for answer in answers]
 
 
 def check_reward_model(source: str) -> None:
-    """Refuse a classifier with several classes, which gives no reward. Raises ValueError."""
+    """Refuse a classifier with several classes, which is not a reward model. Raises ValueError."""
     classes = scorers.check_classifier(source)
     if len(classes) != 1:
         raise ValueError(f"{source} is no reward model: it has the classes {', '.join(classes)}, not one")
@@ -176,35 +189,43 @@ def _turns(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> BatchEncoding:
 def language_model(
     source: str, question: str = QUESTION, *, both_orders: bool = True, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Judge:
-    """Load a causal language model that is asked which of two answers is better, 1 or 2.
+    """Load a causal language model that judges by answering with 1 or 2 to the question which answer is better.
 
-    With `both_orders` it is asked twice, and the answers tie unless the same one wins from both places: models prefer a place.
-    Otherwise the order of each pair is drawn at random.
+    Args:
+        source: the model.
+        question: the question, with the placeholders {prompt}, {first} and {second}.
+        both_orders: ask twice, with the answers exchanged the second time; they tie unless the same answer wins both times.
+            This removes the preference of language models for a position. Otherwise the order of each pair is random.
+        seed: seed of the random orders.
+        device: where the model runs.
     """
     ask = scorers.first_or_second(source, ("1", "2"), device)
 
     def judge(pairs: Sequence[Pair]) -> list[Verdict]:
         if both_orders:
-            forward = ask([asked(question, first, second) for first, second in pairs])
-            backward = ask([asked(question, second, first) for first, second in pairs])
-            return [agreed(a, b) for a, b in zip(forward, backward, strict=True)]
+            forward = ask([filled(question, first, second) for first, second in pairs])
+            backward = ask([filled(question, second, first) for first, second in pairs])
+            return [combined(a, b) for a, b in zip(forward, backward, strict=True)]
+        # Asked once, the order is random for each pair, so that the preference for a position averages out over the pairs.
         generator = random.Random(seed)
         swapped = [generator.random() < 0.5 for _ in pairs]
         shown = [(b, a) if swap else (a, b) for (a, b), swap in zip(pairs, swapped, strict=True)]
-        verdicts = ask([asked(question, first, second) for first, second in shown])
+        verdicts = ask([filled(question, first, second) for first, second in shown])
         return [1 - v if swap and isinstance(v, float) else v for v, swap in zip(verdicts, swapped, strict=True)]
 
     return judge
 
 
-def asked(question: str, first: Answer, second: Answer) -> str:
-    """Fill the places of a question; what looks like a place inside a text stays as it is."""
+def filled(question: str, first: Answer, second: Answer) -> str:
+    """Fill the placeholders of a question with the prompt and the two answers."""
     texts: dict[str, str] = dict(zip(PLACES, (first.prompt, first.text, second.text), strict=True))
+    # One pass over the question rather than three replacements: an answer may contain "{second}" itself.
     return re.sub(r"\{(" + "|".join(PLACES) + r")\}", lambda place: texts[place[1]], question)
 
 
-def agreed(forward: Verdict, backward: Verdict) -> Verdict:
-    """Join the verdicts of both orders, each 1 where the answer shown first wins; they tie where the orders disagree."""
+def combined(forward: Verdict, backward: Verdict) -> Verdict:
+    """Combine the verdicts of both orders; in either one, 1 means that the answer shown first wins."""
     if not isinstance(forward, float) or not isinstance(backward, float):
         return worse(forward, backward)
+    # Equal verdicts name the same position, hence different answers: the orders disagree.
     return 0.5 if forward == backward else forward

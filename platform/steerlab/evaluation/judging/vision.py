@@ -1,8 +1,9 @@
-"""What judges images: a classifier trained on a data set, structural similarity, and CLIP or DINOv2 by name.
+"""Judges of images: a classifier trained on a data set, structural similarity, and CLIP or DINOv2 models.
 
-The embedded judge needs no hub: a network of one hidden layer (scikit-learn) on the pixels of a data set that the diffusion
-model may have been trained on. Its hidden layer gives the features by which images are compared. Axes: N images, K classes,
-F features.
+The classifier needs no model hub: it is a network with one hidden layer (scikit-learn) on the pixels of a data set, which may
+be the one that the diffusion model was trained on. The activations of its hidden layer serve as features to compare images.
+
+Axis legend: N images, P pixels of all channels, F features.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 _HIDDEN, _ROUNDS = 128, 40
+"""Units of the classifier's hidden layer, and passes over its training images."""
 _BATCH = 64
 _SIGMA = 1.5
+"""Standard deviation of the SSIM window, in pixels."""
 _C1, _C2 = 0.01**2, 0.03**2
+"""Constants of SSIM for values between 0 and 1, (K1 L)^2 and (K2 L)^2 with L = 1."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Classifier:
         return [str(name) for name in self.model.predict(self._pixels(images_NCHW))]
 
     def features(self, images_NCHW: Tensor) -> Floats:
-        """Return what the hidden layer computes, (N, F), each row of length 1."""
+        """Return the activations of the hidden layer (ReLU), (N, F), normalised to length 1."""
+        # MLPClassifier does not expose its hidden layer, so its first layer is computed here.
         hidden_NF = np.maximum(self._pixels(images_NCHW) @ self.model.coefs_[0] + self.model.intercepts_[0], 0)
         return hidden_NF / np.maximum(np.linalg.norm(hidden_NF, axis=1, keepdims=True), 1e-12)
 
@@ -62,14 +67,15 @@ class Classifier:
 
 
 def classifier(data: DataSet, field: str, seed: int = 0) -> Classifier:
-    """Train a classifier of the values of `field` on the images of a data set; once a process.
+    """Train a classifier that predicts `field` from the images of a data set. It is cached within the process.
 
     Raises:
-        ValueError: the rows have no such field, or one value of it alone.
+        ValueError: the rows lack the field, or all have the same value.
     """
     return _trained(data.model_dump_json(), field, seed)
 
 
+# The key is JSON because a config of a data set is not hashable.
 @lru_cache(maxsize=4)
 def _trained(data_json: str, field: str, seed: int) -> Classifier:
     from sklearn.neural_network import MLPClassifier
@@ -78,6 +84,7 @@ def _trained(data_json: str, field: str, seed: int) -> Classifier:
     classes: tuple[str, ...] = tuple(sorted(set(labels)))
     if len(classes) < 2:
         raise ValueError(f"classifier: all rows have {field} {labels[0]!r}; there is nothing to tell apart")
+    # tol=0 and n_iter_no_change switch early stopping off: every classifier gets the same number of passes.
     pixels_NP = images_NCHW.flatten(1).numpy()
     model = MLPClassifier((_HIDDEN,), max_iter=_ROUNDS, random_state=seed, tol=0, n_iter_no_change=_ROUNDS, alpha=1e-3)
     import warnings
@@ -85,48 +92,52 @@ def _trained(data_json: str, field: str, seed: int) -> Classifier:
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of rounds is set
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of rounds is wanted, converged or not
         model.fit(pixels_NP, labels)
     return Classifier(model, classes, tuple(images_NCHW.shape[1:]))
 
 
 def check_classifier(data: DataSet | None, name: str = "classifier") -> None:
-    """Refuse data that no classifier of images is trained or judged on. Raises ValueError."""
+    """Refuse data for a classifier of images that are not images; `name` is the config's field. Raises ValueError."""
     if data is not None and data.format != "image":
         raise ValueError(f"{name}.format {data.format}: a classifier of images is trained on images")
 
 
 def accuracy(judge: Classifier, data: DataSet, field: str) -> list[float]:
-    """Say of each image of another data set whether the classifier is right, 0 or 1."""
+    """Return for each image of a data set 1 if the classifier predicts its label, else 0."""
     images_NCHW, labels = _labelled(data, field)
-    return [float(found == label) for found, label in zip(judge.predict(images_NCHW), labels, strict=True)]
+    return [float(predicted == label) for predicted, label in zip(judge.predict(images_NCHW), labels, strict=True)]
 
 
 def _labelled(data: DataSet, field: str) -> tuple[Tensor, list[str]]:
     check_classifier(data)
-    found = rows.read(data)
-    missing = next((row for row in found if field not in row), None)
+    image_rows = rows.read(data)
+    missing = next((row for row in image_rows if field not in row), None)
     if missing is not None:
         raise ValueError(f"classifier: a row has no field {field!r} (it has: {', '.join(missing)})")
-    values = np.stack([np.asarray(row["image"]) for row in found]).astype(np.float32) / 255
+    values = np.stack([np.asarray(row["image"]) for row in image_rows]).astype(np.float32) / 255
+    # Grey images have no channel axis. The copy makes the array contiguous, which torch needs to share its memory.
     images_NCHW = torch.from_numpy(values[:, None] if values.ndim == 3 else np.moveaxis(values, -1, 1).copy())
-    return images_NCHW, [str(row[field]) for row in found]
+    return images_NCHW, [str(row[field]) for row in image_rows]
 
 
 def ssim(a_CHW: Tensor, b_CHW: Tensor) -> float:
-    """Return the structural similarity of two images with values in [0, 1], a mean over pixels and channels.
+    """Return the structural similarity (SSIM) of two images with values in [0, 1], the mean over pixels and channels.
 
-    Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", IEEE TIP 13, 2004, eq. 13, with its
-    Gaussian window (sigma 1.5 pixels) and constants; the window is cut off at 3.5 sigma and mirrored at the border.
+    Wang, Bovik, Sheikh, Simoncelli, "Image Quality Assessment: From Error Visibility to Structural Similarity", IEEE TIP 13,
+    2004, eq. 13, with the paper's Gaussian window (sigma 1.5 pixels) and constants. The window is cut off at 3.5 sigma, and the
+    image is mirrored at its border.
     """
-    found = []
+    # In float64: E[x^2] - E[x]^2 cancels almost completely where an image is flat.
+    maps = []
     for a_HW, b_HW in zip(a_CHW.double().numpy(), b_CHW.double().numpy(), strict=True):
         mean_a, mean_b = _blurred(a_HW), _blurred(b_HW)
+        # Variance and covariance under the window, by E[x^2] - E[x]^2.
         var_a, var_b = _blurred(a_HW**2) - mean_a**2, _blurred(b_HW**2) - mean_b**2
         covariance = _blurred(a_HW * b_HW) - mean_a * mean_b
         top = (2 * mean_a * mean_b + _C1) * (2 * covariance + _C2)
-        found.append(top / ((mean_a**2 + mean_b**2 + _C1) * (var_a + var_b + _C2)))
-    return float(np.mean(found))
+        maps.append(top / ((mean_a**2 + mean_b**2 + _C1) * (var_a + var_b + _C2)))
+    return float(np.mean(maps))
 
 
 def _blurred(x_HW: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -142,18 +153,18 @@ class Clip:
         directory = scorers.check_model(source)
         loaded: Any = models.named.load(directory, CLIPModel)
         self._model, self._device = loaded.to(device), device
-        models.named.load_tokenizer(directory)  # the processor loads it again, and looks at nothing
+        models.named.load_tokenizer(directory)  # checks the tokenizer's files, which the processor loads without a check
         self._processor = models.named.load_processor(directory, CLIPProcessor)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the directions of texts, (N, F)."""
+        """Return the unit vectors of texts, (N, F)."""
         inputs = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(self._device)
         return _direction(self._model.get_text_features(**inputs))
 
     @torch.inference_mode()
     def images(self, images_NCHW: Tensor) -> Tensor:
-        """Return the directions of images, (N, F)."""
+        """Return the unit vectors of images, (N, F)."""
         return torch.cat(
             [
                 _direction(
@@ -167,7 +178,7 @@ class Clip:
 
 
 def check_clip(source: str) -> None:
-    """Refuse a source that is no CLIP model. Raises ValueError."""
+    """Refuse a source that is not a CLIP model. Raises ValueError."""
     from transformers import CLIPModel
 
     directory = scorers.check_model(source)
@@ -176,16 +187,17 @@ def check_clip(source: str) -> None:
 
 
 def check_embedder(source: str) -> None:
-    """Refuse a source that is no model of images. Raises ValueError."""
+    """Refuse a source that is not a model of images. Raises ValueError."""
     scorers.check_embedder(source)
     models.named.check_processor(scorers.check_model(source))
 
 
 def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
-    """Return the directions of images by a model of images: DINOv2's pooled output, (N, F); CLIP's image features."""
+    """Return the unit vectors of images, (N, F): CLIP's image features, or the pooled output of a model such as DINOv2."""
     from transformers import AutoImageProcessor, AutoModel
 
     directory = scorers.check_model(source)
+    # AutoModel of a CLIP checkpoint expects texts along with the images.
     if models.named.read_config(directory).model_type == "clip":
         return Clip(source, device).images(images_NCHW)
     processor = models.named.load_processor(directory, AutoImageProcessor)
@@ -198,10 +210,12 @@ def embed(source: str, images_NCHW: Tensor, device: torch.device) -> Tensor:
 
 
 def _pictures(images_NCHW: Tensor) -> list[Image]:
+    # Processors expect three channels; images of a small world are grey.
     return [pictures.picture(image).convert("RGB") for image in images_NCHW]
 
 
-def _direction(found: Any) -> Tensor:
-    """Return unit vectors on the CPU; transformers hands out a tensor or what holds it."""
-    x_NF = found if isinstance(found, Tensor) else found.pooler_output
+def _direction(output: Any) -> Tensor:
+    """Return unit vectors on the CPU."""
+    # `get_image_features` and `get_text_features` return a tensor in transformers 4, an output object in transformers 5.
+    x_NF = output if isinstance(output, Tensor) else output.pooler_output
     return torch.nn.functional.normalize(x_NF.float(), dim=-1).cpu()

@@ -1,4 +1,4 @@
-"""95 % intervals of what is computed from items: shares, means, medians.
+"""95 % confidence intervals of shares, means and medians over items.
 
 Axis legend: N items, R resamples.
 """
@@ -20,19 +20,25 @@ _RESAMPLED_AT_ONCE = 2_000_000
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return Wilson's interval (JASA 22, 1927) of a share of n items.
+    """Return Wilson's score interval (JASA 22, 1927) of a proportion.
 
-    Of a mean of n numbers in [0, 1], such as wins with ties as halves, it is the interval at their largest possible variance.
+    It also holds for a mean of n numbers in [0, 1] that are not all 0 or 1 (wins with ties as halves): of all numbers with
+    that mean, zeros and ones have the largest variance, so the interval is wide enough for any of them.
+
+    Args:
+        share: the proportion, between 0 and 1.
+        n: number of items, at least 1.
     """
+    # Wilson's interval is used rather than the normal approximation share +- z s, which has length 0 at a share of 0 or 1.
     shrink = 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / shrink
     half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / shrink
-    # At 0 and 1 the formula's end is that number itself, but for rounding.
+    # At a share of 0 or 1 the formula gives that end exactly, but rounding would miss it by a little.
     return (0.0 if share == 0 else centre - half), (1.0 if share == 1 else centre + half)
 
 
 def student(mean: float, error: float | None, n: int) -> tuple[float, float] | None:
-    """Return the interval of a mean with its standard error, by Student's distribution for n - 1; None of one item."""
+    """Return mean +- t error, with Student's t for n - 1 degrees of freedom; None if there is no error (n = 1)."""
     if error is None:
         return None
     half = float(stdtrit(n - 1, 0.975)) * error
@@ -40,9 +46,10 @@ def student(mean: float, error: float | None, n: int) -> tuple[float, float] | N
 
 
 def bootstrap(value_N: np.ndarray, weight_N: np.ndarray) -> tuple[float, float] | None:
-    """Return the middle 95 % of a weighted mean when its items are drawn anew with replacement; None of one item."""
+    """Return the percentile bootstrap interval of a weighted mean, resampling its items; None for a single item."""
     if len(value_N) == 1:
         return None
+    # The seed is fixed so that the same observations always give the same interval.
     blocks = resampled(len(value_N), _NUM_RESAMPLES, np.random.default_rng(0))
     mean_R = np.concatenate([(weight_N * value_N)[i].sum(-1) / weight_N[i].sum(-1) for i in blocks])
     low, high = np.quantile(mean_R, [0.025, 0.975])
@@ -50,12 +57,15 @@ def bootstrap(value_N: np.ndarray, weight_N: np.ndarray) -> tuple[float, float] 
 
 
 def sign(value_N: np.ndarray) -> tuple[float, float] | None:
-    """Return the medians that a sign test does not reject: the interval between two of the values themselves.
+    """Return the interval of a median by the sign test: the medians that the test does not reject at 5 %.
 
-    It holds whatever the distribution and errs to the safe side: of ten values it goes from the second to the ninth, which
-    misses the median in 2.1 % of cases. None of five values or fewer, whose whole range misses it too often.
+    Its ends are two of the values. It assumes nothing about the distribution and is conservative: for ten values it goes from
+    the second smallest to the second largest, and misses the median in 2.1 % of cases. None for five values or fewer, because
+    even their whole range misses the median in more than 5 % of cases.
     """
     n = len(value_N)
+    # The number of values below the median is binomial with p = 1/2, so its distribution function tells how many of the
+    # smallest (and of the largest) values can be dropped with an error of at most 2.5 % on each side.
     left_out = sum(float(bdtr(k, n, 0.5)) <= 0.025 for k in range(n))
     if left_out == 0:
         return None
@@ -64,7 +74,8 @@ def sign(value_N: np.ndarray) -> tuple[float, float] | None:
 
 
 def resampled(num_items: int, num_resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield the indices of items drawn with replacement, (R, N), a block of resamples at a time."""
-    block = max(1, _RESAMPLED_AT_ONCE // num_items)
+    """Yield blocks (R, N) of item indices drawn with replacement, `num_resamples` rows in all."""
+    # In blocks, because all indices of 10,000 resamples of 10,000 items at once would need 800 MB.
+    block = max(1, _RESAMPLED_AT_ONCE // num_items)  # the numbers do not depend on the block: they are drawn row by row
     for start in range(0, num_resamples, block):
         yield rng.integers(0, num_items, (min(block, num_resamples - start), num_items))

@@ -1,7 +1,8 @@
-"""What tasks measure: the name of each number, which way is better, its unit, its range, and how it is made of observations.
+"""What tasks measure: the name, direction, unit and range of each number, and how it is computed from observations.
 
-It stands once, beside the task. From it come the check of a misspelt METRIC, the direction where a search space names none, the
-best values and the Pareto front of the page, intervals that stay in range, and the units of axes.
+A task declares its measures once, in its own file. The platform reads them to check the name of a METRIC, to choose whether a
+search maximises or minimises, to mark the best values and the Pareto front on the report's page, to keep intervals within the
+range of a number, and to label axes with units.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 Transform = Literal["identity", "mean", "exp", "share", "bootstrap", "median"]
-"""How the observations of a metric become a number: see `metrics.summarise`."""
+"""How the observations of a metric are turned into one number and its interval: see `metrics.summarise`."""
 Better = Literal["higher", "lower"]
 
 
@@ -19,43 +20,53 @@ class Measure(NamedTuple):
     """One of the numbers that a task reports."""
 
     name: str
-    """What stands after the label of the task and a slash; a pattern (`layer_*`) where the model decides how many there are."""
+    """Name without the task's label (`asr` of `injection/asr`); a pattern (`layer_*`) if their number depends on the model."""
     better: Better | None
-    """Which way is better; None where that is for the user to say."""
+    """Which direction is better; None if that depends on the user's purpose."""
     unit: str = ""
+    """Unit for axes and tables (`nats`, `tokens`); empty if the number has none."""
     low: float | None = None
-    """The least value that there can be; an interval does not go below it."""
+    """Smallest possible value, where an interval is cut off; None if unbounded or unknown."""
     high: float | None = None
-    """The largest one."""
+    """Largest possible value, where an interval is cut off; None if unbounded or unknown."""
     transform: Transform = "identity"
 
     @property
+    def is_share(self) -> bool | None:
+        """Whether the declared range is 0 to 1; None if the task declares neither a range nor a unit."""
+        # A unit without a range declares something else than a share as well: "words" are not proportions.
+        if self.low is None and self.high is None and not self.unit:
+            return None
+        return (self.low, self.high) == (0.0, 1.0)
+
+    @property
     def mode(self) -> Literal["min", "max"] | None:
-        """The direction in Ray Tune's words."""
+        """The direction as Ray Tune names it; None if no direction is better."""
         return None if self.better is None else "max" if self.better == "higher" else "min"
 
 
 def share(name: str, better: Better | None, transform: Transform = "identity") -> Measure:
-    """Return the measure of a share of items."""
+    """Return the measure of a proportion of items, between 0 and 1."""
     return Measure(name, better, "share", 0.0, 1.0, transform)
 
 
 def empty(name: str = "empty") -> Measure:
-    """Return the measure of the share of empty answers, which tasks that let a model write report."""
+    """Return the measure of the share of empty answers, which every task that generates text reports."""
     return share(name, "lower")
 
 
 def likeness(name: str, better: Better | None = "higher", transform: Transform = "identity") -> Measure:
-    """Return the measure of a cosine, or of another likeness between -1 and 1."""
+    """Return the measure of a cosine, or of another similarity between -1 and 1."""
     return Measure(name, better, "", -1.0, 1.0, transform)
 
 
 LOSSES = {name: Measure(name, "lower") for name in ("train/loss", "eval/loss")}
-"""What a training reports and a sweep may go by, by its whole name."""
+"""Losses that a training reports, by full name. No task declares them, but a sweep may optimise them."""
 
 
 def find(measures: Iterable[Measure], name: str) -> Measure | None:
-    """Return the measure of a name, by the name itself or by a pattern; None where there is none."""
-    known = list(measures)
-    exact = (one for one in known if one.name == name)
-    return next(exact, None) or next((one for one in known if fnmatchcase(name, one.name)), None)
+    """Return the measure called `name`, else the first one whose pattern matches it, else None."""
+    candidates = list(measures)
+    # The exact name goes first: the pattern `*` of a task would otherwise hide the measures after it.
+    exact = (measure for measure in candidates if measure.name == name)
+    return next(exact, None) or next((measure for measure in candidates if fnmatchcase(name, measure.name)), None)

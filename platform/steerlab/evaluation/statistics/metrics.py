@@ -1,8 +1,8 @@
-"""What a task returns, and how observations become numbers with an error.
+"""What a task returns, and how its observations are summarised as numbers with an error.
 
-A number is a weighted mean over items, so that shares (weight 1), conditional shares (weight 0 takes an item out, as in
-SEP) and means over tokens (weight = tokens) share one formula and one standard error; times alone are medians. What could not
-be judged has the value None: it is counted, by its reason, and is part of no mean.
+A number is a weighted mean over items. Shares (weight 1), conditional shares (an item with weight 0 is left out, as in SEP)
+and means over tokens (weight = number of tokens) therefore have the same formula and the same standard error. Only times are
+medians. An item that could not be judged has the value None: it is counted by its reason and is part of no mean.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ _M = TypeVar("_M")
 _C = TypeVar("_C", bound=TaskConfig)
 
 TOO_LONG: Literal["too_long"] = "too_long"
-"""What stands for the score of an item that does not fit into a model's context."""
+"""Replaces the score of an item that does not fit into a model's context."""
 Score = float | None | Literal["too_long"]
-"""What a scorer or a judge says: a number, None where it cannot tell, `TOO_LONG` where it could not be asked."""
+"""Output of a scorer or a judge: a number, None if it cannot decide, `TOO_LONG` if the text exceeds its context."""
 Reason = Literal["too_long", "cut"]
-"""too_long: the item did not fit and has no value; cut: it has one, from a prompt whose beginning was left out."""
+"""too_long: the item did not fit and has no value; cut: it has a value, from a prompt whose beginning was cut off."""
 
 MAX_SAMPLES = 20
-"""Readable samples that a task keeps."""
+"""Number of readable samples that a task keeps."""
 
 
 TokenKinds = frozenset[tuple[Phase, Role]]
-"""Kinds of tokens by phase and role; the role `response` is the job's `data.response_role`."""
+"""Kinds of tokens as (phase, role); the role `response` is the role that the job sets as `data.response_role`."""
 EVERY_TOKEN: TokenKinds = frozenset(itertools.product(get_args(Phase), get_args(Role)))
 
 
 def plain_texts(config: TaskConfig) -> bool:
-    """Say of a task that works on plain texts that it needs no chat template."""
+    """Return False: a task that works on plain texts needs no chat template. Used as `Task.chats`."""
     return False
 
 
 @contextmanager
 def about(field: str) -> Iterator[None]:
-    """Put the field of a config before what is wrong with it."""
+    """Prefix the message of a ValueError with the config's field that caused it."""
     try:
         yield
     except ValueError as error:
@@ -59,114 +59,127 @@ class Observation(NamedTuple):
     """One judged item of one metric at one strength."""
 
     metric: str
+    """Full name, `task/name`."""
     id: str
-    """Names the item: the same in every run over the same data, so that two runs can be compared pair by pair."""
+    """Identifies the item. It is the same in every run over the same data, so that two runs can be compared item by item."""
     value: float | None
-    """None when the output could not be judged."""
+    """None if the output could not be judged."""
     weight: float = 1.0
-    """0 takes the item out of the mean."""
+    """Weight in the mean; 0 leaves the item out."""
     strength: float = 1.0
+    """Strength of the patch at which the item was evaluated."""
     reason: Reason | None = None
-    """What became of an item that does not fit; None of one that does."""
+    """Whether an item that does not fit into the context was skipped or cut; None if it fits."""
 
 
 def observed(metric: str, item_id: str, score: Score, strength: float = 1.0, weight: float = 1.0) -> Observation:
-    """Return what a scorer or a judge says of an item."""
+    """Return the observation of an item from the score that a scorer or a judge gave it."""
     if isinstance(score, str):
         return too_long(Observation(metric, item_id, None, 1.0, strength))
     return Observation(metric, item_id, score, weight, strength)
 
 
 def too_long(observation: Observation) -> Observation:
-    """Return an observation of an item that turned out not to fit."""
+    """Return the observation without its value, marked as not fitting into the context."""
     return observation._replace(value=None, weight=1.0, reason=TOO_LONG)
 
 
 class Metric(NamedTuple):
-    """A mean with its standard error and 95 % interval, the items in it, and the items that could not be judged.
+    """A number with its standard error and 95 % interval, and how many items were scored and left out.
 
-    Read the interval, not the error, of a share near 0 or 1: twelve of twelve have an error of 0, and an interval from 0.76.
+    For a share near 0 or 1 read the interval, not the error: 12 of 12 have a standard error of 0 and an interval from 0.76.
     """
 
     value: float | None
-    """None when nothing was scored."""
+    """The mean (or median, or exponential of a mean); None if no item was scored."""
     stderr: float | None
-    """None with fewer than two items."""
+    """Standard error; None with fewer than two items."""
     n: int
+    """Number of scored items."""
     unparsable: int
+    """Number of items whose output could not be judged."""
     low: float | None = None
-    """Lower end of the 95 % interval; None where one item is all there is and it is no share."""
+    """Lower end of the 95 % interval; None if there is one item only and it is not a share."""
     high: float | None = None
-    """Upper end."""
+    """Upper end of the 95 % interval; None where `low` is."""
     too_long: int = 0
-    """Items that did not fit into the model's context: not scored, and not among the unparsable."""
+    """Number of items that did not fit into the model's context. They are not scored and not counted as unparsable."""
     rows_cut: int = 0
-    """Scored items whose prompt was cut to fit."""
+    """Number of scored items whose prompt was cut to fit."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a task found: observations, a few readable samples, and how a metric is summarised."""
+    """Output of a task: observations, a few readable samples, and the measures that say how each metric is summarised."""
 
     observations: list[Observation]
     samples: Sequence[Mapping[str, object]]
+    """Inputs with the model's outputs as JSON objects, for people to read."""
     measures: Sequence[Measure] = ()
-    """What the observations are of: the task's own measures, for this config."""
+    """The measures that the task declares for its config."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """Files kept beside the metrics, by their path below the task's folder: images."""
+    """Images to be stored with the metrics: path below the task's folder -> content."""
 
     def measure(self, metric: str) -> Measure:
-        """Return what a metric (`task/name`) measures; a plain mean, of which nothing is known, where that is not said."""
+        """Return the measure of a metric (`task/name`); if the task declares none, a mean without direction, unit or range."""
         name = metric.partition("/")[2] or metric
         return find(self.measures, name) or Measure(name, None)
 
 
 class Task(NamedTuple, Generic[_M, _C]):
-    """An evaluation: its config, and the function that runs it on a model."""
+    """An evaluation: its config, the function that runs it on a model, and what the platform asks it before it runs."""
 
     Config: type[_C]
     run: Callable[[_M, _C], Result]
-    """(`SteeredModel` or `SteeredPipeline`, config) -> what was found."""
+    """(`SteeredModel` or `SteeredPipeline`, config) -> the task's observations and samples."""
     measures: Callable[[_C], Sequence[Measure]]
     """config -> the numbers that the task reports."""
     version: int = 1
-    """Raised whenever the task's own data or scoring changes, so that older results are not taken for new ones."""
+    """Raised whenever the task's own data or scoring changes, so that stored results of older versions are not reused."""
     kinds: tuple[str, ...] = ("causal_lm",)
     """Kinds of model that the task evaluates."""
     chats: Callable[[_C], bool] = lambda config: True
-    """config -> whether the task asks in conversations, so that it needs a chat template that holds them."""
+    """config -> whether the task's prompts are conversations, which need the model's chat template."""
     check: Callable[[_C, ModelFacts], None] = lambda config, facts: None
-    """Refuse a config that names what is not there (rows, models, packages) or does not go with the model, before anything
-    starts; data sets of the config are checked for all tasks alike. Raises ValueError with the field and what is wrong."""
+    """Refuses, before anything starts, a config that names rows, models or packages that do not exist, or that does not go with
+    the model. Raises ValueError with the field and the reason. Data sets of the config are checked elsewhere for all tasks."""
     runs_over: Callable[[_C, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
-    """(config, metric) -> the tokens that the patched model is run over for a metric, None for all of them: a patch that acts
-    on none of them leaves the metric as it is without the patch."""
+    """(config, metric) -> the kinds of tokens that the patched model processes for that metric, or for any metric if it is
+    None. A patch that acts on none of these tokens cannot change the metric."""
 
 
 def summarise(
     observations: Sequence[Observation],
     transform: str = "identity",
     bounds: tuple[float | None, float | None] = (None, None),
+    *,
+    is_share: bool | None = None,
 ) -> Metric:
     """Summarise the observations of one metric at one strength.
 
-    With m = sum w v / sum w over the scored items (value given, weight above 0), the value is f(m), and the standard error
-    is |f'(m)| sqrt(n/(n-1) sum w^2 (v - m)^2) / sum w: the usual s/sqrt(n) for equal weights, that of a ratio of means
-    otherwise (items, not tokens, are the independent draws), and the delta method for f = exp.
+    With m = sum w v / sum w over the scored items (those with a value and a weight above 0), the value is f(m) and the
+    standard error is |f'(m)| sqrt(n/(n-1) sum w^2 (v - m)^2) / sum w. For equal weights this is s/sqrt(n); for unequal weights
+    it is the error of a ratio of means (items, not tokens, are the independent draws); for f = exp it is the delta method.
 
-    The 95 % interval of a share (every value 0 or 1, equal weights) is Wilson's (JASA 22, 1927), which holds at 0 and 1 too;
-    of any other mean it is f(m +- t s), with s the error of m and t the quantile of Student's distribution for n - 1. Numbers
-    that happen to be all 0 or 1 get Wilson's as well, unless the transform is `mean`.
+    The transform decides the value and its 95 % interval:
 
-    The other transforms say of a metric what its numbers do not show. `mean`: they are no share, whatever they are. `share`:
-    they lie in [0, 1], and Wilson's interval holds for their mean, halves or not. `bootstrap`: the interval of their mean is
-    that of items drawn anew. `median`: they are no mean but a median, with the interval of the sign test, and its length over
-    2 x 1.96 as error (McKean and Schrader, 1984).
+        identity    f(m) = m; Wilson's interval if the values are a share, otherwise Student's m +- t s
+        mean        f(m) = m; always Student's interval
+        share       f(m) = m; always Wilson's interval, also for values between 0 and 1 (ties as halves)
+        exp         f(m) = exp(m); exp of the ends of Student's interval
+        bootstrap   f(m) = m; percentile bootstrap over the items
+        median      the unweighted median; interval of the sign test, and its length / (2 x 1.96) as standard error (McKean
+                    and Schrader, Communications in Statistics - Simulation and Computation 13, 1984)
 
-    An interval ends at the `bounds` of what there can be (lowest, highest): Student's knows of none.
+    Args:
+        observations: items of one metric at one strength.
+        transform: see above.
+        bounds: smallest and largest possible value of the number, None for no bound; the interval is cut off there.
+        is_share: for `identity`, whether the metric is declared as a share. True or None takes Wilson's interval if every value
+            is 0 or 1 and all weights are equal; False never does. None means that nothing is declared about the metric.
 
     Raises:
-        ValueError: when a weight is negative or the transform is unknown.
+        ValueError: a weight is negative or the transform is unknown.
     """
     value_N, weight_N = _scored(observations)
     left_out = {
@@ -175,6 +188,7 @@ def summarise(
         "rows_cut": sum(o.reason == "cut" for o in observations),
     }
     n = len(value_N)
+    # Nothing to average, but the counts of what was left out are worth reporting.
     if n == 0:
         return Metric(None, None, 0, **left_out)
     if transform == "median":
@@ -182,13 +196,14 @@ def summarise(
     mean = float(weight_N @ value_N / weight_N.sum())
     value, slope = _transformed(mean, transform)
     error = _error(value_N, weight_N, mean)
-    interval = _interval(value_N, weight_N, mean, error, transform)
+    interval = _interval(value_N, weight_N, mean, error, transform, is_share)
+    # The interval is transformed after it is computed: it is symmetric in nats, not in the perplexity.
     low, high = (None, None) if interval is None else (_within(_transformed(end, transform)[0], bounds) for end in interval)
     return Metric(value, None if error is None else slope * error, n, low=low, high=high, **left_out)
 
 
 def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
-    """Summarise every metric of a result: strength -> metric -> numbers, both in the order in which they were observed."""
+    """Summarise every metric of a result: strength -> metric -> numbers, both in the order of the first observation."""
     groups: dict[float, dict[str, list[Observation]]] = defaultdict(lambda: defaultdict(list))
     for observation in result.observations:
         groups[observation.strength][observation.metric].append(observation)
@@ -199,7 +214,7 @@ def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
 
 
 def _of_measure(observations: Sequence[Observation], measure: Measure) -> Metric:
-    return summarise(observations, measure.transform, (measure.low, measure.high))
+    return summarise(observations, measure.transform, (measure.low, measure.high), is_share=measure.is_share)
 
 
 def _within(value: float, bounds: tuple[float | None, float | None]) -> float:
@@ -209,20 +224,21 @@ def _within(value: float, bounds: tuple[float | None, float | None]) -> float:
 
 
 def left_out(metric: Mapping[str, object]) -> str:
-    """Say in words what a metric, as JSON values, leaves out: `2 unparsable, 1 too long`; empty where it is nothing."""
+    """Describe the items that a metric (as JSON) leaves out: `2 unparsable, 1 too long`; empty if it leaves out none."""
     words = {"unparsable": "unparsable", "too_long": "too long", "rows_cut": "cut"}
-    return ", ".join(f"{metric[name]} {said}" for name, said in words.items() if metric.get(name))
+    return ", ".join(f"{metric[name]} {word}" for name, word in words.items() if metric.get(name))
 
 
 def contains(text: str, witness: str) -> bool:
-    """Say whether the witness occurs in the text, whatever its case."""
+    """Return whether the witness occurs in the text, ignoring case."""
     return witness.lower() in text.lower()
 
 
 def spread(samples: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
-    """Keep `MAX_SAMPLES` samples at equal distances."""
+    """Return at most `MAX_SAMPLES` samples, evenly spaced."""
     if len(samples) <= MAX_SAMPLES:
         return list(samples)
+    # Evenly spaced rather than the first ones, so that every strength, attack and category of a task is among them.
     return [samples[i * len(samples) // MAX_SAMPLES] for i in range(MAX_SAMPLES)]
 
 
@@ -230,6 +246,7 @@ def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray
     for observation in observations:
         if observation.weight < 0:
             raise ValueError(f"weight {observation.weight} of item {observation.id!r} ({observation.metric}) is below 0")
+    # An item without weight is left out of n as well, or the standard error of a conditional share would be too small.
     pairs = [(o.value, o.weight) for o in observations if o.value is not None and o.weight > 0]
     values, weights = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(values, dtype=float), np.array(weights, dtype=float)
@@ -238,35 +255,40 @@ def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray
 def _error(value_N: np.ndarray, weight_N: np.ndarray, mean: float) -> float | None:
     n = len(value_N)
     if n == 1:
-        return None
+        return None  # the spread of a single item is unknown, not 0
+    # The linearised variance of a ratio of sums, sum(w v) / sum(w): its denominator varies from sample to sample as well.
     squares = float(np.square(weight_N * (value_N - mean)).sum())
     return math.sqrt(n / (n - 1) * squares) / float(weight_N.sum())
 
 
-def _is_share(value_N: np.ndarray, weight_N: np.ndarray) -> bool:
+def _looks_like_share(value_N: np.ndarray, weight_N: np.ndarray) -> bool:
+    # Wilson's interval counts successes among n items, which unequal weights do not give.
     return bool(np.isin(value_N, (0.0, 1.0)).all() and (weight_N == weight_N[0]).all())
 
 
 def _interval(
-    value_N: np.ndarray, weight_N: np.ndarray, mean: float, error: float | None, transform: str
+    value_N: np.ndarray, weight_N: np.ndarray, mean: float, error: float | None, transform: str, is_share: bool | None
 ) -> tuple[float, float] | None:
     if transform == "bootstrap":
         return intervals.bootstrap(value_N, weight_N)
-    if transform == "share" or (transform == "identity" and _is_share(value_N, weight_N)):
+    # Counts of words that all happen to be 0 or 1 look like a share; only the declaration of the measure tells them apart.
+    if transform == "share" or (transform == "identity" and is_share is not False and _looks_like_share(value_N, weight_N)):
         return intervals.wilson(mean, len(value_N))
     return intervals.student(mean, error, len(value_N))
 
 
 def _median(value_N: np.ndarray, left_out: Mapping[str, int]) -> Metric:
-    """Summarise equal items by their median."""
+    """Summarise items by their median; their weights do not matter."""
     low, high = intervals.sign(value_N) or (None, None)
+    # For a normal distribution the interval is 2 z errors long, so its length over 2 z estimates the error.
     error = None if low is None or high is None else (high - low) / (2 * intervals.Z)
     return Metric(float(np.median(value_N)), error, len(value_N), low=low, high=high, **left_out)
 
 
 def _transformed(mean: float, transform: str) -> tuple[float, float]:
-    """Return f(mean) and |f'(mean)|; a mean whose exponential overflows gives infinity."""
+    """Return f(mean) and |f'(mean)|."""
     if transform == "exp":
+        # exp(710) overflows a double. The cap keeps the number finite: JSON has no infinity, and a rank needs an order.
         value = float(np.exp(np.minimum(mean, 709.0)))
         return value, value
     if transform not in get_args(Transform):

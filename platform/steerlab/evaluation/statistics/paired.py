@@ -1,4 +1,4 @@
-"""How two runs compare on one metric, over the items that they share."""
+"""The difference of two runs on one metric, over the items that both evaluated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steerlab.evaluation.statistics.metrics import Observation
 
 
 class Difference(NamedTuple):
-    """A paired difference with its 95 % interval; `low > 0` or `high < 0` says that it is more than noise."""
+    """A paired difference with its 95 % interval; it is significant at 5 % if `low > 0` or `high < 0`."""
 
     value: float
     low: float
@@ -29,20 +29,29 @@ def paired_difference(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Difference:
-    """Compare one metric of two runs over the items they share: f(mean of a) - f(mean of b), or that of their medians.
+    """Compare one metric of two runs over the items they share: f(mean of a) - f(mean of b), or median of a - median of b.
 
-    The interval holds the middle 95 % of the difference when the shared items are drawn anew with replacement (bootstrap), so
-    what makes an item hard for both runs cancels. Each side keeps its own weights. Resamples in which one side has
-    no weight at all (SEP: no probe executed) are left out.
+    The interval is a percentile bootstrap over the shared items. Both runs use the same resamples, so that the difficulty of an
+    item, which affects both, cancels. Each run keeps its own weights, and items with weight 0 are part of neither its mean nor
+    its median, as in `metrics.summarise`.
+
+    Args:
+        a: observations of one metric at one strength, one for each id.
+        b: the same of the other run.
+        transform: how `metrics.summarise` turns the observations into a number: `exp`, `median`, or any other for the mean.
+        num_resamples: resamples of the bootstrap.
+        seed: seed of the resamples.
 
     Raises:
-        ValueError: when an id occurs twice in a run, no id is shared, or one side has nothing scored among the shared ids.
+        ValueError: an id occurs twice in a run, no id is shared, or a run has no weight on the shared ids.
     """
     by_id_a, by_id_b = _by_id(a), _by_id(b)
+    # An item that one side could not judge is left out on both, or it would be compared with nothing.
     shared = [i for i in by_id_a if i in by_id_b and by_id_a[i].value is not None and by_id_b[i].value is not None]
     if not shared:
         example = f" (for example {a[0].id!r} and {b[0].id!r})" if a and b else ""
         raise ValueError(f"the two runs share no judged item: their ids are those of different data{example}")
+    # Products and weights rather than values: a mean of a resample is then a ratio of two sums, for any weights.
     weights_2N = np.array([[runs[i].weight for i in shared] for runs in (by_id_a, by_id_b)])
     products_2N = weights_2N * np.array([[runs[i].value for i in shared] for runs in (by_id_a, by_id_b)], dtype=float)
     if not weights_2N.sum(axis=1).all():
@@ -54,29 +63,40 @@ def paired_difference(
 
 
 def _by_id(observations: Sequence[Observation]) -> Mapping[str, Observation]:
-    found: dict[str, Observation] = {}
+    by_id: dict[str, Observation] = {}
     for observation in observations:
-        if observation.id in found:
+        if observation.id in by_id:
             raise ValueError(f"item {observation.id!r} of {observation.metric} occurs twice: pass one metric at one strength")
-        found[observation.id] = observation
-    return found
+        by_id[observation.id] = observation
+    return by_id
 
 
 def _differences(products: np.ndarray, weights: np.ndarray, transform: str) -> np.ndarray:
-    """Return f(a) - f(b) of weighted items; the first axis is the two runs, the last one the items."""
+    """Return f(a) - f(b) of weighted items; the first axis holds the two runs, the last one the items."""
     if transform not in get_args(Transform):
         raise ValueError(f"unknown transform {transform!r}: one of {', '.join(get_args(Transform))}")
-    found = np.median(products / weights, axis=-1) if transform == "median" else products.sum(axis=-1) / weights.sum(axis=-1)
-    transformed = np.exp(np.minimum(found, 709.0)) if transform == "exp" else found
+    numbers = _medians(products, weights) if transform == "median" else products.sum(axis=-1) / weights.sum(axis=-1)
+    # exp(710) overflows a double, and the difference of two infinities is no number.
+    transformed = np.exp(np.minimum(numbers, 709.0)) if transform == "exp" else numbers
     return transformed[0] - transformed[1]
+
+
+def _medians(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the medians over the last axis of the items that have weight."""
+    if (weights > 0).all():
+        return np.median(products / weights, axis=-1)
+    # nanmedian is several times slower than median, so it is used only where an item has to be left out.
+    values = np.divide(products, weights, out=np.full_like(products, np.nan), where=weights > 0)
+    return np.nanmedian(values, axis=-1)
 
 
 def _bootstrap(
     products_2N: np.ndarray, weights_2N: np.ndarray, transform: str, num_resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    found = []
+    differences = []
     for index_RN in intervals.resampled(products_2N.shape[1], num_resamples, rng):
         weights_2RN = weights_2N[:, index_RN]
+        # A resample that happens to hold no item with weight has no mean (SEP: no probe was executed in the instruction).
         usable_R = weights_2RN.sum(axis=-1).all(axis=0)
-        found.append(_differences(products_2N[:, index_RN][:, usable_R], weights_2RN[:, usable_R], transform))
-    return np.concatenate(found)
+        differences.append(_differences(products_2N[:, index_RN][:, usable_R], weights_2RN[:, usable_R], transform))
+    return np.concatenate(differences)

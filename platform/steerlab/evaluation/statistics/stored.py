@@ -1,6 +1,6 @@
-"""The files that the evaluation of one task leaves: written by its stage, and read wherever two results meet.
+"""The files that the evaluation of one task stores: the evaluation stage writes them, reports and comparisons read them.
 
-An artifact may come from somebody else's ROOT, so that each file is read as what it has to be.
+An artifact may have been copied from another person's ROOT, so every file is validated when it is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from steerlab.guards.json_values import JsonObject
 _T = TypeVar("_T")
 
 FILES = "files"
-"""Folder of an evaluation's images."""
+"""Folder of the images within an evaluation's artifact."""
 _METRICS, _SAMPLES, _OBSERVATIONS = "metrics.json", "samples.json", "observations.parquet"
 _COLUMNS = pa.schema(
     [
@@ -36,8 +36,8 @@ _COLUMNS = pa.schema(
         ("reason", pa.string()),
     ]
 )
-"""One scored item: value null when it could not be judged, weight 0 when it does not count for the metric; the reason says
-that it did not fit into the model's context (too_long, cut)."""
+"""Columns of `observations.parquet`, one row for each `metrics.Observation`: value is null if the item could not be judged,
+weight is 0 if it does not count for the metric, reason is `too_long` or `cut` if it did not fit into the model's context."""
 
 
 def _number(text: str) -> str:
@@ -46,14 +46,14 @@ def _number(text: str) -> str:
 
 
 StrengthKey = Annotated[str, AfterValidator(_number)]
-"""A strength as JSON has it, a key; `by_strength` makes it a number again."""
+"""A strength as a key of a JSON object, which can only be a string; `by_strength` turns it back into a number."""
 MetricNumbers: TypeAlias = dict[str, Any]
-"""A metric as JSON has it: its numbers by name (value, low, high, n, ...), of which earlier versions wrote fewer."""
+"""A metric in JSON: name (value, low, high, n, ...) -> number. Files of earlier versions have fewer names."""
 _Number = float | None
 
 
 class Metric(saved.Shape):
-    """A metric with its interval, as far as readers look at it."""
+    """The fields of a stored metric that readers use: see `metrics.Metric`."""
 
     value: _Number
     n: int | None = None
@@ -66,7 +66,7 @@ class Metric(saved.Shape):
 
 
 class StoredMeasure(saved.Shape):
-    """What a metric measures, as it stands in files: see `measures.Measure`."""
+    """A measure in `metrics.json`: see `measures.Measure`, whose name is the key here."""
 
     better: Better | None = None
     unit: str = ""
@@ -79,11 +79,11 @@ class _Metrics(saved.Shape):
     strengths: dict[StrengthKey, dict[str, Metric]]
     measures: dict[str, StoredMeasure] = {}
     transforms: dict[str, Transform] = {}
-    """In files of earlier versions, in place of `measures`."""
+    """What earlier versions wrote instead of `measures`."""
 
 
 class Sample(saved.Shape):
-    """A row and what the model made of it, for people to read."""
+    """An input with the model's output, for people to read."""
 
     id: object
     strength: _Number = None
@@ -91,17 +91,17 @@ class Sample(saved.Shape):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the evaluation of one task found."""
+    """Everything that the evaluation of one task stores."""
 
     observations: Sequence[Observation]
     samples: Sequence[Mapping[str, object]] = ()
-    """Rows and what the model made of them, for people to read."""
+    """Inputs with the model's outputs, for people to read."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """Images by their path."""
+    """Images: path -> content."""
     metrics: Mapping[float, Mapping[str, Mapping[str, object]]] = field(default_factory=dict)
-    """Each metric's numbers, by strength, the headline's first, and by name."""
+    """strength -> metric -> numbers; the first strength is the one that tables report."""
     measures: Mapping[str, Measure] = field(default_factory=dict)
-    """What each metric measures."""
+    """metric -> its measure."""
 
 
 def write(directory: Path, outcome: Outcome) -> None:
@@ -112,52 +112,59 @@ def write(directory: Path, outcome: Outcome) -> None:
     for path, content in outcome.files.items():
         (directory / FILES / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / FILES / path).write_bytes(content)
+    # Measures are stored with the numbers, so that a report needs neither the task's code nor the package that it came from.
     measures = {name: dumped(measure) for name, measure in outcome.measures.items()}
     (directory / _METRICS).write_text(json.dumps({"strengths": outcome.metrics, "measures": measures}, indent=1))
 
 
+# JSON writes the shortest text that gives the same double again, so a strength survives as a key.
 def by_strength(keyed: Mapping[str, _T]) -> dict[float, _T]:
-    """Return what JSON keeps by strength under numbers, in the same order."""
+    """Return a JSON object keyed by strength with the keys as numbers, in the same order."""
     return {float(strength): value for strength, value in keyed.items()}
 
 
 def strengths(directory: Path) -> dict[float, dict[str, MetricNumbers]]:
-    """Return the metrics by strength, the headline's first. Raises ValueError where the file is damaged."""
-    found = by_strength(saved.read_like(directory / _METRICS, _Metrics)["strengths"])
-    if not found:
+    """Read strength -> metric -> numbers, the reported strength first. Raises ValueError if the file is damaged."""
+    metrics = by_strength(saved.read_like(directory / _METRICS, _Metrics)["strengths"])
+    if not metrics:
         raise saved.SavedError(f"{directory / _METRICS} is damaged: it has no strength")
-    return found
+    return metrics
 
 
 def measures(directory: Path) -> dict[str, Measure]:
-    """Return what the metrics measure, by metric; of those of earlier versions the transform alone. Raises ValueError."""
-    found = saved.read(directory / _METRICS, _Metrics)
-    return {name: Measure(name, None, transform=transform) for name, transform in found.transforms.items()} | {
-        name: measured(name, one) for name, one in found.measures.items()
+    """Read metric -> measure. Raises ValueError if the file is damaged.
+
+    Files of earlier versions hold the transform only, so that direction, unit and range are unknown.
+    """
+    content = saved.read(directory / _METRICS, _Metrics)
+    return {name: Measure(name, None, transform=transform) for name, transform in content.transforms.items()} | {
+        name: measured(name, measure) for name, measure in content.measures.items()
     }
 
 
-def measured(name: str, one: StoredMeasure) -> Measure:
-    """Return what a metric measures from how that stands in a file."""
-    return Measure(name, one.better, one.unit, one.low, one.high, one.transform)
+def measured(name: str, stored: StoredMeasure) -> Measure:
+    """Return the measure of a metric from its entry in a file."""
+    return Measure(name, stored.better, stored.unit, stored.low, stored.high, stored.transform)
 
 
 def dumped(measure: Measure) -> JsonObject:
-    """Return what a metric measures as it stands in files."""
+    """Return the entry of a measure in a file, where the metric's name is the key."""
     return {name: value for name, value in measure._asdict().items() if name != "name"}
 
 
 def observations(directory: Path, strength: float) -> list[Observation]:
-    """Return the scored items at one strength. Raises ValueError where the file is damaged."""
+    """Read the observations at one strength. Raises ValueError if the file is damaged."""
     path = directory / _OBSERVATIONS
     with explained(str(path)):
+        # Parquet keeps doubles exactly, so a strength compares equal. The cast refuses columns of unfit types.
         table = pq.read_table(path, columns=_COLUMNS.names, filters=[("strength", "=", strength)]).cast(_COLUMNS)
         rows = table.to_pylist()
+    # Columns of a Parquet file may hold nulls, which only `value` and `reason` are allowed to.
     if any(row["metric"] is None or row["id"] is None or row["weight"] is None for row in rows):
         raise saved.SavedError(f"{path} is damaged: an item has no metric, id or weight")
     return [Observation(**row) for row in rows]
 
 
 def samples(directory: Path) -> list[JsonObject]:
-    """Return the rows that people may read. Raises ValueError where the file is damaged."""
+    """Read the readable samples. Raises ValueError if the file is damaged."""
     return saved.read_like(directory / _SAMPLES, list[Sample])

@@ -1,1 +1,1 @@
-"""One file a task: its config, its rows, and what it observes of the answers."""
+"""One file for each task: its config, its rows, and how it judges the answers."""

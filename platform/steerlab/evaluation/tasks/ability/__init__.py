@@ -1,1 +1,1 @@
-"""What can the model still do?"""
+"""Tasks on the model's abilities: perplexity, arithmetic, instructions, and lm-evaluation-harness."""

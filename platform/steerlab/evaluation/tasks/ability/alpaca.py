@@ -1,18 +1,20 @@
-"""Answers in AlpacaEval's format, for a judge outside.
+"""Answers in AlpacaEval's format, to be judged outside the platform.
 
-AlpacaEval 1.0 compares a model's answers to 805 prompts with those of text-davinci-003. The judge is a language model behind
-an API, so this task stops at the answers: they are the task's samples, all of them, a JSON list of {instruction, output,
-generator, dataset} that AlpacaEval reads. To judge them as ASIDE (arXiv 2503.10566) does, save the list as `outputs.json` and
+AlpacaEval 1.0 compares a model's answers to 805 prompts with those of text-davinci-003. Its judge is a language model that is
+called over an API, so this task only generates the answers. All of them are stored as the task's samples, a JSON list of
+{instruction, output, generator, dataset} that AlpacaEval reads. To judge them as ASIDE (arXiv 2503.10566) does, save the list
+as `outputs.json` and run
 
     pip install alpaca-eval
     IS_ALPACA_EVAL_2=False alpaca_eval --model_outputs outputs.json
 
-with `source` set to the 805 published prompts (a downloaded `alpaca_eval.json`). With several strengths the generator names
-the strength, and the list is to be split by it. An input, where a row has one, is given to the model as data, and is
-appended to `instruction` for the judge.
+with `source` set to the 805 published prompts (a downloaded `alpaca_eval.json`). With several strengths the generator's name
+includes the strength; split the list by it. If a row has an input, the model gets it as data, and the judge gets it appended
+to `instruction`.
 
-Metrics: `alpaca/response_tokens`, `alpaca/empty` (share of answers without a word), `alpaca/unfinished` (share cut at
-`max_new_tokens`).
+    alpaca/response_tokens   mean length of an answer in tokens
+    alpaca/empty             share of answers without a word      lower is better
+    alpaca/unfinished        share cut at `max_new_tokens`        lower is better
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ class Config(TaskConfig):
     task: Literal["alpaca"] = "alpaca"
     """This task."""
     source: Source = ALPACA
-    """Rows with instruction and, where there is one, input; a field `dataset` is passed on."""
+    """Rows with `instruction` and optionally `input`; a field `dataset` is copied into the answers."""
     needs_input: bool = False
     """Use only rows with an input (the paper's second set: AlpacaFarm's 208)."""
     offset: int = Field(0, ge=0)
-    """Rows skipped first: those a job trained on."""
+    """Number of rows to skip at the start, such as those that a job trained on."""
     generator: str = "steerlab"
     """Name of the model in the leaderboard."""
     max_new_tokens: int = Field(512, ge=1)
@@ -53,18 +55,19 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    """Refuse a source that does not exist or whose rows lack fields. Raises ValueError."""
     check_rows("source", config.source)
 
 
 def run(model: SteeredModel, config: Config) -> Result:
-    """Answer every prompt, at every strength."""
+    """Answer every prompt at every strength; the samples hold all answers, not a selection."""
     rows = instruction_rows(
         config.source, needs_input=config.needs_input, offset=config.offset, limit=config.limit, seed=config.seed
     )
     prompts = [model.encoder.conversation(str(item.row["instruction"]), _data(item)) for item in rows]
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
+        # AlpacaEval takes one generator for one list, so strengths have to differ in its name.
         name = config.generator if len(config.strengths) == 1 else f"{config.generator}_strength_{strength:g}"
         for item, output in zip(rows, outputs, strict=True):
             observations += judged([output], observe(item.id, output, strength))
@@ -87,6 +90,7 @@ def entry(item: Numbered, output: str, generator: str) -> dict[str, str]:
     data = _data(item)
     instruction = str(item.row["instruction"])
     return {
+        # AlpacaEval has no field for the input of a row.
         "instruction": f"{instruction}\n\n{data}" if data else instruction,
         "output": output,
         "generator": generator,

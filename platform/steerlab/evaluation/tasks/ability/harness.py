@@ -1,15 +1,15 @@
 """Any task of EleutherAI's lm-evaluation-harness, at every strength.
 
-Needs the extra: `pip install steerlab[lm_eval]`. The task's prompts, few-shot examples, answer parsing and metrics are the
-harness's own; the steered model gives log-likelihoods and continuations. A task of the hub needs its data set: reachable, or
-stored in the hub's cache (HF_HOME) beforehand. Tasks of your own lie in a folder of YAML files, `tasks_source`.
+Needs an extra: `pip install steerlab[lm_eval]`. Prompts, few-shot examples, answer parsing and metrics are the harness's own;
+the steered model provides log-likelihoods and continuations. The data set of a task is downloaded from the hub, or taken from
+its cache (HF_HOME). To run your own tasks, put their YAML files into a folder and set `tasks_source`.
 
     lm_eval/<metric>            `acc`, `acc_norm`, `exact_match`, ...; of a group such as mmlu over all its questions
-    lm_eval/<metric>_<filter>   where the task has several ways to read an answer (gsm8k: strict_match, flexible_extract)
-    lm_eval/empty               empty answers, of tasks that let the model write
+    lm_eval/<metric>_<filter>   if the task parses answers in several ways (gsm8k: strict_match, flexible_extract)
+    lm_eval/empty               empty answers, for tasks that generate text
 
-A metric becomes observations where the harness's number is their mean, or the exponential of one (perplexities); this is
-checked against that number. Others (F1 over a corpus, BLEU) are named in a warning and left out.
+A metric is reported if the harness's number is a mean over documents, or the exponential of one (perplexity); the mean is
+compared with that number. Other metrics (F1 over a corpus, BLEU) are left out with a warning.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
 Logged: TypeAlias = Mapping[str, Any]
-"""What the harness logs of a document: its prompt, answers, and metrics, whose types are the harness's tasks' own."""
+"""The harness's log of one document: its prompt, answers and metrics, whose types depend on the harness's task."""
 
 
 class Config(TaskConfig):
@@ -41,11 +41,11 @@ class Config(TaskConfig):
     task: Literal["lm_eval"] = "lm_eval"
     """This task."""
     name: str = Field(min_length=1)
-    """The harness's name of a task or a group: `mmlu`, `truthfulqa_mc2`."""
+    """Name of a task or a group in the harness: `mmlu`, `truthfulqa_mc2`."""
     num_fewshot: int | None = Field(None, ge=0)
-    """Worked examples before each question; null takes the task's own number."""
+    """Number of worked examples before each question; null takes the task's default."""
     tasks_source: Source | None = None
-    """Folder with task files of your own; null takes the harness's tasks only."""
+    """Folder with your own task files; null uses the harness's tasks only."""
     trust_remote_code: bool = False
     """Let the task files of `tasks_source` run: they name Python functions, and their templates are programs."""
     seed: Seed = 1234
@@ -53,17 +53,17 @@ class Config(TaskConfig):
 
     @property
     def trusted_source(self) -> str | None:
-        """Return the task files that may run."""
+        """The folder of task files whose Python may run; None if there is none or it is not trusted."""
         return self.tasks_source if self.trust_remote_code else None
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is known before the task runs: its metrics are the harness's own."""
+    """Return what is known before the task runs: the names of the other metrics depend on the harness's task."""
     return (empty(), Measure("*", None))
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse a task that the harness does not know, and say what to install where there is no harness. Raises ValueError."""
+    """Refuse a task that the harness does not know, or any task if the harness is not installed. Raises ValueError."""
     _library(config)
 
 
@@ -72,9 +72,11 @@ def run(model: SteeredModel, config: Config) -> Result:
     simple_evaluate, manager = _library(config)
     observations, samples = [], []
     measured: dict[str, Measure] = {}
+    # The harness has no notion of strengths, so it runs once for each.
     for strength in config.strengths:
         fates: Fates = {}
-        found = simple_evaluate(
+        # The harness's bootstrap is switched off: the platform computes intervals from the observations itself.
+        results = simple_evaluate(
             model=adapter(model, strength, config.seed, fates),
             tasks=[config.name],
             num_fewshot=config.num_fewshot,
@@ -84,15 +86,16 @@ def run(model: SteeredModel, config: Config) -> Result:
             bootstrap_iters=0,
             fewshot_random_seed=config.seed,
         )
-        new, own = observe(found["samples"], found["results"], strength, fates, found.get("higher_is_better") or {})
+        new, own = observe(results["samples"], results["results"], strength, fates, results.get("higher_is_better") or {})
         observations += new
         measured |= own
-        samples += [_sample(name, logged, strength) for name, rows in found["samples"].items() for logged in rows]
+        samples += [_sample(name, logged, strength) for name, rows in results["samples"].items() for logged in rows]
     return Result(observations, spread(samples), (*measured.values(), *measures(config)))
 
 
 def _library(config: Config) -> tuple[Callable[..., Any], Any]:
     """Return the harness's evaluation function and its table of tasks."""
+    # The harness itself runs such code without asking (`!function` in YAML, Jinja templates), so it is asked for here.
     if config.tasks_source is not None and not config.trust_remote_code:
         raise ValueError(
             "tasks_source: the harness runs the Python that task files name, and their templates without a sandbox; if you "
@@ -106,6 +109,7 @@ def _library(config: Config) -> tuple[Callable[..., Any], Any]:
     with about("tasks_source"):
         folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
     manager = TaskManager(include_path=folder)
+    # The harness knows thousands of names, so the nearest ones are offered.
     if config.name not in manager.all_tasks:
         near = difflib.get_close_matches(config.name, manager.all_tasks, n=3)
         raise ValueError(
@@ -122,24 +126,37 @@ def observe(
     fates: Fates,
     higher_is_better: Mapping[str, Mapping[str, bool | None]],
 ) -> tuple[list[Observation], dict[str, Measure]]:
-    """Turn the harness's logged samples into observations, and say what their metrics measure, by name."""
-    found: list[Observation] = []
+    """Turn the harness's logged samples into observations.
+
+    Args:
+        logged: task -> its logged documents.
+        reported: task -> `metric,filter` -> the harness's number.
+        strength: strength of the patch.
+        fates: documents that did not fit or were cut.
+        higher_is_better: task -> metric -> direction.
+
+    Returns:
+        The observations, and metric -> its measure.
+    """
+    observations: list[Observation] = []
     measured: dict[str, Measure] = {}
     for task, samples in logged.items():
-        found += [_fated(o, task, number, fates) for number, o in _empty(task, samples, strength).items()]
+        observations += [_fated(o, task, number, fates) for number, o in _empty(task, samples, strength).items()]
         for (metric, answer_filter), group in _by_metric(samples).items():
             number = reported[task].get(f"{metric},{answer_filter}")
             means = _as_means([sample[metric] for sample in group], number)
+            # Hyphens become underscores, as in the names of all other metrics.
             name = metric + ("" if answer_filter == "none" else f"_{answer_filter.replace('-', '_')}")
             if means is None:
                 warnings.warn(f"lm_eval/{name} of {task} is no mean over documents and is left out ({number})", stacklevel=2)
                 continue
+            # If several tasks of a group report the same metric, the direction of the last one counts.
             pairs, transform = means
             measured[name] = Measure(name, _better(higher_is_better.get(task, {}).get(metric)), transform=transform)
             for number, (value, weight) in zip([sample["doc_id"] for sample in group], pairs, strict=True):
-                one = Observation(f"lm_eval/{name}", f"{task}/{number}", value, weight, strength)
-                found.append(_fated(one, task, number, fates))
-    return found, measured
+                observation = Observation(f"lm_eval/{name}", f"{task}/{number}", value, weight, strength)
+                observations.append(_fated(observation, task, number, fates))
+    return observations, measured
 
 
 def _better(higher_is_better: bool | None) -> Better | None:
@@ -147,21 +164,23 @@ def _better(higher_is_better: bool | None) -> Better | None:
 
 
 def _fated(observation: Observation, task: str, number: int, fates: Fates) -> Observation:
-    """Return an observation with what became of its document."""
+    """Mark an observation whose document did not fit or was cut."""
     fate = fates.get((task, number))
     return too_long(observation) if fate == TOO_LONG else observation._replace(reason=fate)
 
 
 def _empty(task: str, samples: Iterable[Logged], strength: float) -> dict[int, Observation]:
-    """Say of the documents whose answers are texts how many of these are empty; each document once, whatever its filters."""
-    found = {}
+    """Return document -> observation of the share of its answers that are empty, for documents whose answers are texts."""
+    shares = {}
     for sample in samples:
+        # A document is logged once for each filter, with the same answers; keyed by its id it counts once.
         texts = [text for answers in sample.get("resps", ()) for text in answers]
+        # Answers of multiple-choice tasks are pairs (log-likelihood, is greedy), not texts.
         if texts and all(isinstance(text, str) for text in texts):
             share = sum(not text.strip() for text in texts) / len(texts)
             number = sample["doc_id"]
-            found[number] = Observation("lm_eval/empty", f"{task}/{number}", share, 1.0, strength)
-    return found
+            shares[number] = Observation("lm_eval/empty", f"{task}/{number}", share, 1.0, strength)
+    return shares
 
 
 def _by_metric(samples: Iterable[Logged]) -> dict[tuple[str, str], list[Logged]]:
@@ -173,11 +192,13 @@ def _by_metric(samples: Iterable[Logged]) -> dict[tuple[str, str], list[Logged]]
 
 
 def _as_means(values: Sequence[Any], number: object) -> tuple[list[tuple[float, float]], Transform] | None:
-    """Express the harness's number as a weighted mean: [(value, weight)] and its transform; None where it is not one."""
+    """Return ([(value, weight)], transform) whose weighted mean is the harness's number; None if no candidate gives it."""
     if not isinstance(number, int | float):
         return None
+    # The harness does not say how it aggregates, so each known way is tried and the result compared with its number.
     for pairs, transform in _candidates(values):
         mean = sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
+        # exp(710) overflows a double.
         value = math.exp(min(mean, 709.0)) if transform == "exp" else mean
         if math.isclose(value, number, rel_tol=1e-6, abs_tol=1e-9):
             return pairs, transform
@@ -189,7 +210,7 @@ def _candidates(values: Sequence[Any]) -> Iterator[tuple[list[tuple[float, float
         yield [(float(value), 1.0) for value in values], "identity"
         yield [(-float(value), 1.0) for value in values], "exp"
     elif all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
-        # (log-likelihood in nats, words or bytes): perplexity, or bits for each of them.
+        # (log-likelihood in nats, number of words or bytes): a perplexity, or bits per byte.
         yield [(-float(ll) / size, float(size)) for ll, size in values], "exp"
         yield [(-float(ll) / size / math.log(2), float(size)) for ll, size in values], "identity"
 

@@ -1,12 +1,14 @@
-"""The steered model as lm-evaluation-harness wants it: log-likelihoods of continuations and of texts, and continuations.
+"""The steered model behind the interface of lm-evaluation-harness: log-likelihoods and continuations.
 
-Departures from the harness's own Hugging Face model: a text starts with a beginning-of-sequence token where the tokenizer
-itself puts one, and context and continuation are tokenised as one text, a token across the seam counting as continuation. The
-context has the role of instructions, a continuation that of responses and the phase of generation, as if the model had written
-it; whole texts (perplexities) are a prompt.
+Departures from the harness's own Hugging Face model: a text starts with a beginning-of-sequence token if the tokenizer adds
+one, and context and continuation are tokenised as one text; a token that spans both counts as continuation. The context has the
+role of instructions. A continuation has the role of responses and the phase of generation, as if the model had written it. A
+whole text (perplexity) is a prompt.
 
-As there, a context that does not fit is cut on the left; a continuation that does not fit by itself is not scored. Both are
-noted for each document.
+As in the harness's model, a context that does not fit is cut on the left. A continuation that does not fit by itself is not
+scored. Both cases are recorded for each document.
+
+Axis legend: B rows, T tokens, S scored tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,34 +27,36 @@ from steerlab.inputs.tokens import INSTRUCTION, Conversation, Encoded, Message, 
 from steerlab.steered.language import SteeredModel
 
 _MAX_LENGTH = 2048
-"""Context of a model whose config names none (the harness's default)."""
+"""Context length in tokens of a model whose config names none (the harness's default)."""
 Fates = dict[tuple[str, int], Reason]
-"""Which documents, by task and number, did not fit or were cut."""
+"""(task, document number) -> why the document was not scored or was cut; documents that fit are not listed."""
 
 
 class Request(Protocol):
-    """What the harness asks of a model about one document."""
+    """A request of the harness about one document."""
 
     args: tuple[Any, ...]
-    """Context and continuation, a whole text, or context and settings of generation."""
+    """(context, continuation), (text,), or (context, settings of generation)."""
     task_name: str
     doc_id: int
 
 
 class Row(NamedTuple):
-    """Tokens of which the last ones are scored."""
+    """A tokenised text whose last tokens are scored."""
 
     tokens: Encoded
     num_scored: int
+    """Number of tokens at the end that are scored."""
     reason: Reason | None = None
 
 
 class Likelihood(NamedTuple):
-    """What the harness asks about a continuation."""
+    """The likelihood of a continuation given its context."""
 
     log_prob_nats: float
+    """Log-probability in nats, summed over the continuation's tokens."""
     is_greedy: bool
-    """Greedy decoding would give it."""
+    """Whether greedy decoding gives the continuation."""
     reason: Reason | None = None
 
 
@@ -64,73 +68,80 @@ class Continued(NamedTuple):
 
 
 def adapter(model: SteeredModel, strength: float, seed: int, fates: Fates) -> Any:
-    """Wrap the model at one strength, noting `fates`; the class is made here because its base is of the optional package."""
+    """Return the model at one strength as an `LM` of the harness; it records into `fates` what did not fit."""
+    # Imported, and the class defined, inside the function: lm_eval is an optional dependency.
     from lm_eval.api.model import LM  # type: ignore[import-not-found]
 
     class Steered(LM):
         def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-            found = loglikelihoods(model, [request.args for request in requests], strength)
-            note(fates, requests, [one.reason for one in found])
-            return [(one.log_prob_nats, one.is_greedy) for one in found]
+            scores = loglikelihoods(model, [request.args for request in requests], strength)
+            note(fates, requests, [score.reason for score in scores])
+            return [(score.log_prob_nats, score.is_greedy) for score in scores]
 
         def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
             return rolling_loglikelihoods(model, [request.args[0] for request in requests], strength)
 
         def generate_until(self, requests: Sequence[Request]) -> list[str]:
-            found = generations(model, [request.args for request in requests], strength, seed)
-            note(fates, requests, [one.reason for one in found])
-            return [one.text for one in found]
+            outputs = generations(model, [request.args for request in requests], strength, seed)
+            note(fates, requests, [output.reason for output in outputs])
+            return [output.text for output in outputs]
 
     return Steered()
 
 
 def note(fates: Fates, requests: Sequence[Request], reasons: Sequence[Reason | None]) -> None:
-    """Note what became of the requests' documents; one that was not scored stays so whatever its other requests give."""
+    """Record in `fates` which documents of the requests did not fit or were cut."""
     for request, reason in zip(requests, reasons, strict=True):
+        # A document has one request for each choice. If one choice was not scored, the document's metric means nothing.
         document = (request.task_name, request.doc_id)
         if reason is not None and fates.get(document) != TOO_LONG:
             fates[document] = reason
 
 
 def loglikelihoods(model: SteeredModel, pairs: Sequence[tuple[str, str]], strength: float) -> list[Likelihood]:
-    """Score continuations given their contexts; what does not fit into the model's context is cut from the left.
+    """Score continuations given their contexts; a context that does not fit is cut on the left.
 
-    A continuation that does not fit gets 0 nats, which the harness can count with, and the reason why that says nothing.
+    A continuation that does not fit by itself gets 0 nats and the reason `TOO_LONG`: the harness needs a number for every
+    request, and the reason keeps that number out of the metrics.
     """
     texts = [_text(model, context, continuation) for context, continuation in pairs]
     rows = [_pair_row(model, encoded) for encoded in model.encoder.encode_all(texts, continued=True)]
     fitting = [i for i, row in enumerate(rows) if row.reason != TOO_LONG]
-    found = dict(zip(fitting, score(model, [rows[i] for i in fitting], strength), strict=True))
+    scores = dict(zip(fitting, score(model, [rows[i] for i in fitting], strength), strict=True))
     unread = Likelihood(0.0, False, TOO_LONG)
-    return [found[i]._replace(reason=row.reason) if i in found else unread for i, row in enumerate(rows)]
+    return [scores[i]._replace(reason=row.reason) if i in scores else unread for i, row in enumerate(rows)]
 
 
 def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: float) -> list[float]:
-    """Score whole texts, in windows as long as the model's context that overlap by one token."""
+    """Return the log-probability in nats of each text, scored in windows of the model's context length."""
     size = _max_length(model)
+    # One list of windows for all texts, so that windows of short and long texts share batches.
     windows: list[tuple[int, Row]] = []
     for number, row in enumerate(model.encoder.encode_all([_text(model, text) for text in texts])):
+        # Part -1 is the beginning-of-sequence token that the tokenizer added; `_prefix_id` takes its place for every text.
         own = [i for i, part in zip(row.input_ids, row.parts, strict=True) if part >= 0]
         ids = [_prefix_id(model), *own]
+        # Windows overlap by one token, the one that the first scored token of a window is predicted from.
         for start in range(0, len(own), size - 1):
             window = ids[start : start + size]
             windows.append((number, Row(_encoded(window, INSTRUCTION), len(window) - 1)))
     totals = [0.0] * len(texts)
-    for (number, _), found in zip(windows, score(model, [row for _, row in windows], strength), strict=True):
-        totals[number] += found.log_prob_nats
+    for (number, _), likelihood in zip(windows, score(model, [row for _, row in windows], strength), strict=True):
+        totals[number] += likelihood.log_prob_nats
     return totals
 
 
 def generations(
     model: SteeredModel, requests: Sequence[tuple[str, Mapping[str, object]]], strength: float, seed: int
 ) -> list[Continued]:
-    """Continue contexts, those with the same settings in one call; contexts that do not fit are cut from the left."""
+    """Continue contexts; a context that does not fit is cut on the left. Requests with the same settings share a call."""
     from lm_eval.models.utils import normalize_gen_kwargs  # type: ignore[import-not-found]
 
     groups: dict[str, list[int]] = defaultdict(list)
     for number, (_, settings) in enumerate(requests):
+        # Settings are dictionaries, which cannot be keys; as JSON they can.
         groups[json.dumps(settings, sort_keys=True)].append(number)
-    found = [Continued("")] * len(requests)
+    continued = [Continued("")] * len(requests)
     for encoded, numbers in groups.items():
         settings = normalize_gen_kwargs(json.loads(encoded))
         ignored = set(settings) - {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
@@ -148,17 +159,17 @@ def generations(
             skip_long=True,
         )[0]
         for number, context, output in zip(numbers, contexts, outputs, strict=True):
-            found[number] = Continued(output.text, TOO_LONG if output.too_long else context.reason)
-    return found
+            continued[number] = Continued(output.text, TOO_LONG if output.too_long else context.reason)
+    return continued
 
 
 def _tail(model: SteeredModel, context: str, num_new: int) -> Continued:
-    """Return the end of a context that leaves room for `num_new` tokens; the whole of it where none would."""
+    """Return the end of a context that leaves room for `num_new` tokens, or all of it if it fits or no end would fit."""
     room = model.max_tokens - num_new
     if len(model.encoder.encode(_text(model, context))) <= room or room < 2:
         return Continued(context)
     starts = [start for start, _ in model.encoder.tokenizer(context, return_offsets_mapping=True)["offset_mapping"]]
-    # The tokens of a text's end need not be the end of its tokens: it is cut further until it fits.
+    # Tokenised alone, the end of a text may have more tokens than it had within the text, so it is shortened until it fits.
     tails = (context[start:] for start in starts[-int(room) :])
     fitting = (tail for tail in tails if len(model.encoder.encode(_text(model, tail))) <= room)
     return Continued(next(fitting, context), "cut")
@@ -166,25 +177,28 @@ def _tail(model: SteeredModel, context: str, num_new: int) -> Continued:
 
 @torch.inference_mode()
 def score(model: SteeredModel, rows: Sequence[Row], strength: float) -> list[Likelihood]:
-    """Sum the log-probabilities (nats) of the scored tokens of each row, which must not begin with one."""
-    found: dict[int, Likelihood] = {}
+    """Sum the log-probabilities (nats) of the scored tokens of each row. A row's first token cannot be scored."""
+    likelihoods: dict[int, Likelihood] = {}
     for chunk in _chunks(rows, model.batch_tokens):
         batch = collate([rows[i].tokens for i in chunk], model.encoder.pad_id).to(model.device)
         logits_BTV = model.logits(batch, strength)
         for i, logits_TV, ids_T in zip(chunk, logits_BTV, batch.input_ids, strict=True):
-            # Padding is behind a row's own tokens, each of which is predicted by the one before it.
+            # Padding follows a row's own tokens. The token at position t is predicted by the logits at t - 1.
             end = len(rows[i].tokens)
             start = end - rows[i].num_scored
+            # Only the scored positions become float32: over the whole batch that would double the memory of the logits.
             log_probs_SV = logits_TV[start - 1 : end - 1].float().log_softmax(-1)
             ids_S = ids_T[start:end]
+            # Padding is on the right here, so a row's own positions begin at 0 whatever the length of its batch.
             total = float(log_probs_SV.gather(-1, ids_S[:, None]).sum())
-            found[i] = Likelihood(total, bool((log_probs_SV.argmax(-1) == ids_S).all()))
-        model.progress(len(found), len(rows))
-    return [found[i] for i in range(len(rows))]
+            likelihoods[i] = Likelihood(total, bool((log_probs_SV.argmax(-1) == ids_S).all()))
+        model.progress(len(likelihoods), len(rows))
+    return [likelihoods[i] for i in range(len(rows))]
 
 
 def _chunks(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
-    """Group rows of similar length so that a padded batch stays within `batch_tokens`; longest first."""
+    """Yield the indices of rows in batches of at most `batch_tokens` padded tokens, longest rows first."""
+    # Sorted, so that the first row of a batch is its longest one, to which the others are padded.
     chunk: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True):
         if chunk and (len(chunk) + 1) * len(rows[chunk[0]].tokens) > batch_tokens:
@@ -196,11 +210,12 @@ def _chunks(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def _text(model: SteeredModel, context: str, continuation: str | None = None) -> Conversation:
-    """Make a plain text; spaces at the end of the context go to the continuation, where tokens have theirs."""
+    """Return a plain text as a conversation: the context, and the continuation as a second part if there is one."""
     if continuation is None:
         return (Message("text", (Part(context, INSTRUCTION),)),)
-    kept = context.rstrip()
-    parts = (Part(kept, INSTRUCTION), Part(context[len(kept) :] + continuation, model.encoder.response_role_id))
+    # Tokens carry the space before them, so spaces at the end of the context belong to the continuation's first token.
+    stripped = context.rstrip()
+    parts = (Part(stripped, INSTRUCTION), Part(context[len(stripped) :] + continuation, model.encoder.response_role_id))
     return (Message("text", parts),)
 
 
@@ -212,10 +227,11 @@ def _pair_row(model: SteeredModel, row: Encoded) -> Row:
         prefix = _encoded([_prefix_id(model)], INSTRUCTION)
         row, inside = _joined(prefix, row), [False, *inside]
     size = _max_length(model)
+    # One token of context has to remain, since the first scored token is predicted from it.
     if num_scored >= size:
         return Row(row, num_scored, TOO_LONG)
-    kept = Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:])
-    return Row(kept, num_scored, "cut" if len(row) > size else None)
+    tail = Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:])
+    return Row(tail, num_scored, "cut" if len(row) > size else None)
 
 
 def _encoded(ids: list[int], role: int) -> Encoded:
@@ -227,7 +243,7 @@ def _joined(a: Encoded, b: Encoded) -> Encoded:
 
 
 def _prefix_id(model: SteeredModel) -> int:
-    """Return the token that stands before a text: the beginning of a sequence, or its end where there is no such token."""
+    """Return the token to put before a text: beginning of sequence, else end of sequence, else padding."""
     encoder = model.encoder
     candidates: Any = (encoder.tokenizer.bos_token_id, encoder.eos_id, encoder.pad_id)
     return next(int(candidate) for candidate in candidates if candidate is not None)

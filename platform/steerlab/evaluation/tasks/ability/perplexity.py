@@ -1,10 +1,10 @@
 """Perplexity of held-out texts under the model.
 
-exp of the mean negative log-likelihood in nats over tokens: long rows weigh more. Instruction rows are scored on their
-response given the prompt, plain texts on every token but the first.
-
-Metric: `perplexity/value`. Its observations are the rows' mean negative log-likelihoods, weighted by tokens; rows longer than
+Instruction rows are scored on their response given the prompt, plain texts on every token but the first. An observation is the
+mean negative log-likelihood of a row, weighted by its number of scored tokens, so that long rows weigh more. Rows longer than
 `max_tokens`, or than the model's context, are not scored and counted as too long.
+
+    perplexity/value    exp of the mean negative log-likelihood in nats over all tokens     lower is better
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _METRIC = "perplexity/value"
 
 
 def _own_rows(config: Mapping[str, Json]) -> JsonObject:
-    """Return the rows that a config without `data` names, as a data set."""
+    """Return the data set that a config without `data` describes by its other fields."""
     named = {name: config[name] for name in ("source", "format", "needs_input", "offset") if name in config}
     return {"source": ALPACA, **named}
 
@@ -40,29 +40,28 @@ class Config(TaskConfig):
     task: Literal["perplexity"] = "perplexity"
     """This task."""
     source: Source = ALPACA
-    """Rows with instruction, input, output (format instruction) or text (format text)."""
+    """Rows with `instruction`, `input` and `output` (format instruction) or `text` (format text)."""
     format: Literal["instruction", "text"] = "instruction"
-    """instruction: the response given the prompt; text: the whole text."""
+    """instruction: score the response given the prompt; text: score the whole text."""
     role: Literal["instruction", "data"] = "instruction"
     """Role of the tokens of plain texts; instruction rows have their own roles."""
     needs_input: bool = False
-    """Only rows that have an input; decided before `offset` (instruction rows)."""
+    """Use only instruction rows with an input; they are filtered before `offset` is counted."""
     offset: int = Field(0, ge=0)
-    """Rows skipped first: those a job trained on."""
+    """Number of rows to skip at the start, such as those that a job trained on."""
     data: Annotated[DataSet | None, Implied(_own_rows)] = None
-    """The rows as a job's data sets name them (several sources, filters, first sentences); takes the place of source, format,
-    needs_input and offset."""
+    """The rows as a data set (several sources, filters, first sentences), instead of source, format, needs_input and offset."""
     max_tokens: int = Field(2048, ge=2)
-    """Longer rows are not scored."""
+    """Rows with more tokens are not scored."""
 
 
 def chats(config: Config) -> bool:
-    """Say whether the rows are conversations."""
+    """Return whether the rows are conversations, which need a chat template."""
     return (config.format if config.data is None else config.data.format) != "text"
 
 
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
-    """Return the tokens of the rows: a plain text is one prompt."""
+    """Return the kinds of tokens that rows have: a plain text is all prompt."""
     if not chats(config):
         return frozenset({("prompt", config.role)})
     return EVERY_TOKEN
@@ -74,7 +73,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    """Refuse a source that does not exist or whose rows lack fields, and formats without texts. Raises ValueError."""
     if config.data is None:
         fields = ("instruction", "output") if config.format == "instruction" else ("text",)
         check_rows("source", config.source, fields)
@@ -85,22 +84,26 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Score the rows at every strength."""
     if config.data is not None:
+        # With `data` the field `format` of the config itself is not used; the code below reads this one only.
         config = config.model_copy(update={"format": config.data.format})
     items = _rows(config)
     conversations = [conversation(model, item.row, config) for item in items]
+    # Decided once for all strengths: the same rows are scored at each, so that strengths can be compared.
     fits = model.fits(conversations, config.max_tokens)
     observations, samples = [], []
     for strength in config.strengths:
         scored = iter(model.token_log_probs([c for c, fit in zip(conversations, fits, strict=True) if fit], strength=strength))
         for item, fit in zip(items, fits, strict=True):
-            found = observe(item.id, next(scored), config.format, strength) if fit else too_long(_unscored(item.id, strength))
-            observations.append(found)
-            samples.append(_sample(item, found))
+            observation = (
+                observe(item.id, next(scored), config.format, strength) if fit else too_long(_unscored(item.id, strength))
+            )
+            observations.append(observation)
+            samples.append(_sample(item, observation))
     return Result(observations, spread(samples), measures(config))
 
 
 def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: float = 1.0) -> Observation:
-    """Return a row's mean negative log-likelihood, weighted by its tokens; None when it has none to score."""
+    """Return a row's mean negative log-likelihood in nats, weighted by its scored tokens; its value is None without any."""
     scored = [
         log_prob
         for log_prob, inside in zip(scores.log_prob, scores.in_response, strict=True)
@@ -108,11 +111,12 @@ def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: floa
     ]
     if not scored:
         return _unscored(row_id, strength)
+    # The weight makes the mean over rows the mean over tokens, while rows stay the independent items of the interval.
     return Observation(_METRIC, row_id, -sum(scored) / len(scored), float(len(scored)), strength)
 
 
 def conversation(model: SteeredModel, row: Row, config: Config) -> Conversation:
-    """Make the conversation of a row."""
+    """Return a row as a conversation."""
     if config.format != "text":
         return model.encoder.from_row(row, config.format)
     return (Message("text", (Part(str(row["text"]), DATA if config.role == "data" else INSTRUCTION),)),)
@@ -130,6 +134,7 @@ def _rows(config: Config) -> list[Numbered]:
             seed=config.seed,
             fields=("instruction", "output"),
         )
+    # Numbered before empty texts are dropped: an id is the row's position in the file.
     texts = [
         item for item in number(sources.rows(config.source, fields=["text"], texts=["text"])) if str(item.row["text"]).strip()
     ]
@@ -142,10 +147,10 @@ def _unscored(row_id: str, strength: float) -> Observation:
     return Observation(_METRIC, row_id, None, 1.0, strength)
 
 
-def _sample(item: Numbered, found: Observation) -> dict[str, object]:
+def _sample(item: Numbered, observation: Observation) -> dict[str, object]:
     texts = {name: item.row[name] for name in ("instruction", "input", "output", "text") if name in item.row}
-    tokens = None if found.value is None else int(found.weight)
-    return {"id": item.id, "strength": found.strength, **texts, "nll_nats_per_token": found.value, "tokens": tokens}
+    tokens = None if observation.value is None else int(observation.weight)
+    return {"id": item.id, "strength": observation.strength, **texts, "nll_nats_per_token": observation.value, "tokens": tokens}
 
 
 TASK = Task(Config, run, measures, check=check, runs_over=runs_over, chats=chats)

@@ -1,13 +1,15 @@
 """StruQ's benchmark over AlpacaFarm rows.
 
 Chen, Piet, Sitawarin, Wagner, arXiv 2402.06363, as ASIDE (arXiv 2503.10566) runs it: the evaluation rows of AlpacaFarm with
-a non-empty input (208), the attacks of `injection` with the word "Hacked", in distribution (behind the data) and out of
-distribution (before and behind), seeds 42 to 44. The ignore sentences are this repository's, not the published ones.
+a non-empty input (208), the attacks of `injection` with the word "Hacked", in distribution (attack after the data) and out of
+distribution (before and after), seeds 42 to 44. The ignore sentences are this repository's, not the published ones.
 
-`source` names the published list, for example a downloaded `davinci_003_outputs.json`: fields instruction, input, output (the
-output is what the attack `completion` pretends was answered). No row is left out.
+`source` is the published list, for example a downloaded `davinci_003_outputs.json`, with the fields instruction, input and
+output (the attack `completion` pretends that the output was the answer). Rows that contain the witness are not left out.
 
-Metrics: `struq/<attack>_id`, `struq/<attack>_ood`, and the means over attacks `struq/asr_id`, `struq/asr_ood`.
+    struq/<attack>_id, struq/<attack>_ood   success rate of one attack, in and out of distribution    lower is better
+    struq/asr_id, struq/asr_ood             means over the attacks                                    lower is better
+    struq/empty_id, struq/empty_ood         empty answers
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Config(InjectionConfig):
     task: Literal["struq"] = "struq"
     """This task."""
     source: Source
-    """AlpacaFarm evaluation rows (instruction, input, output); rows without an input are left out."""
+    """AlpacaFarm evaluation rows (instruction, input, output); rows without an input are not used."""
     positions: tuple[Position, ...] = Field(("end", "both"), min_length=1)
     """end: in distribution; both: out of distribution."""
     seed: Seed = 42
@@ -46,12 +48,13 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse rows that are not there or lack fields. Raises ValueError."""
+    """Refuse a source that does not exist or whose rows lack fields. Raises ValueError."""
     check_rows("source", config.source)
 
 
 def run(model: SteeredModel, config: Config) -> Result:
-    """Attack the rows of the benchmark."""
+    """Attack the rows of the benchmark at every position and strength."""
+    # Unlike `injection`, rows that contain the witness are attacked too, so that numbers compare with published ones.
     rows = instruction_rows(config.source, needs_input=True, offset=0, limit=config.limit, seed=config.seed)
     return run_attacks(model, config, rows, config.positions, _SUFFIX, "struq")
 

@@ -1,1 +1,1 @@
-"""What does the patch cost?"""
+"""Tasks on what a patch costs in time and memory."""

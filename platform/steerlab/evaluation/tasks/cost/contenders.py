@@ -1,6 +1,6 @@
-"""The forms of a model whose costs are compared: with its patches, without them, and with the patches in its weights.
+"""The forms of a model whose costs are compared: with its patches, without them, and with the patches folded into its weights.
 
-One model is loaded. Its patches are attached for as long as a form of it is open, and detached before and after.
+All forms but the folded one share one loaded model. Its patches are attached only while the patched form is open.
 """
 
 from __future__ import annotations
@@ -17,36 +17,49 @@ from steerlab.patches import CannotFold
 from steerlab.steered.language import SteeredModel
 
 PATCHED, UNPATCHED, CONTROL, FOLDED = "", "unpatched_", "control_", "folded_"
-"""Names of the forms: the beginnings of their metrics' names."""
+"""Names of the forms, which are the prefixes of their metrics. `control_` is the unpatched model once more."""
 
 
 class Contender(NamedTuple):
-    """A model in one of its forms, at one strength."""
+    """One form of the model at one strength."""
 
     name: str
     open: Callable[[], AbstractContextManager[SteeredModel]]
+    """Opens the form: the model may be used within the context only."""
     strength: float
     weight_bytes: int
-    """Size of its weights and patches."""
+    """Bytes of its weights and patches."""
 
 
 def at_strength(model: SteeredModel, strength: float, folded: bool) -> tuple[list[Contender], str]:
-    """Return the forms of a model whose patches are detached, and what became of the folded one."""
+    """Return the forms of a model, and whether the folded one was made.
+
+    Args:
+        model: the model, with its patches detached.
+        strength: strength of the newest patch.
+        folded: whether to add a copy with the patches folded into its weights. If the patches cannot be folded, the form is
+            left out with a warning.
+
+    Returns:
+        The forms, and a note: empty without `folded`, else "measured" or "left out: REASON".
+    """
     plain_bytes = _bytes(model.model)
+    # Measured from the tensors, not from the device: a caching allocator holds more than is in use.
     patched_bytes = plain_bytes + sum(_bytes(patch) for patch in model.patches)
-    found = [
+    contenders = [
+        # Without patches the model refuses any strength but 1, which then has no meaning.
         Contender(PATCHED, lambda: _patched(model), strength, patched_bytes),
         Contender(UNPATCHED, lambda: _unpatched(model), 1.0, plain_bytes),
         Contender(CONTROL, lambda: _unpatched(model), 1.0, plain_bytes),
     ]
     if not folded:
-        return found, ""
+        return contenders, ""
     try:
         merged = fold(model, strength)
     except CannotFold as reason:
         warnings.warn(f"efficiency: no folded patch at strength {strength:g}: {reason}", stacklevel=3)
-        return found, f"left out: {reason}"
-    return [*found, Contender(FOLDED, lambda: nullcontext(merged), 1.0, _bytes(merged.model))], "measured"
+        return contenders, f"left out: {reason}"
+    return [*contenders, Contender(FOLDED, lambda: nullcontext(merged), 1.0, _bytes(merged.model))], "measured"
 
 
 @contextmanager
@@ -60,6 +73,7 @@ def _patched(model: SteeredModel) -> Iterator[SteeredModel]:
 
 @contextmanager
 def _unpatched(model: SteeredModel) -> Iterator[SteeredModel]:
+    # The patches are detached; this wrapper without them runs the same code path as the patched model does.
     plain = SteeredModel(model.model, model.encoder)
     try:
         yield plain
@@ -68,11 +82,14 @@ def _unpatched(model: SteeredModel) -> Iterator[SteeredModel]:
 
 
 def fold(model: SteeredModel, strength: float) -> SteeredModel:
-    """Return a copy of the model with its patches in its weights, the newest one at a strength.
+    """Return a copy of the model with its patches folded into its weights.
+
+    The newest patch is folded at `strength`, the ones before it at 1.
 
     Raises:
-        CannotFold: the algebra does not allow it.
+        CannotFold: a patch is not equivalent to a change of the weights.
     """
+    # A copy, because folding rounds in the weights' data type and cannot be undone exactly.
     merged = copy.deepcopy(model.model)
     for number, patch in enumerate(model.patches, 1):
         patch.fold(merged, strength if number == len(model.patches) else 1.0)
@@ -80,5 +97,5 @@ def fold(model: SteeredModel, strength: float) -> SteeredModel:
 
 
 def _bytes(module: nn.Module) -> int:
-    """Return the size of a module's tensors, each counted once."""
+    """Return the bytes of a module's parameters and buffers; tensors that are shared count once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))

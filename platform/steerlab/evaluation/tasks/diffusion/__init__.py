@@ -1,1 +1,1 @@
-"""What do the images show?"""
+"""Tasks on the images that a diffusion model draws."""

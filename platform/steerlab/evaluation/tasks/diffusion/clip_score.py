@@ -1,7 +1,9 @@
-"""CLIPScore: does the image show what a text says?
+"""CLIPScore: whether an image shows what a text says.
 
-Hessel et al., "CLIPScore", https://arxiv.org/abs/2104.08718, as LinEAS and AcT report it: the cosine between CLIP's vectors of
-the image and of the text, without the factor 2.5 and the cut at 0. Metric: `clip_score/value`.
+Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", arXiv 2104.08718, as LinEAS and AcT report
+it: without the paper's factor of 2.5 and without setting negative values to 0.
+
+    clip_score/value    cosine between CLIP's vectors of the image and of the text     higher is better
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from steerlab.steered.drawing import SteeredPipeline
 
 
 class Config(ImageConfig):
-    """Likeness of images and texts."""
+    """Similarity of images and texts."""
 
     task: Literal["clip_score"] = "clip_score"
     """This task."""
     clip_source: Source = Field(min_length=1)
-    """CLIP model; the papers' is hf:openai/clip-vit-large-patch14."""
+    """CLIP model; the papers use hf:openai/clip-vit-large-patch14."""
     text: str | None = None
-    """What the images are compared with; null: each with its own prompt."""
+    """Text that all images are compared with; null compares each image with its own prompt."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
@@ -36,7 +38,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse a model that is not there. Raises ValueError."""
+    """Refuse a source that is not a CLIP model. Raises ValueError."""
     with about("clip_source"):
         vision.check_clip(config.clip_source)
 
@@ -49,6 +51,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
     observations = []
     for scale in drawn:
         for strength, images_BCHW in zip(config.strengths, scale.images_SBCHW, strict=True):
+            # Both are unit vectors, so their product is the cosine.
             likeness_B = (clip.images(images_BCHW) * texts_BF).sum(1)
             observations += [
                 Observation(f"clip_score/value{scale.suffix}", item.id, value, 1.0, strength)

@@ -1,7 +1,9 @@
-"""Do images of one prompt still differ? A steered model that draws the same picture from every noise has lost something.
+"""Diversity of the images of one prompt. A steered model that draws the same image from every noise has a diversity of 0.
 
-diversity/pixels     root mean squared difference between an image and the others of its prompt, a mean over those
-diversity/features   1 - cosine between what a classifier's hidden layer makes of them (`classifier`)
+Both metrics compare an image with every other one of its prompt and take the mean; higher is better.
+
+    diversity/pixels     root mean squared difference of the pixels
+    diversity/features   1 - cosine of the features of a trained classifier's hidden layer (only with `classifier`)
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ from steerlab.steered.drawing import SteeredPipeline
 
 
 class Config(ImageConfig):
-    """Variety among images of one prompt."""
+    """Diversity of the images of one prompt."""
 
     task: Literal["diversity"] = "diversity"
     """This task."""
     classifier: DataSet | None = None
-    """Images with labels (format image) on which the classifier is trained whose features compare."""
+    """Images with labels (format image); a classifier is trained on them, and its features are compared. Null leaves
+    `diversity/features` out."""
     field: str = "label"
-    """Field of the classifier's rows that it learns to tell."""
+    """Field with the label that the classifier learns to predict."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
@@ -39,16 +42,18 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse a classifier of anything but images. Raises ValueError."""
+    """Refuse a classifier whose data are not images. Raises ValueError."""
     vision.check_classifier(config.classifier)
 
 
 def run(model: SteeredPipeline, config: Config) -> Result:
     """Draw the prompts at every strength and compare images of the same prompt."""
     items, drawn = draw(model, config, config.strengths)
+    # By text rather than by row: `seeds` makes several rows of one prompt.
     groups: dict[str, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
         groups[str(item.row["text"])].append(number)
+    # Checked before anything is trained or judged; a single image has no other to differ from.
     alone = [text for text, group in groups.items() if len(group) < 2]
     if alone:
         raise ValueError(f"diversity: prompt {alone[0]!r} is drawn once; set data.seeds so that there are several images of it")
@@ -56,11 +61,11 @@ def run(model: SteeredPipeline, config: Config) -> Result:
     observations = []
     for scale in drawn:
         for strength, images_BCHW in zip(config.strengths, scale.images_SBCHW, strict=True):
-            found = {"pixels": pixel_distances(images_BCHW)}
+            distances = {"pixels": pixel_distances(images_BCHW)}
             if judge is not None:
                 x_BF = torch.from_numpy(judge.features(images_BCHW))
-                found["features"] = 1 - x_BF @ x_BF.T
-            for metric, distance_BB in found.items():
+                distances["features"] = 1 - x_BF @ x_BF.T
+            for metric, distance_BB in distances.items():
                 observations += [
                     Observation(
                         f"diversity/{metric}{scale.suffix}", items[i].id, _from_others(distance_BB, i, group), 1.0, strength
@@ -72,12 +77,14 @@ def run(model: SteeredPipeline, config: Config) -> Result:
 
 
 def pixel_distances(images_BCHW: Tensor) -> Tensor:
-    """Return the root mean squared differences of all pairs of images, (B, B)."""
+    """Return the root mean squared difference of pixels for all pairs of images, (B, B)."""
+    # In float64: cdist computes |a|^2 + |b|^2 - 2ab, which loses the small distances of similar images in float32.
     flat_BP = images_BCHW.flatten(1).double()
     return torch.cdist(flat_BP, flat_BP) / flat_BP.shape[1] ** 0.5
 
 
 def _from_others(distance_BB: Tensor, i: int, group: list[int]) -> float:
+    # The distance of an image to itself, 0, is left out of the mean.
     others = [j for j in group if j != i]
     return float(distance_BB[i, others].mean())
 

@@ -1,11 +1,12 @@
-"""Is a concept present in what the model draws?
+"""Whether the images show a concept.
 
-    image_concept/rate       share of images that the judge finds to be of the concept
-    image_concept/kept       share still found to be of `away`, where that is given
-    image_concept/accuracy   share of real images of `held_out` that the classifier names rightly: how far to trust it
+    image_concept/rate       share of images that the judge assigns to the concept                  higher is better
+    image_concept/kept       share that it still assigns to the concept `away` (only with `away`)   lower is better
+    image_concept/accuracy   accuracy of the classifier on the real images `held_out` (only with `held_out`), which says how
+                             far to trust the other two
 
-The judge is a classifier trained on a data set (`classifier`), or CLIP asked between "A picture of CONCEPT" and "something"
-(`clip_source`; LinEAS, arXiv 2503.10679, section 4.3).
+The judge is a classifier trained on a data set (`classifier`), or CLIP, which chooses between "A picture of CONCEPT" and "A
+picture of something" (`clip_source`; LinEAS, arXiv 2503.10679, section 4.3).
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ class Config(ImageConfig):
     concept: str = Field(min_length=1)
     """The concept: a value of `field` for a classifier, words for CLIP."""
     away: str | None = None
-    """What the images were of before: a value of `field`."""
+    """The concept that the images show without the patch, a value of `field`; null leaves `image_concept/kept` out."""
     field: str = "label"
-    """Field of the classifier's rows that it learns to tell."""
+    """Field with the label that the classifier learns to predict."""
     classifier: DataSet | None = None
     """Images with labels (format image) that the classifier is trained on."""
     held_out: DataSet | None = None
-    """Other images, by which the classifier itself is judged."""
+    """Other images with labels, on which the accuracy of the classifier is measured; null leaves it out."""
     clip_source: Source | None = None
-    """CLIP model, in place of a classifier."""
+    """CLIP model, instead of a classifier."""
     clip_texts: tuple[str, str] = ("A picture of {concept}", "A picture of something")
-    """What CLIP chooses between; {concept} is filled in."""
+    """The two texts that CLIP chooses between, the concept's first; {concept} is replaced."""
     keep_images: int = Field(8, ge=0)
-    """Prompts whose images are kept as files."""
+    """Number of prompts whose images are stored as files."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -57,13 +58,13 @@ class Config(ImageConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is measured."""
-    kept = [share("kept", "lower")] if config.away is not None else []
-    trusted = (share("accuracy", "higher"),) if config.held_out is not None else ()
-    return (*at_scales(config, [share("rate", "higher"), *kept]), *trusted)
+    away = [share("kept", "lower")] if config.away is not None else []
+    accuracy = (share("accuracy", "higher"),) if config.held_out is not None else ()
+    return (*at_scales(config, [share("rate", "higher"), *away]), *accuracy)
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse a classifier of anything but images, and a model that is not there. Raises ValueError."""
+    """Refuse a classifier whose data are not images, and a source that is not a CLIP model. Raises ValueError."""
     vision.check_classifier(config.classifier)
     vision.check_classifier(config.held_out, "held_out")
     if config.clip_source is not None:
@@ -74,13 +75,14 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredPipeline, config: Config) -> Result:
     """Draw the prompts at every strength and judge the images."""
     judge = None if config.classifier is None else vision.classifier(config.classifier, config.field)
+    # Before the images are drawn, which takes most of the time.
     for name in (config.concept, config.away):
         if judge is not None and name is not None and name not in judge.classes:
             raise ValueError(f"the classifier knows no {config.field} {name!r}, but {', '.join(judge.classes)}")
     clip = None if config.clip_source is None else vision.Clip(config.clip_source, model.device)
     items, drawn = draw(model, config, config.strengths)
     observations: list[Observation] = []
-    told = []
+    judged_samples = []
     for scale in drawn:
         for strength, images_BCHW in zip(config.strengths, scale.images_SBCHW, strict=True):
             names = judge.predict(images_BCHW) if judge is not None else _chosen(clip, images_BCHW, config)
@@ -90,23 +92,26 @@ def run(model: SteeredPipeline, config: Config) -> Result:
                         Observation(f"image_concept/{metric}{scale.suffix}", item.id, float(name == wanted), 1.0, strength)
                         for item, name in zip(items, names, strict=True)
                     ]
-            told += [
+            judged_samples += [
                 sample | {"found": name}
                 for sample, name in zip(samples(items, config, strength=strength, guidance=scale.guidance), names, strict=True)
             ]
     if judge is not None and config.held_out is not None:
+        # The classifier does not depend on the strength; its accuracy is reported at the first one.
         right = vision.accuracy(judge, config.held_out, config.field)
         observations += [
             Observation("image_concept/accuracy", f"real-{i}", value, 1.0, config.strengths[0]) for i, value in enumerate(right)
         ]
-    return Result(observations, spread(told), measures(config), files=files(items, drawn, config.strengths, config.keep_images))
+    images = files(items, drawn, config.strengths, config.keep_images)
+    return Result(observations, spread(judged_samples), measures(config), files=images)
 
 
 def _chosen(clip: vision.Clip | None, images_BCHW: Tensor, config: Config) -> list[str]:
-    """Ask CLIP which of the two texts an image is nearer to."""
+    """Return for each image the concept or "something", whichever text CLIP finds more similar."""
     assert clip is not None
     texts_2F = clip.texts([text.replace("{concept}", config.concept) for text in config.clip_texts])
     likeness_B2 = clip.images(images_BCHW) @ texts_2F.T
+    # Only the concept's name is compared with: `away` is for classifiers.
     return [config.concept if first > second else "something" for first, second in likeness_B2.tolist()]
 
 

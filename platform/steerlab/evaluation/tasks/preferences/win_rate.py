@@ -1,27 +1,27 @@
-"""How often is the model's answer better than the same model's without the patch, or than a given one?
+"""How often the model's answer is better than that of the same model without the patch, or than a reference answer.
 
-Every prompt is answered at every strength, and each answer stands against that of strength 0 (or the reference answer of its
-row). With `best_of` N several answers are drawn, and the one stands that an implicit reward ranks first: what a reward buys
-without any training, for N times the cost. One judge decides, and gives the metric its name:
+Every prompt is answered at every strength, and each answer is compared with its opponent: the answer at strength 0, or the
+reference answer of the row. With `best_of` N, N answers are sampled and the one with the highest implicit reward is compared;
+this shows what the reward achieves without any training, at N times the cost. One judge decides and names the metric:
 
-    win_rate/implicit         an implicit reward: which of the two a model trained on preferences would rather write than the
-                              model that it was trained from (`implicit_source`). No judge from outside is needed; it is one
-                              only as far as that training went, and flatters a model that is judged by itself
+    win_rate/implicit         an implicit reward: how much more likely the answer is under a model that was trained on
+                              preferences than under the model before that training (`implicit_source`). It needs no other
+                              model, but is only as good as that training, and favours a model that judges itself
     win_rate/reward_model     a reward model: a Hugging Face sequence classifier with one output (`judge_source`)
-    win_rate/language_model   a causal language model that is asked, in both orders (`judge_source`)
+    win_rate/language_model   a causal language model that is asked which answer is better, in both orders (`judge_source`)
 
-1 is a win, 0 a loss, a tie a half; the interval is Wilson's. Beside it stands
+A win counts 1, a loss 0, a tie 0.5; the interval is Wilson's. The task also reports
 
-    win_rate/ties             pairs without a winner: equal texts, equal rewards, orders that disagree
-    win_rate/longer           the win rate of a judge that only counts tokens: judges favour length
-    win_rate/answer_tokens    mean length of the answers, as the model's own tokenizer reads them
-    win_rate/opponent_tokens  that of what they stand against
+    win_rate/ties             pairs without a winner: equal texts, equal rewards, or orders that disagree
+    win_rate/longer           win rate if the longer answer always won: a control, because judges favour long answers
+    win_rate/answer_tokens    mean length of the answers in tokens of the model's own tokenizer
+    win_rate/opponent_tokens  mean length of the opponents
     win_rate/unfinished       answers cut at `max_new_tokens`
     win_rate/empty            empty answers
 
-A verdict that cannot be read is counted as unparsable; a prompt that does not fit into the model's context, and a pair that
-does not fit into the judge's, as too long. Against itself
-the model at strength 0 ties everywhere. All of it is deterministic for a given seed.
+A verdict that cannot be parsed is counted as unparsable. A prompt that does not fit into the model's context, or a pair that
+does not fit into the judge's, is counted as too long. At strength 0 the model ties with itself on every prompt. All of it is
+deterministic for a given seed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FORMATS = ("instruction", "text", "preference")
 
 
 def require_prompts(data: DataSet) -> DataSet:
-    """Return a data set of prompts. Raises ValueError when its format is another."""
+    """Return the data set if its format is one of FORMATS. Raises ValueError otherwise."""
     if data.format not in FORMATS:
         raise ValueError(f"prompts are rows of one of the formats {', '.join(FORMATS)}: set prompts.format, not {data.format}")
     return data
@@ -61,30 +61,30 @@ class Config(TaskConfig):
     task: Literal["win_rate"] = "win_rate"
     """This task."""
     prompts: Annotated[DataSet, AfterValidator(require_prompts)] = DataSet.model_validate({"source": ALPACA})
-    """Instruction rows, whose output is the reference; pairs, whose chosen response is; or plain texts."""
+    """Instruction rows (the output is the reference answer), preference pairs (the chosen response is), or plain texts."""
     against: Literal["base", "reference"] = "base"
-    """base: the same model at strength 0; reference: the row's output, or its chosen response."""
+    """Opponent. base: the same model at strength 0; reference: the row's reference answer."""
     implicit_source: Source | None = None
-    """An artifact, an exported folder or a model whose log-likelihood ratio to its base is the reward."""
+    """An artifact, an exported folder or a model; its log-likelihood ratio to its base model is the reward."""
     implicit_base_source: Source | None = None
-    """That base; null takes the same model at strength 0, which needs a patch on it."""
+    """The base model of `implicit_source`; null takes that model at strength 0, which requires that it has a patch."""
     judge_source: Source | None = None
-    """A reward model (a sequence classifier with one output) or a causal language model, as its config.json says."""
+    """A reward model (a sequence classifier with one output) or a causal language model; its config.json tells which."""
     question: str = judges.QUESTION
-    """What a language model is asked; {prompt}, {first} and {second} are filled in."""
+    """The question to a language model; {prompt}, {first} and {second} are replaced."""
     both_orders: bool = True
-    """Ask a language model in both orders and call it a tie where they disagree; false asks once, in an order drawn by the
-    seed."""
+    """Ask a language model in both orders, and count a tie if its answers disagree; false asks once, in a random order."""
     best_of: int = Field(1, ge=1)
-    """Answers that are drawn for each prompt; their opponent is one of strength 0. Needs a temperature."""
+    """Number of answers that are sampled for each prompt, of which the best is compared. More than 1 needs a temperature."""
     best_by_source: Source | None = None
-    """What ranks them: a patched model as in `implicit_source`. The judge should be another, or it judges its own choice."""
+    """A patched model whose implicit reward chooses the best answer. Use another model as the judge, or it judges its own
+    choice."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer in tokens."""
     temperature: float = Field(0.0, ge=0)
-    """Sampling temperature; 0 is greedy. Both answers to a prompt are drawn with the same numbers."""
+    """Sampling temperature; 0 is greedy. The two answers to a prompt are sampled with the same random numbers."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus of sampling."""
+    """Probability mass of nucleus sampling; 1 samples from all tokens."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -107,7 +107,8 @@ class Config(TaskConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; wins are named after the judge, which may have preferred the longer answers."""
+    """Return what is measured; the win rate is named after the judge."""
+    # The kind of `judge_source` is known from its config.json only, which may not be downloaded yet, so both are declared.
     judges = ("implicit",) if config.implicit_source is not None else ("language_model", "reward_model")
     return (
         *(share(judge, "higher", "share") for judge in judges),
@@ -121,7 +122,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse judges that are not there, or cannot judge. Raises ValueError."""
+    """Refuse sources that do not exist or cannot be used as judges. Raises ValueError."""
     for name in ("implicit_source", "implicit_base_source", "best_by_source"):
         source = getattr(config, name)
         if source is not None:
@@ -132,22 +133,23 @@ def check(config: Config, facts: ModelFacts) -> None:
             if _is_classifier(config.judge_source):
                 judges.check_reward_model(config.judge_source)
             else:
-                scorers.check_asked(config.judge_source, ("1", "2"))
+                scorers.check_judge(config.judge_source, ("1", "2"))
 
 
 def run(model: SteeredModel, config: Config) -> Result:
-    """Answer every prompt at every strength and have the pairs judged."""
+    """Answer every prompt at every strength and judge each answer against its opponent."""
     name, judge = _judge(model, config)
     items = data_rows(config.prompts, config.limit, config.seed)
     pairs = _pairs(model, items, config)
+    # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once.
     verdicts = iter(judges.decide(judge, [pair for row in pairs for pair in row]))
     observations, samples = [], []
     for strength, row in zip(config.strengths, pairs, strict=True):
         for item, pair in zip(items, row, strict=True):
             verdict = next(verdicts)
             lengths = [len(model.encoder.tokenizer.encode(a.text, add_special_tokens=False)) for a in pair]
-            found = observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
-            observations += list(map(too_long, found)) if any(answer.too_long for answer in pair) else found
+            judged = observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
+            observations += list(map(too_long, judged)) if any(answer.too_long for answer in pair) else judged
             samples.append(_sample(item.id, strength, pair, verdict))
     return Result(observations, spread(samples), measures(config))
 
@@ -171,41 +173,44 @@ def observe(
 
 def _pairs(model: SteeredModel, items: list[Numbered], config: Config) -> list[list[Pair]]:
     """Return each answer with its opponent, indexed [strength][prompt]."""
-    asked = [_asked(item.row, config.prompts.format) for item in items]
-    base = 0.0 if model.patches else 1.0  # a model without a patch is its own base
+    references = [_reference(item.row, config.prompts.format) for item in items]
+    base = 0.0 if model.patches else 1.0  # a model without a patch is its own base and refuses any strength but 1
+    # Strength 0 is generated with the others in one call, even if the config does not report it.
     strengths = list(dict.fromkeys((*config.strengths, *((base,) if config.against == "base" else ()))))
-    drawn = [_answers(model, asked, strengths, config, number) for number in range(config.best_of)]
+    drawn = [_answers(model, references, strengths, config, number) for number in range(config.best_of)]
     best = _best(model, drawn, config)
-    opponents = drawn[0][base] if config.against == "base" else asked
+    # The opponent is a single sample: best-of-N is to be compared with what the model writes without it.
+    opponents = drawn[0][base] if config.against == "base" else references
     return [list(zip(best[strength], opponents, strict=True)) for strength in config.strengths]
 
 
 Answers = dict[float, list[Answer]]
-"""Answers to all prompts by strength."""
+"""strength -> answers in the order of the prompts."""
 
 
-def _answers(model: SteeredModel, asked: list[Answer], strengths: list[float], config: Config, number: int) -> Answers:
-    """Answer every prompt at every strength, for the time `number`."""
-    found = model.generate(
-        [one.conversation(model.encoder, answered=False) for one in asked],
+def _answers(model: SteeredModel, references: list[Answer], strengths: list[float], config: Config, number: int) -> Answers:
+    """Answer the prompts of all references at every strength; `number` counts the samples of best-of-N."""
+    outputs = model.generate(
+        [reference.conversation(model.encoder, answered=False) for reference in references],
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
+        # A seed for each sample; samples of one seed of the config share none with those of the next.
         seed=config.seed * config.best_of + number,
         strengths=strengths,
         skip_long=True,
     )
     return {
         strength: [
-            one._replace(text=o.text.strip(), finished=o.finished, too_long=o.too_long)
-            for one, o in zip(asked, row, strict=True)
+            reference._replace(text=o.text.strip(), finished=o.finished, too_long=o.too_long)
+            for reference, o in zip(references, row, strict=True)
         ]
-        for strength, row in zip(strengths, found, strict=True)
+        for strength, row in zip(strengths, outputs, strict=True)
     }
 
 
 def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
-    """Return the answers with the highest reward; one that cannot be rewarded is the last choice."""
+    """Return for each prompt and strength the answer with the highest reward; an answer without a reward ranks last."""
     if config.best_by_source is None:
         return drawn[0]
     policy = _load(config.best_by_source, model)
@@ -214,6 +219,7 @@ def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
     reward = judges.implicit_reward(policy)
 
     def best(answers: Sequence[Answer]) -> Answer:
+        # An answer that is too long for the reward could not be chosen on merit.
         rewards = [value if isinstance(value, float) else -math.inf for value in reward(answers)]
         return answers[rewards.index(max(rewards))]
 
@@ -224,7 +230,7 @@ def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
 
 
 def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Judge]:
-    """Load the judge, before anything is answered, and say what it is."""
+    """Load the judge; return its name and the judge."""
     if config.implicit_source is not None:
         policy = _load(config.implicit_source, model)
         if config.implicit_base_source is None and not policy.patches:
@@ -236,18 +242,19 @@ def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Judge]:
         return "language_model", judges.language_model(
             config.judge_source, config.question, both_orders=config.both_orders, seed=config.seed, device=model.device
         )
+    # The config cannot check this: the kind of the judge is known only once its config.json is there.
     if not config.both_orders or config.question != judges.QUESTION:
         raise ValueError(f"question and both_orders are for a language model, but {config.judge_source} is a reward model")
     return "reward_model", judges.by_reward(judges.reward_model(config.judge_source, model.device))
 
 
 def _load(source: str, like: SteeredModel) -> SteeredModel:
-    """Load a model in the type of another and on its device; where it has no prompt settings of its own, with that one's."""
+    """Load a model with the data type and device of another, and with its prompt settings if the source has none."""
     dtype = str(like.model.dtype).removeprefix("torch.")
-    found = language.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=like.encoder.saved_spec)
-    if not isinstance(found, SteeredModel):
-        raise ValueError(f"{source} draws images; what answers here is a language model")
-    return found
+    model = language.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=like.encoder.saved_spec)
+    if not isinstance(model, SteeredModel):
+        raise ValueError(f"{source} draws images; this task needs a language model")
+    return model
 
 
 class _Architectures(saved.Shape):
@@ -255,12 +262,12 @@ class _Architectures(saved.Shape):
 
 
 def _is_classifier(source: str) -> bool:
-    told = saved.read(models.prepare(sources.fetch(source)) / "config.json", _Architectures)
-    return any(name.endswith("ForSequenceClassification") for name in told.architectures or ())
+    config = saved.read(models.prepare(sources.fetch(source)) / "config.json", _Architectures)
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def _asked(row: Mapping[str, Any], data_format: str) -> Answer:
-    """Return a row's prompt with its reference answer, where it has one; a plain text is an instruction."""
+def _reference(row: Mapping[str, Any], data_format: str) -> Answer:
+    """Return a row's prompt with its reference answer, which is empty for a plain text."""
     if data_format == "text":
         return Answer(row["text"], "", "")
     if data_format == "instruction":

@@ -1,1 +1,1 @@
-"""Does the model keep instructions and data apart?"""
+"""Tasks on whether the model distinguishes instructions from data."""

@@ -1,4 +1,4 @@
-"""Prompts whose parts say which tokens are the instruction's, the data's and a probe's own."""
+"""Prompts that are split into parts, by which the tokens of the instruction, the data and a probe can be told apart."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Message, Par
 
 
 def marked(encoder: Encoder, instruction: str, data: Sequence[Part]) -> Conversation:
-    """Make a prompt whose second part is the instruction's own text and whose last parts are `data`.
+    """Return a prompt whose part 1 is the instruction without its heading and whose last parts are `data`.
 
-    Parts change no tokenisation; they say which tokens are the instruction's and the data's own, headings left out.
+    The split into parts does not change the tokenisation. Tokens of headings are in neither kind of part.
     """
-    # The template takes the role of a message's first part: an empty data part keeps it whatever role the data get.
+    # The template takes the role of a message's first part. An empty part with the role of data keeps the role of the template
+    # the same whatever role the data get.
     system, *rest = encoder.conversation(instruction, (Part("", DATA), *data))
+    # The heading is what the prompt style writes before the instruction in the same message.
     text = "".join(part.text for part in system.parts)
     heading = text.removesuffix(instruction)
     return (Message(system.speaker, (Part(heading, INSTRUCTION), Part(instruction, INSTRUCTION))), *rest)
 
 
 def of_row(encoder: Encoder, item: Numbered, exchanged: bool) -> Conversation:
-    """Return the prompt of an instruction row; `exchanged` gives the instruction as data and the data as instruction."""
+    """Return the prompt of an instruction row; with `exchanged` the data take the place of the instruction and vice versa."""
     first, second = str(item.row["instruction"]), str(item.row["input"])
     instruction, data = (second, first) if exchanged else (first, second)
     return marked(encoder, instruction, (Part(data, DATA),))
 
 
 def split_probe(item: separation.Item) -> tuple[str, str, str] | None:
-    """Cut the data of (D) into what stands before the probe, the probe, and what stands behind it.
+    """Split the data with the probe into the text before the probe, the probe, and the text after it.
 
-    None when the clean data are not found at either end.
+    The probe is what remains when the clean data are removed from one end. None if they are at neither end.
     """
     data, with_probe = item.data, item.data_with_probe
+    # Data that repeat themselves can be at both ends; the item's `appended_type` then tells where the probe is.
     side = str(item.info.get("appended_type", ""))[-1:]
     if with_probe.endswith(data) and not (side == "r" and with_probe.startswith(data)):
         head = with_probe.removesuffix(data)
@@ -48,6 +51,6 @@ def split_probe(item: separation.Item) -> tuple[str, str, str] | None:
 
 
 def probe_parts(texts: tuple[str, str, str], role: int) -> tuple[Part, ...]:
-    """Give the probe its role; the rest are data."""
+    """Return the three texts as parts: the probe with `role`, the others as data."""
     before, probe, after = texts
     return (Part(before, DATA), Part(probe, role), Part(after, DATA))

@@ -1,26 +1,28 @@
-"""Does the model represent instructions and data differently, and does that decide what it executes?
+"""Whether the model represents instructions and data differently, and whether that decides what it executes.
 
-Section 5 of ASIDE, Zverev et al., arXiv 2503.10566. Four measures, each of which can be left out:
+Section 5 of ASIDE, Zverev et al., arXiv 2503.10566. "Probe" has two meanings there: a linear probe is a classifier of hidden
+states, a SEP probe is a short request hidden in the data (see `separation`). Four measures, each of which can be left out:
 
-layers   `probing/layer_NN`: accuracy of a linear probe that tells instruction tokens from data tokens by the hidden state
-         after layer NN (00 is the embedding). A probe could read words instead of roles, so every row is shown twice, the
-         second time with instruction and data exchanged: each word is as often the one as the other. As many tokens of
-         either kind from each row; 70 % of the rows train, 30 % test (never tokens of one row on both sides).
-concept  `probing/probe_as_instruction`: share of the tokens of SEP's probes, standing in the data, that a probe at a middle
-         layer, trained on rows as they are, takes for instruction; `probing/concept_accuracy` is its accuracy on test rows.
-causal   `probing/executed_rotated` and `probing/executed_unrotated`: share of probes in the data that are executed, with
-         their tokens given as data, and with their tokens alone given as instruction (un-rotated, under ASIDE).
-cosine   `probing/cosine_layer_NN`: mean cosine between the hidden states of the same data tokens in the same place, given
-         as data and as instruction; 1 for a model that does not know roles.
+layers   `probing/layer_NN`: accuracy of a linear probe that distinguishes instruction tokens from data tokens by the hidden
+         state after layer NN (00 is the embedding). A linear probe could recognise words instead of roles, so every row is
+         used twice, the second time with instruction and data exchanged: each word occurs equally often in both roles. Each
+         row gives the same number of tokens of either kind. 70 % of the rows train, 30 % test; no row is in both parts.
+concept  `probing/probe_as_instruction`: share of the tokens of SEP probes in the data that a linear probe at a middle layer
+         classifies as instruction. It is trained on rows that are not exchanged; `probing/concept_accuracy` is its accuracy
+         on test rows.
+causal   `probing/executed_rotated` and `probing/executed_unrotated`: share of SEP probes in the data that are executed, if
+         their tokens have the role of data, and if they alone have the role of instructions (under ASIDE: not rotated).
+cosine   `probing/cosine_layer_NN`: mean cosine between the hidden states of the same data tokens at the same positions, once
+         with the role of data and once with that of instructions; 1 for a model that ignores roles.
 
 Rows and items that do not fit into `max_tokens` or the model's context are counted as too long; `probing/empty` is the share of
 an item's answers in the causal check that are empty.
 
-As in the paper the probes are trained with binary cross-entropy and Adam (1e-3, batches of 32, 5 epochs). Departures: inputs
-are standardised, which a linear probe could undo, because hidden states of late layers are hundreds of times larger than
-those of early ones; headings and framing are tokens of neither kind.
+As in the paper the linear probes are trained with binary cross-entropy and Adam (1e-3, batches of 32, 5 epochs). Departures:
+inputs are standardised, because hidden states of late layers are hundreds of times larger than those of early layers (a linear
+classifier could undo this, so it learns the same functions); tokens of headings and of the template belong to neither class.
 
-Axes beside the legend of `tokens`: N tokens (of all rows). L counts the embedding and every layer.
+Axes in addition to the legend of `tokens`: N tokens (of all rows). L counts the embedding and every layer.
 
 The file is longer than others because the four measures share their config, their rows and the hidden states.
 """
@@ -68,54 +70,55 @@ class Config(TaskConfig):
     task: Literal["probing"] = "probing"
     """This task."""
     measures: tuple[Probed, ...] = Field(("layers", "concept", "causal", "cosine"), min_length=1)
-    """What is measured."""
+    """Which of the four measures to take."""
     source: Source = ALPACA
-    """Instruction rows with an input, on which the probes are trained and tested."""
+    """Instruction rows with an input, on which the linear probes are trained and tested."""
     offset: int = Field(0, ge=0)
-    """Rows with an input that are skipped first: those a job trained on."""
+    """Number of rows with an input to skip at the start, such as those that a job trained on."""
     num_rows: int = Field(200, ge=4)
-    """Instruction rows used; `limit` counts SEP items."""
+    """Number of instruction rows; `limit` counts SEP items instead."""
     cosine_rows: int = Field(50, ge=1)
-    """Rows among them used for the cosines."""
+    """How many of these rows are used for the cosines."""
     tokens_per_role: int = Field(8, ge=1)
-    """Instruction tokens, and as many data tokens, taken from each form of each row."""
+    """Largest number of tokens of each role taken from each of the two forms of a row."""
     train_share: float = Field(0.7, gt=0, lt=1)
-    """Share of rows that train the probes (paper: 0.7)."""
+    """Share of rows that train the linear probes (paper: 0.7); the others test them."""
     epochs: int = Field(5, ge=1)
     """Passes over the training tokens (paper: 5)."""
     lr: float = Field(1e-3, gt=0)
     """Adam's learning rate (paper: 1e-3)."""
     batch: int = Field(32, ge=1)
-    """Tokens a step (paper: 32)."""
+    """Tokens for each training step (paper: 32)."""
     concept_layer: int | None = Field(None, ge=0)
-    """Layer of the concept probe, 0 the embedding; null takes 15/32 of the depth (paper: 15 of 32, 18 of 40)."""
+    """Layer of the linear probe of `concept`; 0 is the embedding, null takes 15/32 of the depth (paper: 15 of 32, 18 of 40)."""
     separation_source: Source | None = None
-    """SEP rows for concept and causal; null takes the repository's own probes."""
+    """Rows in the SEP format for concept and causal; null takes this repository's own SEP probes."""
     max_tokens: int = Field(512, ge=8)
-    """Rows that are longer (in tokens) train no probe."""
+    """Rows with more tokens are not used for the linear probes."""
     max_new_tokens: int = Field(1024, ge=1)
-    """Longest answer of the causal check."""
+    """Longest answer of the causal check, in tokens."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured: a model that keeps roles apart tells them, and does not execute what is given as data."""
-    found: dict[Probed, tuple[Measure, ...]] = {
+    """Return what is measured; higher accuracies and fewer executed probes mean that the model distinguishes the roles."""
+    by_kind: dict[Probed, tuple[Measure, ...]] = {
         "layers": (share("layer_*", "higher"),),
         "concept": (share("concept_accuracy", "higher"), share("probe_as_instruction", "lower")),
         "causal": (share("executed_rotated", "lower"), share("executed_unrotated", None), empty()),
         "cosine": (likeness("cosine_layer_*", "lower"),),
     }
-    return tuple(measure for probed in config.measures for measure in found[probed])
+    return tuple(measure for probed in config.measures for measure in by_kind[probed])
 
 
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
-    """Return the tokens whose states are read, those of prompts; what the model executes it writes itself."""
+    """Return the kinds of tokens that a metric depends on: those of prompts, and for the causal check those of answers too."""
+    # Only the causal check generates; the other measures read hidden states of prompts.
     writes = "causal" in config.measures if metric is None else metric in (*_EXECUTED, "probing/empty")
     return EVERY_TOKEN if writes else frozenset({("prompt", "instruction"), ("prompt", "data")})
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse rows that are not there or lack fields, and a layer that the model does not have. Raises ValueError."""
+    """Refuse sources that do not exist or lack fields, and a layer that the model does not have. Raises ValueError."""
     check_rows("source", config.source)
     if {"concept", "causal"} & set(config.measures):
         separation.check_items("separation_source", config.separation_source)
@@ -124,38 +127,42 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 
 def run(model: SteeredModel, config: Config) -> Result:
-    """Take the chosen measures at every strength."""
+    """Take the configured measures at every strength."""
     layer = concept_layer(config, model.num_layers)
     rows, long, items = [], [], []
     if {"layers", "concept", "cosine"} & set(config.measures):
         rows, long = usable_rows(model, config)
     if {"concept", "causal"} & set(config.measures):
+        # The embedded set is built from alpaca rows, which a job may have trained on; a file of SEP rows is separate from them.
         offset = config.offset if config.separation_source is None else 0
         items = separation.load(config.separation_source, limit=config.limit, seed=config.seed, offset=offset)
     observations, samples = [], []
     for strength in config.strengths:
         observations += _left_out(model, long, config, strength)
+        # Rows are collected once for both measures; with a single row there is none to test on.
         if {"layers", "concept"} & set(config.measures) and len(rows) > 1:
             tokens = collect(model, rows, config, strength)
             is_train_N = torch.isin(tokens.row_N, torch.tensor(train_rows(len(rows), config)))
             if "layers" in config.measures:
                 observations += _observe_layers(tokens, is_train_N, rows, config, strength)
+            # `concept` follows the paper, whose linear probe is trained on rows as they are.
             if "concept" in config.measures:
                 observations += _observe_concept(model, tokens.where(~tokens.exchanged_N), items, layer, rows, config, strength)
         if "cosine" in config.measures:
             observations += _observe_cosine(model, rows[: config.cosine_rows], strength)
     if "causal" in config.measures:
-        found, samples = _observe_causal(model, items, config)
-        observations += found
+        executed, samples = _observe_causal(model, items, config)
+        observations += executed
     return Result(observations, spread(samples), measures(config))
 
 
 def concept_layer(config: Config, num_layers: int) -> int:
-    """Return the layer of the concept probe.
+    """Return the layer of the linear probe of `concept`.
 
     Raises:
-        ValueError: when the model has no such layer.
+        ValueError: the model has fewer layers.
     """
+    # Layers are counted from 1, so `num_layers` itself is the last one; 0 is the embedding.
     layer = round(num_layers * 15 / 32) if config.concept_layer is None else config.concept_layer
     if layer > num_layers:
         raise ValueError(f"concept_layer {layer} does not exist: the model has layers 1 to {num_layers}, and 0, the embedding")
@@ -163,35 +170,38 @@ def concept_layer(config: Config, num_layers: int) -> int:
 
 
 def train_rows(num_rows: int, config: Config) -> list[int]:
-    """Choose the rows that train; at least one trains and one tests."""
+    """Choose the indices of the training rows; at least one row trains and at least one tests."""
     num_train = min(max(1, round(config.train_share * num_rows)), num_rows - 1)
+    # Another seed than that of the rows' own choice: the same random numbers would tie one choice to the other.
     return choose(range(num_rows), num_train, config.seed + 1)
 
 
 def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], list[Numbered]]:
-    """Choose rows with an input; return those that fit in both of their forms, and those that do not.
+    """Choose rows with an input; return those that fit into the context in both of their forms, and those that do not.
 
     Raises:
-        ValueError: when there are fewer than two; a probe needs one to train on and one to test.
+        ValueError: there are fewer than two rows, one to train on and one to test.
     """
-    found = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=config.num_rows, seed=config.seed)
-    if len(found) < 2:
-        raise ValueError(f"{config.source} has {len(found)} usable row; a probe needs two")
-    forms = [model.fits([of_row(model.encoder, item, e) for item in found], config.max_tokens) for e in (False, True)]
+    rows = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=config.num_rows, seed=config.seed)
+    if len(rows) < 2:
+        raise ValueError(f"{config.source} has {len(rows)} usable row; a probe needs two")
+    forms = [model.fits([of_row(model.encoder, item, e) for item in rows], config.max_tokens) for e in (False, True)]
     fits = [plain and exchanged for plain, exchanged in zip(*forms, strict=True)]
-    halves = [[item for item, fit in zip(found, fits, strict=True) if fit == wanted] for wanted in (True, False)]
+    halves = [[item for item, fit in zip(rows, fits, strict=True) if fit == wanted] for wanted in (True, False)]
     return halves[0], halves[1]
 
 
 def collect(model: SteeredModel, rows: Sequence[Numbered], config: Config, strength: float) -> Tokens:
-    """Read the hidden states of as many instruction as data tokens of every row, in both of its forms."""
+    """Read hidden states of equally many instruction and data tokens of every row, in both of its forms."""
     forms = [(i, exchanged) for i in range(len(rows)) for exchanged in (False, True)]
     prompts = [of_row(model.encoder, rows[i], exchanged) for i, exchanged in forms]
     h, is_instruction, row, exchange = [], [], [], []
     for (i, exchanged), (h_LTD, encoded) in zip(forms, model.hidden_states(prompts, strength=strength), strict=True):
+        # A generator for each form, so that the choice does not depend on the order or number of rows.
         draw = random.Random(f"{config.seed} {rows[i].id} {exchanged}")
         chosen = balanced(encoded.parts, max(encoded.parts), config.tokens_per_role, draw)
         h.append(h_LTD[:, chosen].transpose(0, 1))
+        # `of_row` makes the instruction part 1 and the data the last part.
         is_instruction += [encoded.parts[t] == 1 for t in chosen]
         row += [i] * len(chosen)
         exchange += [exchanged] * len(chosen)
@@ -199,20 +209,22 @@ def collect(model: SteeredModel, rows: Sequence[Numbered], config: Config, stren
 
 
 def balanced(parts: Sequence[int], data_part: int, most: int, draw: random.Random) -> list[int]:
-    """Choose positions of instruction tokens (part 1) and of as many data tokens."""
+    """Choose at most `most` positions of instruction tokens (part 1) and equally many of data tokens (part `data_part`)."""
     of_role = [[t for t, part in enumerate(parts) if part == wanted] for wanted in (1, data_part)]
     count = min(most, *map(len, of_role))
-    return [t for found in of_role for t in sorted(found, key=lambda _: draw.random())[:count]]
+    # Shuffled by sorting with random keys: Python promises the same numbers in every version for `random()` only.
+    return [t for positions in of_role for t in sorted(positions, key=lambda _: draw.random())[:count]]
 
 
 def _left_out(model: SteeredModel, long: Sequence[Numbered], config: Config, strength: float) -> list[Observation]:
-    """Return an observation without a value of each row that does not fit, in the metrics that rows are part of."""
+    """Return, for each row that does not fit, an observation without a value in every metric that uses rows."""
     layers = range(model.num_layers + 1)
     of_measure: dict[Probed, list[str]] = {
         "layers": [f"probing/layer_{layer:02d}" for layer in layers],
         "concept": ["probing/concept_accuracy"],
         "cosine": [f"probing/cosine_layer_{layer:02d}" for layer in layers],
     }
+    # SEP items are checked for their length on their own, so `probe_as_instruction` is not among these.
     names = [name for measure, names in of_measure.items() if measure in config.measures for name in names]
     return [observed(name, item.id, TOO_LONG, strength) for item in long for name in names]
 
@@ -231,14 +243,15 @@ def _fitted(tokens: Tokens, config: Config) -> LinearProbe:
 def _accuracies(
     probe: LinearProbe, test: Tokens, rows: Sequence[Numbered], name: Callable[[int], str], strength: float
 ) -> list[Observation]:
-    """Return each test row's accuracy at each layer, weighted by its tokens."""
+    """Return the accuracy of a probe on each test row at each layer, weighted by the row's number of tokens."""
     right_NL = (probe.says_instruction(test.h_NLD) == test.is_instruction_N[:, None]).float()
-    found = []
+    observations = []
+    # Rows are the items, not tokens: tokens of one row are not independent.
     for i in test.row_N.unique().tolist():
         of_row = right_NL[test.row_N == i]
         for layer, value in enumerate(of_row.mean(0).tolist()):
-            found.append(Observation(name(layer), rows[i].id, value, float(len(of_row)), strength))
-    return found
+            observations.append(Observation(name(layer), rows[i].id, value, float(len(of_row)), strength))
+    return observations
 
 
 def _observe_concept(
@@ -250,35 +263,38 @@ def _observe_concept(
     config: Config,
     strength: float,
 ) -> list[Observation]:
+    # A slice keeps the layer axis, so that the same code trains one probe or all of them.
     at_layer = clean._replace(h_NLD=clean.h_NLD[:, layer : layer + 1])
     is_train_N = torch.isin(clean.row_N, torch.tensor(train_rows(len(rows), config)))
     probe = _fitted(at_layer.where(is_train_N), config)
-    found = _accuracies(probe, at_layer.where(~is_train_N), rows, lambda _: "probing/concept_accuracy", strength)
+    observations = _accuracies(probe, at_layer.where(~is_train_N), rows, lambda _: "probing/concept_accuracy", strength)
     shares = _probe_shares(model, items, layer, probe, strength)
     for item, (taken, num_tokens) in zip(items, shares, strict=True):
-        found.append(observed("probing/probe_as_instruction", item.id, taken, strength, num_tokens))
-    return found
+        observations.append(observed("probing/probe_as_instruction", item.id, taken, strength, num_tokens))
+    return observations
 
 
 def _probe_shares(
     model: SteeredModel, items: Sequence[separation.Item], layer: int, probe: LinearProbe, strength: float
 ) -> Iterator[tuple[Score, float]]:
-    """Yield for every item the share of its probe's tokens taken for instruction, and their number."""
+    """Yield for every item the share of its SEP probe's tokens that the linear probe calls instruction, and their number."""
     texts = [split_probe(item) for item in items]
     whole = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
     prompts = [marked(model.encoder, item.instruction, probe_parts(text, DATA)) for item, text in whole]
+    # `hidden_states` takes only prompts that fit, so its results are matched to the prompts by `fits`.
     fits = model.fits(prompts)
     states = model.hidden_states([p for p, fit in zip(prompts, fits, strict=True) if fit], strength=strength)
-    asked = iter(zip(prompts, fits, strict=True))
+    remaining = iter(zip(prompts, fits, strict=True))
     for text in texts:
         if text is None:
             yield None, 1.0
             continue
-        prompt, fit = next(asked)
+        prompt, fit = next(remaining)
         if not fit:
             yield TOO_LONG, 1.0
             continue
         h_LTD, encoded = next(states)
+        # The last parts of the prompt are the texts before the SEP probe, the SEP probe, and after it.
         probe_part = sum(len(message.parts) for message in prompt) - 2
         positions = [t for t, part in enumerate(encoded.parts) if part == probe_part]
         verdicts = probe.says_instruction(h_LTD[layer, positions][:, None])
@@ -291,14 +307,16 @@ def _observe_cosine(model: SteeredModel, rows: Sequence[Numbered], strength: flo
         for role in (DATA, INSTRUCTION)
     ]
     states = [model.hidden_states(prompts, strength=strength) for prompts in forms]
-    found = []
+    observations = []
     for item, (as_data_LTD, encoded), (as_instruction_LTD, _) in zip(rows, *states, strict=True):
+        # The data are the last part. Roles do not change the tokenisation, so the positions are those of both prompts.
         own_T = torch.tensor(encoded.parts) == max(encoded.parts)
         cosine_LT = torch.nn.functional.cosine_similarity(as_data_LTD[:, own_T], as_instruction_LTD[:, own_T], dim=-1)
+        # Weighted by tokens, so that the mean over rows is the mean over all data tokens.
         for layer, value in enumerate(cosine_LT.mean(1).tolist()):
             name = f"probing/cosine_layer_{layer:02d}"
-            found.append(Observation(name, item.id, value, float(own_T.sum()), strength))
-    return found
+            observations.append(Observation(name, item.id, value, float(own_T.sum()), strength))
+    return observations
 
 
 def _observe_causal(
@@ -312,8 +330,10 @@ def _observe_causal(
     observations: list[Observation] = []
     samples: list[dict[str, object]] = []
     for strength, row in answers(model, prompts, config):
+        # Items whose SEP probe cannot be located cannot change its role alone; they are counted as unparsable.
         cut = [item for item, text in zip(items, texts, strict=True) if text is None]
         observations += [Observation(name, item.id, None, 1.0, strength) for item in cut for name in _EXECUTED]
+        # The first half of the answers is to prompts with the role of data, the second to the same with that of instructions.
         for (item, _), *outputs in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
             verdicts = [float(contains(output.text, item.witness)) for output in outputs]
             own = [Observation(name, item.id, v, 1.0, strength) for name, v in zip(_EXECUTED, verdicts, strict=True)]

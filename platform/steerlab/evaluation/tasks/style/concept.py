@@ -1,20 +1,20 @@
-"""Is a concept present in what the model writes?
+"""Whether the model's continuations are about a concept.
 
 AcT (arXiv 2410.23054) induces concepts: the prompt "Once upon a time" is continued 500 times, 50 tokens each, at temperature 1
-and top-p 0.6, and an instruction model is asked about each text. Three scorers, from cheap to able; each gives its metric only
-where it is configured:
+and top-p 0.6, and an instruction-tuned model is asked about each text. There are three scorers, from the cheapest to the most
+capable; each metric is reported only if its scorer is configured:
 
-    concept/words        continuations that hold one of `words` as a whole word, whatever its case and regular inflection
-    concept/similarity   mean cosine between a continuation and the concept (or `examples` of it), as sentence embeddings
-    concept/judged       continuations that a judge (yes or no) or a classifier finds to be about the concept
+    concept/words        continuations that contain one of `words` as a whole word, in any case and regular inflection
+    concept/similarity   mean cosine between the sentence embeddings of a continuation and of the concept (or `examples`)
+    concept/judged       continuations that a judge (yes or no) or a classifier considers to be about the concept
     concept/empty        empty continuations
     concept/distinct_1..3, concept/base_perplexity        see `fluency`
 
-`words` takes plurals, -ed and -ing with English spelling (`fairy`: fairies; `stop`: stopped); irregular forms (mice, ran) are
-words of their own. Only the continuation is scored; an empty one cannot be judged, nor can one to which the judge says
-neither Yes nor No.
+`words` also matches regular plurals, -ed and -ing forms in English spelling (`fairy`: fairies; `stop`: stopped); list irregular
+forms (mice, ran) as words of their own. Only the continuation is scored. It cannot be judged if it is empty, or if the judge
+answers neither Yes nor No.
 
-Departures: the judge's question is ours, the authors' is not published; the default scorer needs no hub.
+Departures: the judge's question is this repository's, because the authors' is not published; the default scorer needs no hub.
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ class Config(ContinuationConfig):
     task: Literal["concept"] = "concept"
     """This task."""
     concept: str = Field(min_length=1)
-    """The concept in a word or a few, as the judge is asked about it: `fantasy`."""
+    """The concept in one or a few words, as they stand in the judge's question: `fantasy`."""
     prompt: tuple[str, ...] = Field(("Once upon a time",), min_length=1)
-    """Beginnings that are continued."""
+    """Beginnings of texts that are continued."""
     samples: int = Field(500, ge=1)
-    """Continuations of each prompt; `limit` chooses among all of them."""
+    """Number of continuations of each prompt; `limit` chooses among all of them."""
     max_new_tokens: int = Field(50, ge=1)
     """Longest continuation in tokens."""
     top_p: float = Field(0.6, gt=0, le=1)
-    """Nucleus of sampling."""
+    """Probability mass of nucleus sampling; 1 samples from all tokens."""
     repetition_penalty: float = Field(1.0, gt=0)
-    """Divides the logits of tokens that occurred; 1 is none."""
+    """Factor that lowers the logits of tokens that already occurred; 1 changes nothing."""
     words: tuple[str, ...] = ()
-    """Words or phrases that show the concept; empty leaves `concept/words` out."""
+    """Words or phrases that indicate the concept; empty leaves `concept/words` out."""
     embedding_source: Source | None = scorers.MINILM
     """Sentence encoder (mean over tokens); null leaves `concept/similarity` out."""
     examples: tuple[str, ...] = ()
-    """Sentences that show the concept, for the similarity; empty compares with the concept's own text."""
+    """Sentences about the concept, for the similarity; empty compares with the text of `concept`."""
     judge_source: Source | None = None
-    """Causal language model that is asked about each continuation."""
+    """Causal language model that judges each continuation; null leaves it out."""
     question: str = "Text: {text}\n\nIs this text about {concept}? Answer with Yes or No."
-    """What the judge is asked; {text} and {concept} are filled in."""
+    """The question to the judge; {text} and {concept} are replaced."""
     classifier_source: Source | None = None
-    """Hugging Face sequence classifier, in place of a judge."""
+    """Hugging Face sequence classifier, instead of a judge."""
     classifier_label: str | None = None
-    """The classifier's class that means that the concept is present: more likely than not counts as present."""
+    """The classifier's class for texts about the concept; a probability above 1/2 counts as present."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -84,15 +84,15 @@ class Config(ContinuationConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; the task asks whether a concept is there, as methods that induce one are judged."""
-    found = [share("words", "higher")] if config.words else []
-    found += [likeness("similarity")] if config.embedding_source else []
-    found += [share("judged", "higher")] if config.classifier_source or config.judge_source else []
-    return (*found, empty(), *fluency.measures())
+    """Return what is measured; more of the concept is better, as for methods that induce one."""
+    configured = [share("words", "higher")] if config.words else []
+    configured += [likeness("similarity")] if config.embedding_source else []
+    configured += [share("judged", "higher")] if config.classifier_source or config.judge_source else []
+    return (*configured, empty(), *fluency.measures())
 
 
 def check(config: Config, facts: ModelFacts) -> None:
-    """Refuse scorers that are not there, do not know the class or cannot say Yes and No. Raises ValueError."""
+    """Refuse scorers that do not exist, lack the class or have no tokens for Yes and No. Raises ValueError."""
     if config.embedding_source is not None:
         with about("embedding_source"):
             scorers.check_embedder(config.embedding_source)
@@ -101,11 +101,12 @@ def check(config: Config, facts: ModelFacts) -> None:
             scorers.check_classifier(config.classifier_source, config.classifier_label)
     if config.judge_source is not None:
         with about("judge_source"):
-            scorers.check_asked(config.judge_source, ("Yes", "No"))
+            scorers.check_judge(config.judge_source, ("Yes", "No"))
 
 
 def run(model: SteeredModel, config: Config) -> Result:
-    """Continue the prompts at every strength and look for the concept."""
+    """Continue the prompts at every strength and score how far the continuations are about the concept."""
+    # Loaded before anything is generated, so that a missing model is reported within seconds.
     judges = _scorers(model, config)
     items = _items(config)
     ids, prompts = [item.id for item in items], [str(item.row["text"]) for item in items]
@@ -115,23 +116,25 @@ def run(model: SteeredModel, config: Config) -> Result:
         texts = [output.text for output in row]
         scored = {metric: scorers.score(scorer, texts) for metric, scorer in judges.items()}
         for i, (item_id, prompt, output) in enumerate(zip(ids, prompts, row, strict=True)):
-            found: dict[str, Score] = {metric: values[i] for metric, values in scored.items()}
-            own = [observed(f"concept/{metric}", item_id, value, strength) for metric, value in found.items()]
+            scores: dict[str, Score] = {metric: values[i] for metric, values in scored.items()}
+            own = [observed(f"concept/{metric}", item_id, value, strength) for metric, value in scores.items()]
             observations += with_empty("concept/empty", item_id, [output], own, strength)
-            samples.append(sample(item_id, strength, prompt, output.text, concept=config.concept, **found))
+            samples.append(sample(item_id, strength, prompt, output.text, concept=config.concept, **scores))
     observations += fluency.observe("concept", model, ids, prompts, outputs, config.strengths)
     return Result(observations, spread(samples), measures(config))
 
 
 def holds_a_word(words: Sequence[str]) -> scorers.Scorer:
-    """Return the scorer that says 1 where a text holds one of the words or phrases, 0 otherwise."""
+    """Return the scorer that gives 1 if a text contains one of the words or phrases, else 0."""
     forms = sorted({form for word in words for form in inflections(word.lower())}, key=len, reverse=True)
+    # Lookarounds rather than \b: a word of the list may itself begin or end with a mark ("C++").
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})(?!\w)")
     return lambda texts: [float(pattern.search(text.lower()) is not None) for text in texts]
 
 
 def inflections(word: str) -> set[str]:
-    """Return a lower-case word with its regular plural, -ed and -ing forms; of a phrase, the last word is inflected."""
+    """Return a lower-case word with its regular plural, -ed and -ing forms; in a phrase the last word is inflected."""
+    # English spelling: fairy, fairies; box, boxes; hope, hoping; stop, stopped.
     consonant_y = word.endswith("y") and word[-2:-1] not in _VOWELS
     if consonant_y:
         plural, past = f"{word[:-1]}ies", f"{word[:-1]}ied"
@@ -146,7 +149,7 @@ def inflections(word: str) -> set[str]:
 
 
 def _doubles(word: str) -> bool:
-    """Say whether a word's last letter is doubled: one vowel between consonants (stop, but not play or dream)."""
+    """Return whether the last letter is doubled before -ed: one vowel between consonants (stop, but not play or dream)."""
     last = word.split()[-1] if word.split() else ""
     return re.fullmatch(r"[^aeiou]*[aeiou][^aeiouwxy]", last) is not None
 
@@ -157,19 +160,19 @@ def _items(config: Config) -> list[Numbered]:
 
 
 def _scorers(model: SteeredModel, config: Config) -> dict[str, scorers.Scorer]:
-    """Load what is configured, before anything is generated: metric -> scorer."""
-    found: dict[str, scorers.Scorer] = {}
+    """Load the configured scorers: metric -> scorer."""
+    loaded: dict[str, scorers.Scorer] = {}
     if config.words:
-        found["words"] = holds_a_word(config.words)
+        loaded["words"] = holds_a_word(config.words)
     if config.embedding_source:
-        found["similarity"] = scorers.similarity(config.embedding_source, config.examples or (config.concept,), model.device)
+        loaded["similarity"] = scorers.similarity(config.embedding_source, config.examples or (config.concept,), model.device)
     if config.classifier_source and config.classifier_label:
         judge = scorers.classifier(config.classifier_source, config.classifier_label, model.device)
-        found["judged"] = scorers.more_likely(judge)
+        loaded["judged"] = scorers.more_likely(judge)
     if config.judge_source:
-        asked = config.question.replace("{concept}", config.concept)
-        found["judged"] = scorers.yes_or_no(config.judge_source, lambda text: asked.replace("{text}", text), model.device)
-    return found
+        question = config.question.replace("{concept}", config.concept)
+        loaded["judged"] = scorers.yes_or_no(config.judge_source, lambda text: question.replace("{text}", text), model.device)
+    return loaded
 
 
 TASK = Task(Config, run, measures, check=check, chats=plain_texts)

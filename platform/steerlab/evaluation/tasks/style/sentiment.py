@@ -1,7 +1,7 @@
 """Sentiment of continuations, by VADER.
 
 Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014. Its
-compound score lies between -1 (most negative) and 1; the authors call 0.05 and more positive, -0.05 and less negative.
+compound score lies between -1 (most negative) and 1; the authors call 0.05 and above positive, -0.05 and below negative.
 
     sentiment/score      mean compound score
     sentiment/positive   continuations with a score of at least 0.05
@@ -9,8 +9,8 @@ compound score lies between -1 (most negative) and 1; the authors call 0.05 and 
     sentiment/empty      empty continuations
     sentiment/distinct_1..3, sentiment/base_perplexity        see `fluency`
 
-The default prompts are the first words of the negative ones among the movie reviews that VADER was validated on (people's
-scores from -4 to 4, here at most -1). Only the continuation is scored; an empty one cannot be judged.
+The default prompts are the first words of negative movie reviews from the data that VADER was validated on (scored by people
+from -4 to 4; here those with at most -1). Only the continuation is scored; an empty one cannot be judged.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ REVIEWS = (
     "!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 )
 _NEUTRAL = 0.05
+"""Compound scores between -0.05 and 0.05 are neutral (the authors' thresholds)."""
 
 
 class Config(ContinuationConfig):
@@ -50,17 +51,17 @@ class Config(ContinuationConfig):
     )
     """Texts whose beginnings are continued."""
     prompt_words: int | None = Field(6, ge=1)
-    """First words of each text that make the prompt; null takes the whole text."""
+    """Number of words at the beginning of each text that form the prompt; null takes the whole text."""
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured; which sentiment is wanted is for the user to say."""
+    """Return what is measured; no direction is better, because it depends on the user which sentiment is wanted."""
     return (likeness("score", None), share("positive", None), share("negative", None), empty(), *fluency.measures())
 
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue the beginning of every text at every strength and score the continuations."""
-    scorer = vader()
+    scorer = vader()  # loaded before anything is generated, so that a missing package is reported within seconds
     items = read_prompts(config.prompts, config.limit, config.seed)
     ids, prompts = [item.id for item in items], [beginning(str(item.row["text"]), config.prompt_words) for item in items]
     outputs = continue_texts(model, prompts, config)
@@ -68,15 +69,16 @@ def run(model: SteeredModel, config: Config) -> Result:
     for strength, row in zip(config.strengths, outputs, strict=True):
         scored = scorers.score(scorer, [output.text for output in row])
         for item_id, prompt, output, compound in zip(ids, prompts, row, scored, strict=True):
-            found = judge(item_id, compound, strength)
-            observations += with_empty("sentiment/empty", item_id, [output], found, strength)
+            scores = judge(item_id, compound, strength)
+            observations += with_empty("sentiment/empty", item_id, [output], scores, strength)
             samples.append(sample(item_id, strength, prompt, output.text, compound=compound))
     observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths)
     return Result(observations, spread(samples), measures(config))
 
 
 def judge(item_id: str, compound: Score, strength: float = 1.0) -> list[Observation]:
-    """Judge one continuation by its compound score."""
+    """Turn the compound score of one continuation into observations."""
+    # An empty continuation (None) has no sentiment; it is not counted as neutral.
     positive = float(compound >= _NEUTRAL) if isinstance(compound, float) else compound
     negative = float(compound <= -_NEUTRAL) if isinstance(compound, float) else compound
     return [
@@ -87,14 +89,15 @@ def judge(item_id: str, compound: Score, strength: float = 1.0) -> list[Observat
 
 
 def beginning(text: str, num_words: int | None) -> str:
-    """Return a text's first words."""
+    """Return the first `num_words` words of a text, joined by spaces; None returns the text unchanged."""
     return text if num_words is None else " ".join(text.split()[:num_words])
 
 
 def vader() -> scorers.Scorer:
-    """Load VADER's lexicon and rules: the compound score."""
+    """Load VADER as a scorer: the compound score of a text, -1 to 1."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+    # The constructor parses the lexicon, so one analyser scores all texts.
     analyser = SentimentIntensityAnalyzer()
     return lambda texts: [analyser.polarity_scores(text)["compound"] for text in texts]
 
