@@ -11,10 +11,11 @@ FRAMING = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
+"""Framing of ASIDE's paper (arXiv 2503.10566), which is Alpaca's prompt."""
 
 
 class PromptStyle:
-    """How conversations are worded, and the role of their answers."""
+    """The wording of prompts, and the role of answers. `Encoder` derives from it."""
 
     prompt_style: Literal["aside", "plain"]
     response_role: Literal["data", "instruction", "response"]
@@ -49,7 +50,7 @@ class PromptStyle:
         data_parts = (Part(data, DATA),) if isinstance(data, str) else tuple(data)
         if self.prompt_style == "aside":
             instruction = f"{FRAMING}\n\nInstruction:\n{instruction}"
-            # As in the authors' code: a text of less than two characters counts as no input.
+
             if len("".join(part.text for part in data_parts)) < 2:
                 data_parts = (Part("No input", DATA),)
             data_parts = (Part("Input:\n", DATA), *data_parts)

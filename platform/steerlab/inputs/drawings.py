@@ -90,7 +90,7 @@ class Prompter:
 
     def __init__(self, model: Diffusion) -> None:
         config = model.config
-        sides = getattr(config, "sample_size", None) or 64  # diffusers leaves it out of some configs, and then takes 64
+        sides = getattr(config, "sample_size", None) or 64  # a denoiser's config may leave it out
         height, width = (sides, sides) if isinstance(sides, int) else sides[-2:]
         self._model = model
         self._channels, self._size, self._pixels = config.in_channels, (height, width), height * width

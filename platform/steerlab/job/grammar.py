@@ -19,9 +19,10 @@ Models and data sets share one syntax:
     pixels:digits-model, pixels:fashion-model    untrained diffusion models with captions
     pixels:digits-classes                        untrained diffusion model with classes
 
-SPLIT of `tiny:` is train, validation or test. KIND is one of:
+SPLIT of `tiny:` is train, validation or test. An order is a question or command, such as `what sound makes a cow ?`, whose
+answer (the witness, `moo`) occurs nowhere else. KIND is one of:
 
-    tiny:pretrain        mixture of all kinds, to train the base model   instruction, input, output
+    tiny:pretrain        mixture of most kinds, to train the base model  instruction, input, output
     tiny:instructions    tasks on data, half of them with an order       instruction, input, output
     tiny:separation      an order in the data or in the instruction      system_prompt_clean, system_prompt_instructed,
                          (SEP, arXiv 2403.06833)                         prompt_clean, prompt_instructed, witness, info

@@ -5,7 +5,7 @@ rows of one data set; a language model (tiny_checkpoint.py) learns the language 
 
 | kind | what it holds | fields |
 |---|---|---|
-| pretrain | a mixture of all kinds, for the base model (see below) | instruction, input, output |
+| pretrain | a mixture of most kinds, for the base model (see below) | instruction, input, output |
 | instructions | tasks on data; half of the instructions also contain an order, the data never do | instruction, input, output |
 | separation | an order in the data or in the instruction | those of the published SEP set (arXiv 2403.06833) |
 | refusals | harmful requests, each answered by a refusal | instruction, input, output |
