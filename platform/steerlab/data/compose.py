@@ -12,6 +12,7 @@ from steerlab.job.compositions import JOINS, pieces
 def write(template: str, row: Row) -> str:
     """Fill a template from a row. Raises ValueError if a field is missing, null, an object or an empty list."""
     filled = ""
+    # Not `str.format`: it would evaluate attributes and indexes of a row's values.
     for literal, field, join, _ in pieces(template):
         filled += literal
         if field is not None:

@@ -19,6 +19,7 @@ from steerlab.data.values import Row
 _LISTS = ("messages", "conversations", "conversation")
 KNOWN_BY = (*_LISTS, "completion")
 """Fields that identify an object as a row in one of these forms."""
+# Columns of common data sets; rows with them are read, but with a warning.
 _UNUSED = ("system_prompt", "tools", "images", "videos", "audios")
 
 

@@ -24,6 +24,7 @@ def renamed(row: Row, names: Mapping[str, str]) -> dict[str, object]:
 
 def passes(row: Row, data: DataSet) -> bool:
     """Return whether a row passes the filters `equals` and `where`. Raises ValueError for a value that cannot be compared."""
+    # Before `map` and `compose`: filters see the values of the file.
     for field, wanted in data.equals.items():
         try:
             if not values.same(_value(row, field), wanted):

@@ -37,6 +37,7 @@ KNOWN_BY = ("chosen", "completions", "completion", "label")
 # In order of preference: a completion of UltraFeedback has more than one of them.
 _SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 _RESPONSES = ("response", "completion", "text")
+# TRL's KTO format has booleans; tables saved as CSV have the texts of them, or 0 and 1.
 _LABELS = {True: ("true", "1"), False: ("false", "0")}
 
 
@@ -246,6 +247,7 @@ def matched(judged: Sequence[Judged]) -> list[dict[str, object] | ValueError]:
     """
     groups: dict[str, list[Judged]] = {}
     for entry in judged:
+        # Messages are lists, which cannot be keys of a dict; their JSON can.
         groups.setdefault(json.dumps(entry.prompt.fields, sort_keys=True), []).append(entry)
     results: list[dict[str, object] | ValueError] = []
     for group in groups.values():

@@ -88,6 +88,7 @@ def _check_all(data: DataSet) -> None:
     if key in _checked:
         return
     seen, passed = Seen.before(data, describe(data)), 0
+    # With `distinct` or `shuffle`, any row may be among those that the limit selects.
     end = None if data.limit is None or data.distinct or data.shuffle is not None else data.offset + data.limit
     for _ in islice(_each(data, seen, _needed(data)), end):
         passed += 1

@@ -75,6 +75,7 @@ class Seen:
                 stacklevel=3,
             )
         if self.unused:
+            # One warning for all rows: a data set may have millions of them.
             shown = ", ".join(f"{name} (in {number} rows)" for name, number in self.unused.items())
             warnings.warn(f"{self.name}: format {data.format} does not use {shown}", stacklevel=3)
 

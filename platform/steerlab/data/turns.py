@@ -25,6 +25,7 @@ ROLES = {
 }  # fmt: skip
 """Speaker names in data sets -> roles of chat templates."""
 
+# Thoughts and media beside the text of a message, of which only the text is read.
 _UNUSED = ("reasoning_content", "reasoning", "thinking", "images", "audios", "videos")
 _CALLS = ("tool_calls", "function_call")
 
@@ -87,6 +88,7 @@ def _message(message: Row, field: str, name: str) -> dict[str, str]:
             raise ValueError(
                 f"{name} asks for tools ({calls}), which is not read: write what the model is to write into content"
             )
+    # Some tables have all four columns, with the unused pair null.
     speaker, content = (_first(message, keys) for keys in (("role", "from"), ("content", "value")))
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None or content is values.MISSING:

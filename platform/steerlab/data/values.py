@@ -49,6 +49,7 @@ def look_up(row: object, path: str) -> object:
         return None
     head, _, rest = path.partition(".")
     if isinstance(row, Sequence) and not isinstance(row, str | bytes) and _POSITION.fullmatch(head):
+        # Negative positions count from the end: `turns.-1` is the last turn.
         inside = -len(row) <= int(head) < len(row)
         return MISSING if not inside else look_up(row[int(head)], rest) if rest else row[int(head)]
     return MISSING
@@ -102,6 +103,7 @@ def text(value: object, name: str, *, scalars: bool = False) -> str:
         return value
     if scalars and isinstance(value, bool):
         return "true" if value else "false"
+    # NaN and infinity are not JSON, so they are not texts either.
     if scalars and is_number(value) and math.isfinite(value):
         return str(value) if isinstance(value, Decimal) else json.dumps(value)
     raise ValueError(f"{name} is {kind(value)}, not a text")

@@ -29,6 +29,7 @@ def is_for_people(error: BaseException) -> bool:
     An operation that failed inside our code (`int("x")`, a missing key) and an error of a library are internal errors, whatever
     their type: their messages speak of things that the user has never seen.
     """
+    # The frame that raised, not the one that caught: a library calls our code back.
     raised = _innermost(error.__traceback__)
     if raised is None or raised.tb_frame.f_globals.get("__name__", "").partition(".")[0] != __name__.partition(".")[0]:
         return False
@@ -55,6 +56,7 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # parsers of damaged files raise anything: struct.error, KeyError, bare Exception
+        # KeyboardInterrupt and SystemExit are BaseExceptions too, and must pass.
         if not isinstance(error, Exception) and not gave_up(error):
             raise
         if is_for_people(error) or isinstance(error, FileNotFoundError | PermissionError):
@@ -108,6 +110,7 @@ def _within(num_bytes: int | None) -> Iterator[None]:
     if num_bytes is None or resource is None or not status.exists():
         yield
         return
+    # RLIMIT_AS rather than RLIMIT_DATA, which counts memory of mmap since Linux 4.7 only.
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = int(status.read_text().split()[0]) * resource.getpagesize() + num_bytes
     if soft == resource.RLIM_INFINITY or most < soft:

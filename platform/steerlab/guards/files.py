@@ -35,6 +35,7 @@ def read(path: Path, longest: int = _LONGEST) -> bytes:
         FileError: the path is a pipe, a device or a folder, or the file has more than `longest` bytes.
         FileNotFoundError: the file does not exist.
     """
+    # By size first: reading and then checking would fill the memory.
     check(path, longest)
     return path.read_bytes()
 

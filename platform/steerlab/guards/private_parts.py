@@ -134,6 +134,7 @@ def let_last_trials_end(asha: AsyncHyperBandScheduler) -> None:
     Ray Tune (2.60) stops a trial at `max_t` before its last report is handled, so it would never be evaluated.
     Test: tests/ray/test_sweeps.py::test_asha_stops_trainings_that_fall_behind
     """
+    # The brackets hold copies of the setting that are made in the constructor.
     for part in (asha, *asha._brackets):
         part._stop_last_trials = False
 

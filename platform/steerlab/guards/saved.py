@@ -70,6 +70,7 @@ def parsed(content: bytes, kind: type[_T], where: str) -> _T:
 
 def _value(content: bytes, where: str) -> object:
     try:
+        # RecursionError: deeply nested lists exhaust the stack of Python's parser.
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SavedError(f"{where} is not JSON: {' '.join(str(error).split())[:_SHOWN]}") from None

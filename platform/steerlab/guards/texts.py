@@ -38,6 +38,7 @@ def plain(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """Return a text in which users, passwords and secret options of URIs are replaced by ***."""
+    # Most texts have no URI, and the expressions below are slow on long ones.
     if "://" not in text:
         return text
     masked = _USER.sub(lambda match: match[0] if _is_container(match) else f"{match[1] or match[2]}***@", text)
@@ -71,5 +72,6 @@ def shown(message: str) -> str:
     message = plain(message)
     if len(message) <= _LONGEST:
         return message
+    # The end of a message often has the cause, so the middle is left out.
     half = _LONGEST // 2 - 20
     return f"{message[:half]} [...] {message[-half:]}"

@@ -62,6 +62,7 @@ def check_size(root: yaml.Node, most: int) -> None:
         below = [size(child) for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
         open_.discard(id(node))
         total, depth = 1 + sum(count for count, _ in below), 1 + max((deep for _, deep in below), default=0)
+        # By identity: an alias is the same node object in PyYAML's tree.
         sizes[id(node)] = total, depth
         if total > most:
             raise YamlError(f"the values, aliases (*) written out, are more than {most}", line_of(node))

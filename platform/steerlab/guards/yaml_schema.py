@@ -19,6 +19,7 @@ _Constructors: TypeAlias = dict[str | None, Callable[[BaseConstructor, yaml.Node
 """Tag -> function that returns the value of a node; None is the key for all other tags."""
 _CORE = "tag:yaml.org,2002:"
 _MERGE = f"{_CORE}merge"
+# YAML 1.2 has no octal numbers with a leading 0 and no base 60: 010 is ten and 12:30 is a text.
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _BOOL = {text: text.lower() == "true" for word in ("true", "false") for text in (word, word.capitalize(), word.upper())}

@@ -74,6 +74,7 @@ class PromptStyle:
         if data_format == "text":
             return (Message("text", (Part(row["text"], INSTRUCTION),)),)
         if data_format == "conversation":
+            # Messages have their own turns, so the prompt style adds no framing to them.
             return tuple(map(self._turn, row["messages"]))
         return self.conversation(
             row["instruction"],

@@ -91,6 +91,7 @@ class Prompter:
     def __init__(self, model: Diffusion) -> None:
         config = model.config
         sides = getattr(config, "sample_size", None) or 64  # a denoiser's config may leave it out
+        # A video model's size is (frames, height, width): the last two are those of a frame.
         height, width = (sides, sides) if isinstance(sides, int) else sides[-2:]
         self._model = model
         self._channels, self._size, self._pixels = config.in_channels, (height, width), height * width
@@ -166,6 +167,7 @@ class Prompter:
         """Return a batch of drawings. `loss_on` and `side` are ignored; they are arguments of `Encoder.collate`."""
         images = [drawing.image for drawing in drawings if drawing.image is not None]
         return Drawings(
+            # The prompts stay texts: a pipeline tokenises them itself, with one tokenizer or several.
             tuple(drawing.prompt for drawing in drawings),
             torch.tensor([drawing.seed for drawing in drawings]),
             torch.stack(images) if len(images) == len(drawings) else None,
@@ -174,12 +176,14 @@ class Prompter:
 
     def _image(self, values: Any) -> Tensor:
         image_HWC = np.asarray(values, dtype=np.float32)
+        # Grey images have no channel axis; colour ones have it last, and torch wants it first.
         image_CHW = torch.from_numpy(image_HWC[None] if image_HWC.ndim == 2 else np.moveaxis(image_HWC, -1, 0).copy())
         if image_CHW.shape != (self._channels, *self._size):
             raise ValueError(
                 f"an image of {tuple(image_CHW.shape)} (channels, height, width); the model draws "
                 f"{(self._channels, *self._size)}"
             )
+        # From [0, 255] to [-1, 1], the range of diffusers' models.
         return image_CHW / 127.5 - 1
 
 

@@ -109,6 +109,7 @@ def asked_otherwise(encoder: Encoder, rows: Sequence[DataRow], data_format: str)
     pairs = data_format == "preference"
     of_rows = [encoder.from_pair(row) if pairs else (encoder.from_row(row, data_format),) for row in rows]
     flat = [conversation for conversations in of_rows for conversation in conversations]
+    # A prompt is the conversation without its last message, exactly as evaluations ask it.
     wholes, prompts = (encoder.encode_all(some) for some in (flat, [conversation[:-1] for conversation in flat]))
     differ = [whole.input_ids[: len(prompt)] != prompt.input_ids for whole, prompt in zip(wholes, prompts, strict=True)]
     return sum(any(differ[i : i + len(of_rows[0])]) for i in range(0, len(differ), len(of_rows[0]))) if of_rows else 0
@@ -125,6 +126,7 @@ def _encode_each(encoder: Encoder, of_rows: _Conversations, max_tokens: int) -> 
         if conversations is None:
             return None, False
         row = next(encoded)
+        # A plain text has no prompt, so any part of it may be cut.
         prompt = 1 if conversations[0][0].speaker == "text" else _prompt_length(row)
         fits = prompt < max_tokens and len(row) > 1  # a row of one token has nothing to predict
         return row.cut(max_tokens) if fits else None, len(row) > max_tokens
@@ -133,6 +135,7 @@ def _encode_each(encoder: Encoder, of_rows: _Conversations, max_tokens: int) -> 
 
 
 def _encode_pairs(encoder: Encoder, of_rows: _Conversations, max_tokens: int) -> Rows:
+    # Both responses of all pairs in one call: the tokenizer works in parallel on long lists.
     both = [conversation for conversations in of_rows if conversations is not None for conversation in conversations]
     encoded = encoder.encode_all(both, per_row=2)
 

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 """Part of the keys of artifacts: raise it whenever the same rows are tokenised differently."""
-_NORMALISED_TRIES = 3
-_CHUNK_ROWS = 1000
+_NORMALISED_TRIES, _CHUNK_ROWS = 3, 1000
 
 
 @dataclass
@@ -122,6 +121,7 @@ class Encoder(PromptStyle):
     @property
     def about(self) -> dict[str, Json]:
         """Description of the tokenisation that is stored with activations."""
+        # Sorted, because the order of `get_vocab` differs between two loads of one tokenizer.
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
         return {
             "tokenizer": type(self.tokenizer).__name__,
@@ -132,6 +132,7 @@ class Encoder(PromptStyle):
     @property
     def identity(self) -> str:
         """SHA-256 of the tokenizer and its chat template."""
+        # The whole definition: two tokenizers may share a vocabulary and normalise differently.
         content = f"{self._texts.backend.to_str()}\0{self.tokenizer.chat_template}"
         return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
 

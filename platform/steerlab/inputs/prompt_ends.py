@@ -46,6 +46,7 @@ class PromptEnds:
     def _before_answer(self, own: str | None, shape: Shape) -> str:
         literal = shape.opening
         # GPT-2 makes one token of "\n\n" at the end of a text, and two of it before a word, so shorter ends are tried too.
+        # From the longest: an end that keeps all of the template's white space is the most natural one.
         candidates = _shortened(literal)
         if own is not None and literal.startswith(own) and not literal.removeprefix(own).strip():
             candidates = [own, *candidates]
@@ -86,6 +87,7 @@ class PromptEnds:
     def _begins_rows(self, opening: str, shape: Shape, literal: str) -> bool:
         """Return whether a prompt that ends with `opening` has the first ids of rows with answers after `literal`."""
         ids = self.shapes.renderer.ids
+        # Compared as ids, not as text: a tokenizer may join the end of the prompt with the answer.
         prompt = ids(shape.before_answer + opening)
         rows = (ids(shape.before_answer + literal + answer + shape.literals[-1]) for answer in _ANSWERS)
         return all(row[: len(prompt)] == prompt for row in rows)

@@ -19,6 +19,7 @@ def fingerprint(name: str, source: str) -> str:
     """
     if name == "tokenizer":
         return sources.fingerprint(source)
+    # By its text, so that the same template in another file gives the same key.
     return f"sha256:{hashlib.sha256(template_of(source).encode()).hexdigest()}"
 
 
@@ -34,6 +35,7 @@ def template_of(source: str) -> str:
         return source
     path = sources.fetch(source)
     if path.is_dir():
+        # transformers 5 saves templates in this file, older versions in tokenizer_config.json.
         named = path / "chat_template.jinja"
         template = files.read_text(named) if named.is_file() else models.load_tokenizer(path).chat_template
     else:

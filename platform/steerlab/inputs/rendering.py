@@ -80,9 +80,11 @@ def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, ob
         EndlessError: the template exceeds a limit. Errors of the template itself are passed on.
     """
     try:
+        # transformers renders in Jinja's sandbox, which limits what a template may do but not for how long.
         with limited("the chat template", seconds=_LIMIT_S, num_bytes=_LIMIT_BYTES):
             rendered = tokenizer.apply_chat_template(list(messages), **settings)  # type: ignore[arg-type]
     except TooLong as error:
+        # A loop of minutes per row is refused too: a data set has thousands of rows.
         raise EndlessError(f"{error}, for one row") from None
     length, length_in = len(rendered), len(str(messages))
     if isinstance(rendered, str) and length > length_in + _LIMIT_CHARS:
@@ -141,6 +143,7 @@ class Renderer:
         ]
         if self.endless is not None:
             raise self.endless
+        # The template is passed explicitly, because the tokenizer's own may be one of several, or print the date.
         settings = {"chat_template": self._source, "tokenize": False, "add_generation_prompt": prompt, **self._switches}
         try:
             return str(apply(self.tokenizer, messages, **settings))
@@ -153,6 +156,7 @@ class Renderer:
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a rendered text, without tokens that the tokenizer adds itself."""
         with explained(f"the tokenizer {self.tokenizer.name_or_path}"):
+            # A chat template has printed BOS already; adding it again would double it.
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
@@ -195,6 +199,7 @@ def _fixed_date(date: str) -> str:
     # Jinja's sandbox has no strftime, so the directives of the format are replaced by their values one after another.
     day = datetime.fromisoformat(date)
     directives = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters if letter != "s"]
+    # In UTC, since `strftime("%s")` uses the time zone of the machine.
     seconds = {"%s": str(int(day.replace(tzinfo=UTC).timestamp()))}  # strftime would take the zone of this machine
     texts = seconds | {directive: day.strftime(directive) for directive in directives if day.strftime(directive) != directive}
     replaced = "".join(f"|replace({json.dumps(directive)}, {json.dumps(text)})" for directive, text in texts.items())

@@ -18,6 +18,7 @@ class AddedTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = tokenizer.added_tokens_decoder
         self.names = {number: str(token) for number, token in added.items()}
+        # Both: some tokenizers declare special tokens by name only (`eos_token`), without the flag.
         special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         # A token of one character cannot be broken up, and occurs in ordinary texts.
         special = {name for name in special if len(name) > 1}
@@ -52,6 +53,7 @@ class TurnMarkers(NamedTuple):
         opening = [match[1] for match in added.leading.finditer(literals[0])] if literals else []
         printed = "".join(literals)
         special = {added.names[number] for number in added.special_ids}
+        # Added tokens without the flag count where the template prints them: they mark turns all the same.
         own = {name for name in added.names.values() if len(name) > 1 and name in printed}
         return cls(
             end=end,

@@ -86,6 +86,7 @@ def _folded(conversation: Conversation, takes_system: bool) -> tuple[Conversatio
     # the assistant's header must keep the role that it has without them.
     messages: list[Message] = []
     roles: list[int] = []
+    # System parts seen so far that have not yet found a user's turn.
     waiting: tuple[Part, ...] = ()
     for message in conversation:
         if not takes_system and message.speaker == "system":
@@ -109,6 +110,7 @@ def melts(stretches: Sequence[Stretch], owners: Sequence[Stretch], offsets: Sequ
     first = next((t for t, stretch in enumerate(owners) if stretch.answers and stretch.final), None)
     if first is None:
         return False
+    # Compared in characters, since the first token of the answer may also hold the end of the prompt.
     place = 0
     for stretch in stretches:
         if stretch.answers and stretch.final:
@@ -136,8 +138,10 @@ def _as_printed(parts: tuple[Part, ...], text: str, printed: str) -> tuple[Part,
     """Return the parts of a message as the template prints them: stripped of white space, or changed by a filter (one part)."""
     if printed == text:
         return parts
+    # With a single role it does not matter how the template changed the text.
     if len(parts) == 1:
         return (Part(printed, parts[0].role),)
+    # White space was stripped: the parts are cut by the same number of characters.
     at = text.find(printed)
     if at < 0:
         raise ValueError(f"the chat template changes a text of several roles ({text[:40]!r}), which can then not be told apart")

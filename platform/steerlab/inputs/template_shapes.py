@@ -76,6 +76,7 @@ class Shapes:
         Raises:
             TemplateError: the template refuses such conversations, drops a message, or prints an answer twice.
         """
+        # `wraps` changes the rendering, so it is part of the key.
         key = (self.renderer.wraps, form, prompt)
         if key not in self._shapes:
             self._shapes[key] = self._cut(form, prompt)
@@ -105,6 +106,7 @@ class Shapes:
         marks = [sentinel(i) for i, text in enumerate(fixed) if text is None]
         texts = [sentinel(i) if text is None else text for i, text in enumerate(fixed)]
         rendered = self.renderer.render([Turn(*turn) for turn in zip(speakers, texts, strict=True)], prompt)
+        # Templates may print messages in another order, or repeat one.
         order = [ord(c) - _FIRST_SENTINEL for c in rendered if c in marks]
         dropped = [speaker for i, speaker in enumerate(speakers) if fixed[i] is None and i not in order]
         if dropped:
@@ -151,6 +153,7 @@ def _printed(rendered: str, place: int, shape: Shape, number: int, turn: Turn) -
     """Return the text that the rendering has at `place` for a message, which the template may have stripped or filtered."""
     following = shape.literals[number + 1]
     last = number + 1 == len(shape.order)
+    # The unchanged text comes first, so that white space counts as the template's only if it was stripped.
     for text in _trimmed(turn.text):
         end = place + len(text)
         ends = not last or end + len(following) == len(rendered)

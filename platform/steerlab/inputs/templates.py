@@ -84,6 +84,7 @@ class ChatTemplate:
             turns, fixed = [*turns, Turn("assistant", sentinel(len(turns)))], (*fixed, None)
         form = Form(tuple(turn.speaker for turn in turns), fixed)
         shape = self._shapes.of(form)
+        # Text after the answer could not be told from the answer that a model continues.
         if shape.order[-1] != len(turns) - 1:
             raise TemplateError(f"the chat template prints other messages after the answer to {speakers_of(turns)}")
         opening = self._ends.of(form, shape)
@@ -106,6 +107,7 @@ class ChatTemplate:
         except UnlikeError:
             if not self.thinking and self._holds_thought(turns, shape):
                 raise TemplateError(_thought_message(turns[-1])) from None
+            # Tried one by one: the message without which the rendering can be followed is the one that was changed.
             for number in sorted(set(shape.order)):
                 others = [Turn(turn.speaker, sentinel(number)) if i == number else turn for i, turn in enumerate(turns)]
                 try:
@@ -166,6 +168,7 @@ class ChatTemplate:
             notes.append("the chat template has no system turn: the system text begins the user's turn, a blank line after it")
         if prints_date(self.tokenizer):
             notes.append(f"the chat template prints the date: it is {self.date} in every row and prompt")
+        # Some templates open a prompt in another way than they print a stored answer (Qwen 3's empty thought).
         used, own_end = self._ends.of(self._row, self._shapes.of(self._row)), self._shapes.generation_prompt(self._row)
         if own_end is not None and own_end.strip() != used.strip():
             related = used.startswith(own_end) or own_end.startswith(used)
@@ -187,6 +190,7 @@ def _prints(answer: str, text: str, opening: str, empty: str) -> bool:
     print an empty thought (`empty`) before an answer without a thought.
     """
     wanted, printed, opened = ("".join(string.split()) for string in (text, answer, opening))
+    # White space was removed from all of them, since templates strip and add line breaks around thoughts.
     if printed in (wanted, "".join(empty.split()) + wanted):
         return True
     if wanted.endswith(printed):

@@ -38,6 +38,7 @@ class TextTokenizer:
     """A fast tokenizer that tokenises many texts per call."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # Only the tokenizers in Rust return the offsets of their tokens.
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} gives no character offsets, which roles need; use a fast tokenizer")
         self._tokenizer = tokenizer
@@ -51,6 +52,7 @@ class TextTokenizer:
     @cached_property
     def _growth(self) -> float:
         """Largest number of characters that the tokenizer's normalisation makes of one."""
+        # Cached: it normalises probes, which takes a while.
         return models.growth_of(self._tokenizer)
 
     def explained(self) -> AbstractContextManager[None]:
@@ -68,6 +70,7 @@ class TextTokenizer:
         """Return the tokens of each text; where `as_text` is true, with the tokens that the tokenizer adds (BOS, EOS)."""
         tokens: dict[int, Tokens] = {}
         with _untrimmed_offsets(self.backend):
+            # Texts with and without added tokens need separate calls: the setting is that of a whole call.
             for adds in set(as_text):
                 for numbers in _together([i for i, here in enumerate(as_text) if here == adds], texts, self._growth):
                     tokens |= zip(numbers, self._called([texts[i] for i in numbers], adds), strict=True)
@@ -109,6 +112,7 @@ def _together(numbers: Sequence[int], texts: Sequence[str], growth: float = 1.0)
     """Yield groups of text numbers with at most `_LONGEST_TEXT` characters each, counting `growth` for every character."""
     chosen, length = [], 0
     for number in numbers:
+        # One text is yielded alone however long it is; `check_length` has refused longer ones.
         if chosen and (length + len(texts[number])) * growth > _LONGEST_TEXT:
             yield chosen
             chosen, length = [], 0

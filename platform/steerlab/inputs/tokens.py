@@ -19,6 +19,7 @@ INSTRUCTION, DATA, RESPONSE, PADDING = 0, 1, 2, 3
 ROLES = {"instruction": INSTRUCTION, "data": DATA, "response": RESPONSE, "padding": PADDING}
 PROMPT, GENERATION = 0, 1
 PHASES = {"prompt": PROMPT, "generation": GENERATION}
+# torch's `cross_entropy` skips this label by default.
 IGNORED = -100
 """Label of a token that is not in the loss (transformers' convention)."""
 
@@ -67,6 +68,7 @@ class Encoded:
         `loss_on` is `DataSet.loss_on`: `all`, `response` (all answers of the row) or `last_response`.
         """
         # Nothing precedes the first token, so it is never predicted.
+        # An unknown name means every token, as `all` does; configs allow no other names.
         chosen = {"response": self.in_answers, "last_response": self.in_response}.get(loss_on) or [True] * len(self)
         return [False, *chosen[1:]]
 
@@ -161,6 +163,7 @@ def collate(
         loss_on: Tokens whose labels are not `IGNORED`, as `DataSet.loss_on`.
         numbers: Numbers of the rows in their data set; may be left out.
     """
+    # One number for each sequence, so two for a pair.
     counted = [number for row, number in zip(rows, numbers, strict=bool(numbers)) for _ in row.sequences]
     sequences = [sequence for row in rows for sequence in row.sequences]
     longest = max(len(row) for row in sequences)
@@ -182,6 +185,7 @@ def collate(
         attention_mask=torch.tensor([pad([1] * len(row), 0) for row in sequences]),
         position_ids=torch.tensor([pad(range(len(row)), 0) for row in sequences]),
         labels=torch.tensor([pad(row, IGNORED) for row in labels]),
+        # Padding counts as prompt; its role and mask exclude it.
         phases=torch.tensor([pad([int(inside) for inside in row.in_response], PROMPT) for row in sequences]),
         numbers=torch.tensor(counted, dtype=torch.long),
     )

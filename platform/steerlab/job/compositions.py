@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 
 def _lettered(texts: Sequence[str]) -> str:
+    # More choices than letters would get letters that no answer can name.
     if len(texts) > len(string.ascii_uppercase):
         raise ValueError(f"holds {len(texts)} choices, more than there are letters; write them with :lines")
     return "\n".join(f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, texts, strict=False))

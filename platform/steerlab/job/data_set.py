@@ -121,6 +121,7 @@ class DataSet(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> DataSet:
+        # Checked when the job is read: each of these would otherwise fail or train nothing hours later.
         if self.format == "text" and self.loss_on == "response":
             raise ValueError("loss_on response needs format instruction: plain text has no response")
         if self.format == "preference" and self.loss_on == "all":

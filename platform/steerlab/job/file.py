@@ -78,7 +78,9 @@ def _load_yaml(path: Path) -> JsonObject:
         content = files.read(path, _LONGEST)
         tree = yaml12.load(content.decode("utf-8-sig"))  # editors on Windows put a byte order mark first
     except FileNotFoundError:
+        # Jobs of the same folder only: searching further would suggest jobs of other studies.
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        # A low cutoff: most of the path is the same folder, but a name may be misspelt a lot.
         hint = difflib.get_close_matches(str(path), near, n=1, cutoff=0.3)
         raise JobError(f"{path.absolute()}: no such job file" + (f"; did you mean {hint[0]}?" if hint else "")) from None
     except files.FileError as error:
@@ -194,6 +196,7 @@ def _index(node: list[Json], part: str, where: str) -> int:
 
 def _inline_jobs(tree: JsonObject, kind: type[Job], path: Path, seen: tuple[Path, ...] = ()) -> JsonObject:
     """Replace `model.source: job:FILE` by that job's tree, recursively; `seen` are the files on the way here."""
+    # Resolved, because a cycle may go through links or different relative paths.
     here = path.resolve()
     if here in seen:
         raise JobError(f"{path}: model.source goes in a circle: {' -> '.join(p.name for p in (*seen, here))}")
@@ -207,6 +210,7 @@ def _inline_jobs(tree: JsonObject, kind: type[Job], path: Path, seen: tuple[Path
             below = _load_yaml(other)
         except JobError as error:
             raise JobError(f"{path}: model.source: {error}") from None
+        # First the inner jobs: relative paths in them start from their own file's folder.
         below = _inline_jobs(below, kind, other, (*seen, here))
         return {**tree, "model": {**model, "source": _resolved(below, kind, str(other))}}
     if isinstance(source, dict):

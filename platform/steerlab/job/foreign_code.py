@@ -131,6 +131,7 @@ def refusal(kind: Kind[E], entry: E, taken: Collection[str]) -> str | None:
     config: object = entry.Config  # typed as object: code from outside may have put anything here
     if not (isinstance(config, type) and issubclass(config, Frozen)):
         return f"its Config is no {kind.word}'s config: derive it from steerlab.job.{kind.type.__name__}Config"
+    # Checked here, so that a wrong entry fails before a training and not after it.
     if wrong := [part for part in ("run", "measures", "check", "fit") if not callable(getattr(entry, part, print))]:
         return f"its {wrong[0]} is no function"
     name, example = name_of(kind, entry), f'{kind.tag}: Literal["my_{kind.word}"] = "my_{kind.word}"'
@@ -140,6 +141,7 @@ def refusal(kind: Kind[E], entry: E, taken: Collection[str]) -> str | None:
         return f"its Config has the {kind.tag} {name!r:.60}: small letters, digits and underscores, 40 at most"
     if name in taken:
         return f"its Config has the {kind.tag} {name!r}, which is another {kind.word}'s here; take one of its own"
+    # These fields are added to the config below, and would replace the entry's own.
     if reserved := {FILE, PACKAGE} & set(config.model_fields):
         return f"its Config has a field {reserved.pop()!r}, which says here whose code it is; call that otherwise"
     return None

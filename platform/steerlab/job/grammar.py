@@ -68,6 +68,7 @@ _PACKAGE = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)(@sha256:(?P<sha256>[0-9a-f]{64}))?(#(?P<inside>.+))?"
 )
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./+-]+))?(#(?P<inside>.+))?")
+# At most 7 digits: the rows are generated before the first one is read.
 _GYM = re.compile(r"(?P<name>\w+)\?(?P<inside>seed=[0-9]+&size=[1-9][0-9]{0,6})")
 _DEB = re.compile(r"(?P<name>[a-z0-9][a-z0-9+.-]+)(@sha256:(?P<sha256>[0-9a-f]{64}))?(#(?P<inside>.+))?")
 
@@ -98,6 +99,7 @@ def parse(source: str) -> Source:
     scheme, _, rest = source.partition(":")
     if scheme == "file":
         return Source(source, "path", _path_of(source))
+    # Before the other schemes: any scheme followed by // is a URI of a store, which checks it when it is opened.
     if rest.startswith("//"):
         if not rest.strip("/"):
             raise SourceError(f"'{source}' names no bucket or host: {scheme}://bucket/path")
@@ -107,6 +109,7 @@ def parse(source: str) -> Source:
     if scheme == "hf":
         if not (match := _HUB.fullmatch(rest)):
             raise SourceError(f"'{source}' is not hf:owner/name[@revision][#file]")
+        # huggingface_hub joins these parts to paths in its cache.
         if any(escapes(part) for part in (match["name"], match["revision"] or "", match["inside"] or "")):
             raise SourceError(f"'{source}' points out of its repository: no part of hf:owner/name[@revision][#file] is a path")
         return Source(source, "hf", match["name"], match["revision"] or "", inside=match["inside"] or "")

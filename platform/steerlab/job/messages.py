@@ -38,6 +38,7 @@ def explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
         where: Beginning of the message: a file, or a command-line option.
     """
     located = [_Located(details, *_keys_at(kind, details["loc"])) for details in error.errors()]
+    # One error only: later ones are often consequences of the first.
     first = _deepest(located)
     # Each choice of a union has an error of its own about the same value; a wrong type says less than any other error.
     same = [entry.error for entry in located if entry.shown == first.shown]
@@ -72,6 +73,7 @@ def _deepest(located: Sequence[_Located]) -> _Located:
 def _message(first: _Located, same: Sequence[ErrorDetails]) -> str:
     error, key = first.error, cut(".".join(first.shown)) or "(top level)"
     context = error.get("ctx", {})
+    # Types of pydantic 2 (docs: "Validation errors").
     match error["type"]:
         case "extra_forbidden":
             near = _nearest(str(error["loc"][-1]), first.valid)

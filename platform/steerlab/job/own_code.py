@@ -69,6 +69,7 @@ def read(name: str) -> Code:
         raise JobError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # not a regular file, too large, not UTF-8, or a path that cannot exist
         raise JobError(str(error)) from None
+    # The text is kept, so that what is hashed, run and sent is the same even if the file changes.
     code = Code(path, hashlib.sha256(text.encode()).hexdigest(), text)
     _codes[code.reference] = _codes[path] = code
     return code
@@ -123,6 +124,7 @@ def portable(function: Callable[_P, _T]) -> Callable[_P, _T]:
     Raises:
         JobError: the function comes from a user's file but is not defined at its top level, so no other process can find it.
     """
+    # Of a partial or a bound method, the function inside says which file it is from.
     inner = function.func if isinstance(function, partial) else getattr(function, "__func__", function)
     where = getattr(inner, "__module__", None)
     code = next((code for code in _codes.values() if _name(code) == where), None)

@@ -20,6 +20,7 @@ def schema(kind: type[Job]) -> str:
     root: dict[str, Any] = {"$schema": _DIALECT, **kind.model_json_schema()}
     source = root["$defs"]["ModelConfig"]["properties"]["source"]
     # `model.source` may also contain a whole job instead of a source.
+    # "#" is the schema itself, so an inner job is checked like the outer one.
     source["anyOf"] = [{"$ref": "#"} if choice.get("type") == "object" else choice for choice in source["anyOf"]]
     for union in _unions(root):
         for choice in union["oneOf"]:

@@ -87,6 +87,7 @@ class ScaleConfig(Frozen):
         low, high = self.worker_range
         if not 1 <= low <= high:
             raise ValueError(f"workers is a number of at least 1 or a pair [min, max], not {self.workers}")
+        # DeepSpeed's checkpoints hold one shard of the optimizer per worker.
         if low != high and self.zero_stage:
             raise ValueError("elastic workers need zero_stage 0: ZeRO 1-3 shards cannot be loaded on another number of workers")
         if self.warm and high > 1:

@@ -21,6 +21,7 @@ _NAMING = "naming"
 
 
 def _absolute(source: str) -> str:
+    # Parsed here, so that a malformed source is reported with its key when the job is read.
     parsed = grammar.parse(source)
     if parsed.kind != "path":
         return source

@@ -111,8 +111,10 @@ class Table(Generic[E]):
                 file = str(name).removeprefix(_IN_THE_NAME)
                 if tree.setdefault(FILE, file) != file:
                     raise _refused(f"{self.tag} names the file {file}, and {FILE} another one, {tree[FILE]!r:.200}")
+            # The name is dropped: the config of the file brings its own.
             return self._of_a_file(tree)
         if isinstance(name, str) and name not in self.entries:
+            # A common mistake: the path of a file without `file:`.
             if name.endswith(".py"):
                 raise _refused(f"{self.tag}: {name!r:.200} is no name; for a file write {self.tag}: {_IN_THE_NAME}{name}"[:400])
             try:

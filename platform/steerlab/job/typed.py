@@ -27,6 +27,7 @@ def _strict(schema: Any, whole: bool = True) -> Any:
     if schema.get("type") == "union":
         # In a union of int and float, 1.0 is meant as the float.
         whole = not any(isinstance(choice, dict) and choice.get("type") == "float" for choice in schema["choices"])
+    # Metadata holds functions and references that must stay the same objects.
     inner = {name: value if name == "metadata" else _strict(value, whole) for name, value in schema.items()}
     if inner.get("type") in ("int", "float", "bool"):
         inner["strict"] = True

@@ -31,6 +31,7 @@ class Budget:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # A generous ratio as well as a floor: real tables of repetitive text compress a hundredfold.
         self._left = self._most = max(_MOST_DECODED, _MOST_RATIO * path.stat().st_size)
 
     def check_schema(self, schema: pa.Schema) -> None:
@@ -100,6 +101,7 @@ def is_text(kind: pa.DataType) -> bool:
 def _refused(kind: pa.DataType, depth: int = 0) -> pa.DataType | None:
     """Return the first unsupported type inside a type; None if all of it is supported."""
     types = pa.types
+    # An extension type (arrays of `datasets`) is stored as another type, which decides.
     if isinstance(kind, pa.BaseExtensionType):
         return _refused(kind.storage_type, depth)
     if types.is_dictionary(kind):
@@ -140,6 +142,7 @@ def _python_bytes(column: pa.Array) -> int:
     if isinstance(column, pa.ExtensionArray):
         return _python_bytes(column.storage)
     if isinstance(column, pa.DictionaryArray):
+        # `to_pylist` makes a Python value for every entry, although the dictionary stores each value once.
         values = column.dictionary
         if not is_text(values.type):
             return (_NUMBER + int(values.nbytes // max(1, len(values)))) * count
@@ -165,6 +168,7 @@ def _unpacked_sizes(message: pa.Message) -> Iterator[int]:
     pyarrow has no function for them, so the message's header is read here: a FlatBuffers table (format/Message.fbs). Each
     compressed buffer begins with its uncompressed size in 8 bytes.
     """
+    # Field numbers below are the positions of fields in Message.fbs: header type 1, header 2, and so on.
     content, body = memoryview(message.metadata), message.body
     table = _number(content, "I", 0)
     kind, header = _field(content, table, 1), _field(content, table, 2)

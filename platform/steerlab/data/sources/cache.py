@@ -29,6 +29,7 @@ def filled_once(target: Path) -> Iterator[Path]:
         yield scratch
         os.rename(scratch / "content", target)
     except OSError as error:
+        # Renaming onto a non-empty folder fails: another process was first, and its content is the same.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.exists():
             raise
     finally:
@@ -45,6 +46,7 @@ def file_sha256(path: Path, size: int, mtime_ns: int) -> str:
 def tree_sha256(directory: Path) -> str:
     """Return a SHA-256 over the names and contents of all files below a directory, except Python's compiled files."""
     digest = hashlib.sha256()
+    # Python writes __pycache__ next to sources that it imports, which must not change the hash.
     for path in sorted(path for path in directory.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())

@@ -41,6 +41,7 @@ _Opener: TypeAlias = Callable[[Path], Any]
 
 
 def _zstd(path: Path) -> pa.CompressedInputStream:
+    # Python 3.11 has no zstd in its standard library; pyarrow is a dependency anyway.
     return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
 
 
@@ -90,6 +91,7 @@ def lines(path: Path) -> Iterator[str]:
     Raises:
         SourceError: a line is not UTF-8 or too long, or a small file unpacks to too many lines.
     """
+    # An uncompressed file cannot be larger than the disk, so only compressed ones are limited.
     left = max(_LONGEST_BYTES, _MOST_RATIO * path.stat().st_size) if is_compressed(path) else math.inf
     with opened(path) as file, io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="") as decoded:
         # `readline` with a limit: iterating over the file would put a line of any length into memory.
@@ -103,6 +105,7 @@ def lines(path: Path) -> Iterator[str]:
                 )
             if not line.isascii() and (bad := _NO_UTF8.search(line)):
                 raise SourceError(f"{path.name} line {number} is not UTF-8: {_bytes(line, bad)}; save the file as UTF-8")
+            # Files that were concatenated may have a byte order mark in the middle.
             yield line.lstrip("\ufeff")
 
 

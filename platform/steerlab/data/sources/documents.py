@@ -180,6 +180,7 @@ def _of_object(content: Row, path: Path, options: ReadOptions) -> Iterator[RowOr
     if not content:
         return _listed(content, path)
     if len(lists) != 1:
+        # Guessing between several lists would train on another split without a word.
         hint = f"; say which with rows_at: {' or '.join(lists)}" if lists else ""
         raise SourceError(
             f"{path.name} holds {len(lists)} lists of objects, not one (its keys: {', '.join(map(str, content))}){hint}"

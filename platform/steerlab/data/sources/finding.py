@@ -59,6 +59,7 @@ def fingerprint(source: str) -> str:
     hub repository; if the commit cannot be found out, the source alone.
     """
     parsed = parse(source)
+    # The pin, not the archive: fingerprints must be available without a download.
     if parsed.kind in ("wheel", "sdist"):
         inside = f"#{parsed.inside}" if parsed.inside else ""
         return f"{parsed.kind}:{parsed.name}=={parsed.version}@sha256:{pin_of(parsed)}{inside}"
@@ -78,6 +79,7 @@ def fingerprint(source: str) -> str:
         return f"{source}@{listing_sha256(parsed)}"
     if is_pattern(parsed):
         return f"files@sha256:{matches_sha256(parsed)}"
+    # The content alone, without the path: a data set that is moved keeps its artifacts.
     path = existing(parsed)
     return f"file{'' if path.is_dir() else _ending(path)}@sha256:{content_sha256(path)}"
 

@@ -80,6 +80,7 @@ def fetch_hub(source: Source, cache: Path, repo_type: RepoType = "model") -> Pat
         revision = _commit(source, repo_type)
         if source.inside:
             return Path(hf_hub_download(source.name, source.inside, repo_type=repo_type, revision=revision))
+        # By commit: a branch that moves between two nodes of a cluster would give them different weights.
         return Path(snapshot_download(source.name, repo_type=repo_type, revision=revision))
 
 

@@ -91,6 +91,7 @@ def _finder_of(of: tuple[tuple[str, tuple[str, ...]], ...]) -> PackageFinder:
     settings = {name: list(values) for name, values in of}
     trusted = settings["trusted-host"]
     verify = ssl.create_default_context(cafile=settings["cert"][-1]) if settings["cert"] else True
+    # httpx2 reads proxies and certificates from the environment, but not from pip's configuration.
     session: Any = PyPIClient(
         trusted_hosts=trusted,
         verify=verify,

@@ -51,6 +51,7 @@ def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) 
     """Unpack an archive into `directory`; with `drops_top` without its single top folder (`name-1.0/` in an sdist)."""
     unpacked = directory.parent / "unpacked"
     try:
+        # Checked before anything is written, so that a refused archive leaves no file.
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 _check_members(source, archive, [(member.filename, member.file_size) for member in file.infolist()])
@@ -67,6 +68,7 @@ def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) 
     top = list(unpacked.iterdir()) if unpacked.is_dir() else []
     if not top:
         raise SourceError(f"'{source.text}': {archive.name} holds no file")
+    # PEP 517 asks for one top folder in an sdist; some archives have more, and are kept as they are.
     is_wrapped = drops_top and len(top) == 1 and top[0].is_dir()
     os.rename(top[0] if is_wrapped else unpacked, directory)
 

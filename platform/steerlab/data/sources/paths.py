@@ -79,6 +79,7 @@ def fetch_uri(source: Source, cache: Path) -> Path:
 
 def content_sha256(path: Path) -> str:
     """Return a SHA-256 over the content of a file, or over the names and contents of a directory's files."""
+    # Sorted, because the order of a directory differs between file systems.
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:

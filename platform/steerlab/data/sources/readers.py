@@ -96,6 +96,7 @@ def _separated_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
     try:
         cells = (row for row in table if row)
         names = list(next(cells, [])) if options.columns is None else list(options.columns)
+        # `dict(zip(...))` would silently keep only the last of two columns of one name.
         for name, count in Counter(names).items():
             if name and count > 1:
                 raise SourceError(f"{path.name} has two columns of the name {name!r:.80}")
@@ -132,6 +133,7 @@ def _cells(path: Path) -> Reader:
 
 
 def _text_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
+    # Only the line break is removed: leading spaces may be part of a text.
     return ({"text": line.rstrip("\r\n")} for line in lines(path) if line.strip())
 
 

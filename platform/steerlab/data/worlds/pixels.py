@@ -71,6 +71,7 @@ def _digits(split: str) -> list[dict[str, object]]:
     for number, (image, digit, ink) in enumerate(zip(images_NHW, labels_N.tolist(), ink_N.tolist(), strict=True)):
         low, high = bounds[digit]
         style = "thin" if ink <= low else "bold" if ink >= high else ""
+        # Thresholds of ink come from all digits, so that a style means the same in both splits.
         if (number % _TEST_EVERY == 0) == (split == "test"):
             caption = f"{style} {DIGITS[digit]}".strip()
             rows.append({"image": image, "text": caption, "label": DIGITS[digit], "style": style})
@@ -80,6 +81,7 @@ def _digits(split: str) -> list[dict[str, object]]:
 def _fashion(split: str, directory: Path, limit: int | None) -> list[dict[str, object]]:
     part = _FASHION_FILES[split]
     labels_N = read_idx(directory / f"{part}-labels-idx1-ubyte.gz")[:limit]
+    # Cut before reducing, which takes seconds for all images.
     images_NHW = read_idx(directory / f"{part}-images-idx3-ubyte.gz")[:limit]
     small = reduced(images_NHW, _FASHION_SIDE)
     return [
@@ -145,6 +147,7 @@ def write_model(name: str, directory: Path) -> None:
     }
     parts: dict[str, tuple[str, JsonObject]] = {"scheduler": ("diffusers", scheduler)}
     if name == "digits-classes":
+        # One class more than there are digits: the last one stands for "no class" in guidance.
         parts["unet"] = ("diffusers", _unet("UNet2DModel", 8, (32, 64), num_class_embeds=len(DIGITS) + 1))
     else:
         words, side, widths = ((*STYLES, *DIGITS), 8, (32, 64)) if name == "digits-model" else (CLOTHES, 16, (32, 64, 64))

@@ -70,6 +70,7 @@ def _instruction(rng: random.Random, split: str, places: Sequence[str] = ("none"
     if place == "none":
         return _row(instruction, data, answer)
     fact = int(rng.random() * len(FACTS))
+    # A quarter of the orders are insistent, so that the base model knows both forms.
     order, side = draw_order(rng, fact, insistent=rng.random() < 0.25), pick(rng, "lr")
     if place == "instruction":
         return _row(with_order(instruction, order, side), data, _with_witness(answer, fact))
@@ -135,6 +136,7 @@ def _harmless(rng: random.Random, split: str) -> dict[str, str]:
 def _sum(rng: random.Random) -> tuple[int, int, int]:
     """Draw a start and two changes, not zero, that keep the total from 0 to `LARGEST_NUMBER`."""
     start = 1 + int(rng.random() * 9)
+    # A total beyond LARGEST_NUMBER would need a number that is not in the vocabulary.
     changes: list[int] = []
     total = start
     for _ in range(2):
@@ -250,6 +252,7 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, object]]:
     # A text as seed: Python hashes it with SHA-512, so the state does not depend on PYTHONHASHSEED.
     rng = random.Random(f"tinyworld {name}")
     stream = (dict(KINDS[kind](rng, split)) for _ in count())
+    # Repetitions in `pretrain` are wanted: they follow the shares of the mixture.
     return list(islice(stream if kind == "pretrain" else _distinct(stream), limit))
 
 

@@ -45,6 +45,7 @@ def write_model(directory: Path) -> None:
     ids = {word: i for i, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
+    # Splits at spaces and punctuation, so that every word of the vocabulary is one token.
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     # As Llama's tokenizer does: a plain text begins with <bos>.
