@@ -28,6 +28,7 @@ def _field_text(value: object, field: str, join: Callable[[Sequence[str]], str],
         return values.text(value, field, scalars=True)
     if not value:
         raise ValueError(f"{field} is an empty list")
+    # With its position, so that a message names the bad entry of a list.
     texts = [values.text(entry, f"{field}.{i}", scalars=True) for i, entry in enumerate(value)]
     try:
         return join(texts)

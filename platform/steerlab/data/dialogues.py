@@ -31,6 +31,7 @@ def conversation(row: Row) -> Messages:
     """
     fields = _without_nulls(row)
     messages = turns.with_system(_turns(fields), _system(fields))
+    # The last answer ends the row: nothing after it is predicted.
     ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not ends:
         raise ValueError("no turn of the conversation is the assistant's, so there is no answer to learn")

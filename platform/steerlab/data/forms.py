@@ -46,6 +46,7 @@ def passes(row: Row, data: DataSet) -> bool:
 def mapped(row: dict[str, object], data: DataSet) -> dict[str, object]:
     """Return a row with values replaced by their names (`map`), then with the fields composed from others (`compose`)."""
     row = row | {field: _named(row, field, names) for field, names in data.map.items()}
+    # Collected apart, so that one composed field does not see another one's text.
     composed = {}
     for name, template in data.compose.items():
         try:

@@ -120,6 +120,7 @@ def _prompt(fields: Row) -> str | Messages:
     if name is None and (conversation := fields.get("messages")):
         # UltraFeedback binarised repeats the chosen conversation in `messages`: ending in an answer, it is not a prompt.
         messages = turns.messages(conversation, "messages")
+        # An empty prompt: it is taken from the beginning that both responses share.
         return [] if messages[-1]["role"] == "assistant" else messages
     if name is None:
         return ""
@@ -181,6 +182,7 @@ def _best_and_worst(completions: object) -> dict[str, str]:
     if not scored:
         raise ValueError(f"no two of its completions have a score ({' or '.join(_SCORES)})")
     (_, best), (_, worst) = max(scored, key=lambda entry: entry[0]), min(scored, key=lambda entry: entry[0])
+    # All scores are equal.
     if best is worst:
         raise ValueError(f"all of its completions have the score {scored[0][0]:g}, so none is preferred")
     names = [next((name for name in _RESPONSES if name in entry), "response") for entry in (best, worst)]
@@ -256,6 +258,7 @@ def matched(judged: Sequence[Judged]) -> list[dict[str, object] | ValueError]:
             reason = f"a prompt has {len(group)} {'good' if good else 'bad'} and no {'bad' if good else 'good'} completion"
             results += [ValueError(f"{reason}, which makes no pair")] * len(group)
             continue
+        # The shorter list is repeated, so that no labelled response is lost.
         for i in range(max(len(good), len(bad))):
             results.append(_checked_or_error(group[0].prompt, good[i % len(good)].response, bad[i % len(bad)].response))
     return results

@@ -136,6 +136,7 @@ def _each(data: DataSet, seen: Seen, limit: int | None) -> Iterator[dict[str, ob
                 judged.append(formed)
             elif formed is not None:
                 yield formed
+        # An empty source among several would pass unnoticed.
         if not number:
             raise SourceError(f"{source} has no rows")
     # Only now: the two responses of a KTO pair may stand far apart, or in two sources.

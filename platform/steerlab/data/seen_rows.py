@@ -47,6 +47,7 @@ class Seen:
 
     def check_names(self, data: DataSet) -> None:
         """Raise ValueError if the job names a field that no row has."""
+        # A field that no row has is a misspelt name; one that some rows lack is normal.
         if self.read and self.absent:
             key = self.absent[0]
             is_renamed = bool(data.rename) and not key.startswith("rename.")

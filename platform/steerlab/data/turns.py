@@ -112,6 +112,7 @@ def _first(message: Row, keys: tuple[str, ...]) -> object:
 
 def _content(content: object, name: str) -> str:
     if isinstance(content, Mapping):
+        # Some tables store the only part of a message without its list.
         content = [content]
     if not isinstance(content, list | tuple):
         return values.text(content, name)

@@ -102,6 +102,7 @@ def text(value: object, name: str, *, scalars: bool = False) -> str:
             raise ValueError(f"{name} holds half of a character (\\u{ord(half.group()):04x} alone), which is no text")
         return value
     if scalars and isinstance(value, bool):
+        # JSON's spelling, not Python's: the text is read by a model.
         return "true" if value else "false"
     # NaN and infinity are not JSON, so they are not texts either.
     if scalars and is_number(value) and math.isfinite(value):
@@ -118,6 +119,7 @@ def number(value: object) -> float | int | Decimal | None:
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, str):
+        # An empty cell of a CSV file counts as null.
         value = float(value) if value.strip() else None
     if is_null(value):
         return None

@@ -45,6 +45,7 @@ def pieces(template: str) -> list[tuple[str, str | None, str | None, str | None]
     Field, join and conversion are None after the last field.
     """
     try:
+        # Python's own parser of format strings, so that {{ and }} mean what they mean there.
         return list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"the template {template!r} cannot be read ({error}); {{{{ and }}}} are braces") from None

@@ -50,6 +50,7 @@ def validate(tree: Mapping[str, Json], kind: type[Job], path: Path) -> Job:
 
     `path` is the file that messages name, and whose folder relative `job:` sources start from.
     """
+    # Before validation, which needs the settings of the inner job (`Job._with_prompt_of_base`).
     tree = _inline_jobs(dict(tree), kind, path)
     try:
         return kind.model_validate(tree)
@@ -106,6 +107,7 @@ def _override(tree: JsonObject, text: str, kind: type[Job]) -> None:
         raise JobError(f"{where}: expected a.b=c")
     key, value = match.groups()
     try:
+        # As YAML, so that a value means the same in a file and on the command line.
         parsed = yaml12.load_value(value)
     except yaml12.YamlError as error:
         raise JobError(f"{where}: the value cannot be read as YAML: {error}; a text goes in quotes: '{key}=\"...\"'") from None
@@ -117,6 +119,7 @@ def _override(tree: JsonObject, text: str, kind: type[Job]) -> None:
 
 def _expanded(source: str, where: str) -> Path:
     """Return the path in `job:PATH`, with `~` expanded; `where` begins the message of a JobError."""
+    # Checked here, because `Path` accepts it and the operating system's error has no words for it.
     if "\0" in source:
         raise JobError(f"{where} {cut(source)}: no path holds a null character")
     try:
@@ -149,6 +152,7 @@ def put(tree: JsonObject, key: str, value: Json, where: str, kind: type[Job]) ->
         else:
             # A union has several models: the ones that the tag in the tree (`name`, `task`) chooses say what the default is.
             fields = [model.model_fields[part] for model in of_tag(models, node) if part in model.model_fields]
+            # Also for an explicit null: `--set train.steps=5` turns the section on.
             if node.get(part) is None:
                 node[part] = _default(fields[0], node) if fields else {}
             node, models = node[part], [model for field in fields for model in models_in(field.annotation)]

@@ -91,6 +91,7 @@ def of_package(kind: Kind[E], name: str, taken: Collection[str]) -> Foreign[E] |
 
     Only this entry is imported, so that a broken package matters only to the jobs that name it.
     """
+    # By name: loading all entry points would import every installed package that has one.
     points = list(importlib.metadata.entry_points(group=f"steerlab.{kind.word}s", name=name))
     return _loaded(kind, points, taken) if points else None
 
@@ -109,6 +110,7 @@ def _loaded(kind: Kind[E], points: Sequence[importlib.metadata.EntryPoint], take
         raise JobError(f"{package}: {point.value} is a {type(entry).__name__}, no {kind.type.__name__}")
     if (reason := refusal(kind, entry, taken)) is not None:
         raise JobError(f"{package}: {point.value}: {reason}")
+    # Otherwise two names would lead to one entry, and keys would contain either.
     if name_of(kind, entry) != point.name:
         raise JobError(f"{package}: {point.value} calls itself {name_of(kind, entry)}; register it so")
     # A package that is edited in place (pip install -e) keeps its version, so the hash of its module is added.
@@ -122,6 +124,7 @@ def _loaded(kind: Kind[E], points: Sequence[importlib.metadata.EntryPoint], take
 def name_of(kind: Kind[E], entry: E) -> str | None:
     """Return the name in an entry's config: the default, and only allowed value, of the field `tag`; None without one."""
     field = getattr(entry.Config, "model_fields", {}).get(kind.tag)
+    # A Literal of one value, so that pydantic can choose the config of a union by it.
     allowed = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
     return allowed[0] if len(allowed) == 1 and field is not None and field.default == allowed[0] else None
 

@@ -128,6 +128,7 @@ def parse(source: str) -> Source:
 
 def _path_of(uri: str) -> str:
     parts = urlsplit(uri)
+    # RFC 8089: file://folder/x has a host called `folder`, which is a common mistake.
     if parts.netloc not in ("", "localhost") or not parts.path:
         raise SourceError(f"'{uri}' names a host; write file:///folder/file, or the path alone")
     return unquote(parts.path)

@@ -60,6 +60,7 @@ class Job(Frozen):
     @property
     def tasks(self) -> tuple[TaskConfig, ...]:
         """The tasks of `evaluate`, with the strengths at which each is run."""
+        # The tasks then use their own strengths, or those that `choose` sets.
         if self.strength is None:
             return self.evaluate
         return tuple(
@@ -123,6 +124,7 @@ class Job(Frozen):
 def _prompt_below(tree: Mapping[str, Json]) -> JsonObject | None:
     """Return the prompt settings of the first job in the chain of `model.source` jobs; None if the model is a source."""
     settings, base = None, tree
+    # Each job in the chain has inherited the settings of the one below, so the last one decides.
     while isinstance(model := base.get("model"), Mapping) and isinstance(source := model.get("source"), Mapping):
         base = source
         data = base.get("data")
@@ -145,6 +147,7 @@ def job_type(methods: Table[_M], tasks: Table[_T]) -> type[Job]:
     # The types are made here because this layer must not import methods and tasks, which import it.
     method, task = methods.field(), tasks.field()
     chosen_by = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
+    # `choose.tasks` needs the same closed union, so its model is derived again.
     choose = create_model("ChooseConfig", __base__=ChooseConfig, __doc__=ChooseConfig.__doc__, tasks=chosen_by)
     fields: dict[str, Any] = {
         "method": (method, Field(description=Job.model_fields["method"].description)),

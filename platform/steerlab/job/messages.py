@@ -20,6 +20,7 @@ _HINTS = {
     "int_type": {str: "write the number without quotes", bool: "true and false are no numbers"},
     "float_type": {str: "write the number without quotes", bool: "true and false are no numbers"},
     "bool_type": {str: "write true or false", int: "write true or false", float: "write true or false"},
+    # YAML reads 5 and true without quotes as a number and a boolean.
     "string_type": dict.fromkeys((bool, int, float), "write a text in quotes"),
 }
 
@@ -135,6 +136,7 @@ def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[st
             shown.append(str(part))
             models = [m for field in fields for m in models_in(field.annotation)]
             continue
+        # pydantic puts the tag of a union's choice into the location, but it is no key of the job.
         tagged = [m for m in models if part in _tags(m)]
         if tagged:
             models = tagged

@@ -46,6 +46,7 @@ class SamplerConfig(Frozen):
         if self.timesteps is not None and len(self.timesteps) != self.steps:
             raise ValueError(f"steps {self.steps}: timesteps names {len(self.timesteps)}")
         for name in ("read", "steer", "differentiate"):
+            # Checked here: an index error inside a denoising loop would not name the setting.
             late = [step for step in getattr(self, name) or () if not 0 <= step < self.steps]
             if late:
                 raise ValueError(f"{name}: there is no step {late[0]}; the steps are 0 to {self.steps - 1}")

@@ -59,9 +59,11 @@ def read(name: str) -> Code:
             raise JobError(f"{name}: this names code by its content, which the job does not hold; give the path of the file")
         return _codes[name]
     path = absolute(name)
+    # A worker may run on a node where another file is at this path, or none.
     if path in _received:
         return _received[path]
     try:
+        # With a limit: the path may be a pipe or a device.
         text = files.read_text(Path(path), python_files.LONGEST)
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such file") from None
@@ -101,6 +103,7 @@ def _name(code: Code) -> str:
 def _hint(message: str, path: Path) -> str:
     """Explain, for the message about a failed import, that a file next to this one is not sent to the workers; else ''."""
     beside = {other.stem for other in path.parent.glob("*.py")} if path.parent.is_dir() else set()
+    # Compared with the message, because the error itself was raised inside the user's file.
     missing = [name for name in beside if f"ModuleNotFoundError: No module named {name!r}" in message]
     return f"; {missing[0]}.py lies beside it, but this file alone goes to the workers: make both one" if missing else ""
 
@@ -177,6 +180,7 @@ def held() -> Iterator[None]:
 
     A sweep runs for hours: all of its trials have to use the same code.
     """
+    # Restored afterwards, because the process may run other jobs later.
     before = dict(_received)
     _received.update({code.path: code for name, code in _codes.items() if name == code.path})
     try:

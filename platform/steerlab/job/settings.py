@@ -151,6 +151,7 @@ UNPATCHED_NAME = "strength 0"
 
 def with_headline(headline: float, declared: Sequence[float]) -> tuple[float, ...]:
     """Return the headline strength, then the strengths that a task declares, unless it declares only the default (1.0,)."""
+    # (1.0,) is the default: a task that does not name strengths reports the headline only.
     others = declared if tuple(declared) != (1.0,) else ()
     return tuple(dict.fromkeys([headline, *others]))
 
@@ -160,6 +161,7 @@ def headline_first(strengths: Sequence[float]) -> list[float]:
 
     If the first strength is 0, the headline is 1 if it is among them, otherwise the first strength that is not 0.
     """
+    # A dict rather than a set keeps the order in which they were written.
     different = list(dict.fromkeys(strengths))
     steering = [strength for strength in different if strength != UNPATCHED]
     headline = different[0]

@@ -51,6 +51,7 @@ class Table(Generic[E]):
         self._kind, self.tag = Kind(kind, tag, with_config), tag
         self.what = self._kind.word
         self.entries: dict[str, E] = dict(own)
+        # By SHA-256, so that two paths to one file give one entry.
         self._files: dict[str, E] = {}
         self._packages: dict[str, E | None] = {}
         self._by_config: dict[type[Frozen], Foreign[E]] = {}
@@ -90,6 +91,7 @@ class Table(Generic[E]):
             JobError: the file does not exist, fails, or defines no valid entry.
         """
         code = own_code.read(file)
+        # A file that was edited has another hash and is loaded again, in the same process.
         if code.sha256 not in self._files:
             self._files[code.sha256] = self._registered(foreign_code.of_file(self._kind, code, self.entries))
         return self._files[code.sha256]
@@ -139,6 +141,7 @@ class Table(Generic[E]):
             raise _refused(str(error)) from None
         try:
             return kind.model_validate(tree)
+        # Explained here, because pydantic's union would mix these errors with those of our own entries.
         except ValidationError as error:
             raise _refused(explain(error, kind, file)) from None
 
@@ -162,6 +165,7 @@ class _OrOfAFile:
 
     def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
         inner = handler(source)
+        # Without it pydantic serializes by the declared union, and drops fields of a foreign config.
         written = core_schema.wrap_serializer_function_ser_schema(self._write, info_arg=True, schema=inner)
         return core_schema.no_info_wrap_validator_function(self._read, inner, serialization=written)
 
@@ -176,6 +180,7 @@ class _OrOfAFile:
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Allow any keys next to `file`, since only the code of the file knows which it has."""
         path = {"type": "string", "minLength": 1, "description": "A Python file of your own."}
+        # `task: file:my_task.py`: the path is part of the name.
         name = {"type": "string", "pattern": f"^{_IN_THE_NAME}"}
         return {
             "anyOf": [

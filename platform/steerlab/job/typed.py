@@ -38,6 +38,7 @@ def _strict(schema: Any, whole: bool = True) -> Any:
 
 
 def _whole(value: object) -> object:
+    # YAML reads 1e3 as a float.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -87,6 +88,7 @@ def _radians(value: object) -> object:
         return value
     if not (match := re.search(_ANGLE, value)):
         raise PydanticCustomError("angle", "an angle is a number of radians or a multiple of pi such as pi/2 or 3*pi/4")
+    # Computed from the matched numbers, not by `eval`: a job must not run code.
     sign, factor, denominator = match[1], match[3], match[6]
     return (-1.0 if sign else 1.0) * math.pi * float(factor or 1) / float(denominator or 1)
 

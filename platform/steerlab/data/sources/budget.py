@@ -109,6 +109,7 @@ def _refused(kind: pa.DataType, depth: int = 0) -> pa.DataType | None:
     is_nested = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     if not is_nested and not types.is_struct(kind) and not types.is_map(kind):
         return None if _is_leaf(kind) else kind
+    # Nested types are read recursively, here and in Arrow.
     if depth > _DEEPEST:
         return kind
     inner = (_refused(kind.field(i).type, depth + 1) for i in range(kind.num_fields))

@@ -37,6 +37,7 @@ def matches(source: Source) -> list[Path]:
     """Return the files that match a pattern, ordered by the numbers in their names. Raises SourceError if there are none."""
     pattern = str(local_path(source.name))
     try:
+        # A walk may also hang in a network file system.
         with limited(f"the pattern '{source.text}'", seconds=_WALK_S):
             paths = _at_most(map(Path, glob.iglob(pattern, recursive=True)), source.text)
             files = [path for path in paths if path.is_file()]
@@ -69,6 +70,7 @@ def of_folder(folder: Path) -> list[Path]:
     if not files:
         raise SourceError(f"{folder} is a directory that holds no data: no file that ends in {', '.join(READ)}")
     sets = {_set_of(path): path for path in files}
+    # Reading all of them would mix train with test.
     if len(sets) > 1:
         names = examples([path.relative_to(folder).as_posix() for path in sets.values()])
         raise SourceError(
@@ -88,6 +90,7 @@ def _at_most(paths: Iterable[Path], where: Path | str) -> Iterator[Path]:
 
 
 def _is_hidden(path: Path) -> bool:
+    # .cache of the hub, _SUCCESS of Spark, .ipynb_checkpoints.
     return any(part.startswith((".", "_")) for part in path.parts)
 
 

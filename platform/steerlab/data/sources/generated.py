@@ -39,6 +39,7 @@ for problem in create_dataset(name, seed=int(seed), size=int(size)):
 def fetch_gym(source: Source, cache: Path) -> Path:
     """Return a file of reasoning-gym's problems, generated once by the code of the pinned wheel, which is not installed."""
     numbers = re.findall("[0-9]+", source.inside)
+    # The name holds all that decides the rows, so the folder never has to be checked.
     root = cache / "gym" / "-".join((source.name, *numbers, PINS[GYM][:16], GYM_ROWS))
     if not root.exists():
         package = fetch_package(parse(GYM), cache)
@@ -50,6 +51,7 @@ def fetch_gym(source: Source, cache: Path) -> Path:
         with filled_once(root) as directory:
             (directory / "content").mkdir()
             with (directory / "content" / "rows.jsonl").open("w") as file:
+                # Straight into the file: a million rows would otherwise be held in memory.
                 result = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
             if result.returncode:
                 reason = result.stderr.strip() or f"exit code {result.returncode}"

@@ -64,6 +64,7 @@ def fetch_uri(source: Source, cache: Path) -> Path:
     """Return a local copy of the file or folder of a URI, downloaded again when its listing changes."""
     filesystem, path, files = _remote(source)
     root = cache / "uris" / listing_sha256(source)
+    # The copy keeps its name, whose ending decides how it is read.
     copy = root / PurePosixPath(path).name
     if not root.exists():
         with filled_once(root) as directory:
@@ -85,5 +86,6 @@ def content_sha256(path: Path) -> str:
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
         state = file.stat()
+        # The null character cannot be part of a name, so no two listings give the same bytes.
         digest.update(f"{name}\0{file_sha256(file, state.st_size, state.st_mtime_ns)}\n".encode())
     return digest.hexdigest()

@@ -55,6 +55,7 @@ def copy(filesystem: pafs.FileSystem, folder: str, files: Sequence[pafs.FileInfo
     """Copy the files that `files_below` returned for a folder into a local directory."""
     for info in files:
         target = directory / _relative(info, folder)
+        # Object stores have no folders, only keys with slashes.
         target.parent.mkdir(parents=True, exist_ok=True)
         with filesystem.open_input_stream(info.path) as stream, target.open("wb") as file:
             shutil.copyfileobj(stream, file, _CHUNK)
