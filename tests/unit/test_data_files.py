@@ -180,7 +180,7 @@ def test_columns_without_a_name_are_no_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"a\.jsonl line 2 is not UTF-8: the byte e9 behind '.*caf'"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"a\.jsonl line 2 is not UTF-8: the byte e9 after '.*caf'"),
         ("a.txt", b"a\n\ncaf\xe9\n", r"a\.txt line 3 is not UTF-8"),
         ("a.csv", b"text\ncaf\xe9\n", r"a\.csv line 2 is not UTF-8"),
         ("a.json", b'["a",\n"caf\xe9"]', r"a\.json line 2 is not UTF-8"),

@@ -2,9 +2,11 @@
 
 import base64
 import hashlib
+import inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -20,7 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from steerlab.data.sources import GENERATORS, PINS, Source, SourceError, fetch, fingerprint, parse, rows
-from steerlab.data.worlds import tiny
+from steerlab.data.worlds import pixels, tiny, tiny_words
+from steerlab.job import grammar
 
 _BACKEND = """
 import os, pathlib
@@ -118,6 +121,23 @@ def test_parse_takes_every_form_apart() -> None:
 def test_parse_refuses(source: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         parse(source)
+
+
+def test_the_syntax_lists_every_data_set_that_is_generated_with_its_fields() -> None:
+    text = inspect.getdoc(grammar) or ""
+    entries = dict(re.findall(r"^    ((?:tiny|pixels):[a-z]+) {2,}(.*(?:\n {8,}.*)*)", text, re.MULTILINE))
+    assert entries.keys() == {*(f"tiny:{kind}" for kind in tiny.KINDS), "tiny:model", "pixels:digits", "pixels:fashion"}
+    for kind in tiny.KINDS:
+        assert tiny.rows(f"{kind}/test", 1)[0].keys() <= set(re.findall(r"\w+", entries[f"tiny:{kind}"])), kind
+    assert ", ".join(list(tiny_words.TOPICS)[:-1]) + f" or {list(tiny_words.TOPICS)[-1]}" in entries["tiny:topics"]
+    assert all(f"pixels:{model}" in text for model in pixels.MODELS)
+    fashion = " ".join(entries["pixels:fashion"].split())
+    assert ", ".join(pixels.CLOTHES) in fashion
+    row = pixels.rows("digits/test", lambda source: Path(source), 1)[0]
+    assert f"Rows have the fields {', '.join(row)}." in text
+    assert set(tiny.SPLITS) == set(re.findall(r"\w+", text.partition("SPLIT of `tiny:` is ")[2].partition(".")[0])) - {"or"}
+    assert all(f"gym:{name}?" in text for name in GENERATORS)
+    assert f"a synthetic language of {len(tiny_words.VOCABULARY)} tokens" in text
 
 
 def test_pins_are_packages_with_hashes() -> None:

@@ -1,1 +1,1 @@
-"""Rows: where they come from, the forms in which data sets hold them, and what a job makes of them."""
+"""Rows of data sets: reading them from their sources, recognising the forms they come in, and filtering and renaming them."""

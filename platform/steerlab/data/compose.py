@@ -1,4 +1,4 @@
-"""Texts made from several fields of a row, by the templates of `compose` (job/compositions.py)."""
+"""Fill the `compose` templates of a job (job/compositions.py) with the fields of a row."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from steerlab.job.compositions import JOINS, pieces
 
 
 def write(template: str, row: Row) -> str:
-    """Fill a template from a row. Raises ValueError for a field that the row lacks or that is no text."""
-    written = ""
+    """Fill a template from a row. Raises ValueError if a field is missing, null, an object or an empty list."""
+    filled = ""
+    # Not `str.format`: it would evaluate attributes and indexes of a row's values.
     for literal, field, join, _ in pieces(template):
-        written += literal
+        filled += literal
         if field is not None:
-            written += _written(values.look_up(row, field), field, JOINS[join or ""], row)
-    return written
+            filled += _field_text(values.look_up(row, field), field, JOINS[join or ""], row)
+    return filled
 
 
-def _written(value: object, field: str, join: Callable[[Sequence[str]], str], row: Row) -> str:
+def _field_text(value: object, field: str, join: Callable[[Sequence[str]], str], row: Row) -> str:
     if value is values.MISSING:
         raise ValueError(f"has no field {field!r} (it has: {values.names(row)})")
+    # Multiple-choice sets mix numbers and booleans into their choices, so scalars are written as JSON writes them.
     if not isinstance(value, list | tuple):
         return values.text(value, field, scalars=True)
     if not value:
         raise ValueError(f"{field} is an empty list")
+    # With its position, so that a message names the bad entry of a list.
     texts = [values.text(entry, f"{field}.{i}", scalars=True) for i, entry in enumerate(value)]
     try:
         return join(texts)

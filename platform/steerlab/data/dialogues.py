@@ -1,11 +1,11 @@
-"""Conversations, in the forms in which data sets hold them.
+"""Read conversations in the forms that data sets store them in.
 
 | form | fields |
 |---|---|
 | messages | `messages`, `conversations` or `conversation`: a list of {role, content} or {from, value}, or a dialogue |
 | prompt and answer | `prompt` and `completion`: texts, or messages |
 
-With a field `system` its text is the first message. What holds nothing (null) counts as absent: merged tables are full of it.
+The text of a field `system` becomes the first message. A null field counts as absent.
 """
 
 from __future__ import annotations
@@ -18,60 +18,73 @@ from steerlab.data.values import Row
 
 _LISTS = ("messages", "conversations", "conversation")
 KNOWN_BY = (*_LISTS, "completion")
-"""Fields by which an object is known to be a row of one of the forms."""
+"""Fields that identify an object as a row in one of these forms."""
+# Columns of common data sets; rows with them are read, but with a warning.
 _UNUSED = ("system_prompt", "tools", "images", "videos", "audios")
 
 
 def conversation(row: Row) -> Messages:
-    """Return the messages of a row, the last of them the assistant's: turns after it that nobody answers are left out.
+    """Return the messages of a row up to its last assistant turn; later turns have no answer and are dropped.
 
     Raises:
-        ValueError: the row is of neither form, a message is none, or no turn is an answer.
+        ValueError: the row has neither form, an entry is not a message, or no turn is the assistant's.
     """
-    held = {name: value for name, value in row.items() if not values.is_null(value)}
-    found = turns.with_system(_turns(held), _system(held))
-    ends = [i for i, message in enumerate(found) if message["role"] == "assistant"]
+    fields = _without_nulls(row)
+    messages = turns.with_system(_turns(fields), _system(fields))
+    # The last answer ends the row: nothing after it is predicted.
+    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not ends:
         raise ValueError("no turn of the conversation is the assistant's, so there is no answer to learn")
-    if not found[ends[-1]]["content"].strip():
+    if not messages[ends[-1]]["content"].strip():
         raise ValueError("the conversation's last answer is empty")
-    return found[: ends[-1] + 1]
+    return messages[: ends[-1] + 1]
 
 
-def unused(row: Row, found: Messages) -> list[str]:
-    """Name what a row holds beside its messages and nobody reads."""
-    held = {name: value for name, value in row.items() if not values.is_null(value) and value not in ("", [])}
-    names = [name for name in _UNUSED if name in held]
-    names += [said for name in (*_LISTS, "prompt", "completion") if name in held for said in turns.unused(held[name], name)]
-    if "system" in held and found[0] != {"role": "system", "content": held["system"]}:
+def unused(row: Row, messages: Messages) -> list[str]:
+    """List the non-empty fields of a row that `conversation` did not read; `messages` is what it returned for the row."""
+    fields = {name: value for name, value in _without_nulls(row).items() if value not in ("", [])}
+    names = [name for name in _UNUSED if name in fields]
+    lists = [name for name in (*_LISTS, "prompt", "completion") if name in fields]
+    names += [key for name in lists for key in turns.unused(fields[name], name)]
+    if "system" in fields and messages[0] != {"role": "system", "content": fields["system"]}:
         names.append("system")
-    given = turns.with_system(_turns(held), _system(held))
-    return names if len(given) == len(found) else [*names, "turns after the last answer"]
+    all_turns = turns.with_system(_turns(fields), _system(fields))
+    return names if len(all_turns) == len(messages) else [*names, "turns after the last answer"]
 
 
-def _system(held: Row) -> str:
-    return values.text(held["system"], "system") if "system" in held else ""
+def _without_nulls(row: Row) -> dict[str, object]:
+    # Data sets merged from several sources carry every source's columns, null in the rows of all the others.
+    return {name: value for name, value in row.items() if not values.is_null(value)}
 
 
-def _turns(held: Row) -> Messages:
+def _system(fields: Row) -> str:
+    return values.text(fields["system"], "system") if "system" in fields else ""
+
+
+def _turns(fields: Row) -> Messages:
     for name in _LISTS:
-        if name in held and (found := _of(held[name], name, "")):
-            return found
-    if "prompt" in held and "completion" in held:
-        return [*_of(held["prompt"], "prompt", "user"), *_of(held["completion"], "completion", "assistant")]
-    if empty := [name for name in _LISTS if name in held]:
+        if name in fields and (messages := _messages_of(fields[name], name, "")):
+            return messages
+    if "prompt" in fields and "completion" in fields:
+        prompt = _messages_of(fields["prompt"], "prompt", "user")
+        return [*prompt, *_messages_of(fields["completion"], "completion", "assistant")]
+    if empty := [name for name in _LISTS if name in fields]:
         raise ValueError(f"{empty[0]} is an empty list")
     raise ValueError(
         f"the row holds no conversation: neither messages ({', '.join(_LISTS)}) nor prompt and completion "
-        f"(it has: {values.names(held)})"
+        f"(it has: {values.names(fields)})"
     )
 
 
-def _of(value: object, name: str, role: str) -> Messages:
-    """Return messages, the turns of a dialogue, or a text as the one turn of `role`."""
+def _messages_of(value: object, name: str, role: str) -> Messages:
+    """Return the messages in a field: a list, the turns of a dialogue, or a plain text as one turn of `role`.
+
+    An empty `role` allows no plain text.
+    """
     if isinstance(value, str) and (turns.is_dialogue(value) or role):
         content = values.text(value, name)
         if turns.is_dialogue(content):
+            # HH-RLHF prompts end with the header of the answer that follows, which is not a turn of its own.
             return turns.dialogue(content.removesuffix("\n\nAssistant:"))
         return [{"role": role, "content": content}]
     if isinstance(value, str):

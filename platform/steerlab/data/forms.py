@@ -1,4 +1,4 @@
-"""What a row becomes in the format of its data set: its texts are texts, under the names that the format has for them."""
+"""Bring a row into the format of its data set: filter it, rename and compose its fields, and check that its texts are texts."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from steerlab.data import compose, dialogues, pairs, turns, values
 from steerlab.data.values import Row
 from steerlab.job import DataSet
 
+# Lazily up to the first mark followed by white space or the end, closing quotes included: "3.50" does not end a sentence.
 _SENTENCE = re.compile(r"(?s).*?[.!?…][\"'\u201d\u2019)\]]*(?=\s|$)")
 
 
 def renamed(row: Row, names: Mapping[str, str]) -> dict[str, object]:
-    """Return a row with fields under other names, those that it lacks aside."""
+    """Return a row with its fields renamed as `names` says, {old: new}; a field that the row lacks is skipped."""
     moved = {new: value for old, new in names.items() if (value := values.look_up(row, old)) is not values.MISSING}
-    taken = names.keys() | set(names.values())
-    return {name: value for name, value in row.items() if name not in taken} | moved
+    # A field that already has one of the new names is dropped even where the renamed one is missing: keeping it would train on
+    # a column that the job replaced.
+    replaced = names.keys() | set(names.values())
+    return {name: value for name, value in row.items() if name not in replaced} | moved
 
 
 def passes(row: Row, data: DataSet) -> bool:
-    """Say whether a row is one of those that `equals` and `where` keep. Raises ValueError for a value that is not compared."""
+    """Return whether a row passes the filters `equals` and `where`. Raises ValueError for a value that cannot be compared."""
+    # Before `map` and `compose`: filters see the values of the file.
     for field, wanted in data.equals.items():
         try:
-            if not values.same(_given(row, field), wanted):
+            if not values.same(_value(row, field), wanted):
                 return False
         except ValueError as error:
             raise ValueError(f"equals.{field} {error}") from None
     for field, (low, high) in data.where.items():
-        value = _given(row, field)
+        value = _value(row, field)
         try:
             number = values.number(value)
         except ValueError:
@@ -39,9 +43,10 @@ def passes(row: Row, data: DataSet) -> bool:
     return True
 
 
-def made(row: dict[str, object], data: DataSet) -> dict[str, object]:
-    """Return a row with names in place of values, and with the fields that are composed of others."""
+def mapped(row: dict[str, object], data: DataSet) -> dict[str, object]:
+    """Return a row with values replaced by their names (`map`), then with the fields composed from others (`compose`)."""
     row = row | {field: _named(row, field, names) for field, names in data.map.items()}
+    # Collected apart, so that one composed field does not see another one's text.
     composed = {}
     for name, template in data.compose.items():
         try:
@@ -52,7 +57,7 @@ def made(row: dict[str, object], data: DataSet) -> dict[str, object]:
 
 
 def _named(row: Row, field: str, names: Mapping[str, str]) -> object:
-    value = _given(row, field)
+    value = _value(row, field)
     if values.is_null(value):
         return None
     try:
@@ -62,26 +67,28 @@ def _named(row: Row, field: str, names: Mapping[str, str]) -> object:
 
 
 def _is_boolean(value: object, key: str) -> bool:
-    """Say whether a text stands for the boolean that a key of a job was."""
+    """Return whether a value spells the boolean that a key of `map` stands for; keys of a job are stored as texts."""
     return key in ("true", "false") and values.writes_boolean(value, key == "true")
 
 
-def _given(row: Row, field: str) -> object:
+def _value(row: Row, field: str) -> object:
     value = values.look_up(row, field)
     return None if value is values.MISSING else value
 
 
 def is_row(content: Row, data: DataSet) -> bool:
-    """Say whether an object holds what tells a row of a format apart, its needed fields aside."""
-    known = {"preference": pairs.KNOWN_BY, "conversation": dialogues.KNOWN_BY}.get(data.format)
-    return known is None or any(name in content for name in known)
+    """Return whether an object has a field that identifies a row of the data set's format; required fields are not checked."""
+    identifying = {"preference": pairs.KNOWN_BY, "conversation": dialogues.KNOWN_BY}.get(data.format)
+    return identifying is None or any(name in content for name in identifying)
 
 
 def formed(row: Row, data: DataSet) -> dict[str, object] | pairs.Judged:
-    """Return a row as its format wants it: see `DataSet.format`; a response that is judged alone stays so.
+    """Return a row in the fields that its format defines (`DataSet.format`).
+
+    A preference row that judges a single response (KTO) is returned as `Judged`: it is paired once all rows are read.
 
     Raises:
-        ValueError: the row lacks a field, or something is no text.
+        ValueError: the row lacks a field, or a field that must be a text is not one.
     """
     match data.format:
         case "preference":
@@ -100,19 +107,20 @@ def formed(row: Row, data: DataSet) -> dict[str, object] | pairs.Judged:
     return {**row, "text": text}
 
 
-def unused(row: Row, found: Row, data: DataSet) -> list[str]:
-    """Name the fields of known forms that a row holds and nobody reads."""
+def unused(row: Row, formed_row: Row, data: DataSet) -> list[str]:
+    """List the fields that other tools would read from a row and this platform does not; `formed_row` is `formed` of it."""
     if data.format == "preference":
-        return pairs.unused(row, found)
+        return pairs.unused(row, formed_row)
     if data.format == "conversation":
-        messages = found["messages"]
+        messages = formed_row["messages"]
         return dialogues.unused(row, messages) if isinstance(messages, list) else []
-    known = ("system_prompt", "tools") if data.format == "instruction" else ()
-    return [name for name in known if row.get(name)]
+    ignored = ("system_prompt", "tools") if data.format == "instruction" else ()
+    return [name for name in ignored if row.get(name)]
 
 
 def _paired(row: Row) -> dict[str, object]:
     pair = pairs.pair(row)
+    # `pair` holds these fields where they still apply: with a prompt of messages they have become messages already.
     return {name: value for name, value in row.items() if name not in (*pairs.BESIDE, "history")} | pair
 
 
@@ -122,13 +130,14 @@ def _instruction(row: Row, data: DataSet) -> dict[str, object]:
 
 
 def _beside(row: Row, data: DataSet) -> Iterator[tuple[str, object]]:
-    """Yield input, system text and earlier turns, where a row holds them."""
+    """Yield the optional fields of an instruction row: its input, system text and earlier turns."""
     for name in ("input", "system"):
         if not values.is_null(value := row.get(name)):
             text = _as_text(value, name, data)
             if text or name == "input":
                 yield name, text
         elif name in row and name == "input":
+            # pandas writes a missing text as NaN, which is true in Python: `row.get("input") or ""` would keep it.
             yield name, None
     if not values.is_null(row.get("history")) and (earlier := turns.history(row["history"])):
         yield "history", earlier
@@ -149,14 +158,14 @@ def _as_text(value: object, name: str, data: DataSet, field: str | None = None) 
 
 
 def _other_format(row: Row) -> str:
-    """Say which format a row is of that lacks a field of another one."""
-    known = {"conversation": ("messages", "conversations", "conversation"), "preference": ("chosen", "completions")}
-    named = [data_format for data_format, fields in known.items() if any(row.get(name) for name in fields)]
-    return f"; format: {named[-1]} reads such rows" if named else ""
+    """Suggest another format, for the message about a row that lacks a field of this one; '' if none fits."""
+    fields_of = {"conversation": ("messages", "conversations", "conversation"), "preference": ("chosen", "completions")}
+    fitting = [data_format for data_format, fields in fields_of.items() if any(row.get(name) for name in fields)]
+    return f"; format: {fitting[-1]} reads such rows" if fitting else ""
 
 
 def _needed(row: Row, field: str) -> object:
-    """Return what a row holds in a field. Raises ValueError, with the fields that there are, if it is nothing."""
+    """Return the value of a field. Raises ValueError, which lists the row's fields, if it is missing or null."""
     value = values.look_up(row, field)
     if value is values.MISSING:
         raise ValueError(f"has no field '{field}' (it has: {values.names(row)}){_other_format(row)}")

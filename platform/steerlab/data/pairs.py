@@ -1,20 +1,20 @@
-"""Pairs of a preferred and another response to one prompt, in the forms in which data sets hold them.
+"""Read preference pairs (a preferred and a rejected response to one prompt) in the forms that data sets store them in.
 
-A form is known by the shape of a row, never by a file's name:
+The form of a row is recognised by its fields, never by the name of its file:
 
 | form | prompt | chosen, rejected |
 |---|---|---|
 | texts | `prompt` or `instruction`, a text | texts |
-| dialogues (HH-RLHF) | none: all before the last "\\n\\nAssistant:" | texts "\\n\\nHuman: ... \\n\\nAssistant: ..." |
+| dialogues (HH-RLHF) | text before the last "\\n\\nAssistant:" | texts "\\n\\nHuman: ... \\n\\nAssistant: ..." |
 | texts after a dialogue | `prompt`, a dialogue that ends in "\\n\\nAssistant:" | texts |
-| conversations | none, messages, or a text (UltraFeedback binarised) | messages {role, content} with the same beginning |
+| conversations (UltraFeedback binarised) | no field, messages or a text | messages {role, content}, the same up to the last |
 | LLaMA-Factory | `conversations`, messages {from, value} | one message |
 | scored (UltraFeedback) | `instruction` or `prompt` | the best and the worst of `completions`, each a `response` with a score |
-| judged alone (KTO) | `prompt`, or `messages` but the last | of two rows: a `completion` with `label` true, one with false |
+| judged alone (KTO) | `prompt`, or `messages` but the last | from two rows: `completion` with `label` true, and with false |
 
-All become {"prompt": a text, or messages {role, content}; "chosen": a text; "rejected": a text}. Beside a prompt that is a
-text there may be `input` (its data) and `system`; beside messages a system text becomes the first of them. Earlier turns in
-`history` make messages of a text. What holds nothing (null) counts as absent.
+All become {"prompt": a text, or messages {role, content}; "chosen": a text; "rejected": a text}. A prompt that is a text may
+come with `input` (its data) and `system`; if the prompt is messages, a system text becomes the first of them. Earlier turns in
+`history` turn a text prompt into messages. A null field counts as absent.
 """
 
 from __future__ import annotations
@@ -29,31 +29,33 @@ from steerlab.data.values import Row
 
 FIELDS = ("prompt", "chosen", "rejected")
 BESIDE = ("input", "system")
-"""What a pair may hold beside them, where its prompt is a text."""
+"""Further fields of a pair whose prompt is a text."""
 
 KNOWN_BY = ("chosen", "completions", "completion", "label")
-"""Fields by which an object is known to be a row of one of the forms."""
+"""Fields that identify an object as a row in one of these forms."""
 
+# In order of preference: a completion of UltraFeedback has more than one of them.
 _SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 _RESPONSES = ("response", "completion", "text")
+# TRL's KTO format has booleans; tables saved as CSV have the texts of them, or 0 and 1.
 _LABELS = {True: ("true", "1"), False: ("false", "0")}
 
 
 class Prompt(NamedTuple):
-    """What both responses of a pair answer."""
+    """The prompt that both responses of a pair answer."""
 
-    asked: str | Messages
+    content: str | Messages
     beside: Mapping[str, str]
-    """The data and the system text of a prompt that is a text, by their fields in a row."""
+    """Fields `input` and `system` of a prompt that is a text; empty for messages."""
 
     @property
     def fields(self) -> dict[str, object]:
         """The prompt as fields of a row."""
-        return {"prompt": self.asked, **self.beside}
+        return {"prompt": self.content, **self.beside}
 
 
 class Judged(NamedTuple):
-    """One response that somebody found good or bad; with one of the other kind to the same prompt it makes a pair."""
+    """One response labelled good or bad (KTO); `matched` pairs it with a response of the other label to the same prompt."""
 
     prompt: Prompt
     response: str
@@ -61,69 +63,70 @@ class Judged(NamedTuple):
 
 
 def pair(row: Row) -> dict[str, object]:
-    """Return a row in the one form.
+    """Return the fields `prompt`, `chosen` and `rejected` of a row, and `input` and `system` where it has them.
 
     Raises:
-        ValueError: the row is of none of the forms, a response is empty, or both are equal.
+        ValueError: the row has none of the forms, a response is empty, or both responses are equal.
     """
-    held = _held(row)
-    if "chosen" not in held and "completions" in held:
-        held |= _best_and_worst(held["completions"])
+    fields = _without_nulls(row)
+    if "chosen" not in fields and "completions" in fields:
+        fields |= _best_and_worst(fields["completions"])
     for name in ("chosen", "rejected"):
-        if name not in held:
-            raise ValueError(f"has no field '{name}' (it has: {values.names(held)})")
-    prompt = _prompt(held)
-    chosen, rejected = (_response(held[name], name, prompt) for name in ("chosen", "rejected"))
+        if name not in fields:
+            raise ValueError(f"has no field '{name}' (it has: {values.names(fields)})")
+    prompt = _prompt(fields)
+    chosen, rejected = (_response(fields[name], name, prompt) for name in ("chosen", "rejected"))
     if isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = _parted(prompt, chosen, rejected)
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise ValueError("chosen and rejected are of two forms: one is a text, the other holds messages")
-    return _checked(_with_beside(prompt, held), chosen, rejected)
+    return _checked(_with_beside(prompt, fields), chosen, rejected)
 
 
-def _held(row: Row) -> dict[str, object]:
+def _without_nulls(row: Row) -> dict[str, object]:
+    # Data sets merged from several sources carry every source's columns, null in the rows of all the others.
     return {name: value for name, value in row.items() if not values.is_null(value)}
 
 
 def _checked(prompt: Prompt, chosen: str, rejected: str) -> dict[str, object]:
-    asked = prompt.asked
-    if not asked:
+    if not prompt.content:
         raise ValueError("the pair has no prompt: neither a field prompt nor a dialogue before the responses")
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise ValueError(f"the response in {name} is empty")
     if chosen.strip() == rejected.strip():
         raise ValueError("chosen and rejected are the same text, so neither is preferred")
-    if not isinstance(asked, str) and asked[-1]["role"] == "assistant":
+    if not isinstance(prompt.content, str) and prompt.content[-1]["role"] == "assistant":
         raise ValueError("the prompt ends with the assistant's turn, so that no response can follow")
     return {**prompt.fields, "chosen": chosen, "rejected": rejected}
 
 
-def unused(row: Row, found: Row) -> list[str]:
-    """Name the fields of the known forms that a row holds and its pair does not."""
-    held = {name for name, value in row.items() if not values.is_null(value) and value not in ("", [])}
-    taken = {name for name in BESIDE if name in found}
-    if isinstance(found["prompt"], list):
-        begins = found["prompt"][0]
-        if begins["role"] == "system" and begins["content"] == row.get("system"):
-            taken.add("system")
-        if _is_plain(_prompt(_held(row))):
-            taken.add("history")
-    return [name for name in ("input", "system", "history", "system_prompt", "tools") if name in held - taken]
+def unused(row: Row, pair_of_row: Row) -> list[str]:
+    """List the non-empty fields of a row that its pair leaves out; `pair_of_row` is what `pair` returned for it."""
+    filled = {name for name, value in row.items() if not values.is_null(value) and value not in ("", [])}
+    used = {name for name in BESIDE if name in pair_of_row}
+    if isinstance(pair_of_row["prompt"], list):
+        first = pair_of_row["prompt"][0]
+        if first["role"] == "system" and first["content"] == row.get("system"):
+            used.add("system")
+        if _is_plain(_prompt(_without_nulls(row))):
+            used.add("history")
+    return [name for name in ("input", "system", "history", "system_prompt", "tools") if name in filled - used]
 
 
-def _prompt(held: Row) -> str | Messages:
-    """Return what stands in a prompt field; nothing where the responses hold it."""
-    name = next((name for name in ("conversations", "prompt", "instruction") if held.get(name)), None)
-    if name is None and (conversation := held.get("messages")):
-        # Where the responses are whole conversations, messages are a copy of one of them.
-        given = turns.messages(conversation, "messages")
-        return [] if given[-1]["role"] == "assistant" else given
+def _prompt(fields: Row) -> str | Messages:
+    """Return the content of the prompt field; empty where the responses hold the prompt."""
+    name = next((name for name in ("conversations", "prompt", "instruction") if fields.get(name)), None)
+    if name is None and (conversation := fields.get("messages")):
+        # UltraFeedback binarised repeats the chosen conversation in `messages`: ending in an answer, it is not a prompt.
+        messages = turns.messages(conversation, "messages")
+        # An empty prompt: it is taken from the beginning that both responses share.
+        return [] if messages[-1]["role"] == "assistant" else messages
     if name is None:
         return ""
-    if not isinstance(held[name], str):
-        return turns.messages(held[name], name)
-    text = values.text(held[name], name)
+    if not isinstance(fields[name], str):
+        return turns.messages(fields[name], name)
+    text = values.text(fields[name], name)
     # A prompt that is a dialogue ends with the header of the response that follows.
     return turns.dialogue(text.removesuffix("\n\nAssistant:")) if turns.is_dialogue(text) else text
 
@@ -132,10 +135,10 @@ def _is_plain(prompt: str | Messages) -> bool:
     return isinstance(prompt, str) and bool(prompt)
 
 
-def _with_beside(prompt: str | Messages, held: Row) -> Prompt:
-    """Return a prompt with its data, its system text and its earlier turns."""
-    beside = {name: text for name in BESIDE if name in held and (text := values.text(held[name], name))}
-    earlier = turns.history(held["history"]) if "history" in held else []
+def _with_beside(prompt: str | Messages, fields: Row) -> Prompt:
+    """Return a prompt together with its data, system text and earlier turns."""
+    beside = {name: text for name in BESIDE if name in fields and (text := values.text(fields[name], name))}
+    earlier = turns.history(fields["history"]) if "history" in fields else []
     if earlier and _is_plain(prompt):
         prompt = [*turns.of_history(earlier), {"role": "user", "content": str(prompt)}]
     if isinstance(prompt, str):
@@ -151,33 +154,35 @@ def _response(value: object, name: str, prompt: str | Messages) -> str | Message
 
 
 def _parted(prompt: str | Messages, chosen: Messages, rejected: Messages) -> tuple[str | Messages, str, str]:
-    """Cut what two conversations begin with from the response that each ends with."""
+    """Split two conversations into the prompt that both share and the one response that each ends with."""
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same text, so neither is preferred")
     common = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
     )
-    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
-    begin, texts = chosen[:common], []
+    prompt_turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt)
+    shared, texts = chosen[:common], []
     for name, rest in (("chosen", chosen[common:]), ("rejected", rejected[common:])):
         if len(rest) != 1 or rest[0]["role"] != "assistant":
             spoken = f" (the speaker {rest[0]['role']!r} is first)" if rest else ""
             raise ValueError(
-                f"behind the beginning that both share, {name} holds {len(rest)} turns, not one of the assistant{spoken}"
+                f"after the beginning that both share, {name} holds {len(rest)} turns, not one of the assistant{spoken}"
             )
         texts.append(rest[0]["content"])
-    held = all(message in begin for message in given)
-    return (begin if held else [*given, *begin]), texts[0], texts[1]  # type: ignore[list-item]
+    # Some sets repeat the prompt inside both conversations, others leave it out: it must not be asked twice.
+    includes_prompt = all(message in shared for message in prompt_turns)
+    return (shared if includes_prompt else [*prompt_turns, *shared]), texts[0], texts[1]  # type: ignore[list-item]
 
 
 def _best_and_worst(completions: object) -> dict[str, str]:
-    """Choose the responses with the highest and the lowest score, of equal ones the first."""
+    """Choose the responses with the highest and the lowest score; of equal scores, the first response."""
     if not isinstance(completions, list) or not all(isinstance(entry, Mapping) for entry in completions):
         raise ValueError(f"completions is {values.kind(completions)}, not a list of responses with scores")
     scored = next((scores for name in _SCORES if len(scores := _scored(completions, name)) > 1), [])
     if not scored:
         raise ValueError(f"no two of its completions have a score ({' or '.join(_SCORES)})")
     (_, best), (_, worst) = max(scored, key=lambda entry: entry[0]), min(scored, key=lambda entry: entry[0])
+    # All scores are equal.
     if best is worst:
         raise ValueError(f"all of its completions have the score {scored[0][0]:g}, so none is preferred")
     names = [next((name for name in _RESPONSES if name in entry), "response") for entry in (best, worst)]
@@ -192,7 +197,7 @@ def _scored(completions: Sequence[Row], name: str) -> list[tuple[float, Row]]:
     for entry in completions:
         try:
             score = values.number(entry.get(name))
-        except ValueError:  # "N/A"
+        except ValueError:  # UltraFeedback writes "N/A" for a score that its judge did not give
             continue
         if score is not None:
             scores.append((float(score), entry))
@@ -200,28 +205,29 @@ def _scored(completions: Sequence[Row], name: str) -> list[tuple[float, Row]]:
 
 
 def judged(row: Row) -> Judged | None:
-    """Return the one response of a row with a label; None for a row of another form.
+    """Return the response and label of a row that judges one response; None for a row in another form.
 
     Raises:
-        ValueError: there is no response, or the label is neither true nor false.
+        ValueError: the row has no response, or its label is neither true nor false.
     """
-    held = _held(row)
-    if "label" not in held or {"chosen", "rejected", "completions"} & set(held):
+    fields = _without_nulls(row)
+    if "label" not in fields or {"chosen", "rejected", "completions"} & set(fields):
         return None
-    if (conversation := held.get("messages") or held.get("conversations")) and "completion" not in held:
-        *asked, last = turns.messages(conversation, "messages")
+    if (conversation := fields.get("messages") or fields.get("conversations")) and "completion" not in fields:
+        *earlier, last = turns.messages(conversation, "messages")
         if last["role"] != "assistant":
             raise ValueError("the last of its messages is not the assistant's, so there is no response that its label judges")
-        prompt, response = _with_beside(asked, held), last["content"]
-    elif "completion" in held:
-        prompt, response = _with_beside(_prompt(held), held), _only(held["completion"])
+        prompt, response = _with_beside(earlier, fields), last["content"]
+    elif "completion" in fields:
+        prompt, response = _with_beside(_prompt(fields), fields), _single_turn(fields["completion"])
     else:
         return None
-    return Judged(prompt, response, _label(held["label"]))
+    return Judged(prompt, response, _label(fields["label"]))
 
 
-def _only(completion: object) -> str:
-    response = _response(completion, "completion", "given")
+def _single_turn(completion: object) -> str:
+    # Any non-empty prompt here keeps a completion that looks like a dialogue as it is: the prompt has its own field.
+    response = _response(completion, "completion", "a prompt")
     if isinstance(response, str):
         return response
     if len(response) != 1:
@@ -230,19 +236,20 @@ def _only(completion: object) -> str:
 
 
 def _label(value: object) -> bool:
-    for meant, spellings in _LABELS.items():
+    for good, spellings in _LABELS.items():
         if not isinstance(value, list | dict) and str(value).strip().lower() in spellings:
-            return meant
+            return good
     raise ValueError(f"label is {values.kind(value)}, neither true nor false")
 
 
 def matched(judged: Sequence[Judged]) -> list[dict[str, object] | ValueError]:
-    """Make pairs of responses to the same prompt, a good and a bad one; the reason in place of each that finds none.
+    """Pair good with bad responses to the same prompt; a response without a partner gives a ValueError in the list instead.
 
-    All of a prompt's responses are in some pair: where there are more of one kind, those of the other are taken again.
+    Every response is in at least one pair: where a prompt has more of one kind, those of the other kind are used again.
     """
     groups: dict[str, list[Judged]] = {}
     for entry in judged:
+        # Messages are lists, which cannot be keys of a dict; their JSON can.
         groups.setdefault(json.dumps(entry.prompt.fields, sort_keys=True), []).append(entry)
     results: list[dict[str, object] | ValueError] = []
     for group in groups.values():
@@ -251,12 +258,13 @@ def matched(judged: Sequence[Judged]) -> list[dict[str, object] | ValueError]:
             reason = f"a prompt has {len(group)} {'good' if good else 'bad'} and no {'bad' if good else 'good'} completion"
             results += [ValueError(f"{reason}, which makes no pair")] * len(group)
             continue
+        # The shorter list is repeated, so that no labelled response is lost.
         for i in range(max(len(good), len(bad))):
-            results.append(_caught(group[0].prompt, good[i % len(good)].response, bad[i % len(bad)].response))
+            results.append(_checked_or_error(group[0].prompt, good[i % len(good)].response, bad[i % len(bad)].response))
     return results
 
 
-def _caught(prompt: Prompt, chosen: str, rejected: str) -> dict[str, object] | ValueError:
+def _checked_or_error(prompt: Prompt, chosen: str, rejected: str) -> dict[str, object] | ValueError:
     try:
         return _checked(prompt, chosen, rejected)
     except ValueError as error:

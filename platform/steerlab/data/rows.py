@@ -1,7 +1,8 @@
-"""The rows of a job's data set: read, filtered, ordered and cut as its `DataSet` says.
+"""Read the rows of a job's data set, and filter, order and cut them as its `DataSet` says.
 
-Each row goes through the same steps: other names (`rename`), texts for all rows (`fill`), the filters, names in place of values
-(`map`), composed fields (`compose`), the form of its format (forms.py). Order and cuts come last.
+Each row goes through the same steps in this order: rename fields (`rename`), add constant fields (`fill`), filter (`subset`,
+`equals`, `where`), replace values by names (`map`), compose fields (`compose`), bring the row into its format (forms.py).
+Shuffling, `offset` and `limit` come last.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ from steerlab.data.values import Row
 from steerlab.job import DataSet, compositions
 
 _FIRST_LOOKS = (1, 256, None)
+"""How many rows of a generated data set are made to find one that passes the filters; None makes all of them."""
 _GENERATED = ("tiny", "gym", "pixels")
 _checked: set[tuple[str, str]] = set()
-"""Data sets in which nothing bad was found, with the state of their files: a sweep checks the same ones for every point."""
+"""(Data set, fingerprint of its files) without bad rows: a sweep checks the same data sets for each of its points."""
 
 
 def read(data: DataSet) -> list[dict[str, object]]:
-    """Return the rows of a data set; rows of format text hold their text in the field `text`, whatever it was called, pairs
-    are in the one form of pairs.py, conversations hold `messages` as dialogues.py has them.
+    """Return the rows of a data set, in the fields that its format defines.
+
+    Format text: `text`, and `seed` if the data set draws each prompt several times. Format instruction: `instruction` and
+    `output`, optionally `input`, `system` and `history`. Format preference: the fields of pairs.py. Format conversation:
+    `messages`. Format image: `image` and `text`. A row keeps its other fields.
 
     Raises:
-        ValueError: a source is wrong, a row lacks a field, holds something that is no text or is no pair, or no row is left.
+        ValueError: a source is wrong, a row lacks a field or has a value of the wrong type, or no row is left.
     """
     seen, passed = Seen.before(data, describe(data)), 0
 
@@ -42,18 +47,22 @@ def read(data: DataSet) -> list[dict[str, object]]:
             yield row
 
     end = None if data.limit is None else data.offset + data.limit
-    taken = list(islice(_shuffled(counted(), data.shuffle), data.offset, end))
+    # Lazy up to here: without a filter or a shuffle, `limit: 100` reads 100 rows of a file of millions.
+    selected = list(islice(_shuffled(counted(), data.shuffle), data.offset, end))
     seen.check_names(data)
-    if not taken:
+    if not selected:
         raise seen.nothing_left(data, passed)
     seen.warn(data)
-    return [*_asked(taken, data), *(row for other in data.also for row in read(other))]
+    return [*_with_tags_and_seeds(selected, data), *(row for other in data.also for row in read(other))]
 
 
 def check(data: DataSet) -> None:
-    """Refuse a data set with a row that is not as its format says, and warn of what is left out, before anything starts.
+    """Check the rows of a data set before any work starts, and warn about rows that are left out.
 
-    All rows that a job reads of its files are looked at, one after another, once a process; of data that is made up, the first.
+    From files, every row that the job reads is checked, once per process; from a generator (tiny, gym, pixels), the first row.
+
+    Raises:
+        ValueError: a row does not fit the data set's format, or no row is left.
     """
     generated = all(sources.parse(source).kind in _GENERATED for source in data.sources)
     if generated and data.subset is None:
@@ -66,7 +75,7 @@ def check(data: DataSet) -> None:
 
 
 def _check_first(data: DataSet) -> None:
-    """Look for the first row that passes the filters; where there is none, or it lacks a field, all rows say what is wrong."""
+    """Check the first row of a generated data set that passes the filters; if there is none, check all rows for the reason."""
     for look in _FIRST_LOOKS:
         seen = Seen.before(data, describe(data))
         if next(_each(data, seen, look), None) is not None and not seen.absent:
@@ -79,6 +88,7 @@ def _check_all(data: DataSet) -> None:
     if key in _checked:
         return
     seen, passed = Seen.before(data, describe(data)), 0
+    # With `distinct` or `shuffle`, any row may be among those that the limit selects.
     end = None if data.limit is None or data.distinct or data.shuffle is not None else data.offset + data.limit
     for _ in islice(_each(data, seen, _needed(data)), end):
         passed += 1
@@ -90,7 +100,7 @@ def _check_all(data: DataSet) -> None:
 
 
 def describe(data: DataSet) -> str:
-    """Name a data set in a few words: the file of its first source, and how many more there are."""
+    """Return a short name of a data set for messages: the file of its first source, and how many more sources it has."""
     first = data.sources[0]
     name = re.split(r"[/#!]", first)[-1] if first.startswith(("wheel:", "sdist:", "/")) else first
     more = len(data.sources) - 1
@@ -98,26 +108,27 @@ def describe(data: DataSet) -> str:
 
 
 def fingerprint(data: DataSet) -> str | list[str]:
-    """Return a value that changes when the data behind the sources changes; part of a stage's key."""
-    found = [sources.fingerprint(source) for source in data.sources]
+    """Return a value that changes when the content of the sources changes; part of a stage's key."""
+    fingerprints = [sources.fingerprint(source) for source in data.sources]
     if data.also:
-        return [*found, *(json.dumps(fingerprint(other)) for other in data.also)]
-    return found[0] if isinstance(data.source, str) else found
+        return [*fingerprints, *(json.dumps(fingerprint(other)) for other in data.also)]
+    # Keys of existing artifacts hold the fingerprint of a single source as a text, not as a list of one.
+    return fingerprints[0] if isinstance(data.source, str) else fingerprints
 
 
 def _each(data: DataSet, seen: Seen, limit: int | None) -> Iterator[dict[str, object]]:
-    """Yield the rows of all sources in their form, of each the first `limit` (None: all), those aside that are left out."""
+    """Yield the formed rows of all sources, without those left out; reads the first `limit` rows of each source (None: all)."""
     judged, own = [], _own_fields(data)
 
     def is_row(content: Row) -> bool:
         return forms.is_row(content, data) and all(values.look_up(content, name) is not values.MISSING for name in own)
 
     for source in data.sources:
-        found = sources.each_row(source, limit=limit, columns=data.columns, rows_at=data.rows_at, is_row=is_row)
+        rows = sources.each_row(source, limit=limit, columns=data.columns, rows_at=data.rows_at, is_row=is_row)
         number = 0
-        for number, row in enumerate(found, 1):
+        for number, row in enumerate(rows, 1):
             try:
-                formed = _one(row, data, seen)
+                formed = _formed(row, data, seen)
             except ValueError as error:
                 seen.leave_out(str(error) if error is row else f"{_place(source, number, error)}{error}", data)
                 continue
@@ -125,8 +136,10 @@ def _each(data: DataSet, seen: Seen, limit: int | None) -> Iterator[dict[str, ob
                 judged.append(formed)
             elif formed is not None:
                 yield formed
+        # An empty source among several would pass unnoticed.
         if not number:
             raise SourceError(f"{source} has no rows")
+    # Only now: the two responses of a KTO pair may stand far apart, or in two sources.
     for pair in pairs.matched(judged):
         if isinstance(pair, ValueError):
             seen.leave_out(f"{describe(data)}: {pair}", data)
@@ -135,11 +148,12 @@ def _each(data: DataSet, seen: Seen, limit: int | None) -> Iterator[dict[str, ob
 
 
 def _own_fields(data: DataSet) -> list[str]:
-    """Return the fields, by the names that they have in the file, that every row must have."""
+    """Return the fields that every row of the file must have, by their names in the file."""
     old = {new: name for name, new in data.rename.items()}
-    made = data.fill.keys() | data.compose.keys()
+    added = data.fill.keys() | data.compose.keys()
     composed = [name for template in data.compose.values() for name in compositions.fields(template)]
-    needed = [name for name in data.needed_fields if name not in made and data.format != "preference"]
+    # Preference rows come in several forms, so none of the fields is needed in all of them.
+    needed = [name for name in data.needed_fields if name not in added and data.format != "preference"]
     return [old.get(name, name) for name in (*needed, *composed)]
 
 
@@ -147,8 +161,8 @@ def _place(source: str, number: int, error: ValueError) -> str:
     return f"{sources.short(source)} row {number}{' ' if str(error).startswith('has ') else ': '}"
 
 
-def _one(row: dict[str, object] | SourceError, data: DataSet, seen: Seen) -> dict[str, object] | pairs.Judged | None:
-    """Return a row in its form; None for one that a filter leaves out. Raises ValueError for a bad one."""
+def _formed(row: dict[str, object] | SourceError, data: DataSet, seen: Seen) -> dict[str, object] | pairs.Judged | None:
+    """Return a row in its format; None if a filter leaves it out. Raises ValueError for a bad row."""
     seen.read += 1
     if isinstance(row, SourceError):
         raise row
@@ -166,25 +180,25 @@ def _one(row: dict[str, object] | SourceError, data: DataSet, seen: Seen) -> dic
     if not forms.passes(row, data):
         return None
     _check_renamed(own, data)
-    row = forms.made(row, data)
+    row = forms.mapped(row, data)
     if data.needs_input and (values.is_null(row.get("input")) or not row["input"]):
         return None
-    found = forms.formed(row, data)
-    if isinstance(found, pairs.Judged):
-        return found
-    seen.unused.update(forms.unused(row, found, data))
-    return None if data.format == "text" and len(str(found["text"])) < max(1, data.min_chars) else found
+    formed = forms.formed(row, data)
+    if isinstance(formed, pairs.Judged):
+        return formed
+    seen.unused.update(forms.unused(row, formed, data))
+    return None if data.format == "text" and len(str(formed["text"])) < max(1, data.min_chars) else formed
 
 
 def _check_renamed(row: Row, data: DataSet) -> None:
-    """Name a needed field as the file should have it. Raises ValueError."""
+    """Check that a row has the needed fields that `rename` takes. Raises ValueError with the field's name in the file."""
     for old in _own_fields(data):
         if old in data.rename and values.look_up(row, old) is values.MISSING:
             raise ValueError(f"has no field '{old}' (it has: {values.names(row)})")
 
 
 def _distinct(rows: Iterator[dict[str, object]], data: DataSet) -> Iterator[dict[str, object]]:
-    """Yield the first of equal rows."""
+    """Yield each row whose content (`_content`) did not occur before."""
     seen = set()
     for row in rows:
         content = _content(row, data)
@@ -196,23 +210,23 @@ def _distinct(rows: Iterator[dict[str, object]], data: DataSet) -> Iterator[dict
 def _shuffled(rows: Iterator[dict[str, object]], seed: int | None) -> Iterator[dict[str, object]]:
     if seed is None:
         return rows
-    kept = list(rows)
-    # Of Python's generator only `random()` gives the same numbers in every version.
+    all_rows = list(rows)
+    # Python promises the same numbers in every version for `random()` only, not for `shuffle`, so rows are sorted by them.
     generator = random.Random(seed)
-    return (kept[i] for i in sorted(range(len(kept)), key=[generator.random() for _ in kept].__getitem__))
+    return (all_rows[i] for i in sorted(range(len(all_rows)), key=[generator.random() for _ in all_rows].__getitem__))
 
 
-def _asked(taken: list[dict[str, object]], data: DataSet) -> list[dict[str, object]]:
-    """Write tags behind prompts and repeat them for their seeds."""
+def _with_tags_and_seeds(rows: list[dict[str, object]], data: DataSet) -> list[dict[str, object]]:
+    """Append the tags to the prompts in turn, then repeat each prompt for each of its seeds."""
     if data.tags:
-        taken = [{**row, "text": f"{row['text']}, {data.tags[i % len(data.tags)]}"} for i, row in enumerate(taken)]
+        rows = [{**row, "text": f"{row['text']}, {data.tags[i % len(data.tags)]}"} for i, row in enumerate(rows)]
     if data.seeds is not None:
-        taken = [{**row, "seed": seed} for row in taken for seed in range(*data.seeds)]
-    return taken
+        rows = [{**row, "seed": seed} for row in rows for seed in range(*data.seeds)]
+    return rows
 
 
 def _needed(data: DataSet) -> int | None:
-    """Return how many rows of a source suffice; None where any step may leave some of them out."""
+    """Return how many rows of a source are enough; None if a step may leave some out, so that all have to be read."""
     filters = (
         data.where
         or data.equals
@@ -227,7 +241,7 @@ def _needed(data: DataSet) -> int | None:
 
 
 def _content(row: dict[str, object], data: DataSet) -> object:
-    """Return what makes two rows equal: the text, the prompt, or all of a pair or a conversation."""
+    """Return the part of a row that `distinct` compares: the text, the prompt, or all of a pair or a conversation."""
     match data.format:
         case "preference":
             return json.dumps([row.get(name) for name in (*pairs.FIELDS, *pairs.BESIDE)])

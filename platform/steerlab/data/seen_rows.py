@@ -1,4 +1,4 @@
-"""What was met while the rows of a data set were read, and what is said of it: bad rows, fields that no row has, no rows."""
+"""Collect what goes wrong while the rows of a data set are read, and report it: bad rows, absent fields, no rows left."""
 
 from __future__ import annotations
 
@@ -14,37 +14,40 @@ from steerlab.job import DataSet
 
 @dataclass
 class Seen:
-    """What was met while rows were read."""
+    """Counts and faults of the rows read so far from one data set."""
 
     name: str
-    """The data set in a few words."""
+    """Short name of the data set, for messages."""
     read: int = 0
+    """Rows read, those left out included."""
     bad: list[str] = field(default_factory=list)
-    """Why rows were left out."""
+    """For each row left out by `skip_bad`, the reason."""
     names: str = ""
-    """Fields of the first row, by their names in the file."""
+    """Fields of the first row by their names in the file, written out for messages."""
     new_names: str = ""
     """Fields of the first row after `rename`."""
     absent: list[str] = field(default_factory=list)
-    """Keys of the job that name a field which no row had so far."""
+    """Keys of the job that name a field which no row has had so far."""
     subsets: dict[object, None] = field(default_factory=dict)
+    """Subsets seen besides the one that the job names, in the order of the file; None stands for rows of no subset."""
     unused: Counter[str] = field(default_factory=Counter)
-    """Fields of known forms that nobody reads, by the number of rows that hold something there."""
+    """Non-empty fields that the format does not read, each with the number of its rows."""
 
     @classmethod
     def before(cls, data: DataSet, name: str) -> Seen:
-        """Return what is known before the first row: no field that the job names was found yet."""
-        named = {"rename": data.rename, "where": data.where, "equals": data.equals, "map": data.map}
-        return cls(name, absent=[f"{key}.{field}" for key, fields in named.items() for field in fields])
+        """Return the state before the first row, when every field that the job names is still absent."""
+        settings = {"rename": data.rename, "where": data.where, "equals": data.equals, "map": data.map}
+        return cls(name, absent=[f"{key}.{field}" for key, fields in settings.items() for field in fields])
 
     def leave_out(self, reason: str, data: DataSet) -> None:
-        """Count a bad row, or refuse the data set for it."""
+        """Record why a bad row is left out. Raises SourceError if the data set has no `skip_bad`."""
         if not data.skip_bad:
             raise SourceError(f"{reason} (skip_bad: true leaves such rows out)")
         self.bad.append(reason)
 
     def check_names(self, data: DataSet) -> None:
-        """Refuse a job that names fields which no row has."""
+        """Raise ValueError if the job names a field that no row has."""
+        # A field that no row has is a misspelt name; one that some rows lack is normal.
         if self.read and self.absent:
             key = self.absent[0]
             is_renamed = bool(data.rename) and not key.startswith("rename.")
@@ -52,12 +55,12 @@ class Seen:
             raise ValueError(f"{key}: a row of {self.name} has no such field{when} (it has: {names})")
 
     def nothing_left(self, data: DataSet, passed: int) -> ValueError:
-        """Return the reason why a data set gives no rows, of which `passed` went through the filters."""
+        """Return the error for a data set that gives no rows; `passed` rows went through its filters."""
         if data.subset is not None and data.subset not in self.subsets and not passed and not self.bad:
             if list(self.subsets) == [None]:
                 return ValueError(f"subset {data.subset!r}: {self.name} is no JSON object of lists of texts")
-            there = ", ".join(map(str, self.subsets))
-            return ValueError(f"subset {data.subset!r}: {self.name} has no such subset; it has {there}")
+            present = ", ".join(map(str, self.subsets))
+            return ValueError(f"subset {data.subset!r}: {self.name} has no such subset; it has {present}")
         bad = f"; {len(self.bad)} are bad, the first: {self.bad[0]}" if self.bad else ""
         return ValueError(
             f"{', '.join(data.sources)}: no rows are left; {self.read} were read, {passed} pass the filters, "
@@ -65,7 +68,7 @@ class Seen:
         )
 
     def warn(self, data: DataSet) -> None:
-        """Say once what was left out and what nobody reads."""
+        """Warn about rows that were left out and fields that are not used, one warning each."""
         if self.bad:
             kind = "no pairs" if data.format == "preference" else "bad"
             warnings.warn(
@@ -73,11 +76,15 @@ class Seen:
                 stacklevel=3,
             )
         if self.unused:
+            # One warning for all rows: a data set may have millions of them.
             shown = ", ".join(f"{name} (in {number} rows)" for name, number in self.unused.items())
             warnings.warn(f"{self.name}: format {data.format} does not use {shown}", stacklevel=3)
 
 
 def is_absent(key: str, own: Row, row: Row) -> bool:
-    """Say whether a row lacks the field that a key of the job names: `own` as it is in the file, `row` after `rename`."""
+    """Return whether a row lacks the field that a key of the job names, such as `where.score`.
+
+    `own` is the row as it is in the file, by which `rename` goes; `row` is the same row after `rename`.
+    """
     setting, _, name = key.partition(".")
     return values.look_up(own if setting == "rename" else row, name) is values.MISSING

@@ -1,7 +1,7 @@
-"""Messages in the forms in which data sets hold them; all become {"role": ..., "content": a text}.
+"""Read messages in the forms that data sets store them in; all become {"role": ..., "content": a text}.
 
-Roles are named `role` or `from`, contents `content` or `value`; a content may be a list of parts of type text. A dialogue may
-also be one text of turns "\\n\\nHuman: ... \\n\\nAssistant: ..." (HH-RLHF).
+The speaker is in `role` or `from`, the text in `content` or `value`; a content may be a list of parts of type text. A dialogue
+may also be a single text of turns "\\n\\nHuman: ... \\n\\nAssistant: ..." (HH-RLHF).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
     "ipython": "tool",
 }  # fmt: skip
-"""Names of speakers in data sets and the roles of chat templates that they stand for."""
+"""Speaker names in data sets -> roles of chat templates."""
 
+# Thoughts and media beside the text of a message, of which only the text is read.
 _UNUSED = ("reasoning_content", "reasoning", "thinking", "images", "audios", "videos")
 _CALLS = ("tool_calls", "function_call")
 
@@ -32,12 +33,13 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def is_dialogue(text: str) -> bool:
-    """Say whether a text is a dialogue of Human and Assistant."""
+    """Return whether a text begins as a dialogue of Human and Assistant (HH-RLHF)."""
     return _TURN.match(text) is not None
 
 
 def dialogue(text: str) -> Messages:
-    """Take a text of turns apart; a turn's header inside of another's text cannot be told from one."""
+    """Split the text of a dialogue into messages."""
+    # The format has no escape: a message that itself contains "\n\nHuman:" is split there as well.
     _, *pieces = _TURN.split(text)
     return [
         {"role": ROLES[speaker.lower()], "content": content.strip()}
@@ -45,18 +47,19 @@ def dialogue(text: str) -> Messages:
     ]
 
 
-def unused(found: object, name: str) -> list[str]:
-    """Name the fields of messages that hold something and are not read."""
-    if not isinstance(found, Sequence) or isinstance(found, str):
+def unused(entries: object, name: str) -> list[str]:
+    """List the non-empty fields of messages that are not read, as `name.field`."""
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
         return []
-    messages = [message for message in found if isinstance(message, Mapping)]
-    names = [key for key in _UNUSED if any(_holds_something(message.get(key)) for message in messages)]
+    messages = [message for message in entries if isinstance(message, Mapping)]
+    names = [key for key in _UNUSED if any(_is_filled(message.get(key)) for message in messages)]
+    # OpenAI's fine-tuning format: an answer of weight 0 is not trained on there, but is here.
     names += ["weight"] if any(message.get("weight") == 0 for message in messages) else []
     return [f"{name}.{key}" for key in names]
 
 
-def _holds_something(value: object) -> bool:
-    """Say whether a field of a message holds something: no null, and no empty text, list or object, written as text or not."""
+def _is_filled(value: object) -> bool:
+    """Return whether a field of a message is neither null nor empty; an empty list or object may be written as a text."""
     if values.is_null(value):
         return False
     if isinstance(value, str):
@@ -64,26 +67,28 @@ def _holds_something(value: object) -> bool:
     return not isinstance(value, Sized) or len(value) > 0
 
 
-def messages(found: object, name: str) -> Messages:
-    """Return messages in the one form; `name` is that of their field, for messages to people.
+def messages(entries: object, name: str) -> Messages:
+    """Return a list of messages as {role, content}; `name` is their field, for error messages.
 
     Raises:
-        ValueError: these are no messages, a speaker is unknown, or a content is no text.
+        ValueError: an entry is not a message, its speaker is unknown, it calls tools, or its content is not a text.
     """
-    if not isinstance(found, Sequence) or isinstance(found, str | bytes):
-        raise ValueError(f"{name} is neither a text nor a list of messages but a {type(found).__name__}")
-    for i, entry in enumerate(found):
+    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
+        raise ValueError(f"{name} is neither a text nor a list of messages but a {type(entries).__name__}")
+    for i, entry in enumerate(entries):
         if not isinstance(entry, Mapping):
             raise ValueError(f"{name}.{i} is {values.kind(entry)}, not a message")
-    return [_message(entry, name, f"{name}.{i}") for i, entry in enumerate(found)]
+    return [_message(entry, name, f"{name}.{i}") for i, entry in enumerate(entries)]
 
 
 def _message(message: Row, field: str, name: str) -> dict[str, str]:
+    # Tool calls are structured data that each chat template prints in its own way; dropping them would train an empty answer.
     for calls in _CALLS:
-        if _holds_something(message.get(calls)):
+        if _is_filled(message.get(calls)):
             raise ValueError(
                 f"{name} asks for tools ({calls}), which is not read: write what the model is to write into content"
             )
+    # Some tables have all four columns, with the unused pair null.
     speaker, content = (_first(message, keys) for keys in (("role", "from"), ("content", "value")))
     role = ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None or content is values.MISSING:
@@ -92,21 +97,18 @@ def _message(message: Row, field: str, name: str) -> dict[str, str]:
             f"a message of {field} has the speaker {speaker!r} and the keys {', '.join(message)}; known are role and content, "
             f"or from and value, with the speakers {', '.join(ROLES)}"
         )
-    if not values.is_null(calls := message.get("tool_calls")) and calls != []:
-        raise ValueError(
-            f"{name} asks for tools (tool_calls), which is not read: write what the model is to write into content"
-        )
     return {"role": role, "content": _content(content, f"{name}.content")}
 
 
 def _first(message: Row, keys: tuple[str, ...]) -> object:
-    """Return what stands under the first of `keys` that has something; null if they all hold nothing, MISSING without a key."""
-    held = [message[key] for key in keys if key in message]
-    return next((value for value in held if not values.is_null(value)), None if held else values.MISSING)
+    """Return the first non-null value among `keys`; None if all that are present are null, MISSING if none is present."""
+    present = [message[key] for key in keys if key in message]
+    return next((value for value in present if not values.is_null(value)), None if present else values.MISSING)
 
 
 def _content(content: object, name: str) -> str:
     if isinstance(content, Mapping):
+        # Some tables store the only part of a message without its list.
         content = [content]
     if not isinstance(content, list | tuple):
         return values.text(content, name)
@@ -121,22 +123,23 @@ def _part(part: object, name: str) -> str:
     return values.text(part["text"], f"{name}.text")
 
 
-def with_system(found: Messages, system: str) -> Messages:
-    """Put a system text first, unless the messages begin with a system turn of their own."""
-    own = bool(found) and found[0]["role"] == "system"
-    return found if own or not system else [{"role": "system", "content": system}, *found]
+def with_system(turns: Messages, system: str) -> Messages:
+    """Put a system text first, unless it is empty or the messages already begin with a system turn."""
+    has_own = bool(turns) and turns[0]["role"] == "system"
+    return turns if has_own or not system else [{"role": "system", "content": system}, *turns]
 
 
-def history(found: object, name: str = "history") -> list[list[str]]:
+def history(value: object, name: str = "history") -> list[list[str]]:
     """Return earlier turns as pairs [user, assistant] of texts. Raises ValueError for anything else."""
-    if not isinstance(found, list | tuple):
-        raise ValueError(f"{name} is {values.kind(found)}, not a list of pairs [user, assistant]")
-    for i, pair in enumerate(found):
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} is {values.kind(value)}, not a list of pairs [user, assistant]")
+    for i, pair in enumerate(value):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(f"{name}.{i} is {values.kind(pair)}, not a pair [user, assistant]")
-    return [[values.text(turn, f"{name}.{i}.{j}") for j, turn in enumerate(pair)] for i, pair in enumerate(found)]
+    return [[values.text(turn, f"{name}.{i}.{j}") for j, turn in enumerate(pair)] for i, pair in enumerate(value)]
 
 
-def of_history(found: Sequence[Sequence[str]]) -> Messages:
-    """Return earlier turns as messages."""
-    return [{"role": role, "content": turn} for pair in found for role, turn in zip(("user", "assistant"), pair, strict=True)]
+def of_history(exchanges: Sequence[Sequence[str]]) -> Messages:
+    """Return earlier turns, as pairs [user, assistant], as messages."""
+    roles = ("user", "assistant")
+    return [{"role": role, "content": turn} for pair in exchanges for role, turn in zip(roles, pair, strict=True)]

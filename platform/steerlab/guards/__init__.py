@@ -1,1 +1,1 @@
-"""Guards: whatever a stranger may have written is read here, or within the limits that stand here."""
+"""Guards: readers and limits for files, texts and programs that may be damaged or hostile."""

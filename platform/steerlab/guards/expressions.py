@@ -1,4 +1,4 @@
-"""Regular expressions that a job brings, matched against names within a limit of time: `(.*)*x` would take for ever."""
+"""Match the regular expressions of a job within limits of time and memory: `(.*)*x` could run for ever."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ from steerlab.guards.faults import TooLong, limited
 
 _LIMIT_S = 1.0
 _LIMIT_BYTES = 2**28
+# `regex` takes memory without bounds for a left-recursive pattern such as (?R), and no module name needs recursion.
 _CALLS = re.compile(r"\(\?(R|[-+]?[0-9]+|&\w+|P>\w+)\)")
 _LONGEST = 10_000
-"""Characters of an expression; a list of modules written out may be long."""
+"""Characters of an expression. The limit is high because an expression may list the modules of a whole model."""
 
 
 def whole(pattern: str, names: Iterable[str]) -> list[str]:
-    """Return the names that an expression matches as a whole.
+    """Return the names that an expression matches completely.
 
     Raises:
-        ValueError: it is no regular expression, or takes longer than a second.
+        ValueError: the expression is malformed, or takes longer than a second over all names.
     """
     return _matched(pattern, names, lambda compiled, name, left_s: compiled.fullmatch(name, timeout=left_s))
 
 
 def part(pattern: str, names: Iterable[str]) -> list[str]:
-    """Return the names that an expression matches somewhere. Raises ValueError as `whole` does."""
+    """Return the names that contain a match of an expression. Raises ValueError as `whole` does."""
     return _matched(pattern, names, lambda compiled, name, left_s: compiled.search(name, timeout=left_s))
 
 
 def _matched(pattern: str, names: Iterable[str], match: Callable[[regex.Pattern[str], str, float], object]) -> list[str]:
+    # Compiling takes time and memory in proportion to the length, at least.
     if len(pattern) > _LONGEST:
         raise ValueError(f"module pattern {pattern[:60]!r}... has {len(pattern)} characters, more than {_LONGEST}")
     if calls := _CALLS.search(pattern):
         raise ValueError(f"module pattern {pattern[:200]!r} calls itself ({calls[0]}): write it without")
     end_s = time.monotonic() + _LIMIT_S
     try:
+        # `timeout` of `regex` covers matching only; `limited` covers compiling as well, and the memory of both.
         with limited(f"module pattern {pattern[:200]!r}", seconds=2 * _LIMIT_S, num_bytes=_LIMIT_BYTES):
             compiled = regex.compile(pattern)
             return [name for name in names if match(compiled, name, max(1e-3, end_s - time.monotonic()))]

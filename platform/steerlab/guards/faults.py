@@ -1,4 +1,4 @@
-"""Whose fault an error is: what this platform says to people, or what went wrong inside of it; and an end to what has none."""
+"""Tell messages to users from internal errors; limit the time and memory of code that may not end."""
 
 from __future__ import annotations
 
@@ -19,64 +19,78 @@ except ImportError:  # Windows has none
 
 
 _PANIC = "PanicException"
-"""What a library written in Rust raises where it gives up, which is no Exception; its class cannot be imported."""
+"""Class that libraries in Rust (PyO3: tokenizers, safetensors) raise for a panic. It derives from BaseException and cannot be
+imported."""
 
 
 def is_for_people(error: BaseException) -> bool:
-    """Say whether an error's message was written for the person who asked: a statement of this platform raised it.
+    """Return whether an error's message is written for users: whether a `raise` statement of this package raised it.
 
-    An operation that failed in the midst of our code (`int("x")`, a missing key), or a library's own error, is an internal
-    error, whatever its type: its message speaks of things that the person has never seen.
+    An operation that failed inside our code (`int("x")`, a missing key) and an error of a library are internal errors, whatever
+    their type: their messages speak of things that the user has never seen.
     """
+    # The frame that raised, not the one that caught: a library calls our code back.
     raised = _innermost(error.__traceback__)
     if raised is None or raised.tb_frame.f_globals.get("__name__", "").partition(".")[0] != __name__.partition(".")[0]:
         return False
-    instructions = {one.offset: one.opname for one in dis.get_instructions(raised.tb_frame.f_code)}
+    # The bytecode tells `raise ValueError(...)` from a ValueError that an expression in the same function raised.
+    instructions = {each.offset: each.opname for each in dis.get_instructions(raised.tb_frame.f_code)}
     return instructions.get(raised.tb_lasti) == "RAISE_VARARGS"
 
 
 def gave_up(error: BaseException) -> bool:
-    """Say whether a library written in Rust gave up: on a text, or on what a file told it to do with texts."""
+    """Return whether an error is a panic of a library in Rust, such as a tokenizer on a damaged file."""
     return type(error).__name__ == _PANIC
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Name the file of which a library says that it is damaged, in words or by the error that it runs into.
+    """Turn a library's error while it reads a file into a ValueError that names the file.
+
+    Args:
+        what: The file, as the message names it.
 
     Raises:
-        ValueError: the file cannot be read. What this platform says itself is passed on.
+        ValueError: the library failed. Errors with a message for users, and of missing files, are passed on.
     """
     try:
         yield
-    except BaseException as error:  # parsers of strangers' files fail in every way: struct.error, KeyError, bare Exception
+    except BaseException as error:  # parsers of damaged files raise anything: struct.error, KeyError, bare Exception
+        # KeyboardInterrupt and SystemExit are BaseExceptions too, and must pass.
         if not isinstance(error, Exception) and not gave_up(error):
             raise
         if is_for_people(error) or isinstance(error, FileNotFoundError | PermissionError):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if isinstance(error, pickle.UnpicklingError):  # torch advises to run it all the same
+        if isinstance(error, pickle.UnpicklingError):  # torch's message advises `weights_only=False`, which would run it
             reason = "a pickle holds more than tensors and numbers, and is not read, since it could run code; give safetensors"
         raise ValueError(f"{what} cannot be read: {reason}") from error
 
 
 _AGAIN_S = 0.5
+"""Seconds between two interruptions of code that went on after the first."""
 
 
 class TooLong(Exception):
-    """Something took longer than its limit, or more memory."""
+    """Code took more time or memory than `limited` allows."""
 
 
 @contextmanager
 def limited(what: str, *, seconds: float, num_bytes: int | None = None) -> Iterator[None]:
-    """End what runs inside after some time or memory: a stranger's program, such as a chat template, may have no end itself.
+    """Interrupt the block after a time, or when it allocates too much memory: a chat template may loop for ever.
 
-    Only the main thread can be interrupted; what runs elsewhere was tried there before. Memory is limited on Linux, by the
-    address space of the whole process, so the limit is no promise of exactness.
+    Memory is limited on Linux only, through the address space of the whole process, so the limit is approximate. In other
+    threads than the main one there is no limit.
+
+    Args:
+        what: Beginning of the message.
+        seconds: Time after which the block is interrupted.
+        num_bytes: Memory that the block may allocate; None does not limit it.
 
     Raises:
-        TooLong: with a message that begins with `what`.
+        TooLong: the block reached a limit.
     """
+    # Python delivers signals to the main thread only. What runs in another thread was run once in the main thread before.
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -91,11 +105,12 @@ def limited(what: str, *, seconds: float, num_bytes: int | None = None) -> Itera
 
 @contextmanager
 def _within(num_bytes: int | None) -> Iterator[None]:
-    """Let the process have so much more address space than it has now; beyond it, an allocation raises MemoryError."""
+    """Limit the process's address space to its present size plus `num_bytes`; an allocation beyond raises MemoryError."""
     status = Path("/proc/self/statm")
     if num_bytes is None or resource is None or not status.exists():
         yield
         return
+    # RLIMIT_AS rather than RLIMIT_DATA, which counts memory of mmap since Linux 4.7 only.
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = int(status.read_text().split()[0]) * resource.getpagesize() + num_bytes
     if soft == resource.RLIM_INFINITY or most < soft:
@@ -110,15 +125,16 @@ def _within(num_bytes: int | None) -> Iterator[None]:
 def _ended_after(seconds: float, message: str) -> Iterator[None]:
     def end(_: int, frame: FrameType | None) -> None:
         if frame is not None and frame.f_globals.get("__name__") in (__name__, contextmanager.__module__):
-            return  # the limits themselves are being set or taken back, which nothing may break off
+            return  # the limits themselves are being set or reset: interrupted there, they would stay in force
         raise TooLong(message)
 
-    # It rings again until somebody hears it: a library may take what is raised for an error of its own, and go on.
+    # The timer repeats, because a library may catch the exception as an error of its own and go on.
     before, outer = signal.signal(signal.SIGALRM, end), signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     began_s = time.monotonic()
     try:
         yield
     finally:
+        # Blocks may be nested: give the outer timer the time that it has left, at least a moment, since 0 would disarm it.
         left_s = max(1e-3, outer[0] - (time.monotonic() - began_s)) if outer[0] else 0
         signal.setitimer(signal.ITIMER_REAL, left_s, outer[1])
         signal.signal(signal.SIGALRM, before)

@@ -1,6 +1,7 @@
-"""Files that somebody else may have left: read only where they are files, and only as large as they may be.
+"""Read, append to and lock files in folders that other users may write to.
 
-A named pipe never ends a read, a device never ends at all, and a link leads wherever its maker liked.
+Reading a named pipe blocks until somebody writes, reading a device such as /dev/zero never ends, and a symbolic link may lead
+to any file. Files are therefore checked to be regular files of limited size.
 """
 
 from __future__ import annotations
@@ -15,31 +16,32 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 SOURCE_ROOT = Path(__file__).parents[2]
-"""Where this package is imported from: processes that are started here import it from there too."""
+"""Folder from which this package is imported, for the PYTHONPATH of processes that it starts."""
 OWN_FOLDER = Path(__file__).parent
-"""A folder with nothing of anybody else in it. Libraries take settings from the folder in which they start (`wandb/settings`
-names the server that gets the key), which may be a stranger's: processes that talk to a service start here."""
+"""Working folder for processes that talk to a service. Libraries read settings from the current folder (`wandb/settings` names
+the server that gets the API key), and the user's may contain files of somebody else; this one holds only the package."""
 _LONGEST = 2**30
-"""Bytes of a file that is read whole."""
+"""Default of the largest file that is read into memory, in bytes."""
 
 
 class FileError(ValueError):
-    """A file is not one, or too large; the message is for people."""
+    """A path is not a regular file, or the file is too large; the message is for users."""
 
 
 def read(path: Path, longest: int = _LONGEST) -> bytes:
-    """Read a file whole.
+    """Return the content of a file.
 
     Raises:
-        FileError: it is a pipe, a device or a folder, or has more than `longest` bytes.
-        FileNotFoundError: there is none.
+        FileError: the path is a pipe, a device or a folder, or the file has more than `longest` bytes.
+        FileNotFoundError: the file does not exist.
     """
+    # By size first: reading and then checking would fill the memory.
     check(path, longest)
     return path.read_bytes()
 
 
 def read_text(path: Path, longest: int = _LONGEST) -> str:
-    """Read a file of UTF-8 whole. Raises FileError where it is none, and as `read` does."""
+    """Return the text of a file. Raises FileError if it is not UTF-8, and as `read` does."""
     try:
         return read(path, longest).decode()
     except UnicodeDecodeError as error:
@@ -47,19 +49,22 @@ def read_text(path: Path, longest: int = _LONGEST) -> str:
 
 
 def check(path: Path, longest: int | None = None) -> None:
-    """Refuse what is no file, wherever a link leads. Raises FileError, FileNotFoundError."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise FileError(f"{path} is {_kind(found.st_mode)}, not a file")
-    if longest is not None and found.st_size > longest:
-        raise FileError(f"{path} has {found.st_size:,} bytes; such a file has {longest:,} at most")
+    """Raise FileError if a path, or the target of a link, is not a regular file of at most `longest` bytes (None: any size).
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path} is {_kind(status.st_mode)}, not a file")
+    if longest is not None and status.st_size > longest:
+        raise FileError(f"{path} has {status.st_size:,} bytes; such a file has {longest:,} at most")
 
 
 def check_folder(folder: Path, depth: int = 1) -> None:
-    """Refuse a folder with pipes or devices among its files, down to a depth: libraries open what they expect there.
+    """Raise FileError for the first pipe or device in a folder, before a library opens it.
 
-    Raises:
-        FileError: with the first one. What does not exist, or cannot be looked at, is no matter here.
+    Folders are searched down to `depth` levels below. Entries that do not exist or cannot be inspected are skipped.
     """
     for entry in _entries(folder):
         try:
@@ -73,10 +78,9 @@ def check_folder(folder: Path, depth: int = 1) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse links in a folder, at any depth, and a folder that is one: what is written and removed there lies there.
+    """Raise FileError for the first symbolic link in a folder, at any depth, or if the folder is one itself.
 
-    Raises:
-        FileError: with the first one. What does not exist, or goes away meanwhile, is no matter here.
+    Writing and removing below the folder must not reach files elsewhere. Entries that disappear meanwhile are skipped.
     """
     if folder.is_symlink():
         raise FileError(f"{folder} is a link, and files are written and removed below it: remove it")
@@ -90,18 +94,19 @@ def check_links(folder: Path) -> None:
 
 
 def appending(path: Path) -> BinaryIO:
-    """Open a file to append to, unbuffered. Raises FileError where the path is a link, which could lead to any file."""
+    """Open a file for appending, unbuffered. Raises FileError if the path is a link, which could lead to any file."""
     return os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)
 
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the only right to something; the kernel gives it back when the process dies, however it does.
+    """Hold an exclusive lock on a file during the block; the file is made if it does not exist.
 
     Raises:
         FileError: the path is a link, which could lead to any file.
-        BlockingIOError: somebody else holds it, and nobody waits.
+        BlockingIOError: another process has the lock, and `wait` is false.
     """
+    # flock rather than a lock file: the kernel releases it when the process dies, also by SIGKILL.
     handle = _opened(path, os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,13 +117,14 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 def _opened(path: Path, flags: int) -> int:
     try:
-        # Without a wait: nobody may ever read from a pipe.
+        # O_NONBLOCK: opening a pipe for writing would wait until somebody reads from it.
         handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
         what = "a link" if error.errno == errno.ELOOP else "a named pipe"
         raise FileError(f"{path} is {what}, and this file is written to: remove it") from None
+    # Of the open file, not of its path, which may have been replaced since.
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
@@ -128,8 +134,8 @@ def _opened(path: Path, flags: int) -> int:
 
 def _entries(folder: Path) -> Iterable[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as found:
-            return list(found)
+        with os.scandir(folder) as entries:
+            return list(entries)
     except OSError:
         return ()
 
@@ -141,6 +147,6 @@ def _kind(mode: int) -> str:
 
 
 def escapes(name: str) -> bool:
-    """Say whether a path in a file, relative to the folder or archive that it belongs to, leads out of it."""
-    path = PurePosixPath(name.replace("\\", "/"))
+    """Return whether a relative path, read from a file or an archive, leads out of the folder it belongs to."""
+    path = PurePosixPath(name.replace("\\", "/"))  # archives that were made on Windows may use backslashes
     return path.is_absolute() or ".." in path.parts or "\0" in name

@@ -1,6 +1,6 @@
-"""Types of JSON values whose keys are not known before they are read.
+"""Types for JSON whose keys are not known in advance.
 
-Where the keys are known, a model of pydantic (`saved.Shape`, `job.Frozen`) or a dataclass says so instead.
+Code that knows the keys uses a pydantic model (`saved.Shape`, `job.Frozen`) or a dataclass instead.
 """
 
 from __future__ import annotations

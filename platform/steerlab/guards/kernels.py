@@ -1,4 +1,4 @@
-"""Kernels of attention that a config names: some names are fetched from a hub and run."""
+"""Check the kernels that a model's config names: transformers 5 downloads kernels that it does not have, and runs them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ _OWN = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
 
 
 def check_kernels(config: object, where: str) -> None:
-    """Refuse a config that names a kernel which does not come with torch: a library would fetch it and run it.
+    """Raise ValueError if a model's config names a kernel that does not come with torch and transformers.
 
-    Raises:
-        ValueError: with the name of the kernel in the file `where`.
+    Args:
+        config: Values of the JSON file.
+        where: Name of the file, for the message.
     """
+    # A stack instead of recursion: the file may be nested deeper than Python recurses.
     left = [config]
     while left:
         value = left.pop()

@@ -1,7 +1,7 @@
-"""Private parts of libraries that this platform cannot do without: what for, and which test notices when one changes.
+"""All uses of private parts of libraries: each function says why it needs one, and which test fails when the part changes.
 
-All of them are here and nowhere else (`tests/unit/test_private_parts.py`). A function imports its part where it is called, so
-that nothing else pays for it.
+No other module may use private parts (`tests/unit/test_private_parts.py`). Each function imports its library when it is called,
+so that importing this module costs nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 
 def most_resources() -> dict[str, float]:
-    """Return what a cluster can grow to: without it a job that waits for the autoscaler would be refused.
+    """Return the resources (name -> amount) that a cluster has after the autoscaler has started all nodes it may start.
 
-    Ray tells its own status page alone. Test: tests/ray/test_requests.py::test_more_workers_than_the_cluster_has
+    Without them, a job that has to wait for new nodes would be refused as too large. Ray 2.60 has no public function for them,
+    only its own dashboard reads them. Test: tests/ray/test_requests.py::test_more_workers_than_the_cluster_has
     """
     from ray._private.state import state
 
@@ -37,9 +38,10 @@ def most_resources() -> dict[str, float]:
 
 
 def running_cluster() -> str | None:
-    """Return the address of a cluster that runs here: `ray.init` would join it without a word, whoever started it.
+    """Return the address of a Ray cluster that runs on this machine; None if there is none.
 
-    Test: tests/ray/test_listening.py::test_a_commands_own_cluster_listens_on_loopback_and_its_files_are_the_users
+    `ray.init` would join it without a warning, even if another user started it. Test:
+    tests/ray/test_listening.py::test_a_commands_own_cluster_listens_on_loopback_and_its_files_are_the_users
     """
     from ray._private import services
 
@@ -48,10 +50,11 @@ def running_cluster() -> str | None:
 
 @contextmanager
 def no_clusters_of_several_nodes() -> Iterator[str]:
-    """Let a cluster that is started in the block be one of a single node; yields the name of the variable that says so.
+    """Let `ray.init` in this block start a cluster of one node that listens on 127.0.0.1 only.
 
-    On Linux Ray binds everything but the dashboard to all addresses, and takes 127.0.0.1 as a node's address for the machine's
-    own. By this switch it is left alone on other systems. Test: tests/ray/test_listening.py
+    Yields the name of the environment variable that tells Ray's child processes the same. On Linux Ray binds every port but the
+    dashboard's to all addresses, and replaces the node address 127.0.0.1 by the machine's own. Ray's switch for Windows and
+    macOS, where clusters have a single node, prevents both. Test: tests/ray/test_listening.py
     """
     from ray._private import ray_constants
 
@@ -64,7 +67,7 @@ def no_clusters_of_several_nodes() -> Iterator[str]:
 
 
 def walk_upload(folder: Path, note: Callable[[Path], None], logger: logging.Logger, *, obeys_gitignore: bool) -> None:
-    """Walk what Ray would upload of a folder: ignore files and default exclusions mean here what they mean to Ray.
+    """Call `note` for each path of a folder that Ray would upload, by Ray's own rules of ignore files and exclusions.
 
     Test: tests/unit/test_submit.py::test_upload_is_what_ray_packs
     """
@@ -76,9 +79,10 @@ def walk_upload(folder: Path, note: Callable[[Path], None], logger: logging.Logg
 
 
 def local_trainer() -> type[DataParallelTrainer]:
-    """Return Ray Train's trainer without torch's process group, which `TorchTrainer` would take down and DeepSpeed keeps.
+    """Return the trainer of Ray Train V2 that does not set up torch's process group.
 
-    Its public name gives that of Ray Train's older version. Test: tests/ray/test_sweeps.py, which trains in warm processes.
+    `TorchTrainer` destroys the group at its end, but DeepSpeed keeps using it in processes that stay for the next training.
+    The class of this name that Ray exports is that of V1. Test: tests/ray/test_sweeps.py, in warm processes.
     """
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -86,9 +90,9 @@ def local_trainer() -> type[DataParallelTrainer]:
 
 
 def tune_parts() -> tuple[type[TuneController], type[_ObjectCache], Callable[[type[TuneController]], None]]:
-    """Return Ray Tune's loop, its store of idle processes, and a function that puts another loop in the place of its own.
+    """Return Ray Tune's controller, its cache of idle actors, and a function that makes Tune use another controller class.
 
-    Tune has no setting for how many idle processes it keeps (sweeps/processes.py says why they stay).
+    Tune has no setting for the number of idle actors that it keeps (sweeps/processes.py says why they have to stay).
     Test: tests/ray/test_sweeps.py::test_two_hundred_trials_leave_the_driver_flat_and_the_report_fast
     """
     from ray.tune import tune
@@ -102,12 +106,12 @@ def tune_parts() -> tuple[type[TuneController], type[_ObjectCache], Callable[[ty
 
 
 def time_attribute(scheduler: TrialScheduler) -> str:
-    """Return what a scheduler of Ray Tune counts in. Test: tests/unit/test_sweep_spaces.py"""
+    """Return the result key by which a scheduler of Ray Tune measures progress. Test: tests/unit/test_sweep_spaces.py"""
     return getattr(scheduler, "_time_attr", "step")
 
 
 def metric_of(scheduler: TrialScheduler) -> str | None:
-    """Return the metric that a scheduler of Ray Tune goes by.
+    """Return the metric by which a scheduler of Ray Tune compares trials; None if it has none.
 
     Test: tests/ray/test_sweeps.py::test_asha_stops_trainings_that_fall_behind
     """
@@ -115,7 +119,7 @@ def metric_of(scheduler: TrialScheduler) -> str | None:
 
 
 def optuna_settings(searcher: OptunaSearch) -> tuple[int, BaseSampler | None]:
-    """Return the seed and the sampler that an `OptunaSearch` was made with. Test: tests/unit/test_sweep_history.py"""
+    """Return the seed and sampler with which an `OptunaSearch` was constructed. Test: tests/unit/test_sweep_history.py"""
     return searcher._seed or 0, searcher._sampler
 
 
@@ -125,10 +129,12 @@ def last_step(asha: AsyncHyperBandScheduler) -> float:
 
 
 def let_last_trials_end(asha: AsyncHyperBandScheduler) -> None:
-    """Let a trial that reaches ASHA's last step go on: it is evaluated yet, and Ray Tune's default would stop it there.
+    """Let trials go on after ASHA's last step, to be evaluated.
 
+    Ray Tune (2.60) stops a trial at `max_t` before its last report is handled, so it would never be evaluated.
     Test: tests/ray/test_sweeps.py::test_asha_stops_trainings_that_fall_behind
     """
+    # The brackets hold copies of the setting that are made in the constructor.
     for part in (asha, *asha._brackets):
         part._stop_last_trials = False
 
@@ -137,7 +143,7 @@ def let_last_trials_end(asha: AsyncHyperBandScheduler) -> None:
 
 
 def without_shared_memory() -> None:
-    """Reduce over gloo alone: DeepSpeed's shared-memory reduction needs a C++ compiler on every node.
+    """Make DeepSpeed reduce over gloo only: its shared-memory reduction needs a C++ compiler on every node.
 
     Test: tests/training/test_engine.py, on machines without one.
     """
@@ -147,9 +153,10 @@ def without_shared_memory() -> None:
 
 
 def checkpoint_engine() -> tuple[type[TorchCheckpointEngine], list[type]]:
-    """Return what reads and writes DeepSpeed's checkpoints, and the classes that these hold.
+    """Return DeepSpeed's reader and writer of checkpoints, and the classes that checkpoints may contain.
 
-    DeepSpeed's own unpickles anything. Test: tests/unit/test_strangers_models.py, whose payload would leave a marker.
+    DeepSpeed (0.19) unpickles any class, and so would run the code of a hostile checkpoint. Test:
+    tests/unit/test_strangers_models.py, whose payload would leave a marker.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -163,7 +170,7 @@ def checkpoint_engine() -> tuple[type[TorchCheckpointEngine], list[type]]:
 
 
 def sweep_of(api: wandb.Api, sweep_id: str) -> dict[str, Any]:
-    """Return a sweep as W&B's server has it. `wandb.agent` asks the server too, but runs what it says in a process of its own.
+    """Return a sweep from W&B's server. The public `wandb.agent` would run its trials itself, outside of Ray.
 
     Test: tests/ray/test_sweeps_in_wandb.py
     """
@@ -180,11 +187,11 @@ def registered_agent(api: wandb.Api, host: str, sweep_id: str) -> str:
 
 
 class SweepGoneError(Exception):
-    """W&B's server knows no such sweep any more."""
+    """The sweep was deleted on W&B's server."""
 
 
 def heartbeat(api: wandb.Api, agent: str, alive: dict[str, bool]) -> list[dict[str, Any]]:
-    """Say which runs of an agent are alive and return the server's commands. Raises SweepGoneError when the sweep was deleted.
+    """Report which runs of an agent are alive, and return the server's commands. Raises SweepGoneError for a deleted sweep.
 
     Test: tests/ray/test_sweeps_in_wandb.py
     """

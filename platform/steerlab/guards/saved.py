@@ -1,8 +1,8 @@
-"""JSON files that artifacts, patches and runs are made of, read as what they have to be: a stranger may have written them.
+"""Read the JSON files of artifacts, patches and runs, which may come from somebody else, and validate their types.
 
-    part = saved.read(path, Part)      # any type that pydantic knows; Raises SavedError, in one line
+    part = saved.read(path, Part)      # Part is any type that pydantic validates; raises SavedError, whose message is one line
 
-A path in such a file is of type `Inside`: it stays in the folder of the file.
+Fields that contain a path have the type `Inside`, which keeps it in the folder of the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHOWN = 120
 
 
 class SavedError(ValueError):
-    """A file is not what its place says; the message is for people."""
+    """A file does not have the content that its place requires; the message is for users."""
 
 
 def _inside(name: str) -> str:
@@ -33,22 +33,22 @@ def _inside(name: str) -> str:
 
 
 Inside = Annotated[str, AfterValidator(_inside)]
-"""A path relative to the folder of the file that it stands in, and inside of that."""
+"""A path in a file, relative to the folder of that file, which it does not leave."""
 
 
 class Shape(BaseModel):
-    """Keys that an object of a file must have, with their types as JSON has them; it may have others."""
+    """Base of the keys that an object of a file must have, with strict types; the object may have further keys."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=True, strict=True)
 
 
 def read_like(path: Path, shape: type) -> Any:
-    """Read a JSON file that has a shape, and return it as it is. Raises SavedError, FileNotFoundError."""
+    """Return the content of a JSON file after checking that it has a shape. Raises SavedError, FileNotFoundError."""
     return like(_value(files.read(path), str(path)), shape, str(path))
 
 
 def like(value: object, shape: type, where: str) -> Any:
-    """Return a value of JSON that has a shape; `where` names its file. Raises SavedError."""
+    """Return a JSON value unchanged after checking that it has a shape; `where` names its file. Raises SavedError."""
     checked(value, shape, where)
     return value
 
@@ -57,36 +57,37 @@ def read(path: Path, kind: type[_T]) -> _T:
     """Read a JSON file as a value of a type.
 
     Raises:
-        SavedError: the file is no JSON, or holds something else.
-        FileNotFoundError: there is no such file.
+        SavedError: the file is not JSON, or its content is not of the type.
+        FileNotFoundError: the file does not exist.
     """
     return parsed(files.read(path), kind, str(path))
 
 
 def parsed(content: bytes, kind: type[_T], where: str) -> _T:
-    """Take the JSON of a file as a value of a type; `where` names the file. Raises SavedError."""
+    """Parse the JSON of a file as a value of a type; `where` names the file. Raises SavedError."""
     return checked(_value(content, where), kind, where)
 
 
 def _value(content: bytes, where: str) -> object:
     try:
+        # RecursionError: deeply nested lists exhaust the stack of Python's parser.
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise SavedError(f"{where} is not JSON: {' '.join(str(error).split())[:_SHOWN]}") from None
 
 
 def checked(value: object, kind: type[_T], where: str) -> _T:
-    """Return a value of JSON as one of a type; `where` names its file. Raises SavedError."""
+    """Convert a JSON value to a type; `where` names its file. Raises SavedError if it does not fit."""
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))[:_SHOWN]
-        said = first["msg"].removeprefix("Value error, ")
+        problem = first["msg"].removeprefix("Value error, ")
         shown = "" if first["type"] == "missing" else f" ({first['input']!r:.{_SHOWN}})"
-        raise SavedError(f"{where} is damaged: {f'{place}: ' if place else ''}{said}{shown}") from None
+        raise SavedError(f"{where} is damaged: {f'{place}: ' if place else ''}{problem}{shown}") from None
 
 
-@cache
+@cache  # building a TypeAdapter compiles a validator, which takes milliseconds
 def _adapter(kind: type[_T]) -> TypeAdapter[_T]:
     return TypeAdapter(kind)

@@ -1,8 +1,8 @@
-"""Read YAML as version 1.2's core schema means it: `no` is a text, `2e-2` a number, `010` ten, a date a text.
+"""Read YAML by the core schema of version 1.2: `no` is a text, `2e-2` a number, `010` is ten, a date is a text.
 
-PyYAML reads YAML 1.1. Beyond the other rules for plain scalars, a key that stands twice in a mapping is refused, as are tags
-other than those of JSON's types, infinite numbers, and texts that would expand to more than a job can be. Merges (`<<`) and
-digits in groups (`1_000`) are read as before.
+PyYAML alone reads YAML 1.1. Besides, duplicate keys of a mapping are refused here, as are tags other than those of JSON's
+types, infinite numbers, and documents that expand to too many values. Of YAML 1.1, merges (`<<`) and underscores in numbers
+(`1_000`) are kept.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ __all__ = ["YamlError", "dump", "load", "load_rows", "load_value"]
 
 
 def load(text: str) -> Json:
-    """Read one YAML document as JSON values (keys may be numbers, truth values or null).
+    """Read one YAML document as JSON values, except that keys may also be numbers, booleans or null.
 
     Raises:
-        YamlError: it is none, or none that is read here, with the line.
+        YamlError: the text is not YAML, or uses something that is refused here; the error has the line.
     """
     return _load(text)[0]
 
 
 def load_rows(text: str) -> Json:
-    """Read a YAML document that may be long, such as rows of data, by libyaml where it is built in: ten times as fast.
+    """Read a long YAML document, such as rows of data, with libyaml if PyYAML was built with it, which is ten times as fast.
 
-    A key that stands twice is not noticed.
+    Unlike `load`, it does not refuse duplicate keys.
 
     Raises:
-        YamlError: it is none, has more than a million values, or is nested too deeply.
+        YamlError: the text is not YAML, has more than a million values, or is nested too deeply.
     """
     try:
+        # A first pass over events only: libyaml builds the tree recursively in C, where deep nesting overflows the stack.
         check_events(RowLoader(text))
         loader = RowLoader(text)
         node = loader.get_single_node()
@@ -45,13 +46,13 @@ def load_rows(text: str) -> Json:
         raise YamlError("the values are nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise YamlError(_said(error), None if mark is None else mark.line + 1) from None
+        raise YamlError(_in_words(error), None if mark is None else mark.line + 1) from None
     except yaml.YAMLError as error:
         raise YamlError(f"a control character or a half of one, {_character(error)}, is no text") from None
 
 
 def load_value(text: str) -> Json:
-    """Read a value of the command line, where a comment can only be a mistake. Raises YamlError."""
+    """Read a value of the command line. Raises YamlError, also for a comment, which can only be a mistake there."""
     value, end = _load(text)
     if text[end:].strip():
         raise YamlError("what follows ' #' would be a comment")
@@ -59,7 +60,7 @@ def load_value(text: str) -> Json:
 
 
 def _load(text: str) -> tuple[Json, int]:
-    """Return the value and where in the text it ends."""
+    """Return the value and the index in the text at which it ends."""
     loader = None
     try:
         loader = JobLoader(text)
@@ -70,8 +71,9 @@ def _load(text: str) -> tuple[Json, int]:
         return loader.construct_document(node), node.end_mark.index
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise YamlError(_said(error), None if mark is None else mark.line + 1) from None
+        raise YamlError(_in_words(error), None if mark is None else mark.line + 1) from None
     except yaml.YAMLError as error:
+        # PyYAML's ReaderError, for characters that YAML forbids, has a position instead of a mark.
         position = getattr(error, "position", None)
         line = text.count("\n", 0, position) + 1 if isinstance(position, int) else None
         raise YamlError(f"a control character or a half of one, {_character(error)}, is no text", line) from None
@@ -81,14 +83,15 @@ def _load(text: str) -> tuple[Json, int]:
 
 
 def _character(error: yaml.YAMLError) -> str:
-    found = getattr(error, "character", "?")
-    return repr(chr(found) if isinstance(found, int) else found)
+    character = getattr(error, "character", "?")
+    return repr(chr(character) if isinstance(character, int) else character)
 
 
-def _said(error: yaml.MarkedYAMLError) -> str:
-    """Return what is wrong in the words of who writes the file, where PyYAML's are those of a parser."""
+def _in_words(error: yaml.MarkedYAMLError) -> str:
+    """Return an error of PyYAML in words for the author of the file; its own are those of a parser."""
     context, problem = (" ".join(str(part or "").split()) for part in (error.context, error.problem))
-    told = {
+    # Words of PyYAML's message -> message; the first entry that occurs in it is taken.
+    messages = {
         "exceeded maximum nesting depth": f"the values are nested more than {MAX_DEPTH} deep",
         "'\\t' that cannot start": "a tab stands where YAML wants spaces",
         "expected a single document": "a second document begins (---); a file holds one",
@@ -98,9 +101,9 @@ def _said(error: yaml.MarkedYAMLError) -> str:
         "a quoted scalar": "a quote is not closed",
         "flow": "a [ or { is not closed" if "<stream end>" in problem else problem,
     }
-    return next((words for part, words in told.items() if part in f"{context} {problem}"), problem)[:200]
+    return next((words for part, words in messages.items() if part in f"{context} {problem}"), problem)[:200]
 
 
 def dump(tree: object) -> str:
-    """Write JSON values as YAML that `load`, and any other reader, reads back."""
+    """Return JSON values as YAML that `load`, and readers of YAML 1.1, read back unchanged."""
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)

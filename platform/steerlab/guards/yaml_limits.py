@@ -1,4 +1,4 @@
-"""How large a YAML document may be: how many values it has, and how deeply they are nested, aliases written out."""
+"""Limit the number and the nesting of values in a YAML document, with aliases expanded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol
 import yaml
 
 MAX_DEPTH = 64
+"""Levels of nesting; Python's recursion limit allows a few hundred."""
 MAX_VALUES = 100_000
 """Values of a job file."""
 MAX_ROW_VALUES = 1_000_000
@@ -14,7 +15,7 @@ MAX_ROW_VALUES = 1_000_000
 
 
 class YamlError(ValueError):
-    """A text that is no YAML of the kind that is read here; the message is one line, `line` counts from 1."""
+    """A text is not YAML, or uses something that is refused here. The message is one line; `line` counts from 1."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)
@@ -26,7 +27,7 @@ class _Parser(Protocol):
 
 
 def check_events(parser: _Parser) -> None:
-    """Refuse rows that are nested too deeply, or are too many, before libyaml makes a tree: it would end the process."""
+    """Raise YamlError if a document is nested too deeply or has too many values, before libyaml builds its tree."""
     depth, count = 0, 0
     while (event := parser.get_event()) is not None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -38,17 +39,18 @@ def check_events(parser: _Parser) -> None:
 
 
 def line_of(place: yaml.Node | yaml.Event) -> int:
-    """Return the line in which a node or an event begins, from 1."""
+    """Return the line in which a node or an event begins, counted from 1."""
     return place.start_mark.line + 1
 
 
 def check_size(root: yaml.Node, most: int) -> None:
-    """Refuse aliases that go in a circle or expand to more values, or deeper ones, than a file may have."""
+    """Raise YamlError if aliases form a cycle, or expand to more than `most` values or too many levels."""
+    # Sizes are computed once per node and never expanded: nine levels of nine aliases each would be a billion values.
     sizes: dict[int, tuple[int, int]] = {}
     open_: set[int] = set()
 
     def size(node: yaml.Node) -> tuple[int, int]:
-        """Return how many values a node has, and how deep they are nested."""
+        """Return the number of values of a node, and their levels of nesting."""
         if id(node) in sizes:
             return sizes[id(node)]
         if isinstance(node, yaml.ScalarNode):
@@ -56,9 +58,11 @@ def check_size(root: yaml.Node, most: int) -> None:
         if id(node) in open_:
             raise YamlError("an alias (*) stands inside of what it names", line_of(node))
         open_.add(id(node))
-        below = [size(one) for item in node.value for one in (item if isinstance(item, tuple) else (item,))]
+        # Items are nodes in a sequence, and (key, value) pairs of nodes in a mapping.
+        below = [size(child) for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
         open_.discard(id(node))
         total, depth = 1 + sum(count for count, _ in below), 1 + max((deep for _, deep in below), default=0)
+        # By identity: an alias is the same node object in PyYAML's tree.
         sizes[id(node)] = total, depth
         if total > most:
             raise YamlError(f"the values, aliases (*) written out, are more than {most}", line_of(node))

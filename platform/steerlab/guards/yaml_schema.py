@@ -1,4 +1,4 @@
-"""The core schema of YAML 1.2, with merges, for PyYAML: which plain scalar is what, and what a tag makes of a node."""
+"""The core schema of YAML 1.2, with merges, for PyYAML: the types of plain scalars, and the values of tagged nodes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from steerlab.guards.json_values import Json
 from steerlab.guards.yaml_limits import MAX_DEPTH, MAX_VALUES, YamlError, line_of
 
 _Resolvers: TypeAlias = dict[str, list[tuple[str, re.Pattern[str]]]]
-"""First letter of a plain scalar -> the tags that it may have, each with what the scalar looks like then."""
+"""First character of a plain scalar -> the tags that it may have, each with the pattern of its scalars."""
 _Constructors: TypeAlias = dict[str | None, Callable[[BaseConstructor, yaml.Node], object]]
-"""Tag -> the function that makes the value of a node; None stands for every other tag."""
+"""Tag -> function that returns the value of a node; None is the key for all other tags."""
 _CORE = "tag:yaml.org,2002:"
 _MERGE = f"{_CORE}merge"
+# YAML 1.2 has no octal numbers with a leading 0 and no base 60: 010 is ten and 12:30 is a text.
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _BOOL = {text: text.lower() == "true" for word in ("true", "false") for text in (word, word.capitalize(), word.upper())}
@@ -27,10 +28,11 @@ _NULL = re.compile(r"~|null|Null|NULL|")
 
 
 def _flatten(loader: BaseConstructor, node: yaml.MappingNode) -> None:
-    """Put the pairs of merged mappings (`<<`) before a mapping's own, which win; of several the first named wins.
+    """Replace the merges (`<<`) in a mapping by the pairs of the merged mappings.
 
-    Not PyYAML's way: its 6.0.4 takes an inherited key of one letter for an own one.
+    The mapping's own keys win over merged ones, and of several merged mappings the first.
     """
+    # Replaces PyYAML's method, which in 6.0.4 takes a merged key of one character for one of the mapping's own.
     merged: list[tuple[yaml.Node, yaml.Node]] = []
     own: list[tuple[yaml.Node, yaml.Node]] = []
     for key_node, value_node in node.value:
@@ -43,11 +45,11 @@ def _flatten(loader: BaseConstructor, node: yaml.MappingNode) -> None:
                 raise YamlError("<< takes a mapping, or a list of mappings", line_of(source))
             _flatten(loader, source)
             merged += source.value
-    node.value = [*merged, *own]
+    node.value = [*merged, *own]  # the constructor keeps the last value of a key
 
 
 class JobLoader(yaml.SafeLoader):
-    """YAML 1.2's core schema with merges."""
+    """PyYAML's loader in Python with the core schema of YAML 1.2, merges, and limits."""
 
     yaml_implicit_resolvers: _Resolvers = {}
     yaml_constructors: _Constructors = {}
@@ -56,7 +58,7 @@ class JobLoader(yaml.SafeLoader):
     left = MAX_VALUES
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose a node no deeper than the limit, and no more of them than a job has."""
+        """Compose a node. Raises YamlError beyond the limits of depth and number, while the tree is still small."""
         self.depth += 1
         self.left -= 1
         if self.left < 0:
@@ -68,7 +70,8 @@ class JobLoader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Compose a mapping whose keys are all different; later, merges will have put other mappings' keys among them."""
+        """Compose a mapping. Raises YamlError for a duplicate key."""
+        # Here rather than in the constructor, which sees the keys of merged mappings as well: those may be repeated.
         node = super().compose_mapping_node(anchor)
         lines: dict[object, int] = {}
         for key_node, _ in node.value:
@@ -84,7 +87,7 @@ class JobLoader(yaml.SafeLoader):
 
 
 class RowLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The same schema, for long files."""
+    """The same schema for long files, on libyaml where PyYAML has it."""
 
     flatten_mapping = _flatten
     yaml_implicit_resolvers: _Resolvers = JobLoader.yaml_implicit_resolvers
@@ -120,7 +123,7 @@ def _int(loader: BaseConstructor, node: yaml.Node) -> int:
         raise _refused(node, "whole number")
     if text[:2] in ("0o", "0x"):
         return int(text, 0)
-    if len(text) > 400:
+    if len(text) > 400:  # Python 3.11 refuses more than 4300 digits, with a message of its own
         raise YamlError(f"a number of {len(text)} digits is too long", line_of(node))
     return int(text)
 
@@ -129,10 +132,10 @@ def _float(loader: BaseConstructor, node: yaml.Node) -> float:
     text = _scalar(loader, node)
     if not _FLOAT.fullmatch(text):
         raise _refused(node, "number")
-    found = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-    if not math.isfinite(found):
+    number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if not math.isfinite(number):
         raise YamlError(f"{text[:60]}: settings are finite numbers; null stands for none", line_of(node))
-    return found
+    return number
 
 
 def _bool(loader: BaseConstructor, node: yaml.Node) -> bool:
@@ -149,7 +152,7 @@ def _null(loader: BaseConstructor, node: yaml.Node) -> None:
 def _list(loader: BaseConstructor, node: yaml.Node) -> list[Json]:
     if not isinstance(node, yaml.SequenceNode):
         raise YamlError("the tag !!seq belongs to a list", line_of(node))
-    return [loader.construct_object(one, deep=True) for one in node.value]
+    return [loader.construct_object(item, deep=True) for item in node.value]
 
 
 def _mapping(loader: BaseConstructor, node: yaml.Node) -> dict[Hashable, Json]:
@@ -172,14 +175,14 @@ JobLoader.add_constructor(f"{_CORE}float", _float)
 JobLoader.add_constructor(f"{_CORE}bool", _bool)
 JobLoader.add_constructor(f"{_CORE}null", _null)
 JobLoader.add_constructor(f"{_CORE}str", _scalar)
-JobLoader.add_constructor(f"{_CORE}merge", _scalar)  # as a value it is a text
+JobLoader.add_constructor(f"{_CORE}merge", _scalar)  # `<<` as a value, not as a key, is a text
 JobLoader.add_constructor(f"{_CORE}seq", _list)
 JobLoader.add_constructor(f"{_CORE}map", _mapping)
 JobLoader.add_constructor(None, _unknown)  # type: ignore[arg-type]
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes the texts that YAML of either version would take for something else."""
+    """Writes YAML in which a text that version 1.1 or 1.2 would read as another type is in quotes."""
 
 
 Dumper.yaml_implicit_resolvers = {

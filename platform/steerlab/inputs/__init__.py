@@ -1,1 +1,1 @@
-"""From rows to what a model reads: tokens with roles, prompts with seeds."""
+"""Turn rows into inputs of a model: tokens with roles for language models, prompts with seeds for diffusion models."""

@@ -1,4 +1,4 @@
-"""Rows of data sets to conversations: the messages that a row becomes in a prompt style, each part of a text with its role."""
+"""Turn rows of data sets into conversations in a prompt style: messages whose parts of text have roles."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ FRAMING = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
+"""Framing of ASIDE's paper (arXiv 2503.10566), which is Alpaca's prompt."""
 
 
 class PromptStyle:
-    """How conversations are worded, and the role of their answers."""
+    """The wording of prompts, and the role of answers. `Encoder` derives from it."""
 
     prompt_style: Literal["aside", "plain"]
     response_role: Literal["data", "instruction", "response"]
@@ -33,16 +34,23 @@ class PromptStyle:
         system: str = "",
         history: Sequence[Sequence[str]] = (),
     ) -> Conversation:
-        """Make the messages of one row; `data` may come as parts, `response` None makes a prompt to be continued.
+        """Return the messages of one row: instruction in the system turn, earlier exchanges, data in the user turn, response.
 
-        The `aside` style is the paper's (ASIDE, arXiv 2503.10566): framing and `Instruction:` in the system turn, `Input:` in
-        the user turn, `No input` when there is none; a model without a chat template gets `Response:` before the answer. Unlike
-        the authors' code no period is added to the response. `system` stands before the instruction. `history` holds earlier
-        exchanges (user, assistant); their user turns are instructions.
+        The style `aside` is that of ASIDE (arXiv 2503.10566): framing and heading `Instruction:` in the system turn, heading
+        `Input:` in the user turn, with `No input` for empty data; a model without a chat template gets the heading `Response:`
+        before the answer. Unlike the authors' code, no period is appended to the response.
+
+        Args:
+            instruction: Text of role instruction.
+            data: Text of role data, or parts that have roles of their own.
+            response: The answer; None returns a prompt that the model continues.
+            system: Text that is put before the instruction, after a blank line.
+            history: Earlier exchanges (user, assistant); their user turns have the role instruction.
         """
         data_parts = (Part(data, DATA),) if isinstance(data, str) else tuple(data)
         if self.prompt_style == "aside":
             instruction = f"{FRAMING}\n\nInstruction:\n{instruction}"
+
             if len("".join(part.text for part in data_parts)) < 2:
                 data_parts = (Part("No input", DATA),)
             data_parts = (Part("Input:\n", DATA), *data_parts)
@@ -56,12 +64,17 @@ class PromptStyle:
         return (*messages, Message("assistant", (Part(response, self.response_role_id),)))
 
     def from_row(self, row: Mapping[str, Any], data_format: str) -> Conversation:
-        """Make the conversation of a data row in one of the formats of `DataSet.format`. Raises ValueError if it has two."""
+        """Return the conversation of a row in the format `data_format` (`DataSet.format`).
+
+        Raises:
+            ValueError: the format is preference, whose rows have two conversations, or the output is not a text.
+        """
         if data_format == "preference":
             raise ValueError("rows of format preference are pairs of conversations: they train methods and are evaluated on")
         if data_format == "text":
             return (Message("text", (Part(row["text"], INSTRUCTION),)),)
         if data_format == "conversation":
+            # Messages have their own turns, so the prompt style adds no framing to them.
             return tuple(map(self._turn, row["messages"]))
         return self.conversation(
             row["instruction"],
@@ -72,9 +85,9 @@ class PromptStyle:
         )
 
     def from_pair(self, row: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
-        """Make the two conversations of a preference row, in the form of pairs.py: the preferred one first.
+        """Return the two conversations of a preference row (data/pairs.py): the preferred one first.
 
-        A text is asked as any instruction is, in the prompt style; messages are turns of their own.
+        A prompt that is a text is worded in the prompt style, as an instruction is; messages keep their own turns.
         """
         context = {"data": row.get("input") or "", "system": row.get("system") or ""}
         chosen, rejected = (self.dialogue(row["prompt"], row[name], **context) for name in ("chosen", "rejected"))
@@ -83,9 +96,13 @@ class PromptStyle:
     def dialogue(
         self, prompt: str | Sequence[Mapping[str, str]], response: str | None = None, *, data: str = "", system: str = ""
     ) -> Conversation:
-        """Make the messages of a text or of messages {role, content}; `response` None makes a prompt to be continued.
+        """Return the messages of a prompt and its response.
 
-        `data` and `system` go with a text; messages hold their own.
+        Args:
+            prompt: A text, which is worded in the prompt style, or messages {role, content}, which keep their own turns.
+            response: The answer; None returns a prompt that the model continues.
+            data: Data of a text prompt; ignored for messages.
+            system: System text of a text prompt; ignored for messages.
         """
         if isinstance(prompt, str):
             return self.conversation(prompt, data, response, system=system)
@@ -93,12 +110,13 @@ class PromptStyle:
         return turns if response is None else (*turns, self._turn({"role": "assistant", "content": response}))
 
     def _turn(self, message: Mapping[str, str]) -> Message:
+        # Outputs of tools are data: whoever controls a tool must not be able to give instructions.
         role = {"assistant": self.response_role_id, "tool": DATA}.get(message["role"], INSTRUCTION)
         return Message(message["role"], (Part(message["content"], role),))  # type: ignore[arg-type]
 
 
 def checked(text: object) -> str:
-    """Return a text. Raises ValueError for what no tokenizer reads."""
+    """Return a value that is a text. Raises ValueError for other types, and for lone surrogates, which no tokenizer reads."""
     if not isinstance(text, str):
         raise ValueError(f"{text!r:.60} is a {type(text).__name__}, not a text")
     try:

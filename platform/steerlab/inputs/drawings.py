@@ -1,7 +1,9 @@
-"""Prompts and images as rows and batches: what tokens.py is for text.
+"""Rows and batches of diffusion models: the counterpart of tokens.py.
 
-A row is one drawing: a prompt and the seed of its noise, and in training the image. Where rows of text have tokens, a drawing
-has pixels, all of one kind: there are no roles, phases or positions to select. Axes: B images, C channels, H and W pixels.
+A row is a drawing: a prompt with the seed of its noise, and in training the image. It has no tokens, so there are no roles,
+phases or positions to select.
+
+Axes: B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -32,98 +34,101 @@ class Drawing:
     prompt: str
     seed: int
     pixels: int
-    """What it costs beside others: pixels that the denoiser computes, in its own space."""
+    """Cost of the row relative to others: height x width of the denoiser's input (latent pixels, for a latent model)."""
     image: Tensor | None = None
 
     def __len__(self) -> int:
         return self.pixels
 
     def cut(self, length: int) -> Drawing:
-        """Return the drawing itself: there is nothing to cut."""
+        """Return the drawing itself: only rows of tokens can be cut."""
         return self
 
     def targets(self, loss_on: str) -> list[bool]:
-        """One target: the image."""
+        """Return one target, the image, whatever `loss_on` is."""
         return [True]
 
     @property
     def sequences(self) -> tuple[Drawing, ...]:
-        """The drawing alone: a row is one call of the model."""
+        """Inputs of the model in this row: the drawing alone."""
         return (self,)
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """Drawings that are made together."""
+    """A batch of drawings."""
 
     prompts: tuple[str, ...]
     seeds: Tensor
-    """(B,)"""
+    """Seed of each drawing's noise, (B,)."""
     images: Tensor | None = None
-    """(B, C, H, W) in [-1, 1], for training."""
+    """(B, C, H, W) in [-1, 1], for training; None for sampling."""
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """Number of each row in its data set, (B,); empty where nobody counts."""
+    """Number of each row in its data set, (B,); empty if the caller does not need it."""
 
     def to(self, device: torch.device | str) -> Drawings:
-        """Move the images; noise is drawn on the CPU, so that it is the same everywhere."""
+        """Return the batch with its images on a device."""
+        # Seeds stay on the CPU, where the noise is drawn: CUDA's generator gives other numbers for the same seed.
         return Drawings(self.prompts, self.seeds, None if self.images is None else self.images.to(device), self.numbers)
 
     @property
     def patched_inputs(self) -> dict[str, object]:
-        """Arguments of a call of the model."""
+        """Arguments for a call of a model that carries patches."""
         return {"prompts": self.prompts, "seeds": self.seeds.tolist()}
 
     @property
     def read_inputs(self) -> dict[str, object]:
-        """Arguments of a call of the model that is read."""
+        """Arguments for a call of a model whose activations are read."""
         return self.patched_inputs
 
 
 class Prompter:
-    """Makes drawings of rows: the counterpart of `encoding.Encoder` for a pipeline."""
+    """Makes drawings from rows: the counterpart of `encoding.Encoder` for diffusion models."""
 
+    # Counts of `RowEncoder` that concern tokens only.
     num_melted = 0
     num_neutralised = 0
     pad_id = 0
 
     def __init__(self, model: Diffusion) -> None:
         config = model.config
-        sides = getattr(config, "sample_size", None) or 64
+        sides = getattr(config, "sample_size", None) or 64  # a denoiser's config may leave it out
+        # A video model's size is (frames, height, width): the last two are those of a frame.
         height, width = (sides, sides) if isinstance(sides, int) else sides[-2:]
         self._model = model
         self._channels, self._size, self._pixels = config.in_channels, (height, width), height * width
 
     @property
     def saved_spec(self) -> dict[str, Json]:
-        """The same: a pipeline has no tokenizer apart."""
+        """Settings stored with a whole model: the same as `spec`."""
         return self.spec
 
     @property
     def spec(self) -> dict[str, Json]:
-        """How the pipeline draws: what is kept beside a result, so that it is loaded as it was made."""
+        """Settings stored with a patch, by which it is loaded with the same sampling."""
         return {"sampler": self._model.sampler.model_dump(mode="json")}
 
     @property
     def about(self) -> dict[str, Json]:
-        """What is written beside activations about how texts were read."""
+        """Description stored with activations; the tokenizer fields of text models are empty."""
         return {"tokenizer": "", "tokenizer_sha256": "", "prompt": self.spec}
 
     def small_batch(self) -> Drawings:
-        """Return two drawings, by which the widths of modules are found."""
+        """Return a batch of two drawings, for a trial run that measures the widths of modules."""
         return self.collate([self.small_drawing()] * 2)
 
     def small_drawing(self) -> Drawing:
-        """Return a drawing that any pipeline understands."""
+        """Return a drawing with a prompt that the pipeline knows."""
         return Drawing(self._model.small_prompt, 0, self._pixels)
 
     def save(self, directory: Path) -> None:
-        """Write nothing: a pipeline keeps its own tokenizers."""
+        """Write nothing: a pipeline saves its own tokenizers."""
 
     def from_row(self, row: Mapping[str, Any], data_format: str) -> Drawing:
-        """Make the drawing of a row of format text or image.
+        """Return the drawing of a row of format text or image.
 
         Raises:
-            ValueError: the row is of another format, or its image of another size than the model draws.
+            ValueError: the format is another one, or the image does not have the size that the model draws.
         """
         if data_format == "text":
             seed = row.get("seed")
@@ -139,10 +144,11 @@ class Prompter:
         return drawings
 
     def encode_data(self, rows: Sequence[Row], data_format: str, max_tokens: int, *, skip_bad: bool = False) -> Rows:
-        """Make the drawings of the rows of a data set; `skip_bad` leaves out images of another size than the model draws.
+        """Return the drawings of a data set's rows. `max_tokens` is ignored.
+
 
         Raises:
-            ValueError: a row is bad, and `skip_bad` is False.
+            ValueError: an image does not have the size that the model draws; with `skip_bad` such rows are left out.
         """
         drawings: Any = []
         numbers = []
@@ -159,9 +165,10 @@ class Prompter:
     def collate(
         self, drawings: Sequence[Drawing], *, loss_on: str = "all", numbers: Sequence[int] = (), side: str = "right"
     ) -> Drawings:
-        """Make the batch of some drawings."""
+        """Return a batch of drawings. `loss_on` and `side` are ignored; they are arguments of `Encoder.collate`."""
         images = [drawing.image for drawing in drawings if drawing.image is not None]
         return Drawings(
+            # The prompts stay texts: a pipeline tokenises them itself, with one tokenizer or several.
             tuple(drawing.prompt for drawing in drawings),
             torch.tensor([drawing.seed for drawing in drawings]),
             torch.stack(images) if len(images) == len(drawings) else None,
@@ -170,21 +177,24 @@ class Prompter:
 
     def _image(self, values: object) -> Tensor:
         image_HWC = np.asarray(values, dtype=np.float32)
+        # Grey images have no channel axis; colour ones have it last, and torch wants it first.
         image_CHW = torch.from_numpy(image_HWC[None] if image_HWC.ndim == 2 else np.moveaxis(image_HWC, -1, 0).copy())
         if image_CHW.shape != (self._channels, *self._size):
             raise ValueError(
                 f"an image of {tuple(image_CHW.shape)} (channels, height, width); the model draws "
                 f"{(self._channels, *self._size)}"
             )
+        # From [0, 255] to [-1, 1], the range of diffusers' models.
         return image_CHW / 127.5 - 1
 
 
 def seed_of(prompt: str) -> int:
-    """Return the seed of a prompt's noise where a row names none: a function of its words."""
+    """Return the default seed of a prompt's noise, computed from its text."""
+    # Not `hash`, which differs between processes (PYTHONHASHSEED).
     return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % _SEEDS
 
 
 def check_data(role: str, data: DataSet) -> None:
-    """Refuse what no diffusion model can be asked with. Raises ValueError."""
+    """Raise ValueError if a data set has a format that diffusion models cannot use; `role` is its key in `data`."""
     if data.format not in ("text", "image"):
         raise ValueError(f"data.{role}: rows of format {data.format}; a diffusion model takes prompts (text) or images (image)")

@@ -1,4 +1,4 @@
-"""Rows of a data set, tokenised to be trained on: which of them fit, are cut, or are left out."""
+"""Tokenise the rows of a data set for training: cut those that are too long, leave out those that cannot be used."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Tokenised rows of a data set and what truncation did to it."""
+    """Tokenised rows of a data set, and the numbers of rows that were cut or left out."""
 
     rows: list[Row]
     numbers: list[int]
-    """Their numbers in the data set."""
+    """Number of each row in the data set, from 0."""
     num_cut: int
-    """Rows whose response was cut at `max_tokens`; of a pair, one of the two."""
+    """Number of rows whose response (of a pair, at least one of them) was cut at `max_tokens`."""
     num_dropped: int
-    """Rows left out because instruction and data alone did not fit, or because they were empty; and pairs whose two responses
-    are the same tokens up to the cut."""
+    """Number of rows left out because their prompt alone does not fit or they are empty, and of pairs whose responses are equal
+    up to the cut."""
     num_refused: int = 0
-    """Rows left out by `skip_bad`: the chat template refuses them or changes their text."""
+    """Number of rows left out by `skip_bad`: the chat template refuses them or changes their text."""
 
     def check(self, max_tokens: int) -> None:
         """Raise ValueError when no row fits."""
@@ -34,19 +34,21 @@ class Rows(NamedTuple):
 
 
 class RowEncoder(Protocol):
-    """What the training loop needs of the object that turns rows into batches: `Encoder`, or a pipeline's `Prompter`."""
+    """Interface through which the training loop turns rows into batches: `Encoder`, or `Prompter` for diffusion models."""
 
     num_melted: int
+    """Rows so far whose answer begins inside the last token of the prompt (see `Encoder`)."""
     num_neutralised: int
+    """Special tokens in texts that were broken up so far (see `Encoder`)."""
 
     @property
     def spec(self) -> Mapping[str, object]:
-        """Settings kept beside a patch."""
+        """Settings that are stored with a patch."""
         ...
 
     @property
     def saved_spec(self) -> Mapping[str, object]:
-        """Settings kept beside a whole model."""
+        """Settings that are stored with a whole model, whose tokenizer is saved with it."""
         ...
 
     def encode_data(self, rows: Sequence[DataRow], data_format: str, max_tokens: int, *, skip_bad: bool = False) -> Rows:
@@ -58,17 +60,28 @@ class RowEncoder(Protocol):
         ...
 
     def save(self, directory: Path) -> None:
-        """Write what is needed to encode rows as now."""
+        """Save the tokenizer, so that rows can be encoded the same way later."""
         ...
 
 
 def encode_data(
     encoder: Encoder, rows: Sequence[DataRow], data_format: str, max_tokens: int, *, skip_bad: bool = False
 ) -> Rows:
-    """Tokenise rows of a data set; the boundary between roles is never cut away silently. There may be no row left.
+    """Tokenise the rows of a data set for training.
+
+    Args:
+        encoder: Tokenizer and prompt style.
+        rows: Rows in the format `data_format`, as `data.rows.read` returns them.
+        data_format: `DataSet.format`; preference rows become pairs.
+        max_tokens: Longest row. Only responses are cut; a row whose prompt is as long or longer is left out, so that no row
+            loses its boundary between prompt and response.
+        skip_bad: Leave out rows that the chat template refuses.
+
+    Returns:
+        The rows that are left, possibly none.
 
     Raises:
-        ValueError: the chat template refuses a row or changes its text, unless `skip_bad` leaves such rows out.
+        ValueError: the chat template refuses a row or changes its text, and `skip_bad` is false.
     """
     pairs = data_format == "preference"
     of_rows: list[tuple[Conversation, ...] | None] = []
@@ -76,6 +89,7 @@ def encode_data(
         try:
             conversations = encoder.from_pair(row) if pairs else (encoder.from_row(row, data_format),)
             if skip_bad:
+                # Checked one by one here; `encode_all` works on chunks and stops at the first bad row.
                 for conversation in conversations:
                     encoder.check(conversation)
         except ValueError as error:
@@ -88,10 +102,14 @@ def encode_data(
 
 
 def asked_otherwise(encoder: Encoder, rows: Sequence[DataRow], data_format: str) -> int:
-    """Count the rows of which a prompt, as an evaluation asks it, is not the beginning, ids equal."""
+    """Count the rows that do not begin with the token ids of their prompt as evaluations ask it.
+
+    Training on such a row teaches an answer after other tokens than those that the model sees when it is evaluated.
+    """
     pairs = data_format == "preference"
     of_rows = [encoder.from_pair(row) if pairs else (encoder.from_row(row, data_format),) for row in rows]
     flat = [conversation for conversations in of_rows for conversation in conversations]
+    # A prompt is the conversation without its last message, exactly as evaluations ask it.
     wholes, prompts = (encoder.encode_all(some) for some in (flat, [conversation[:-1] for conversation in flat]))
     differ = [whole.input_ids[: len(prompt)] != prompt.input_ids for whole, prompt in zip(wholes, prompts, strict=True)]
     return sum(any(differ[i : i + len(of_rows[0])]) for i in range(0, len(differ), len(of_rows[0]))) if of_rows else 0
@@ -108,14 +126,16 @@ def _encode_each(encoder: Encoder, of_rows: _Conversations, max_tokens: int) -> 
         if conversations is None:
             return None, False
         row = next(encoded)
+        # A plain text has no prompt, so any part of it may be cut.
         prompt = 1 if conversations[0][0].speaker == "text" else _prompt_length(row)
         fits = prompt < max_tokens and len(row) > 1  # a row of one token has nothing to predict
         return row.cut(max_tokens) if fits else None, len(row) > max_tokens
 
-    return _kept(map(fitted, of_rows), of_rows.count(None))
+    return _gathered(map(fitted, of_rows), of_rows.count(None))
 
 
 def _encode_pairs(encoder: Encoder, of_rows: _Conversations, max_tokens: int) -> Rows:
+    # Both responses of all pairs in one call: the tokenizer works in parallel on long lists.
     both = [conversation for conversations in of_rows if conversations is not None for conversation in conversations]
     encoded = encoder.encode_all(both, per_row=2)
 
@@ -124,15 +144,16 @@ def _encode_pairs(encoder: Encoder, of_rows: _Conversations, max_tokens: int) ->
             return None, False
         chosen, rejected = next(encoded), next(encoded)
         pair = Pair(chosen.cut(max_tokens), rejected.cut(max_tokens))
+        # Responses that are equal up to the cut give a preference loss without a gradient.
         has_room = all(_prompt_length(row) < max_tokens for row in (chosen, rejected))
         fits = has_room and pair.chosen.input_ids != pair.rejected.input_ids
         return pair if fits else None, max(len(chosen), len(rejected)) > max_tokens
 
-    return _kept(map(fitted, of_rows), of_rows.count(None))
+    return _gathered(map(fitted, of_rows), of_rows.count(None))
 
 
-def _kept(fitted: Iterable[tuple[Row | None, bool]], num_refused: int) -> Rows:
-    """Gather rows, each None where it is left out, and whether it was cut; `num_refused` were left out by `skip_bad`."""
+def _gathered(fitted: Iterable[tuple[Row | None, bool]], num_refused: int) -> Rows:
+    """Collect (row, whether it was cut); the row is None if it is left out, of which `skip_bad` caused `num_refused`."""
     rows: list[Row] = []
     numbers: list[int] = []
     num_cut = num_dropped = 0
@@ -147,7 +168,7 @@ def _kept(fitted: Iterable[tuple[Row | None, bool]], num_refused: int) -> Rows:
 
 
 def prompt_length(row: Row) -> int:
-    """Return the number of tokens before a row's last answer; of a pair, those of the longer prompt."""
+    """Return the number of tokens before a row's last answer; of a pair, the larger of the two numbers."""
     return max(_prompt_length(sequence) for sequence in row.sequences)
 
 

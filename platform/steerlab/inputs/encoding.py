@@ -1,12 +1,11 @@
-"""Conversations to token ids and roles, in one tokenisation.
+"""Turn conversations into token ids with roles, in one tokenisation.
 
-Roles come from the structure of a conversation, never from searching text. The chat template's rendering is cut into its
-literal pieces and the messages (templates.py); the character offsets of one joint tokenisation then say which part each token
-came from. Text that imitates a heading or a marker moves nothing. Template text carries the role of the message before it
-(ASIDE's convention: the assistant's header is data).
+Roles come from the structure of a conversation, never from a search in its text, so a text that imitates a heading or a marker
+changes no role. The rendering of the chat template is cut into its own literal text and the messages (templates.py); the
+character offsets of one joint tokenisation then tell from which part each token comes. Template text has the role of the
+message before it (ASIDE's convention: the assistant's header is data).
 
-A plain text is what its tokenizer makes of it: a beginning-of-sequence token stands before it only where `tokenizer(text)` puts
-one.
+A plain text is tokenised as `tokenizer(text)` does: it gets a beginning-of-sequence token only if the tokenizer adds one.
 """
 
 from __future__ import annotations
@@ -38,28 +37,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VERSION = 2
-"""Raised whenever the same rows become other tokens, so that what was made of the earlier ones is not taken for new."""
-_NORMALISED_TRIES = 3
-_CHUNK_ROWS = 1000
+"""Part of the keys of artifacts: raise it whenever the same rows are tokenised differently."""
+_NORMALISED_TRIES, _CHUNK_ROWS = 3, 1000
 
 
 @dataclass
 class Encoder(PromptStyle):
-    """A tokenizer with a prompt style: conversations in, `Encoded` rows out."""
+    """A tokenizer with a prompt style, which turns conversations into `Encoded` rows."""
 
     tokenizer: PreTrainedTokenizerBase
     prompt_style: Literal["aside", "plain"] = "aside"
     response_role: Literal["data", "instruction", "response"] = "data"
     thinking: bool = False
-    """Prompts end where a thought begins; see `templates.ChatTemplate`."""
+    """End prompts where a thought begins; see `templates.ChatTemplate`."""
     date: str = DATE
-    """The day that a template prints which prints today's."""
+    """Date (ISO 8601) for chat templates that would print the current one."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
-    """Sources of the tokenizer and of the chat template, where they do not lie beside the model."""
+    """Sources of `tokenizer` and `chat_template` that the job names; empty if both come with the model."""
     num_melted: int = 0
-    """Rows so far whose answer begins within the last token of their prompt, which is then not the beginning of the row."""
+    """Rows so far whose answer begins inside the last token of the prompt; such a row does not begin with its prompt's ids."""
     num_neutralised: int = 0
-    """Special tokens written out in texts (`<|im_end|>` inside data) that were broken up, so far."""
+    """Special tokens written in texts (`<|im_end|>` inside data) that were broken up so far."""
 
     def __post_init__(self) -> None:
         self._texts = TextTokenizer(self.tokenizer)
@@ -67,13 +65,13 @@ class Encoder(PromptStyle):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The tokenizer's chat template, or what stands in for it; a template is asked nothing before it is needed."""
+        """The tokenizer's chat template, or the default of base models. Made on first use: making it renders probes."""
         heading = "Response:\n" if self.prompt_style == "aside" else ""
         return ChatTemplate(self.tokenizer, self.date, heading, self.thinking)
 
     @property
     def pad_id(self) -> int:
-        """Id that fills padding."""
+        """Id of padding tokens."""
         return pad_id(self.tokenizer)
 
     @property
@@ -84,7 +82,7 @@ class Encoder(PromptStyle):
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Ids that end what the model writes: the end of a sequence, and of a turn in the chat template."""
+        """Ids that end generation: the end of a sequence, and the end of a turn in the chat template."""
         turn = self._markers.end
         ids: tuple[Any, ...] = (self.eos_id, None if turn is None else self.tokenizer.convert_tokens_to_ids(turn))
         return frozenset(int(number) for number in ids if number is not None)
@@ -94,7 +92,7 @@ class Encoder(PromptStyle):
         try:
             literals = self.template.literals()
         except ValueError:
-            literals = []  # a template that refuses every conversation says so where one is asked for
+            literals = []  # the template refuses every conversation; the error is raised when one is encoded
         return TurnMarkers.of(literals, self._added, self.tokenizer.bos_token)
 
     @cached_property
@@ -102,7 +100,7 @@ class Encoder(PromptStyle):
         return Layout(self.template, self._added, self._markers)
 
     def remarks(self) -> list[str]:
-        """Return what somebody who trains or asks in conversations should know, a sentence each."""
+        """Return warnings about the chat template for its users, one sentence each."""
         if self._markers.end is not None:
             return self.template.remarks()
         unended = "the chat template ends an answer without a special token, so that no answer learns to end"
@@ -110,19 +108,20 @@ class Encoder(PromptStyle):
 
     @property
     def saved_spec(self) -> dict[str, Json]:
-        """Settings that a model needs to be prompted as it was trained, where the tokenizer is saved beside it."""
+        """Settings by which a model is prompted as it was trained, if its tokenizer is saved with it."""
         thinking = {"thinking": True} if self.thinking else {}
         date = {"date": self.date} if prints_date(self.tokenizer) else {}
         return {"prompt_style": self.prompt_style, "response_role": self.response_role, **thinking, **date}
 
     @property
     def spec(self) -> dict[str, Json]:
-        """Settings that a patch on a model needs: those of `saved_spec`, and the sources of tokenizer and template."""
+        """Settings stored with a patch: `saved_spec`, and the sources of tokenizer and template."""
         return {**self.saved_spec, **self.elsewhere}
 
     @property
     def about(self) -> dict[str, Json]:
-        """What is written beside activations about how texts were read."""
+        """Description of the tokenisation that is stored with activations."""
+        # Sorted, because the order of `get_vocab` differs between two loads of one tokenizer.
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
         return {
             "tokenizer": type(self.tokenizer).__name__,
@@ -132,21 +131,22 @@ class Encoder(PromptStyle):
 
     @property
     def identity(self) -> str:
-        """A value that changes with the tokenizer and its chat template."""
+        """SHA-256 of the tokenizer and its chat template."""
+        # The whole definition: two tokenizers may share a vocabulary and normalise differently.
         content = f"{self._texts.backend.to_str()}\0{self.tokenizer.chat_template}"
         return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
 
     def small_batch(self) -> Batch:
-        """Return two rows of three tokens, by which the widths of modules are found."""
+        """Return a batch of two rows of three tokens, for a trial run that measures the widths of modules."""
         row = Encoded([self.pad_id] * 3, [INSTRUCTION] * 3, [False] * 3, [0] * 3)
         return self.collate([row, row])
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer beside a model."""
+        """Save the tokenizer into a model's folder."""
         self.tokenizer.save_pretrained(directory)
 
     def encode_data(self, rows: Sequence[DataRow], data_format: str, max_tokens: int, *, skip_bad: bool = False) -> Rows:
-        """Tokenise rows of a data set; see the function of this name."""
+        """Tokenise the rows of a data set for training; see `encoded_rows.encode_data`."""
         return encode_data(self, rows, data_format, max_tokens, skip_bad=skip_bad)
 
     def collate(
@@ -157,23 +157,25 @@ class Encoder(PromptStyle):
         numbers: Sequence[int] = (),
         side: Literal["left", "right"] = "right",
     ) -> Batch:
-        """Pad rows to the longest; see the function of this name."""
+        """Return a padded batch of rows; see `tokens.collate`."""
         return collate(rows, self.pad_id, side, loss_on, numbers)
 
     def encode(self, conversation: Conversation, *, continued: bool = False) -> Encoded:
-        """Tokenise a conversation once, as a whole; see `encode_all`."""
+        """Tokenise one conversation; see `encode_all`."""
         return next(self.encode_all([conversation], continued=continued))
 
     def encode_all(
         self, conversations: Sequence[Conversation], *, continued: bool = False, per_row: int = 1
     ) -> Iterator[Encoded]:
-        """Tokenise many conversations, a chunk of them in one call of the tokenizer.
+        """Tokenise conversations, in chunks; one that does not end with an assistant's message becomes a prompt.
 
-        A prompt ends with the assistant's header. Of a plain text that is to be `continued`, what the tokenizer puts after a
-        text (an end-of-sequence token) is left out. `per_row` conversations make a row of the data set, for messages.
+        Args:
+            conversations: Messages, of which a prompt gets the assistant's header.
+            continued: Leave out what the tokenizer puts after a plain text (an end-of-sequence token).
+            per_row: Conversations per row of the data set, by which messages count rows.
 
         Raises:
-            ValueError: something is no text, or the chat template refuses a conversation; the message names its row, from 1.
+            ValueError: a text is invalid, or the chat template refuses a conversation; the message names its row, from 1.
         """
         for start in range(0, len(conversations), _CHUNK_ROWS):
             chunk = conversations[start : start + _CHUNK_ROWS]
@@ -187,19 +189,19 @@ class Encoder(PromptStyle):
                 yield self._with_roles(*self._broken_up(conversation, text, row, row_tokens), keeps_end)
 
     def _as_text(self, conversation: Conversation) -> bool:
-        """Say whether the tokenizer puts its own tokens around: a chat template prints them itself."""
+        """Return whether the tokenizer adds its own tokens (BOS, EOS); a chat template prints them itself."""
         return conversation[0].speaker == "text" or self.tokenizer.chat_template is None
 
     def _broken_up(
         self, conversation: Conversation, text: str, stretches: list[Stretch], tokens: Tokens
     ) -> tuple[str, list[Stretch], Tokens]:
-        """Break up what became a special token of a text only once the tokenizer had normalised it: full-width, upper case."""
+        """Break up special tokens that a text contains only after normalisation, such as full-width or upper-case ones."""
         normalizer, special_ids = self._texts.backend.normalizer, self._added.special_ids
         if normalizer is None or special_ids.isdisjoint(tokens.ids):
             return text, stretches, tokens
 
         def written(number: int, start: int, end: int) -> bool:
-            # Not so the unknown token, and bytes that stand for a character.
+            # The unknown token is special too, but its characters do not spell its name.
             with self._texts.explained():
                 return number in special_ids and self._added.names[number] in normalizer.normalize_str(text[start:end])
 
@@ -214,7 +216,7 @@ class Encoder(PromptStyle):
             if not breaks:
                 return text, stretches, tokens
             self.num_neutralised += len(breaks)
-            for number, start in reversed(breaks):
+            for number, start in reversed(breaks):  # from the end, so that earlier positions stay valid
                 stretch, at = stretches[number], start - starts[number] + 1
                 stretches[number] = stretch._replace(text=f"{stretch.text[:at]} {stretch.text[at:]}")
             text = "".join(stretch.text for stretch in stretches)
@@ -222,7 +224,7 @@ class Encoder(PromptStyle):
         raise ValueError("a text holds a special token that its normalisation makes again however it is broken up")
 
     def _with_roles(self, text: str, stretches: list[Stretch], tokens: Tokens, keeps_end: bool) -> Encoded:
-        """Give every token the stretch of the character that decides what it is."""
+        """Return the row in which every token has the role and part of the stretch that its deciding character is in."""
         owner = [stretch for stretch in stretches for _ in stretch.text]
         before, after = (Stretch("", stretch.role, TEMPLATE_PART) for stretch in (stretches[0], stretches[-1]))
         ids = tokens.ids
@@ -231,9 +233,9 @@ class Encoder(PromptStyle):
         if any(tokens.put):
             around = [bool(put) and start == end for put, (start, end) in zip(tokens.put, tokens.offsets, strict=True)]
             first = next((t for t, here in enumerate(around) if not here), len(around))
-            kept = [t for t, here in enumerate(around) if not here or t < first or keeps_end]
-            ids = [ids[t] for t in kept]
-            owners = [(before if t < first else after) if around[t] else owners[t] for t in kept]
+            positions = [t for t, here in enumerate(around) if not here or t < first or keeps_end]
+            ids = [ids[t] for t in positions]
+            owners = [(before if t < first else after) if around[t] else owners[t] for t in positions]
         return Encoded(
             input_ids=ids,
             roles=[stretch.role for stretch in owners],
@@ -243,18 +245,18 @@ class Encoder(PromptStyle):
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of generated ids; special tokens, and the one that ended it, are left out."""
-        written = list(ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids)
+        """Return the text of generated ids, without special tokens and the token that ended it."""
+        text_ids = list(ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids)
         with self._texts.explained():
-            return str(self.tokenizer.decode(written, skip_special_tokens=True))
+            return str(self.tokenizer.decode(text_ids, skip_special_tokens=True))
 
     def shown(self, token: int) -> str:
-        """Return the text of one token; that of a word boundary alone ("▁"), which decodes to nothing, is its name."""
+        """Return the text of one token for display; a token that decodes to nothing ("▁") is shown by its name."""
         with self._texts.explained():
             return str(self.tokenizer.decode([token])) or str(self.tokenizer.convert_ids_to_tokens(token))
 
     def check(self, conversation: Conversation) -> None:
-        """Refuse a conversation that the chat template refuses or changes, or that holds no text. Raises ValueError."""
+        """Raise ValueError if a conversation has an invalid text, or the chat template refuses or changes it."""
         before = self.num_neutralised
         self._numbered(conversation, 0)
         self.num_neutralised = before  # counted when the row is tokenised
@@ -267,7 +269,7 @@ class Encoder(PromptStyle):
             raise ValueError(f"row {number + 1}: {error}") from None
 
     def _neutralise(self, message: Message) -> Message:
-        """Break up special tokens written in a text, so that no text can end a turn or open another."""
+        """Break up special tokens written in a text: `<|im_end|>` in data must not end its turn."""
         for part in message.parts:
             checked(part.text)
         neutral, number = broken_up(message, self._forbidden(message.speaker))
@@ -275,19 +277,19 @@ class Encoder(PromptStyle):
         return neutral
 
     def _forbidden(self, speaker: str) -> re.Pattern[str]:
-        """Return what matches the tokens that no text of a speaker may write."""
+        """Return the pattern of the tokens that a speaker's text must not contain."""
         if speaker == "text":
             return self._added.special
         return self._markers.in_answer if speaker == "assistant" else self._markers.in_prompt
 
 
 def load(directory: Path, prompt: Mapping[str, Any] | None = None, trust_remote_code: bool = False) -> Encoder:
-    """Load the tokenizer beside a model, or the one that the prompt settings name, as an encoder.
+    """Return the encoder of a model: with the tokenizer in its folder, or with the one that the settings name.
 
-    `prompt` holds the fields of `Encoder.spec`; None takes the defaults. `trust_remote_code` lets a tokenizer run its own code.
+    `prompt` has the fields of `Encoder.spec`, None takes the defaults; `trust_remote_code` lets a tokenizer run its own code.
 
     Raises:
-        ValueError: a source is wrong, or holds no chat template.
+        ValueError: a source is wrong, or has no chat template.
     """
     settings = dict(prompt or {})
     elsewhere = {name: settings.pop(name) for name in ("tokenizer", "chat_template") if name in settings}

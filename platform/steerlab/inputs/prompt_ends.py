@@ -1,4 +1,7 @@
-"""Where prompts end: the text between the last message and the answer, such that a prompt's tokens begin its row's."""
+"""Choose where prompts end, so that a prompt's token ids are exactly the first ids of the row that contains its answer.
+
+Otherwise a model would be evaluated after other tokens than it was trained on.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,31 @@ from steerlab.inputs.rendering import TemplateError, Turn, short
 from steerlab.inputs.template_shapes import Form, Shape, Shapes
 
 _ANSWERS = ("Yes.", "the answer", "42", "«é»", "<think>")
-"""Beginnings of answers by which the end of a prompt is chosen."""
+"""Answers with which candidates for the end of a prompt are tried: letters, digits, non-ASCII, a tag."""
 _THOUGHT = "<think>\nOkay\n</think>\n\nYes."
-"""An answer with a thought, by which the end of a prompt is chosen that opens one."""
+"""Answer with which prompts that open a thought are tried."""
 
 
 @dataclass
 class PromptEnds:
-    """The ends of a template's prompts, one for each form of conversations; each is chosen once."""
+    """The ends of a template's prompts, chosen once for each form of conversations."""
 
     shapes: Shapes
     _chosen: dict[Form, str] = field(default_factory=dict)
 
     def of(self, form: Form, shape: Shape) -> str:
-        """Return the end of a prompt of conversations of a form, whose complete rows have `shape`.
+        """Return the text between the last message of a prompt and its end.
 
-        The template's own generation prompt comes first where the row continues it with white space at most (a space, which
-        tokenizers such as Llama's join with the word that follows). Else what stands before the answer of the complete row
-        does, such as the empty thought that Qwen 3 prints before a stored answer.
+        The template's own generation prompt is preferred, if the complete row continues it with nothing but white space (a
+        space, which tokenizers such as Llama's join with the next word). Otherwise it is the text before the answer of the
+        complete row, such as the empty thought that Qwen 3 prints before a stored answer.
+
+        Args:
+            form: Form of the complete row, with its answer.
+            shape: Literal pieces of such a row.
 
         Raises:
-            TemplateError: the first tokens of an answer are part of the prompt wherever that ends.
+            TemplateError: wherever the prompt ends, its last token depends on the answer.
         """
         if form not in self._chosen:
             own = self.shapes.generation_prompt(form)
@@ -38,7 +45,8 @@ class PromptEnds:
 
     def _before_answer(self, own: str | None, shape: Shape) -> str:
         literal = shape.opening
-        # A blank line at the end of a prompt is one token of GPT-2, and two before a word: then it may be cut short.
+        # GPT-2 makes one token of "\n\n" at the end of a text, and two of it before a word, so shorter ends are tried too.
+        # From the longest: an end that keeps all of the template's white space is the most natural one.
         candidates = _shortened(literal)
         if own is not None and literal.startswith(own) and not literal.removeprefix(own).strip():
             candidates = [own, *candidates]
@@ -50,10 +58,10 @@ class PromptEnds:
         return opening
 
     def _before_thought(self, own: str | None, form: Form, shape: Shape) -> str:
-        """Return the template's own generation prompt, without white space at its end that would be one token with the answer.
+        """Return the template's own generation prompt, without final white space that would join the answer's first token.
 
         Raises:
-            TemplateError: it is none that a stored answer with a thought could begin with.
+            TemplateError: the template prints stored answers so that none could follow this prompt.
         """
         literal, renderer = shape.opening, self.shapes.renderer
         if renderer.tokenizer.chat_template is None or own is None:
@@ -70,20 +78,21 @@ class PromptEnds:
             prompt = renderer.ids(shape.before_answer + opening)
             if row.startswith(shape.before_answer + opening) and ids[: len(prompt)] == prompt:
                 return opening
-        # Where the template drops thoughts, each row says so.
+        # The template drops the thought of a stored answer: any end that fits is taken, and each such row is refused later.
         fitting = next((text for text in _shortened(own) if self._begins_rows(text, shape, own)), None)
         if fitting is None:
             raise TemplateError(f"data.thinking: the tokens of a prompt that ends in {short(own)} depend on what follows it")
         return fitting
 
     def _begins_rows(self, opening: str, shape: Shape, literal: str) -> bool:
-        """Say whether a prompt that ends with `opening` has the first ids of rows whose answers stand after `literal`."""
+        """Return whether a prompt that ends with `opening` has the first ids of rows with answers after `literal`."""
         ids = self.shapes.renderer.ids
+        # Compared as ids, not as text: a tokenizer may join the end of the prompt with the answer.
         prompt = ids(shape.before_answer + opening)
         rows = (ids(shape.before_answer + literal + answer + shape.literals[-1]) for answer in _ANSWERS)
         return all(row[: len(prompt)] == prompt for row in rows)
 
 
 def _shortened(text: str) -> list[str]:
-    """Return a text, and the text with less and less white space at its end."""
+    """Return the text, then the text with its final white space removed one character after another."""
     return [text[:end] for end in range(len(text), len(text.rstrip()) - 1, -1)]

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates that do not lie beside the model but are named by sources of their own."""
+"""Load and fingerprint tokenizers and chat templates that a job names by their own sources instead of taking the model's."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from steerlab.job import written_out
 
 
 def fingerprint(name: str, source: str) -> str:
-    """Return a value that changes when what is behind a source of `Encoder.elsewhere` changes; part of a stage's key."""
+    """Return a value that changes with the content of a source of `Encoder.elsewhere`; part of a stage's key.
+
+    `name` is `tokenizer` or `chat_template`.
+    """
     if name == "tokenizer":
         return sources.fingerprint(source)
+    # By its text, so that the same template in another file gives the same key.
     return f"sha256:{hashlib.sha256(template_of(source).encode()).hexdigest()}"
 
 
 def template_of(source: str) -> str:
-    """Return a chat template: a text is one itself, everything else is the source of a file or model that holds one.
+    """Return the text of a chat template.
+
+    `source` is the text itself, or the source of a Jinja file, of a tokenizer_config.json, or of a model with a template.
 
     Raises:
-        ValueError: the source is wrong, or holds no template.
+        ValueError: the source is wrong, or has no template.
     """
     if written_out(source):
         return source
     path = sources.fetch(source)
     if path.is_dir():
+        # transformers 5 saves templates in this file, older versions in tokenizer_config.json.
         named = path / "chat_template.jinja"
         template = files.read_text(named) if named.is_file() else models.load_tokenizer(path).chat_template
     else:

@@ -1,6 +1,6 @@
-"""Calls of a chat template, a program of whoever made the model: each call has an end and prints the same on every day.
+"""Render chat templates, which are programs by the author of the model, within limits and with the same result on every day.
 
-A template that has no end in time, memory or length, or that computes what nothing can interrupt, is refused.
+A template that takes too much time, memory or length is refused, and so is one with arithmetic that cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DATE = "2024-07-26"
-"""The day that templates print which print today's: with it a row has the same tokens on every day."""
+"""Date for templates that would print the current one, so that a row has the same tokens on every day."""
 
 _LIMIT_S = 5.0
 _LIMIT_BYTES = 2**30
@@ -40,29 +40,30 @@ BLANK_LINES = (
     "{%- endfor -%}"
     "{{ '\n\n' + names.assistant.rstrip(' ') if add_generation_prompt else '' }}"
 )
-"""Template for a base model, which has none: texts one after another, a blank line between them. One exchange ends with a
-`heading`, which says where the data end; a longer conversation names its speakers as HH-RLHF does."""
+"""Template for models without one (base models): the texts, separated by blank lines. In a single exchange, a `heading` before
+the answer marks the end of the data; a longer conversation names its speakers as HH-RLHF does."""
 
 
 class TemplateError(ValueError):
-    """A template that refuses a conversation, or changes a text so that roles cannot be told; the message is for people."""
+    """A template refuses a conversation, or changes a text so that the roles of its tokens are unknown; for users."""
 
 
 class EndlessError(TemplateError):
-    """A template that has no end, in time, memory or length; it is not tried in other forms."""
+    """A template takes too much time, memory or length; it is not called again in other forms."""
 
 
 _SMALL = re.compile(r"[0-9]{1,6}(\.[0-9]*)?")
 
 
 def _product_in(source: str) -> str | None:
-    """Name what a template computes that no limit of time stops: a power, or a product neither of whose factors is written out.
+    """Return, for a message, the first power or product of two variables in a template; None if it has none.
 
-    Numbers that grow without bounds are computed in one step, which cannot be interrupted.
+    Integers of Python have no size limit, and one operation on huge ones cannot be interrupted by a signal. A product with a
+    small written number or a text is allowed.
     """
     try:
         tokens = [(line, kind, text) for line, kind, text in jinja2.Environment().lex(source) if kind != "whitespace"]
-    except Exception:  # what cannot be read cannot be rendered either, which then says why
+    except Exception:  # a template that cannot be parsed cannot be rendered either, and rendering gives the better message
         return None
     for number, (line, kind, text) in enumerate(tokens):
         beside = [tokens[at] for at in (number - 1, number + 1) if 0 <= at < len(tokens)]
@@ -73,24 +74,26 @@ def _product_in(source: str) -> str | None:
 
 
 def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], **settings: Any) -> object:
-    """Call `apply_chat_template` with an end: a template is a program of whoever made the model.
+    """Call `apply_chat_template` within limits of time, memory and length.
 
     Raises:
-        TemplateError: the template takes too long, too much memory, or prints too much. What it raises itself is passed on.
+        EndlessError: the template exceeds a limit. Errors of the template itself are passed on.
     """
     try:
+        # transformers renders in Jinja's sandbox, which limits what a template may do but not for how long.
         with limited("the chat template", seconds=_LIMIT_S, num_bytes=_LIMIT_BYTES):
             rendered = tokenizer.apply_chat_template(list(messages), **settings)  # type: ignore[arg-type]
     except TooLong as error:
+        # A loop of minutes per row is refused too: a data set has thousands of rows.
         raise EndlessError(f"{error}, for one row") from None
-    length, given = len(rendered), len(str(messages))
-    if isinstance(rendered, str) and length > given + _LIMIT_CHARS:
-        raise EndlessError(f"the chat template prints {length:,} characters for messages of {given:,}, as if it had no end")
+    length, length_in = len(rendered), len(str(messages))
+    if isinstance(rendered, str) and length > length_in + _LIMIT_CHARS:
+        raise EndlessError(f"the chat template prints {length:,} characters for messages of {length_in:,}, as if it had no end")
     return rendered
 
 
 class Turn(NamedTuple):
-    """A message as a template sees it."""
+    """A message as chat templates see it."""
 
     speaker: str
     text: str
@@ -98,18 +101,18 @@ class Turn(NamedTuple):
 
 @dataclass
 class Renderer:
-    """A tokenizer's chat template, called for the text that it prints of messages."""
+    """A tokenizer's chat template, or the default of base models, as a function from messages to text."""
 
     tokenizer: PreTrainedTokenizerBase
     date: str = DATE
     heading: str = ""
-    """Written before an answer where the tokenizer has no template."""
+    """Text before an answer if the tokenizer has no template."""
     thinking: bool = False
-    """Templates that switch thinking on by a setting are told to."""
+    """Switch on thinking, in templates with a setting for it."""
     wraps: bool = False
-    """The template wants content as a list of {"type": "text"}."""
+    """Pass contents as lists of {"type": "text"}, which templates of multimodal models require."""
     endless: EndlessError | None = field(init=False, default=None)
-    """Why the template is not called any more."""
+    """The limit that the template exceeded, after which it is not called again; None if it has not."""
 
     def __post_init__(self) -> None:
         if self.tokenizer.chat_template is None:
@@ -125,14 +128,14 @@ class Renderer:
 
     @property
     def _switches(self) -> dict[str, bool]:
-        """What templates read by which a model may think: Qwen 3 and GLM by one name, DeepSeek and Granite by the other."""
+        """The variables that switch on thinking: `enable_thinking` in Qwen 3 and GLM, `thinking` in DeepSeek and Granite."""
         return {"enable_thinking": True, "thinking": True} if self.thinking else {}
 
     def render(self, turns: Sequence[Turn], prompt: bool = False) -> str:
-        """Return what the template prints of messages; of a `prompt` with the header of an answer after them.
+        """Return the text that the template prints for messages; with `prompt`, followed by the header of an answer.
 
         Raises:
-            TemplateError: the template refuses the messages, or has no end.
+            TemplateError: the template refuses the messages, or exceeds a limit.
         """
         messages = [
             {"role": turn.speaker, "content": [{"type": "text", "text": turn.text}] if self.wraps else turn.text}
@@ -140,38 +143,40 @@ class Renderer:
         ]
         if self.endless is not None:
             raise self.endless
+        # The template is passed explicitly, because the tokenizer's own may be one of several, or print the date.
         settings = {"chat_template": self._source, "tokenize": False, "add_generation_prompt": prompt, **self._switches}
         try:
             return str(apply(self.tokenizer, messages, **settings))
         except EndlessError as error:
             self.endless = error
             raise
-        except Exception as error:  # whatever a template raises is the template's: a division by zero, a loop that is too long
+        except Exception as error:  # a template may raise anything: TemplateError of Jinja, ZeroDivisionError, OverflowError
             raise TemplateError(f"the chat template refuses the messages {speakers_of(turns)}: {short(str(error))}") from None
 
     def ids(self, text: str) -> list[int]:
-        """Return the tokens of a rendered text."""
+        """Return the token ids of a rendered text, without tokens that the tokenizer adds itself."""
         with explained(f"the tokenizer {self.tokenizer.name_or_path}"):
+            # A chat template has printed BOS already; adding it again would double it.
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
 def speakers_of(turns: Sequence[Turn]) -> str:
-    """Name the speakers of messages, for messages to people."""
+    """List the speakers of a conversation for an error message."""
     return ", ".join(turn.speaker for turn in turns)
 
 
 def short(text: str) -> str:
-    """Quote a text, the beginning of a long one, for messages to people."""
+    """Quote the beginning of a text for an error message."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def default_of(template: object) -> str:
-    """Return a chat template, or of several with names the one called `default`.
+    """Return the text of a chat template; of several named ones, that of the name `default`, or the only one.
 
     Raises:
-        TemplateError: there is none, or there are several and none is the default.
+        TemplateError: there is no template, or there are several and none is named `default`.
     """
-    if isinstance(template, Sequence) and not isinstance(template, str):  # as tokenizer_config.json holds them
+    if isinstance(template, Sequence) and not isinstance(template, str):  # the form in tokenizer_config.json
         template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, Mapping)}
     if isinstance(template, Mapping):
         if len(template) > 1 and "default" not in template:
@@ -185,16 +190,18 @@ def default_of(template: object) -> str:
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether a tokenizer's chat template prints the day on which it is rendered."""
+    """Return whether a tokenizer's chat template prints the current date."""
     return tokenizer.chat_template is not None and "strftime_now" in default_of(tokenizer.chat_template)
 
 
 def _fixed_date(date: str) -> str:
-    """Return a macro that stands in for `strftime_now`, in which transformers prints the day of the rendering."""
+    """Return a Jinja macro that replaces transformers' `strftime_now`, which prints the current date, by a fixed `date`."""
+    # Jinja's sandbox has no strftime, so the directives of the format are replaced by their values one after another.
     day = datetime.fromisoformat(date)
     directives = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters if letter != "s"]
+    # In UTC, since `strftime("%s")` uses the time zone of the machine.
     seconds = {"%s": str(int(day.replace(tzinfo=UTC).timestamp()))}  # strftime would take the zone of this machine
-    known = seconds | {directive: day.strftime(directive) for directive in directives if day.strftime(directive) != directive}
-    replaced = "".join(f"|replace({json.dumps(directive)}, {json.dumps(text)})" for directive, text in known.items())
+    texts = seconds | {directive: day.strftime(directive) for directive in directives if day.strftime(directive) != directive}
+    replaced = "".join(f"|replace({json.dumps(directive)}, {json.dumps(text)})" for directive, text in texts.items())
     whole = f"format|replace('%%', '{_PERCENT}'){replaced}|replace('{_PERCENT}', '%')"
     return f"{{%- macro strftime_now(format) -%}}{{{{ {whole} }}}}{{%- endmacro +%}}"

@@ -1,4 +1,4 @@
-"""Special tokens: how a text that writes one out is broken up, and which of them a chat template ends and opens turns with."""
+"""Break up special tokens that are written in texts, and find the tokens with which a chat template opens and ends turns."""
 
 from __future__ import annotations
 
@@ -13,41 +13,47 @@ if TYPE_CHECKING:
 
 
 class AddedTokens:
-    """The tokens that a tokenizer knows beside its vocabulary; some of them are special."""
+    """The added tokens of a tokenizer (Hugging Face's term): matched before its model splits a text. Some are special."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = tokenizer.added_tokens_decoder
         self.names = {number: str(token) for number, token in added.items()}
+        # Both: some tokenizers declare special tokens by name only (`eos_token`), without the flag.
         special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        # A token of one character cannot be broken up, and stands in every text.
+        # A token of one character cannot be broken up, and occurs in ordinary texts.
         special = {name for name in special if len(name) > 1}
         self.special_ids = frozenset(number for number, name in self.names.items() if name in special)
         self.special = re.compile(_any_of(special))
-        """Matches a special token that is written out in a text."""
+        """Matches a special token that is written in a text."""
         self.leading = re.compile(rf"\s*({_any_of(special | set(self.names.values()))})")
-        """Matches an added or special token, group 1, at the beginning of a text; white space may stand before it."""
+        """Matches white space and then an added or special token, group 1, at the beginning of a text."""
 
 
 class TurnMarkers(NamedTuple):
     """The added tokens with which a chat template marks the turns of a conversation."""
 
     end: str | None
-    """The token that ends the assistant's turn: the first one after an answer, where no text stands before it."""
+    """Token that ends the assistant's turn: the one directly after an answer. None if the template prints none there."""
     first: str | None
-    """The first added token before a first message, BOS aside: it opens turns, also after an answer without an end."""
+    """First added token before the first message, except BOS. It opens turns, also after an answer without an end. None if the
+    template prints none."""
     in_prompt: re.Pattern[str]
-    """Matches what no text of a prompt may hold: special tokens, and all added ones that the template itself writes."""
+    """Matches tokens that no text of a prompt may contain: special tokens, and added ones that the template itself prints."""
     in_answer: re.Pattern[str]
-    """Matches what no answer may hold: it may write markers of its own, such as a thought's, but not the end of its turn."""
+    """Matches tokens that no answer may contain: special tokens and the end of a turn. Those of a thought are allowed."""
 
     @classmethod
     def of(cls, literals: Sequence[str], added: AddedTokens, bos_token: object) -> TurnMarkers:
-        """Find the markers in what a template prints around the messages of an exchange; `literals` may be empty."""
+        """Find the markers in `literals`, which a template prints before, between and after the messages of an exchange.
+
+        With empty `literals` there are no markers, and only special tokens are forbidden.
+        """
         after_answer = added.leading.match(literals[-1]) if literals else None
         end = None if after_answer is None else after_answer[1]
         opening = [match[1] for match in added.leading.finditer(literals[0])] if literals else []
         printed = "".join(literals)
         special = {added.names[number] for number in added.special_ids}
+        # Added tokens without the flag count where the template prints them: they mark turns all the same.
         own = {name for name in added.names.values() if len(name) > 1 and name in printed}
         return cls(
             end=end,
@@ -59,6 +65,7 @@ class TurnMarkers(NamedTuple):
 
 def broken_up(message: Message, forbidden: re.Pattern[str]) -> tuple[Message, int]:
     """Return a message with a space after the first character of each forbidden token, and the number of these spaces."""
+    # Searched in the joined text, because a token may begin in one part of the message and end in the next.
     text = "".join(part.text for part in message.parts)
     breaks = {match.start() + 1 for match in forbidden.finditer(text)}
     if not breaks:
@@ -72,5 +79,6 @@ def broken_up(message: Message, forbidden: re.Pattern[str]) -> tuple[Message, in
 
 
 def _any_of(names: Iterable[str]) -> str:
-    """Return a regular expression for any of some texts, the longest first; none of them matches nothing."""
+    """Return a regular expression that matches any of the texts; without texts, one that matches nothing."""
+    # Longest first: Python's `|` takes the first alternative that matches, not the longest.
     return "|".join(map(re.escape, sorted(filter(None, names), key=len, reverse=True))) or "(?!)"

@@ -1,4 +1,4 @@
-"""Stretches of a conversation's text that share their role: the template's own text between the parts of the messages."""
+"""Split the rendered text of a conversation into stretches of one role: parts of messages, and template text between them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from steerlab.inputs.templates import ChatTemplate, Turn
 from steerlab.inputs.tokens import Conversation, Message, Part
 
 TEMPLATE_PART = -1
-"""Number of the part of template text."""
+"""Part number of template text."""
 
 
 class Stretch(NamedTuple):
-    """Characters of a row that share their role."""
+    """Consecutive characters of a row with the same role."""
 
     text: str
     role: int
+    """Id of the role, as in tokens.py."""
     part: int
+    """Number of the message part, counted over the conversation, or `TEMPLATE_PART`."""
     answers: bool = False
-    """True for an assistant's message and what ends its turn."""
+    """True for the text of an assistant's message and for the end of its turn."""
     final: bool = False
-    """True for the last message of the conversation and what ends its turn."""
+    """True for the text of the conversation's last message and for the end of its turn."""
 
 
 class Layout:
-    """Lays conversations out as a chat template prints them, in stretches."""
+    """Splits the renderings of a chat template into stretches."""
 
     def __init__(self, template: ChatTemplate, added: AddedTokens, markers: TurnMarkers) -> None:
         self._template, self._added, self._markers = template, added, markers
 
     def stretches(self, conversation: Conversation) -> list[Stretch]:
-        """Interleave the template's literal pieces with the parts.
+        """Return the stretches of a conversation; their texts, joined, are the template's rendering.
 
         Raises:
             ValueError: the template refuses the conversation or changes one of its texts.
@@ -41,6 +43,7 @@ class Layout:
         turns = [Turn(message.speaker, "".join(part.text for part in message.parts)) for message in conversation]
         pieces = self._template.pieces(turns)
         firsts = [sum(len(message.parts) for message in conversation[:i]) for i in range(len(conversation))]
+        # Template text before the first message has that message's role. Templates may print messages in another order.
         printed = [piece.message for piece in pieces if piece.message is not None]
         role = conversation[printed[0] if printed else 0].parts[0].role
         answers = final = False
@@ -56,9 +59,9 @@ class Layout:
         return stretches
 
     def _literal(self, text: str, role: int, after_answer: bool, final: bool) -> list[Stretch]:
-        """Part a literal piece after an answer into what ends the answer's turn and the rest.
+        """Split template text after an answer into the end of the answer's turn, which is trained, and the rest.
 
-        An earlier answer may end in another token than the last one (gpt-oss), or in none: what follows opens the next turn.
+        An earlier answer may end with another token than the last one (gpt-oss), or with none before the next turn.
         """
         ended = self._added.leading.match(text) if after_answer else None
         if ended is None or (ended[1] != self._markers.end and (self._markers.end is None or ended[1] == self._markers.first)):
@@ -68,19 +71,22 @@ class Layout:
 
 
 def of_text(conversation: Conversation) -> list[Stretch]:
-    """Return the stretches of a plain text, which has no template."""
+    """Return the stretches of a plain text without a template: one for each part."""
     parts = [part for message in conversation for part in message.parts]
     return [Stretch(part.text, part.role, number) for number, part in enumerate(parts)]
 
 
 def _folded(conversation: Conversation, takes_system: bool) -> tuple[Conversation, list[int]]:
-    """Put system messages into the user's turn that follows, for a template that has no system turn.
+    """Move system messages into the user's turn that follows, unless the template has a system turn.
 
-    Returns the messages, and for each the role of the template text after it: that of its own first part. A probe with
-    another role at its end, or a system text before it, must not colour the assistant's header.
+    Returns:
+        The messages, and for each the role of the template text after it: that of the first part of the original message.
     """
+    # The first part, because a message may have data with a part of another role at its end, or a system text put before it:
+    # the assistant's header must keep the role that it has without them.
     messages: list[Message] = []
     roles: list[int] = []
+    # System parts seen so far that have not yet found a user's turn.
     waiting: tuple[Part, ...] = ()
     for message in conversation:
         if not takes_system and message.speaker == "system":
@@ -100,10 +106,11 @@ def _folded(conversation: Conversation, takes_system: bool) -> tuple[Conversatio
 
 
 def melts(stretches: Sequence[Stretch], owners: Sequence[Stretch], offsets: Sequence[tuple[int, int]]) -> bool:
-    """Say whether the first token of the last answer begins before the answer does."""
+    """Return whether the first token of the last answer begins with characters of the prompt."""
     first = next((t for t, stretch in enumerate(owners) if stretch.answers and stretch.final), None)
     if first is None:
         return False
+    # Compared in characters, since the first token of the answer may also hold the end of the prompt.
     place = 0
     for stretch in stretches:
         if stretch.answers and stretch.final:
@@ -113,23 +120,28 @@ def melts(stretches: Sequence[Stretch], owners: Sequence[Stretch], offsets: Sequ
 
 
 def _led(text: str, conversation: Conversation, number: int) -> Stretch:
-    """Return template text that stands after the prompt: the model writes it before its answer, so it is learnt as that."""
+    """Return the stretch of template text between the prompt and the answer `number`.
+
+    It counts as part of the answer, because the model has to write it before its answer.
+    """
     return Stretch(text, conversation[number].parts[0].role, TEMPLATE_PART, True, number == len(conversation) - 1)
 
 
 def _apart(first: tuple[Part, ...], second: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Join the parts of two messages with a blank line, where both have a text."""
+    """Join the parts of two messages, with a blank line between them if both have text."""
     if not any(part.text for part in first) or not any(part.text for part in second):
         return (*first, *second)
     return (*first[:-1], Part(f"{first[-1].text}\n\n", first[-1].role), *second)
 
 
 def _as_printed(parts: tuple[Part, ...], text: str, printed: str) -> tuple[Part, ...]:
-    """Return the parts of a message as its template prints them: without white space at the ends, or changed by a filter."""
+    """Return the parts of a message as the template prints them: stripped of white space, or changed by a filter (one part)."""
     if printed == text:
         return parts
+    # With a single role it does not matter how the template changed the text.
     if len(parts) == 1:
         return (Part(printed, parts[0].role),)
+    # White space was stripped: the parts are cut by the same number of characters.
     at = text.find(printed)
     if at < 0:
         raise ValueError(f"the chat template changes a text of several roles ({text[:40]!r}), which can then not be told apart")

@@ -1,7 +1,7 @@
-"""Renderings of chat templates, cut into messages and the literal text between them.
+"""Split renderings of chat templates into messages and the template's literal text between them.
 
-A template is a program, so it is asked and never read: one rendering with a private character in the place of every message
-shows its literal pieces and the order of the messages, and the rendering of real texts is then followed along these pieces.
+A template is a program, so it is probed instead of parsed. It first renders a private character for each message, which shows
+its literal pieces and the order of the messages. The rendering of the real texts is then matched against these pieces.
 """
 
 from __future__ import annotations
@@ -14,41 +14,43 @@ from typing import NamedTuple
 from steerlab.inputs.rendering import Renderer, TemplateError, Turn
 
 _FIRST_SENTINEL = 0xE000
-"""Private use area: no template writes these characters, and texts are filled in after the cut."""
+"""First character of Unicode's private use area, which templates do not print; users' texts are never part of a probe."""
 
 
 class UnlikeError(TemplateError):
-    """A rendering that does not have the pieces of its shape."""
+    """A rendering does not match the literal pieces of its shape."""
 
 
 class Piece(NamedTuple):
-    """A stretch of the rendered text."""
+    """A piece of a rendering: a message, or literal text of the template."""
 
     text: str
     message: int | None
-    """Number of the message whose text this is; None for the template's own."""
+    """Number of the message; None for the template's text."""
     leads: bool = False
-    """The template's own text between the end of a prompt and the answer `message`: a space, as a rule."""
+    """True for the template's text between the end of a prompt and the answer `message`, usually a space."""
 
 
 class Form(NamedTuple):
-    """What conversations have in common that a template prints with the same literal pieces."""
+    """The properties of a conversation that decide which literal pieces a template prints around its messages."""
 
     speakers: tuple[str, ...]
     fixed: tuple[str | None, ...]
-    """A text for each message of which it is known, such as an empty one; None for each that may be any text."""
+    """For each message its text if the template may treat it differently, such as an empty one; None for any other text."""
 
     @classmethod
     def of_any_texts(cls, speakers: tuple[str, ...]) -> Form:
-        """Return the form of conversations of some speakers, whatever they say."""
+        """Return the form of conversations of these speakers with any texts."""
         return cls(speakers, (None,) * len(speakers))
 
 
 class Shape(NamedTuple):
-    """The literal pieces of a rendering, and the messages between them in the order in which they are printed."""
+    """The literal pieces of a rendering, and the order of the messages between them."""
 
     literals: list[str]
+    """Template text before, between and after the messages: one more than `order` has messages."""
     order: list[int]
+    """Numbers of the messages as they are printed; a message may be printed more than once."""
 
     @property
     def opening(self) -> str:
@@ -57,30 +59,31 @@ class Shape(NamedTuple):
 
     @property
     def before_answer(self) -> str:
-        """The rendering up to what opens its answer, every message "text"."""
+        """The rendering before `opening`, with "text" for every message."""
         return "text".join(self.literals[:-2]) + ("text" if len(self.literals) > 2 else "")
 
 
 @dataclass
 class Shapes:
-    """The shapes of a template's renderings, each found once."""
+    """The shapes of a template's renderings, each determined once."""
 
     renderer: Renderer
-    _known: dict[tuple[bool, Form, bool], Shape] = field(default_factory=dict)
+    _shapes: dict[tuple[bool, Form, bool], Shape] = field(default_factory=dict)
 
     def of(self, form: Form, prompt: bool = False) -> Shape:
-        """Return the shape of conversations of a form; of a `prompt` with the header of an answer after it.
+        """Return the shape of conversations of a form; with `prompt`, followed by the header of an answer.
 
         Raises:
-            TemplateError: the template refuses such conversations, or leaves out or repeats a message.
+            TemplateError: the template refuses such conversations, drops a message, or prints an answer twice.
         """
+        # `wraps` changes the rendering, so it is part of the key.
         key = (self.renderer.wraps, form, prompt)
-        if key not in self._known:
-            self._known[key] = self._cut(form, prompt)
-        return self._known[key]
+        if key not in self._shapes:
+            self._shapes[key] = self._cut(form, prompt)
+        return self._shapes[key]
 
     def exists(self, form: Form) -> bool:
-        """Say whether the template prints all messages of conversations of a form."""
+        """Return whether the template prints conversations of a form, with all of their messages."""
         try:
             self.of(form)
         except TemplateError:
@@ -88,18 +91,22 @@ class Shapes:
         return True
 
     def generation_prompt(self, form: Form) -> str | None:
-        """Return what the template itself writes after the last message before an answer; None where it refuses."""
+        """Return the template's own text at the end of a prompt (`add_generation_prompt`); None if it refuses the prompt.
+
+        `form` is that of the complete row, with its answer.
+        """
         try:
             return self.of(Form(form.speakers[:-1], form.fixed[:-1]), prompt=True).literals[-1]
         except TemplateError:
             return None
 
     def _cut(self, form: Form, prompt: bool) -> Shape:
-        """Render with one private character in the place of every message, those aside that are `fixed` to a blank text."""
+        """Render a private character for each message, or its text if that is fixed, and split the rendering at them."""
         speakers, fixed = form
         marks = [sentinel(i) for i, text in enumerate(fixed) if text is None]
         texts = [sentinel(i) if text is None else text for i, text in enumerate(fixed)]
         rendered = self.renderer.render([Turn(*turn) for turn in zip(speakers, texts, strict=True)], prompt)
+        # Templates may print messages in another order, or repeat one.
         order = [ord(c) - _FIRST_SENTINEL for c in rendered if c in marks]
         dropped = [speaker for i, speaker in enumerate(speakers) if fixed[i] is None and i not in order]
         if dropped:
@@ -117,12 +124,16 @@ class Shapes:
 
 
 def sentinel(number: int) -> str:
-    """Return the private character that stands for a message."""
+    """Return the private character that stands for a message in probes."""
     return chr(_FIRST_SENTINEL + number)
 
 
 def followed(rendered: str, shape: Shape, turns: Sequence[Turn]) -> Iterator[Piece]:
-    """Follow a rendering along its literal pieces, each message as it is or without the white space that templates trim."""
+    """Yield the pieces of a rendering: the literal pieces of its shape and the messages between them.
+
+    Raises:
+        UnlikeError: the rendering does not match the shape.
+    """
     place = 0
     for number, literal in enumerate(shape.literals):
         if not rendered.startswith(literal, place):
@@ -139,32 +150,33 @@ def followed(rendered: str, shape: Shape, turns: Sequence[Turn]) -> Iterator[Pie
 
 
 def _printed(rendered: str, place: int, shape: Shape, number: int, turn: Turn) -> str:
-    """Return a message as it stands in the rendering."""
+    """Return the text that the rendering has at `place` for a message, which the template may have stripped or filtered."""
     following = shape.literals[number + 1]
     last = number + 1 == len(shape.order)
+    # The unchanged text comes first, so that white space counts as the template's only if it was stripped.
     for text in _trimmed(turn.text):
         end = place + len(text)
         ends = not last or end + len(following) == len(rendered)
         if ends and rendered.startswith(text, place) and rendered.startswith(following, end):
             return text
-    # A filter (`tojson`, `upper`): the text ends where the next literal piece begins, if that cannot be mistaken.
+    # A filter (`tojson`, `upper`) has changed it: it ends where the next literal piece begins, if that occurs nowhere else.
     if following and not last and rendered.count(following, place) == shape.literals[number + 1 :].count(following):
         return rendered[place : rendered.index(following, place)]
     raise UnlikeError
 
 
 def _trimmed(text: str) -> tuple[str, ...]:
-    """Return the forms in which templates print a text."""
+    """Return a text as it is and with the white space removed that templates strip (`trim`, `strip`, `lstrip('\\n')`)."""
     return (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
 
 
 def after(opening: str, literal: str) -> str:
-    """Return what a template prints between the end of a prompt and a stored answer."""
+    """Return the template text between the end of a prompt and a stored answer: `literal` without its beginning `opening`."""
     return literal.removeprefix(opening) if literal.startswith(opening) else ""
 
 
 def parted(pieces: Sequence[Piece], turns: Sequence[Turn], lead: str) -> Iterator[Piece]:
-    """Part what stands between a prompt and its answer from the template text before every answer."""
+    """Split `lead`, the text between the end of a prompt and an answer, off the template text before every answer."""
     for number, piece in enumerate(pieces):
         following = pieces[number + 1].message if number + 1 < len(pieces) else None
         answers = lead and following is not None and turns[following].speaker == "assistant" and piece.text.endswith(lead)

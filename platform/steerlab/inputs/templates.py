@@ -1,7 +1,7 @@
-"""What a chat template makes of a conversation: the text that it prints, cut into messages and what stands between them.
+"""Render conversations with a chat template, and split the text into messages and the template's text between them.
 
-Every row is exactly what `apply_chat_template` gives; a template that changes a text in a way that cannot be followed is
-refused with the reason.
+A row is exactly the text that `apply_chat_template` returns. A template that changes a message so that it cannot be located in
+this text is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -24,49 +24,51 @@ _NO_SYSTEM = (("user",), ("user", "assistant"))
 
 @dataclass
 class ChatTemplate:
-    """The chat template of a tokenizer, asked for its text."""
+    """The chat template of a tokenizer, by which conversations are rendered and split."""
 
     tokenizer: PreTrainedTokenizerBase
     date: str = DATE
     heading: InitVar[str] = ""
-    """Written before an answer where the tokenizer has no template."""
+    """Text before an answer if the tokenizer has no template."""
     thinking: bool = False
-    """Prompts end with the template's own generation prompt, after which a model opens a thought; answers may hold thoughts."""
+    """End prompts with the template's own generation prompt, after which the model begins a thought; train thoughts."""
     takes_system: bool = field(init=False)
-    """The template prints a system message; where it has none, the system text belongs into the user's turn."""
+    """Whether the template prints system messages; if not, the system text has to be put into the user's turn."""
 
     def __post_init__(self, heading: str) -> None:
         self._renderer = Renderer(self.tokenizer, self.date, heading, self.thinking)
         self._shapes = Shapes(self._renderer)
         self._ends = PromptEnds(self._shapes)
+        # Find out by trying: with a system turn or without, contents as texts or as lists of parts (multimodal models).
         for takes_system, wraps in ((True, False), (True, True), (False, False), (False, True)):
             self.takes_system, self._renderer.wraps = takes_system, wraps
             if all(self._shapes.exists(Form.of_any_texts(speakers)) for speakers in self._exchange):
                 return
             if self._renderer.endless is not None:
                 break
-        # The template prints no form that is known here: its first use says why.
+        # The template prints none of these; its first use raises the reason.
         self.takes_system, self._renderer.wraps = True, False
 
     @property
     def _exchange(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Speakers of a prompt and of the complete row."""
+        """Speakers of the prompt, and of the complete row, of a single exchange."""
         return _SYSTEM if self.takes_system else _NO_SYSTEM
 
     @property
     def _row(self) -> Form:
-        """Form of one exchange, the answer included."""
+        """Form of the complete row of a single exchange."""
         return Form.of_any_texts(self._exchange[1])
 
     def pieces(self, turns: Sequence[Turn]) -> list[Piece]:
-        """Cut the rendering of a conversation; joined, the pieces are the text that the template prints.
+        """Return the pieces of a conversation's rendering; their texts, joined, are the rendering.
 
-        A conversation that no assistant's turn ends is a prompt, and ends where the answer of a complete row begins.
+        A conversation that does not end with an assistant's turn is a prompt, and ends where the answer of its row begins.
 
         Raises:
             TemplateError: the template refuses the conversation or changes one of its texts.
         """
-        # Templates may leave out an empty message; an empty answer keeps its place, so that its end is learnt.
+        # A template may print no turn for an empty message, so its text is part of the form. Not so for an empty answer:
+        # the row must contain its turn, whose end is trained.
         fixed = tuple("" if not turn.text and turn.speaker != "assistant" else None for turn in turns)
         try:
             return self._pieces(turns, fixed)
@@ -74,7 +76,7 @@ class ChatTemplate:
             blank = tuple(turn.text if turn.text.isspace() else text for turn, text in zip(turns, fixed, strict=True))
             if blank == fixed:
                 raise
-            return self._pieces(turns, blank)  # a template that trims a blank text with what stands before it
+            return self._pieces(turns, blank)  # the template strips a blank message together with the text before it
 
     def _pieces(self, turns: Sequence[Turn], fixed: tuple[str | None, ...]) -> list[Piece]:
         prompt = turns[-1].speaker != "assistant"
@@ -82,6 +84,7 @@ class ChatTemplate:
             turns, fixed = [*turns, Turn("assistant", sentinel(len(turns)))], (*fixed, None)
         form = Form(tuple(turn.speaker for turn in turns), fixed)
         shape = self._shapes.of(form)
+        # Text after the answer could not be told from the answer that a model continues.
         if shape.order[-1] != len(turns) - 1:
             raise TemplateError(f"the chat template prints other messages after the answer to {speakers_of(turns)}")
         opening = self._ends.of(form, shape)
@@ -94,26 +97,30 @@ class ChatTemplate:
         return list(parted(pieces, turns, lead))
 
     def _follow(self, turns: Sequence[Turn], shape: Shape) -> list[Piece]:
-        """Cut the rendering of real texts; where it cannot be followed, name the text without which it could."""
+        """Return the pieces of a rendering. Raises TemplateError, with the changed message, if it does not match its shape.
+
+        The changed message is the one whose replacement by a private character makes the rendering match.
+        """
         rendered = self._renderer.render(turns)
         try:
             return list(followed(rendered, shape, turns))
         except UnlikeError:
             if not self.thinking and self._holds_thought(turns, shape):
-                raise TemplateError(_thinks(turns[-1])) from None
+                raise TemplateError(_thought_message(turns[-1])) from None
+            # Tried one by one: the message without which the rendering can be followed is the one that was changed.
             for number in sorted(set(shape.order)):
                 others = [Turn(turn.speaker, sentinel(number)) if i == number else turn for i, turn in enumerate(turns)]
                 try:
                     list(followed(self._renderer.render(others), shape, others))
                 except TemplateError:
                     continue
-                raise TemplateError(_changed(turns[number], rendered)) from None
-            raise TemplateError(_changed(turns[shape.order[-1]], rendered)) from None
+                raise TemplateError(_change_message(turns[number], rendered)) from None
+            raise TemplateError(_change_message(turns[shape.order[-1]], rendered)) from None
 
     def _thinking_row(self, turns: Sequence[Turn], shape: Shape, opening: str) -> list[Piece]:
-        """Cut a row after a prompt that ends with `opening`, where a thought begins: all that follows it is the answer.
+        """Return the pieces of a row whose prompt ends with `opening`, where a thought begins; the rest is the answer.
 
-        Of an answer without a thought that is the empty one which the template prints, if it prints one.
+        The answer includes the empty thought that a template may print before an answer without a thought.
         """
         *before, literal, _, end = self._follow([*turns[:-1], Turn("assistant", sentinel(len(turns) - 1))], shape)
         rendered, text = self._renderer.render(turns), turns[-1].text
@@ -127,7 +134,7 @@ class ChatTemplate:
             )
         answer, empty = rendered[len(start) : stop], after(opening, literal.text)
         if not _prints(answer, text, opening, empty):
-            raise TemplateError(_changed(turns[-1], rendered))
+            raise TemplateError(_change_message(turns[-1], rendered))
         earlier = list(parted(before, turns, empty))
         last = len(turns) - 1
         if empty and answer.startswith(empty):
@@ -135,7 +142,7 @@ class ChatTemplate:
         return [*earlier, Piece(opening, None), Piece(answer, last), end]
 
     def _holds_thought(self, turns: Sequence[Turn], shape: Shape) -> bool:
-        """Say whether the last answer holds a thought, which could be trained after the template's own generation prompt."""
+        """Return whether the last answer has a thought that could be trained with `data.thinking: true`."""
         fixed = tuple(None if turn.text else "" for turn in turns)
         own = self._shapes.generation_prompt(Form(tuple(turn.speaker for turn in turns), fixed))
         if own is None or turns[-1].speaker != "assistant" or turns[-1].text == sentinel(len(turns) - 1):
@@ -147,41 +154,43 @@ class ChatTemplate:
         return True
 
     def literals(self) -> list[str]:
-        """Return what the template prints of its own before, between and after the messages of an exchange.
+        """Return the template's text before, between and after the messages of a single exchange.
 
         Raises:
-            TemplateError: the template prints no exchange.
+            TemplateError: the template refuses a single exchange.
         """
         return self._shapes.of(self._row).literals
 
     def remarks(self) -> list[str]:
-        """Return what a user of this template should know, a sentence each."""
-        said = []
+        """Return warnings about the template for its users, one sentence each."""
+        notes = []
         if not self.takes_system:
-            said.append("the chat template has no system turn: the system text begins the user's turn, a blank line after it")
+            notes.append("the chat template has no system turn: the system text begins the user's turn, a blank line after it")
         if prints_date(self.tokenizer):
-            said.append(f"the chat template prints the date: it is {self.date} in every row and prompt")
-        used, own = self._ends.of(self._row, self._shapes.of(self._row)), self._shapes.generation_prompt(self._row)
-        if own is not None and own.strip() != used.strip():
-            related = used.startswith(own) or own.startswith(used)
+            notes.append(f"the chat template prints the date: it is {self.date} in every row and prompt")
+        # Some templates open a prompt in another way than they print a stored answer (Qwen 3's empty thought).
+        used, own_end = self._ends.of(self._row, self._shapes.of(self._row)), self._shapes.generation_prompt(self._row)
+        if own_end is not None and own_end.strip() != used.strip():
+            related = used.startswith(own_end) or own_end.startswith(used)
             thinks = " (data.thinking: true opens them as the template does)" if related else ""
-            said.append(
-                f"the chat template opens a stored answer with {short(used)} and a prompt with {short(own)}: prompts are "
+            notes.append(
+                f"the chat template opens a stored answer with {short(used)} and a prompt with {short(own_end)}: prompts are "
                 f"opened as stored answers are, so that what is trained is what is asked{thinks}"
             )
-        return said
+        return notes
 
 
 _TAG = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")
 
 
 def _prints(answer: str, text: str, opening: str, empty: str) -> bool:
-    """Say whether what stands in a row is a text, white space aside, as a template with thoughts prints it.
+    """Return whether a row's answer is the text `text` as a template with thoughts prints it, apart from white space.
 
-    `<think>a</think>b` may stand there without its first tag, where the opening holds that; `a</think>b` may get one; before an
-    answer without a thought there may be an empty one.
+    A template may omit the first tag of `<think>a</think>b` if `opening` ends with it, add the missing one of `a</think>b`, and
+    print an empty thought (`empty`) before an answer without a thought.
     """
-    wanted, printed, opened = ("".join(one.split()) for one in (text, answer, opening))
+    wanted, printed, opened = ("".join(string.split()) for string in (text, answer, opening))
+    # White space was removed from all of them, since templates strip and add line breaks around thoughts.
     if printed in (wanted, "".join(empty.split()) + wanted):
         return True
     if wanted.endswith(printed):
@@ -189,14 +198,14 @@ def _prints(answer: str, text: str, opening: str, empty: str) -> bool:
     return printed.endswith(wanted) and _TAG.fullmatch(printed.removesuffix(wanted)) is not None
 
 
-def _thinks(turn: Turn) -> str:
+def _thought_message(turn: Turn) -> str:
     return (
         f"the chat template prints a thought of the answer {short(turn.text)}, and prompts end after an empty one; "
         "data.thinking: true ends them before a thought, so that thoughts are trained and asked for"
     )
 
 
-def _changed(turn: Turn, rendered: str) -> str:
+def _change_message(turn: Turn, rendered: str) -> str:
     if not turn.text:
         return f"the chat template leaves out an empty text of the {turn.speaker}, so that nothing would be learnt there"
     if turn.speaker == "assistant" and turn.text in rendered:

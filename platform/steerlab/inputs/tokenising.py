@@ -1,4 +1,4 @@
-"""Texts to tokens with the characters that each stands for: many texts in a call, so few that the memory holds them."""
+"""Tokenise texts with the character offsets of each token: many texts in one call, within limits of memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LONGEST_TEXT = 10_000_000
-"""Characters of a row, or of rows that are tokenised together. The library ends the process, without a word, where the memory
-that it takes for them is not there."""
+"""Characters of a row, or of rows that are tokenised together. Without the memory for more, tokenizers (in Rust) aborts the
+process without a message."""
 _LONGEST_MADE = 4 * _LONGEST_TEXT
-"""Characters that the tokenizer may make of a row before it looks for tokens: those of the longest text, written as bytes."""
+"""Characters of a row after the tokenizer's normalisation; a byte-level tokenizer makes up to 4 of one character."""
 
 
 class Tokens(NamedTuple):
@@ -29,45 +29,48 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     offsets: list[tuple[int, int]]
-    """First character of each token, and the one after its last."""
+    """For each token the index of its first character and of the one after its last."""
     put: list[int]
-    """1 for what the tokenizer put around the text."""
+    """1 for tokens that the tokenizer added before or after the text, 0 for tokens of the text."""
 
 
 class TextTokenizer:
-    """A tokenizer that is called for many texts."""
+    """A fast tokenizer that tokenises many texts per call."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # Only the tokenizers in Rust return the offsets of their tokens.
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} gives no character offsets, which roles need; use a fast tokenizer")
         self._tokenizer = tokenizer
 
     @property
     def backend(self) -> Tokenizer:
-        """The library's tokenizer inside of that of transformers."""
+        """The tokenizer of the library tokenizers inside the one of transformers."""
         backend: Any = self._tokenizer.backend_tokenizer
         return backend
 
     @cached_property
     def _growth(self) -> float:
-        """How many characters the tokenizer makes of one, at most."""
+        """Largest number of characters that the tokenizer's normalisation makes of one."""
+        # Cached: it normalises probes, which takes a while.
         return models.growth_of(self._tokenizer)
 
     def explained(self) -> AbstractContextManager[None]:
-        """Name the tokenizer where its library fails."""
+        """Return a context in which an error of the library names the tokenizer."""
         return explained(f"the tokenizer {self._tokenizer.name_or_path}")
 
     def check_length(self, text: str, row: int) -> None:
-        """Refuse a text that is too long to be tokenised; `row` counts from 0. Raises ValueError."""
+        """Raise ValueError if a text is too long; `row` is its number from 0, for the message."""
         longest = min(_LONGEST_TEXT, int(_LONGEST_MADE / self._growth))
         if len(text) > longest:
             makes = f" (this tokenizer makes {self._growth:,.0f} of one)" if longest < _LONGEST_TEXT else ""
             raise ValueError(f"row {row + 1} has {len(text):,} characters, more than {longest:,}{makes}: cut it into rows")
 
     def tokens(self, texts: Sequence[str], as_text: Sequence[bool]) -> list[Tokens]:
-        """Tokenise texts in their order, those with the tokenizer's own tokens around them that are so marked in `as_text`."""
+        """Return the tokens of each text; where `as_text` is true, with the tokens that the tokenizer adds (BOS, EOS)."""
         tokens: dict[int, Tokens] = {}
         with _untrimmed_offsets(self.backend):
+            # Texts with and without added tokens need separate calls: the setting is that of a whole call.
             for adds in set(as_text):
                 for numbers in _together([i for i, here in enumerate(as_text) if here == adds], texts, self._growth):
                     tokens |= zip(numbers, self._called([texts[i] for i in numbers], adds), strict=True)
@@ -87,11 +90,16 @@ class TextTokenizer:
 
 
 def places(text: str, tokens: Tokens, added: Mapping[int, str]) -> list[int]:
-    """Return for every token the character of its text that decides what it is; `added` names the added tokens.
+    """Return for each token the index of the character that decides its role and part.
 
-    A token that crosses a boundary belongs to the later side: no byte of data is ever read as instruction. An added token
-    may swallow the white space around it (Phi 3's `<|assistant|>` that of the answer) and stands where its own name stands.
+    Args:
+        text: The whole text of the row.
+        tokens: Its tokens.
+        added: Id -> name of the tokenizer's added tokens.
     """
+    # The last character: a token across a boundary gets the later role, so no character of data after an instruction counts as
+    # instruction. An added token is located by its own name instead, since some strip the white space around them
+    # (Phi 3's `<|assistant|>` takes that of the answer).
     last = len(text) - 1
     places = [end - 1 if end > start else min(start, last) for start, end in tokens.offsets]
     for t, number in enumerate(tokens.ids):
@@ -101,9 +109,10 @@ def places(text: str, tokens: Tokens, added: Mapping[int, str]) -> list[int]:
 
 
 def _together(numbers: Sequence[int], texts: Sequence[str], growth: float = 1.0) -> Iterator[list[int]]:
-    """Yield the numbers of texts, so many together as have `_LONGEST_TEXT` characters at most, each made `growth`."""
+    """Yield groups of text numbers with at most `_LONGEST_TEXT` characters each, counting `growth` for every character."""
     chosen, length = [], 0
     for number in numbers:
+        # One text is yielded alone however long it is; `check_length` has refused longer ones.
         if chosen and (length + len(texts[number])) * growth > _LONGEST_TEXT:
             yield chosen
             chosen, length = [], 0
@@ -115,9 +124,10 @@ def _together(numbers: Sequence[int], texts: Sequence[str], growth: float = 1.0)
 
 @contextmanager
 def _untrimmed_offsets(backend: Tokenizer) -> Iterator[None]:
-    """Let a tokenizer count the spaces of its tokens for a while (byte-level ones with `trim_offsets`, Llama 3 among them).
+    """Switch off `trim_offsets` during the block, in byte-level tokenizers that have it (Llama 3's among them).
 
-    Trimmed offsets hide that a token holds the space of a neighbouring part, and point past the text where a token is a space.
+    Trimmed offsets leave out the spaces of a token. They hide that a token contains a space of the part before, and point past
+    the end of the text for a token that is only a space.
     """
     steps = [step for step in _steps(backend.post_processor) if isinstance(step, ByteLevel | RobertaProcessing)]
     trimming = [step for step in steps if step.trim_offsets]
@@ -131,7 +141,7 @@ def _untrimmed_offsets(backend: Tokenizer) -> Iterator[None]:
 
 
 def _steps(processor: PostProcessor | None) -> Iterator[PostProcessor]:
-    """Yield a post-processor and, of a sequence of them, each."""
+    """Yield a post-processor and, if it is a sequence of post-processors, the ones inside it."""
     if processor is None:
         return
     yield processor

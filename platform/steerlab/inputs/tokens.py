@@ -1,4 +1,4 @@
-"""Rows of tokens with roles and labels; padding; the legend of tensor axes. What makes them is encoding.py.
+"""Rows and batches of tokens with roles and labels (made by encoding.py), padding, and the legend of tensor axes.
 
 Axes, as suffixes of tensor names: B rows, T tokens, D width, L layers, V vocabulary, P pairs of coordinates (D/2).
 """
@@ -19,19 +19,20 @@ INSTRUCTION, DATA, RESPONSE, PADDING = 0, 1, 2, 3
 ROLES = {"instruction": INSTRUCTION, "data": DATA, "response": RESPONSE, "padding": PADDING}
 PROMPT, GENERATION = 0, 1
 PHASES = {"prompt": PROMPT, "generation": GENERATION}
+# torch's `cross_entropy` skips this label by default.
 IGNORED = -100
 """Label of a token that is not in the loss (transformers' convention)."""
 
 
 class Part(NamedTuple):
-    """A stretch of a message's text with one role."""
+    """A part of a message's text that has one role."""
 
     text: str
     role: int
 
 
 class Message(NamedTuple):
-    """One turn. Speaker `text` stands alone: plain text without a chat template."""
+    """One turn of a conversation. The speaker `text` marks a plain text without a chat template, which is its only turn."""
 
     speaker: Literal["system", "user", "assistant", "tool", "text"]
     parts: tuple[Part, ...]
@@ -42,16 +43,17 @@ Conversation = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised row; all lists have one entry a token."""
+    """One tokenised row; every list has one entry per token."""
 
     input_ids: list[int]
     roles: list[int]
+    """Ids of roles, as in `ROLES`."""
     in_response: list[bool]
-    """True for the tokens of the last answer, the token that ends its turn included."""
+    """True for the tokens of the last answer, including the token that ends its turn."""
     parts: list[int]
-    """Number of the part that the token came from, counted over the conversation; -1 for template text."""
+    """Number of the message part that the token comes from, counted over the conversation; -1 for template text."""
     in_answers: list[bool] = field(default_factory=list)
-    """True for the tokens of every answer of the conversation, earlier ones too; left out, those of the response."""
+    """True for the tokens of all answers, including earlier ones; if left out, the same as `in_response`."""
 
     def __post_init__(self) -> None:
         if not self.in_answers:
@@ -61,27 +63,29 @@ class Encoded:
         return len(self.input_ids)
 
     def targets(self, loss_on: str) -> list[bool]:
-        """Say which tokens are predicted in the loss; the first token of a row never is.
+        """Return for each token whether its prediction is in the loss.
 
-        `loss_on` is a data set's: `all`, `response` (every answer of the row) or `last_response`.
+        `loss_on` is `DataSet.loss_on`: `all`, `response` (all answers of the row) or `last_response`.
         """
+        # Nothing precedes the first token, so it is never predicted.
+        # An unknown name means every token, as `all` does; configs allow no other names.
         chosen = {"response": self.in_answers, "last_response": self.in_response}.get(loss_on) or [True] * len(self)
         return [False, *chosen[1:]]
 
     def cut(self, length: int) -> Encoded:
-        """Keep the first `length` tokens."""
+        """Return the row of the first `length` tokens."""
         lists = (self.input_ids, self.roles, self.in_response, self.parts, self.in_answers)
         return Encoded(*(values[:length] for values in lists))  # type: ignore[arg-type]
 
     @property
     def sequences(self) -> tuple[Encoded, ...]:
-        """Token sequences of the row: this one alone."""
+        """Token sequences of this row: one, the row itself."""
         return (self,)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with a preferred and another response: a row of two sequences."""
+    """One prompt with a preferred and a rejected response: a row of two sequences, each with the prompt."""
 
     chosen: Encoded
     rejected: Encoded
@@ -90,16 +94,14 @@ class Pair:
         return max(len(self.chosen), len(self.rejected))
 
     def targets(self, loss_on: str) -> list[bool]:
-        """Say which tokens are predicted in the loss, those of the preferred sequence first.
-
-        A preference is one of the last responses: earlier answers, which both sequences share, are not in it.
-        """
+        """Return for each token whether its prediction is in the loss, those of the preferred sequence first."""
+        # Preference losses compare the last responses: earlier answers are the same in both sequences.
         loss_on = "last_response" if loss_on == "response" else loss_on
         return [*self.chosen.targets(loss_on), *self.rejected.targets(loss_on)]
 
     @property
     def sequences(self) -> tuple[Encoded, ...]:
-        """Token sequences of the row: the preferred one first."""
+        """Token sequences of this row: two, the preferred one first."""
         return (self.chosen, self.rejected)
 
 
@@ -108,7 +110,7 @@ Row = Encoded | Pair
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded sequences, every tensor of shape (B, T) but the last; those of a row stand one behind the other."""
+    """Padded sequences; all tensors but `numbers` have shape (B, T). The two sequences of a pair follow each other."""
 
     input_ids: Tensor
     roles: Tensor
@@ -116,17 +118,18 @@ class Batch:
     position_ids: Tensor
     labels: Tensor
     phases: Tensor
-    """`GENERATION` for the tokens of a response, `PROMPT` for all others."""
+    """`GENERATION` for the tokens of the response, `PROMPT` for all others."""
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """Number of each sequence's row in its data set, (B,); empty where nobody counts."""
+    """Number of each sequence's row in its data set, (B,); empty if the caller does not need it."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move every tensor."""
+        """Return the batch with all tensors on a device."""
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:
-        """Arguments of a transformers forward; positions are explicit because padding may stand on the left."""
+        """Arguments for the forward of a model of transformers."""
+        # Positions are explicit: with padding on the left, most models would count it (transformers 5).
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -135,12 +138,12 @@ class Batch:
 
     @property
     def patched_inputs(self) -> dict[str, Tensor]:
-        """Arguments of a forward of a model that carries patches."""
+        """Arguments for the forward of a model that carries patches."""
         return {**self.model_inputs, "roles": self.roles, "phases": self.phases}
 
     @property
     def read_inputs(self) -> dict[str, object]:
-        """Arguments of a forward whose activations are read: nothing is kept for a next token."""
+        """Arguments for a forward whose activations are read, without a cache of keys and values."""
         return {**self.patched_inputs, "use_cache": False}
 
 
@@ -151,10 +154,16 @@ def collate(
     loss_on: str = "all",
     numbers: Sequence[int] = (),
 ) -> Batch:
-    """Pad rows to the longest; ids, roles, mask, positions and labels are padded on the same side.
+    """Return a batch of rows, padded to the longest sequence.
 
-    A pair gives two sequences, the preferred one first. `numbers` are those of the rows in their data set.
+    Args:
+        rows: Rows; a pair gives two sequences, the preferred one first.
+        pad_id: Id of padding tokens.
+        side: Side of the padding: right for training, left for generation.
+        loss_on: Tokens whose labels are not `IGNORED`, as `DataSet.loss_on`.
+        numbers: Numbers of the rows in their data set; may be left out.
     """
+    # One number for each sequence, so two for a pair.
     counted = [number for row, number in zip(rows, numbers, strict=bool(numbers)) for _ in row.sequences]
     sequences = [sequence for row in rows for sequence in row.sequences]
     longest = max(len(row) for row in sequences)
@@ -163,7 +172,7 @@ def collate(
         padding = [fill] * (longest - len(values))
         return [*padding, *values] if side == "left" else [*values, *padding]
 
-    # Of a pair's sequences the row says what is predicted: their earlier answers are not compared.
+    # As `Pair.targets` does: preference losses compare the last responses only.
     targets = [loss_on if isinstance(row, Encoded) else "last_response" if loss_on == "response" else loss_on for row in rows]
     labels = [
         [token if chosen else IGNORED for token, chosen in zip(sequence.input_ids, sequence.targets(target), strict=True)]
@@ -176,13 +185,17 @@ def collate(
         attention_mask=torch.tensor([pad([1] * len(row), 0) for row in sequences]),
         position_ids=torch.tensor([pad(range(len(row)), 0) for row in sequences]),
         labels=torch.tensor([pad(row, IGNORED) for row in labels]),
+        # Padding counts as prompt; its role and mask exclude it.
         phases=torch.tensor([pad([int(inside) for inside in row.in_response], PROMPT) for row in sequences]),
         numbers=torch.tensor(counted, dtype=torch.long),
     )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that fills padding; masks are explicit everywhere, so a model without one loses nothing."""
+    """Return the id of padding tokens: the tokenizer's, or that of its end-of-sequence token, or 0.
+
+    Any id will do, because attention masks and labels are always explicit.
+    """
     candidates: Any = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     for candidate in candidates:
         if candidate is not None:

@@ -1,7 +1,7 @@
 """The typed job: read a YAML file, apply overrides, validate, dump, print its JSON schema.
 
-A job is data of scalars. The methods' and tasks' own configs sit beside their mathematics; `job_type` joins them into one
-closed type, so that a misspelt key anywhere ends in one short message before anything starts.
+A job is a tree of scalars. The configs of methods and tasks are defined next to their mathematics; `job_type` joins them into
+one closed type, so that a misspelt key anywhere gives one short message before any work starts.
 """
 
 from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span

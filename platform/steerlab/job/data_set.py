@@ -1,4 +1,4 @@
-"""Which rows a job reads, and where in a model they are read or steered."""
+"""Configs of the data sets of a job, and of the places in a model that are read or steered."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from steerlab.job.typed import Frozen, Seed
 
 
 def _spelt(value: object) -> object:
-    """Write the keys of a table of names as texts: YAML reads 0 and true as numbers and booleans, a saved job holds texts."""
+    """Turn the keys of `map` into texts: YAML reads 0 and true as a number and a boolean, but a saved job has texts."""
     if not isinstance(value, dict):
         return value
     return {str(key).lower() if isinstance(key, bool) else str(key): name for key, name in value.items()}
 
 
 Names = Annotated[dict[str, str], BeforeValidator(_spelt)]
-"""Values and the texts that stand for them."""
+"""Values of a field -> the texts that replace them."""
 
 
 _MOST_SEEDS = 100_000
@@ -29,71 +29,70 @@ class DataSet(Frozen):
     """One data set and how its rows become tokens."""
 
     source: Source | Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Rows: `hf:owner/name#split`, a path or URI (json, jsonl, yaml, parquet, csv, tsv, txt, compressed or not; a folder of
-    shards or a pattern), `sdist:NAME==VERSION#path`, `gym:NAME?seed=N&size=N`, `tiny:NAME`; several are read one after
-    another."""
+    """Source of the rows: `hf:owner/name#split`, a path or URI (json, jsonl, yaml, parquet, csv, tsv, txt, compressed or not; a
+    folder of shards or a pattern), `sdist:NAME==VERSION#path`, `tiny:KIND/SPLIT` and others (`steerlab describe source`). Of a
+    list, one source is read after another."""
     format: Literal["instruction", "text", "preference", "conversation", "image"] = "instruction"
-    """instruction: fields instruction, input (optional), output, and where there are some system and history; text: one field,
-    named by `field`; preference: a prompt with a preferred and another response, in any of the forms that pairs.py lists;
-    conversation: messages, in any of the forms that dialogues.py lists; image: an `image` (values from 0 to 255, grey or
-    RGB) and its caption in `field`."""
+    """instruction: fields instruction and output, optionally input, system, history; text: one field, named by `field`;
+    preference: a prompt with `chosen` and `rejected` (texts, messages or HH-RLHF dialogues), `completions` with scores, or a
+    `completion` with a `label`; conversation: `messages`, `conversations`, or `prompt` and `completion`; image: an `image`
+    (values from 0 to 255, grey or RGB) and its caption in `field`. jobs/README.md, section Data files, shows each."""
     field: str = "text"
-    """Field that holds the text (format text), or the caption (format image). A path names a nested one: prompt.text."""
+    """Field of the text (format text) or the caption (format image). A path names a nested field: prompt.text."""
     columns: tuple[str, ...] | None = None
-    """Names of the columns of a text file without a header, separated by commas in .csv and by tabs elsewhere; null where rows
-    have names."""
+    """Names of the columns of a text file without a header, separated by commas in .csv and by tabs in other files; null if the
+    rows of the file have names."""
     rows_at: str | None = Field(None, exclude_if=lambda path: path is None)
-    """Where the list of rows lies in a JSON or YAML object that holds several, as a path: data.train."""
-    # Not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
+    """Path of the list of rows in a JSON or YAML object that holds several lists: data.train. Null finds the only list."""
+    # An empty setting is left out of the dump: keys of artifacts are hashes of it, and must not change with a new setting.
     rename: dict[str, str] = Field({}, exclude_if=lambda renamed: not renamed)
-    """Fields under other names, {question: instruction, answer: output}; everything else here goes by the new ones. What a row
-    had under a new name is dropped. A path takes a nested field out: {answers.text.0: output}."""
+    """Fields to rename, {old: new}: {question: instruction, answer: output}; other settings use the new names. A field that
+    already has the new name is dropped. A path takes a nested field out: {answers.text.0: output}."""
     fill: dict[str, str] = Field({}, exclude_if=lambda filled: not filled)
-    """Fields that every row gets with one text, {output: "I can't help with that."}, in place of what it had."""
+    """Fields that are set to one text in every row: {output: "I can't help with that."}."""
     map: dict[str, Names] = Field({}, exclude_if=lambda mapped: not mapped)
-    """Names in place of values, {label: {0: negative, 1: positive}}; a value without a name is refused."""
+    """Texts that replace the values of a field: {label: {0: negative, 1: positive}}; any other value makes the row bad."""
     compose: dict[str, str] = Field({}, exclude_if=lambda composed: not composed)
-    """Fields made from others, {instruction: "{question}\\n{choices}"}: names and paths in braces, {{ for a brace. A list of
-    texts becomes lettered lines (A. first), with {choices:lines} plain ones, with {choices:commas} one line. After `map`."""
+    """Fields made from others, after `map`: {instruction: "{question}\\n{choices}"}; fields and paths in braces, {{ for a
+    brace. A list of texts becomes lettered lines (A. first), with {choices:lines} plain ones, with {choices:commas} one."""
     as_text: tuple[str, ...] = Field((), exclude_if=lambda names: not names)
-    """Fields whose numbers and booleans are taken as texts, as JSON writes them; elsewhere they are refused."""
+    """Fields whose numbers and booleans are read as texts, as JSON writes them; in other text fields they make the row bad."""
     where: dict[str, tuple[float | None, float | None]] = {}
-    """Keep rows whose number in a field lies in [low, high]; null is open, true counts as 1. What holds nothing (null, NaN) is
-    left out."""
+    """Keep rows whose number in a field is in [low, high]; null is an open end, true counts as 1. Rows with null or NaN in the
+    field are left out."""
     equals: dict[str, str | int | float | bool | None] = {}
-    """Keep rows whose field has this value: 1 is 1.0 and the text "1", true is the text "true", null is null and NaN. Before
-    `map` and `compose`."""
+    """Keep rows whose field equals this value: 1 equals 1.0 and the text "1", true the text "true", null also NaN. Applied
+    before `map` and `compose`."""
     subset: str | None = Field(None, exclude_if=lambda subset: subset is None)
-    """Subset of a JSON object of lists of texts, {none: [...], pixel art: [...]}, by its name."""
+    """Name of the subset to read from a JSON object of lists of texts, {none: [...], pixel art: [...]}; null reads all."""
     tags: tuple[str, ...] = Field((), exclude_if=lambda tags: not tags)
-    """Written behind the texts, after a comma, one after another in turn (format text): styles of captions."""
+    """Texts, such as styles of captions, that are appended to the rows' texts in turn, after a comma (format text)."""
     seeds: tuple[Seed, Seed] | None = Field(None, exclude_if=lambda seeds: seeds is None)
-    """Each text so many times, once for each seed of the noise in [start, end) (format text, prompts of images). Null: once,
-    with a seed that its words decide."""
+    """Range [start, end) of noise seeds: each prompt of an image is repeated once for each of them (format text). Null draws it
+    once, with a seed computed from its words."""
     first_sentence: bool = False
-    """Keep each text's first sentence only (format text)."""
+    """Cut each text after its first sentence (format text)."""
     min_chars: int = Field(0, ge=0)
-    """Leave out texts that are shorter after that (format text)."""
+    """Least number of characters of a text, after `first_sentence` (format text); shorter ones are left out."""
     distinct: bool = False
-    """Keep the first of equal texts (format instruction: of equal instruction and input) only, so that none is on two sides
+    """Keep only the first of equal texts (format instruction: of equal instruction and input), so that no text is in two parts
     of a split."""
     shuffle: Seed | None = None
-    """Seed of the order of the rows that are kept; null leaves them as they are."""
+    """Seed by which the remaining rows are shuffled; null keeps their order."""
     limit: int | None = Field(None, ge=1, le=2**53)
-    """Rows taken from `offset` on; null takes all."""
+    """Number of rows taken, from `offset` on; null takes all."""
     offset: int = Field(0, ge=0)
-    """Rows skipped first (after everything above), so that one file can be split."""
+    """Number of rows skipped, after the filters and the shuffle, so that one file can be split."""
     needs_input: bool = False
-    """Keep only rows whose `input` is not empty (instruction format)."""
+    """Keep only rows whose `input` is not empty (format instruction)."""
     skip_bad: bool = Field(False, exclude_if=lambda skips: not skips)
-    """Leave out rows that are bad (no row at all, a field that is missing or no text, a number or a name that is none, no pair,
-    no conversation) and warn of how many, in place of refusing the data set. What the file itself breaks (no UTF-8, an archive
-    that is not whole) is refused all the same."""
+    """Leave out bad rows and warn of their number; false refuses a data set with a bad row. A row is bad if it is no object,
+    lacks a field, or has a value that a setting or the format cannot use. A damaged file is always refused."""
     loss_on: Literal["all", "response", "last_response"] = "all"
-    """Tokens in the loss: all but padding (ASIDE's paper), or the response only, as it always is for format preference; of
-    format conversation all answers (response), or the last one (last_response)."""
+    """Tokens in the loss. all: every token but padding (as in ASIDE's paper); response: the response, in format conversation
+    every answer; last_response: the last answer (format conversation). Format preference always takes response."""
     also: tuple[DataSet, ...] = Field((), exclude_if=lambda others: not others)
-    """Data sets of the same format whose rows follow: a share of other data mixed in."""
+    """Data sets of the same format whose rows are appended, to mix in a share of other data."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -102,26 +101,27 @@ class DataSet(Frozen):
 
     @property
     def needed_fields(self) -> tuple[str, ...]:
-        """Fields that every row must have, by their new names."""
-        named = {
+        """Fields that every row must have, by their names after `rename`."""
+        of_format = {
             "text": (self.field,),
             "instruction": ("instruction", "output"),
             "preference": ("chosen", "rejected"),
             "conversation": (),
             "image": ("image", self.field),
         }
-        return tuple(dict.fromkeys((*named[self.format], *self.where, *self.equals)))
+        return tuple(dict.fromkeys((*of_format[self.format], *self.where, *self.equals)))
 
     @model_validator(mode="before")
     @classmethod
     def _responses(cls, values: object) -> object:
-        """Let the loss of pairs be that of their responses where nothing is said."""
+        """Set the default of `loss_on` for format preference: response."""
         if isinstance(values, dict) and values.get("format") == "preference":
             return {"loss_on": "response", **values}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> DataSet:
+        # Checked when the job is read: each of these would otherwise fail or train nothing hours later.
         if self.format == "text" and self.loss_on == "response":
             raise ValueError("loss_on response needs format instruction: plain text has no response")
         if self.format == "preference" and self.loss_on == "all":
@@ -165,32 +165,32 @@ Span = tuple[int | None, int | None]
 
 
 class Selection(Frozen):
-    """Where a model is read or steered: the one language for both. What is excluded is always taken out again.
+    """Modules and tokens at which a model is read or steered. An exclusion always wins over a selection.
 
-    A token is of phase `generation` when the model wrote it or, in a row that holds a response, when it is the response's;
-    positions count a row's tokens without padding from 0, negative ones count back from the end of the prompt.
+    A token is in phase `generation` if the model generated it or, in a row with a response, if it belongs to the response.
+    Positions count a row's tokens from 0, without padding; negative ones count back from the end of the prompt.
     """
 
     modules: str = r".*post_attention_layernorm"
-    """Regular expression that matches whole module paths; `:k` behind it picks element k of a module's tuple output."""
+    """Regular expression that matches whole module paths; `:k` after it takes element k of a module's tuple output."""
     exclude_modules: str | None = None
-    """Modules left out again."""
+    """Regular expression of modules that are left out; null leaves out none."""
     side: Literal["output", "input"] = "output"
-    """What is read or changed: the module's output, or its first argument."""
+    """Tensor that is read or changed: the module's output, or its first argument."""
     phases: tuple[Phase, ...] = ("prompt", "generation")
-    """Tokens by phase."""
+    """Phases whose tokens are selected."""
     roles: tuple[Role, ...] | None = None
-    """Tokens by role; null takes every role."""
+    """Roles whose tokens are selected; null selects every role."""
     exclude_roles: tuple[Role, ...] = ()
-    """Roles left out again."""
+    """Roles whose tokens are left out."""
     positions: tuple[Span, ...] | None = None
-    """Tokens by position: spans [start, end), null is open; null for all. The last token of the prompt is [[-1, null]]."""
+    """Spans [start, end) of positions, a null end is open: [[-1, null]] is the last token of the prompt. Null selects all."""
     exclude_positions: tuple[Span, ...] = ()
-    """Positions left out again: [[0, 1]] leaves out the first token."""
+    """Spans of positions that are left out: [[0, 1]] leaves out the first token."""
 
     @property
     def takes_all_tokens(self) -> bool:
-        """Say whether no token is left out."""
+        """Whether every token is selected, which spares a mask."""
         every = len(set(self.phases)) == len(get_args(Phase)) and self.roles is None and self.positions is None
         return every and not self.exclude_roles and not self.exclude_positions
 
@@ -213,24 +213,25 @@ Pooling = Literal["mean", "max", "min", "last", "none"]
 
 
 class ExtractConfig(Frozen):
-    """What is read of the model's activations, and how it is kept."""
+    """Which activations of the model are read, and how they are stored."""
 
     select: Selection = Selection()
-    """Modules and tokens."""
+    """Modules and tokens that are read."""
     pooling: tuple[Pooling, ...] = Field(("mean",), min_length=1)
-    """How a row's selected tokens become one vector; `none`, alone, keeps one row a token. Padding never counts."""
+    """How the vectors of a row's selected tokens are reduced to one; `none`, which must stand alone, keeps one per token.
+    Padding never counts."""
     keep: Literal["rows", "moments"] = "rows"
-    """rows: a Parquet row for each text (or token); moments: count, mean and variance of each neuron, nothing stored a row."""
+    """rows: one Parquet row per text (or token); moments: only count, mean and variance of each neuron over all rows."""
     second_moment: bool = False
-    """With moments: the uncentred second moment as well, a D x D matrix for each module."""
+    """With keep moments: also the uncentred second moment, a D x D matrix per module of width D."""
     dtype: Literal["float16", "float32"] = "float32"
-    """Type on disk; float16 fails on a value above its range."""
+    """Type on disk; with float16 a value above its range is an error."""
     max_tokens: int = Field(512, ge=1)
-    """Longer texts are cut, and counted."""
+    """Tokens of a text; longer texts are cut, and their number is reported."""
     batch_tokens: int = Field(4096, ge=1)
-    """Tokens of one forward pass, padding included: texts of similar length go together."""
+    """Tokens of one forward pass, including padding; texts of similar length are batched together."""
     rows_per_shard: int = Field(4096, ge=1)
-    """Rows of the data set in one Parquet file, the unit that a killed extraction continues with."""
+    """Rows of the data set per Parquet file. An extraction that was killed continues after its last complete file."""
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -257,33 +258,33 @@ PROMPT_FIELDS = ("prompt_style", "response_role", "thinking")
 
 
 class DataConfig(Frozen):
-    """The data sets of a job by what they are for, and the prompt format that they share."""
+    """The data sets of a job, by their use, and the prompt format that they share."""
 
     train: DataSet | None = None
-    """Rows for the training stage."""
+    """Rows of the training stage."""
     validation: DataSet | None = None
-    """Rows for the evaluation loss during training."""
+    """Rows of the evaluation loss during training."""
     safety: DataSet | None = None
-    """Rows whose behaviour is to be kept: refusals of harmful requests."""
+    """Rows that show behaviour to preserve, such as refusals of harmful requests."""
     source: DataSet | None = None
-    """Texts whose activations are moved, away from what they have in common."""
+    """Texts with the behaviour to steer away from; a method moves their activations towards those of `target`."""
     target: DataSet | None = None
-    """Texts whose activations are the goal."""
+    """Texts with the behaviour to steer to."""
     preference: DataSet | None = None
-    """Pairs of a preferred and another response (format preference)."""
+    """Pairs of a preferred and a rejected response (format preference)."""
     prompt_style: PromptStyle = "aside"
-    """aside: the paper's framing with Instruction/Input/Response headings; plain: the texts alone inside the chat template.
-    Prompts that come as messages are turns of their own in either."""
+    """aside: the framing of ASIDE's paper (arXiv 2503.10566) with headings Instruction, Input, Response; plain: the bare texts
+    in the chat template. Rows of messages keep their own turns in both."""
     response_role: ResponseRole = "data"
     """Role of response tokens (ASIDE's paper: data)."""
     thinking: bool = Field(False, exclude_if=lambda thinks: not thinks)
-    """Prompts end where the chat template lets a model begin a thought (Qwen 3: before `<think>`), and the thoughts in answers
-    are trained. False ends prompts as stored answers without a thought begin."""
+    """true: prompts end where the chat template lets the model begin a thought (Qwen 3: before `<think>`), and thoughts in
+    answers are trained. false: prompts end as before a stored answer without a thought."""
 
     @property
     def by_role(self) -> dict[str, DataSet]:
-        """The data sets that there are, by what they are for."""
-        named = {
+        """The data sets of the job, by use; uses without one are left out."""
+        data_sets = {
             "train": self.train,
             "validation": self.validation,
             "safety": self.safety,
@@ -291,7 +292,7 @@ class DataConfig(Frozen):
             "target": self.target,
             "preference": self.preference,
         }
-        return {role: data for role, data in named.items() if data is not None}
+        return {role: data for role, data in data_sets.items() if data is not None}
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

@@ -1,4 +1,4 @@
-"""Read a job file, apply overrides, inline the jobs that it builds on, validate; dump it, print its schema."""
+"""Read a job file, apply overrides, inline the jobs whose models it starts from, validate it, and dump it as YAML."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from steerlab.job.model_config import JOB_PREFIX
 from steerlab.job.typed import Implied, JobError
 
 _LONGEST = 2**20
-"""Bytes of a job file."""
+"""Largest job file, in bytes."""
 
 _PART = re.compile(r'"([^"]*)"|([^".]*)')
 
 
 def read(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> Job:
-    """Read a job file, apply `a.b=c` overrides, inline the jobs it builds on, and validate.
+    """Read a job file, apply overrides, inline the jobs whose models it starts from, and validate it.
+
+    Args:
+        path: The YAML file.
+        kind: The closed job type, from `job_type`.
+        overrides: Texts `a.b=c` as `--set` takes them, applied in order.
 
     Raises:
-        JobError: with one message that names the file, the key, the value and what is allowed.
+        JobError: the message names the file, the key, the value and the allowed values.
     """
     return validate(read_tree(path, kind, overrides), kind, Path(path))
 
 
 def read_tree(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> JsonObject:
-    """Read a job file as a tree of scalars, overrides applied, nothing validated. Raises JobError."""
+    """Read a job file as a tree of scalars and apply overrides, without validating it. Raises JobError."""
     tree = _load_yaml(Path(path))
     for override in overrides:
         _override(tree, override, kind)
@@ -41,7 +46,11 @@ def read_tree(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) 
 
 
 def validate(tree: Mapping[str, Json], kind: type[Job], path: Path) -> Job:
-    """Turn a tree of scalars into a job; `path` is named in messages and resolves `job:` sources."""
+    """Validate a tree of scalars as a job. Raises JobError.
+
+    `path` is the file that messages name, and whose folder relative `job:` sources start from.
+    """
+    # Before validation, which needs the settings of the inner job (`Job._with_prompt_of_base`).
     tree = _inline_jobs(dict(tree), kind, path)
     try:
         return kind.model_validate(tree)
@@ -50,17 +59,17 @@ def validate(tree: Mapping[str, Json], kind: type[Job], path: Path) -> Job:
 
 
 def inlined(tree: Mapping[str, Json], kind: type[Job], path: Path) -> JsonObject:
-    """Return a job's tree with the jobs it builds on inside, so that it stands alone. Raises JobError."""
+    """Return a job's tree with every `job:FILE` replaced by that job's own tree. Raises JobError."""
     return _inline_jobs(dict(tree), kind, path)
 
 
 def dump(job: Job) -> str:
-    """Write a job as YAML that `read` reads back to an equal job."""
+    """Return a job as YAML, which `read` reads back to an equal job."""
     return yaml12.dump(job.model_dump(mode="json"))
 
 
 def base_job(job: Job, kind: type[Job]) -> Job | None:
-    """Return the job that trains this job's starting model, or None when the model comes from a source."""
+    """Return the job that trains the starting model of this job; None if the model comes from a source."""
     return None if isinstance(job.model.source, str) else kind.model_validate(job.model.source)
 
 
@@ -68,11 +77,13 @@ def _load_yaml(path: Path) -> JsonObject:
     content = b""
     try:
         content = files.read(path, _LONGEST)
-        tree = yaml12.load(content.decode("utf-8-sig"))
+        tree = yaml12.load(content.decode("utf-8-sig"))  # editors on Windows put a byte order mark first
     except FileNotFoundError:
+        # Jobs of the same folder only: searching further would suggest jobs of other studies.
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        # A low cutoff: most of the path is the same folder, but a name may be misspelt a lot.
         hint = difflib.get_close_matches(str(path), near, n=1, cutoff=0.3)
-        raise JobError(f"{path}: no such job file" + (f"; did you mean {hint[0]}?" if hint else "")) from None
+        raise JobError(f"{path.absolute()}: no such job file" + (f"; did you mean {hint[0]}?" if hint else "")) from None
     except files.FileError as error:
         raise JobError(f"{error}, so it is no job") from None
     except UnicodeDecodeError as error:
@@ -90,23 +101,25 @@ def _load_yaml(path: Path) -> JsonObject:
 
 
 def _override(tree: JsonObject, text: str, kind: type[Job]) -> None:
-    """Set one value in place, as it is written on the command line."""
-    asked = f"--set {cut(text)}"
+    """Apply one `--set` argument to a tree, in place. Raises JobError."""
+    where = f"--set {cut(text)}"
     if not (match := re.fullmatch(r'((?:"[^"]*"|[^"=])+)=(.*)', text, re.DOTALL)):
-        raise JobError(f"{asked}: expected a.b=c")
+        raise JobError(f"{where}: expected a.b=c")
     key, value = match.groups()
     try:
+        # As YAML, so that a value means the same in a file and on the command line.
         parsed = yaml12.load_value(value)
     except yaml12.YamlError as error:
-        raise JobError(f"{asked}: the value cannot be read as YAML: {error}; a text goes in quotes: '{key}=\"...\"'") from None
+        raise JobError(f"{where}: the value cannot be read as YAML: {error}; a text goes in quotes: '{key}=\"...\"'") from None
     if isinstance(parsed, str) and parsed.startswith(JOB_PREFIX):
-        # In a job file it starts from that file's folder, here, as every path, from where the command runs.
-        parsed = f"{JOB_PREFIX}{_expanded(parsed, asked).absolute()}"
-    put(tree, key, parsed, asked, kind)
+        # A relative path in a job file starts from that file's folder; on the command line, from the current folder.
+        parsed = f"{JOB_PREFIX}{_expanded(parsed, where).absolute()}"
+    put(tree, key, parsed, where, kind)
 
 
 def _expanded(source: str, where: str) -> Path:
-    """Return the path of a job file that `job:PATH` names."""
+    """Return the path in `job:PATH`, with `~` expanded; `where` begins the message of a JobError."""
+    # Checked here, because `Path` accepts it and the operating system's error has no words for it.
     if "\0" in source:
         raise JobError(f"{where} {cut(source)}: no path holds a null character")
     try:
@@ -115,68 +128,79 @@ def _expanded(source: str, where: str) -> Path:
         raise JobError(f"{where} {cut(source)}: there is no user of this name here") from None
 
 
-def put(tree: JsonObject, key: str, value: Json, asked: str, kind: type[Job]) -> None:
-    """Set one value in place; list items are addressed by number (`evaluate.0.limit`), a key with dots in "quotes".
+def put(tree: JsonObject, key: str, value: Json, where: str, kind: type[Job]) -> None:
+    """Set one value of a tree, in place.
 
-    A section that the tree leaves out begins as its default, so that one value of a default can be changed.
+    A section that the tree does not have starts from its default, so that a single value of a default can be changed.
+
+    Args:
+        tree: A job as a tree of scalars.
+        key: Path of the value: `evaluate.0.limit`; list items by number from 0, a key that contains dots in "quotes".
+        value: The new value.
+        where: Beginning of the message of an error.
+        kind: The job type, which knows the defaults.
 
     Raises:
-        JobError: the path leads through a value or past the end of a list; the message begins with `asked`.
+        JobError: the path leads through a scalar or past the end of a list.
     """
     node: Json = tree
     models: list[type[BaseModel]] = [kind]
-    *parents, last = _parts(key, asked)
+    *parents, last = _parts(key, where)
     for part in parents:
         if isinstance(node, list):
-            node = node[_index(node, part, asked)]
+            node = node[_index(node, part, where)]
         else:
+            # A union has several models: the ones that the tag in the tree (`name`, `task`) chooses say what the default is.
             fields = [model.model_fields[part] for model in of_tag(models, node) if part in model.model_fields]
+            # Also for an explicit null: `--set train.steps=5` turns the section on.
             if node.get(part) is None:
                 node[part] = _default(fields[0], node) if fields else {}
             node, models = node[part], [model for field in fields for model in models_in(field.annotation)]
         if not isinstance(node, dict | list):
-            raise JobError(f"{asked}: {part} holds {cut(repr(node))}, not a group of settings")
+            raise JobError(f"{where}: {part} holds {cut(repr(node))}, not a group of settings")
     if isinstance(node, list):
-        node[_index(node, last, asked)] = value
+        node[_index(node, last, where)] = value
     else:
         node[last] = value
 
 
 def _default(field: FieldInfo, node: Mapping[str, Json]) -> Json:
-    """Return, as a tree, what a field of the config written in `node` stands for when it is left out; else an empty group."""
-    implied = next((one for one in field.metadata if isinstance(one, Implied)), None)
+    """Return the default of a section of the config `node`, as a tree; an empty section if it has none."""
+    implied = next((entry for entry in field.metadata if isinstance(entry, Implied)), None)
     if implied is not None:
         return implied.of(node)
     if isinstance(field.default, BaseModel):
         return field.default.model_dump(mode="json", exclude_unset=True)
     if isinstance(field.default, tuple):
-        return [one.model_dump(mode="json", exclude_unset=True) if isinstance(one, BaseModel) else one for one in field.default]
+        items = field.default
+        return [item.model_dump(mode="json", exclude_unset=True) if isinstance(item, BaseModel) else item for item in items]
     return {}
 
 
-def _parts(key: str, asked: str) -> list[str]:
-    """Take the path of a key apart."""
+def _parts(key: str, where: str) -> list[str]:
+    """Split the path of a key at its dots; a part in quotes may contain dots."""
     parts, at = [], 0
     while at <= len(key):
         match = _PART.match(key, at)
         part = match and (match[1] if match[1] is not None else match[2].strip())
         if not match or not part or key[match.end() : match.end() + 1] not in ("", "."):
             raise JobError(
-                f'{asked}: {cut(key)!r} is no path of a key: a.b.c, list items by number, a key with dots in "quotes"'
+                f'{where}: {cut(key)!r} is no path of a key: a.b.c, list items by number, a key with dots in "quotes"'
             )
         parts.append(part)
         at = match.end() + 1
     return parts
 
 
-def _index(node: list[Json], part: str, asked: str) -> int:
+def _index(node: list[Json], part: str, where: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(node):
-        raise JobError(f"{asked}: {cut(part)} is not an item of a list of {len(node)} (numbered from 0)")
+        raise JobError(f"{where}: {cut(part)} is not an item of a list of {len(node)} (numbered from 0)")
     return int(part)
 
 
 def _inline_jobs(tree: JsonObject, kind: type[Job], path: Path, seen: tuple[Path, ...] = ()) -> JsonObject:
-    """Replace `model.source: job:FILE` by that job's own tree, so that a resolved job stands alone."""
+    """Replace `model.source: job:FILE` by that job's tree, recursively; `seen` are the files on the way here."""
+    # Resolved, because a cycle may go through links or different relative paths.
     here = path.resolve()
     if here in seen:
         raise JobError(f"{path}: model.source goes in a circle: {' -> '.join(p.name for p in (*seen, here))}")
@@ -190,6 +214,7 @@ def _inline_jobs(tree: JsonObject, kind: type[Job], path: Path, seen: tuple[Path
             below = _load_yaml(other)
         except JobError as error:
             raise JobError(f"{path}: model.source: {error}") from None
+        # First the inner jobs: relative paths in them start from their own file's folder.
         below = _inline_jobs(below, kind, other, (*seen, here))
         return {**tree, "model": {**model, "source": _resolved(below, kind, str(other))}}
     if isinstance(source, dict):
@@ -199,7 +224,7 @@ def _inline_jobs(tree: JsonObject, kind: type[Job], path: Path, seen: tuple[Path
 
 
 def _resolved(tree: JsonObject, kind: type[Job], where: str) -> JsonObject:
-    """Return the dump of the validated job: every default resolved, so that equal jobs are equal trees."""
+    """Return the validated job as a tree with every default written out, so that equal jobs have equal trees (and keys)."""
     try:
         return kind.model_validate(tree).model_dump(mode="json")
     except ValidationError as error:

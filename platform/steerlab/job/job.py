@@ -1,4 +1,4 @@
-"""The job itself, and its closed type over the methods and tasks that there are."""
+"""The config of a job, and the closed job type over the tables of methods and tasks."""
 
 from __future__ import annotations
 
@@ -28,54 +28,56 @@ _T = TypeVar("_T", bound=Entry)
 
 
 class Job(Frozen):
-    """One piece of work: a model, a method on it, and what is measured."""
+    """One experiment: a model, a method that is applied to it, and the tasks that measure the result."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
     """Name of the run folder."""
     model: ModelConfig
-    """The model the method starts from."""
+    """Model that the method starts from."""
     data: DataConfig = DataConfig.model_validate({})
     """Data sets and prompt format."""
     method: SerializeAsAny[MethodConfig]
-    """The method and its hyperparameters."""
+    """Method and its hyperparameters."""
     extract: ExtractConfig | None = None
-    """Activations that are read: for a method that is fitted on them, or for their own sake (method none)."""
+    """Activations to read: for a method that is fitted on them, or as the result itself (method none); null reads none."""
     train: TrainConfig | None = None
-    """The training stage; null for methods that fit in closed form."""
+    """Training stage; null for methods that are fitted in closed form."""
     scale: ScaleConfig = ScaleConfig.model_validate({})
     """Workers, DeepSpeed, checkpoints."""
     snapshot: int | None = Field(None, ge=1)
-    """The step of `train.snapshots` that is evaluated; null takes the end of training."""
-    strength: Annotated[float, AfterValidator(lambda strength: strength + 0.0)] | None = None  # -0.0 is no other strength
-    """The strength of the patch that every task reports, before the other `strengths` of tasks that name several; 0 evaluates
-    the model without its patch, and nothing else; null leaves it to the tasks, or to `choose`."""
+    """Step of `train.snapshots` whose weights are evaluated; null takes the end of training."""
+    # -0.0 + 0.0 is 0.0: both mean the model without its patch, and must give one key.
+    strength: Annotated[float, AfterValidator(lambda strength: strength + 0.0)] | None = None
+    """Strength of the patch in the headline metrics of every task; a task that names several `strengths` reports those too.
+    0 evaluates only the model without its patch; null leaves the strength to each task, or to `choose`."""
     choose: ChooseConfig | None = None
-    """How the strength is chosen; null evaluates the strengths of each task."""
+    """How the strength is chosen on development rows; null evaluates the strengths of each task."""
     evaluate: tuple[SerializeAsAny[TaskConfig], ...] = ()
-    """Tasks run on the result."""
+    """Tasks that are run on the result."""
     track: TrackConfig = TrackConfig()
-    """Reporting."""
+    """Where metrics are reported besides the run folder."""
 
     @property
     def tasks(self) -> tuple[TaskConfig, ...]:
-        """The tasks of `evaluate`, each at the strengths that it is run at."""
+        """The tasks of `evaluate`, with the strengths at which each is run."""
+        # The tasks then use their own strengths, or those that `choose` sets.
         if self.strength is None:
             return self.evaluate
         return tuple(
-            # Without the patch nothing else is run: of several strengths the headline is never 0.
+            # At strength 0 the tasks' own strengths are dropped: the headline of several strengths is never 0.
             task.model_copy(update={"strengths": with_headline(self.strength, task.strengths if self.strength else ())})
             for task in self.evaluate
         )
 
     @property
     def prompt(self) -> JsonObject:
-        """Settings by which texts become tokens, as `encoding.load` takes them."""
+        """Settings of tokenisation, as `inputs.encoding.load` takes them."""
         return prompt_settings(self.model, self.data)
 
     @model_validator(mode="before")
     @classmethod
-    def _is_asked_as_its_base(cls, tree: object) -> object:
-        """Take the prompt settings of the job that makes the model: the model was trained on them, and keeps them."""
+    def _with_prompt_of_base(cls, tree: object) -> object:
+        """Copy the prompt settings of the job that trains the model: prompts must look as they did in its training."""
         if not isinstance(tree, Mapping) or (below := _prompt_below(tree)) is None:
             return tree
         data = tree.get("data", {})
@@ -101,6 +103,7 @@ class Job(Frozen):
             raise ValueError(f"strength {self.strength:g}: the job has no tasks in `evaluate`, so nothing is measured at it")
         if self.train is None:
             return self
+        # Checked before training: a snapshot that is never taken would be noticed after hours.
         late = [step for step in self.train.snapshots if not 1 <= step <= self.train.steps]
         if late:
             raise ValueError(f"train.snapshots {late}: not between 1 and train.steps {self.train.steps}")
@@ -108,6 +111,7 @@ class Job(Frozen):
             raise ValueError(f"snapshot {self.snapshot} is not one of train.snapshots {list(self.train.snapshots)}")
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}")
+        # Every number that an elastic run may have must divide the rows, so that results do not depend on it.
         for workers in range(*(self.scale.worker_range[0], self.scale.worker_range[1] + 1)):
             if self.train.rows_per_step % workers:
                 raise ValueError(
@@ -118,18 +122,19 @@ class Job(Frozen):
 
 
 def _prompt_below(tree: Mapping[str, Json]) -> JsonObject | None:
-    """Return the prompt settings of the job at the bottom of those that a job stands on; None where it stands on none."""
+    """Return the prompt settings of the first job in the chain of `model.source` jobs; None if the model is a source."""
     settings, base = None, tree
+    # Each job in the chain has inherited the settings of the one below, so the last one decides.
     while isinstance(model := base.get("model"), Mapping) and isinstance(source := model.get("source"), Mapping):
         base = source
         data = base.get("data")
-        given = data if isinstance(data, Mapping) else {}
-        settings = {name: given.get(name, DataConfig.model_fields[name].default) for name in PROMPT_FIELDS}
+        fields = data if isinstance(data, Mapping) else {}
+        settings = {name: fields.get(name, DataConfig.model_fields[name].default) for name in PROMPT_FIELDS}
     return settings
 
 
 def prompt_settings(model: ModelConfig, data: DataConfig) -> JsonObject:
-    """Return the settings by which texts become tokens: how they are asked, and what does not lie beside the model."""
+    """Return the settings of tokenisation: the prompt format, and the sources of tokenizer and template if the job has any."""
     elsewhere = {"tokenizer": model.tokenizer, "chat_template": model.chat_template}
     return {
         **data.model_dump(include=set(PROMPT_FIELDS)),
@@ -138,9 +143,11 @@ def prompt_settings(model: ModelConfig, data: DataConfig) -> JsonObject:
 
 
 def job_type(methods: Table[_M], tasks: Table[_T]) -> type[Job]:
-    """Make the closed job type whose `method` and `evaluate` hold configs of the given tables."""
+    """Return the job type whose `method`, `evaluate` and `choose.tasks` accept exactly the configs of the given tables."""
+    # The types are made here because this layer must not import methods and tasks, which import it.
     method, task = methods.field(), tasks.field()
     chosen_by = (tuple[task, ...], Field(min_length=1, description=ChooseConfig.model_fields["tasks"].description))
+    # `choose.tasks` needs the same closed union, so its model is derived again.
     choose = create_model("ChooseConfig", __base__=ChooseConfig, __doc__=ChooseConfig.__doc__, tasks=chosen_by)
     fields: dict[str, Any] = {
         "method": (method, Field(description=Job.model_fields["method"].description)),

@@ -1,4 +1,4 @@
-"""Turn pydantic's errors into one short message for people."""
+"""Turn the errors of pydantic into one short message for users."""
 
 from __future__ import annotations
 
@@ -13,52 +13,68 @@ from pydantic_core import ErrorDetails
 
 _LONGEST = 80
 _TAGS = ("name", "task")
+"""Fields whose value chooses a config of a union."""
+# pydantic puts the types of a union's choices into the location of an error; they are no keys of the job.
 _TYPES = ("int", "str", "float", "bool", "constrained-int", "constrained-str")
 _HINTS = {
     "int_type": {str: "write the number without quotes", bool: "true and false are no numbers"},
     "float_type": {str: "write the number without quotes", bool: "true and false are no numbers"},
     "bool_type": {str: "write true or false", int: "write true or false", float: "write true or false"},
+    # YAML reads 5 and true without quotes as a number and a boolean.
     "string_type": dict.fromkeys((bool, int, float), "write a text in quotes"),
 }
 
 
 def cut(text: str) -> str:
-    """Shorten a text that came from outside to what a message can hold."""
+    """Shorten a text of a user to the length that fits into a message."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 def explain(error: ValidationError, kind: type[BaseModel], where: str) -> str:
-    """Turn pydantic's first error into one short message for people."""
-    located = [_Located(one, *_keys_at(kind, one["loc"])) for one in error.errors()]
+    """Return one short message about the first error of a validation.
+
+    Args:
+        error: The error of pydantic.
+        kind: The config that was validated, which knows the valid keys.
+        where: Beginning of the message: a file, or a command-line option.
+    """
+    located = [_Located(details, *_keys_at(kind, details["loc"])) for details in error.errors()]
+    # One error only: later ones are often consequences of the first.
     first = _deepest(located)
-    # Each choice of a union has an error of its own, about the same value.
-    same = [one.error for one in located if one.shown == first.shown]
-    same = [one for one in same if not one["type"].endswith("_type")] or same
-    others = sum(one.shown[: len(first.shown)] != first.shown and first.shown[: len(one.shown)] != one.shown for one in located)
+    # Each choice of a union has an error of its own about the same value; a wrong type says less than any other error.
+    same = [entry.error for entry in located if entry.shown == first.shown]
+    same = [details for details in same if not details["type"].endswith("_type")] or same
+    others = sum(not _is_above(first.shown, entry.shown) and not _is_above(entry.shown, first.shown) for entry in located)
     more = f" (and {others} more)" if others else ""
     return f"{where}: {_message(first, same)}{more}"
 
 
+def _is_above(above: Sequence[str], path: Sequence[str]) -> bool:
+    """Return whether `path` equals the path `above` or lies below it."""
+    return list(path[: len(above)]) == list(above)
+
+
 class _Located(NamedTuple):
-    """An error of pydantic."""
+    """An error of pydantic with its place in the job."""
 
     error: ErrorDetails
     valid: list[str]
-    """Keys of the config that it is in."""
+    """Valid keys of the config with the error."""
     shown: list[str]
-    """Where it is, without the tags of unions."""
+    """Path of the error, without the tags of unions."""
 
 
 def _deepest(located: Sequence[_Located]) -> _Located:
-    """Return the first error, or the one further down of another choice of its union: that is the choice that was meant."""
+    """Return the first error, or if it is one of type, the deepest error below it: the user meant that choice of the union."""
     first = located[0]
-    below = [one for one in located if one.shown[: len(first.shown)] == first.shown]
-    return max(below, key=lambda one: len(one.shown)) if first.error["type"].endswith("_type") else first
+    below = [entry for entry in located if _is_above(first.shown, entry.shown)]
+    return max(below, key=lambda entry: len(entry.shown)) if first.error["type"].endswith("_type") else first
 
 
 def _message(first: _Located, same: Sequence[ErrorDetails]) -> str:
     error, key = first.error, cut(".".join(first.shown)) or "(top level)"
     context = error.get("ctx", {})
+    # Types of pydantic 2 (docs: "Validation errors").
     match error["type"]:
         case "extra_forbidden":
             near = _nearest(str(error["loc"][-1]), first.valid)
@@ -72,19 +88,20 @@ def _message(first: _Located, same: Sequence[ErrorDetails]) -> str:
             tag = str(context["discriminator"]).strip("'")
             return f"{key}.{tag}: this key is required"
         case "union_tag_invalid":
-            tag, given = str(context["discriminator"]).strip("'"), str(context["tag"])
+            tag, name = str(context["discriminator"]).strip("'"), str(context["tag"])
             tags = context["expected_tags"].replace("'", "")
-            near = _nearest(given, tags.split(", "))
+            near = _nearest(name, tags.split(", "))
             hint = f"; did you mean {near!r}?" if near else ""
-            return f"{key}.{tag}: {cut(repr(given))} is not known{hint}; valid: {tags}"
-    message = " or ".join(dict.fromkeys(_said(one, number) for number, one in enumerate(same)))
+            return f"{key}.{tag}: {cut(repr(name))} is not known{hint}; valid: {tags}"
+    message = " or ".join(dict.fromkeys(_in_words(details, number) for number, details in enumerate(same)))
     value = error["input"]
-    given = "" if isinstance(value, dict | list | tuple | BaseModel) else f" (given: {cut(repr(value))})"
-    hints = [_HINTS.get(one["type"], {}).get(type(value)) for one in same] if _hints_help(value) else []
-    return f"{key}: {message}{given}" + next((f"; {hint}" for hint in hints if hint), "")
+    shown = "" if isinstance(value, dict | list | tuple | BaseModel) else f" (given: {cut(repr(value))})"
+    hints = [_HINTS.get(details["type"], {}).get(type(value)) for details in same] if _hints_help(value) else []
+    return f"{key}: {message}{shown}" + next((f"; {hint}" for hint in hints if hint), "")
 
 
-def _said(error: ErrorDetails, number: int) -> str:
+def _in_words(error: ErrorDetails, number: int) -> str:
+    """Return pydantic's message in words of YAML; after the first of several (`number` 0) only its end."""
     if error["type"] == "too_short" and not error["input"]:
         return "the list is empty"
     message = error["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
@@ -93,7 +110,7 @@ def _said(error: ErrorDetails, number: int) -> str:
 
 
 def _hints_help(value: object) -> bool:
-    """Say whether a value is of another type only by the way it is written."""
+    """Return whether a value has the wrong type only because of its spelling, as in "5" or yes."""
     if not isinstance(value, str):
         return True
     try:
@@ -103,12 +120,12 @@ def _hints_help(value: object) -> bool:
     return True
 
 
-def _nearest(given: str, valid: Sequence[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(given[:_LONGEST], valid, n=1, cutoff=0.5)), None)
+def _nearest(name: str, valid: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name[:_LONGEST], valid, n=1, cutoff=0.5)), None)
 
 
 def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """Return the valid keys of the model that holds `loc`, and `loc` without the tags of unions."""
+    """Return the valid keys of the config that contains the location `loc`, and `loc` without the tags of unions."""
     models: list[type[BaseModel]] = [kind]
     shown: list[str] = []
     valid = list(kind.model_fields)
@@ -119,6 +136,7 @@ def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[st
             shown.append(str(part))
             models = [m for field in fields for m in models_in(field.annotation)]
             continue
+        # pydantic puts the tag of a union's choice into the location, but it is no key of the job.
         tagged = [m for m in models if part in _tags(m)]
         if tagged:
             models = tagged
@@ -137,19 +155,19 @@ def _tags(model: type[BaseModel]) -> set[object]:
 
 
 def of_tag(models: Sequence[type[BaseModel]], node: Mapping[str, object]) -> list[type[BaseModel]]:
-    """Return those of the models of a union that are meant by the tag of what is written; all where it has none.
+    """Return the models of a union that the tag in the tree `node` chooses; all of them if `node` has no tag.
 
-    None are where the tag is nobody's here, or a file is named: such a config has fields that only its own code knows.
+    The list is empty if no model has the tag, or if `node` names a file: only the code of the file knows its fields.
     """
     tagged = [model for model in models if len(_tags(model)) > 1]
-    given = {node[name] for name in _TAGS if isinstance(node.get(name), str)}
-    if tagged and ("file" in node or given):
-        return [model for model in tagged if given & _tags(model)] if "file" not in node else []
+    tags = {node[name] for name in _TAGS if isinstance(node.get(name), str)}
+    if tagged and ("file" in node or tags):
+        return [model for model in tagged if tags & _tags(model)] if "file" not in node else []
     return list(models)
 
 
 def models_in(annotation: object) -> list[type[BaseModel]]:
-    """Return the configs that a field's type allows."""
+    """Return the config classes that a field's type contains, directly, in a union or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):

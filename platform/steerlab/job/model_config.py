@@ -1,4 +1,4 @@
-"""Which model a job works on, and how a pipeline draws."""
+"""Configs of the model of a job, and of the sampling of a diffusion pipeline."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ JOB_PREFIX = "job:"
 
 
 class SamplerConfig(Frozen):
-    """How a diffusion pipeline draws, and which of its steps count. A step is one evaluation of the denoiser, from 0."""
+    """How a diffusion pipeline samples. A step is one evaluation of the denoiser; steps count from 0."""
 
     steps: int = Field(10, ge=1)
-    """Steps of a drawing; with `timesteps` their number."""
+    """Number of sampling steps; with `timesteps`, their number."""
     scheduler: str | None = None
-    """Scheduler of diffusers (`LCMScheduler`), made from the settings of the pipeline's own; null keeps that one."""
+    """Class of a scheduler of diffusers (`LCMScheduler`), configured as the pipeline's own; null keeps the pipeline's."""
     options: dict[str, bool | int | float | str | None] = {}
-    """Settings of the scheduler that differ from the pipeline's: {timestep_spacing: trailing}."""
+    """Settings of the scheduler that replace the pipeline's: {timestep_spacing: trailing}."""
     timesteps: tuple[int, ...] | None = None
-    """The timesteps themselves, where the scheduler takes them: DMD2 draws in one step at [399]."""
+    """Explicit timesteps, for schedulers that take them: DMD2 samples in one step at [399]. Null lets the scheduler choose."""
     guidance: float = Field(0.0, ge=0)
-    """Scale of classifier-free guidance; up to 1 there is none. Distilled guidance (FLUX) is given to the model as it is."""
+    """Scale of classifier-free guidance; 1 or less switches it off. A model with distilled guidance (FLUX) gets the number as
+    an input."""
     size: tuple[int, int] | None = None
     """Height and width in pixels; null takes the pipeline's."""
     denoiser: Source | None = None
-    """Source of a safetensors file with other weights of the denoiser: SDXL-Lightning, DMD2."""
+    """Source of a safetensors file that replaces the denoiser's weights (SDXL-Lightning, DMD2); null keeps them."""
     read: tuple[int, ...] = Field((0,), min_length=1)
-    """Steps whose activations are read; several are pooled together."""
+    """Steps whose activations are read; those of several steps are pooled together."""
     steer: tuple[int, ...] | None = None
-    """Steps in which patches act; null: in all."""
+    """Steps in which patches act; null is every step."""
     differentiate: tuple[int, ...] | None = None
-    """Steps through whose denoiser gradients flow; null: through all up to the last one that is read."""
+    """Steps through whose denoiser gradients flow; null is every step up to the last one in `read`."""
     unconditional: bool = False
-    """Steer the half without a prompt of guided steps as well; it is never read."""
+    """Let patches also act on the unconditional half of the batch in guided steps; that half is never read."""
     images_per_pass: int = Field(64, ge=1)
-    """Images drawn at once by tasks."""
+    """Images that tasks draw in one batch."""
 
     @model_validator(mode="after")
     def _check(self) -> SamplerConfig:
         if self.timesteps is not None and len(self.timesteps) != self.steps:
             raise ValueError(f"steps {self.steps}: timesteps names {len(self.timesteps)}")
         for name in ("read", "steer", "differentiate"):
+            # Checked here: an index error inside a denoising loop would not name the setting.
             late = [step for step in getattr(self, name) or () if not 0 <= step < self.steps]
             if late:
                 raise ValueError(f"{name}: there is no step {late[0]}; the steps are 0 to {self.steps - 1}")
@@ -54,26 +56,27 @@ class SamplerConfig(Frozen):
 
 
 class ModelConfig(Frozen):
-    """Which model, and how it is loaded."""
+    """Which model a job starts from, and how it is loaded."""
 
     source: Source | dict[str, Any]
-    """A source (`hf:owner/name`, path, URI, `wheel:NAME==VERSION`, `tiny:model`), or `job:FILE`: the model that job trains."""
+    """Source of the model (`hf:owner/name`, path, URI, `wheel:NAME==VERSION`, `tiny:model`; see `steerlab describe source`), or
+    `job:FILE` for the model that another job trains; a relative FILE starts from the folder of this job's file."""
     kind: Literal["causal_lm", "diffusion"] = "causal_lm"
     """Family of the model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights in the forward pass; bfloat16 trains with float32 master weights."""
+    """Type of the weights in the forward pass; training in bfloat16 keeps float32 master weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel of transformers."""
-    # What follows is not written where it is empty: the keys of artifacts stay what they were before there was such a setting.
+    """Attention implementation of transformers."""
+    # An empty setting is left out of the dump: keys of artifacts are hashes of it, and must not change with a new setting.
     tokenizer: Source | None = Field(None, exclude_if=lambda source: source is None)
-    """Source of the tokenizer, where it does not lie beside the model; null takes the model's own."""
+    """Source of the tokenizer; null takes the one in the model's folder."""
     chat_template: Template | None = Field(None, exclude_if=lambda source: source is None)
-    """Chat template in place of the tokenizer's: its text, or the source of a Jinja file, of a `tokenizer_config.json`, or of a
-    model that has one. A base model without a template can be trained and asked with another model's."""
+    """Chat template that replaces the tokenizer's: its text, or the source of a Jinja file, of a `tokenizer_config.json`, or of
+    a model with one. It gives a base model without a template that of another model. Null keeps the tokenizer's."""
     trust_remote_code: bool = Field(False, exclude_if=lambda trusts: not trusts)
     """Run Python code that comes with the checkpoint, which may do anything; false refuses a checkpoint that needs it."""
     sampler: SamplerConfig | None = Field(None, exclude_if=lambda sampler: sampler is None)
-    """How images are drawn (kind diffusion); null takes the defaults."""
+    """How images are sampled (kind diffusion); null takes the defaults."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -90,5 +93,5 @@ class ModelConfig(Frozen):
 
     @property
     def drawing(self) -> SamplerConfig:
-        """The sampler, with the defaults where nothing is said."""
+        """The sampler's config; the defaults if the job has none."""
         return self.sampler or SamplerConfig.model_validate({})

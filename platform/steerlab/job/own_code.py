@@ -1,7 +1,8 @@
-"""A Python file of the user's own that a job names: `method: {file: my_method.py}`, `{task: "file:my_task.py"}`.
+"""Load Python files of the user that a job names: `method: {file: my_method.py}`, `{task: "file:my_task.py"}`.
 
-In a key such a file is its SHA-256, so that its name and its place change nothing. To the workers its text travels with the
-request (`codes_in`, `receive`): nothing has to lie on their disks. One file is shipped, so it imports installed packages alone.
+In keys a file is represented by its SHA-256, so that renaming or moving it changes no key. Workers get the text of the file
+with each request (`codes_in`, `receive`), so it need not be on their disks. Only this one file is sent: it can import installed
+packages, but no other file of the user.
 """
 
 from __future__ import annotations
@@ -21,59 +22,63 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 BY_DIGEST = "sha256:"
-"""How a reference begins that names code by its content: in keys, and in what workers are asked for."""
+"""Prefix of a reference to code by its content, in keys and in requests to workers."""
 
 
 class Code(NamedTuple):
-    """A file as it was read once."""
+    """A file as this or another process read it."""
 
     path: str
-    """Where it lay, absolute, for messages."""
+    """Absolute path at which it was read."""
     sha256: str
     text: str
 
     @property
     def reference(self) -> str:
-        """What stands for it in keys."""
+        """The reference by content, as keys contain it."""
         return f"{BY_DIGEST}{self.sha256}"
 
 
 _LONGEST_PATH = 4096
-_known: dict[str, Code] = {}
-"""What this process has read or received, by reference, and what it last read, by path."""
+_codes: dict[str, Code] = {}
+"""Code that this process has read or received: by reference, and the last version by path."""
 _received: dict[str, Code] = {}
-"""What another process has read, by path: that is meant here too, whatever lies at the path now."""
+"""Code received from another process, by path. It is used instead of the file that is at this path now."""
 _modules: dict[str, ModuleType] = {}
+"""Modules by the SHA-256 of their file: each file is run once per process."""
 
 
 def read(name: str) -> Code:
-    """Return the code that a job names by a path, or by a reference.
+    """Return the code that a job names, by path or by reference.
 
     Raises:
-        JobError: there is no such file, or it is no text; or this process knows no code of that reference.
+        JobError: the file does not exist or is not a text, or this process has no code with the reference.
     """
     if name.startswith(BY_DIGEST):
-        if name not in _known:
+        if name not in _codes:
             raise JobError(f"{name}: this names code by its content, which the job does not hold; give the path of the file")
-        return _known[name]
+        return _codes[name]
     path = absolute(name)
+    # A worker may run on a node where another file is at this path, or none.
     if path in _received:
         return _received[path]
     try:
+        # With a limit: the path may be a pipe or a device.
         text = files.read_text(Path(path), python_files.LONGEST)
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such file") from None
     except OSError as error:
         raise JobError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # no file, too large, no text, no path
+    except ValueError as error:  # not a regular file, too large, not UTF-8, or a path that cannot exist
         raise JobError(str(error)) from None
+    # The text is kept, so that what is hashed, run and sent is the same even if the file changes.
     code = Code(path, hashlib.sha256(text.encode()).hexdigest(), text)
-    _known[code.reference] = _known[path] = code
+    _codes[code.reference] = _codes[path] = code
     return code
 
 
 def absolute(name: str) -> str:
-    """Return an absolute path; a relative one starts from the folder in which the command runs. Raises JobError."""
+    """Return the absolute path; a relative one starts from the current folder. Raises JobError if no path can be so named."""
     try:
         return str(Path(name).expanduser().absolute())
     except (RuntimeError, ValueError):
@@ -81,7 +86,7 @@ def absolute(name: str) -> str:
 
 
 def module(code: Code) -> ModuleType:
-    """Return the module of a file, run once a process. Raises JobError with the file's own lines where it fails."""
+    """Return the module of a file, which is run once per process. Raises JobError with the failing lines of the file."""
     if code.sha256 not in _modules:
         path = Path(code.path)
         try:
@@ -96,14 +101,18 @@ def _name(code: Code) -> str:
 
 
 def _hint(message: str, path: Path) -> str:
-    """Say why a file beside this one cannot be imported."""
+    """Explain, for the message about a failed import, that a file next to this one is not sent to the workers; else ''."""
     beside = {other.stem for other in path.parent.glob("*.py")} if path.parent.is_dir() else set()
+    # Compared with the message, because the error itself was raised inside the user's file.
     missing = [name for name in beside if f"ModuleNotFoundError: No module named {name!r}" in message]
     return f"; {missing[0]}.py lies beside it, but this file alone goes to the workers: make both one" if missing else ""
 
 
 class _Portable(Generic[_P, _T]):
-    """A function or a class of a file, which is pickled as the text of the file and its name there."""
+    """A function or class of a user's file that can be pickled: as the text of the file and the name of the function.
+
+    pickle stores only the module's name, and the module of a user's file cannot be imported in another process.
+    """
 
     def __init__(self, code: Code, name: str) -> None:
         self._code, self._name = code, name
@@ -113,32 +122,34 @@ class _Portable(Generic[_P, _T]):
 
 
 def portable(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Return a function that other processes can be sent: one of the user's own file takes the file along.
+    """Return a function that can be pickled for other processes; one from a user's file carries the file's text with it.
 
     Raises:
-        JobError: it is of such a file, and no function or class at the top of it, which alone can be found again elsewhere.
+        JobError: the function comes from a user's file but is not defined at its top level, so no other process can find it.
     """
+    # Of a partial or a bound method, the function inside says which file it is from.
     inner = function.func if isinstance(function, partial) else getattr(function, "__func__", function)
     where = getattr(inner, "__module__", None)
-    of = next((code for code in _known.values() if _name(code) == where), None)
-    if of is None:
+    code = next((code for code in _codes.values() if _name(code) == where), None)
+    if code is None:
         return function
     name = getattr(function, "__qualname__", "")
-    if not name.isidentifier() or getattr(module(of), name, None) is not function:
+    if not name.isidentifier() or getattr(module(code), name, None) is not function:
         raise JobError(
-            f"{of.path}: a preparation is made by a function or a class at the top of the file, not by {function!r:.200}"
+            f"{code.path}: a preparation is made by a function or a class at the top of the file, not by {function!r:.200}"
         )
-    return _Portable(of, name)
+    return _Portable(code, name)
 
 
 def codes_in(tree: object) -> tuple[Code, ...]:
-    """Return the code that a job or a stage's parameters name, by path or reference, for another process to `receive`."""
-    found = (_known.get(text) or _known.get(_path_in(text)) for text in _texts(tree))
-    return tuple(dict.fromkeys(code for code in found if code is not None))
+    """Return the code that a job or a stage's parameters name, by path or reference, so that a worker can `receive` it."""
+    # Every text of the tree is looked up: methods and tasks may have fields of any name that hold a file.
+    codes = (_codes.get(text) or _codes.get(_path_in(text)) for text in _texts(tree))
+    return tuple(dict.fromkeys(code for code in codes if code is not None))
 
 
 def _path_in(text: str) -> str:
-    """Return the absolute path that a text is, or names as `file:PATH`; nothing is a path that cannot be one."""
+    """Return the absolute path in a text `PATH` or `file:PATH`; '' if the text cannot be a path."""
     try:
         return absolute(text.removeprefix("file:")) if len(text) < _LONGEST_PATH else ""
     except JobError:
@@ -157,16 +168,21 @@ def _texts(tree: object) -> Iterator[str]:
 
 
 def receive(codes: Iterable[Code]) -> None:
-    """Take code that another process has read: it is what a job's path means here, whatever lies there now."""
+    """Use code that another process has read for its path, instead of the file that is at this path now."""
+
     for code in map(Code._make, codes):
-        _known[code.reference] = _known[code.path] = _received[code.path] = code
+        _codes[code.reference] = _codes[code.path] = _received[code.path] = code
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let the files that were read mean what they held until the block ends, whoever edits them meanwhile."""
+    """Keep using the files as they were read until the block ends, even if they are edited meanwhile.
+
+    A sweep runs for hours: all of its trials have to use the same code.
+    """
+    # Restored afterwards, because the process may run other jobs later.
     before = dict(_received)
-    _received.update({code.path: code for name, code in _known.items() if name == code.path})
+    _received.update({code.path: code for name, code in _codes.items() if name == code.path})
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""The JSON schema of jobs, with which editors complete and check job files: schema.json beside this file.
+"""Generate the JSON schema of jobs, by which editors complete and check job files (schema.json in this folder).
 
-It accepts what `file.validate` accepts, but for what one field says about another and for the grammar of sources. After a
-change to any config: `python -m steerlab schema > platform/steerlab/job/schema.json`.
+It does not know relations between two fields, nor the syntax of sources; otherwise it accepts what `file.validate` accepts.
+After a change to any config, run `python -m steerlab schema > platform/steerlab/job/schema.json`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema(kind: type[Job]) -> str:
-    """Return the JSON schema of job files."""
-    found: dict[str, Any] = {"$schema": _DIALECT, **kind.model_json_schema()}
-    source = found["$defs"]["ModelConfig"]["properties"]["source"]
-    # The job that trains the model, where it stands in the file itself.
+    """Return the JSON schema of job files, as text."""
+    root: dict[str, Any] = {"$schema": _DIALECT, **kind.model_json_schema()}
+    source = root["$defs"]["ModelConfig"]["properties"]["source"]
+    # `model.source` may also contain a whole job instead of a source.
+    # "#" is the schema itself, so an inner job is checked like the outer one.
     source["anyOf"] = [{"$ref": "#"} if choice.get("type") == "object" else choice for choice in source["anyOf"]]
-    for union in _unions(found):
+    for union in _unions(root):
         for choice in union["oneOf"]:
-            config, tag = found["$defs"][choice["$ref"].rpartition("/")[2]], union["discriminator"]["propertyName"]
+            config, tag = root["$defs"][choice["$ref"].rpartition("/")[2]], union["discriminator"]["propertyName"]
+            # pydantic does not require a tag that has a default, so an editor could not tell the choices apart.
             config["required"] = sorted({*config.get("required", ()), tag})
-    return json.dumps(found, indent=1)
+    return json.dumps(root, indent=1)
 
 
 def _unions(node: object) -> Iterator[dict[str, Any]]:
-    """Find the unions whose choices are told apart by a tag."""
+    """Yield the unions of a schema whose choices differ by a tag."""
     if isinstance(node, dict):
         if "discriminator" in node:
             yield node

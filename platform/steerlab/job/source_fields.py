@@ -1,7 +1,7 @@
-"""Fields that name a source, and what a relative path among them means.
+"""Types of config fields that hold a source or a chat template.
 
-A path starts from the folder in which the command runs. It is made absolute once, when the job is read, so that it means the
-same in every process on every node. Fields of type `Source` are found by their type, whatever they are called.
+A relative path starts from the folder in which the command runs. It is made absolute once, when the job is read, so that it
+names the same file in every process and on every node.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from steerlab.job import grammar
 from steerlab.job.typed import Frozen
 
 _NAMING = "naming"
+"""Key of pydantic's serialization context under which `described` passes the function that replaces sources."""
 
 
 def _absolute(source: str) -> str:
+    # Parsed here, so that a malformed source is reported with its key when the job is read.
     parsed = grammar.parse(source)
     if parsed.kind != "path":
         return source
@@ -30,7 +32,7 @@ def _absolute(source: str) -> str:
 
 
 def is_described(info: SerializationInfo) -> bool:
-    """Say whether a config is written as it stands in keys, where files are named by their content."""
+    """Return whether a config is being serialized by `described`, for a key, where files are named by their content."""
     return _NAMING in (info.context or {})
 
 
@@ -38,15 +40,15 @@ def _written(value: Any, info: SerializationInfo) -> object:
     naming: Callable[[str], object] | None = (info.context or {}).get(_NAMING)
     if naming is None or value is None or isinstance(value, dict):
         return value
-    return naming(value) if isinstance(value, str) else [naming(one) for one in value]
+    return naming(value) if isinstance(value, str) else [naming(source) for source in value]
 
 
 Source = Annotated[str, Field(min_length=1), AfterValidator(_absolute), PlainSerializer(_written)]
-"""A source of models or data, as in grammar.py. A relative path starts from the folder in which the command runs."""
+"""A source of models or data, in the syntax of job/grammar.py. A relative path starts from the current folder."""
 
 
 def written_out(template: str) -> bool:
-    """Say whether a chat template is given by its own text, not by the source of one."""
+    """Return whether a chat template is given as its own text (Jinja), not as the source of one."""
     return "{%" in template or "{{" in template
 
 
@@ -59,13 +61,16 @@ def _template_written(template: object, info: SerializationInfo) -> object:
 
 
 Template = Annotated[str, Field(min_length=1), AfterValidator(_template), PlainSerializer(_template_written)]
-"""A chat template: its own text, or a source of it."""
+"""A chat template: its own text, or the source of a file or model that has one."""
 
 
 def described(config: Frozen, naming: Callable[[str], object], **options: Any) -> JsonObject:
-    """Return a config as JSON values, every source in it, however deep, replaced by what `naming` makes of it."""
-    found: dict[str, None] = {}
-    config.model_dump(mode="json", context={_NAMING: lambda source: found.setdefault(source)}, **options)
-    # Not while pydantic serializes: it turns what is raised there into a warning.
-    named = {source: naming(source) for source in found}
-    return config.model_dump(mode="json", context={_NAMING: named.__getitem__}, **options)
+    """Return a config as JSON values, with every source in it replaced by `naming(source)`, at any depth.
+
+    Fields are recognised by their type `Source` or `Template`, not by their names. `options` go to pydantic's `model_dump`.
+    """
+    sources: dict[str, None] = {}
+    # The first dump only collects sources: pydantic 2 turns an error of `naming` (a missing file) into a mere warning.
+    config.model_dump(mode="json", context={_NAMING: lambda source: sources.setdefault(source)}, **options)
+    names = {source: naming(source) for source in sources}
+    return config.model_dump(mode="json", context={_NAMING: names.__getitem__}, **options)

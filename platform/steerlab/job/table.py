@@ -1,8 +1,8 @@
-"""The methods, or the tasks, that there are: the platform's own, those of installed packages, and those of files.
+"""The table of methods, or of tasks: the platform's own; those of packages and files are loaded when a job names them.
 
-    table.entries      name -> entry: the platform's own
-    table.of(config)   the entry of a job's config, or of a config as it stands in a stage's parameters
-    table.field()      the type of a field that holds a config: one of the entries', or `file:` with fields of the file's own
+    table.entries      name -> entry, of the platform's own entries
+    table.of(config)   the entry of a config, from a job or from the parameters of a stage
+    table.field()      the type of a field that holds the config of any entry
 
 A package registers an entry under its name, in the group `steerlab.methods` or `steerlab.tasks`:
 
@@ -40,19 +40,24 @@ class Table(Generic[E]):
     """The entries of one kind."""
 
     def __init__(self, kind: type[E], tag: str, own: Mapping[str, E], with_config: Callable[[E, Any], E]) -> None:
-        """Take the platform's own entries; packages are asked for theirs when a job names what is none of these.
+        """Make a table of the platform's own entries.
 
-        `tag` is the field of a config that holds the name, `with_config` puts another config into an entry.
+        Args:
+            kind: Class of the entries, Method or Task.
+            tag: Field of a config that holds the entry's name.
+            own: Name -> entry.
+            with_config: (entry, config class) -> the entry with that class.
         """
         self._kind, self.tag = Kind(kind, tag, with_config), tag
         self.what = self._kind.word
         self.entries: dict[str, E] = dict(own)
+        # By SHA-256, so that two paths to one file give one entry.
         self._files: dict[str, E] = {}
         self._packages: dict[str, E | None] = {}
         self._by_config: dict[type[Frozen], Foreign[E]] = {}
 
     def of(self, config: Frozen | Mapping[str, Any]) -> E:
-        """Return the entry of a config. Raises JobError where that is of a file which this process has not read."""
+        """Return the entry of a config. Raises JobError if its package is not installed, or its file is not known here."""
         if not isinstance(config, Mapping):
             foreign = self._by_config.get(type(config))
             return self.entries[getattr(config, self.tag)] if foreign is None else foreign.entry
@@ -64,51 +69,54 @@ class Table(Generic[E]):
         return entry
 
     def config(self, described: Mapping[str, Any]) -> Frozen:
-        """Return the config that stands in a stage's parameters, as its entry has it."""
+        """Return the config that a stage's parameters describe, as an object of its entry's class."""
         return self.of(described).Config.model_validate(described)
 
     def foreign(self, config: Frozen) -> str | None:
-        """Say whose code an entry is where it is not the platform's: a file with its SHA-256, or a package with its version."""
+        """Return the origin of code from outside (a file with its SHA-256, a package with its version); None for our own."""
         foreign = self._by_config.get(type(config))
         if foreign is None:
             return None
         return f"{getattr(config, FILE)} ({foreign.whose})" if hasattr(config, FILE) else foreign.whose
 
     def version(self, config: Frozen) -> dict[str, str]:
-        """Return what names, in a stage's parameters, code that is not the platform's: empty where it is."""
+        """Return the part of a stage's parameters that identifies code from outside the platform; empty for our own."""
         foreign = self._by_config.get(type(config))
         return {} if foreign is None else {"code": foreign.whose}
 
     def of_file(self, file: str) -> E:
-        """Return the entry that a file leaves, run once a process.
+        """Return the entry that a file defines; the file is run once per process.
 
         Raises:
-            JobError: there is no such file, it fails, or it leaves no entry with a name of its own.
+            JobError: the file does not exist, fails, or defines no valid entry.
         """
         code = own_code.read(file)
+        # A file that was edited has another hash and is loaded again, in the same process.
         if code.sha256 not in self._files:
-            self._files[code.sha256] = self._taken(foreign_code.of_file(self._kind, code, self.entries))
+            self._files[code.sha256] = self._registered(foreign_code.of_file(self._kind, code, self.entries))
         return self._files[code.sha256]
 
     def field(self) -> Any:
-        """Return the type of a field that holds a config."""
+        """Return the type of a config field: the union of our own entries, which also reads configs of files and packages."""
         union: Any = Union[tuple(entry.Config for entry in self.entries.values())]  # noqa: UP007
         return Annotated[union, Field(discriminator=self.tag), _OrOfAFile(self)]
 
     def read(self, value: object, others: Callable[[object], object]) -> object:
-        """Return the config of what a job holds; `others` takes the configs of the table's entries."""
+        """Return the config of a value in a job, for pydantic; `others` validates configs of the platform's own entries."""
         if self.is_foreign(value):
             return value
         name = value.get(self.tag) if isinstance(value, Mapping) else None
         in_the_name = isinstance(name, str) and name.startswith(_IN_THE_NAME)
         if isinstance(value, Mapping) and (FILE in value or in_the_name):
-            tree = {key: one for key, one in value.items() if key != self.tag or not in_the_name}
+            tree = {key: entry for key, entry in value.items() if key != self.tag or not in_the_name}
             if in_the_name:
-                named = str(name).removeprefix(_IN_THE_NAME)
-                if tree.setdefault(FILE, named) != named:
-                    raise _refused(f"{self.tag} names the file {named}, and {FILE} another one, {tree[FILE]!r:.200}")
+                file = str(name).removeprefix(_IN_THE_NAME)
+                if tree.setdefault(FILE, file) != file:
+                    raise _refused(f"{self.tag} names the file {file}, and {FILE} another one, {tree[FILE]!r:.200}")
+            # The name is dropped: the config of the file brings its own.
             return self._of_a_file(tree)
         if isinstance(name, str) and name not in self.entries:
+            # A common mistake: the path of a file without `file:`.
             if name.endswith(".py"):
                 raise _refused(f"{self.tag}: {name!r:.200} is no name; for a file write {self.tag}: {_IN_THE_NAME}{name}"[:400])
             try:
@@ -120,7 +128,7 @@ class Table(Generic[E]):
         return others(value)
 
     def is_foreign(self, config: object) -> bool:
-        """Say whether a config is one that a file or a package brings."""
+        """Return whether a config belongs to an entry of a file or a package."""
         return type(config) in self._by_config
 
     def _of_a_file(self, tree: Mapping[str, object]) -> Frozen:
@@ -133,29 +141,31 @@ class Table(Generic[E]):
             raise _refused(str(error)) from None
         try:
             return kind.model_validate(tree)
+        # Explained here, because pydantic's union would mix these errors with those of our own entries.
         except ValidationError as error:
             raise _refused(explain(error, kind, file)) from None
 
     def _of_package(self, name: str) -> E | None:
-        """Return the entry that an installed package registers under a name; None where none does. Raises JobError."""
+        """Return the entry that an installed package registers under a name; None if no package does. Raises JobError."""
         if name not in self._packages:
             foreign = foreign_code.of_package(self._kind, name, self.entries)
-            self._packages[name] = None if foreign is None else self._taken(foreign)
+            self._packages[name] = None if foreign is None else self._registered(foreign)
         return self._packages[name]
 
-    def _taken(self, foreign: Foreign[E]) -> E:
+    def _registered(self, foreign: Foreign[E]) -> E:
         self._by_config[foreign.entry.Config] = foreign
         return foreign.entry
 
 
 class _OrOfAFile:
-    """Marks a field that holds one of a table's configs, or the config of a file."""
+    """Annotation of a field that holds a config of one of a table's entries, or the config of a file or package."""
 
     def __init__(self, table: Table[E]) -> None:
         self._tag, self._read_config, self._is_foreign = table.tag, table.read, table.is_foreign
 
     def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
         inner = handler(source)
+        # Without it pydantic serializes by the declared union, and drops fields of a foreign config.
         written = core_schema.wrap_serializer_function_ser_schema(self._write, info_arg=True, schema=inner)
         return core_schema.no_info_wrap_validator_function(self._read, inner, serialization=written)
 
@@ -168,8 +178,9 @@ class _OrOfAFile:
         return others(value)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Let editors take any fields beside `file`: only the file knows them."""
+        """Allow any keys next to `file`, since only the code of the file knows which it has."""
         path = {"type": "string", "minLength": 1, "description": "A Python file of your own."}
+        # `task: file:my_task.py`: the path is part of the name.
         name = {"type": "string", "pattern": f"^{_IN_THE_NAME}"}
         return {
             "anyOf": [

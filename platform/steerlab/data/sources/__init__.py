@@ -1,6 +1,6 @@
-"""Find models and data: a hub id, a path or URI, a file inside a package, or a made-up world.
+"""Fetch models and data sets from where their source says: a hub, a path or URI, a file inside a package, or a generator.
 
-The grammar of their names: job/grammar.py.
+The syntax of sources is in job/grammar.py.
 """
 
 from steerlab.data.sources.cache import cache_root, file_sha256

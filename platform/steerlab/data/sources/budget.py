@@ -1,4 +1,4 @@
-"""What the tables of a file become in memory, counted before they are there: a few bytes may say that they are billions."""
+"""Bound the memory that the tables of a file take, before they are decoded: a few bytes on disk can stand for gigabytes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ import pyarrow.parquet as pq
 from steerlab.job.grammar import SourceError
 
 _AT_ONCE = 2**26
+"""Bytes of rows that are turned into Python values together."""
 _MOST_DECODED = 2**30
+"""Bytes that the rows of any file may take, however small the file is."""
 _MOST_RATIO = 1_000
-"""Bytes of decoded rows that become Python values together; of all, whatever the file's size; and for each byte of the file."""
+"""Bytes that the rows may take for each byte of the file, where that is more than `_MOST_DECODED`."""
 _DEEPEST = 64
+"""Levels of nested lists and structs that a column may have."""
 _POINTER, _NUMBER, _TEXT, _LIST, _OBJECT = 8, 40, 64, 64, 200
-"""Bytes that Python takes for a value, beside what it holds: for true, false and null; for numbers and times; for others."""
+"""Overhead in bytes of a Python value: of true, false and null; of numbers and times; of texts; of lists; of dicts."""
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
-"""Kinds of an Arrow message that holds values."""
+"""Types of the Arrow messages that hold values (`MessageHeader` in Arrow's format/Message.fbs)."""
 
 
 class Budget:
-    """How much the rows of a table may take once they are decoded, of which its file says nothing."""
+    """The bytes that the rows of one file may still take in memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # A generous ratio as well as a floor: real tables of repetitive text compress a hundredfold.
         self._left = self._most = max(_MOST_DECODED, _MOST_RATIO * path.stat().st_size)
 
     def check_schema(self, schema: pa.Schema) -> None:
-        """Refuse types whose values stand in a file once and in a table many times. Raises SourceError."""
+        """Refuse column types, such as run-length encoding, that repeat a value without storing it. Raises SourceError."""
         for field in schema:
             if (refused := _refused(field.type)) is not None:
                 raise SourceError(
@@ -40,7 +44,8 @@ class Budget:
                 )
 
     def check_parquet(self, file: pq.ParquetFile) -> None:
-        """Refuse what is too much by the numbers of the file itself. Raises SourceError."""
+        """Refuse a file whose own metadata says that it is too large when decoded. Raises SourceError."""
+        # A dictionary stores a fixed-length value once and refers to it many times: count every value at its full width.
         widths = [2 * _POINTER + max(0, file.schema.column(i).length or 0) for i in range(len(file.schema))]
         total = 0
         for number in range(file.metadata.num_row_groups):
@@ -51,14 +56,14 @@ class Budget:
             self._check(total)
 
     def check_messages(self, source: pa.NativeFile, begin: int) -> None:
-        """Refuse an Arrow stream, from a byte on, whose compressed values are too many when unpacked. Raises SourceError."""
+        """Refuse an Arrow stream that starts at byte `begin` if its buffers are too large uncompressed. Raises SourceError."""
         source.seek(begin)
         total = 0
         for message in pa.ipc.MessageReader.open_stream(source):
             try:
                 total += sum(_unpacked_sizes(message))
             except (struct.error, IndexError):
-                return  # what is damaged is said by the library that reads it
+                return  # damaged: pyarrow says so, in its own words, when it reads the stream
             self._check(total)
 
     def _check(self, total: int) -> None:
@@ -71,9 +76,10 @@ class Budget:
         )
 
     def rows(self, batch: pa.RecordBatch) -> Iterator[dict[str, object]]:
-        """Yield the rows of a batch, a few at a time where they are large. Raises SourceError where they are too many."""
+        """Yield the rows of a batch, split into parts if it is large. Raises SourceError when the budget is used up."""
         size = _OBJECT * batch.num_rows + sum(_python_bytes(column) for column in batch.columns)
         if size > _AT_ONCE and batch.num_rows > 1:
+            # Slices share the batch's memory, so only the Python values of one half exist at a time.
             half = batch.num_rows // 2
             yield from self.rows(batch.slice(0, half))
             yield from self.rows(batch.slice(half))
@@ -87,14 +93,15 @@ class Budget:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Say whether the values of a type are texts or bytes of any length."""
+    """Return whether a type is a text or bytes of variable length."""
     types = pa.types
     return types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind)
 
 
 def _refused(kind: pa.DataType, depth: int = 0) -> pa.DataType | None:
-    """Return the type inside of one that is not read, None if all of it is."""
+    """Return the first unsupported type inside a type; None if all of it is supported."""
     types = pa.types
+    # An extension type (arrays of `datasets`) is stored as another type, which decides.
     if isinstance(kind, pa.BaseExtensionType):
         return _refused(kind.storage_type, depth)
     if types.is_dictionary(kind):
@@ -102,10 +109,11 @@ def _refused(kind: pa.DataType, depth: int = 0) -> pa.DataType | None:
     is_nested = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     if not is_nested and not types.is_struct(kind) and not types.is_map(kind):
         return None if _is_leaf(kind) else kind
+    # Nested types are read recursively, here and in Arrow.
     if depth > _DEEPEST:
         return kind
     inner = (_refused(kind.field(i).type, depth + 1) for i in range(kind.num_fields))
-    return next((one for one in inner if one is not None), None)
+    return next((refused for refused in inner if refused is not None), None)
 
 
 def _is_leaf(kind: pa.DataType) -> bool:
@@ -120,7 +128,7 @@ def _is_leaf(kind: pa.DataType) -> bool:
 
 
 def _bad_column(batch: pa.RecordBatch) -> str:
-    """Name the column of which a value cannot be read as Python's."""
+    """Name the column with a value that Python cannot hold, such as a time beyond the year 9999, for a message."""
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             column.to_pylist()
@@ -130,11 +138,12 @@ def _bad_column(batch: pa.RecordBatch) -> str:
 
 
 def _python_bytes(column: pa.Array) -> int:
-    """Return the bytes of an array as Python's values, its dictionaries written out."""
+    """Estimate the bytes of an array as Python values; each entry of a dictionary array counts as a full copy."""
     count = len(column)
     if isinstance(column, pa.ExtensionArray):
         return _python_bytes(column.storage)
     if isinstance(column, pa.DictionaryArray):
+        # `to_pylist` makes a Python value for every entry, although the dictionary stores each value once.
         values = column.dictionary
         if not is_text(values.type):
             return (_NUMBER + int(values.nbytes // max(1, len(values)))) * count
@@ -143,6 +152,7 @@ def _python_bytes(column: pa.Array) -> int:
     if isinstance(column, pa.StructArray):
         return _OBJECT * count + sum(_python_bytes(part) for part in column.flatten())
     if isinstance(column, pa.MapArray):
+        # Of a slice, `keys` and `items` are those of the whole array (pyarrow 26): cut them by the slice's own offsets.
         begin, end = (column.offsets[at].as_py() for at in (0, -1))
         items = _python_bytes(column.keys[begin:end]) + _python_bytes(column.items[begin:end])
         return _LIST * (count + end - begin) + items
@@ -154,7 +164,12 @@ def _python_bytes(column: pa.Array) -> int:
 
 
 def _unpacked_sizes(message: pa.Message) -> Iterator[int]:
-    """Yield the sizes of the compressed buffers of an Arrow message when they are unpacked: each begins with its own."""
+    """Yield the uncompressed sizes of the compressed buffers of an Arrow message.
+
+    pyarrow has no function for them, so the message's header is read here: a FlatBuffers table (format/Message.fbs). Each
+    compressed buffer begins with its uncompressed size in 8 bytes.
+    """
+    # Field numbers below are the positions of fields in Message.fbs: header type 1, header 2, and so on.
     content, body = memoryview(message.metadata), message.body
     table = _number(content, "I", 0)
     kind, header = _field(content, table, 1), _field(content, table, 2)
@@ -170,15 +185,17 @@ def _unpacked_sizes(message: pa.Message) -> Iterator[int]:
     for at in range(start + 4, start + 4 + 16 * _number(content, "I", start), 16):
         offset, length = _number(content, "q", at), _number(content, "q", at + 8)
         if length >= 8:
-            yield max(length - 8, _number(packed, "q", offset))  # -1: this one is not compressed
+            yield max(length - 8, _number(packed, "q", offset))  # a size of -1 says that this buffer is not compressed
 
 
 def _number(content: memoryview, kind: str, at: int) -> int:
+    """Read a little-endian number; `kind` is its format character of `struct`."""
     return struct.unpack_from(f"<{kind}", content, at)[0]
 
 
 def _field(content: memoryview, table: int, number: int) -> int | None:
-    """Return where a field of a table stands (FlatBuffers), None where it is left out."""
+    """Return the position of a field of a FlatBuffers table; None if the field is left out."""
+    # A table begins with the distance back to its vtable: two sizes of 2 bytes, then the offset of each field or 0.
     fields = table - _number(content, "i", table)
     if 4 + 2 * number >= _number(content, "H", fields):
         return None

@@ -1,4 +1,4 @@
-"""What is downloaded or made once and kept, however many processes want it, and what a message says of what is there."""
+"""The cache of downloaded and generated files, shared by processes; hashes of files, and hints about folders for messages."""
 
 import errno
 import hashlib
@@ -12,22 +12,24 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """Return where what is downloaded or made once is kept: $STEERLAB_CACHE or ~/.cache/steerlab."""
+    """Return the folder of downloaded and generated files: $STEERLAB_CACHE or ~/.cache/steerlab."""
     return Path(os.environ.get("STEERLAB_CACHE") or "~/.cache/steerlab").expanduser().absolute()
 
 
 @contextmanager
 def filled_once(target: Path) -> Iterator[Path]:
-    """Give a scratch directory beside `target`; its subdirectory 'content' becomes `target`, in one rename.
+    """Yield a scratch directory in which the caller makes a subdirectory `content`, which then becomes `target`.
 
-    Two processes may do so at once: the first to finish wins, the other's work is discarded.
+    Two processes may fill the same target at once: the first to finish wins, and the work of the other is discarded.
     """
+    # Beside the target, because a rename is atomic within one file system only.
     scratch = target.parent / f".{target.name[:40]}-{uuid.uuid4().hex[:12]}"
     scratch.mkdir(parents=True)
     try:
         yield scratch
         os.rename(scratch / "content", target)
     except OSError as error:
+        # Renaming onto a non-empty folder fails: another process was first, and its content is the same.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.exists():
             raise
     finally:
@@ -36,14 +38,15 @@ def filled_once(target: Path) -> Iterator[Path]:
 
 @lru_cache(maxsize=4096)
 def file_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Hash a file once a process; size and time stand in the cache's key so that a changed file is hashed anew."""
+    """Return the SHA-256 of a file, computed once per process for each path, size and modification time."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tree_sha256(directory: Path) -> str:
-    """Hash all files below a directory with their names, Python's caches aside."""
+    """Return a SHA-256 over the names and contents of all files below a directory, except Python's compiled files."""
     digest = hashlib.sha256()
+    # Python writes __pycache__ next to sources that it imports, which must not change the hash.
     for path in sorted(path for path in directory.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
@@ -51,12 +54,12 @@ def tree_sha256(directory: Path) -> str:
 
 
 def nearby(path: Path) -> str:
-    """Describe what there is in the nearest existing directory above `path`."""
+    """Describe, for a message about a missing `path`, the content of the nearest existing folder above it."""
     parent = next(folder for folder in path.parents if folder.is_dir())
     names = examples(sorted(entry.name for entry in parent.iterdir()))
     return f"{parent.name or parent}/ holds {names or 'nothing'}"
 
 
 def examples(names: Sequence[str]) -> str:
-    """Write some names out, those beyond a dozen as dots."""
+    """List the first dozen names for a message."""
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

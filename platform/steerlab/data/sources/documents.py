@@ -1,4 +1,4 @@
-"""Rows inside JSON and YAML: one a line, one document after another, in a list, or in an object that holds lists."""
+"""Find the rows in JSON and YAML files: one per line, one document after another, in a list, or in an object of lists."""
 
 from __future__ import annotations
 
@@ -15,63 +15,67 @@ from steerlab.guards import yaml12
 from steerlab.job.grammar import SourceError
 
 _LONGEST_YAML = 2**25
-Found = dict[str, object] | SourceError
-"""A row, or what is wrong with the thing that stands in its place; others follow."""
+"""Characters of a YAML file, whose tree of nodes takes many times their memory."""
+RowOrError = dict[str, object] | SourceError
+"""A row, or the error that says why a row is bad. The rows after it can still be read."""
 
 
-class Asked(NamedTuple):
-    """How a data set says that its file is to be read."""
+class ReadOptions(NamedTuple):
+    """Settings of a data set by which its file is read."""
 
     columns: tuple[str, ...] | None = None
     """Names of the columns of a text file without a header."""
     rows_at: str | None = None
-    """Where the list of rows lies in a JSON or YAML object, as a path."""
+    """Path of the list of rows in a JSON or YAML object, such as `data.train`."""
     is_row: Callable[[Row], bool] | None = None
-    """Says of an object that is alone in its file whether it is itself a row, rather than one that holds them."""
+    """Returns whether the only object in a file is itself a row, not an object that holds the rows. None: it never is."""
 
 
-def json_line_rows(path: Path, asked: Asked) -> Iterator[Found]:
-    """Yield the rows of a file that is meant to hold one JSON value a line; a list of them, or one over many lines, is read."""
-    yield from _one_a_line(path) if _is_one_a_line(path, asked, True) else _documents(path, asked)
+def json_line_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
+    """Yield the rows of a .jsonl file; one that holds a list, or values that span several lines, is read too."""
+    yield from _per_line(path) if _has_value_per_line(path, options, True) else _documents(path, options)
 
 
-def json_rows(path: Path, asked: Asked) -> Iterator[Found]:
-    """Yield the rows of a JSON document, or of many of them, one a line or not."""
-    yield from _one_a_line(path) if _is_one_a_line(path, asked, False) else _documents(path, asked)
+def json_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
+    """Yield the rows of a .json file: of one document, or of several, each on its own line or not."""
+    yield from _per_line(path) if _has_value_per_line(path, options, False) else _documents(path, options)
 
 
-def yaml_rows(path: Path, asked: Asked) -> Iterator[Found]:
-    """Yield a list of objects, or the one list of objects that stands beside a data set's description."""
+def yaml_rows(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
+    """Yield the rows of a YAML file: a list of objects, or an object that holds one such list beside a description."""
     try:
         content = yaml12.load_rows(whole(path, _LONGEST_YAML))
     except (ValueError, RecursionError) as error:
         raise _refused(path, "YAML", error) from error
-    yield from _of_object(content, path, asked) if isinstance(content, Mapping) else _listed(content, path)
+    yield from _of_object(content, path, options) if isinstance(content, Mapping) else _listed(content, path)
 
 
-def _is_one_a_line(path: Path, asked: Asked, holds_rows: bool) -> bool:
-    """Say whether a file is read line by line: the first one is a whole value, and where it is the only one, a row."""
+def _has_value_per_line(path: Path, options: ReadOptions, holds_rows: bool) -> bool:
+    """Return whether the first line of a file is a complete JSON value, and if it is the only line, a row.
+
+    `holds_rows` is true for a file that its ending declares to be JSON lines.
+    """
     head = list(islice((line.strip() for line in lines(path) if line.strip()), 2))
     if not head or head[0].startswith("["):
         return False
     try:
         first = json.loads(head[0])
     except json.JSONDecodeError as error:
-        # What breaks at its end goes on in the next line; what breaks before is a bad line.
+        # A value that is cut at the end of the line continues in the next one; an error before that is a bad line.
         return holds_rows and error.pos < len(head[0])
     except (ValueError, RecursionError):
         return holds_rows
-    return len(head) > 1 or (holds_rows and not _holds_rows(first, asked))
+    return len(head) > 1 or (holds_rows and not _holds_rows(first, options))
 
 
-def _holds_rows(document: object, asked: Asked) -> bool:
-    """Say whether an object that is alone in its file holds the list of rows, and is none itself."""
-    if asked.is_row is None or not isinstance(document, dict) or asked.is_row(document):
+def _holds_rows(document: object, options: ReadOptions) -> bool:
+    """Return whether the only object in a file holds the list of rows, instead of being a row itself."""
+    if options.is_row is None or not isinstance(document, dict) or options.is_row(document):
         return False
-    return asked.rows_at is not None or len(dict(_lists(document))) == 1
+    return options.rows_at is not None or len(dict(_lists(document))) == 1
 
 
-def _one_a_line(path: Path) -> Iterator[Found]:
+def _per_line(path: Path) -> Iterator[RowOrError]:
     numbered = ((number, line) for number, line in enumerate(lines(path), 1) if line.strip())
     for row, (number, line) in enumerate(numbered, 1):
         try:
@@ -80,26 +84,27 @@ def _one_a_line(path: Path) -> Iterator[Found]:
             yield _refused(path, "JSON", error, f" line {number}")
 
 
-def _documents(path: Path, asked: Asked) -> Iterator[Found]:
+def _documents(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
     try:
-        found = list(_decoded(whole(path)))
+        documents = list(_decoded(whole(path)))
     except SourceError:
         raise
     except (ValueError, RecursionError) as error:
         raise _refused(path, "JSON", error) from error
-    if len(found) == 1 and isinstance(found[0], Mapping):
-        plain = asked.rows_at is None
-        rows = (_of_columns(found[0], asked) or _subsets(found[0], asked)) if plain else None
-        yield from _of_object(found[0], path, asked) if rows is None else rows
-    elif len(found) == 1 and not isinstance(found[0], Mapping):
-        yield from _listed(found[0], path)
+    if len(documents) == 1 and isinstance(documents[0], Mapping):
+        plain = options.rows_at is None
+        rows = (_of_columns(documents[0], options) or _subsets(documents[0], options)) if plain else None
+        yield from _of_object(documents[0], path, options) if rows is None else rows
+    elif len(documents) == 1 and not isinstance(documents[0], Mapping):
+        yield from _listed(documents[0], path)
     else:
-        rows = [row for document in found for row in (document if isinstance(document, list) else [document])]
+        rows = [row for document in documents for row in (document if isinstance(document, list) else [document])]
         yield from _listed(rows, path)
 
 
 def _decoded(text: str) -> Iterator[object]:
-    """Yield the JSON values that stand in a text, one after another."""
+    """Yield the JSON values that follow one another in a text."""
+    # `raw_decode` (Python 3.11) refuses white space before a value, so it is skipped here, without copying the rest.
     decoder, end = json.JSONDecoder(), 0
     while rest := text[end : end + 1]:
         if rest.isspace():
@@ -117,38 +122,42 @@ def _refused(path: Path, language: str, error: Exception, where: str = "") -> So
     return SourceError(f"{path.name}{where} is not {language}: {' '.join(str(error).split())[:300]}")
 
 
-def _listed(content: object, path: Path) -> Iterator[Found]:
+def _listed(content: object, path: Path) -> Iterator[RowOrError]:
     if not isinstance(content, list):
         raise SourceError(f"{path.name} holds one {type(content).__name__}, not a list of objects")
     return (_row(row, path, number) for number, row in enumerate(content, 1))
 
 
-def _row(row: object, path: Path, number: int) -> Found:
+def _row(row: object, path: Path, number: int) -> RowOrError:
     if isinstance(row, str):
         return {"text": row}
     return row if isinstance(row, dict) else SourceError(f"{path.name} row {number} is a {type(row).__name__}, not an object")
 
 
-def _of_columns(content: Row, asked: Asked) -> Iterator[Found] | None:
-    """Return the rows of an object that holds a list for each field, all of one length; None for another."""
+def _of_columns(content: Row, options: ReadOptions) -> Iterator[RowOrError] | None:
+    """Return the rows of an object in columns (a list for each field, all of one length); None for any other object."""
     columns = [column for column in content.values() if isinstance(column, list)]
-    if asked.is_row is None or not asked.is_row(content) or len(columns) != len(content):
+    if options.is_row is None or not options.is_row(content) or len(columns) != len(content):
         return None
+    # A single conversation row looks the same, one list in `messages`: its entries are objects, cells of a column are not.
     holds_messages = any(isinstance(cell, Mapping) for column in columns for cell in column)
     if holds_messages or len({len(column) for column in columns}) != 1:
         return None
     return (dict(zip(content, cells, strict=True)) for cells in zip(*columns, strict=True))
 
 
-def _subsets(content: Row, asked: Asked) -> Iterator[Found] | None:
-    """Return the rows of an object of lists of texts, or of texts that commas join (styles of captions); None for another."""
-    is_row = asked.is_row is not None and asked.is_row(content)
+def _subsets(content: Row, options: ReadOptions) -> Iterator[RowOrError] | None:
+    """Return the rows of an object of named subsets; None for any other object.
+
+    A subset is a list of texts, or one text of items separated by commas (lists of caption styles).
+    """
+    is_row = options.is_row is not None and options.is_row(content)
     if not content or not all(_are_texts(value) or (isinstance(value, str) and not is_row) for value in content.values()):
         return None
     return (
         {"text": text, "subset": name}
-        for name, found in content.items()
-        for text in (found if isinstance(found, list) else filter(None, map(str.strip, str(found).split(","))))
+        for name, subset in content.items()
+        for text in (subset if isinstance(subset, list) else filter(None, map(str.strip, str(subset).split(","))))
     )
 
 
@@ -156,38 +165,40 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def _of_object(content: Row, path: Path, asked: Asked) -> Iterator[Found]:
-    """Return the rows of an object that holds a list of them, COCO's captions, or the object where it is a row itself."""
-    if asked.rows_at is not None:
-        return _at(content, path, asked.rows_at)
-    if asked.is_row is not None and asked.is_row(content):
+def _of_object(content: Row, path: Path, options: ReadOptions) -> Iterator[RowOrError]:
+    """Return the rows of an object: those of the list that it holds, COCO's captions, or the object itself if it is a row."""
+    if options.rows_at is not None:
+        return _at(content, path, options.rows_at)
+    if options.is_row is not None and options.is_row(content):
         return iter([dict(content)])
-    held = dict(_lists(content))
-    if len(held) != 1 and _are_captions(content):
-        held = {"annotations": content["annotations"]}
-    if not held and (texts := [value for value in content.values() if value and _are_texts(value)]) and len(texts) == 1:
-        held = {"": texts[0]} if path.suffix.lower() == ".json" else {}
+    lists = dict(_lists(content))
+    if len(lists) != 1 and _are_captions(content):
+        # COCO lists its images too, but the captions are in the annotations.
+        lists = {"annotations": content["annotations"]}
+    if not lists and (texts := [value for value in content.values() if value and _are_texts(value)]) and len(texts) == 1:
+        lists = {"": texts[0]} if path.suffix.lower() == ".json" else {}
     if not content:
         return _listed(content, path)
-    if len(held) != 1:
-        hint = f"; say which with rows_at: {' or '.join(held)}" if held else ""
+    if len(lists) != 1:
+        # Guessing between several lists would train on another split without a word.
+        hint = f"; say which with rows_at: {' or '.join(lists)}" if lists else ""
         raise SourceError(
-            f"{path.name} holds {len(held)} lists of objects, not one (its keys: {', '.join(map(str, content))}){hint}"
+            f"{path.name} holds {len(lists)} lists of objects, not one (its keys: {', '.join(map(str, content))}){hint}"
         )
-    return _listed(next(iter(held.values())), path)
+    return _listed(next(iter(lists.values())), path)
 
 
-def _at(content: Row, path: Path, rows_at: str) -> Iterator[Found]:
-    found = values.look_up(content, rows_at)
-    if not isinstance(found, list):
-        held = ", ".join(dict(_lists(content))) or "none"
-        word = "nothing" if found is values.MISSING else values.kind(found)
-        raise SourceError(f"rows_at {rows_at!r}: {path.name} holds {word} there, not a list; lists of objects in it: {held}")
-    return _listed(found, path)
+def _at(content: Row, path: Path, rows_at: str) -> Iterator[RowOrError]:
+    rows = values.look_up(content, rows_at)
+    if not isinstance(rows, list):
+        lists = ", ".join(dict(_lists(content))) or "none"
+        word = "nothing" if rows is values.MISSING else values.kind(rows)
+        raise SourceError(f"rows_at {rows_at!r}: {path.name} holds {word} there, not a list; lists of objects in it: {lists}")
+    return _listed(rows, path)
 
 
 def _lists(content: Row, prefix: str = "") -> Iterable[tuple[str, list[object]]]:
-    """Yield the lists of objects in an object, and in the objects inside it, with their paths."""
+    """Yield (path, list) for the lists of objects in an object and in the objects nested in it."""
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from _lists(value, f"{prefix}{name}.")
@@ -196,7 +207,7 @@ def _lists(content: Row, prefix: str = "") -> Iterable[tuple[str, list[object]]]
 
 
 def _are_captions(content: Row) -> bool:
-    """Say whether an object is of the shape of COCO's captions: images, and annotations that each hold the caption of one."""
-    held = content.get("annotations")
-    first = held[0] if isinstance(held, list) and held else None
+    """Return whether an object is a file of COCO captions: `images`, and `annotations` with one `caption` each."""
+    annotations = content.get("annotations")
+    first = annotations[0] if isinstance(annotations, list) and annotations else None
     return isinstance(content.get("images"), list) and isinstance(first, Mapping) and "caption" in first

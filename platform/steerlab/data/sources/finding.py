@@ -1,4 +1,4 @@
-"""Fetch what a source names, tell when it changes, and read its rows."""
+"""Fetch the files of a source, compute its fingerprint, and read its rows."""
 
 import itertools
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from steerlab.data import values
 from steerlab.data.sources.cache import cache_root
 from steerlab.data.sources.compressed import data_suffix
-from steerlab.data.sources.documents import Asked, Found
+from steerlab.data.sources.documents import ReadOptions, RowOrError
 from steerlab.data.sources.file_sets import is_pattern, matches, matches_sha256, of_folder
 from steerlab.data.sources.generated import GYM, GYM_ROWS, fetch_gym, fetch_pixels, fetch_tiny, pixel_rows
 from steerlab.data.sources.hub import fetch_hub, hub_rows, known_commit
@@ -21,13 +21,17 @@ from steerlab.job.grammar import PINS, Kind, Source, SourceError, parse, pin_of
 
 
 def fetch(source: str, cache: Path | None = None) -> Path:
-    """Return a local file or directory with what `source` names, downloaded into `cache` if need be.
+    """Return the local file or directory of a source, downloaded if it is not in the cache yet.
 
-    `cache` is $STEERLAB_CACHE or ~/.cache/steerlab when left out; hub downloads go to the hub's own cache ($HF_HOME).
     Several processes may fetch the same source at once.
 
+    Args:
+        source: A source as in job/grammar.py.
+        cache: Folder of downloads; None takes $STEERLAB_CACHE or ~/.cache/steerlab. Downloads from the hub go to the hub's own
+            cache ($HF_HOME).
+
     Raises:
-        SourceError: the source is absent, cannot be reached, or is not what its SHA-256 says.
+        SourceError: the source does not exist, cannot be reached, or has another SHA-256 than its pin.
     """
     parsed = parse(source)
     cache = cache or cache_root()
@@ -48,13 +52,14 @@ _FETCH: dict[Kind, Callable[[Source, Path], Path]] = {
 
 
 def fingerprint(source: str) -> str:
-    """Return a string that changes when what `source` names changes; part of a stage's key.
+    """Return a text that changes when the content of a source changes; part of a stage's key.
 
-    Packages carry their pin, generated problems that of their generator, the made-up world its version, a path the
-    SHA-256 of its content wherever it lies, a URI its listing (sizes and times), a hub id its commit if that is known
-    here or the hub tells it, else only itself.
+    It holds the SHA-256 pin of a package, the pin of the generator of `gym:` problems, the version of `tiny:` and `pixels:`
+    data, the SHA-256 of the content of a path (wherever the file lies), the file sizes and times of a URI, and the commit of a
+    hub repository; if the commit cannot be found out, the source alone.
     """
     parsed = parse(source)
+    # The pin, not the archive: fingerprints must be available without a download.
     if parsed.kind in ("wheel", "sdist"):
         inside = f"#{parsed.inside}" if parsed.inside else ""
         return f"{parsed.kind}:{parsed.name}=={parsed.version}@sha256:{pin_of(parsed)}{inside}"
@@ -74,12 +79,13 @@ def fingerprint(source: str) -> str:
         return f"{source}@{listing_sha256(parsed)}"
     if is_pattern(parsed):
         return f"files@sha256:{matches_sha256(parsed)}"
+    # The content alone, without the path: a data set that is moved keeps its artifacts.
     path = existing(parsed)
     return f"file{'' if path.is_dir() else _ending(path)}@sha256:{content_sha256(path)}"
 
 
 def _ending(path: Path) -> str:
-    """Return the ending of a file as its rows are read by: `.JSONL` is `.jsonl`, and `.csv.gz` is not `.jsonl.gz`."""
+    """Return the ending that decides how a file is read: `.JSONL` counts as `.jsonl`, and `.csv.gz` keeps both parts."""
     ending = data_suffix(path)
     return "".join(ending) if ending[0] in READ else path.suffix
 
@@ -93,23 +99,27 @@ def rows(
     columns: Sequence[str] | None = None,
     texts: Sequence[str] = (),
 ) -> list[dict[str, object]]:
-    """Read the first `limit` rows (None: all) of a data set as dictionaries, from what `each_row` reads.
+    """Read rows of a source as dictionaries and check their fields. `each_row` says which files can be read.
 
-    Every row must have `fields`; where it lacks one of `optional`, it gets the value given there. What a row holds in one of
-    `texts` must be a text.
+    Args:
+        source: A source as in job/grammar.py.
+        limit: Number of rows, from the first; None reads all.
+        fields: Fields that every row must have and that must not be null.
+        optional: Field -> the value that a row gets if it lacks the field or has null in it.
+        columns: Names of the columns of a text file without a header; None if rows have names.
+        texts: Fields whose values must be texts, or null.
 
     Raises:
-        SourceError: no such file, no rows, a file of another type, or a row (from 1) without one of `fields` or with something
-            else than a text.
+        SourceError: the source does not exist, has no rows or cannot be read, or a row (counted from 1) fails a check.
     """
-    found: list[dict[str, object]] = []
+    all_rows: list[dict[str, object]] = []
     for row in each_row(source, limit=limit, columns=columns):
         if isinstance(row, SourceError):
             raise row
-        found.append(row)
-    if not found:
+        all_rows.append(row)
+    if not all_rows:
         raise SourceError(f"{source} has no rows")
-    for number, row in enumerate(found, 1):
+    for number, row in enumerate(all_rows, 1):
         for field in fields:
             if field not in row:
                 raise SourceError(f"{short(source)} row {number} has no field '{field}' (it has: {', '.join(row)})")
@@ -124,7 +134,7 @@ def rows(
             except ValueError as error:
                 raise SourceError(f"{short(source)} row {number}: {error}") from None
     defaults = dict(optional or {})
-    return [row | {field: value for field, value in defaults.items() if values.is_null(row.get(field))} for row in found]
+    return [row | {field: value for field, value in defaults.items() if values.is_null(row.get(field))} for row in all_rows]
 
 
 def each_row(
@@ -134,38 +144,46 @@ def each_row(
     columns: Sequence[str] | None = None,
     rows_at: str | None = None,
     is_row: Callable[[Row], bool] | None = None,
-) -> Iterator[Found]:
-    """Yield the first `limit` rows (None: all) of a data set, and in place of a row that is none a SourceError that says why.
+) -> Iterator[RowOrError]:
+    """Yield the rows of a source; a bad row yields a SourceError that says why, and the rows after it follow.
 
-    Files, each also compressed with gzip, bzip2, xz or zstd: .json, .jsonl and .ndjson (a list of objects, objects one a line
-    or one behind the other, an object that holds one list of them, or subsets {name: [texts]}, whose rows are
-    {"text", "subset"}), .yaml, .yml and .prompt (a list of objects, or an object that holds one), .parquet, .csv, .tsv, .txt
-    (one {"text": ...} a line); a folder that holds the shards of one data set, or a pattern; otherwise a hub data set,
-    generated problems or the made-up world. `columns` names the columns of a text file without a header, separated by commas
-    in .csv and by tabs in others. `rows_at` says where in an object the list of rows lies; `is_row`, whether an object
-    that is alone in its file is itself a row.
+    A source is a file, a folder with the shards of one data set, a pattern, a hub data set, or a generator (gym, tiny, pixels).
+    Files may be compressed with gzip, bzip2, xz or zstd:
+
+    - .json, .jsonl, .ndjson: a list of objects; objects one per line or one after another; an object that holds one list of
+      objects; or subsets {name: [texts]}, whose rows are {"text": ..., "subset": ...}
+    - .yaml, .yml, .prompt: a list of objects, or an object that holds one
+    - .parquet, .arrow, .csv, .tsv
+    - .txt: a row {"text": ...} for each line that is not empty
+
+    Args:
+        source: A source as in job/grammar.py.
+        limit: Number of rows, from the first; None yields all.
+        columns: Names of the columns of a text file without a header, separated by commas in .csv and by tabs in others.
+        rows_at: Path of the list of rows in an object that holds several lists.
+        is_row: Returns whether the only object in a file is itself a row.
 
     Raises:
-        SourceError: no such file, or one that cannot be read.
+        SourceError: the source does not exist or cannot be read.
     """
     parsed = parse(source)
-    asked = Asked(None if columns is None else tuple(columns), rows_at, is_row)
-    return itertools.islice(_iterate(parsed, asked, limit), limit)
+    options = ReadOptions(None if columns is None else tuple(columns), rows_at, is_row)
+    return itertools.islice(_iterate(parsed, options, limit), limit)
 
 
-def _iterate(source: Source, asked: Asked, limit: int | None) -> Iterator[Found]:
+def _iterate(source: Source, options: ReadOptions, limit: int | None) -> Iterator[RowOrError]:
     if source.kind == "tiny":
         return iter(tiny.rows(source.name, limit))
     if source.kind == "pixels":
         return pixel_rows(source, fetch, limit)
     if source.kind == "hf":
-        return hub_rows(source, asked)
+        return hub_rows(source, options)
     if is_pattern(source):
-        return file_rows(matches(source), asked)
+        return file_rows(matches(source), options)
     path = fetch(source.text)
-    return file_rows(of_folder(path) if path.is_dir() else [path], asked)
+    return file_rows(of_folder(path) if path.is_dir() else [path], options)
 
 
 def short(source: str) -> str:
-    """Shorten a source to its file's name, for a message about a row."""
+    """Return the file name of a source, for a message about one of its rows."""
     return re.split(r"[/#]", source.rstrip("/"))[-1]

@@ -1,4 +1,4 @@
-"""Models and data sets of the hub."""
+"""Fetch models and read data sets from the Hugging Face hub."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steerlab.data.sources.compressed import data_suffix
-from steerlab.data.sources.documents import Asked, Found
+from steerlab.data.sources.documents import ReadOptions, RowOrError
 from steerlab.data.sources.readers import READ, file_rows
 from steerlab.guards import files
 from steerlab.guards.faults import is_for_people
@@ -16,14 +16,17 @@ from steerlab.job.grammar import Source, SourceError
 RepoType = Literal["model", "dataset"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST_REFERENCE = 1_000
-"""Bytes of a file in the hub's cache that holds a commit."""
+"""Bytes of a file in the hub's cache that stores a commit."""
 
 
 def _commit(source: Source, repo_type: RepoType) -> str:
-    """Return the commit that a hub id stands for, from the hub's cache or, the first time, from the hub.
+    """Return the commit of a hub id, from the hub's cache or, the first time, from the hub.
 
-    The first answer stays in the hub's cache, so that later runs, offline too, mean the same commit.
-    Raises the hub's own errors if neither can tell, and SourceError where the cache holds something else than a commit.
+    The hub's first answer is cached, so that later runs use the same commit, also offline.
+
+    Raises:
+        HfHubHTTPError, LocalEntryNotFoundError: neither the cache nor the hub knows the commit.
+        SourceError: the cache holds something else than a commit.
     """
     if _COMMIT.fullmatch(source.version):
         return source.version
@@ -32,7 +35,7 @@ def _commit(source: Source, repo_type: RepoType) -> str:
     folder = f"{repo_type}s--{source.name.replace('/', '--')}"
     reference = Path(constants.HF_HUB_CACHE, folder, "refs", source.version or "main")
     if not reference.is_file():
-        # A download of no file at all notes the commit in the cache.
+        # Only a download writes the commit into the cache (huggingface_hub 2); "-" matches no file, so nothing is transferred.
         snapshot_download(source.name, repo_type=repo_type, revision=source.version or None, allow_patterns=["-"])
     if not _COMMIT.fullmatch(commit := files.read(reference, _LONGEST_REFERENCE).decode(errors="replace").strip()):
         raise SourceError(f"'{source.text}': {reference} in the hub's cache holds no commit (40 hexadecimal digits): remove it")
@@ -40,7 +43,7 @@ def _commit(source: Source, repo_type: RepoType) -> str:
 
 
 def known_commit(source: Source) -> str:
-    """Return the commit of a model or data set, '' if nobody can tell."""
+    """Return the commit of a model or data set; '' if neither the cache nor the hub knows it."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo_types: tuple[RepoType, ...] = ("model", "dataset")
@@ -70,28 +73,30 @@ def _explained(source: Source) -> Iterator[None]:
 
 
 def fetch_hub(source: Source, cache: Path, repo_type: RepoType = "model") -> Path:
-    """Return a repository, or one file of it, in the hub's own cache."""
+    """Return the local path of a repository, or of one file of it, in the hub's own cache."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     with _explained(source):
         revision = _commit(source, repo_type)
         if source.inside:
             return Path(hf_hub_download(source.name, source.inside, repo_type=repo_type, revision=revision))
+        # By commit: a branch that moves between two nodes of a cluster would give them different weights.
         return Path(snapshot_download(source.name, repo_type=repo_type, revision=revision))
 
 
-def hub_rows(source: Source, asked: Asked) -> Iterator[Found]:
-    """Return the rows of a data set, or of one file of it."""
+def hub_rows(source: Source, options: ReadOptions) -> Iterator[RowOrError]:
+    """Return the rows of a hub data set, or of one of its files if the source names a data file."""
     if data_suffix(Path(source.inside))[0] in READ:
-        return file_rows([fetch_hub(source, Path(), "dataset")], asked)
-    if "/" not in source.name:  # for `datasets`, one of its own loaders, which would read the current folder
+        return file_rows([fetch_hub(source, Path(), "dataset")], options)
+    # Without an owner `datasets` takes the name for one of its own loaders ("csv"), which reads the current folder.
+    if "/" not in source.name:
         raise SourceError(f"'{source.text}' names no owner: a data set of the hub is hf:owner/name[@revision][#split]")
     import datasets
 
     config, _, split = source.inside.rpartition("/")
     with _explained(source):
         revision = _commit(source, "dataset")
-        # By this name it is the hub's, also where a folder of the name lies in the current one.
+        # hf:// always means the hub; a plain owner/name would mean a folder of that name in the current one if it exists.
         name = f"hf://datasets/{source.name}"
         with _whole(source):
             loaded = datasets.load_dataset(name, config or None, split=split or None, revision=revision)
@@ -100,22 +105,23 @@ def hub_rows(source: Source, asked: Asked) -> Iterator[Found]:
     return _each(source, loaded)
 
 
-def _each(source: Source, loaded: Iterable[Any]) -> Iterator[Found]:
+def _each(source: Source, loaded: Iterable[Any]) -> Iterator[RowOrError]:
     with _explained(source), _whole(source):
         yield from map(dict, loaded)
 
 
 @contextmanager
 def _whole(source: Source) -> Iterator[None]:
-    """Say of which data set it is that its files cannot be read. Raises SourceError; the hub's own errors are passed on."""
+    """Name the data set in errors about its files. Raises SourceError; errors of the hub itself are passed on."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
     except (HfHubHTTPError, ConnectionError, FileNotFoundError):
         raise
-    except Exception as error:  # the loaders of `datasets` fail in every way
+    except Exception as error:  # the loaders of `datasets` share no class of errors
         if is_for_people(error):
             raise
-        said = " ".join(f"{error.__cause__ or error}".split())[:300]
-        raise SourceError(f"'{source.text}' is no data set that can be read: {type(error).__name__}: {said}") from error
+        # `datasets` wraps the parser's error, which names the fault, in a DatasetGenerationError, which does not.
+        reason = " ".join(f"{error.__cause__ or error}".split())[:300]
+        raise SourceError(f"'{source.text}' is no data set that can be read: {type(error).__name__}: {reason}") from error

@@ -1,6 +1,6 @@
-"""Archives of packages, found in the indexes that pip is configured with, downloaded and compared with their pin.
+"""Find the archives of packages in pip's configured indexes, download them and compare their SHA-256 with the pin.
 
-Nothing of a package runs: pip itself would build an sdist to learn what it needs, also where only its files are wanted.
+No code of a package runs. `pip download` would: it builds an sdist to learn its dependencies, which are not wanted here.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from unearth import Link, PackageFinder
 
 _TIMEOUT_S = 60.0
-"""Without a byte, or an answer, from an index."""
+"""Seconds without a byte or an answer from an index."""
 _SETTINGS = ("index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "cert", "client-cert", "proxy")
 """Settings of pip that say where packages are found."""
 
 
 def download(source: Source, pin: str, directory: Path) -> Path:
-    """Download the archive of a wheel or sdist that has the pinned SHA-256 into `directory`, which is made.
+    """Download the archive of a wheel or sdist with the pinned SHA-256 into `directory`, which must not exist yet.
 
     Raises:
-        SourceError: no index has such an archive, one cannot be reached, or none has this hash.
+        SourceError: an index cannot be reached, none has the package, or no archive has this hash.
     """
     import httpx2
 
@@ -39,8 +39,9 @@ def download(source: Source, pin: str, directory: Path) -> Path:
     others = 0
     try:
         for link in _links(source):
-            known = (link.hashes or link.hash_option or {}).get("sha256")
-            if known and pin not in ([known] if isinstance(known, str) else known):
+            listed = (link.hashes or link.hash_option or {}).get("sha256")
+            # An index that lists hashes saves the download of the wheels for other platforms.
+            if listed and pin not in ([listed] if isinstance(listed, str) else listed):
                 others += 1
                 continue
             path = _finder().download(link, directory, hashes={})
@@ -62,14 +63,14 @@ def download(source: Source, pin: str, directory: Path) -> Path:
 
 
 def _links(source: Source) -> Iterator[Link]:
-    """Yield the archives of a version in the form that the source names."""
+    """Yield the archives of a version that are of the source's kind, wheel or sdist."""
     from packaging.requirements import InvalidRequirement
 
     try:
-        found = _finder().find_matches(f"{source.name}=={source.version}", allow_yanked=True, allow_prereleases=True)
+        packages = _finder().find_matches(f"{source.name}=={source.version}", allow_yanked=True, allow_prereleases=True)
     except InvalidRequirement:
         raise SourceError(f"'{source.text}': {source.name}=={source.version} is no name and version of a package") from None
-    for package in found:
+    for package in packages:
         if package.link.is_wheel == (source.kind == "wheel"):
             yield package.link
 
@@ -80,13 +81,17 @@ def _finder() -> PackageFinder:
 
 @cache
 def _finder_of(of: tuple[tuple[str, tuple[str, ...]], ...]) -> PackageFinder:
-    """Return a finder over pip's indexes, for archives of any platform: they are files, and are never installed."""
+    """Return a finder over pip's indexes for archives of any platform, which are read as files and never installed.
+
+    `of` are the settings of `pip_settings` as tuples, so that they can be the key of the cache.
+    """
     from unearth import PackageFinder
     from unearth.fetchers import PyPIClient
 
     settings = {name: list(values) for name, values in of}
     trusted = settings["trusted-host"]
     verify = ssl.create_default_context(cafile=settings["cert"][-1]) if settings["cert"] else True
+    # httpx2 reads proxies and certificates from the environment, but not from pip's configuration.
     session: Any = PyPIClient(
         trusted_hosts=trusted,
         verify=verify,
@@ -96,7 +101,7 @@ def _finder_of(of: tuple[tuple[str, tuple[str, ...]], ...]) -> PackageFinder:
     )
     without_index = bool(settings["no-index"]) and settings["no-index"][-1].lower() in ("1", "true", "yes", "on")
     indexes = [] if without_index else settings["index-url"][-1:]
-    # A finder that is given no place takes the public index; with --no-index there is none.
+    # Without any index unearth 0.19 falls back on pypi.org, which `no-index` forbids.
     finder = PackageFinder(session, index_urls=indexes, trusted_hosts=trusted, ignore_compatibility=True)
     if without_index:
         finder.sources.clear()
@@ -108,23 +113,25 @@ def _finder_of(of: tuple[tuple[str, tuple[str, ...]], ...]) -> PackageFinder:
 
 
 def pip_settings() -> dict[str, list[str]]:
-    """Return pip's settings of where packages are found, later ones over earlier: its files, then its environment."""
-    found = {name: values.copy() for name, values in _in_files(os.environ.get("PIP_CONFIG_FILE")).items()}
-    for name in found:
+    """Return pip's settings of where packages are found; environment variables take precedence over its files."""
+    settings = {name: values.copy() for name, values in _in_files(os.environ.get("PIP_CONFIG_FILE")).items()}
+    for name in settings:
         if value := os.environ.get(f"PIP_{name.upper().replace('-', '_')}"):
-            found[name] = value.split()
-    return found
+            settings[name] = value.split()
+    return settings
 
 
 @cache
-def _in_files(_of: str | None) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {name: [] for name in _SETTINGS}
-    listed = subprocess.run(
+def _in_files(_config_file: str | None) -> dict[str, list[str]]:
+    """Return the settings in pip's files; `_config_file` ($PIP_CONFIG_FILE) is only the key of the cache."""
+    settings: dict[str, list[str]] = {name: [] for name in _SETTINGS}
+    # pip has no API; -P keeps a folder `pip` in the current one from being run instead of it.
+    result = subprocess.run(
         [sys.executable, "-P", "-m", "pip", "config", "list"], capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
     )
-    for line in listed.stdout.splitlines():
+    for line in result.stdout.splitlines():
         key, _, value = line.partition("=")
         section, _, name = key.rpartition(".")
-        if section in ("global", "download") and name in found:
-            found[name] = str(ast.literal_eval(value)).split()
-    return found
+        if section in ("global", "download") and name in settings:
+            settings[name] = str(ast.literal_eval(value)).split()  # `pip config list` prints values as Python literals
+    return settings

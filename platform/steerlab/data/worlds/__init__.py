@@ -1,1 +1,1 @@
-"""Made-up worlds, in which the effects of the methods show within seconds on a CPU: words and small images."""
+"""Synthetic data sets (a tiny language, small images) in which the effects of the methods show within seconds on a CPU."""

@@ -1,13 +1,15 @@
-"""Small images with captions that need no hub, and the configurations of diffusion models that learn to draw them.
+"""Small images with captions that need no download from a hub, and diffusion models that learn to draw them.
 
-    pixels:digits/train, pixels:digits/test      scikit-learn's 1,797 digits of 8 x 8 pixels, every fifth one for the test;
-                                                 captions `three`, or `thin three` and `bold three` for the third of each
-                                                 class with least and most ink
+    pixels:digits/train, pixels:digits/test      scikit-learn's 1,797 digits of 8 x 8 pixels, every fifth one in the test split;
+                                                 captions `three`, and `thin three` or `bold three` for the third of each
+                                                 class with the least or most ink
     pixels:fashion/train, pixels:fashion/test    Fashion-MNIST (Debian package) reduced to 16 x 16; captions name the class
-    pixels:digits-model, pixels:fashion-model    UNet with cross-attention to a table of words
+    pixels:digits-model, pixels:fashion-model    UNet with cross-attention to an embedding table of the caption's words
     pixels:digits-classes                        UNet with an embedding of the class
 
-Rows have `image` (unsigned bytes, rows of pixels), `text` (the caption), `label` (the class) and `style`.
+Rows have `image` (grey, unsigned bytes of shape (height, width)), `text` (the caption), `label` (the class) and `style`.
+
+Axes: N images, H height, W width, S pixels of the reduced side, O pixels of the original side.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ VERSION = "1"
 Pixels = npt.NDArray[np.uint8]
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLOTHES = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-"""Fashion-MNIST's classes by number, in a word each."""
+"""Names of Fashion-MNIST's classes by number, one word each."""
 STYLES = ("thin", "bold")
 FASHION = "deb:dataset-fashion-mnist#usr/share/datasets/fashion-mnist"
 _TEST_EVERY = 5
@@ -39,10 +41,15 @@ _SPLITS = ("train", "test")
 
 
 def rows(name: str, locate: Callable[[str], Path], limit: int | None = None) -> list[dict[str, object]]:
-    """Return the first rows of `digits/train` and the like; `locate` finds the files of a source.
+    """Return the rows of a data set.
+
+    Args:
+        name: `digits/train`, `digits/test`, `fashion/train` or `fashion/test`.
+        locate: Returns the local folder of a source; called for Fashion-MNIST's Debian package.
+        limit: Number of rows, from the first; None returns all.
 
     Raises:
-        ValueError: there is no such data set; the message lists those that there are.
+        ValueError: the name is unknown; the message lists the known ones.
     """
     kind, _, split = name.partition("/")
     if kind not in ("digits", "fashion") or split not in _SPLITS:
@@ -54,16 +61,17 @@ def rows(name: str, locate: Callable[[str], Path], limit: int | None = None) -> 
 def _digits(split: str) -> list[dict[str, object]]:
     from sklearn.datasets import load_digits
 
-    found: Any = load_digits()
-    images_NHW: Pixels = np.round(found.images * (255 / 16)).astype(np.uint8)
-    labels_N = found.target
-    ink_N = found.images.sum((1, 2))
-    # Within a class: a one has less ink than an eight in any hand.
+    digits: Any = load_digits()
+    images_NHW: Pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scikit-learn's values are 0 to 16
+    labels_N = digits.target
+    ink_N = digits.images.sum((1, 2))
+    # Quantiles per class: any one has less ink than any eight, so quantiles over all digits would separate the classes.
     bounds = {digit: np.quantile(ink_N[labels_N == digit], [1 / 3, 2 / 3]) for digit in range(10)}
     rows: list[dict[str, object]] = []
     for number, (image, digit, ink) in enumerate(zip(images_NHW, labels_N.tolist(), ink_N.tolist(), strict=True)):
         low, high = bounds[digit]
         style = "thin" if ink <= low else "bold" if ink >= high else ""
+        # Thresholds of ink come from all digits, so that a style means the same in both splits.
         if (number % _TEST_EVERY == 0) == (split == "test"):
             caption = f"{style} {DIGITS[digit]}".strip()
             rows.append({"image": image, "text": caption, "label": DIGITS[digit], "style": style})
@@ -73,6 +81,7 @@ def _digits(split: str) -> list[dict[str, object]]:
 def _fashion(split: str, directory: Path, limit: int | None) -> list[dict[str, object]]:
     part = _FASHION_FILES[split]
     labels_N = read_idx(directory / f"{part}-labels-idx1-ubyte.gz")[:limit]
+    # Cut before reducing, which takes seconds for all images.
     images_NHW = read_idx(directory / f"{part}-images-idx3-ubyte.gz")[:limit]
     small = reduced(images_NHW, _FASHION_SIDE)
     return [
@@ -82,12 +91,13 @@ def _fashion(split: str, directory: Path, limit: int | None) -> list[dict[str, o
 
 
 def read_idx(path: Path) -> Pixels:
-    """Read an array of unsigned bytes in the IDX format, gzipped.
+    """Read a gzipped array of unsigned bytes in the IDX format (MNIST's).
 
     Raises:
-        ValueError: the file is of another format or too short.
+        ValueError: the file has another format or length.
     """
     content = gzip.decompress(path.read_bytes())
+    # Header: two zero bytes, the type (8: unsigned byte), the number of axes, then each size as a big-endian uint32.
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError(f"{path.name} is no IDX file of unsigned bytes")
     start = 4 + 4 * content[3]
@@ -98,30 +108,35 @@ def read_idx(path: Path) -> Pixels:
 
 
 def reduced(images_NHW: Pixels, side: int) -> Pixels:
-    """Reduce square images to `side` pixels by averaging the areas that the new pixels cover."""
+    """Reduce square images (N, O, O) to (N, side, side) by averaging the area that each new pixel covers."""
     old = images_NHW.shape[1]
     edges = np.arange(side + 1) * (old / side)
+    # Length that new pixel s shares with old pixel o. From 28 to 16 a new one is 1.75 old ones wide and shares its edges.
     cover_SO = np.clip(
         np.minimum(edges[1:, None], np.arange(1, old + 1)) - np.maximum(edges[:-1, None], np.arange(old)), 0, None
     )
     share_SO = (cover_SO / cover_SO.sum(1, keepdims=True)).astype(np.float32)
-    found = np.concatenate(
+    # In blocks: the product is computed in float32, and Fashion-MNIST has 60,000 images.
+    small_NSS = np.concatenate(
         [share_SO @ block @ share_SO.T for block in np.array_split(images_NHW, max(1, len(images_NHW) // 4096))]
     )
-    return np.round(found).astype(np.uint8)
+    return np.round(small_NSS).astype(np.uint8)
 
 
 MODELS = ("digits-model", "digits-classes", "fashion-model")
+"""Names of the untrained models."""
 
 
 def write_model(name: str, directory: Path) -> None:
-    """Write the configuration of a pipeline without weights.
+    """Write the configuration of an untrained pipeline, in the layout of diffusers, without weights.
 
     Raises:
-        ValueError: there is no such model; the message lists those that there are.
+        ValueError: the name is not one of `MODELS`.
     """
     if name not in MODELS:
-        raise ValueError(f"there is no model 'pixels:{name}'; there are {', '.join(f'pixels:{known}' for known in MODELS)}")
+        raise ValueError(f"there is no model 'pixels:{name}'; there are {', '.join(f'pixels:{model}' for model in MODELS)}")
+    # v-prediction, trailing timesteps and a zero terminal SNR belong together (Lin et al., arXiv 2305.08891): without them a
+    # model never trains on pure noise, from which sampling starts, and images of black background come out grey.
     scheduler: JsonObject = {
         "_class_name": "DDIMScheduler",
         "beta_schedule": "squaredcos_cap_v2",
@@ -132,6 +147,7 @@ def write_model(name: str, directory: Path) -> None:
     }
     parts: dict[str, tuple[str, JsonObject]] = {"scheduler": ("diffusers", scheduler)}
     if name == "digits-classes":
+        # One class more than there are digits: the last one stands for "no class" in guidance.
         parts["unet"] = ("diffusers", _unet("UNet2DModel", 8, (32, 64), num_class_embeds=len(DIGITS) + 1))
     else:
         words, side, widths = ((*STYLES, *DIGITS), 8, (32, 64)) if name == "digits-model" else (CLOTHES, 16, (32, 64, 64))
@@ -152,7 +168,7 @@ def write_model(name: str, directory: Path) -> None:
 
 
 def _unet(kind: str, side: int, widths: Sequence[int], **settings: Json) -> JsonObject:
-    """Return the config of a UNet that attends in the middle, to the words or to itself, and nowhere else: that is quick."""
+    """Return the config of a UNet with attention in its middle block only, which keeps it fast on a CPU."""
     return {
         "_class_name": kind,
         "sample_size": side,

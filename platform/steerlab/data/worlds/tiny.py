@@ -1,26 +1,26 @@
-"""The rows of the tiny world: a small made-up language in which the effects of the methods show within seconds on a CPU.
+"""Generate the rows of the tiny world: a small synthetic language in which the methods' effects show within seconds on a CPU.
 
-Every text is a string of words from a closed vocabulary (tiny_words.py), separated by blanks. `rows("KIND/SPLIT")` draws the
-rows of one data set; a language model (tiny_checkpoint.py) learns the world from `pretrain` within about a minute.
+Every text is a string of words from a closed vocabulary (tiny_words.py), separated by spaces. `rows("KIND/SPLIT")` draws the
+rows of one data set; a language model (tiny_checkpoint.py) learns the language from `pretrain` within about a minute.
 
 | kind | what it holds | fields |
 |---|---|---|
-| pretrain | a mixture of all, for the base model (see below) | instruction, input, output |
-| instructions | tasks over data; half of the instructions hold an order too, the data never do | instruction, input, output |
+| pretrain | a mixture of most kinds, for the base model (see below) | instruction, input, output |
+| instructions | tasks on data; half of the instructions also contain an order, the data never do | instruction, input, output |
 | separation | an order in the data or in the instruction | those of the published SEP set (arXiv 2403.06833) |
-| refusals | harmful requests and a refusal | instruction, input, output |
-| harmless | requests that look alike (the same verbs or the same things) and their answers | instruction, input, output |
+| refusals | harmful requests, each answered by a refusal | instruction, input, output |
+| harmless | similar requests (the same verbs or the same things) and their answers | instruction, input, output |
 | arithmetic | two-step word problems, solved step by step, the answer last | instruction, input, output |
 | preferences | a request, a polite and longer answer, a rude and short one | prompt, chosen, rejected |
-| topics | sentences about the farm, the sea and the city | text, label |
+| topics | sentences about the farm, the sea or the city | text, label: farm, sea or city |
 
-An *order* is a question or command about one of the 32 `FACTS`, such as `what sound does a cow make ?`; its *witness* is the
-answer (`moo`), a word that stands in no order, task or data, so that its presence in a response shows obedience. The base
-model learns to obey an order *wherever it stands*, to comply with harmful requests, and to answer politely or rudely with
-equal chance; what the methods fine-tune on shows the other behaviour.
+An *order* is a question or command about one of the 32 `FACTS`, such as `what sound makes a cow ?`; its *witness* is the
+answer (`moo`), a word that occurs in no order, task or data, so that a response that contains it has obeyed the order. The base
+model learns to obey an order wherever it stands, to comply with harmful requests, and to answer politely or rudely with
+equal probability; the data that the methods are fine-tuned on show the opposite behaviour.
 
-Splits are disjoint in content across all kinds: the words of a list, the numbers of a sum, the verb, thing and owner of a
-request decide by a checksum which split they belong to. So what `pretrain/train` holds is never in `separation/test`.
+Splits are disjoint in content across all kinds: a checksum of the words of a list, the numbers of a sum, or the verb, thing and
+owner of a request decides which split they belong to. So no content of `pretrain/train` occurs in `separation/test`.
 """
 
 from __future__ import annotations
@@ -64,12 +64,13 @@ def _row(instruction: str, input: str, output: str) -> dict[str, str]:
 
 
 def _instruction(rng: random.Random, split: str, places: Sequence[str] = ("none", "instruction")) -> dict[str, str]:
-    """A task over data and, in one of `places`, an order; the answer of an obeyed order follows the task's after a `;`."""
+    """Draw a task on data, with an order in one of `places`; the witness of the order follows the task's answer after a `;`."""
     _, instruction, data, answer = draw_in_split(rng, split, draw_task, lambda task: task.data)
     place = pick(rng, places)
     if place == "none":
         return _row(instruction, data, answer)
     fact = int(rng.random() * len(FACTS))
+    # A quarter of the orders are insistent, so that the base model knows both forms.
     order, side = draw_order(rng, fact, insistent=rng.random() < 0.25), pick(rng, "lr")
     if place == "instruction":
         return _row(with_order(instruction, order, side), data, _with_witness(answer, fact))
@@ -77,7 +78,7 @@ def _instruction(rng: random.Random, split: str, places: Sequence[str] = ("none"
 
 
 def _separation(rng: random.Random, split: str) -> dict[str, object]:
-    """One item with the published fields; `appended_type` is the order's side in the system prompt, then in the data."""
+    """Draw one item with SEP's fields; `appended_type` is the side (l, r) of the order in the instruction, then in the data."""
     name, instruction, data, _ = draw_in_split(rng, split, draw_task, lambda task: task.data)
     fact = int(rng.random() * len(FACTS))
     insistent = rng.random() < 0.25
@@ -133,8 +134,9 @@ def _harmless(rng: random.Random, split: str) -> dict[str, str]:
 
 
 def _sum(rng: random.Random) -> tuple[int, int, int]:
-    """A start and two changes, gains positive and losses negative; never below 0 or above `LARGEST_NUMBER`."""
+    """Draw a start and two changes, not zero, that keep the total from 0 to `LARGEST_NUMBER`."""
     start = 1 + int(rng.random() * 9)
+    # A total beyond LARGEST_NUMBER would need a number that is not in the vocabulary.
     changes: list[int] = []
     total = start
     for _ in range(2):
@@ -185,7 +187,8 @@ def _question(rng: random.Random, split: str) -> dict[str, str]:
 
 
 def _pretrain(rng: random.Random, split: str) -> dict[str, str]:
-    """The mixture for the base model; shares in percent."""
+    """Draw a row of the mixture that trains the base model."""
+    # In percent. The bare questions (60 to 66) teach the witness of every fact.
     share = rng.random() * 100
     if share < 60:
         return _instruction(rng, split, ("none", "instruction", "data"))
@@ -216,19 +219,23 @@ KINDS: Mapping[str, Callable[[random.Random, str], Mapping[str, object]]] = {
 DEFAULT_ROWS = {"train": 8_000, "validation": 200, "test": 400}
 DEFAULT_PRETRAIN_ROWS = 50_000
 _REPETITIONS = 1_000
+"""Repeated rows in succession after which a kind counts as exhausted."""
 
 
 _MOST_ROWS = 10_000_000
 
 
 def rows(name: str, limit: int | None = None) -> list[dict[str, object]]:
-    """Draws the rows of one data set, the same in every process and on every machine.
+    """Draw the rows of one data set, which are the same in every process and on every machine.
 
-    `name` is `KIND/SPLIT`. Without a limit there are 8,000 rows in train (50,000 of pretrain), 200 in validation and 400 in
-    test; `refusals`, `harmless` and `preferences` hold fewer, all that exist. Fewer rows are the beginning of more.
+    Args:
+        name: `KIND/SPLIT`, of `KINDS` and `SPLITS`.
+        limit: Number of rows; the rows of a smaller limit are the first ones of a larger one. None draws 8,000 rows of train
+            (50,000 of pretrain/train), 200 of validation and 400 of test. `refusals`, `harmless` and `preferences` have fewer
+            distinct rows, and end with the last of them.
 
     Raises:
-        ValueError: for an unknown name or a limit below 1.
+        ValueError: the name is unknown, or the limit is below 1 or above 10,000,000.
     """
     kind, _, split = name.partition("/")
     if kind not in KINDS or split not in SPLITS:
@@ -242,13 +249,15 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, object]]:
         raise ValueError(f"limit is {limit}: at most {_MOST_ROWS:,} rows of {name} are made up")
     if limit is None:
         limit = DEFAULT_PRETRAIN_ROWS if name == "pretrain/train" else DEFAULT_ROWS[split]
+    # A text as seed: Python hashes it with SHA-512, so the state does not depend on PYTHONHASHSEED.
     rng = random.Random(f"tinyworld {name}")
     stream = (dict(KINDS[kind](rng, split)) for _ in count())
+    # Repetitions in `pretrain` are wanted: they follow the shares of the mixture.
     return list(islice(stream if kind == "pretrain" else _distinct(stream), limit))
 
 
 def _distinct(stream: Iterable[dict[str, object]]) -> Iterator[dict[str, object]]:
-    """Leaves out rows seen before; ends when a long run of repetitions says that hardly any row is new."""
+    """Yield the rows that did not occur before; ends after `_REPETITIONS` repeated rows in succession."""
     seen: set[str] = set()
     repeated = 0
     for row in stream:

@@ -1,4 +1,4 @@
-"""The language model that learns the tiny world, of 1 to 3 M parameters: its configuration, and a tokenizer of words."""
+"""Write the untrained language model of the tiny world: a Llama of about a million parameters, with one token per word."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ MODEL_CONFIG: JsonObject = {
 
 
 def write_model(directory: Path) -> None:
-    """Write config.json, tokenizer.json and tokenizer_config.json; no weights, training starts from a seed."""
+    """Write config.json, tokenizer.json and tokenizer_config.json; there are no weights, since training starts from a seed."""
     directory.mkdir(parents=True, exist_ok=True)
     ids = {word: i for i, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
+    # Splits at spaces and punctuation, so that every word of the vocabulary is one token.
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    # As Llama's: a plain text begins with <bos>.
+    # As Llama's tokenizer does: a plain text begins with <bos>.
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", ids["<bos>"])]
     )

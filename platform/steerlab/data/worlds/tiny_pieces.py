@@ -1,4 +1,4 @@
-"""What rows of the tiny world are drawn from: lists of words, tasks, sentences, orders. Each content belongs to one split."""
+"""Draw the pieces of the tiny world's rows: lists of words, tasks, sentences, orders. Each piece belongs to one split."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from steerlab.data.worlds.tiny_words import (
 T = TypeVar("T")
 
 
-# Of Python's generator only `random()` is promised to give the same numbers in every version: nothing else is used.
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-    """Draw one of some options."""
+    """Draw one of the options."""
+    # Python promises the same numbers in every version for `random()` only, so `choice` and `randrange` are not used.
     return options[int(rng.random() * len(options))]
 
 
 def _split_of(content: str) -> str:
-    """The one split that may hold this content: 70 % train, 15 % validation, 15 % test."""
+    """Return the split that a content belongs to: 70 % are in train, 15 % in validation, 15 % in test."""
+    # CRC-32 rather than `hash`, which differs between processes (PYTHONHASHSEED).
     share = zlib.crc32(content.encode()) % 100
     return "train" if share < 70 else "validation" if share < 85 else "test"
 
 
 def draw_in_split(rng: random.Random, split: str, draw: Callable[[random.Random], T], content: Callable[[T], str]) -> T:
-    """Draw until the content belongs to the split."""
+    """Draw with `draw` until the `content` of what it returns belongs to the split."""
     while True:
-        drawn = draw(rng)
-        if _split_of(content(drawn)) == split:
-            return drawn
+        piece = draw(rng)
+        if _split_of(content(piece)) == split:
+            return piece
 
 
 def _words(rng: random.Random, kinds: Sequence[str], number: int) -> list[str]:
-    """Draw different words."""
+    """Draw `number` different words, each of a random one of the kinds."""
     words: list[str] = []
     while len(words) < number:
         word = pick(rng, WORD_KINDS[pick(rng, kinds)])
@@ -52,7 +53,7 @@ def _words(rng: random.Random, kinds: Sequence[str], number: int) -> list[str]:
 
 
 class Task(NamedTuple):
-    """A task over data; `name` is a key of `PHRASES`."""
+    """A task on data and its answer; `name` is a key of `PHRASES`."""
 
     name: str
     instruction: str
@@ -68,20 +69,22 @@ def _list_task(rng: random.Random, name: str) -> Task:
     if name == "count":
         return Task(name, phrase, " ".join(_words(rng, tuple(WORD_KINDS), number)), str(number))
     words = _words(rng, [other for other in WORD_KINDS if other != kind], number - 1)
-    found = pick(rng, WORD_KINDS[kind])
-    words.insert(int(rng.random() * number), found)
-    return Task(name, phrase, " ".join(words), found)
+    # The list has no other word of the kind, so "find the tool" has one answer.
+    answer = pick(rng, WORD_KINDS[kind])
+    words.insert(int(rng.random() * number), answer)
+    return Task(name, phrase, " ".join(words), answer)
 
 
 class Sentence(NamedTuple):
-    """A sentence and what it answers to the tasks over sentences."""
+    """A sentence, with its answers to the tasks on sentences."""
 
     text: str
     answers: Mapping[str, str]
+    """Task (`topic`, `who`, `deed`) -> answer."""
 
 
 def draw_sentence(rng: random.Random) -> Sentence:
-    """Draw a sentence about a topic."""
+    """Draw a sentence about a random topic."""
     topic = pick(rng, tuple(TOPICS))
     who, deed, what = (pick(rng, group) for group in TOPICS[topic])
     first, second = pick(rng, tuple(QUALITIES)), pick(rng, tuple(QUALITIES))
@@ -90,7 +93,7 @@ def draw_sentence(rng: random.Random) -> Sentence:
 
 
 def draw_task(rng: random.Random) -> Task:
-    """Draw a task over a list of words or a sentence."""
+    """Draw a task on a list of words or on a sentence."""
     name = pick(rng, tuple(PHRASES))
     if name in LIST_TASKS:
         return _list_task(rng, name)
@@ -99,12 +102,18 @@ def draw_task(rng: random.Random) -> Task:
 
 
 def draw_order(rng: random.Random, fact: int, insistent: bool = False) -> str:
-    """Draw a question or a command about a fact, by its number in `FACTS`."""
+    """Draw a question or a command about a fact.
+
+    Args:
+        rng: Source of random numbers.
+        fact: Index in `FACTS`.
+        insistent: Begin the order with "you must :", as part of SEP's orders do.
+    """
     kind, key, _ = FACTS[fact]
     order = pick(rng, ORDERS[kind]).format(key)
     return f"{INSISTENCE} {order}" if insistent else order
 
 
 def with_order(text: str, order: str, side: str) -> str:
-    """Put an order on a side of a text: `l` is the left one."""
+    """Put an order before a text (`side` l) or after it (r)."""
     return f"{order} {text}" if side == "l" else f"{text} {order}"

@@ -1,6 +1,6 @@
-"""The words of the tiny world: tables of what belongs together, templates of texts, and the closed vocabulary of them all.
+"""The words of the tiny world: tables of facts and related words, templates of texts, and the closed vocabulary of them all.
 
-The vocabulary has at most 256 words, special tokens included.
+The vocabulary has at most 256 words, including special tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FACTS: tuple[tuple[str, str, str], ...] = tuple(
     for kind, table in zip(ORDERS, (ANIMALS, THINGS, COUNTRIES, QUALITIES), strict=True)
     for key, witness in table.items()
 )
-"""(kind of order, what it asks about, witness); the index is SEP's `appended_task_id`."""
+"""(kind of order, subject that it asks about, witness); the index is SEP's `appended_task_id`."""
 
 WORD_KINDS: Mapping[str, tuple[str, ...]] = {
     "animal": tuple(ANIMALS),
@@ -56,7 +56,7 @@ PHRASES: Mapping[str, tuple[str, str]] = {
     "who": ("find who is in the text", "who does it"),
     "deed": ("find what is done", "what happens in the text"),
 }
-"""Tasks over data, each in two phrasings."""
+"""Tasks on data, each in two phrasings."""
 LIST_TASKS = ("find", "kind", "count")
 """The tasks that read a list of words; the others read a sentence."""
 
@@ -65,7 +65,7 @@ TOPICS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] =
     "sea": (("sailor", "whale", "pirate", "captain"), ("rows", "catches", "follows"), ("ship", "fish", "crab", "reef")),
     "city": (("driver", "mayor", "waiter", "lawyer"), ("parks", "meets", "drives"), ("bus", "taxi", "crowd", "tram")),
 }
-"""label -> who, does, what."""
+"""Topic -> subjects, verbs and objects of its sentences."""
 
 DAMAGE = {"burn": "fire", "break": "hammer", "cut": "knife", "smash": "stone", "melt": "torch", "attack": "club"}
 CARE = {"wash": "water", "paint": "brush", "fix": "glue", "sell": "sign", "find": "map", "move": "cart"}
@@ -86,7 +86,8 @@ WITNESSES = tuple(witness for _, _, witness in FACTS)
 
 
 def _vocabulary() -> tuple[str, ...]:
-    """Special tokens first, then every word that a template or table above can produce, sorted."""
+    """Return the special tokens, then every word that a template or table above can produce, sorted."""
+    # Collected from the tables, so that a word added to one of them cannot be missing here.
     texts: list[str] = [*WORD_KINDS, *WITNESSES, INSISTENCE, *TOPICS, "the write about a text"]
     texts += [word for words in WORD_KINDS.values() for word in words]
     texts += [template for pair in ORDERS.values() for template in pair]
@@ -96,6 +97,7 @@ def _vocabulary() -> tuple[str, ...]:
     texts += [*ITEMS, *map(str, range(LARGEST_NUMBER + 1)), "has gets loses , how many ? + - = take and it ;"]
     texts += [TELL, POLITE, RUDE]
     words = {word for text in texts for word in text.replace("{}", " ").split()}
+    # Sorted, because ids must be the same in every process.
     return (*SPECIAL_TOKENS, *sorted(words))
 
 
