@@ -112,3 +112,12 @@ def test_closed_form_methods_share_their_extractions() -> None:
         ("mean_act", {"incremental": False}), ("gaussian_act", {"incremental": False}), ("caa", {}), ("iti", {}),
     ]}  # fmt: skip
     assert len(keys) == 1
+
+
+def test_a_factor_lets_a_negative_metric_rise_too() -> None:
+    """Times 1.1, -10 would have to fall to -11, which strength 0 itself does not satisfy."""
+    limit = Limit.model_validate({"metric": "score/value", "factor": 1.1})
+    assert limit.highest(10.0) == 10.0 * 1.1
+    assert limit.highest(-10.0) == pytest.approx(-9.0)
+    table = {0.0: {"a/x": 1.0, "score/value": -10.0}, 1.0: {"a/x": 2.0, "score/value": -9.5}}
+    assert best(table, "a/x", "max", limit) == 1.0

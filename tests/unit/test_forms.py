@@ -383,6 +383,12 @@ def test_fields_of_messages_that_nobody_reads_are_said(read: Any) -> None:
     read([{"messages": [HI, answer | {"weight": 1, "reasoning_content": ""}]}], "conversation")
 
 
+@pytest.mark.parametrize("calls", [None, [], {}, "", "[]"])
+def test_tool_calls_that_hold_nothing_ask_for_nothing(read: Any, calls: Any) -> None:
+    rows = read([{"messages": [HI, says("assistant", "ho") | {"tool_calls": calls}]}], "conversation")
+    assert len(rows) == 1
+
+
 def test_the_last_response_is_one_of_a_conversation() -> None:
     with pytest.raises(ValidationError, match="loss_on last_response: rows of format instruction have one response"):
         DataSet(source="a", loss_on="last_response")

@@ -187,8 +187,12 @@ class Limit(Frozen):
         return self
 
     def highest(self, start: float) -> float:
-        """Return the largest allowed value of the metric, given its value `start` at strength 0."""
-        return start + self.rise if self.rise is not None else start * (self.factor or 1)
+        """Return what the metric may be at most when it is `start` at strength 0."""
+        if self.rise is not None:
+            return start + self.rise
+        factor = self.factor or 1.0
+        # A metric below 0 may rise by the same share of its size; times a factor above 1 it would have to fall.
+        return start * factor if start >= 0 else start - start * (factor - 1)
 
 
 class ChooseConfig(Frozen):
