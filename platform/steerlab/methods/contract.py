@@ -17,7 +17,7 @@ The file is longer than others because whoever writes a method reads it as a who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -113,9 +113,24 @@ class Trainee(nn.Module):
         """Return what trains, by the model's modules without weights; None: all of the model, or next to nothing of it."""
         return None
 
-    def check(self) -> None:
-        """Refuse a trainee that is not what its base says. Raises ValueError, with the base that would be right."""
+    def check(self, below: Sequence[patches.SavedPatch] = ()) -> None:
+        """Refuse a trainee that contradicts its base class, or that left off patches of the model that it starts from.
+
+        Args:
+            below: `Inputs.below`, the patches that the model carries already.
+
+        Raises:
+            ValueError: the message names the right base class, or the call that attaches the patches.
+        """
         name = type(self).__name__
+        stack = patches.attached_patches(self.model) or ()
+        # By identity: two patches of one kind may hold equal numbers.
+        missing = [patch for patch in below if not any(patch is other for other in stack)]
+        if missing:
+            raise ValueError(
+                f"{name} trains without {len(missing)} of {len(below)} patches that the model carries already "
+                f"({missing[0].kind}): call patches.attach(model, [*inputs.below, self.patch]) once, in its constructor"
+            )
         frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
         if self.leaves_model and frozen:
             raise ValueError(f"{name} freezes the model, whose weights would be saved as they were: derive it from PatchAlone")

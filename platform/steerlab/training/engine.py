@@ -130,11 +130,27 @@ class Engine:
         }
 
     def backward(self, batch: object, num_targets: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add one micro-batch's gradients; `num_targets` counts the whole step, so the sum over passes and workers is exact.
+        """Add the gradients of one micro-batch; the optimizer moves after the last one of a step.
 
-        DeepSpeed divides by passes and workers; multiplying by both first leaves total / num_targets.
+        Args:
+            batch: what the module's forward takes.
+            num_targets: targets of the whole step, over all passes and workers.
+
+        Returns:
+            The summed loss of this micro-batch, and its further sums by name, both without gradients.
+
+        Raises:
+            ValueError: the loss depends on no trained parameter.
         """
         loss = self._ds(batch)
+        if not loss.total.requires_grad:
+            # DeepSpeed's own message ("loss must be a scalar tensor") names neither the cause nor the remedy.
+            raise ValueError(
+                f"the loss of {type(self.module).__name__} does not depend on any trained parameter, so nothing would train: is "
+                "its patch attached to the model, and is the loss computed with gradients?"
+            )
+        # DeepSpeed divides by passes and workers; multiplied by both first, total / num_targets is left, and the sum over
+        # passes and workers is exact however the rows are split.
         self._ds.backward(loss.total * (self.passes_per_step * self.world_size / num_targets))
         self._ds.step()
         return loss.total.detach(), {name: value.detach() for name, value in loss.metrics.items()}

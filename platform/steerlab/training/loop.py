@@ -139,7 +139,7 @@ class _Training:
         inputs = Inputs(tuple(patch.to(self.link.device) for patch in below), activations, request.prepared)
         config = self.method.Config.model_validate(request.method)
         self.module = self.method.module(model, config, inputs).to(self.link.device)  # type: ignore[call-arg]
-        self.module.check()
+        self.module.check(inputs.below)
         self.module.train()
         parameters = trained_parameters(self.module).values()
         self.num_trained = sum(p.numel() for p in parameters)
