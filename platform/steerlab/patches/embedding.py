@@ -93,10 +93,16 @@ class EmbeddingPatch(nn.Module):
 
 
 def rotate(x: Tensor, angle: Tensor | float, direction: str = "right") -> Tensor:
-    """Rotate every pair (2k, 2k+1) of the last axis by `angle` (radians; broadcast over pairs) in float32.
+    """Rotate every pair of coordinates (2k, 2k+1) of the last axis, in float32 (ASIDE, arXiv 2503.10566, section 4).
 
-    right: (u, v) -> (u cos a + v sin a, v cos a - u sin a), the row vector times the block-diagonal matrix of
-    METHODS 1.2 (ASIDE, section 4); left is right with -a.
+    Args:
+        x: values whose last axis has even length.
+        angle: radians, a number or a tensor that broadcasts over the pairs.
+        direction: right multiplies the row vector by the paper's block-diagonal rotation matrix, that is
+            (u, v) -> (u cos a + v sin a, v cos a - u sin a); left is right with the angle -a.
+
+    Returns:
+        The rotated values, in the shape and type of `x`.
     """
     if direction == "left":
         angle = -angle

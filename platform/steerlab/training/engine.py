@@ -146,8 +146,8 @@ class Engine:
         if not loss.total.requires_grad:
             # DeepSpeed's own message ("loss must be a scalar tensor") names neither the cause nor the remedy.
             raise ValueError(
-                f"the loss of {type(self.module).__name__} does not depend on any trained parameter, so nothing would train: is "
-                "its patch attached to the model, and is the loss computed with gradients?"
+                f"the loss of {type(self.module).__name__} does not depend on any trained parameter, so nothing would train: "
+                "is its patch attached to the model, and is the loss computed with gradients?"
             )
         # DeepSpeed divides by passes and workers; multiplied by both first, total / num_targets is left, and the sum over
         # passes and workers is exact however the rows are split.
