@@ -222,6 +222,9 @@ def test_a_trainee_that_leaves_off_patches_of_its_model_is_refused(tiny_dir: Pat
     trainee = frozen_by_hand(PatchAlone)(model, None, Inputs((below,)))  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"Biased trains without 1 of 1 patches .* \(embedding\): call patches\.attach"):
         trainee.check((below,))
+    whole = frozen_by_hand(WholeModel)(models.load_model(tiny_dir, seed=0), None, Inputs((below,)))  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="start from a model without patches, since its own weights train"):
+        whole.check((below,))
 
     again = models.load_model(tiny_dir, seed=0)
     patches.attach(again, [below, trainee.patch])

@@ -56,7 +56,7 @@ def direction(source_ND: Tensor, target_MD: Tensor) -> Tensor:
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, LowRankMap]:
-    (chosen,) = places(config.at, list(source))
+    (chosen,) = places(config.at, list(source))  # `at` is never "all" here, so that this is one place
     projection = LowRankMap.without(direction(source[chosen], target[chosen]))
     others = [name for name, values in source.items() if values.shape[1] != projection.width]
     if others:

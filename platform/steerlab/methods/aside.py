@@ -69,21 +69,25 @@ class Aside(PatchedModel):
         )
         if self.patch.shift_RD is not None:
             nn.init.normal_(self.patch.shift_RD, std=_SHIFT_STD)
+        # `inputs.below` is empty: the model's own weights train only if it carries no patch.
         patches.attach(model, [self.patch])
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens (paper, section 4: plain supervised fine-tuning)."""
+        # `roles` is read by the patch's hook on the embedding, not by the model.
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
         return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Set the share of the angle that a gradual rotation uses in this step."""
+        # step + 1: with `step` the first step would train without any rotation.
         if self.gradual:
             self.patch.progress = min(1.0, (step + 1) / steps_per_epoch)
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a rotation on a model of odd hidden size, whose coordinates do not pair up."""
+    # An angle of 0 rotates nothing, so that vanilla settings and pure shifts work on any width.
     if facts.hidden_size % 2 and (config.angle_rad or config.learned):
         raise ValueError(
             f"method.angle_rad {config.angle_rad:.4f}: a rotation needs pairs of coordinates, "

@@ -60,6 +60,7 @@ def aura_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     check_samples(source_ND, target_MD)
     # The clamp leaves neurons alone that are larger on wanted texts (AUROC below 0.5).
     scale_D = 1 - 2 * (auroc(source_ND, target_MD) - 0.5).clamp(min=0)
+    # z -> alpha z: a neuron with AUROC 1 is set to zero.
     return AffineMap(scale_D.float(), torch.zeros_like(scale_D).float())
 
 

@@ -37,6 +37,7 @@ def places(at: str | int, names: list[str]) -> list[str]:
     """Return the names of the places that `at` selects. Raises ValueError for a number beyond the last place."""
     if at == "all":
         return names
+    # Places are in the model's order, so that the middle place is in a middle layer.
     number = len(names) // 2 if isinstance(at, str) else at
     if not 0 <= number < len(names):
         raise ValueError(f"method.at {at}: {len(names)} places were extracted, numbered from 0")
@@ -44,6 +45,7 @@ def places(at: str | int, names: list[str]) -> list[str]:
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+    # Places without a map get no hook and compute what they did.
     return {name: mean_map(source[name], target[name]) for name in places(config.at, list(source))}
 
 

@@ -137,10 +137,16 @@ class Trainee(nn.Module):
         # By identity: two patches of one kind may hold equal numbers.
         missing = [patch for patch in below if not any(patch is other for other in stack)]
         if missing:
+            remedy = (
+                "start from a model without patches, since its own weights train; `steerlab export` folds some kinds"
+                if self.leaves_model
+                else "call patches.attach(model, [*inputs.below, self.patch]) once, in its constructor"
+            )
             raise ValueError(
                 f"{name} trains without {len(missing)} of {len(below)} patches that the model carries already "
-                f"({missing[0].kind}): call patches.attach(model, [*inputs.below, self.patch]) once, in its constructor"
+                f"({missing[0].kind}): {remedy}"
             )
+        # A frozen model would be saved as a full copy of weights that are on disk already.
         frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
         if self.leaves_model and frozen:
             raise ValueError(f"{name} freezes the model, whose weights would be saved as they were: derive it from PatchAlone")
@@ -280,6 +286,7 @@ class Trained(Method):
     the stages before the training (preparations.py) and raises ValueError for one that cannot be made."""
 
     def __post_init__(self) -> None:
+        # When the method is defined, not when it runs: the error names the class to change.
         if not issubclass(self.module, WholeModel | PatchedModel | PatchAlone):
             raise TypeError(f"{self.module.__name__}: derive it from WholeModel, PatchedModel or PatchAlone")
         if self.roles_read and not issubclass(self.Config, SteeringConfig):
@@ -370,12 +377,14 @@ def check_masters(job: Job) -> None:
 
 def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for a job without source and target texts, or with the same texts on both sides."""
+    # Checked before anything is extracted: the fit itself would fail only hours later.
     missing = [role for role in ("source", "target") if role not in job.data.by_role]
     if missing:
         raise ValueError(
             f"data.{missing[0]}: method {config.name} needs this data set; it moves source texts towards target texts"
         )
     source, target = job.data.by_role["source"], job.data.by_role["target"]
+    # Equal samples give the identity as every method's map: the job was meant otherwise.
     if source == target:
         raise ValueError("data.source and data.target are the same rows, so there is nothing to move")
     if source.format != target.format:
@@ -400,6 +409,7 @@ def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:
     for side, x in (("source", source_ND), ("target", target_MD)):
         if len(x) < MIN_SAMPLES:
             raise ValueError(f"the {side} has {len(x)} samples; a distribution needs {MIN_SAMPLES} or more")
+        # One NaN would make the map of its neuron NaN, and with it every logit.
         if not bool(x.isfinite().all()):
             row, neuron = (int(i) for i in (~x.isfinite()).nonzero()[0])
             raise ValueError(f"the {side} activation of row {row}, neuron {neuron} is {float(x[row, neuron])}")

@@ -52,6 +52,7 @@ class Denoise(WholeModel):
 
     def __init__(self, model: Diffusion, config: Config, inputs: Inputs) -> None:
         super().__init__(model)  # type: ignore[arg-type]
+        # A pipeline with an autoencoder trains on latents, which this loss does not compute.
         if model.architecture != "PixelPipeline":
             raise ValueError(f"method denoise trains the embedded models, which draw pixels; this is a {model.architecture}")
         self.config = config
@@ -63,7 +64,9 @@ class Denoise(WholeModel):
         assert batch.images is not None, "the data are images"
         x_BCHW = batch.images
         t_B, noise_BCHW, with_prompt_B = self._draws(batch, x_BCHW)
+        # x_t = alpha_t x + sigma_t eps
         noisy_BCHW = self._scheduler.add_noise(x_BCHW, noise_BCHW, t_B)
+        # eps, or v = alpha_t eps - sigma_t x: what this pipeline's sampler expects the denoiser to return.
         if self._scheduler.config.prediction_type == "v_prediction":
             target_BCHW = self._scheduler.get_velocity(x_BCHW, noise_BCHW, t_B)
         else:
@@ -71,6 +74,7 @@ class Denoise(WholeModel):
         # The empty prompt is the unconditional model of classifier-free guidance.
         prompts = [prompt if has_prompt else "" for prompt, has_prompt in zip(batch.prompts, with_prompt_B, strict=True)]
         predicted = self.model.denoiser(noisy_BCHW, t_B, **self.model.pipeline.condition(prompts)).sample
+        # In float32: squares of small errors underflow in half precision.
         error_B = (predicted.float() - target_BCHW.float()).square().flatten(1).mean(1)
         return Loss(error_B.sum(), {})
 

@@ -68,6 +68,7 @@ class Dpo(PatchAlone):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
+        # The result is a weight patch, too, and two of them on one weight would overwrite each other.
         if any(patch.kind == "weight" for patch in inputs.below):
             raise ValueError("model.source: the model's weights are patched already; `steerlab export` makes them its own")
         self.config = config
@@ -95,6 +96,7 @@ class Dpo(PatchAlone):
         with torch.no_grad(), self._reference() as reference:
             reference_N = scoring.log_probs(reference, batch, tokens)
         policy_N = scoring.log_probs(self.model, batch, tokens)
+        # log pi - log pi_ref of each response token (eq. 7); `scoring.dpo` sums them over each response.
         loss_P, margin_P = scoring.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
@@ -126,6 +128,7 @@ class Dpo(PatchAlone):
         if isinstance(self.patch, Adapters):
             return self.patch.finished(state)
         assert self.reference is not None
+        # On the CPU and one weight at a time: policy, reference and differences need not fit on the GPU together.
         start = dict(self.reference.named_parameters())
         return patches.WeightPatch.of(
             {name: state[f"weights.{i}"].cpu() - start[name].detach().cpu() for i, name in enumerate(self.patch.names)}

@@ -82,7 +82,7 @@ class Genarm(PatchAlone):
         """Return the summed loss of the pairs; the base model does not run."""
         tokens = scoring.predicted(batch)  # N response tokens of P pairs
         log_prob_N = scoring.log_probs(self.second, batch, tokens)
-        # The loss is DPO's with a reference whose log-probabilities are all 0.
+        # r(x, y) is a sum of log pi_r: the loss is DPO's with a reference whose log-probabilities are all 0.
         loss_P, margin_P = scoring.dpo(log_prob_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
@@ -106,6 +106,7 @@ class Genarm(PatchAlone):
     def finished(self, state: dict[str, Tensor]) -> patches.SecondModelPatch:
         """Return the trained reward model as a patch, with its adapters folded into its weights."""
         patch = patches.SecondModelPatch(models.config_of(self.second))
+        # Adapters are folded in, so that inference runs a plain model without peft.
         if not isinstance(self.patch, Adapters):
             patch.load_state_dict(state)
             return patch

@@ -94,6 +94,7 @@ class Iav(PatchAlone):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
+        # The reference would contain the other vector, and its head's output would no longer be W h.
         if any(patch.kind == "logit" for patch in inputs.below):
             raise ValueError("model.source: the model carries a vector on its logits already; `steerlab export` folds it")
         self.config = config
@@ -102,6 +103,7 @@ class Iav(PatchAlone):
         self.patch = patches.LogitPatch(hidden_size, vocab_size, config.head, rank, config.layer, _STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
         self._read = scoring.StateReader(model, config.layer)
+        # After the patch is attached: only then the model takes roles and phases.
         self._check_head()
         self._cache = Parts.open(inputs.prepared["hidden"]) if "hidden" in inputs.prepared else None
         if self._cache is not None:
@@ -113,12 +115,14 @@ class Iav(PatchAlone):
         # Validation rows are numbered separately and are not in the cache.
         uses_cache = self._cache is not None and self.training
         states = self._cached(batch, tokens) if uses_cache else self._read(batch, tokens)
+        # a(h) = up f(h); f(h) is h itself for a linear head.
         features_NK = self.patch.features(scoring.wide(states.tapped_ND))
         up_VK = self.patch.up.to(features_NK.dtype)
         # In chunks over tokens: the logits of the base and of the vector, both (N, V), would be most of the memory.
         scores = scoring.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
         loss_P, margin_P = scoring.dpo(scores.log_prob_N - scores.reference_N, tokens, config.beta, config.length_average)
         kl_P, square_P = (scoring.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
+        # The penalties are means over both responses of a pair, so that all three terms are summed over pairs.
         total = (loss_P + config.lambda_kl * kl_P + config.lambda_l2 * square_P).sum()
         metrics = {"preference": loss_P, "margin": margin_P, "accuracy": margin_P > 0, "kl": kl_P, "square": square_P}
         return Loss(total, {name: value.detach().float().sum() for name, value in metrics.items()})
@@ -134,6 +138,7 @@ class Iav(PatchAlone):
         vocab_size, width = models.linear_shape(models.head(skeleton))
         linear = config.head == "linear"
         trained = vocab_size * width if linear else config.rank * (vocab_size + width)
+        # About six float32 tensors of a chunk of logits: base, vector, sum, and their softmaxes and gradients.
         return Size(trained, 6 * 4 * scoring.CHUNK_LOGITS)
 
     def _cached(self, batch: Batch, tokens: Predicted) -> States:
@@ -205,6 +210,7 @@ class Hidden:
         split = {name: state_ND.split(sizes) for name, state_ND in zip(self._names, states, strict=False)}
         for place, number in enumerate(numbers):
             for name in self._names:
+                # Found here, with its row, rather than as a NaN loss in the training.
                 if not bool(split[name][place].isfinite().all()):
                     raise ValueError(f"data.preference: a hidden state of row {number} is no number")
                 yield f"{number}/{name}", split[name][place]

@@ -39,12 +39,15 @@ class Ise(PatchedModel):
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
         self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
+        # S of the module docstring, one row for each role.
         assert self.patch.shift_RD is not None
         nn.init.normal_(self.patch.shift_RD, std=config.init_std)
+        # `inputs.below` is empty: the model's own weights train only if it carries no patch.
         patches.attach(model, [self.patch])
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
+        # `roles` is read by the patch's hook on the embedding, not by the model.
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
         return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
 

@@ -87,6 +87,7 @@ def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: fl
         direction_D: unit vector, (D,) float64.
         alpha: length of the shift, in standard deviations of the projections of both samples together.
     """
+    # Over both samples, so that the shift is in units of the spread of all texts.
     sigma = (torch.cat([source_ND, target_MD]).double() @ direction_D).std()
     shift_D = alpha * sigma * direction_D
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
@@ -94,6 +95,7 @@ def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: fl
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
     probes = {name: probe(source[name], target[name], config.ridge) for name in source}
+    # The sort is stable: of equally accurate probes those of earlier places are taken.
     best = sorted(probes, key=lambda name: -probes[name][1])[: config.top_k]
     return {name: iti_map(source[name], target[name], probes[name][0], config.alpha) for name in source if name in best}
 

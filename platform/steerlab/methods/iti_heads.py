@@ -56,7 +56,9 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
             # The probe ranks the heads; the shift itself follows the difference of means ("mass mean shift").
             _, accuracies[name, head] = iti.probe(a_Nd, b_Md, config.ridge)
             theta_d = -direction(a_Nd, b_Md).double()  # `direction` points from target to source
+            # alpha sigma_h theta_h of every head; those that are not chosen are multiplied by 0 below.
             shifts[name, head] = iti.iti_map(a_Nd, b_Md, theta_d, config.alpha).shift_D
+    # Over all places together: a place may have several of the K heads, or none.
     best = set(sorted(accuracies, key=lambda place: -accuracies[place])[: config.top_k])
     maps = {}
     for name in source:

@@ -93,6 +93,7 @@ class Lineas(PatchAlone):
         super().__init__(model)
         self.config = config
         target = inputs.activations["target"]
+        # Compared without patches: the model may carry some that the target was read without.
         if target.origin.fingerprint != models.fingerprint(model):
             raise ValueError("the target's activations were read from another model than the one that is steered")
         self.measured = Selection.model_validate(target.origin.selection)
@@ -100,8 +101,10 @@ class Lineas(PatchAlone):
         columns = [target.column(name, config.pooling) for name in target.modules]
         if len(columns[0]) < MIN_SAMPLES:
             raise ValueError(f"data.target has {len(columns[0])} samples; a distribution needs {MIN_SAMPLES} or more")
+        # Buffers follow the module to its device; not saved, since the target is an input and not a result.
         sizes = torch.tensor([column.shape[1] for column in columns])
         self.register_buffer("target_SM", torch.cat(columns, 1).T.contiguous().sort(dim=1).values, persistent=False)
+        # `code`: a mean over the neurons of a place and over places.
         factors = 1 / (sizes * len(sizes)) if config.reduction == "code" else torch.ones(len(sizes))
         self.register_buffer("factor_S", factors.float().repeat_interleave(sizes), persistent=False)
         self.patch = patches.ActivationPatch(taps.widths(model, config.steer), config.steer, strength_range=_STRENGTHS)
@@ -127,6 +130,7 @@ class Lineas(PatchAlone):
         pairs = coupling(len(rows_NS), self.target_SM.shape[1])
         # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones.
         sorted_SN, row_SN = rows_NS.T.contiguous().sort(dim=1)
+        # W2^2 as a weighted sum over matched pairs, for every neuron.
         gap_SK = _paired(sorted_SN, pairs.source_K) - _paired(self.target_SM, pairs.target_K)
         weight_K = pairs.weight_K.to(gap_SK)
         if len(rows_NS) == len(pooled_BS):
@@ -139,6 +143,7 @@ class Lineas(PatchAlone):
         # The loop divides by the N rows of the whole step: N times the mean gives the paper's mean over samples, N * N times
         # the mean the code's sum over samples.
         per_row = len(rows_NS) if self.config.reduction == "paper" else len(rows_NS) ** 2
+        # A metric is a sum over rows, too, since the loop divides it by their number.
         support = torch.tensor(self.support() * len(pooled_BS))
         return Loss(per_row * (self.factor_S @ distance_S), {"support": support})
 
@@ -146,6 +151,7 @@ class Lineas(PatchAlone):
         """Return the share of neurons, from 0 to 1, whose |w - 1| or |b| exceeds the threshold."""
         layers = self.patch.layers()
         scale_S, shift_S = (torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("scale", "shift"))
+        # By neuron: either of its two parameters makes it count.
         moved_S = torch.maximum((scale_S - 1).abs(), shift_S.abs())
         return float((moved_S > self.config.threshold).float().mean())
 
@@ -178,7 +184,7 @@ class Lineas(PatchAlone):
                 # Adam moves an entry by its moments of earlier steps even if its gradient is zero now.
                 _set_to_identity(layer, self._zeros[number])
             elif self.config.gamma:
-                tau = lr * self.config.gamma
+                tau = lr * self.config.gamma  # the step size is the learning rate (module docstring)
                 moved_2D = proximal(_moved(layer), tau * self.config.l1, tau * self.config.group)
                 layer.scale.copy_(1 + moved_2D[0])
                 layer.shift.copy_(moved_2D[1])
@@ -245,6 +251,7 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for settings under which the loss is not that of one whole sample."""
     check_roles(config, facts, job)
     assert job.train is not None
+    # Sorting does not split: the distance of a batch is not the sum of the distances of its parts.
     if job.train.grad_accum != 1:
         raise ValueError(
             f"train.grad_accum {job.train.grad_accum}: the loss compares whole distributions and is no sum over parts of a "

@@ -170,7 +170,7 @@ class Prepare:
         """Raise ValueError if the training reads a preparation that was not declared."""
         self._check_needs(names, "its training reads")
 
-    def _ask(
+    def _declare(
         self,
         name: str,
         role: str | None = None,
@@ -180,13 +180,17 @@ class Prepare:
     ) -> None:
         """Raise ValueError for an invalid or repeated name, a missing data set, an unknown need, or wrong parameters."""
         # `model` is the name under which the stages pass the model itself.
+        # The name becomes part of paths and of stage names.
         if not _NAME.fullmatch(name) or name == "model":
             raise ValueError(f"a preparation is called {name!r:.60}: small letters, digits and underscores, and not model")
         if name in self._names:
             raise ValueError(f"two preparations are called {name}: the second would take the place of the first")
+        # None: the check runs without a job, to describe the method.
         if role is not None and self._roles is not None and role not in self._roles:
             raise ValueError(f"preparation {name}: the job has no data.{role}; it has {', '.join(self._roles) or 'none'}")
+        # Only earlier preparations may be needed, so that the stages are in an order in which they can run.
         self._check_needs(needs, f"preparation {name} needs")
+        # The platform's parameters and the method's are one dict, of which the stage's key is made.
         if taken := _RESERVED & {*(params or {})}:
             raise ValueError(
                 f"preparation {name}: its parameter {taken.pop()} would be that of the platform; call it otherwise"
@@ -199,9 +203,7 @@ class Prepare:
     def _check_needs(self, names: Iterable[str], who: str) -> None:
         unknown = [name for name in names if name not in self._names]
         if unknown:
-            raise ValueError(
-                f"{who} {unknown[0]}, which was not asked for before; there are {', '.join(self._names) or 'none'}"
-            )
+            raise ValueError(f"{who} {unknown[0]}, which was not declared before; declared: {', '.join(self._names) or 'none'}")
 
     def moments(self, role: str, config: ExtractConfig, *, name: str = MOMENTS) -> None:
         """Declare moments of the model's activations on the rows of a data set (activations/moments.py).
@@ -211,7 +213,7 @@ class Prepare:
             config: the places to read, with `keep: moments`.
             name: name of the preparation.
         """
-        self._ask(name, role)
+        self._declare(name, role)
         self.make(Moments(name, role, config))
 
     def sum_over_rows(
@@ -229,7 +231,7 @@ class Prepare:
 
         `params` must hold `rows_per_batch`, `rows_per_shard` (a multiple of it) and `max_tokens`.
         """
-        self._ask(name, role, needs, params, "rows_per_batch rows_per_shard max_tokens")
+        self._declare(name, role, needs, params, "rows_per_batch rows_per_shard max_tokens")
         self.make(SumOverRows(name, version, role, params, start, needs, estimate))
 
     def map_parts(
@@ -248,7 +250,7 @@ class Prepare:
 
         A part is made from the output of the preparations in `needs` and, with `reads_model`, from the model.
         """
-        self._ask(name, None, needs, params)
+        self._declare(name, None, needs, params)
         self.make(MapParts(name, version, params, parts, make, needs, reads_model, estimate))
 
     def keep_of_rows(
@@ -260,7 +262,8 @@ class Prepare:
         added to them. `values_per_target` is how many numbers, in the model's dtype, are stored for each token in the loss; it
         serves the estimate only.
         """
+        # Rows must be cut as the training cuts them, or the stored tensors would belong to other tokens.
         if "max_tokens" in params:
             raise ValueError(f"preparation {name}: its parameter max_tokens would be that of the training; leave it out")
-        self._ask(name, role, (), params, "batch_tokens rows_per_shard")
+        self._declare(name, role, (), params, "batch_tokens rows_per_shard")
         self.make(KeepOfRows(name, version, role, params, start, values_per_target))

@@ -43,6 +43,7 @@ class Reft(PatchAlone):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
+        # Before the patch is attached: D of each place, from one small forward pass.
         widths = taps.widths(model, config.steer)
         kinds = {name: {"kind": "low_rank", "rank": config.rank} for name in widths}
         self.patch = patches.ActivationPatch(widths, config.steer, kinds=kinds)  # type: ignore[arg-type]
@@ -53,6 +54,7 @@ class Reft(PatchAlone):
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
+        # `patched_inputs` holds roles and phases, from which the patch selects tokens.
         return Loss(language_modelling_loss(self.model(**batch.patched_inputs).logits, batch.labels), {})
 
 

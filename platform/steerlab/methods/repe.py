@@ -46,11 +46,12 @@ def reading_vector(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     """
     check_samples(source_ND, target_MD)
     num = max(len(source_ND), len(target_MD))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # a generator of its own: the global state is left alone
     # Each side is shuffled and repeated up to the size of the larger one, so that every text is used, and about equally often.
     rows_2P = [
         torch.randperm(len(side), generator=generator).repeat(-(-num // len(side)))[:num] for side in (source_ND, target_MD)
     ]
+    # In float64, as the differences of activations may be small next to the activations.
     difference_PD = target_MD.double()[rows_2P[1]] - source_ND.double()[rows_2P[0]]
     # Without alternating signs the centring below would subtract the mean difference, which is the concept itself.
     sign_P1 = torch.where(torch.arange(num) % 2 == 0, 1.0, -1.0).double()[:, None]

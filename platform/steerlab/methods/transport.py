@@ -94,6 +94,7 @@ def coupling(n: int, m: int) -> Coupling:
     """
     # In units of 1/(nm) all edges are integers, so that no edge is lost or doubled by rounding.
     edges = torch.cat([torch.arange(n) * m, torch.arange(m) * n, torch.tensor([n * m])]).unique()
+    # Between two edges the source is at its value floor(start / m) and the target at floor(start / n).
     starts, gaps = edges[:-1], edges.diff()
     return Coupling(starts // m, starts // n, gaps.double() / (n * m))
 
@@ -119,6 +120,7 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     covariance_D = ((a_DK * b_DK) @ weight_K).double()
     # The inner `where` keeps 0 / 0 out of the branch that is not taken.
     constant_D = variance_D.sqrt() <= _CONSTANT * mean_a_D.abs()
+    # w = cov(a, b) / var(a); b0 = mean(b) - w mean(a)
     scale_D = torch.where(constant_D, 1.0, covariance_D / variance_D.where(~constant_D, torch.ones_like(variance_D)))
     return AffineMap(scale_D.float(), (mean_b_D - scale_D * mean_a_D).float())
 
@@ -129,6 +131,7 @@ def mean_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     Arguments and errors are those of `linear_map`.
     """
     check_samples(source_ND, target_MD)
+    # In float64: the difference of two close means.
     shift_D = target_MD.double().mean(0) - source_ND.double().mean(0)
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
 
@@ -153,6 +156,7 @@ def distance(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     It is exact for samples of unequal size. For equal sizes it is the mean squared difference of the sorted values (LinEAS,
     arXiv 2503.10679, section 3).
     """
+    # W2^2 = integral of the squared difference of the quantile functions, which is this finite sum.
     pairs = coupling(len(source_ND), len(target_MD))
     gap_DK = _sorted(source_ND)[:, pairs.source_K] - _sorted(target_MD)[:, pairs.target_K]
     return gap_DK.square() @ pairs.weight_K.to(gap_DK)
@@ -187,6 +191,7 @@ def everywhere(
     """
     # One call over all neurons instead of one for each place: sorting many short rows at once is much faster.
     whole = fit(torch.cat(list(source.values()), 1), torch.cat([target[name] for name in source], 1))
+    # A map is a tuple of tensors over all neurons (bounds may be None); each is split by place again.
     sizes = [values.shape[1] for values in source.values()]
     parts = zip(*(part.split(sizes) for part in whole if part is not None), strict=True)
     return {name: AffineMap(*part) for name, part in zip(source, parts, strict=True)}
@@ -194,6 +199,7 @@ def everywhere(
 
 def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, float] | None) -> AffineMap:
     """Bound a map to the values between two quantiles of the source (section 3.3); None leaves it unbounded."""
+    # Outside of the values that were seen, the affine map extrapolates the transport.
     if support is None:
         return fitted
     low_D, high_D = torch.quantile(source_ND.double(), torch.tensor(support, dtype=torch.float64), dim=0)

@@ -30,6 +30,7 @@ class Vanilla(WholeModel):
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
+        # `model_inputs` has no roles: no patch is there to read them.
         return Loss(language_modelling_loss(self.model(**batch.model_inputs).logits, batch.labels), {})
 
 

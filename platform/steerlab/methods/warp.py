@@ -108,6 +108,7 @@ def _prepare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) 
     if config.rotation == "random":
         params = weight_space.RandomBasis(seed=config.seed, sizes=sizes).model_dump(mode="json")
         return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
+    # The inputs of the layers on every token: their uncentred second moment is C of step 1, up to the count.
     select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")
     limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
     reads = {"select": select, "pooling": ("none",), "keep": "moments", "second_moment": True, **limits}
@@ -148,6 +149,7 @@ def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -
         seed=config.seed if config.mask == "random" else None,
     )
     sizes = [place.shape[0] * place.shape[1] for place in chosen]
+    # Of one layer at a time: scores, their bits as int32 and int64, and masks.
     estimate = Estimate(memory_bytes=24 * max(sizes), disk_bytes=sum(-(-size // 8) for size in sizes))
     needs = () if config.mask == "random" else ("importance",)
     prepare.map_parts("mask", 1, params.model_dump(mode="json"), ("mask",), weight_space.mask, needs=needs, estimate=estimate)
@@ -185,11 +187,13 @@ class Warp(PatchAlone):
         shared = {} if basis is None else _shared_inputs(basis, chosen)
         rotated = {}
         for place in chosen:
+            # The mask F of step 3; the layer starts with D = 0, so that the model is unchanged (step 4).
             frozen_MN = rotation.unpacked(mask.tensor(place.module), place.shape)
             linear = model.get_submodule(place.module)
             rotated[place.module] = rotation.RotatedLayer(linear, frozen_MN, shared.get(place.input_of))
         # A rotated layer has removed its weight from the linear module, so that these are the other weights alone.
         others = dict(model.named_parameters()) if config.others == "train" else {}
+        # Copies on the CPU, since the weights themselves train; `finished` subtracts them.
         self._start = {name: weight.detach().cpu().clone() for name, weight in others.items()}
         for weight in others.values():
             weight.requires_grad_(True)
@@ -208,6 +212,7 @@ class Warp(PatchAlone):
         chosen = places(skeleton, config)
         num = sum(place.shape[0] * place.shape[1] for place in chosen)
         others = sum(p.numel() for p in skeleton.parameters()) - num if config.others == "train" else 0
+        # W and W_0 U in float32 (4 + 4 bytes), the mask as bools (1 byte), and the largest basis.
         return Size(num + others, (4 + 4 + 1) * num + 4 * max(place.shape[1] for place in chosen) ** 2)
 
     def forward(self, batch: Batch) -> Loss:
@@ -232,6 +237,7 @@ class Warp(PatchAlone):
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return the trained weights as differences W - W_0 = D U^T in a patch (step 5)."""
+        # In the layout in which the model stores its weights (GPT-2: transposed).
         differences: dict[str, Tensor] = {}
         for number, (name, layer) in enumerate(zip(self.patch.names, self.patch.rotated(), strict=True)):
             # One layer at a time: only one basis is in memory.
@@ -254,6 +260,7 @@ def check_basis(basis: Parts, model: PreTrainedModel) -> None:
     """Raise ValueError for a basis that was computed from another model's activations."""
     own = models.fingerprint(model)
     for group, facts in basis.facts.items():
+        # A random basis has no fingerprint: it fits every model with these sizes.
         if facts.get("fingerprint", own) != own:
             raise ValueError(
                 f"the basis of {group} was made from activations of another model ({facts['architecture']}) than this"

@@ -48,6 +48,7 @@ class Forward:
     def strength(self, number: int, rank: int) -> Tensor | None:
         """Return the strengths of patch `number` shaped (B, 1, ...) with `rank` axes; None means 1."""
         strength_B = None if self.strengths_NB is None else self.strengths_NB[number]
+        # Classifier-free guidance runs each row twice, with and without its prompt: the pass knows which rows are steered.
         if (call := self.running()) is not None:
             strength_B = call.strengths(strength_B)
         return None if strength_B is None else strength_B.view(-1, *[1] * (rank - 1))
@@ -142,9 +143,11 @@ class Attached:
         self.forward._masks.clear()
         strengths = kwargs.pop("strengths", None)
         if strengths is not None:
+            # One row of strengths is that of every patch of the stack.
             strengths = strengths.expand(len(self.patches), -1) if strengths.dim() == 1 else strengths
             if len(strengths) != len(self.patches):
                 raise ValueError(f"{len(strengths)} rows of strengths for {len(self.patches)} patches")
+        # Without strengths this is None, so that the values of an earlier call do not remain in force.
         self.forward.strengths_NB = strengths
         return args, models.accepted(model, kwargs)
 

@@ -36,12 +36,13 @@ class GradientSums:
             rows: the data set, as messages name it.
         """
         self._model, self._places, self._of, self._rows = model, places, of, rows
+        # On the CPU: the sums are as large as the weights, in float32.
         self._sums = {place.module: torch.zeros(place.shape) for place in places}
         self._where = ""
         model.model.requires_grad_(False)
         weights = [model.model.get_parameter(f"{place.module}.weight").requires_grad_(True) for place in places]
         self._handles = [
-            weight.register_post_accumulate_grad_hook(self._taker(place)) for weight, place in zip(weights, places, strict=True)
+            weight.register_post_accumulate_grad_hook(self._adder(place)) for weight, place in zip(weights, places, strict=True)
         ]
 
     @property
@@ -61,14 +62,15 @@ class GradientSums:
     def add(self, batch: Batch, number: int) -> None:
         """Add the term of one batch. Raises ValueError if its loss or a gradient is NaN or infinite."""
         self._where = f"{self._rows}, batch {number}"
+        # Position 0 is never predicted; labels that are not targets are negative.
         num_targets = int((batch.labels[:, 1:] >= 0).sum())
         logits_BTV = self._model.model(**batch.patched_inputs, use_cache=False).logits
         loss = language_modelling_loss(logits_BTV, batch.labels) / max(1, num_targets)
         if not bool(loss.isfinite()):
             raise ValueError(f"{self._where}: the loss is {float(loss.detach())}, so there is no gradient")
-        loss.backward()
+        loss.backward()  # the hooks of `_adder` add the gradients
 
-    def _taker(self, place: WeightPlace) -> Callable[[Tensor], None]:
+    def _adder(self, place: WeightPlace) -> Callable[[Tensor], None]:
         """Return a hook that adds the term of one weight and frees its gradient."""
 
         # During the backward pass, as soon as a gradient is complete: the gradients of all layers never exist at once.
@@ -77,7 +79,7 @@ class GradientSums:
             assert weight.grad is not None
             module = self._model.model.get_submodule(place.module)
             grad_MN = models.linear_weight(module, weight.grad).float()
-            weight.grad = None
+            weight.grad = None  # or the next batch would be added to it
             if not bool(grad_MN.isfinite().all()):
                 raise ValueError(f"{self._where}: the gradient of {place.module} holds a NaN or infinite value")
             self._sums[place.module] += self._of(place, grad_MN).cpu()

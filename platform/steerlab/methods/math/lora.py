@@ -90,6 +90,7 @@ class Adapters(nn.Module):
             By the weight's name: up (M, R), scaled by alpha / rank, and down (R, N); swapped and transposed for weights that
             are stored as (N, M).
         """
+        # (alpha / rank) B A of eq. 3, with the scale in the first factor.
         scale = self.config.alpha / self.config.rank
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for number, name in enumerate(self.names):

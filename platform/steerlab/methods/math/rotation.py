@@ -70,6 +70,7 @@ def generator(seed: int, name: str) -> torch.Generator:
     """Return a random generator that is determined by a seed and a name."""
     # A hash, not `seed + number`: neighbouring seeds would give the same streams to different layers.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # 7 bytes: torch takes a signed integer of 64 bits.
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
@@ -85,6 +86,7 @@ def largest(scores: Callable[[], Iterable[Tensor]], num: int) -> Iterator[Tensor
     """
     threshold, num_equal = _threshold(scores, num)
     for score in scores():
+        # The comparison of integers is that of the scores, without rounding.
         bits = _bits(score)
         taken = bits > threshold
         equal = (bits == threshold).flatten().nonzero().flatten()[:num_equal]
@@ -101,6 +103,7 @@ def _threshold(scores: Callable[[], Iterable[Tensor]], num: int) -> tuple[int, i
         return torch.iinfo(torch.int32).max, 0  # no score has larger bits: nothing is taken
     high, above = _bin_of(sum(_counts(_bits(score) >> _LOW_BITS) for score in scores()), num)  # type: ignore[arg-type]
     low_mask = (1 << _LOW_BITS) - 1
+    # Only scores whose upper bits are those of the threshold matter for its lower bits.
     inside = ((bits := _bits(score))[(bits >> _LOW_BITS) == high] & low_mask for score in scores())
     low, above_low = _bin_of(sum(_counts(bits) for bits in inside), num - above)  # type: ignore[arg-type]
     return (high << _LOW_BITS) | low, num - above - above_low
@@ -202,10 +205,12 @@ class RotatedLayer(nn.Module):
 
     def start_pass(self, is_last: bool) -> None:
         """Begin a forward and backward pass of a step; the step's gradients are complete after the last pass."""
+        # A step of one pass: with several, W is used several times and is worth computing.
         self._is_alone = is_last and not self._begun
         self._begun, self._is_last = True, is_last
 
     def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        # The second way of the class docstring costs T N^2 for x U, the first M N^2 for (dL/dW) U; the product x U is shared.
         by_inputs = self._takes_rotated(x)
         matrix_MN = _Effective.apply(self.change_MN, self, by_inputs)
         if by_inputs:
@@ -255,6 +260,7 @@ class RotatedLayer(nn.Module):
         if by_inputs:
             return grad_MN * self.free_MN  # d(W U)/dD is the identity
         grad_MN = grad_MN.to(self.change_MN.dtype)
+        # (dL/dW) U is linear: the sum over passes is rotated once (step 4 of methods/warp.py).
         if self._pending_MN is not None:
             grad_MN = self._pending_MN.add_(grad_MN)
         if not self._is_last:

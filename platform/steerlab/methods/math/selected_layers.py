@@ -30,6 +30,7 @@ def _listed(value: object) -> object:
 def _known(value: tuple[int | str, ...]) -> tuple[int | str, ...]:
     for item in value:
         if not re.fullmatch(_LAYER, str(item)):
+            # Not a ValueError: pydantic would write "Value error, " before its text.
             message = f"{item!r} is none of {', '.join(_RANGES)}, no number and no span such as 8-15"
             raise PydanticCustomError("layers", "{message}", {"message": message})
     return value
@@ -70,6 +71,7 @@ def numbers(layers: tuple[int | str, ...], num_layers: int) -> list[int]:
         if str(item) in named:
             blocks.update(named[str(item)])
         else:
+            # `_known` has checked the form.
             first, last = _SPAN.fullmatch(str(item)).groups()  # type: ignore[union-attr]
             blocks.update(range(int(first), int(last or first) + 1))
     return sorted(blocks)

@@ -69,6 +69,7 @@ def fit_in_order(
     """
     walk = _Walk(list(places), batches, pooling, fit, progress)
     handles = [walk.hook(model, place, selection.side) for place in places]
+    # Daemon threads: an interrupted process must not wait for threads that wait for each other.
     threads = [threading.Thread(target=walk.run, args=(model, number), daemon=True) for number in range(len(batches))]
     try:
         for thread in threads:
@@ -129,13 +130,14 @@ class _Walk:
         module, where = model.get_submodule(place.module), f"the value of {place.module}"
 
         def edit(value: object) -> object:
-            call = models.running(model)
+            call = models.running(model)  # None in a language model
             z = taps.value_at(value, place.element, where)
             if call is None:
                 z_BTD = taps.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
                 return taps.replaced(value, place.element, self._arrive(place.name, z_BTD).reshape(z.shape))
             if not call.is_read:
                 return value
+            # Only the rows with a prompt are read and mapped; with guidance the other half of the batch has none.
             axis = taps.feature_axis(module, z.dim())
             mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis))
             z_last = z.movedim(axis, -1).clone()
@@ -160,11 +162,13 @@ class _Walk:
             self._barrier.wait()
         finally:
             self._computing.acquire()
+        # None if `fit` left the place as it is.
         fitted = self.maps.get(place)
         if len(self._order) == len(self._places):
             raise _Arrived  # the rest of the forward pass computes nothing that a fit reads
         if fitted is None:
             return z_BTD
+        # In float32, as an attached patch computes it: later places must see the same values as at inference.
         mapped_BTD = fitted(z_BTD.float()).to(z_BTD.dtype)
         steered_BT = taps.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
         return torch.where(steered_BT.unsqueeze(-1), mapped_BTD, z_BTD)
@@ -180,11 +184,13 @@ class _Walk:
             # A fit may differentiate, and inference tensors cannot be used in autograd: hence also the clone.
             with torch.inference_mode(False):
                 fitted = self._fit(place, pooled_ND.clone())
+            # Recorded even without a map: it says that the place has run.
             self._order.append(place)
             if fitted is not None:
                 self.maps[place] = fitted.to(pooled_ND.device)
             self._progress(len(self._order), len(self._places))
         except BaseException as error:
+            # Raised in the barrier's action, it breaks the barrier, and all other threads get BrokenBarrierError.
             self.error = error
             raise
 

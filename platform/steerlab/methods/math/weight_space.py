@@ -53,6 +53,7 @@ def frozen(
     num = round(keep_ratio * sum(int(outputs_M.sum()) * inputs for outputs_M, inputs in zip(selected, num_inputs, strict=True)))
 
     def selected_scores() -> Iterator[Tensor]:
+        # Queries, keys and values may be one fused layer: the outputs of types that are not selected take no share.
         yield from (score_MN[outputs_M] for score_MN, outputs_M in zip(scores(), selected, strict=True))
 
     for taken, outputs_M, inputs in zip(rotation.largest(selected_scores, num), selected, num_inputs, strict=True):
@@ -100,8 +101,10 @@ def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
     except ValueError as error:
         raise ValueError(f"basis of the inputs of {group}: {error}") from None
     write(path, {f"{group}/vectors": basis.vectors_NN, f"{group}/values": basis.values_N})
+    # `note` is shown to the user; the other facts are stored beside the part.
     size = len(basis.values_N)
     facts: dict[str, object] = {"rank": basis.rank, "size": size, "vectors": moments.count}
+    # Fewer tokens than dimensions: the null space of C has no preferred basis.
     if basis.rank < size:
         facts["note"] = (
             f"the inputs of {group} span {basis.rank} of {size} directions on {moments.count} tokens of data.safety; others "
@@ -123,6 +126,7 @@ def importance(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[
     basis, chosen = _basis_and_places(model, params, needed)
 
     def of(place: WeightPlace, grad_MN: Tensor) -> Tensor:
+        # The absolute value of each batch's gradient, not of their sum, in which opposite signs would cancel.
         return coefficients(grad_MN, basis(place)).abs_()
 
     return GradientSums(model, chosen, of, "data.safety")
@@ -144,6 +148,7 @@ def _basis_and_places(
     model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]
 ) -> tuple[Callable[[WeightPlace], Tensor | None], list[WeightPlace]]:
     """Return the layers that a stage's parameters select, and a function that gives the basis of each."""
+    # Without a basis (`rotation: none`) the weights are their own coefficients.
     basis = Parts.open(needed["basis"]) if "basis" in needed else None
     layers = SelectedLayers.model_validate(params)
     chosen = places(model.model, layers.layer_type, layers.target_layers)
@@ -161,8 +166,10 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
         for name in names:
             yield _random_scores(params.seed, name, sizes[name]) if importances is None else importances.tensor(name)
 
+    # `scope`: keep_ratio of each layer by itself, or of all layers together.
     groups = [[name] for name in sizes] if params.scope == "module" else [list(sizes)]
     num_frozen: dict[str, int] = {}
+    # A bit for each coefficient: bytes would take a quarter of the model's own size in float32.
     with writing(path, {name: Shape(torch.uint8, [-(-m * n // 8)]) for name, (m, n) in sizes.items()}) as writer:
         for names in groups:
             masks = frozen(
