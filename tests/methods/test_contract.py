@@ -215,6 +215,23 @@ def test_a_trainee_that_is_not_what_its_base_says_is_refused(tiny_dir: Path) -> 
         bare.check()
 
 
+def test_a_trainee_that_leaves_off_patches_of_its_model_is_refused(tiny_dir: Path) -> None:
+    """It would train, without a word, on another model than the one that it is evaluated on."""
+    model = models.load_model(tiny_dir, seed=0)
+    below = patches.EmbeddingPatch(models.embedding_shape(model)[1], angle_rad=1.0)
+    trainee = frozen_by_hand(PatchAlone)(model, None, Inputs((below,)))  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"Biased trains without 1 of 1 patches .* \(embedding\): call patches\.attach"):
+        trainee.check((below,))
+    whole = frozen_by_hand(WholeModel)(models.load_model(tiny_dir, seed=0), None, Inputs((below,)))  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="start from a model without patches, since its own weights train"):
+        whole.check((below,))
+
+    again = models.load_model(tiny_dir, seed=0)
+    patches.attach(again, [below, trainee.patch])
+    trainee.model = again
+    trainee.check((below,))
+
+
 def test_a_method_of_no_kind_is_none() -> None:
     """What is left out of a method cannot be wrong in it: a closed form reads both samples, what trains has a base."""
     for wrong in (torch.nn.Linear, Trainee):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from steerlab.job import TrainConfig
+from steerlab.methods.contract import Loss
+from steerlab.training.engine import Engine
 from steerlab.training.loop import learning_rate, rows_of_step, share_of_rank
 
 
@@ -40,6 +43,16 @@ def test_warm_up_then_cosine_to_the_floor() -> None:
     assert all(a > b for a, b in itertools.pairwise(rates[2:]))
     assert learning_rate(train, 10) == pytest.approx(0.1)
     assert learning_rate(train, 6) == pytest.approx(0.55)
+
+
+def test_a_loss_that_depends_on_nothing_trained_is_refused_before_the_first_step() -> None:
+    """A patch that was never attached; DeepSpeed would say that a loss must be a scalar."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    engine = object.__new__(Engine)
+    engine.module = torch.nn.Linear(2, 2)
+    engine._ds = lambda batch: Loss(weight.detach().sum(), {})
+    with pytest.raises(ValueError, match=r"loss of Linear does not depend on any trained parameter.* is its patch attached"):
+        engine.backward(None, 1)
 
 
 def test_constant_schedule() -> None:

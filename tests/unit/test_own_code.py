@@ -305,7 +305,7 @@ METHOD = Trained(Config, Module, preparations=prepares)
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("prepare.map_parts('a', 1, {}, ('p',), make); return ('b',)", "reads b, which was not asked for before; there are a"),
+        ("prepare.map_parts('a', 1, {}, ('p',), make); return ('b',)", "reads b, which was not declared before; declared: a"),
         ("prepare.map_parts('a', 1, {}, ('p',), make, needs=('b',)); return ()", "preparation a needs b"),
         (
             "prepare.map_parts('a', 1, {}, ('p',), make); prepare.map_parts('a', 1, {}, ('p',), make); return ()",

@@ -196,7 +196,7 @@ def test_what_cannot_fold_says_why(tiny_model: PreTrainedModel) -> None:
     with pytest.raises(CannotFold, match=r"model.layers.1 is a LlamaDecoderLayer: only the map of a linear layer, a conv"):
         ActivationPatch({"model.layers.1": tiny_model.config.hidden_size}).fold(tiny_model, 1.0)
     for settings in ({"positions": [[-1, None]]}, {"side": "input"}):
-        with pytest.raises(CannotFold, match="only maps of all tokens, without bounds and of outputs"):
+        with pytest.raises(CannotFold, match="only maps of outputs, on all tokens and without bounds"):
             ActivationPatch({NORM: tiny_model.config.hidden_size}, {"modules": NORM, **settings}).fold(tiny_model, 1.0)
 
 

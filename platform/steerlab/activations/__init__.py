@@ -1,1 +1,1 @@
-"""What a model computes inside, read from texts: on disk, or as moments alone."""
+"""Activations of a model on texts: reading them, storing them in Parquet, or storing their moments only."""

@@ -1,4 +1,4 @@
-"""What is written beside activations and their moments: which model they are of, and what was read of it."""
+"""The description that is stored with activations and with moments: the model that they come from, and the places read."""
 
 from __future__ import annotations
 
@@ -10,26 +10,33 @@ from steerlab.guards.json_values import JsonObject
 
 
 class Origin(saved.Shape):
-    """Which model activations are of, and what was read of it; what else stands in the file is kept."""
+    """The model that activations come from, and the places that were read; further fields of the file are preserved."""
 
     model_key: str
-    """SHA-256 of the weights and of the patches on them."""
+    """SHA-256 of the model's weights and of the patches on it."""
     architecture: str
+    """Class name of the model."""
     modules: list[str]
     """The names of the taps, in the model's order."""
     pooling: list[str]
+    """The poolings; each gives a column for every tap."""
     fingerprint: str = ""
-    """Of the weights alone."""
+    """Fingerprint of the weights alone, without patches."""
     selection: JsonObject = {}
     """The `Selection` that was read."""
     prompt: JsonObject = {}
-    """How the model was prompted."""
+    """The prompt settings with which the texts were encoded."""
 
     def column(self, module: str, pooling: str | None, where: Path) -> str:
-        """Return the column of a module, whose pooling may be left out where there is one only.
+        """Return the name of the column of a module.
+
+        Args:
+            module: name of the tap.
+            pooling: one of the poolings; None if there is only one.
+            where: the directory, for messages.
 
         Raises:
-            ValueError: there is no such column.
+            ValueError: there is no such module or pooling, or several poolings and none was given.
         """
         if pooling is None and len(self.pooling) > 1:
             raise ValueError(f"say which pooling of {module} is meant: {', '.join(self.pooling)}")
@@ -38,9 +45,10 @@ class Origin(saved.Shape):
                 f"{where} holds no {module!r} with pooling {pooling or self.pooling[0]}; modules: {', '.join(self.modules[:6])}"
                 f"{', ...' if len(self.modules) > 6 else ''}; pooling: {', '.join(self.pooling)}"
             )
+        # The name depends on how many poolings were extracted together, not on the one that is asked for.
         return column_name(module, pooling or self.pooling[0], self.pooling)
 
 
 def column_name(tap: str, pooling: str, poolings: Sequence[str]) -> str:
-    """Return the column of a tap: its name, with the pooling after it where there are several."""
+    """Return the name of a tap's column: the tap's name, with `@pooling` after it if there are several poolings."""
     return tap if len(poolings) == 1 else f"{tap}@{pooling}"

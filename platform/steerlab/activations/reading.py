@@ -1,6 +1,6 @@
-"""Read texts through a model: tokenise, batch by length, run no further than needed, keep the selected tokens.
+"""Read the activations of a model on texts: tokenise, batch by length, run the model up to the last tap, pool.
 
-Axes besides those of tokens.py: M vectors that one batch gives, a text's pooled vector or one for each selected token.
+Axes besides those of tokens.py: M vectors of a batch, one for each text, or one for each selected token with pooling none.
 """
 
 from __future__ import annotations
@@ -25,39 +25,40 @@ from steerlab.patches import taps
 from steerlab.steered.language import SteeredModel
 
 PADDING_SHARE = 0.125
-"""Most of a batch that may be padding."""
+"""Largest share of a batch's tokens that may be padding."""
 _ROLE_NAMES = {number: name for name, number in ROLES.items()}
 
 
 class Vectors(NamedTuple):
-    """What one batch gave: M vectors of every column, float32 on the model's device."""
+    """The M vectors of every column that one batch gives, on the model's device."""
 
     row_M: Tensor
-    """Which text of those read each vector is of."""
+    """Number of each vector's text among the texts that were read."""
     token_index_M: Tensor | None
-    """Position of its token; None for pooled vectors."""
+    """Position of each vector's token in its text; None for pooled vectors, as are the two fields after it."""
     token_id_M: Tensor | None
     role_M: Tensor | None
     values: dict[str, Tensor]
-    """(M, D) by column."""
+    """Activations by column, (M, D) float32."""
 
     @property
     def num_texts(self) -> int:
-        """Number of texts that the vectors are of."""
+        """Number of texts that the vectors come from."""
         return len(self.row_M.unique())
 
     def cpu(self) -> Vectors:
-        """Move everything to the CPU."""
+        """Return the same vectors on the CPU."""
         about = (None if tensor is None else tensor.cpu() for tensor in self[:-1])
         return Vectors(*about, {name: z_MD.cpu() for name, z_MD in self.values.items()})  # type: ignore[arg-type]
 
 
 class TextReader:
-    """Reads the taps of a selection for batches of texts; holds hooks on the model until `close`."""
+    """Reads the taps of a selection for batches of texts; it holds hooks on the model until `close`."""
 
     def __init__(self, model: SteeredModel, config: ExtractConfig, modules: Sequence[str] | None = None) -> None:
-        """Read all that the config selects or, of that, only the taps with the names `modules`."""
+        """Prepare to read all taps that the config selects, or only those among them with the names `modules`."""
         self._model, self._config = model, config
+        # One forward pass can read all taps. Moments read some at a time if the sums of all of them exceed memory.
         selected = taps.select(model.model, config.select)
         self._taps = [tap for tap in selected if modules is None or tap.name in modules]
         self._reader = taps.Reader(model.model, self._taps, config.select.side)
@@ -73,15 +74,23 @@ class TextReader:
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """D of every column, found by a forward pass over two small rows; the order is the model's."""
+        """Width D of every column, from a forward pass over two small rows; in the model's order."""
         batch = self._model.encoder.small_batch().to(self._model.device)
         with torch.inference_mode():
-            found = self._forward(batch)
+            values = self._forward(batch)
         poolings = self._config.pooling
-        return {column_name(tap.name, p, poolings): found[tap.name].shape[-1] for tap in self._taps for p in poolings}
+        return {column_name(tap.name, p, poolings): values[tap.name].shape[-1] for tap in self._taps for p in poolings}
 
     def encode(self, rows: Sequence[Row], data_format: str, first: int) -> tuple[list[Encoded], int]:
-        """Tokenise rows of a data set, the first of which has the number `first`; return them and how many were cut.
+        """Tokenise rows of a data set.
+
+        Args:
+            rows: the rows.
+            data_format: format of the data set.
+            first: number of the first row in the data set, for messages.
+
+        Returns:
+            The encoded texts, and how many of them were cut to `extract.max_tokens`.
 
         Raises:
             ValueError: a text is longer than the model's context.
@@ -89,10 +98,10 @@ class TextReader:
         conversations = [self._model.encoder.from_row(row, data_format) for row in rows]
         limit, num_cut, texts = self._config.max_tokens, 0, []
         for number, text in enumerate(self._model.encoder.encode_all(conversations), first):
-            kept = text.cut(limit)
-            num_cut += len(kept) < len(text)
-            self._check_context(kept, number)
-            texts.append(kept)
+            cut = text.cut(limit)
+            num_cut += len(cut) < len(text)
+            self._check_context(cut, number)
+            texts.append(cut)
         return texts, num_cut
 
     def _check_context(self, text: Encoded, number: int) -> None:
@@ -105,11 +114,18 @@ class TextReader:
 
     @torch.inference_mode()
     def read(self, texts: Sequence[Encoded], first: int = 0) -> Iterator[Vectors]:
-        """Yield the vectors of texts, batch by batch, the longest texts first; `first` is the first one's number in messages.
+        """Yield the vectors of texts, batch by batch.
+
+        The batches are sorted by length, the longest texts first; `in_order` restores the order of the texts.
+
+        Args:
+            texts: encoded texts.
+            first: number of the first text in the data set, for messages.
 
         Raises:
             ValueError: no token of a text is selected.
         """
+        # The longest first: if memory does not suffice, the first batch fails, not the last.
         alike = models.alike_up_to(self._model.model)
         for chunk in batches([len(text) for text in texts], self._config.batch_tokens, PADDING_SHARE, alike=alike):
             batch = self._model.encoder.collate([texts[i] for i in chunk])
@@ -117,9 +133,10 @@ class TextReader:
 
     @torch.inference_mode()
     def read_batch(self, batch: Batch, row_B: Tensor, first: int = 0) -> Vectors:
-        """Return the vectors of one padded batch, on either side, whose texts have the numbers `row_B`."""
+        """Return the vectors of one batch, padded on the left or on the right; `row_B` are the numbers of its texts."""
         batch = batch.to(self._model.device)
         select = self._config.select
+        # Every text must give a vector: rows are matched with texts by their number, and a mean over no tokens is NaN.
         mask_BT = taps.selected(batch, select)
         if not bool((some_B := mask_BT.any(1)).all()):
             number = first + int(row_B[some_B.cpu().logical_not().nonzero()[0, 0]])
@@ -127,43 +144,48 @@ class TextReader:
                 f"row {number}: no token is selected by extract.select "
                 f"({json.dumps(select.model_dump(mode='json', exclude_defaults=True, exclude={'modules', 'exclude_modules'}))})"
             )
-        found = self._forward(batch)
+        values_BTD = self._forward(batch)
         poolings = self._config.pooling
+        # Indexing with the mask keeps the order of rows and tokens, in which the columns about them are taken, too.
         if poolings == ("none",):
-            values = {name: z_BTD[mask_BT.to(z_BTD.device)].float() for name, z_BTD in found.items()}
+            values = {name: z_BTD[mask_BT.to(z_BTD.device)].float() for name, z_BTD in values_BTD.items()}
             owner_M = row_B.to(mask_BT.device)[:, None].expand_as(mask_BT)[mask_BT]
             return Vectors(owner_M, batch.position_ids[mask_BT], batch.input_ids[mask_BT], batch.roles[mask_BT], values)
         values = {
             column_name(name, pooling, poolings): taps.pool(z_BTD, mask_BT.to(z_BTD.device), pooling)
-            for name, z_BTD in found.items()
+            for name, z_BTD in values_BTD.items()
             for pooling in poolings
         }
         return Vectors(row_B, None, None, None, values)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        found = self._reader(**batch.read_inputs)
-        for name, z_BTD in found.items():
+        values = self._reader(**batch.read_inputs)
+        for name, z_BTD in values.items():
+            # A module may give attention weights or a scalar, which are not activations of tokens.
             if isinstance(batch, Batch) and (z_BTD.dim() != 3 or z_BTD.shape[:2] != batch.roles.shape):
                 raise ValueError(
                     f"extract.select.modules: {name} gives a tensor of shape {tuple(z_BTD.shape)}, not one vector for each of "
                     f"{tuple(batch.roles.shape)} tokens"
                 )
-        # A module may run before another that stands before it in the model.
-        return {tap.name: found[tap.name] for tap in self._taps}
+        # In the order of the model's modules: a module may run before another that is defined before it.
+        return {tap.name: values[tap.name] for tap in self._taps}
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, padding: float = 1.0, *, alike: float = math.inf) -> Iterator[list[int]]:
-    """Group numbers of texts by length, longest first, so that a padded batch stays within `batch_tokens`.
+    """Yield batches as lists of text numbers, the longest texts first.
 
-    Texts longer than `alike` (`models.alike_up_to`) go with others of the same length only.
-
-    A batch ends earlier where another text would make more than the share `padding` of it padding: a few short texts cost less
-    in a pass of their own. Lengths shrink by a factor from batch to batch then, so this adds few.
+    Args:
+        lengths: number of tokens of each text.
+        batch_tokens: most tokens of a batch, padding included; a single longer text makes a batch by itself.
+        padding: largest share of a batch that may be padding.
+        alike: texts longer than this (`models.alike_up_to`) are batched only with texts of the same length.
     """
+    # Ending a batch because of its padding adds few batches: the lengths then shrink by a constant factor from one to the next.
     chunk: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         longest = lengths[chunk[0] if chunk else i]
+        # Sorted by length, the first text of a batch is its longest.
         padded = (len(chunk) + 1) * longest
         apart = longest > alike and longest != lengths[i]
         if chunk and (apart or padded > batch_tokens or tokens + lengths[i] < (1 - padding) * padded):
@@ -175,38 +197,40 @@ def batches(lengths: Sequence[int], batch_tokens: int, padding: float = 1.0, *, 
         yield chunk
 
 
-def in_order(found: Sequence[Vectors]) -> Vectors:
-    """Join batches, on the CPU, in the order of the texts and of the tokens in them."""
-    row_M = torch.cat([vectors.row_M for vectors in found])
-    order_M = row_M.argsort(stable=True)
+def in_order(parts: Sequence[Vectors]) -> Vectors:
+    """Join batches, all on the CPU, in the order of the texts and of their tokens."""
+    row_M = torch.cat([vectors.row_M for vectors in parts])
+    order_M = row_M.argsort(stable=True)  # stable: the tokens of a text stay in their order
 
-    def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-        return None if parts[0] is None else torch.cat([part for part in parts if part is not None])[order_M]
+    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        return None if tensors[0] is None else torch.cat([tensor for tensor in tensors if tensor is not None])[order_M]
 
-    index_M = joined([vectors.token_index_M for vectors in found])
-    token_M = joined([vectors.token_id_M for vectors in found])
-    role_M = joined([vectors.role_M for vectors in found])
-    values = {name: torch.cat([vectors.values[name] for vectors in found])[order_M] for name in found[0].values}
+    index_M = joined([vectors.token_index_M for vectors in parts])
+    token_M = joined([vectors.token_id_M for vectors in parts])
+    role_M = joined([vectors.role_M for vectors in parts])
+    values = {name: torch.cat([vectors.values[name] for vectors in parts])[order_M] for name in parts[0].values}
     return Vectors(row_M[order_M], index_M, token_M, role_M, values)
 
 
 def role_names(role_M: Tensor) -> list[str]:
-    """Return the names of roles."""
+    """Return the names of token roles by their numbers."""
     return [_ROLE_NAMES[number] for number in role_M.tolist()]
 
 
 def model_key(model: SteeredModel) -> str:
-    """Return a SHA-256 that is different for other weights and for other patches on them."""
+    """Return a SHA-256 of the model's weights and of the patches on it."""
+    # The order of the patches counts, that of their tensors does not.
     digest = hashlib.sha256(models.fingerprint(model.model).encode())
     for patch in model.patches:
         digest.update(json.dumps([patch.kind, patch.spec()], sort_keys=True).encode())
         for name, tensor in sorted(patch.tensors().items()):
+            # In float64, which NumPy has (unlike bfloat16) and which holds every smaller type exactly.
             digest.update(name.encode() + tensor.detach().to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()
 
 
 def about_model(model: SteeredModel, config: ExtractConfig) -> JsonObject:
-    """Return what is written beside activations: of which model they are, and what was read of it."""
+    """Return the description that is stored with activations: the fields of `Origin` and others for users to read."""
     return {
         "model_key": model_key(model),
         "fingerprint": models.fingerprint(model.model),

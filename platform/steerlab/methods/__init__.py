@@ -1,4 +1,4 @@
-"""The table of methods. A further method is one new file here and one line below."""
+"""The table of methods. To add a method, write one file here and add one line to the table below."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -51,19 +51,20 @@ _OWN: dict[str, Method] = {
 
 
 TABLE: Table[Method] = Table(Method, "name", _OWN, lambda method, config: replace(method, Config=config))
-"""With the methods of installed packages, and of the files that jobs name."""
+"""The methods above, those of installed packages, and those of files that jobs name."""
 METHODS = TABLE.entries
+"""Methods by name."""
 
 
 def trained(config: MethodConfig | Mapping[str, object]) -> Trained:
-    """Return the method of a config, or of one in a stage's parameters, which is one that trains."""
+    """Return the trained method of a config, which may be the JSON in a stage's parameters."""
     method = TABLE.of(config)
     assert isinstance(method, Trained), f"{config} trains nothing"
     return method
 
 
 def fitted(config: MethodConfig | Mapping[str, object]) -> Fitted:
-    """Return the method of a config, or of one in a stage's parameters, which is a closed form."""
+    """Return the closed-form method of a config, which may be the JSON in a stage's parameters."""
     method = TABLE.of(config)
     assert isinstance(method, Fitted), f"{config} is no closed form"
     return method

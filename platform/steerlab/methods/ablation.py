@@ -1,19 +1,19 @@
-"""Directional ablation: what a model computes, without one direction of it.
+"""Directional ablation: remove one direction from the activations of a model.
 
 Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", NeurIPS 2024, https://arxiv.org/abs/2406.11717
 (section 2).
 
-One direction, the difference of the mean activations of two sets of prompts at one place, is taken out of what the model
-computes at every place that was read, on every token:
+The direction is the difference of the mean activations of two sets of prompts at one place. It is projected out of the
+activations of every place that was read, on every token:
 
-    r = mean(source) - mean(target), |r| = 1        z -> z - r (r . z)
+    r = mean(source) - mean(target), scaled to |r| = 1        z -> z - r (r . z)
 
-The source holds what the direction stands for (prompts that are refused), the target does not (prompts that are answered).
-Where the places are the linear layers that write into the residual stream, and the embedding, the same change folds into
-their weights: W -> W - r r^T W.
+The source prompts show the behaviour that the direction stands for (prompts that are refused), the target prompts do not
+(prompts that are answered). If the places are the embedding and the linear layers that write into the residual stream, the same
+change folds into their weights: W -> W - r r^T W.
 
-Departures: the place that gives the direction is chosen by `at`, not by a search over layers and tokens with a score of its
-own; a sweep over `method.at` is that search, with the score that the job names.
+Departure from the paper: the place that gives the direction is set by `at`. The paper searches over layers and tokens with a
+score of its own; a sweep over `method.at` is that search, with the score that the job names.
 """
 
 from __future__ import annotations
@@ -34,16 +34,21 @@ class Config(SteeringConfig):
     name: Literal["ablation"] = "ablation"
     """The method."""
     at: Literal["middle"] | int = "middle"
-    """Which of the extracted places gives the direction: its number from 0, or the middle one."""
+    """The extracted place that gives the direction: its number from 0, or the middle one."""
 
 
 def direction(source_ND: Tensor, target_MD: Tensor) -> Tensor:
-    """Return the difference of two means as a unit vector, (D,).
+    """Return mean(source) - mean(target) as a unit vector, (D,) float32 (section 2.3: difference-in-means).
+
+    Args:
+        source_ND: activations of the prompts that show the behaviour, (N, D).
+        target_MD: activations of the prompts that do not, (M, D).
 
     Raises:
-        ValueError: fewer than 4 samples on a side, other widths, a value that is no number, or equal means.
+        ValueError: fewer than 4 samples on a side, different widths, a NaN or infinite value, or equal means.
     """
     check_samples(source_ND, target_MD)
+    # In float64: the means are close to each other next to their size, so float32 would lose digits in the difference.
     difference_D = source_ND.double().mean(0) - target_MD.double().mean(0)
     if not bool(difference_D.any()):
         raise ValueError("source and target have the same mean, so there is no direction between them")
@@ -51,15 +56,16 @@ def direction(source_ND: Tensor, target_MD: Tensor) -> Tensor:
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, LowRankMap]:
-    (chosen,) = places(config.at, list(source))
-    removed = LowRankMap.without(direction(source[chosen], target[chosen]))
-    others = [name for name, values in source.items() if values.shape[1] != removed.width]
+    (chosen,) = places(config.at, list(source))  # `at` is never "all" here, so that this is one place
+    projection = LowRankMap.without(direction(source[chosen], target[chosen]))
+    others = [name for name, values in source.items() if values.shape[1] != projection.width]
     if others:
         raise ValueError(
-            f"the direction at {chosen} has {removed.width} numbers, {others[0]} computes {source[others[0]].shape[1]}: "
+            f"the direction at {chosen} has {projection.width} numbers, {others[0]} computes {source[others[0]].shape[1]}: "
             "extract places of one width, such as those that write into the residual stream"
         )
-    return dict.fromkeys(source, removed)
+    # One direction for all places: a direction of the residual stream is the same vector at every layer.
+    return dict.fromkeys(source, projection)
 
 
 METHOD = Fitted(Config, _fit, strength_range=(0.0, 1.0), kinds=("causal_lm",))

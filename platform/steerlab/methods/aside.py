@@ -3,20 +3,20 @@
 Zverev et al., "ASIDE: Architectural Separation of Instructions and Data in Language Models", ICLR 2026,
 https://arxiv.org/abs/2503.10566 (section 4).
 
-A token's embedding says what the token is, and with ASIDE also what it is *for*. Tokens of data are rotated by a fixed angle
-(pi/2) in every pair of coordinates before the first layer; tokens of instructions are not. The model is then fine-tuned as
-usual on instruction rows. Instructions and data are linearly separable from layer 0 on, at no extra parameter, and a command
-that arrives as data is no longer the same input as a command that arrives as an instruction:
+The embeddings of data tokens are rotated by a fixed angle (pi/2) in every pair of coordinates before the first layer; those of
+instruction tokens are not. The model is then fine-tuned as usual on instruction rows. Instructions and data are linearly
+separable from layer 0 on, without an extra parameter, and a command in the data is no longer the same input as the same command
+in the instruction:
 
     e'_t = e_t M(a)  if token t is data, else e_t        M(a): d/2 equal blocks [[cos a, -sin a], [sin a, cos a]]
 
 Departures from the authors' code (egozverev/aside a2de054):
-- every token has the role of the text it came from. The released collator pads ids on the left and segments on the right, so
-  each shorter row of a batch had its boundary moved by its padding;
-- one tokenisation of the whole prompt with roles by character offset, instead of two pieces cut at the first marker text;
-  so there is no second BOS at the boundary and text that imitates the marker moves nothing;
-- the rotation is two multiply-adds per coordinate in float32 (a swap and a sign at pi/2), not a stored d x d matrix in bf16;
-- `learned` trains one angle a pair, which stays a rotation; the original frees the whole matrix;
+- every token has the role of the text that it comes from. The released collator pads ids on the left and segments on the right,
+  which shifts the boundary of each shorter row of a batch by its padding;
+- the whole prompt is tokenised at once and roles follow from character offsets. The released code tokenises two pieces, cut at
+  the first marker text, so that a second BOS stands at the boundary and text that imitates the marker moves the boundary;
+- the rotation is two multiply-adds for each coordinate in float32, not a stored d x d matrix in bfloat16;
+- `learned` trains one angle for each pair of coordinates, which keeps it a rotation; the original trains the whole matrix;
 - `gradual` scales the angle by min(1, (step + 1) / steps of one epoch), and the checkpoint holds the full angle.
 """
 
@@ -36,7 +36,8 @@ from steerlab.models import ModelFacts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SHIFT_STD = 0.02  # the authors' segment embedding is a missing key to the loader, which draws N(0, 0.02)
+# The authors' checkpoint has no weights for its segment embedding, so that transformers initialises it from N(0, 0.02).
+_SHIFT_STD = 0.02
 
 
 class Config(MethodConfig):
@@ -47,17 +48,18 @@ class Config(MethodConfig):
     angle_rad: Radians = math.pi / 2
     """Rotation of data tokens, radians (`pi/2` may be written so); 0 is vanilla. Paper: pi/2."""
     direction: Literal["right", "left"] = "right"
-    """right: e M; left: M e, which is right with the negative angle. Paper: right."""
+    """right: e M; left: M e, the same as right with the negative angle. Paper: right."""
     gradual: bool = False
-    """Let the angle grow linearly over the first epoch (over all of a shorter training); meant for `train.keep: last`."""
+    """Increase the angle linearly over the first epoch, or over the training if that is shorter; use `train.keep: last`,
+    because an earlier checkpoint trained with a smaller angle than it is evaluated with."""
     learned: bool = False
-    """Train one angle a pair of coordinates, starting from angle_rad."""
+    """Train one angle for each pair of coordinates, starting from angle_rad."""
     linear_shift: bool = False
     """Add a trained vector for each role after the rotation."""
 
 
 class Aside(PatchedModel):
-    """A causal language model behind a rotating embedding."""
+    """A causal language model whose input embeddings are rotated by role; all weights train."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
@@ -67,21 +69,25 @@ class Aside(PatchedModel):
         )
         if self.patch.shift_RD is not None:
             nn.init.normal_(self.patch.shift_RD, std=_SHIFT_STD)
+        # `inputs.below` is empty: the model's own weights train only if it carries no patch.
         patches.attach(model, [self.patch])
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens (paper, section 4: plain supervised fine-tuning)."""
+        # `roles` is read by the patch's hook on the embedding, not by the model.
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
         return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Let a gradual rotation follow the training."""
+        """Set the share of the angle that a gradual rotation uses in this step."""
+        # step + 1: with `step` the first step would train without any rotation.
         if self.gradual:
             self.patch.progress = min(1.0, (step + 1) / steps_per_epoch)
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
-    """Refuse an angle on a model whose coordinates do not pair up."""
+    """Raise ValueError for a rotation on a model of odd hidden size, whose coordinates do not pair up."""
+    # An angle of 0 rotates nothing, so that vanilla settings and pure shifts work on any width.
     if facts.hidden_size % 2 and (config.angle_rad or config.learned):
         raise ValueError(
             f"method.angle_rad {config.angle_rad:.4f}: a rotation needs pairs of coordinates, "

@@ -1,10 +1,10 @@
-"""AurA: dampen the neurons that tell unwanted texts from wanted ones.
+"""AurA: scale down the neurons whose activation separates unwanted texts from wanted ones.
 
 Suau et al., "Whispering Experts: Neural Interventions for Toxicity Mitigation in Language Models", ICML 2024,
 https://arxiv.org/abs/2407.12824 (section 3).
 
-A neuron whose activation separates the source (toxic) from the target texts is an expert. It is scaled down in proportion to
-how well it separates them; all others are left alone, and no target activation is imitated:
+A neuron whose activation separates the source (toxic) texts from the target texts is an expert. It is scaled down in proportion
+to how well it separates them; all other neurons stay as they are. The target texts only tell which neurons are experts:
 
     alpha = 1 - 2 (AUROC - 0.5) where AUROC > 0.5, else 1        z -> alpha z
 """
@@ -24,7 +24,7 @@ from steerlab.patches.maps import AffineMap
 
 
 class Config(SteeringConfig):
-    """Hyperparameters of AurA; it has none beyond what is read."""
+    """Hyperparameters of AurA: none besides the pooling."""
 
     name: Literal["aura"] = "aura"
     """The method."""
@@ -33,21 +33,34 @@ class Config(SteeringConfig):
 
 
 def auroc(source_ND: Tensor, target_MD: Tensor) -> Tensor:
-    """Return for every neuron the chance that a source value exceeds a target value, ties counting half, (D,)."""
+    """Return for every neuron the probability that a source value exceeds a target value, ties counting half, (D,) float64.
+
+    Args:
+        source_ND: values of the positive class, (N, D).
+        target_MD: values of the negative class, (M, D).
+    """
+    # The Mann-Whitney statistic: binary search in sorted targets takes (N + M) log M instead of N M comparisons.
     target_DM = target_MD.T.contiguous().sort(dim=1).values
     source_DN = source_ND.T.contiguous()
+    # Number of targets below each source value, and of targets not above it; their mean counts ties as half.
     below_DN, not_above_DN = (torch.searchsorted(target_DM, source_DN, right=right) for right in (False, True))
     return (below_DN + not_above_DN).double().mean(1) / (2 * len(target_MD))
 
 
 def aura_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
-    """Fit AurA on max-pooled activations of unwanted (source, (N, D)) and wanted texts (target, (M, D)).
+    """Return AurA's map, a scale for each neuron (section 3).
+
+    Args:
+        source_ND: max-pooled activations of unwanted texts, (N, D).
+        target_MD: max-pooled activations of wanted texts, (M, D).
 
     Raises:
-        ValueError: fewer than 4 samples on a side, other widths, or a value that is no number.
+        ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
     check_samples(source_ND, target_MD)
+    # The clamp leaves neurons alone that are larger on wanted texts (AUROC below 0.5).
     scale_D = 1 - 2 * (auroc(source_ND, target_MD) - 0.5).clamp(min=0)
+    # z -> alpha z: a neuron with AUROC 1 is set to zero.
     return AffineMap(scale_D.float(), torch.zeros_like(scale_D).float())
 
 

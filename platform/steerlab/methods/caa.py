@@ -1,14 +1,15 @@
-"""CAA: contrastive activation addition at one place, or at all.
+"""CAA: contrastive activation addition, at one place or at all places.
 
 Rimsky et al., "Steering Llama 2 via Contrastive Activation Addition", ACL 2024, https://arxiv.org/abs/2312.06681; ActAdd is the
 same with one pair of texts (Turner et al., https://arxiv.org/abs/2308.10248).
 
-The difference of the means of two sets of activations is a direction; it is added to every token:
+The difference of the mean activations of two sets of texts is added to every token:
 
-    z -> z + lambda (mean(target) - mean(source))
+    z -> z + lambda (mean(target) - mean(source))        lambda is the strength of the patch
 
-Departures: the texts need not come in pairs, so the means are taken over each set; the pooling is that of the extraction (the
-paper reads the answer's token). At all places it is Mean-AcT fitted at once; at one, the default, it is the paper's method.
+Departures from the paper: the texts need not come in pairs, so the mean of each set is taken; activations are pooled as the
+extraction says (the paper reads the token of the answer). At one place, the default, it is the paper's method; at all places it
+is Mean-AcT, fitted for all places at once.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ class Config(SteeringConfig):
     name: Literal["caa"] = "caa"
     """The method."""
     at: Literal["middle", "all"] | int = "middle"
-    """Which of the extracted places is steered: its number from 0, the middle one (paper: the effect is largest there), all."""
+    """The extracted place that is steered: its number from 0, the middle one (where the paper's effect is largest), or all."""
 
 
 def places(at: str | int, names: list[str]) -> list[str]:
-    """Return the steered ones of the extracted places. Raises ValueError for a number beyond the last."""
+    """Return the names of the places that `at` selects. Raises ValueError for a number beyond the last place."""
     if at == "all":
         return names
+    # Places are in the model's order, so that the middle place is in a middle layer.
     number = len(names) // 2 if isinstance(at, str) else at
     if not 0 <= number < len(names):
         raise ValueError(f"method.at {at}: {len(names)} places were extracted, numbered from 0")
@@ -43,6 +45,7 @@ def places(at: str | int, names: list[str]) -> list[str]:
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+    # Places without a map get no hook and compute what they did.
     return {name: mean_map(source[name], target[name]) for name in places(config.at, list(source))}
 
 

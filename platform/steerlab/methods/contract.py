@@ -1,23 +1,23 @@
-"""What a method is: a config, a check against the model, and what it makes of the model.
+"""The contract of a method: a config, a check of it against the model and the job, and a way to change the model.
 
-There are three kinds, and which one a method is says all that the stages ask of it:
+A method is an instance of one of three classes. The stages see only the class, never the method:
 
-Plain      makes nothing: the model as it is
-Trained    a `Trainee`, an `nn.Module` whose forward is the paper's loss; what its training leaves is the trainee's kind
-Fitted     a closed form from two samples of activations to one map a place
+Plain      changes nothing: the model as it is
+Trained    trains a `Trainee`, an `nn.Module` whose forward returns the paper's loss
+Fitted     computes one map for each place in closed form, from two samples of activations
 
-A trainee derives from one of three bases, by what is left of the training:
+A trainee derives from one of three bases, which say what the training saves:
 
 WholeModel      the model's own weights
-PatchedModel    the model's own weights, and a patch on them that trained with them (ASIDE's rotation)
-PatchAlone      a patch on the model that it started from, whose weights stay as they are on disk
+PatchedModel    the model's own weights, and a patch that trained with them (ASIDE's rotation)
+PatchAlone      a patch only; the weights of the model that it started from stay as they are on disk
 
-The file is longer than others because whoever writes a method reads it as a whole.
+The file is longer than others because the author of a method reads all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -38,84 +38,115 @@ if TYPE_CHECKING:
 
 
 class Loss(NamedTuple):
-    """A loss as a sum, so that any split of a step's rows over passes and workers adds up to the same step."""
+    """A loss as a sum over targets, so that a step is the same however its rows are split over passes and workers."""
 
     total: Tensor
-    """Sum over the batch's targets; the loop divides by the number of targets of the whole step."""
+    """Sum over the targets of the batch; the loop divides it by the number of targets of the whole step (`counts`)."""
     metrics: dict[str, Tensor]
-    """Further sums over targets, reported divided by the same number."""
+    """Further sums over the targets, by name; the loop divides them by the same number and reports them."""
 
 
 class Size(NamedTuple):
-    """What a training holds, for the estimate before it starts."""
+    """Memory of a training, for the estimate before it starts."""
 
     trained: int
-    """Parameters that train."""
+    """Number of parameters that train."""
     more_bytes: int = 0
-    """Bytes of a worker besides the model, what trains, and the optimizer."""
+    """Memory of one worker in bytes, not counting the model, the trained parameters and the optimizer's state."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method is handed besides its model and config."""
+    """Inputs of a trainee besides its model and its config."""
 
     below: tuple[patches.SavedPatch, ...] = ()
-    """Patches that the model carries already; the method's own one is attached above them."""
+    """Patches that the model carries already, in order. The trainee attaches them together with its own patch, which comes
+    last: `patches.attach(model, [*inputs.below, self.patch])`. Empty for a model without patches."""
     activations: Mapping[str, Activations] = field(default_factory=dict)
-    """Extracted activations by the role of their data set."""
+    """Extracted activations by the role of their data set (`Trained.roles_read`)."""
     prepared: Mapping[str, Path] = field(default_factory=dict)
-    """What the method's preparations left, by their name."""
+    """Output directories of the method's preparations, by the preparation's name."""
 
 
 class Trainee(nn.Module):
-    """What trains, and how: parameters with `requires_grad` are trained, no others.
+    """A module that the training loop trains: its parameters with `requires_grad` and no others.
 
-    Made as `Trainee(model, config, inputs)`. Derive from `WholeModel`, `PatchedModel` or `PatchAlone`, not from this.
+    The loop constructs it as `Trainee(model, config, inputs)`. Derive from `WholeModel`, `PatchedModel` or `PatchAlone`, not
+    from this class.
     """
 
     trains_on: ClassVar[str] = "train"
     """Role of the data set whose rows are trained on."""
     holds_logits: ClassVar[bool] = True
-    """False when the loss makes logits in pieces, so that those of a batch are never there at once; for estimates."""
+    """False when the loss computes logits in chunks, so that those of a batch are never in memory at once; for estimates."""
     leaves_model: ClassVar[bool]
+    """Whether the artifact holds the model's own weights."""
     leaves_patch: ClassVar[bool]
+    """Whether the artifact holds a patch."""
     model: Any
     """A language model, or a diffusion pipeline."""
     patch: Any
-    """What is saved as the patch, or None."""
+    """Module whose state is saved as the patch; None if the training has no patch."""
 
     def forward(self, batch: Any) -> Loss:
         """Return the paper's loss of one micro-batch, a `Batch` of tokens or `Drawings`."""
         raise NotImplementedError
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Follow the training: called before step `step` (from 0) on every worker; at most all steps are one epoch."""
+        """Hook before step `step` (from 0), on every worker; `steps_per_epoch` is at most the number of all steps."""
 
     def before_pass(self, is_last: bool) -> None:
-        """Prepare for a forward pass of a step; the step's gradients are complete after the last one."""
+        """Hook before each forward pass of a step; the step's gradients are complete after the last one."""
 
     def after_step(self, lr: float) -> None:
-        """Do what follows the optimizer, on every worker; `lr` is the step's learning rate."""
+        """Hook after the optimizer has moved the parameters, on every worker; `lr` is the step's learning rate."""
 
     def finished(self, state: dict[str, Tensor]) -> patches.SavedPatch:
-        """Return the patch to save for a trained state of `patch`: one of the same make with that state."""
-        fresh = patches.KINDS[self.patch.kind](**self.patch.spec())
-        fresh.load_state_dict(state)
-        return fresh
+        """Return the patch to save, given a trained state dict of `self.patch`: a new patch of its kind with that state."""
+        # A new one: under ZeRO 3 the tensors of `self.patch` itself are shards, and snapshots are states of earlier steps.
+        patch = patches.KINDS[self.patch.kind](**self.patch.spec())
+        patch.load_state_dict(state)
+        return patch
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
-        """Return what a row adds to the number that the loss is divided by: its targets, one a row of pairs or images."""
+        """Return what a row adds to the divisor of the loss: its target tokens; override it with 1 for pairs or images."""
         return sum(row.targets(loss_on))
 
     @classmethod
     def size(cls, config: Any, skeleton: PreTrainedModel) -> Size | None:
-        """Return what trains, by the model's modules without weights; None: all of the model, or next to nothing of it."""
+        """Return the memory that the training needs; None if all of the model trains, or too little of it to matter.
+
+        Args:
+            config: the method's config.
+            skeleton: the model's modules on the meta device, without weights.
+        """
         return None
 
-    def check(self) -> None:
-        """Refuse a trainee that is not what its base says. Raises ValueError, with the base that would be right."""
+    def check(self, below: Sequence[patches.SavedPatch] = ()) -> None:
+        """Refuse a trainee that contradicts its base class, or that left off patches of the model that it starts from.
+
+        Args:
+            below: `Inputs.below`, the patches that the model carries already.
+
+        Raises:
+            ValueError: the message names the right base class, or the call that attaches the patches.
+        """
         name = type(self).__name__
+        stack = patches.attached_patches(self.model) or ()
+        # By identity: two patches of one kind may hold equal numbers.
+        missing = [patch for patch in below if not any(patch is other for other in stack)]
+        if missing:
+            remedy = (
+                "start from a model without patches, since its own weights train; `steerlab export` folds some kinds"
+                if self.leaves_model
+                else "call patches.attach(model, [*inputs.below, self.patch]) once, in its constructor"
+            )
+            raise ValueError(
+                f"{name} trains without {len(missing)} of {len(below)} patches that the model carries already "
+                f"({missing[0].kind}): {remedy}"
+            )
+        # A frozen model would be saved as a full copy of weights that are on disk already.
         frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
         if self.leaves_model and frozen:
             raise ValueError(f"{name} freezes the model, whose weights would be saved as they were: derive it from PatchAlone")
@@ -126,7 +157,7 @@ class Trainee(nn.Module):
 
 
 class WholeModel(Trainee):
-    """A training that leaves the model's own weights. Without a `train` section a job evaluates the model as it is."""
+    """Base of trainings that save the model's own weights. Without a `train` section a job evaluates the model as it is."""
 
     leaves_model, leaves_patch = True, False
 
@@ -138,7 +169,7 @@ class WholeModel(Trainee):
 
 
 class PatchedModel(Trainee):
-    """A training that leaves the model's own weights and a patch on them, `self.patch`."""
+    """Base of trainings that save the model's own weights and a patch on them, `self.patch`."""
 
     leaves_model, leaves_patch = True, True
 
@@ -149,7 +180,14 @@ class PatchedModel(Trainee):
 
 
 class PatchAlone(Trainee):
-    """A training that leaves a patch, `self.patch`, on the model that it started from, which is frozen."""
+    """Base of trainings that save only a patch, `self.patch`; the model that it is attached to is frozen.
+
+    The constructor attaches the whole stack, the patches that the model carries already and the new one:
+
+        patches.attach(model, [*inputs.below, self.patch])
+
+    The training refuses a trainee that leaves `inputs.below` off.
+    """
 
     leaves_model, leaves_patch = False, True
 
@@ -158,17 +196,19 @@ class PatchAlone(Trainee):
         self.model = model.requires_grad_(False)
 
     def train(self, mode: bool = True) -> PatchAlone:
-        """Train the patch alone: a frozen model has no dropout."""
+        """Set the patch's training mode; the model stays in evaluation mode."""
         super().train(mode)
+        # Dropout in a frozen model would only add noise to the patch's gradients.
         self.model.train(False)
         return self
 
 
 MIN_SAMPLES = 4
-"""Fewer samples say nothing about a distribution (authors' code: `force_small_batch`)."""
+"""Smallest sample that a map is fitted on (the authors' code of LinEAS: `force_small_batch`)."""
 Samples = Mapping[str, Tensor]
-"""Pooled activations by tap: (N, D), float32."""
+"""Pooled activations by place: (N, D), float32."""
 ANY_KIND = ("causal_lm", "diffusion")
+"""All kinds of model, for `Method.kinds`."""
 
 
 class SteeringConfig(MethodConfig):
@@ -177,29 +217,29 @@ class SteeringConfig(MethodConfig):
     pooling: Pooling = "mean"
     """Pooling of the activations."""
     steer: Selection | None = None
-    """Where the maps act, among the places that were read; null: there, on every token."""
+    """Modules and tokens on which the maps act, among the places that were read; null: all of these places, every token."""
     inverse: bool = Field(False, exclude_if=lambda inverse: not inverse)
-    """Act with the inverse maps: bring about what the fitted ones take away."""
+    """Apply the inverse maps, which induce what the fitted maps remove."""
 
 
 class SequentialConfig(SteeringConfig):
-    """Hyperparameters of a closed form that may be fitted place after place."""
+    """Hyperparameters of a closed form that may be fitted one place after another."""
 
     incremental: bool = True
-    """Fit maps one after another, each on what the source texts cause with all maps before it in force."""
+    """Fit the maps one after another, each on the source activations with all earlier maps applied."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the table of methods: what all kinds have, and what the stages ask of any of them."""
+    """One entry of the table of methods: the fields and questions that all three classes share."""
 
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""
     _: KW_ONLY
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: None
-    """Refuse settings that cannot work on a model or in a job, with a ValueError, before anything starts."""
+    """(config, facts about the model, job): raises ValueError for settings that cannot work, before anything starts."""
     strength_range: tuple[float, float] | None = None
-    """Strengths that mean something; others are warned of. None where any does."""
+    """Lowest and highest meaningful strength of the patch; others give a warning. None: any strength."""
     kinds: tuple[str, ...] = ("causal_lm",)
     """Kinds of model that the method works on."""
 
@@ -207,25 +247,29 @@ class Method:
     leaves_patch: ClassVar[bool] = False
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
-        """Return the roles of the data sets whose activations the method wants extracted first."""
+        """Return the roles of the data sets whose activations are extracted before the method runs."""
         return ()
 
     def prepares(self, config: MethodConfig, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
-        """Ask for the stages before the training, each after those that it needs. Raises ValueError."""
+        """Declare the stages before the training by calls of `prepare`, and return the names that the training reads.
+
+        Raises:
+            ValueError: a stage cannot be made for this config or model.
+        """
         return ()
 
     def walks(self, config: MethodConfig) -> bool:
-        """Say whether maps are fitted one after another, on what the source texts cause behind the maps before."""
+        """Return whether maps are fitted one after another, each on the source activations with all earlier maps applied."""
         return isinstance(config, SequentialConfig) and config.incremental
 
     def steers(self, config: MethodConfig) -> Selection | None:
-        """Return where the patch acts; None where the config does not say, or everywhere."""
+        """Return the modules and tokens on which the patch acts; None if the config does not restrict them."""
         return config.steer if isinstance(config, SteeringConfig) else None
 
 
 @dataclass(frozen=True)
 class Plain(Method):
-    """A method that makes nothing."""
+    """A method that leaves the model as it is."""
 
 
 @dataclass(frozen=True)
@@ -233,15 +277,16 @@ class Trained(Method):
     """A method that trains."""
 
     module: type[Trainee]
-    """Made of (model, config, inputs): the surgery or the hooks, and what trains."""
+    """The trainee, constructed as `module(model, config, inputs)`; it attaches its patch to the model."""
     _: KW_ONLY
     roles_read: tuple[str, ...] = ()
-    """Roles of the data sets whose activations are extracted first, for a config that says how (`SteeringConfig`)."""
+    """Roles of the data sets whose activations are extracted first. Needs a config derived from `SteeringConfig`."""
     preparations: Callable[[Any, PreTrainedModel, Prepare], tuple[str, ...]] = lambda config, skeleton, prepare: ()
-    """(config, the model's modules without weights, what takes preparations) -> names of those that the training reads; it
-    asks for the stages before the training, and refuses what cannot be made with a ValueError (preparations.py)."""
+    """(config, the model's modules without weights, prepare) -> names of the preparations that the training reads. It declares
+    the stages before the training (preparations.py) and raises ValueError for one that cannot be made."""
 
     def __post_init__(self) -> None:
+        # When the method is defined, not when it runs: the error names the class to change.
         if not issubclass(self.module, WholeModel | PatchedModel | PatchAlone):
             raise TypeError(f"{self.module.__name__}: derive it from WholeModel, PatchedModel or PatchAlone")
         if self.roles_read and not issubclass(self.Config, SteeringConfig):
@@ -249,17 +294,18 @@ class Trained(Method):
 
     @property
     def leaves_model(self) -> bool:  # type: ignore[override]
-        """Whether the result holds the model's own weights."""
+        """Whether the artifact holds the model's own weights."""
         return self.module.leaves_model
 
     @property
     def leaves_patch(self) -> bool:  # type: ignore[override]
-        """Whether the result holds a patch, whose strength can be varied."""
+        """Whether the artifact holds a patch, whose strength can be varied."""
         return self.module.leaves_patch
 
     @property
     def needs_training(self) -> bool:
-        """Whether a job without a `train` section is a mistake."""
+        """Whether a job needs a `train` section."""
+        # A whole model without training is the model itself; a patch without training does nothing, which nobody wants.
         return self.leaves_patch
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
@@ -267,19 +313,20 @@ class Trained(Method):
         return self.roles_read
 
     def prepares(self, config: MethodConfig, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
-        """Ask for `preparations`, and return the names of those that the training reads."""
-        read = self.preparations(config, skeleton, prepare)
-        prepare.check_read(read)
-        return read
+        """Declare the `preparations`, and return the names of those that the training reads."""
+        names = self.preparations(config, skeleton, prepare)
+        prepare.check_read(names)
+        return names
 
 
 @dataclass(frozen=True)
 class Fitted(Method):
-    """A closed form. One that walks reads the target alone, and takes the source texts through the model itself."""
+    """A method that computes its maps in closed form from source and target activations."""
 
     Config: type[SteeringConfig]
     fit: Callable[[Any, Samples, Samples], Mapping[str, Map]]
-    """(config, source, target) -> maps; never asks whether it is called for all places at once or for one after another."""
+    """(config, source, target) -> maps by place. It is called once with all places, or once for each (`walks`), and must give
+    the same maps either way for the same samples."""
     _: KW_ONLY
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: check_roles(config, facts, job)
     kinds: tuple[str, ...] = ANY_KIND
@@ -291,42 +338,53 @@ class Fitted(Method):
             raise TypeError(f"{self.Config.__name__} of a closed form: derive it from SteeringConfig")
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
-        """Return the roles of both samples, or of the target."""
+        """Return the roles of the samples that are extracted first: both, or only the target when `walks`."""
+        # A sequential fit runs the source texts through the model itself, because each map changes what later places compute.
         return ("target",) if self.walks(config) else ("source", "target")
 
 
 def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Return the summed next-token cross-entropy (nats) over the labelled tokens, in float32."""
+    """Return the summed next-token cross-entropy in nats over the labelled tokens, computed in float32.
+
+    Args:
+        logits_BTV: logits of each token, (B, T, V).
+        labels_BT: token ids, (B, T), `IGNORED` where a token is not a target; position t is predicted from t - 1.
+    """
+    # In float32: in bfloat16 the log-sum-exp over a vocabulary keeps two or three digits.
     return nn.functional.cross_entropy(
         logits_BTV[:, :-1].float().flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that receive gradients."""
+    """Return the parameters that receive gradients, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def train_everything(model: PreTrainedModel) -> None:
-    """Let every weight receive gradients; transformers leaves a loaded model so, a frozen one may come from elsewhere."""
+    """Let every weight receive gradients."""
+    # transformers loads a model unfrozen, but the model may come from code that froze it.
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
 
 def check_masters(job: Job) -> None:
-    """Refuse to train the model's own weights in bfloat16 where the optimizer keeps no float32 copies of them."""
+    """Raise ValueError for training the model's own weights in bfloat16 without float32 copies in the optimizer."""
+    # bfloat16 has 8 bits of mantissa: an update smaller than 1/256 of a weight would be rounded away.
     if job.model.dtype == "bfloat16" and job.scale.zero_stage == 0:
         raise ValueError("model.dtype bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3")
 
 
 def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
-    """Refuse a job without source and target texts, or with the same texts on both sides."""
+    """Raise ValueError for a job without source and target texts, or with the same texts on both sides."""
+    # Checked before anything is extracted: the fit itself would fail only hours later.
     missing = [role for role in ("source", "target") if role not in job.data.by_role]
     if missing:
         raise ValueError(
             f"data.{missing[0]}: method {config.name} needs this data set; it moves source texts towards target texts"
         )
     source, target = job.data.by_role["source"], job.data.by_role["target"]
+    # Equal samples give the identity as every method's map: the job was meant otherwise.
     if source == target:
         raise ValueError("data.source and data.target are the same rows, so there is nothing to move")
     if source.format != target.format:
@@ -335,21 +393,23 @@ def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
             "different ways differ for that reason alone"
         )
     for role, data in (("source", source), ("target", target)):
-        each = 1 if data.seeds is None else data.seeds[1] - data.seeds[0]
-        if data.limit is not None and data.limit * each < MIN_SAMPLES:
-            drawings = "" if data.seeds is None else f" of {each} seeds each"
+        # A prompt of a diffusion model gives one sample for each seed.
+        num_seeds = 1 if data.seeds is None else data.seeds[1] - data.seeds[0]
+        if data.limit is not None and data.limit * num_seeds < MIN_SAMPLES:
+            drawings = "" if data.seeds is None else f" of {num_seeds} seeds each"
             raise ValueError(f"data.{role}.limit {data.limit}{drawings}: a distribution needs {MIN_SAMPLES} samples or more")
 
 
 def check_samples(source_ND: Tensor, target_MD: Tensor) -> None:
-    """Refuse samples that no map can be fitted on.
+    """Check that a map can be fitted on two samples of activations, (N, D) and (M, D).
 
     Raises:
-        ValueError: fewer than 4 samples on a side, other widths, or a value that is no number.
+        ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
     for side, x in (("source", source_ND), ("target", target_MD)):
         if len(x) < MIN_SAMPLES:
             raise ValueError(f"the {side} has {len(x)} samples; a distribution needs {MIN_SAMPLES} or more")
+        # One NaN would make the map of its neuron NaN, and with it every logit.
         if not bool(x.isfinite().all()):
             row, neuron = (int(i) for i in (~x.isfinite()).nonzero()[0])
             raise ValueError(f"the {side} activation of row {row}, neuron {neuron} is {float(x[row, neuron])}")

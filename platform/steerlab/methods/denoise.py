@@ -1,15 +1,17 @@
-"""Training of a diffusion model: the denoiser learns to tell noise and image apart.
+"""Training of a diffusion model: the denoiser learns to predict the noise in an image.
 
-Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, https://arxiv.org/abs/2006.11239, eq. 14; the
-prompt is left out of some rows, so that one model draws with and without it: Ho and Salimans, "Classifier-Free Diffusion
-Guidance", https://arxiv.org/abs/2207.12598, algorithm 1. What is predicted is the scheduler's affair: the noise, or the
-velocity v = alpha eps - sigma x (Salimans and Ho, "Progressive Distillation", https://arxiv.org/abs/2202.00512, appendix D).
+Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, https://arxiv.org/abs/2006.11239, eq. 14.
+Ho and Salimans, "Classifier-Free Diffusion Guidance", https://arxiv.org/abs/2207.12598, algorithm 1: some rows train without
+their prompt, so that one model predicts with and without it.
+Salimans and Ho, "Progressive Distillation", https://arxiv.org/abs/2202.00512, appendix D: the velocity as the target.
 
-    x_t = alpha_t x + sigma_t eps,   t uniform, eps normal        loss = mean over pixels of |target - predicted|^2
+    x_t = alpha_t x + sigma_t eps        t uniform, eps standard normal
+    target = eps, or the velocity v = alpha_t eps - sigma_t x, as the scheduler's `prediction_type` says
+    loss = mean over pixels of |target - prediction|^2, summed over images
 
-What a row draws (t, eps, whether its prompt is left out) is a function of the seed, the step and the row's number in the data
-alone, so that the number of workers changes nothing. The embedded models draw pixels; a pipeline with an autoencoder is
-refused. Axes: B images, C channels, H and W pixels.
+The random draws of a row (t, eps, whether the prompt is left out) depend only on the seed, the step and the row's number in the
+data, so that the number of workers does not change them. Only pipelines that work on pixels are trained, such as the embedded
+ones; a pipeline with an autoencoder is refused. Axes: B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -34,21 +36,23 @@ class Config(MethodConfig):
     name: Literal["denoise"] = "denoise"
     """The method."""
     drop_prompt: float = Field(0.1, ge=0, lt=1)
-    """Share of rows without their prompt. Ho and Salimans: 0.1 to 0.2."""
+    """Share of rows that train without their prompt; 0 keeps every prompt. Ho and Salimans: 0.1 to 0.2."""
     seed: Seed = 0
-    """Seed of the noise and the times."""
+    """Seed of the noise, the timesteps and the choice of rows without a prompt."""
 
 
-def _draw(seed: int, step: int, number: int) -> int:
-    """Return the seed of a row of a step, in the 64 bits that torch takes."""
+def _row_seed(seed: int, step: int, number: int) -> int:
+    """Return the seed of one row in one step."""
+    # 24 bits for the row's number; torch takes seeds of 64 bits and raises beyond.
     return (((seed * 1_000_003 + step) << 24) + number) % 2**64
 
 
 class Denoise(WholeModel):
-    """A denoiser with its table of words, and its loss."""
+    """A diffusion pipeline whose denoiser and prompt embeddings train on the denoising loss."""
 
     def __init__(self, model: Diffusion, config: Config, inputs: Inputs) -> None:
         super().__init__(model)  # type: ignore[arg-type]
+        # A pipeline with an autoencoder trains on latents, which this loss does not compute.
         if model.architecture != "PixelPipeline":
             raise ValueError(f"method denoise trains the embedded models, which draw pixels; this is a {model.architecture}")
         self.config = config
@@ -56,43 +60,48 @@ class Denoise(WholeModel):
         self._step = 0
 
     def forward(self, batch: Drawings) -> Loss:
-        """Return the squared error of each row's prediction, summed over rows, a mean over pixels."""
+        """Return the squared error of the predictions, a mean over pixels and a sum over images (DDPM, eq. 14)."""
         assert batch.images is not None, "the data are images"
         x_BCHW = batch.images
-        t_B, noise_BCHW, kept_B = self._draws(batch, x_BCHW)
+        t_B, noise_BCHW, with_prompt_B = self._draws(batch, x_BCHW)
+        # x_t = alpha_t x + sigma_t eps
         noisy_BCHW = self._scheduler.add_noise(x_BCHW, noise_BCHW, t_B)
+        # eps, or v = alpha_t eps - sigma_t x: what this pipeline's sampler expects the denoiser to return.
         if self._scheduler.config.prediction_type == "v_prediction":
             target_BCHW = self._scheduler.get_velocity(x_BCHW, noise_BCHW, t_B)
         else:
             target_BCHW = noise_BCHW
-        prompts = [prompt if kept else "" for prompt, kept in zip(batch.prompts, kept_B, strict=True)]
+        # The empty prompt is the unconditional model of classifier-free guidance.
+        prompts = [prompt if has_prompt else "" for prompt, has_prompt in zip(batch.prompts, with_prompt_B, strict=True)]
         predicted = self.model.denoiser(noisy_BCHW, t_B, **self.model.pipeline.condition(prompts)).sample
+        # In float32: squares of small errors underflow in half precision.
         error_B = (predicted.float() - target_BCHW.float()).square().flatten(1).mean(1)
         return Loss(error_B.sum(), {})
 
     def _draws(self, batch: Drawings, x_BCHW: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
-        """Draw times, noise and which prompts stay, each row from a generator of its own."""
-        times, noise, kept = [], [], []
+        """Draw the timestep and the noise of each row, and whether it keeps its prompt."""
+        times, noise, with_prompt = [], [], []
         for number in batch.numbers.tolist() or range(len(batch.prompts)):
-            generator = torch.Generator().manual_seed(_draw(self.config.seed, self._step, number))
+            # A generator for each row, on the CPU: the draws depend neither on the other rows of the pass nor on the device.
+            generator = torch.Generator().manual_seed(_row_seed(self.config.seed, self._step, number))
             times.append(int(torch.randint(self._scheduler.config.num_train_timesteps, (), generator=generator)))
             noise.append(torch.randn(x_BCHW.shape[1:], generator=generator))
-            kept.append(float(torch.rand((), generator=generator)) >= self.config.drop_prompt)
+            with_prompt.append(float(torch.rand((), generator=generator)) >= self.config.drop_prompt)
         t_B = torch.tensor(times, device=x_BCHW.device)
-        return t_B, torch.stack(noise).to(x_BCHW), kept
+        return t_B, torch.stack(noise).to(x_BCHW), with_prompt
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
-        """One an image."""
+        """Return 1: the loss is a mean over images."""
         return 1
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Remember the step, of which the noise is a function."""
+        """Store the step, on which the seeds of the noise depend."""
         self._step = step
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
-    """Refuse data that are no images."""
+    """Raise ValueError for data that are not images."""
     for role in ("train", "validation"):
         if role in job.data.by_role and job.data.by_role[role].format != "image":
             raise ValueError(f"data.{role}.format {job.data.by_role[role].format}: method {config.name} trains on images")

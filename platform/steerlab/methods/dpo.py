@@ -1,14 +1,16 @@
-"""DPO of the whole model or of low-rank adapters: what a vector on the logits is compared with.
+"""DPO of the whole model or of low-rank adapters: the baseline of methods that train a vector on the logits.
 
 Rafailov et al., "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", NeurIPS 2023,
 https://arxiv.org/abs/2305.18290, eq. 7.
 
     L = -log sigmoid( beta sum_t [ (log pi - log pi_ref)(y_w) - (log pi - log pi_ref)(y_l) ] )
 
-pi_ref is the model at the start, of which a frozen copy is held: twice the memory of the weights, and one more forward pass a
-step. With `lora` low-rank adapters train, and the reference is the same model with these off. What is left is the difference of
-weights as a patch, so that the strength interpolates between reference and policy, strength 0 is the reference bit for bit, and
-the tasks need no second model.
+y_w is the chosen response, y_l the rejected one. pi_ref is the model at the start of the training. A frozen copy of it is kept,
+which takes the memory of the weights a second time and one more forward pass a step. With `lora`, low-rank adapters train, and
+the reference is the same model with its adapters off.
+
+The result is saved as a patch of weight differences: the strength interpolates between reference and policy, strength 0 is the
+reference bit for bit, and tasks need no second model.
 """
 
 from __future__ import annotations
@@ -40,20 +42,21 @@ class Config(MethodConfig):
     name: Literal["dpo"] = "dpo"
     """The method."""
     beta: float = Field(0.1, ge=0)
-    """Steepness of the preference: margins of 1 / beta nats count. Paper: 0.1 (0.5 for summaries)."""
+    """Inverse scale of the margin: the loss saturates at margins of several 1 / beta nats. Paper: 0.1 (0.5 for summaries)."""
     length_average: bool = False
-    """Means over the tokens of a response in place of sums."""
+    """Use the mean of the log ratios over the tokens of a response instead of their sum."""
     lora: Lora | None = None
     """Train low-rank adapters; {} takes their defaults. Null trains all weights."""
 
 
 class Whole(nn.Module):
-    """What trains: every weight of the model."""
+    """Every weight of the model, as a module whose state is saved."""
 
     kind = "weight"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        # A ParameterList names its entries by number, so the weights' names are kept beside it.
         self.names = [name for name, _ in model.named_parameters()]
         self.weights = nn.ParameterList(model.parameters())
 
@@ -65,11 +68,13 @@ class Dpo(PatchAlone):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
+        # The result is a weight patch, too, and two of them on one weight would overwrite each other.
         if any(patch.kind == "weight" for patch in inputs.below):
             raise ValueError("model.source: the model's weights are patched already; `steerlab export` makes them its own")
         self.config = config
         self.reference: PreTrainedModel | None = None
         if config.lora is None:
+            # The copy is taken before any hook is attached: a copied hook would act on the original's modules.
             self.reference = copy.deepcopy(model).requires_grad_(False)
             patches.attach(self.reference, copy.deepcopy(inputs.below))
             train_everything(model)
@@ -77,38 +82,40 @@ class Dpo(PatchAlone):
         patches.attach(model, inputs.below)
 
     def train(self, mode: bool = True) -> Dpo:
-        """Train the policy; the reference has no dropout, nor has a frozen model."""
+        """Set the policy's training mode; the reference and a frozen model stay in evaluation mode."""
+        # Not PatchAlone.train: without `lora` the model itself is the policy and trains with its dropout.
         nn.Module.train(self, mode)
-        for fixed in (self.reference, None if self.config.lora is None else self.model):
-            if fixed is not None:
-                fixed.train(False)
+        for frozen in (self.reference, None if self.config.lora is None else self.model):
+            if frozen is not None:
+                frozen.train(False)
         return self
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs (eq. 7)."""
-        tokens = scoring.predicted(batch)
+        tokens = scoring.predicted(batch)  # N response tokens of P pairs
         with torch.no_grad(), self._reference() as reference:
             reference_N = scoring.log_probs(reference, batch, tokens)
         policy_N = scoring.log_probs(self.model, batch, tokens)
+        # log pi - log pi_ref of each response token (eq. 7); `scoring.dpo` sums them over each response.
         loss_P, margin_P = scoring.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
-        """One a pair."""
+        """Return 1: the loss is a mean over pairs."""
         return 1
 
     @classmethod
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
-        """Return the number of weights that train, and the bytes of the reference where it is a copy."""
+        """Return the number of weights that train, and the bytes of the reference if it is a copy."""
         if config.lora is not None:
             return Size(num_trained(skeleton, config.lora))
         num = sum(parameter.numel() for parameter in skeleton.parameters())
-        return Size(num, 4 * num)
+        return Size(num, 4 * num)  # 4 bytes: the copy is float32 at most
 
     @contextmanager
     def _reference(self) -> Iterator[PreTrainedModel]:
-        """Give the model at the start."""
+        """Yield the model as it was at the start of the training."""
         if isinstance(self.patch, Adapters):
             with self.patch.off():
                 yield self.model
@@ -117,10 +124,11 @@ class Dpo(PatchAlone):
             yield self.reference
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
-        """Return how far the weights have moved."""
+        """Return the differences between the trained weights and those of the reference as a patch."""
         if isinstance(self.patch, Adapters):
             return self.patch.finished(state)
         assert self.reference is not None
+        # On the CPU and one weight at a time: policy, reference and differences need not fit on the GPU together.
         start = dict(self.reference.named_parameters())
         return patches.WeightPatch.of(
             {name: state[f"weights.{i}"].cpu() - start[name].detach().cpu() for i, name in enumerate(self.patch.names)}
@@ -128,7 +136,7 @@ class Dpo(PatchAlone):
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
-    """Refuse weights without the digits to move in, and shards."""
+    """Raise ValueError for bfloat16 weights without float32 copies, and for ZeRO 3."""
     if config.lora is None:
         check_masters(job)
     if job.scale.zero_stage == 3:

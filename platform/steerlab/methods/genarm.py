@@ -1,21 +1,21 @@
-"""GenARM: an autoregressive reward model beside the frozen one, added to its logits at inference.
+"""GenARM: the log-probabilities of an autoregressive reward model, added to the logits of a frozen model at inference.
 
 Xu et al., "GenARM: Reward Guided Generation with Autoregressive Reward Model for Test-time Alignment", ICLR 2025,
 https://arxiv.org/abs/2410.08193.
 
-The reward of a response is the log-likelihood that a second language model pi_r gives it, token by token, and is trained as a
-reward is (with the chosen response y_w and the rejected one y_l):
+The reward of a response is its log-likelihood under a second language model pi_r. It is trained with the Bradley-Terry loss of
+reward models (y_w is the chosen response, y_l the rejected one):
 
     r(x, y) = sum_t log pi_r(y_t | x, y_<t)
     L = -log sigmoid( beta [ r(x, y_w) - r(x, y_l) ] )
 
-Every token is then drawn from pi_base(y_t) pi_r(y_t)^alpha, renormalised: alpha is the strength, 1 / beta_decode in the paper.
-Both models run at every token, which is what a vector on the logits (IAV) wants to save.
+At inference every token is drawn from pi_base(y_t) pi_r(y_t)^alpha, renormalised. alpha is the strength of the patch, which is
+1 / beta_decode in the paper. Both models run at every token; a vector on the logits (IAV) avoids the second one.
 
 Departures from the paper:
-- the reward model begins as the base itself, whole or its first `num_layers`: no second checkpoint is needed; the paper begins
-  with a fine-tuned model of the same or another size;
-- all of it trains unless `lora` says otherwise; the paper's has adapters.
+- the reward model starts as a copy of the base, whole or its first `num_layers` layers, so that no second checkpoint is needed;
+  the paper starts with a fine-tuned model of the same or another size;
+- all of its weights train unless `lora` is set; the paper trains adapters.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ class Config(MethodConfig):
     name: Literal["genarm"] = "genarm"
     """The method."""
     beta: float = Field(0.1, ge=0)
-    """Steepness of the preference: differences of 1 / beta nats count."""
+    """Inverse scale of the reward difference: the loss saturates at differences of several 1 / beta nats."""
     length_average: bool = False
-    """Means over the tokens of a response in place of sums."""
+    """Use the mean log-likelihood over the tokens of a response instead of the sum."""
     num_layers: int | None = Field(None, ge=1)
-    """Decoder layers of the reward model, the base's first ones; null: all."""
+    """Number of the base's first decoder layers that the reward model keeps; null keeps all of them."""
     lora: Lora | None = None
     """Train low-rank adapters of the reward model; {} takes their defaults. Null trains all its weights."""
 
 
 class Genarm(PatchAlone):
-    """A frozen model, and the reward model beside it."""
+    """A frozen model, and the reward model that trains."""
 
     trains_on = "preference"
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        # With patches below, the reward model would read a text that the model reads through them.
+        # The reward model starts from the plain weights: with patches of weights or embeddings the base is another model.
         if any(patch.kind in ("weight", "embedding") for patch in inputs.below):
             raise ValueError("model.source: the reward model begins as a plain model; `steerlab export` folds a weight patch")
         second = copy.deepcopy(model) if config.num_layers is None else models.first_layers(model, config.num_layers)
@@ -70,56 +70,60 @@ class Genarm(PatchAlone):
         self.patch: nn.Module
         if config.lora is None:
             train_everything(second)
-            self.patch = added = patches.SecondModelPatch.of(second)
-            patches.attach(model, [*inputs.below, added])
+            self.patch = second_patch = patches.SecondModelPatch.of(second)
+            patches.attach(model, [*inputs.below, second_patch])
         else:
+            # The adapters are inside the reward model; they become a SecondModelPatch in `finished` only.
             self.patch = Adapters(second, config.lora)
-            patches.attach(second, ())
+            patches.attach(second, ())  # an empty stack, so that `second` takes `roles` and the like as a patched model does
             patches.attach(model, inputs.below)
 
     def forward(self, batch: Batch) -> Loss:
-        """Return the summed loss of the pairs."""
-        tokens = scoring.predicted(batch)
+        """Return the summed loss of the pairs; the base model does not run."""
+        tokens = scoring.predicted(batch)  # N response tokens of P pairs
         log_prob_N = scoring.log_probs(self.second, batch, tokens)
+        # r(x, y) is a sum of log pi_r: the loss is DPO's with a reference whose log-probabilities are all 0.
         loss_P, margin_P = scoring.dpo(log_prob_N, tokens, self.config.beta, self.config.length_average)
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
-        """One a pair."""
+        """Return 1: the loss is a mean over pairs."""
         return 1
 
     @classmethod
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
-        """Return the number of weights that train, and the bytes of the reward model where it has adapters."""
+        """Return the number of weights that train, and the bytes of the frozen reward model if only its adapters train."""
         total = sum(parameter.numel() for parameter in skeleton.parameters())
         layers = models.layer_names(skeleton)
-        each = sum(parameter.numel() for parameter in skeleton.get_submodule(layers[0]).parameters())
-        kept = len(layers) if config.num_layers is None else config.num_layers
-        num = total - (len(layers) - kept) * each
+        per_layer = sum(parameter.numel() for parameter in skeleton.get_submodule(layers[0]).parameters())
+        num_layers = len(layers) if config.num_layers is None else config.num_layers
+        num = total - (len(layers) - num_layers) * per_layer
         if config.lora is None:
             return Size(num)
-        return Size(num_trained(skeleton, config.lora) * kept // len(layers), 4 * num)
+        return Size(num_trained(skeleton, config.lora) * num_layers // len(layers), 4 * num)
 
     def finished(self, state: dict[str, Tensor]) -> patches.SecondModelPatch:
-        """Return the trained reward model, its adapters in its weights."""
-        saved = patches.SecondModelPatch(models.config_of(self.second))
+        """Return the trained reward model as a patch, with its adapters folded into its weights."""
+        patch = patches.SecondModelPatch(models.config_of(self.second))
+        # Adapters are folded in, so that inference runs a plain model without peft.
         if not isinstance(self.patch, Adapters):
-            saved.load_state_dict(state)
-            return saved
-        saved.second.load_state_dict(self.patch.plain_state(self.second))
-        self.patch.finished(state).fold(saved.second, 1.0)
-        return saved
+            patch.load_state_dict(state)
+            return patch
+        patch.second.load_state_dict(self.patch.plain_state(self.second))
+        self.patch.finished(state).fold(patch.second, 1.0)
+        return patch
 
 
 def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
-    """Ask for nothing. Raises ValueError if the logits, to which log-probabilities are added, are not what the head gives."""
+    """Return no preparations. Raises ValueError if the model's logits are not the output of its head."""
+    # The patch adds to the output of the head; a capped or scaled output would change the sum.
     models.check_head(skeleton)
     return ()
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
-    """Refuse what the reward model cannot be made of or trained under."""
+    """Raise ValueError for settings from which the reward model cannot be made, or under which it cannot be trained."""
     if config.num_layers is not None and config.num_layers >= facts.num_layers:
         raise ValueError(f"method.num_layers {config.num_layers}: the model has {facts.num_layers}; null takes all of them")
     if config.lora is None:

@@ -1,32 +1,33 @@
-"""IAV: inherent alignment vectors, trained by preference and dialled at inference.
+"""IAV: inherent alignment vectors, a vector on the logits that is trained on preferences and scaled at inference.
 
-Code and manuscript of s4n9hyun/IAV (f228117).
+Code and manuscript of s4n9hyun/IAV (commit f228117), called the seed below.
 
-A language model is frozen. From the hidden state h that its head W maps to logits, a second head makes a vector over the
-vocabulary, and both are added:
+The language model is frozen. A second head computes a vector over the vocabulary from the hidden state h that the model's own
+head W maps to logits, and both are added:
 
-    z = W h + alpha a(h)         a(h) = W_align h, V x D, zero at the start; alpha = 1 in training
+    z = W h + alpha a(h)         a(h) = W_align h, W_align of shape V x D, zero at the start; alpha = 1 in training
 
-W h is the model as it was, so one forward pass gives the policy and its reference, and the preference loss is DPO without a
-second model, summed over the tokens of the responses y_w (chosen) and y_l (rejected):
+W h are the logits of the frozen model, so one forward pass gives both the policy and its reference. The preference loss is DPO
+without a second model, summed over the tokens of the responses y_w (chosen) and y_l (rejected):
 
     L = -log sigmoid( beta sum_t [ (log pi_z - log pi_Wh)(y_w) - (log pi_z - log pi_Wh)(y_l) ] )
         + lambda_kl mean_t KL(pi_z || pi_Wh) + lambda_l2 mean_t |a(h_t)|^2
 
-It is log 2 at the start. For a fixed alpha the two heads fold into one, W + alpha W_align, which costs nothing; alpha may as
-well differ from row to row. It is GenARM (arXiv 2410.08193) with a reward model that is a head on the base's own states.
+At the start the first term is log 2 and the others are 0. For a fixed alpha the two heads fold into one, W + alpha W_align, at
+no cost at inference; without folding alpha may differ from row to row. The method is GenARM (arXiv 2410.08193) with a reward
+model that is a head on the base's own hidden states.
 
 Departures from the authors' code:
 - W is the model's own head, frozen; the seed trains a randomly initialised copy of it, so that alpha = 0 would be noise;
-- the loss has the reference, and only response tokens; the seed's has neither (a mean over all tokens, the prompt's too, of
-  log pi_z alone). `length_average` keeps its mean in place of the sum;
-- the KL is that to the base; the seed's is that of two frozen models, which no gradient reaches;
-- |a|^2 as in the manuscript, over both responses; the code takes |a| over the chosen one;
-- other heads: low rank, an MLP, and heads on an earlier layer, which do not fold;
-- the model itself never trains: with trained weights the base's logits are no reference, and what is left is DPO. For both,
-  train the weights with methods/dpo.py and put the vector on its result (`model: {source: "job:dpo.yaml"}`).
+- the loss contains the reference and response tokens only; the seed's has no reference and takes the mean of log pi_z over all
+  tokens, those of the prompt included. `length_average` takes a mean, too, instead of the sum;
+- the KL divergence is that from policy to base; the seed's is between two frozen models and has no gradient;
+- |a|^2 is taken over both responses as in the manuscript; the seed's code takes |a| over the chosen response;
+- further heads: low rank, an MLP, and heads on an earlier layer, which do not fold;
+- the model itself never trains: with trained weights W h would no longer be the reference, and the method would be DPO. To
+  combine both, train the weights with methods/dpo.py and the vector on its result (`model: {source: "job:dpo.yaml"}`).
 
-Since h does not change, `cache` computes it once: the training then reads it from the disk and never runs the model.
+Since h does not change during the training, `cache` computes it once: the training reads it from disk and never runs the model.
 """
 
 from __future__ import annotations
@@ -64,35 +65,36 @@ class Config(MethodConfig):
     head: Literal["linear", "low_rank", "mlp"] = "linear"
     """linear: a full V x D matrix (seed); low_rank: V x rank times rank x D; mlp: one hidden layer of `rank`, not foldable."""
     rank: int = Field(64, ge=1)
-    """Rank of low_rank, hidden units of mlp."""
+    """Rank of low_rank, or hidden units of mlp; linear ignores it."""
     layer: int | None = Field(None, ge=0)
-    """Decoder layer whose output the vector is made of, from 0, not foldable; null: what the language modelling head takes
-    (seed)."""
+    """Decoder layer, from 0, whose output the vector is computed from, not foldable; null: the input of the language modelling
+    head (seed)."""
     beta: float = Field(0.1, ge=0)
-    """Steepness of the preference: margins of 1 / beta nats count. Seed: 0.1."""
+    """Inverse scale of the margin: the loss saturates at margins of several 1 / beta nats. Seed: 0.1."""
     lambda_kl: float = Field(0.1, ge=0)
-    """Weight of KL(policy || base), nats a response token; 0 is none. Seed: 0.1."""
+    """Weight of KL(policy || base) in nats per response token; 0 leaves the term out. Seed: 0.1."""
     lambda_l2: float = Field(0.01, ge=0)
-    """Weight of the vector's squared norm a response token; 0 is none. Seed: 0.01."""
+    """Weight of the vector's squared norm per response token; 0 leaves the term out. Seed: 0.01."""
     length_average: bool = False
-    """Means over the tokens of a response in place of sums, as in the seed: long responses weigh no more than short ones."""
+    """Use means over a response's tokens instead of sums, as the seed does: long responses weigh no more than short ones."""
     cache: bool = False
-    """Compute the hidden states of all response tokens once, on disk, in the model's type; training reads them there. The loss
-    of data.validation still runs the model."""
+    """Compute the hidden states of all response tokens once and store them on disk in the model's dtype, where the training
+    reads them. The loss of data.validation still runs the model."""
     batch_tokens: int = Field(4096, ge=1)
-    """Tokens of a row's longer sequence in one pass that fills the cache, padding included."""
+    """Most tokens of one forward pass that fills the cache, padding included; of a pair the longer sequence counts."""
     rows_per_shard: int = Field(256, ge=1)
-    """Pairs in one file of the cache, the unit that a killed run continues with."""
+    """Pairs in one file of the cache; a killed run loses at most the file that it was writing."""
 
 
 class Iav(PatchAlone):
-    """A frozen model, its hidden states, and the head that makes the vector."""
+    """A frozen model, a reader of its hidden states, and the head that computes the vector."""
 
     trains_on = "preference"
     holds_logits = False
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
+        # The reference would contain the other vector, and its head's output would no longer be W h.
         if any(patch.kind == "logit" for patch in inputs.below):
             raise ValueError("model.source: the model carries a vector on its logits already; `steerlab export` folds it")
         self.config = config
@@ -101,75 +103,82 @@ class Iav(PatchAlone):
         self.patch = patches.LogitPatch(hidden_size, vocab_size, config.head, rank, config.layer, _STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
         self._read = scoring.StateReader(model, config.layer)
+        # After the patch is attached: only then the model takes roles and phases.
         self._check_head()
         self._cache = Parts.open(inputs.prepared["hidden"]) if "hidden" in inputs.prepared else None
         if self._cache is not None:
             check_cache(self._cache, model)
 
     def forward(self, batch: Batch) -> Loss:
-        """Return the summed loss of the pairs."""
-        config, tokens = self.config, scoring.predicted(batch)
-        # Rows of a validation have numbers of their own, and no cache.
-        reads = self._cache is not None and self.training
-        states = self._cached(batch, tokens) if reads else self._read(batch, tokens)
+        """Return the summed loss of the pairs: preference, KL divergence and squared norm (module docstring)."""
+        config, tokens = self.config, scoring.predicted(batch)  # N response tokens of P pairs
+        # Validation rows are numbered separately and are not in the cache.
+        uses_cache = self._cache is not None and self.training
+        states = self._cached(batch, tokens) if uses_cache else self._read(batch, tokens)
+        # a(h) = up f(h); f(h) is h itself for a linear head.
         features_NK = self.patch.features(scoring.wide(states.tapped_ND))
         up_VK = self.patch.up.to(features_NK.dtype)
-        found = scoring.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
-        loss_P, margin_P = scoring.dpo(found.log_prob_N - found.reference_N, tokens, config.beta, config.length_average)
-        kl_P, square_P = (scoring.mean_of_pairs(x_N, tokens) for x_N in (found.kl_N, found.square_N))
+        # In chunks over tokens: the logits of the base and of the vector, both (N, V), would be most of the memory.
+        scores = scoring.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
+        loss_P, margin_P = scoring.dpo(scores.log_prob_N - scores.reference_N, tokens, config.beta, config.length_average)
+        kl_P, square_P = (scoring.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
+        # The penalties are means over both responses of a pair, so that all three terms are summed over pairs.
         total = (loss_P + config.lambda_kl * kl_P + config.lambda_l2 * square_P).sum()
         metrics = {"preference": loss_P, "margin": margin_P, "accuracy": margin_P > 0, "kl": kl_P, "square": square_P}
         return Loss(total, {name: value.detach().float().sum() for name, value in metrics.items()})
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
-        """One a pair."""
+        """Return 1: the loss is a mean over pairs."""
         return 1
 
     @classmethod
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
-        """Return the head's parameters, and the bytes of the logits of a piece, their vector and what is computed of them."""
+        """Return the number of the head's parameters, and the bytes of one chunk of logits with what is computed from it."""
         vocab_size, width = models.linear_shape(models.head(skeleton))
         linear = config.head == "linear"
         trained = vocab_size * width if linear else config.rank * (vocab_size + width)
+        # About six float32 tensors of a chunk of logits: base, vector, sum, and their softmaxes and gradients.
         return Size(trained, 6 * 4 * scoring.CHUNK_LOGITS)
 
     def _cached(self, batch: Batch, tokens: Predicted) -> States:
-        """Read the states of the batch's rows from the disk."""
+        """Read the hidden states of the batch's response tokens from disk."""
         assert self._cache is not None
-        numbers = batch.numbers[::2].tolist()
-        found = [
+        numbers = batch.numbers[::2].tolist()  # a pair is two consecutive sequences with the same row number
+        states = [
             torch.cat(self._cache.tensors([f"{number}/{name}" for number in numbers])).to(batch.labels.device)
             for name in _names(self.config.layer)
         ]
-        assert len(found[0]) == len(tokens.target_N), "the cache was made of the same rows, cut at the same length"
-        return States(found[0], found[-1])
+        assert len(states[0]) == len(tokens.target_N), "the cache was made of the same rows, cut at the same length"
+        return States(states[0], states[-1])
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Refuse a model whose logits are not what its head gives: a capped or scaled one has no z = W h + a."""
+        """Raise ValueError for a model whose logits are not the output of its head."""
+        # Gemma 2 caps its logits and Cohere scales them: z = W h + alpha a(h) does not hold for them.
         ids = torch.arange(1, 4, device=self.model.device)[None]
-        made: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def keep(_head: nn.Module, _args: object, logits_BTV: Tensor) -> None:
-            made.append(logits_BTV)
+            outputs.append(logits_BTV)
 
         handle = models.head(self.model).register_forward_hook(keep)
         zeros = torch.zeros_like(ids)
         logits_BTV = self.model(input_ids=ids, position_ids=ids, roles=zeros, phases=zeros, use_cache=False).logits
         handle.remove()
-        if not torch.equal(logits_BTV, made[0]):
+        if not torch.equal(logits_BTV, outputs[0]):
             raise ValueError(
                 f"the logits of {type(self.model).__name__} are not the output of its head, which method iav needs"
             )
 
 
 def _names(layer: int | None) -> tuple[str, ...]:
+    """Return the names of the cached states of a pair: the head's input and, with `layer`, that layer's output."""
     return ("last",) if layer is None else ("last", "tapped")
 
 
 class _HiddenParams(Frozen, extra="ignore"):
-    """Parameters of the cache."""
+    """Parameters of the stage that fills the cache; they are part of its key."""
 
     layer: int | None
     batch_tokens: int
@@ -177,7 +186,7 @@ class _HiddenParams(Frozen, extra="ignore"):
 
 
 class Hidden:
-    """Keeps the hidden states of the response tokens of each pair, those of the chosen response first."""
+    """The `Keeper` of the hidden states of each pair's response tokens, those of the chosen response first."""
 
     def __init__(self, model: SteeredModel, params: Mapping[str, Json]) -> None:
         layer = _HiddenParams.model_validate(params).layer
@@ -186,37 +195,40 @@ class Hidden:
         self._shape = (model.model.dtype, models.linear_shape(models.head(model.model))[1])
 
     def shapes(self, number: int, row: Row) -> dict[str, Shape]:
-        """Names and shapes of the states of a pair."""
+        """Return the names and shapes of the states of a pair."""
         dtype, width = self._shape
         return {f"{number}/{name}": Shape(dtype, (sum(row.targets("response")), width)) for name in self._names}
 
     def keep(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        """Yield the states of the pairs of a batch."""
+        """Yield the states of the pairs of a batch, by name."""
         tokens = scoring.predicted(batch)
         states = self._read(batch, tokens)
         number_N = batch.numbers[tokens.sequence_N]
-        numbers, sizes = (found.tolist() for found in number_N.unique_consecutive(return_counts=True))
-        split = {name: found.split(sizes) for name, found in zip(self._names, states, strict=False)}
+        # The two sequences of a pair follow each other and have one number, so a run of equal numbers is one pair.
+        numbers, sizes = (values.tolist() for values in number_N.unique_consecutive(return_counts=True))
+        # Not strict: without `layer` both entries of `states` are the same tensor, and one is stored.
+        split = {name: state_ND.split(sizes) for name, state_ND in zip(self._names, states, strict=False)}
         for place, number in enumerate(numbers):
             for name in self._names:
+                # Found here, with its row, rather than as a NaN loss in the training.
                 if not bool(split[name][place].isfinite().all()):
                     raise ValueError(f"data.preference: a hidden state of row {number} is no number")
                 yield f"{number}/{name}", split[name][place]
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks from the model."""
         self._read.close()
 
 
 def check_cache(cache: Parts, model: PreTrainedModel) -> None:
-    """Refuse hidden states of another model."""
+    """Raise ValueError if the cached hidden states were computed by another model."""
     fingerprints = {str(facts["fingerprint"]) for facts in cache.facts.values()}
     if fingerprints != {models.fingerprint(model)}:
         raise ValueError("the hidden states were computed by another model than the one that the vector is trained for")
 
 
 def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
-    """Ask for the stage that fills the cache, where there is one.
+    """Declare the stage that fills the cache, if the config wants a cache.
 
     Raises:
         ValueError: the model has no such layer, or its logits are not what its head gives.
@@ -234,7 +246,7 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
-    """Refuse what the head cannot be trained under."""
+    """Raise ValueError for ZeRO 3."""
     if job.scale.zero_stage == 3:
         raise ValueError("scale.zero_stage 3: the head is used in pieces of the loss, which ZeRO 3 would shard; use 0, 1 or 2")
 

@@ -3,9 +3,9 @@
 Wu et al., "Instructional Segment Embedding: Improving LLM Safety with Instruction Hierarchy", ICLR 2025,
 https://arxiv.org/abs/2410.09102 (section 4).
 
-Each token's embedding is shifted by a trained vector of its segment: e'_t = e_t + S[role_t]. Instruction and data are told
-apart by a translation that the model has to learn, where ASIDE rotates by a fixed angle. S has a third row for responses in
-jobs that give them a role of their own.
+A trained vector of its segment is added to each token's embedding: e'_t = e_t + S[role_t]. The model has to learn a translation
+that separates instruction from data, while ASIDE rotates the embeddings by a fixed angle. S has one row for instructions, one
+for data, and one for responses, which only jobs that give responses a role of their own use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Config(MethodConfig):
     name: Literal["ise"] = "ise"
     """The method."""
     init_std: float = Field(0.02, ge=0)
-    """Standard deviation of the initial segment vectors; 0 starts as vanilla."""
+    """Standard deviation of the initial segment vectors; 0 starts from the unchanged model."""
 
 
 class Ise(PatchedModel):
@@ -39,12 +39,15 @@ class Ise(PatchedModel):
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
         self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
+        # S of the module docstring, one row for each role.
         assert self.patch.shift_RD is not None
         nn.init.normal_(self.patch.shift_RD, std=config.init_std)
+        # `inputs.below` is empty: the model's own weights train only if it carries no patch.
         patches.attach(model, [self.patch])
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
+        # `roles` is read by the patch's hook on the embedding, not by the model.
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
         return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
 

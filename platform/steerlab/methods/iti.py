@@ -3,13 +3,14 @@
 Li et al., "Inference-Time Intervention: Eliciting Truthful Answers from a Language Model", NeurIPS 2023,
 https://arxiv.org/abs/2306.03341 (section 4); as ITI-c over whole modules in the AcT paper, https://arxiv.org/abs/2410.23054.
 
-At each place a linear probe learns to tell target from source activations. The places where it does so best, by held-out
-accuracy, are steered along the probe's direction, in units of the spread along it:
+At each place a linear probe learns to separate target from source activations. The places with the highest held-out accuracy
+are shifted along the probe's direction theta, in units of the standard deviation along it:
 
     z -> z + lambda alpha sigma theta        |theta| = 1, sigma = standard deviation of the projections on theta
 
-Departures: a place is a whole module as in ITI-c, not an attention head; accuracy is estimated by cross-validation, because 32
-texts a side leave too few to hold out; features are standardised before the probe, its direction is taken back to their units.
+lambda is the strength of the patch. Departures from the paper: a place is a whole module as in ITI-c, not an attention head
+(see iti_heads.py); accuracy is cross-validated, because 32 texts on each side are too few to hold some out; features are
+standardised before the probe, and its direction is transformed back to their units.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from steerlab.job import Pooling
 from steerlab.methods.contract import Fitted, SteeringConfig, check_samples
 from steerlab.patches.maps import AffineMap
 
+# Not more folds than MIN_SAMPLES: each fold needs a sample of each class.
 _FOLDS = 4
 
 
@@ -35,21 +37,30 @@ class Config(SteeringConfig):
     name: Literal["iti"] = "iti"
     """The method."""
     pooling: Pooling = "mean"
-    """Pooling of the activations (paper: the last token's)."""
+    """Pooling of the activations. Paper: that of the last token."""
     alpha: float = Field(1.0, gt=0)
-    """Length of the step at strength 1, in standard deviations along the direction."""
+    """Length of the shift at strength 1, in standard deviations along the direction."""
     top_k: int | None = Field(None, ge=1)
-    """Places that are steered, those whose probe is most accurate; null steers all (ITI-c)."""
+    """Number of places that are steered, those with the most accurate probes; null steers all of them (ITI-c)."""
     ridge: float = Field(1.0, gt=0)
-    """Weight of the probe's penalty on its coefficients (scikit-learn's 1/C)."""
+    """Weight of the L2 penalty on the probe's coefficients (1/C in scikit-learn)."""
 
 
 def probe(source_ND: Tensor, target_MD: Tensor, ridge: float = 1.0) -> tuple[Tensor, float]:
-    """Return the unit direction from source to target, (D,), and the probe's cross-validated accuracy.
+    """Fit a logistic probe that separates target from source activations (section 3).
+
+    Args:
+        source_ND: pooled activations of source texts, (N, D).
+        target_MD: pooled activations of target texts, (M, D).
+        ridge: weight of the L2 penalty.
+
+    Returns:
+        The unit direction from source to target, (D,) float64, and the cross-validated accuracy from 0 to 1.
 
     Raises:
-        ValueError: fewer than 4 samples on a side, other widths, or a value that is no number.
+        ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
+    # Imported here: scikit-learn takes a second to import, and most methods never need it.
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
@@ -62,12 +73,21 @@ def probe(source_ND: Tensor, target_MD: Tensor, ridge: float = 1.0) -> tuple[Ten
     folds = StratifiedKFold(min(_FOLDS, len(source_ND), len(target_MD)), shuffle=True, random_state=0)
     accuracy = float(cross_val_score(model, x_SD, y_S, cv=folds).mean())
     scaler, logistic = (step for _, step in model.fit(x_SD, y_S).steps)
+    # The coefficients belong to standardised features (x - mean) / scale: in units of x they are divided by the scale.
     direction_D = torch.from_numpy(logistic.coef_[0] / scaler.scale_)
     return direction_D / direction_D.norm(), accuracy
 
 
 def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: float) -> AffineMap:
-    """Return the shift along a direction, in standard deviations of both samples' projections on it."""
+    """Return the shift by alpha standard deviations along a unit direction (section 4: alpha sigma theta).
+
+    Args:
+        source_ND: pooled activations of source texts, (N, D).
+        target_MD: pooled activations of target texts, (M, D).
+        direction_D: unit vector, (D,) float64.
+        alpha: length of the shift, in standard deviations of the projections of both samples together.
+    """
+    # Over both samples, so that the shift is in units of the spread of all texts.
     sigma = (torch.cat([source_ND, target_MD]).double() @ direction_D).std()
     shift_D = alpha * sigma * direction_D
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
@@ -75,6 +95,7 @@ def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: fl
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
     probes = {name: probe(source[name], target[name], config.ridge) for name in source}
+    # The sort is stable: of equally accurate probes those of earlier places are taken.
     best = sorted(probes, key=lambda name: -probes[name][1])[: config.top_k]
     return {name: iti_map(source[name], target[name], probes[name][0], config.alpha) for name in source if name in best}
 

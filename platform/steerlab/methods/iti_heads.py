@@ -1,16 +1,17 @@
-"""ITI on attention heads, along the line between the two means.
+"""ITI on attention heads, along the difference of the two means.
 
 Li et al., "Inference-Time Intervention: Eliciting Truthful Answers from a Language Model", NeurIPS 2023,
 https://arxiv.org/abs/2306.03341 (section 4.2; table 3: mass mean shift).
 
-The places are what each attention block gives its output projection: H heads of d numbers, side by side. A probe is trained on
-every head of every place; the K heads that tell target from source best are shifted, all others left alone:
+The places are the inputs of the attention blocks' output projections: H heads of d numbers, concatenated. A probe is trained on
+every head of every place; the K heads with the most accurate probes are shifted, all others stay as they are:
 
     z_h -> z_h + lambda alpha sigma_h theta_h        theta_h = (mean(target_h) - mean(source_h)) / |...|
 
 sigma_h is the standard deviation of the projections on theta_h. Extract with `select: {modules: ".*o_proj", side: input}`.
 
-Departures: accuracy is cross-validated, because few texts leave too few to hold out.
+Departure from the paper: accuracy is cross-validated, because a few texts are too few to hold some out. Axes: d numbers of one
+head.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class Config(SteeringConfig):
     name: Literal["iti_heads"] = "iti_heads"
     """The method."""
     heads: int = Field(1, ge=1)
-    """Heads H side by side at each place; 1 takes a place for one head."""
+    """Number of heads H at each place; 1 takes the whole place as one head."""
     top_k: int = Field(48, ge=1)
-    """Heads K of all places that are shifted. Paper: 48 of 1,024."""
+    """Number of heads K, over all places, that are shifted. Paper: 48 of 1,024."""
     alpha: float = Field(15.0, gt=0)
-    """Length of the step at strength 1, in standard deviations along the direction. Paper: 15."""
+    """Length of the shift at strength 1, in standard deviations along the direction. Paper: 15."""
     ridge: float = Field(1.0, gt=0)
-    """Weight of the probe's penalty on its coefficients (scikit-learn's 1/C)."""
+    """Weight of the L2 penalty on the probe's coefficients (1/C in scikit-learn)."""
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
@@ -52,17 +53,20 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
             )
         pairs = zip(source[name].chunk(config.heads, 1), target[name].chunk(config.heads, 1), strict=True)
         for head, (a_Nd, b_Md) in enumerate(pairs):
+            # The probe ranks the heads; the shift itself follows the difference of means ("mass mean shift").
             _, accuracies[name, head] = iti.probe(a_Nd, b_Md, config.ridge)
-            theta_d = -direction(a_Nd, b_Md).double()
+            theta_d = -direction(a_Nd, b_Md).double()  # `direction` points from target to source
+            # alpha sigma_h theta_h of every head; those that are not chosen are multiplied by 0 below.
             shifts[name, head] = iti.iti_map(a_Nd, b_Md, theta_d, config.alpha).shift_D
+    # Over all places together: a place may have several of the K heads, or none.
     best = set(sorted(accuracies, key=lambda place: -accuracies[place])[: config.top_k])
-    found = {}
+    maps = {}
     for name in source:
         parts = [shifts[name, head] * ((name, head) in best) for head in range(config.heads)]
         shift_D = torch.cat(parts)
-        if bool(shift_D.any()):
-            found[name] = AffineMap(torch.ones_like(shift_D), shift_D)
-    return found
+        if bool(shift_D.any()):  # a place without a chosen head gets no map, and so no hook
+            maps[name] = AffineMap(torch.ones_like(shift_D), shift_D)
+    return maps
 
 
 METHOD = Fitted(Config, _fit)

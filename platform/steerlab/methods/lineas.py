@@ -3,24 +3,25 @@
 Rodriguez et al., "LinEAS: End-to-end Learning of Activation Steering with a Distributional Loss", NeurIPS 2025,
 https://arxiv.org/abs/2503.10679.
 
-A language model is frozen; at each steered place every neuron gets a scale w (from 1) and a shift b (from 0). A batch of source
-texts runs through the model with all maps on. At each measured place the pooled activations of the batch are one distribution a
-neuron, those of the target texts, read once from the model without maps, another. The maps are trained so that the first become
-the second, all places together, since what an early map does is seen by all later ones:
+The model is frozen. At each steered place every neuron gets a scale w (1 at the start) and a shift b (0 at the start). A batch
+of source texts runs through the model with all maps applied. At each measured place the pooled activations of the batch give
+one empirical distribution for each neuron. The maps are trained to bring it to the distribution of the target texts, which is
+read once from the model without maps. All places train together, because an early map changes the inputs of all later ones:
 
     Delta(Z, V) = sum_j W2^2(Z_j, V_j),   W2^2 = mean squared difference of sorted values        loss = sum over places of Delta
-    R = l1 (|w - 1|_1 + |b|_1) + lG sqrt(d) (|w - 1|_2 + |b|_2)   a place, times gamma, by proximal steps (section 3.3)
+    R = l1 (|w - 1|_1 + |b|_1) + lG sqrt(d) (|w - 1|_2 + |b|_2)   for each place, times gamma, by proximal steps (section 3.3)
 
 Departures from the authors' code (apple/ml-lineas):
-- the paper's loss, a mean over samples and a sum over neurons and places; `reduction: code` is the code's (means over places
-  and neurons, sum over the batch), to which its published learning rates belong;
-- batches and target sets of unequal size are matched exactly by their quantile functions, with no random trimming;
-- the model's weights need no gradients, and the forward stops after the last measured place;
-- with several workers the distribution is that of the whole batch: each sees all pooled values and differentiates its own;
-- `refit_from` keeps what the penalty has set to zero at zero, exactly: Adam's moments cannot move it.
+- the loss is the paper's, a mean over samples and a sum over neurons and places; `reduction: code` is the loss of the authors'
+  code (means over places and neurons, sum over the batch), to which the published learning rates belong;
+- batches and target sets of unequal size are matched exactly by their quantile functions, without random trimming;
+- the model's weights need no gradients, and the forward pass stops after the last measured place;
+- with several workers the distribution is that of the whole batch: each sees all pooled values, its own with gradients;
+- `refit_from` keeps at zero, exactly, what the penalty has set to zero: Adam's moments cannot move it.
 
-The proximal step has the learning rate as its step size, which is exact for SGD; with Adam it is not the proximal step of the
-preconditioned problem (as in the authors' code). Axes: S all neurons of all measured places, N rows of the whole batch.
+The proximal step uses the learning rate as its step size, which is exact for SGD; with Adam it is not the proximal step of the
+preconditioned problem (as in the authors' code). Axes: S all neurons of all measured places, N rows of the whole batch, M
+target texts, K matched pairs.
 """
 
 from __future__ import annotations
@@ -48,26 +49,26 @@ _STRENGTHS = (0.0, 1.0)
 
 
 class Config(SteeringConfig):
-    """Hyperparameters of LinEAS; where the loss is measured is `extract.select`."""
+    """Hyperparameters of LinEAS; `extract.select` sets the places where the loss is measured."""
 
     name: Literal["lineas"] = "lineas"
     """The method."""
     steer: Selection = Selection()
-    """Where the maps act. Paper: the norms behind attention (language)."""
+    """Modules and tokens on which the maps act. Paper: the norms after attention (language models)."""
     pooling: Pooling = "mean"
-    """How a text's activations become one vector. Paper: mean."""
+    """Pooling of a text's activations into one vector. Paper: mean."""
     reduction: Literal["paper", "code"] = "paper"
     """paper: mean over samples, sum over neurons and places; code: sum over samples, mean over neurons and places."""
     gamma: float = Field(0.0, ge=0)
-    """Weight of the penalty; 0 is none. Paper: up to 0.1."""
+    """Weight of the penalty R; 0 turns it off. Paper: up to 0.1."""
     l1: float = Field(1.0, ge=0)
-    """Weight of the penalty's sum of absolute values, which empties neurons."""
+    """Weight of the L1 term of R, which sets single neurons back to the identity."""
     group: float = Field(1.0, ge=0)
-    """Weight of the penalty's norms, which empties whole places."""
+    """Weight lG of the group term of R, which sets whole places back to the identity."""
     threshold: float = Field(1e-5, ge=0)
-    """A neuron counts as steered when |w - 1| or |b| exceeds this."""
+    """A neuron counts as steered if |w - 1| or |b| exceeds this."""
     refit_from: int | None = Field(None, ge=1)
-    """Step from which on the penalty is off and what it emptied stays empty; null never."""
+    """Step from which the penalty is off and the neurons that it set to the identity stay there; null: never."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -79,17 +80,20 @@ class Config(SteeringConfig):
 
 
 class Lineas(PatchAlone):
-    """A frozen model behind affine maps, and the distance of what it computes from the target."""
+    """A frozen model with affine maps, and the distance of its activations from those of the target texts."""
 
     trains_on = "source"
 
     target_SM: Tensor
+    """Target values of each neuron, sorted."""
     factor_S: Tensor
+    """Weight of each neuron in the loss (`reduction`)."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
         self.config = config
         target = inputs.activations["target"]
+        # Compared without patches: the model may carry some that the target was read without.
         if target.origin.fingerprint != models.fingerprint(model):
             raise ValueError("the target's activations were read from another model than the one that is steered")
         self.measured = Selection.model_validate(target.origin.selection)
@@ -97,48 +101,57 @@ class Lineas(PatchAlone):
         columns = [target.column(name, config.pooling) for name in target.modules]
         if len(columns[0]) < MIN_SAMPLES:
             raise ValueError(f"data.target has {len(columns[0])} samples; a distribution needs {MIN_SAMPLES} or more")
+        # Buffers follow the module to its device; not saved, since the target is an input and not a result.
         sizes = torch.tensor([column.shape[1] for column in columns])
         self.register_buffer("target_SM", torch.cat(columns, 1).T.contiguous().sort(dim=1).values, persistent=False)
+        # `code`: a mean over the neurons of a place and over places.
         factors = 1 / (sizes * len(sizes)) if config.reduction == "code" else torch.ones(len(sizes))
         self.register_buffer("factor_S", factors.float().repeat_interleave(sizes), persistent=False)
         self.patch = patches.ActivationPatch(taps.widths(model, config.steer), config.steer, strength_range=_STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
-        # Behind the maps: what is measured at a steered place is the mapped value.
+        # After the maps are attached, since hooks run in the order of registration: a steered place is measured with its map.
         self._read = taps.Reader(model, places, self.measured.side)
         self._refits = False
 
     def train(self, mode: bool = True) -> Lineas:
-        """Train the maps alone: a frozen model has no dropout, unless its checkpointing asks for training mode."""
+        """Set the maps' training mode; the model stays in evaluation mode unless it uses gradient checkpointing."""
         super().train(mode)
+        # transformers checkpoints activations in training mode only.
         self.model.train(mode and self.model.is_gradient_checkpointing)
         return self
 
     def forward(self, batch: Batch) -> Loss:
-        """Return this worker's part of the loss: the pairs whose source row is its own."""
+        """Return this worker's part of the loss: that of the matched pairs whose source row is its own (section 3.2)."""
         values = self._read(**batch.patched_inputs)
         tokens_BT = taps.selected(batch, self.measured)
         _check_selected(tokens_BT)
         pooled_BS = torch.cat([taps.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
         rows_NS, first = whole_batch(pooled_BS)
         pairs = coupling(len(rows_NS), self.target_SM.shape[1])
+        # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones.
         sorted_SN, row_SN = rows_NS.T.contiguous().sort(dim=1)
+        # W2^2 as a weighted sum over matched pairs, for every neuron.
         gap_SK = _paired(sorted_SN, pairs.source_K) - _paired(self.target_SM, pairs.target_K)
         weight_K = pairs.weight_K.to(gap_SK)
         if len(rows_NS) == len(pooled_BS):
             distance_S = gap_SK.square() @ weight_K
         else:
+            # Every worker sorts all rows; each pair is counted by the one worker that holds its source row.
             row_SK = _paired(row_SN, pairs.source_K)
             own_SK = (row_SK >= first) & (row_SK < first + len(pooled_BS))
             distance_S = (gap_SK.square() * own_SK) @ weight_K
-        # The loop divides by the rows of the whole step. The code's sum over samples is the mean times their number.
+        # The loop divides by the N rows of the whole step: N times the mean gives the paper's mean over samples, N * N times
+        # the mean the code's sum over samples.
         per_row = len(rows_NS) if self.config.reduction == "paper" else len(rows_NS) ** 2
+        # A metric is a sum over rows, too, since the loop divides it by their number.
         support = torch.tensor(self.support() * len(pooled_BS))
         return Loss(per_row * (self.factor_S @ distance_S), {"support": support})
 
     def support(self) -> float:
-        """Return the share of neurons that are steered: |w - 1| or |b| above the threshold."""
+        """Return the share of neurons, from 0 to 1, whose |w - 1| or |b| exceeds the threshold."""
         layers = self.patch.layers()
         scale_S, shift_S = (torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("scale", "shift"))
+        # By neuron: either of its two parameters makes it count.
         moved_S = torch.maximum((scale_S - 1).abs(), shift_S.abs())
         return float((moved_S > self.config.threshold).float().mean())
 
@@ -150,50 +163,65 @@ class Lineas(PatchAlone):
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
-        """One a text."""
+        """Return 1: the loss is a mean over texts."""
         return 1
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """From `refit_from` on, remember what is empty before the optimizer moves it."""
+        """From `refit_from` on, store which entries are zero before the optimizer moves them."""
         self._refits = self.config.refit_from is not None and step >= self.config.refit_from
         if self._refits:
             for layer in self.patch.layers():
-                below = _moved(layer).abs() <= self.config.threshold
-                _empty(layer, below)
-            self._empty = [_moved(layer) == 0 for layer in self.patch.layers()]
+                is_small_2D = _moved(layer).abs() <= self.config.threshold
+                _set_to_identity(layer, is_small_2D)
+            # Read from the maps in every step, not stored once: a resumed run then needs nothing besides its weights.
+            self._zeros = [_moved(layer) == 0 for layer in self.patch.layers()]
 
     @torch.no_grad()
     def after_step(self, lr: float) -> None:
-        """Do the proximal step of the penalty, or keep empty what is empty."""
+        """Take the proximal step of the penalty, or restore the zeros that the optimizer has moved."""
         for number, layer in enumerate(self.patch.layers()):
             if self._refits:
-                _empty(layer, self._empty[number])
+                # Adam moves an entry by its moments of earlier steps even if its gradient is zero now.
+                _set_to_identity(layer, self._zeros[number])
             elif self.config.gamma:
-                tau = lr * self.config.gamma
+                tau = lr * self.config.gamma  # the step size is the learning rate (module docstring)
                 moved_2D = proximal(_moved(layer), tau * self.config.l1, tau * self.config.group)
                 layer.scale.copy_(1 + moved_2D[0])
                 layer.shift.copy_(moved_2D[1])
 
 
 def proximal(moved_2D: Tensor, l1: float, group: float) -> Tensor:
-    """Return the proximal point of l1 |v|_1 + group sqrt(d) |v|_2 for v = w - 1 and v = b, rows of (2, D) (section 3.3).
+    """Return the proximal point of the penalty l1 |v|_1 + group sqrt(d) |v|_2 (section 3.3).
 
-    Soft threshold first, then the shrinking of the whole row: together the exact proximal point of the sum.
+    Args:
+        moved_2D: v = w - 1 in the first row, v = b in the second, (2, D); each row is penalised by itself.
+        l1: weight of the L1 norm, times the step size.
+        group: weight of the L2 norm, times the step size.
     """
+    # Soft thresholding first, then the shrinkage of the whole row: in this order the composition is the exact proximal point of
+    # the sum (sparse group lasso); the reverse order is not.
     soft_2D = moved_2D.sign() * (moved_2D.abs() - l1).clamp(min=0)
     norm_21 = soft_2D.norm(dim=1, keepdim=True)
-    kept_21 = (1 - group * math.sqrt(moved_2D.shape[1]) / norm_21.clamp(min=1e-30)).clamp(min=0)
-    return kept_21 * soft_2D
+    # A row of zeros has norm 0: the clamp avoids 0 / 0.
+    shrink_21 = (1 - group * math.sqrt(moved_2D.shape[1]) / norm_21.clamp(min=1e-30)).clamp(min=0)
+    return shrink_21 * soft_2D
 
 
 def whole_batch(pooled_BS: Tensor) -> tuple[Tensor, int]:
-    """Return the pooled values of all workers, (N, S), and the number of this worker's first row; gradients reach its own."""
+    """Gather the pooled values of all workers.
+
+    Args:
+        pooled_BS: pooled values of this worker's rows, (B, S); B is the same on every worker.
+
+    Returns:
+        The values of all workers, (N, S), and the number of this worker's first row. Gradients reach this worker's rows only.
+    """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return pooled_BS, 0
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     parts = [torch.empty_like(pooled_BS) for _ in range(world)]
     torch.distributed.all_gather(parts, pooled_BS.detach().contiguous())
-    parts[rank] = pooled_BS
+    parts[rank] = pooled_BS  # all_gather fills copies without a gradient; the own part keeps its graph
     return torch.cat(parts), rank * len(pooled_BS)
 
 
@@ -203,13 +231,14 @@ def _moved(layer: AffineLayer) -> Tensor:
 
 
 @torch.no_grad()
-def _empty(layer: AffineLayer, where_2D: Tensor) -> None:
+def _set_to_identity(layer: AffineLayer, where_2D: Tensor) -> None:
     layer.scale.masked_fill_(where_2D[0], 1.0)
     layer.shift.masked_fill_(where_2D[1], 0.0)
 
 
 def _paired(x_SN: Tensor, index_K: Tensor) -> Tensor:
-    """Pick the paired values; samples of equal size are paired as they lie."""
+    """Return the values of the matched pairs, (S, K)."""
+    # Samples of equal size are matched in their own order: no copy, and no scattered gradient.
     return x_SN if len(index_K) == x_SN.shape[1] else x_SN[:, index_K.to(x_SN.device)]
 
 
@@ -219,9 +248,10 @@ def _check_selected(tokens_BT: Tensor) -> None:
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
-    """Refuse what the loss cannot be computed from."""
+    """Raise ValueError for settings under which the loss is not that of one whole sample."""
     check_roles(config, facts, job)
     assert job.train is not None
+    # Sorting does not split: the distance of a batch is not the sum of the distances of its parts.
     if job.train.grad_accum != 1:
         raise ValueError(
             f"train.grad_accum {job.train.grad_accum}: the loss compares whole distributions and is no sum over parts of a "

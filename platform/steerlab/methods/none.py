@@ -1,4 +1,4 @@
-"""No method: the model as it is. The zero of every comparison, and the method of a job that only extracts or evaluates."""
+"""No method: the model as it is, for baselines and for jobs that only extract or evaluate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from steerlab.methods.contract import ANY_KIND, Plain
 
 
 class Config(MethodConfig):
-    """There is nothing to set."""
+    """The model as it is; there are no hyperparameters."""
 
     name: Literal["none"] = "none"
     """The method."""

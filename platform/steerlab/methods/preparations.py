@@ -1,15 +1,15 @@
-"""What a trained method asks for before its training: stages that are cached like any other, spread over the cluster.
+"""Preparations: stages that a trained method needs before its training. They are cached and spread over the cluster.
 
-A method's `prepares(config, skeleton, prepare)` calls the functions of `prepare`, each for one stage, in the order in which
-they need each other, and returns the names of those that its training reads:
+A method's `prepares(config, skeleton, prepare)` declares each stage by a call of a function of `prepare`, after the stages that
+it depends on, and returns the names of the stages whose output its training reads:
 
     def prepares(config, skeleton, prepare):
         prepare.moments("safety", extract)
         prepare.map_parts("basis", 1, {}, parts, eigenbasis, needs=("moments",))
         return ("basis",)
 
-How shards and parts reach the workers, and how a stage goes on after a kill, is the business of `stages/`. All leave a
-directory that `tensors.Parts` opens, but moments have their own.
+The folder `stages/` distributes shards and parts to the workers and continues a stage that was killed. The output directory of
+a stage is opened by `storage.tensors.Parts`; that of moments by `activations.moments.Moments`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from steerlab.storage.tensors import Shape
 MOMENTS = "moments"
 """Name of the preparation that `Prepare.moments` makes."""
 NOTHING = Estimate()
+"""Estimate of a stage that needs next to nothing besides the model."""
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _RESERVED = {"data", "data_fingerprint", "code", "model", "prompt", "prompt_fingerprints", "encoding"}
-"""Parameters that the platform adds to a stage's own."""
+"""Names of the parameters that the platform adds to a stage's own."""
 
 
 class Sums(Protocol):
-    """What is added up over the batches of a data set."""
+    """Tensors that are summed over the batches of a data set."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -46,7 +47,7 @@ class Sums(Protocol):
         ...
 
     def add(self, batch: Batch, number: int) -> None:
-        """Add what one batch gives; `number` is the batch's in the data set, for messages."""
+        """Add the contribution of one batch; `number` is the batch's number in the data set, for messages."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -54,15 +55,15 @@ class Sums(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove all hooks from the model."""
         ...
 
 
 class Keeper(Protocol):
-    """What is kept of each row of a data set."""
+    """Computes tensors that are stored for each row of a data set."""
 
     def shapes(self, number: int, row: Row) -> Mapping[str, Shape]:
-        """Names and shapes of the tensors that will be kept of the row of this number; no two rows share a name."""
+        """Return the names and shapes of the tensors of row `number`; no two rows share a name."""
         ...
 
     def keep(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
@@ -70,41 +71,42 @@ class Keeper(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove all hooks from the model."""
         ...
 
 
 class Source(NamedTuple):
-    """What a part is made from."""
+    """Inputs from which a part is made."""
 
     params: Mapping[str, Json]
+    """The parameters that the stage declares."""
     needed: Mapping[str, Path]
-    """Directories of the preparations before, by name."""
+    """Output directories of the preparations in `needs`, by name."""
     model: SteeredModel | None
-    """Where the model is read."""
+    """The model, if the stage has `reads_model`; else None."""
 
 
 StartSums = Callable[[SteeredModel, Mapping[str, Json], Mapping[str, Path]], Sums]
-"""(model, params, directories of what is needed) -> sums at zero."""
+"""(model, params, output directories of the preparations in `needs`) -> sums at zero."""
 StartKeeper = Callable[[SteeredModel, Mapping[str, Json]], Keeper]
 """(model, params) -> keeper."""
 MakePart = Callable[[Source, str, Path], Mapping[str, object]]
-"""(source, part, path of the safetensors file to write) -> what is to be known of it; people are told its `note`."""
+"""(source, part, path of the safetensors file to write) -> facts about the part, stored beside it; `note` is shown to users."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of what the model computes on the rows of a data set."""
+    """Declares moments of the model's activations on the rows of a data set."""
 
     name: str
     role: str
-    """Of the data set."""
+    """Role of the data set."""
     config: ExtractConfig
 
 
 @dataclass(frozen=True)
 class SumOverRows:
-    """Sums over batches of consecutive rows of a data set, on workers that hold the model."""
+    """Declares sums over batches of consecutive rows of a data set, on workers that hold the model."""
 
     name: str
     version: int
@@ -117,7 +119,7 @@ class SumOverRows:
 
 @dataclass(frozen=True)
 class KeepOfRows:
-    """Tensors of every row that the training will see."""
+    """Declares tensors of every row that the training will see."""
 
     name: str
     version: int
@@ -129,7 +131,7 @@ class KeepOfRows:
 
 @dataclass(frozen=True)
 class MapParts:
-    """Parts that are each made by itself, one task a part."""
+    """Declares parts that do not depend on each other; each is one task on the cluster."""
 
     name: str
     version: int
@@ -142,29 +144,33 @@ class MapParts:
 
 
 Preparation = Moments | SumOverRows | KeepOfRows | MapParts
-"""What a method asks for before its training, as `Prepare` hands it to whoever makes it."""
+"""A declared preparation, as `Prepare` passes it to `Prepare.make`."""
 
 
 class Prepare:
-    """Takes a method's preparations and makes nothing of them: for a check of its settings. Others override `make`.
+    """Takes the declarations of a method's preparations and checks them. Subclasses override `make` to plan the stages.
 
-    `params` are what a stage declares besides the model and the rows, JSON values; `version` is raised when its code changes,
-    `needs` names preparations before it, and `estimate` is what it takes besides the model.
+    The arguments that several functions share:
+
+    params     JSON values on which the result depends besides the model and the rows; part of the stage's key
+    version    number that the author of a method raises when the code of the stage changes; part of the stage's key
+    needs      names of earlier preparations whose output the stage reads
+    estimate   memory and disk that the stage needs, not counting the model
     """
 
     def __init__(self, roles: Collection[str] | None = None) -> None:
-        """Take preparations over the data sets of these roles; None takes any."""
+        """Accept preparations over the data sets of these roles; None accepts any role."""
         self._roles = roles
-        self._asked: list[str] = []
+        self._names: list[str] = []
 
     def make(self, preparation: Preparation) -> None:
-        """Make a preparation whose settings have been checked: here, nothing."""
+        """Plan a preparation whose settings have been checked. Does nothing here: this class only checks."""
 
     def check_read(self, names: Iterable[str]) -> None:
-        """Refuse names that a training reads and that were not asked for. Raises ValueError."""
+        """Raise ValueError if the training reads a preparation that was not declared."""
         self._check_needs(names, "its training reads")
 
-    def _ask(
+    def _declare(
         self,
         name: str,
         role: str | None = None,
@@ -172,14 +178,19 @@ class Prepare:
         params: Mapping[str, Json] | None = None,
         also: str = "",
     ) -> None:
-        """Refuse what could not be told apart, found or made. Raises ValueError."""
+        """Raise ValueError for an invalid or repeated name, a missing data set, an unknown need, or wrong parameters."""
+        # `model` is the name under which the stages pass the model itself.
+        # The name becomes part of paths and of stage names.
         if not _NAME.fullmatch(name) or name == "model":
             raise ValueError(f"a preparation is called {name!r:.60}: small letters, digits and underscores, and not model")
-        if name in self._asked:
+        if name in self._names:
             raise ValueError(f"two preparations are called {name}: the second would take the place of the first")
+        # None: the check runs without a job, to describe the method.
         if role is not None and self._roles is not None and role not in self._roles:
             raise ValueError(f"preparation {name}: the job has no data.{role}; it has {', '.join(self._roles) or 'none'}")
+        # Only earlier preparations may be needed, so that the stages are in an order in which they can run.
         self._check_needs(needs, f"preparation {name} needs")
+        # The platform's parameters and the method's are one dict, of which the stage's key is made.
         if taken := _RESERVED & {*(params or {})}:
             raise ValueError(
                 f"preparation {name}: its parameter {taken.pop()} would be that of the platform; call it otherwise"
@@ -187,18 +198,22 @@ class Prepare:
         missing = [needed for needed in also.split() if needed not in (params or {})]
         if missing:
             raise ValueError(f"preparation {name}: {missing[0]} is missing among its parameters")
-        self._asked.append(name)
+        self._names.append(name)
 
     def _check_needs(self, names: Iterable[str], who: str) -> None:
-        unknown = [name for name in names if name not in self._asked]
+        unknown = [name for name in names if name not in self._names]
         if unknown:
-            raise ValueError(
-                f"{who} {unknown[0]}, which was not asked for before; there are {', '.join(self._asked) or 'none'}"
-            )
+            raise ValueError(f"{who} {unknown[0]}, which was not declared before; declared: {', '.join(self._names) or 'none'}")
 
     def moments(self, role: str, config: ExtractConfig, *, name: str = MOMENTS) -> None:
-        """Take moments of what the model computes on the rows of a data set (activations/moments.py)."""
-        self._ask(name, role)
+        """Declare moments of the model's activations on the rows of a data set (activations/moments.py).
+
+        Args:
+            role: role of the data set.
+            config: the places to read, with `keep: moments`.
+            name: name of the preparation.
+        """
+        self._declare(name, role)
         self.make(Moments(name, role, config))
 
     def sum_over_rows(
@@ -212,11 +227,11 @@ class Prepare:
         needs: tuple[str, ...] = (),
         estimate: Estimate = NOTHING,
     ) -> None:
-        """Sum over batches of consecutive rows of a data set, on workers that hold the model.
+        """Declare sums over batches of consecutive rows of a data set, on workers that hold the model.
 
-        `rows_per_batch`, `rows_per_shard` (a multiple of it) and `max_tokens` are among `params`.
+        `params` must hold `rows_per_batch`, `rows_per_shard` (a multiple of it) and `max_tokens`.
         """
-        self._ask(name, role, needs, params, "rows_per_batch rows_per_shard max_tokens")
+        self._declare(name, role, needs, params, "rows_per_batch rows_per_shard max_tokens")
         self.make(SumOverRows(name, version, role, params, start, needs, estimate))
 
     def map_parts(
@@ -231,19 +246,24 @@ class Prepare:
         reads_model: bool = False,
         estimate: Estimate = NOTHING,
     ) -> None:
-        """Make parts each by itself, one task a part, from what others left or, where it reads the model, from the weights."""
-        self._ask(name, None, needs, params)
+        """Declare parts that do not depend on each other, each made by one call of `make` in one task of the cluster.
+
+        A part is made from the output of the preparations in `needs` and, with `reads_model`, from the model.
+        """
+        self._declare(name, None, needs, params)
         self.make(MapParts(name, version, params, parts, make, needs, reads_model, estimate))
 
     def keep_of_rows(
         self, name: str, version: int, role: str, params: Mapping[str, Json], start: StartKeeper, values_per_target: int
     ) -> None:
-        """Keep tensors of every row that the training will see, cut as it cuts them, so that no model need run there.
+        """Declare tensors of every row that the training will see, so that the training need not run the model.
 
-        `batch_tokens` and `rows_per_shard` are among `params`, to which `train.max_tokens` is added; `values_per_target`
-        numbers are kept of each token in the loss, in the model's type: for estimates.
+        Rows are cut as the training cuts them. `params` must hold `batch_tokens` and `rows_per_shard`; `train.max_tokens` is
+        added to them. `values_per_target` is how many numbers, in the model's dtype, are stored for each token in the loss; it
+        serves the estimate only.
         """
+        # Rows must be cut as the training cuts them, or the stored tensors would belong to other tokens.
         if "max_tokens" in params:
             raise ValueError(f"preparation {name}: its parameter max_tokens would be that of the training; leave it out")
-        self._ask(name, role, (), params, "batch_tokens rows_per_shard")
+        self._declare(name, role, (), params, "batch_tokens rows_per_shard")
         self.make(KeepOfRows(name, version, role, params, start, values_per_target))

@@ -1,12 +1,12 @@
-"""DiReFT: a low-rank change of what a frozen model computes, trained on the task itself.
+"""DiReFT: low-rank edits of the hidden states of a frozen model, trained on the task itself.
 
 Wu et al., "ReFT: Representation Finetuning for Language Models", NeurIPS 2024, https://arxiv.org/abs/2404.03592 (section 3.2,
 eq. 3; LoReFT, eq. 2, has the same form with rows of U^T that are orthonormal):
 
     z -> z + U (V z + c)        U of D x R, V of R x D, trained with the language modelling loss; the model is frozen
 
-Departures: it acts on all tokens that `steer` takes (paper: some first and last tokens of the prompt); U begins at zero, so
-that training begins at the model itself, and V at random.
+Departures from the paper: the maps act on all tokens that `steer` selects (paper: some first and last tokens of the prompt); U
+is zero at the start, so that training starts from the model itself, and V is random.
 """
 
 from __future__ import annotations
@@ -34,23 +34,27 @@ class Config(MethodConfig):
     rank: int = Field(4, ge=1)
     """Rank R of the change at each place. Paper: 4 to 32."""
     steer: Selection = Selection.model_validate({"modules": ".*layers[.][0-9]+[.]mlp"})
-    """Where the changes act. Paper: the residual stream after some layers; here what the blocks add to it."""
+    """Modules and tokens on which the maps act. Paper: the residual stream after some layers; here the MLPs' outputs, which are
+    added to it."""
 
 
 class Reft(PatchAlone):
-    """A frozen model behind low-rank maps."""
+    """A frozen model with low-rank maps on its activations."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
+        # Before the patch is attached: D of each place, from one small forward pass.
         widths = taps.widths(model, config.steer)
         kinds = {name: {"kind": "low_rank", "rank": config.rank} for name in widths}
         self.patch = patches.ActivationPatch(widths, config.steer, kinds=kinds)  # type: ignore[arg-type]
         for layer in self.patch.layers():
+            # U is zero: V must not be, or both gradients would vanish. 1 / sqrt(D) keeps V z of the size of z's entries.
             nn.init.normal_(layer.get_parameter("down"), std=layer.get_parameter("down").shape[1] ** -0.5)
         patches.attach(model, [*inputs.below, self.patch])
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
+        # `patched_inputs` holds roles and phases, from which the patch selects tokens.
         return Loss(language_modelling_loss(self.model(**batch.patched_inputs).logits, batch.labels), {})
 
 

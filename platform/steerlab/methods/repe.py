@@ -1,15 +1,15 @@
-"""RepE: a concept as the main axis of the differences between two sets of texts.
+"""RepE: a concept as the first principal component of the differences between two sets of activations.
 
 Zou et al., "Representation Engineering: A Top-Down Approach to AI Transparency", https://arxiv.org/abs/2310.01405 (section 3.1,
 linear artificial tomography with PCA; section 3.2.1, linear combination).
 
-At each place the differences between target and source activations are taken pair by pair; their first principal component v is
-the reading vector, its sign such that the target lies further along it. It is added to every token:
+At each place the differences between target and source activations are computed for pairs of texts. Their first principal
+component v is the reading vector, with the sign for which the target lies further along it. It is added to every token:
 
-    z -> z + lambda c v        |v| = 1
+    z -> z + lambda c v        |v| = 1, lambda is the strength of the patch
 
-Departures: texts need not come in pairs, so that the pairs are drawn, each text as often as any other, by a fixed seed; the
-differences have both signs, as in the authors' code, so that their mean is near 0 and the component is not that mean.
+Departure from the paper: the texts need not come in pairs; the pairs are drawn with a fixed seed, each text as often as any
+other. As in the authors' code every second difference is negated, so that their mean is near 0. Axes: P pairs, K components.
 """
 
 from __future__ import annotations
@@ -31,25 +31,33 @@ class Config(SteeringConfig):
     name: Literal["repe"] = "repe"
     """The method."""
     coefficient: float = Field(1.0, gt=0)
-    """Length c of the step at strength 1, in the units of the activations."""
+    """Length c of the shift at strength 1, in the units of the activations."""
 
 
 def reading_vector(source_ND: Tensor, target_MD: Tensor) -> Tensor:
-    """Return the first principal component of the paired differences, (D,), unit length, towards the target.
+    """Return the first principal component of the paired differences, a unit vector (D,) towards the target (section 3.1).
+
+    Args:
+        source_ND: pooled activations of source texts, (N, D).
+        target_MD: pooled activations of target texts, (M, D).
 
     Raises:
-        ValueError: fewer than 4 samples on a side, other widths, or a value that is no number.
+        ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
     check_samples(source_ND, target_MD)
     num = max(len(source_ND), len(target_MD))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # a generator of its own: the global state is left alone
+    # Each side is shuffled and repeated up to the size of the larger one, so that every text is used, and about equally often.
     rows_2P = [
         torch.randperm(len(side), generator=generator).repeat(-(-num // len(side)))[:num] for side in (source_ND, target_MD)
     ]
+    # In float64, as the differences of activations may be small next to the activations.
     difference_PD = target_MD.double()[rows_2P[1]] - source_ND.double()[rows_2P[0]]
+    # Without alternating signs the centring below would subtract the mean difference, which is the concept itself.
     sign_P1 = torch.where(torch.arange(num) % 2 == 0, 1.0, -1.0).double()[:, None]
     signed_PD = sign_P1 * difference_PD
     _, _, axes_KD = torch.linalg.svd(signed_PD - signed_PD.mean(0), full_matrices=False)
+    # A principal component has no sign of its own.
     towards = axes_KD[0] @ (target_MD.double().mean(0) - source_ND.double().mean(0))
     return (axes_KD[0] if towards >= 0 else -axes_KD[0]).float()
 

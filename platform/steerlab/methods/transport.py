@@ -1,17 +1,21 @@
-"""Linear-, Gaussian- and Mean-AcT: affine maps between two sets of activations, in closed form.
+"""Linear-, Gaussian- and Mean-AcT: affine maps from source to target activations, in closed form.
 
 Rodriguez et al., "Controlling Language and Diffusion Models by Transporting Activations", ICLR 2025,
 https://arxiv.org/abs/2410.23054 (sections 3 and 4).
 
-Each neuron is a distribution of its own. Its values on source texts, sorted, are matched with its values on target texts,
-sorted: the optimal transport in one dimension. The affine map nearest to that transport steers the neuron:
+Each neuron is treated by itself. Its sorted values on the source texts are matched with its sorted values on the target texts,
+which is the optimal transport in one dimension. The least-squares affine approximation of that transport steers the neuron:
 
-    w = cov(a, b) / var(a)      b0 = mean(b) - w mean(a)        over matched pairs (a, b)
+    z -> w z + b0,    w = cov(a, b) / var(a)      b0 = mean(b) - w mean(a)        over matched pairs (a, b)
 
-Departures from the authors' code (apple/ml-act): sets of unequal size are matched by their quantile functions exactly, with no
-random trimming; all neurons of all places are sorted in one call; a neuron that is constant on the source becomes a pure shift
-instead of getting a slope from noise; the incremental fit is one pass over the source texts instead of one for each place.
-Bounds (`support`) are off as in ml-lineas; ml-act's linear_ot had them at the source's extremes.
+Departures from the authors' code (apple/ml-act):
+- samples of unequal size are matched exactly by their quantile functions, without random trimming;
+- all neurons of all places are sorted in one call;
+- a neuron that is constant on the source gets a pure shift, not a slope computed from noise;
+- the incremental fit is one pass over the source texts, not one pass for each place;
+- bounds (`support`) are off by default as in ml-lineas; ml-act's linear_ot bounds each neuron to the source's extremes.
+
+Axes besides those of tokens.py: N source and M target texts, K matched pairs.
 """
 
 from __future__ import annotations
@@ -30,9 +34,9 @@ from steerlab.methods.contract import Fitted, SequentialConfig, check_samples
 from steerlab.patches.maps import AffineMap
 
 _CONSTANT = 1e-5
-"""A standard deviation below this share of the mean is float32 rounding: the neuron is constant."""
+"""A neuron whose standard deviation is below this share of its mean counts as constant: the rest is float32 rounding."""
 _GAUSSIAN_MIN_STD = 1e-4
-"""Gaussian-AcT leaves neurons alone that spread less (authors' code)."""
+"""Gaussian-AcT does not change neurons with a smaller standard deviation on the source (authors' code)."""
 
 
 class Config(SequentialConfig):
@@ -43,9 +47,9 @@ class Config(SequentialConfig):
     pooling: Pooling = "mean"
     """Pooling of the activations that the maps are fitted on. Paper: mean."""
     incremental: bool = True
-    """Fit each place on what the source texts cause behind the maps before it (paper: incremental); false fits all at once."""
+    """Fit each place on the source activations with all earlier maps applied (paper: incremental); false: fit all at once."""
     support: tuple[float, float] | None = None
-    """Quantiles of the source outside of which a value stays as it is; null maps every value. ml-act: [0, 1]."""
+    """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. null maps all values. ml-act: [0, 1]."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -71,104 +75,131 @@ class GaussianConfig(Config):
 
 
 class Coupling(NamedTuple):
-    """Which sorted values of two samples belong together, and how much each pair weighs; K <= n + m - 1 pairs."""
+    """Optimal transport between two sorted samples of size n and m, as K <= n + m - 1 weighted pairs."""
 
     source_K: Tensor
+    """Index of the pair's value in the sorted source."""
     target_K: Tensor
+    """Index of the pair's value in the sorted target."""
     weight_K: Tensor
-    """Sums to 1."""
+    """Weight of the pair, float64; the weights sum to 1."""
 
 
 @functools.lru_cache
 def coupling(n: int, m: int) -> Coupling:
     """Match the sorted values of samples of size n and m by their quantile functions.
 
-    Both are steps, with edges at i/n and k/m; between two edges of either, one value of each belongs together. In units of
-    1/(nm) all edges are whole numbers, so nothing is rounded. For n = m this is the sorted pairing, each weighing 1/n.
+    Both quantile functions are steps, with edges at i/n and k/m. Between two neighbouring edges both are constant, which gives
+    one pair with the distance of the edges as its weight. For n = m these are the sorted values in order, of weight 1/n each.
     """
+    # In units of 1/(nm) all edges are integers, so that no edge is lost or doubled by rounding.
     edges = torch.cat([torch.arange(n) * m, torch.arange(m) * n, torch.tensor([n * m])]).unique()
+    # Between two edges the source is at its value floor(start / m) and the target at floor(start / n).
     starts, gaps = edges[:-1], edges.diff()
     return Coupling(starts // m, starts // n, gaps.double() / (n * m))
 
 
 def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
-    """Fit Linear-AcT (section 3.2): least squares on the optimal pairs of every neuron.
+    """Fit Linear-AcT (section 3.2): least squares on the matched pairs of every neuron.
 
     Args:
-        source_ND: pooled activations of n source texts, (N, D).
-        target_MD: pooled activations of m target texts, (M, D); m may differ from n.
+        source_ND: pooled activations of source texts, (N, D).
+        target_MD: pooled activations of target texts, (M, D); M may differ from N.
 
     Raises:
-        ValueError: fewer than 4 samples on a side, other widths, or a value that is no number.
+        ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
     check_samples(source_ND, target_MD)
     pairs = coupling(len(source_ND), len(target_MD))
     mean_a_D, mean_b_D = source_ND.double().mean(0), target_MD.double().mean(0)
-    # Centred before anything is multiplied, so that float32 keeps the precision of small spreads around large means.
+    # Centred before anything is multiplied: float32 would lose a small spread around a large mean.
     a_DN, b_DM = _sorted_values(source_ND - mean_a_D.float()), _sorted_values(target_MD - mean_b_D.float())
     a_DK, b_DK = _paired(a_DN, pairs.source_K), _paired(b_DM, pairs.target_K)
     weight_K = pairs.weight_K.float()
     variance_D = (a_DK.square() @ weight_K).double()
     covariance_D = ((a_DK * b_DK) @ weight_K).double()
+    # The inner `where` keeps 0 / 0 out of the branch that is not taken.
     constant_D = variance_D.sqrt() <= _CONSTANT * mean_a_D.abs()
+    # w = cov(a, b) / var(a); b0 = mean(b) - w mean(a)
     scale_D = torch.where(constant_D, 1.0, covariance_D / variance_D.where(~constant_D, torch.ones_like(variance_D)))
     return AffineMap(scale_D.float(), (mean_b_D - scale_D * mean_a_D).float())
 
 
 def mean_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
-    """Fit Mean-AcT: the difference of means, z - mean(source) + mean(target)."""
+    """Fit Mean-AcT: shift by the difference of means, z -> z - mean(source) + mean(target).
+
+    Arguments and errors are those of `linear_map`.
+    """
     check_samples(source_ND, target_MD)
+    # In float64: the difference of two close means.
     shift_D = target_MD.double().mean(0) - source_ND.double().mean(0)
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
 
 
 def gaussian_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
-    """Fit Gaussian-AcT: transport between two normal distributions, neuron by neuron, (s2/s1)(z - mu1) + mu2."""
+    """Fit Gaussian-AcT: optimal transport between normal distributions, z -> (std2 / std1)(z - mean1) + mean2, by neuron.
+
+    Arguments and errors are those of `linear_map`.
+    """
     check_samples(source_ND, target_MD)
     (mean_1, std_1), (mean_2, std_2) = ((x.mean(0), x.std(0)) for x in (source_ND.double(), target_MD.double()))
-    still_D = std_1 < _GAUSSIAN_MIN_STD
-    scale_D = torch.where(still_D, 1.0, std_2 / std_1.where(~still_D, torch.ones_like(std_1)))
-    shift_D = torch.where(still_D, 0.0, mean_2 - scale_D * mean_1)
+    # The slope of a nearly constant neuron would be noise divided by noise: the identity instead, as in the authors' code.
+    constant_D = std_1 < _GAUSSIAN_MIN_STD
+    scale_D = torch.where(constant_D, 1.0, std_2 / std_1.where(~constant_D, torch.ones_like(std_1)))
+    shift_D = torch.where(constant_D, 0.0, mean_2 - scale_D * mean_1)
     return AffineMap(scale_D.float(), shift_D.float())
 
 
 def distance(source_ND: Tensor, target_MD: Tensor) -> Tensor:
-    """Return the squared 2-Wasserstein distance of every neuron, (D,): differentiable, exact for unequal sizes.
+    """Return the squared 2-Wasserstein distance between two samples for every neuron, (D,); differentiable.
 
-    For n = m it is the mean squared difference of sorted values (LinEAS, arXiv 2503.10679, section 3).
+    It is exact for samples of unequal size. For equal sizes it is the mean squared difference of the sorted values (LinEAS,
+    arXiv 2503.10679, section 3).
     """
+    # W2^2 = integral of the squared difference of the quantile functions, which is this finite sum.
     pairs = coupling(len(source_ND), len(target_MD))
     gap_DK = _sorted(source_ND)[:, pairs.source_K] - _sorted(target_MD)[:, pairs.target_K]
     return gap_DK.square() @ pairs.weight_K.to(gap_DK)
 
 
 def _sorted_values(x_ND: Tensor) -> Tensor:
-    """Sort as `_sorted` does, with no gradient: NumPy's keeps no indices and is several times as fast."""
+    """Sort every neuron's values, (D, N), without a gradient."""
+    # NumPy's sort keeps no indices and is several times as fast as torch's on the CPU.
     return torch.from_numpy(np.sort(x_ND.detach().float().cpu().T.contiguous().numpy(), axis=1))
 
 
 def _paired(x_DN: Tensor, index_K: Tensor) -> Tensor:
-    """Pick the paired values; samples of equal size are paired as they lie."""
+    """Return the values of the matched pairs, (D, K)."""
     return x_DN if len(index_K) == x_DN.shape[1] else x_DN[:, index_K]
 
 
 def _sorted(x_ND: Tensor) -> Tensor:
-    """Sort every neuron's values, (D, N): neurons lie in rows, so that one call sorts contiguous memory."""
+    """Sort every neuron's values, (D, N), with a gradient."""
+    # Transposed first, so that each sorted row is contiguous in memory.
     return x_ND.T.contiguous().sort(dim=1).values
 
 
 def everywhere(
     fit: Callable[[Tensor, Tensor], AffineMap], source: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> dict[str, AffineMap]:
-    """Fit the neurons of all places in one call, by a `fit` that treats each neuron by itself."""
+    """Fit the neurons of all places in one call of `fit`, and return the maps by place.
+
+    Args:
+        fit: (source (N, D), target (M, D)) -> map; it must treat each neuron by itself.
+        source: pooled activations by place, (N, D) each.
+        target: pooled activations by place, (M, D) each.
+    """
+    # One call over all neurons instead of one for each place: sorting many short rows at once is much faster.
     whole = fit(torch.cat(list(source.values()), 1), torch.cat([target[name] for name in source], 1))
+    # A map is a tuple of tensors over all neurons (bounds may be None); each is split by place again.
     sizes = [values.shape[1] for values in source.values()]
     parts = zip(*(part.split(sizes) for part in whole if part is not None), strict=True)
     return {name: AffineMap(*part) for name, part in zip(source, parts, strict=True)}
 
 
 def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, float] | None) -> AffineMap:
-    """Bound a map to a range of the source's quantiles (paper, section 3.3)."""
+    """Bound a map to the values between two quantiles of the source (section 3.3); None leaves it unbounded."""
+    # Outside of the values that were seen, the affine map extrapolates the transport.
     if support is None:
         return fitted
     low_D, high_D = torch.quantile(source_ND.double(), torch.tensor(support, dtype=torch.float64), dim=0)
@@ -176,6 +207,8 @@ def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, f
 
 
 def _method(kind: type[Config], closed_form: Callable[[Tensor, Tensor], AffineMap]) -> Fitted:
+    """Return the method of a closed form, with the optional bounds of `support`."""
+
     def fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
         return everywhere(lambda a, b: within_support(closed_form(a, b), a, config.support), source, target)
 

@@ -1,6 +1,6 @@
-"""Plain supervised fine-tuning: the control of every method that changes representations.
+"""Plain supervised fine-tuning: the baseline of every method that changes representations.
 
-The same prompts, rows, loss and optimizer as the methods it is compared with; the model sees one stream of tokens and no roles.
+It uses the same prompts, rows, loss and optimizer as the methods that are compared with it; the model gets no token roles.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 
 
 class Config(MethodConfig):
-    """Fine-tuning of all weights; there is nothing to set."""
+    """Fine-tuning of all weights; there are no hyperparameters."""
 
     name: Literal["vanilla"] = "vanilla"
     """The method."""
 
 
 class Vanilla(WholeModel):
-    """A causal language model and its next-token loss."""
+    """A causal language model whose weights all train on the next-token loss."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
+        # `model_inputs` has no roles: no patch is there to read them.
         return Loss(language_modelling_loss(self.model(**batch.model_inputs).logits, batch.labels), {})
 
 

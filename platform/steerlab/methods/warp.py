@@ -1,4 +1,4 @@
-"""Safety-WaRP (WSR-Tune): fine-tune in a rotated weight space and freeze what safety needs.
+"""Safety-WaRP (WSR-Tune): fine-tune in a rotated weight space and freeze the coefficients that matter for safety.
 
 Manuscript and code of min-seong-kim/Safety-WaRP-LLM, after Kim et al., "Warping the Space: Weight Space Rotation for
 Class-Incremental Few-Shot Learning", ICLR 2023.
@@ -6,21 +6,21 @@ Class-Incremental Few-Shot Learning", ICLR 2023.
 For a linear layer y = W x, with W of shape (M, N) and inputs x over all tokens of safety rows:
 
 1. basis       C = sum x x^T = U S U^T; the coefficients of W in the basis of its inputs are W U
-2. importance  G = sum over safety batches of |dL_b / d(W U)| = |(dL_b / dW) U|, L_b over response tokens
-3. mask        F marks the keep_ratio of the coefficients with the largest G: they are frozen
+2. importance  G = sum over safety batches b of |dL_b / d(W U)| = |(dL_b / dW) U|, L_b over response tokens
+3. mask        F is 1 for the share keep_ratio of the coefficients with the largest G: these are frozen
 4. training    W = W_0 + D U^T on other data, dL/dD = ((dL/dW) U) * (1 - F), D = 0 at the start
-5. fold        W replaces W_0; inference costs what it did
+5. fold        W replaces W_0, so that inference costs the same as before
 
-D is what an optimizer sees, so any elementwise one is right, also flattened and partitioned by ZeRO 0 to 2, and a frozen
-coefficient, whose gradient is always 0, does not move by a bit whatever momentum or decay do. math/rotation.py has the layer
-that trains (steps 4 and 5).
+The optimizer sees D. Any elementwise optimizer is therefore correct, also when ZeRO 0 to 2 flattens and shards its state. The
+gradient of a frozen coefficient is always 0 and D starts at 0, so that neither momentum nor weight decay moves it.
+math/rotation.py holds the layer that trains (steps 4 and 5), math/weight_space.py the steps 1 to 3.
 
 Departures from the manuscript and its code:
-- coefficients are ranked one by one; the seed code ranks output rows by a norm that no rotation changes, so that its basis has
+- single coefficients are ranked; the authors' code ranks output rows by a norm that no rotation changes, so that its basis has
   no effect;
 - Gram matrices are not centred, and are summed in float64;
-- weight decay pulls D to zero, hence W to W_0, where the manuscript pulls W U to zero;
-- weights outside of the selected layers are frozen, which the manuscript leaves open; `others: train` trains them, too.
+- weight decay pulls D to zero, and so W to W_0; in the manuscript it pulls W U to zero;
+- weights outside of the selected layers are frozen, which the manuscript does not specify; `others: train` trains them, too.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PAPER_TYPES: tuple[LayerType, ...] = ("attn_q", "attn_k", "attn_v", "ffn_up", "ffn_down")
+"""Linear layers that the manuscript rotates."""
 
 
 class Config(MethodConfig):
@@ -56,34 +57,35 @@ class Config(MethodConfig):
     name: Literal["warp"] = "warp"
     """The method."""
     keep_ratio: float = Field(0.1, ge=0, le=1)
-    """Share of the coefficients that is frozen. Paper: 0.1, swept from 0.01 to 0.2."""
+    """Share of the coefficients that is frozen, from 0 (none) to 1 (all). Paper: 0.1, swept from 0.01 to 0.2."""
     layer_type: Types = PAPER_TYPES
     """Linear layers that are trained; the default is the paper's."""
     target_layers: Layers = ("all",)
     """Decoder layers: all, early, middle or late (a third each), last, numbers from 0, spans such as 8-15 (inclusive)."""
     scope: Literal["module", "global"] = "module"
-    """Whether the share is that of each linear layer (paper) or of all together."""
+    """module: keep_ratio applies to each linear layer (paper); global: to all selected layers together."""
     rotation: Literal["safety", "random", "none"] = "safety"
-    """Coordinates: eigenvectors of the inputs on safety rows; controls: a random rotation, the weights as they are."""
+    """Basis: safety: eigenvectors of the inputs on safety rows; controls: random: a random rotation, none: no rotation."""
     mask: Literal["importance", "random", "magnitude"] = "importance"
-    """What is frozen: the coefficients with the largest gradients on safety rows; controls: random ones, the largest ones."""
+    """Frozen coefficients: importance: those with the largest gradients on safety rows; controls: random: drawn at random,
+    magnitude: those with the largest absolute value."""
     others: Literal["frozen", "train"] = "frozen"
     """Weights outside of the selected layers: frozen, or trained without a mask."""
     rows_per_batch: int = Field(4, ge=1)
-    """Safety rows whose gradient is one term of the importance: a sum of absolute values depends on it. Paper: 4."""
+    """Safety rows in one batch of the importance, a sum of absolute gradients, which depends on the batch size. Paper: 4."""
     max_tokens: int = Field(512, ge=8)
-    """Longest safety row."""
+    """Safety rows are cut after this many tokens."""
     rows_per_shard: int = Field(512, ge=1)
-    """Safety rows that one worker sums up before it writes; a kill costs at most these."""
+    """Safety rows that one worker sums before it writes a file; a killed run loses at most these rows' work."""
     seed: Seed = 0
-    """Of a random rotation or mask."""
+    """Seed of a random rotation or a random mask; unused otherwise."""
 
 
 # --- preparations: moments -> basis -> importance -> mask --------------------------------------------------------------
 
 
 def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
-    """Ask for the stages before the training; a control leaves out what it does not use."""
+    """Declare the stages before the training; controls leave out the stages that they do not need."""
     chosen = places(skeleton, config)
     if config.rotation != "none":
         _prepare_basis(config, chosen, prepare)
@@ -94,16 +96,19 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
 
 
 def places(model: PreTrainedModel, config: Config) -> list[WeightPlace]:
-    """Return the linear layers that are rotated. Raises ValueError if the model lacks a type of layer, or a layer."""
+    """Return the linear layers that are rotated. Raises ValueError if the model has no such type of layer, or block."""
     return selected(model, config.layer_type, config.target_layers)
 
 
 def _prepare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
+    # Layers that read the same input (queries, keys and values) share one basis.
     sizes = {place.input_of: place.shape[1] for place in chosen}
+    # eigh holds the float64 matrix, its eigenvectors and its workspace: about four float64 matrices.
     estimate = Estimate(memory_bytes=32 * max(sizes.values()) ** 2, disk_bytes=4 * sum(size**2 for size in sizes.values()))
     if config.rotation == "random":
         params = weight_space.RandomBasis(seed=config.seed, sizes=sizes).model_dump(mode="json")
         return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
+    # The inputs of the layers on every token: their uncentred second moment is C of step 1, up to the count.
     select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")
     limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
     reads = {"select": select, "pooling": ("none",), "keep": "moments", "second_moment": True, **limits}
@@ -126,9 +131,10 @@ def _prepare_importance(config: Config, chosen: list[WeightPlace], prepare: Prep
         return prepare.map_parts(
             "importance", 1, layers, ("magnitude",), weight_space.magnitude, needs=needs, reads_model=True, estimate=estimate
         )
+    # A shard holds whole batches: a batch split over two shards would be two terms of the sum of absolute values.
     per_shard = max(1, config.rows_per_shard // config.rows_per_batch) * config.rows_per_batch
     limits = {"rows_per_batch": config.rows_per_batch, "rows_per_shard": per_shard, "max_tokens": config.max_tokens}
-    # The sums, and one gradient at a time; a file of them for each shard besides the result.
+    # Memory: the sums and one gradient at a time. Disk: a file of sums for each shard, and the result.
     estimate = Estimate(memory_bytes=sum(sizes), disk_bytes=sum(sizes), work_bytes=sum(sizes))
     return prepare.sum_over_rows(
         "importance", 1, "safety", layers | limits, weight_space.importance, needs=needs, estimate=estimate
@@ -143,6 +149,7 @@ def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -
         seed=config.seed if config.mask == "random" else None,
     )
     sizes = [place.shape[0] * place.shape[1] for place in chosen]
+    # Of one layer at a time: scores, their bits as int32 and int64, and masks.
     estimate = Estimate(memory_bytes=24 * max(sizes), disk_bytes=sum(-(-size // 8) for size in sizes))
     needs = () if config.mask == "random" else ("importance",)
     prepare.map_parts("mask", 1, params.model_dump(mode="json"), ("mask",), weight_space.mask, needs=needs, estimate=estimate)
@@ -152,7 +159,7 @@ def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -
 
 
 class Rotated(nn.Module):
-    """What trains: the changes of the selected layers and, where they train too, the other weights."""
+    """The trained parameters: the changes D of the selected layers and, with `others: train`, the other weights."""
 
     kind = "weight"
 
@@ -168,7 +175,7 @@ class Rotated(nn.Module):
 
 
 class Warp(PatchAlone):
-    """A causal language model whose selected weights move along unfrozen directions only."""
+    """A causal language model whose selected weights train in their unfrozen coefficients only."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
@@ -180,10 +187,13 @@ class Warp(PatchAlone):
         shared = {} if basis is None else _shared_inputs(basis, chosen)
         rotated = {}
         for place in chosen:
+            # The mask F of step 3; the layer starts with D = 0, so that the model is unchanged (step 4).
             frozen_MN = rotation.unpacked(mask.tensor(place.module), place.shape)
             linear = model.get_submodule(place.module)
             rotated[place.module] = rotation.RotatedLayer(linear, frozen_MN, shared.get(place.input_of))
+        # A rotated layer has removed its weight from the linear module, so that these are the other weights alone.
         others = dict(model.named_parameters()) if config.others == "train" else {}
+        # Copies on the CPU, since the weights themselves train; `finished` subtracts them.
         self._start = {name: weight.detach().cpu().clone() for name, weight in others.items()}
         for weight in others.values():
             weight.requires_grad_(True)
@@ -191,16 +201,18 @@ class Warp(PatchAlone):
         patches.attach(model, inputs.below)
 
     def train(self, mode: bool = True) -> Warp:
-        """Train with the model's dropout, as plain fine-tuning does: its weights are what moves."""
+        """Set the training mode of the whole model."""
+        # Not PatchAlone.train: the model's weights train here, with its dropout as in plain fine-tuning.
         nn.Module.train(self, mode)
         return self
 
     @classmethod
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
-        """Return the number of coefficients, and the bytes of W and W_0 U beside W_0, of the mask and of one basis."""
+        """Return the number of coefficients, and the bytes of W and W_0 U besides W_0, of the mask and of one basis."""
         chosen = places(skeleton, config)
         num = sum(place.shape[0] * place.shape[1] for place in chosen)
         others = sum(p.numel() for p in skeleton.parameters()) - num if config.others == "train" else 0
+        # W and W_0 U in float32 (4 + 4 bytes), the mask as bools (1 byte), and the largest basis.
         return Size(num + others, (4 + 4 + 1) * num + 4 * max(place.shape[1] for place in chosen) ** 2)
 
     def forward(self, batch: Batch) -> Loss:
@@ -208,24 +220,27 @@ class Warp(PatchAlone):
         return Loss(language_modelling_loss(self.model(**batch.patched_inputs).logits, batch.labels), {})
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
-        """Begin with the changes that the optimizer, or a checkpoint, has left."""
+        """Drop matrices that were computed from D before the optimizer, or a checkpoint, changed it."""
         for layer in self.patch.rotated():
             layer.start_step()
 
     def after_step(self, lr: float) -> None:
-        """Let an evaluation see the step."""
+        """Drop matrices that were computed from D before the step."""
+        # An evaluation may follow before the next `on_step`.
         for layer in self.patch.rotated():
             layer.start_step()
 
     def before_pass(self, is_last: bool) -> None:
-        """Let gradients be rotated in a step's last pass, for all of its passes."""
+        """Tell the layers whether this is the step's last pass, in which the summed gradients are rotated once."""
         for layer in self.patch.rotated():
             layer.start_pass(is_last)
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
-        """Return what was trained as differences of plain weights (step 5), one layer at a time."""
+        """Return the trained weights as differences W - W_0 = D U^T in a patch (step 5)."""
+        # In the layout in which the model stores its weights (GPT-2: transposed).
         differences: dict[str, Tensor] = {}
         for number, (name, layer) in enumerate(zip(self.patch.names, self.patch.rotated(), strict=True)):
+            # One layer at a time: only one basis is in memory.
             difference_MN = layer.difference(state[f"layers.{number}.change_MN"])
             differences[f"{name}.weight"] = models.linear_weight(self.model.get_submodule(name), difference_MN)
         for number, name in enumerate(self.patch.other_names):
@@ -234,7 +249,7 @@ class Warp(PatchAlone):
 
 
 def _shared_inputs(basis: Parts, chosen: list[WeightPlace]) -> dict[str, rotation.SharedInput]:
-    """Return the bases by the layers' inputs."""
+    """Return the bases by input, each with the number of outputs of all layers that read it."""
     outputs: dict[str, int] = {}
     for place in chosen:
         outputs[place.input_of] = outputs.get(place.input_of, 0) + place.shape[0]
@@ -242,9 +257,10 @@ def _shared_inputs(basis: Parts, chosen: list[WeightPlace]) -> dict[str, rotatio
 
 
 def check_basis(basis: Parts, model: PreTrainedModel) -> None:
-    """Refuse a basis of another model's activations."""
+    """Raise ValueError for a basis that was computed from another model's activations."""
     own = models.fingerprint(model)
     for group, facts in basis.facts.items():
+        # A random basis has no fingerprint: it fits every model with these sizes.
         if facts.get("fingerprint", own) != own:
             raise ValueError(
                 f"the basis of {group} was made from activations of another model ({facts['architecture']}) than this"
@@ -252,7 +268,7 @@ def check_basis(basis: Parts, model: PreTrainedModel) -> None:
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
-    """Refuse what the method cannot do, before anything starts."""
+    """Raise ValueError for settings that cannot work, before anything starts."""
     if "safety" not in job.data.by_role and (config.rotation == "safety" or config.mask == "importance"):
         raise ValueError("data.safety: method warp needs these rows: they say which directions are kept")
     safety = job.data.by_role.get("safety")

@@ -1,13 +1,17 @@
-"""The kinds of patch: what a method leaves on a model, and how several of them share one model.
+"""Patches: changes that a method makes to a model, and that are attached, saved, loaded and folded into weights.
 
-`attach` hangs patches on a model by hooks. The model is then called as before, with a few more keyword arguments that the hooks
-read: `roles` and `phases` (B, T), the role and the phase of every token of this very call (one column in cached decoding), and
-`strengths`, (B,) for all patches or (N, B) with a row for each. Strength 0 is the model without the patch, bit for bit; left
-out, every strength is 1. With `only`, rows and positions of N tokens, the logits of these alone are made, (1, N, V).
+`attach` adds a stack of patches to a model by hooks. The model is then called as before, with further keyword arguments that
+the hooks read:
+
+roles, phases   (B, T), role and phase of every token of this call (one column in cached decoding)
+strengths       (B,) for all patches, or (N, B) with a row for each of N patches; without it every strength is 1
+only            rows and positions of N tokens: only their logits are computed, (1, N, V)
+
+Strength 0 gives the model without the patch, bit for bit.
 """
 
 from steerlab.patches.activation import ActivationPatch
-from steerlab.patches.attaching import Attached, CannotFold, Forward, Patch, attach
+from steerlab.patches.attaching import Attached, CannotFold, Forward, Patch, attach, attached_patches
 from steerlab.patches.embedding import EmbeddingPatch, rotate
 from steerlab.patches.logit import LogitPatch
 from steerlab.patches.saving import KINDS, SavedPatch, exists, load, save
@@ -27,6 +31,7 @@ __all__ = [
     "SecondModelPatch",
     "WeightPatch",
     "attach",
+    "attached_patches",
     "exists",
     "load",
     "rotate",

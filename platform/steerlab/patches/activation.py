@@ -1,4 +1,4 @@
-"""Maps of activations: LinEAS, the AcT family, AurA, CAA, ITI, RepE, directional ablation, ReFT."""
+"""The patch of maps on activations: LinEAS, the AcT family, AurA, CAA, ITI, RepE, directional ablation, ReFT."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 
 
 class ActivationPatch(nn.Module):
-    """Maps of what modules compute, at the places of a `Selection`.
+    """Maps of the inputs or outputs of modules, on the tokens of a `Selection`.
 
-    `sizes` holds the taps (module path, or `path:k` for element k of a tuple) and their widths; images come as
-    (B, C, H, W) and are mapped along C, attention heads as (B, T, H, D) and are all mapped along D. The maps are elementwise
-    and affine, but where `kinds` names another kind (maps.py) with what that takes: {tap: {"kind": "low_rank", "rank": 1}}.
+    Values of images, (B, C, H, W), are mapped along C. Values of attention heads, (B, T, H, D), are mapped along D, every head
+    by the same map.
+
+    Args:
+        sizes: width D by place: a module path, or `path:k` for element k of a module that returns a tuple.
+        selection: the tokens on which the maps act, and whether on the modules' inputs or outputs.
+        bounded: whether affine maps leave values outside of [low, high] as they are.
+        strength_range: lowest and highest meaningful strength; None: any.
+        kinds: for maps that are not affine, the kind (maps.py) and its arguments by place:
+            {"model.layers.3": {"kind": "low_rank", "rank": 1}}.
     """
 
     kind: ClassVar[str] = "activation"
@@ -46,15 +53,16 @@ class ActivationPatch(nn.Module):
         unknown = [name for name in self.kinds if name not in self.sizes]
         if unknown:
             raise ValueError(f"kinds names {unknown[0]!r}, which is no place of the patch")
-        self.maps = nn.ModuleList([self._made(name, size) for name, size in self.sizes.items()])
+        # A list, not a dict by place: a ModuleDict refuses names with dots, which module paths have.
+        self.maps = nn.ModuleList([self._new_layer(name, size) for name, size in self.sizes.items()])
 
-    def _made(self, name: str, size: int) -> MapLayer:
-        """Return an empty layer for a place. Raises ValueError for a kind of map that there is not."""
-        asked = dict(self.kinds.get(name, {"kind": AffineLayer.kind, "bounded": self.bounded}))
-        kind = asked.pop("kind", None)
+    def _new_layer(self, name: str, size: int) -> MapLayer:
+        """Return the layer of a place, with the identity as its map. Raises ValueError for an unknown kind of map."""
+        arguments = dict(self.kinds.get(name, {"kind": AffineLayer.kind, "bounded": self.bounded}))
+        kind = arguments.pop("kind", None)
         if kind not in LAYERS:
             raise ValueError(f"there is no kind of map {kind!r}; known: {', '.join(LAYERS)}")
-        return LAYERS[str(kind)](size, **asked)
+        return LAYERS[str(kind)](size, **arguments)
 
     @classmethod
     def from_maps(
@@ -63,26 +71,34 @@ class ActivationPatch(nn.Module):
         selection: Selection,
         strength_range: tuple[float, float] | None = None,
     ) -> ActivationPatch:
-        """Make the patch of fitted maps by tap."""
-        made = {name: fitted.layer() for name, fitted in maps.items()}
-        bounded = any(isinstance(layer, AffineLayer) and layer.low is not None for layer in made.values())
-        kinds = {name: {"kind": one.kind, **one.spec()} for name, one in made.items() if one.kind != AffineLayer.kind}
+        """Make the patch of fitted maps.
+
+        Args:
+            maps: the maps by place.
+            selection: the tokens on which they act, and whether on inputs or outputs.
+            strength_range: lowest and highest meaningful strength; None: any.
+        """
+        fitted_layers = {name: fitted.layer() for name, fitted in maps.items()}
+        bounded = any(isinstance(layer, AffineLayer) and layer.low is not None for layer in fitted_layers.values())
+        others = {name: layer for name, layer in fitted_layers.items() if layer.kind != AffineLayer.kind}
+        kinds = {name: {"kind": layer.kind, **layer.spec()} for name, layer in others.items()}
         patch = cls({name: fitted.width for name, fitted in maps.items()}, selection, bounded, strength_range, kinds)
-        for layer, fitted in zip(patch.layers(), made.values(), strict=True):
+        for layer, fitted in zip(patch.layers(), fitted_layers.values(), strict=True):
+            # Not strict: in a patch with some bounded maps, the layers of unbounded ones have bounds, too, at infinity.
             layer.load_state_dict(fitted.state_dict(), strict=not isinstance(layer, AffineLayer))
         return patch.eval()
 
     def layers(self) -> list[MapLayer]:
-        """Return the maps' layers, in the order of `sizes`."""
+        """Return the layers that apply the maps, in the order of `sizes`."""
         return [layer for layer in self.maps if isinstance(layer, MapLayer)]
 
     def inverse(self) -> ActivationPatch:
-        """Return the patch that undoes this one. Raises ValueError where a map erases something."""
+        """Return the patch of the inverse maps. Raises ValueError if a map has no inverse."""
         maps = {name: layer.fitted().inverse() for name, layer in zip(self.sizes, self.layers(), strict=True)}
         return ActivationPatch.from_maps(maps, self.selection, self.strength_range)
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
-        """Act on every tap's output, or on its first argument."""
+        """Register hooks that map the output of every place, or its first argument."""
         return [
             handle
             for name, layer in zip(self.sizes, self.layers(), strict=True)
@@ -99,18 +115,22 @@ class ActivationPatch(nn.Module):
         def edit(value: object) -> object:
             if not forward.acts:
                 return value
-            given, images = taps.value_at(value, place.element, where), forward.shape_BT is None
-            z = given if forward.shape_BT is None else taps.with_rows(given, forward.shape_BT)
+            tensor, images = taps.value_at(value, place.element, where), forward.shape_BT is None
+            # A router of a mixture of experts takes all tokens in one axis, (B * T, D): strengths and masks need (B, T, D).
+            z = tensor if forward.shape_BT is None else taps.with_rows(tensor, forward.shape_BT)
             axis = taps.feature_axis(module, z.dim(), images)
+            # Pixels are not tokens: a diffusion model is mapped at all of them.
             tokens_BT = forward.tokens(self.selection)
             if tokens_BT is not None and not images:
                 tokens_BT = taps.beside(tokens_BT, z)
             mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT)
-            return taps.replaced(value, place.element, mapped.movedim(-1, axis).reshape(given.shape))
+            return taps.replaced(value, place.element, mapped.movedim(-1, axis).reshape(tensor.shape))
 
         if self.selection.side == "input":
             rewrite = lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit)  # noqa: E731
             return [module.register_forward_pre_hook(rewrite, with_kwargs=True)]
+        # Exactly these classes: a subclass may compute something else from weight and bias. Without other hooks, which would
+        # see the norm's output before the map is applied, and without bounds, which no weight can express.
         is_norm = isinstance(module, nn.GroupNorm | nn.LayerNorm) and type(module) in (nn.GroupNorm, nn.LayerNorm)
         if is_norm and isinstance(layer, AffineLayer) and not module._forward_hooks and not self.bounded:
             return self._hook_norm(module, layer, forward, number, edit)  # type: ignore[arg-type]
@@ -124,15 +144,15 @@ class ActivationPatch(nn.Module):
         number: int,
         edit: Callable[[object], object],
     ) -> list[RemovableHandle]:
-        """Act on a norm's output; while the map trains, on its weights for the time of the call.
-
-        Gradients are then sums that the norm's own backward pass has, and no passes over all values.
-        """
+        """Register hooks that map a norm's output; while the map trains, they merge it into the norm's weights for the call."""
+        # The gradients of scale and shift are then those of weight and bias, which the norm's own backward pass computes
+        # anyway; otherwise each would take another pass over all activations.
         own: list[dict[str, nn.Parameter | None]] = []
         takes_all = self.selection.takes_all_tokens
 
         def enter(_norm: nn.Module, args: tuple[Tensor, ...]) -> None:
             trains = takes_all and layer.scale.requires_grad and torch.is_grad_enabled()
+            # A strength differs from row to row, which the norm's weights cannot.
             is_whole = trains and forward.acts and forward.strength(number, 1) is None
             if is_whole and args and args[0].dtype == layer.scale.dtype:
                 own.append({"weight": norm.weight, "bias": norm.bias})
@@ -144,15 +164,17 @@ class ActivationPatch(nn.Module):
             norm._parameters.update(own.pop())
             return output
 
+        # always_call: the norm gets its own weights back also if its forward pass raises.
         return [norm.register_forward_pre_hook(enter), norm.register_forward_hook(leave, always_call=True)]
 
     def spec(self) -> dict[str, object]:
-        """Return the constructor's arguments."""
+        """Return the constructor's arguments as JSON values."""
         return {
             "sizes": self.sizes,
             "selection": self.selection.model_dump(mode="json"),
             "bounded": self.bounded,
             "strength_range": self.strength_range,
+            # Left out if empty: keys of stages hash these arguments, and a patch of affine maps keeps its key.
             **({"kinds": self.kinds} if self.kinds else {}),
         }
 
@@ -161,13 +183,18 @@ class ActivationPatch(nn.Module):
         return self.state_dict()
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
-        """Merge into weights, each map into those of the module whose output it maps. Raises CannotFold with the reason."""
+        """Merge each map, at a strength, into the weights of the module whose output it maps.
+
+        Raises:
+            CannotFold: a map acts on some tokens only, on inputs, within bounds, or on a module without such weights.
+        """
         if strength == 0:
             return
+        # Weights act on every token and every step of a sampler, and cannot bound a value.
         if (share := models.unsteered_share(model)) is not None:
             raise CannotFold(f"{share}, and weights act on everything")
         if not self.selection.takes_all_tokens or self.selection.side == "input" or self.bounded:
-            raise CannotFold("only maps of all tokens, without bounds and of outputs are weights in disguise")
+            raise CannotFold("only maps of outputs, on all tokens and without bounds, can be merged into weights")
         for name, layer in zip(self.sizes, self.layers(), strict=True):
             try:
                 layer.fold(model, name, strength)

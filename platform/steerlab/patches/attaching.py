@@ -1,4 +1,4 @@
-"""How a stack of patches hangs on a model, and what their hooks read of a call."""
+"""Attach a stack of patches to a model by hooks, and hold the arguments of the running call for those hooks to read."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class Forward:
-    """What the hooks of one forward pass read."""
+    """Arguments of the running forward pass, for the hooks of all patches of a stack to read."""
 
     roles_BT: Tensor | None = None
     phases_BT: Tensor | None = None
-    """None when every token is the prompt's."""
+    """None when every token belongs to the prompt."""
     position_BT: Tensor | None = None
     shape_BT: tuple[int, ...] | None = None
-    """Rows and tokens of the call; None where its inputs are no tokens."""
+    """(B, T) of the call's input ids; None for a diffusion model, whose inputs are not tokens."""
     strengths_NB: Tensor | None = None
     """None when every strength is 1."""
     memory: dict[int, dict[str, object]] | None = None
-    """What patches keep from call to call while a batch is continued, by their number; None where nothing is kept."""
+    """State that a patch carries from call to call of cached decoding, by the patch's number; None without a cache."""
     only: tuple[Tensor, Tensor] | None = None
-    """Rows and positions of the tokens whose logits are made; None: all."""
+    """Rows and positions, each (N,), of the tokens whose logits are computed; None computes those of all tokens."""
     running: Callable[[], Pass | None] = lambda: None
-    """The pass of a drawing that runs, None in a language model."""
+    """Returns the denoiser pass that is running; returns None in a language model."""
     _masks: dict[Selection, Tensor] = field(default_factory=dict)
 
     def roles(self) -> Tensor:
-        """Return the roles of this call, or say that the caller left them out."""
+        """Return the token roles of this call, (B, T). Raises ValueError if the caller did not pass any."""
         if self.roles_BT is None:
             raise ValueError("this model carries a patch that depends on token roles: call it with roles=, shape (B, T)")
         return self.roles_BT
@@ -48,29 +48,31 @@ class Forward:
     def strength(self, number: int, rank: int) -> Tensor | None:
         """Return the strengths of patch `number` shaped (B, 1, ...) with `rank` axes; None means 1."""
         strength_B = None if self.strengths_NB is None else self.strengths_NB[number]
+        # Classifier-free guidance runs each row twice, with and without its prompt: the pass knows which rows are steered.
         if (call := self.running()) is not None:
             strength_B = call.strengths(strength_B)
         return None if strength_B is None else strength_B.view(-1, *[1] * (rank - 1))
 
     def picked(self, values_BTX: Tensor) -> Tensor:
-        """Return the values of the tokens whose logits are made: all of them, or (1, N, X)."""
+        """Return the values of the tokens whose logits are computed: (1, N, X) with `only`, else all, (B, T, X)."""
         return values_BTX if self.only is None else values_BTX[self.only][None]
 
     def strength_of_logits(self, number: int) -> Tensor | None:
-        """Return the strengths of patch `number` where logits are made, (B, 1, 1) or (1, N, 1); None means 1."""
+        """Return the strengths of patch `number` for the computed logits, (B, 1, 1), or (1, N, 1) with `only`; None means 1."""
         strength_B11 = self.strength(number, 3)
         return strength_B11 if strength_B11 is None or self.only is None else strength_B11[self.only[0]].transpose(0, 1)
 
     @property
     def acts(self) -> bool:
-        """Whether patches act in what runs now: in all of a language model, in some steps of a drawing."""
+        """Whether patches act in the running pass: always in a language model, in the steered steps of a diffusion sampler."""
         call = self.running()
         return call is None or call.is_steered
 
     def tokens(self, selection: Selection) -> Tensor | None:
-        """Return the tokens of this call that a selection takes, (B, T); None when it leaves none out."""
+        """Return a mask of the tokens of this call that a selection takes, (B, T) bool; None when it takes all of them."""
         if selection.takes_all_tokens:
             return None
+        # Several patches of a stack, and all places of one patch, ask for the same mask: it is computed once a call.
         if selection not in self._masks:
             roles_BT = self.roles()
             phases_BT = torch.zeros_like(roles_BT) if self.phases_BT is None else self.phases_BT
@@ -82,13 +84,13 @@ class Forward:
 
 
 class Patch(Protocol):
-    """What the kinds have in common."""
+    """What every kind of patch provides, so that stacks, saving and folding do not know the kinds."""
 
     kind: ClassVar[str]
 
     @property
     def strength_range(self) -> tuple[float, float] | None:
-        """Strengths that mean something for the patch's method; others are warned of. None where any does."""
+        """Lowest and highest meaningful strength of the patch's method; others give a warning. None: any strength."""
         ...
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
@@ -96,7 +98,7 @@ class Patch(Protocol):
         ...
 
     def spec(self) -> dict[str, object]:
-        """Return the scalars from which the patch is made again."""
+        """Return the constructor's arguments as JSON values, from which `load` makes the patch again."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -109,12 +111,12 @@ class Patch(Protocol):
 
 
 class CannotFold(ValueError):
-    """The algebra does not allow the patch to become weights; the message says why."""
+    """The patch cannot be expressed as weights of the model; the message gives the reason."""
 
 
 @dataclass
 class Attached:
-    """Patches on a model until `detach`."""
+    """A stack of patches that acts on a model until `detach`."""
 
     model: nn.Module
     patches: tuple[Patch, ...]
@@ -122,13 +124,14 @@ class Attached:
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def detach(self) -> None:
-        """Take every patch off again."""
+        """Remove the hooks of every patch; a weight patch also restores the model's own weights."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
     def take_arguments(self, model: PreTrainedModel, args: object, kwargs: dict[str, Any]) -> tuple[object, dict[str, Any]]:
-        """Keep what the hooks of this call read; it stays until the next call, for recomputation."""
+        """Store the arguments that the hooks of this call read, and return the arguments that the model itself takes."""
+        # They stay until the next call: gradient checkpointing runs the layers, and so their hooks, again in the backward pass.
         self.forward.roles_BT = kwargs.pop("roles", None)
         self.forward.phases_BT = kwargs.pop("phases", None)
         self.forward.position_BT = kwargs.get("position_ids")
@@ -140,27 +143,46 @@ class Attached:
         self.forward._masks.clear()
         strengths = kwargs.pop("strengths", None)
         if strengths is not None:
+            # One row of strengths is that of every patch of the stack.
             strengths = strengths.expand(len(self.patches), -1) if strengths.dim() == 1 else strengths
             if len(strengths) != len(self.patches):
                 raise ValueError(f"{len(strengths)} rows of strengths for {len(self.patches)} patches")
+        # Without strengths this is None, so that the values of an earlier call do not remain in force.
         self.forward.strengths_NB = strengths
         return args, models.accepted(model, kwargs)
 
     def _hand_over_picked(self, head: nn.Module) -> None:
-        """Give the head, in this call, the states of the tokens whose logits are made."""
+        """Pass only the hidden states of the tokens in `only` to the head, in this call alone."""
 
         def pick(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            handle.remove()
+            handle.remove()  # the hook belongs to this call: the next one may compute all logits
             return (self.forward.picked(args[0]), *args[1:])
 
         handle = head.register_forward_pre_hook(pick)
 
 
+def attached_patches(model: Any) -> tuple[Patch, ...] | None:
+    """Return the patches of the stack that is attached to a model; None without a stack."""
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+    return next((owner.patches for owner in owners if isinstance(owner, Attached)), None)
+
+
 def attach(model: Any, patches: Sequence[Patch]) -> Attached:
-    """Attach a stack of patches; they act in the order of the model's forward pass, each with its own strength."""
-    if any(isinstance(getattr(hook, "__self__", None), Attached) for hook in model._forward_pre_hooks.values()):
+    """Attach a stack of patches, which act in the order of the model's forward pass, each with its own strength.
+
+    Patches at the same module act in the order of the stack.
+
+    Args:
+        model: a language model or a diffusion pipeline of `steerlab.models`.
+        patches: the whole stack. The model then takes `strengths`, (B,) for all patches or (N, B) with a row for each.
+
+    Raises:
+        ValueError: the model already carries a stack, or a patch does not fit it.
+    """
+    if attached_patches(model) is not None:
         raise ValueError("this model already carries patches: detach them, or attach all of them as one stack")
     attached = Attached(model, tuple(patches), Forward(running=lambda: models.running(model)))
+    # Before the patches' own hooks: torch runs hooks in the order of registration, and those of the patches read `forward`.
     attached.handles.append(model.register_forward_pre_hook(attached.take_arguments, with_kwargs=True))
     for number, patch in enumerate(patches):
         attached.handles += patch.hook(model, attached.forward, number)

@@ -1,4 +1,4 @@
-"""Rotated and shifted input embeddings: ASIDE and ISE."""
+"""The patch that rotates and shifts input embeddings by token role: ASIDE and ISE."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 class EmbeddingPatch(nn.Module):
     """Rotation and shift of input embeddings by token role (ASIDE, arXiv 2503.10566; ISE, arXiv 2410.09102).
 
-    Data tokens are rotated by `angle_rad` in every pair of coordinates (2k, 2k+1); `shift` adds a trained vector for each of
-    the three roles. The angle is kept as a number, the rotation costs O(D) and nothing is stored for it. With `learned` each
-    pair has its own angle, `angle_rad` plus a trained difference, so that it stays a rotation and starts at `angle_rad`.
+    The rotation costs O(D) for each token and stores no matrix. Axes besides those of tokens.py: P pairs of coordinates, R
+    roles.
+
+    Args:
+        hidden_size: width D of the embeddings.
+        angle_rad: angle in radians by which data tokens are rotated, in every pair of coordinates (2k, 2k+1); 0: no rotation.
+        direction: right computes e M with the rotation matrix M, left M e, which is right with the angle -a.
+        learned: give each pair of coordinates its own angle, `angle_rad` plus a trained difference, which starts at 0.
+        shift: add a trained vector for each of the three roles.
     """
 
     kind: ClassVar[str] = "embedding"
@@ -37,6 +43,7 @@ class EmbeddingPatch(nn.Module):
         shift: bool = False,
     ) -> None:
         super().__init__()
+        # A patch that only shifts does not pair coordinates.
         if hidden_size % 2 and (angle_rad or learned):
             raise ValueError(f"a rotation needs pairs of coordinates; the hidden size {hidden_size} is odd")
         self.hidden_size = hidden_size
@@ -45,27 +52,35 @@ class EmbeddingPatch(nn.Module):
         self.difference_P = nn.Parameter(torch.zeros(hidden_size // 2)) if learned else None
         self.shift_RD = nn.Parameter(torch.zeros(RESPONSE + 1, hidden_size)) if shift else None
         self.progress = 1.0
-        """Share of the angle in use; below 1 only while training with a gradual rotation."""
+        """Share of the angle that is applied, from 0 to 1; below 1 only during a training with a gradual rotation."""
 
     def forward(self, e_BTD: Tensor, roles_BT: Tensor, strength_B11: Tensor | None = None) -> Tensor:
-        """Rotate and shift embeddings; roles (B, T), strength (B, 1, 1) or None for 1."""
+        """Rotate and shift embeddings.
+
+        Args:
+            e_BTD: embeddings.
+            roles_BT: role of each token.
+            strength_B11: strength of each row; it scales the angle and the shift. None means 1.
+        """
         out_BTD = e_BTD
         if self.angle_rad or self.difference_P is not None:
             angle: Tensor | float = self.angle_rad * self.progress
             if self.difference_P is not None:
                 angle = (self.angle_rad + self.difference_P.float()) * self.progress
             if strength_B11 is not None:
-                angle = strength_B11.float() * angle
+                angle = strength_B11.float() * angle  # a strength scales the angle, so that every strength is a rotation
+            # All tokens are rotated, and those of data selected: a gather has a shape that depends on the data, for which the
+            # CPU would wait for the GPU.
             rotated_BTD = rotate(e_BTD, angle, self.direction)
             out_BTD = torch.where((roles_BT == DATA).unsqueeze(-1), rotated_BTD, e_BTD)
         if self.shift_RD is not None:
-            # Padding (role 3) has no row of its own; its value is never attended to.
+            # Padding (role 3) has no row in the table; its value does not matter, since no token attends to it.
             shift_BTD = self.shift_RD[roles_BT.clamp(max=RESPONSE)]
             out_BTD = out_BTD + (shift_BTD if strength_B11 is None else strength_B11 * shift_BTD).to(out_BTD.dtype)
         return out_BTD
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
-        """Act on the output of the input embedding; the output head is not touched, tied or not."""
+        """Register a hook on the output of the input embedding; the output head stays as it is, even with tied weights."""
 
         def edit(_module: nn.Module, _inputs: object, e_BTD: Tensor) -> Tensor:
             return self(e_BTD, forward.roles(), forward.strength(number, 3))
@@ -73,7 +88,7 @@ class EmbeddingPatch(nn.Module):
         return [models.embedding(model).register_forward_hook(edit)]
 
     def spec(self) -> dict[str, object]:
-        """Return the constructor's arguments."""
+        """Return the constructor's arguments as JSON values."""
         return {
             "hidden_size": self.hidden_size,
             "angle_rad": self.angle_rad,
@@ -83,20 +98,27 @@ class EmbeddingPatch(nn.Module):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the trained angles and shifts, if any."""
+        """Return the trained angles and shifts; empty for a fixed rotation without a shift."""
         return self.state_dict()
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
-        """Fold only what does nothing: one table cannot hold two embeddings of a token."""
+        """Raise CannotFold, unless the patch has no effect."""
+        # A token has one row in the embedding table, but needs one embedding for each role.
         if strength and (self.angle_rad or self.difference_P is not None or self.shift_RD is not None):
             raise CannotFold("an embedding patch depends on token roles, which plain transformers does not know")
 
 
 def rotate(x: Tensor, angle: Tensor | float, direction: str = "right") -> Tensor:
-    """Rotate every pair (2k, 2k+1) of the last axis by `angle` (radians; broadcast over pairs) in float32.
+    """Rotate every pair of coordinates (2k, 2k+1) of the last axis, in float32 (ASIDE, arXiv 2503.10566, section 4).
 
-    right: (u, v) -> (u cos a + v sin a, v cos a - u sin a), the row vector times the block-diagonal matrix of
-    METHODS 1.2 (ASIDE, section 4); left is right with -a.
+    Args:
+        x: values whose last axis has even length.
+        angle: radians, a number or a tensor that broadcasts over the pairs.
+        direction: right multiplies the row vector by the paper's block-diagonal rotation matrix, that is
+            (u, v) -> (u cos a + v sin a, v cos a - u sin a); left is right with the angle -a.
+
+    Returns:
+        The rotated values, in the shape and type of `x`.
     """
     if direction == "left":
         angle = -angle
@@ -104,7 +126,7 @@ def rotate(x: Tensor, angle: Tensor | float, direction: str = "right") -> Tensor
         cos: Tensor | float = torch.cos(angle)
         sin: Tensor | float = torch.sin(angle)
     else:
-        # In double precision; a quarter turn is then exactly a swap and a change of sign.
+        # cos(pi/2) is 6e-17 in double precision. Set to 0, a quarter turn is exactly a swap and a change of sign.
         cos, sin = (0.0 if abs(c) < 1e-12 else c for c in (math.cos(angle), math.sin(angle)))
     u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((u * cos + v * sin, v * cos - u * sin), -1).flatten(-2).to(x.dtype)

@@ -1,4 +1,4 @@
-"""A vector on the logits, made by a second head: IAV."""
+"""The patch that adds a vector to the logits, computed by a second head: IAV."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ if TYPE_CHECKING:
 
 
 class LogitPatch(nn.Module):
-    """A head on a hidden state h, added to the logits: z = z_base + alpha a(h) with a = up f(h) (IAV). Zero at the start.
+    """A second head on a hidden state h, added to the logits: z = z_base + alpha a(h) with a(h) = up f(h) (IAV).
 
-    linear: f(h) = h, `up` is the full V x D matrix. low_rank: f(h) = down h, `rank` features. mlp: f(h) = gelu(down h + bias).
-    h is what the language modelling head takes or, with `layer`, the output of a decoder layer.
+    alpha is the strength. `up` is zero at the start, so that the patch has no effect before it is trained.
+
+    Args:
+        hidden_size: width D of h.
+        vocab_size: number V of logits.
+        head: linear: f(h) = h, `up` is a V x D matrix; low_rank: f(h) = down h; mlp: f(h) = gelu(down h + bias).
+        rank: number of features f(h) of low_rank and mlp; 0 for linear.
+        layer: number of the decoder layer, from 0, whose output is h; None: the input of the language modelling head.
+        strength_range: lowest and highest meaningful strength; None: any.
     """
 
     kind: ClassVar[str] = "logit"
@@ -41,37 +48,39 @@ class LogitPatch(nn.Module):
         self.hidden_size, self.vocab_size, self.rank, self.layer = hidden_size, vocab_size, rank, layer
         self.head: Literal["linear", "low_rank", "mlp"] = head
         self.strength_range = None if strength_range is None else (strength_range[0], strength_range[1])
+        # Only one factor is zero: with both, neither would get a gradient.
         self.up = nn.Parameter(torch.zeros(vocab_size, rank or hidden_size))
         self.down = nn.Parameter(torch.randn(rank, hidden_size) / math.sqrt(hidden_size)) if rank else None
         self.bias = nn.Parameter(torch.zeros(rank)) if head == "mlp" else None
 
     def features(self, h: Tensor) -> Tensor:
-        """Return f(h), of which the vector is a linear function, in the type of h."""
+        """Return f(h), (..., K), in the dtype of h."""
         if self.down is None:
             return h
         inner = nn.functional.linear(h, self.down.to(h.dtype), None if self.bias is None else self.bias.to(h.dtype))
         return inner if self.bias is None else nn.functional.gelu(inner)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the vector of every position, (..., V)."""
+        """Return a(h), (..., V)."""
         return nn.functional.linear(self.features(h), self.up.to(h.dtype))
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
-        """Act on the output of the language modelling head.
+        """Register a hook on the output of the language modelling head.
 
         Raises:
-            ValueError: the model's head is of another width or vocabulary.
+            ValueError: the model's head has another width or vocabulary.
         """
         self._check_fits(model)
         tapped: list[Tensor] = []
         handles = []
+        # The layer runs before the head in every pass: its output waits in `tapped` for the head's hook.
         if self.layer is not None:
             layer = model.get_submodule(models.layer_names(model)[self.layer])
             handles.append(layer.register_forward_hook(lambda _m, _i, output: _keep_only(tapped, output)))
 
         def edit(_module: nn.Module, inputs: tuple[Tensor, ...], logits_BTV: Tensor) -> Tensor:
             alpha = forward.strength_of_logits(number)
-            # The head may be given the last tokens only.
+            # transformers passes only the last tokens to the head if `logits_to_keep` is set.
             h_BTD = forward.picked(tapped.pop())[:, -logits_BTV.shape[1] :] if tapped else inputs[0]
             vector_BTV = self(h_BTD)
             return logits_BTV + (vector_BTV if alpha is None else alpha.to(vector_BTV.dtype) * vector_BTV)
@@ -87,25 +96,31 @@ class LogitPatch(nn.Module):
             )
 
     def spec(self) -> dict[str, object]:
-        """Return the constructor's arguments."""
+        """Return the constructor's arguments as JSON values."""
         names = ("hidden_size", "vocab_size", "head", "rank", "layer", "strength_range")
         return {name: getattr(self, name) for name in names}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the head."""
+        """Return the parameters of the second head."""
         return self.state_dict()
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
-        """Add the head, times alpha, to the model's own; tied embeddings are untied first."""
+        """Add the second head, times the strength, to the model's own; tied embeddings are untied first.
+
+        Raises:
+            CannotFold: the vector is not a linear function of the head's input.
+        """
         if self.head == "mlp" or self.layer is not None:
             raise CannotFold("the vector is no linear function of what the language modelling head takes")
         self._check_fits(model)
         head = models.head(model)
         matrix_VD = self.up if self.down is None else self.up @ self.down
+        # In float64, rounded once: two roundings in bfloat16 would change logits of a small vector.
         folded_VD = models.linear_weight(head).detach().double() + strength * matrix_VD.detach().double()
+        # A new parameter, not a change in place: a tied embedding shares the old one.
         head.weight = nn.Parameter(models.linear_weight(head, folded_VD).to(head.weight.dtype), requires_grad=False)  # type: ignore[arg-type, union-attr]
         model.config.tie_word_embeddings = False
 
 
-def _keep_only(kept: list[Tensor], output: object) -> None:
-    kept[:] = [taps.value_at(output, None, "a decoder layer's output")]
+def _keep_only(values: list[Tensor], output: object) -> None:
+    values[:] = [taps.value_at(output, None, "a decoder layer's output")]

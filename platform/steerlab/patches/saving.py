@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
 _SMALL = 1 << 20
-"""Sizes that may stand in a patch without a tensor of them: the width of a model whose embeddings are rotated, a context."""
+"""Largest size that a patch may name without a tensor of that size, such as the width of a model whose embeddings rotate."""
 SavedPatch: TypeAlias = EmbeddingPatch | ActivationPatch | LogitPatch | WeightPatch | SecondModelPatch
+"""Any patch that can be saved and loaded."""
 KINDS: dict[str, Callable[..., SavedPatch]] = {
     "embedding": EmbeddingPatch,
     "activation": ActivationPatch,
@@ -37,10 +38,18 @@ KINDS: dict[str, Callable[..., SavedPatch]] = {
     "weight": WeightPatch,
     "second_model": SecondModelPatch,
 }
+"""Constructor by the kind that a patch's file names."""
 
 
 def save(patch: Patch, directory: Path, model_fingerprint: str) -> None:
-    """Write a patch as JSON and safetensors; the fingerprint names the model it belongs to."""
+    """Write a patch as JSON and safetensors.
+
+    Args:
+        patch: the patch.
+        directory: made if it does not exist.
+        model_fingerprint: `models.fingerprint` of the model that the patch belongs to; `load` compares it.
+    """
+    # On the CPU, so that a patch from a GPU loads on a machine without one; safetensors refuses strided views.
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in patch.tensors().items()}, directory / _TENSORS)
     spec = {"kind": patch.kind, "spec": patch.spec(), "model": model_fingerprint, "schema": 1}
@@ -54,41 +63,49 @@ class _Saved(BaseModel):
 
 
 def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
-    """Read a patch; with a model given, refuse a patch that was made for another one.
+    """Read a patch, in evaluation mode on the CPU.
+
+    Args:
+        directory: where `save` wrote it.
+        model: the model that the patch must have been made for; None skips this check.
 
     Raises:
-        ValueError: a file of the patch is damaged, its tensors are not those that it announces, or the model is another one.
+        ValueError: a file is damaged, the tensors do not match the JSON, or the patch belongs to another model.
     """
     about = saved.read(directory / _SPEC, _Saved)
     if about.kind not in KINDS:
         raise ValueError(f"{directory / _SPEC}: unknown kind of patch {about.kind!r:.80}; known: {', '.join(KINDS)}")
     if model is not None and models.fingerprint(model) != about.model:
         raise ValueError(f"the patch in {directory} was made for another model than this {type(model).__name__}")
+    # The file may come from a stranger: types and sizes are checked before a constructor allocates anything.
     saved.checked(about.spec, _arguments(about.kind), str(directory / _SPEC))
     _check_sizes(about.spec, directory)
     try:
         patch = KINDS[about.kind](**about.spec)
         patch.load_state_dict(load_file(directory / _TENSORS))
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError, SafetensorError) as error:
-        # What a stranger's file gives to a constructor: wrong types, tensors of other names or shapes.
+        # All errors that a constructor and `load_state_dict` raise for wrong values, or for tensors of other names or shapes.
         raise ValueError(f"the patch in {directory} is damaged: {' '.join(str(error).split())[:300]}") from None
     return patch.eval()
 
 
 @cache
 def _arguments(kind: str) -> type[BaseModel]:
-    """Return the arguments of a kind's constructor, by its annotations, as JSON has to hold them."""
+    """Return a strict pydantic model of the arguments of a kind's constructor, made from its annotations."""
     constructor = KINDS[kind].__init__  # type: ignore[misc]
     types = get_type_hints(constructor)
-    given = list(inspect.signature(constructor).parameters.values())[1:]
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]  # without self
     fields: dict[str, Any] = {
-        one.name: (types[one.name], ... if one.default is inspect.Parameter.empty else one.default) for one in given
+        parameter.name: (types[parameter.name], ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        for parameter in parameters
     }
     return create_model(kind, __config__=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False), **fields)
 
 
 def _check_sizes(spec: JsonObject, directory: Path) -> None:
-    """Refuse numbers in a patch's arguments for which there are no tensors: they would take memory before it is compared."""
+    """Raise ValueError for a number among a patch's arguments that is larger than every axis of its tensors."""
+    # The constructor allocates tensors of the sizes in the JSON, before `load_state_dict` compares them with the file: a few
+    # bytes of JSON could otherwise take all memory.
     try:
         with safe_open(directory / _TENSORS, "pt") as file:
             longest = max((max(file.get_slice(name).get_shape(), default=1) for name in file.keys()), default=0)  # noqa: SIM118
@@ -103,12 +120,12 @@ def _check_sizes(spec: JsonObject, directory: Path) -> None:
 
 def _whole_numbers(value: Json) -> Iterator[int]:
     if isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _whole_numbers(one)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(item)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield value
 
 
 def exists(directory: Path) -> bool:
-    """Say whether a directory holds a saved patch."""
+    """Return whether a directory holds a saved patch."""
     return (directory / _SPEC).is_file()

@@ -1,4 +1,4 @@
-"""A second model beside the first: GenARM."""
+"""The patch that adds the log-probabilities of a second model to the logits: GenARM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 class SecondModelPatch(nn.Module):
     """A second language model whose log-probabilities are added to the logits: z = z_base + alpha log pi_r (GenARM).
 
-    It reads the tokens that the model reads, with a cache of its own beside the model's. `config` is its transformers config.
+    alpha is the strength. The second model reads the same tokens as the model, with a key-value cache of its own.
+
+    Args:
+        config: the transformers config of the second model.
     """
 
     kind: ClassVar[str] = "second_model"
@@ -32,19 +35,21 @@ class SecondModelPatch(nn.Module):
 
     @classmethod
     def of(cls, second: PreTrainedModel) -> SecondModelPatch:
-        """Make the patch of a model, which it holds from then on."""
+        """Make the patch of an existing model, without a copy of its weights."""
+        # The constructor makes a model from the config; on the meta device that one takes no memory.
         with torch.device("meta"):
             patch = cls(models.config_of(second))
         patch.second = second
         return patch
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
-        """Run the second model before the first, and act on the output of the first one's head.
+        """Register hooks that run the second model before the model, and add its log-probabilities to the head's output.
 
         Raises:
-            ValueError: the two have other vocabularies.
+            ValueError: the two models have vocabularies of different sizes.
         """
-        own, other = (models.linear_shape(models.head(one))[0] for one in (self.second, model))
+        own, other = (models.linear_shape(models.head(network))[0] for network in (self.second, model))
+        # The sizes are all that can be compared here: a patch does not know the tokenizers.
         if own != other:
             raise ValueError(f"the second model has {own} tokens, {type(model).__name__} has {other}")
         self.second.to(device=model.device, dtype=model.dtype)  # type: ignore[reportCallIssue]  # a decorator hides `self`
@@ -53,18 +58,22 @@ class SecondModelPatch(nn.Module):
 
         def read(_model: nn.Module, _args: object, kwargs: dict[str, object]) -> None:
             passed = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
+            # Not the model's `past_key_values`, roles or strengths, which are its own.
             inputs = {name: kwargs[name] for name in passed if name in kwargs}
             memory = forward.memory
-            kept = {} if memory is None else memory.setdefault(number, models.empty_cache(self.second))
-            out = self.second(**inputs, **kept, use_cache=memory is not None, only=forward.only)
+            past = {} if memory is None else memory.setdefault(number, models.empty_cache(self.second))
+            out = self.second(**inputs, **past, use_cache=memory is not None, only=forward.only)
             if memory is not None and cache is not None and cache in out:
                 memory[number] = {cache: out[cache]}
+            # Log-probabilities, not logits: they enter the product of the two distributions normalised. In float32, since the
+            # log-sum-exp over a vocabulary loses digits in bfloat16.
             log_probs[:] = [out.logits.float().log_softmax(-1)]
 
         def edit(_module: nn.Module, _inputs: object, logits_BTV: Tensor) -> Tensor:
             alpha, added_BTV = forward.strength_of_logits(number), log_probs.pop()
             return logits_BTV + (added_BTV if alpha is None else alpha * added_BTV).to(logits_BTV.dtype)
 
+        # An empty stack on the second model lets it take `only`.
         return [
             *attach(self.second, ()).handles,
             model.register_forward_pre_hook(read, with_kwargs=True),
@@ -76,15 +85,16 @@ class SecondModelPatch(nn.Module):
         return {"config": self.config}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the second model's weights, tied ones once."""
+        """Return the second model's weights; tied weights are in it once."""
         return dict(self.named_parameters())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights of which those that are tied may stand there once."""
+        """Load weights, of which tied ones may be in the state dict once."""
+        # `nn.Module.load_state_dict` wants an entry for every name: those of tied weights get the present value.
         once = {name for name, _ in self.named_parameters()}
         tied = {name for name, _ in self.named_parameters(remove_duplicate=False)} - once
         return super().load_state_dict({**{name: self.get_parameter(name) for name in tied}, **state_dict}, strict, assign)
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
-        """Refuse: two models are not one."""
+        """Raise CannotFold: two models cannot be one."""
         raise CannotFold("a second model's log-probabilities are no weights of the first")

@@ -1,4 +1,4 @@
-"""Differences of weights: Safety-WaRP, DPO, adapters."""
+"""The patch of weight differences: Safety-WaRP, DPO, low-rank adapters."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 
 class WeightPatch(nn.Module):
-    """Differences of weights: W = W_base + strength * delta (WaRP, DPO). The strength is one for all rows of a call.
+    """Differences of weights: W = W_base + strength * delta. All rows of a call must have the same strength.
 
-    With a `rank` a difference is kept as the product of two matrices, which are multiplied when it is written (LoRA).
+    Args:
+        shapes: shape of each changed weight by its name.
+        rank: if not 0, each difference is stored as a product of two matrices of this rank, up @ down (LoRA).
     """
 
     kind: ClassVar[str] = "weight"
@@ -35,15 +37,15 @@ class WeightPatch(nn.Module):
 
     @classmethod
     def of(cls, differences: Mapping[str, Tensor]) -> WeightPatch:
-        """Make the patch of differences by the weights' names."""
+        """Make the patch from differences by the weights' names."""
         patch = cls({name: list(difference.shape) for name, difference in differences.items()})
         for delta, difference in zip(patch.deltas, differences.values(), strict=True):
-            delta.data = difference.contiguous()
+            delta.data = difference.contiguous()  # not a copy: the differences may be as large as the model
         return patch.eval()
 
     @classmethod
     def of_factors(cls, factors: Mapping[str, tuple[Tensor, Tensor]]) -> WeightPatch:
-        """Make the patch of differences up @ down by the weights' names; all have one rank."""
+        """Make the patch from factors (up, down) by the weights' names, (M, R) and (R, N); all have the same rank."""
         shapes = {name: [len(up_MR), down_RN.shape[1]] for name, (up_MR, down_RN) in factors.items()}
         patch = cls(shapes, next(iter(factors.values()))[0].shape[1])
         for up, down, (up_MR, down_RN) in zip(patch.ups, patch.downs, factors.values(), strict=True):
@@ -51,7 +53,7 @@ class WeightPatch(nn.Module):
         return patch.eval()
 
     def differences(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the difference of each weight."""
+        """Yield the name and the difference of each weight; low-rank ones are multiplied one at a time."""
         if not self.rank:
             yield from zip(self.shapes, self.deltas, strict=True)
             return
@@ -59,21 +61,24 @@ class WeightPatch(nn.Module):
             yield name, up_MR @ down_RN
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
-        """Write W_base + strength * delta before each forward pass whose strength differs from the last one's."""
+        """Register a hook that writes W_base + strength * delta into the model when the strength changes between calls."""
+        # A copy: subtracting the difference again would not give back the same bits.
         weights = [model.get_parameter(name) for name in self.shapes]
         base = [weight.detach().clone() for weight in weights]
         state = {"strength": 0.0}
 
         def write(strength: float) -> None:
+            # Writing all weights costs a pass over the model's memory: only when the strength changes.
             if strength == state["strength"]:
                 return
             for weight, start, (_, delta) in zip(weights, base, self.differences(), strict=True):
-                # A difference in float32 on weights in bfloat16 is rounded once, in the sum.
+                # A float32 difference on bfloat16 weights is rounded once, in the sum, not before it.
                 weight.data.copy_(start if strength == 0 else start + strength * delta.to(start.device))
             state["strength"] = strength
 
         def before(_model: nn.Module, _args: object) -> None:
             strength_B = forward.strength(number, 1)
+            # A weight is shared by all rows of a batch.
             values = [1.0] if strength_B is None else strength_B.unique().tolist()
             if len(values) > 1:
                 raise ValueError(f"a weight patch has one strength for all rows of a call, got {values}")
@@ -83,7 +88,7 @@ class WeightPatch(nn.Module):
         return [_Restoring(handle, lambda: write(0.0))]
 
     def spec(self) -> dict[str, object]:
-        """Return the names and shapes of the changed weights."""
+        """Return the constructor's arguments as JSON values."""
         return {"shapes": self.shapes, "rank": self.rank}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -91,7 +96,7 @@ class WeightPatch(nn.Module):
         return self.state_dict()
 
     def fold(self, model: PreTrainedModel, strength: float) -> None:
-        """Add the differences to the weights."""
+        """Add the differences, times the strength, to the weights."""
         for name, delta in self.differences():
             weight = model.get_parameter(name)
             weight.data.copy_(weight + strength * delta.to(weight.device))
@@ -102,7 +107,7 @@ def _frozen(shapes: Iterable[list[int]]) -> nn.ParameterList:
 
 
 class _Restoring(RemovableHandle):
-    """A hook's handle that also puts the weights back when it is removed."""
+    """A hook's handle that also restores the model's own weights when it is removed."""
 
     def __init__(self, handle: RemovableHandle, restore: Callable[[], None]) -> None:
         self._handle, self._restore = handle, restore

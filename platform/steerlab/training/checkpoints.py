@@ -1,4 +1,7 @@
-"""Training checkpoints as files that somebody else may have left: read within bounds, and compared before they are taken."""
+"""Checks of training checkpoints, whose files may come from a stranger: sizes before reading, contents before they are loaded.
+
+A checkpoint in shared storage may be damaged, belong to another training, or be made to take all memory or to run code.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,18 @@ from steerlab.guards.json_values import JsonObject
 
 META = "steerlab.json"
 _LONGEST_META, _LONGEST_PICKLE = 2**28, 2**26
-"""Bytes of the numbers of a training, one line a step, and of the part of a file that describes its tensors."""
+"""Most bytes of `steerlab.json`, which holds the metrics of every step, and of the pickle that describes a file's tensors."""
 _ARCHIVE, _PICKLES = b"PK\x03\x04", 5
-"""How torch's newer files begin, and the pickles of its older ones, which DeepSpeed writes: magic, version, machine, tensors,
-names of storages."""
+"""First bytes of torch's zip format, and number of pickles in its older format, which DeepSpeed writes: magic number, protocol
+version, system, tensors, names of storages."""
 _MOST_SHARING = 8
-"""Names of one tensor: tied weights have two."""
+"""Most names by which a file may refer to the bytes of one tensor; tied weights have two."""
 _STATES = re.compile(r"(bf16_)?(zero_pp_rank_[0-9]+_)?mp_rank_00_(model|optim)_states\.pt")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class _Meta(saved.Shape):
-    """What stands beside the tensors: by how many workers they were written, and the state of the loop."""
+    """Contents of `steerlab.json`: the scale at which the checkpoint was written, and the state of the loop."""
 
     world_size: int = Field(ge=1)
     zero_stage: int = Field(ge=0, le=3)
@@ -49,15 +52,16 @@ class _State(saved.Shape):
 
 
 class LoopState(TypedDict):
-    """The state of the loop beside that of the engine, as a checkpoint holds it."""
+    """The loop's part of a checkpoint; the engine writes the rest."""
 
     step: int
+    """Number of finished steps."""
     history: list[dict[str, float]]
     """Metrics of each step."""
 
 
 def read_meta(directory: Path) -> _Meta:
-    """Read what stands beside the tensors of a checkpoint. Raises ValueError where it is damaged, or there is none."""
+    """Read the `steerlab.json` of a checkpoint. Raises ValueError if it is missing or damaged."""
     try:
         files.check(directory / META, _LONGEST_META)
         return saved.read(directory / META, _Meta)
@@ -66,39 +70,49 @@ def read_meta(directory: Path) -> _Meta:
 
 
 def check_state(state: JsonObject, steps: int, directory: Path) -> LoopState:
-    """Return a state of the loop; refuse one that no training of `steps` steps has left. Raises ValueError."""
+    """Return the state of the loop, checked.
+
+    Args:
+        state: the state as it was read.
+        steps: number of steps of this training.
+        directory: the checkpoint, for messages.
+
+    Raises:
+        ValueError: a training of `steps` steps cannot have written this state.
+    """
     where = f"{directory / META}: state"
-    found = saved.checked(state, _State, where)
-    if found.step > steps or [line.step for line in found.history] != list(range(1, found.step + 1)):
+    loop_state = saved.checked(state, _State, where)
+    if loop_state.step > steps or [line.step for line in loop_state.history] != list(range(1, loop_state.step + 1)):
         raise ValueError(
-            f"{where} is at step {found.step} with {len(found.history)} lines of history; the training has {steps}"
+            f"{where} is at step {loop_state.step} with {len(loop_state.history)} lines of history; the training has {steps}"
         )
     return saved.like(state, _State, where)
 
 
 def check_files(folder: Path) -> None:
-    """Refuse files of tensors that are none, that unpack to more than they are, or that DeepSpeed would join to others.
+    """Check the tensor files of a checkpoint before DeepSpeed reads them.
 
     Raises:
-        ValueError: with the first of them.
+        ValueError: a file is not one of tensors, has a foreign name, or unpacks to more bytes than it has.
     """
-    found = sorted(folder.glob("*_states.pt"))
-    if not found:
+    paths = sorted(folder.glob("*_states.pt"))
+    if not paths:
         raise ValueError(f"{folder} holds no part of a checkpoint")
-    for path in found:
+    for path in paths:
+        # DeepSpeed loads every file that matches its own, wider patterns.
         if not _STATES.fullmatch(path.name):
             raise ValueError(f"{path} is no part of a checkpoint of this training")
         check_file(path)
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that is none of tensors, in either of torch's formats. Raises ValueError."""
+    """Check that a file is one of tensors in either of torch's formats, with a small description. Raises ValueError."""
     files.check(path)
     with path.open("rb") as file:
         is_archive = file.read(len(_ARCHIVE)) == _ARCHIVE
     try:
         described = _described_in_archive(path) if is_archive else _described_in_pickles(path)
-    except Exception as error:  # both parsers fail in every way
+    except Exception as error:  # on damaged files `zipfile` and `pickletools` raise any kind of error
         if is_for_people(error):
             raise
         raise ValueError(f"{path} cannot be read, as if it was not copied to its end: {error!s:.100}") from None
@@ -107,7 +121,8 @@ def check_file(path: Path) -> None:
 
 
 def _described_in_archive(path: Path) -> int:
-    """Return the bytes that describe the tensors; every member lies in the archive as it is."""
+    """Return the number of bytes that describe the tensors in a zip archive. Raises ValueError for compressed members."""
+    # torch stores members uncompressed. A compressed one could unpack to terabytes.
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
@@ -117,7 +132,8 @@ def _described_in_archive(path: Path) -> int:
 
 
 def _described_in_pickles(path: Path) -> int:
-    """Return the bytes that describe the tensors, or more than are allowed: pickles that stand before their numbers."""
+    """Return the number of bytes of the pickles at the start of a file of the older format, at most one above the limit."""
+    # `genops` parses a pickle without running it; the tensors' raw numbers come after the pickles.
     with path.open("rb") as file:
         for _ in range(_PICKLES):
             for _code, _argument, position in pickletools.genops(file):
@@ -127,11 +143,12 @@ def _described_in_pickles(path: Path) -> int:
 
 
 def check_tensors(loaded: object, path: Path) -> None:
-    """Refuse tensors that say they are larger than what the file holds, such as one number spread over a gigabyte.
+    """Check that the tensors in a loaded file are not larger than the file.
 
     Raises:
-        ValueError: with the shape of the first.
+        ValueError: a tensor is sparse, quantised, or repeats few stored numbers; or all are together larger than the file.
     """
+    # A stride of 0 makes a tensor of any size from one stored number; the first copy of it would take all memory.
     total, most = 0, _MOST_SHARING * path.stat().st_size
     for tensor in _tensors(loaded):
         if tensor.layout != torch.strided or tensor.is_quantized or _is_spread(tensor):
@@ -142,57 +159,83 @@ def check_tensors(loaded: object, path: Path) -> None:
 
 
 def _is_spread(tensor: Tensor) -> bool:
+    # Either a stride of 0, or a view larger than the storage that it points into.
     repeats = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return repeats or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
 def _tensors(loaded: object) -> Iterator[Tensor]:
-    """Yield the tensors in a value at any depth; what is reached twice is looked at once."""
-    left: list[object] = [loaded]
+    """Yield the tensors in nested containers and objects."""
+    # A stack, not recursion: a file may nest deeper than Python's recursion limit. `seen` ends cycles.
+    stack: list[object] = [loaded]
     seen = set[int]()
-    while left:
-        value = left.pop()
+    while stack:
+        value = stack.pop()
         if isinstance(value, Tensor):
             yield value
         elif id(value) not in seen and not isinstance(value, str | bytes | int | float | type):
             seen.add(id(value))
             if isinstance(value, Mapping):
-                left += value.values()
+                stack += value.values()
             elif isinstance(value, list | tuple | set):
-                left += value
+                stack += value
             else:
-                left += vars(value).values() if hasattr(value, "__dict__") else ()
+                stack += vars(value).values() if hasattr(value, "__dict__") else ()
 
 
-def check_module(found: object, own: Mapping[str, Tensor], trained: Sequence[str], path: Path) -> None:
-    """Refuse weights that are not those of the module. Raises ValueError with the first name."""
-    if not isinstance(found, Mapping):
+def check_module(weights: object, own: Mapping[str, Tensor], trained: Sequence[str], path: Path) -> None:
+    """Check that the weights in a file fit the module.
+
+    Args:
+        weights: the weights as they were read.
+        own: the state dict of the module.
+        trained: names of the trained parameters, all of which the file must hold; frozen ones may be missing.
+        path: the file, for messages.
+
+    Raises:
+        ValueError: the file holds no weights, lacks a trained one, or has one of another name, shape or dtype.
+    """
+    if not isinstance(weights, Mapping):
         raise ValueError(f"{path} holds no weights (module)")
-    missing = [name for name in trained if name not in found]
+    missing = [name for name in trained if name not in weights]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the weights that are trained, {missing[0]} the first")
-    for name, value in found.items():
+    for name, value in weights.items():
         if name not in own:
             raise ValueError(f"{path}: the training has no weight {name!r:.100}")
         _compare(value, own[name], f"{path}: {name}")
 
 
-def check_optimizer(found: object, own: torch.optim.Optimizer, parameters: Sequence[Tensor], path: Path) -> None:
-    """Refuse a state of the optimizer that is not of its parameters, or has other settings. Raises ValueError."""
-    state, groups = (found.get("state"), found.get("param_groups")) if isinstance(found, Mapping) else (None, None)
+def check_optimizer(optimizer_state: object, own: torch.optim.Optimizer, parameters: Sequence[Tensor], path: Path) -> None:
+    """Check that an optimizer's state in a file fits the optimizer of this training.
+
+    Args:
+        optimizer_state: the state dict as it was read.
+        own: the optimizer.
+        parameters: its parameters, by their number in the state.
+        path: the file, for messages.
+
+    Raises:
+        ValueError: the state has other settings, other parameters, or moments of another shape or dtype.
+    """
+    is_state = isinstance(optimizer_state, Mapping)
+    state, groups = (optimizer_state.get("state"), optimizer_state.get("param_groups")) if is_state else (None, None)
     if not isinstance(state, Mapping) or not isinstance(groups, list) or len(groups) != len(own.param_groups):
         raise ValueError(f"{path} holds no state of this training's optimizer")
     for group, mine in zip(groups, own.param_groups, strict=True):
+        # The loop writes the learning rate at every step, so that a difference has no effect.
         for name in mine.keys() - {"params", "lr"}:
             if not isinstance(group, Mapping) or group.get(name, mine[name]) != mine[name]:
                 raise ValueError(f"{path}: the optimizer has another {name} than the training")
     for number, moments in state.items():
         where = f"{path}: the optimizer's state {number!r:.20}"
+        # `type`, not `isinstance`: True is an int.
         if type(number) is not int or not 0 <= number < len(parameters) or not isinstance(moments, Mapping):
             raise ValueError(f"{where} is that of no parameter")
         for name, value in moments.items():
             if name in _MOMENTS and value is not None:
                 _compare(value, parameters[number], f"{where}, {name}")
+            # torch's step counters are tensors of one number.
             elif isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{where}, {name!r:.40}, is a tensor {_shown(value)}, not a number")
 

@@ -1,7 +1,7 @@
-"""A DeepSpeed engine for one stage: forward and backward with exact normalisation, checkpoints, gathered weights.
+"""A DeepSpeed engine for one training: forward and backward passes with exact normalisation, checkpoints, gathered weights.
 
-DeepSpeed is imported in workers only (ray #50406) and uses the process group that exists. The optimizer is torch's own and the
-learning rate is written at every step, so a checkpoint needs no scheduler.
+DeepSpeed is imported in workers only (ray #50406) and uses the existing process group. The optimizer is torch's own, and the
+learning rate is written at every step, so that a checkpoint needs no scheduler.
 """
 
 from __future__ import annotations
@@ -26,42 +26,44 @@ from steerlab.training.checkpoints import META, LoopState
 
 _TAG = "state"
 _SMALL = 4_000_000
-"""Trained numbers up to which the optimizer takes all parameters together on the CPU."""
+"""Largest number of trained values for which the optimizer updates all parameters together on the CPU."""
 
 
 class WorldSizeError(ValueError):
-    """A sharded checkpoint cannot be loaded on another number of workers."""
+    """A sharded checkpoint can only be loaded by as many workers as wrote it."""
 
 
 def _without_code(check: Callable[[object, Path], None]) -> object:
-    """Return a reader and writer of DeepSpeed's checkpoint files that runs no code of them: they lie where others may write.
+    """Return a checkpoint engine for DeepSpeed that loads files without running code in them.
 
-    `check` sees what was read before it is taken.
+    `check` is called with the contents and path of each file, and raises ValueError to refuse them.
     """
+    # Checkpoints lie in storage where others may write, and unpickling runs whatever code a file names.
     engine, classes = private_parts.checkpoint_engine()
 
     class WithoutCode(engine):
-        """DeepSpeed's own unpickles anything (0.19); what it writes itself needs no more than these three classes."""
+        """DeepSpeed's own engine unpickles anything (0.19); the files that it writes need only these classes."""
 
         def save(self, state_dict: object, path: str) -> None:
             super().save(_without_enums(state_dict), path)
 
         def load(self, path: str, map_location: Any = None) -> object:
             with torch.serialization.safe_globals([*classes]):
-                found = torch.load(path, map_location=map_location, weights_only=True)
-            check(found, Path(path))
-            return found
+                contents = torch.load(path, map_location=map_location, weights_only=True)
+            check(contents, Path(path))
+            return contents
 
     return WithoutCode()
 
 
 def _without_enums(value: object) -> object:
-    """Return a state whose enumerations are numbers: Python 3.11.2 pickles one as a call of getattr, which is not allowed."""
+    """Return a state with its enumerations replaced by their numbers."""
+    # Python 3.11.2 pickles a member of an enumeration as a call of getattr, which `weights_only` refuses to load.
     if isinstance(value, enum.Enum) and isinstance(value, int):
         return int(value)
     if type(value) is dict:
-        return {key: _without_enums(one) for key, one in value.items()}
-    return [_without_enums(one) for one in value] if type(value) is list else value
+        return {key: _without_enums(item) for key, item in value.items()}
+    return [_without_enums(item) for item in value] if type(value) is list else value
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Engine:
     """A module under DeepSpeed on one rank."""
 
     module: nn.Module
+    """Called with a batch, it returns a `methods.contract.Loss`."""
     train: TrainConfig
     scale: ScaleConfig
     dtype: str
@@ -78,7 +81,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         if self.dtype == "bfloat16" and self.scale.zero_stage == 0:
-            # A job's own settings were checked; those of a job below it are spread as the one above asks.
+            # The job was checked for this, but the training of a job that it starts from runs with the scale of this one.
             raise ValueError("bfloat16 weights train with float32 copies, which needs scale.zero_stage 1, 2 or 3, not 0")
         if self.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -98,13 +101,14 @@ class Engine:
 
     @property
     def passes_per_step(self) -> int:
-        """Forward passes of this worker in one optimizer step."""
+        """Number of forward passes of this worker in one optimizer step."""
         rows = self.train.rows_per_step // self.world_size
         return -(-rows // self.train.micro_batch)
 
     @property
     def _clips_itself(self) -> bool:
-        """DeepSpeed clips too in plain float32 training, but keeps the norm to itself."""
+        """Whether this class clips the gradients, instead of DeepSpeed."""
+        # In plain float32 training DeepSpeed clips, too, but does not return the norm.
         return self.scale.zero_stage == 0 and self.dtype == "float32"
 
     def _clip(self) -> None:
@@ -120,27 +124,46 @@ class Engine:
         return {
             "train_micro_batch_size_per_gpu": self.train.micro_batch,
             "gradient_accumulation_steps": self.passes_per_step,
+            # 0 turns DeepSpeed's clipping off.
             "gradient_clipping": 0.0 if self._clips_itself else self.train.clip_norm,
             "bf16": {"enabled": self.dtype == "bfloat16"},
+            # bfloat16 would lose the small gradients of later passes in the sum of a step.
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_optimization": zero,
+            # DeepSpeed otherwise refuses optimizers that are not its own, and with offloading wants its C++ one.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
 
     def backward(self, batch: object, num_targets: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add one micro-batch's gradients; `num_targets` counts the whole step, so the sum over passes and workers is exact.
+        """Add the gradients of one micro-batch; after the last one of a step the optimizer updates the parameters.
 
-        DeepSpeed divides by passes and workers; multiplying by both first leaves total / num_targets.
+        Args:
+            batch: the argument of the module's forward.
+            num_targets: number of targets of the whole step, over all passes and workers.
+
+        Returns:
+            The summed loss of this micro-batch and its further sums by name, without gradients.
+
+        Raises:
+            ValueError: the loss does not depend on any trained parameter.
         """
         loss = self._ds(batch)
+        if not loss.total.requires_grad:
+            # DeepSpeed's own message ("loss must be a scalar tensor") does not name the cause.
+            raise ValueError(
+                f"the loss of {type(self.module).__name__} does not depend on any trained parameter, so nothing would train: "
+                "is its patch attached to the model, and is the loss computed with gradients?"
+            )
+        # DeepSpeed divides by passes and workers. Multiplied by both first, the sum over passes and workers is the sum of
+        # total / num_targets, exact however the rows are split.
         self._ds.backward(loss.total * (self.passes_per_step * self.world_size / num_targets))
         self._ds.step()
         return loss.total.detach(), {name: value.detach() for name, value in loss.metrics.items()}
 
     def evaluate(self, batch: object) -> Tensor:
-        """Return the summed loss of one batch without gradients."""
+        """Return the summed loss of one batch, without gradients and in evaluation mode."""
         self._ds.eval()
         with torch.no_grad():
             total = self._ds(batch).total
@@ -148,17 +171,17 @@ class Engine:
         return total
 
     def start_step(self, lr: float) -> None:
-        """Set the learning rate of the step that begins."""
+        """Set the learning rate of the next step."""
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
+        """L2 norm of all gradients of the last step, over all workers, before clipping."""
         return self._grad_norm if self._clips_itself else float(self._ds.get_global_grad_norm())
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Add up numbers over all workers."""
+        """Return the elementwise sums over all workers; all ranks call it with equally many values."""
         if self.world_size == 1:
             return values
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -167,61 +190,66 @@ class Engine:
 
     def save(self, directory: Path, state: LoopState) -> None:
         """Write this rank's part of a checkpoint; all ranks call it."""
-        # Frozen weights are those of the model that the run starts from.
+        # Without frozen weights: a resumed run loads them from the model that it starts from.
         self._ds.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
         if self.rank == 0:
             meta = {"world_size": self.world_size, "zero_stage": self.scale.zero_stage, "state": state}
             (directory / META).write_text(json.dumps(meta))
 
     def load(self, directory: Path) -> JsonObject:
-        """Continue from a checkpoint and return the state of the loop, unchecked.
+        """Load a checkpoint and return the state of the loop as it was read, which `checkpoints.check_state` checks.
 
         Raises:
-            WorldSizeError: a ZeRO 1-3 checkpoint of another number of workers.
-            ValueError: a file of the checkpoint is damaged, would run code, or is not of this training.
+            WorldSizeError: the checkpoint is sharded (ZeRO 1 to 3) over another number of workers.
+            ValueError: a file of the checkpoint is damaged, would run code, or belongs to another training.
         """
         meta = checkpoints.read_meta(directory)
-        saved = (meta.world_size, meta.zero_stage)
-        if saved != (self.world_size, self.scale.zero_stage) and (saved[1] or self.scale.zero_stage):
+        written = (meta.world_size, meta.zero_stage)
+        if written != (self.world_size, self.scale.zero_stage) and (written[1] or self.scale.zero_stage):
             raise WorldSizeError(
-                f"the checkpoint was written by {saved[0]} workers with zero_stage {saved[1]}; it cannot continue on "
+                f"the checkpoint was written by {written[0]} workers with zero_stage {written[1]}; it cannot continue on "
                 f"{self.world_size} with zero_stage {self.scale.zero_stage}, because sharded optimizer state does not move. "
                 "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or delete the checkpoint"
             )
         checkpoints.check_files(directory / _TAG)
         with explained(f"the checkpoint in {directory}"):
+            # Not strict: the frozen weights are not in the checkpoint. `_check` has compared the trained ones.
             loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"
         return meta.state
 
-    def _check(self, found: object, path: Path) -> None:
-        """Refuse what a file of a checkpoint holds unless it is that of this module and optimizer. Raises ValueError."""
-        checkpoints.check_tensors(found, path)
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} holds a {type(found).__name__}, not the state of a training")
+    def _check(self, contents: object, path: Path) -> None:
+        """Raise ValueError if the contents of a checkpoint's file do not fit this module and optimizer."""
+        checkpoints.check_tensors(contents, path)
+        if not isinstance(contents, dict):
+            raise ValueError(f"{path} holds a {type(contents).__name__}, not the state of a training")
         if path.name.endswith("_model_states.pt"):
-            trained = [name for name, one in self._ds.module.named_parameters() if one.requires_grad]
-            checkpoints.check_module(found.get("module"), self._ds.module.state_dict(), trained, path)
+            trained = [name for name, parameter in self._ds.module.named_parameters() if parameter.requires_grad]
+            checkpoints.check_module(contents.get("module"), self._ds.module.state_dict(), trained, path)
+        # DeepSpeed 0.19 keeps torch's optimizer state in another place for each kind of sharding.
         if path.name.endswith("_optim_states.pt"):
-            zero = found.get("optimizer_state_dict")
+            zero = contents.get("optimizer_state_dict")
             nested = "optimizer_state_dict" if self.scale.zero_stage == 3 else "base_optimizer_state"
             self._check_optimizer(zero.get(nested) if isinstance(zero, dict) else None, path)
         elif self.scale.zero_stage == 0:
-            self._check_optimizer(found.get("optimizer"), path)
+            self._check_optimizer(contents.get("optimizer"), path)
 
-    def _check_optimizer(self, found: object, path: Path) -> None:
-        """Compare a state with torch's optimizer, whose parameters are, under ZeRO, flat shares of those of the module."""
+    def _check_optimizer(self, optimizer_state: object, path: Path) -> None:
+        """Raise ValueError if a state does not fit torch's optimizer."""
         optimizer = self._ds.optimizer if self.scale.zero_stage == 0 else self._ds.optimizer.optimizer
+        # Under ZeRO the optimizer's parameters are flat shards, not the module's parameters.
         if self.scale.zero_stage == 3:
             parameters = self._ds.optimizer.fp32_partitioned_groups_flat
         else:
-            parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        checkpoints.check_optimizer(found, optimizer, parameters, path)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        checkpoints.check_optimizer(optimizer_state, optimizer, parameters, path)
 
     def weights(self, prefix: str = "", *, masters: bool = False) -> dict[str, Tensor]:
-        """Return the module's state below `prefix` in full, on the CPU (rank 0; empty elsewhere). All ranks call it.
+        """Return the module's full state dict on the CPU on rank 0, and an empty one on other ranks. All ranks call it.
 
-        `masters` takes, of weights that train in bfloat16, the float32 copies that the optimizer moves.
+        Args:
+            prefix: take only entries with this prefix, and remove it from their names.
+            masters: for weights that train in bfloat16, take the float32 copies that the optimizer updates.
         """
         if self.scale.zero_stage < 3:
             full = self._ds.module.state_dict() if self.rank == 0 else {}
@@ -236,32 +264,32 @@ class Engine:
         return {name: once.setdefault(tensor.data_ptr(), tensor.detach().cpu()) for name, tensor in full.items()}
 
     def _masters(self, prefix: str) -> dict[str, Tensor]:
-        """Gather the float32 copies of what trains below a prefix, on every rank."""
+        """Return the optimizer's float32 copies of the trained parameters with a prefix, gathered on every rank."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found: dict[str, Tensor] = {}
+        copies: dict[str, Tensor] = {}
         for name, parameter in self._ds.module.named_parameters(remove_duplicate=False):
             if name.startswith(prefix) and parameter.requires_grad:
                 copy = safe_get_full_fp32_param(parameter)
                 assert copy is not None, f"the optimizer keeps no float32 copy of {name}"
-                found[name] = copy
-        return found
+                copies[name] = copy
+        return copies
 
     def close(self) -> None:
-        """Release hooks and buffers."""
+        """Release DeepSpeed's hooks and buffers."""
         self._ds.destroy()
 
 
 def make_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Make torch's optimizer over what trains; decay applies to matrices only."""
+    """Return torch's optimizer over the trained parameters; weight decay applies to those with two or more axes."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # On the CPU torch takes parameters one by one unless told: the same bits, but twice the time where all are small, and there
-    # the temporary copies do not matter.
+    # On the CPU torch updates parameters one by one by default: the same bits, but twice the time for many small ones. Together
+    # it makes temporary copies of all of them, which only matters for large ones.
     together = True if sum(p.numel() for p in trained) <= _SMALL else None
     match train.optimizer:
         case "adamw":

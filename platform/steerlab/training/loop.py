@@ -1,7 +1,8 @@
-"""The training loop of every method: no Ray and no method's name in it.
+"""The training loop of every method. It does not use Ray and does not name a method.
 
-The rows of step t are a pure function of (number of rows, seed, t), the learning rate of t and the random state of (seed, t,
-rank), so a checkpoint is the engine and the step alone, and the number of workers changes no row of any step.
+The rows of step t depend only on (number of rows, seed, t), the learning rate on t, and the random state on (seed, t, rank). A
+checkpoint therefore holds only the engine and the step, and the number of workers does not change which rows a step has. The
+file is longer than others because the loop, its state and its export are read together.
 """
 
 from __future__ import annotations
@@ -36,34 +37,38 @@ from steerlab.training.engine import Engine
 from steerlab.training.request import Request
 
 _SNAPSHOTS = "snapshots.safetensors"
-_NOT_EVALUATED = 1e30  # finite: Ray keeps checkpoint scores as JSON, which has no infinity
+# Ray ranks checkpoints by `eval/loss`: one that was not evaluated is never the best. Finite, because Ray stores the scores as
+# JSON, which has no infinity.
+_NOT_EVALUATED = 1e30
 
 
 @dataclass(frozen=True)
 class Link:
-    """How the loop reaches whoever runs it."""
+    """The loop's connection to the process that runs it, such as a worker of Ray Train."""
 
     rank: int
     world_size: int
     device: torch.device
     report: Callable[[dict[str, float], Path | None], None]
-    """(metrics, checkpoint directory or None); all ranks call it equally often."""
+    """(metrics, checkpoint directory or None) -> None; all ranks call it equally often."""
     scratch: Path
-    """Where checkpoints are written before they are reported; emptied at the start, so that a killed rank leaves nothing."""
+    """Directory in which checkpoints are written before they are reported; emptied at the start, because a killed rank may have
+    left files."""
     latest: Path | None = None
-    """Checkpoint to continue from."""
+    """Checkpoint to continue from; None starts from the beginning."""
     best: Callable[[], Path | None] = lambda: None
-    """The checkpoint with the lowest `eval/loss`."""
+    """Returns the checkpoint with the lowest `eval/loss`; None if no checkpoint was reported."""
     tell: Callable[[dict[str, float]], None] = lambda metrics: None
-    """Takes the metrics of every step on rank 0, for people who watch."""
+    """Takes the metrics of every step, for the progress display."""
 
 
 def rows_of_step(num_rows: int, rows_per_step: int, seed: int, step: int) -> list[int]:
-    """Return the row numbers of step `step` (from 0): consecutive stretches of seeded permutations, one for each epoch."""
+    """Return the row numbers of step `step` (from 0), the next `rows_per_step` of a random permutation for each epoch."""
     chosen: list[int] = []
     position = step * rows_per_step
     while len(chosen) < rows_per_step:
         epoch, start = divmod(position, num_rows)
+        # A permutation seeded by its epoch, drawn anew: a resumed run needs no state of a sampler.
         order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         taken = order[start : start + rows_per_step - len(chosen)].tolist()
         chosen += taken
@@ -72,17 +77,27 @@ def rows_of_step(num_rows: int, rows_per_step: int, seed: int, step: int) -> lis
 
 
 def share_of_rank(rows: Sequence[int], lengths: Sequence[int], rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
-    """Return a rank's forward passes of one step: rows of similar length together, the work spread evenly over ranks."""
+    """Return the row numbers of a rank's forward passes in one step, rows of similar length together.
+
+    Args:
+        rows: row numbers of the whole step.
+        lengths: number of tokens of every row.
+        rank: the rank, from 0.
+        world_size: number of ranks.
+        micro_batch: most rows of a pass.
+    """
     by_length = sorted(rows, key=lambda row: (lengths[row], row))
+    # Every n-th of the sorted rows: all ranks get as many rows, and nearly as many tokens.
     mine = by_length[rank::world_size]
     num_passes = -(-len(mine) // micro_batch)
     size, larger = divmod(len(mine), num_passes)
+    # Passes of equal size, not full ones and a small last one: the ranks' passes then take equally long.
     starts = [i * size + min(i, larger) for i in range(num_passes + 1)]
     return [mine[a:b] for a, b in itertools.pairwise(starts)]
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Return the learning rate of step `step` (from 0): linear warm-up, then constant or a cosine down to the floor."""
+    """Return the learning rate of step `step` (from 0): linear warm-up, then constant or a cosine decay to `lr_floor * lr`."""
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
@@ -92,17 +107,17 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 def load_rows(data: DataSet, encoder: RowEncoder, max_tokens: int) -> Rows:
-    """Read and tokenise one data set of a job. Raises ValueError, with its name, at a row that cannot be encoded."""
+    """Read and tokenise one data set of a job. Raises ValueError, naming the data set, for a row that cannot be encoded."""
     try:
-        found = encoder.encode_data(read_rows(data), data.format, max_tokens, skip_bad=data.skip_bad)
+        rows = encoder.encode_data(read_rows(data), data.format, max_tokens, skip_bad=data.skip_bad)
     except ValueError as error:
         raise ValueError(f"{describe(data)}: {error}; skip_bad: true leaves such rows out") from None
-    found.check(max_tokens)
-    return found
+    rows.check(max_tokens)
+    return rows
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
-    """Stop at the first number that is none: what follows it is worthless."""
+    """Raise FloatingPointError for a NaN or infinite metric: no later step would recover from it."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} of step {metrics['step']} is {value}; lower train.lr or use float32")
@@ -110,13 +125,14 @@ def _check_finite(metrics: dict[str, float]) -> None:
 
 @dataclass
 class _Training:
-    """The state of one rank."""
+    """The training on one rank."""
 
     request: Request[Path]
     scale: ScaleConfig
     link: Link
 
     def __post_init__(self) -> None:
+        # Before the method adds its parameters, so that every rank initialises them with the same values.
         torch.manual_seed(self.request.train.seed)
         request = self.request
         self.method = trained(request.method)
@@ -131,6 +147,7 @@ class _Training:
             prompt=prompt_settings(request.model, request.data),
         )
         models.start_training(model, self.scale.gradient_checkpointing)
+        # Taken before the trainee is made: some trainees change the modules of the model.
         self.model_key = "" if self.method.leaves_model else models.fingerprint(model)
         self.rows = load_rows(self.data, self.encoder, request.train.max_tokens)
         validation = request.data.validation
@@ -139,11 +156,11 @@ class _Training:
         inputs = Inputs(tuple(patch.to(self.link.device) for patch in below), activations, request.prepared)
         config = self.method.Config.model_validate(request.method)
         self.module = self.method.module(model, config, inputs).to(self.link.device)  # type: ignore[call-arg]
-        self.module.check()
+        self.module.check(inputs.below)
         self.module.train()
         parameters = trained_parameters(self.module).values()
         self.num_trained = sum(p.numel() for p in parameters)
-        # What a method adds to a frozen model is float32, whatever the model's type, and needs no second copy.
+        # A patch on a frozen model trains in float32, whatever the model's dtype, and needs no float32 copy in the optimizer.
         dtype = "bfloat16" if any(p.dtype == torch.bfloat16 for p in parameters) else "float32"
         self.engine = Engine(
             self.module, request.train, self.scale, dtype, self.link.rank, self.link.world_size, self.link.device
@@ -163,20 +180,21 @@ class _Training:
         self.step, self.history = state["step"], state["history"]
         if (checkpoint / _SNAPSHOTS).is_file():
             self.snapshots = self._read_snapshots(checkpoint / _SNAPSHOTS)
-        # What the killed run told last may not have arrived.
+        # All of them again: the last metrics of the killed run may not have arrived.
         for line in self.history:
             self.link.tell({**line, "steps": self.request.train.steps})
 
     def _read_snapshots(self, path: Path) -> dict[str, Tensor]:
-        """Read the patches that a killed run kept. Raises ValueError where one is of another step or shape."""
+        """Read the snapshots of the patch in a checkpoint. Raises ValueError if one has another step or shape."""
         with explained(str(path)):
-            found = load_file(path)
-        own = {name: getattr(one, "ds_shape", one.shape) for name, one in self.module.named_parameters()}
-        for name, value in found.items():
+            snapshots = load_file(path)
+        # Under ZeRO 3 a parameter's own shape is that of its shard; DeepSpeed keeps the full one in `ds_shape`.
+        own = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in self.module.named_parameters()}
+        for name, value in snapshots.items():
             step, _, weight = name.partition("/")
             if step not in map(str, self.request.train.snapshots) or own.get(f"patch.{weight}", value.shape) != value.shape:
                 raise ValueError(f"{path}: {name!r:.100} with {tuple(value.shape)} is no snapshot of this training")
-        return found
+        return snapshots
 
     def run(self) -> None:
         train = self.request.train
@@ -189,18 +207,20 @@ class _Training:
             evaluates = self.validation is not None and (is_last or (train.eval_every and self.step % train.eval_every == 0))
             if evaluates:
                 metrics["eval/loss"] = self._evaluation_loss()
+            # Before a checkpoint is written: a resumed run would continue from weights that are NaN.
             _check_finite(metrics)
             self.history.append(metrics)
             if self.step in train.snapshots:
-                kept = self.engine.weights("patch.", masters=True)
-                self.snapshots |= {f"{self.step}/{name}": value.clone() for name, value in kept.items()}
+                weights = self.engine.weights("patch.", masters=True)
+                # A clone: on the CPU the engine returns the parameters themselves, which the next step changes.
+                self.snapshots |= {f"{self.step}/{name}": value.clone() for name, value in weights.items()}
             self.link.tell({**metrics, "steps": train.steps, "steps_per_s": rate, "left_s": (train.steps - self.step) / rate})
             if is_last or self.step % self.scale.checkpoint_every == 0 or (evaluates and train.keep == "best"):
                 self._checkpoint(metrics)
 
     def _step(self) -> dict[str, float]:
         train, step = self.request.train, self.step
-        # Random state of this step and rank alone: what a resumed run draws is what the undisturbed run drew.
+        # Seeded for each step and rank: a resumed run draws the same numbers (dropout) as an undisturbed one.
         torch.manual_seed((train.seed * 1_000_003 + step) * 4_099 + self.link.rank)
         rows = rows_of_step(len(self.rows.rows), train.rows_per_step, train.seed, step)
         num_targets = sum(self.module.counts(self.rows.rows[row], self.data.loss_on) for row in rows)
@@ -211,9 +231,10 @@ class _Training:
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
         for number, chunk in enumerate(chunks, 1):
             self.module.before_pass(number == len(chunks))
-            total, further = self.engine.backward(self._batch(self.rows, chunk, self.data.loss_on), num_targets)
-            for name, value in {"loss": total, **further}.items():
+            total, sums_by_name = self.engine.backward(self._batch(self.rows, chunk, self.data.loss_on), num_targets)
+            for name, value in {"loss": total, **sums_by_name}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+        # One reduction for all metrics; every rank has the same names in the same order.
         sums = self.engine.sum_over_ranks(list(totals.values()))
         self.module.after_step(lr)
         self.step += 1
@@ -225,13 +246,14 @@ class _Training:
         return self.encoder.collate(rows, loss_on=loss_on, numbers=numbers).to(self.link.device)
 
     def _evaluation_loss(self) -> float:
-        """Return the loss per target over the validation rows; ranks without a row left repeat one with weight 0."""
+        """Return the mean loss over the targets of the validation rows; all ranks call it."""
         assert self.validation is not None and self.request.data.validation is not None
         rows, loss_on = self.validation.rows, self.request.data.validation.loss_on
         size = self.request.train.micro_batch
         chunks = [range(len(rows))[i : i + size] for i in range(0, len(rows), size)]
         mine = chunks[self.link.rank :: self.link.world_size]
-        # Under ZeRO 3 a forward pass is collective: every rank makes equally many.
+        # Under ZeRO 3 a forward pass gathers weights from all ranks, so that every rank must run equally many: a rank with
+        # fewer chunks repeats the first one, without counting it.
         idle = -(-len(chunks) // self.link.world_size) - len(mine)
         total = sum(float(self.engine.evaluate(self._batch(self.validation, chunk, loss_on))) for chunk in mine)
         for _ in range(idle):
@@ -240,7 +262,7 @@ class _Training:
         return summed / sum(self.module.counts(row, loss_on) for row in rows)
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
-        """Report a checkpoint; one without an evaluation gets a loss that is never the best."""
+        """Write a checkpoint and report it with the metrics of its step; all ranks call it."""
         directory = Path(tempfile.mkdtemp(dir=self.link.scratch))
         self.engine.save(directory, {"step": self.step, "history": self.history})
         if self.link.rank == 0 and self.snapshots:
@@ -248,7 +270,7 @@ class _Training:
         self.link.report({"eval/loss": _NOT_EVALUATED, **metrics}, directory)
 
     def export(self, output: Path) -> None:
-        """Write the trained artifact on rank 0: model, patch, prompt settings, history."""
+        """Write the artifact on rank 0: model, patch, snapshots, prompt settings, metrics. All ranks call it."""
         state = self.engine.weights() if self.method.leaves_model else self.engine.weights("patch.", masters=True)
         if self.link.rank:
             return
@@ -260,8 +282,8 @@ class _Training:
         if patch is not None:
             patches.save(self.module.finished(state), output / "patch", self.model_key)
             for step in self.request.train.snapshots:
-                kept = {n.partition("/")[2]: value for n, value in self.snapshots.items() if n.startswith(f"{step}/")}
-                patches.save(self.module.finished(kept), output / "snapshots" / str(step), self.model_key)
+                weights = {n.partition("/")[2]: value for n, value in self.snapshots.items() if n.startswith(f"{step}/")}
+                patches.save(self.module.finished(weights), output / "snapshots" / str(step), self.model_key)
         prompt = self.encoder.saved_spec if self.method.leaves_model else self.encoder.spec
         (output / "prompt.json").write_text(json.dumps(prompt))
         (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history))
@@ -277,19 +299,28 @@ class _Training:
         (output / "training.json").write_text(json.dumps(facts, indent=2))
 
     def _export_model(self, state: dict[str, Tensor], output: Path) -> dict[str, Tensor]:
-        """Write the trained weights and the tokenizer, take the model's fingerprint, and return the patch's state."""
+        """Write the trained weights and the tokenizer, and return the patch's state; `model_key` becomes the new model's."""
         model = self.module.model
         weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         models.save_trained(model, weights, output / "model")
         self.encoder.save(output / "model")
         if self.module.patch is not None:
+            # The fingerprint is that of the model as it is loaded from disk, with which `patches.load` compares it.
             loading = {"dtype": self.request.model.dtype, "trust_remote_code": self.request.model.trust_remote_code}
             self.model_key = models.fingerprint(models.load_model(output / "model", **loading))
         return {name.removeprefix("patch."): value for name, value in state.items() if name.startswith("patch.")}
 
 
 def run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) -> None:
-    """Train from the latest checkpoint, or from the start, to the end, and write the artifact on rank 0."""
+    """Train from the latest checkpoint, or from the start, to the end, and write the artifact on rank 0.
+
+    Args:
+        request: the training, with its inputs in directories of this node.
+        scale: number of workers and sharding.
+        link: rank, device, and the functions that report to the caller.
+        output: directory of the artifact; an existing one is replaced.
+    """
+    # A killed rank may have left half-written checkpoints.
     shutil.rmtree(link.scratch, ignore_errors=True)
     link.scratch.mkdir(parents=True)
     training = _Training(request, scale, link)

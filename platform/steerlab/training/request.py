@@ -1,4 +1,4 @@
-"""What one training computes, as its stage asks for it and as the loop gets it."""
+"""The description of one training, which its stage sends to the workers and the loop runs."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ _Place = TypeVar("_Place", ModelRef, Path)
 
 @dataclass(frozen=True)
 class Request(Generic[_Place]):
-    """What one training computes; its inputs lie at references that are valid on every node, or in directories of this one."""
+    """Everything on which the result of a training depends.
+
+    Its inputs are references that are valid on every node (`ModelRef`), or directories of this node (`Path`).
+    """
 
     start: _Place
     """The model, or the artifact with a model and patches, that the training starts from."""
     model: ModelConfig
     method: JsonObject
-    """The method's config as it stands in the stage's parameters."""
+    """The method's config, as in the stage's parameters."""
     data: DataConfig
     train: TrainConfig
     activations: Mapping[str, _Place] = field(default_factory=dict)
     """Extracted activations by the role of their data set."""
     prepared: Mapping[str, _Place] = field(default_factory=dict)
-    """What the method's preparations left, by their name."""
+    """Outputs of the method's preparations, by the preparation's name."""
     code: tuple[own_code.Code, ...] = ()
-    """The file of a method of the user's own."""
+    """The user's own file with the method; empty for a method of the platform."""
 
 
 def received(request: Request[ModelRef]) -> Request[Path]:
-    """Return the request with all inputs as directories of this node, and take the user's own code."""
+    """Install the user's own code on this node, and return the request with its inputs as directories of this node."""
     own_code.receive(request.code)
     return Request(
         start=request.start.locate(),

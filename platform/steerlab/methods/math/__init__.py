@@ -1,1 +1,1 @@
-"""The mathematics that methods share."""
+"""Mathematics that several methods share."""

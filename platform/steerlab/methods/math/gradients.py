@@ -1,4 +1,4 @@
-"""Sums, over batches, of something computed of the gradients of some linear layers; one gradient is held at a time.
+"""Sums over batches of a function of the gradients of selected linear layers, with one gradient in memory at a time.
 
 Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
 """
@@ -19,24 +19,35 @@ from steerlab.storage.tensors import Shape
 
 
 class GradientSums:
-    """Sums of `of(place, dL_b/dW)` over batches b, float32 on the CPU, L_b being the mean loss of a batch's labelled tokens."""
+    """Sums of `of(place, dL_b/dW)` over batches b, float32 on the CPU; L_b is the mean loss of the labelled tokens of batch b.
+
+    It implements `methods.preparations.Sums`.
+    """
 
     def __init__(
         self, model: SteeredModel, places: Sequence[WeightPlace], of: Callable[[WeightPlace, Tensor], Tensor], rows: str
     ) -> None:
-        """Let the layers' weights alone receive gradients; `rows` names the data set in messages."""
+        """Prepare the model for gradients of the selected weights alone.
+
+        Args:
+            model: the model; its weights outside of `places` are frozen.
+            places: the linear layers.
+            of: (place, gradient (M, N) float32) -> the term to sum, (M, N).
+            rows: the data set, as messages name it.
+        """
         self._model, self._places, self._of, self._rows = model, places, of, rows
+        # On the CPU: the sums are as large as the weights, in float32.
         self._sums = {place.module: torch.zeros(place.shape) for place in places}
         self._where = ""
         model.model.requires_grad_(False)
         weights = [model.model.get_parameter(f"{place.module}.weight").requires_grad_(True) for place in places]
         self._handles = [
-            weight.register_post_accumulate_grad_hook(self._taker(place)) for weight, place in zip(weights, places, strict=True)
+            weight.register_post_accumulate_grad_hook(self._adder(place)) for weight, place in zip(weights, places, strict=True)
         ]
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Names and shapes of the sums, (M, N) by module."""
+        """Names and shapes of the sums: (M, N) by module path."""
         return {place.module: Shape(torch.float32, place.shape) for place in self._places}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -44,28 +55,31 @@ class GradientSums:
         yield from self._sums.items()
 
     def close(self) -> None:
-        """Take no more gradients."""
+        """Remove the hooks from the weights."""
         for handle in self._handles:
             handle.remove()
 
     def add(self, batch: Batch, number: int) -> None:
-        """Add one batch. Raises ValueError where its loss or a gradient is no number."""
+        """Add the term of one batch. Raises ValueError if its loss or a gradient is NaN or infinite."""
         self._where = f"{self._rows}, batch {number}"
+        # Position 0 is never predicted; labels that are not targets are negative.
         num_targets = int((batch.labels[:, 1:] >= 0).sum())
         logits_BTV = self._model.model(**batch.patched_inputs, use_cache=False).logits
         loss = language_modelling_loss(logits_BTV, batch.labels) / max(1, num_targets)
         if not bool(loss.isfinite()):
             raise ValueError(f"{self._where}: the loss is {float(loss.detach())}, so there is no gradient")
-        loss.backward()
+        loss.backward()  # the hooks of `_adder` add the gradients
 
-    def _taker(self, place: WeightPlace) -> Callable[[Tensor], None]:
-        """Return a hook that takes a gradient as soon as it is there."""
+    def _adder(self, place: WeightPlace) -> Callable[[Tensor], None]:
+        """Return a hook that adds the term of one weight and frees its gradient."""
+
+        # During the backward pass, as soon as a gradient is complete: the gradients of all layers never exist at once.
 
         def take(weight: Tensor) -> None:
             assert weight.grad is not None
             module = self._model.model.get_submodule(place.module)
             grad_MN = models.linear_weight(module, weight.grad).float()
-            weight.grad = None
+            weight.grad = None  # or the next batch would be added to it
             if not bool(grad_MN.isfinite().all()):
                 raise ValueError(f"{self._where}: the gradient of {place.module} holds a NaN or infinite value")
             self._sums[place.module] += self._of(place, grad_MN).cpu()

@@ -1,10 +1,10 @@
-"""Low-rank adapters, for methods that can train them in place of whole weights.
+"""Low-rank adapters, for methods that can train them instead of whole weights.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, https://arxiv.org/abs/2106.09685, eq. 3:
 
     W = W_0 + (alpha / rank) B A        B zero at the start, A random
 
-The layers are those of `peft`.
+The adapted layers are those of the library `peft`. Axes besides those of tokens.py: M outputs, N inputs, R rank.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME = "default"
+"""Name of the adapter within peft, which can hold several in one layer."""
 
 
 class Lora(Frozen):
-    """Which adapters."""
+    """Settings of the adapters."""
 
     rank: int = Field(8, ge=1)
-    """Rank of the change of a weight."""
+    """Rank R of the change of a weight."""
     alpha: float = Field(16.0, gt=0)
-    """The change is scaled by alpha / rank."""
+    """The change B A is scaled by alpha / rank."""
     layer_type: tuple[LayerType, ...] = Field(("attn_q", "attn_v"), min_length=1)
     """Linear layers that are adapted; the default is the paper's."""
 
 
 class Adapters(nn.Module):
-    """The adapters of a model, which are all of it that trains."""
+    """Low-rank adapters in a model whose own weights are frozen; only the adapters train."""
 
     kind = "weight"
 
@@ -49,18 +50,19 @@ class Adapters(nn.Module):
         super().__init__()
         self.config = config
         self.names = [place.module for place in places(model, config)]
-        # Queries, keys and values of one fused layer are adapted together: an adapter has no span of outputs.
+        # An adapter changes all outputs of a layer: in a fused layer queries, keys and values are adapted together.
+        # GPT-2 stores weights as (inputs, outputs); peft has to know it, and `factors` transposes them.
         self._transposed = models.stores_transposed(model.get_submodule(self.names[0]))
-        asked = LoraConfig(
+        lora_config = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]
             target_modules=self.names,
             fan_in_fan_out=self._transposed,
         )
-        inject_adapter_in_model(asked, model.requires_grad_(False), _NAME)
+        inject_adapter_in_model(lora_config, model.requires_grad_(False), _NAME)
         layers = [model.get_submodule(name) for name in self.names]
         self._layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
-        # peft gives them the type of the weights; an optimizer's steps are lost in bfloat16.
+        # peft creates adapters in the dtype of the weights; in bfloat16 small steps of the optimizer would be rounded away.
         for layer in self._layers:
             layer.lora_A[_NAME].float()
             layer.lora_B[_NAME].float()
@@ -69,7 +71,7 @@ class Adapters(nn.Module):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let the model be what it was before, for a forward pass without gradients."""
+        """Turn the adapters off within a `with` block, so that the model computes what it did before the training."""
         for layer in self._layers:
             layer.enable_adapters(False)
         try:
@@ -79,23 +81,33 @@ class Adapters(nn.Module):
                 layer.enable_adapters(True)
 
     def factors(self, state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the change of each weight, as it is stored, as a product of two matrices, from a trained state."""
+        """Return the change of each weight as the factors of a matrix product, in the layout in which the weight is stored.
+
+        Args:
+            state: a trained state dict of this module.
+
+        Returns:
+            By the weight's name: up (M, R), scaled by alpha / rank, and down (R, N); swapped and transposed for weights that
+            are stored as (N, M).
+        """
+        # (alpha / rank) B A of eq. 3, with the scale in the first factor.
         scale = self.config.alpha / self.config.rank
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
         for number, name in enumerate(self.names):
             up_MR, down_RN = state[f"ups.{number}"].cpu() * scale, state[f"downs.{number}"].cpu()
-            found[f"{name}.weight"] = (down_RN.T, up_MR.T) if self._transposed else (up_MR, down_RN)
-        return found
+            factors[f"{name}.weight"] = (down_RN.T, up_MR.T) if self._transposed else (up_MR, down_RN)
+        return factors
 
     @staticmethod
     def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
-        """Return the weights of an adapted model as they were before, by the names that they had."""
+        """Return the weights of an adapted model without the adapters, by the names that they had before."""
+        # peft moves a layer's weight to `<layer>.base_layer.weight`.
         return {
             name.replace(".base_layer.", "."): value.cpu() for name, value in model.state_dict().items() if "lora_" not in name
         }
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
-        """Return the changes of a trained state as a patch."""
+        """Return the weight changes of a trained state dict as a patch."""
         return patches.WeightPatch.of_factors(self.factors(state))
 
 
@@ -105,5 +117,5 @@ def places(model: PreTrainedModel, config: Lora) -> Sequence[models.WeightPlace]
 
 
 def num_trained(model: PreTrainedModel, config: Lora) -> int:
-    """Return the number of the adapters' weights."""
+    """Return the number of trained parameters: R (M + N) for each adapted layer."""
     return sum(config.rank * sum(place.shape) for place in places(model, config))

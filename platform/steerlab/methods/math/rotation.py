@@ -1,7 +1,7 @@
-"""Weights in rotated coordinates: bases of their inputs, masks of their coefficients, layers that train there.
+"""Weights in rotated coordinates: bases of a layer's inputs, masks of its coefficients, and layers that train coefficients.
 
 A linear layer y = W x with W of shape (M, N) has the coefficients W U in an orthonormal basis U of its inputs: column j is the
-response of all outputs to the direction u_j. Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
+response of all outputs to the basis direction u_j. Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -18,62 +18,75 @@ from torch import Tensor, nn
 from steerlab import models
 
 _LOW_BITS = 16
+"""Bits of a float32 that the second of two counting passes looks at; the first one looks at the other 16."""
 
 
 class Basis(NamedTuple):
-    """An orthonormal basis, its columns in the order of falling eigenvalues."""
+    """An orthonormal basis of eigenvectors, in descending order of their eigenvalues."""
 
     vectors_NN: Tensor
-    """float32"""
+    """The basis vectors as columns, float32."""
     values_N: Tensor
     """Eigenvalues, float64."""
     rank: int
-    """Number of eigenvalues above the rounding of the largest; the directions behind them are arbitrary."""
+    """Number of eigenvalues above the rounding error of the largest; the basis vectors after these are arbitrary."""
 
 
 def eigenbasis(second_moment_NN: Tensor) -> Basis:
-    """Return the eigenvectors of an uncentred second moment, in float64 inside.
+    """Return the eigenvectors of an uncentred second moment, (N, N), computed in float64.
 
-    The sign of each is fixed: its largest entry is positive. Raises ValueError if the matrix is zero or holds a value that is
-    no number.
+    The sign of each eigenvector is such that its largest entry is positive.
+
+    Raises:
+        ValueError: the matrix is zero, or holds a NaN or infinite value.
     """
     if not bool(torch.isfinite(second_moment_NN).all()):
         raise ValueError("the second moment holds a NaN or infinite value")
     values_N, vectors_NN = torch.linalg.eigh(second_moment_NN.double())
-    values_N, vectors_NN = values_N.flip(0), vectors_NN.flip(1)
+    values_N, vectors_NN = values_N.flip(0), vectors_NN.flip(1)  # eigh sorts in ascending order
     if not values_N[0] > 0:
         raise ValueError("the second moment is zero: the inputs are all zero, so no direction stands out")
-    # The products behind the matrix were rounded to float32.
+    # The products z z^T that were summed into the matrix were computed in float32: smaller eigenvalues are their rounding.
     least = values_N[0] * len(values_N) * torch.finfo(torch.float32).eps
     return Basis(fixed_signs(vectors_NN).float(), values_N, int((values_N > least).sum()))
 
 
 def random_basis(size: int, seed: int, name: str) -> Tensor:
-    """Return a random orthonormal basis, (N, N) float32, drawn from the uniform distribution for this seed and name."""
+    """Return a random orthonormal basis, (N, N) float32, uniform over all of them, for this seed and name."""
     gauss_NN = torch.randn(size, size, generator=generator(seed, name), dtype=torch.float64)
     vectors_NN, upper_NN = torch.linalg.qr(gauss_NN)
-    return (vectors_NN * upper_NN.diagonal().sign()).float()  # without the signs QR's choice is not uniform (Mezzadri 2007)
+    # Without the signs of R's diagonal the Q of a QR decomposition is not uniform (Mezzadri 2007, arXiv math-ph/0609050).
+    return (vectors_NN * upper_NN.diagonal().sign()).float()
 
 
 def fixed_signs(vectors_NN: Tensor) -> Tensor:
-    """Return the columns with signs such that the largest entry of each is positive; the first one of equals counts."""
+    """Return the columns with signs such that the largest entry of each is positive; among equal entries the first counts."""
+    # Eigenvectors have no sign of their own, and LAPACK's choice differs between machines.
     largest_1N = vectors_NN.gather(0, vectors_NN.abs().argmax(0, keepdim=True))
     return vectors_NN * torch.where(largest_1N < 0, -1.0, 1.0)
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """Return a generator of random numbers of its own for each seed and name."""
+    """Return a random generator that is determined by a seed and a name."""
+    # A hash, not `seed + number`: neighbouring seeds would give the same streams to different layers.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # 7 bytes: torch takes a signed integer of 64 bits.
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def largest(scores: Callable[[], Iterable[Tensor]], num: int) -> Iterator[Tensor]:
-    """Yield for each tensor of scores which entries are among the `num` largest of all; of equals the first ones are taken.
+    """Yield for each tensor of scores a mask of its entries that are among the `num` largest of all tensors together.
 
-    `scores` is called several times and gives the same non-negative float32 tensors each time: one is held at once.
+    Among entries equal to the smallest of these the first ones are taken, so that exactly `num` are.
+
+    Args:
+        scores: yields non-negative float32 tensors. It is called several times and must yield the same tensors each time, so
+            that only one of them is in memory.
+        num: how many entries to take over all tensors.
     """
     threshold, num_equal = _threshold(scores, num)
     for score in scores():
+        # The comparison of integers is that of the scores, without rounding.
         bits = _bits(score)
         taken = bits > threshold
         equal = (bits == threshold).flatten().nonzero().flatten()[:num_equal]
@@ -83,21 +96,21 @@ def largest(scores: Callable[[], Iterable[Tensor]], num: int) -> Iterator[Tensor
 
 
 def _threshold(scores: Callable[[], Iterable[Tensor]], num: int) -> tuple[int, int]:
-    """Return the bits of the smallest score that is taken, and how many equal to it are; nothing is for `num` 0.
-
-    Non-negative floats are ordered as their bits are, so two counts of 16 bits each find it.
-    """
+    """Return the bits of the `num`-th largest score as an integer, and how many scores equal to it are taken."""
+    # Non-negative floats have the order of their bits read as integers. Two histograms, of the upper and then the lower 16
+    # bits, find the threshold exactly without sorting billions of scores.
     if num == 0:
-        return torch.iinfo(torch.int32).max, 0
+        return torch.iinfo(torch.int32).max, 0  # no score has larger bits: nothing is taken
     high, above = _bin_of(sum(_counts(_bits(score) >> _LOW_BITS) for score in scores()), num)  # type: ignore[arg-type]
     low_mask = (1 << _LOW_BITS) - 1
+    # Only scores whose upper bits are those of the threshold matter for its lower bits.
     inside = ((bits := _bits(score))[(bits >> _LOW_BITS) == high] & low_mask for score in scores())
     low, above_low = _bin_of(sum(_counts(bits) for bits in inside), num - above)  # type: ignore[arg-type]
     return (high << _LOW_BITS) | low, num - above - above_low
 
 
 def _bits(score: Tensor) -> Tensor:
-    # Adding zero makes -0.0, whose bits are those of the smallest integer, 0.0.
+    # Adding zero turns -0.0, whose bits are those of the smallest integer, into 0.0.
     return (score.float() + 0.0).contiguous().view(torch.int32)
 
 
@@ -114,51 +127,56 @@ def _bin_of(counts: Tensor, num: int) -> tuple[int, int]:
 
 
 def packed(mask: Tensor) -> Tensor:
-    """Pack a mask into bytes, one bit an entry."""
+    """Pack a bool mask into bytes, eight entries in each."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
 
 
 def unpacked(bits: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """Return the mask that `packed` packed."""
+    """Return the bool mask of shape `sizes` from the bytes of `packed`."""
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=sizes[0] * sizes[1]).astype(bool)).view(sizes)
 
 
 class SharedInput:
-    """An orthonormal basis of the inputs of some layers, and what they all read in it, computed once for them."""
+    """An orthonormal basis U of the input of several layers, and the product x U, computed once for all of them."""
 
     def __init__(self, vectors_NN: Tensor, num_outputs: int) -> None:
-        # It stays mapped from the disk, and on a GPU it is there only while it is used.
+        # It stays memory-mapped from disk; a copy on the GPU exists only while it is used.
         self._vectors_NN = vectors_NN
         self.num_outputs = num_outputs
-        """Of all the layers together."""
+        """Number of outputs of all these layers together."""
+        # Weak, so that the input itself is freed after the pass.
         self._read: weakref.ref[Tensor] | None = None
         self._rotated: Tensor | None = None
 
     def vectors(self, like: Tensor) -> Tensor:
-        """Return the basis, (N, N), where and as a tensor is."""
+        """Return the basis, (N, N), on the device and in the dtype of a tensor."""
         return self._vectors_NN.to(like.device, like.dtype)
 
     def rotated(self, x: Tensor) -> Tensor:
-        """Return x U; the layers that are given the same tensor share the product, and its gradient."""
+        """Return x U; layers that are called with the same tensor share the product and its gradient."""
         if self._rotated is None or self._read is None or self._read() is not x:
             self._read, self._rotated = weakref.ref(x), x @ self.vectors(x)
         return self._rotated
 
     def forget(self) -> None:
-        """Let go of what was read."""
+        """Free the last input and its product."""
         self._read = self._rotated = None
 
 
 class RotatedLayer(nn.Module):
-    """A linear layer whose weight is W = W_0 + D U^T; what trains is D, where it is not frozen.
+    """A linear layer with the weight W = W_0 + D U^T, of which the unfrozen entries of D train.
 
-    dL/dD = ((dL/dW) U) * free. It is computed in one of two ways, whichever multiplies less: from dL/dW, added up over the
-    passes of a step and rotated once (then W is made once a step, too); or, in a step of one pass with fewer tokens than the
-    layers behind one input have outputs, from rotated inputs, y = (x U)(W_0 U + D)^T, where no matrix is rotated at all.
+    The gradient is dL/dD = ((dL/dW) U) * free. It is computed in one of two ways, whichever needs fewer multiplications:
+
+    - from dL/dW, summed over the passes of a step and rotated once at the end; W, too, is computed once a step;
+    - from rotated inputs, y = (x U)(W_0 U + D)^T, without rotating a matrix: in a step of a single pass that has fewer tokens
+      than all layers with this input have outputs.
     """
 
     start_MN: Tensor
+    """W_0."""
     free_MN: Tensor
+    """True where D trains."""
 
     def __init__(self, linear: nn.Module, frozen_MN: Tensor, shared: SharedInput | None) -> None:
         super().__init__()
@@ -167,27 +185,32 @@ class RotatedLayer(nn.Module):
         self.register_buffer("start_MN", start_MN, persistent=False)
         self.register_buffer("free_MN", ~frozen_MN, persistent=False)
         self.shared = shared
-        self._made: dict[bool, Tensor] = {}
+        self._matrices: dict[bool, Tensor] = {}
+        """W_0 + D U^T under False, W_0 U + D under True, for the present D."""
         self._pending_MN: Tensor | None = None
+        """Sum of dL/dW over the passes of the running step, before the last one."""
         self._begun = self._is_alone = False
         self._is_last = True
         bias: Any = linear.bias
+        # The plain weight is neither trained nor saved: the module stays in the model, but computes with this layer's matrix.
         del linear._parameters["weight"]
         linear.forward = lambda x: self._apply_to(x, bias)  # type: ignore[method-assign]
 
     def start_step(self) -> None:
-        """Begin with other changes: the optimizer, or a checkpoint, has moved them."""
+        """Drop the matrices of the last step, because the optimizer or a checkpoint has changed D."""
         self._begun = self._is_alone = False
-        self._made.clear()
+        self._matrices.clear()
         if self.shared is not None:
             self.shared.forget()
 
     def start_pass(self, is_last: bool) -> None:
-        """Begin a forward and backward pass of a step; `is_last` says whether gradients are complete after it."""
+        """Begin a forward and backward pass of a step; the step's gradients are complete after the last pass."""
+        # A step of one pass: with several, W is used several times and is worth computing.
         self._is_alone = is_last and not self._begun
         self._begun, self._is_last = True, is_last
 
     def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        # The second way of the class docstring costs T N^2 for x U, the first M N^2 for (dL/dW) U; the product x U is shared.
         by_inputs = self._takes_rotated(x)
         matrix_MN = _Effective.apply(self.change_MN, self, by_inputs)
         if by_inputs:
@@ -198,22 +221,22 @@ class RotatedLayer(nn.Module):
     def _takes_rotated(self, x: Tensor) -> bool:
         num_tokens = x.numel() // x.shape[-1]
         fits = self.shared is not None and num_tokens < self.shared.num_outputs
-        # In bfloat16 a basis is not orthonormal any more.
+        # Not in bfloat16: a basis rounded to 8 bits is not orthonormal any more.
         return fits and self._is_alone and torch.is_grad_enabled() and x.dtype == self.change_MN.dtype
 
     @torch.no_grad()
     def matrix(self, rotated: bool = False) -> Tensor:
-        """Return W or, rotated, W U, (M, N), for the present changes."""
-        if rotated not in self._made:
+        """Return W or, with `rotated`, W U = W_0 U + D, (M, N), for the present D."""
+        if rotated not in self._matrices:
             if rotated:
                 assert self.shared is not None
-                self._made[rotated] = self._start_rotated().add(self.change_MN)
+                self._matrices[rotated] = self._start_rotated().add(self.change_MN)
             else:
-                self._made[rotated] = (self.start_MN + self._in_weights(self.change_MN)).to(self.start_MN.dtype)
-        return self._made[rotated].detach()
+                self._matrices[rotated] = (self.start_MN + self._in_weights(self.change_MN)).to(self.start_MN.dtype)
+        return self._matrices[rotated].detach()
 
     def _start_rotated(self) -> Tensor:
-        """Return W_0 U, made once."""
+        """Return W_0 U, which is computed once."""
         if not hasattr(self, "start_rotated_MN"):
             assert self.shared is not None
             product_MN = self.start_MN @ self.shared.vectors(self.start_MN)
@@ -221,19 +244,28 @@ class RotatedLayer(nn.Module):
         return self.start_rotated_MN  # type: ignore[return-value]
 
     def difference(self, change_MN: Tensor) -> Tensor:
-        """Return D U^T, on the CPU."""
+        """Return W - W_0 = D U^T for a change D, (M, N), on the CPU."""
         return self._in_weights(change_MN.cpu())
 
     def gradient_of_change(self, grad_MN: Tensor, by_inputs: bool) -> Tensor:
-        """Return the gradient of D from that of the matrix used; zeros before a step's last pass, which makes up for them."""
+        """Return dL/dD from the gradient of the matrix that the forward pass used.
+
+        Args:
+            grad_MN: dL/dW, or dL/d(W U) with `by_inputs`.
+            by_inputs: whether the forward pass used rotated inputs.
+
+        Returns:
+            The gradient, (M, N). Before the last pass of a step it is zero, and the last pass returns the sum of all passes.
+        """
         if by_inputs:
-            return grad_MN * self.free_MN
+            return grad_MN * self.free_MN  # d(W U)/dD is the identity
         grad_MN = grad_MN.to(self.change_MN.dtype)
+        # (dL/dW) U is linear: the sum over passes is rotated once (step 4 of methods/warp.py).
         if self._pending_MN is not None:
             grad_MN = self._pending_MN.add_(grad_MN)
         if not self._is_last:
             self._pending_MN = grad_MN
-            return grad_MN.new_zeros(()).expand_as(grad_MN)
+            return grad_MN.new_zeros(()).expand_as(grad_MN)  # one number in memory, whatever the shape
         self._pending_MN = None
         rotated_MN = grad_MN if self.shared is None else grad_MN @ self.shared.vectors(grad_MN)
         return rotated_MN * self.free_MN
@@ -243,7 +275,10 @@ class RotatedLayer(nn.Module):
 
 
 class _Effective(torch.autograd.Function):
-    """The matrix of a layer as a function of its change: the forward pass takes it as it was made, nothing is computed."""
+    """The matrix of a layer as a function of D, with `RotatedLayer.gradient_of_change` as its backward pass.
+
+    Autograd would rotate the gradient in every pass, and keep the intermediate matrices.
+    """
 
     @staticmethod
     def forward(ctx: Any, change_MN: Tensor, layer: RotatedLayer, by_inputs: bool) -> Tensor:

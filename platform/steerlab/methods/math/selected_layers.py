@@ -21,7 +21,7 @@ _TYPES = f"({'|'.join(get_args(LayerType))})"
 
 
 def _listed(value: object) -> object:
-    """Accept one item, or several in a text with commas, in place of a list."""
+    """Return a list for one item, or for several items in a text with commas."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
     return (value,) if isinstance(value, int) else value
@@ -30,12 +30,13 @@ def _listed(value: object) -> object:
 def _known(value: tuple[int | str, ...]) -> tuple[int | str, ...]:
     for item in value:
         if not re.fullmatch(_LAYER, str(item)):
+            # Not a ValueError: pydantic would write "Value error, " before its text.
             message = f"{item!r} is none of {', '.join(_RANGES)}, no number and no span such as 8-15"
             raise PydanticCustomError("layers", "{message}", {"message": message})
     return value
 
 
-# What may be written: a list, one item, or a text with commas.
+# The forms that a job may contain, for the JSON schema: a list, one item, or a text with commas.
 _ListOfLayers = tuple[Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=f"^{_LAYER}$")], ...]
 _WrittenLayers = (
     Annotated[_ListOfLayers, Field(min_length=1)] | int | Annotated[str, Field(pattern=f"^ *{_LAYER} *(, *{_LAYER} *)*$")]
@@ -44,7 +45,7 @@ _ListOfTypes = Annotated[tuple[LayerType, ...], Field(min_length=1)]
 _WrittenTypes = _ListOfTypes | Annotated[str, Field(pattern=f"^ *{_TYPES} *(, *{_TYPES} *)*$")]
 
 Types = Annotated[_ListOfTypes, BeforeValidator(_listed, json_schema_input_type=_WrittenTypes)]
-"""Types of linear layers, in a job a list or a text with commas."""
+"""Types of linear layers; in a job a list, or a text with commas."""
 Layers = Annotated[
     tuple[int | str, ...],
     Field(min_length=1),
@@ -55,7 +56,8 @@ Layers = Annotated[
 
 
 def numbers(layers: tuple[int | str, ...], num_layers: int) -> list[int]:
-    """Return the numbers of the blocks that are named, in order."""
+    """Return the numbers of the named blocks in ascending order, from 0, in a decoder of `num_layers` blocks."""
+    # Rounded up: the thirds together are all blocks, whatever their number.
     third, two_thirds = -(-num_layers // 3), -(-2 * num_layers // 3)
     named = {
         "all": range(num_layers),
@@ -64,14 +66,15 @@ def numbers(layers: tuple[int | str, ...], num_layers: int) -> list[int]:
         "late": range(two_thirds, num_layers),
         "last": range(num_layers - 1, num_layers),
     }
-    found: set[int] = set()
+    blocks: set[int] = set()
     for item in layers:
         if str(item) in named:
-            found.update(named[str(item)])
+            blocks.update(named[str(item)])
         else:
+            # `_known` has checked the form.
             first, last = _SPAN.fullmatch(str(item)).groups()  # type: ignore[union-attr]
-            found.update(range(int(first), int(last or first) + 1))
-    return sorted(found)
+            blocks.update(range(int(first), int(last or first) + 1))
+    return sorted(blocks)
 
 
 def places(model: PreTrainedModel, types: tuple[LayerType, ...], layers: tuple[int | str, ...]) -> list[WeightPlace]:

@@ -1,10 +1,13 @@
-"""Fit maps one after another in a single pass: each on what the source texts cause behind all maps before it.
+"""Fit maps one after another in a single pass, each on the source activations with all earlier maps applied.
 
-The AcT paper (arXiv 2410.23054, section 4) fits place l on activations produced with the maps of places 1..l-1 in force. Done
-place by place that is a forward pass each, O(L^2) in work. Here every batch of source texts runs through the model once, in a
-thread of its own, and stops at each place until all batches are there; the map is fitted on all of them, each applies it to
-what it holds and goes on. One thread computes at a time, so temporary memory is that of one batch; what waits is one layer's
-state a batch. The result is the naive procedure's.
+The AcT paper (arXiv 2410.23054, section 4) fits place l on activations that are computed with the maps of places 1 to l - 1
+applied. Place by place that takes one forward pass for each place, O(L^2) work in L layers. Here every batch of source texts
+runs through the model once, in a thread of its own, and waits at each place for all other batches. The map is then fitted on
+all batches, and each thread applies it to its own activations and continues. The maps are the same as those of the
+place-by-place procedure.
+
+Only one thread computes at a time, so that temporary memory is that of one batch; a waiting batch holds the activations of one
+layer.
 """
 
 from __future__ import annotations
@@ -24,15 +27,18 @@ from steerlab.patches.maps import Map
 
 
 class Reading(NamedTuple):
-    """One batch of source texts: the model's inputs, and which tokens are pooled and which are mapped."""
+    """One batch of source texts."""
 
     inputs: Mapping[str, object]
+    """Keyword arguments of the model."""
     read_BT: Tensor
+    """True for tokens that are pooled for the fit."""
     steered_BT: Tensor
+    """True for tokens on which the maps act."""
 
 
 Fit = Callable[[str, Tensor], Map | None]
-"""(place, pooled activations of all source texts) -> its map; None leaves the place alone."""
+"""(place, pooled activations of all source texts, (N, D)) -> the place's map; None leaves the place as it is."""
 
 
 def fit_in_order(
@@ -46,11 +52,24 @@ def fit_in_order(
 ) -> dict[str, Map]:
     """Fit a map at every place, in the order in which the model runs them, in one pass over the batches.
 
+    Args:
+        model: the model, with other patches attached if it has any.
+        places: the places to map.
+        selection: only its `side` is read: whether the maps act on a module's input or output.
+        batches: all source texts.
+        pooling: how the activations of a text's `read_BT` tokens become one vector.
+        fit: makes the map of one place.
+        progress: called after each place with (number of places done, number of places).
+
+    Returns:
+        The maps by place, in the order in which they were fitted.
+
     Raises:
-        ValueError: what `fit` raised, or a place that a forward pass does not reach or reaches twice.
+        ValueError: `fit` raised it, or a forward pass does not reach a place or reaches it twice.
     """
     walk = _Walk(list(places), batches, pooling, fit, progress)
     handles = [walk.hook(model, place, selection.side) for place in places]
+    # Daemon threads: an interrupted process must not wait for threads that wait for each other.
     threads = [threading.Thread(target=walk.run, args=(model, number), daemon=True) for number in range(len(batches))]
     try:
         for thread in threads:
@@ -66,7 +85,7 @@ def fit_in_order(
 
 
 class _Walk:
-    """Batches that go through the model side by side."""
+    """The shared state of the threads, each of which takes one batch through the model."""
 
     def __init__(
         self,
@@ -80,14 +99,17 @@ class _Walk:
         self._pooling: Pooling = pooling
         self._order: list[str] = []
         self._pooled: dict[int, Tensor] = {}
+        # Hooks are shared by all threads: each thread keeps the number of its batch here.
         self._here = threading.local()
+        # The barrier calls `_meet` in one of the threads, after the last has arrived and before any of them continues.
         self._barrier = threading.Barrier(len(batches), action=self._meet)
+        # Held by the one thread that computes; a thread that waits at the barrier has released it.
         self._computing = threading.Lock()
         self.maps: dict[str, Map] = {}
         self.error: BaseException | None = None
 
     def run(self, model: nn.Module, number: int) -> None:
-        """Take one batch through the model."""
+        """Run one batch through the model; the target of a thread."""
         self._here.number, self._here.place = number, None
         try:
             with self._computing, torch.inference_mode():
@@ -98,23 +120,24 @@ class _Walk:
             missing = [place.name for place in self._places if place.name not in self._order]
             raise ValueError(taps.did_not_run(missing, len(self._places)))
         except threading.BrokenBarrierError:
-            return  # another batch failed, and said why
-        except Exception as error:  # raised again in the caller's thread
+            return  # another thread failed, and has stored its error
+        except Exception as error:  # `fit_in_order` raises it again in the caller's thread
             self.error = self.error or error
-            self._barrier.abort()
+            self._barrier.abort()  # otherwise the other threads would wait for this one for ever
 
     def hook(self, model: nn.Module, place: taps.Tap, side: str) -> RemovableHandle:
-        """Stop at a place, and go on with the mapped value."""
+        """Register the hook that waits at a place and continues with the mapped value."""
         module, where = model.get_submodule(place.module), f"the value of {place.module}"
 
         def edit(value: object) -> object:
-            call = models.running(model)
+            call = models.running(model)  # None in a language model
             z = taps.value_at(value, place.element, where)
             if call is None:
                 z_BTD = taps.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
                 return taps.replaced(value, place.element, self._arrive(place.name, z_BTD).reshape(z.shape))
             if not call.is_read:
                 return value
+            # Only the rows with a prompt are read and mapped; with guidance the other half of the batch has none.
             axis = taps.feature_axis(module, z.dim())
             mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis))
             z_last = z.movedim(axis, -1).clone()
@@ -128,6 +151,7 @@ class _Walk:
         return module.register_forward_hook(lambda _m, _i, output: edit(output))
 
     def _arrive(self, place: str, z_BTD: Tensor) -> Tensor:
+        """Hand over this batch's pooled activations, wait for the place's map, and return the mapped activations."""
         batch = self._batches[self._here.number]
         self._here.place = place
         read_BT = batch.read_BT.to(z_BTD.device)
@@ -138,32 +162,38 @@ class _Walk:
             self._barrier.wait()
         finally:
             self._computing.acquire()
+        # None if `fit` left the place as it is.
         fitted = self.maps.get(place)
         if len(self._order) == len(self._places):
-            raise _Arrived
+            raise _Arrived  # the rest of the forward pass computes nothing that a fit reads
         if fitted is None:
             return z_BTD
+        # In float32, as an attached patch computes it: later places must see the same values as at inference.
         mapped_BTD = fitted(z_BTD.float()).to(z_BTD.dtype)
         steered_BT = taps.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
         return torch.where(steered_BT.unsqueeze(-1), mapped_BTD, z_BTD)
 
     def _meet(self) -> None:
-        """Fit the place where all batches wait; runs in one of their threads."""
+        """Fit the place at which all threads wait; the barrier runs this in one of them."""
         place = self._meeting
         try:
             if place in self._order:
                 raise ValueError(f"{place} runs more than once in a forward pass: which of its values is meant is not clear")
+            # In the order of the batches, not of the threads: the maps do not depend on scheduling.
             pooled_ND = torch.cat([self._pooled[number] for number in range(len(self._batches))])
+            # A fit may differentiate, and inference tensors cannot be used in autograd: hence also the clone.
             with torch.inference_mode(False):
                 fitted = self._fit(place, pooled_ND.clone())
+            # Recorded even without a map: it says that the place has run.
             self._order.append(place)
             if fitted is not None:
                 self.maps[place] = fitted.to(pooled_ND.device)
             self._progress(len(self._order), len(self._places))
         except BaseException as error:
+            # Raised in the barrier's action, it breaks the barrier, and all other threads get BrokenBarrierError.
             self.error = error
             raise
 
 
 class _Arrived(Exception):
-    """Ends a forward pass behind the last place."""
+    """Ends a forward pass at the last place."""

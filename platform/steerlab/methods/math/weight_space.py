@@ -1,7 +1,7 @@
 """Steps 1 to 3 of Safety-WaRP (methods/warp.py): bases, importance and masks of coefficients, and their controls.
 
-First the mathematics, as functions of tensors; then the same on disk, as the preparations of a training make it.
-Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
+The file begins with the mathematics as functions of tensors. The functions after it read and write files, for the preparations
+of a training. Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -28,26 +28,37 @@ from steerlab.storage.tensors import Parts, Shape, write, writing
 
 
 def coefficients(matrix_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
-    """Return W U, or (dL/dW) U, the gradient of the coefficients; without a basis the weights are their own coefficients."""
+    """Return the coefficients W U of a weight, or their gradient (dL/dW) U of a gradient (steps 1 and 2).
+
+    Args:
+        matrix_MN: W or dL/dW.
+        vectors_NN: the basis U; None stands for the identity.
+    """
     return matrix_MN if vectors_NN is None else matrix_MN @ vectors_NN.to(matrix_MN.device)
 
 
 def frozen(
-    scores: Callable[[], Iterable[Tensor]], meant: Sequence[Tensor], num_inputs: Sequence[int], keep_ratio: float
+    scores: Callable[[], Iterable[Tensor]], selected: Sequence[Tensor], num_inputs: Sequence[int], keep_ratio: float
 ) -> Iterator[Tensor]:
-    """Yield for each of some layers which coefficients are frozen (step 3), (M, N): the share with the largest scores of all.
+    """Yield for each layer a mask of its frozen coefficients (step 3), (M, N) bool.
 
-    `scores` yields each layer's scores (M, N), non-negative and float32, and is called several times; `meant` says which
-    outputs take part, (M,): of fused layers, those that are not are frozen.
+    Frozen are the share `keep_ratio`, over all layers together, with the largest scores, and all outputs that are not selected.
+
+    Args:
+        scores: yields each layer's scores, (M, N), non-negative and float32. It is called several times.
+        selected: for each layer a mask of its outputs, (M,); of a fused layer only some outputs may be selected.
+        num_inputs: N of each layer.
+        keep_ratio: share of the selected coefficients that is frozen, from 0 to 1.
     """
-    num = round(keep_ratio * sum(int(meant_M.sum()) * inputs for meant_M, inputs in zip(meant, num_inputs, strict=True)))
+    num = round(keep_ratio * sum(int(outputs_M.sum()) * inputs for outputs_M, inputs in zip(selected, num_inputs, strict=True)))
 
-    def of_meant() -> Iterator[Tensor]:
-        yield from (score_MN[meant_M] for score_MN, meant_M in zip(scores(), meant, strict=True))
+    def selected_scores() -> Iterator[Tensor]:
+        # Queries, keys and values may be one fused layer: the outputs of types that are not selected take no share.
+        yield from (score_MN[outputs_M] for score_MN, outputs_M in zip(scores(), selected, strict=True))
 
-    for taken, meant_M, inputs in zip(rotation.largest(of_meant, num), meant, num_inputs, strict=True):
-        frozen_MN = torch.ones(len(meant_M), inputs, dtype=torch.bool)
-        frozen_MN[meant_M] = taken
+    for taken, outputs_M, inputs in zip(rotation.largest(selected_scores, num), selected, num_inputs, strict=True):
+        frozen_MN = torch.ones(len(outputs_M), inputs, dtype=torch.bool)
+        frozen_MN[outputs_M] = taken
         yield frozen_MN
 
 
@@ -55,16 +66,16 @@ def frozen(
 
 
 class RandomBasis(Frozen, extra="ignore"):
-    """Parameters of random bases."""
+    """Parameters of the stage that draws random bases."""
 
     rotation: Literal["random"] = "random"
     seed: int
     sizes: dict[str, int]
-    """N by the layers' input."""
+    """Width N of each input that the selected layers read, by its name."""
 
 
 class SelectedLayers(Frozen, extra="ignore"):
-    """Parameters of what is computed of some layers, which they select."""
+    """Parameters of the stage that computes the importance of the selected layers."""
 
     of: Literal["gradients", "magnitude"]
     layer_type: tuple[LayerType, ...]
@@ -72,26 +83,28 @@ class SelectedLayers(Frozen, extra="ignore"):
 
 
 class Masks(Frozen, extra="ignore"):
-    """Parameters of the masks."""
+    """Parameters of the stage that computes the masks."""
 
     keep_ratio: float
     scope: Literal["module", "global"]
     places: dict[str, tuple[tuple[int, int], tuple[tuple[int, int], ...] | None]]
-    """By module: its shape (M, N), and the spans of outputs that are meant, None where all are."""
+    """By module: its shape (M, N), and the spans of its outputs that are selected; None selects all outputs."""
     seed: int | None = Field(default=None, exclude_if=lambda seed: seed is None)
-    """Of random scores; None where an importance is read."""
+    """Seed of random scores; None reads the scores from the importance."""
 
 
 def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
-    """Write the eigenvectors of one Gram matrix (step 1)."""
+    """Write the eigenvectors of the inputs of one group of layers (step 1), and return facts about them."""
     moments = Moments.open(source.needed[MOMENTS])
     try:
         basis = rotation.eigenbasis(moments.second_moment(group))
     except ValueError as error:
         raise ValueError(f"basis of the inputs of {group}: {error}") from None
     write(path, {f"{group}/vectors": basis.vectors_NN, f"{group}/values": basis.values_N})
+    # `note` is shown to the user; the other facts are stored beside the part.
     size = len(basis.values_N)
     facts: dict[str, object] = {"rank": basis.rank, "size": size, "vectors": moments.count}
+    # Fewer tokens than dimensions: the null space of C has no preferred basis.
     if basis.rank < size:
         facts["note"] = (
             f"the inputs of {group} span {basis.rank} of {size} directions on {moments.count} tokens of data.safety; others "
@@ -101,7 +114,7 @@ def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
 
 
 def random_basis(source: Source, group: str, path: Path) -> dict[str, object]:
-    """Write a random basis in place of the eigenvectors: the control of step 1."""
+    """Write a random basis instead of the eigenvectors: the control of step 1."""
     params = RandomBasis.model_validate(source.params)
     size = params.sizes[group]
     write(path, {f"{group}/vectors": rotation.random_basis(size, params.seed, group)})
@@ -109,18 +122,20 @@ def random_basis(source: Source, group: str, path: Path) -> dict[str, object]:
 
 
 def importance(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]) -> GradientSums:
-    """Return sums of |dL_b / d(W U)| over batches of safety rows (step 2)."""
+    """Return sums of |dL_b / d(W U)| over batches b of safety rows (step 2), at zero."""
     basis, chosen = _basis_and_places(model, params, needed)
 
     def of(place: WeightPlace, grad_MN: Tensor) -> Tensor:
+        # The absolute value of each batch's gradient, not of their sum, in which opposite signs would cancel.
         return coefficients(grad_MN, basis(place)).abs_()
 
     return GradientSums(model, chosen, of, "data.safety")
 
 
 def magnitude(source: Source, part: str, path: Path) -> dict[str, object]:
-    """Write |W U| in place of the importance: the control that knows nothing of safety."""
+    """Write |W U| instead of the importance: a control that does not depend on the safety rows."""
     assert source.model is not None
+    # Written layer by layer: all of them in float32 may be larger than memory.
     basis, chosen = _basis_and_places(source.model, source.params, source.needed)
     with writing(path, {place.module: Shape(torch.float32, place.shape) for place in chosen}) as writer:
         for place in chosen:
@@ -133,6 +148,7 @@ def _basis_and_places(
     model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]
 ) -> tuple[Callable[[WeightPlace], Tensor | None], list[WeightPlace]]:
     """Return the layers that a stage's parameters select, and a function that gives the basis of each."""
+    # Without a basis (`rotation: none`) the weights are their own coefficients.
     basis = Parts.open(needed["basis"]) if "basis" in needed else None
     layers = SelectedLayers.model_validate(params)
     chosen = places(model.model, layers.layer_type, layers.target_layers)
@@ -140,38 +156,40 @@ def _basis_and_places(
 
 
 def mask(source: Source, part: str, path: Path) -> dict[str, object]:
-    """Write which coefficients are frozen (step 3), a bit each."""
+    """Write the masks of frozen coefficients (step 3), one bit for each coefficient."""
     params = Masks.model_validate(source.params)
-    important = Parts.open(source.needed["importance"]) if "importance" in source.needed else None
+    importances = Parts.open(source.needed["importance"]) if "importance" in source.needed else None
     sizes = {name: shape for name, (shape, _) in params.places.items()}
-    meant = {name: _meant(shape[0], outputs) for name, (shape, outputs) in params.places.items()}
+    outputs = {name: _selected_outputs(shape[0], spans) for name, (shape, spans) in params.places.items()}
 
     def scores(names: list[str]) -> Iterator[Tensor]:
         for name in names:
-            yield _drawn(params.seed, name, sizes[name]) if important is None else important.tensor(name)
+            yield _random_scores(params.seed, name, sizes[name]) if importances is None else importances.tensor(name)
 
+    # `scope`: keep_ratio of each layer by itself, or of all layers together.
     groups = [[name] for name in sizes] if params.scope == "module" else [list(sizes)]
     num_frozen: dict[str, int] = {}
+    # A bit for each coefficient: bytes would take a quarter of the model's own size in float32.
     with writing(path, {name: Shape(torch.uint8, [-(-m * n // 8)]) for name, (m, n) in sizes.items()}) as writer:
         for names in groups:
-            found = frozen(
-                lambda names=names: scores(names), [meant[n] for n in names], [sizes[n][1] for n in names], params.keep_ratio
+            masks = frozen(
+                lambda names=names: scores(names), [outputs[n] for n in names], [sizes[n][1] for n in names], params.keep_ratio
             )
-            for name, frozen_MN in zip(names, found, strict=True):
-                num_frozen[name] = int(frozen_MN[meant[name]].sum())
+            for name, frozen_MN in zip(names, masks, strict=True):
+                num_frozen[name] = int(frozen_MN[outputs[name]].sum())
                 writer.write(name, rotation.packed(frozen_MN))
-    return {"frozen": num_frozen, "meant": {name: int(meant[name].sum()) * sizes[name][1] for name in sizes}}
+    return {"frozen": num_frozen, "meant": {name: int(outputs[name].sum()) * sizes[name][1] for name in sizes}}
 
 
-def _drawn(seed: int | None, name: str, shape: tuple[int, int]) -> Tensor:
-    """Return random scores of a layer, (M, N): those of the same seed and name are the same."""
+def _random_scores(seed: int | None, name: str, shape: tuple[int, int]) -> Tensor:
+    """Return random scores of a layer, (M, N), determined by the seed and the layer's name."""
     assert seed is not None, "without an importance the scores are drawn"
     return torch.rand(shape, generator=rotation.generator(seed, name))
 
 
-def _meant(num_outputs: int, spans: Sequence[tuple[int, int]] | None) -> Tensor:
-    """Return which outputs of a layer are meant, (M,)."""
-    meant_M = torch.full((num_outputs,), spans is None)
+def _selected_outputs(num_outputs: int, spans: Sequence[tuple[int, int]] | None) -> Tensor:
+    """Return a mask of a layer's selected outputs, (M,); None selects all of them."""
+    selected_M = torch.full((num_outputs,), spans is None)
     for start, end in spans or ():
-        meant_M[start:end] = True
-    return meant_M
+        selected_M[start:end] = True
+    return selected_M
