@@ -105,7 +105,7 @@ class Genarm(PatchAlone):
 
     def finished(self, state: dict[str, Tensor]) -> patches.SecondModelPatch:
         """Return the trained reward model as a patch, with its adapters folded into its weights."""
-        patch = patches.SecondModelPatch(models.config_of(self.second))
+        patch = patches.SecondModelPatch(dict(models.config_of(self.second)))
         # Adapters are folded in, so that inference runs a plain model without peft.
         if not isinstance(self.patch, Adapters):
             patch.load_state_dict(state)

@@ -38,7 +38,7 @@ class SecondModelPatch(nn.Module):
         """Make the patch of an existing model, without a copy of its weights."""
         # The constructor makes a model from the config; on the meta device that one takes no memory.
         with torch.device("meta"):
-            patch = cls(models.config_of(second))
+            patch = cls(dict(models.config_of(second)))
         patch.second = second
         return patch
 

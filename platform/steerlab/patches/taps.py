@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from steerlab.guards import expressions
 from steerlab.inputs.drawings import Drawings
 from steerlab.inputs.tokens import GENERATION, PADDING, PHASES, PROMPT, ROLES, Batch
 from steerlab.job import Pooling, Selection, Span
+
+if TYPE_CHECKING:
+    from steerlab.models.kinds import Model
 
 _ELEMENT = re.compile(r"(?P<modules>.*):(?P<element>\d{1,3})")
 
@@ -378,7 +381,7 @@ def rewritten(
     return args, {**kwargs, name: edit(kwargs[name])}
 
 
-def widths(model: nn.Module, steer: Selection) -> dict[str, int]:
+def widths(model: Model, steer: Selection) -> dict[str, int]:
     """Return the width D of each place of a selection, by the place's name, from one small forward pass."""
     places = select(model, steer)
     reader = Reader(model, places, steer.side)

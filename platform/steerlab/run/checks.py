@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from steerlab import evaluation, models
 from steerlab.data import sources
@@ -25,6 +24,9 @@ from steerlab.patches import taps
 from steerlab.run.prompt_checks import check_ids, check_template, state_of
 from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
 from steerlab.stages import Plan
+
+if TYPE_CHECKING:
+    from steerlab.models.kinds import Model
 
 
 def facts_of(planned: Plan) -> models.ModelFacts:
@@ -186,7 +188,7 @@ def _check_places(planned: Plan) -> None:
                 raise ValueError(f"{key}: {error}") from None
 
 
-def _check_runs(chosen: Sequence[taps.Tap], skeleton: nn.Module, outputs: bool) -> None:
+def _check_runs(chosen: Sequence[taps.Tap], skeleton: Model, outputs: bool) -> None:
     """Refuse selected modules that the forward pass never calls, and outputs without a value for each token.
 
     Args:
