@@ -9,54 +9,17 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias, get_args
 
-from pydantic import BaseModel, JsonValue, TypeAdapter
+from pydantic import BaseModel, JsonValue
 
 from steerlab import evaluation, methods
+from steerlab.cli import field_table
 from steerlab.evaluation.statistics.measures import Measure
-from steerlab.job import (
-    ChooseConfig,
-    DataConfig,
-    DataSet,
-    ExtractConfig,
-    JobError,
-    Limit,
-    MethodConfig,
-    ModelConfig,
-    SamplerConfig,
-    ScaleConfig,
-    Selection,
-    TaskConfig,
-    TrackConfig,
-    TrainConfig,
-    WandbConfig,
-    grammar,
-)
-from steerlab.stages import JobType
+from steerlab.job import JobError, TaskConfig, grammar
 
-_Schema: TypeAlias = Mapping[str, JsonValue]
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "job": JobType,
-    "model": ModelConfig,
-    "sampler": SamplerConfig,
-    "data": DataConfig,
-    "data set": DataSet,
-    "extract": ExtractConfig,
-    "selection": Selection,
-    "train": TrainConfig,
-    "scale": ScaleConfig,
-    "choose": ChooseConfig,
-    "choose.within": Limit,
-    "evaluate": TaskConfig,
-    "track": TrackConfig,
-    "track.wandb": WandbConfig,
-}
-"""Sections of a job file by the name that people look for."""
 _CLIP = "hf:openai/clip-vit-base-patch32"
 _DRAWN: dict[str, JsonValue] = {"source": "pixels:digits/test", "format": "text", "seeds": [0, 5]}
 _REQUIRED: dict[str, dict[str, JsonValue]] = {
@@ -96,7 +59,7 @@ class Entry:
 
     def fields(self) -> Iterator[tuple[str, str, str, str]]:
         """Yield name, type with its range, default and meaning of each field."""
-        for name, kind, default, meaning in _fields(self.Config):
+        for name, kind, default, meaning in field_table.rows(self.Config):
             if name.partition(".")[0] not in self.inherited:
                 yield name, kind, default, meaning
 
@@ -112,36 +75,11 @@ def _paragraph(text: str) -> str:
     return "\n".join([*lines[:first], *([""] if first else []), "```text", *lines[first:], "```"])
 
 
-def _fields(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield the fields of a config; those of a config within that is no section of its own follow, under its name."""
-    schema = config.model_json_schema()
-    if "$ref" in schema:  # a config that holds others of its own kind
-        schema = schema["$defs"][schema["$ref"].rpartition("/")[2]]
-    required = _names(schema.get("required"))
-    for name, field in _objects(schema.get("properties")).items():
-        meaning = " ".join(str(field.get("description", "")).split())
-        default = "required" if name in required else _default(config.model_fields[name].get_default(call_default_factory=True))
-        yield f"{prefix}{name}", _type(field), default, meaning
-        for within in _configs_within(config.model_fields[name].annotation):
-            yield from _fields(within, f"{prefix}{name}.")
-
-
-def _configs_within(annotation: object) -> Iterator[type[BaseModel]]:
-    """Yield the configs of an annotation, those of sections, methods and tasks left out: they are described by themselves."""
-    described = {*_SECTIONS.values()}
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        if annotation not in described and not issubclass(annotation, MethodConfig | TaskConfig):
-            yield annotation
-        return
-    for argument in get_args(annotation):
-        yield from _configs_within(argument)
-
-
 def entries() -> list[Entry]:
     """Return everything that can be described: sections, methods, tasks."""
     of_tasks = frozenset(TaskConfig.model_fields)
     return [
-        *(Entry(name, "section", config) for name, config in _SECTIONS.items()),
+        *(Entry(name, "section", config) for name, config in field_table.SECTIONS.items()),
         *(Entry(name, "method", method.Config, frozenset({"name"})) for name, method in methods.METHODS.items()),
         *(Entry(name, "task", task.Config, of_tasks) for name, task in evaluation.TASKS.items()),
     ]
@@ -176,17 +114,17 @@ def _own(file: str) -> Entry:
 
 def catalogue() -> str:
     """Return the whole catalogue as one Markdown page."""
-    found = entries()
+    described = entries()
     parts = [
         "# Catalogue",
         "Methods, tasks, the sections of a job, and sources, with every field. This page is printed by\n"
         "`python -m steerlab describe --all`; a test compares the two. `steerlab describe NAME` prints one entry.",
         *(f"## {title}\n\n{intro}" for title, intro in (("Methods", _METHODS),)),
-        *(_written(entry) for entry in found if entry.kind == "method"),
+        *(_written(entry) for entry in described if entry.kind == "method"),
         f"## Tasks\n\n{_TASKS}",
-        *(_written(entry) for entry in found if entry.kind == "task"),
-        f"## Sections of a job\n\n{_OF_SECTIONS}",
-        *(_written(entry) for entry in found if entry.kind == "section"),
+        *(_written(entry) for entry in described if entry.kind == "task"),
+        f"## Sections of a job\n\n{_OFSECTIONS}",
+        *(_written(entry) for entry in described if entry.kind == "section"),
         _sources(),
     ]
     return "\n\n".join(parts) + "\n"
@@ -194,7 +132,7 @@ def catalogue() -> str:
 
 _METHODS = "Fields of `method`. The arrow after a measure of a task says which way is better."
 _TASKS = "An entry of `evaluate`. The fields that every task has are those of [evaluate](#evaluate-section)."
-_OF_SECTIONS = (
+_OFSECTIONS = (
     "`data set` stands for each data set below `data` and in tasks, `selection` for `extract.select` and `method.steer`."
 )
 
@@ -202,7 +140,7 @@ _OF_SECTIONS = (
 def example(entry: Entry) -> str:
     """Return a minimal use of a method or task: a job of this repository, or an entry of `evaluate`."""
     if entry.kind == "task":
-        return f"{{{', '.join(f'{name}: {_flow(value)}' for name, value in task_example(entry.name).items())}}}"
+        return f"{{{', '.join(f'{name}: {field_table.flow(value)}' for name, value in task_example(entry.name).items())}}}"
     file, override = method_example(entry.name)
     return f"steerlab run {file}{override}"
 
@@ -253,97 +191,3 @@ def _measure(task: str, measure: Measure) -> str:
 def _sources() -> str:
     grammar_text = (inspect.getdoc(grammar) or "").partition("\n\n")[2].strip()
     return f"### source (sources)\n\nWhere models and rows come from.\n\n```text\n{grammar_text}\n```"
-
-
-def _names(value: JsonValue) -> list[str]:
-    return [str(name) for name in value] if isinstance(value, list) else []
-
-
-def _objects(value: JsonValue) -> dict[str, dict[str, JsonValue]]:
-    return {name: one for name, one in value.items() if isinstance(one, dict)} if isinstance(value, dict) else {}
-
-
-_LONGEST = 90
-"""Characters of a default that are shown."""
-
-
-def _default(default: object) -> str:
-    """Write a default; of a config within, what differs from its own defaults."""
-    if isinstance(default, BaseModel):
-        value = default.model_dump(mode="json", exclude_defaults=True)
-    else:
-        value = TypeAdapter(object).dump_python(default, mode="json")
-    if isinstance(value, list) and len(value) > 4:
-        return f"{len(value)} values"
-    text = _flow(value).replace("\n", "\\n").replace("`", "'")
-    return f"`{text}`" if len(text) <= _LONGEST else f"`{text[: _LONGEST - 1]}…`"
-
-
-def _flow(value: JsonValue) -> str:
-    """Write a value as YAML in one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_flow(one)}" for name, one in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, str):
-        return f'"{value}"' if not value or set(value) & set(":#,[]{}") else value
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-_BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-
-
-def _type(field: _Schema) -> str:
-    """Write the type of a field: what it may be and within which range."""
-    if "enum" in field or "const" in field:
-        choices = field.get("enum", [field.get("const")])
-        return " or ".join(f"`{_flow(choice)}`" for choice in choices) if isinstance(choices, list) else ""
-    if "$ref" in field:
-        return _referred(str(field["$ref"]))
-    if isinstance(tagged := field.get("discriminator"), dict):
-        return "[a task](#tasks)" if tagged["propertyName"] == "task" else "[a method](#methods)"
-    for several in ("anyOf", "oneOf", "allOf"):
-        options = field.get(several)
-        if isinstance(options, list):
-            return " or ".join(dict.fromkeys(_type(one) for one in options if isinstance(one, dict)))
-    return _WRITTEN.get(str(field.get("type")), _anything)(field)
-
-
-def _referred(reference: str) -> str:
-    name = reference.rpartition("/")[2]
-    section = next((section for section, config in _SECTIONS.items() if config.__name__ == name), None)
-    return f"[{section}](#{section.replace(' ', '-').replace('.', '')}-section)" if section else f"a {name.lower()}"
-
-
-def _number(field: _Schema) -> str:
-    bounds = ", ".join(f"{sign} {_flow(field[key])}" for key, sign in _BOUNDS if key in field)
-    return ("integer" if field["type"] == "integer" else "number") + (f" {bounds}" if bounds else "")
-
-
-def _array(field: _Schema) -> str:
-    items, prefix = field.get("items"), field.get("prefixItems")
-    if isinstance(prefix, list):
-        return f"pair of {_type(prefix[0])}" if isinstance(prefix[0], dict) else "pair"
-    return f"list of {_type(items)}" if isinstance(items, dict) and items else "list"
-
-
-def _object(field: _Schema) -> str:
-    values = field.get("additionalProperties")
-    return f"names to {_type(values)}" if isinstance(values, dict) and values else "object"
-
-
-def _anything(field: _Schema) -> str:
-    return "any value"
-
-
-_WRITTEN: dict[str, Callable[[_Schema], str]] = {
-    "integer": _number,
-    "number": _number,
-    "array": _array,
-    "object": _object,
-    "string": lambda field: "text",
-    "boolean": lambda field: "true or false",
-    "null": lambda field: "null",
-}

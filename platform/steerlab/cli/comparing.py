@@ -33,31 +33,34 @@ def compare(
             raise ValueError(f"--strength takes one number for both runs, or two, not {len(given)}")
         sides = []
         for folder, own in zip((first, second), (given[0], given[-1]), strict=True):
-            found_root, below = split(folder, root)
-            sides.append(runs.Side(opened_store(root or found_root), below, own))
-        found = runs.compare(*sides)
+            own_root, below = split(folder, root)
+            sides.append(runs.Side(opened_store(root or own_root), below, own))
+        comparison = runs.compare(*sides)
         if as_json:
-            print(json.dumps(_comparison(found), indent=1))
+            print(json.dumps(_as_json(comparison), indent=1))
         else:
-            _print_comparison(found)
+            _print_comparison(comparison)
 
 
-def _comparison(found: Comparison) -> dict[str, object]:
-    metrics = {name: one.difference._asdict() | {"strengths": one.strengths} for name, one in found.metrics.items()}
-    return {"first": found.first._asdict(), "second": found.second._asdict(), "metrics": metrics}
+def _as_json(comparison: Comparison) -> dict[str, object]:
+    metrics = {
+        name: metric.difference._asdict() | {"strengths": metric.strengths} for name, metric in comparison.metrics.items()
+    }
+    return {"first": comparison.first._asdict(), "second": comparison.second._asdict(), "metrics": metrics}
 
 
-def _print_comparison(found: Comparison) -> None:
-    for place, side, named in (("first", 0, found.first), ("second", 1, found.second)):
-        strengths = ", ".join(f"{s:g}" for s in dict.fromkeys(one.strengths[side] for one in found.metrics.values()))
-        at = f", at strength {strengths}" if named.is_steered else ""
-        say_line(f"{place}: {named}{at}")
+def _print_comparison(comparison: Comparison) -> None:
+    runs = (comparison.first, comparison.second)
+    for place, side, run in (("first", 0, runs[0]), ("second", 1, runs[1])):
+        strengths = ", ".join(f"{s:g}" for s in dict.fromkeys(m.strengths[side] for m in comparison.metrics.values()))
+        at = f", at strength {strengths}" if run.is_steered else ""
+        say_line(f"{place}: {run}{at}")
     table = folding_table("metric", "strengths", "second - first", "95 % interval", "n", "more than noise")
-    for name, (d, strengths) in found.metrics.items():
-        sides = zip((found.first, found.second), strengths, strict=True)
-        interval = f"[{d.low:+.3f}, {d.high:+.3f}]".replace("[", "\\[")
-        named = ", ".join(f"{strength:g}" if run.is_steered else "-" for run, strength in sides)
-        table.add_row(name, named, f"{d.value:+.3f}", interval, str(d.n), "yes" if d.low > 0 or d.high < 0 else "no")
+    for name, (difference, strengths) in comparison.metrics.items():
+        interval = f"[{difference.low:+.3f}, {difference.high:+.3f}]".replace("[", "\\[")
+        at = ", ".join(f"{s:g}" if run.is_steered else "-" for run, s in zip(runs, strengths, strict=True))
+        is_more = difference.low > 0 or difference.high < 0
+        table.add_row(name, at, f"{difference.value:+.3f}", interval, str(difference.n), "yes" if is_more else "no")
     console.print(table)
 
 
@@ -70,8 +73,8 @@ def report(
     from steerlab import report as reports
 
     with explained():
-        found = [split(folder, root, or_sweep=True) for folder in runs]
-        opened = [(opened_store(root or found_root), below) for found_root, below in found]
+        folders = [split(folder, root, or_sweep=True) for folder in runs]
+        opened = [(opened_store(root or own_root), below) for own_root, below in folders]
         entries = [reports.read(store, below) for store, below in opened if not below.startswith("sweeps/")]
         with_trials = [reports.read_sweep(store, below) for store, below in opened if below.startswith("sweeps/")]
         reports.write(entries, output, with_trials)

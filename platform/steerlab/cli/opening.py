@@ -120,11 +120,11 @@ def artifact_of(folder: str, root: str | None) -> Artifact:
     from steerlab.run import folder as folders
     from steerlab.storage.plan import located
 
-    found_root, below = split(folder, root)
+    own_root, below = split(folder, root)
     missing = ValueError(f"{folder} is neither a finished run folder (ROOT/runs/NAME/ID) nor an exported model")
-    if found_root is None and not below.startswith("runs/"):
+    if own_root is None and not below.startswith("runs/"):
         raise missing
-    store = opened_store(root or found_root)
+    store = opened_store(root or own_root)
     try:
         summary = folders.read_summary(store, below)
     except FileNotFoundError:

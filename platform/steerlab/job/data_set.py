@@ -1,4 +1,7 @@
-"""Configs of the data sets of a job, and of the places in a model that are read or steered."""
+"""Configs of the data sets of a job, and of the places in a model that are read or steered.
+
+The file is longer than 300 lines because every setting of a data set is described where it is declared.
+"""
 
 from __future__ import annotations
 
