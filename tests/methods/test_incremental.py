@@ -141,6 +141,26 @@ def test_a_place_that_runs_twice_is_refused(tiny_model: PreTrainedModel, batch: 
         fit_in_order(tiny_model, places, SELECTION, [reading(batch)], "mean", fit)
 
 
+def test_batches_that_run_modules_in_another_order_are_refused(tiny_model: PreTrainedModel, batch: Batch) -> None:
+    """Otherwise a map would be fitted on the values of two places."""
+
+    class Either(torch.nn.Module):
+        def __init__(self, first: torch.nn.Module, second: torch.nn.Module) -> None:
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            own, other = (self.first, self.second) if len(x) > 5 else (self.second, self.first)
+            return other(own(x))
+
+    layer = tiny_model.model.layers[0]
+    layer.mlp = Either(torch.nn.Linear(128, 128), torch.nn.Linear(128, 128))
+    places = [taps.Tap(f"model.layers.0.mlp.{name}") for name in ("first", "second")]
+    parts = [reading(part(batch, slice(0, 8))), reading(part(batch, slice(8, 12)))]
+    with pytest.raises(ValueError, match=r"the batches reach .*first.*second at the same time"):
+        fit_in_order(tiny_model, places, SELECTION, parts, "mean", fit)
+
+
 def test_a_place_without_a_map_is_left_alone(tiny_model: PreTrainedModel, batch: Batch) -> None:
     places = taps.select(tiny_model, SELECTION)
     last = IN_ORDER[-1].name

@@ -99,6 +99,7 @@ class _Walk:
         self._pooling: Pooling = pooling
         self._order: list[str] = []
         self._pooled: dict[int, Tensor] = {}
+        self._waiting: dict[int, str] = {}
         # Hooks are shared by all threads: each thread keeps the number of its batch here.
         self._here = threading.local()
         # The barrier calls `_meet` in one of the threads, after the last has arrived and before any of them continues.
@@ -110,7 +111,7 @@ class _Walk:
 
     def run(self, model: nn.Module, number: int) -> None:
         """Run one batch through the model; the target of a thread."""
-        self._here.number, self._here.place = number, None
+        self._here.number = number
         try:
             with self._computing, torch.inference_mode():
                 try:
@@ -153,10 +154,9 @@ class _Walk:
     def _arrive(self, place: str, z_BTD: Tensor) -> Tensor:
         """Hand over this batch's pooled activations, wait for the place's map, and return the mapped activations."""
         batch = self._batches[self._here.number]
-        self._here.place = place
         read_BT = batch.read_BT.to(z_BTD.device)
         self._pooled[self._here.number] = taps.pool(taps.per_token(z_BTD, tuple(read_BT.shape)), read_BT, self._pooling)
-        self._meeting = place
+        self._waiting[self._here.number] = place
         self._computing.release()
         try:
             self._barrier.wait()
@@ -175,8 +175,14 @@ class _Walk:
 
     def _meet(self) -> None:
         """Fit the place at which all threads wait; the barrier runs this in one of them."""
-        place = self._meeting
+        places = set(self._waiting.values())
+        place = self._waiting[0]
         try:
+            if len(places) > 1:
+                raise ValueError(
+                    f"the batches reach {models.listed(sorted(places))} at the same time: the model runs its modules in "
+                    "another order for other texts, so that maps cannot be fitted one after another; set method.incremental: false"
+                )
             if place in self._order:
                 raise ValueError(f"{place} runs more than once in a forward pass: which of its values is meant is not clear")
             # In the order of the batches, not of the threads: the maps do not depend on scheduling.
