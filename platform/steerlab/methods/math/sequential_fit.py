@@ -181,7 +181,8 @@ class _Walk:
             if len(places) > 1:
                 raise ValueError(
                     f"the batches reach {models.listed(sorted(places))} at the same time: the model runs its modules in "
-                    "another order for other texts, so that maps cannot be fitted one after another; set method.incremental: false"
+                    "another order for other texts, so maps cannot be fitted one after another; set "
+                    "method.incremental: false"
                 )
             if place in self._order:
                 raise ValueError(f"{place} runs more than once in a forward pass: which of its values is meant is not clear")
