@@ -70,6 +70,7 @@ def modules_that_run(skeleton: Model) -> dict[str, object] | None:
     if isinstance(skeleton, Diffusion):
         return None
     outputs: dict[str, object] = {}
+    # `name=name` binds the value of this round; without it every hook would use the last name.
     handles = [
         module.register_forward_hook(lambda _m, _i, output, name=name: outputs.update({name: output}))
         for name, module in skeleton.named_modules()

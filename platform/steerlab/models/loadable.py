@@ -39,6 +39,7 @@ def prepare(directory: Path) -> Path:
         return directory
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory} holds an adapter without its model: merge it into the model with peft, and give that")
+    # Repositories may keep each quantisation in a folder of its own.
     gguf = sorted([*directory.glob("*.gguf"), *directory.glob("*/*.gguf")])
     if len(gguf) != 1:
         present = f"{len(gguf)} GGUF files" if gguf else "neither config.json nor a GGUF file"

@@ -111,6 +111,7 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Pr
     """
     directory = Path(directory)
     alone = any((directory / name).is_file() for name in _TOKENIZER_FILES)
+    # A folder with a tokenizer only is no model, so `prepare` would refuse it.
     directory = directory if alone else prepare(directory)
     architecture.check_tokenizer_code(directory, trust_remote_code)
     with explained(f"the tokenizer in {directory}"):
@@ -240,6 +241,7 @@ def start_training(model: Model, checkpointing: bool) -> None:
 def save_trained(model: Model, weights: Mapping[str, Tensor], directory: Path) -> None:
     """Save a model with trained weights, given by parameter name, as a checkpoint that transformers or diffusers loads."""
     if isinstance(model, Diffusion):
+        # Not strict, because `weights` holds parameters only: buffers stay as they were loaded.
         model.load_state_dict(dict(weights), strict=False)
         model.pipeline.save_pretrained(directory)
         return

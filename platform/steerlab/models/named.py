@@ -75,7 +75,8 @@ def load(directory: Path, kind: Kind, optional: tuple[str, ...] = ()) -> PreTrai
     weights.check_files(directory)
     model: Any = None
     with explained(f"the checkpoint {directory}"), weights.without_its_report():
-        # First on the meta device: weights that no file holds would be filled with random numbers, in any amount of memory.
+        # First on the meta device: weights that no file holds would be filled with random numbers, and a wrong config may
+        # describe more of them than fit into memory.
         for place in ({"device_map": "meta"}, {}):
             model, loading_info = kind.from_pretrained(
                 directory,
@@ -92,6 +93,7 @@ def load(directory: Path, kind: Kind, optional: tuple[str, ...] = ()) -> PreTrai
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model that a task uses. Raises ValueError if it is missing or its maximum length is invalid."""
     tokenizer = loading.load_tokenizer(directory)
+    # Read from a file, so it may be of any type.
     longest: object = tokenizer.model_max_length
     if not isinstance(longest, int | float) or longest < 1:
         raise ValueError(f"the tokenizer in {directory} has model_max_length {longest!r:.40}, which is no number of tokens")

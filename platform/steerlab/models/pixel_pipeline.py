@@ -132,6 +132,7 @@ class PixelPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:
             self.scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+        # Schedulers parametrised by sigma, such as Euler's, start from noise of another standard deviation than 1.
         x_BCHW = x_BCHW * self.scheduler.init_noise_sigma
         step_arguments = self._step_arguments(generator)
         for t in self.scheduler.timesteps:

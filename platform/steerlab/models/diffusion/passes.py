@@ -45,6 +45,7 @@ class Pass:
             return strength_B
         each_B = torch.ones(num_images, device=self.device) if strength_B is None else strength_B
         if self.steers_all:
+            # Both halves hold the images in the same order.
             return torch.cat([each_B] * (self.num_rows // num_images))
         # Strength 0 leaves the rows without a prompt as the unsteered model computes them.
         spread_R = torch.zeros(self.num_rows, dtype=each_B.dtype, device=each_B.device)

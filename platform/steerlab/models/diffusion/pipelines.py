@@ -169,11 +169,12 @@ class Diffusion(nn.Module):
             self._check_finite(images_BCHW, "the image is NaN or infinite after the denoiser (scheduler or decoder),")
             return images_BCHW
         except (ValueError, TypeError) as error:
+            # A scheduler may refuse the values only when it is called; the message is to name the setting.
             if "timesteps" in str(error) and self.sampler.timesteps is not None:
                 raise ValueError(f"sampler.timesteps: {error}") from None
             raise
         finally:
-            here.seeds = None
+            here.seeds = None  # the drawing is over: a later call of the denoiser alone is no pass
 
     def _schedule(self, steps: int | None) -> dict[str, object]:
         sampler, takes = self.sampler, arguments_of(type(self.pipeline))
@@ -237,6 +238,7 @@ class Diffusion(nn.Module):
             torch.set_grad_enabled(here.grad)
         if output is None:
             return  # the denoiser raised an error, or the reader of activations stopped it after the last module that it reads
+        # Checked in every pass, because NaN spreads from its first step to all later ones.
         self._check_finite(output[0], "the denoiser gives a NaN or infinite value for the image")
 
     def _check_finite(self, value_R: Tensor, what: str) -> None:

@@ -37,6 +37,7 @@ def scheduler_like(own: Any, sampler: SamplerConfig) -> Any:
             f"sampler.scheduler {kind.__name__}: the pipeline cannot take it in place of its {type(own).__name__}; it takes "
             f"{', '.join(sorted(mine))}"
         )
+    # `from_config` ignores settings that the class does not have.
     unknown = [name for name in sampler.options if name not in inspect.signature(kind.__init__).parameters]
     if unknown:
         raise ValueError(f"sampler.options.{unknown[0]}: {kind.__name__} has no such setting")

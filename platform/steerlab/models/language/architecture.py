@@ -1,4 +1,4 @@
-"""Read a checkpoint's config, choose the class of transformers that loads it, and refuse what is not a causal language model."""
+"""Read a checkpoint's config, choose the class that loads it, and refuse what is not a causal language model."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ def model_class(config: PreTrainedConfig) -> Any:
     """Return the auto class that builds the model: that of language models, or that of models which also read images."""
     is_listed = type(config) in transformers.AutoModelForCausalLM._model_mapping
     has_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    # A type in both tables is loaded as a language model, without the part that reads images.
     return transformers.AutoModelForCausalLM if is_listed or has_code else transformers.AutoModelForImageTextToText
 
 
@@ -150,6 +151,7 @@ def check_quantisation(config: PreTrainedConfig) -> None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
+    # A dict as read from the file; transformers replaces it by an object when it loads the weights.
     method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     try:
         AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment()
@@ -191,7 +193,8 @@ def _is_required(name: str, parameter: inspect.Parameter) -> bool:
 
 
 def make(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """Build a model on the meta device, with its default attention kernel. Raises ValueError if its class refuses the config."""
+    """Build a model on the meta device with its default attention. Raises ValueError if its class refuses the config."""
+    # On the meta device a tensor has a shape and no memory, so the size in the config does not matter.
     with torch.device("meta"), explained(f"a model of {type(config).__name__}"):
         return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
 

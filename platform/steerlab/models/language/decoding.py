@@ -110,6 +110,7 @@ def _same_after_padding(model: PreTrainedModel) -> bool:
 
 def _decoded(model: PreTrainedModel, padding: int) -> Tensor:
     """Return the logits after a short row with `padding` columns on its left and after each token that continues it, (T, V)."""
+    # Different tokens, so that a shift of positions shows; the modulo is for test models of few tokens.
     ids = torch.arange(1, 1 + _PROBE_TOKENS + _PROBE_STEPS, device=model.device) % text_config(model).vocab_size
     ids_1T = torch.cat([ids.new_zeros(padding), ids])[None]
     mask_1T = torch.cat([ids.new_zeros(padding), torch.ones_like(ids)])[None]
@@ -131,6 +132,7 @@ def _decoded(model: PreTrainedModel, padding: int) -> Tensor:
 
 def max_positions(model: PreTrainedModel) -> float:
     """Return the length of a language model's context in tokens; infinity if its config names no limit."""
+    # Models without positions, such as Mamba, have no such key.
     limit = getattr(text_config(model), "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else math.inf  # XLNet says -1
 

@@ -142,6 +142,7 @@ def check_files(directory: Path) -> None:
                 pass
         except (SafetensorError, OSError, struct.error) as error:
             raise ValueError(f"{file} cannot be read, as if it was not copied to its end: {error}") from None
+    # Other .bin files, such as training_args.bin, hold no weights.
     for file in sorted(directory.glob("pytorch_model*.bin")):
         try:
             # On the meta device, memory-mapped: no values are read. `weights_only`, because a pickle may run code.
