@@ -83,9 +83,7 @@ def fold_low_rank(model: PreTrainedModel, name: str, up_DR: Tensor, down_RD: Ten
             return
         if not isinstance(module, nn.Linear) and (module is None or not stores_transposed(module)):
             kind = "an element of a tuple" if module is None else f"a {type(module).__name__}"
-            raise ValueError(
-                f"{name} is {kind}: only the map of a linear layer or an embedding of such a kind folds into weights"
-            )
+            raise ValueError(f"{name} is {kind}: only a map of the output of a linear layer or an embedding folds into weights")
         weight_DN = module.weight.double().T if stores_transposed(module) else module.weight.double()
         if module.bias is None and bool(shift_D.any()):
             _declare_bias(model, name)
@@ -159,7 +157,7 @@ def _scale_gain(norm: nn.Module, scale_D: Tensor, shift_D: Tensor | None = None)
         if torch.allclose(norm(probe).double(), wanted, rtol=1e-2, atol=1e-3):
             return
     weight.copy_(before)
-    raise ValueError(f"the gain of a {type(norm).__name__} is not kept in a way that is known here")
+    raise ValueError(f"a {type(norm).__name__} stores neither its gain nor its gain minus one as weight: the map has no place")
 
 
 def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> dict[str, nn.Linear]:
