@@ -206,7 +206,7 @@ def test_a_nan_behind_the_denoiser_names_step_and_seed(digits_dir: Path) -> None
         return found
 
     scheduler.step = overflowing
-    with pytest.raises(FloatingPointError, match=r"step 2: .* behind the denoiser \(scheduler or decoder\), of seed 41"):
+    with pytest.raises(FloatingPointError, match=r"step 2: .* after the denoiser \(scheduler or decoder\), of seed 41"):
         drawn(model, what=[Drawing("bold three", 40, 64), Drawing("thin one", 41, 64)])
 
 

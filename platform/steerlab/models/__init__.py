@@ -1,4 +1,4 @@
-"""Causal language models and diffusion pipelines; the only folder that knows the attribute names of architectures."""
+"""Causal language models and diffusion pipelines. Only this folder uses the attribute names of architectures."""
 
 from steerlab.models import named
 from steerlab.models.kinds import (

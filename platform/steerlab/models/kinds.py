@@ -1,4 +1,7 @@
-"""What language models and pipelines answer differently, so that nobody else asks which of them a model is."""
+"""Questions that language models and diffusion pipelines answer differently.
+
+Other folders call these functions and need not know which kind of model they have.
+"""
 
 from __future__ import annotations
 
@@ -23,50 +26,51 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Model: TypeAlias = PreTrainedModel | Diffusion
-    """Every model is one of these two."""
+    """A language model of transformers, or a diffusion pipeline."""
 
 DRY_SHAPE_BT = (3, 11)
-"""Rows and tokens of a pass without weights: sizes that no other axis is likely to have."""
+"""Rows and tokens of a forward pass on the meta device: sizes that no other axis of a model is likely to have."""
 
 
 def steered_part(model: nn.Module) -> str | None:
-    """Return the part of a pipeline that is read and steered; None where that is all of the model."""
+    """Return the name of the denoiser, the part of a pipeline that is read and steered; None for a language model."""
     return model.denoiser_name if isinstance(model, Diffusion) else None
 
 
 def running(model: nn.Module) -> Pass | None:
-    """Return the pass of a drawing that runs in this thread; None in a language model."""
+    """Return the denoiser's pass that runs in this thread (see `Diffusion.now`); None for a language model."""
     return model.now if isinstance(model, Diffusion) else None
 
 
 def unsteered_share(model: nn.Module) -> str | None:
-    """Say on which part of what a model computes patches do not act; None where they act on all of it."""
+    """Describe the steps or rows of a pipeline on which patches do not act; None if they act on all."""
     return model.unsteered_share() if isinstance(model, Diffusion) else None
 
 
 def num_reads(model: nn.Module) -> int:
-    """Return how often a module is read in one call of the model."""
+    """Return how often the activations of a module are recorded in one call of the model."""
     return model.num_reads if isinstance(model, Diffusion) else 1
 
 
 def max_positions(model: Model) -> float:
-    """Return how many tokens a model's context holds; infinity where its config names no limit, or it reads no tokens."""
+    """Return the length of a model's context in tokens; infinity for a pipeline, or if the config names no limit."""
     return math.inf if isinstance(model, Diffusion) else decoding.max_positions(model)
 
 
 def alike_up_to(model: Model) -> float:
-    """Return the number of tokens up to which a row is computed alike in every batch; infinity for most models."""
+    """Return the length in tokens up to which a row's result does not depend on its batch; infinity for most models."""
     return math.inf if isinstance(model, Diffusion) else decoding.alike_up_to(model)
 
 
 def modules_that_run(skeleton: Model) -> dict[str, object] | None:
-    """Return the modules that take part in a forward pass over `DRY_SHAPE_BT` tokens with what they return.
+    """Return the outputs of all modules, by path, that run in a forward pass over `DRY_SHAPE_BT` tokens on the meta device.
 
-    No weights are needed. None where that cannot be said.
+    None for a pipeline, and for a model whose forward pass needs the values of tensors.
     """
     if isinstance(skeleton, Diffusion):
         return None
     outputs: dict[str, object] = {}
+    # `name=name` binds the value of this round; without it every hook would use the last name.
     handles = [
         module.register_forward_hook(lambda _m, _i, output, name=name: outputs.update({name: output}))
         for name, module in skeleton.named_modules()
@@ -77,10 +81,10 @@ def modules_that_run(skeleton: Model) -> dict[str, object] | None:
 
 
 def check_head(skeleton: PreTrainedModel) -> None:
-    """Refuse a model whose logits are not what its head makes of the last hidden state, found without weights.
+    """Check, without weights, that a model's logits are a linear function of the last hidden state.
 
     Raises:
-        ValueError: the logits are scaled or capped after the head, or the head is no linear layer.
+        ValueError: The model scales or caps its logits after the head, or its head is not a linear layer.
     """
     output_head = head(skeleton)
     if not isinstance(output_head, nn.Linear):
@@ -94,20 +98,21 @@ def check_head(skeleton: PreTrainedModel) -> None:
 
 @lru_cache(maxsize=16)
 def _changes_logits(skeleton: PreTrainedModel) -> bool:
-    """Say whether a skeleton returns other logits than its head makes. Plans of one model share its skeleton."""
-    of_head: list[object] = []
-    handle = head(skeleton).register_forward_hook(lambda _m, _i, logits: of_head.append(logits))
+    """Return whether the model changes the logits after its head; cached, because plans of one model share its skeleton."""
+    head_outputs: list[object] = []
+    handle = head(skeleton).register_forward_hook(lambda _m, _i, logits: head_outputs.append(logits))
     out = _dry_run(skeleton, [handle], small_inputs(skeleton))
-    return out is not None and not any(out.logits is logits for logits in of_head)
+    # Tensors on the meta device have no values to compare: the same object means that nothing was computed after the head.
+    return out is not None and not any(out.logits is logits for logits in head_outputs)
 
 
 def _dry_run(skeleton: PreTrainedModel, handles: Sequence[RemovableHandle], inputs: Mapping[str, object]) -> Any:
-    """Return the output of a short call of a model without weights, and take hooks off; None where it cannot be called."""
+    """Call a model on the meta device, remove the hooks, and return its output; None if the call needs values of tensors."""
     try:
-        # Given a cache, transformers does not look at the positions for several rows in one.
+        # Without a cache, transformers (5.23) looks at the positions' values to see whether a row packs several sequences.
         with _WithoutValues():
             return skeleton(**inputs, **empty_cache(skeleton), use_cache=True)
-    except (RuntimeError, NotImplementedError, TypeError):  # more looks at values than `_WithoutValues` knows
+    except (RuntimeError, NotImplementedError, TypeError):  # an operation that reads values
         return None
     finally:
         for handle in handles:
@@ -115,20 +120,22 @@ def _dry_run(skeleton: PreTrainedModel, handles: Sequence[RemovableHandle], inpu
 
 
 class _WithoutValues(TorchDispatchMode):
-    """Lets a model without weights answer where it looks at a value, or calls a kernel that is picky about types."""
+    """Replaces operations that fail on the meta device, where tensors have shapes but no values."""
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
+        # `tensor.item()` and `if tensor:`; which branch the model then takes does not matter for the shapes.
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False
+        # The experts' grouped product: its implementation for the meta device takes bfloat16 only (torch 2.13).
         if func is torch.ops.aten._grouped_mm.default:
             return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
 def small_inputs(model: Model) -> dict[str, object]:
-    """Return arguments of a short call of the model, by which the widths of modules are found."""
+    """Return the arguments of a short call of the model, which is made to learn the shapes of modules' outputs."""
     if isinstance(model, Diffusion):
         return {"prompts": [model.small_prompt], "seeds": [0]}
     return {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=model.device)}

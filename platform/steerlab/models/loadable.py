@@ -1,4 +1,4 @@
-"""Make a folder one that transformers loads directly: a GGUF file is dequantised once, into the cache."""
+"""Check a model's folder, and convert a GGUF file into a checkpoint that transformers loads directly."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from steerlab.models.diffusion import saved_pipelines
 from steerlab.models.language import gguf_header, weights
 
 _MOST_OWN, _MOST_COMPUTED = 10**6, 2**28
-"""Parameters that a model may have beyond those in its GGUF file, before it is looked at which are missing; and numbers that
-its class computes, such as masks."""
+"""Largest number of parameters, and of elements of buffers such as masks, that a model may have beyond those in its GGUF file.
+Whether parameters are missing is checked after loading; these bounds keep an absurd header from filling the memory before."""
 
 
 def prepare(directory: Path) -> Path:
-    """Return a directory that transformers loads directly; a GGUF file is dequantised once, into the cache.
+    """Return a directory that transformers loads directly: `directory` itself, or the dequantised copy of its GGUF file.
+
+    The copy is made once and lies in the cache.
 
     Raises:
-        ValueError: the directory holds no model, several, or what is no file.
+        ValueError: The directory holds no model, several models, an adapter, or entries that are not regular files.
     """
     files.check_folder(directory)
     is_model = (directory / "config.json").is_file()
@@ -37,10 +39,13 @@ def prepare(directory: Path) -> Path:
         return directory
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{directory} holds an adapter without its model: merge it into the model with peft, and give that")
+    # Repositories may keep each quantisation in a folder of its own.
     gguf = sorted([*directory.glob("*.gguf"), *directory.glob("*/*.gguf")])
     if len(gguf) != 1:
-        found = f"{len(gguf)} GGUF files" if gguf else "neither config.json nor a GGUF file"
-        raise ValueError(f"{directory} holds no model: expected config.json, model_index.json or one .gguf file, found {found}")
+        present = f"{len(gguf)} GGUF files" if gguf else "neither config.json nor a GGUF file"
+        raise ValueError(
+            f"{directory} holds no model: expected config.json, model_index.json or one .gguf file, found {present}"
+        )
     return _dequantise(gguf[0])
 
 
@@ -48,9 +53,10 @@ def _dequantise(gguf: Path) -> Path:
     from transformers import GgufConfig
 
     state = gguf.stat()
-    # In the cache, by its content: what lies beside the file may be read only, or somebody else's.
+    # In the cache, named by the hash of its content: the file's own folder may be read-only or belong to somebody else.
     target = sources.cache_root() / "gguf" / sources.file_sha256(gguf, state.st_size, state.st_mtime_ns)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Workers of one machine share the cache: the first one converts the file, the others wait.
     with files.locked(target.with_suffix(".lock")):
         if not target.exists():
             with explained(f"the GGUF file {gguf}"):
@@ -71,30 +77,31 @@ def _dequantise(gguf: Path) -> Path:
                 transformers.AutoTokenizer.from_pretrained(
                     gguf.parent, gguf_file=gguf.name, trust_remote_code=False
                 ).save_pretrained(Path(scratch, "model"))
+                # Renamed last, so that a directory under this name is always complete.
                 Path(scratch, "model").rename(target)
     return target
 
 
 def _check_gguf(gguf: Path) -> None:
-    """Refuse a header that claims more than the file holds, and sizes of which it holds no tensors: transformers would make
-    them all.
+    """Check a GGUF file before transformers allocates what its header describes.
 
     Raises:
-        ValueError: with the first such claim.
+        ValueError: The header claims more than the file holds, or describes a model that is larger than the file's tensors.
     """
     files.check(gguf)
     if (gguf.parent / "adapter_config.json").exists():
         raise ValueError(f"{gguf.parent} holds a GGUF file and an adapter (adapter_config.json): take the adapter's files away")
     header = gguf_header.read(gguf)
     layers = [number for name, number in header.numbers.items() if name.endswith(".block_count")]
+    # Checked before the model is built: on the meta device too, each layer costs time and memory for its modules.
     if not layers or max(layers) > len(header.elements):
-        said = f"that it has {max(layers):,} layers" if layers else "no number of layers"
-        raise ValueError(f"{gguf} says {said}, and holds {len(header.elements)} tensors")
+        claim = f"that it has {max(layers):,} layers" if layers else "no number of layers"
+        raise ValueError(f"{gguf} says {claim}, and holds {len(header.elements)} tensors")
     config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     counts.check_counts(config.to_dict(), str(gguf))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    made, held = sum(p.numel() for p in model.parameters()), sum(header.elements.values())
+    num_parameters, num_stored = sum(p.numel() for p in model.parameters()), sum(header.elements.values())
     computed = sum(buffer.numel() for buffer in model.buffers())
-    if made > held + _MOST_OWN or computed > held + _MOST_COMPUTED:
-        raise ValueError(f"{gguf} describes a model of {made + computed:,} numbers, and holds {held:,}")
+    if num_parameters > num_stored + _MOST_OWN or computed > num_stored + _MOST_COMPUTED:
+        raise ValueError(f"{gguf} describes a model of {num_parameters + computed:,} numbers, and holds {num_stored:,}")

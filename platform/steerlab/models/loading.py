@@ -1,4 +1,4 @@
-"""Read and write checkpoints: whole models, their sizes without weights, models like another one."""
+"""Load and save models and tokenizers, and read a model's sizes without its weights."""
 
 from __future__ import annotations
 
@@ -37,18 +37,25 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model before its weights are loaded; methods check their settings against it."""
+    """Sizes of a model, read before its weights are loaded; methods check their settings against them."""
 
     architecture: str
+    """Name of the class of the model or pipeline."""
     hidden_size: int
+    """Width of the hidden states; for a pipeline, that of the widest level of the denoiser."""
     num_layers: int
+    """Number of decoder layers; for a pipeline, of levels or blocks of the denoiser."""
     vocab_size: int
+    """Number of tokens; 0 for a pipeline."""
     num_parameters: int
     max_positions: int
+    """Length of the context in tokens; 0 means that the config names no limit."""
     has_pad_token: bool
+    """Whether the tokenizer has a padding token."""
     num_embeddings: int = 0
-    """Rows of the input embedding; 0 where ids are none of the model's inputs."""
+    """Rows of the input embedding; 0 for a pipeline, which takes no token ids."""
     kind: str = "causal_lm"
+    """causal_lm or diffusion."""
 
 
 def load_model(
@@ -60,13 +67,21 @@ def load_model(
     sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a checkpoint in evaluation mode; a directory with a config but no weights is initialised from `seed`.
+    """Load a model in evaluation mode.
 
-    A pipeline becomes a `pipelines.Diffusion`, which draws as `sampler` (the fields of `SamplerConfig`) says. A language model
-    without sdpa runs with eager attention. Code that comes with a checkpoint runs only with `trust_remote_code`.
+    Args:
+        directory: Folder of a checkpoint of transformers, of a diffusion pipeline, or with one GGUF file.
+        dtype: Type of the weights: float32, bfloat16 or float16.
+        attention: Attention kernel of a language model. A model that does not support sdpa runs with eager attention.
+        seed: Seed of the initial weights, where the folder holds a config but no weights.
+        sampler: Fields of `SamplerConfig`, for a diffusion pipeline; None for its defaults.
+        trust_remote_code: Whether to run Python code that comes with the checkpoint.
+
+    Returns:
+        A `PreTrainedModel`, or a `Diffusion` for a pipeline.
 
     Raises:
-        ValueError: the checkpoint is not complete, or is no causal language model's.
+        ValueError: The checkpoint is not complete, or does not hold a causal language model.
     """
     directory = prepare(Path(directory))
     if saved_pipelines.is_pipeline(directory):
@@ -82,19 +97,21 @@ def load_model(
         with explained(f"the checkpoint {directory}"):
             return weights.load(directory, kwargs).eval()
     config = architecture.read_config(directory, trust_remote_code)
+    # The caller's random numbers must not depend on whether weights were initialised here.
     with torch.random.fork_rng(), explained(f"the config in {directory}"):
         torch.manual_seed(seed)
         return architecture.model_class(config).from_config(config, **kwargs).eval()
 
 
 def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model, or in a folder of its own.
+    """Load the tokenizer in a model's folder, or in a folder of its own.
 
     Raises:
-        ValueError: it needs code that is not trusted, or there is none.
+        ValueError: The folder has no tokenizer, or the tokenizer needs code that is not trusted or multiplies a text's length.
     """
     directory = Path(directory)
     alone = any((directory / name).is_file() for name in _TOKENIZER_FILES)
+    # A folder with a tokenizer only is no model, so `prepare` would refuse it.
     directory = directory if alone else prepare(directory)
     architecture.check_tokenizer_code(directory, trust_remote_code)
     with explained(f"the tokenizer in {directory}"):
@@ -124,8 +141,9 @@ def facts(directory: str | Path, trust_remote_code: bool = False) -> ModelFacts:
 
 
 def _facts_of_pipeline(model: Diffusion) -> ModelFacts:
-    """Sizes of a pipeline; width and depth, for estimates, are those of its widest level and of its blocks."""
+    """Return the sizes of a pipeline. Width and depth are rough, for estimates of memory and time."""
     config = model.config
+    # A UNet lists a width for each level; a transformer has one width and a number of blocks.
     widths = getattr(config, "block_out_channels", None)
     width = max(widths) if widths else config.num_attention_heads * config.attention_head_dim
     depth = len(widths) if widths else getattr(config, "num_layers", 1)
@@ -134,7 +152,7 @@ def _facts_of_pipeline(model: Diffusion) -> ModelFacts:
 
 
 def skeleton(directory: str | Path, trust_remote_code: bool = False) -> Any:
-    """Return a model's modules without any weights: their paths and shapes, to be read only."""
+    """Return a model on the meta device: modules, paths and shapes, but no values. Callers share it and must not change it."""
     directory = prepare(Path(directory))
     if saved_pipelines.is_pipeline(directory):
         return saved_pipelines.skeleton(directory)
@@ -142,10 +160,11 @@ def skeleton(directory: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def check_checkpoint(directory: str | Path, attention: str, trust_remote_code: bool = False) -> None:
-    """Refuse a language model that cannot be loaded, before it is; warn where it is not loaded quite as asked.
+    """Check that a language model can be loaded, without its values; warn if it runs with another attention kernel.
 
     Raises:
-        ValueError: weights are missing or need a library that is not there, or the model lacks the kernel of attention.
+        ValueError: Weights are missing, their quantisation needs a library that is not installed, or the model does not
+            support the attention kernel.
     """
     directory = prepare(Path(directory))
     if saved_pipelines.is_pipeline(directory):
@@ -158,27 +177,32 @@ def check_checkpoint(directory: str | Path, attention: str, trust_remote_code: b
 
 
 def config_of(model: PreTrainedModel) -> JsonObject:
-    """Return a model's config as JSON values, from which `from_config` makes one like it, without where it was read from."""
+    """Return a model's config as JSON values without the path that it was read from; `from_config` builds a model of it."""
     config: JsonObject = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)
     return config
 
 
 def from_config(config: Mapping[str, Any]) -> PreTrainedModel:
-    """Return a model with random weights, float32."""
+    """Return a float32 model with random weights, built from the JSON values of a config."""
     own = transformers.AutoConfig.for_model(**config)
     return architecture.model_class(own).from_config(own, dtype=torch.float32, trust_remote_code=False)
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """Return a copy of a model that has its first decoder layers only. Raises ValueError if it has no more than these."""
+    """Return a copy of a model with only its first `num_layers` decoder layers.
+
+    Raises:
+        ValueError: The model has no more layers than these, or has parts besides its language model.
+    """
     names = layer_names(model)
     if not 0 < num_layers < len(names):
         raise ValueError(f"{num_layers} layers: {type(model).__name__} has {len(names)}, of which a shorter model has fewer")
     config = config_of(model)
     for name, value in config.items():
         if isinstance(value, list) and len(value) == len(names):
-            config[name] = value[:num_layers]  # what is said of each layer
+            config[name] = value[:num_layers]  # a list with an entry for each layer, such as `layer_types`
+    # Configs may have another name for this number, such as `n_layer` in GPT-2's.
     size = model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if size not in config:
         raise ValueError(f"{type(model).__name__} has other parts than its language model, so it is not made shorter")
@@ -189,7 +213,7 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 
 def check_sampler(directory: str | Path, sampler: SamplerConfig) -> None:
-    """Refuse a sampler that a pipeline cannot take, without loading its weights. Raises ValueError."""
+    """Raise ValueError if a pipeline cannot take the sampler's settings, without loading its weights."""
     saved_pipelines.check_scheduler(prepare(Path(directory)), sampler)
 
 
@@ -198,7 +222,7 @@ class _Dtype(saved.Shape):
 
 
 def saved_dtype(directory: Path) -> str:
-    """Return the type in which a checkpoint's weights were saved; float32 where that is not said."""
+    """Return the type in which a checkpoint's weights were saved; float32 if its config names none."""
     if saved_pipelines.is_pipeline(directory):
         return saved_pipelines.saved_dtype(directory)
     config = directory / "config.json"
@@ -206,36 +230,40 @@ def saved_dtype(directory: Path) -> str:
 
 
 def start_training(model: Model, checkpointing: bool) -> None:
-    """Make a loaded model fit for training; with `checkpointing` activations are computed again in the backward pass."""
+    """Prepare a loaded model for training; with `checkpointing`, the backward pass computes activations again."""
     if not isinstance(model, Diffusion):
-        model.config.use_cache = False
+        model.config.use_cache = False  # training never continues a row; a cache of keys and values would cost memory
     if checkpointing:
+        # Reentrant checkpointing gives no gradient if no input of a block needs one, as when only a patch is trained.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def save_trained(model: Model, weights: Mapping[str, Tensor], directory: Path) -> None:
-    """Write the trained weights, by the names of the model's parameters, as a checkpoint that its library loads."""
+    """Save a model with trained weights, given by parameter name, as a checkpoint that transformers or diffusers loads."""
     if isinstance(model, Diffusion):
+        # Not strict, because `weights` holds parameters only: buffers stay as they were loaded.
         model.load_state_dict(dict(weights), strict=False)
         model.pipeline.save_pretrained(directory)
         return
-    model.config.use_cache = True
+    model.config.use_cache = True  # `start_training` turned it off; generation from the saved checkpoint needs it
     model.save_pretrained(directory, state_dict=dict(weights))
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over the names, shapes and first values of all weights: cheap, and different for other weights.
+    """Return a SHA-256, in hexadecimal, over the name, the shape and the first eight values of each parameter.
 
-    It is the same for the same weights in float32 and in bfloat16: a patch that was trained on one stands on the other.
+    The weights of a checkpoint have the same fingerprint in float32 and in bfloat16, because a patch that was trained on one
+    also fits the other.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        # Rounded to bfloat16 before they are hashed; reading all values of a large model would take too long.
         values = parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).to(torch.float64).tolist()
         digest.update(json.dumps([name, list(parameter.shape), values]).encode())
     return digest.hexdigest()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a checkpoint that plain transformers loads."""
+    """Save a model and its tokenizer as a checkpoint that transformers loads without this package."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -1,7 +1,7 @@
-"""Models that tasks name, beside the one that a job steers: classifiers, sentence encoders, models of images.
+"""Load the further models that tasks use, besides the steered one: classifiers, sentence encoders, vision models.
 
-They are read as carefully as language models are: no code of their own, no kernels of a hub, no adapters, no parts that no
-model has, and weights only where a checkpoint holds all of them.
+They are checked as language models are. A model is refused if it needs code or kernels from elsewhere, holds an adapter, has
+absurd sizes, or if its checkpoint lacks weights.
 """
 
 from __future__ import annotations
@@ -22,21 +22,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Kind: TypeAlias = type[Any]
-"""A class of transformers, or an auto class, that loads a model or a processor; these have no parent in common."""
+"""A class of transformers, or an auto class, that loads a model or a processor. These classes share no base class."""
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _MOST_PIXELS = 2_048
-"""Height or width to which a processor makes an image."""
+"""Largest height or width, in pixels, to which a processor may resize an image."""
 _SIZES = ("height", "width", "shortest_edge", "longest_edge")
+"""Keys of a processor's settings that hold a size in pixels."""
 
 
 def read_config(directory: Path, kind: Kind | None = None) -> PreTrainedConfig:
-    """Read the config of a model that a task names; `kind` is the class, or the auto class, that is to load it.
+    """Read the config of a model that a task uses.
+
+    Args:
+        directory: Folder of the checkpoint.
+        kind: Class, or auto class, that will load the model; None skips the check that it can.
 
     Raises:
-        ValueError: it cannot be read, needs code of its own, or is that of a model of another kind.
+        ValueError: The config cannot be read, needs code of its own, or belongs to a model that `kind` does not load.
     """
     config = architecture.read_any_config(loadable.prepare(directory))
+    # An auto class has a table from configs to models, and a model's class has the class of its config (transformers 5.23).
     mapping = getattr(kind, "_model_mapping", None)
     own = getattr(kind, "config_class", None)
     is_other = (mapping is not None and type(config) not in mapping) or (own is not None and not isinstance(config, own))
@@ -46,7 +52,7 @@ def read_config(directory: Path, kind: Kind | None = None) -> PreTrainedConfig:
 
 
 def check(directory: Path, kind: Kind) -> PreTrainedConfig:
-    """Refuse a model that cannot be made, without its weights, and return its config. Raises ValueError as `read_config`."""
+    """Build the model without weights to see that its config is valid, and return the config. Raises as `read_config` does."""
     config = read_config(directory, kind)
     make = getattr(kind, "from_config", kind)
     with torch.device("meta"), explained(f"the model in {directory}"):
@@ -55,18 +61,24 @@ def check(directory: Path, kind: Kind) -> PreTrainedConfig:
 
 
 def load(directory: Path, kind: Kind, optional: tuple[str, ...] = ()) -> PreTrainedModel:
-    """Load a model whose checkpoint holds all its weights but those whose names begin as `optional` says.
+    """Load a model in evaluation mode and check that its checkpoint is complete.
+
+    Args:
+        directory: Folder of the checkpoint.
+        kind: Class, or auto class, that loads the model.
+        optional: Prefixes of the names of weights that the checkpoint may lack.
 
     Raises:
-        ValueError: as `read_config` does, or weights are missing, cut short or of other shapes.
+        ValueError: As in `read_config`, or weights are missing, truncated or of other shapes.
     """
     config = read_config(directory, kind)
     weights.check_files(directory)
     model: Any = None
     with explained(f"the checkpoint {directory}"), weights.without_its_report():
-        # First without values: what a config asks for and no file holds would be made of random numbers.
+        # First on the meta device: weights that no file holds would be filled with random numbers, and a wrong config may
+        # describe more of them than fit into memory.
         for place in ({"device_map": "meta"}, {}):
-            model, found = kind.from_pretrained(
+            model, loading_info = kind.from_pretrained(
                 directory,
                 config=config,
                 ignore_mismatched_sizes=True,
@@ -74,13 +86,14 @@ def load(directory: Path, kind: Kind, optional: tuple[str, ...] = ()) -> PreTrai
                 trust_remote_code=False,
                 **place,
             )
-            weights.check_loading(directory, model, found, optional)
+            weights.check_loading(directory, model, loading_info, optional)
     return model.eval()
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model that a task names. Raises ValueError where there is none that can be used."""
+    """Load the tokenizer of a model that a task uses. Raises ValueError if it is missing or its maximum length is invalid."""
     tokenizer = loading.load_tokenizer(directory)
+    # Read from a file, so it may be of any type.
     longest: object = tokenizer.model_max_length
     if not isinstance(longest, int | float) or longest < 1:
         raise ValueError(f"the tokenizer in {directory} has model_max_length {longest!r:.40}, which is no number of tokens")
@@ -88,34 +101,36 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_processor(directory: Path, kind: Kind) -> Any:
-    """Load what prepares images for a model, by its class. Raises ValueError where it cannot be read, or makes them huge."""
+    """Load an image processor of class `kind`. Raises ValueError if it cannot be read or as in `check_processor`."""
     check_processor(directory)
     with explained(f"the processor of images in {directory}"):
         return kind.from_pretrained(directory, trust_remote_code=False)
 
 
 def check_processor(directory: Path) -> None:
-    """Refuse a processor of images that brings code of its own, or makes images larger than any model takes.
+    """Check the settings of an image processor before it is loaded.
 
     Raises:
-        ValueError: with the file.
+        ValueError: It needs code that comes with the checkpoint, or enlarges images beyond what any model takes.
     """
     for file in (directory / name for name in _PROCESSORS):
         if not file.is_file():
             continue
         raw = saved.read(file, dict[str, object])
         named = raw.get("image_processor_type") or raw.get("feature_extractor_type") or raw.get("processor_class")
+        # transformers prefers a class of its own to the code that `auto_map` names, if it has one of the name.
         if "auto_map" in raw and not (isinstance(named, str) and hasattr(transformers, named)):
             raise ValueError(f"{file}: the processor needs code that comes with the checkpoint, which no task runs")
         _check_pixels(raw, file)
 
 
 def _check_pixels(raw: Mapping[str, object], file: Path) -> None:
-    left: list[tuple[str, object]] = list(raw.items())
-    while left:
-        name, value = left.pop()
+    # A list instead of recursion: a file may nest deeper than Python's stack.
+    entries: list[tuple[str, object]] = list(raw.items())
+    while entries:
+        name, value = entries.pop()
         if isinstance(value, Mapping):
-            left += [(f"{name}.{key}", one) for key, one in value.items()]
+            entries += [(f"{name}.{key}", inner) for key, inner in value.items()]
         elif isinstance(value, int | float) and _is_size(name) and value > _MOST_PIXELS:
             raise ValueError(f"{file}: {name:.60} is {value!s:.30}; images are made {_MOST_PIXELS:,} pixels wide at most")
 

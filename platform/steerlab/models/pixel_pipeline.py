@@ -1,7 +1,8 @@
-"""Small diffusion models that draw without a latent space, conditioned on captions of a few words or on classes.
+"""Small diffusion models in pixel space, without an autoencoder, conditioned on captions of a few words or on classes.
 
-A `PixelPipeline` is a diffusers pipeline like any other: a denoiser, a scheduler and, for captions, a table of words. It draws
-in [-1, 1] and hands out images in [0, 1]. Axes: B images, C channels, H and W pixels, N words, D width of a word's vector.
+A `PixelPipeline` is a diffusers pipeline: a denoiser, a scheduler and, for captions, a table of word vectors. The denoiser
+works on pixels in [-1, 1], and the pipeline returns images in [0, 1].
+Axes: B images, C channels, H and W pixels, N words, D width of a word's vector.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from torch import Tensor, nn
 from steerlab.models.diffusion.pipeline_index import OWN
 
 _EMPTY = 0
-"""Index of the place of no word."""
+"""Index of the padding that fills a caption up to its full length."""
 
+# diffusers imports components by the module name in the index, and saved indices hold `OWN` (see pipeline_index.py).
 sys.modules.setdefault(OWN, sys.modules[__name__])
 
 
 class CaptionTable(ModelMixin, ConfigMixin):
-    """A learned vector for each word and each place in a caption; the empty caption has one of its own."""
+    """Text encoder that adds a learned vector for a word and one for its position; padding has a vector too."""
 
-    __module__ = OWN  # diffusers writes it into the index of a pipeline
+    __module__ = OWN  # diffusers writes the name of a class's module into the index of a saved pipeline
 
     @register_to_config
     def __init__(self, words: Sequence[str] = (), width: int = 32, length: int = 4) -> None:
@@ -41,7 +43,7 @@ class CaptionTable(ModelMixin, ConfigMixin):
         self.place = nn.Parameter(0.02 * torch.randn(length, width))
 
     def forward(self, captions: Sequence[str]) -> Tensor:
-        """Return the vectors of captions, (B, N, D)."""
+        """Return the encodings of captions, (B, N, D)."""
         index_BN = torch.tensor([self.indices(caption) for caption in captions], device=self.place.device)
         return self.word(index_BN) + self.place
 
@@ -51,10 +53,10 @@ class CaptionTable(ModelMixin, ConfigMixin):
         return list(self._index)
 
     def indices(self, caption: str) -> list[int]:
-        """Return the numbers of a caption's words, filled up with that of no word.
+        """Return the indices of a caption's words, padded to the length of a caption.
 
         Raises:
-            ValueError: a word is not in the table, or there are too many.
+            ValueError: A word is not in the table, or the caption has too many words.
         """
         words, length = caption.lower().split(), len(self.place)
         unknown = [word for word in words if word not in self._index]
@@ -66,7 +68,7 @@ class CaptionTable(ModelMixin, ConfigMixin):
 
 
 class PixelPipeline(DiffusionPipeline):
-    """A denoiser of images, asked for a caption (with a table of words) or for one of `classes`."""
+    """A diffusion pipeline in pixel space whose prompts are captions (with a table of words) or names of `classes`."""
 
     _optional_components = ["words"]
     unet: Any
@@ -82,7 +84,7 @@ class PixelPipeline(DiffusionPipeline):
 
     @property
     def prompts(self) -> list[str]:
-        """Words or classes, each of which is a prompt."""
+        """Words of the table, or classes; each one is a valid prompt by itself."""
         return self._classes if self.words is None else self.words.known
 
     @property
@@ -91,10 +93,10 @@ class PixelPipeline(DiffusionPipeline):
         return list(settings.classes)
 
     def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return what the denoiser is given of prompts; the empty one is no condition.
+        """Return the denoiser's arguments that hold the prompts; the empty prompt means no condition.
 
         Raises:
-            ValueError: a prompt that the model does not know.
+            ValueError: The model has no such class or word.
         """
         if self.words is not None:
             return {"encoder_hidden_states": self.words(prompts)}
@@ -102,6 +104,7 @@ class PixelPipeline(DiffusionPipeline):
         unknown = [prompt for prompt in prompts if prompt and prompt not in classes]
         if unknown:
             raise ValueError(f"prompt {unknown[0]!r} is no class of the model: {', '.join(classes)}")
+        # The class after the last one stands for no condition, as in classifier-free guidance (arXiv 2207.12598).
         numbers = [classes.index(prompt) if prompt else len(classes) for prompt in prompts]
         return {"class_labels": torch.tensor(numbers, device=self.unet.device)}
 
@@ -115,7 +118,7 @@ class PixelPipeline(DiffusionPipeline):
         generator: list[torch.Generator] | None = None,
         output_type: str = "pt",
     ) -> tuple[Tensor]:
-        """Draw one image a prompt, (B, C, H, W) in [0, 1]; above a guidance of 1 the unconditional half comes first."""
+        """Draw one image for each prompt, (B, C, H, W) in [0, 1]; with guidance above 1 the unconditional half comes first."""
         assert output_type == "pt", "images are tensors here"
         sides = self.unet.config.sample_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
@@ -129,18 +132,21 @@ class PixelPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:
             self.scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+        # Schedulers parametrised by sigma, such as Euler's, start from noise of another standard deviation than 1.
         x_BCHW = x_BCHW * self.scheduler.init_noise_sigma
         step_arguments = self._step_arguments(generator)
         for t in self.scheduler.timesteps:
-            given = self.scheduler.scale_model_input(torch.cat([x_BCHW] * 2) if guided else x_BCHW, t)
-            predicted = self.unet(given, t, **condition).sample
+            inputs = self.scheduler.scale_model_input(torch.cat([x_BCHW] * 2) if guided else x_BCHW, t)
+            predicted = self.unet(inputs, t, **condition).sample
             if guided:
+                # Classifier-free guidance with scale 1 + w for w in eq. 6 of arXiv 2207.12598, as in diffusers.
                 without, with_prompt = predicted.chunk(2)
                 predicted = without + guidance_scale * (with_prompt - without)
             x_BCHW = self.scheduler.step(predicted, t, x_BCHW, **step_arguments).prev_sample
         return ((x_BCHW / 2 + 0.5).clamp(0, 1),)
 
     def _step_arguments(self, generator: list[torch.Generator] | None) -> dict[str, object]:
+        # Only schedulers that add noise in each step take a generator.
         return {"generator": generator} if "generator" in _taken_by_step(type(self.scheduler)) else {}
 
 

@@ -1,1 +1,1 @@
-"""Diffusion pipelines: what differs between them."""
+"""Loading diffusion pipelines and drawing with them."""

@@ -1,4 +1,4 @@
-"""Classes of pipelines: how each is asked, and which half of a guided batch has the prompt."""
+"""Supported classes of diffusion pipelines: how each takes a prompt, and which half of a guided batch has the prompt."""
 
 from __future__ import annotations
 
@@ -16,45 +16,49 @@ if TYPE_CHECKING:
 
 
 class Family(NamedTuple):
-    """What is known of a class of pipelines."""
+    """How one class of pipelines is loaded and called."""
 
     denoiser: Literal["unet", "transformer"]
+    """Name of the component that predicts the noise."""
     conditional: Literal["first", "second"]
-    """Half of a guided batch that has the prompt."""
+    """Half of the batch that has the prompt, under classifier-free guidance; the other half has the empty prompt."""
     encode: Callable[[Any, str, bool], dict[str, Tensor]] | None = None
-    """(pipeline, prompt, guided) -> arguments of a call for one prompt, each with the prompt as its first axis; None where the
-    pipeline is given the prompts themselves, because what encodes them is trained with the denoiser."""
+    """(pipeline, prompt, guided) -> arguments that encode one prompt, with prompts as the first axis of each. None if the
+    pipeline takes the prompts as text, because its encoder is trained together with the denoiser."""
     shared: Callable[[Any, str], dict[str, object]] = lambda pipeline, prompt: {}
-    """(pipeline, a prompt) -> further arguments, the same for all prompts."""
+    """(pipeline, a prompt) -> further arguments of the call, the same for all prompts."""
     gives_arrays: bool = False
-    """Images come as NumPy arrays alone."""
+    """Whether the pipeline returns images as NumPy arrays only, not as tensors."""
     example: Callable[[Any], str] = lambda pipeline: "a photo"
-    """A prompt that the pipeline understands."""
+    """(pipeline) -> a prompt that the pipeline accepts, for test calls."""
     doubles: bool = True
-    """Whether guidance above 1 makes a batch of two halves; else it is a number that the denoiser is given."""
+    """Whether guidance above 1 doubles the batch; otherwise the denoiser takes the guidance scale as an input."""
     options: Mapping[str, object] = {}
-    """Arguments of loading."""
+    """Further arguments of `from_pretrained`."""
 
 
 def _encode_clip(pipeline: StableDiffusionPipeline, prompt: str, guided: bool) -> dict[str, Tensor]:
-    found = pipeline.encode_prompt(prompt, pipeline.device, 1, guided, "" if guided else None)
+    encoded = pipeline.encode_prompt(prompt, pipeline.device, 1, guided, "" if guided else None)
     names = ("prompt_embeds", "negative_prompt_embeds")
-    return {name: value for name, value in zip(names, found, strict=True) if value is not None}
+    # Without guidance the negative embeddings are None (diffusers 0.42).
+    return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
 
 
 def _encode_two_clips(pipeline: StableDiffusionXLPipeline, prompt: str, guided: bool) -> dict[str, Tensor]:
-    found = pipeline.encode_prompt(prompt, device=pipeline.device, do_classifier_free_guidance=guided)
+    encoded = pipeline.encode_prompt(prompt, device=pipeline.device, do_classifier_free_guidance=guided)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return {name: value for name, value in zip(names, found, strict=True) if value is not None}
+    return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
 
 
 def _encode_flux(pipeline: FluxPipeline, prompt: str, guided: bool) -> dict[str, Tensor]:
+    # The third result, the positions of the text, is the same for every prompt: the pipeline's call makes it again.
     encoded = pipeline.encode_prompt(prompt, prompt, max_sequence_length=_flux_length(pipeline))[:2]
     names = ("prompt_embeds", "pooled_prompt_embeds")
     return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
 
 
 def _flux_length(pipeline: FluxPipeline) -> int:
+    # FLUX.1-schnell reads at most 256 tokens, and tokenizers of small test pipelines fewer.
     return min(256, pipeline.tokenizer_2.model_max_length)
 
 
@@ -63,12 +67,13 @@ def _encode_class(pipeline: DiTPipeline, prompt: str, guided: bool) -> dict[str,
     number = int(prompt) if prompt.isdigit() else labels.get(prompt.lower())
     classes = pipeline.transformer.config.num_embeds_ada_norm
     if number is None or not 0 <= number < classes:
-        known = f"one of {', '.join(list(pipeline.labels)[:8])}, ... or " if pipeline.labels else ""
-        raise ValueError(f"prompt {prompt!r} is no class of the model: give {known}a number from 0 to {classes - 1}")
+        names = f"one of {', '.join(list(pipeline.labels)[:8])}, ... or " if pipeline.labels else ""
+        raise ValueError(f"prompt {prompt!r} is no class of the model: give {names}a number from 0 to {classes - 1}")
     return {"class_labels": torch.tensor([number])}
 
 
 FAMILIES: dict[str, Family] = {
+    # The safety checker would replace images by black ones, which would then be scored as the model's.
     "StableDiffusionPipeline": Family("unet", "second", _encode_clip, options={"safety_checker": None}),
     "StableDiffusionXLPipeline": Family("unet", "second", _encode_two_clips),
     "FluxPipeline": Family(
@@ -78,7 +83,7 @@ FAMILIES: dict[str, Family] = {
         lambda pipeline, prompt: {"max_sequence_length": _flux_length(pipeline)},
         doubles=False,
     ),
-    # DiTPipeline puts the classes first and the null class behind them.
+    # DiTPipeline puts the classes in the first half of the batch and the null class in the second.
     "DiTPipeline": Family("transformer", "first", _encode_class, gives_arrays=True, example=lambda pipeline: "0"),
     "PixelPipeline": Family("unet", "second", example=lambda pipeline: pipeline.prompts[0]),
 }

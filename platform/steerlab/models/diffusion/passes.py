@@ -1,4 +1,7 @@
-"""Evaluations of a denoiser: which rows have a prompt, and how strongly patches act on each."""
+"""One evaluation of a denoiser: which rows have a prompt, and how strongly patches act on each row.
+
+Axes: B images, R rows of the batch: B, or 2 B under classifier-free guidance.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pass:
-    """One evaluation of the denoiser."""
+    """One evaluation of the denoiser, for all images of a batch."""
 
     step: int
+    """Number of the denoising step, from 0."""
     is_read: bool
+    """Whether activations are recorded in this step."""
     is_steered: bool
+    """Whether patches act in this step."""
     conditional: slice
-    """Rows that have a prompt."""
+    """Rows that have a prompt; the others have the empty prompt."""
     num_rows: int
+    """Rows of the batch, with and without a prompt."""
     steers_all: bool
     """Whether patches act on the rows without a prompt as well."""
     device: torch.device
 
     @property
     def num_images(self) -> int:
-        """Rows that have a prompt."""
+        """Number of rows that have a prompt."""
         return len(range(*self.conditional.indices(self.num_rows)))
 
     def with_prompt(self, value: Tensor) -> Tensor:
@@ -32,13 +39,15 @@ class Pass:
         return value if self.num_images == self.num_rows else value[self.conditional]
 
     def strengths(self, strength_B: Tensor | None) -> Tensor | None:
-        """Spread the strengths of the images over the rows of the pass; None for 1 everywhere."""
+        """Return the strength for each row, (R,), from that for each image, (B,); None means 1 for every row."""
         num_images = self.num_images
         if num_images == self.num_rows or (self.steers_all and strength_B is None):
             return strength_B
         each_B = torch.ones(num_images, device=self.device) if strength_B is None else strength_B
         if self.steers_all:
+            # Both halves hold the images in the same order.
             return torch.cat([each_B] * (self.num_rows // num_images))
+        # Strength 0 leaves the rows without a prompt as the unsteered model computes them.
         spread_R = torch.zeros(self.num_rows, dtype=each_B.dtype, device=each_B.device)
         spread_R[self.conditional] = each_B
         return spread_R

@@ -11,25 +11,26 @@ from steerlab.guards import counts, files, kernels, saved
 from steerlab.guards.files import escapes
 
 INDEX = "model_index.json"
-"""The file by which a directory is a pipeline."""
+"""Name of the index; a directory that holds this file is a pipeline."""
 OWN = "steerlab.pixels"
-"""What files call the module pixel_pipeline.py, wherever it stands: folders that were written once stay readable."""
+"""Name of the module pixel_pipeline.py in saved indices. It stays the same when the file moves, so old folders still load."""
 LIBRARIES = ("diffusers", "transformers", OWN)
-"""Where the classes of components come from."""
+"""Libraries whose classes a component may have."""
 
 
 def components(index: Mapping[str, object]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield the components that an index names: library and class."""
+    """Yield the name of each component of an index, with its library and class."""
     for name, entry in index.items():
         if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], str):
             yield name, (entry[0], entry[1])
 
 
 def read(directory: Path) -> dict[str, object]:
-    """Read a pipeline's index, which is a stranger's file: diffusers would import any module that it names.
+    """Read a pipeline's index and check the files of its components, which may come from an untrusted source.
 
     Raises:
-        ValueError: it is no JSON object, names a class of another library, or a component brings code or an adapter.
+        ValueError: The index is not a JSON object or names a class of another library, or a component holds code or an
+            adapter.
     """
     from diffusers import pipelines as published
 
@@ -41,6 +42,8 @@ def read(directory: Path) -> dict[str, object]:
     if not isinstance(index, dict):
         raise ValueError(f"{file} holds no JSON object")
     for name, (library, kind) in components(index):
+        # diffusers imports any module that the index names. It also takes its own pipeline modules as libraries, for classes
+        # that live beside a pipeline.
         if library not in LIBRARIES and not inspect.ismodule(getattr(published, library, None)):
             raise ValueError(
                 f"{file}: {name!r:.80} is a {library:.80}.{kind:.80}; components are classes of {', '.join(LIBRARIES)} only"
@@ -56,8 +59,8 @@ class _Index(saved.Shape):
 
 
 def _check_component(component: Path) -> None:
-    """Refuse Python files, configs that name code (transformers asks on standard input whether it may run it), adapters, which
-    it would put in unasked, weights of other folders, kernels of a hub, and numbers of parts that no model has."""
+    """Raise ValueError if a component holds code, an adapter, kernels of a hub, weights outside its folder or absurd sizes."""
+    # transformers merges an adapter that lies beside a config into the model, without being told to.
     if (component / "adapter_config.json").exists():
         raise ValueError(
             f"{component} holds an adapter (adapter_config.json), which transformers would put into the component: merge it "
@@ -70,6 +73,7 @@ def _check_component(component: Path) -> None:
             config = json.loads(files.read(file))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON: {error!s:.100}") from None
+        # For a config with auto_map, transformers asks on standard input whether it may run the code, and a worker would hang.
         if isinstance(config, dict) and "auto_map" in config:
             raise ValueError(f"{file}: a pipeline's components bring no code of their own (auto_map)")
         counts.check_counts(config, str(file))

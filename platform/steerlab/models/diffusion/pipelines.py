@@ -1,9 +1,10 @@
-"""Diffusion pipelines as modules, which draw when they are called.
+"""Diffusion pipelines as modules: calling one draws images.
 
-`Diffusion` holds a diffusers pipeline; its parts are submodules under the pipeline's own names, and calling it draws. Every
-evaluation of the denoiser is a *pass* with a number, its step. Hooks on the denoiser's modules ask `now` which pass runs:
-whether it is read, whether patches act, and which rows have a prompt. A guided pass is a batch of two halves, and the
-pipeline's class says which of them is conditional. Axes: B images, C channels, H and W pixels.
+`Diffusion` holds a diffusers pipeline. The pipeline's components are submodules with the pipeline's own names. Each evaluation
+of the denoiser is a *pass*, numbered by its step. Hooks on the denoiser's modules read the property `now` to learn which pass
+runs: whether its activations are recorded, whether patches act, and which rows have a prompt. Under classifier-free guidance a
+pass is a batch of two halves, and the pipeline's family (`families.py`) says which half has the prompt.
+Axes: B images, C channels, H and W pixels, R rows of a batch (B or 2 B).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from steerlab.models.diffusion.families import FAMILIES
 from steerlab.models.diffusion.passes import Pass
 
 _MAX_ENCODED = 4096
-"""Prompts whose encodings are kept."""
+"""Number of prompts whose encodings are cached."""
 
 
 class Diffusion(nn.Module):
-    """A pipeline that draws when it is called, or, without one (`skeleton`), its modules alone."""
+    """A diffusion pipeline as a module. Without a pipeline (see `skeleton`) it holds the modules only and cannot draw."""
 
     def __init__(self, architecture: str, parts: Mapping[str, nn.Module], pipeline: Any, sampler: SamplerConfig) -> None:
         super().__init__()
@@ -37,26 +38,28 @@ class Diffusion(nn.Module):
             self.add_module(name, part)
         self.family, self.pipeline, self.sampler = FAMILIES[architecture], pipeline, sampler
         self.architecture = architecture
+        # Several threads may call one model at a time (methods/math/sequential_fit.py), each in a step of its own.
         self._here = threading.local()
         self._latest: Pass | None = None
         self._encoded: dict[tuple[str, bool], dict[str, Tensor]] = {}
         self._checkpointing = False
         self.denoiser.register_forward_pre_hook(self._enter, with_kwargs=True)
+        # `always_call`: `_leave` turns gradients on again even if the denoiser raises an error.
         self.denoiser.register_forward_hook(self._leave, always_call=True)
 
     @property
     def denoiser_name(self) -> str:
-        """Name of the part that draws: what is read and steered lies in it."""
+        """Name of the denoiser among the components; all modules that are read or steered lie in it."""
         return self.family.denoiser
 
     @property
     def denoiser(self) -> Any:
-        """The part that draws."""
+        """The component that predicts the noise."""
         return self.get_submodule(self.family.denoiser)
 
     @property
     def small_prompt(self) -> str:
-        """A prompt that the pipeline understands."""
+        """A prompt that the pipeline accepts, for test calls."""
         return self.family.example(self.pipeline)
 
     @property
@@ -71,16 +74,17 @@ class Diffusion(nn.Module):
 
     @property
     def now(self) -> Pass | None:
-        """The pass that runs in this thread or, between passes, ran last: the backward pass may compute activations again."""
+        """The pass that runs in this thread; otherwise the pass that began last in any thread; None before the first pass."""
+        # With gradient checkpointing autograd computes activations again after the pass, on a GPU in a thread of its own.
         return getattr(self._here, "now", self._latest)
 
     @property
     def num_reads(self) -> int:
-        """Passes of a drawing that are read."""
+        """Number of steps of one drawing whose activations are recorded."""
         return len(self.sampler.read)
 
     def unsteered_share(self) -> str | None:
-        """Say on which part of what the denoiser computes patches do not act; None where they act on all of it."""
+        """Describe the steps or rows on which patches do not act; None if they act on all."""
         sampler = self.sampler
         if sampler.steer is not None and set(sampler.steer) != set(range(sampler.steps)):
             return f"patches act in the steps {list(sampler.steer)} of {sampler.steps} alone (sampler.steer)"
@@ -89,12 +93,12 @@ class Diffusion(nn.Module):
         return None
 
     def _doubles(self, guidance: float) -> bool:
-        """Say whether a guided step is a batch of two halves."""
-        # A denoiser that takes the scale as a condition (latent consistency models) draws with one.
+        """Return whether the denoiser evaluates each image twice, with and without its prompt."""
+        # Latent consistency models take the guidance scale as an input of the denoiser (`time_cond_proj_dim`) and run once.
         return guidance > 1 and self.family.doubles and getattr(self.config, "time_cond_proj_dim", None) is None
 
     def loading_lines(self, directory: Path) -> str:
-        """Return Python that loads what the pipeline's library wrote, and draws as the sampler says."""
+        """Return Python code that loads a pipeline saved in `directory` and draws with the settings of the sampler."""
         kind, sampler = type(self.pipeline), self.sampler
         module = "diffusers" if kind.__module__.startswith("diffusers.") else kind.__module__
         settings = {
@@ -105,23 +109,23 @@ class Diffusion(nn.Module):
             "width": sampler.size and sampler.size[1],
         }
         prompt = int(self.small_prompt) if self.small_prompt.isdigit() else self.small_prompt  # a class by its number
-        given = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
+        arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
         return (
             f"from {module} import {kind.__name__}\n"
             f"pipeline = {kind.__name__}.from_pretrained({str(directory)!r})\n"
-            f"images = pipeline([{prompt!r}], {given})[0]"
+            f"images = pipeline([{prompt!r}], {arguments})[0]"
         )
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are computed again in the backward pass."""
+        """Whether the backward pass computes activations again instead of storing them."""
         return self._checkpointing
 
     def gradient_checkpointing_enable(self, **_options: object) -> None:
-        """Compute activations again in the backward pass.
+        """Let the backward pass compute activations again instead of storing them, which saves memory.
 
         Raises:
-            ValueError: patches act in some steps only, and what is computed again does not know its step.
+            ValueError: Patches act in some steps only: activations computed again do not know their step.
         """
         if self.sampler.steer is not None:
             raise ValueError(
@@ -134,12 +138,19 @@ class Diffusion(nn.Module):
     def forward(
         self, prompts: Sequence[str], seeds: Sequence[int], guidance: float | None = None, steps: int | None = None
     ) -> Tensor:
-        """Draw an image for each prompt from the noise of its seed, (B, C, H, W) in [0, 1].
+        """Draw one image for each prompt, starting from the noise of its seed.
 
-        `guidance` and `steps` take the place of the sampler's.
+        Args:
+            prompts: One prompt for each image.
+            seeds: Seed of the noise for each image.
+            guidance: Guidance scale; None is that of the sampler.
+            steps: Number of denoising steps; None is that of the sampler.
+
+        Returns:
+            Images (B, C, H, W), float32 in [0, 1].
 
         Raises:
-            FloatingPointError: the denoiser gives NaN or infinite values; step and seed are named.
+            FloatingPointError: The denoiser returns NaN or infinite values; the message names the step and the seed.
         """
         guidance = self.sampler.guidance if guidance is None else guidance
         here = self._here
@@ -148,22 +159,26 @@ class Diffusion(nn.Module):
             **self._conditions(prompts, self._doubles(guidance)),
             **self._schedule(steps),
             "guidance_scale": guidance,
+            # Generators on the CPU: a seed gives the same noise on every device, and in every batch.
             "generator": [torch.Generator().manual_seed(int(seed)) for seed in seeds],
         }
-        call = inspect.unwrap(type(self.pipeline).__call__)  # without torch.no_grad, which diffusers wraps around it
+        # diffusers wraps the call in torch.no_grad, but gradients flow through the denoiser here.
+        call = inspect.unwrap(type(self.pipeline).__call__)
         try:
             images_BCHW = _images(call(self.pipeline, **arguments)[0])
-            self._check_finite(images_BCHW, "the image is NaN or infinite behind the denoiser (scheduler or decoder),")
+            self._check_finite(images_BCHW, "the image is NaN or infinite after the denoiser (scheduler or decoder),")
             return images_BCHW
         except (ValueError, TypeError) as error:
+            # A scheduler may refuse the values only when it is called; the message is to name the setting.
             if "timesteps" in str(error) and self.sampler.timesteps is not None:
                 raise ValueError(f"sampler.timesteps: {error}") from None
             raise
         finally:
-            here.seeds = None
+            here.seeds = None  # the drawing is over: a later call of the denoiser alone is no pass
 
     def _schedule(self, steps: int | None) -> dict[str, object]:
         sampler, takes = self.sampler, arguments_of(type(self.pipeline))
+        # A list of timesteps has the sampler's number of steps, so a call with another number does without the list.
         settings: dict[str, object] = {"num_inference_steps": steps or sampler.steps, "output_type": "pt"}
         if sampler.timesteps is not None and (steps is None or steps == len(sampler.timesteps)):
             settings["timesteps"] = list(sampler.timesteps)
@@ -176,27 +191,28 @@ class Diffusion(nn.Module):
         return settings
 
     def _conditions(self, prompts: Sequence[str], guided: bool) -> dict[str, object]:
-        """Return what a call is given of the prompts; text encoders, which are frozen, run once a prompt."""
+        """Return the arguments of the call that hold the prompts, as text or encoded."""
         encode = self.family.encode
         if encode is None:
             return {"prompt": list(prompts)}
-        found = []
+        conditions = []
+        # Text encoders are frozen, so each prompt is encoded once.
         for prompt in prompts:
             if (prompt, guided) not in self._encoded:
                 if len(self._encoded) >= _MAX_ENCODED:
                     self._encoded.clear()
                 with torch.no_grad():
                     self._encoded[prompt, guided] = encode(self.pipeline, prompt, guided)
-            found.append(self._encoded[prompt, guided])
-        joined = {name: torch.cat([one[name] for one in found]) for name in found[0]}
-        if "class_labels" in joined:
+            conditions.append(self._encoded[prompt, guided])
+        joined = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+        if "class_labels" in joined:  # DiTPipeline takes a list of numbers (diffusers 0.42)
             return {"class_labels": joined["class_labels"].tolist()}
         return {**joined, **self.family.shared(self.pipeline, prompts[0])}
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note which pass begins; without a drawing (training) there is none."""
+        """Set `now` to the pass that begins, if a drawing runs in this thread."""
         here = self._here
-        if getattr(here, "seeds", None) is None:
+        if getattr(here, "seeds", None) is None:  # the denoiser is called on its own: by training, or to compute again
             return
         here.step += 1
         num_rows, num_images = len(args[0] if args else next(iter(kwargs.values()))), len(here.seeds)
@@ -207,6 +223,7 @@ class Diffusion(nn.Module):
         steered = sampler.steer is None or step in sampler.steer
         here.now = Pass(step, step in sampler.read, steered, half, num_rows, sampler.unconditional, self.device)
         self._latest = here.now
+        # Gradients are off during the steps that they are not to flow through; `_leave` turns them on again.
         through = sampler.differentiate
         here.grad = None
         if through is not None and step not in through and torch.is_grad_enabled():
@@ -220,21 +237,23 @@ class Diffusion(nn.Module):
         if here.grad is not None:
             torch.set_grad_enabled(here.grad)
         if output is None:
-            return  # an error, or a reader that has all it wants
+            return  # the denoiser raised an error, or the reader of activations stopped it after the last module that it reads
+        # Checked in every pass, because NaN spreads from its first step to all later ones.
         self._check_finite(output[0], "the denoiser gives a NaN or infinite value for the image")
 
     def _check_finite(self, value_R: Tensor, what: str) -> None:
-        """Name step and seed of the first row that is not finite; rows are images, once or twice."""
+        """Raise FloatingPointError with the step and the seed of the first row that holds NaN or infinity."""
         here = self._here
         good_R = value_R.detach().flatten(1).isfinite().all(1)
         if not bool(good_R.all()):
+            # Rows are the images once, or twice under guidance. `argmin` takes no booleans.
             row = int(good_R.int().argmin()) % len(here.seeds)
             raise FloatingPointError(f"step {here.step}: {what} of seed {here.seeds[row]}")
 
 
 @cache
 def arguments_of(pipeline: type) -> frozenset[str]:
-    """Return the names of the arguments of a pipeline\'s call."""
+    """Return the names of the arguments of a pipeline's call."""
     return frozenset(inspect.signature(pipeline.__call__).parameters)
 
 

@@ -1,4 +1,4 @@
-"""Pipelines on disk: loading them, their sizes without weights, and what is checked before."""
+"""Load diffusion pipelines from disk, build them without weights, and check them before loading."""
 
 from __future__ import annotations
 
@@ -31,17 +31,24 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def is_pipeline(directory: Path) -> bool:
-    """Say whether a directory holds a pipeline."""
+    """Return whether a directory holds a diffusion pipeline."""
     return (directory / INDEX).is_file()
 
 
 def load(
     directory: Path, sampler: SamplerConfig, *, dtype: str = "float32", seed: int = 0, denoiser: Path | None = None
 ) -> Diffusion:
-    """Load a pipeline in evaluation mode; one without weights is initialised from `seed`. `denoiser` is a safetensors file.
+    """Load a pipeline in evaluation mode.
+
+    Args:
+        directory: Folder with a `model_index.json`.
+        sampler: Scheduler, number of steps and guidance of the drawings.
+        dtype: Type of the weights: float32, bfloat16 or float16.
+        seed: Seed of the initial weights, where the folder holds configs only.
+        denoiser: A safetensors file whose weights replace those of the denoiser; None keeps them.
 
     Raises:
-        ValueError: a pipeline of an unknown class, a scheduler that it cannot take, or weights of another denoiser.
+        ValueError: The pipeline's class is unknown, it cannot take the scheduler, or the weights are of another denoiser.
     """
     name, kind = class_of(directory)
     family = FAMILIES[name]
@@ -49,6 +56,7 @@ def load(
         with explained(f"the pipeline {directory}"):
             pipeline = kind.from_pretrained(directory, dtype=_DTYPES[dtype], **family.options)
     else:
+        # The caller's random numbers must not depend on whether weights were initialised here.
         with torch.random.fork_rng(), explained(f"the pipeline {directory}"):
             torch.manual_seed(seed)
             pipeline = _assembled(directory, kind, _DTYPES[dtype])
@@ -61,17 +69,19 @@ def load(
 
 
 def saved_dtype(directory: Path) -> str:
-    """Return the type in which the denoiser's weights were saved; float32 where there are none."""
+    """Return the type in which the denoiser's weights were saved; float32 if the folder holds no weights."""
     name, _ = class_of(directory)
     for file in sorted((directory / FAMILIES[name].denoiser).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
+            # The first tensor is enough: diffusers saves all weights of a component in one type.
             for weight in opened.keys():  # noqa: SIM118
                 return str(opened.get_tensor(weight).dtype).removeprefix("torch.")
     return "float32"
 
 
 def skeleton(directory: Path) -> Diffusion:
-    """Return a pipeline's modules without any weights, to be read only."""
+    """Return a pipeline's modules on the meta device, which hold shapes but no values. Callers share the result."""
+    # The contents of the configs are part of the cache's key, so that a changed file gives another skeleton.
     files = sorted((directory / INDEX, *directory.glob("*/*.json")))
     return _skeleton(directory, tuple((file.name, file.read_bytes()) for file in files if file.is_file()))
 
@@ -85,7 +95,7 @@ def _skeleton(directory: Path, configs: tuple[tuple[str, bytes], ...]) -> Diffus
 
 
 def check_scheduler(directory: Path, sampler: SamplerConfig) -> None:
-    """Refuse a sampler that a pipeline in a directory cannot take, without loading weights. Raises ValueError."""
+    """Raise ValueError if the pipeline in `directory` cannot take the sampler's settings, without loading weights."""
     _, kind = class_of(directory)
     own = next(part for _, part in parts_of(directory, only=("scheduler",)))
     scheduler_like(own, sampler)
@@ -96,7 +106,8 @@ def check_scheduler(directory: Path, sampler: SamplerConfig) -> None:
 
 
 def class_of(directory: Path) -> tuple[str, type[DiffusionPipeline]]:
-    """Return the name and the class of a pipeline; diffusers is imported here, where it is needed."""
+    """Return the name and the class of the pipeline in `directory`. Raises ValueError if the class is unknown."""
+    # Imported here: diffusers takes seconds to import, and jobs with language models do not need it.
     import diffusers
     from diffusers.utils import logging as diffusers_logging
 
@@ -112,26 +123,29 @@ def class_of(directory: Path) -> tuple[str, type[DiffusionPipeline]]:
 def parts_of(
     directory: Path, only: Sequence[str] = (), with_scheduler: bool = True
 ) -> Iterator[tuple[str, nn.Module | SchedulerMixin]]:
-    """Make the modules and the scheduler of a pipeline from their configs."""
+    """Yield the name and the new instance, with random weights, of each module and the scheduler, built from their configs.
+
+    `only` restricts the names; empty means all.
+    """
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     for name, (library, kind) in pipeline_index.components(pipeline_index.read(directory)):
-        made = getattr(importlib.import_module(library), kind, None) if library in pipeline_index.LIBRARIES else None
-        if not inspect.isclass(made) or (only and name not in only):
+        part_class = getattr(importlib.import_module(library), kind, None) if library in pipeline_index.LIBRARIES else None
+        if not inspect.isclass(part_class) or (only and name not in only):
             continue
         with explained(f"the component {directory / name}"):
-            if issubclass(made, transformers.PreTrainedModel):
-                part = made(transformers.AutoConfig.from_pretrained(directory / name, trust_remote_code=False))
-            elif issubclass(made, ModelMixin) or (with_scheduler and issubclass(made, SchedulerMixin)):
-                part = made.from_config(made.load_config(directory / name))  # type: ignore[union-attr]
-            else:
+            if issubclass(part_class, transformers.PreTrainedModel):
+                part = part_class(transformers.AutoConfig.from_pretrained(directory / name, trust_remote_code=False))
+            elif issubclass(part_class, ModelMixin) or (with_scheduler and issubclass(part_class, SchedulerMixin)):
+                part = part_class.from_config(part_class.load_config(directory / name))  # type: ignore[union-attr]
+            else:  # a tokenizer or an image processor, or the scheduler of a skeleton
                 continue
         yield name, part
 
 
 def _assembled(directory: Path, kind: type[DiffusionPipeline], dtype: torch.dtype) -> DiffusionPipeline:
-    """Make a pipeline of embedded configs, none of which needs a tokenizer."""
+    """Return a pipeline with random weights, built from the configs of its components. It has no tokenizer."""
     index = pipeline_index.read(directory)
     settings = {name: value for name, value in index.items() if name == "classes"}
     parts = dict(parts_of(directory))
@@ -141,8 +155,10 @@ def _assembled(directory: Path, kind: type[DiffusionPipeline], dtype: torch.dtyp
 
 
 def _load_denoiser(denoiser: nn.Module, path: Path) -> None:
+    """Replace a denoiser's weights by those of a safetensors file. Raises ValueError if names or shapes differ."""
     if path.suffix != ".safetensors":
         raise ValueError(f"sampler.denoiser {path.name}: weights are read from safetensors only, no pickle; convert the file")
+    # A pickle may run any code when it is loaded; a safetensors file cannot.
     weights, expected = load_file(path), denoiser.state_dict()
     missing = [name for name in expected if name not in weights]
     other = [n for n, w in weights.items() if n not in expected or expected[n].shape != w.shape]

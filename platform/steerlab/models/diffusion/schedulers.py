@@ -1,4 +1,4 @@
-"""Schedulers of pipelines in place of their own."""
+"""Replace the scheduler of a diffusion pipeline by the one that a job names."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from steerlab.job import SamplerConfig
 
 
 def set_scheduler(pipeline: Any, sampler: SamplerConfig) -> None:
-    """Give a pipeline the scheduler of a job, made from the settings of its own.
+    """Replace the pipeline's scheduler by the sampler's, built with the settings of the one that it replaces.
 
     Raises:
-        ValueError: there is no such scheduler, the pipeline cannot take it, or it knows no such setting or no timesteps.
+        ValueError: diffusers has no scheduler of this name, the pipeline cannot take it, or it lacks one of the sampler's
+            settings.
     """
     pipeline.scheduler = scheduler_like(pipeline.scheduler, sampler)
 
 
 def scheduler_like(own: Any, sampler: SamplerConfig) -> Any:
-    """Return the scheduler that a sampler asks for in place of a pipeline's own; `set_scheduler` says what is refused."""
+    """Return the sampler's scheduler, with the settings of the pipeline's scheduler `own`. Raises as `set_scheduler` does."""
     import diffusers
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -27,14 +28,16 @@ def scheduler_like(own: Any, sampler: SamplerConfig) -> Any:
         raise ValueError(
             f"sampler.scheduler {sampler.scheduler!r} is no scheduler of diffusers; the pipeline's is {type(own).__name__}"
         )
+    # `_compatibles` holds the names of schedulers whose configs can replace one another (diffusers 0.42); it may be one-sided.
     mine, others = {type(own).__name__, *own._compatibles}, {kind.__name__, *kind._compatibles}
     listed = type(own).__name__ in others or kind.__name__ in mine
-    # Those that diffusers lists nowhere (LCM, TCD) go with schedules of the same sort: of betas, or of flows.
+    # Schedulers without a list (LCM, TCD) fit where the noise schedule is of the same kind: diffusion betas, or flow matching.
     if not listed and _follows_betas(type(own)) != _follows_betas(kind):
         raise ValueError(
             f"sampler.scheduler {kind.__name__}: the pipeline cannot take it in place of its {type(own).__name__}; it takes "
             f"{', '.join(sorted(mine))}"
         )
+    # `from_config` ignores settings that the class does not have.
     unknown = [name for name in sampler.options if name not in inspect.signature(kind.__init__).parameters]
     if unknown:
         raise ValueError(f"sampler.options.{unknown[0]}: {kind.__name__} has no such setting")

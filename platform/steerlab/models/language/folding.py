@@ -1,4 +1,8 @@
-"""Merge affine maps of what modules compute into weights."""
+"""Merge affine maps of a module's output into the model's weights, so that a steered model needs no hooks.
+
+Axes: D features of the output (channels for a convolution), N inputs, R rank of the map, V vocabulary. Sums are computed in
+float64 and rounded once, to the type of the weights.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +19,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BIAS_FLAGS = {"mlp": "mlp_bias", "self_attn": "attention_bias"}
-"""Blocks of Llama-like models whose linear layers have biases if the config says so."""
+"""Blocks of Llama-like models, with the flag of the config that gives their linear layers biases."""
 
 
 def fold_affine(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
-    """Merge z -> scale * z + shift of a module's output into weights: its own, and for a shift that it cannot hold into the
-    biases of the linear layers behind it.
+    """Replace a module's output z by scale * z + shift, by a change of weights in place.
 
-    D counts the features of the last axis, or the channels of a convolution and of what normalises channels.
+    The map goes into the weights of the module. An RMSNorm has no bias, so its shift goes into the biases of the linear layers
+    that read its output.
+
+    Args:
+        model: Model whose weights are changed.
+        name: Path of the module.
+        scale_D: Factor of each feature; each channel for a convolution and for norms of channels.
+        shift_D: Term added to each feature.
 
     Raises:
-        ValueError: the module or the architecture has no place for it; the message says why.
+        ValueError: The module or the architecture has no weights that can hold the map; the message says why.
     """
+    # A colon in the name selects an element of a module's output, which has no weights of its own.
     module: Any = model.get_submodule(name) if ":" not in name else None
     if isinstance(module, _WITH_GAINS) and module.weight is None:
         raise ValueError(f"{name} is a {type(module).__name__} without weights: its map has no place")
     with torch.no_grad():
         if isinstance(module, _BY_OUTPUT):
+            # The output axis last, where scale_D broadcasts against it, and back: convolutions have up to five axes.
             by_output = module.weight.double().movedim(0, -1) * scale_D
             _scaled(model, name, by_output.movedim(-1, 0), scale_D, shift_D)
+        # The gain of a norm has the axis D only, and a transposed weight (GPT-2's Conv1D) has its outputs last.
         elif module is not None and (_is_plain_norm(module) or stores_transposed(module)):
             _scaled(model, name, module.weight.double() * scale_D, scale_D, shift_D)
         elif isinstance(module, nn.LayerNorm) and module.bias is not None:
@@ -46,15 +59,23 @@ def fold_affine(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Ten
 
 
 def fold_low_rank(model: PreTrainedModel, name: str, up_DR: Tensor, down_RD: Tensor, bias_R: Tensor) -> None:
-    """Merge z -> z + up (down z + bias) of a module's output into its weights: those of a linear layer, or of an embedding.
+    """Replace a module's output z by z + up (down z + bias), by a change of its weights in place.
+
+    Args:
+        model: Model whose weights are changed.
+        name: Path of a linear layer or an embedding.
+        up_DR: Matrix from the R features of the map to the module's output.
+        down_RD: Matrix from the module's output to these features.
+        bias_R: Term added to the features.
 
     Raises:
-        ValueError: the module has no weights that could hold it; the message says why.
+        ValueError: The module has no weights that can hold the map; the message says why.
     """
     module: Any = model.get_submodule(name) if ":" not in name else None
-    shift_D = up_DR @ bias_R
+    shift_D = up_DR @ bias_R  # z + up (down z + bias) = (I + up down) z + up bias
     with torch.no_grad():
         if isinstance(module, nn.Embedding):
+            # Tied weights: the output head would change together with the embedding.
             if any(other.weight is module.weight for other in model.modules() if isinstance(other, nn.Linear)):
                 raise ValueError(f"{name} shares its weights with another layer, which would change with it")
             rows_VD = module.weight.double()
@@ -62,12 +83,11 @@ def fold_low_rank(model: PreTrainedModel, name: str, up_DR: Tensor, down_RD: Ten
             return
         if not isinstance(module, nn.Linear) and (module is None or not stores_transposed(module)):
             kind = "an element of a tuple" if module is None else f"a {type(module).__name__}"
-            raise ValueError(
-                f"{name} is {kind}: only the map of a linear layer or an embedding of such a kind folds into weights"
-            )
+            raise ValueError(f"{name} is {kind}: only a map of the output of a linear layer or an embedding folds into weights")
         weight_DN = module.weight.double().T if stores_transposed(module) else module.weight.double()
         if module.bias is None and bool(shift_D.any()):
             _declare_bias(model, name)
+        # (I + up down) W without the matrix of D x D.
         changed_DN = weight_DN + up_DR @ (down_RD @ weight_DN)
         module.weight.copy_(changed_DN.T if stores_transposed(module) else changed_DN)
         if module.bias is not None:
@@ -76,18 +96,19 @@ def fold_low_rank(model: PreTrainedModel, name: str, up_DR: Tensor, down_RD: Ten
 
 
 _BY_OUTPUT = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-"""Layers whose weight has its outputs first."""
+"""Layers whose weight has its outputs as first axis."""
 _WITH_GAINS = nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
-"""Layers whose weight is a factor of each output."""
+"""Norms whose weight is a factor (gain) for each feature of the output."""
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
-    """Say whether a norm is torch's own, whose weight is the gain: that of a class derived from it may be the gain less one."""
+    """Return whether a norm is a class of torch itself, whose weight is the gain."""
+    # A derived class may store the gain minus one.
     return isinstance(module, _WITH_GAINS) and type(module).__module__.startswith("torch.nn.")
 
 
 def _scaled(model: PreTrainedModel, name: str, weight: Tensor, scale_D: Tensor, shift_D: Tensor) -> None:
-    """Give a module its scaled weight, and the bias that goes with it."""
+    """Set a module's weight, which is scaled already, and scale and shift its bias."""
     module: Any = model.get_submodule(name)
     if module.bias is None and bool(shift_D.any()):
         _declare_bias(model, name)
@@ -97,8 +118,9 @@ def _scaled(model: PreTrainedModel, name: str, weight: Tensor, scale_D: Tensor, 
 
 
 def _fold_into_rms_norm(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
-    """Scale the gain; the shift goes into the biases of the linear layers that read the norm."""
+    """Scale the gain, and add the shift, through their weights, to the biases of the linear layers that read the norm."""
     norm = model.get_submodule(name)
+    # Before the gain changes, so that the errors of this search leave the model as it was.
     followers = _linear_followers(model, norm) if bool(shift_D.any()) else {}
     _scale_gain(norm, scale_D)
     for path, linear in followers.items():
@@ -118,11 +140,12 @@ def _set_bias(module: nn.Module, bias_D: Tensor) -> None:
 
 
 def _scale_gain(norm: nn.Module, scale_D: Tensor, shift_D: Tensor | None = None) -> None:
-    """Scale the gain of a norm, which some architectures keep as the gain and others as the gain less one, and its bias."""
+    """Scale a norm's gain, whether its weight is the gain or the gain minus one, and change its bias."""
     weight: Any = norm.weight
     if weight is None:
         raise ValueError(f"a {type(norm).__name__} without weights: the map has no place")
     before = weight.detach().clone()
+    # A test input tells whether the norm stores the gain, or the gain minus one, as Gemma's does.
     probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
     wanted = scale_D.to(weight.device) * norm(probe).double()
     if shift_D is not None:
@@ -130,30 +153,33 @@ def _scale_gain(norm: nn.Module, scale_D: Tensor, shift_D: Tensor | None = None)
         _set_bias(norm, scale_D * _bias(norm) + shift_D)
     for offset in (0.0, 1.0):
         weight.copy_(scale_D * (before.double() + offset) - offset)
+        # The tolerance is that of bfloat16, whose values have 8 significant bits.
         if torch.allclose(norm(probe).double(), wanted, rtol=1e-2, atol=1e-3):
             return
     weight.copy_(before)
-    raise ValueError(f"the gain of a {type(norm).__name__} is not kept in a way that is known here")
+    raise ValueError(f"a {type(norm).__name__} stores neither its gain nor its gain minus one as weight: the map has no place")
 
 
 def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> dict[str, nn.Linear]:
-    """Return, by their paths, the linear layers whose input is the norm's output itself, found by one short call."""
+    """Return, by path, the linear layers whose input is the norm's output, observed in one short call of the model."""
     output: list[Tensor] = []
     followers: dict[str, nn.Module] = {}
 
     def follow(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
-        def seen(module: nn.Module, args: tuple[object, ...]) -> None:
-            # The same memory: a module may be given a view, such as all tokens in one axis.
+        def compare(module: nn.Module, args: tuple[object, ...]) -> None:
+            # Compared by memory, not by identity: a module may get a view of the output, such as all tokens in one axis.
             if args and output and isinstance(args[0], Tensor) and args[0].data_ptr() == output[0].data_ptr():
                 followers[name] = module
 
-        return seen
+        return compare
 
-    def keep(_module: nn.Module, _inputs: object, value: object) -> None:
+    # The output is kept until the end of the call, so that no other tensor can take its memory.
+    def store(_module: nn.Module, _inputs: object, value: object) -> None:
         if isinstance(value, Tensor):
             output.append(value)
 
-    handles = [norm.register_forward_hook(keep)]
+    handles = [norm.register_forward_hook(store)]
+    # Containers without parameters of their own pass the output on, so only modules with parameters count as readers.
     weighted = [
         (name, module) for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
     ]
@@ -164,6 +190,7 @@ def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> dict[str, nn.L
         for handle in handles:
             handle.remove()
     linear = {name: module for name, module in followers.items() if isinstance(module, nn.Linear)}
+    # The shift would be lost for a module without a bias that could hold it.
     others = [name for name in followers if name not in linear]
     if others:
         raise ValueError(
@@ -177,7 +204,9 @@ def _linear_followers(model: PreTrainedModel, norm: nn.Module) -> dict[str, nn.L
 
 
 def _declare_bias(model: PreTrainedModel, path: str) -> None:
-    """Give the linear layers of a block the biases that the saved config then promises."""
+    """Add zero biases to the linear layers of a block, in all decoder layers, and set the flag of the config for them."""
+    # The flag holds for all layers: a saved checkpoint that lacked some of these biases could not be loaded.
+    # The config has one flag for all linear layers of a block, and `save_pretrained` writes no other trace of a bias.
     parent, _, _ = path.rpartition(".")
     flag = _BIAS_FLAGS.get(parent.rpartition(".")[2], "")
     if not isinstance(model.get_submodule(path), nn.Linear) or not hasattr(model.config, flag):

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the weights that its config promises."""
+"""Load the weights of a checkpoint, and check that it holds all that its config describes."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ if TYPE_CHECKING:
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _SHOWN = 5
-"""Names in a message."""
+"""Largest number of names in a message."""
 
 
 class Loading(TypedDict):
-    """What transformers says of the tensors of a checkpoint that it loaded."""
+    """The loading info of transformers: which tensors of a checkpoint did not match the model."""
 
     missing_keys: set[str]
     unexpected_keys: set[str]
     mismatched_keys: set[tuple[str, torch.Size, torch.Size]]
-    """Name, shape in the checkpoint, shape in the model."""
+    """(name, shape in the checkpoint, shape in the model) of each."""
     error_msgs: list[str]
 
 
 def has_weights(directory: Path) -> bool:
-    """Say whether a model directory holds weights or only a config."""
+    """Return whether a model's folder holds weights, not only a config."""
     return any(next(directory.glob(pattern), None) for pattern in _WEIGHTS) or bool(_indices(directory))
 
 
 def check_weights(directory: Path, trust_remote_code: bool = False) -> None:
-    """Refuse a checkpoint that is not complete, without reading its values; warn of tensors that the model does not take.
+    """Check that a checkpoint is complete, without reading its values; warn of tensors that the model does not have.
 
     Raises:
-        ValueError: files or tensors are missing, cut short or of other shapes; the message names them.
+        ValueError: Files or tensors are missing, truncated or of other shapes; the message names them.
     """
     if has_weights(directory):
+        # Names, sizes and times are the cache's key, so that files that changed are checked again.
         files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(directory.iterdir()))
         with explained(f"the checkpoint {directory}"):
             ignored = _checked(directory, files, trust_remote_code)
@@ -57,25 +58,26 @@ def check_weights(directory: Path, trust_remote_code: bool = False) -> None:
 
 @lru_cache(maxsize=8)
 def _checked(directory: Path, files: tuple[tuple[str, int, int], ...], trust_remote_code: bool) -> tuple[str, ...]:
-    """Return the names of the tensors that are left out; once for each state of the files."""
+    """Return the names of the tensors that the model does not have."""
     config = architecture.read_config(directory, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        check_files(directory)  # the names of packed tensors are the quantiser's business
+        check_files(directory)  # packed tensors have other names and shapes than the model's: only files are checked
         return ()
     _, loading = _read(directory, {"device_map": "meta", "config": config, "trust_remote_code": trust_remote_code})
     return tuple(sorted(loading["unexpected_keys"]))
 
 
 def load(directory: Path, kwargs: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a checkpoint that is complete. Raises ValueError as `check_weights` does."""
+    """Load a checkpoint with the keyword arguments of `from_pretrained`. Raises ValueError if it is not complete."""
     return _read(directory, kwargs)[0]
 
 
 def _read(directory: Path, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, Loading]:
-    """Load a checkpoint and return what its library says of the tensors."""
+    """Load a checkpoint and return the model with its loading info."""
     check_files(directory)
     config = kwargs.get("config") or architecture.read_config(directory, kwargs["trust_remote_code"])
     with without_its_report():
+        # Shapes that differ are to be listed by `check_loading`, with missing tensors, rather than raised one by one.
         model, loading = architecture.model_class(config).from_pretrained(
             directory, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
@@ -84,13 +86,18 @@ def _read(directory: Path, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, 
 
 
 def check_loading(directory: Path, model: PreTrainedModel, loading: Loading, optional: tuple[str, ...] = ()) -> None:
-    """Refuse a model whose checkpoint lacks tensors, which its library fills with random numbers, or has them of other shapes.
+    """Check that a model's checkpoint held every tensor, in the model's shapes.
 
-    `optional` names how those begin that may be missing.
+    Args:
+        directory: The checkpoint, as the message names it.
+        model: The loaded model.
+        loading: The loading info of `from_pretrained`.
+        optional: Prefixes of the names of tensors that may be missing.
 
     Raises:
-        ValueError: with the first names.
+        ValueError: Tensors are missing or of other shapes; the message names the first ones.
     """
+    # transformers fills missing tensors with random numbers and only logs a warning.
     missing = [f"{name} is missing" for name in sorted(loading["missing_keys"]) if not name.startswith(optional)]
     shapes = [f"{name} is {list(has)}, not {list(wants)}" for name, has, wants in sorted(loading["mismatched_keys"])]
     faults = [*missing, *shapes, *loading["error_msgs"]]
@@ -99,7 +106,7 @@ def check_loading(directory: Path, model: PreTrainedModel, loading: Loading, opt
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return a few names and how many there are besides."""
+    """Return the first names, and how many more there are, as text for a message."""
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
@@ -107,7 +114,7 @@ def listed(names: Iterable[str]) -> str:
 
 @contextmanager
 def without_its_report() -> Iterator[None]:
-    """Keep the library from logging a table of what is missing, which becomes one line here."""
+    """Silence the warnings of transformers, whose table of missing tensors `check_loading` replaces by one line."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -122,7 +129,7 @@ class _Index(saved.Shape):
 
 
 def check_files(directory: Path) -> None:
-    """Refuse shards that are not there and files that are cut short. Raises ValueError with their names."""
+    """Raise ValueError if a shard of an index is missing, or if a file of weights is truncated."""
     for index in _indices(directory):
         shards = sorted(set(saved.read(index, _Index).weight_map.values()))
         missing = [name for name in shards if not (directory / name).is_file()]
@@ -130,12 +137,15 @@ def check_files(directory: Path) -> None:
             raise ValueError(f"{index}: {len(missing)} of {len(shards)} files are missing: {listed(missing)}")
     for file in sorted(directory.glob("*.safetensors")):
         try:
+            # Opening compares the header with the size of the file, so it notices a file that was cut off.
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError, struct.error) as error:
             raise ValueError(f"{file} cannot be read, as if it was not copied to its end: {error}") from None
+    # Other .bin files, such as training_args.bin, hold no weights.
     for file in sorted(directory.glob("pytorch_model*.bin")):
         try:
+            # On the meta device, memory-mapped: no values are read. `weights_only`, because a pickle may run code.
             torch.load(file, map_location="meta", mmap=True, weights_only=True)
         except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
             raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
