@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from steerlab import models, patches
 from steerlab.job import Selection
@@ -80,3 +81,14 @@ def test_texts_of_several_lengths_are_compared(base: Path, tmp_path: Path) -> No
     artifact = left(tmp_path / "left", base, mapped(base, r".*down_proj", 0.5))
     lengths = {len(probe) for probe in language.load(artifact).probe()}
     assert len(lengths) >= 3
+
+
+def test_a_map_that_is_refused_leaves_the_weights_as_they_were() -> None:
+    """The config of Mixtral has no flag for the biases that a shift of its first norm would need."""
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "num_local_experts": 2}
+    config = MixtralConfig(**small, num_attention_heads=2, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="has no bias"):
+        models.fold_affine(model, "model.layers.0.input_layernorm", torch.full((32,), 2.0).double(), torch.ones(32).double())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -120,12 +120,13 @@ def _scaled(model: PreTrainedModel, name: str, weight: Tensor, scale_D: Tensor, 
 def _fold_into_rms_norm(model: PreTrainedModel, name: str, scale_D: Tensor, shift_D: Tensor) -> None:
     """Scale the gain, and add the shift, through their weights, to the biases of the linear layers that read the norm."""
     norm = model.get_submodule(name)
-    # Before the gain changes, so that the errors of this search leave the model as it was.
+    # Before the gain changes, so that what is refused here leaves the model's weights as they were.
     followers = _linear_followers(model, norm) if bool(shift_D.any()) else {}
-    _scale_gain(norm, scale_D)
     for path, linear in followers.items():
         if linear.bias is None:
             _declare_bias(model, path)
+    _scale_gain(norm, scale_D)
+    for linear in followers.values():
         _set_bias(linear, _bias(linear) + linear.weight.double() @ shift_D)
 
 
@@ -144,7 +145,8 @@ def _scale_gain(norm: nn.Module, scale_D: Tensor, shift_D: Tensor | None = None)
     weight: Any = norm.weight
     if weight is None:
         raise ValueError(f"a {type(norm).__name__} without weights: the map has no place")
-    before = weight.detach().clone()
+    norm_any: Any = norm
+    before, bias_before = weight.detach().clone(), getattr(norm_any, "bias", None)
     # A test input tells whether the norm stores the gain, or the gain minus one, as Gemma's does.
     probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
     wanted = scale_D.to(weight.device) * norm(probe).double()
@@ -157,6 +159,8 @@ def _scale_gain(norm: nn.Module, scale_D: Tensor, shift_D: Tensor | None = None)
         if torch.allclose(norm(probe).double(), wanted, rtol=1e-2, atol=1e-3):
             return
     weight.copy_(before)
+    if shift_D is not None:
+        norm_any.bias = bias_before
     raise ValueError(f"a {type(norm).__name__} stores neither its gain nor its gain minus one as weight: the map has no place")
 
 
