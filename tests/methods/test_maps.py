@@ -117,7 +117,7 @@ def test_weights_that_are_stored_transposed_and_embeddings_take_a_map(tiny_dir: 
     tied = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20, n_positions=16))
     for name, message in (
         ("transformer.wte", "shares its weights with another layer"),
-        ("transformer.h.0.ln_1", "is a LayerNorm: only the map of a linear layer"),
+        ("transformer.h.0.ln_1", "is a LayerNorm: only a map of the output of a linear layer"),
         ("transformer.h.0:0", "is an element of a tuple"),
     ):
         with pytest.raises(CannotFold, match=message):
