@@ -229,10 +229,10 @@ def test_the_catalogue_is_what_the_command_prints() -> None:
     )
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if catalogue.method_example(name)])
 def test_the_job_of_a_method_in_the_catalogue_is_one(name: str) -> None:
-    file, override = catalogue.method_example(name)
-    read = job.read(ROOT / file, JobType, override.split()[1:])
+    file, *override = catalogue.method_example(name) or ()
+    read = job.read(ROOT / file, JobType, override[1:])
     assert read.method.name == name
 
 
@@ -256,4 +256,4 @@ def test_every_field_of_the_catalogue_says_what_it_means() -> None:
 
 def test_the_package_says_its_version_where_it_is_cited() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert str(cited["version"]) == steerlab.__version__ and torch.__version__
+    assert str(cited["version"]) == steerlab.__version__

@@ -20,22 +20,6 @@ from steerlab.cli import field_table
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.job import JobError, TaskConfig, grammar
 
-_CLIP = "hf:openai/clip-vit-base-patch32"
-_DRAWN: dict[str, JsonValue] = {"source": "pixels:digits/test", "format": "text", "seeds": [0, 5]}
-_REQUIRED: dict[str, dict[str, JsonValue]] = {
-    "win_rate": {"judge_source": "hf:ORG/NAME"},
-    "struq": {"source": "alpaca_farm_evaluations.json"},
-    "bipia": {"source": "BIPIA/benchmark"},
-    "purple": {"source": "purple.json"},
-    "concept": {"concept": "sea"},
-    "lm_eval": {"name": "arc_easy"},
-    "image_concept": {"data": _DRAWN, "concept": "bold", "clip_source": _CLIP},
-    "image_similarity": {"data": _DRAWN},
-    "diversity": {"data": _DRAWN},
-    "clip_score": {"data": _DRAWN, "clip_source": _CLIP},
-    "controllability": {"of": {"task": "perplexity"}, "metric": "perplexity/value"},
-}
-"""Values of the fields without a default, in the example of a task."""
 _ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
 
@@ -119,11 +103,11 @@ def catalogue() -> str:
         "# Catalogue",
         "Methods, tasks, the sections of a job, and sources, with every field. This page is printed by\n"
         "`python -m steerlab describe --all`; a test compares the two. `steerlab describe NAME` prints one entry.",
-        *(f"## {title}\n\n{intro}" for title, intro in (("Methods", _METHODS),)),
+        f"## Methods\n\n{_METHODS}",
         *(_written(entry) for entry in described if entry.kind == "method"),
         f"## Tasks\n\n{_TASKS}",
         *(_written(entry) for entry in described if entry.kind == "task"),
-        f"## Sections of a job\n\n{_OFSECTIONS}",
+        f"## Sections of a job\n\n{_OF_SECTIONS}",
         *(_written(entry) for entry in described if entry.kind == "section"),
         _sources(),
     ]
@@ -132,41 +116,39 @@ def catalogue() -> str:
 
 _METHODS = "Fields of `method`. The arrow after a measure of a task says which way is better."
 _TASKS = "An entry of `evaluate`. The fields that every task has are those of [evaluate](#evaluate-section)."
-_OFSECTIONS = (
+_OF_SECTIONS = (
     "`data set` stands for each data set below `data` and in tasks, `selection` for `extract.select` and `method.steer`."
 )
 
 
-def example(entry: Entry) -> str:
-    """Return a minimal use of a method or task: a job of this repository, or an entry of `evaluate`."""
+def example(entry: Entry) -> str | None:
+    """Return a minimal use of a method or task: a job of this repository, or an entry of `evaluate`. None without one."""
     if entry.kind == "task":
         return f"{{{', '.join(f'{name}: {field_table.flow(value)}' for name, value in task_example(entry.name).items())}}}"
-    file, override = method_example(entry.name)
-    return f"steerlab run {file}{override}"
+    job = method_example(entry.name)
+    return None if job is None else f"steerlab run {' '.join(job)}"
 
 
 def task_example(name: str) -> dict[str, JsonValue]:
     """Return the smallest entry of `evaluate` with a task."""
-    return {"task": name, **_REQUIRED.get(name, {})}
+    return {"task": name, **evaluation.TASKS[name].example}
 
 
-def method_example(name: str) -> tuple[str, str]:
-    """Return a job file of this repository with a method, and the override for a method that the file does not name."""
-    fitted = isinstance(methods.METHODS[name], methods.Fitted)
-    file = _FILES.get(name, "act" if fitted else name)
-    return f"jobs/tiny/{file}.yaml", f" --set method.name={name}" if fitted and file == "act" else ""
-
-
-_FILES = {"none": "extract", "denoise": "digits"}
-"""Jobs of jobs/tiny that are not called by the name of their method."""
+def method_example(name: str) -> tuple[str, ...] | None:
+    """Return a job file of this repository for a method, and the option that names the method if the file has another."""
+    method = methods.METHODS[name]
+    if method.example is None and isinstance(method, methods.Fitted):
+        return "jobs/tiny/act.yaml", "--set", f"method.name={name}"
+    return None if method.example is None else (method.example,)
 
 
 def _written(entry: Entry) -> str:
     parts = [f"### {entry.name} ({entry.kind})", entry.about]
     if entry.name in evaluation.TASKS:
         parts.append(_measured(entry))
-    if entry.name in evaluation.TASKS or entry.name in methods.METHODS:
-        parts.append(f"Minimal {'entry' if entry.kind == 'task' else 'job'}: `{example(entry)}`")
+    is_own = entry.name not in evaluation.TASKS and entry.name not in methods.METHODS
+    if not is_own and (minimal := example(entry)) is not None:
+        parts.append(f"Minimal {'entry' if entry.kind == 'task' else 'job'}: `{minimal}`")
     rows = ["| " + " | ".join(_cell(text) for text in (f"`{field[0]}`", *field[1:])) + " |" for field in entry.fields()]
     if rows:
         parts.append("\n".join(["| field | type | default | meaning |", "|---|---|---|---|", *rows]))

@@ -95,4 +95,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
 
 
-METHOD = Trained(Config, Aside, check=check)
+METHOD = Trained(Config, Aside, check=check, example="jobs/tiny/aside.yaml")

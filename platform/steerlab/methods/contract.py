@@ -242,6 +242,8 @@ class Method:
     """Lowest and highest meaningful strength of the patch; others give a warning. None: any strength."""
     kinds: tuple[str, ...] = ("causal_lm",)
     """Kinds of model that the method works on."""
+    example: str | None = None
+    """Job file of the repository that uses the method, for the catalogue. None if there is none of its own."""
 
     leaves_model: ClassVar[bool] = False
     leaves_patch: ClassVar[bool] = False

@@ -107,4 +107,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
             raise ValueError(f"data.{role}.format {job.data.by_role[role].format}: method {config.name} trains on images")
 
 
-METHOD = Trained(Config, Denoise, check=check, kinds=("diffusion",))
+METHOD = Trained(Config, Denoise, check=check, kinds=("diffusion",), example="jobs/tiny/digits.yaml")

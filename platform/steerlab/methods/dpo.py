@@ -143,4 +143,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError("scale.zero_stage 3: the differences to the reference are taken of whole weights; use 0, 1 or 2")
 
 
-METHOD = Trained(Config, Dpo, check=check)
+METHOD = Trained(Config, Dpo, check=check, example="jobs/tiny/dpo.yaml")

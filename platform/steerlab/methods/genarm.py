@@ -132,4 +132,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError("scale.zero_stage 3: the reward model is saved whole from one worker; use 0, 1 or 2")
 
 
-METHOD = Trained(Config, Genarm, preparations=prepares, check=check)
+METHOD = Trained(Config, Genarm, preparations=prepares, check=check, example="jobs/tiny/genarm.yaml")

@@ -251,4 +251,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError("scale.zero_stage 3: the head is used in pieces of the loss, which ZeRO 3 would shard; use 0, 1 or 2")
 
 
-METHOD = Trained(Config, Iav, preparations=prepares, check=check, strength_range=_STRENGTHS)
+METHOD = Trained(Config, Iav, preparations=prepares, check=check, strength_range=_STRENGTHS, example="jobs/tiny/iav.yaml")

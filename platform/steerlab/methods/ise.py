@@ -52,4 +52,4 @@ class Ise(PatchedModel):
         return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
 
 
-METHOD = Trained(Config, Ise)
+METHOD = Trained(Config, Ise, example="jobs/tiny/ise.yaml")

@@ -268,4 +268,12 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
 
 
-METHOD = Trained(Config, Lineas, roles_read=("target",), check=check, strength_range=_STRENGTHS, kinds=ANY_KIND)
+METHOD = Trained(
+    Config,
+    Lineas,
+    roles_read=("target",),
+    check=check,
+    strength_range=_STRENGTHS,
+    kinds=ANY_KIND,
+    example="jobs/tiny/lineas.yaml",
+)

@@ -15,4 +15,4 @@ class Config(MethodConfig):
     """The method."""
 
 
-METHOD = Plain(Config, kinds=ANY_KIND)
+METHOD = Plain(Config, kinds=ANY_KIND, example="jobs/tiny/extract.yaml")

@@ -58,4 +58,4 @@ class Reft(PatchAlone):
         return Loss(language_modelling_loss(self.model(**batch.patched_inputs).logits, batch.labels), {})
 
 
-METHOD = Trained(Config, Reft)
+METHOD = Trained(Config, Reft, example="jobs/tiny/reft.yaml")

@@ -34,4 +34,4 @@ class Vanilla(WholeModel):
         return Loss(language_modelling_loss(self.model(**batch.model_inputs).logits, batch.labels), {})
 
 
-METHOD = Trained(Config, Vanilla)
+METHOD = Trained(Config, Vanilla, example="jobs/tiny/vanilla.yaml")

@@ -285,4 +285,4 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         raise ValueError("method.keep_ratio 1 freezes every coefficient, and method.others the other weights: nothing trains")
 
 
-METHOD = Trained(Config, Warp, preparations=prepares, check=check)
+METHOD = Trained(Config, Warp, preparations=prepares, check=check, example="jobs/tiny/warp.yaml")

@@ -1,8 +1,10 @@
 """Store artifacts on a pyarrow filesystem. An artifact is complete or absent, also if its writer is killed.
 
-    ROOT/artifacts/<stage>/<key>/   files and manifest.json; a directory without a manifest is no artifact
-    ROOT/work/<stage>/<key>/        checkpoints and parts of a stage, kept until its artifact is committed
-    ROOT/tmp/                       directories that are being filled (on a local ROOT; otherwise they lie in the local cache)
+Below ROOT lie:
+
+    artifacts/<stage>/<key>/   files and manifest.json; a directory without a manifest is no artifact
+    work/<stage>/<key>/        checkpoints and parts of a stage, kept until its artifact is committed
+    tmp/                       directories that are being filled (on a local ROOT; otherwise they lie in the local cache)
 
 On a local ROOT a commit is one rename. Object stores have no rename, so the manifest is uploaded last. Two writers of one key
 at the same time are not excluded here but by the claims of the plan (claims.py).

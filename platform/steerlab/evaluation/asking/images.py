@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
@@ -20,6 +20,10 @@ from steerlab.evaluation.statistics.measures import Measure
 from steerlab.job import DataSet, Frozen, TaskConfig, cut
 from steerlab.steered import pictures
 from steerlab.steered.drawing import SteeredPipeline
+
+EXAMPLE_PROMPTS: JsonValue = {"source": "pixels:digits/test", "format": "text", "seeds": [0, 5]}
+EXAMPLE_CLIP = "hf:openai/clip-vit-base-patch32"
+"""Prompts and CLIP model in the examples of the catalogue."""
 
 _ABOUT_ZERO = 1e-9
 """A strength below this counts as 0: the ends of a grid are rounded."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
+from pydantic import JsonValue
 
 from steerlab.evaluation.statistics import intervals
 from steerlab.evaluation.statistics.measures import Measure, Transform, find
@@ -146,6 +147,8 @@ class Task(NamedTuple, Generic[_M, _C]):
     runs_over: Callable[[_C, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
     """(config, metric) -> the kinds of tokens that the patched model processes for that metric, or for any metric if it is
     None. A patch that acts on none of these tokens cannot change the metric."""
+    example: Mapping[str, JsonValue] = {}
+    """Values of the config's fields without a default, for the catalogue."""
 
 
 def summarise(

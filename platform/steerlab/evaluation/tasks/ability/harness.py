@@ -226,4 +226,4 @@ def _sample(task: str, logged: Logged, strength: float) -> dict[str, object]:
     }
 
 
-TASK = Task(Config, run, measures, check=check, chats=plain_texts)
+TASK = Task(Config, run, measures, check=check, chats=plain_texts, example={"name": "arc_easy"})

@@ -246,4 +246,4 @@ def _sample(a: Attempt, output: str, verdict: bool | None, strength: float) -> d
     }
 
 
-TASK = Task(Config, run, measures, check=check)
+TASK = Task(Config, run, measures, check=check, example={"source": "BIPIA/benchmark"})

@@ -160,4 +160,4 @@ def _run(model: SteeredModel, config: GandalfConfig | PurpleConfig, rows: Sequen
 
 
 GANDALF = Task(GandalfConfig, run_gandalf, measures, check=check_gandalf)
-PURPLE = Task(PurpleConfig, run_purple, measures, check=check_purple)
+PURPLE = Task(PurpleConfig, run_purple, measures, check=check_purple, example={"source": "purple.json"})

@@ -59,4 +59,4 @@ def run(model: SteeredModel, config: Config) -> Result:
     return run_attacks(model, config, rows, config.positions, _SUFFIX, "struq")
 
 
-TASK = Task(Config, run, measures, check=check)
+TASK = Task(Config, run, measures, check=check, example={"source": "alpaca_farm_evaluations.json"})

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw
+from steerlab.evaluation.asking.images import EXAMPLE_CLIP, EXAMPLE_PROMPTS, ImageConfig, at_scales, draw
 from steerlab.evaluation.judging import vision
 from steerlab.evaluation.statistics.measures import Measure, likeness
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts
@@ -60,4 +60,12 @@ def run(model: SteeredPipeline, config: Config) -> Result:
     return Result(observations, [], measures(config))
 
 
-TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts)
+TASK = Task(
+    Config,
+    run,
+    measures,
+    kinds=("diffusion",),
+    check=check,
+    chats=plain_texts,
+    example={"data": EXAMPLE_PROMPTS, "clip_source": EXAMPLE_CLIP},
+)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw
+from steerlab.evaluation.asking.images import EXAMPLE_PROMPTS, ImageConfig, at_scales, draw
 from steerlab.evaluation.judging import vision
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, plain_texts
@@ -89,4 +89,4 @@ def _from_others(distance_BB: Tensor, i: int, group: list[int]) -> float:
     return float(distance_BB[i, others].mean())
 
 
-TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts)
+TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts, example={"data": EXAMPLE_PROMPTS})

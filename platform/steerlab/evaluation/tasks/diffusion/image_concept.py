@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw, files, samples
+from steerlab.evaluation.asking.images import EXAMPLE_CLIP, EXAMPLE_PROMPTS, ImageConfig, at_scales, draw, files, samples
 from steerlab.evaluation.judging import vision
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts, spread
@@ -115,4 +115,12 @@ def _chosen(clip: vision.Clip | None, images_BCHW: Tensor, config: Config) -> li
     return [config.concept if first > second else "something" for first, second in likeness_B2.tolist()]
 
 
-TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts)
+TASK = Task(
+    Config,
+    run,
+    measures,
+    kinds=("diffusion",),
+    check=check,
+    chats=plain_texts,
+    example={"data": EXAMPLE_PROMPTS, "concept": "bold", "clip_source": EXAMPLE_CLIP},
+)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steerlab.evaluation.asking.images import ImageConfig, at_scales, draw, with_zero
+from steerlab.evaluation.asking.images import EXAMPLE_PROMPTS, ImageConfig, at_scales, draw, with_zero
 from steerlab.evaluation.judging import vision
 from steerlab.evaluation.statistics.measures import Measure, likeness
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts
@@ -92,4 +92,4 @@ def _compared(model: SteeredPipeline, config: Config, images_SBCHW: Tensor, plai
     return similarities
 
 
-TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts)
+TASK = Task(Config, run, measures, kinds=("diffusion",), check=check, chats=plain_texts, example={"data": EXAMPLE_PROMPTS})

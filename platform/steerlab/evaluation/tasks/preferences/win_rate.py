@@ -290,4 +290,4 @@ def _sample(item_id: str, strength: float, pair: Pair, verdict: Verdict) -> dict
     }
 
 
-TASK = Task(Config, run, measures, check=check)
+TASK = Task(Config, run, measures, check=check, example={"judge_source": "hf:ORG/NAME"})

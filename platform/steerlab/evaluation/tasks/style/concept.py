@@ -175,4 +175,4 @@ def _scorers(model: SteeredModel, config: Config) -> dict[str, scorers.Scorer]:
     return loaded
 
 
-TASK = Task(Config, run, measures, check=check, chats=plain_texts)
+TASK = Task(Config, run, measures, check=check, chats=plain_texts, example={"concept": "sea"})

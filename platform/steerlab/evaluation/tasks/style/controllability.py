@@ -89,6 +89,7 @@ def over(tasks: Table[Task]) -> Task:
         check=partial(check, tasks),
         runs_over=partial(runs_over, tasks),
         chats=lambda config: tasks.of(config.of).chats(config.of),
+        example={"of": {"task": "perplexity"}, "metric": "perplexity/value"},
     )
 
 
