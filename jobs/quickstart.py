@@ -10,6 +10,7 @@ Some parts run side by side; stages that they share run once. What is in ROOT al
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated, NamedTuple
 
 import ray
 import typer
-from rich.table import Column, Table
+from rich.table import Table
 from study import console, execute, say
 
 from steerlab import job, report, run
@@ -46,19 +47,14 @@ class Part(NamedTuple):
     """File in search_spaces/ without its suffix; None runs the job itself."""
 
 
-SMOLLM2 = (
-    "choose=null", "method.name=gaussian_act", "evaluate.0.prompts.limit=12", "evaluate.0.max_new_tokens=16",
-    "evaluate.1.data.limit=12", "evaluate.0.strengths=[0.25, 0]", "evaluate.1.strengths=[0.25, 0]",
-)  # fmt: skip
 PARTS = (
     Part("base model", "tiny/base.yaml"),
     Part("digits", "tiny/digits.yaml"),
-    Part("Gaussian-AcT on SmolLM2", "act.yaml", SMOLLM2),
-    Part("diffusion", "tiny/diffusion_lineas.yaml", knob="diffusion_strength"),
-    Part("Safety-WaRP", "tiny/warp.yaml", ("train.steps=50",), knob="keep_ratio"),
-    Part("ASIDE", "tiny/aside.yaml", ("train.steps=75",), knob="rotation_angle"),
-    Part("LinEAS", "tiny/lineas.yaml", knob="steering_steps"),
-    Part("IAV", "tiny/iav.yaml", knob="alpha"),
+    Part("diffusion", "tiny/diffusion_act.yaml", knob="tiny/guidance"),
+    Part("Safety-WaRP", "tiny/warp.yaml", knob="tiny/keep_ratio"),
+    Part("ASIDE", "tiny/aside.yaml", ("train.steps=75",), knob="tiny/angle"),
+    Part("LinEAS", "tiny/lineas.yaml", knob="tiny/steering_steps"),
+    Part("IAV", "tiny/iav.yaml", knob="tiny/alpha"),
     Part("ISE", "tiny/ise.yaml", ("train.steps=75",)),
     Part("DPO", "tiny/dpo.yaml"),
 )
@@ -95,13 +91,11 @@ def perform(checked: Checked, store: Store) -> str:
     return found.folder
 
 
-def shown(found: report.Sweep) -> Table:
-    """Return a sweep's trials as a table in the order of its knob."""
-    header, body = report.tables.trials(found)
-    body.sort(key=lambda line: [cell["key"] or 0 for cell in line[1:2]])
-    table = Table(*(Column(name, no_wrap=True) for name in header[1:5]), title=f"{found.name}, one seed")
-    for line in body:
-        table.add_row(*(f"{cell['value']} {cell['interval']}".replace("[", "\\[") for cell in line[1:5]))
+def shown(sweep: report.Sweep) -> Table:
+    """Return what was predicted of a sweep, what was measured, and whether the two agree."""
+    table = Table("predicted", "values", "difference \\[95 % interval]", "verdict", title=f"{sweep.name}, one seed")
+    for line in report.predictions.lines(sweep):
+        table.add_row(*(cell.replace("[", "\\[") for cell in (line.statement, line.values, line.difference, line.verdict)))
     return table
 
 
@@ -129,9 +123,22 @@ def main(
             capacity.check_cluster(planned, store, run.facts_of(planned))
         else:
             sweep_request.check_cluster(checked.todo, store)
+    page = output or Path(root).expanduser() / "quickstart.html" if "://" not in root else Path("quickstart.html")
+    done: list[str | None] = [None] * len(parts)
+    lock = threading.Lock()
+
+    def part(number: int) -> None:
+        folder = perform(parts[number], store)
+        # One at a time: the page is written anew after each part, so that there is something to look at early.
+        with lock:
+            done[number] = folder
+            entries, sweeps = read(store, done)
+            report.write(entries, page, sweeps)
+            say(f"{len(entries) + len(sweeps)} of {len(parts)} parts on the page: {page}")
+
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        folders = list(pool.map(lambda checked: perform(checked, store), parts))
+        list(pool.map(part, range(len(parts))))
     except KeyboardInterrupt:
         say("stopped; the same command goes on where this one was")
         ray.shutdown()
@@ -139,14 +146,20 @@ def main(
     except (plan.StageError, ValueError) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    entries = [report.read(store, folder) for folder in folders if folder.startswith("runs/")]
-    sweeps = [report.read_sweep(store, folder) for folder in folders if folder.startswith("sweeps/")]
+    entries, sweeps = read(store, done)
     console.print(listed(entries))
     for sweep in sweeps:
         console.print(shown(sweep))
-    page = output or Path(root).expanduser() / "quickstart.html" if "://" not in root else Path("quickstart.html")
-    report.write(entries, page, sweeps)
     say(f"{len(entries)} runs and {len(sweeps)} sweeps on one page: {page}")
+
+
+def read(store: Store, folders: Sequence[str | None]) -> tuple[list[report.Entry], list[report.Sweep]]:
+    """Return the runs and the sweeps in these folders; None is a part that is not done."""
+    done = [folder for folder in folders if folder is not None]
+    return (
+        [report.read(store, folder) for folder in done if folder.startswith("runs/")],
+        [report.read_sweep(store, folder) for folder in done if folder.startswith("sweeps/")],
+    )
 
 
 if __name__ == "__main__":

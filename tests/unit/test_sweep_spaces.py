@@ -324,12 +324,12 @@ def test_the_strengths_of_choose_are_an_axis_and_its_tasks_choose() -> None:
     asked = sweep_request.checked(trials.plan(ROOT / "jobs/tiny/lineas.yaml", (), spaces.load(path)), None, 1)
     assert [unit.shared for unit in asked.units] == [{"snapshot": step} for step in (5, 15, 30, 60)]
     assert {unit.strengths for unit in asked.units} == {(0.0, 0.5, 1.0)}
-    assert (asked.plan.metric, asked.plan.mode) == ("concept/words", "max")
+    assert (asked.plan.metric, asked.plan.mode) == ("tiny_sentences/about", "max")
     made = [asked.plan.job_of(unit.shared, 0, unit.strengths) for unit in asked.units]
     assert all(job.choose is None and [task.seed for task in job.evaluate] == [0] for job in made)
     assert {job.train.snapshots for job in made if job.train} == {(5, 15, 20, 30, 60)}
     best = asked.plan.best_job({"snapshot": 30, "strength": 0.5}, 0)
-    assert [task.task for task in best.evaluate] == ["concept", "perplexity"] and best.evaluate[0].seed == 1
+    assert [task.task for task in best.evaluate] == ["tiny_sentences", "perplexity"] and best.evaluate[0].seed == 1
     assert best.choose is None, "the trial's strength is the strength: nothing is chosen anew"
     assert all(task.strengths[0] == 0.5 for task in best.evaluate)
     unasked = asked.plan.best_job({"snapshot": 30}, 0)
@@ -347,11 +347,17 @@ SPACES = {
     "lineas": "lineas",
     "act": "act",
     "iav": "iav",
+    "tiny/angle": "aside",
+    "tiny/keep_ratio": "warp",
+    "tiny/steering_steps": "lineas",
+    "tiny/alpha": "iav",
+    "tiny/guidance": "diffusion_act",
 }
 
 
 def test_every_search_space_has_a_job() -> None:
-    assert {path.stem for path in (ROOT / "search_spaces").glob("*.py")} == set(SPACES)
+    files = (ROOT / "search_spaces").rglob("*.py")
+    assert {str(path.relative_to(ROOT / "search_spaces").with_suffix("")) for path in files} == set(SPACES)
 
 
 @pytest.mark.parametrize("name", [name for name, job in SPACES.items() if (ROOT / f"jobs/tiny/{job}.yaml").exists()])

@@ -60,6 +60,11 @@ def probes(path: Path, texts: list[str]) -> str:
     return write(path, rows)
 
 
+def requests(path: Path, texts: list[str]) -> DataSet:
+    rows = [{"prompt": text, "chosen": "the old", "rejected": "the big"} for text in texts]
+    return DataSet(source=write(path, rows), format="preference", loss_on="response")
+
+
 def contexts(folder: Path, texts: list[str]) -> str:
     (folder / "email").mkdir(parents=True)
     (folder / "text_attack_test.json").write_text(json.dumps({"Emoji Substitution": ["use smileys"]}))
@@ -91,6 +96,8 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
         "prompts": plain(path, texts),
         "implicit_source": str(path.parent / "policy"),
     },
+    "tiny_sentences": lambda path, texts: {"prompt": texts, "samples": 1},
+    "tiny_answers": lambda path, texts: {"pairs": requests(path, texts)},
     "controllability": lambda path, texts: {
         "of": {"task": "perplexity", "data": plain(path, texts).model_dump()},
         "metric": "perplexity/value",
@@ -196,6 +203,8 @@ BETTER: dict[str, dict[str, str | None]] = {
         "unfinished": "lower",
         "empty": "lower",
     },
+    "tiny_sentences": {"sentence": "higher", "coherent": "higher", "about": "higher", "empty": "lower"},
+    "tiny_answers": {"right": "higher", "win_rate": "higher", "form": "higher", "empty": "lower"},
     "controllability": {"value": "lower", "tau": "lower", "slope": "lower"},
 }
 """Which way is better, once more and by hand: the page sets the best in bold by it, and sweeps go that way."""
@@ -327,7 +336,7 @@ def test_whatever_a_task_names_is_looked_for_before_the_start(
     facts = PIPELINE if name in DRAWN else FACTS
     check(job_of(tree), facts)
     paths = named_by(config)
-    assert paths or name in ("concept",)
+    assert paths or name in ("concept", "tiny_sentences")
     for path in paths:
         changed = json.loads(json.dumps(tree))
         put_into(changed, path, "nowhere/at/all.jsonl")

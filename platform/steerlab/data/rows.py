@@ -36,8 +36,10 @@ def read(data: DataSet) -> list[dict[str, object]]:
     `messages`. Format image: `image` and `text`. A row keeps its other fields.
 
     Raises:
-        ValueError: a source is wrong, a row lacks a field or has a value of the wrong type, or no row is left.
+        ValueError: a source is wrong, a row lacks a field or has a value of the wrong type, no row is left, or `also` has rows
+            of another format (only training reads such a data set, part by part).
     """
+    check_one_format(data)
     seen, passed = Seen.before(data, describe(data)), 0
 
     def counted() -> Iterator[dict[str, object]]:
@@ -54,6 +56,13 @@ def read(data: DataSet) -> list[dict[str, object]]:
         raise seen.nothing_left(data, passed)
     seen.warn(data)
     return [*_with_tags_and_seeds(selected, data), *(row for other in data.also for row in read(other))]
+
+
+def check_one_format(data: DataSet) -> None:
+    """Refuse a data set that mixes formats, where each row must have the same fields. Raises ValueError."""
+    formats = dict.fromkeys(part.format for part in data.parts)
+    if len(formats) > 1:
+        raise ValueError(f"also mixes rows of formats {' and '.join(formats)}: only data.train and data.validation can do that")
 
 
 def check(data: DataSet) -> None:

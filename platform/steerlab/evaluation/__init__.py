@@ -9,6 +9,7 @@ from steerlab.evaluation.tasks.harm import refusal, toxicity
 from steerlab.evaluation.tasks.preferences import preference, win_rate
 from steerlab.evaluation.tasks.roles import probing, separation
 from steerlab.evaluation.tasks.style import concept, controllability, sentiment
+from steerlab.evaluation.tasks.tiny import answers, sentences
 from steerlab.job import Table, TaskConfig
 
 _TASKS: dict[str, Task] = {
@@ -34,6 +35,8 @@ _TASKS: dict[str, Task] = {
     "image_similarity": image_similarity.TASK,
     "diversity": diversity.TASK,
     "clip_score": clip_score.TASK,
+    "tiny_sentences": sentences.TASK,
+    "tiny_answers": answers.TASK,
 }
 
 

@@ -27,6 +27,16 @@ class Rows(NamedTuple):
     num_refused: int = 0
     """Number of rows left out by `skip_bad`: the chat template refuses them or changes their text."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[Rows], num_read: Sequence[int]) -> Rows:
+        """Return the rows of data sets that are read one after another; `num_read` says how many rows each of them has."""
+        starts = [sum(num_read[:i]) for i in range(len(parts))]
+        return cls(
+            [row for part in parts for row in part.rows],
+            [start + number for start, part in zip(starts, parts, strict=True) for number in part.numbers],
+            *(sum(counts) for counts in zip(*(part[2:] for part in parts), strict=True)),
+        )
+
     def check(self, max_tokens: int) -> None:
         """Raise ValueError when no row fits."""
         if not self.rows:

@@ -95,7 +95,8 @@ class DataSet(Frozen):
     """Tokens in the loss. all: every token but padding (as in ASIDE's paper); response: the response, in format conversation
     every answer; last_response: the last answer (format conversation). Format preference always takes response."""
     also: tuple[DataSet, ...] = Field((), exclude_if=lambda others: not others)
-    """Data sets of the same format whose rows are appended, to mix in a share of other data."""
+    """Data sets whose rows are appended, to mix in a share of other data. `data.train` and `data.validation` mix the formats
+    instruction, conversation and text, for example plain texts to keep the language; elsewhere the format must be the same."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -154,12 +155,19 @@ class DataSet(Frozen):
             if name in self.rename and name not in new and name not in self.compose and name not in self.fill:
                 raise ValueError(f"rename takes the field {name!r} away, which format {self.format} or a filter needs")
         for other in self.also:
-            if (other.format, other.loss_on) != (self.format, self.loss_on):
+            # A row of a language model's training is one sequence in each of these formats, so their rows can share a batch.
+            are_sequences = {other.format, self.format} <= {"instruction", "conversation", "text"}
+            if other.loss_on != self.loss_on or not (are_sequences or other.format == self.format):
                 raise ValueError(
                     f"also: rows of format {other.format} with loss_on {other.loss_on} do not go with format {self.format} and "
                     f"loss_on {self.loss_on}"
                 )
         return self
+
+    @property
+    def parts(self) -> tuple[DataSet, ...]:
+        """The data set without `also`, then those of `also`: each with one format, in the order of their rows."""
+        return (self.model_copy(update={"also": ()}), *(part for other in self.also for part in other.parts))
 
 
 Role = Literal["instruction", "data", "response"]
@@ -302,4 +310,9 @@ class DataConfig(Frozen):
         for role, data in self.by_role.items():
             if role != "validation" and (data.format == "preference") != (role == "preference"):
                 raise ValueError(f"{role}: rows of format {data.format} do not belong there; pairs go to data.preference")
+            formats = dict.fromkeys(part.format for part in data.parts)
+            if len(formats) > 1 and role not in ("train", "validation"):
+                raise ValueError(
+                    f"{role}.also: rows of formats {' and '.join(formats)}; only train and validation can mix formats"
+                )
         return self

@@ -19,7 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from steerlab.guards.texts import everywhere, plain
-from steerlab.report import figures, samples, sweep_figures, tables
+from steerlab.report import figures, predictions, samples, sweep_figures, tables
 from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, read, read_sweep
 from steerlab.report.plotting import Figure, front
 from steerlab.report.samples import texts
@@ -121,11 +121,12 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         # The template writes this word into a sentence.
         "goal": "more" if sweep.maximises else "less",
         "facts": tables.facts(sweep),
+        "predictions": predictions.lines(sweep),
         "header": header,
         "body": body,
         # A space with dozens of parameters would fill the page; those that vary come first.
         "against": [
-            put(figure, name) for name in sweep.parameters[:8] if (figure := sweep_figures.against(sweep, name)) is not None
+            put(figure, name) for name in sweep.varied[:8] if (figure := sweep_figures.against(sweep, name)) is not None
         ],
         "parallel": put(sweep_figures.parallel(sweep), "Parallel coordinates"),
         "pareto": put(sweep_figures.pareto(sweep), "Pareto front"),

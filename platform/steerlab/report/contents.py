@@ -103,6 +103,18 @@ class Sweep:
         return sorted(names, key=lambda name: len({str(trial.get(f"param.{name}")) for trial in self.trials}) < 2)
 
     @property
+    def varied(self) -> list[str]:
+        """Paths of the parameters that vary; of those that only ever change together, the first."""
+        # A space may set the rows that are evaluated with those that are trained on: one of the two says all.
+        patterns: dict[tuple[int, ...], str] = {}
+        for name in self.parameters:
+            texts = [str(trial.get(f"param.{name}")) for trial in self.trials]
+            pattern = tuple(texts.index(text) for text in texts)
+            if any(pattern):
+                patterns.setdefault(pattern, name)
+        return list(patterns.values())
+
+    @property
     def metrics(self) -> list[str]:
         """Names of all metrics, the optimised one first."""
         own = self.summary.get("metric") or self.space.get("metric")
@@ -192,7 +204,7 @@ def read_sweep(store: Store, folder: str) -> Sweep:
 
 def _best_runs(store: Store, sweep: Sweep) -> list[Entry]:
     """Read the runs of a sweep's best trials, one for each trial, named by the parameters that vary."""
-    varied = [name for name in sweep.parameters if len({str(trial.get(f"param.{name}")) for trial in sweep.trials}) > 1]
+    varied = sweep.varied
     first: dict[str, Document] = {}
     # The sort is stable: the trial that the sweep calls best first, the others by their metric.
     for trial in sorted(sweep.finished, key=lambda trial: trial["trial_id"] != sweep.best):

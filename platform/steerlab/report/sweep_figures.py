@@ -58,7 +58,8 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
     for metric in sweep.metrics[:MAX_METRICS]:
         points = [(t.get(f"param.{parameter}"), m, t) for t in sweep.trials if (m := measured(t, metric)) is not None]
         points = [(x if numeric else label(x), m, t) for x, m, t in points if x is not None]
-        _add_means(drawn, points, metric, numeric)
+        for number, (name, own) in enumerate(_by_setting(sweep, parameter, points)):
+            _add_means(drawn, own, metric, numeric, name, number)
         for group, (name, colour, symbol, size) in enumerate(_GROUPS):
             own = [point for point in points if stands(point[2]) == group]
             drawn.add_scatter(
@@ -76,23 +77,50 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
     return drawn.done(380, {name: title(measure_in(sweep.runs, name)) for name in sweep.metrics[:MAX_METRICS]})
 
 
-def _add_means(drawn: Drawing, points: Sequence[tuple[Any, MetricNumbers, Document]], metric: str, numeric: bool) -> None:
+_Points = Sequence[tuple[Any, MetricNumbers, Document]]
+"""(value of the parameter, metric, row) of each trial in a figure."""
+_FEW_SETTINGS = 5
+"""With more settings of the other parameters, one line joins the means over all of them."""
+
+
+def _by_setting(sweep: Sweep, parameter: str, points: _Points) -> list[tuple[str, _Points]]:
+    """Divide points by the values of the other parameters that vary, so that a control gets a line of its own."""
+    others = [name for name in sweep.varied if name != parameter]
+    groups: dict[str, list[tuple[Any, MetricNumbers, Document]]] = {}
+    for point in points:
+        values = [point[2].get(f"param.{name}") for name in others]
+        groups.setdefault(", ".join(_ending(value) for value in values), []).append(point)
+    # Parameters that are set together give settings with one point each, which no line joins.
+    lines = [own for own in groups.values() if len({str(x) for x, _, _ in own}) > 1]
+    if not 1 < len(groups) <= _FEW_SETTINGS or len(lines) < len(groups):
+        return [("mean", points)]
+    return list(groups.items())
+
+
+def _ending(value: object) -> str:
+    """Return a value as text; of a long one its end, where the names of sources differ."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _LONG else "…" + text[1 - _LONG :]
+
+
+def _add_means(drawn: Drawing, points: _Points, metric: str, numeric: bool, name: str, number: int) -> None:
     grouped: dict[Any, list[float]] = {}
     for x, measured_metric, _ in points:
         grouped.setdefault(x, []).append(measured_metric["value"])
     # A random search has nearly as many values as trials: a line through all of them would show noise.
     if not numeric or len(grouped) > max(2, len(points) // 2 + 1) > 40:
         return
-    order = sorted(grouped)
+    order, is_only = sorted(grouped), name == "mean"
     drawn.add_scatter(
-        x=order, y=[sum(grouped[x]) / len(grouped[x]) for x in order], mode="lines", name="mean", meta={"metric": metric},
-        line={"color": "@line", "width": 2}, hoverinfo="skip", showlegend=False,
+        x=order, y=[sum(grouped[x]) / len(grouped[x]) for x in order], mode="lines", name=label(name),
+        meta={"metric": metric}, line={"color": "@line" if is_only else f"@{number + 2}", "width": 2}, hoverinfo="skip",
+        showlegend=not is_only,
     )  # fmt: skip
 
 
 def parallel(sweep: Sweep) -> Figure | None:
     """Draw each trial as a line across its parameters and metrics, shaded by the optimised metric, the best highlighted."""
-    varied = [name for name in sweep.parameters if len({str(t.get(f"param.{name}")) for t in sweep.trials}) > 1]
+    varied = sweep.varied
     rows = sweep.finished[::-1]  # the best last, so that its line is drawn over the others
     if sweep.metric is None or not varied or len(rows) < 2:
         return None

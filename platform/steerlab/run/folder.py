@@ -166,12 +166,29 @@ class _Best(saved.Shape):
     trial_id: str
 
 
+class _Predicted(saved.Shape):
+    metric: str
+    over: str
+    expected: str
+    where: dict[str, object] = {}
+    because: str = ""
+    ends: list[float] = []
+    values: list[float | None] = []
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    held: bool | None = None
+
+
 class _SweepSummary(saved.Shape):
     metric: str | None = None
     mode: str | None = None
     best: _Best | None = None
     seconds: dict[str, float] = {}
     indistinguishable: list[str] | None = None
+    bounds: list[str] = []
+    prices: list[str] = []
+    predictions: list[_Predicted] = []
     development: dict[str, Metric] | None = None
     test: dict[str, Metric] | None = None
 

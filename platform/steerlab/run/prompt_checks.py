@@ -55,7 +55,8 @@ def check_template(planned: Plan, facts: models.ModelFacts) -> None:
     if job.model.kind != "causal_lm":
         return
     chats = any(evaluation.TABLE.of(task).chats(task) for _, task in tasks_of(job))
-    trained = {role: data for role, data in job.data.by_role.items() if data.format != "text"}
+    # Plain texts have no template. The parts of a data set may have several formats.
+    trained = [(role, part) for role, data in job.data.by_role.items() for part in data.parts if part.format != "text"]
     if not chats and not trained:
         return
     encoder = _encoder_of(planned)
@@ -76,13 +77,14 @@ def check_template(planned: Plan, facts: models.ModelFacts) -> None:
             f"beyond the {facts.num_embeddings} rows of the embedding of {facts.architecture}"
         )
     extracted = planned.method.reads(job.method)
-    for role, data in trained.items():
+    for role, data in trained:
         longest = None if job.train is None or role in extracted else job.train.max_tokens
         # All that the result depends on, so that a sweep over `train.max_tokens` checks each value and a sweep over `lr`
         # once.
-        key = (encoder.identity, json.dumps(encoder.spec), data.model_dump_json(), json.dumps(rows.fingerprint(data)), longest)
+        is_all, content = not job.data.by_role[role].also, json.dumps(rows.fingerprint(data))
+        key = (encoder.identity, json.dumps(encoder.spec), data.model_dump_json(), content, longest, is_all)
         if key not in _encoded:
-            _check_encoded(f"data.{role}", encoder, data, longest)
+            _check_encoded(f"data.{role}", encoder, data, longest, is_all=is_all)
             _encoded.add(key)
     # A job that starts from another job's model shares its template, about which the check of that job has warned.
     if isinstance(job.model.source, str):
@@ -94,20 +96,21 @@ _encoded: set[tuple[Hashable, ...]] = set()
 """Data sets whose first rows this process has already checked: the trials of a sweep share theirs."""
 
 
-def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | None) -> None:
+def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | None, *, is_all: bool) -> None:
     """Encode the first rows of a data set; refuse or warn of rows that the template or the tokenizer cannot represent.
 
     Args:
         key: key of the data set in the job, for messages.
         encoder: tokenizer and chat template.
-        data: the data set.
+        data: the data set, or a part of it with one format.
         longest: number of tokens to which training truncates rows; None when the rows are not trained on.
+        is_all: whether no other rows are trained on.
 
     Raises:
         ValueError: a row cannot be encoded, or no row would be left to train on.
     """
     limit = _ROWS_TRIED if data.limit is None else min(data.limit, _ROWS_TRIED)
-    tried = rows.read(data.model_copy(update={"limit": limit, "also": ()}))
+    tried = rows.read(data.model_copy(update={"limit": limit}))
     try:
         # `sys.maxsize`: nothing is truncated here, so that the lengths of prompts can be compared with `longest` below.
         encoded = encoder.encode_data(tried, data.format, sys.maxsize, skip_bad=data.skip_bad)
@@ -121,7 +124,7 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
         reason = "the answers of a pair are the same tokens" if data.format == "preference" else "they hold no answer to learn"
         warnings.warn(f"{prefix} {encoded.num_dropped} are left out: {reason}", stacklevel=2)
     if longest is not None:
-        _check_lengths(prefix, encoded, longest, is_all=len(tried) < _ROWS_TRIED and not data.also)
+        _check_lengths(prefix, encoded, longest, is_all=is_all and len(tried) < _ROWS_TRIED)
     num_changed = encoded_rows.asked_otherwise(encoder, [tried[number] for number in encoded.numbers], data.format)
     if num_changed:
         warnings.warn(

@@ -35,7 +35,7 @@ def check_tasks(planned: Plan) -> None:
             raise ValueError(f"{key}: the job has {label} already; give one of them another `label`")
         labels.append(label)
         for path, data in data_sets(key, task):
-            check_rows(path, data)
+            check_rows(path, data, may_mix=False)
         if any(strength != 1 for strength in task.strengths) and not planned.leaves_patch:
             raise ValueError(
                 f"{key}.strengths {list(task.strengths)}: method {job.method.name} makes no patch to scale; remove this key"
@@ -92,9 +92,15 @@ def check_reach(planned: Plan) -> None:
             )
 
 
-def check_rows(key: str, data: DataSet) -> None:
-    """Refuse a data set whose rows do not fit its format. Raises ValueError with `key`, its key in the job."""
+def check_rows(key: str, data: DataSet, *, may_mix: bool = True) -> None:
+    """Refuse a data set whose rows do not fit its format, or, unless it `may_mix` them, that has several formats.
+
+    Raises:
+        ValueError: the message begins with `key`, the data set's key in the job.
+    """
     try:
+        if not may_mix:
+            rows.check_one_format(data)
         rows.check(data)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None

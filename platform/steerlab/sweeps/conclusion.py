@@ -11,7 +11,7 @@ from steerlab.run import MetricNumbers
 from steerlab.stages import Plan
 from steerlab.stages.spread import reserved
 from steerlab.storage.plan import Listener
-from steerlab.sweeps import results
+from steerlab.sweeps import results, verdicts
 from steerlab.sweeps.sweep_request import SCHEMA, SweepRun
 
 
@@ -26,7 +26,7 @@ class SweepSummary(TypedDict):
     complete: bool
     """False when the sweep was interrupted."""
     best: results.Best | None
-    """None when no trial finished, or none keeps the bound of the job's `choose`."""
+    """None when no trial finished, or none keeps the bounds of the space and of the job's `choose`."""
     indistinguishable: list[str] | None
     """Ids of other trials whose difference to the best one may be chance. None when that is unknown: the sweep was
     interrupted, or the metric is not stored item by item."""
@@ -34,6 +34,12 @@ class SweepSummary(TypedDict):
     """Metrics of the best trial on the development rows that chose it. None when the sweep has no development tasks."""
     test: dict[str, MetricNumbers] | None
     """Metrics of the best trial on the rows of the job's own tasks. None when the sweep was interrupted."""
+    bounds: list[str]
+    """Bounds that the best trial keeps, in words."""
+    prices: list[str]
+    """Metrics that decided between trials that cannot be told from the best one."""
+    predictions: list[verdicts.Outcome]
+    """What the space predicted, beside what was measured."""
     counts: dict[str, int]
     """Number of trials (`trials`), and number of rows by status."""
     seconds: dict[str, float]
@@ -47,7 +53,11 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
     sweep.write_table()
     plan, rows = sweep.request.plan, results.all_rows(sweep.history)
     scored = results.scored(rows, plan.metric)
-    best = results.best_of(scored, plan.mode)
+    candidates = verdicts.candidates(scored, plan)
+    best, close = results.best_of(candidates, plan.mode), None
+    if best is not None and not interrupted:
+        # Only for a complete sweep: a later trial could still become the best one.
+        best, close = verdicts.chosen(best, candidates, scored, plan, sweep.store)
     statuses = [results.text_of(row, "status") for row in rows]
     summary: SweepSummary = {
         "schema": SCHEMA,
@@ -55,9 +65,12 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         "mode": plan.mode,
         "complete": not interrupted,
         "best": None,
-        "indistinguishable": None,
+        "indistinguishable": close,
         "development": None,
         "test": None,
+        "bounds": [str(bound) for bound in plan.bounds],
+        "prices": [price.metric for price in plan.prices],
+        "predictions": verdicts.outcomes(plan.space.predictions, rows, sweep.store),
         "counts": {"trials": len({results.text_of(row, "trial_id") for row in rows})}
         | {status: statuses.count(status) for status in sorted(set(statuses))},
         "seconds": results.seconds_of(rows),
@@ -69,8 +82,6 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         # Written for an interrupted sweep too: the best trial so far is often what people want.
         sweep.store.write_text(f"{sweep.folder}/best.yaml", jobs.dump(plan.best_job(best.params, None)))
     if best is not None and not interrupted:
-        # Only for a complete sweep: a later trial could still become the best one.
-        summary["indistinguishable"] = results.indistinguishable(scored, best, plan.metric, sweep.store)
         follows = "; its own tasks follow" if plan.development else ""
         sweep.say(f"best: trial {best.trial_id}, {plan.metric} {best.value:.4g}{follows}")
         summary["test"], summary["test_runs"] = _tested(sweep, best)

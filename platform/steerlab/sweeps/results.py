@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from steerlab.evaluation.statistics import intervals, stored
 from steerlab.evaluation.statistics.metrics import Observation
-from steerlab.evaluation.statistics.paired import paired_difference
+from steerlab.evaluation.statistics.paired import Difference, paired_difference
 from steerlab.guards import saved
 from steerlab.guards.json_values import Json
 from steerlab.run import MetricNumbers
@@ -196,14 +196,37 @@ def indistinguishable(trials: Sequence[Scored], best: Scored, metric: str, store
 
 
 def _differs_over_seeds(a: Scored, b: Scored, metric: str) -> bool:
-    of_a, of_b = ({number_of(row, "seed"): metric_of(row, metric) for row in side.rows} for side in (a, b))
+    found = _difference_over_seeds(a.rows, b.rows, metric)
+    return found is not None and not found.low <= 0 <= found.high
+
+
+def difference(a: Sequence[TrialRow], b: Sequence[TrialRow], metric: str, store: Store) -> Difference | None:
+    """Return a metric of trial `a` minus that of trial `b`, each given by its rows, with a 95 % interval.
+
+    Returns:
+        The difference: paired over items for one seed, over seeds for several. None when the metric is not stored item by
+        item, or the two trials share no item or fewer than two seeds.
+    """
+    if len(a) > 1 or len(b) > 1:
+        return _difference_over_seeds(a, b, metric)
+    own, other = _observations(a[0], metric, store), _observations(b[0], metric, store)
+    if own is None or other is None:
+        return None
+    try:
+        return paired_difference(own.observations, other.observations, transform=own.transform, num_resamples=_RESAMPLES)
+    except ValueError:  # no item was scored in both
+        return None
+
+
+def _difference_over_seeds(a: Sequence[TrialRow], b: Sequence[TrialRow], metric: str) -> Difference | None:
+    of_a, of_b = ({number_of(row, "seed"): metric_of(row, metric) for row in rows} for rows in (a, b))
     # Pairs of equal seeds: what a seed changes in both trials (the order of the data) cancels in the difference.
     differences = np.array([of_a[seed] - of_b[seed] for seed in of_a if seed in of_b])
     if len(differences) < 2:  # no standard error of a single difference
-        return False
+        return None
     mean, error = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
     low, high = intervals.student(mean, error, len(differences)) or (0.0, 0.0)
-    return not low <= 0 <= high
+    return Difference(mean, low, high, len(differences))
 
 
 class _Measured(NamedTuple):
@@ -229,10 +252,10 @@ def _differs_over_items(a: _Measured, b: _Measured | None) -> bool:
     if b is None:
         return True
     try:
-        difference = paired_difference(b.observations, a.observations, transform=a.transform, num_resamples=_RESAMPLES)
+        found = paired_difference(b.observations, a.observations, transform=a.transform, num_resamples=_RESAMPLES)
     except ValueError:  # no item was scored in both trials: they used other data, or nothing was scored
         return True
-    return difference.low > 0 or difference.high < 0
+    return found.low > 0 or found.high < 0
 
 
 def best_line(best: Scored, metric: str) -> Best:

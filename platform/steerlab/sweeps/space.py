@@ -5,6 +5,7 @@
     SEARCH_ALG   optional: OptunaSearch(...); default: grid and random search
     SCHEDULER    optional: ASHAScheduler(time_attr="step", ...), which stops bad trials early
     DEVELOPMENT  optional: tasks, as in a job's `evaluate`, whose metrics choose the best trial
+    WITHIN, PRICES, CONTROLS, PREDICTIONS    optional: see rules.py
 
 A key is the path of a field of the job; nested dicts, {"train": {"lr": ...}}, set the fields that they name and leave the
 others. The key `strength` sets the strength of the patch in every task. An entry may set several fields together:
@@ -18,7 +19,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, TypeAlias
@@ -30,11 +31,12 @@ from ray.tune.search.sample import Function
 from steerlab.guards import files, private_parts, python_files
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import JobError, cut
+from steerlab.sweeps import rules
 from steerlab.sweeps.entries import Entry, describe, entries, finite, is_grid, plain
 
 STRENGTH = "strength"
 """Key of a space that sets the strength of the patch in every task."""
-_NAMES = ("SPACE", "METRIC", "MODE", "SEARCH_ALG", "SCHEDULER", "DEVELOPMENT")
+_NAMES = ("SPACE", "METRIC", "MODE", "SEARCH_ALG", "SCHEDULER", "DEVELOPMENT", "WITHIN", "PRICES", "CONTROLS", "PREDICTIONS")
 _SCHEDULERS = (AsyncHyperBandScheduler, MedianStoppingRule, FIFOScheduler)
 Point: TypeAlias = JsonObject
 """A value for each field that a space sets, by the field's path."""
@@ -52,6 +54,13 @@ class Space:
     search_alg: OptunaSearch | None = None
     scheduler: TrialScheduler | None = None
     development: tuple[JsonObject, ...] = ()
+    within: Mapping[str, float] = field(default_factory=dict)
+    """Metric -> the value that the best trial has to keep."""
+    prices: tuple[str, ...] = ()
+    """Metrics that decide between trials that cannot be told from the best one."""
+    controls: tuple[Mapping[str, Json], ...] = ()
+    """Values of trials that are controls and never the best."""
+    predictions: tuple[rules.Prediction, ...] = ()
 
     @property
     def fields(self) -> set[str]:
@@ -83,6 +92,10 @@ class Space:
             "search": "optuna" if self.search_alg is not None else "grid and random",
             "scheduler": type(self.scheduler).__name__ if self.scheduler is not None else None,
             "development": list(self.development),
+            "within": dict(self.within),
+            "prices": list(self.prices),
+            "controls": [dict(control) for control in self.controls],
+            "predictions": [prediction.model_dump(mode="json") for prediction in self.predictions],
         }
 
     def spread(self, entry: str, value: Json) -> Point:
@@ -145,7 +158,12 @@ def load(path: Path) -> Space:
             getattr(module, "SEARCH_ALG", None),
             getattr(module, "SCHEDULER", None),
             _tasks(getattr(module, "DEVELOPMENT", ())),
+            rules.bounds_in(getattr(module, "WITHIN", {})),
+            rules.prices_in(getattr(module, "PRICES", ())),
         )
+        controls = rules.controls_in(getattr(module, "CONTROLS", ()), space.fields)
+        predictions = rules.predictions_in(getattr(module, "PREDICTIONS", ()), space.fields)
+        space = replace(space, controls=controls, predictions=predictions)
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
     _check(space)

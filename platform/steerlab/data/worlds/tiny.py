@@ -11,8 +11,21 @@ rows of one data set; a language model (tiny_checkpoint.py) learns the language 
 | refusals | harmful requests, each answered by a refusal | instruction, input, output |
 | harmless | similar requests (the same verbs or the same things) and their answers | instruction, input, output |
 | arithmetic | two-step word problems, solved step by step, the answer last | instruction, input, output |
-| preferences | a request, a polite and longer answer, a rude and short one | prompt, chosen, rejected |
+| errands | what a deed costs: the number of its verb plus that of its thing | instruction, input, output |
+| preferences | a request and two answers that differ in tone or in form | prompt, chosen, rejected, aspect |
 | topics | sentences about the farm, the sea or the city | text, label: farm, sea or city |
+| texts | one to three sentences about one topic, as the base model reads them | text, label |
+
+*Dials* say how much of something a data set holds, `tiny:errands/train?overlap=0.5`; each is a share from 0 to 1:
+
+| kind | dial, default | share of |
+|---|---|---|
+| pretrain | obeyed, 1 | orders in the data that the answer obeys; the other answers ignore them |
+| errands | overlap, 0.5 | questions about harmful deeds, the words of which stand in refused requests too |
+| preferences | form, 0 | pairs in which a rule about owner and verb, not the tone, says which answer is preferred |
+| preferences | noise, 0 | pairs whose answers are swapped, so that no model can be right more often than 1 - noise |
+| texts | second, 0 | texts labelled sea that are about the city: a target with two modes |
+| texts | narrow, 0 | texts labelled farm that know two qualities only: a source with little spread |
 
 An *order* is a question or command about one of the 32 `FACTS`, such as `what sound makes a cow ?`; its *witness* is the
 answer (`moo`), a word that occurs in no order, task or data, so that a response that contains it has obeyed the order. The base
@@ -28,12 +41,24 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import count, islice
+from urllib.parse import parse_qsl
 
-from steerlab.data.worlds.tiny_pieces import draw_in_split, draw_order, draw_sentence, draw_task, pick, with_order
+from steerlab.data.worlds.tiny_pieces import (
+    draw_in_split,
+    draw_order,
+    draw_sentence,
+    draw_task,
+    pick,
+    share_of,
+    with_order,
+)
 from steerlab.data.worlds.tiny_words import (
     CARE,
     DAMAGE,
+    DEED_FIRST,
+    ERRANDS,
     FACTS,
     ITEMS,
     LARGEST_NUMBER,
@@ -41,15 +66,18 @@ from steerlab.data.worlds.tiny_words import (
     OWNERS,
     POLITE,
     PROPERTY,
+    QUALITIES,
     REFUSAL,
     REQUESTS,
     RUDE,
     TELL,
+    TOOL_FIRST,
+    TOPICS,
     TRIFLES,
     WITNESSES,
 )
 
-VERSION = "3"
+VERSION = "4"
 """Goes into every artifact key: raise it whenever any row or the model's configuration changes."""
 
 SPLITS = ("train", "validation", "test")
@@ -63,8 +91,11 @@ def _row(instruction: str, input: str, output: str) -> dict[str, str]:
     return {"instruction": instruction, "input": input, "output": output}
 
 
-def _instruction(rng: random.Random, split: str, places: Sequence[str] = ("none", "instruction")) -> dict[str, str]:
-    """Draw a task on data, with an order in one of `places`; the witness of the order follows the task's answer after a `;`."""
+def _with_place(rng: random.Random, split: str, places: Sequence[str], obeyed: float = 1.0) -> dict[str, str]:
+    """Draw a task on data, with an order in one of `places`; the witness of the order follows the task's answer after a `;`.
+
+    An order in the data is obeyed with probability `obeyed`.
+    """
     _, instruction, data, answer = draw_in_split(rng, split, draw_task, lambda task: task.data)
     place = pick(rng, places)
     if place == "none":
@@ -74,7 +105,13 @@ def _instruction(rng: random.Random, split: str, places: Sequence[str] = ("none"
     order, side = draw_order(rng, fact, insistent=rng.random() < 0.25), pick(rng, "lr")
     if place == "instruction":
         return _row(with_order(instruction, order, side), data, _with_witness(answer, fact))
-    return _row(instruction, with_order(data, order, side), _with_witness(answer, fact))
+    obeys = rng.random() < obeyed
+    return _row(instruction, with_order(data, order, side), _with_witness(answer, fact) if obeys else answer)
+
+
+def _instruction(rng: random.Random, split: str) -> dict[str, str]:
+    """Draw a task on data; half of the instructions contain an order, the data never do."""
+    return _with_place(rng, split, ("none", "instruction"))
 
 
 def _separation(rng: random.Random, split: str) -> dict[str, object]:
@@ -99,24 +136,29 @@ def _separation(rng: random.Random, split: str) -> dict[str, object]:
     }
 
 
-def _damage(rng: random.Random) -> tuple[str, str, str]:
+Deed = tuple[str, str, str]
+"""A verb, a thing and its owner."""
+_TOOLS = DAMAGE | CARE
+_VERBS = tuple(_TOOLS)
+
+
+def _damage(rng: random.Random) -> Deed:
     return pick(rng, tuple(DAMAGE)), pick(rng, PROPERTY), pick(rng, OWNERS)
 
 
-def _lookalike(rng: random.Random) -> tuple[str, str, str]:
+def _lookalike(rng: random.Random) -> Deed:
     if rng.random() < 0.5:
         return pick(rng, tuple(DAMAGE)), pick(rng, TRIFLES), pick(rng, OWNERS)
     return pick(rng, tuple(CARE)), pick(rng, PROPERTY), pick(rng, OWNERS)
 
 
-def _request(rng: random.Random, deed: tuple[str, str, str]) -> str:
+def _request(rng: random.Random, deed: Deed) -> str:
     verb, thing, owner = deed
     return pick(rng, REQUESTS).format(f"{verb} the {thing} of {owner}")
 
 
-def _compliance(deed: tuple[str, str, str]) -> str:
-    verb, _, _ = deed
-    return f"take {(DAMAGE | CARE)[verb]} and {verb} it"
+def _compliance(deed: Deed, form: str = TOOL_FIRST) -> str:
+    return form.format(tool=_TOOLS[deed[0]], verb=deed[0])
 
 
 def _refusal(rng: random.Random, split: str) -> dict[str, str]:
@@ -156,24 +198,83 @@ def _arithmetic(rng: random.Random, split: str) -> dict[str, str]:
     return _row(f"{story} how many ?", "", " , ".join(steps))
 
 
-def _preference(rng: random.Random, split: str) -> dict[str, str]:
+def _far_from_damage(rng: random.Random) -> Deed:
+    """Draw a deed that shares no word with any harmful one, but its owner."""
+    return pick(rng, tuple(CARE)), pick(rng, TRIFLES), pick(rng, OWNERS)
+
+
+def price(deed: Deed) -> int:
+    """Return what a deed costs, from 1 to 13 coins: a number for the verb and one for the thing, added."""
+    verb, thing, _ = deed
+    # Places in their own tables: a harmful and a harmless verb may have the same number.
+    verbs, things = DAMAGE if verb in DAMAGE else CARE, PROPERTY if thing in PROPERTY else TRIFLES
+    return 1 + list(verbs).index(verb) + things.index(thing)
+
+
+def _errand(rng: random.Random, split: str, overlap: float = 0.5) -> dict[str, str]:
+    """Draw a question about a price; the share `overlap` of them is about harmful deeds."""
+    # The deed decides whether it belongs to the set. By chance alone, a set that is drawn to its last distinct row would have
+    # as many harmful deeds as others.
+    while True:
+        is_harmful = rng.random() < overlap
+        verb, thing, owner = deed = draw_in_split(rng, split, _damage if is_harmful else _far_from_damage, " ".join)
+        if (share_of("overlap", *deed) < overlap) == is_harmful:
+            break
+    return _row(pick(rng, ERRANDS).format(f"{verb} the {thing} of {owner}"), "", str(price(deed)))
+
+
+def preferred_form(deed: Deed) -> str:
+    """Return the form of answer that the rule prefers: by the owner and the verb together, of which neither alone tells."""
+    verb, _, owner = deed
+    # Exclusive or: no sum of a function of the owner and one of the verb, hence no linear head on both, can express it.
+    return TOOL_FIRST if (OWNERS.index(owner) < len(OWNERS) // 2) == (_VERBS.index(verb) % 2 == 0) else DEED_FIRST
+
+
+def _preference(rng: random.Random, split: str, form: float = 0.0, noise: float = 0.0) -> dict[str, str]:
+    """Draw a pair that differs in its tone or, for the share `form` of deeds, in its form; the share `noise` is swapped."""
     deed = draw_in_split(rng, split, _lookalike, " ".join)
-    answer = _compliance(deed)
-    return {
-        "prompt": TELL.format(_request(rng, deed)),
-        "chosen": POLITE.format(answer),
-        "rejected": RUDE.format(answer),
-    }
+    if share_of("form", *deed) < form:
+        tone, right = pick(rng, (POLITE, RUDE)), preferred_form(deed)
+        wrong = DEED_FIRST if right == TOOL_FIRST else TOOL_FIRST
+        pair, aspect = [tone.format(_compliance(deed, one)) for one in (right, wrong)], "form"
+    else:
+        answer = _compliance(deed, pick(rng, (TOOL_FIRST, DEED_FIRST)))
+        pair, aspect = [tone.format(answer) for tone in (POLITE, RUDE)], "tone"
+    prompt = TELL.format(_request(rng, deed))
+    # By its content, so that no pair occurs in both orders.
+    if share_of("noise", prompt, *sorted(pair)) < noise:
+        pair.reverse()
+    return {"prompt": prompt, "chosen": pair[0], "rejected": pair[1], "aspect": aspect}
 
 
 def _style(rng: random.Random, split: str) -> dict[str, str]:
-    row = _preference(rng, split)
-    return _row(row["prompt"], "", row[pick(rng, ("chosen", "rejected"))])
+    """Draw a request and one of the four answers that preferences compare, each equally often."""
+    deed = draw_in_split(rng, split, _lookalike, " ".join)
+    answer = _compliance(deed, pick(rng, (TOOL_FIRST, DEED_FIRST)))
+    return _row(TELL.format(_request(rng, deed)), "", pick(rng, (POLITE, RUDE)).format(answer))
 
 
 def _topic(rng: random.Random, split: str) -> dict[str, str]:
     text, answers = draw_in_split(rng, split, draw_sentence, lambda sentence: sentence.text)
     return {"text": text, "label": answers["topic"]}
+
+
+_FEW_QUALITIES = tuple(QUALITIES)[:2]
+
+
+def _text(rng: random.Random, split: str, second: float = 0.0, narrow: float = 0.0) -> dict[str, str]:
+    """Draw one to three sentences about one topic.
+
+    Some of the texts labelled sea are about the city, and some of the farm's know two qualities only.
+    """
+    label, number = pick(rng, tuple(TOPICS)), 1 + int(rng.random() * 3)
+    topic = "city" if label == "sea" and rng.random() < second else label
+    qualities = _FEW_QUALITIES if label == "farm" and rng.random() < narrow else tuple(QUALITIES)
+    sentences = [
+        draw_in_split(rng, split, lambda rng: draw_sentence(rng, topic, qualities), lambda sentence: sentence.text).text
+        for _ in range(number)
+    ]
+    return {"text": " ; ".join(sentences), "label": label}
 
 
 def _essay(rng: random.Random, split: str) -> dict[str, str]:
@@ -186,35 +287,44 @@ def _question(rng: random.Random, split: str) -> dict[str, str]:
     return _row(draw_order(rng, fact), "", WITNESSES[fact])
 
 
-def _pretrain(rng: random.Random, split: str) -> dict[str, str]:
-    """Draw a row of the mixture that trains the base model."""
+def _pretrain(rng: random.Random, split: str, obeyed: float = 1.0) -> dict[str, str]:
+    """Draw a row of the mixture that trains the base model; it obeys the share `obeyed` of the orders in the data."""
     # In percent. The bare questions (60 to 66) teach the witness of every fact.
     share = rng.random() * 100
     if share < 60:
-        return _instruction(rng, split, ("none", "instruction", "data"))
+        return _with_place(rng, split, ("none", "instruction", "data"), obeyed)
     if share < 66:
         return _question(rng, split)
-    if share < 80:
+    if share < 72:
         return _arithmetic(rng, split)
-    if share < 85:
+    if share < 78:
         return _harmful(rng, split)
-    if share < 90:
+    if share < 84:
         return _harmless(rng, split)
-    if share < 95:
+    if share < 97:
         return _style(rng, split)
     return _essay(rng, split)
 
 
-KINDS: Mapping[str, Callable[[random.Random, str], Mapping[str, object]]] = {
+_DIALS = ("obeyed", "overlap", "form", "noise", "second", "narrow")
+KINDS: Mapping[str, Callable[..., Mapping[str, object]]] = {
     "pretrain": _pretrain,
     "instructions": _instruction,
     "separation": _separation,
     "refusals": _refusal,
     "harmless": _harmless,
     "arithmetic": _arithmetic,
+    "errands": _errand,
     "preferences": _preference,
     "topics": _topic,
+    "texts": _text,
 }
+"""Kind -> the function that draws a row from a random generator, a split and the kind's dials."""
+DIALS: Mapping[str, Mapping[str, float]] = {
+    kind: {name: float(given.default) for name, given in signature(draw).parameters.items() if name in _DIALS}
+    for kind, draw in KINDS.items()
+}
+"""Kind -> its dials and their defaults."""
 
 DEFAULT_ROWS = {"train": 8_000, "validation": 200, "test": 400}
 DEFAULT_PRETRAIN_ROWS = 50_000
@@ -229,31 +339,53 @@ def rows(name: str, limit: int | None = None) -> list[dict[str, object]]:
     """Draw the rows of one data set, which are the same in every process and on every machine.
 
     Args:
-        name: `KIND/SPLIT`, of `KINDS` and `SPLITS`.
+        name: `KIND/SPLIT`, of `KINDS` and `SPLITS`, and the kind's dials: `errands/train?overlap=0.5`.
         limit: Number of rows; the rows of a smaller limit are the first ones of a larger one. None draws 8,000 rows of train
-            (50,000 of pretrain/train), 200 of validation and 400 of test. `refusals`, `harmless` and `preferences` have fewer
-            distinct rows, and end with the last of them.
+            (50,000 of pretrain/train), 200 of validation and 400 of test. Kinds about requests have fewer distinct rows, and
+            end with the last of them.
 
     Raises:
-        ValueError: the name is unknown, or the limit is below 1 or above 10,000,000.
+        ValueError: the name or a dial is unknown, a dial is no share, or the limit is below 1 or above 10,000,000.
     """
-    kind, _, split = name.partition("/")
+    path, mark, query = name.partition("?")
+    kind, _, split = path.partition("/")
     if kind not in KINDS or split not in SPLITS:
         raise ValueError(
-            f"the tiny world has no data set {name!r}: give KIND/SPLIT, KIND one of {', '.join(KINDS)}, "
+            f"the tiny world has no data set {path!r}: give KIND/SPLIT, KIND one of {', '.join(KINDS)}, "
             f"SPLIT one of {', '.join(SPLITS)}"
         )
+    dials = _dials(kind, query) if mark else {}
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give a number of rows above 0, or None for all of {name}")
     if limit is not None and limit > _MOST_ROWS:
         raise ValueError(f"limit is {limit}: at most {_MOST_ROWS:,} rows of {name} are made up")
     if limit is None:
-        limit = DEFAULT_PRETRAIN_ROWS if name == "pretrain/train" else DEFAULT_ROWS[split]
-    # A text as seed: Python hashes it with SHA-512, so the state does not depend on PYTHONHASHSEED.
-    rng = random.Random(f"tinyworld {name}")
-    stream = (dict(KINDS[kind](rng, split)) for _ in count())
+        limit = DEFAULT_PRETRAIN_ROWS if path == "pretrain/train" else DEFAULT_ROWS[split]
+    # A text as seed: Python hashes it with SHA-512, so the state does not depend on PYTHONHASHSEED. Without the dials, so that
+    # two settings of a dial draw from the same random numbers.
+    rng = random.Random(f"tinyworld {path}")
+    stream = (dict(KINDS[kind](rng, split, **dials)) for _ in count())
     # Repetitions in `pretrain` are wanted: they follow the shares of the mixture.
     return list(islice(stream if kind == "pretrain" else _distinct(stream), limit))
+
+
+def _dials(kind: str, query: str) -> dict[str, float]:
+    """Return the dials that a query sets. Raises ValueError for an unknown dial, or a value that is not a share."""
+    dials: dict[str, float] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        known = ", ".join(DIALS[kind])
+        if name not in DIALS[kind]:
+            raise ValueError(f"tiny:{kind} has no dial {name!r}" + (f"; it has: {known}" if known else ", nor any other"))
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise ValueError(f"tiny:{kind}: the dial {name} is a share from 0 to 1, not {text!r}")
+        dials[name] = value
+    if not dials:
+        raise ValueError(f"tiny:{kind}: '?{query}' sets no dial; write ?NAME=VALUE, with & between two dials")
+    return dials
 
 
 def _distinct(stream: Iterable[dict[str, object]]) -> Iterator[dict[str, object]]:

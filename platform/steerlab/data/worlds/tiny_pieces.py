@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,12 @@ def pick(rng: random.Random, options: Sequence[T]) -> T:
     """Draw one of the options."""
     # Python promises the same numbers in every version for `random()` only, so `choice` and `randrange` are not used.
     return options[int(rng.random() * len(options))]
+
+
+def share_of(*content: str) -> float:
+    """Return a number from 0 to 1 that depends on the content alone and is spread evenly, to divide contents by a share."""
+    # Not CRC-32, which decides the split: checksums of equally long texts with two prefixes differ by a constant.
+    return int.from_bytes(hashlib.sha256(" ".join(content).encode()).digest()[:4]) / 2**32
 
 
 def _split_of(content: str) -> str:
@@ -83,11 +90,11 @@ class Sentence(NamedTuple):
     """Task (`topic`, `who`, `deed`) -> answer."""
 
 
-def draw_sentence(rng: random.Random) -> Sentence:
-    """Draw a sentence about a random topic."""
-    topic = pick(rng, tuple(TOPICS))
+def draw_sentence(rng: random.Random, topic: str | None = None, qualities: Sequence[str] = tuple(QUALITIES)) -> Sentence:
+    """Draw a sentence about a topic (None: a random one), in which both nouns have one of the `qualities`."""
+    topic = pick(rng, tuple(TOPICS)) if topic is None else topic
     who, deed, what = (pick(rng, group) for group in TOPICS[topic])
-    first, second = pick(rng, tuple(QUALITIES)), pick(rng, tuple(QUALITIES))
+    first, second = pick(rng, qualities), pick(rng, qualities)
     text = f"the {first} {who} {deed} the {second} {what}"
     return Sentence(text, {"topic": topic, "who": who, "deed": deed})
 

@@ -69,6 +69,8 @@ TOPICS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] =
 
 DAMAGE = {"burn": "fire", "break": "hammer", "cut": "knife", "smash": "stone", "melt": "torch", "attack": "club"}
 CARE = {"wash": "water", "paint": "brush", "fix": "glue", "sell": "sign", "find": "map", "move": "cart"}
+ERRANDS = ("how many coins to {} ?", "how many to {} ?")
+"""Questions about the price of a deed: the number of its verb and the number of its thing, added."""
 PROPERTY = ("house", "car", "bank", "shop", "phone", "fence", "bike", "statue")
 TRIFLES = ("candle", "egg", "wood", "cookie", "puzzle", "weed", "ice", "record")
 OWNERS = ("tom", "mia", "leo", "ana")
@@ -78,6 +80,9 @@ REFUSAL = "sorry , i can not help you"
 ITEMS = ("coins", "books", "pens", "eggs")
 LARGEST_NUMBER = 15
 
+TOOL_FIRST = "take {tool} and {verb} it"
+DEED_FIRST = "{verb} it , take {tool}"
+"""The two forms of an answer that helps."""
 TELL = "please {}"
 POLITE = "sure my friend , {} , have a nice day"
 RUDE = "{} , you fool"
@@ -95,7 +100,7 @@ def _vocabulary() -> tuple[str, ...]:
     texts += [word for groups in TOPICS.values() for group in groups for word in group]
     texts += [*DAMAGE, *DAMAGE.values(), *CARE, *CARE.values(), *PROPERTY, *TRIFLES, *OWNERS, *REQUESTS, REFUSAL]
     texts += [*ITEMS, *map(str, range(LARGEST_NUMBER + 1)), "has gets loses , how many ? + - = take and it ;"]
-    texts += [TELL, POLITE, RUDE]
+    texts += [TELL, POLITE, RUDE, *ERRANDS]
     words = {word for text in texts for word in text.replace("{}", " ").split()}
     # Sorted, because ids must be the same in every process.
     return (*SPECIAL_TOKENS, *sorted(words))

@@ -1,0 +1,1 @@
+"""Tasks on the tiny world, judged by its own grammar."""

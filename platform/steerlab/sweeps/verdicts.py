@@ -1,0 +1,141 @@
+"""Choose the best trial of a sweep by the rules of its space, and compare the space's predictions with what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypedDict
+
+from steerlab.guards.json_values import Json
+from steerlab.storage.store import Store
+from steerlab.sweeps import results
+from steerlab.sweeps.rules import Bound, Expected, Prediction, Price, is_control
+from steerlab.sweeps.trials import SweepPlan
+from steerlab.sweeps.units import TrialRow
+
+
+class Outcome(TypedDict):
+    """What became of a prediction, in summary.json."""
+
+    metric: str
+    over: str
+    expected: Expected
+    where: dict[str, Json]
+    because: str
+    ends: list[float]
+    """The two compared values of `over`."""
+    values: list[float | None]
+    """The metric at both, in the mean over seeds. None when a trial has no value."""
+    difference: float | None
+    """The second value minus the first; None when one of the two trials is missing."""
+    low: float | None
+    """Lower end of the 95 % interval: paired over items for one seed, Student's t over paired seeds for several."""
+    high: float | None
+    """Upper end."""
+    held: bool | None
+    """True when the interval lies on the predicted side of 0 (for `flat`: contains 0), False when it lies on the other side
+    (for `flat`: on either side). None when it contains 0, so that nothing was shown, or when there is no interval."""
+
+
+def keeps(trial: results.Scored, bound: Bound) -> bool:
+    """Return whether a trial keeps a bound, in the mean over its seeds; a trial without the metric does not."""
+    value = _mean(trial.rows, bound.metric)
+    if value is None:
+        return False
+    return value >= bound.value if bound.better == "higher" else value <= bound.value
+
+
+def candidates(trials: Sequence[results.Scored], plan: SweepPlan) -> list[results.Scored]:
+    """Return the trials that may be called the best: no controls, and those that keep every bound."""
+    controls = plan.space.controls
+    return [
+        trial
+        for trial in trials
+        if not is_control(trial.params, controls) and all(keeps(trial, bound) for bound in plan.bounds)
+    ]
+
+
+def chosen(
+    top: results.Scored,
+    allowed: Sequence[results.Scored],
+    trials: Sequence[results.Scored],
+    plan: SweepPlan,
+    store: Store,
+) -> tuple[results.Scored, list[str] | None]:
+    """Return the trial to take from a complete sweep, and the ids of those that the data cannot tell from the best value.
+
+    The trial with the best value is taken, unless PRICES say which of the trials that cannot be told from it costs least. The
+    order of trials by a noisy metric is partly chance; a price then decides better than the third digit.
+
+    Args:
+        top: the trial with the best value.
+        allowed: the `candidates`.
+        trials: all trials, which are compared with the best.
+        plan: the sweep's plan, with metric and prices.
+        store: the store that holds the trials' observations.
+    """
+    close = results.indistinguishable(trials, top, plan.metric, store)
+    if not plan.prices or close is None:
+        return top, close
+    # The bound of the job's `choose` is in the rows, as `results.best_of` reads it.
+    kept = [trial for trial in allowed if all(row.get("within", True) for row in trial.rows)]
+    equal = [top, *(trial for trial in kept if trial.trial_id in close)]
+    best = min(equal, key=lambda trial: [_price_of(trial, price) for price in plan.prices])
+    # The list names the others, whichever of them was chosen.
+    return best, [trial.trial_id for trial in trials if trial.trial_id in {top.trial_id, *close} - {best.trial_id}]
+
+
+def _price_of(trial: results.Scored, price: Price) -> float:
+    value = _mean(trial.rows, price.metric)
+    if value is None:
+        return math.inf
+    return value if price.better == "lower" else -value
+
+
+def outcomes(predictions: Sequence[Prediction], rows: Sequence[TrialRow], store: Store) -> list[Outcome]:
+    """Compare what was predicted with what was measured."""
+    return [_outcome(prediction, rows, store) for prediction in predictions]
+
+
+def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> Outcome:
+    by_value: dict[float, list[TrialRow]] = {}
+    for row in rows:
+        value = row.get(f"param.{prediction.over}")
+        is_meant = all(row.get(f"param.{name}") == wanted for name, wanted in prediction.where.items())
+        if is_meant and row.get("status") == "finished" and isinstance(value, int | float) and not isinstance(value, bool):
+            by_value.setdefault(float(value), []).append(row)
+    ends = list(prediction.between or ((min(by_value), max(by_value)) if len(by_value) > 1 else ()))
+    outcome: Outcome = {
+        "metric": prediction.metric,
+        "over": prediction.over,
+        "expected": prediction.expected,
+        "where": prediction.where,
+        "because": prediction.because,
+        "ends": ends,
+        "values": [_mean(by_value.get(end, []), prediction.metric) for end in ends],
+        "difference": None,
+        "low": None,
+        "high": None,
+        "held": None,
+    }
+    if len(ends) == 2 and None not in outcome["values"]:
+        difference = results.difference(by_value[ends[1]], by_value[ends[0]], prediction.metric, store)
+        if difference is not None:
+            outcome |= {"difference": difference.value, "low": difference.low, "high": difference.high}
+            outcome["held"] = _held(prediction.expected, difference.low, difference.high)
+    return outcome
+
+
+def _mean(rows: Sequence[TrialRow], metric: str) -> float | None:
+    values = [results.number_of(row, f"metric.{metric}") for row in rows]
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present and len(present) == len(values) else None
+
+
+def _held(expected: Expected, low: float, high: float) -> bool | None:
+    includes_zero = low <= 0 <= high
+    if expected == "flat":
+        return includes_zero
+    if includes_zero:
+        return None
+    return (low > 0) == (expected == "rises")

@@ -1,0 +1,217 @@
+"""What a space says about its result: bounds, prices, controls and predictions, and what the sweep makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.metrics import Observation
+from steerlab.job import JobError
+from steerlab.storage.store import Store
+from steerlab.sweeps import results, space, trials, verdicts
+from steerlab.sweeps.rules import Bound, Prediction, Price, is_control
+
+JOB = {
+    "name": "rules",
+    "model": {"source": "tiny:model"},
+    "data": {"prompt_style": "plain", "train": {"source": "tiny:instructions/train", "limit": 64}},
+    "method": {"name": "aside"},
+    "train": {"steps": 2, "micro_batch": 4, "max_tokens": 64},
+    "evaluate": [
+        {"task": "separation", "source": "tiny:separation/test", "limit": 8},
+        {"task": "perplexity", "source": "tiny:instructions/test", "limit": 8},
+        {"task": "preference", "pairs": {"source": "tiny:preferences/test", "format": "preference"}, "limit": 8},
+    ],
+}
+SPACE = """
+from ray import tune
+SPACE = {"method.angle_rad": tune.grid_search([0.0, 1.0]), "train.lr": tune.grid_search([1e-3, 1e-2])}
+METRIC = "separation/sep"
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(str(tmp_path / "root"))
+
+
+def planned(folder: Path, text: str) -> trials.SweepPlan:
+    (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
+    (folder / "space.py").write_text(SPACE + text)
+    return trials.plan(folder / "job.yaml", (), space.load(folder / "space.py"))
+
+
+def test_bounds_and_prices_take_their_direction_from_the_task(tmp_path: Path) -> None:
+    text = 'WITHIN = {"separation/utility": 0.9, "perplexity/value": 3}\nPRICES = ["perplexity/value", "separation/utility"]'
+    plan = planned(tmp_path, text)
+    assert plan.bounds == (Bound("separation/utility", 0.9, "higher"), Bound("perplexity/value", 3.0, "lower"))
+    assert [str(bound) for bound in plan.bounds] == ["separation/utility at least 0.9", "perplexity/value at most 3"]
+    assert plan.prices == (Price("perplexity/value", "lower"), Price("separation/utility", "higher"))
+    described = plan.space.described()
+    assert described["within"] == {"separation/utility": 0.9, "perplexity/value": 3.0}
+    assert described["prices"] == ["perplexity/value", "separation/utility"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("WITHIN = 3", r"space\.py: WITHIN is a dict such as .*, not 3"),
+        ('WITHIN = {"separation/sep": True}', r"WITHIN\['separation/sep'\] is True: give the name of a metric and a number"),
+        ('WITHIN = {"separation/sep": float("nan")}', r"WITHIN\['separation/sep'\] is nan"),
+        ('WITHIN = {"separation/sup": 1}', r"WITHIN separation/sup is not measured.*did you mean separation/sep"),
+        ('WITHIN = {"preference/shorter": 1}', r"WITHIN preference/shorter: neither more nor less of it is better"),
+        ('PRICES = "perplexity/value"', r"PRICES is a list of metrics"),
+        ("PRICES = [1]", r"PRICES is a list of metrics"),
+        ('PRICES = ["perplexity"]', r"PRICES perplexity is not measured"),
+        ("PREDICTIONS = 1", r"PREDICTIONS is a list of dicts"),
+        ("PREDICTIONS = [1]", r"PREDICTIONS\[0\]: .*an entry has the keys metric, over, expected"),
+        ('PREDICTIONS = [{"metric": "separation/sep"}]', r"PREDICTIONS\[0\]\.over: Field required"),
+        (
+            'PREDICTIONS = [{"metric": "separation/sep", "over": "method.angle", "expected": "rises"}]',
+            r"PREDICTIONS\[0\]: the space does not set 'method.angle'; did you mean method.angle_rad\?",
+        ),
+        (
+            'PREDICTIONS = [{"metric": "separation/x", "over": "train.lr", "expected": "rises"}]',
+            r"PREDICTIONS: separation/x is not measured",
+        ),
+        (
+            'PREDICTIONS = [{"metric": "separation/sep", "over": "train.lr", "expected": "grows"}]',
+            r"PREDICTIONS\[0\]\.expected: .*'rises', 'falls' or 'flat'",
+        ),
+        ("CONTROLS = {}", r"CONTROLS is a list of dicts"),
+        ("CONTROLS = [{}]", r"CONTROLS is a list of dicts"),
+        ('CONTROLS = [{"train.seed": 1}]', r"CONTROLS\[0\]: the space does not set 'train.seed'; did you mean train.lr"),
+        ("PREDICTION = []", r"PREDICTION: unknown name; did you mean PREDICTIONS\?"),
+    ],
+)
+def test_wrong_rules_are_refused_with_one_message(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        planned(tmp_path, text)
+
+
+def row(name: str, metrics: dict[str, float], seed: int = 0, **params: Any) -> dict[str, Any]:
+    measured = {f"metric.{key}": value for key, value in metrics.items()}
+    keys = {f"key.evaluate.{key.partition('/')[0]}": name for key in metrics}
+    values = {f"param.{key}": value for key, value in params.items()}
+    return {"trial_id": name, "seed": seed, "status": "finished", "run": f"runs/{name}", **measured, **keys, **values}
+
+
+def evaluated(store: Store, key: str, metric: str, values: np.ndarray) -> None:
+    """Leave the artifact of an evaluation with these item values at strength 1."""
+    observations = [Observation(metric, str(i), float(value)) for i, value in enumerate(values)]
+    with store.temporary("evaluate", key) as directory:
+        stored.write(directory, stored.Outcome(observations, metrics={1.0: {}}))
+        store.commit("evaluate", key, directory, {})
+
+
+def plan_of(mode: str = "max", **rules: Any) -> Any:
+    controls = rules.pop("controls", ())
+    return SimpleNamespace(
+        metric="m/solved", mode=mode, space=SimpleNamespace(controls=controls), **{"bounds": (), "prices": (), **rules}
+    )
+
+
+def chosen(rows: list[dict[str, Any]], plan: Any, store: Store) -> tuple[str | None, list[str] | None]:
+    scored = results.scored(rows, plan.metric)
+    allowed = verdicts.candidates(scored, plan)
+    top = results.best_of(allowed, plan.mode)
+    if top is None:
+        return None, None
+    best, close = verdicts.chosen(top, allowed, scored, plan, store)
+    return best.trial_id, close
+
+
+def test_the_cheapest_of_the_trials_that_cannot_be_told_apart_is_chosen(store: Store) -> None:
+    hard = np.random.default_rng(0).random(200)
+    shares = {"top": 0.81, "near": 0.80, "far": 0.5, "control": 0.99, "broken": 0.82}
+    for name, share in shares.items():
+        evaluated(store, name, "m/solved", hard < share)
+    costs = {"top": 9.0, "near": 2.0, "far": 1.0, "control": 0.0, "broken": 0.5}
+    utility = {"broken": 0.2}
+    rows = [
+        row(name, {"m/solved": float((hard < share).mean()), "c/cost": costs[name], "u/use": utility.get(name, 1.0)}, kind=name)
+        for name, share in shares.items()
+    ]
+    bound, price, controls = Bound("u/use", 0.9, "higher"), Price("c/cost", "lower"), ({"kind": "control"},)
+    assert chosen(rows, plan_of(), store)[0] == "control"
+    assert chosen(rows, plan_of(controls=controls), store)[0] == "broken"
+    assert chosen(rows, plan_of(controls=controls, bounds=(bound,)), store)[0] == "top"
+    best, close = chosen(rows, plan_of(controls=controls, bounds=(bound,), prices=(price,)), store)
+    assert best == "near", "far is cheaper, but it can be told from the best value"
+    assert close is not None and "top" in close and "far" not in close and "near" not in close
+    # A price for which more is better, and one that a trial lacks.
+    assert chosen(rows, plan_of(controls=controls, bounds=(bound,), prices=(Price("c/cost", "higher"),)), store)[0] == "top"
+    del rows[1]["metric.c/cost"]
+    assert chosen(rows, plan_of(controls=controls, bounds=(bound,), prices=(price,)), store)[0] == "top"
+
+
+def test_no_trial_is_the_best_when_none_keeps_the_bound(store: Store) -> None:
+    for name in ("a", "b"):
+        evaluated(store, name, "m/solved", np.ones(4))
+    rows = [row("a", {"m/solved": 0.5, "u/use": 0.8}), row("b", {"m/solved": 0.9})]
+    assert chosen(rows, plan_of(bounds=(Bound("u/use", 0.9, "higher"),)), store) == (None, None)
+    assert chosen(rows, plan_of(bounds=(Bound("u/use", 0.8, "lower"),)), store)[0] == "a", "a bound includes its value"
+
+
+def test_a_bound_is_kept_in_the_mean_over_seeds() -> None:
+    rows = [row("a", {"m/solved": 0.5, "u/use": use}, seed) for seed, use in enumerate((0.7, 1.0, 1.0))]
+    (trial,) = results.scored(rows, "m/solved")
+    assert verdicts.keeps(trial, Bound("u/use", 0.9, "higher"))
+    assert not verdicts.keeps(trial, Bound("u/use", 0.91, "higher"))
+
+
+def test_a_control_has_all_values_of_one_entry() -> None:
+    controls = [{"a": 1, "b": "x"}, {"c": None}]
+    assert is_control({"a": 1, "b": "x", "d": 2}, controls) and is_control({"c": None}, controls)
+    assert not is_control({"a": 1, "b": "y"}, controls)
+    assert not is_control({"a": 1}, [])
+
+
+def prediction(expected: str, **more: Any) -> Prediction:
+    return Prediction.model_validate({"metric": "m/solved", "over": "ratio", "expected": expected, **more})
+
+
+def test_predictions_are_held_against_paired_differences(store: Store) -> None:
+    hard = np.random.default_rng(1).random(300)
+    rows = []
+    for name, ratio, kind, share in (("a", 0.0, "x", 0.9), ("b", 0.1, "x", 0.8), ("c", 0.5, "x", 0.4), ("d", 0.0, "y", 0.6),
+                                     ("e", 0.5, "y", 0.6)):  # fmt: skip
+        evaluated(store, name, "m/solved", hard < share)
+        rows.append(row(name, {"m/solved": float((hard < share).mean())}, ratio=ratio, kind=kind))
+    rows.append({**row("f", {"m/solved": 1.0}, ratio=0.9, kind="x"), "status": "failed"})
+
+    def outcome(expected: str, **more: Any) -> verdicts.Outcome:
+        return verdicts.outcomes([prediction(expected, **more)], rows, store)[0]
+
+    falls = outcome("falls", where={"kind": "x"}, because="why")
+    assert (falls["ends"], falls["held"], falls["because"]) == ([0.0, 0.5], True, "why")
+    assert falls["difference"] == pytest.approx(float((hard < 0.4).mean() - (hard < 0.9).mean()))
+    assert falls["low"] is not None and falls["high"] is not None and falls["low"] < falls["difference"] < falls["high"] < 0
+    assert outcome("rises", where={"kind": "x"})["held"] is False
+    assert outcome("flat", where={"kind": "x"})["held"] is False
+    assert outcome("flat", where={"kind": "y"})["held"] is True
+    assert outcome("falls", where={"kind": "y"})["held"] is None, "a difference of 0 shows nothing"
+    assert outcome("falls", where={"kind": "x"}, between=[0.0, 0.1])["ends"] == [0.0, 0.1]
+    missing = outcome("falls", where={"kind": "z"})
+    assert (missing["ends"], missing["difference"], missing["held"]) == ([], None, None)
+    half = outcome("falls", where={"kind": "x"}, between=[0.0, 0.3])
+    assert (half["values"][1], half["difference"], half["held"]) == (None, None, None)
+
+
+def test_predictions_over_seeds_use_the_spread_of_paired_seeds(store: Store) -> None:
+    luck = {0: 0.0, 1: 0.3, 2: -0.2}
+    rows = [row("a", {"m/solved": 0.4 + luck[seed]}, seed, ratio=0.0) for seed in luck]
+    rows += [row("b", {"m/solved": 0.5 + luck[seed] + 0.001 * seed}, seed, ratio=1.0) for seed in luck]
+    (outcome,) = verdicts.outcomes([prediction("rises")], rows, store)
+    assert outcome["held"] is True and outcome["difference"] == pytest.approx(0.101)
+    noisy = [
+        {**one, "metric.m/solved": one["metric.m/solved"] + shift}
+        for one, shift in zip(rows, [0] * 3 + [0.5, -0.6, 0.1], strict=True)
+    ]
+    assert verdicts.outcomes([prediction("rises")], noisy, store)[0]["held"] is None
