@@ -64,10 +64,12 @@ class Aside(PatchedModel):
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
         self.gradual = config.gradual
+        # The rotation itself is the patch's (patches/embedding.py): the evaluation applies the very same code.
         self.patch = patches.EmbeddingPatch(
             models.embedding_shape(model)[1], config.angle_rad, config.direction, config.learned, config.linear_shift
         )
         if self.patch.shift_RD is not None:
+            # Here and not in the patch, which is also made to be filled from a file and should draw no random numbers then.
             nn.init.normal_(self.patch.shift_RD, std=_SHIFT_STD)
         # `inputs.below` is empty: the model's own weights train only if it carries no patch.
         patches.attach(model, [self.patch])

@@ -81,6 +81,7 @@ class Genarm(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs; the base model does not run."""
         tokens = scoring.predicted(batch)  # N response tokens of P pairs
+        # The second model alone: no logits of the base are in the loss, and its pass would cost as much again.
         log_prob_N = scoring.log_probs(self.second, batch, tokens)
         # r(x, y) is a sum of log pi_r: the loss is DPO's with a reference whose log-probabilities are all 0.
         loss_P, margin_P = scoring.dpo(log_prob_N, tokens, self.config.beta, self.config.length_average)
@@ -98,9 +99,11 @@ class Genarm(PatchAlone):
         layers = models.layer_names(skeleton)
         per_layer = sum(parameter.numel() for parameter in skeleton.get_submodule(layers[0]).parameters())
         num_layers = len(layers) if config.num_layers is None else config.num_layers
+        # Embeddings and head stay whole: only decoder layers are cut.
         num = total - (len(layers) - num_layers) * per_layer
         if config.lora is None:
             return Size(num)
+        # Adapters sit in every layer alike, so that their number falls in proportion.
         return Size(num_trained(skeleton, config.lora) * num_layers // len(layers), 4 * num)
 
     def finished(self, state: dict[str, Tensor]) -> patches.SecondModelPatch:
