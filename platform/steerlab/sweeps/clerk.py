@@ -78,6 +78,7 @@ class Clerk(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Record that a process started a unit."""
+        # Every start, also after a death: the history then tells how often a unit was tried.
         self._history.add("start", unit=self._unit(trial).number)
         self._count()
 
@@ -103,6 +104,7 @@ class Clerk(tune.Callback):
         # A unit that reported its outcome was settled in `on_trial_result`.
         if self._history.courses[unit.number].settled:
             return
+        # Asked first: a unit that W&B stopped may also look to the scheduler as one that ended by itself.
         if unit.number in self._stopping:
             self._history.add("stop", unit=unit.number, reason=f"{WHY}; its process was ended")
         else:

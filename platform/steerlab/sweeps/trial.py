@@ -118,6 +118,7 @@ def run_unit(config: UnitConfig) -> None:
 
 def _request(store: Store, path: str, digest: str) -> TrialRequest:
     """Read the request of a unit. Raises ValueError if the file has changed since the sweep wrote it."""
+    # The hash is part of Ray Tune's configuration and not of the file, which others may write.
     content = store.read_bytes(path)
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{store.root}/{path} was changed while the sweep ran")

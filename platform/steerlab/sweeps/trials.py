@@ -65,11 +65,13 @@ class SweepPlan:
         tree = self._tree(point, seed)
         if self.development:
             # Without `choose`: the sweep compares the strengths, so a trial does not choose one for itself.
+            # A copy: `_valid` writes the strengths into the tasks, and other units share them.
             tree["evaluate"], tree["choose"] = [*copy.deepcopy(self.development)], None
         return self._valid(tree, point, strengths, warm=True)
 
     def best_job(self, point: Point, seed: int | None) -> Job:
         """Return the job that evaluates a trial on the rows of the job's own tasks. Raises JobError."""
+        # `strength` is no field of the tree here: it becomes the strengths of the tasks.
         shared = {key: value for key, value in point.items() if key != STRENGTH}
         tree, strength = self._tree(shared, seed), strength_of(point)
         if strength is not None:

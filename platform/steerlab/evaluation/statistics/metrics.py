@@ -82,6 +82,7 @@ def observed(metric: str, item_id: str, score: Score, strength: float = 1.0, wei
 
 def too_long(observation: Observation) -> Observation:
     """Return the observation without its value, marked as not fitting into the context."""
+    # Weight 1, also where the task gave another: an item without a value counts as one that was left out.
     return observation._replace(value=None, weight=1.0, reason=TOO_LONG)
 
 
@@ -123,6 +124,7 @@ class Result:
 
     def measure(self, metric: str) -> Measure:
         """Return the measure of a metric (`task/name`); if the task declares none, a mean without direction, unit or range."""
+        # A result on disk may come from a task that declared nothing: it is then summarised without a direction.
         name = metric.partition("/")[2] or metric
         return find(self.measures, name) or Measure(name, None)
 
@@ -202,6 +204,7 @@ def summarise(
     interval = _interval(value_N, weight_N, mean, error, transform, is_share)
     # The interval is transformed after it is computed: it is symmetric in nats, not in the perplexity.
     low, high = (None, None) if interval is None else (_within(_transformed(end, transform)[0], bounds) for end in interval)
+    # Delta method: the error of f(m) is |f'(m)| times that of m.
     return Metric(value, None if error is None else slope * error, n, low=low, high=high, **left_out)
 
 
@@ -211,6 +214,7 @@ def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
     for observation in result.observations:
         groups[observation.strength][observation.metric].append(observation)
     return {
+        # By strength first: the page and `choose` compare strengths of one metric, not metrics of one strength.
         strength: {name: _of_measure(group, result.measure(name)) for name, group in metrics.items()}
         for strength, metrics in groups.items()
     }
