@@ -110,6 +110,7 @@ class ActivationPatch(nn.Module):
     def _hook_one(
         self, model: nn.Module, place: taps.Tap, layer: MapLayer, forward: Forward, number: int
     ) -> list[RemovableHandle]:
+        """Register the hooks of one place; a plain LayerNorm or GroupNorm may take the map into its own weights."""
         where = f"the value of {place.module}"
 
         module = model.get_submodule(place.module)

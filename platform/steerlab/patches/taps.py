@@ -351,6 +351,7 @@ class Reader:
         )
 
     def _keep(self, place: Tap, module: nn.Module, output: object) -> None:
+        """Store a tap's value; after the last one of all taps, end the pass. Raises ValueError if a module runs twice."""
         call = models.running(self._model)
         # Ignored and not refused: evaluations between two readings run the same hooks.
         if self._values is None or (call is not None and not call.is_read):

@@ -77,6 +77,7 @@ def against(sweep: Sweep, parameter: str) -> Figure | None:
 
 
 def _add_means(drawn: Drawing, points: Sequence[tuple[Any, MetricNumbers, Document]], metric: str, numeric: bool) -> None:
+    """Draw the mean at each value as a line, unless nearly every trial has a value of its own."""
     grouped: dict[Any, list[float]] = {}
     for x, measured_metric, _ in points:
         grouped.setdefault(x, []).append(measured_metric["value"])

@@ -68,6 +68,7 @@ def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
 
 
 def _claim_actor(name: str, wait: bool) -> ActorHandle:
+    """Start the actor whose name is the claim. Raises Held if the name is taken and `wait` is False."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

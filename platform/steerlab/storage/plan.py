@@ -242,6 +242,7 @@ def made(store: Store, stage: str, key: str) -> Made:
 
 
 def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> None:
+    """Run a stage into a temporary directory, commit that as its artifact, and discard its work directory."""
     # Before the clock starts: a download is no part of the stage's own time, from which later runs are estimated.
     inputs = {name: store.local(needed.name, needed.key) for name, needed in stage.inputs.items()}
     start_s = time.monotonic()

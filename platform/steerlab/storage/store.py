@@ -195,6 +195,7 @@ class Store(Records):
             self._fs.delete_dir(path)
 
     def _commit_by_rename(self, stage: str, key: str, directory: Path, manifest: Manifest) -> None:
+        """Turn a directory on ROOT's disk into an artifact by one rename, with everything in it synced before."""
         target = Path(self.path(stage, key))
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
         # Before the rename: after a power cut, filesystems such as XFS may hold a renamed directory with empty files.

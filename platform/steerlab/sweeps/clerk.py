@@ -129,6 +129,7 @@ class Clerk(tune.Callback):
         return self._feed.units[trial.trial_id]
 
     def _settle(self, unit: Unit, outcome: UnitOutcome) -> None:
+        """Record the final outcome of a unit: stopped, finished with the score of its best trial, or failed with a reason."""
         if "stopped" in outcome:
             self._history.add("stop", unit=unit.number, reason=outcome["stopped"])
             return self._tell(unit)
@@ -148,6 +149,7 @@ class Clerk(tune.Callback):
         prometheus.trials(self._history.folder, Counter(course.status for course in self._history.courses.values()))
 
     def _tell(self, unit: Unit) -> None:
+        """Pass on that a unit has settled: to W&B, the counters, the terminal and, now and then, the table."""
         course, all_courses = self._history.courses[unit.number], self._history.courses
         if self._agent is not None:
             self._agent.settled(unit)

@@ -156,6 +156,7 @@ def rows_of(planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metri
 
 
 def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: str, bound: Limit | None) -> TrialRow:
+    """Return a trial's row of the table: its parameters, metrics, status and, with a bound, whether it keeps that."""
     strengths = done.summary["strengths"]
     measured = done.summary["metrics"] if trial.strength is None else strengths[trial.strength]
     # A space that varies `train.seed` sets the seed itself.

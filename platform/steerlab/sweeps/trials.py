@@ -79,6 +79,7 @@ class SweepPlan:
         return self._valid(tree, shared, [] if strength is None else [strength], warm=False)
 
     def _tree(self, point: Point, seed: int | None) -> JsonObject:
+        """Return the job's tree with the fields of a point, the seed and all snapshots set."""
         tree = copy.deepcopy(self.tree)
         if self.snapshots:
             # Every unit saves all snapshots, so that units which differ in `snapshot` alone share one training.
@@ -94,6 +95,7 @@ class SweepPlan:
         return tree
 
     def _valid(self, tree: JsonObject, point: Point, strengths: Sequence[float], *, warm: bool) -> Job:
+        """Validate a tree and return the job. Raises JobError that names the space and the point, not the job's file."""
         if strengths:
             # The bound of `choose` is relative to strength 0, so each unit has to measure it too.
             bound = self.job.choose.within if self.job.choose is not None and self.development else None

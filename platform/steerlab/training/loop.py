@@ -180,6 +180,7 @@ class _Training:
         return self.request.data.by_role[self.method.module.trains_on]
 
     def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint: step, history, snapshots, weights and optimizer."""
         state = checkpoints.check_state(self.engine.load(checkpoint), self.request.train.steps, checkpoint)
         self.step, self.history = state["step"], state["history"]
         if (checkpoint / _SNAPSHOTS).is_file():
@@ -224,6 +225,7 @@ class _Training:
                 self._checkpoint(metrics)
 
     def _step(self) -> dict[str, float]:
+        """Train one step, and return its number, losses, learning rate and gradient norm. All ranks call it."""
         train, step = self.request.train, self.step
         # Seeded for each step and rank: a resumed run draws the same numbers (dropout) as an undisturbed one.
         torch.manual_seed((train.seed * 1_000_003 + step) * 4_099 + self.link.rank)

@@ -27,7 +27,7 @@ from steerlab.patches.maps import Map
 
 
 class Reading(NamedTuple):
-    """One batch of source texts."""
+    """One batch of source texts, and which of its tokens the fit reads and the maps change."""
 
     inputs: Mapping[str, object]
     """Keyword arguments of the model."""

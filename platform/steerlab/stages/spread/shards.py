@@ -286,6 +286,7 @@ class _Worker:
             self._tally.tell.remote(entry.number, num_rows)
 
     def _make(self, entry: Planned) -> Done | _Failure:
+        """Make and record the part of a shard; return a failure where another attempt would end the same way."""
         last_s = time.monotonic()
 
         def tell(num_rows: int) -> None:

@@ -80,6 +80,7 @@ def _train(tell: Report, request: Request[ModelRef], scale: ScaleConfig, storage
 
 
 def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Report) -> None:
+    """Train from the newest checkpoint below `storage` to the end, and leave the artifact there."""
     import torch
     from torch import distributed
 
