@@ -62,6 +62,7 @@ class Aside(PatchedModel):
     """A causal language model whose input embeddings are rotated by role; all weights train."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
+        # All weights train: the rotation says which tokens are data, and the model has to learn what that means.
         super().__init__(model)
         self.gradual = config.gradual
         # The rotation itself is the patch's (patches/embedding.py): the evaluation applies the very same code.
@@ -97,4 +98,5 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
 
 
+# Without a range of strengths: the strength scales the angle, and every angle is a rotation.
 METHOD = Trained(Config, Aside, check=check, example="jobs/tiny/aside.yaml")

@@ -50,4 +50,5 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return {name: mean_map(source[name], target[name]) for name in places(config.at, list(source))}
 
 
+# Without a range of strengths: the paper multiplies the vector by negative numbers, too.
 METHOD = Fitted(Config, _fit)

@@ -75,6 +75,7 @@ class Denoise(WholeModel):
             target_BCHW = noise_BCHW
         # The empty prompt is the unconditional model of classifier-free guidance.
         prompts = [prompt if has_prompt else "" for prompt, has_prompt in zip(batch.prompts, with_prompt_B, strict=True)]
+        # The denoiser alone: the loss is that of one timestep, and the pipeline's call would sample all of them.
         predicted = self.model.denoiser(noisy_BCHW, t_B, **self.model.pipeline.condition(prompts)).sample
         # In float32: squares of small errors underflow in half precision.
         # A mean over pixels first: an image counts 1, whatever its size, as `counts` says.

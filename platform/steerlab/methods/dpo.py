@@ -102,6 +102,7 @@ class Dpo(PatchAlone):
             reference_N = scoring.log_probs(reference, batch, tokens)
         policy_N = scoring.log_probs(self.model, batch, tokens)
         # log pi - log pi_ref of each response token (eq. 7); `scoring.dpo` sums them over each response.
+        # Differences of the tokens first, sums second: the sums of policy and reference are close and hundreds of nats large.
         loss_P, margin_P = scoring.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
         # accuracy counts a tie as wrong: at the start all margins are 0, and nothing has been learned.
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})

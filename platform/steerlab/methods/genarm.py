@@ -70,6 +70,7 @@ class Genarm(PatchAlone):
         self.patch: nn.Module
         if config.lora is None:
             train_everything(second)
+            # `of` takes no copy: what trains is the very model that the patch runs.
             self.patch = second_patch = patches.SecondModelPatch.of(second)
             patches.attach(model, [*inputs.below, second_patch])
         else:
@@ -108,11 +109,13 @@ class Genarm(PatchAlone):
 
     def finished(self, state: dict[str, Tensor]) -> patches.SecondModelPatch:
         """Return the trained reward model as a patch, with its adapters folded into its weights."""
+        # Of the second model and not of the base: with `num_layers` it has fewer layers.
         patch = patches.SecondModelPatch(dict(models.config_of(self.second)))
         # Adapters are folded in, so that inference runs a plain model without peft.
         if not isinstance(self.patch, Adapters):
             patch.load_state_dict(state)
             return patch
+        # Loaded first and folded second: adapters are differences to the weights that they were trained on.
         patch.second.load_state_dict(self.patch.plain_state(self.second))
         self.patch.finished(state).fold(patch.second, 1.0)
         return patch

@@ -144,6 +144,7 @@ class Iav(PatchAlone):
         """Return the number of the head's parameters, and the bytes of one chunk of logits with what is computed from it."""
         vocab_size, width = models.linear_shape(models.head(skeleton))
         linear = config.head == "linear"
+        # up is V x K; low_rank and mlp add down, K x D.
         trained = vocab_size * width if linear else config.rank * (vocab_size + width)
         # About six float32 tensors of a chunk of logits: base, vector, sum, and their softmaxes and gradients.
         # The model's own logits are in the chunks (`holds_logits`), so that no (B, T, V) tensor is counted.
@@ -250,6 +251,7 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
     # By the architecture, before hours of preparation; `_check_head` runs the loaded model, whatever its architecture says.
     models.check_head(skeleton)
     num_layers = len(models.layer_names(skeleton))
+    # The number of layers is known from the skeleton, so that the job is refused before it computes anything.
     if config.layer is not None and config.layer >= num_layers:
         raise ValueError(f"layer {config.layer}: {type(skeleton).__name__} has the layers 0 to {num_layers - 1}")
     if not config.cache:

@@ -110,6 +110,7 @@ class Lineas(PatchAlone):
         # `code`: a mean over the neurons of a place and over places.
         factors = 1 / (sizes * len(sizes)) if config.reduction == "code" else torch.ones(len(sizes))
         self.register_buffer("factor_S", factors.float().repeat_interleave(sizes), persistent=False)
+        # Width of each place from a pass over one token: a config does not tell the widths of all modules.
         self.patch = patches.ActivationPatch(taps.widths(model, config.steer), config.steer, strength_range=_STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
         # After the maps are attached, since hooks run in the order of registration: a steered place is measured with its map.
@@ -210,9 +211,11 @@ def proximal(moved_2D: Tensor, l1: float, group: float) -> Tensor:
     """
     # Soft thresholding first, then the shrinkage of the whole row: in this order the composition is the exact proximal point of
     # the sum (sparse group lasso); the reverse order is not.
+    # prox of l1 |.|_1: sign(v) max(|v| - l1, 0)
     soft_2D = moved_2D.sign() * (moved_2D.abs() - l1).clamp(min=0)
     norm_21 = soft_2D.norm(dim=1, keepdim=True)
     # A row of zeros has norm 0: the clamp avoids 0 / 0.
+    # prox of group sqrt(d) |.|_2: max(1 - group sqrt(d) / |v|, 0) v
     shrink_21 = (1 - group * math.sqrt(moved_2D.shape[1]) / norm_21.clamp(min=1e-30)).clamp(min=0)
     return shrink_21 * soft_2D
 

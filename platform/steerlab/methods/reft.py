@@ -51,6 +51,7 @@ class Reft(PatchAlone):
         for layer in self.patch.layers():
             # U is zero: V must not be, or both gradients would vanish. 1 / sqrt(D) keeps V z of the size of z's entries.
             nn.init.normal_(layer.get_parameter("down"), std=layer.get_parameter("down").shape[1] ** -0.5)
+        # Above the patches below: V reads what they have made of z.
         patches.attach(model, [*inputs.below, self.patch])
 
     def forward(self, batch: Batch) -> Loss:

@@ -60,6 +60,7 @@ def reading_vector(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     # more.
     _, _, axes_KD = torch.linalg.svd(signed_PD - signed_PD.mean(0), full_matrices=False)
     # A principal component has no sign of its own.
+    # Of the means and not of the pairs, whose signs were alternated.
     towards = axes_KD[0] @ (target_MD.double().mean(0) - source_ND.double().mean(0))
     return (axes_KD[0] if towards >= 0 else -axes_KD[0]).float()
 

@@ -111,6 +111,7 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
         ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
     check_samples(source_ND, target_MD)
+    # After the check: a NaN sorts behind all numbers, and would be matched as the largest value.
     pairs = coupling(len(source_ND), len(target_MD))
     mean_a_D, mean_b_D = source_ND.double().mean(0), target_MD.double().mean(0)
     # Centred before anything is multiplied: float32 would lose a small spread around a large mean.
@@ -150,6 +151,7 @@ def gaussian_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     # The slope of a nearly constant neuron would be noise divided by noise: the identity instead, as in the authors' code.
     constant_D = std_1 < _GAUSSIAN_MIN_STD
     scale_D = torch.where(constant_D, 1.0, std_2 / std_1.where(~constant_D, torch.ones_like(std_1)))
+    # The shift, too: a scale of 1 with the shift of the means would still move the neuron.
     shift_D = torch.where(constant_D, 0.0, mean_2 - scale_D * mean_1)
     return AffineMap(scale_D.float(), shift_D.float())
 
@@ -219,6 +221,7 @@ def _method(kind: type[Config], closed_form: Callable[[Tensor, Tensor], AffineMa
     def fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
         return everywhere(lambda a, b: within_support(closed_form(a, b), a, config.support), source, target)
 
+    # lambda from 0 to 1 as in the paper; beyond 1 the mixture T_s overshoots the target's distribution.
     return Fitted(kind, fit, strength_range=(0.0, 1.0))
 
 

@@ -107,13 +107,11 @@ def _prepare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) 
     sizes = {place.input_of: place.shape[1] for place in chosen}
     # eigh holds the float64 matrix, its eigenvectors and its workspace: about four float64 matrices.
     estimate = Estimate(memory_bytes=32 * max(sizes.values()) ** 2, disk_bytes=4 * sum(size**2 for size in sizes.values()))
-    # A stage of the same name with other parameters: what reads the basis does not know which of the two it is.
     if config.rotation == "random":
         params = weight_space.RandomBasis(seed=config.seed, sizes=sizes).model_dump(mode="json")
         return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
     # The inputs of the layers on every token: their uncentred second moment is C of step 1, up to the count.
-    # Escaped: the dots of module paths would match any character.
-    select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")
+    select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")  # a dot would match anything
     limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
     # pooling none: every token of a text is one vector of C, and no text counts more than its tokens.
     reads = {"select": select, "pooling": ("none",), "keep": "moments", "second_moment": True, **limits}
@@ -152,8 +150,7 @@ def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -
         keep_ratio=config.keep_ratio,
         scope=config.scope,
         places={place.module: (place.shape, place.outputs) for place in chosen},
-        # Only where it is used: seeds of a sweep otherwise share one mask.
-        seed=config.seed if config.mask == "random" else None,
+        seed=config.seed if config.mask == "random" else None,  # seeds of a sweep otherwise share one mask
     )
     sizes = [place.shape[0] * place.shape[1] for place in chosen]
     # Of one layer at a time: scores, their bits as int32 and int64, and masks.
@@ -173,8 +170,7 @@ class Rotated(nn.Module):
     def __init__(self, layers: Mapping[str, rotation.RotatedLayer], others: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.names, self.other_names = list(layers), list(others)
-        # Lists with the names beside them: a ModuleDict refuses the dots of module paths.
-        self.layers = nn.ModuleList(layers.values())
+        self.layers = nn.ModuleList(layers.values())  # not a ModuleDict, which refuses the dots of module paths
         self.others = nn.ParameterList(others.values())
 
     def rotated(self) -> list[rotation.RotatedLayer]:
@@ -213,7 +209,6 @@ class Warp(PatchAlone):
     def train(self, mode: bool = True) -> Warp:
         """Set the training mode of the whole model."""
         # Not PatchAlone.train: the model's weights train here, with its dropout as in plain fine-tuning.
-        # By name and not by `super()`, which would be PatchAlone's.
         nn.Module.train(self, mode)
         return self
 

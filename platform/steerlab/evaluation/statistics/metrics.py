@@ -82,7 +82,6 @@ def observed(metric: str, item_id: str, score: Score, strength: float = 1.0, wei
 
 def too_long(observation: Observation) -> Observation:
     """Return the observation without its value, marked as not fitting into the context."""
-    # Weight 1, also where the task gave another: an item without a value counts as one that was left out.
     return observation._replace(value=None, weight=1.0, reason=TOO_LONG)
 
 
@@ -124,7 +123,6 @@ class Result:
 
     def measure(self, metric: str) -> Measure:
         """Return the measure of a metric (`task/name`); if the task declares none, a mean without direction, unit or range."""
-        # A result on disk may come from a task that declared nothing: it is then summarised without a direction.
         name = metric.partition("/")[2] or metric
         return find(self.measures, name) or Measure(name, None)
 
@@ -214,7 +212,6 @@ def summarise_all(result: Result) -> dict[float, dict[str, Metric]]:
     for observation in result.observations:
         groups[observation.strength][observation.metric].append(observation)
     return {
-        # By strength first: the page and `choose` compare strengths of one metric, not metrics of one strength.
         strength: {name: _of_measure(group, result.measure(name)) for name, group in metrics.items()}
         for strength, metrics in groups.items()
     }

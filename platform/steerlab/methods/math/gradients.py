@@ -85,6 +85,7 @@ class GradientSums:
         def take(weight: Tensor) -> None:
             assert weight.grad is not None
             module = self._model.model.get_submodule(place.module)
+            # As (M, N): GPT-2 stores weights, and so gets their gradients, transposed.
             grad_MN = models.linear_weight(module, weight.grad).float()
             weight.grad = None  # or the next batch would be added to it
             if not bool(grad_MN.isfinite().all()):

@@ -121,6 +121,7 @@ class Adapters(nn.Module):
 
 def places(model: PreTrainedModel, config: Lora) -> Sequence[models.WeightPlace]:
     """Return the linear layers that are adapted. Raises ValueError if the model lacks a type of layer."""
+    # In every decoder layer, as in the paper: the size of the change is set by the rank, not by the choice of layers.
     return models.weight_places(model, config.layer_type, range(len(models.layer_names(model))))
 
 

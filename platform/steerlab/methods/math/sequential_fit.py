@@ -140,6 +140,7 @@ class _Walk:
             call = models.running(model)  # None in a language model
             z = taps.value_at(value, place.element, where)
             if call is None:
+                # Routers of mixtures of experts take all tokens in one axis; a mask of tokens needs rows.
                 z_BTD = taps.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
                 return taps.replaced(value, place.element, self._arrive(place.name, z_BTD).reshape(z.shape))
             if not call.is_read:
@@ -180,6 +181,7 @@ class _Walk:
             return z_BTD
         # In float32, as an attached patch computes it: later places must see the same values as at inference.
         mapped_BTD = fitted(z_BTD.float()).to(z_BTD.dtype)
+        # With an axis for attention heads where the value has one, so that the mask broadcasts over heads and not over tokens.
         steered_BT = taps.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
         return torch.where(steered_BT.unsqueeze(-1), mapped_BTD, z_BTD)
 

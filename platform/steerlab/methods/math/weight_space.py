@@ -91,6 +91,7 @@ class Masks(Frozen, extra="ignore"):
 
     keep_ratio: float
     scope: Literal["module", "global"]
+    # Shapes stand among the parameters, since the stage reads no model and its key must still tell two models apart.
     places: dict[str, tuple[tuple[int, int], tuple[tuple[int, int], ...] | None]]
     """By module: its shape (M, N), and the spans of its outputs that are selected; None selects all outputs."""
     seed: int | None = Field(default=None, exclude_if=lambda seed: seed is None)
@@ -192,6 +193,7 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
                 # Of the selected outputs alone: in a fused layer all others are frozen, too, which is not what keep_ratio
                 # counts.
                 num_frozen[name] = int(frozen_MN[outputs[name]].sum())
+                # Layer by layer, in the order in which the file's shapes were declared: safetensors begins with them.
                 writer.write(name, rotation.packed(frozen_MN))
     return {"frozen": num_frozen, "meant": {name: int(outputs[name].sum()) * sizes[name][1] for name in sizes}}
 

@@ -275,8 +275,7 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
     if notes:
         # One line for all: a method that warns of a module tends to warn of all modules of the model.
         warnings.warn(notes[0] + (f" (and {len(notes) - 1} more like this)" if len(notes) > 1 else ""), stacklevel=2)
-    # In the order in which the method named them, and not in that of the tasks' ends.
-    facts = {name: part.facts for name, part in records.items()}
+    facts = {name: part.facts for name, part in records.items()}  # in the method's order, not that of the tasks' ends
     Parts.write_index(work.directory, facts, {name: part.path for name, part in records.items()})
 
 
