@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 import yaml
+from typer.testing import CliRunner, Result
 
 import steerlab
 from steerlab import cli, evaluation, job, methods, patches, run
@@ -169,6 +170,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def asked(*beginning: str) -> list[list[str]]:
+    """Return the commands of the pages that begin with these words, without those that stand for others."""
+    found = [words for _, words in commands() if tuple(words[: len(beginning)]) == beginning]
+    return [words[1:] for words in found if not {"NAME", "JOB", "SPACE"} & {*words}]
+
+
+def called(words: Sequence[str]) -> Result:
+    result = CliRunner().invoke(cli.app, list(words))
+    assert result.exit_code == 0, f"{words}: {result.output}"
+    return result
+
+
+def test_what_the_pages_describe_is_described(folder: Path) -> None:
+    printed = {words[-1]: called(words).output for words in asked("steerlab", "describe")}
+    assert set(methods.METHODS) | set(evaluation.TASKS) <= {*re.split(r"[\s,]+", printed["describe"])}
+    for name, told in {"aside": "angle_rad", "my_method.py": "Share of the way between the means.", "source": "hf:"}.items():
+        assert told in printed[name]
 
 
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)
