@@ -191,6 +191,38 @@ def test_what_the_pages_describe_is_described(folder: Path) -> None:
         assert told in printed[name]
 
 
+SMALL = {
+    "name": "small",
+    "model": {"source": "tiny:model"},
+    "data": {
+        "prompt_style": "plain",
+        "train": {"source": "tiny:instructions/train", "limit": 8},
+        "safety": {"source": "tiny:instructions/test", "limit": 8, "loss_on": "response"},
+    },
+    "method": {"name": "warp", "target_layers": ["last"]},
+    "train": {"steps": 2, "micro_batch": 4, "max_tokens": 64},
+    "evaluate": [
+        {
+            "task": "refusal",
+            "prompts": {"source": "tiny:refusals/test", "limit": 2},
+            "harmless": {"source": "tiny:harmless/test", "limit": 2},
+        }
+    ],
+}
+
+
+def test_the_estimate_of_a_page_counts_shared_stages_once(folder: Path) -> None:
+    """The page's command, on a smaller job over the same space."""
+    (words,) = [words for words in asked("steerlab", "sweep") if "--dry-run" in words]
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    lines = called([words[0], "small.yaml", *words[2:], "--root", str(folder / "root")]).output.splitlines()
+    distinct = {cells[1]: int(cells[3]) for line in lines if (cells := line.split()) and cells[0] == "\u2502"}
+    keep_ratios = len(space.load(ROOT / words[2]).entries["method.keep_ratio"]["grid_search"])  # type: ignore[call-overload, index]
+    assert distinct["mask"] == distinct["train"] == keep_ratios > 1
+    assert distinct["moments"] == distinct["basis"] == distinct["importance"] == 1
+    assert not (folder / "root" / "artifacts").exists()
+
+
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)
 def test_a_job_of_a_page_is_a_whole_job(snippet: Snippet, folder: Path) -> None:
     (folder / "page.yaml").write_text(snippet.text)
