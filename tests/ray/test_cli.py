@@ -135,6 +135,15 @@ def test_compare_prints_paired_differences(done: tuple[Path, dict[str, str]]) ->
         summary = json.loads((folder / "root" / folders[name] / "summary.json").read_text())
         values.append(summary["metrics"]["perplexity/value"]["value"])
     assert found["value"] == pytest.approx(values[1] - values[0])
+    named = json.loads(call("compare", "vanilla", "aside", "--root", str(folder / "root"), "--json").output)
+    assert named["metrics"]["perplexity/value"] == found
+
+
+def test_a_report_of_names_is_that_of_the_newest_runs(done: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    folder, folders = done
+    call("report", "vanilla", "aside", "--root", str(folder / "root"), "-o", str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert all(run_folder in page for run_folder in folders.values())
 
 
 def test_schema_is_json() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 import yaml
+from typer.testing import CliRunner, Result
 
 import steerlab
 from steerlab import cli, evaluation, job, methods, patches, run
@@ -169,6 +170,57 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def asked(*beginning: str) -> list[list[str]]:
+    """Return the commands of the pages that begin with these words, without those that stand for others."""
+    found = [words for _, words in commands() if tuple(words[: len(beginning)]) == beginning]
+    return [words[1:] for words in found if not {"NAME", "JOB", "SPACE"} & {*words}]
+
+
+def called(words: Sequence[str]) -> Result:
+    result = CliRunner().invoke(cli.app, list(words))
+    assert result.exit_code == 0, f"{words}: {result.output}"
+    return result
+
+
+def test_what_the_pages_describe_is_described(folder: Path) -> None:
+    printed = {words[-1]: called(words).output for words in asked("steerlab", "describe")}
+    assert set(methods.METHODS) | set(evaluation.TASKS) <= {*re.split(r"[\s,]+", printed["describe"])}
+    for name, told in {"aside": "angle_rad", "my_method.py": "Share of the way between the means.", "source": "hf:"}.items():
+        assert told in printed[name]
+
+
+SMALL = {
+    "name": "small",
+    "model": {"source": "tiny:model"},
+    "data": {
+        "prompt_style": "plain",
+        "train": {"source": "tiny:instructions/train", "limit": 8},
+        "safety": {"source": "tiny:instructions/test", "limit": 8, "loss_on": "response"},
+    },
+    "method": {"name": "warp", "target_layers": ["last"]},
+    "train": {"steps": 2, "micro_batch": 4, "max_tokens": 64},
+    "evaluate": [
+        {
+            "task": "refusal",
+            "prompts": {"source": "tiny:refusals/test", "limit": 2},
+            "harmless": {"source": "tiny:harmless/test", "limit": 2},
+        }
+    ],
+}
+
+
+def test_the_estimate_of_a_page_counts_shared_stages_once(folder: Path) -> None:
+    """The page's command, on a smaller job over the same space."""
+    (words,) = [words for words in asked("steerlab", "sweep") if "--dry-run" in words]
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    lines = called([words[0], "small.yaml", *words[2:], "--root", str(folder / "root")]).output.splitlines()
+    distinct = {cells[1]: int(cells[3]) for line in lines if (cells := line.split()) and cells[0] == "\u2502"}
+    keep_ratios = len(space.load(ROOT / words[2]).entries["method.keep_ratio"]["grid_search"])  # type: ignore[call-overload, index]
+    assert distinct["mask"] == distinct["train"] == keep_ratios > 1
+    assert distinct["moments"] == distinct["basis"] == distinct["importance"] == 1
+    assert not (folder / "root" / "artifacts").exists()
 
 
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)

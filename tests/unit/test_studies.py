@@ -21,6 +21,38 @@ def preferences(monkeypatch: pytest.MonkeyPatch) -> Any:
     return preferences
 
 
+@pytest.fixture
+def protection(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(JOBS))
+    import protection
+
+    return protection
+
+
+def test_lines_of_the_protection_study_differ_in_what_they_name(protection: Any) -> None:
+    variants = protection.variants((0.05,), 0.1)
+    found = {variant.group: protection.wanted("tiny", variant, 7, "train", []) for variant in variants}
+    for name in found.keys() - {"before", "safety rows mixed in"}:  # which read more rows than the others
+        run.check(Plan.of(found[name]))
+    assert found["before"].name == "tiny-safety" and {found[name].train.seed for name in found.keys() - {"before"}} == {7}
+    safety = found["eigenvectors"].data.by_role["safety"]
+    (mixed,) = found["safety rows mixed in"].data.train.also
+    assert mixed.source == safety.source and mixed.limit == (safety.limit or 100) // 2
+    assert all("safety" not in found[name].data.by_role for name in ("full fine-tuning", "safety rows mixed in"))
+    assert found["selected layers, half way"].evaluate[0].strengths == (1.0, 0.5)
+    settings = {name: one.method.model_dump() for name, one in found.items() if one.method.name == "warp"}
+    assert {one["seed"] for one in settings.values()} == {7} and {one["others"] for one in settings.values()} == {"train"}
+    shown = {name: (one["rotation"], one["mask"], one["keep_ratio"]) for name, one in settings.items()}
+    assert shown == {
+        "selected layers, half way": ("none", "importance", 0.0),
+        "eigenvectors": ("safety", "importance", 0.05),
+        "no rotation": ("none", "importance", 0.05),
+        "random rotation": ("random", "importance", 0.05),
+        "random mask": ("safety", "random", 0.1),
+        "magnitude mask": ("safety", "magnitude", 0.1),
+    }
+
+
 def test_every_variant_trains_in_bfloat16_and_is_evaluated_in_float32(preferences: Any) -> None:
     for variant in preferences.VARIANTS:
         (plain, two) = (preferences.wanted("tiny", variant, 3, [], dtype) for dtype in (None, "bfloat16"))

@@ -116,6 +116,7 @@ def _check_range(
     stored_ND: npt.NDArray[np.floating],
     sample_ids: AboutColumn,
 ) -> None:
+    """Raise ValueError for a finite value that has become infinite in the narrower type in which it is stored."""
     if stored_ND.dtype == values_ND.dtype:
         return
     # A value that was infinite before is a fault of the model, which `write_part` counts.
@@ -181,6 +182,7 @@ def write_part(tables: Iterable[pa.Table], path: Path) -> PartFacts:
 
 
 def _writer(path: Path, to: pa.Schema, vectors: Sequence[str]) -> pq.ParquetWriter:
+    """Open a Parquet file; `vectors` are the columns of activations, compressed in another way than ids and labels."""
     others = [name for name in to.names if name not in vectors]
     # Splitting float32 by byte helps zstd, since the values share few exponents. Not float16: DuckDB cannot read it split.
     split = [f"{name}.list.element" for name in vectors if to.field(name).type.value_type == pa.float32()]

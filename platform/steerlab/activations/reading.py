@@ -159,6 +159,7 @@ class TextReader:
         return Vectors(row_B, None, None, None, values)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return each tap's values, (B, T, D). Raises ValueError for a module that gives no vector for each token."""
         values = self._reader(**batch.read_inputs)
         for name, z_BTD in values.items():
             # A module may give attention weights or a scalar, which are not activations of tokens.

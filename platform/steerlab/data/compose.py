@@ -1,4 +1,4 @@
-"""Fill the `compose` templates of a job (job/compositions.py) with the fields of a row."""
+"""Fill the `compose` templates of a job, such as "{question}\\n{choices}", with the fields of a row (job/compositions.py)."""
 
 from __future__ import annotations
 

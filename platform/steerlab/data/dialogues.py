@@ -62,6 +62,7 @@ def _system(fields: Row) -> str:
 
 
 def _turns(fields: Row) -> Messages:
+    """Return the messages of a row: of the first field that holds a list of them, or of a prompt with its completion."""
     for name in _LISTS:
         if name in fields and (messages := _messages_of(fields[name], name, "")):
             return messages

@@ -93,6 +93,7 @@ def _check_first(data: DataSet) -> None:
 
 
 def _check_all(data: DataSet) -> None:
+    """Read the rows that the job would use, once for each data set and process, and raise or warn about what is wrong."""
     key = data.model_dump_json(), json.dumps(fingerprint(data))
     if key in _checked:
         return

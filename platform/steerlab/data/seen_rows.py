@@ -14,7 +14,7 @@ from steerlab.job import DataSet
 
 @dataclass
 class Seen:
-    """Counts and faults of the rows read so far from one data set."""
+    """What the rows of one data set have shown so far; `data/rows.py` fills it row by row, then asks it for its verdict."""
 
     name: str
     """Short name of the data set, for messages."""

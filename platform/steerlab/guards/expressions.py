@@ -33,6 +33,7 @@ def part(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def _matched(pattern: str, names: Iterable[str], match: Callable[[regex.Pattern[str], str, float], object]) -> list[str]:
+    """Return the names for which `match(compiled, name, seconds left)` is true, within one limit for all names."""
     # Compiling takes time and memory in proportion to the length, at least.
     if len(pattern) > _LONGEST:
         raise ValueError(f"module pattern {pattern[:60]!r}... has {len(pattern)} characters, more than {_LONGEST}")

@@ -116,6 +116,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def _opened(path: Path, flags: int) -> int:
+    """Open a file for writing and return its descriptor. Raises FileError for a link, a pipe or a device."""
     try:
         # O_NONBLOCK: opening a pipe for writing would wait until somebody reads from it.
         handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)

@@ -132,6 +132,7 @@ class Prompter:
         """
         if data_format == "text":
             seed = row.get("seed")
+            # By the prompt: it has the same noise in every data set, and other prompts have other noise.
             return Drawing(str(row["text"]), seed_of(str(row["text"])) if seed is None else int(seed), self._pixels)
         if data_format == "image":
             return Drawing(str(row["text"]), 0, self._pixels, self._image(row["image"]))
@@ -171,6 +172,7 @@ class Prompter:
             # The prompts stay texts: a pipeline tokenises them itself, with one tokenizer or several.
             tuple(drawing.prompt for drawing in drawings),
             torch.tensor([drawing.seed for drawing in drawings]),
+            # A batch has images for all rows or for none: sampling reads none.
             torch.stack(images) if len(images) == len(drawings) else None,
             torch.tensor(list(numbers), dtype=torch.long),
         )

@@ -183,6 +183,7 @@ class Encoder(PromptStyle):
             texts = ["".join(stretch.text for stretch in row) for row in rows]
             for i, text in enumerate(texts):
                 self._texts.check_length(text, (start + i) // per_row)
+            # One call for a chunk: tokenizers (in Rust) spreads the texts of a call over the cores.
             tokens = self._texts.tokens(texts, [self._as_text(conversation) for conversation in chunk])
             for conversation, text, row, row_tokens in zip(chunk, texts, rows, tokens, strict=True):
                 keeps_end = not continued and conversation[0].speaker == "text"
@@ -197,6 +198,7 @@ class Encoder(PromptStyle):
     ) -> tuple[str, list[Stretch], Tokens]:
         """Break up special tokens that a text contains only after normalisation, such as full-width or upper-case ones."""
         normalizer, special_ids = self._texts.backend.normalizer, self._added.special_ids
+        # Most rows: texts without special tokens pay for one look at their ids.
         if normalizer is None or special_ids.isdisjoint(tokens.ids):
             return text, stretches, tokens
 
@@ -206,6 +208,7 @@ class Encoder(PromptStyle):
                 return number in special_ids and self._added.names[number] in normalizer.normalize_str(text[start:end])
 
         for _ in range(_NORMALISED_TRIES):
+            # Made anew in each turn: the break of the last one has moved all later characters.
             owner = [number for number, stretch in enumerate(stretches) for _ in stretch.text]
             starts = [sum(len(stretch.text) for stretch in stretches[:number]) for number in range(len(stretches))]
             breaks = [
@@ -228,9 +231,11 @@ class Encoder(PromptStyle):
         owner = [stretch for stretch in stretches for _ in stretch.text]
         before, after = (Stretch("", stretch.role, TEMPLATE_PART) for stretch in (stretches[0], stretches[-1]))
         ids = tokens.ids
+        # Without a character (an empty text) all tokens are those that the tokenizer adds.
         owners = [owner[place] for place in places(text, tokens, self._added.names)] if owner else [after] * len(ids)
         self.num_melted += melts(stretches, owners, tokens.offsets)
         if any(tokens.put):
+            # Without characters of its own: a tokenizer marks special tokens within the text as added ones, too.
             around = [bool(put) and start == end for put, (start, end) in zip(tokens.put, tokens.offsets, strict=True)]
             first = next((t for t, here in enumerate(around) if not here), len(around))
             positions = [t for t, here in enumerate(around) if not here or t < first or keeps_end]
@@ -239,6 +244,7 @@ class Encoder(PromptStyle):
         return Encoded(
             input_ids=ids,
             roles=[stretch.role for stretch in owners],
+            # Labels follow the text and not the role: with ASIDE's convention the answer has the role of data.
             in_response=[stretch.answers and stretch.final for stretch in owners],
             parts=[stretch.part for stretch in owners],
             in_answers=[stretch.answers for stretch in owners],
@@ -246,6 +252,7 @@ class Encoder(PromptStyle):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids, without special tokens and the token that ended it."""
+        # By its id: the end of a turn is no special token in some tokenizers, where `skip_special_tokens` would print.
         text_ids = list(ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids)
         with self._texts.explained():
             return str(self.tokenizer.decode(text_ids, skip_special_tokens=True))
@@ -263,6 +270,7 @@ class Encoder(PromptStyle):
 
     def _numbered(self, conversation: Conversation, number: int) -> list[Stretch]:
         try:
+            # Before the template sees the texts: what it prints itself must keep its special tokens.
             neutral = tuple(map(self._neutralise, conversation))
             return of_text(neutral) if neutral[0].speaker == "text" else self._layout.stretches(neutral)
         except ValueError as error:
@@ -278,6 +286,7 @@ class Encoder(PromptStyle):
 
     def _forbidden(self, speaker: str) -> re.Pattern[str]:
         """Return the pattern of the tokens that a speaker's text must not contain."""
+        # An answer may not end its own turn, but a plain text is no turn: only control tokens count there.
         if speaker == "text":
             return self._added.special
         return self._markers.in_answer if speaker == "assistant" else self._markers.in_prompt

@@ -44,6 +44,7 @@ class PromptEnds:
         return self._chosen[form]
 
     def _before_answer(self, own: str | None, shape: Shape) -> str:
+        """Return the longest end that begins rows with any answer; `own` is the template's generation prompt, None without."""
         literal = shape.opening
         # GPT-2 makes one token of "\n\n" at the end of a text, and two of it before a word, so shorter ends are tried too.
         # From the longest: an end that keeps all of the template's white space is the most natural one.

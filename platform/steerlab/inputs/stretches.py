@@ -41,6 +41,7 @@ class Layout:
         """
         conversation, following = _folded(conversation, self._template.takes_system)
         turns = [Turn(message.speaker, "".join(part.text for part in message.parts)) for message in conversation]
+        # Parts are joined for the template, which knows no roles, and told apart in what it has printed.
         pieces = self._template.pieces(turns)
         firsts = [sum(len(message.parts) for message in conversation[:i]) for i in range(len(conversation))]
         # Template text before the first message has that message's role. Templates may print messages in another order.
@@ -67,6 +68,7 @@ class Layout:
         if ended is None or (ended[1] != self._markers.end and (self._markers.end is None or ended[1] == self._markers.first)):
             return [Stretch(text, role, TEMPLATE_PART)]
         closing = Stretch(ended[0], role, TEMPLATE_PART, answers=True, final=final)
+        # The end of the turn is part of the answer: a model that never learns it would never stop.
         return [closing, Stretch(text[ended.end() :], role, TEMPLATE_PART)]
 
 

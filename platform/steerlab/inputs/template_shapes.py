@@ -103,6 +103,7 @@ class Shapes:
     def _cut(self, form: Form, prompt: bool) -> Shape:
         """Render a private character for each message, or its text if that is fixed, and split the rendering at them."""
         speakers, fixed = form
+        # A private character and not a word: no template prints it by itself, strips it or changes its case.
         marks = [sentinel(i) for i, text in enumerate(fixed) if text is None]
         texts = [sentinel(i) if text is None else text for i, text in enumerate(fixed)]
         rendered = self.renderer.render([Turn(*turn) for turn in zip(speakers, texts, strict=True)], prompt)
@@ -145,6 +146,7 @@ def followed(rendered: str, shape: Shape, turns: Sequence[Turn]) -> Iterator[Pie
             text = _printed(rendered, place, shape, number, turns[message])
             yield Piece(text, message)
             place += len(text)
+    # Text after the last piece would have no role.
     if place != len(rendered):
         raise UnlikeError
 
@@ -167,6 +169,7 @@ def _printed(rendered: str, place: int, shape: Shape, number: int, turn: Turn) -
 
 def _trimmed(text: str) -> tuple[str, ...]:
     """Return a text as it is and with the white space removed that templates strip (`trim`, `strip`, `lstrip('\\n')`)."""
+    # Every one is tried, since a template is a program: which of them it applies cannot be read from its text.
     return (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
 
 
@@ -180,6 +183,7 @@ def parted(pieces: Sequence[Piece], turns: Sequence[Turn], lead: str) -> Iterato
     for number, piece in enumerate(pieces):
         following = pieces[number + 1].message if number + 1 < len(pieces) else None
         answers = lead and following is not None and turns[following].speaker == "assistant" and piece.text.endswith(lead)
+        # Only text that ends with the lead: a template may lead the last answer in another way than earlier ones.
         if answers:
             yield Piece(piece.text[: -len(lead)], None)
             yield Piece(lead, following, leads=True)

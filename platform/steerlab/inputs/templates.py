@@ -79,6 +79,7 @@ class ChatTemplate:
             return self._pieces(turns, blank)  # the template strips a blank message together with the text before it
 
     def _pieces(self, turns: Sequence[Turn], fixed: tuple[str | None, ...]) -> list[Piece]:
+        """Return the pieces of a conversation; a prompt is cut out of a row with a stand-in for its answer."""
         prompt = turns[-1].speaker != "assistant"
         if prompt:
             turns, fixed = [*turns, Turn("assistant", sentinel(len(turns)))], (*fixed, None)
@@ -206,6 +207,7 @@ def _thought_message(turn: Turn) -> str:
 
 
 def _change_message(turn: Turn, rendered: str) -> str:
+    """Say why a message cannot be found in what the template has printed, and what helps."""
     if not turn.text:
         return f"the chat template leaves out an empty text of the {turn.speaker}, so that nothing would be learnt there"
     if turn.speaker == "assistant" and turn.text in rendered:

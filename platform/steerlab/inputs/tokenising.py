@@ -25,7 +25,7 @@ _LONGEST_MADE = 4 * _LONGEST_TEXT
 
 
 class Tokens(NamedTuple):
-    """Tokens of a text."""
+    """Tokens of a text, each with the characters that it stands for."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]

@@ -74,6 +74,7 @@ def base_job(job: Job, kind: type[Job]) -> Job | None:
 
 
 def _load_yaml(path: Path) -> JsonObject:
+    """Return the mapping in a YAML file. Raises JobError, with the line where there is one, for anything else."""
     content = b""
     try:
         content = files.read(path, _LONGEST)

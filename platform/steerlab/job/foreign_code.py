@@ -55,7 +55,7 @@ class Kind(Generic[E]):
 
 
 class Foreign(NamedTuple, Generic[E]):
-    """An entry from outside the platform."""
+    """A method or task from a file or a package, with the identity of its code."""
 
     entry: E
     whose: str
@@ -97,6 +97,7 @@ def of_package(kind: Kind[E], name: str, taken: Collection[str]) -> Foreign[E] |
 
 
 def _loaded(kind: Kind[E], points: Sequence[importlib.metadata.EntryPoint], taken: Collection[str]) -> Foreign[E]:
+    """Import the entry of a package and check it. Raises JobError, also if two packages register the name."""
     point, *others = points
     package = "a package" if point.dist is None else f"{point.dist.name}=={point.dist.version}"
     if others:

@@ -79,7 +79,7 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed source."""
+    """A source as `parse` divides it: what kind of place it names, and the parts of its text that find it there."""
 
     text: str
     """The source as it was written."""

@@ -72,6 +72,7 @@ def _deepest(located: Sequence[_Located]) -> _Located:
 
 
 def _message(first: _Located, same: Sequence[ErrorDetails]) -> str:
+    """Return one message for an error of pydantic; `same` are all its errors at this key, of the choices of a union."""
     error, key = first.error, cut(".".join(first.shown)) or "(top level)"
     context = error.get("ctx", {})
     # Types of pydantic 2 (docs: "Validation errors").

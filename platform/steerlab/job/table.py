@@ -37,7 +37,7 @@ _IN_THE_NAME = "file:"
 
 
 class Table(Generic[E]):
-    """The entries of one kind."""
+    """All methods, or all tasks: those of the platform by name, and those of files and packages once a job has named them."""
 
     def __init__(self, kind: type[E], tag: str, own: Mapping[str, E], with_config: Callable[[E, Any], E]) -> None:
         """Make a table of the platform's own entries.

@@ -26,6 +26,7 @@ from steerlab.methods import (
 )
 from steerlab.methods.contract import Fitted, Method, Trained
 
+# A literal and no decorator: the table can be read here, and a method that nobody imports cannot exist.
 _OWN: dict[str, Method] = {
     "none": none.METHOD,
     "vanilla": vanilla.METHOD,
@@ -50,6 +51,7 @@ _OWN: dict[str, Method] = {
 }
 
 
+# A method from a file gets its config class made anew, with the field `file` in it; the table keeps the rest.
 TABLE: Table[Method] = Table(Method, "name", _OWN, lambda method, config: replace(method, Config=config))
 """The methods above, those of installed packages, and those of files that jobs name."""
 METHODS = TABLE.entries

@@ -57,7 +57,9 @@ def direction(source_ND: Tensor, target_MD: Tensor) -> Tensor:
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, LowRankMap]:
     (chosen,) = places(config.at, list(source))  # `at` is never "all" here, so that this is one place
+    # z - r (r . z) has rank 1: U = -r, V = r^T, two vectors instead of the D x D matrix I - r r^T.
     projection = LowRankMap.without(direction(source[chosen], target[chosen]))
+    # The inner layers of MLPs have other widths; a direction of the residual stream says nothing about them.
     others = [name for name, values in source.items() if values.shape[1] != projection.width]
     if others:
         raise ValueError(
@@ -68,4 +70,5 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return dict.fromkeys(source, projection)
 
 
+# Strength 1 leaves nothing along r; beyond it the sign of r . z would turn.
 METHOD = Fitted(Config, _fit, strength_range=(0.0, 1.0), kinds=("causal_lm",))

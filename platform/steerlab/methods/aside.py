@@ -62,12 +62,15 @@ class Aside(PatchedModel):
     """A causal language model whose input embeddings are rotated by role; all weights train."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
+        # All weights train: the rotation says which tokens are data, and the model has to learn what that means.
         super().__init__(model)
         self.gradual = config.gradual
+        # The rotation itself is the patch's (patches/embedding.py): the evaluation applies the very same code.
         self.patch = patches.EmbeddingPatch(
             models.embedding_shape(model)[1], config.angle_rad, config.direction, config.learned, config.linear_shift
         )
         if self.patch.shift_RD is not None:
+            # Here and not in the patch, which is also made to be filled from a file and should draw no random numbers then.
             nn.init.normal_(self.patch.shift_RD, std=_SHIFT_STD)
         # `inputs.below` is empty: the model's own weights train only if it carries no patch.
         patches.attach(model, [self.patch])
@@ -95,4 +98,5 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
 
 
+# Without a range of strengths: the strength scales the angle, and every angle is a rotation.
 METHOD = Trained(Config, Aside, check=check, example="jobs/tiny/aside.yaml")

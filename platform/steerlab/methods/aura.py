@@ -41,9 +41,11 @@ def auroc(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     """
     # The Mann-Whitney statistic: binary search in sorted targets takes (N + M) log M instead of N M comparisons.
     target_DM = target_MD.T.contiguous().sort(dim=1).values
+    # Contiguous: `searchsorted` warns of a strided input and copies it anyway.
     source_DN = source_ND.T.contiguous()
     # Number of targets below each source value, and of targets not above it; their mean counts ties as half.
     below_DN, not_above_DN = (torch.searchsorted(target_DM, source_DN, right=right) for right in (False, True))
+    # Counts are whole numbers: the mean of their sum in float64 is exact, so that 0.5 is 0.5 and no neuron moves by rounding.
     return (below_DN + not_above_DN).double().mean(1) / (2 * len(target_MD))
 
 
@@ -65,6 +67,7 @@ def aura_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+    # One call: each neuron is treated by itself, so that places may be joined.
     return everywhere(aura_map, source, target)
 
 

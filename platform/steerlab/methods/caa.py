@@ -39,6 +39,7 @@ def places(at: str | int, names: list[str]) -> list[str]:
         return names
     # Places are in the model's order, so that the middle place is in a middle layer.
     number = len(names) // 2 if isinstance(at, str) else at
+    # Refused only here and not with the job: how many places there are is known after the extraction.
     if not 0 <= number < len(names):
         raise ValueError(f"method.at {at}: {len(names)} places were extracted, numbered from 0")
     return [names[number]]
@@ -49,4 +50,5 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     return {name: mean_map(source[name], target[name]) for name in places(config.at, list(source))}
 
 
+# Without a range of strengths: the paper multiplies the vector by negative numbers, too.
 METHOD = Fitted(Config, _fit)

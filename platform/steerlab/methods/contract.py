@@ -34,6 +34,7 @@ from steerlab.models import ModelFacts
 from steerlab.patches.maps import Map
 
 if TYPE_CHECKING:
+    # For annotations only: transformers takes a second to import, and a job file is checked without it.
     from transformers import PreTrainedModel
 
 
@@ -104,6 +105,7 @@ class Trainee(nn.Module):
     def finished(self, state: dict[str, Tensor]) -> patches.SavedPatch:
         """Return the patch to save, given a trained state dict of `self.patch`: a new patch of its kind with that state."""
         # A new one: under ZeRO 3 the tensors of `self.patch` itself are shards, and snapshots are states of earlier steps.
+        # Made from its own `spec`, the way in which `patches.load` makes it: what is saved can be loaded.
         patch = patches.KINDS[self.patch.kind](**self.patch.spec())
         patch.load_state_dict(state)
         return patch
@@ -111,6 +113,7 @@ class Trainee(nn.Module):
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
         """Return what a row adds to the divisor of the loss: its target tokens; override it with 1 for pairs or images."""
+        # A class method: the divisor of a step is known from its rows, before any of them is encoded into a batch.
         return sum(row.targets(loss_on))
 
     @classmethod
@@ -133,6 +136,8 @@ class Trainee(nn.Module):
             ValueError: the message names the right base class, or the call that attaches the patches.
         """
         name = type(self).__name__
+        # Checked after the constructor has run: a trainee that forgets the patches below would train on another model,
+        # silently.
         stack = patches.attached_patches(self.model) or ()
         # By identity: two patches of one kind may hold equal numbers.
         missing = [patch for patch in below if not any(patch is other for other in stack)]
@@ -193,6 +198,7 @@ class PatchAlone(Trainee):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        # Frozen, not only left out of the optimizer: autograd would otherwise compute and store a gradient for every weight.
         self.model = model.requires_grad_(False)
 
     def train(self, mode: bool = True) -> PatchAlone:
@@ -218,6 +224,7 @@ class SteeringConfig(MethodConfig):
     """Pooling of the activations."""
     steer: Selection | None = None
     """Modules and tokens on which the maps act, among the places that were read; null: all of these places, every token."""
+    # Excluded at its default: keys of jobs that were written before this field stay as they are.
     inverse: bool = Field(False, exclude_if=lambda inverse: not inverse)
     """Apply the inverse maps, which induce what the fitted maps remove."""
 
@@ -236,6 +243,7 @@ class Method:
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""
     _: KW_ONLY
+    # Keyword-only from here on: subclasses add required fields after `Config`, which may not follow fields with defaults.
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: None
     """(config, facts about the model, job): raises ValueError for settings that cannot work, before anything starts."""
     strength_range: tuple[float, float] | None = None
@@ -262,6 +270,7 @@ class Method:
 
     def walks(self, config: MethodConfig) -> bool:
         """Return whether maps are fitted one after another, each on the source activations with all earlier maps applied."""
+        # By the class of the config and not by a name, so that a closed form in a user's own file gets the walk as well.
         return isinstance(config, SequentialConfig) and config.incremental
 
     def steers(self, config: MethodConfig) -> Selection | None:
@@ -297,6 +306,7 @@ class Trained(Method):
     @property
     def leaves_model(self) -> bool:  # type: ignore[override]
         """Whether the artifact holds the model's own weights."""
+        # Asked of the trainee's class, so that the table of methods and the training cannot say different things.
         return self.module.leaves_model
 
     @property
@@ -317,6 +327,7 @@ class Trained(Method):
     def prepares(self, config: MethodConfig, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
         """Declare the `preparations`, and return the names of those that the training reads."""
         names = self.preparations(config, skeleton, prepare)
+        # After all declarations: a training may read any of them, in whatever order they were declared.
         prepare.check_read(names)
         return names
 
@@ -330,6 +341,7 @@ class Fitted(Method):
     """(config, source, target) -> maps by place. It is called once with all places, or once for each (`walks`), and must give
     the same maps either way for the same samples."""
     _: KW_ONLY
+    # In a lambda, since `check_roles` is defined further below.
     check: Callable[[Any, ModelFacts, Job], None] = lambda config, facts, job: check_roles(config, facts, job)
     kinds: tuple[str, ...] = ANY_KIND
 
@@ -353,6 +365,8 @@ def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         labels_BT: token ids, (B, T), `IGNORED` where a token is not a target; position t is predicted from t - 1.
     """
     # In float32: in bfloat16 the log-sum-exp over a vocabulary keeps two or three digits.
+    # A sum: means of passes with different numbers of targets would weigh the tokens of short passes more. Logits of the last
+    # position predict nothing, and nothing predicts position 0.
     return nn.functional.cross_entropy(
         logits_BTV[:, :-1].float().flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -373,6 +387,7 @@ def train_everything(model: PreTrainedModel) -> None:
 def check_masters(job: Job) -> None:
     """Raise ValueError for training the model's own weights in bfloat16 without float32 copies in the optimizer."""
     # bfloat16 has 8 bits of mantissa: an update smaller than 1/256 of a weight would be rounded away.
+    # DeepSpeed keeps the float32 copies with its shards, from ZeRO 1 on.
     if job.model.dtype == "bfloat16" and job.scale.zero_stage == 0:
         raise ValueError("model.dtype bfloat16 trains with float32 master weights, which needs scale.zero_stage 1, 2 or 3")
 
@@ -397,6 +412,7 @@ def check_roles(config: MethodConfig, facts: ModelFacts, job: Job) -> None:
     for role, data in (("source", source), ("target", target)):
         # A prompt of a diffusion model gives one sample for each seed.
         num_seeds = 1 if data.seeds is None else data.seeds[1] - data.seeds[0]
+        # Without a limit the number of rows is not known before they are read; `check_samples` looks at it then.
         if data.limit is not None and data.limit * num_seeds < MIN_SAMPLES:
             drawings = "" if data.seeds is None else f" of {num_seeds} seeds each"
             raise ValueError(f"data.{role}.limit {data.limit}{drawings}: a distribution needs {MIN_SAMPLES} samples or more")

@@ -44,6 +44,7 @@ class Config(MethodConfig):
 def _row_seed(seed: int, step: int, number: int) -> int:
     """Return the seed of one row in one step."""
     # 24 bits for the row's number; torch takes seeds of 64 bits and raises beyond.
+    # A prime between seed and step: (seed, step) and (seed + 1, step - 1) would otherwise draw the same noise.
     return (((seed * 1_000_003 + step) << 24) + number) % 2**64
 
 
@@ -65,6 +66,7 @@ class Denoise(WholeModel):
         x_BCHW = batch.images
         t_B, noise_BCHW, with_prompt_B = self._draws(batch, x_BCHW)
         # x_t = alpha_t x + sigma_t eps
+        # By the pipeline's own scheduler, whose alphas the sampler will use, too.
         noisy_BCHW = self._scheduler.add_noise(x_BCHW, noise_BCHW, t_B)
         # eps, or v = alpha_t eps - sigma_t x: what this pipeline's sampler expects the denoiser to return.
         if self._scheduler.config.prediction_type == "v_prediction":
@@ -73,8 +75,10 @@ class Denoise(WholeModel):
             target_BCHW = noise_BCHW
         # The empty prompt is the unconditional model of classifier-free guidance.
         prompts = [prompt if has_prompt else "" for prompt, has_prompt in zip(batch.prompts, with_prompt_B, strict=True)]
+        # The denoiser alone: the loss is that of one timestep, and the pipeline's call would sample all of them.
         predicted = self.model.denoiser(noisy_BCHW, t_B, **self.model.pipeline.condition(prompts)).sample
         # In float32: squares of small errors underflow in half precision.
+        # A mean over pixels first: an image counts 1, whatever its size, as `counts` says.
         error_B = (predicted.float() - target_BCHW.float()).square().flatten(1).mean(1)
         return Loss(error_B.sum(), {})
 
@@ -84,6 +88,7 @@ class Denoise(WholeModel):
         for number in batch.numbers.tolist() or range(len(batch.prompts)):
             # A generator for each row, on the CPU: the draws depend neither on the other rows of the pass nor on the device.
             generator = torch.Generator().manual_seed(_row_seed(self.config.seed, self._step, number))
+            # Always in this order, and the prompt's draw last: another `drop_prompt` leaves timesteps and noise as they were.
             times.append(int(torch.randint(self._scheduler.config.num_train_timesteps, (), generator=generator)))
             noise.append(torch.randn(x_BCHW.shape[1:], generator=generator))
             with_prompt.append(float(torch.rand((), generator=generator)) >= self.config.drop_prompt)

@@ -75,9 +75,13 @@ class Dpo(PatchAlone):
         self.reference: PreTrainedModel | None = None
         if config.lora is None:
             # The copy is taken before any hook is attached: a copied hook would act on the original's modules.
+            # A submodule, so that it moves to the device with the policy; without gradients, so that it is neither trained nor
+            # saved.
             self.reference = copy.deepcopy(model).requires_grad_(False)
             patches.attach(self.reference, copy.deepcopy(inputs.below))
             train_everything(model)
+        # Before the patches below are attached: an adapter takes the place of its layer, and a map that hooks the layer itself
+        # would miss what the adapter adds.
         self.patch = Whole(model) if config.lora is None else Adapters(model, config.lora)
         patches.attach(model, inputs.below)
 
@@ -93,11 +97,14 @@ class Dpo(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs (eq. 7)."""
         tokens = scoring.predicted(batch)  # N response tokens of P pairs
+        # Before the policy's pass: peft 0.21 takes `requires_grad` from adapters that are off, and gives it back afterwards.
         with torch.no_grad(), self._reference() as reference:
             reference_N = scoring.log_probs(reference, batch, tokens)
         policy_N = scoring.log_probs(self.model, batch, tokens)
         # log pi - log pi_ref of each response token (eq. 7); `scoring.dpo` sums them over each response.
+        # Differences of the tokens first, sums second: the sums of policy and reference are close and hundreds of nats large.
         loss_P, margin_P = scoring.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
+        # accuracy counts a tie as wrong: at the start all margins are 0, and nothing has been learned.
         return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
 
     @classmethod
@@ -110,6 +117,7 @@ class Dpo(PatchAlone):
         """Return the number of weights that train, and the bytes of the reference if it is a copy."""
         if config.lora is not None:
             return Size(num_trained(skeleton, config.lora))
+        # `parameters` yields tied weights once, as the optimizer sees them.
         num = sum(parameter.numel() for parameter in skeleton.parameters())
         return Size(num, 4 * num)  # 4 bytes: the copy is float32 at most
 
@@ -126,6 +134,7 @@ class Dpo(PatchAlone):
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return the differences between the trained weights and those of the reference as a patch."""
         if isinstance(self.patch, Adapters):
+            # As factors, not as products: a low-rank patch is as small on disk as its adapters.
             return self.patch.finished(state)
         assert self.reference is not None
         # On the CPU and one weight at a time: policy, reference and differences need not fit on the GPU together.

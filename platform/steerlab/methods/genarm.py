@@ -70,6 +70,7 @@ class Genarm(PatchAlone):
         self.patch: nn.Module
         if config.lora is None:
             train_everything(second)
+            # `of` takes no copy: what trains is the very model that the patch runs.
             self.patch = second_patch = patches.SecondModelPatch.of(second)
             patches.attach(model, [*inputs.below, second_patch])
         else:
@@ -81,6 +82,7 @@ class Genarm(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed loss of the pairs; the base model does not run."""
         tokens = scoring.predicted(batch)  # N response tokens of P pairs
+        # The second model alone: no logits of the base are in the loss, and its pass would cost as much again.
         log_prob_N = scoring.log_probs(self.second, batch, tokens)
         # r(x, y) is a sum of log pi_r: the loss is DPO's with a reference whose log-probabilities are all 0.
         loss_P, margin_P = scoring.dpo(log_prob_N, tokens, self.config.beta, self.config.length_average)
@@ -98,18 +100,22 @@ class Genarm(PatchAlone):
         layers = models.layer_names(skeleton)
         per_layer = sum(parameter.numel() for parameter in skeleton.get_submodule(layers[0]).parameters())
         num_layers = len(layers) if config.num_layers is None else config.num_layers
+        # Embeddings and head stay whole: only decoder layers are cut.
         num = total - (len(layers) - num_layers) * per_layer
         if config.lora is None:
             return Size(num)
+        # Adapters sit in every layer alike, so that their number falls in proportion.
         return Size(num_trained(skeleton, config.lora) * num_layers // len(layers), 4 * num)
 
     def finished(self, state: dict[str, Tensor]) -> patches.SecondModelPatch:
         """Return the trained reward model as a patch, with its adapters folded into its weights."""
+        # Of the second model and not of the base: with `num_layers` it has fewer layers.
         patch = patches.SecondModelPatch(dict(models.config_of(self.second)))
         # Adapters are folded in, so that inference runs a plain model without peft.
         if not isinstance(self.patch, Adapters):
             patch.load_state_dict(state)
             return patch
+        # Loaded first and folded second: adapters are differences to the weights that they were trained on.
         patch.second.load_state_dict(self.patch.plain_state(self.second))
         self.patch.finished(state).fold(patch.second, 1.0)
         return patch

@@ -99,14 +99,17 @@ class Iav(PatchAlone):
             raise ValueError("model.source: the model carries a vector on its logits already; `steerlab export` folds it")
         self.config = config
         vocab_size, hidden_size = models.linear_shape(models.head(model))
+        # The patch refuses a linear head with a rank; in a job `rank` has a default, which linear ignores.
         rank = 0 if config.head == "linear" else config.rank
         self.patch = patches.LogitPatch(hidden_size, vocab_size, config.head, rank, config.layer, _STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
+        # Reads above the patches below: h is what the head gets of the model that is steered.
         self._read = scoring.StateReader(model, config.layer)
         # After the patch is attached: only then the model takes roles and phases.
         self._check_head()
         self._cache = Parts.open(inputs.prepared["hidden"]) if "hidden" in inputs.prepared else None
         if self._cache is not None:
+            # The model's weights decide: states of another checkpoint have the same shapes, and would train without an error.
             check_cache(self._cache, model)
 
     def forward(self, batch: Batch) -> Loss:
@@ -114,16 +117,20 @@ class Iav(PatchAlone):
         config, tokens = self.config, scoring.predicted(batch)  # N response tokens of P pairs
         # Validation rows are numbered separately and are not in the cache.
         uses_cache = self._cache is not None and self.training
+        # No gradient flows into h: the backbone is frozen, and the reader runs it without a graph.
         states = self._cached(batch, tokens) if uses_cache else self._read(batch, tokens)
         # a(h) = up f(h); f(h) is h itself for a linear head.
         features_NK = self.patch.features(scoring.wide(states.tapped_ND))
+        # z = W h + a(h) with alpha = 1, as in training of the paper; the strength scales `up` at inference only.
         up_VK = self.patch.up.to(features_NK.dtype)
         # In chunks over tokens: the logits of the base and of the vector, both (N, V), would be most of the memory.
         scores = scoring.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
+        # log pi_z - log pi_Wh of the same pass: the frozen head is the reference (first term of L).
         loss_P, margin_P = scoring.dpo(scores.log_prob_N - scores.reference_N, tokens, config.beta, config.length_average)
         kl_P, square_P = (scoring.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
         # The penalties are means over both responses of a pair, so that all three terms are summed over pairs.
         total = (loss_P + config.lambda_kl * kl_P + config.lambda_l2 * square_P).sum()
+        # The three terms by themselves, too: a falling total may hide a growing divergence.
         metrics = {"preference": loss_P, "margin": margin_P, "accuracy": margin_P > 0, "kl": kl_P, "square": square_P}
         return Loss(total, {name: value.detach().float().sum() for name, value in metrics.items()})
 
@@ -137,8 +144,10 @@ class Iav(PatchAlone):
         """Return the number of the head's parameters, and the bytes of one chunk of logits with what is computed from it."""
         vocab_size, width = models.linear_shape(models.head(skeleton))
         linear = config.head == "linear"
+        # up is V x K; low_rank and mlp add down, K x D.
         trained = vocab_size * width if linear else config.rank * (vocab_size + width)
         # About six float32 tensors of a chunk of logits: base, vector, sum, and their softmaxes and gradients.
+        # The model's own logits are in the chunks (`holds_logits`), so that no (B, T, V) tensor is counted.
         return Size(trained, 6 * 4 * scoring.CHUNK_LOGITS)
 
     def _cached(self, batch: Batch, tokens: Predicted) -> States:
@@ -149,6 +158,7 @@ class Iav(PatchAlone):
             torch.cat(self._cache.tensors([f"{number}/{name}" for number in numbers])).to(batch.labels.device)
             for name in _names(self.config.layer)
         ]
+        # An assertion: `max_tokens` is part of the cache's key, so that only our own mistake could make them differ.
         assert len(states[0]) == len(tokens.target_N), "the cache was made of the same rows, cut at the same length"
         return States(states[0], states[-1])
 
@@ -162,10 +172,12 @@ class Iav(PatchAlone):
         def keep(_head: nn.Module, _args: object, logits_BTV: Tensor) -> None:
             outputs.append(logits_BTV)
 
+        # Registered after the patch's hook, which adds zeros before the training: both outputs are those with the patch.
         handle = models.head(self.model).register_forward_hook(keep)
         zeros = torch.zeros_like(ids)
         logits_BTV = self.model(input_ids=ids, position_ids=ids, roles=zeros, phases=zeros, use_cache=False).logits
         handle.remove()
+        # Bit for bit: a model that returns its head's output returns the same tensor, and any cap or scale changes some bit.
         if not torch.equal(logits_BTV, outputs[0]):
             raise ValueError(
                 f"the logits of {type(self.model).__name__} are not the output of its head, which method iav needs"
@@ -190,6 +202,7 @@ class Hidden:
 
     def __init__(self, model: SteeredModel, params: Mapping[str, Json]) -> None:
         layer = _HiddenParams.model_validate(params).layer
+        # The stage runs the model with all patches that it carries, as the training would.
         self._read = scoring.StateReader(model.model, layer)
         self._names = _names(layer)
         self._shape = (model.model.dtype, models.linear_shape(models.head(model.model))[1])
@@ -197,6 +210,7 @@ class Hidden:
     def shapes(self, number: int, row: Row) -> dict[str, Shape]:
         """Return the names and shapes of the states of a pair."""
         dtype, width = self._shape
+        # Response tokens alone: states of prompts are not in the loss, and would be most of the file.
         return {f"{number}/{name}": Shape(dtype, (sum(row.targets("response")), width)) for name in self._names}
 
     def keep(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
@@ -223,6 +237,7 @@ class Hidden:
 def check_cache(cache: Parts, model: PreTrainedModel) -> None:
     """Raise ValueError if the cached hidden states were computed by another model."""
     fingerprints = {str(facts["fingerprint"]) for facts in cache.facts.values()}
+    # Every file by itself: a cache that was continued after a kill may come from several processes.
     if fingerprints != {models.fingerprint(model)}:
         raise ValueError("the hidden states were computed by another model than the one that the vector is trained for")
 
@@ -233,8 +248,10 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
     Raises:
         ValueError: the model has no such layer, or its logits are not what its head gives.
     """
+    # By the architecture, before hours of preparation; `_check_head` runs the loaded model, whatever its architecture says.
     models.check_head(skeleton)
     num_layers = len(models.layer_names(skeleton))
+    # The number of layers is known from the skeleton, so that the job is refused before it computes anything.
     if config.layer is not None and config.layer >= num_layers:
         raise ValueError(f"layer {config.layer}: {type(skeleton).__name__} has the layers 0 to {num_layers - 1}")
     if not config.cache:

@@ -37,7 +37,9 @@ class Ise(PatchedModel):
     """A causal language model with segment vectors added to its embeddings."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
+        # All weights train with S: the vectors mean nothing to a model that has never seen them.
         super().__init__(model)
+        # ASIDE's patch without a rotation: both methods share data path and hooks, so that a comparison is of the mathematics.
         self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
         # S of the module docstring, one row for each role.
         assert self.patch.shift_RD is not None

@@ -67,9 +67,14 @@ def probe(source_ND: Tensor, target_MD: Tensor, ridge: float = 1.0) -> tuple[Ten
     from sklearn.preprocessing import StandardScaler
 
     check_samples(source_ND, target_MD)
+    # scikit-learn would compute in float32 if it got it, and neighbouring neurons are nearly collinear.
     x_SD = torch.cat([source_ND, target_MD]).double().numpy()
+    # The target is class 1, so that the coefficients point from source to target.
     y_S = np.repeat([0, 1], [len(source_ND), len(target_MD)])
+    # The scaler is inside of the pipeline, so that held-out texts do not leak into its means. The default of 100 iterations
+    # may end before the solver has converged on thousands of features.
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / ridge, max_iter=1000))
+    # A fixed shuffle: equal samples give equal accuracies, and with them the same places.
     folds = StratifiedKFold(min(_FOLDS, len(source_ND), len(target_MD)), shuffle=True, random_state=0)
     accuracy = float(cross_val_score(model, x_SD, y_S, cv=folds).mean())
     scaler, logistic = (step for _, step in model.fit(x_SD, y_S).steps)
@@ -88,6 +93,7 @@ def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: fl
         alpha: length of the shift, in standard deviations of the projections of both samples together.
     """
     # Over both samples, so that the shift is in units of the spread of all texts.
+    # sigma of section 4: with it alpha means the same at places of small and of large activations.
     sigma = (torch.cat([source_ND, target_MD]).double() @ direction_D).std()
     shift_D = alpha * sigma * direction_D
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
@@ -96,6 +102,7 @@ def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: fl
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
     probes = {name: probe(source[name], target[name], config.ridge) for name in source}
     # The sort is stable: of equally accurate probes those of earlier places are taken.
+    # `[:None]` takes all of them (ITI-c).
     best = sorted(probes, key=lambda name: -probes[name][1])[: config.top_k]
     return {name: iti_map(source[name], target[name], probes[name][0], config.alpha) for name in source if name in best}
 

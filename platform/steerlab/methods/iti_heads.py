@@ -51,6 +51,7 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
             raise ValueError(
                 f"method.heads {config.heads}: {name} has {source[name].shape[1]} numbers, which are not so many heads"
             )
+        # The input of an output projection is the heads' results one after another, so that a head is one stretch of it.
         pairs = zip(source[name].chunk(config.heads, 1), target[name].chunk(config.heads, 1), strict=True)
         for head, (a_Nd, b_Md) in enumerate(pairs):
             # The probe ranks the heads; the shift itself follows the difference of means ("mass mean shift").
@@ -63,6 +64,7 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
     maps = {}
     for name in source:
         parts = [shifts[name, head] * ((name, head) in best) for head in range(config.heads)]
+        # One map for the whole place: heads that were not chosen get a shift of exactly 0.
         shift_D = torch.cat(parts)
         if bool(shift_D.any()):  # a place without a chosen head gets no map, and so no hook
             maps[name] = AffineMap(torch.ones_like(shift_D), shift_D)

@@ -73,6 +73,7 @@ class Config(SteeringConfig):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.pooling == "none":
+            # One vector a text: otherwise a long text would count as many samples as it has tokens.
             raise ValueError("pooling none keeps every token; a distribution over texts needs one vector a text")
         if self.refit_from is not None and not self.gamma:
             raise ValueError("refit_from keeps what the penalty has emptied, but gamma is 0")
@@ -96,6 +97,7 @@ class Lineas(PatchAlone):
         # Compared without patches: the model may carry some that the target was read without.
         if target.origin.fingerprint != models.fingerprint(model):
             raise ValueError("the target's activations were read from another model than the one that is steered")
+        # From the artifact and not from the job: the source must be read exactly as the target was.
         self.measured = Selection.model_validate(target.origin.selection)
         places = [taps.tap(name) for name in target.modules]
         columns = [target.column(name, config.pooling) for name in target.modules]
@@ -103,10 +105,12 @@ class Lineas(PatchAlone):
             raise ValueError(f"data.target has {len(columns[0])} samples; a distribution needs {MIN_SAMPLES} or more")
         # Buffers follow the module to its device; not saved, since the target is an input and not a result.
         sizes = torch.tensor([column.shape[1] for column in columns])
+        # Sorted once, as the target does not change; neurons as rows, so that a sort runs along contiguous memory.
         self.register_buffer("target_SM", torch.cat(columns, 1).T.contiguous().sort(dim=1).values, persistent=False)
         # `code`: a mean over the neurons of a place and over places.
         factors = 1 / (sizes * len(sizes)) if config.reduction == "code" else torch.ones(len(sizes))
         self.register_buffer("factor_S", factors.float().repeat_interleave(sizes), persistent=False)
+        # Width of each place from a pass over one token: a config does not tell the widths of all modules.
         self.patch = patches.ActivationPatch(taps.widths(model, config.steer), config.steer, strength_range=_STRENGTHS)
         patches.attach(model, [*inputs.below, self.patch])
         # After the maps are attached, since hooks run in the order of registration: a steered place is measured with its map.
@@ -122,15 +126,18 @@ class Lineas(PatchAlone):
 
     def forward(self, batch: Batch) -> Loss:
         """Return this worker's part of the loss: that of the matched pairs whose source row is its own (section 3.2)."""
+        # Runs up to the last measured place: neither later layers nor the logits of a whole vocabulary are computed.
         values = self._read(**batch.patched_inputs)
         tokens_BT = taps.selected(batch, self.measured)
         _check_selected(tokens_BT)
         pooled_BS = torch.cat([taps.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
         rows_NS, first = whole_batch(pooled_BS)
+        # All target texts take part in every step, also if there are more of them than source rows.
         pairs = coupling(len(rows_NS), self.target_SM.shape[1])
         # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones.
         sorted_SN, row_SN = rows_NS.T.contiguous().sort(dim=1)
         # W2^2 as a weighted sum over matched pairs, for every neuron.
+        # The matching itself has no gradient: it is constant between two crossings of sorted values.
         gap_SK = _paired(sorted_SN, pairs.source_K) - _paired(self.target_SM, pairs.target_K)
         weight_K = pairs.weight_K.to(gap_SK)
         if len(rows_NS) == len(pooled_BS):
@@ -145,6 +152,7 @@ class Lineas(PatchAlone):
         per_row = len(rows_NS) if self.config.reduction == "paper" else len(rows_NS) ** 2
         # A metric is a sum over rows, too, since the loop divides it by their number.
         support = torch.tensor(self.support() * len(pooled_BS))
+        # sum over places and neurons of W2^2, times the factors of `reduction`.
         return Loss(per_row * (self.factor_S @ distance_S), {"support": support})
 
     def support(self) -> float:
@@ -159,6 +167,7 @@ class Lineas(PatchAlone):
         """Return the trained maps, or their inverses."""
         trained = super().finished(state)
         assert isinstance(trained, patches.ActivationPatch)
+        # z -> (z - b) / w at each place by itself, which is not the inverse of what all maps together do to the model.
         return trained.inverse() if self.config.inverse else trained
 
     @classmethod
@@ -171,6 +180,7 @@ class Lineas(PatchAlone):
         self._refits = self.config.refit_from is not None and step >= self.config.refit_from
         if self._refits:
             for layer in self.patch.layers():
+                # At most the threshold, which is also what `support` counts as not steered.
                 is_small_2D = _moved(layer).abs() <= self.config.threshold
                 _set_to_identity(layer, is_small_2D)
             # Read from the maps in every step, not stored once: a resumed run then needs nothing besides its weights.
@@ -185,6 +195,7 @@ class Lineas(PatchAlone):
                 _set_to_identity(layer, self._zeros[number])
             elif self.config.gamma:
                 tau = lr * self.config.gamma  # the step size is the learning rate (module docstring)
+                # Every worker takes the step by itself: all of them hold equal maps, and the result is a function of these.
                 moved_2D = proximal(_moved(layer), tau * self.config.l1, tau * self.config.group)
                 layer.scale.copy_(1 + moved_2D[0])
                 layer.shift.copy_(moved_2D[1])
@@ -200,9 +211,11 @@ def proximal(moved_2D: Tensor, l1: float, group: float) -> Tensor:
     """
     # Soft thresholding first, then the shrinkage of the whole row: in this order the composition is the exact proximal point of
     # the sum (sparse group lasso); the reverse order is not.
+    # prox of l1 |.|_1: sign(v) max(|v| - l1, 0)
     soft_2D = moved_2D.sign() * (moved_2D.abs() - l1).clamp(min=0)
     norm_21 = soft_2D.norm(dim=1, keepdim=True)
     # A row of zeros has norm 0: the clamp avoids 0 / 0.
+    # prox of group sqrt(d) |.|_2: max(1 - group sqrt(d) / |v|, 0) v
     shrink_21 = (1 - group * math.sqrt(moved_2D.shape[1]) / norm_21.clamp(min=1e-30)).clamp(min=0)
     return shrink_21 * soft_2D
 
@@ -219,6 +232,7 @@ def whole_batch(pooled_BS: Tensor) -> tuple[Tensor, int]:
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return pooled_BS, 0
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # Equal shapes on every worker, as `all_gather` needs: `check` refuses accumulation, and the loop deals rows out evenly.
     parts = [torch.empty_like(pooled_BS) for _ in range(world)]
     torch.distributed.all_gather(parts, pooled_BS.detach().contiguous())
     parts[rank] = pooled_BS  # all_gather fills copies without a gradient; the own part keeps its graph

@@ -147,6 +147,8 @@ Preparation = Moments | SumOverRows | KeepOfRows | MapParts
 """A declared preparation, as `Prepare` passes it to `Prepare.make`."""
 
 
+# An object that is called, instead of a list that is returned: one function of the method describes the stages without a job,
+# checks them with one, and plans them.
 class Prepare:
     """Takes the declarations of a method's preparations and checks them. Subclasses override `make` to plan the stages.
 
@@ -160,6 +162,7 @@ class Prepare:
 
     def __init__(self, roles: Collection[str] | None = None) -> None:
         """Accept preparations over the data sets of these roles; None accepts any role."""
+        # None and an empty collection differ: a job without data sets refuses every role.
         self._roles = roles
         self._names: list[str] = []
 
@@ -183,6 +186,7 @@ class Prepare:
         # The name becomes part of paths and of stage names.
         if not _NAME.fullmatch(name) or name == "model":
             raise ValueError(f"a preparation is called {name!r:.60}: small letters, digits and underscores, and not model")
+        # The stage's directory is called by this name.
         if name in self._names:
             raise ValueError(f"two preparations are called {name}: the second would take the place of the first")
         # None: the check runs without a job, to describe the method.
@@ -195,6 +199,7 @@ class Prepare:
             raise ValueError(
                 f"preparation {name}: its parameter {taken.pop()} would be that of the platform; call it otherwise"
             )
+        # Asked for here, where the message can name the preparation; the stage itself would fail on a worker.
         missing = [needed for needed in also.split() if needed not in (params or {})]
         if missing:
             raise ValueError(f"preparation {name}: {missing[0]} is missing among its parameters")
@@ -213,6 +218,7 @@ class Prepare:
             config: the places to read, with `keep: moments`.
             name: name of the preparation.
         """
+        # Without parameters of its own: those of an extraction are in its config.
         self._declare(name, role)
         self.make(Moments(name, role, config))
 
@@ -243,6 +249,7 @@ class Prepare:
         make: MakePart,
         *,
         needs: tuple[str, ...] = (),
+        # A model takes minutes to load: parts that do not read it run in tasks without one.
         reads_model: bool = False,
         estimate: Estimate = NOTHING,
     ) -> None:
@@ -250,6 +257,7 @@ class Prepare:
 
         A part is made from the output of the preparations in `needs` and, with `reads_model`, from the model.
         """
+        # No role: parts are made of other stages' output, and rows would not be split over them.
         self._declare(name, None, needs, params)
         self.make(MapParts(name, version, params, parts, make, needs, reads_model, estimate))
 

@@ -46,10 +46,12 @@ class Reft(PatchAlone):
         # Before the patch is attached: D of each place, from one small forward pass.
         widths = taps.widths(model, config.steer)
         kinds = {name: {"kind": "low_rank", "rank": config.rank} for name in widths}
+        # LowRankMap: R (2 D + 1) numbers at each place, and one matrix product of rank R at inference.
         self.patch = patches.ActivationPatch(widths, config.steer, kinds=kinds)  # type: ignore[arg-type]
         for layer in self.patch.layers():
             # U is zero: V must not be, or both gradients would vanish. 1 / sqrt(D) keeps V z of the size of z's entries.
             nn.init.normal_(layer.get_parameter("down"), std=layer.get_parameter("down").shape[1] ** -0.5)
+        # Above the patches below: V reads what they have made of z.
         patches.attach(model, [*inputs.below, self.patch])
 
     def forward(self, batch: Batch) -> Loss:

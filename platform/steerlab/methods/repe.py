@@ -56,13 +56,17 @@ def reading_vector(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     # Without alternating signs the centring below would subtract the mean difference, which is the concept itself.
     sign_P1 = torch.where(torch.arange(num) % 2 == 0, 1.0, -1.0).double()[:, None]
     signed_PD = sign_P1 * difference_PD
+    # The right singular vectors of the centred differences are their principal components; `full_matrices` would add D - P
+    # more.
     _, _, axes_KD = torch.linalg.svd(signed_PD - signed_PD.mean(0), full_matrices=False)
     # A principal component has no sign of its own.
+    # Of the means and not of the pairs, whose signs were alternated.
     towards = axes_KD[0] @ (target_MD.double().mean(0) - source_ND.double().mean(0))
     return (axes_KD[0] if towards >= 0 else -axes_KD[0]).float()
 
 
 def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
+    # Place by place: the components of joined places would be directions across layers.
     vectors = {name: reading_vector(source[name], target[name]) for name in source}
     return {name: AffineMap(torch.ones_like(v_D), config.coefficient * v_D) for name, v_D in vectors.items()}
 

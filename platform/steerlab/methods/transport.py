@@ -93,6 +93,7 @@ def coupling(n: int, m: int) -> Coupling:
     one pair with the distance of the edges as its weight. For n = m these are the sorted values in order, of weight 1/n each.
     """
     # In units of 1/(nm) all edges are integers, so that no edge is lost or doubled by rounding.
+    # Cached by (n, m): a training asks for the same coupling in every step.
     edges = torch.cat([torch.arange(n) * m, torch.arange(m) * n, torch.tensor([n * m])]).unique()
     # Between two edges the source is at its value floor(start / m) and the target at floor(start / n).
     starts, gaps = edges[:-1], edges.diff()
@@ -110,18 +111,21 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
         ValueError: fewer than 4 samples on a side, different widths, or a NaN or infinite value.
     """
     check_samples(source_ND, target_MD)
+    # After the check: a NaN sorts behind all numbers, and would be matched as the largest value.
     pairs = coupling(len(source_ND), len(target_MD))
     mean_a_D, mean_b_D = source_ND.double().mean(0), target_MD.double().mean(0)
     # Centred before anything is multiplied: float32 would lose a small spread around a large mean.
     a_DN, b_DM = _sorted_values(source_ND - mean_a_D.float()), _sorted_values(target_MD - mean_b_D.float())
     a_DK, b_DK = _paired(a_DN, pairs.source_K), _paired(b_DM, pairs.target_K)
     weight_K = pairs.weight_K.float()
+    # The weights sum to 1 and the samples are centred, so that these are variance and covariance without a further division.
     variance_D = (a_DK.square() @ weight_K).double()
     covariance_D = ((a_DK * b_DK) @ weight_K).double()
     # The inner `where` keeps 0 / 0 out of the branch that is not taken.
     constant_D = variance_D.sqrt() <= _CONSTANT * mean_a_D.abs()
     # w = cov(a, b) / var(a); b0 = mean(b) - w mean(a)
     scale_D = torch.where(constant_D, 1.0, covariance_D / variance_D.where(~constant_D, torch.ones_like(variance_D)))
+    # b0 in float64: w mean(a) and mean(b) may be large and nearly equal.
     return AffineMap(scale_D.float(), (mean_b_D - scale_D * mean_a_D).float())
 
 
@@ -133,6 +137,7 @@ def mean_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     check_samples(source_ND, target_MD)
     # In float64: the difference of two close means.
     shift_D = target_MD.double().mean(0) - source_ND.double().mean(0)
+    # A scale of 1 and not a map of its own: one kind of map serves, folds and composes for every affine method.
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
 
 
@@ -146,6 +151,7 @@ def gaussian_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     # The slope of a nearly constant neuron would be noise divided by noise: the identity instead, as in the authors' code.
     constant_D = std_1 < _GAUSSIAN_MIN_STD
     scale_D = torch.where(constant_D, 1.0, std_2 / std_1.where(~constant_D, torch.ones_like(std_1)))
+    # The shift, too: a scale of 1 with the shift of the means would still move the neuron.
     shift_D = torch.where(constant_D, 0.0, mean_2 - scale_D * mean_1)
     return AffineMap(scale_D.float(), shift_D.float())
 
@@ -158,6 +164,7 @@ def distance(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     """
     # W2^2 = integral of the squared difference of the quantile functions, which is this finite sum.
     pairs = coupling(len(source_ND), len(target_MD))
+    # The sort's gradient goes to the unsorted values; that the order itself changes has no gradient, and needs none.
     gap_DK = _sorted(source_ND)[:, pairs.source_K] - _sorted(target_MD)[:, pairs.target_K]
     return gap_DK.square() @ pairs.weight_K.to(gap_DK)
 
@@ -192,6 +199,7 @@ def everywhere(
     # One call over all neurons instead of one for each place: sorting many short rows at once is much faster.
     whole = fit(torch.cat(list(source.values()), 1), torch.cat([target[name] for name in source], 1))
     # A map is a tuple of tensors over all neurons (bounds may be None); each is split by place again.
+    # By the order of `source`, in which the columns were joined.
     sizes = [values.shape[1] for values in source.values()]
     parts = zip(*(part.split(sizes) for part in whole if part is not None), strict=True)
     return {name: AffineMap(*part) for name, part in zip(source, parts, strict=True)}
@@ -202,6 +210,7 @@ def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, f
     # Outside of the values that were seen, the affine map extrapolates the transport.
     if support is None:
         return fitted
+    # Of the same source sample that the map was fitted on: with `walks` that is the one with all earlier maps applied.
     low_D, high_D = torch.quantile(source_ND.double(), torch.tensor(support, dtype=torch.float64), dim=0)
     return fitted._replace(low_D=low_D.float(), high_D=high_D.float())
 
@@ -212,6 +221,7 @@ def _method(kind: type[Config], closed_form: Callable[[Tensor, Tensor], AffineMa
     def fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
         return everywhere(lambda a, b: within_support(closed_form(a, b), a, config.support), source, target)
 
+    # lambda from 0 to 1 as in the paper; beyond 1 the mixture T_s overshoots the target's distribution.
     return Fitted(kind, fit, strength_range=(0.0, 1.0))
 
 

@@ -26,6 +26,7 @@ class Vanilla(WholeModel):
     """A causal language model whose weights all train on the next-token loss."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
+        # `inputs` holds nothing that a whole model needs: without a patch the loop's model is the trainee.
         super().__init__(model)
 
     def forward(self, batch: Batch) -> Loss:

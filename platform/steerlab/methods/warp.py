@@ -86,12 +86,14 @@ class Config(MethodConfig):
 
 def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
     """Declare the stages before the training; controls leave out the stages that they do not need."""
+    # The skeleton has no weights, but all names and shapes: stages are planned before a model is loaded.
     chosen = places(skeleton, config)
     if config.rotation != "none":
         _prepare_basis(config, chosen, prepare)
     if config.mask != "random":
         _prepare_importance(config, chosen, prepare)
     _prepare_mask(config, chosen, prepare)
+    # The importance is read by the mask alone: the training does not depend on it, and workers need not fetch it.
     return ("basis", "mask") if config.rotation != "none" else ("mask",)
 
 
@@ -109,8 +111,9 @@ def _prepare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) 
         params = weight_space.RandomBasis(seed=config.seed, sizes=sizes).model_dump(mode="json")
         return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
     # The inputs of the layers on every token: their uncentred second moment is C of step 1, up to the count.
-    select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")
+    select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")  # a dot would match anything
     limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
+    # pooling none: every token of a text is one vector of C, and no text counts more than its tokens.
     reads = {"select": select, "pooling": ("none",), "keep": "moments", "second_moment": True, **limits}
     prepare.moments("safety", ExtractConfig.model_validate(reads))
     return prepare.map_parts(
@@ -120,6 +123,7 @@ def _prepare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) 
 
 def _prepare_importance(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
     layers = weight_space.SelectedLayers(
+        # `scope` and `keep_ratio` are not here: sweeps over them share one importance, and repeat only the mask.
         of="magnitude" if config.mask == "magnitude" else "gradients",
         layer_type=config.layer_type,
         target_layers=tuple(str(item) for item in config.target_layers),
@@ -146,7 +150,7 @@ def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -
         keep_ratio=config.keep_ratio,
         scope=config.scope,
         places={place.module: (place.shape, place.outputs) for place in chosen},
-        seed=config.seed if config.mask == "random" else None,
+        seed=config.seed if config.mask == "random" else None,  # seeds of a sweep otherwise share one mask
     )
     sizes = [place.shape[0] * place.shape[1] for place in chosen]
     # Of one layer at a time: scores, their bits as int32 and int64, and masks.
@@ -166,7 +170,7 @@ class Rotated(nn.Module):
     def __init__(self, layers: Mapping[str, rotation.RotatedLayer], others: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.names, self.other_names = list(layers), list(others)
-        self.layers = nn.ModuleList(layers.values())
+        self.layers = nn.ModuleList(layers.values())  # not a ModuleDict, which refuses the dots of module paths
         self.others = nn.ParameterList(others.values())
 
     def rotated(self) -> list[rotation.RotatedLayer]:
@@ -179,6 +183,7 @@ class Warp(PatchAlone):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
+        # Opened, not read: bases stay memory-mapped, since those of a model of 7B parameters take about 20 GB.
         basis = Parts.open(inputs.prepared["basis"]) if "basis" in inputs.prepared else None
         mask = Parts.open(inputs.prepared["mask"])
         chosen = places(model, config)
@@ -192,6 +197,7 @@ class Warp(PatchAlone):
             linear = model.get_submodule(place.module)
             rotated[place.module] = rotation.RotatedLayer(linear, frozen_MN, shared.get(place.input_of))
         # A rotated layer has removed its weight from the linear module, so that these are the other weights alone.
+        # A tied output head is in it once, under its first name, as autograd sees it.
         others = dict(model.named_parameters()) if config.others == "train" else {}
         # Copies on the CPU, since the weights themselves train; `finished` subtracts them.
         self._start = {name: weight.detach().cpu().clone() for name, weight in others.items()}
@@ -210,6 +216,7 @@ class Warp(PatchAlone):
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
         """Return the number of coefficients, and the bytes of W and W_0 U besides W_0, of the mask and of one basis."""
         chosen = places(skeleton, config)
+        # D counts as trained, frozen entries included: the optimizer keeps moments for all of them.
         num = sum(place.shape[0] * place.shape[1] for place in chosen)
         others = sum(p.numel() for p in skeleton.parameters()) - num if config.others == "train" else 0
         # W and W_0 U in float32 (4 + 4 bytes), the mask as bools (1 byte), and the largest basis.
@@ -217,6 +224,7 @@ class Warp(PatchAlone):
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
+        # No term for the safety rows: what protects them is the mask alone (step 4).
         return Loss(language_modelling_loss(self.model(**batch.patched_inputs).logits, batch.labels), {})
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
@@ -244,6 +252,7 @@ class Warp(PatchAlone):
             difference_MN = layer.difference(state[f"layers.{number}.change_MN"])
             differences[f"{name}.weight"] = models.linear_weight(self.model.get_submodule(name), difference_MN)
         for number, name in enumerate(self.patch.other_names):
+            # As differences, too, so that strength 0 is the model before the training for all weights alike.
             differences[name] = state[f"others.{number}"].cpu() - self._start[name]
         return patches.WeightPatch.of(differences)
 
@@ -252,12 +261,14 @@ def _shared_inputs(basis: Parts, chosen: list[WeightPlace]) -> dict[str, rotatio
     """Return the bases by input, each with the number of outputs of all layers that read it."""
     outputs: dict[str, int] = {}
     for place in chosen:
+        # The sum decides which of two products is cheaper (`RotatedLayer`): x U is shared by all of these outputs.
         outputs[place.input_of] = outputs.get(place.input_of, 0) + place.shape[0]
     return {name: rotation.SharedInput(basis.tensor(f"{name}/vectors"), num) for name, num in outputs.items()}
 
 
 def check_basis(basis: Parts, model: PreTrainedModel) -> None:
     """Raise ValueError for a basis that was computed from another model's activations."""
+    # Without this check a basis of the wrong model would still be orthonormal, and train as a random rotation does.
     own = models.fingerprint(model)
     for group, facts in basis.facts.items():
         # A random basis has no fingerprint: it fits every model with these sizes.
@@ -269,6 +280,7 @@ def check_basis(basis: Parts, model: PreTrainedModel) -> None:
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for settings that cannot work, before anything starts."""
+    # A random rotation, or none, with a random mask or one by magnitude reads no safety rows: such a control needs none.
     if "safety" not in job.data.by_role and (config.rotation == "safety" or config.mask == "importance"):
         raise ValueError("data.safety: method warp needs these rows: they say which directions are kept")
     safety = job.data.by_role.get("safety")

@@ -50,6 +50,7 @@ def prepare(directory: Path) -> Path:
 
 
 def _dequantise(gguf: Path) -> Path:
+    """Return the float32 checkpoint made of a GGUF file, after making it if it is not in the cache yet."""
     from transformers import GgufConfig
 
     state = gguf.stat()

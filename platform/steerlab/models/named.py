@@ -1,4 +1,4 @@
-"""Load the further models that tasks use, besides the steered one: classifiers, sentence encoders, vision models.
+"""Load the models that a task's config names beside the steered one: classifiers, sentence encoders, vision models.
 
 They are checked as language models are. A model is refused if it needs code or kernels from elsewhere, holds an adapter, has
 absurd sizes, or if its checkpoint lacks weights.

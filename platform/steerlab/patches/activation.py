@@ -46,6 +46,7 @@ class ActivationPatch(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes = dict(sizes)
+        # From a file it comes as a dict of JSON.
         self.selection = Selection.model_validate(selection or {})
         self.bounded = bounded
         self.strength_range = None if strength_range is None else (strength_range[0], strength_range[1])
@@ -81,6 +82,7 @@ class ActivationPatch(nn.Module):
         fitted_layers = {name: fitted.layer() for name, fitted in maps.items()}
         bounded = any(isinstance(layer, AffineLayer) and layer.low is not None for layer in fitted_layers.values())
         others = {name: layer for name, layer in fitted_layers.items() if layer.kind != AffineLayer.kind}
+        # Affine is the kind of a place that is not listed, so that files from before there were others can be read.
         kinds = {name: {"kind": layer.kind, **layer.spec()} for name, layer in others.items()}
         patch = cls({name: fitted.width for name, fitted in maps.items()}, selection, bounded, strength_range, kinds)
         for layer, fitted in zip(patch.layers(), fitted_layers.values(), strict=True):
@@ -108,6 +110,7 @@ class ActivationPatch(nn.Module):
     def _hook_one(
         self, model: nn.Module, place: taps.Tap, layer: MapLayer, forward: Forward, number: int
     ) -> list[RemovableHandle]:
+        """Register the hooks of one place; a plain LayerNorm or GroupNorm may take the map into its own weights."""
         where = f"the value of {place.module}"
 
         module = model.get_submodule(place.module)
@@ -115,6 +118,7 @@ class ActivationPatch(nn.Module):
         def edit(value: object) -> object:
             if not forward.acts:
                 return value
+            # A diffusion model's call has no input ids, and so no shape of tokens.
             tensor, images = taps.value_at(value, place.element, where), forward.shape_BT is None
             # A router of a mixture of experts takes all tokens in one axis, (B * T, D): strengths and masks need (B, T, D).
             z = tensor if forward.shape_BT is None else taps.with_rows(tensor, forward.shape_BT)
@@ -124,6 +128,7 @@ class ActivationPatch(nn.Module):
             if tokens_BT is not None and not images:
                 tokens_BT = taps.beside(tokens_BT, z)
             mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT)
+            # The shape of the module's own output: `with_rows` may have split its first axis.
             return taps.replaced(value, place.element, mapped.movedim(-1, axis).reshape(tensor.shape))
 
         if self.selection.side == "input":
@@ -155,10 +160,13 @@ class ActivationPatch(nn.Module):
             # A strength differs from row to row, which the norm's weights cannot.
             is_whole = trains and forward.acts and forward.strength(number, 1) is None
             if is_whole and args and args[0].dtype == layer.scale.dtype:
+                # A list and not a variable: it also tells `leave` whether this very call was merged, and recomputation in the
+                # backward pass enters and leaves once more.
                 own.append({"weight": norm.weight, "bias": norm.bias})
                 norm._parameters.update(zip(("weight", "bias"), layer.merged(norm), strict=True))  # type: ignore[arg-type]
 
         def leave(_norm: nn.Module, _args: object, output: object) -> object:
+            # `output` is None if the norm itself raised (`always_call`): there is nothing to map then.
             if not own:
                 return None if output is None else edit(output)
             norm._parameters.update(own.pop())

@@ -47,6 +47,7 @@ class Forward:
 
     def strength(self, number: int, rank: int) -> Tensor | None:
         """Return the strengths of patch `number` shaped (B, 1, ...) with `rank` axes; None means 1."""
+        # None and not ones: a hook without strengths can skip the mixture T_s, and merge the map into a norm's weights.
         strength_B = None if self.strengths_NB is None else self.strengths_NB[number]
         # Classifier-free guidance runs each row twice, with and without its prompt: the pass knows which rows are steered.
         if (call := self.running()) is not None:
@@ -140,6 +141,7 @@ class Attached:
         self.forward.only = kwargs.pop("only", None)
         if self.forward.only is not None:
             self._hand_over_picked(models.head(model))
+        # Masks of the last call: its tokens had other roles and positions.
         self.forward._masks.clear()
         strengths = kwargs.pop("strengths", None)
         if strengths is not None:
@@ -149,6 +151,7 @@ class Attached:
                 raise ValueError(f"{len(strengths)} rows of strengths for {len(self.patches)} patches")
         # Without strengths this is None, so that the values of an earlier call do not remain in force.
         self.forward.strengths_NB = strengths
+        # Recurrent architectures have no positions or mask to take.
         return args, models.accepted(model, kwargs)
 
     def _hand_over_picked(self, head: nn.Module) -> None:
@@ -163,6 +166,7 @@ class Attached:
 
 def attached_patches(model: Any) -> tuple[Patch, ...] | None:
     """Return the patches of the stack that is attached to a model; None without a stack."""
+    # Found by its hook and not by an attribute of the model, which `deepcopy` and `state_dict` would have to know about.
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     return next((owner.patches for owner in owners if isinstance(owner, Attached)), None)
 

@@ -49,7 +49,9 @@ class EmbeddingPatch(nn.Module):
         self.hidden_size = hidden_size
         self.angle_rad = angle_rad
         self.direction: Literal["right", "left"] = direction
+        # One angle for each pair keeps the map a rotation, which a free matrix, as in the authors' code, would not stay.
         self.difference_P = nn.Parameter(torch.zeros(hidden_size // 2)) if learned else None
+        # RESPONSE is the last of the three roles that a token can have.
         self.shift_RD = nn.Parameter(torch.zeros(RESPONSE + 1, hidden_size)) if shift else None
         self.progress = 1.0
         """Share of the angle that is applied, from 0 to 1; below 1 only during a training with a gradual rotation."""
@@ -64,6 +66,7 @@ class EmbeddingPatch(nn.Module):
         """
         out_BTD = e_BTD
         if self.angle_rad or self.difference_P is not None:
+            # A plain number if nothing is trained: its sine and cosine are then taken once, in double precision.
             angle: Tensor | float = self.angle_rad * self.progress
             if self.difference_P is not None:
                 angle = (self.angle_rad + self.difference_P.float()) * self.progress
@@ -85,6 +88,7 @@ class EmbeddingPatch(nn.Module):
         def edit(_module: nn.Module, _inputs: object, e_BTD: Tensor) -> Tensor:
             return self(e_BTD, forward.roles(), forward.strength(number, 3))
 
+        # On the module and not on its weights: a tied output head reads the same table, which must stay unrotated.
         return [models.embedding(model).register_forward_hook(edit)]
 
     def spec(self) -> dict[str, object]:
@@ -93,6 +97,7 @@ class EmbeddingPatch(nn.Module):
             "hidden_size": self.hidden_size,
             "angle_rad": self.angle_rad,
             "direction": self.direction,
+            # Not `progress`: a finished patch always applies the whole angle.
             "learned": self.difference_P is not None,
             "shift": self.shift_RD is not None,
         }
@@ -128,5 +133,6 @@ def rotate(x: Tensor, angle: Tensor | float, direction: str = "right") -> Tensor
     else:
         # cos(pi/2) is 6e-17 in double precision. Set to 0, a quarter turn is exactly a swap and a change of sign.
         cos, sin = (0.0 if abs(c) < 1e-12 else c for c in (math.cos(angle), math.sin(angle)))
+    # In float32: cos and sin of a model in bfloat16 would change the norm of each embedding by up to 1/256.
     u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((u * cos + v * sin, v * cos - u * sin), -1).flatten(-2).to(x.dtype)

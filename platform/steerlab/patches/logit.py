@@ -43,6 +43,7 @@ class LogitPatch(nn.Module):
         strength_range: tuple[float, float] | list[float] | None = None,
     ) -> None:
         super().__init__()
+        # Refused and not ignored: the saved spec would name a rank that no tensor has.
         if (rank > 0) == (head == "linear"):
             raise ValueError(f"a {head} head of rank {rank}: low_rank and mlp have a rank, linear has none")
         self.hidden_size, self.vocab_size, self.rank, self.layer = hidden_size, vocab_size, rank, layer
@@ -62,6 +63,7 @@ class LogitPatch(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return a(h), (..., V)."""
+        # In the dtype of h, as the model's own head: float32 for a vocabulary would double the memory of the logits.
         return nn.functional.linear(self.features(h), self.up.to(h.dtype))
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
@@ -76,11 +78,13 @@ class LogitPatch(nn.Module):
         # The layer runs before the head in every pass: its output waits in `tapped` for the head's hook.
         if self.layer is not None:
             layer = model.get_submodule(models.layer_names(model)[self.layer])
+            # A list of at most one: a value that no head has taken, after a pass that was ended early, is replaced by the next.
             handles.append(layer.register_forward_hook(lambda _m, _i, output: _keep_only(tapped, output)))
 
         def edit(_module: nn.Module, inputs: tuple[Tensor, ...], logits_BTV: Tensor) -> Tensor:
             alpha = forward.strength_of_logits(number)
             # transformers passes only the last tokens to the head if `logits_to_keep` is set.
+            # The input of the head has passed through `only` already, the output of an earlier layer has not.
             h_BTD = forward.picked(tapped.pop())[:, -logits_BTV.shape[1] :] if tapped else inputs[0]
             vector_BTV = self(h_BTD)
             return logits_BTV + (vector_BTV if alpha is None else alpha.to(vector_BTV.dtype) * vector_BTV)

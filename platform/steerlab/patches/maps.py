@@ -74,6 +74,7 @@ class AffineMap(NamedTuple):
 
     def __call__(self, z: Tensor) -> Tensor:
         """Map values whose last axis has width D."""
+        # Outside of the bounds the value itself and not the bound: the map knows nothing there, so it changes nothing.
         mapped = self.scale_D * z + self.shift_D
         if self.low_D is None or self.high_D is None:
             return mapped
@@ -93,6 +94,7 @@ class AffineMap(NamedTuple):
         if not bool((self.scale_D != 0).all()):
             raise ValueError(f"{int((self.scale_D == 0).sum())} neurons have scale 0: what was erased cannot be brought back")
         # y = w z + b, so z = y / w - b / w
+        # Scales are not clamped away from 0: a large inverse is visible in the output, and a clamped one would be another map.
         scale_D, shift_D = 1 / self.scale_D, -self.shift_D / self.scale_D
         if self.low_D is None or self.high_D is None:
             return AffineMap(scale_D, shift_D)
@@ -111,6 +113,7 @@ class AffineMap(NamedTuple):
                 f"an AffineMap and a {type(other).__name__} do not make one map: attach them as a stack of patches"
             )
         if self.low_D is not None or other.low_D is not None:
+            # Outside of one map's bounds the other still acts: one interval of the input cannot say both.
             raise ValueError("maps with bounds do not make one affine map: attach them as a stack of patches")
         # w2 (w1 z + b1) + b2
         return AffineMap(other.scale_D * self.scale_D, other.scale_D * self.shift_D + other.shift_D)
@@ -174,6 +177,7 @@ class LowRankMap(NamedTuple):
                 f"a LowRankMap and a {type(other).__name__} do not make one map: attach them as a stack of patches"
             )
         # z + U1 a + U2 (V2 (z + U1 a) + c2) with a = V1 z + c1: the rows of V2 get V2 U1 V1 added, c2 gets V2 U1 c1.
+        # The factors are joined and not multiplied out: a D x D product would no longer be stored as one of low rank.
         through_QR = other.down_RD @ self.up_DR
         down_PD = torch.cat([self.down_RD, other.down_RD + through_QR @ self.down_RD])
         bias_P = torch.cat([self.bias_R, other.bias_R + through_QR @ self.bias_R])
@@ -254,6 +258,7 @@ class AffineLayer(MapLayer):
 
     def mapped(self, value: Tensor) -> Tensor:
         """Return scale * value + shift, within the bounds."""
+        # One kernel and one temporary less than `scale * value + shift`; maps run at every place of every token.
         mapped = torch.addcmul(self.shift.float(), self.scale.float(), value)
         if self.low is not None and self.high is not None:
             mapped = torch.where((value >= self.low) & (value <= self.high), mapped, value)
@@ -275,6 +280,7 @@ class AffineLayer(MapLayer):
             raise ValueError("a map with bounds cannot be merged into weights")
         # s T(z) + (1 - s) z = (1 + s (w - 1)) z + s b
         w = 1 + strength * (self.scale.detach().double() - 1)
+        # In float64, and rounded once to the dtype of the weights.
         models.fold_affine(model, name, w, strength * self.shift.detach().double())
 
     def merged(self, norm: nn.GroupNorm | nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -305,6 +311,7 @@ class LowRankLayer(MapLayer):
 
     def __init__(self, size: int, rank: int) -> None:
         super().__init__()
+        # `up` alone makes the map the identity; a training fills `down`, since with both at zero neither gets a gradient.
         self.up = nn.Parameter(torch.zeros(size, rank))
         self.down = nn.Parameter(torch.zeros(rank, size))
         self.bias = nn.Parameter(torch.zeros(rank))

@@ -52,6 +52,7 @@ def save(patch: Patch, directory: Path, model_fingerprint: str) -> None:
     # On the CPU, so that a patch from a GPU loads on a machine without one; safetensors refuses strided views.
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in patch.tensors().items()}, directory / _TENSORS)
+    # The tensors first, then the spec that `exists` looks for: a patch that was half written is no patch.
     spec = {"kind": patch.kind, "spec": patch.spec(), "model": model_fingerprint, "schema": 1}
     (directory / _SPEC).write_text(json.dumps(spec, indent=2))
 
@@ -72,9 +73,11 @@ def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
     Raises:
         ValueError: a file is damaged, the tensors do not match the JSON, or the patch belongs to another model.
     """
+    # Before the tensors: a patch of another model may be as large as a model.
     about = saved.read(directory / _SPEC, _Saved)
     if about.kind not in KINDS:
         raise ValueError(f"{directory / _SPEC}: unknown kind of patch {about.kind!r:.80}; known: {', '.join(KINDS)}")
+    # Shapes would not tell: models of one family have the same ones, and a map of another model steers it at random.
     if model is not None and models.fingerprint(model) != about.model:
         raise ValueError(f"the patch in {directory} was made for another model than this {type(model).__name__}")
     # The file may come from a stranger: types and sizes are checked before a constructor allocates anything.

@@ -48,6 +48,7 @@ class SecondModelPatch(nn.Module):
         Raises:
             ValueError: the two models have vocabularies of different sizes.
         """
+        # Logits are added by their index: with another tokenizer the sum would be of different words.
         own, other = (models.linear_shape(models.head(network))[0] for network in (self.second, model))
         # The sizes are all that can be compared here: a patch does not know the tokenizers.
         if own != other:
@@ -61,6 +62,7 @@ class SecondModelPatch(nn.Module):
             # Not the model's `past_key_values`, roles or strengths, which are its own.
             inputs = {name: kwargs[name] for name in passed if name in kwargs}
             memory = forward.memory
+            # The memory belongs to the call of `generate` and not to the patch: two generations may use one patch in turn.
             past = {} if memory is None else memory.setdefault(number, models.empty_cache(self.second))
             out = self.second(**inputs, **past, use_cache=memory is not None, only=forward.only)
             if memory is not None and cache is not None and cache in out:

@@ -58,6 +58,7 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
     pattern, element = selection.modules, None
     if match := _ELEMENT.fullmatch(pattern):
         pattern, element = match["modules"], int(match["element"])
+    # Without the model itself, whose path is empty: an expression such as `.*` should take its parts.
     names = [name for name, _ in model.named_modules() if name]
     matches = expressions.whole(pattern, names)
     part = models.steered_part(model)
@@ -122,6 +123,7 @@ def token_mask(selection: Selection, roles_BT: Tensor, phases_BT: Tensor, positi
         position_BT: position of each token in its row, counted from 0 without padding.
         prompt_B: number of tokens in each row's prompt; negative positions count from the prompt's end.
     """
+    # Padding first, whatever the selection says: its activations are garbage that would move means and maps.
     mask_BT = roles_BT != PADDING
     if selection.roles is not None:
         mask_BT = mask_BT & _one_of(roles_BT, selection.roles, ROLES)
@@ -186,6 +188,7 @@ def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
             return z_BTD.float().where(mask_BT1, 0.0).sum(1) / mask_BT1.sum(1)
         case "max":
             # Tokens that are not selected become the identity of the reduction.
+            # The maximum of rounded values is the rounded maximum, so that the cast to float32 can follow on (B, D) numbers.
             return z_BTD.where(mask_BT1, -torch.inf).amax(1).float()
         case "min":
             return z_BTD.where(mask_BT1, torch.inf).amin(1).float()
@@ -331,6 +334,7 @@ class Reader:
         missing = [name for name in self._names if len(values.get(name, ())) != self._reads]
         if missing:
             raise ValueError(did_not_run(missing, self._number))
+        # Several parts are the steps of a sampler: their pixels join as if they were one larger image.
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in values.items()}
 
     def close(self) -> None:
@@ -347,7 +351,9 @@ class Reader:
         )
 
     def _keep(self, place: Tap, module: nn.Module, output: object) -> None:
+        """Store a tap's value; after the last one of all taps, end the pass. Raises ValueError if a module runs twice."""
         call = models.running(self._model)
+        # Ignored and not refused: evaluations between two readings run the same hooks.
         if self._values is None or (call is not None and not call.is_read):
             return
         parts = self._values.setdefault(place.name, [])

@@ -30,6 +30,7 @@ class WeightPatch(nn.Module):
         super().__init__()
         self.shapes, self.rank = dict(shapes), rank
         if rank:
+            # Frozen: what trains are the method's own parameters; the patch holds only the result.
             self.ups = _frozen([shape[0], rank] for shape in shapes.values())
             self.downs = _frozen([rank, shape[1]] for shape in shapes.values())
         else:
@@ -58,6 +59,7 @@ class WeightPatch(nn.Module):
             yield from zip(self.shapes, self.deltas, strict=True)
             return
         for name, up_MR, down_RN in zip(self.shapes, self.ups, self.downs, strict=True):
+            # A generator: one M x N product in memory at a time, however many weights are patched.
             yield name, up_MR @ down_RN
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
@@ -65,6 +67,7 @@ class WeightPatch(nn.Module):
         # A copy: subtracting the difference again would not give back the same bits.
         weights = [model.get_parameter(name) for name in self.shapes]
         base = [weight.detach().clone() for weight in weights]
+        # A dict, since both closures below write it.
         state = {"strength": 0.0}
 
         def write(strength: float) -> None:
@@ -73,6 +76,7 @@ class WeightPatch(nn.Module):
                 return
             for weight, start, (_, delta) in zip(weights, base, self.differences(), strict=True):
                 # A float32 difference on bfloat16 weights is rounded once, in the sum, not before it.
+                # Into the same memory: tied weights, and views that other modules hold, follow.
                 weight.data.copy_(start if strength == 0 else start + strength * delta.to(start.device))
             state["strength"] = strength
 

@@ -113,6 +113,7 @@ def galleries(entries: Sequence[Entry], budget_bytes: int = IMAGE_BYTES) -> list
 
 
 def _gallery(entry: Entry, budget_bytes: int) -> dict[str, object]:
+    """Return a run's images by strength and guidance, of as many ids as `budget_bytes` allows."""
     ids = list(dict.fromkeys(name for pictures in entry.images.values() for name, _ in pictures))
     columns: dict[str, dict[str, str]] = {}
     used = 0

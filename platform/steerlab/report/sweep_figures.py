@@ -104,6 +104,7 @@ def _ending(value: object) -> str:
 
 
 def _add_means(drawn: Drawing, points: _Points, metric: str, numeric: bool, name: str, number: int) -> None:
+    """Draw the mean at each value as a line, unless nearly every trial has a value of its own."""
     grouped: dict[Any, list[float]] = {}
     for x, measured_metric, _ in points:
         grouped.setdefault(x, []).append(measured_metric["value"])

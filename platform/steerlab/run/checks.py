@@ -130,6 +130,7 @@ def _check_method(planned: Plan) -> None:
 
 
 def _check_training(job: Job) -> None:
+    """Refuse a `train` section that does not go with the method, or data that it cannot train on."""
     assert job.train is not None
     method, name = TABLE.of(job.method), job.method.name
     if not isinstance(method, Trained):
@@ -233,6 +234,7 @@ def _check_kind(planned: Plan, facts: models.ModelFacts) -> None:
 
 
 def _check_drawing(planned: Plan) -> None:
+    """Refuse data, poolings and sampler settings that do not go with a diffusion pipeline."""
     job = planned.job
     for role, data in job.data.by_role.items():
         check_data(role, data)

@@ -25,7 +25,7 @@ _ABANDONED_S = 24 * 3600
 
 @dataclass(frozen=True)
 class Run:
-    """A finished execution of a job."""
+    """A finished execution of a job: its folder, its summary and how long each stage took."""
 
     folder: str
     """The run folder, relative to ROOT."""

@@ -135,7 +135,17 @@ def _check_encoded(key: str, encoder: Encoder, data: DataSet, longest: int | Non
 
 
 def _check_lengths(prefix: str, encoded: encoded_rows.Rows, longest: int, is_all: bool) -> None:
-    """Warn of prompts that leave no room for an answer in a training row. Raises ValueError if this holds for all rows."""
+    """Warn of prompts that leave no room for an answer in a training row.
+
+    Args:
+        prefix: beginning of the message.
+        encoded: the rows.
+        longest: number of tokens to which training truncates rows.
+        is_all: whether these are all rows of the data set, and not its first ones.
+
+    Raises:
+        ValueError: no row of the whole data set leaves room.
+    """
     # Rows are truncated at the end, so a prompt of `longest` tokens leaves no token of the answer to compute a loss on.
     num_long = sum(encoded_rows.prompt_length(row) >= longest for row in encoded.rows)
     if num_long and num_long == len(encoded.rows) and is_all:

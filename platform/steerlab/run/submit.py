@@ -114,6 +114,7 @@ def _inside(path: Path, working_dir: Path) -> str:
 
 
 def _connect(address: str) -> "JobSubmissionClient":
+    """Return Ray's client for the dashboard at an address. Raises SubmitError that says what answers there instead."""
     import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

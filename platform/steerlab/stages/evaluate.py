@@ -56,6 +56,7 @@ def fingerprints(task: TaskConfig) -> dict[str, str | list[str]]:
 
 
 def _fingerprints(config: JsonObject, prefix: str = "") -> Iterator[tuple[str, str | list[str]]]:
+    """Yield the path of each field of a config that holds a source, and the source's fingerprint."""
     for name, value in sorted(config.items()):
         if (source := _source(value)) is not None:
             yield f"{prefix}{name}", sources.fingerprint(source)

@@ -186,6 +186,7 @@ class RowsOfShard(shards.Maker):
         )
 
     def _tables(self, shard: Shard, texts: Sequence[Encoded], tell: Callable[[int], None]) -> Iterator[pa.Table]:
+        """Yield the row groups of a part, each with as many texts as fit into memory, in the order of the data set."""
         from steerlab.activations import reading
 
         vector_bytes = 4 * sum(self._reader.widths.values())
@@ -202,6 +203,7 @@ class RowsOfShard(shards.Maker):
             yield self._table(reading.in_order(read), shard, start)
 
     def _table(self, vectors: Vectors, shard: Shard, start: int) -> pa.Table:
+        """Return one row group; `start` is the number within the shard of its first text."""
         from steerlab.activations import reading
 
         rows_M = [start + row for row in vectors.row_M.tolist()]

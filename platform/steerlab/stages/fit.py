@@ -135,6 +135,7 @@ def _fit(loading: Loading, params: Params, activations: dict[str, ModelRef], cod
 
     # Before the config is read: the method may be one of the files that were sent along.
     own_code.receive(codes)
+    # Opened on the node that fits: an artifact in a bucket is downloaded there, and not by the driver.
     read = {role: Activations.open(ref.locate()) for role, ref in activations.items()}
     target = read["target"]
     method = fitted(params.method)

@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of one job."""
+    """The stages of one job by their purpose, above the plan of the job whose model it starts from."""
 
     job: Job
     below: Plan | None

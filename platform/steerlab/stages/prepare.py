@@ -92,6 +92,7 @@ class Stages(Prepare):
                 self._map_parts(preparation)
 
     def _sum_over_rows(self, request: SumOverRows) -> None:
+        """Plan a stage of sums. Memory is that of the model and one batch's logits besides the method's own."""
         params = _SumSizes.model_validate(request.params)
 
         def estimated(facts: ModelFacts, directory: Path) -> Estimate:
@@ -112,6 +113,7 @@ class Stages(Prepare):
         self._add_over_rows(request, {**request.params, "max_tokens": self._job.train.max_tokens}, run, estimated, {})
 
     def _map_parts(self, request: MapParts) -> None:
+        """Plan a stage of parts."""
         # A preparation that reads no model does not depend on it, and shares its artifact between jobs on different models.
         of_model = subject.dumped(self._model.params) if request.reads_model else {}
         inputs = {**(self._model.inputs if request.reads_model else {}), **self._needed(request.needs)}
@@ -135,6 +137,7 @@ class Stages(Prepare):
         estimate: Callable[[ModelFacts, Path], Estimate],
         needed: Mapping[str, Stage],
     ) -> None:
+        """Plan a stage that reads the rows of a data set; `params` are those that the method declared."""
         data = self._job.data.by_role[request.role]
         inputs = {**self._model.inputs, **needed}
         label = f"{request.role}: {rows.describe(data)}"

@@ -51,6 +51,7 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
     if directory.exists():
         raise ValueError(f"{directory} exists already; name a new folder")
     loaded = language.load(artifact, **loading)
+    # Before anything is merged: afterwards the patched model does not exist any more.
     expected = loaded.probe(strength)
     # How far the patches move the probe: a merged model must be much closer to the patched one than the plain one is.
     effect = max(_differences(expected, loaded.plain_probe()))

@@ -196,6 +196,7 @@ class SteeredModel(Steered):
         encoded = list(self.encoder.encode_all(prompts, continued=True))
         fitting = self._fitting(encoded, max_new_tokens, skip_long)
         sampling = Sampling(temperature, top_p, repetition_penalty)
+        # Prompts outside: rows of equal length, the strengths of one prompt, then meet in one batch without padding.
         jobs = [(s, p) for p in fitting for s in range(len(strengths))]
         results: dict[tuple[int, int], Generation] = {}
         for chunk in self._batches(jobs, lambda job: len(encoded[job[1]]), max_new_tokens):
@@ -327,6 +328,7 @@ class SteeredModel(Steered):
         """Return the new tokens of each row, including the one that ends it."""
         # Padded on the left, so that the last token of every row is in the last column, from which the next one is predicted.
         decoding = self.prefill(collate(rows, self.encoder.pad_id, side="left").to(self.device), strength_B)
+        # Copies: the lists belong to the encoded rows, which may be decoded again at other strengths.
         seen = [row.input_ids.copy() for row in rows]
         written: list[list[int]] = [[] for _ in rows]
         running = [True] * len(rows)
@@ -342,6 +344,7 @@ class SteeredModel(Steered):
             # Before the step: the last token needs no forward pass after it.
             if not any(running) or step == max_new_tokens - 1:
                 return written
+            # One step for all strengths: the patch takes a strength for each row.
             decoding.step(chosen_B)
         return written
 
@@ -395,6 +398,7 @@ class SteeredModel(Steered):
         Raises:
             ValueError: a row does not fit, and `skip_long` is False.
         """
+        # Prompt and new tokens together: beyond its context a model does not fail but writes nonsense.
         fitting, limit = [], self.max_tokens
         for number, row in enumerate(rows):
             if len(row) + max_new_tokens <= limit:

@@ -16,7 +16,7 @@ _NUCLEUS = 512
 
 
 class Sampling(NamedTuple):
-    """Settings of decoding."""
+    """How the next token is chosen, as a job sets it."""
 
     temperature: float = 0.0
     """Divisor of the logits; 0 for greedy decoding."""

@@ -70,7 +70,7 @@ def log_probs(model: nn.Module, batch: Batch, tokens: Predicted) -> Tensor:
 
 
 class States(NamedTuple):
-    """Hidden states of response tokens."""
+    """Hidden states of response tokens, at the two places where a logit patch and the model's head read them."""
 
     last_ND: Tensor
     """Input of the language modelling head."""

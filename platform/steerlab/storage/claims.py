@@ -45,6 +45,7 @@ def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
         Held: another process holds the claim, and `wait` is False.
     """
     if store.is_local:
+        # A folder of its own: `tmp` and `work` are swept, and a lock file must not be.
         path = Path(store.root.removeprefix("file://")) / "claims" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         # The lock file is never removed: a process that waits for it would lock a file that others no longer see.
@@ -67,6 +68,7 @@ def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
 
 
 def _claim_actor(name: str, wait: bool) -> ActorHandle:
+    """Start the actor whose name is the claim. Raises Held if the name is taken and `wait` is False."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -80,10 +82,12 @@ def _claim_actor(name: str, wait: bool) -> ActorHandle:
     while True:
         try:
             # A namespace of its own: without one, Ray gives each job a random one, and no two jobs see the same name.
+            # Not detached: Ray ends it with the driver, so that no claim outlives its holder.
             actor = make.options(name=name, namespace="steerlab").remote()
             ray.get(actor.held.remote())  # returns when the actor has started, and with it the claim
             return actor
         except ValueError:  # Ray 2's error for a name that is taken: another driver of this cluster holds the claim
             if not wait:
                 raise Held(name) from None
+            # Ray 2 has no way to wait for a name to become free.
             time.sleep(_POLL_S)

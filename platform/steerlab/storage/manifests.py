@@ -1,4 +1,4 @@
-"""The manifest of an artifact, which lists its files: how it is made, and how the files are checked against it."""
+"""Manifests: the list of an artifact's files with sizes and hashes, made at its commit and compared when it is read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from steerlab.storage.whole import Content
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+"""Version of the manifest's format."""
 
 
 class StoredFile(Content):
@@ -23,9 +24,10 @@ class StoredFile(Content):
 
 
 class Manifest(TypedDict):
-    """The manifest of an artifact."""
+    """The manifest of an artifact: where it belongs, how it was made, and its files."""
 
     stage: Json
+    """Name of the stage; not checked, like `key` and `schema`, since the path of the artifact says the same."""
     key: Json
     meta: JsonObject
     """How the artifact was made: parameters, version and inputs of the stage, and the seconds that it took."""

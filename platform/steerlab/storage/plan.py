@@ -67,6 +67,7 @@ class Work:
     @property
     def params(self) -> JsonObject:
         """The declared parameters, in which the fingerprints of files on disk are replaced by their paths."""
+        # The hash stands in the key, and the path in what runs: a file that moves keeps its artifacts.
         return {name: replaced(value, self.stage.paths) for name, value in self.stage.params.items()}
 
 
@@ -130,6 +131,7 @@ def ordered(targets: Sequence[Stage]) -> list[Stage]:
     stages: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
+        # A stage cannot need itself: it is made of stages that exist before it, so that the recursion ends.
         for needed in stage.inputs.values():
             visit(needed)
         # Two stage objects with one key make the same artifact; the first one stays, and with it its label.
@@ -240,6 +242,7 @@ def made(store: Store, stage: str, key: str) -> Made:
 
 
 def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> None:
+    """Run a stage into a temporary directory, commit that as its artifact, and discard its work directory."""
     # Before the clock starts: a download is no part of the stage's own time, from which later runs are estimated.
     inputs = {name: store.local(needed.name, needed.key) for name, needed in stage.inputs.items()}
     start_s = time.monotonic()
@@ -253,6 +256,7 @@ def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener)
             # "places" is the name of `Stage.paths` in the file format.
             **({"places": dict(stage.paths)} if stage.paths else {}),
         }
+        # Inside of the block: `temporary` removes its directory at the end, which after a commit is gone already.
         store.commit(stage.name, stage.key, directory, meta)
     # After the commit and not before: until then the checkpoints and parts are needed if this process dies.
     store.discard_work(stage.name, stage.key)

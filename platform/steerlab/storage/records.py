@@ -127,6 +127,7 @@ class Records:
             return stream.read()
 
     def _write(self, relpath: str, content: bytes) -> None:
+        """Write a file that readers see whole or not at all."""
         path = self._at(relpath)
         self._fs.create_dir(str(PurePosixPath(path).parent), recursive=True)
         # An object appears when its upload ends. A file appears when it is opened, so it is written under another name.
@@ -166,6 +167,7 @@ class Records:
 
 
 def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
+    """Return the filesystem of a ROOT and the path on it. Raises ValueError for a relative path or an unknown scheme."""
     if root.startswith("/"):
         return pafs.LocalFileSystem(), root
     if "://" not in root:

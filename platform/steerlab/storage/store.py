@@ -114,6 +114,7 @@ class Store(Records):
         """
         if self.has(stage, key):
             return
+        # Listed before anything is copied: a file that is written later is not part of the artifact.
         files = manifests.listing(directory)
         manifest = Manifest(stage=stage, key=key, meta=meta, files=files, schema=SCHEMA)
         with self._explain_full_disk(f"artifact {stage}/{key}", sum(file["bytes"] for file in files)):
@@ -183,6 +184,7 @@ class Store(Records):
         with self._explain_full_disk(f"artifact {stage}/{key}", None):
             if not self.is_local:
                 return remote.copy(self._fs, path, remote.files_below(self._fs, path), directory)
+            # Moved, and not copied: weights of many gigabytes would be on the disk twice.
             for item in Path(path).iterdir():
                 shutil.move(item, directory / item.name)
 
@@ -193,6 +195,7 @@ class Store(Records):
             self._fs.delete_dir(path)
 
     def _commit_by_rename(self, stage: str, key: str, directory: Path, manifest: Manifest) -> None:
+        """Turn a directory on ROOT's disk into an artifact by one rename, with everything in it synced before."""
         target = Path(self.path(stage, key))
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
         # Before the rename: after a power cut, filesystems such as XFS may hold a renamed directory with empty files.
@@ -252,6 +255,7 @@ def _join(root: str, *parts: str) -> str:
 
 
 def _sync(path: Path) -> None:
+    # A directory can be opened for reading only; its `fsync` makes the names in it durable.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

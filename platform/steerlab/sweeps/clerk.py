@@ -78,6 +78,7 @@ class Clerk(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         """Record that a process started a unit."""
+        # Every start, also after a death: the history then tells how often a unit was tried.
         self._history.add("start", unit=self._unit(trial).number)
         self._count()
 
@@ -103,6 +104,7 @@ class Clerk(tune.Callback):
         # A unit that reported its outcome was settled in `on_trial_result`.
         if self._history.courses[unit.number].settled:
             return
+        # Asked first: a unit that W&B stopped may also look to the scheduler as one that ended by itself.
         if unit.number in self._stopping:
             self._history.add("stop", unit=unit.number, reason=f"{WHY}; its process was ended")
         else:
@@ -127,6 +129,7 @@ class Clerk(tune.Callback):
         return self._feed.units[trial.trial_id]
 
     def _settle(self, unit: Unit, outcome: UnitOutcome) -> None:
+        """Record the final outcome of a unit: stopped, finished with the score of its best trial, or failed with a reason."""
         if "stopped" in outcome:
             self._history.add("stop", unit=unit.number, reason=outcome["stopped"])
             return self._tell(unit)
@@ -146,6 +149,7 @@ class Clerk(tune.Callback):
         prometheus.trials(self._history.folder, Counter(course.status for course in self._history.courses.values()))
 
     def _tell(self, unit: Unit) -> None:
+        """Pass on that a unit has settled: to W&B, the counters, the terminal and, now and then, the table."""
         course, all_courses = self._history.courses[unit.number], self._history.courses
         if self._agent is not None:
             self._agent.settled(unit)

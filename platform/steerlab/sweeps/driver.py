@@ -28,7 +28,7 @@ from steerlab.sweeps.units import Unit
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a sweep."""
+    """Result of `sweep`, complete or interrupted, for the command that prints it."""
 
     folder: str
     """The sweep's folder, relative to ROOT."""

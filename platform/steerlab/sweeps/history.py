@@ -39,7 +39,7 @@ class _Line(saved.Shape):
 
 @dataclass
 class Course:
-    """State of a unit so far."""
+    """State of a unit, as it follows from the events so far: from pending over running to one of the settled states."""
 
     unit: Unit
     status: Status = "pending"

@@ -144,6 +144,7 @@ def _column(values: list[Json]) -> pa.Array:
 
 def scored(rows: Sequence[TrialRow], metric: str) -> list[Scored]:
     """Return the trials of which every seed finished, in the order of the rows."""
+    # A trial of which a seed is missing has no mean that could be compared with those of other trials.
     groups: dict[str, list[TrialRow]] = {}
     for row in rows:
         groups.setdefault(text_of(row, "trial_id"), []).append(row)
@@ -190,6 +191,7 @@ def indistinguishable(trials: Sequence[Scored], best: Scored, metric: str, store
         return None
     close = []
     for other in trials:
+        # Against the best one alone: all pairs would be many more tests, whose answers nobody asked for.
         if other is not best and not _differs_over_items(own, _observations(other.rows[0], metric, store)):
             close.append(other.trial_id)
     return close

@@ -61,6 +61,7 @@ class Feed(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """Return the configuration of the next trial; None when there is none now; FINISHED when none will come."""
         if self._pending:
+            # Pending units first: after a restart they are the ones that were running.
             unit = self._pending.pop(0)
         elif self._suggester is not None and (suggested := self._suggester.next(self._history)) is not None:
             unit = suggested

@@ -178,6 +178,7 @@ def _tasks(development: object) -> tuple[JsonObject, ...]:
 
 
 def _run(path: Path) -> ModuleType:
+    """Run the file of a space and return it as a module; it may import modules of its own folder."""
     if not path.is_file():
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=1, cutoff=0.3)
         raise JobError(f"{path}: no such search space" + (f"; did you mean {near[0]}?" if near else ""))

@@ -34,7 +34,7 @@ _DEFAULT_SAMPLES = 10
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """A checked request for a sweep."""
+    """A sweep that has been checked and can start: its plan, units and seeds."""
 
     plan: SweepPlan
     num_samples: int

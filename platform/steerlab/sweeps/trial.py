@@ -118,6 +118,7 @@ def run_unit(config: UnitConfig) -> None:
 
 def _request(store: Store, path: str, digest: str) -> TrialRequest:
     """Read the request of a unit. Raises ValueError if the file has changed since the sweep wrote it."""
+    # The hash is part of Ray Tune's configuration and not of the file, which others may write.
     content = store.read_bytes(path)
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{store.root}/{path} was changed while the sweep ran")
@@ -155,6 +156,7 @@ def rows_of(planned: Plan, done: Run, store: Store, unit: Unit, seed: int, metri
 
 
 def _row(trial: Trial, seed: int, done: Run, training: dict[str, float], name: str, bound: Limit | None) -> TrialRow:
+    """Return a trial's row of the table: its parameters, metrics, status and, with a bound, whether it keeps that."""
     strengths = done.summary["strengths"]
     measured = done.summary["metrics"] if trial.strength is None else strengths[trial.strength]
     # A space that varies `train.seed` sets the seed itself.

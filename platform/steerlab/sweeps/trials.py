@@ -70,11 +70,13 @@ class SweepPlan:
         tree = self._tree(point, seed)
         if self.development:
             # Without `choose`: the sweep compares the strengths, so a trial does not choose one for itself.
+            # A copy: `_valid` writes the strengths into the tasks, and other units share them.
             tree["evaluate"], tree["choose"] = [*copy.deepcopy(self.development)], None
         return self._valid(tree, point, strengths, warm=True)
 
     def best_job(self, point: Point, seed: int | None) -> Job:
         """Return the job that evaluates a trial on the rows of the job's own tasks. Raises JobError."""
+        # `strength` is no field of the tree here: it becomes the strengths of the tasks.
         shared = {key: value for key, value in point.items() if key != STRENGTH}
         tree, strength = self._tree(shared, seed), strength_of(point)
         if strength is not None:
@@ -82,6 +84,7 @@ class SweepPlan:
         return self._valid(tree, shared, [] if strength is None else [strength], warm=False)
 
     def _tree(self, point: Point, seed: int | None) -> JsonObject:
+        """Return the job's tree with the fields of a point, the seed and all snapshots set."""
         tree = copy.deepcopy(self.tree)
         if self.snapshots:
             # Every unit saves all snapshots, so that units which differ in `snapshot` alone share one training.
@@ -97,6 +100,7 @@ class SweepPlan:
         return tree
 
     def _valid(self, tree: JsonObject, point: Point, strengths: Sequence[float], *, warm: bool) -> Job:
+        """Validate a tree and return the job. Raises JobError that names the space and the point, not the job's file."""
         if strengths:
             # The bound of `choose` is relative to strength 0, so each unit has to measure it too.
             bound = self.job.choose.within if self.job.choose is not None and self.development else None

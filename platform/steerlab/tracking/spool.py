@@ -25,8 +25,10 @@ EVENTS = "events.jsonl"
 SETTINGS = "settings.json"
 STATUS = "status.json"
 FIRST = "first.json"
-"""File with the server's step of the spool's first line, written when the first line is sent. It is not 0 if the server has
-lines of an earlier spool of the run that is lost."""
+"""File with the step that the spool's first line has on W&B's server, written when that line is sent.
+
+It is 0, unless an earlier spool of the same run was lost after its lines had been sent.
+"""
 
 
 class First(saved.Shape):
@@ -62,7 +64,7 @@ class Spool:
         self.last_step: dict[str, float] = {}
         """The largest step so far on each axis."""
         self.keys: set[str] = set()
-        """Keys of the tables, images and stages in the file."""
+        """Keys of the tables, images and stages in the file: a resumed run does not append them again."""
         self._file = _opened(directory / EVENTS)
         try:
             for event in read(directory / EVENTS):

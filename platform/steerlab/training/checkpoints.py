@@ -95,6 +95,7 @@ def check_files(folder: Path) -> None:
     Raises:
         ValueError: a file is not one of tensors, has a foreign name, or unpacks to more bytes than it has.
     """
+    # Sorted, so that the message of a damaged checkpoint names the same file each time.
     paths = sorted(folder.glob("*_states.pt"))
     if not paths:
         raise ValueError(f"{folder} holds no part of a checkpoint")
@@ -107,6 +108,7 @@ def check_files(folder: Path) -> None:
 
 def check_file(path: Path) -> None:
     """Check that a file is one of tensors in either of torch's formats, with a small description. Raises ValueError."""
+    # Reading a pipe or a device would not end.
     files.check(path)
     with path.open("rb") as file:
         is_archive = file.read(len(_ARCHIVE)) == _ARCHIVE
@@ -154,6 +156,7 @@ def check_tensors(loaded: object, path: Path) -> None:
         if tensor.layout != torch.strided or tensor.is_quantized or _is_spread(tensor):
             raise ValueError(f"{path} holds a tensor {_shown(tensor)} whose numbers are not in the file")
         total += tensor.numel() * tensor.element_size()
+        # All together: many tensors of allowed size could still be more than memory holds.
         if total > most:
             raise ValueError(f"{path} holds tensors of more than {most:,} bytes, {_MOST_SHARING} times what it has")
 
@@ -203,6 +206,7 @@ def check_module(weights: object, own: Mapping[str, Tensor], trained: Sequence[s
     for name, value in weights.items():
         if name not in own:
             raise ValueError(f"{path}: the training has no weight {name!r:.100}")
+        # The type, too: `load_state_dict` would convert another one without a word.
         _compare(value, own[name], f"{path}: {name}")
 
 

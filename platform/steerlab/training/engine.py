@@ -194,7 +194,7 @@ class Engine:
         self._ds.save_checkpoint(str(directory), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
         if self.rank == 0:
             meta = {"world_size": self.world_size, "zero_stage": self.scale.zero_stage, "state": state}
-            (directory / META).write_text(json.dumps(meta))
+            (directory / META).write_text(json.dumps(meta))  # our own JSON: it is read, and refused, before any pickle
 
     def load(self, directory: Path) -> JsonObject:
         """Load a checkpoint and return the state of the loop as it was read, which `checkpoints.check_state` checks.
@@ -215,7 +215,7 @@ class Engine:
         with explained(f"the checkpoint in {directory}"):
             # Not strict: the frozen weights are not in the checkpoint. `_check` has compared the trained ones.
             loaded, _ = self._ds.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
-        assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"
+        assert loaded is not None, f"DeepSpeed found no checkpoint in {directory}"  # of which it only warns
         return meta.state
 
     def _check(self, contents: object, path: Path) -> None:
@@ -254,7 +254,7 @@ class Engine:
         if self.scale.zero_stage < 3:
             full = self._ds.module.state_dict() if self.rank == 0 else {}
         else:
-            full = self._ds._zero3_consolidated_16bit_state_dict() or {}
+            full = self._ds._zero3_consolidated_16bit_state_dict() or {}  # None on all ranks but 0
         if masters and self.dtype == "bfloat16":
             copies = self._masters(prefix)
             full = {**full, **copies} if self.rank == 0 else {}

@@ -64,6 +64,7 @@ class Link:
 
 def rows_of_step(num_rows: int, rows_per_step: int, seed: int, step: int) -> list[int]:
     """Return the row numbers of step `step` (from 0), the next `rows_per_step` of a random permutation for each epoch."""
+    # A step may reach over the end of an epoch: its rows are then the last of one permutation and the first of the next.
     chosen: list[int] = []
     position = step * rows_per_step
     while len(chosen) < rows_per_step:
@@ -86,6 +87,7 @@ def share_of_rank(rows: Sequence[int], lengths: Sequence[int], rank: int, world_
         world_size: number of ranks.
         micro_batch: most rows of a pass.
     """
+    # By (length, number), so that rows of equal length have one order on every rank.
     by_length = sorted(rows, key=lambda row: (lengths[row], row))
     # Every n-th of the sorted rows: all ranks get as many rows, and nearly as many tokens.
     mine = by_length[rank::world_size]
@@ -99,6 +101,7 @@ def share_of_rank(rows: Sequence[int], lengths: Sequence[int], rank: int, world_
 def learning_rate(train: TrainConfig, step: int) -> float:
     """Return the learning rate of step `step` (from 0): linear warm-up, then constant or a cosine decay to `lr_floor * lr`."""
     if step < train.warmup_steps:
+        # step + 1: a first step with learning rate 0 would compute gradients and move nothing.
         return train.lr * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return train.lr
@@ -164,6 +167,7 @@ class _Training:
         inputs = Inputs(tuple(patch.to(self.link.device) for patch in below), activations, request.prepared)
         config = self.method.Config.model_validate(request.method)
         self.module = self.method.module(model, config, inputs).to(self.link.device)  # type: ignore[call-arg]
+        # Here and not in the contract's constructor, which cannot run after that of the class that derives from it.
         self.module.check(inputs.below)
         self.module.train()
         parameters = trained_parameters(self.module).values()
@@ -184,6 +188,7 @@ class _Training:
         return self.request.data.by_role[self.method.module.trains_on]
 
     def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint: step, history, snapshots, weights and optimizer."""
         state = checkpoints.check_state(self.engine.load(checkpoint), self.request.train.steps, checkpoint)
         self.step, self.history = state["step"], state["history"]
         if (checkpoint / _SNAPSHOTS).is_file():
@@ -216,6 +221,7 @@ class _Training:
             if evaluates:
                 metrics["eval/loss"] = self._evaluation_loss()
             # Before a checkpoint is written: a resumed run would continue from weights that are NaN.
+            # On every rank: the metrics are sums over all, so that all ranks raise together and none waits for another.
             _check_finite(metrics)
             self.history.append(metrics)
             if self.step in train.snapshots:
@@ -227,16 +233,19 @@ class _Training:
                 self._checkpoint(metrics)
 
     def _step(self) -> dict[str, float]:
+        """Train one step, and return its number, losses, learning rate and gradient norm. All ranks call it."""
         train, step = self.request.train, self.step
         # Seeded for each step and rank: a resumed run draws the same numbers (dropout) as an undisturbed one.
         torch.manual_seed((train.seed * 1_000_003 + step) * 4_099 + self.link.rank)
         rows = rows_of_step(len(self.rows.rows), train.rows_per_step, train.seed, step)
+        # Of the whole step and not of this rank's share: every rank divides by the same number.
         num_targets = sum(self.module.counts(self.rows.rows[row], self.data.loss_on) for row in rows)
         lr = learning_rate(train, step)
         self.module.on_step(step, min(train.steps, len(self.rows.rows) / train.rows_per_step))
         self.engine.start_step(lr)
         totals: dict[str, float] = {"loss": 0.0}
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
+        # As many passes on every rank (`share_of_rank`): with fewer, a rank would wait for ever in a reduction.
         for number, chunk in enumerate(chunks, 1):
             self.module.before_pass(number == len(chunks))
             total, sums_by_name = self.engine.backward(self._batch(self.rows, chunk, self.data.loss_on), num_targets)
@@ -271,6 +280,7 @@ class _Training:
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint and report it with the metrics of its step; all ranks call it."""
+        # A folder of its own for each checkpoint: the last one may still be uploading.
         directory = Path(tempfile.mkdtemp(dir=self.link.scratch))
         self.engine.save(directory, {"step": self.step, "history": self.history})
         if self.link.rank == 0 and self.snapshots:
@@ -280,6 +290,7 @@ class _Training:
     def export(self, output: Path) -> None:
         """Write the artifact on rank 0: model, patch, snapshots, prompt settings, metrics. All ranks call it."""
         state = self.engine.weights() if self.method.leaves_model else self.engine.weights("patch.", masters=True)
+        # After the gathering, in which all ranks take part under ZeRO 3.
         if self.link.rank:
             return
         shutil.rmtree(output, ignore_errors=True)
@@ -292,6 +303,7 @@ class _Training:
             for step in self.request.train.snapshots:
                 weights = {n.partition("/")[2]: value for n, value in self.snapshots.items() if n.startswith(f"{step}/")}
                 patches.save(self.module.finished(weights), output / "snapshots" / str(step), self.model_key)
+        # A saved model brings its tokenizer; a patch alone must say from where its model's tokenizer came.
         prompt = self.encoder.saved_spec if self.method.leaves_model else self.encoder.spec
         (output / "prompt.json").write_text(json.dumps(prompt))
         (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history))
@@ -336,6 +348,7 @@ def run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) ->
         training.resume(link.latest)
     training.run()
     if request.train.keep == "best":
+        # All ranks ask: each has to load the same checkpoint.
         best = link.best()
         if best is not None:
             training.engine.load(best)

@@ -85,6 +85,7 @@ def _per_line(path: Path) -> Iterator[RowOrError]:
 
 
 def _documents(path: Path, options: ReadOptions) -> Iterator[RowOrError]:
+    """Yield the rows of a JSON file: one list, columns or subsets in one object, or several values one after another."""
     try:
         documents = list(_decoded(whole(path)))
     except SourceError:

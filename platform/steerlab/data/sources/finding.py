@@ -172,6 +172,7 @@ def each_row(
 
 
 def _iterate(source: Source, options: ReadOptions, limit: int | None) -> Iterator[RowOrError]:
+    """Yield the rows of a source of any kind; `limit` only saves generated sources the rows beyond it."""
     if source.kind == "tiny":
         return iter(tiny.rows(source.name, limit))
     if source.kind == "pixels":

@@ -57,6 +57,7 @@ def known_commit(source: Source) -> str:
 
 @contextmanager
 def _explained(source: Source) -> Iterator[None]:
+    """Turn an error of the hub's client into a SourceError that says what else may be given."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -27,6 +27,7 @@ def file_rows(files: Sequence[Path], options: ReadOptions = ReadOptions()) -> It
 
 
 def _reader(path: Path, options: ReadOptions) -> Callable[[Path, ReadOptions], Iterator[RowOrError]]:
+    """Return the function that reads a file, by its ending. Raises SourceError for an option that its format does not have."""
     suffix, _ = data_suffix(path)
     if options.rows_at is not None and READ.get(suffix) not in (json_rows, json_line_rows, yaml_rows):
         raise SourceError(f"rows_at is about JSON and YAML; {path.name} is neither")

@@ -71,7 +71,7 @@ def _digits(split: str) -> list[dict[str, object]]:
     for number, (image, digit, ink) in enumerate(zip(images_NHW, labels_N.tolist(), ink_N.tolist(), strict=True)):
         low, high = bounds[digit]
         style = "thin" if ink <= low else "bold" if ink >= high else ""
-        # Thresholds of ink come from all digits, so that a style means the same in both splits.
+        # The quantiles are those of both splits, so that a style means the same in either.
         if (number % _TEST_EVERY == 0) == (split == "test"):
             caption = f"{style} {DIGITS[digit]}".strip()
             rows.append({"image": image, "text": caption, "label": DIGITS[digit], "style": style})

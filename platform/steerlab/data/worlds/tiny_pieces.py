@@ -69,6 +69,7 @@ class Task(NamedTuple):
 
 
 def _list_task(rng: random.Random, name: str) -> Task:
+    """Draw a task on a list of words: which kind they are of, how many they are, or which of them is of one kind."""
     kind, number = pick(rng, tuple(WORD_KINDS)), 2 + int(rng.random() * 3)
     phrase = pick(rng, PHRASES[name]).format(kind)
     if name == "kind":

@@ -75,7 +75,7 @@ class ImageConfig(TaskConfig):
 
 
 class Drawn(NamedTuple):
-    """The images of one guidance scale."""
+    """The images of one guidance scale, at all strengths."""
 
     guidance: float
     suffix: str

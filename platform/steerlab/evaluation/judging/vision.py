@@ -78,6 +78,7 @@ def classifier(data: DataSet, field: str, seed: int = 0) -> Classifier:
 # The key is JSON because a config of a data set is not hashable.
 @lru_cache(maxsize=4)
 def _trained(data_json: str, field: str, seed: int) -> Classifier:
+    """Train the classifier of a data set; `field` holds the class. Tasks of one process that need the same one share it."""
     from sklearn.neural_network import MLPClassifier
 
     images_NCHW, labels = _labelled(DataSet.model_validate_json(data_json), field)

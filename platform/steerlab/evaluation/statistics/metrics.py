@@ -202,6 +202,7 @@ def summarise(
     interval = _interval(value_N, weight_N, mean, error, transform, is_share)
     # The interval is transformed after it is computed: it is symmetric in nats, not in the perplexity.
     low, high = (None, None) if interval is None else (_within(_transformed(end, transform)[0], bounds) for end in interval)
+    # Delta method: the error of f(m) is |f'(m)| times that of m.
     return Metric(value, None if error is None else slope * error, n, low=low, high=high, **left_out)
 
 

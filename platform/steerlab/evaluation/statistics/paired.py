@@ -58,6 +58,7 @@ def paired_difference(
         raise ValueError(f"one of the two runs has no scored item among the {len(shared)} shared ones: all weights are 0")
     difference = _differences(products_2N, weights_2N, transform)
     draws_R = _bootstrap(products_2N, weights_2N, transform, num_resamples, np.random.default_rng(seed))
+    # Percentiles of the differences, and not the difference of two intervals, which would count the spread of items twice.
     low, high = np.quantile(draws_R, [0.025, 0.975])
     return Difference(float(difference), float(low), float(high), len(shared))
 
@@ -84,6 +85,7 @@ def _differences(products: np.ndarray, weights: np.ndarray, transform: str) -> n
 def _medians(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the medians over the last axis of the items that have weight."""
     if (weights > 0).all():
+        # Medians take no weights: the weight cancels here, and only says whether the item counts.
         return np.median(products / weights, axis=-1)
     # nanmedian is several times slower than median, so it is used only where an item has to be left out.
     values = np.divide(products, weights, out=np.full_like(products, np.nan), where=weights > 0)

@@ -39,10 +39,14 @@ class GradientSums:
         # On the CPU: the sums are as large as the weights, in float32.
         self._sums = {place.module: torch.zeros(place.shape) for place in places}
         self._where = ""
+        # All weights first: gradients of the others would take as much memory as the model, and nobody reads them.
         model.model.requires_grad_(False)
         weights = [model.model.get_parameter(f"{place.module}.weight").requires_grad_(True) for place in places]
         self._handles = [
-            weight.register_post_accumulate_grad_hook(self._adder(place)) for weight, place in zip(weights, places, strict=True)
+            # This hook runs after `grad` is written and may clear it; an ordinary tensor hook runs before, so that all
+            # gradients would pile up.
+            weight.register_post_accumulate_grad_hook(self._adder(place))
+            for weight, place in zip(weights, places, strict=True)
         ]
 
     @property
@@ -63,9 +67,12 @@ class GradientSums:
         """Add the term of one batch. Raises ValueError if its loss or a gradient is NaN or infinite."""
         self._where = f"{self._rows}, batch {number}"
         # Position 0 is never predicted; labels that are not targets are negative.
+        # A mean over the batch's targets (the paper's L_b): a batch of long answers counts no more than one of short answers.
         num_targets = int((batch.labels[:, 1:] >= 0).sum())
+        # The key-value cache would only be memory: nothing is generated.
         logits_BTV = self._model.model(**batch.patched_inputs, use_cache=False).logits
         loss = language_modelling_loss(logits_BTV, batch.labels) / max(1, num_targets)
+        # Before the backward pass: the message then names the batch, and no weight is blamed.
         if not bool(loss.isfinite()):
             raise ValueError(f"{self._where}: the loss is {float(loss.detach())}, so there is no gradient")
         loss.backward()  # the hooks of `_adder` add the gradients
@@ -78,10 +85,12 @@ class GradientSums:
         def take(weight: Tensor) -> None:
             assert weight.grad is not None
             module = self._model.model.get_submodule(place.module)
+            # As (M, N): GPT-2 stores weights, and so gets their gradients, transposed.
             grad_MN = models.linear_weight(module, weight.grad).float()
             weight.grad = None  # or the next batch would be added to it
             if not bool(grad_MN.isfinite().all()):
                 raise ValueError(f"{self._where}: the gradient of {place.module} holds a NaN or infinite value")
+            # The term is computed where the gradient lies; only the sum is on the CPU.
             self._sums[place.module] += self._of(place, grad_MN).cpu()
 
         return take

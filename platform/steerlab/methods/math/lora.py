@@ -44,6 +44,7 @@ class Adapters(nn.Module):
     kind = "weight"
 
     def __init__(self, model: PreTrainedModel, config: Lora) -> None:
+        # Imported here: peft takes seconds to import, and most jobs train no adapters.
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
@@ -56,9 +57,12 @@ class Adapters(nn.Module):
         lora_config = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]
+            # Full paths, which peft compares as a whole or as suffixes: a type's name alone would also match layers of other
+            # parts.
             target_modules=self.names,
             fan_in_fan_out=self._transposed,
         )
+        # Injected into the model as it is: `get_peft_model` would wrap it, and all module paths would change.
         inject_adapter_in_model(lora_config, model.requires_grad_(False), _NAME)
         layers = [model.get_submodule(name) for name in self.names]
         self._layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
@@ -66,6 +70,7 @@ class Adapters(nn.Module):
         for layer in self._layers:
             layer.lora_A[_NAME].float()
             layer.lora_B[_NAME].float()
+        # The parameters inside the model, listed again: this module's state dict is then exactly what the patch is made of.
         self.downs = nn.ParameterList([layer.lora_A[_NAME].weight for layer in self._layers])  # type: ignore[list-item]
         self.ups = nn.ParameterList([layer.lora_B[_NAME].weight for layer in self._layers])  # type: ignore[list-item]
 
@@ -73,6 +78,8 @@ class Adapters(nn.Module):
     def off(self) -> Iterator[None]:
         """Turn the adapters off within a `with` block, so that the model computes what it did before the training."""
         for layer in self._layers:
+            # peft 0.21 also takes `requires_grad` from the adapters here, and gives it back below: an exception in between must
+            # not leave a training without trained parameters.
             layer.enable_adapters(False)
         try:
             yield
@@ -94,6 +101,7 @@ class Adapters(nn.Module):
         scale = self.config.alpha / self.config.rank
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for number, name in enumerate(self.names):
+            # On the CPU, where patches are saved.
             up_MR, down_RN = state[f"ups.{number}"].cpu() * scale, state[f"downs.{number}"].cpu()
             factors[f"{name}.weight"] = (down_RN.T, up_MR.T) if self._transposed else (up_MR, down_RN)
         return factors
@@ -113,9 +121,11 @@ class Adapters(nn.Module):
 
 def places(model: PreTrainedModel, config: Lora) -> Sequence[models.WeightPlace]:
     """Return the linear layers that are adapted. Raises ValueError if the model lacks a type of layer."""
+    # In every decoder layer, as in the paper: the size of the change is set by the rank, not by the choice of layers.
     return models.weight_places(model, config.layer_type, range(len(models.layer_names(model))))
 
 
 def num_trained(model: PreTrainedModel, config: Lora) -> int:
     """Return the number of trained parameters: R (M + N) for each adapted layer."""
+    # (M R) + (R N): two factors instead of the M N numbers of the weight.
     return sum(config.rank * sum(place.shape) for place in places(model, config))

@@ -42,17 +42,21 @@ def eigenbasis(second_moment_NN: Tensor) -> Basis:
     """
     if not bool(torch.isfinite(second_moment_NN).all()):
         raise ValueError("the second moment holds a NaN or infinite value")
+    # `eigh` and not `svd`: the matrix is symmetric, and a general decomposition would compute its vectors twice. In float64,
+    # since the eigenvalues are squares of singular values: float32 separates directions only down to 3e-4 of the largest one.
     values_N, vectors_NN = torch.linalg.eigh(second_moment_NN.double())
     values_N, vectors_NN = values_N.flip(0), vectors_NN.flip(1)  # eigh sorts in ascending order
     if not values_N[0] > 0:
         raise ValueError("the second moment is zero: the inputs are all zero, so no direction stands out")
     # The products z z^T that were summed into the matrix were computed in float32: smaller eigenvalues are their rounding.
     least = values_N[0] * len(values_N) * torch.finfo(torch.float32).eps
+    # Rounded to float32 only here, where it costs 1e-7 of orthonormality; the vectors are the method's largest file.
     return Basis(fixed_signs(vectors_NN).float(), values_N, int((values_N > least).sum()))
 
 
 def random_basis(size: int, seed: int, name: str) -> Tensor:
     """Return a random orthonormal basis, (N, N) float32, uniform over all of them, for this seed and name."""
+    # QR of a Gaussian matrix, in float64 like `eigenbasis`, so that the control is as orthonormal as what it is compared with.
     gauss_NN = torch.randn(size, size, generator=generator(seed, name), dtype=torch.float64)
     vectors_NN, upper_NN = torch.linalg.qr(gauss_NN)
     # Without the signs of R's diagonal the Q of a QR decomposition is not uniform (Mezzadri 2007, arXiv math-ph/0609050).
@@ -89,8 +93,11 @@ def largest(scores: Callable[[], Iterable[Tensor]], num: int) -> Iterator[Tensor
         # The comparison of integers is that of the scores, without rounding.
         bits = _bits(score)
         taken = bits > threshold
+        # Ties are common: a neuron that never fires has gradient 0 in all its coefficients. A quantile with `>=` would take all
+        # of them and exceed the share.
         equal = (bits == threshold).flatten().nonzero().flatten()[:num_equal]
         num_equal -= len(equal)
+        # `view` writes into `taken` itself: `_bits` is contiguous, and so is what is compared with it.
         taken.view(-1)[equal] = True
         yield taken
 
@@ -101,6 +108,7 @@ def _threshold(scores: Callable[[], Iterable[Tensor]], num: int) -> tuple[int, i
     # bits, find the threshold exactly without sorting billions of scores.
     if num == 0:
         return torch.iinfo(torch.int32).max, 0  # no score has larger bits: nothing is taken
+    # 65,536 bins for each half: two passes over the scores and half a megabyte of counts, however many scores there are.
     high, above = _bin_of(sum(_counts(_bits(score) >> _LOW_BITS) for score in scores()), num)  # type: ignore[arg-type]
     low_mask = (1 << _LOW_BITS) - 1
     # Only scores whose upper bits are those of the threshold matter for its lower bits.
@@ -128,11 +136,13 @@ def _bin_of(counts: Tensor, num: int) -> tuple[int, int]:
 
 def packed(mask: Tensor) -> Tensor:
     """Pack a bool mask into bytes, eight entries in each."""
+    # The flat mask, not row by row: only the last byte is filled up, not one for each row. torch has no packed bool.
     return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
 
 
 def unpacked(bits: Tensor, sizes: tuple[int, int]) -> Tensor:
     """Return the bool mask of shape `sizes` from the bytes of `packed`."""
+    # `count` drops the zeros with which `packbits` has filled the last byte.
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=sizes[0] * sizes[1]).astype(bool)).view(sizes)
 
 
@@ -146,6 +156,7 @@ class SharedInput:
         """Number of outputs of all these layers together."""
         # Weak, so that the input itself is freed after the pass.
         self._read: weakref.ref[Tensor] | None = None
+        # Not weak: between the calls of the layers that share it no variable holds the product.
         self._rotated: Tensor | None = None
 
     def vectors(self, like: Tensor) -> Tensor:
@@ -154,12 +165,15 @@ class SharedInput:
 
     def rotated(self, x: Tensor) -> Tensor:
         """Return x U; layers that are called with the same tensor share the product and its gradient."""
+        # By identity: a block hands queries, keys and values the same tensor, and to compare values would take a pass over it.
+        # A dead reference is None, which is never x, so that memory that is used again is not mistaken for it.
         if self._rotated is None or self._read is None or self._read() is not x:
             self._read, self._rotated = weakref.ref(x), x @ self.vectors(x)
         return self._rotated
 
     def forget(self) -> None:
         """Free the last input and its product."""
+        # The product holds the graph of its pass, which a second backward pass could not use again.
         self._read = self._rotated = None
 
 
@@ -181,7 +195,10 @@ class RotatedLayer(nn.Module):
     def __init__(self, linear: nn.Module, frozen_MN: Tensor, shared: SharedInput | None) -> None:
         super().__init__()
         start_MN = models.linear_weight(linear).detach()
+        # In float32 also under bfloat16 weights: D is its own master copy, and bfloat16 would round away steps below 1/256 of
+        # an entry. Zero, so that W = W_0 bit for bit before the first step.
         self.change_MN = nn.Parameter(torch.zeros(start_MN.shape, dtype=_wide(start_MN.dtype)))
+        # Not persistent: both are inputs of the training, and a checkpoint would copy what is on disk already.
         self.register_buffer("start_MN", start_MN, persistent=False)
         self.register_buffer("free_MN", ~frozen_MN, persistent=False)
         self.shared = shared
@@ -194,10 +211,12 @@ class RotatedLayer(nn.Module):
         bias: Any = linear.bias
         # The plain weight is neither trained nor saved: the module stays in the model, but computes with this layer's matrix.
         del linear._parameters["weight"]
+        # `forward`, and not another module in its place: module paths stay, and `__call__` still runs the hooks of patches.
         linear.forward = lambda x: self._apply_to(x, bias)  # type: ignore[method-assign]
 
     def start_step(self) -> None:
         """Drop the matrices of the last step, because the optimizer or a checkpoint has changed D."""
+        # ZeRO writes into D below autograd, so that no version counter tells that the matrices are stale.
         self._begun = self._is_alone = False
         self._matrices.clear()
         if self.shared is not None:
@@ -212,6 +231,7 @@ class RotatedLayer(nn.Module):
     def _apply_to(self, x: Tensor, bias: Tensor | None) -> Tensor:
         # The second way of the class docstring costs T N^2 for x U, the first M N^2 for (dL/dW) U; the product x U is shared.
         by_inputs = self._takes_rotated(x)
+        # Through the function in both ways: the gradient of a frozen entry is set to 0 in its backward pass.
         matrix_MN = _Effective.apply(self.change_MN, self, by_inputs)
         if by_inputs:
             assert self.shared is not None
@@ -222,6 +242,7 @@ class RotatedLayer(nn.Module):
         num_tokens = x.numel() // x.shape[-1]
         fits = self.shared is not None and num_tokens < self.shared.num_outputs
         # Not in bfloat16: a basis rounded to 8 bits is not orthonormal any more.
+        # Without gradients W serves every pass of an evaluation, and is computed once.
         return fits and self._is_alone and torch.is_grad_enabled() and x.dtype == self.change_MN.dtype
 
     @torch.no_grad()
@@ -230,13 +251,18 @@ class RotatedLayer(nn.Module):
         if rotated not in self._matrices:
             if rotated:
                 assert self.shared is not None
+                # `add`, not `add_`: W_0 U is used again in the next step.
                 self._matrices[rotated] = self._start_rotated().add(self.change_MN)
             else:
+                # The sum is in float32 and rounded once: D U^T, rounded to bfloat16 by itself, would lose what is small next to
+                # W_0.
                 self._matrices[rotated] = (self.start_MN + self._in_weights(self.change_MN)).to(self.start_MN.dtype)
+        # A new tensor on the same memory in each call: autograd ties the tensor that a Function returns to that call's graph.
         return self._matrices[rotated].detach()
 
     def _start_rotated(self) -> Tensor:
         """Return W_0 U, which is computed once."""
+        # Only on demand: it is as large as W_0, and a training of several passes a step, or in bfloat16, never needs it.
         if not hasattr(self, "start_rotated_MN"):
             assert self.shared is not None
             product_MN = self.start_MN @ self.shared.vectors(self.start_MN)
@@ -245,6 +271,7 @@ class RotatedLayer(nn.Module):
 
     def difference(self, change_MN: Tensor) -> Tensor:
         """Return W - W_0 = D U^T for a change D, (M, N), on the CPU."""
+        # Where the basis lies, memory-mapped; on the GPU every layer would need a further copy of it.
         return self._in_weights(change_MN.cpu())
 
     def gradient_of_change(self, grad_MN: Tensor, by_inputs: bool) -> Tensor:
@@ -259,6 +286,7 @@ class RotatedLayer(nn.Module):
         """
         if by_inputs:
             return grad_MN * self.free_MN  # d(W U)/dD is the identity
+        # Before the sum over passes, to which a small gradient in bfloat16 would add nothing.
         grad_MN = grad_MN.to(self.change_MN.dtype)
         # (dL/dW) U is linear: the sum over passes is rotated once (step 4 of methods/warp.py).
         if self._pending_MN is not None:
@@ -267,10 +295,12 @@ class RotatedLayer(nn.Module):
             self._pending_MN = grad_MN
             return grad_MN.new_zeros(()).expand_as(grad_MN)  # one number in memory, whatever the shape
         self._pending_MN = None
+        # Rotated first, masked second: the mask belongs to coefficients. In the other order it would freeze entries of W.
         rotated_MN = grad_MN if self.shared is None else grad_MN @ self.shared.vectors(grad_MN)
         return rotated_MN * self.free_MN
 
     def _in_weights(self, change_MN: Tensor) -> Tensor:
+        # The transpose is the inverse, since U is orthonormal: D = D U^T U.
         return change_MN if self.shared is None else change_MN @ self.shared.vectors(change_MN).T
 
 
@@ -282,6 +312,8 @@ class _Effective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, change_MN: Tensor, layer: RotatedLayer, by_inputs: bool) -> Tensor:
+        # `change_MN` is not read: it is an argument because autograd sends the gradient that `backward` returns to the
+        # arguments. Nothing is saved for the backward pass, which needs the output's gradient alone.
         ctx.layer, ctx.by_inputs = layer, by_inputs
         return layer.matrix(by_inputs)
 
@@ -291,4 +323,5 @@ class _Effective(torch.autograd.Function):
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
+    # float64 stays: tests compare the layer with finite differences in it.
     return torch.float64 if dtype == torch.float64 else torch.float32

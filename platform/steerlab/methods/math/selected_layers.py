@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _RANGES = ("all", "early", "middle", "late", "last")
+# Both forms in one pattern: a number is a span that ends where it starts.
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 _LAYER = rf"({'|'.join(_RANGES)}|[0-9]+(-[0-9]+)?)"
 _TYPES = f"({'|'.join(get_args(LayerType))})"
@@ -22,6 +23,7 @@ _TYPES = f"({'|'.join(get_args(LayerType))})"
 
 def _listed(value: object) -> object:
     """Return a list for one item, or for several items in a text with commas."""
+    # `--set method.target_layers=8-15,last` arrives as one text, and a list in YAML as a list.
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
     return (value,) if isinstance(value, int) else value
@@ -44,6 +46,7 @@ _WrittenLayers = (
 _ListOfTypes = Annotated[tuple[LayerType, ...], Field(min_length=1)]
 _WrittenTypes = _ListOfTypes | Annotated[str, Field(pattern=f"^ *{_TYPES} *(, *{_TYPES} *)*$")]
 
+# `json_schema_input_type`: otherwise pydantic's schema for editors would refuse the short forms, which the validator takes.
 Types = Annotated[_ListOfTypes, BeforeValidator(_listed, json_schema_input_type=_WrittenTypes)]
 """Types of linear layers; in a job a list, or a text with commas."""
 Layers = Annotated[
@@ -74,6 +77,7 @@ def numbers(layers: tuple[int | str, ...], num_layers: int) -> list[int]:
             # `_known` has checked the form.
             first, last = _SPAN.fullmatch(str(item)).groups()  # type: ignore[union-attr]
             blocks.update(range(int(first), int(last or first) + 1))
+    # A set, since spans may overlap; sorted, so that files list the layers in the model's order.
     return sorted(blocks)
 
 

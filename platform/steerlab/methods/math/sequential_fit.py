@@ -27,7 +27,7 @@ from steerlab.patches.maps import Map
 
 
 class Reading(NamedTuple):
-    """One batch of source texts."""
+    """One batch of source texts, and which of its tokens the fit reads and the maps change."""
 
     inputs: Mapping[str, object]
     """Keyword arguments of the model."""
@@ -70,6 +70,7 @@ def fit_in_order(
     walk = _Walk(list(places), batches, pooling, fit, progress)
     handles = [walk.hook(model, place, selection.side) for place in places]
     # Daemon threads: an interrupted process must not wait for threads that wait for each other.
+    # Threads and not processes: all batches run through the one model, and their hooks share the maps.
     threads = [threading.Thread(target=walk.run, args=(model, number), daemon=True) for number in range(len(batches))]
     try:
         for thread in threads:
@@ -80,6 +81,7 @@ def fit_in_order(
         for handle in handles:
             handle.remove()
     if walk.error is not None:
+        # After the hooks are gone: the caller may go on with the model.
         raise walk.error
     return walk.maps
 
@@ -97,6 +99,7 @@ class _Walk:
     ) -> None:
         self._places, self._batches, self._fit, self._progress = places, batches, fit, progress
         self._pooling: Pooling = pooling
+        # The order in which places run, known only now: modules may run in another order than they are defined in.
         self._order: list[str] = []
         self._pooled: dict[int, Tensor] = {}
         self._waiting: dict[int, str] = {}
@@ -113,16 +116,19 @@ class _Walk:
         """Run one batch through the model; the target of a thread."""
         self._here.number = number
         try:
+            # Each thread for itself: torch keeps the gradient mode for each thread, and a new one starts with gradients on.
             with self._computing, torch.inference_mode():
                 try:
                     model(**self._batches[number].inputs)
                 except _Arrived:
                     return
+            # The pass has ended by itself, and not by `_Arrived`: some place was never reached.
             missing = [place.name for place in self._places if place.name not in self._order]
             raise ValueError(taps.did_not_run(missing, len(self._places)))
         except threading.BrokenBarrierError:
             return  # another thread failed, and has stored its error
         except Exception as error:  # `fit_in_order` raises it again in the caller's thread
+            # The first error is the cause; others follow from the broken barrier.
             self.error = self.error or error
             self._barrier.abort()  # otherwise the other threads would wait for this one for ever
 
@@ -134,6 +140,7 @@ class _Walk:
             call = models.running(model)  # None in a language model
             z = taps.value_at(value, place.element, where)
             if call is None:
+                # Routers of mixtures of experts take all tokens in one axis; a mask of tokens needs rows.
                 z_BTD = taps.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
                 return taps.replaced(value, place.element, self._arrive(place.name, z_BTD).reshape(z.shape))
             if not call.is_read:
@@ -141,6 +148,7 @@ class _Walk:
             # Only the rows with a prompt are read and mapped; with guidance the other half of the batch has none.
             axis = taps.feature_axis(module, z.dim())
             mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis))
+            # A clone, since the next line writes: residual connections may still read the module's own output.
             z_last = z.movedim(axis, -1).clone()
             z_last[call.conditional] = mapped_BTD.reshape(z_last[call.conditional].shape)
             return taps.replaced(value, place.element, z_last.movedim(-1, axis))
@@ -155,12 +163,15 @@ class _Walk:
         """Hand over this batch's pooled activations, wait for the place's map, and return the mapped activations."""
         batch = self._batches[self._here.number]
         read_BT = batch.read_BT.to(z_BTD.device)
+        # Only the pooled vector is kept for the fit, (B, D) instead of (B, T, D).
         self._pooled[self._here.number] = taps.pool(taps.per_token(z_BTD, tuple(read_BT.shape)), read_BT, self._pooling)
         self._waiting[self._here.number] = place
+        # Before the barrier, or the other batches could never arrive at it.
         self._computing.release()
         try:
             self._barrier.wait()
         finally:
+            # Also after an error: the `with` block of `run` releases the lock once more.
             self._computing.acquire()
         # None if `fit` left the place as it is.
         fitted = self.maps.get(place)
@@ -170,12 +181,14 @@ class _Walk:
             return z_BTD
         # In float32, as an attached patch computes it: later places must see the same values as at inference.
         mapped_BTD = fitted(z_BTD.float()).to(z_BTD.dtype)
+        # With an axis for attention heads where the value has one, so that the mask broadcasts over heads and not over tokens.
         steered_BT = taps.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
         return torch.where(steered_BT.unsqueeze(-1), mapped_BTD, z_BTD)
 
     def _meet(self) -> None:
         """Fit the place at which all threads wait; the barrier runs this in one of them."""
         places = set(self._waiting.values())
+        # Any of them: all wait at one place, as the next lines check.
         place = self._waiting[0]
         try:
             if len(places) > 1:
@@ -194,6 +207,7 @@ class _Walk:
             # Recorded even without a map: it says that the place has run.
             self._order.append(place)
             if fitted is not None:
+                # Some fits compute on the CPU (NumPy, scikit-learn); the map acts where the model is.
                 self.maps[place] = fitted.to(pooled_ND.device)
             self._progress(len(self._order), len(self._places))
         except BaseException as error:

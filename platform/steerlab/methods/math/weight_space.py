@@ -34,6 +34,7 @@ def coefficients(matrix_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
         matrix_MN: W or dL/dW.
         vectors_NN: the basis U; None stands for the identity.
     """
+    # W = (W U) U^T for orthonormal U, and so dL/d(W U) = (dL/dW) U: one product serves both.
     return matrix_MN if vectors_NN is None else matrix_MN @ vectors_NN.to(matrix_MN.device)
 
 
@@ -50,6 +51,7 @@ def frozen(
         num_inputs: N of each layer.
         keep_ratio: share of the selected coefficients that is frozen, from 0 to 1.
     """
+    # Rounded once for all layers together: with scope global the parts of small layers would each be rounded.
     num = round(keep_ratio * sum(int(outputs_M.sum()) * inputs for outputs_M, inputs in zip(selected, num_inputs, strict=True)))
 
     def selected_scores() -> Iterator[Tensor]:
@@ -57,6 +59,7 @@ def frozen(
         yield from (score_MN[outputs_M] for score_MN, outputs_M in zip(scores(), selected, strict=True))
 
     for taken, outputs_M, inputs in zip(rotation.largest(selected_scores, num), selected, num_inputs, strict=True):
+        # Frozen unless it is selected and not taken: rows of other types in a fused layer must not move.
         frozen_MN = torch.ones(len(outputs_M), inputs, dtype=torch.bool)
         frozen_MN[outputs_M] = taken
         yield frozen_MN
@@ -65,6 +68,7 @@ def frozen(
 # --- on disk ------------------------------------------------------------------------------------------------------------
 
 
+# `extra="ignore"` here and below: the platform adds parameters of its own to those that a method declares.
 class RandomBasis(Frozen, extra="ignore"):
     """Parameters of the stage that draws random bases."""
 
@@ -87,6 +91,7 @@ class Masks(Frozen, extra="ignore"):
 
     keep_ratio: float
     scope: Literal["module", "global"]
+    # Shapes stand among the parameters, since the stage reads no model and its key must still tell two models apart.
     places: dict[str, tuple[tuple[int, int], tuple[tuple[int, int], ...] | None]]
     """By module: its shape (M, N), and the spans of its outputs that are selected; None selects all outputs."""
     seed: int | None = Field(default=None, exclude_if=lambda seed: seed is None)
@@ -100,6 +105,7 @@ def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
         basis = rotation.eigenbasis(moments.second_moment(group))
     except ValueError as error:
         raise ValueError(f"basis of the inputs of {group}: {error}") from None
+    # U alone: U^T is its transpose, and a second copy would double the largest files of the method.
     write(path, {f"{group}/vectors": basis.vectors_NN, f"{group}/values": basis.values_N})
     # `note` is shown to the user; the other facts are stored beside the part.
     size = len(basis.values_N)
@@ -110,6 +116,7 @@ def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
             f"the inputs of {group} span {basis.rank} of {size} directions on {moments.count} tokens of data.safety; others "
             "are arbitrary, and more rows would say something about them"
         )
+    # The training compares them with its own model (`check_basis` in methods/warp.py).
     return {**facts, "fingerprint": moments.origin.fingerprint, "architecture": moments.origin.architecture}
 
 
@@ -117,6 +124,7 @@ def random_basis(source: Source, group: str, path: Path) -> dict[str, object]:
     """Write a random basis instead of the eigenvectors: the control of step 1."""
     params = RandomBasis.model_validate(source.params)
     size = params.sizes[group]
+    # By the name of the input, so that layers that read one input share a random basis, too.
     write(path, {f"{group}/vectors": rotation.random_basis(size, params.seed, group)})
     return {"rank": size, "size": size}
 
@@ -127,8 +135,10 @@ def importance(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[
 
     def of(place: WeightPlace, grad_MN: Tensor) -> Tensor:
         # The absolute value of each batch's gradient, not of their sum, in which opposite signs would cancel.
+        # In place: the hook of gradients.py has taken the gradient, and nothing else reads it.
         return coefficients(grad_MN, basis(place)).abs_()
 
+    # The rotation is inside of the sum: a sum of |dL_b/dW| cannot be rotated afterwards, as |.| does not commute with U.
     return GradientSums(model, chosen, of, "data.safety")
 
 
@@ -139,6 +149,7 @@ def magnitude(source: Source, part: str, path: Path) -> dict[str, object]:
     basis, chosen = _basis_and_places(source.model, source.params, source.needed)
     with writing(path, {place.module: Shape(torch.float32, place.shape) for place in chosen}) as writer:
         for place in chosen:
+            # In float32 on the CPU, as the gradients are: the control differs from the importance in its scores alone.
             weight_MN = models.linear_weight(source.model.model.get_submodule(place.module)).detach().float().cpu()
             writer.write(place.module, coefficients(weight_MN, basis(place)).abs())
     return {}
@@ -159,11 +170,13 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
     """Write the masks of frozen coefficients (step 3), one bit for each coefficient."""
     params = Masks.model_validate(source.params)
     importances = Parts.open(source.needed["importance"]) if "importance" in source.needed else None
+    # From the parameters and not from a model: masks are made without one, on any worker.
     sizes = {name: shape for name, (shape, _) in params.places.items()}
     outputs = {name: _selected_outputs(shape[0], spans) for name, (shape, spans) in params.places.items()}
 
     def scores(names: list[str]) -> Iterator[Tensor]:
         for name in names:
+            # Read again in every counting pass of `rotation.largest`: all scores in float32 are as large as the model.
             yield _random_scores(params.seed, name, sizes[name]) if importances is None else importances.tensor(name)
 
     # `scope`: keep_ratio of each layer by itself, or of all layers together.
@@ -172,11 +185,15 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
     # A bit for each coefficient: bytes would take a quarter of the model's own size in float32.
     with writing(path, {name: Shape(torch.uint8, [-(-m * n // 8)]) for name, (m, n) in sizes.items()}) as writer:
         for names in groups:
+            # `names=names` binds the group of this turn: the scores are read later than the lambda is made.
             masks = frozen(
                 lambda names=names: scores(names), [outputs[n] for n in names], [sizes[n][1] for n in names], params.keep_ratio
             )
             for name, frozen_MN in zip(names, masks, strict=True):
+                # Of the selected outputs alone: in a fused layer all others are frozen, too, which is not what keep_ratio
+                # counts.
                 num_frozen[name] = int(frozen_MN[outputs[name]].sum())
+                # Layer by layer, in the order in which the file's shapes were declared: safetensors begins with them.
                 writer.write(name, rotation.packed(frozen_MN))
     return {"frozen": num_frozen, "meant": {name: int(outputs[name].sum()) * sizes[name][1] for name in sizes}}
 
@@ -184,6 +201,7 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
 def _random_scores(seed: int | None, name: str, shape: tuple[int, int]) -> Tensor:
     """Return random scores of a layer, (M, N), determined by the seed and the layer's name."""
     assert seed is not None, "without an importance the scores are drawn"
+    # Uniform scores: the largest of them are a uniformly random subset of exactly the wanted size.
     return torch.rand(shape, generator=rotation.generator(seed, name))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pass:
-    """One evaluation of the denoiser, for all images of a batch."""
+    """One evaluation of the denoiser for a batch of images; the pipeline makes one a step, and hooks of patches read it."""
 
     step: int
     """Number of the denoising step, from 0."""

@@ -177,6 +177,7 @@ class Diffusion(nn.Module):
             here.seeds = None  # the drawing is over: a later call of the denoiser alone is no pass
 
     def _schedule(self, steps: int | None) -> dict[str, object]:
+        """Return the arguments of the pipeline's call that set steps, size and kind of output."""
         sampler, takes = self.sampler, arguments_of(type(self.pipeline))
         # A list of timesteps has the sampler's number of steps, so a call with another number does without the list.
         settings: dict[str, object] = {"num_inference_steps": steps or sampler.steps, "output_type": "pt"}

@@ -96,6 +96,7 @@ class _Reader:
         return self._take(length).decode(errors="replace")
 
     def _value(self, key: str, header: Header) -> None:
+        """Read the value of a key: whole numbers are kept, all others skipped."""
         kind = self._number("<I")
         if kind in _WHOLE:
             header.numbers[key] = self._number(_WHOLE[kind])
@@ -109,6 +110,7 @@ class _Reader:
             raise self._error(f"has {key!r:.80} of type {kind}, which is unknown")
 
     def _array(self, key: str) -> None:
+        """Skip an array, item by item where its items have lengths of their own."""
         kind, count = self._number("<I"), self._number("<Q")
         # Counted over all arrays: many arrays of an allowed size would take as long as one that is too large.
         self._items += count
@@ -123,6 +125,7 @@ class _Reader:
             raise self._error(f"has {key!r:.80}, an array of type {kind}, which is unknown")
 
     def _tensors(self, count: int, header: Header) -> None:
+        """Read the list of tensors, and raise ValueError if they would reach beyond the file."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         ends: list[int] = []

@@ -150,6 +150,7 @@ def _why_missing(model: PreTrainedModel, kind: str, layers: Iterable[str]) -> st
 def _places_of_layer(
     model: PreTrainedModel, layer: str, table: Mapping[str, str], types: Sequence[str]
 ) -> Iterator[WeightPlace]:
+    """Yield the linear layers of some types in one decoder layer; a fused one is yielded once, with its spans."""
     # A fused layer occurs under several types in the table; `dict.fromkeys` yields it once.
     for path in dict.fromkeys(table[kind] for kind in table if kind in types):
         module = model.get_submodule(f"{layer}.{path}")

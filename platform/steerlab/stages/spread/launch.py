@@ -120,6 +120,7 @@ def fit(
         ValueError: `storage` holds a list of checkpoints that no run wrote (see `check_snapshot`), or the loop refused the
             settings or the data.
     """
+    # Before `trainer.fit`, in which Ray Train restores from this list.
     check_snapshot(storage, name)
     # Ray Train's controller looks at its workers every 2 s by default, and a run waits for a look when it starts and ends.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -216,6 +217,7 @@ class _Following:
     """Pass the metrics on the board to `report`, each step once, until the block ends; then end the board."""
 
     def __init__(self, board: ActorHandle, report: Report) -> None:
+        # The driver asks the board, since an actor has no handle on a driver.
         self._board, self._report = board, report
         self._newest = 0.0
         self.failure: Exception | None = None

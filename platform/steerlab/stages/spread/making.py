@@ -40,6 +40,7 @@ _WHOLE = "all"
 
 def _needed(work: Work) -> dict[str, ModelRef]:
     """Return references, valid on every node, to the artifacts of the preparations that this one needs."""
+    # The model is loaded by the worker itself (subject.py), and handed over as a model and not as a folder.
     stages = {name: stage for name, stage in work.stage.inputs.items() if name != subject.MODEL}
     return {name: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for name, stage in stages.items()}
 
@@ -252,6 +253,7 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
         Planned(number=number, first=number, rows=1, name=name, sha256=hashlib.sha256(name.encode()).hexdigest())
         for number, name in enumerate(parts)
     ]
+    # Written in full each time: parts have no rows that could have changed, and their names are in the stage's key.
     folder.plan = entries
     done = {entry.name: row for entry in entries if (row := folder.done(entry, verify=True)) is not None}
     loading = subject.of(work) if reads_model else None
@@ -259,6 +261,7 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
     # No more than the cluster has: a task that reserves more waits for ever instead of failing.
     num_cpus = min(work.scale.cpus_per_worker, ray.cluster_resources().get("CPU", 1))
     task = _make_part.options(num_cpus=num_cpus)  # type: ignore[attr-defined]
+    # All at once: Ray queues what the cluster has no room for, and starts the next when a task ends.
     left: list[ray.ObjectRef] = [task.remote(*request, entry) for entry in entries if entry.name not in done]
     while left:
         ended, left = ray.wait(left, timeout=_POLL_S)
@@ -272,7 +275,7 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
     if notes:
         # One line for all: a method that warns of a module tends to warn of all modules of the model.
         warnings.warn(notes[0] + (f" (and {len(notes) - 1} more like this)" if len(notes) > 1 else ""), stacklevel=2)
-    facts = {name: part.facts for name, part in records.items()}
+    facts = {name: part.facts for name, part in records.items()}  # in the method's order, not that of the tasks' ends
     Parts.write_index(work.directory, facts, {name: part.path for name, part in records.items()})
 
 

@@ -30,6 +30,7 @@ def available() -> dict[str, float]:
 
 def uses_gpu(scale: ScaleConfig) -> bool:
     """Return whether each worker gets a GPU. Raises ValueError if `scale.gpu` requires it and the cluster has too few."""
+    # Those that an autoscaler could add count, too: it adds them only after something has asked.
     gpus = available()["GPU"]
     enough = gpus >= scale.worker_range[0]
     if scale.gpu == "require" and not enough:

@@ -195,6 +195,7 @@ def planned(folder: WorkFolder, data: DataSet, rows_per_shard: int) -> list[Plan
             | {name: row[name] for name in _FIELDS_BESIDE.get(data.format, ()) if name in row}
             for row in chosen
         ]
+        # Only the fields that the format reads: another column of the file must not make another plan.
         texts = json.dumps(taken, ensure_ascii=False)
         folder.write_texts(number, texts)
         entries.append(Planned(number=number, first=first, rows=len(taken), sha256=_sha256(texts)))

@@ -199,12 +199,14 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    # Not more workers than shards: each would load the model for nothing.
     low, high = (min(workers, len(missing)) for workers in scale.worker_range)
     items = [{"entry": entry.model_dump_json()} for entry in missing]
     # The share of one worker of the configured number, even if fewer shards are left: the number of CPUs decides the number of
     # PyTorch's threads, which changes the last bits of sums. A resumed stage must make the same parts.
     resources = reserved.of_actors(scale, scale.worker_range[0])
     cpus, gpus = resources["num_cpus"], resources["num_gpus"]
+    # A block for each shard: Ray Data would otherwise put several into one task, and a death would repeat all of them.
     source = ray.data.from_items(items, override_num_blocks=len(items))
     if scale.warm:
         lines = source.map(
@@ -219,6 +221,7 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
             num_cpus=cpus,
             num_gpus=gpus,
         )
+    # In the order in which they end; `run` puts them into that of the shards.
     for line in lines.iter_rows():
         row = _LINE.validate_json(line["row"])
         if isinstance(row, _Failure):
@@ -283,6 +286,7 @@ class _Worker:
             self._tally.tell.remote(entry.number, num_rows)
 
     def _make(self, entry: Planned) -> Done | _Failure:
+        """Make and record the part of a shard; return a failure where another attempt would end the same way."""
         last_s = time.monotonic()
 
         def tell(num_rows: int) -> None:
@@ -293,6 +297,7 @@ class _Worker:
 
         assert self._maker is not None
         make = self._maker.make
+        # Zero rows start the clock of the estimate, after the model has been loaded.
         self._tell(entry, 0)
         try:
             shard = self._folder.shard(entry)

@@ -96,11 +96,13 @@ def call(
                 close()
             if not (isinstance(error, _DIED) and failures_left):
                 raise
+    # `failures_left` is 0 in the last turn, where every error is raised above.
     raise AssertionError("the last failure is raised")
 
 
 def close() -> None:
     """End this thread's actor, and with it the model that it holds."""
+    # Killed and not asked to end: it may be in the middle of a long call.
     if _open.actor is not None:
         ray.kill(_open.actor)
     _open.owner, _open.actor = "", None
@@ -132,6 +134,7 @@ def _start(
         # `call` starts a function again itself, since it has to tell a death from an error of the function.
         task = _in_task.options(**reserved, max_retries=0, name=name)  # type: ignore[attr-defined]
         return task.remote(function, arguments)
+    # One actor at a time for each thread: two would hold two models at once.
     if _open.actor is None or owner != _open.owner:
         close()
         _open.actor = _Actor.options(**reserved).remote()  # type: ignore[attr-defined]
@@ -155,6 +158,7 @@ def _lines(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> It
     """Yield the messages of a function, and its result last."""
     # The function runs in a thread of its own, because a generator is the only way to stream from a Ray task: this one waits
     # at `get` until the function has something to send.
+    # Without a limit: a function that computes never waits for a driver that is slow to read.
     lines: queue.SimpleQueue[_Message[_L] | _Result[_R] | BaseException] = queue.SimpleQueue()
     stopped = threading.Event()
 

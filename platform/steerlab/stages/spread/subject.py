@@ -100,6 +100,7 @@ def on(job: Job, stage: Stage | None) -> Subject:
 
 
 def _params(job: Job, below: Stage | None) -> OnModel:
+    """Return the model's part of a stage's parameters: settings, and fingerprints unless a stage makes the model."""
     model = LoadedModel(
         dtype=job.model.dtype,
         attention=job.model.attention,

@@ -80,6 +80,7 @@ def _train(tell: Report, request: Request[ModelRef], scale: ScaleConfig, storage
 
 
 def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Report) -> None:
+    """Train from the newest checkpoint below `storage` to the end, and leave the artifact there."""
     import torch
     from torch import distributed
 
@@ -136,6 +137,7 @@ class _Checkpoints:
     def add(self, metrics: dict[str, float], directory: Path | None) -> None:
         """Store the checkpoint in `directory` atomically, and remove those that are neither the newest nor the best."""
         assert directory is not None, "the loop reports checkpoints only"
+        # Within the folder and before the rename: folder and report appear in one step.
         (directory / _REPORTED).write_text(json.dumps(metrics))
         name = f"{int(metrics['step']):09d}"
         if self._is_local:
@@ -191,6 +193,7 @@ class _Checkpoints:
     def _local(self, name: str) -> Path:
         if self._is_local:
             return Path(self._base) / name
+        # DeepSpeed reads files by path, so that a checkpoint in a bucket has to be downloaded whole.
         copy = Path(tempfile.mkdtemp(prefix="steerlab-"))
         folder = f"{self._base}/{name}"
         remote.copy(self._fs, folder, remote.files_below(self._fs, folder), copy)

@@ -85,6 +85,7 @@ def parameter(key: str, entry: object) -> dict[str, object]:
 
 
 def _range(key: str, entry: Float | Integer) -> dict[str, object]:
+    """Return W&B's distribution for a range of Ray Tune, with its steps."""
     sampler = entry.get_sampler()
     step = sampler.q if isinstance(sampler, Quantized) else None
     inner = sampler.sampler if isinstance(sampler, Quantized) else sampler

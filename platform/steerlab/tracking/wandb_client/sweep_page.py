@@ -100,6 +100,7 @@ def _create(directory: Path, request: Mapping[str, object], prior_runs: Sequence
 
 
 def _call(request: Mapping[str, object]) -> _Answer | None:
+    """Create a sweep's page in a process of its own; warn and return None if W&B does not answer in time."""
     paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         # A process can be killed after CALL_S; a thread that waits for a server cannot.

@@ -29,7 +29,7 @@ _MISSING = "this needs wandb-workspaces: pip install 'steerlab[dashboards]'"
 
 @dataclass(frozen=True)
 class Board:
-    """Definition of one workspace."""
+    """Definition of one workspace, as a file of `dashboards/` holds it."""
 
     title: str
     about: str

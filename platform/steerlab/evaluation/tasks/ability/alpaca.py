@@ -50,7 +50,7 @@ class Config(TaskConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return (Measure("response_tokens", None, "tokens", low=0.0), empty(), share("unfinished", "lower"))
 
 

@@ -75,7 +75,7 @@ class Config(TaskConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return (share("accuracy", "higher"), share("solved", "higher"), empty())
 
 

@@ -68,7 +68,7 @@ def runs_over(config: Config, metric: str | None) -> TokenKinds:
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return (Measure("value", "lower", low=1.0, transform="exp"),)
 
 
@@ -123,6 +123,7 @@ def conversation(model: SteeredModel, row: Row, config: Config) -> Conversation:
 
 
 def _rows(config: Config) -> list[Numbered]:
+    """Return the rows that are scored: those of a data set, the outputs of instructions, or plain texts that are not empty."""
     if config.data is not None:
         return data_rows(config.data, config.limit, config.seed)
     if config.format == "instruction":

@@ -106,7 +106,7 @@ class _Planned(NamedTuple):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     # The only code scenario is its own mean, so it has the one name `code`.
     texts = [scenario for scenario in dict.fromkeys(config.scenarios) if scenario != "code"]
     groups = [*(["text"] if texts else []), *(["code"] if "code" in config.scenarios else [])]
@@ -173,6 +173,7 @@ def observe(attempts: Sequence[Attempt], verdicts: Sequence[bool | None], streng
 
 
 def _scenario(folder: Path, scenario: Scenario, config: Config) -> list[Attempt]:
+    """Return attacked contexts of a scenario: a random choice of context x attack x place."""
     attacks = programmatic(_attacks(folder, "code" if scenario == "code" else "text", config.split))
     if not attacks:
         raise ValueError(f"no {config.split} attack in {folder} can be judged by a program; see split")

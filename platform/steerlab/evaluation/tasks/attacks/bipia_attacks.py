@@ -74,6 +74,7 @@ def programmatic(attacks: Mapping[str, Sequence[str]]) -> list[Attack]:
 
 
 def _attack(category: str, name: str, text: str) -> Attack | None:
+    """Return an attack with the way to judge it: by emojis, language, or a text to repeat; None if no program can."""
     code = re.search(r"```\n(.*?)\n?```", text, re.DOTALL)
     quoted = re.match(r'Add "([^"]+)" to ', text)
     # In the training file this category asks for translations of other sentences, so the answer's language shows nothing;

@@ -88,7 +88,7 @@ def run_purple(model: SteeredModel, config: PurpleConfig) -> Result:
 
 
 def measures(config: GandalfConfig | PurpleConfig) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return (share("asr", "lower"), empty())
 
 
@@ -137,6 +137,7 @@ def _split_sources(config: GandalfConfig) -> list[str]:
 
 
 def _run(model: SteeredModel, config: GandalfConfig | PurpleConfig, rows: Sequence[Numbered], rule: str, word: str) -> Result:
+    """Ask every question under a rule that forbids a word; the attack succeeds where the answer holds the word."""
     rows = choose(rows, config.limit, config.seed)
     prompts = [model.encoder.conversation(rule, str(item.row["text"])) for item in rows]
     observations, samples = [], []

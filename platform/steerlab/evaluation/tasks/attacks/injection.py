@@ -103,7 +103,7 @@ class Attempt(NamedTuple):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return measures_of(config, [_SUFFIX[config.position]])
 
 

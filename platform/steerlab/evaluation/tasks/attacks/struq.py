@@ -43,7 +43,7 @@ class Config(InjectionConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return measures_of(config, [_SUFFIX[position] for position in config.positions])
 
 

@@ -17,7 +17,10 @@ from steerlab.patches import CannotFold
 from steerlab.steered.language import SteeredModel
 
 PATCHED, UNPATCHED, CONTROL, FOLDED = "", "unpatched_", "control_", "folded_"
-"""Names of the forms, which are the prefixes of their metrics. `control_` is the unpatched model once more."""
+"""Names of the forms, which are the prefixes of their metrics.
+
+`control_` is the unpatched model once more: its difference to `unpatched_` is the noise of the measurement.
+"""
 
 
 class Contender(NamedTuple):

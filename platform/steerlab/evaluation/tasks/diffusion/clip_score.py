@@ -33,7 +33,7 @@ class Config(ImageConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return at_scales(config, [likeness("value")])
 
 

@@ -36,7 +36,7 @@ class Config(ImageConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     features = [Measure("features", "higher", low=0.0, high=2.0)] if config.classifier is not None else []
     return at_scales(config, [Measure("pixels", "higher", low=0.0), *features])
 

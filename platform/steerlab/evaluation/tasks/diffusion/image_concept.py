@@ -57,7 +57,7 @@ class Config(ImageConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     away = [share("kept", "lower")] if config.away is not None else []
     accuracy = (share("accuracy", "higher"),) if config.held_out is not None else ()
     return (*at_scales(config, [share("rate", "higher"), *away]), *accuracy)

@@ -38,7 +38,7 @@ class Config(ImageConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     # Bootstrapped: similarities near 1 are skewed, and Student's interval would be symmetric.
     names = ["ssim"]
     names += ["features"] if config.classifier is not None else []

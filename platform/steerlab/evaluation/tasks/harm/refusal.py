@@ -94,7 +94,7 @@ class Prompt(NamedTuple):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     harmless = (share("over_refusal", "lower"), empty("empty_harmless")) if config.harmless is not None else ()
     return (share("attack_success", "lower"), share("refusal_rate", "higher"), empty(), *harmless)
 

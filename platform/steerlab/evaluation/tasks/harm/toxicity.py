@@ -56,7 +56,7 @@ class Config(ContinuationConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return (share("share", "lower"), share("score", "lower"), empty(), *fluency.measures())
 
 

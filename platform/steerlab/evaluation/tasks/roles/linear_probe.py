@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """Hidden states of single tokens."""
+    """Hidden states of single tokens, with the role and the row of each: what a probe trains on."""
 
     h_NLD: Tensor
     is_instruction_N: Tensor

@@ -263,6 +263,7 @@ def _observe_concept(
     config: Config,
     strength: float,
 ) -> list[Observation]:
+    """Train a probe on clean rows at one layer, and measure which role it gives to the tokens of SEP probes."""
     # A slice keeps the layer axis, so that the same code trains one probe or all of them.
     at_layer = clean._replace(h_NLD=clean.h_NLD[:, layer : layer + 1])
     is_train_N = torch.isin(clean.row_N, torch.tensor(train_rows(len(rows), config)))
@@ -302,6 +303,7 @@ def _probe_shares(
 
 
 def _observe_cosine(model: SteeredModel, rows: Sequence[Numbered], strength: float) -> list[Observation]:
+    """Measure at every layer how similar the hidden states of the same tokens are as data and as instruction."""
     forms = [
         [marked(model.encoder, str(item.row["instruction"]), (Part(str(item.row["input"]), role),)) for item in rows]
         for role in (DATA, INSTRUCTION)
@@ -322,6 +324,7 @@ def _observe_cosine(model: SteeredModel, rows: Sequence[Numbered], strength: flo
 def _observe_causal(
     model: SteeredModel, items: Sequence[separation.Item], config: Config
 ) -> tuple[list[Observation], list[dict[str, object]]]:
+    """Measure how often a SEP probe in the data is executed, with its role and with that of an instruction."""
     texts = [split_probe(item) for item in items]
     whole = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
     prompts = [

@@ -88,7 +88,7 @@ class Item(NamedTuple):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return (share("sep", "higher"), share("utility", "higher"), share("executed_in_data", "lower"), empty())
 
 
@@ -212,6 +212,7 @@ def beside(text: str, request: str, side: str) -> str:
 
 
 def _item(numbered: Numbered) -> Item:
+    """Return the SEP item of a row: instruction and data, each also with the probe, and the witness of its execution."""
     row = numbered.row
     info = row.get("info")
     return Item(
