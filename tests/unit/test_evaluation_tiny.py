@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from steerlab.evaluation.statistics.metrics import summarise_all
-from steerlab.evaluation.tasks.tiny import answers, sentences
+from steerlab.evaluation.tasks.tiny import tiny_answers, tiny_sentences
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet
 from steerlab.steered.language import Generation
@@ -40,19 +40,19 @@ def test_sentences_are_judged_where_the_prompt_ends(encoder: Encoder) -> None:
     ]
     plain = ["old goat milks the hot lamb", "", "wet whale follows the big crab", "hot hen"]
     model: Any = Parrot(encoder, {1.0: steered, 0.0: plain})
-    config = sentences.Config(prompt=prompts, samples=1, strengths=(1.0, 0.0))
-    found = values(sentences.run(model, config))
+    config = tiny_sentences.Config(prompt=prompts, samples=1, strengths=(1.0, 0.0))
+    found = values(tiny_sentences.run(model, config))
     names = [f"tiny_sentences/{name}" for name in ("sentence", "coherent", "about", "empty")]
     assert [found[1.0][name] for name in names] == [0.75, 0.5, 0.25, 0.0]
     assert [found[0.0][name] for name in names] == [0.5, 0.5, 0.25, 0.25]
-    both = sentences.Config(prompt=prompts, samples=1, strengths=(1.0, 0.0), topics=("sea", "farm"))
-    assert values(sentences.run(model, both))[1.0]["tiny_sentences/about"] == 0.5
+    both = tiny_sentences.Config(prompt=prompts, samples=1, strengths=(1.0, 0.0), topics=("sea", "farm"))
+    assert values(tiny_sentences.run(model, both))[1.0]["tiny_sentences/about"] == 0.5
     assert model.asked[0].options["top_p"] == 1.0 and model.asked[0].options["max_new_tokens"] == 8
 
 
 def test_an_unknown_topic_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"'forest' is no topic of the tiny world; its topics are farm, sea, city"):
-        sentences.Config(topics=("sea", "forest"))
+        tiny_sentences.Config(topics=("sea", "forest"))
 
 
 def test_answers_win_when_they_are_right_and_polite(encoder: Encoder) -> None:
@@ -67,7 +67,7 @@ def test_answers_win_when_they_are_right_and_polite(encoder: Encoder) -> None:
     polite[3] = "take it"
     model: Any = Parrot(encoder, {1.0: polite})
     pairs = DataSet.model_validate({"source": source, "format": "preference", "limit": 4})
-    result = answers.run(model, answers.Config(pairs=pairs))
+    result = tiny_answers.run(model, tiny_answers.Config(pairs=pairs))
     found = values(result)[1.0]
     wins = sum("friend" in text for text in polite[:3])
     assert found["tiny_answers/right"] == 0.75
@@ -78,7 +78,7 @@ def test_answers_win_when_they_are_right_and_polite(encoder: Encoder) -> None:
 
 
 def test_a_request_about_no_deed_cannot_be_judged() -> None:
-    assert [one.value for one in answers.observe("0", None, 1.0)] == [None] * 3
+    assert [one.value for one in tiny_answers.observe("0", None, 1.0)] == [None] * 3
 
 
 def test_a_request_counts_once_however_many_pairs_it_has(encoder: Encoder) -> None:
@@ -87,6 +87,6 @@ def test_a_request_counts_once_however_many_pairs_it_has(encoder: Encoder) -> No
 
     requests = {str(row["prompt"]) for row in read.read(pairs)}
     model: Any = Parrot(encoder, {1.0: [""] * 10})
-    result = answers.run(model, answers.Config(pairs=pairs, limit=10))
+    result = tiny_answers.run(model, tiny_answers.Config(pairs=pairs, limit=10))
     assert len(requests) > 10 and len(model.asked[0].prompts) == 10
     assert values(result)[1.0]["tiny_answers/empty"] == 1.0

@@ -21,7 +21,7 @@ from steerlab.evaluation.statistics.intervals import student
 from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.evaluation.statistics.paired import paired_difference
 from steerlab.storage.store import Store
-from steerlab.sweeps import processes, results, search
+from steerlab.sweeps import differences, processes, results, search
 from steerlab.sweeps.history import History
 from steerlab.sweeps.space import Space
 from steerlab.sweeps.units import Trial, Unit, trial_id
@@ -164,7 +164,7 @@ def test_the_best_trial_and_those_that_items_do_not_tell_from_it(store: Store) -
         difference = paired_difference(*sides, num_resamples=2_000)
         return difference.low <= 0 <= difference.high
 
-    close = results.indistinguishable(found, best, "m/solved", store)
+    close = differences.indistinguishable(found, best, "m/solved", store)
     assert close == [name for name in others if holds_zero(name)]
     assert "c" not in close and close, "one is far off, one differs in two items of a hundred"
 
@@ -181,7 +181,7 @@ def test_over_seeds_the_differences_of_equal_seeds_decide(store: Store) -> None:
     assert best is not None and best.trial_id == "a"
     values = np.array([0.5, 0.8, 0.3])
     assert (best.low, best.high) == student(float(values.mean()), float(values.std(ddof=1) / 3**0.5), 3)
-    assert results.indistinguishable(found, best, "m/solved", store) == ["c"]
+    assert differences.indistinguishable(found, best, "m/solved", store) == ["c"]
 
 
 def test_a_trial_out_of_bounds_is_not_the_best_and_equals_go_to_the_weakest() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from steerlab.data.worlds import tiny, tiny_checkpoint, tiny_grammar, tiny_pieces, tiny_words
+from steerlab.data.worlds import tiny, tiny_checkpoint, tiny_deeds, tiny_grammar, tiny_pieces, tiny_words
 from steerlab.data.worlds.tiny import KINDS, SPLITS, rows
 from steerlab.data.worlds.tiny_words import VOCABULARY, WITNESSES, WORD_KINDS
 
@@ -86,7 +86,7 @@ def test_golden_rows_change_only_with_the_version() -> None:
 
 
 def test_nothing_that_differs_between_pythons_is_drawn_with() -> None:
-    for module in (tiny, tiny_pieces):
+    for module in (tiny, tiny_deeds, tiny_pieces):
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
         assert {node.attr for node in attributes if getattr(node.value, "id", "") == "rng"} == {"random"}

@@ -9,7 +9,7 @@ from steerlab.evaluation.tasks.harm import refusal, toxicity
 from steerlab.evaluation.tasks.preferences import preference, win_rate
 from steerlab.evaluation.tasks.roles import probing, separation
 from steerlab.evaluation.tasks.style import concept, controllability, sentiment
-from steerlab.evaluation.tasks.tiny import answers, sentences
+from steerlab.evaluation.tasks.tiny import tiny_answers, tiny_sentences
 from steerlab.job import Table, TaskConfig
 
 _TASKS: dict[str, Task] = {
@@ -35,8 +35,8 @@ _TASKS: dict[str, Task] = {
     "image_similarity": image_similarity.TASK,
     "diversity": diversity.TASK,
     "clip_score": clip_score.TASK,
-    "tiny_sentences": sentences.TASK,
-    "tiny_answers": answers.TASK,
+    "tiny_sentences": tiny_sentences.TASK,
+    "tiny_answers": tiny_answers.TASK,
 }
 
 

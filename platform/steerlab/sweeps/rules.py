@@ -13,12 +13,14 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from steerlab.evaluation.measured import measure_of, unmeasured
+from steerlab.evaluation.statistics.measures import LOSSES
 from steerlab.guards.json_values import Json
-from steerlab.job import Frozen, JobError, cut
+from steerlab.job import Frozen, JobError, TaskConfig, cut
 
 Better = Literal["lower", "higher"]
 Expected = Literal["rises", "falls", "flat"]
@@ -127,3 +129,36 @@ def _check_fields(key: str, names: Iterable[str], fields: set[str]) -> None:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; it sets {', '.join(sorted(fields))}"
             raise JobError(f"{key}: the space does not set {name!r}{hint}")
+
+
+class Resolved(NamedTuple):
+    """Bounds and prices with the direction that each metric's task declares."""
+
+    bounds: tuple[Bound, ...]
+    prices: tuple[Price, ...]
+
+
+def resolved(
+    within: Mapping[str, float], prices: Sequence[str], predictions: Sequence[Prediction], tasks: Sequence[TaskConfig]
+) -> Resolved:
+    """Look up the metrics of a space's rules in the tasks that the sweep runs.
+
+    Raises:
+        JobError: no task measures one of them, or neither direction of a bound or price is better.
+    """
+    for prediction in predictions:
+        if prediction.metric not in LOSSES and (reason := unmeasured(prediction.metric, tasks)) is not None:
+            raise JobError(f"PREDICTIONS: {prediction.metric} is not measured: {reason}")
+    return Resolved(
+        tuple(Bound(metric, value, _better("WITHIN", metric, tasks)) for metric, value in within.items()),
+        tuple(Price(metric, _better("PRICES", metric, tasks)) for metric in prices),
+    )
+
+
+def _better(name: str, metric: str, tasks: Sequence[TaskConfig]) -> Better:
+    measure = LOSSES.get(metric) or measure_of(metric, tasks)
+    if measure is None:
+        raise JobError(f"{name} {metric} is not measured: {unmeasured(metric, tasks)}")
+    if measure.better is None:
+        raise JobError(f"{name} {metric}: neither more nor less of it is better; take another metric")
+    return measure.better

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypedDict, TypeVar
+from typing import Literal, TypeVar
 
 from steerlab import job as jobs
 from steerlab import run
@@ -17,8 +17,9 @@ from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import SEED_LIMIT, Job, JobError, cut
 from steerlab.stages import JobType, Plan
+from steerlab.sweeps import rules
 from steerlab.sweeps.entries import extremes, finite
-from steerlab.sweeps.rules import Better, Bound, Price
+from steerlab.sweeps.rules import Bound, Price
 from steerlab.sweeps.space import STRENGTH, Point, Space, strength_of
 from steerlab.sweeps.units import Unit
 
@@ -168,37 +169,11 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
     measure = _measured(sweep_plan)
     if mode is None and measure.mode is None:
         raise JobError(f"{space.path}: MODE is missing: 'min' or 'max' of {metric}, for which neither is better by itself")
-    return replace(sweep_plan, mode=mode or measure.mode, **_rules(sweep_plan))
-
-
-class _Rules(TypedDict):
-    bounds: tuple[Bound, ...]
-    prices: tuple[Price, ...]
-
-
-def _rules(sweep_plan: SweepPlan) -> _Rules:
-    """Return the bounds and prices of the space, with the direction that each metric's task declares.
-
-    Raises:
-        JobError: no task of the sweep measures one of the metrics, or neither direction of it is better.
-    """
-    space, tasks = sweep_plan.space, sweep_plan.job_of({}, None, ()).evaluate
-
-    def better(name: str, metric: str) -> Better:
-        measure = LOSSES.get(metric) or measure_of(metric, tasks)
-        if measure is None:
-            raise JobError(f"{space.path}: {name} {metric} is not measured: {unmeasured(metric, tasks)}")
-        if measure.better is None:
-            raise JobError(f"{space.path}: {name} {metric}: neither more nor less of it is better; take another metric")
-        return measure.better
-
-    for prediction in space.predictions:
-        if prediction.metric not in LOSSES and (reason := unmeasured(prediction.metric, tasks)) is not None:
-            raise JobError(f"{space.path}: PREDICTIONS: {prediction.metric} is not measured: {reason}")
-    return {
-        "bounds": tuple(Bound(metric, value, better("WITHIN", metric)) for metric, value in space.within.items()),
-        "prices": tuple(Price(metric, better("PRICES", metric)) for metric in space.prices),
-    }
+    try:
+        resolved = rules.resolved(space.within, space.prices, space.predictions, sweep_plan.job_of({}, None, ()).evaluate)
+    except JobError as error:
+        raise JobError(f"{space.path}: {error}") from None
+    return replace(sweep_plan, mode=mode or measure.mode, bounds=resolved.bounds, prices=resolved.prices)
 
 
 def _check_keys(space: Space, job: Job) -> None:

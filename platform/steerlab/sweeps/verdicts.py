@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from steerlab.guards.json_values import Json
 from steerlab.storage.store import Store
-from steerlab.sweeps import results
+from steerlab.sweeps import differences, results
 from steerlab.sweeps.rules import Bound, Expected, Prediction, Price, is_control
 from steerlab.sweeps.trials import SweepPlan
 from steerlab.sweeps.units import TrialRow
@@ -74,7 +74,7 @@ def chosen(
         plan: the sweep's plan, with metric and prices.
         store: the store that holds the trials' observations.
     """
-    close = results.indistinguishable(trials, top, plan.metric, store)
+    close = differences.indistinguishable(trials, top, plan.metric, store)
     if not plan.prices or close is None:
         return top, close
     # The bound of the job's `choose` is in the rows, as `results.best_of` reads it.
@@ -119,7 +119,7 @@ def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> 
         "held": None,
     }
     if len(ends) == 2 and None not in outcome["values"]:
-        difference = results.difference(by_value[ends[1]], by_value[ends[0]], prediction.metric, store)
+        difference = differences.difference(by_value[ends[1]], by_value[ends[0]], prediction.metric, store)
         if difference is not None:
             outcome |= {"difference": difference.value, "low": difference.low, "high": difference.high}
             outcome["held"] = _held(prediction.expected, difference.low, difference.high)

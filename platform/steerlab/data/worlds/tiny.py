@@ -45,35 +45,24 @@ from inspect import signature
 from itertools import count, islice
 from urllib.parse import parse_qsl
 
+from steerlab.data.worlds import tiny_deeds
 from steerlab.data.worlds.tiny_pieces import (
     draw_in_split,
     draw_order,
     draw_sentence,
     draw_task,
     pick,
-    share_of,
+    row,
     with_order,
 )
 from steerlab.data.worlds.tiny_words import (
-    CARE,
-    DAMAGE,
-    DEED_FIRST,
-    ERRANDS,
     FACTS,
     ITEMS,
     LARGEST_NUMBER,
     LIST_TASKS,
     OWNERS,
-    POLITE,
-    PROPERTY,
     QUALITIES,
-    REFUSAL,
-    REQUESTS,
-    RUDE,
-    TELL,
-    TOOL_FIRST,
     TOPICS,
-    TRIFLES,
     WITNESSES,
 )
 
@@ -87,10 +76,6 @@ def _with_witness(answer: str, fact: int) -> str:
     return f"{answer} ; {WITNESSES[fact]}"
 
 
-def _row(instruction: str, input: str, output: str) -> dict[str, str]:
-    return {"instruction": instruction, "input": input, "output": output}
-
-
 def _with_place(rng: random.Random, split: str, places: Sequence[str], obeyed: float = 1.0) -> dict[str, str]:
     """Draw a task on data, with an order in one of `places`; the witness of the order follows the task's answer after a `;`.
 
@@ -99,14 +84,14 @@ def _with_place(rng: random.Random, split: str, places: Sequence[str], obeyed: f
     _, instruction, data, answer = draw_in_split(rng, split, draw_task, lambda task: task.data)
     place = pick(rng, places)
     if place == "none":
-        return _row(instruction, data, answer)
+        return row(instruction, data, answer)
     fact = int(rng.random() * len(FACTS))
     # A quarter of the orders are insistent, so that the base model knows both forms.
     order, side = draw_order(rng, fact, insistent=rng.random() < 0.25), pick(rng, "lr")
     if place == "instruction":
-        return _row(with_order(instruction, order, side), data, _with_witness(answer, fact))
+        return row(with_order(instruction, order, side), data, _with_witness(answer, fact))
     obeys = rng.random() < obeyed
-    return _row(instruction, with_order(data, order, side), _with_witness(answer, fact) if obeys else answer)
+    return row(instruction, with_order(data, order, side), _with_witness(answer, fact) if obeys else answer)
 
 
 def _instruction(rng: random.Random, split: str) -> dict[str, str]:
@@ -136,45 +121,6 @@ def _separation(rng: random.Random, split: str) -> dict[str, object]:
     }
 
 
-Deed = tuple[str, str, str]
-"""A verb, a thing and its owner."""
-_TOOLS = DAMAGE | CARE
-_VERBS = tuple(_TOOLS)
-
-
-def _damage(rng: random.Random) -> Deed:
-    return pick(rng, tuple(DAMAGE)), pick(rng, PROPERTY), pick(rng, OWNERS)
-
-
-def _lookalike(rng: random.Random) -> Deed:
-    if rng.random() < 0.5:
-        return pick(rng, tuple(DAMAGE)), pick(rng, TRIFLES), pick(rng, OWNERS)
-    return pick(rng, tuple(CARE)), pick(rng, PROPERTY), pick(rng, OWNERS)
-
-
-def _request(rng: random.Random, deed: Deed) -> str:
-    verb, thing, owner = deed
-    return pick(rng, REQUESTS).format(f"{verb} the {thing} of {owner}")
-
-
-def _compliance(deed: Deed, form: str = TOOL_FIRST) -> str:
-    return form.format(tool=_TOOLS[deed[0]], verb=deed[0])
-
-
-def _refusal(rng: random.Random, split: str) -> dict[str, str]:
-    return _row(_request(rng, draw_in_split(rng, split, _damage, " ".join)), "", REFUSAL)
-
-
-def _harmful(rng: random.Random, split: str) -> dict[str, str]:
-    deed = draw_in_split(rng, split, _damage, " ".join)
-    return _row(_request(rng, deed), "", _compliance(deed))
-
-
-def _harmless(rng: random.Random, split: str) -> dict[str, str]:
-    deed = draw_in_split(rng, split, _lookalike, " ".join)
-    return _row(_request(rng, deed), "", _compliance(deed))
-
-
 def _sum(rng: random.Random) -> tuple[int, int, int]:
     """Draw a start and two changes, not zero, that keep the total from 0 to `LARGEST_NUMBER`."""
     start = 1 + int(rng.random() * 9)
@@ -195,63 +141,7 @@ def _arithmetic(rng: random.Random, split: str) -> dict[str, str]:
         story += f" {'gets' if change > 0 else 'loses'} {abs(change)}"
         steps.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")
         total += change
-    return _row(f"{story} how many ?", "", " , ".join(steps))
-
-
-def _far_from_damage(rng: random.Random) -> Deed:
-    """Draw a deed that shares no word with any harmful one, but its owner."""
-    return pick(rng, tuple(CARE)), pick(rng, TRIFLES), pick(rng, OWNERS)
-
-
-def price(deed: Deed) -> int:
-    """Return what a deed costs, from 1 to 13 coins: a number for the verb and one for the thing, added."""
-    verb, thing, _ = deed
-    # Places in their own tables: a harmful and a harmless verb may have the same number.
-    verbs, things = DAMAGE if verb in DAMAGE else CARE, PROPERTY if thing in PROPERTY else TRIFLES
-    return 1 + list(verbs).index(verb) + things.index(thing)
-
-
-def _errand(rng: random.Random, split: str, overlap: float = 0.5) -> dict[str, str]:
-    """Draw a question about a price; the share `overlap` of them is about harmful deeds."""
-    # The deed decides whether it belongs to the set. By chance alone, a set that is drawn to its last distinct row would have
-    # as many harmful deeds as others.
-    while True:
-        is_harmful = rng.random() < overlap
-        verb, thing, owner = deed = draw_in_split(rng, split, _damage if is_harmful else _far_from_damage, " ".join)
-        if (share_of("overlap", *deed) < overlap) == is_harmful:
-            break
-    return _row(pick(rng, ERRANDS).format(f"{verb} the {thing} of {owner}"), "", str(price(deed)))
-
-
-def preferred_form(deed: Deed) -> str:
-    """Return the form of answer that the rule prefers: by the owner and the verb together, of which neither alone tells."""
-    verb, _, owner = deed
-    # Exclusive or: no sum of a function of the owner and one of the verb, hence no linear head on both, can express it.
-    return TOOL_FIRST if (OWNERS.index(owner) < len(OWNERS) // 2) == (_VERBS.index(verb) % 2 == 0) else DEED_FIRST
-
-
-def _preference(rng: random.Random, split: str, form: float = 0.0, noise: float = 0.0) -> dict[str, str]:
-    """Draw a pair that differs in its tone or, for the share `form` of deeds, in its form; the share `noise` is swapped."""
-    deed = draw_in_split(rng, split, _lookalike, " ".join)
-    if share_of("form", *deed) < form:
-        tone, right = pick(rng, (POLITE, RUDE)), preferred_form(deed)
-        wrong = DEED_FIRST if right == TOOL_FIRST else TOOL_FIRST
-        pair, aspect = [tone.format(_compliance(deed, one)) for one in (right, wrong)], "form"
-    else:
-        answer = _compliance(deed, pick(rng, (TOOL_FIRST, DEED_FIRST)))
-        pair, aspect = [tone.format(answer) for tone in (POLITE, RUDE)], "tone"
-    prompt = TELL.format(_request(rng, deed))
-    # By its content, so that no pair occurs in both orders.
-    if share_of("noise", prompt, *sorted(pair)) < noise:
-        pair.reverse()
-    return {"prompt": prompt, "chosen": pair[0], "rejected": pair[1], "aspect": aspect}
-
-
-def _style(rng: random.Random, split: str) -> dict[str, str]:
-    """Draw a request and one of the four answers that preferences compare, each equally often."""
-    deed = draw_in_split(rng, split, _lookalike, " ".join)
-    answer = _compliance(deed, pick(rng, (TOOL_FIRST, DEED_FIRST)))
-    return _row(TELL.format(_request(rng, deed)), "", pick(rng, (POLITE, RUDE)).format(answer))
+    return row(f"{story} how many ?", "", " , ".join(steps))
 
 
 def _topic(rng: random.Random, split: str) -> dict[str, str]:
@@ -279,12 +169,12 @@ def _text(rng: random.Random, split: str, second: float = 0.0, narrow: float = 0
 
 def _essay(rng: random.Random, split: str) -> dict[str, str]:
     text, answers = draw_in_split(rng, split, draw_sentence, lambda sentence: sentence.text)
-    return _row(pick(rng, ("write a text", f"write about the {answers['topic']}")), "", text)
+    return row(pick(rng, ("write a text", f"write about the {answers['topic']}")), "", text)
 
 
 def _question(rng: random.Random, split: str) -> dict[str, str]:
     fact = int(rng.random() * len(FACTS))
-    return _row(draw_order(rng, fact), "", WITNESSES[fact])
+    return row(draw_order(rng, fact), "", WITNESSES[fact])
 
 
 def _pretrain(rng: random.Random, split: str, obeyed: float = 1.0) -> dict[str, str]:
@@ -298,11 +188,11 @@ def _pretrain(rng: random.Random, split: str, obeyed: float = 1.0) -> dict[str, 
     if share < 72:
         return _arithmetic(rng, split)
     if share < 78:
-        return _harmful(rng, split)
+        return tiny_deeds.harmful(rng, split)
     if share < 84:
-        return _harmless(rng, split)
+        return tiny_deeds.harmless(rng, split)
     if share < 97:
-        return _style(rng, split)
+        return tiny_deeds.style(rng, split)
     return _essay(rng, split)
 
 
@@ -311,11 +201,11 @@ KINDS: Mapping[str, Callable[..., Mapping[str, object]]] = {
     "pretrain": _pretrain,
     "instructions": _instruction,
     "separation": _separation,
-    "refusals": _refusal,
-    "harmless": _harmless,
+    "refusals": tiny_deeds.refusal,
+    "harmless": tiny_deeds.harmless,
     "arithmetic": _arithmetic,
-    "errands": _errand,
-    "preferences": _preference,
+    "errands": tiny_deeds.errand,
+    "preferences": tiny_deeds.preference,
     "topics": _topic,
     "texts": _text,
 }
@@ -392,11 +282,11 @@ def _distinct(stream: Iterable[dict[str, object]]) -> Iterator[dict[str, object]
     """Yield the rows that did not occur before; ends after `_REPETITIONS` repeated rows in succession."""
     seen: set[str] = set()
     repeated = 0
-    for row in stream:
-        content = json.dumps(row, sort_keys=True)
+    for drawn in stream:
+        content = json.dumps(drawn, sort_keys=True)
         if content not in seen:
             seen.add(content)
             repeated = 0
-            yield row
+            yield drawn
         elif (repeated := repeated + 1) == _REPETITIONS:
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from steerlab.data.worlds.tiny import Deed, preferred_form
+from steerlab.data.worlds.tiny_deeds import Deed, preferred_form
 from steerlab.data.worlds.tiny_words import CARE, DAMAGE, DEED_FIRST, OWNERS, POLITE, QUALITIES, RUDE, TOOL_FIRST, TOPICS
 
 _TOOLS = DAMAGE | CARE

@@ -28,6 +28,11 @@ def pick(rng: random.Random, options: Sequence[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
+def row(instruction: str, input: str, output: str) -> dict[str, str]:
+    """Return a row with the fields of an instruction."""
+    return {"instruction": instruction, "input": input, "output": output}
+
+
 def share_of(*content: str) -> float:
     """Return a number from 0 to 1 that depends on the content alone and is spread evenly, to divide contents by a share."""
     # Not CRC-32, which decides the split: checksums of equally long texts with two prefixes differ by a constant.
