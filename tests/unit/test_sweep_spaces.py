@@ -352,6 +352,8 @@ SPACES = {
     "tiny/steering_steps": "lineas",
     "tiny/alpha": "iav",
     "tiny/guidance": "diffusion_act",
+    "tiny/shape": "act",
+    "tiny/heads": "iav",
 }
 
 
