@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from steerlab import report
-from steerlab.report import figures, samples, sweep_figures, tables
+from steerlab.report import figures, predictions, samples, sweep_figures, tables
 from steerlab.run import folder
 from steerlab.storage.store import Store
 
@@ -332,3 +332,68 @@ def test_two_hundred_trials_are_quick(store: Store, tmp_path: Path) -> None:
     report.write([], tmp_path / "page.html", [report.read_sweep(store, folder)])
     assert time.process_time() - began_s < 10
     assert (tmp_path / "page.html").stat().st_size < 8e6
+
+
+def predicted(**more: object) -> dict[str, object]:
+    outcome = {
+        "metric": "separation/sep",
+        "over": "method.alpha",
+        "expected": "rises",
+        "where": {},
+        "because": "theory says so",
+    }
+    outcome |= {"ends": [0.0, 1.0], "values": [0.25, 0.5], "difference": 0.25, "low": 0.125, "high": 0.375, "held": True}
+    return {**outcome, **more}
+
+
+def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tmp_path: Path) -> None:
+    folder = write_sweep(store, 6)
+    summary = store.read_json(f"{folder}/summary.json")
+    outcomes = [
+        predicted(),
+        predicted(expected="falls", held=False, where={"train.lr": 0.1, "note": EVIL}),
+        predicted(expected="flat", because="", difference=None, low=None, high=None, held=None, values=[0.25, None]),
+        predicted(ends=[], values=[], difference=None, low=None, high=None, held=None),
+    ]
+    store.write_json(f"{folder}/summary.json", {**summary, "predictions": outcomes, "bounds": [], "prices": []})
+    sweep = report.read_sweep(store, folder)
+    lines = predictions.lines(sweep)
+    assert [line.verdict for line in lines] == ["holds", "does not hold", "not shown", "not shown"]
+    assert lines[0].statement == "separation/sep rises as method.alpha goes from 0 to 1"
+    assert lines[0].values == "0.25 → 0.5" and lines[0].difference == "+0.250 [+0.125, +0.375]"
+    assert lines[2].statement.startswith("separation/sep stays as it is as") and lines[2].values == f"0.25 → {predictions.DASH}"
+    assert lines[3].statement == "separation/sep rises over method.alpha" and lines[3].values == predictions.DASH
+    report.write([], tmp_path / "page.html", [sweep])
+    page = (tmp_path / "page.html").read_text()
+    assert page.index("Predicted and measured") < page.index("Metrics against parameters")
+    assert "so says theory" in page and EVIL not in page
+
+
+def test_a_control_has_a_line_of_its_own(store: Store) -> None:
+    folder = write_sweep(store, 6)
+    sweep = report.read_sweep(store, folder)
+    rows = [
+        {**row, "param.method.alpha": number % 3 / 2, "param.train.lr": 1e-3, "param.method.pooling": ("mean", "last")[number // 3],
+         "param.rows": ("train", "other")[number // 3], "metric.separation/sep": number / 10, "status": "finished"}
+        for number, row in enumerate(sweep.trials[:6])
+    ]  # fmt: skip
+    sweep = replace(sweep, trials=rows)
+    # `rows` changes with `method.pooling` only, so one of the two says all.
+    assert sweep.varied == ["method.alpha", "method.pooling"]
+    figure = sweep_figures.against(sweep, "method.alpha")
+    assert figure is not None
+    drawn = [trace for trace in figure["data"] if trace["mode"] == "lines" and trace["meta"]["metric"] == "separation/sep"]
+    assert [(trace["name"], trace["x"], trace["y"]) for trace in drawn] == [
+        ("mean", [0.0, 0.5, 1.0], [0.0, 0.1, 0.2]),
+        ("last", [0.0, 0.5, 1.0], [0.3, 0.4, 0.5]),
+    ]
+    assert all(trace["showlegend"] for trace in drawn)
+
+
+def test_a_sweep_of_one_parameter_has_one_line(store: Store) -> None:
+    sweep = report.read_sweep(store, write_sweep(store, 6))
+    rows = [{**row, "param.method.pooling": "mean", "param.train.lr": 1e-3} for row in sweep.trials]
+    figure = sweep_figures.against(replace(sweep, trials=rows), "method.alpha")
+    assert figure is not None
+    names = {trace["name"] for trace in figure["data"] if trace["mode"] == "lines"}
+    assert names == {"mean"}

@@ -13,10 +13,11 @@ from chat_families import FAMILIES, family
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerlab import job, run
+from steerlab.data import rows
 from steerlab.evaluation import TASKS
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.encoding import Encoder
-from steerlab.job import DataSet
+from steerlab.job import DataConfig, DataSet
 from steerlab.stages import JobType, Plan
 from steerlab.steered import language
 from steerlab.steered.language import SteeredModel
@@ -279,3 +280,44 @@ def test_what_is_generated_stops_at_the_end_of_a_turn(name: str, tmp_path: Path)
         model.lm_head.weight[end] = 1.0
     (answer,) = SteeredModel(model.eval(), encoder).generate([encoder.conversation("say", "hello")], max_new_tokens=5)[0]
     assert (answer.text, answer.num_tokens, answer.finished) == ("", 1, True)
+
+
+def test_training_rows_of_several_formats_are_encoded_each_in_its_own(tmp_path: Path) -> None:
+    texts = [{"text": "the garden was quiet"}]
+    chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}]
+    for name, content in (("rows.json", ROWS[:2]), ("texts.json", texts), ("chats.json", chats)):
+        (tmp_path / name).write_text(json.dumps(content))
+    data = DataSet.model_validate(
+        {
+            "source": str(tmp_path / "rows.json"),
+            "also": [
+                {
+                    "source": str(tmp_path / "texts.json"),
+                    "format": "text",
+                    "also": [{"source": str(tmp_path / "chats.json"), "format": "conversation"}],
+                },
+            ],
+        }
+    )
+    assert [part.format for part in data.parts] == ["instruction", "text", "conversation"]
+    encoder = Encoder(family("qwen3").tokenizer)
+    loaded = load_rows(data, encoder, 300)
+    alone = [load_rows(part, encoder, 300) for part in data.parts]
+    assert loaded.rows == [row for part in alone for row in part.rows]
+    assert loaded.numbers == [0, 1, 2, 3]
+    assert loaded.rows[2].input_ids == encoder.tokenizer("the garden was quiet")["input_ids"]
+    with pytest.raises(ValueError, match="also mixes rows of formats instruction and text and conversation"):
+        rows.read(data)
+
+
+def test_only_training_data_mix_formats(tmp_path: Path) -> None:
+    mixed = {"source": "tiny:topics/train", "format": "text", "also": [{"source": "tiny:instructions/train"}]}
+    assert DataConfig.model_validate({"train": mixed, "validation": mixed}).train is not None
+    with pytest.raises(ValueError, match=r"source.also: rows of formats text and instruction; only train and validation"):
+        DataConfig.model_validate({"source": mixed})
+    with pytest.raises(ValueError, match=r"do not go with format"):
+        DataSet.model_validate({**mixed, "also": [{"source": "tiny:preferences/train", "format": "preference"}]})
+    tree = {"task": "perplexity", "data": mixed}
+    wanted = job_of(model_of("smollm2", tmp_path / "m"), tmp_path, ROWS, evaluate=[tree])
+    with pytest.raises(ValueError, match=r"evaluate.0.data: also mixes rows of formats text and instruction"):
+        run.check(Plan.of(wanted))
