@@ -40,6 +40,7 @@ from steerlab.evaluation.asking.answers import answers, with_empty
 from steerlab.evaluation.asking.items import choose
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, spread
+from steerlab.evaluation.tasks.attacks import wordings
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack, Match, judge, programmatic
 from steerlab.guards import files
 from steerlab.inputs.conversations import checked
@@ -170,16 +171,7 @@ def instructions(config: Config) -> Mapping[str, str]:
     Raises:
         ValueError: the file lacks a scenario of the config, has one twice, or puts the context into the instruction.
     """
-    if config.instructions is None:
-        return INSTRUCTIONS
-    names = ("scenario", "instruction")
-    rows = sources.rows(config.instructions, fields=names, texts=names)
-    templates = {str(row["scenario"]): str(row["instruction"]) for row in rows}
-    missing = [scenario for scenario in config.scenarios if scenario not in templates]
-    if missing:
-        raise ValueError(f"{config.instructions} has no row for scenario {missing[0]} (it has: {', '.join(templates)})")
-    if len(templates) < len(rows):
-        raise ValueError(f"{config.instructions} has a scenario twice: its {len(rows)} rows name {', '.join(templates)}")
+    templates = wordings.read(config.instructions, INSTRUCTIONS, config.scenarios)
     whole = next((scenario for scenario in config.scenarios if "{context}" in templates[scenario]), None)
     if whole is not None:
         # The whole measurement rests on the context being data: within the instruction the attack would be one.
@@ -226,15 +218,7 @@ def _attempt(scenario: Scenario, planned: _Planned, seed: int, template: str) ->
     row = {name: _joined(value) for name, value in planned.row.items()}
     # Seeded by the attempt's name, so that its position does not depend on which other attempts were chosen.
     data = insert(row["context"], planned.attack.text, planned.place, random.Random(f"{seed} {planned.name}"))
-    return Attempt(planned.name, scenario, planned.attack, _instruction(scenario, row, template), data)
-
-
-def _instruction(scenario: Scenario, row: Mapping[str, str], template: str) -> str:
-    # `format` would raise a KeyError that names the field only, and stumble over other braces of a user's template.
-    missing = [name for name in re.findall(r"{(\w+)}", template) if name not in row]
-    if missing:
-        raise ValueError(f"a row of {scenario} has no field {missing[0]!r} (it has: {', '.join(row)})")
-    return re.sub(r"{(\w+)}", lambda place: row[place[1]], template)
+    return Attempt(planned.name, scenario, planned.attack, wordings.fill(template, row, f"a row of {scenario}"), data)
 
 
 def _attacks(folder: Path, kind: str, split: str) -> dict[str, list[str]]:
