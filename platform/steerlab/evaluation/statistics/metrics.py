@@ -107,6 +107,8 @@ class Metric(NamedTuple):
     """Number of items that did not fit into the model's context. They are not scored and not counted as unparsable."""
     rows_cut: int = 0
     """Number of scored items whose prompt was cut to fit."""
+    seed_deviation: float | None = None
+    """Standard deviation of the value between the seeds of the task; None if it ran with one seed."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,12 @@ def left_out(metric: Mapping[str, object]) -> str:
     """Describe the items that a metric (as JSON) leaves out: `2 unparsable, 1 too long`; empty if it leaves out none."""
     words = {"unparsable": "unparsable", "too_long": "too long", "rows_cut": "cut"}
     return ", ".join(f"{metric[name]} {word}" for name, word in words.items() if metric.get(name))
+
+
+def between_seeds(metric: Mapping[str, object]) -> str:
+    """Describe the spread of a metric (as JSON) over the seeds of its task: `seeds ±0.012`; empty if it has one seed."""
+    deviation = metric.get("seed_deviation")
+    return f"seeds \N{PLUS-MINUS SIGN}{deviation:.3g}" if isinstance(deviation, float | int) else ""
 
 
 def contains(text: str, witness: str) -> bool:

@@ -66,7 +66,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         needs_input=config.needs_input,
         offset=config.offset,
         limit=config.limit,
-        seed=config.seed,
+        seed=config.rows_seed,
         is_input=not_empty,
     )
     prompts = [model.encoder.conversation(str(item.row["instruction"]), _data(item)) for item in rows]

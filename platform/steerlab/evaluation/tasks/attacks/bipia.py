@@ -207,7 +207,7 @@ def _scenario(folder: Path, scenario: Scenario, config: Config, template: str) -
         for attack in attacks
     ]
     # Chosen before they are rendered: contexts times attacks times positions are hundreds of thousands of texts.
-    return [_attempt(scenario, planned, config.seed, template) for planned in choose(attempts, config.limit, config.seed)]
+    return [_attempt(scenario, planned, config.seed, template) for planned in choose(attempts, config.limit, config.rows_seed)]
 
 
 def _attempt(scenario: Scenario, planned: _Planned, seed: int, template: str) -> Attempt:

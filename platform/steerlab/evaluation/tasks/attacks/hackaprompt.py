@@ -83,7 +83,7 @@ def load(config: Config) -> list[Attempt]:
     usable = list(_distinct(item for item in rows if _usable(item.row, config)))
     if not usable:
         raise ValueError(f"none of the {len(rows)} rows of {config.source} is left: see levels and only_correct")
-    return [_attempt(item, config) for item in choose(usable, config.limit, config.seed)]
+    return [_attempt(item, config) for item in choose(usable, config.limit, config.rows_seed)]
 
 
 def judge(answer: str, wanted: str, config: Config) -> bool:

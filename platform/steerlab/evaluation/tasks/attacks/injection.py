@@ -150,12 +150,12 @@ def check_sentences(config: InjectionConfig) -> None:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Attack every row with every attack at every strength."""
-    rows = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=None, seed=config.seed)
+    rows = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=None, seed=config.rows_seed)
     # Filtered before the choice, so that `limit` rows are attacked whatever the witness is.
     innocent = [item for item in rows if not _holds(item.row, config.witness)]
     if not innocent:
         raise ValueError(f"every row of {config.source} holds the word {config.witness!r}: choose another witness")
-    chosen = choose(innocent, config.limit, config.seed)
+    chosen = choose(innocent, config.limit, config.rows_seed)
     return run_attacks(model, config, chosen, (config.position,), _SUFFIX, "injection")
 
 

@@ -64,7 +64,9 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Attack the rows of the benchmark at every position and strength."""
     # Unlike `injection`, rows that contain the witness are attacked too, so that numbers compare with published ones.
-    rows = instruction_rows(config.source, needs_input=True, offset=0, limit=config.limit, seed=config.seed, is_input=not_empty)
+    rows = instruction_rows(
+        config.source, needs_input=True, offset=0, limit=config.limit, seed=config.rows_seed, is_input=not_empty
+    )
     return run_attacks(model, config, rows, config.positions, _SUFFIX, "struq")
 
 

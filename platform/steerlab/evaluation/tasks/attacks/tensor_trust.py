@@ -66,7 +66,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Ask every attack at every strength."""
-    return attack(model, config, choose(load(config), config.limit, config.seed), measures(config))
+    return attack(model, config, choose(load(config), config.limit, config.rows_seed), measures(config))
 
 
 def load(config: Config) -> list[Attempt]:

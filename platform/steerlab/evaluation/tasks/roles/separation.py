@@ -116,7 +116,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         config.source,
         split=config.split,
         limit=config.limit,
-        seed=config.seed,
+        seed=config.rows_seed,
         offset=config.offset,
         val_task_ids=config.val_task_ids,
     )
