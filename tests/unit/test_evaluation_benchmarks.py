@@ -148,6 +148,20 @@ def test_bipia_takes_instructions_from_a_file(benchmark, tmp_path):
         bipia.check(config.model_copy(update={"scenarios": ("email",), "instructions": source}), None)
 
 
+def test_bipia_runs_with_the_benchmarks_match_where_the_job_says_so(benchmark):
+    """A fragment of the code as the answer to every prompt: a success by the benchmark's rule, and none by ours."""
+
+    def generate(prompts, *, strengths, **_):
+        return [[Generation("import os", 2, True)] * len(prompts) for _ in strengths]
+
+    model = SimpleNamespace(encoder=SimpleNamespace(conversation=lambda instruction, data: data), generate=generate)
+    rates = []
+    for match in ("whole", "partial"):
+        found = bipia.run(model, bipia.Config(source=str(benchmark), scenarios=("code",), match=match))
+        rates.append(summarise([o for o in found.observations if o.metric == "bipia/code"]).value)
+    assert rates == [0.0, 1.0]
+
+
 def test_braces_of_an_instruction_or_of_a_row_are_left_alone(benchmark, tmp_path):
     source = instructions_file(tmp_path / "own.jsonl", email='Answer as {"a": 1}: {question}')
     (benchmark / "email/test.jsonl").write_text(json.dumps({"context": "Mail.", "question": "What is {context}?"}))

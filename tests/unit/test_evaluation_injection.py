@@ -149,6 +149,12 @@ def test_a_style_sets_request_and_headings_where_the_job_does_not():
     assert injection.Config.model_validate(config.model_dump(mode="json")) == config, "a stored config is read as it was"
 
 
+@pytest.mark.parametrize("style", ["strug", ["struq"], {"a": 1}, None, 3])
+def test_a_style_that_does_not_exist_is_refused(style):
+    with pytest.raises(ValidationError, match="style"):
+        injection.Config(style=style)
+
+
 def test_a_job_without_the_new_fields_has_the_key_that_it_had():
     new = {"style", "criterion", "sentences", "translations"}
     assert not new & injection.Config().model_dump().keys()
@@ -193,6 +199,11 @@ def test_close_headings_are_near_but_never_the_prompts_own():
         forged("completion_close", s, headings=("### response:", "### instruction:"))[1].split("\n")[0] for s in range(200)
     }
     assert len(struq_heads) == 7 and "### response:" not in struq_heads and "response:" in struq_heads
+
+
+def test_close_headings_of_a_job_are_never_its_own():
+    heads = {forged("completion_close", seed, headings=("ANSWER", "TASK"))[1].partition("\n")[0] for seed in range(100)}
+    assert len(heads) == 5 and "ANSWER" not in heads, "they have no colon to lose"
 
 
 @pytest.mark.parametrize("attack", ["completion_other", "completion_other_combined"])

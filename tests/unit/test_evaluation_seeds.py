@@ -110,6 +110,24 @@ def test_a_task_runs_on_the_same_rows_with_every_seed_and_draws_anew(tiny_model:
     assert seeds.summarise(results)[1.0]["injection/asr"].n == 6
 
 
+def test_the_stage_stores_the_deviation_and_one_row_for_each_item(tiny_model: Any, encoder: Any, tmp_path: Any) -> None:
+    config: dict[str, Any] = {"task": "struq", "source": "tiny:instructions/test", "witness": "e", "attacks": ["naive"]}
+    config |= {
+        "injection": "moo",
+        "positions": ["end"],
+        "limit": 3,
+        "max_new_tokens": 3,
+        "temperature": 1.0,
+        "seeds": [5, 6, 7],
+    }
+    evaluate.stored.write(tmp_path, evaluate._outcome(SteeredModel(tiny_model, encoder), config))
+    metric = evaluate.stored.strengths(tmp_path)[1.0]["struq/asr_id"]
+    assert metric["n"] == 3 and metric["seed_deviation"] is not None
+    stored = [o for o in evaluate.stored.observations(tmp_path, 1.0) if o.metric == "struq/asr_id"]
+    assert len({o.id for o in stored}) == len(stored) == 3
+    assert sum(o.value or 0.0 for o in stored) / 3 == pytest.approx(metric["value"])
+
+
 def test_tables_say_the_spread_between_seeds() -> None:
     metric: Any = summarise(result([0.0, 1.0]).observations)._replace(seed_deviation=0.0125)._asdict()
     assert "(2, seeds ±0.0125)" in terminal.cell(metric) and "(seeds ±0.0125)" in tables.cell(metric)

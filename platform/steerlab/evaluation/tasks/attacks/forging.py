@@ -190,6 +190,8 @@ def _close(headings: Headings, draw: random.Random) -> Headings:
         lambda text: text[: len(text) // 2] + text[len(text) // 2 :][1::-1] + text[len(text) // 2 + 2 :],
         lambda text: text.replace(" ", "") if " " in text else f"{text[:-1]} {text[-1:]}",
     ]
-    changed = near[int(draw.random() * len(near))]
+    # Headings of a job may have no colon to lose, for example.
+    different = [change for change in near if all(change(heading) != heading for heading in headings)]
+    changed = different[int(draw.random() * len(different))]
     response, instruction = map(changed, headings)
     return response, instruction

@@ -83,9 +83,11 @@ class InjectionConfig(TaskConfig):
     def _with_style(cls, tree: object) -> object:
         """Fill in the request and the headings of a style that the job names."""
         # Before validation and not when the attack is written: a stored config then shows what was sent.
-        if not isinstance(tree, Mapping) or (style := STYLES.get(tree.get("style", "own"))) is None:
+        name = tree.get("style", "own") if isinstance(tree, Mapping) else None
+        # A style that does not exist, or is no text at all, is refused by the field itself.
+        if not isinstance(tree, Mapping) or not isinstance(name, str) or name not in STYLES:
             return tree
-        return {"injection": style.injection, "headings": style.headings, **tree}
+        return {"injection": STYLES[name].injection, "headings": STYLES[name].headings, **tree}
 
     @model_validator(mode="after")
     def _check_translations(self) -> InjectionConfig:

@@ -47,7 +47,7 @@ class Config(SampledConfig):
     task: Literal["rules"] = "rules"
     """This task."""
     source: Source | Annotated[tuple[Source, ...], Field(min_length=1)]
-    """The benchmark's folder, or its files."""
+    """The benchmark's folder, or its files; those of the hub one by one, as `hf:normster/RuLES#systematic/Encryption.jsonl`."""
     scenarios: tuple[Name, ...] = Field(_ALL, min_length=1)
     """Scenarios that are run."""
     rules: Source | None = None
