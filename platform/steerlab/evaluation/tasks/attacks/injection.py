@@ -83,7 +83,7 @@ class InjectionConfig(TaskConfig):
     def _with_style(cls, tree: object) -> object:
         """Fill in the request and the headings of a style that the job names."""
         # Before validation and not when the attack is written: a stored config then shows what was sent.
-        name = tree.get("style", "own") if isinstance(tree, Mapping) else None
+        name = tree.get("style") if isinstance(tree, Mapping) else None
         # A style that does not exist, or is no text at all, is refused by the field itself.
         if not isinstance(tree, Mapping) or not isinstance(name, str) or name not in STYLES:
             return tree
