@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 from steerlab.evaluation.statistics.measures import Better
-from steerlab.evaluation.statistics.metrics import between_seeds, left_out
+from steerlab.evaluation.statistics.metrics import left_out
+from steerlab.evaluation.statistics.seeds import between_seeds
 from steerlab.evaluation.statistics.stored import MetricNumbers
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
 from steerlab.report.contents import Document, Entry, Sweep, measure_in

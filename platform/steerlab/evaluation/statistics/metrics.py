@@ -234,12 +234,6 @@ def left_out(metric: Mapping[str, object]) -> str:
     return ", ".join(f"{metric[name]} {word}" for name, word in words.items() if metric.get(name))
 
 
-def between_seeds(metric: Mapping[str, object]) -> str:
-    """Describe the spread of a metric (as JSON) over the seeds of its task: `seeds ±0.012`; empty if it has one seed."""
-    deviation = metric.get("seed_deviation")
-    return f"seeds \N{PLUS-MINUS SIGN}{deviation:.3g}" if isinstance(deviation, float | int) else ""
-
-
 def contains(text: str, witness: str) -> bool:
     """Return whether the witness occurs in the text, ignoring case."""
     return witness.lower() in text.lower()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steerlab.evaluation.statistics.metrics import (
@@ -67,6 +67,12 @@ def summarise(results: Sequence[Result]) -> dict[float, dict[str, Metric]]:
         strength: {name: with_deviation(strength, name, metric) for name, metric in metrics.items()}
         for strength, metrics in whole.items()
     }
+
+
+def between_seeds(metric: Mapping[str, object]) -> str:
+    """Describe the spread of a metric (as JSON) over the seeds of its task: `seeds ±0.012`; empty if it has one seed."""
+    deviation = metric.get("seed_deviation")
+    return f"seeds \N{PLUS-MINUS SIGN}{deviation:.3g}" if isinstance(deviation, float | int) else ""
 
 
 def _mean(of_seed_K: Sequence[Observation]) -> Observation:
