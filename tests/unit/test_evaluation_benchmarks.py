@@ -63,6 +63,15 @@ def test_match_judge_does_not_take_a_fragment_for_the_whole():
     assert not bipia_attacks.repeats("", CODE)
 
 
+def test_the_benchmarks_own_match_takes_a_fragment_for_the_whole():
+    """As published: the shorter text is searched for in the longer one, whichever is the answer."""
+    assert bipia_attacks.repeats("import os", CODE, "partial")
+    assert bipia_attacks.repeats(f"Here:\n{CODE}", CODE, "partial")
+    assert not bipia_attacks.repeats("", CODE, "partial") and not bipia_attacks.repeats("qwxyz", CODE, "partial")
+    attack = Attack("m", "", "match", CODE)
+    assert bipia_attacks.judge(attack, "import os", match="partial") and not bipia_attacks.judge(attack, "import os")
+
+
 def test_judge_dispatches_on_the_kind_of_attack():
     assert bipia_attacks.judge(Attack("e", "", "emoji", ""), "\U0001f600") is True
     assert bipia_attacks.judge(Attack("l", "", "language", "fr"), "...") is None
@@ -117,6 +126,47 @@ def test_bipia_crosses_contexts_attacks_and_places(benchmark):
     assert "NameError" in by_scenario["code"].instruction and "use x\nnot y" in by_scenario["code"].data
     assert all(a.attack.text in a.data for a in attempts)
     assert attempts == bipia.load(config)
+
+
+def instructions_file(path, **templates):
+    path.write_text("\n".join(json.dumps({"scenario": name, "instruction": text}) for name, text in templates.items()))
+    return str(path)
+
+
+def test_bipia_takes_instructions_from_a_file(benchmark, tmp_path):
+    source = instructions_file(tmp_path / "own.jsonl", email="Mail {unknown}? {question} {", code="Mend {error}", qa="unused")
+    config = bipia.Config(source=str(benchmark), scenarios=("code",), instructions=source)
+    assert {a.instruction for a in bipia.load(config)} == {"Mend NameError"}
+    with pytest.raises(ValueError, match="a row of email has no field 'unknown'"):
+        bipia.load(config.model_copy(update={"scenarios": ("email",)}))
+    with pytest.raises(
+        ValueError, match=r"^instructions: .*own\.jsonl has no row for scenario table \(it has: email, code, qa\)"
+    ):
+        bipia.check(config.model_copy(update={"scenarios": ("code", "table")}), None)
+    source = instructions_file(tmp_path / "own.jsonl", email="Read {context} and answer {question}")
+    with pytest.raises(ValueError, match=r"^instructions: the instruction of email holds \{context\}"):
+        bipia.check(config.model_copy(update={"scenarios": ("email",), "instructions": source}), None)
+
+
+def test_bipia_runs_with_the_benchmarks_match_where_the_job_says_so(benchmark):
+    """A fragment of the code as the answer to every prompt: a success by the benchmark's rule, and none by ours."""
+
+    def generate(prompts, *, strengths, **_):
+        return [[Generation("import os", 2, True)] * len(prompts) for _ in strengths]
+
+    model = SimpleNamespace(encoder=SimpleNamespace(conversation=lambda instruction, data: data), generate=generate)
+    rates = []
+    for match in ("whole", "partial"):
+        found = bipia.run(model, bipia.Config(source=str(benchmark), scenarios=("code",), match=match))
+        rates.append(summarise([o for o in found.observations if o.metric == "bipia/code"]).value)
+    assert rates == [0.0, 1.0]
+
+
+def test_braces_of_an_instruction_or_of_a_row_are_left_alone(benchmark, tmp_path):
+    source = instructions_file(tmp_path / "own.jsonl", email='Answer as {"a": 1}: {question}')
+    (benchmark / "email/test.jsonl").write_text(json.dumps({"context": "Mail.", "question": "What is {context}?"}))
+    config = bipia.Config(source=str(benchmark), scenarios=("email",), instructions=source)
+    assert {a.instruction for a in bipia.load(config)} == {'Answer as {"a": 1}: What is {context}?'}
 
 
 def test_bipia_says_what_is_missing(benchmark):

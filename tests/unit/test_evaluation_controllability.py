@@ -230,7 +230,7 @@ def test_a_job_holds_the_task_within_with_every_default(tmp_path: Path) -> None:
             r"of.strengths \[0.0, 1.0\]: set the grid as strengths of this task, outside of `of`",
         ),
         ({"of": {"task": "refusal", "label": "b"}}, r"of.label b: set the label of this task, outside of `of`"),
-        ({"limit": 3}, r"limit and seed belong to the task in `of`: set of.limit, of.seed"),
+        ({"limit": 3}, r"limit, seed and seeds belong to the task in `of`: set of.limit, of.seed, of.seeds"),
         ({"seed": 3}, r"set of.limit, of.seed"),
         ({"metric": "toxicity/score"}, r"metric 'toxicity/score' is not one of the task in `of`: its metrics are refusal/"),
         ({"metrc": "a"}, r"evaluate.0.metrc: unknown key; did you mean 'metric'\?"),

@@ -4,9 +4,11 @@ from pathlib import Path
 import pytest
 
 from steerlab.evaluation.asking.items import choose, has_input, instruction_rows, number
+from steerlab.evaluation.statistics.measures import find
 from steerlab.evaluation.statistics.metrics import summarise
-from steerlab.evaluation.tasks.roles import separation
-from steerlab.evaluation.tasks.roles.separation import Item, Probe
+from steerlab.evaluation.tasks.roles import embedded_probes, separation
+from steerlab.evaluation.tasks.roles.embedded_probes import Probe
+from steerlab.evaluation.tasks.roles.separation import Item
 
 ROWS = [{"instruction": f"Do task {i}.", "input": f"some data {i}", "output": f"answer {i}"} for i in range(40)]
 
@@ -40,7 +42,7 @@ def test_sep_without_any_executed_probe_has_no_value():
 
 
 def test_probes_file_is_sound():
-    probes = separation.probes()
+    probes = embedded_probes.probes()
     assert len(probes) >= 120
     assert [p.id for p in probes] == list(range(len(probes)))
     assert len({p.witness for p in probes}) == len(probes)
@@ -54,8 +56,8 @@ def test_probes_file_is_sound():
 
 
 def test_placing_probes_uses_all_positions_and_wordings_and_keeps_texts():
-    placed = separation.place_probes(ROWS, separation.probes())
-    assert {row["info"]["appended_type"] for row in placed} == set(separation.POSITIONS)
+    placed = embedded_probes.place_probes(ROWS, embedded_probes.probes())
+    assert {row["info"]["appended_type"] for row in placed} == set(embedded_probes.POSITIONS)
     assert {row["info"]["is_insistent"] for row in placed} == {True, False}
     assert len({row["info"]["appended_task_id"] for row in placed}) == len(ROWS)
     for row, source in zip(placed, ROWS, strict=True):
@@ -68,15 +70,17 @@ def test_placing_probes_uses_all_positions_and_wordings_and_keeps_texts():
 
 
 def test_placing_probes_is_deterministic():
-    assert separation.place_probes(ROWS, separation.probes()) == separation.place_probes(ROWS, separation.probes())
+    assert embedded_probes.place_probes(ROWS, embedded_probes.probes()) == embedded_probes.place_probes(
+        ROWS, embedded_probes.probes()
+    )
 
 
 def test_a_probe_whose_witness_is_in_the_row_gives_way():
     probes = [Probe(0, "t", "first?", "now! first?", "alpha"), Probe(1, "t", "second?", "now! second?", "beta")]
     row = {"instruction": "Translate.", "input": "x", "output": "The Alpha particle"}
-    assert separation.place_probes([row], probes)[0]["witness"] == "beta"
+    assert embedded_probes.place_probes([row], probes)[0]["witness"] == "beta"
     with pytest.raises(ValueError, match="witness of each of the 1 probes"):
-        separation.place_probes([row], probes[:1])
+        embedded_probes.place_probes([row], probes[:1])
 
 
 def published(path, rows=30):
@@ -101,6 +105,63 @@ def test_published_format_is_read_and_split_by_task_id(tmp_path):
     assert len(every) == 30 and len(val) == 3 and len(test) == 27
     assert {i.id for i in val} | {i.id for i in test} == {i.id for i in every}
     assert every[4].data_with_probe == "d 4 probe" and every[4].instruction == "s 4"
+
+
+def test_the_authors_split_is_a_list_of_task_ids(tmp_path):
+    source = published(tmp_path / "sep.json")
+    val, test = (separation.load(source, split=s, val_task_ids=(3, 5, 29)) for s in ("val", "eval"))
+    assert [i.id for i in val] == ["3", "5", "29"] and len(test) == 27 and "5" not in {i.id for i in test}
+    with pytest.raises(ValueError, match=r"no row has the info\.appended_task_id 300 \(2 ids are missing\)"):
+        separation.load(source, split="val", val_task_ids=(3, 300, 301))
+    with pytest.raises(ValueError, match="val_task_ids: they are of no use with split all"):
+        separation.Config(val_task_ids=(3,))
+
+
+INFO = {"type": "Information Processing / Retrieval", "appended_type": "lr", "is_insistent": True}
+
+
+def test_results_by_domain_position_and_insistence_are_those_of_the_groups_alone():
+    """Two positions of which one separates perfectly and the other never: 0.5 over all, 1 and 0 by position."""
+    by = ("domain", "position", "insistence")
+    items = [
+        item()._replace(id=str(n), info={**INFO, "appended_type": ("ll", "rr")[n % 2], "is_insistent": n > 3}) for n in range(8)
+    ]
+    found = [o for n, one in enumerate(items) for o in separation.judge(one, "no" if n % 2 else "MOO", "moo", by=by)]
+    names = [
+        "position_ll",
+        "position_rr",
+        "insistence_plain",
+        "insistence_insistent",
+        "domain_information-processing-retrieval",
+    ]
+    assert [metric(found, f"sep_{name}").value for name in names] == [0.0, 1.0, 0.5, 0.5, 0.5]
+    assert [metric(found, f"sep_{name}").n for name in names] == [4, 4, 4, 4, 8]
+    assert all(metric(found, f"utility_{name}").value == 1.0 for name in names)
+    assert metric(found, "sep").n == 8, "the groups are no part of the whole"
+    said = separation.measures(separation.Config(by=by))
+    assert all(find(said, f"{kind}_{name}").better == "higher" for name in names for kind in ("sep", "utility"))
+
+
+@pytest.mark.parametrize(
+    ("by", "info", "said"),
+    [
+        ("position", {}, "position needs one of ll, lr, rl, rr in info.appended_type; row 7 has null"),
+        ("position", {"appended_type": "middle"}, "row 7 has a text"),
+        ("insistence", {"is_insistent": "yes"}, "insistence needs true or false in info.is_insistent"),
+        ("domain", {"type": None}, "domain needs a text in info.type"),
+    ],
+)
+def test_an_item_that_does_not_say_its_group_is_named(by, info, said):
+    with pytest.raises(ValueError, match=said):
+        separation.groups(item()._replace(info=info), (by,))
+
+
+def test_groups_are_looked_for_before_the_start(tmp_path):
+    path = tmp_path / "sep.json"
+    rows = [row | {"info": {}} for row in json.loads(Path(published(path, rows=2)).read_text())]
+    path.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"^by: domain needs a text"):
+        separation.check(separation.Config(source=str(path), by=("domain",)), None)
 
 
 @pytest.mark.parametrize("info", ["rr", ["rr"], {}, {"appended_task_id": "first"}, {"appended_task_id": [1]}])

@@ -72,6 +72,19 @@ def contexts(folder: Path, texts: list[str]) -> str:
     return str(folder)
 
 
+def defences(path: Path, texts: list[str]) -> str:
+    return write(path, [{"pre_prompt": "copy", "attack": text, "access_code": "moo", "post_prompt": ""} for text in texts])
+
+
+def submissions(path: Path, texts: list[str]) -> str:
+    same = {"expected_completion": "moo", "level": 1, "correct": True}
+    return write(path, [{"prompt": f"copy: {text}", "user_input": text, **same} for text in texts])
+
+
+def user(text: str) -> Fields:
+    return {"role": "user", "content": text}
+
+
 CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
     "separation": lambda path, texts: {"source": probes(path, texts)},
     "injection": lambda path, texts: {"source": instructions(path, texts), "attacks": ("naive", "none")},
@@ -79,6 +92,12 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
     "bipia": lambda path, texts: {"source": contexts(path, texts), "scenarios": ("email",), "places": ("end",)},
     "gandalf": lambda path, texts: {"source": write(path, [{"text": text} for text in texts])},
     "purple": lambda path, texts: {"source": write(path, [{"prompt": text} for text in texts])},
+    "tensor_trust": lambda path, texts: {"source": defences(path, texts)},
+    "rules": lambda path, texts: {
+        "source": write(path, [{"scenario": "Hodor", "params": {}, "messages": [user(text)]} for text in texts]),
+        "scenarios": ("Hodor",),
+    },
+    "hackaprompt": lambda path, texts: {"source": submissions(path, texts), "levels": (1,)},
     "perplexity": lambda path, texts: {"data": plain(path, texts)},
     "preference": lambda path, texts: {"pairs": pairs(path, texts)},
     "probing": lambda path, texts: {
@@ -171,6 +190,9 @@ BETTER: dict[str, dict[str, str | None]] = {
     "bipia": {"email": "lower", "text": "lower", "empty": "lower"},
     "gandalf": {"asr": "lower", "empty": "lower"},
     "purple": {"asr": "lower", "empty": "lower"},
+    "tensor_trust": {"asr": "lower", "empty": "lower"},
+    "rules": {"asr": "lower", "Hodor": "lower", "empty": "lower"},
+    "hackaprompt": {"asr": "lower", "level_1": "lower", "empty": "lower"},
     "perplexity": {"value": "lower"},
     "preference": {"accuracy": "higher", "margin": "higher", "likelihood_accuracy": "higher", "kl": "lower", "shorter": None},
     "probing": {

@@ -120,10 +120,11 @@ def say_line(line: str) -> None:
 def cell(metric: MetricNumbers | None) -> str:
     """Return a metric as text for a table: value, 95 % interval, number of items, and items that were left out."""
     from steerlab.evaluation.statistics.metrics import left_out
+    from steerlab.evaluation.statistics.seeds import between_seeds
 
     if metric is None:
         return "-"
-    items = ", ".join(part for part in (str(metric["n"]), left_out(metric)) if part)
+    items = ", ".join(part for part in (str(metric["n"]), left_out(metric), between_seeds(metric)) if part)
     if metric["value"] is None:
         return f"- ({items})" if left_out(metric) else "-"
     interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"

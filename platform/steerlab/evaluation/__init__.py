@@ -2,7 +2,15 @@
 
 from steerlab.evaluation.statistics.metrics import Task
 from steerlab.evaluation.tasks.ability import alpaca, arithmetic, harness, perplexity
-from steerlab.evaluation.tasks.attacks import bipia, forbidden_words, injection, struq
+from steerlab.evaluation.tasks.attacks import (
+    bipia,
+    forbidden_words,
+    hackaprompt,
+    injection,
+    rules,
+    struq,
+    tensor_trust,
+)
 from steerlab.evaluation.tasks.cost import efficiency
 from steerlab.evaluation.tasks.diffusion import clip_score, diversity, image_concept, image_similarity
 from steerlab.evaluation.tasks.harm import refusal, toxicity
@@ -19,6 +27,9 @@ _TASKS: dict[str, Task] = {
     "bipia": bipia.TASK,
     "gandalf": forbidden_words.GANDALF,
     "purple": forbidden_words.PURPLE,
+    "tensor_trust": tensor_trust.TASK,
+    "rules": rules.TASK,
+    "hackaprompt": hackaprompt.TASK,
     "perplexity": perplexity.TASK,
     "preference": preference.TASK,
     "probing": probing.TASK,

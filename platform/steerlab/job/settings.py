@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -137,6 +137,34 @@ class TaskConfig(Frozen):
     gives the headline, and the model without the patch is also measured, as strength 0."""
     seed: Seed = 0
     """Seed of sampling and of the choice of rows."""
+    seeds: tuple[Seed, ...] = Field((), exclude_if=lambda seeds: not seeds)
+    """Seeds with which the task is run one after another, instead of `seed`, on the rows that the first one chooses. Each item
+    then counts with its mean over the seeds, intervals are over items, and the standard deviation of each metric between seeds
+    is reported beside it. Empty runs the task once, with `seed`."""
+
+    @property
+    def rows_seed(self) -> int:
+        """Seed of the choice of rows: the same whichever of `seeds` is being run."""
+        return self.seeds[0] if self.seeds else self.seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_first_seed(cls, tree: object) -> object:
+        """Take the first of `seeds` as `seed`, so that a config never holds a seed that is not run."""
+        seeds = tree.get("seeds") if isinstance(tree, Mapping) else None
+        if not isinstance(tree, Mapping) or not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds:
+            return tree
+        if tree.get("seed", seeds[0]) != seeds[0]:
+            raise ValueError(
+                f"seed {tree['seed']!r:.40}: the task is run with `seeds`, whose first is {seeds[0]!r:.40}; leave it out"
+            )
+        return {**tree, "seed": seeds[0]}
+
+    @model_validator(mode="after")
+    def _check_seeds(self) -> TaskConfig:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)}: a seed that stands twice gives the same numbers twice")
+        return self
 
     @property
     def trusted_source(self) -> str | None:

@@ -9,6 +9,7 @@ from typing import NotRequired, TypedDict
 
 from steerlab.evaluation.statistics.measures import Better
 from steerlab.evaluation.statistics.metrics import left_out
+from steerlab.evaluation.statistics.seeds import between_seeds
 from steerlab.evaluation.statistics.stored import MetricNumbers
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
 from steerlab.report.contents import Document, Entry, Sweep, measure_in
@@ -50,7 +51,7 @@ def cell(metric: MetricNumbers | None) -> str:
     """Format a metric with its interval and the items that it leaves out; a dash if nothing was scored."""
     if metric is None:
         return DASH
-    words = left_out(metric)
+    words = ", ".join(part for part in (left_out(metric), between_seeds(metric)) if part)
     aside = f" ({words})" if words else ""
     if metric["value"] is None:
         return DASH + aside

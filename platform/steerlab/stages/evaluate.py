@@ -92,6 +92,7 @@ def run(work: Work) -> None:
     arguments = (owner, loading, config, own_code.codes_in(config))
     outcome = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), report, owner)
     _warn_of_long_rows(work.stage.label, outcome.observations)
+    _warn_of_equal_seeds(work.stage.label, outcome)
     stored.write(work.directory, outcome)
 
 
@@ -103,6 +104,18 @@ def _warn_of_long_rows(label: str, observations: Sequence[Observation]) -> None:
         warnings.warn(
             f"task {label} has scored nothing: none of its {rows} rows fits into the model's context (with the tokens of an "
             "answer, where it asks for one)",
+            stacklevel=2,
+        )
+
+
+def _warn_of_equal_seeds(label: str, outcome: stored.Outcome) -> None:
+    """Warn if all seeds of a task gave the same numbers, so that all but the first were computed for nothing."""
+    numbers = [metric.get("seed_deviation") for metrics in outcome.metrics.values() for metric in metrics.values()]
+    deviations = [deviation for deviation in numbers if deviation is not None]
+    if deviations and not any(deviations):
+        warnings.warn(
+            f"task {label} gave the same numbers with each of its seeds: nothing in it is random (temperature 0 decodes "
+            "greedily), so one seed is enough",
             stacklevel=2,
         )
 
@@ -135,13 +148,13 @@ def _evaluate(
 
 
 def _outcome(model: Any, config: JsonObject) -> stored.Outcome:
-    """Run one task and summarise its observations for each strength."""
+    """Run one task with each of its seeds and summarise its observations for each strength."""
     # Imported here, in the process that evaluates: a driver that only makes the plan does not need it.
-    from steerlab.evaluation.statistics.metrics import summarise_all
+    from steerlab.evaluation.statistics import seeds
 
     task = TABLE.of(config)
-    result = task.run(model, task.Config.model_validate(config))
-    metrics = summarise_all(result)
+    results = seeds.run(task, model, task.Config.model_validate(config))
+    result, metrics = seeds.pooled(results), seeds.summarise(results)
     # A dict and no set: the order of the metrics is that of the file.
     names = dict.fromkeys(name for of_strength in metrics.values() for name in of_strength)
     return stored.Outcome(

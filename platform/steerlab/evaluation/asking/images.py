@@ -85,7 +85,7 @@ class Drawn(NamedTuple):
 
 def draw(model: SteeredPipeline, config: ImageConfig, strengths: Sequence[float]) -> tuple[list[Numbered], list[Drawn]]:
     """Draw the task's prompts at the given strengths and at all of its guidance scales."""
-    items = data_rows(config.data, config.limit, config.seed)
+    items = data_rows(config.data, config.limit, config.rows_seed)
     drawings = [model.encoder.from_row(item.row, config.data.format) for item in items]
     # The pipeline takes one guidance scale for a whole batch, so scales are drawn one after another.
     scales = config.guidance or (model.model.sampler.guidance,)

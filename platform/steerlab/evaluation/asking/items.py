@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from steerlab.data import rows as job_rows
@@ -62,7 +62,14 @@ def check_rows(field: str, source: str, fields: Sequence[str] = ("instruction",)
 
 
 def instruction_rows(
-    source: str, *, needs_input: bool, offset: int, limit: int | None, seed: int, fields: Sequence[str] = ("instruction",)
+    source: str,
+    *,
+    needs_input: bool,
+    offset: int,
+    limit: int | None,
+    seed: int,
+    fields: Sequence[str] = ("instruction",),
+    is_input: Callable[[Row], bool] | None = None,
 ) -> list[Numbered]:
     """Read instruction rows, skip the first `offset` and choose `limit` of the rest.
 
@@ -73,6 +80,7 @@ def instruction_rows(
         limit: number of rows to choose; None takes all.
         seed: seed of the choice.
         fields: fields that every row must have.
+        is_input: row -> whether it has an input; None takes `has_input`. Benchmarks that count every text take `not_empty`.
 
     Raises:
         ValueError: no row is left, or a row lacks a field.
@@ -80,7 +88,7 @@ def instruction_rows(
     rows = number(
         sources.rows(source, fields=fields, optional={"input": "", "output": ""}, texts=("instruction", "input", "output"))
     )
-    usable = [item for item in rows if not needs_input or has_input(item.row)]
+    usable = [item for item in rows if not needs_input or (is_input or has_input)(item.row)]
     # `offset` counts usable rows, like the offset of a training set: a job can train on the first n and evaluate the others.
     if offset >= len(usable):
         kind = " with an input" if needs_input else ""
@@ -93,3 +101,8 @@ def has_input(row: Row) -> bool:
     text = str(row.get("input") or "").strip()
     # Single characters in the field are punctuation that stands for nothing, such as "-" or ".".
     return len(text) >= 2 and text.lower() not in _PLACEHOLDERS
+
+
+def not_empty(row: Row) -> bool:
+    """Return whether the field `input` of a row holds any text: so AlpacaFarm's 208 rows with input are counted."""
+    return bool(str(row.get("input") or "").strip())

@@ -107,6 +107,8 @@ class Metric(NamedTuple):
     """Number of items that did not fit into the model's context. They are not scored and not counted as unparsable."""
     rows_cut: int = 0
     """Number of scored items whose prompt was cut to fit."""
+    seed_deviation: float | None = None
+    """Standard deviation of the value between the seeds of the task; None if it ran with one seed."""
 
 
 @dataclass(frozen=True)

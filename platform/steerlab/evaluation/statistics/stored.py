@@ -62,6 +62,7 @@ class Metric(saved.Shape):
     unparsable: int = 0
     too_long: int = 0
     rows_cut: int = 0
+    seed_deviation: _Number = None
     empty: int = 0
 
 

@@ -24,7 +24,7 @@ from typing import Literal
 from pydantic import Field
 
 from steerlab.evaluation.asking.answers import answers, judged
-from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, has_input, instruction_rows
+from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, has_input, instruction_rows, not_empty
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task
 from steerlab.job import Source, TaskConfig
@@ -62,7 +62,12 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt at every strength; the samples hold all answers, not a selection."""
     rows = instruction_rows(
-        config.source, needs_input=config.needs_input, offset=config.offset, limit=config.limit, seed=config.seed
+        config.source,
+        needs_input=config.needs_input,
+        offset=config.offset,
+        limit=config.limit,
+        seed=config.rows_seed,
+        is_input=not_empty,
     )
     prompts = [model.encoder.conversation(str(item.row["instruction"]), _data(item)) for item in rows]
     observations, samples = [], []
@@ -99,7 +104,9 @@ def entry(item: Numbered, output: str, generator: str) -> dict[str, str]:
 
 
 def _data(item: Numbered) -> str:
-    return str(item.row["input"]) if has_input(item.row) else ""
+    # A single letter or digit is an input too, as in AlpacaFarm's 208 rows; a single mark stands for nothing.
+    single = not_empty(item.row) and str(item.row["input"]).strip().isalnum()
+    return str(item.row["input"]) if has_input(item.row) or single else ""
 
 
-TASK = Task(Config, run, measures, check=check)
+TASK = Task(Config, run, measures, version=2, check=check)

@@ -81,7 +81,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every problem at every strength."""
-    items = data_rows(config.prompts, config.limit, config.seed)
+    items = data_rows(config.prompts, config.limit, config.rows_seed)
     solutions = [_solution(item, config.prompts) for item in items]
     prompts = [model.encoder.conversation(str(item.row["instruction"]), str(item.row.get("input") or "")) for item in items]
     observations, samples = [], []

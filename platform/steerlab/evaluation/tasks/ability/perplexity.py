@@ -125,14 +125,14 @@ def conversation(model: SteeredModel, row: Row, config: Config) -> Conversation:
 def _rows(config: Config) -> list[Numbered]:
     """Return the rows that are scored: those of a data set, the outputs of instructions, or plain texts that are not empty."""
     if config.data is not None:
-        return data_rows(config.data, config.limit, config.seed)
+        return data_rows(config.data, config.limit, config.rows_seed)
     if config.format == "instruction":
         return instruction_rows(
             config.source,
             needs_input=config.needs_input,
             offset=config.offset,
             limit=config.limit,
-            seed=config.seed,
+            seed=config.rows_seed,
             fields=("instruction", "output"),
         )
     # Numbered before empty texts are dropped: an id is the row's position in the file.
@@ -141,7 +141,7 @@ def _rows(config: Config) -> list[Numbered]:
     ]
     if config.offset >= len(texts):
         raise ValueError(f"offset {config.offset} leaves no text of {config.source}, which has {len(texts)}")
-    return choose(texts[config.offset :], config.limit, config.seed)
+    return choose(texts[config.offset :], config.limit, config.rows_seed)
 
 
 def _unscored(row_id: str, strength: float) -> Observation:

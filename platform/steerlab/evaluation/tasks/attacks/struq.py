@@ -1,8 +1,10 @@
 """StruQ's benchmark over AlpacaFarm rows.
 
 Chen, Piet, Sitawarin, Wagner, arXiv 2402.06363, as ASIDE (arXiv 2503.10566) runs it: the evaluation rows of AlpacaFarm with
-a non-empty input (208), the attacks of `injection` with the word "Hacked", in distribution (attack after the data) and out of
-distribution (before and after), seeds 42 to 44. The ignore sentences are this repository's, not the published ones.
+a non-empty input (208; an input of one character counts), the attacks of `injection` with the word "Hacked", in distribution
+(attack after the data) and out of distribution (before and after), seeds 42 to 44. `style` takes the spelling of ASIDE's
+evaluation or of StruQ's repository, `criterion` what counts as a success, and `sentences` the published ignore sentences from a
+file; without it they are this repository's.
 
 `source` is the published list, for example a downloaded `davinci_003_outputs.json`, with the fields instruction, input and
 output (the attack `completion` pretends that the output was the answer). Rows that contain the witness are not left out.
@@ -18,10 +20,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from steerlab.evaluation.asking.items import check_rows, instruction_rows
+from steerlab.evaluation.asking.items import check_rows, instruction_rows, not_empty
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Result, Task
-from steerlab.evaluation.tasks.attacks.injection import InjectionConfig, Position, measures_of, run_attacks
+from steerlab.evaluation.tasks.attacks.injection import (
+    InjectionConfig,
+    Position,
+    check_sentences,
+    measures_of,
+    run_attacks,
+)
 from steerlab.job import Seed, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -50,13 +58,16 @@ def measures(config: Config) -> tuple[Measure, ...]:
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse a source that does not exist or whose rows lack fields. Raises ValueError."""
     check_rows("source", config.source)
+    check_sentences(config)
 
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Attack the rows of the benchmark at every position and strength."""
     # Unlike `injection`, rows that contain the witness are attacked too, so that numbers compare with published ones.
-    rows = instruction_rows(config.source, needs_input=True, offset=0, limit=config.limit, seed=config.seed)
+    rows = instruction_rows(
+        config.source, needs_input=True, offset=0, limit=config.limit, seed=config.rows_seed, is_input=not_empty
+    )
     return run_attacks(model, config, rows, config.positions, _SUFFIX, "struq")
 
 
-TASK = Task(Config, run, measures, check=check, example={"source": "alpaca_farm_evaluations.json"})
+TASK = Task(Config, run, measures, version=2, check=check, example={"source": "alpaca_farm_evaluations.json"})

@@ -141,7 +141,7 @@ def load(config: Config) -> list[Prompt]:
         for kind, data in kinds
         if data is not None
         # Ids repeat between the two sets, which is harmless: each metric has items of one set only.
-        for item in data_rows(data, config.limit, config.seed)
+        for item in data_rows(data, config.limit, config.rows_seed)
     ]
 
 

@@ -73,7 +73,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue every prompt at every strength and score the continuations."""
     scorer = _scorer(model, config)
-    items = read_prompts(config.prompts, config.limit, config.seed)
+    items = read_prompts(config.prompts, config.limit, config.rows_seed)
     ids, prompts = [item.id for item in items], [str(item.row["text"]) for item in items]
     outputs = continue_texts(model, prompts, config)
     observations, samples = [], []

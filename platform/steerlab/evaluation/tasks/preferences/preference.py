@@ -71,7 +71,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Score the pairs at every strength."""
-    items = data_rows(config.pairs, config.limit, config.seed)
+    items = data_rows(config.pairs, config.limit, config.rows_seed)
     longest = int(min(config.max_tokens, model.max_tokens))
     # One token more than fits, so that a pair that was cut is longer than the limit and can be told from one that just fits.
     encoded = encode_data(model.encoder, [item.row for item in items], "preference", longest + 1)

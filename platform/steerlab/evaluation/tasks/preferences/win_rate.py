@@ -139,7 +139,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt at every strength and judge each answer against its opponent."""
     name, judge = _judge(model, config)
-    items = data_rows(config.prompts, config.limit, config.seed)
+    items = data_rows(config.prompts, config.limit, config.rows_seed)
     pairs = _pairs(model, items, config)
     # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once.
     verdicts = iter(judges.decide(judge, [pair for row in pairs for pair in row]))

@@ -135,7 +135,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     if {"concept", "causal"} & set(config.measures):
         # The embedded set is built from alpaca rows, which a job may have trained on; a file of SEP rows is separate from them.
         offset = config.offset if config.separation_source is None else 0
-        items = separation.load(config.separation_source, limit=config.limit, seed=config.seed, offset=offset)
+        items = separation.load(config.separation_source, limit=config.limit, seed=config.rows_seed, offset=offset)
     observations, samples = [], []
     for strength in config.strengths:
         observations += _left_out(model, long, config, strength)
@@ -173,7 +173,7 @@ def train_rows(num_rows: int, config: Config) -> list[int]:
     """Choose the indices of the training rows; at least one row trains and at least one tests."""
     num_train = min(max(1, round(config.train_share * num_rows)), num_rows - 1)
     # Another seed than that of the rows' own choice: the same random numbers would tie one choice to the other.
-    return choose(range(num_rows), num_train, config.seed + 1)
+    return choose(range(num_rows), num_train, config.rows_seed + 1)
 
 
 def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], list[Numbered]]:
@@ -182,7 +182,7 @@ def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], li
     Raises:
         ValueError: there are fewer than two rows, one to train on and one to test.
     """
-    rows = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=config.num_rows, seed=config.seed)
+    rows = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=config.num_rows, seed=config.rows_seed)
     if len(rows) < 2:
         raise ValueError(f"{config.source} has {len(rows)} usable row; a probe needs two")
     forms = [model.fits([of_row(model.encoder, item, e) for item in rows], config.max_tokens) for e in (False, True)]

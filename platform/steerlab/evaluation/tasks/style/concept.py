@@ -156,7 +156,7 @@ def _doubles(word: str) -> bool:
 
 def _items(config: Config) -> list[Numbered]:
     texts = [Numbered(f"{p}/{s}", {"text": text}) for p, text in enumerate(config.prompt) for s in range(config.samples)]
-    return choose(texts, config.limit, config.seed)
+    return choose(texts, config.limit, config.rows_seed)
 
 
 def _scorers(model: SteeredModel, config: Config) -> dict[str, scorers.Scorer]:

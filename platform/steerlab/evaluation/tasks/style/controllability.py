@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import Field, SerializeAsAny, create_model, model_validator
 
+from steerlab.evaluation.statistics import seeds
 from steerlab.evaluation.statistics.measures import Measure, find, likeness
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, TokenKinds, observed
 from steerlab.job import Table, TaskConfig
@@ -61,8 +62,8 @@ class Config(TaskConfig):
             raise ValueError(f"of.strengths {list(self.of.strengths)}: set the grid as strengths of this task, outside of `of`")
         if self.of.label is not None:
             raise ValueError(f"of.label {self.of.label}: set the label of this task, outside of `of`")
-        if self.limit is not None or self.seed != 0:
-            raise ValueError("limit and seed belong to the task in `of`: set of.limit, of.seed")
+        if self.limit is not None or self.seed != 0 or self.seeds:
+            raise ValueError("limit, seed and seeds belong to the task in `of`: set of.limit, of.seed, of.seeds")
         if not self.metric.startswith(f"{self.of.task}/"):
             raise ValueError(f"metric {self.metric!r} is not one of the task in `of`: its metrics are {self.of.task}/...")
         return self
@@ -129,7 +130,8 @@ def runs_over(tasks: Table[Task], config: Config, metric: str | None) -> TokenKi
 
 def run(tasks: Table[Task], model: SteeredModel, config: Config) -> Result:
     """Run the other task at every strength and relate its metric to the strength."""
-    within = tasks.of(config.of).run(model, config.of.model_copy(update={"strengths": config.strengths}))
+    inner = config.of.model_copy(update={"strengths": config.strengths})
+    within = seeds.pooled(seeds.run(tasks.of(config.of), model, inner))
     measured = [o for o in within.observations if o.metric == config.metric]
     # `check` accepts a pattern such as lm_eval's `*`; whether the metric exists is known only now.
     if not measured:

@@ -62,7 +62,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue the beginning of every text at every strength and score the continuations."""
     scorer = vader()  # loaded before anything is generated, so that a missing package is reported within seconds
-    items = read_prompts(config.prompts, config.limit, config.seed)
+    items = read_prompts(config.prompts, config.limit, config.rows_seed)
     ids, prompts = [item.id for item in items], [beginning(str(item.row["text"]), config.prompt_words) for item in items]
     outputs = continue_texts(model, prompts, config)
     observations, samples = [], []

@@ -42,7 +42,7 @@ class Config(TaskConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return (share("right", "higher"), share("win_rate", "higher"), share("form", "higher"), empty())
 
 

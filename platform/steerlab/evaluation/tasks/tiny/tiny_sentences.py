@@ -61,7 +61,7 @@ class Config(ContinuationConfig):
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
-    """Return what is measured."""
+    """Return the measures of the numbers that the task reports."""
     return (share("sentence", "higher"), share("coherent", "higher"), share("about", "higher"), empty())
 
 

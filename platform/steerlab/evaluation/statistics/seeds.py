@@ -1,0 +1,88 @@
+"""Several seeds of one task: an item counts with its mean over the seeds, and the spread between seeds is reported beside it.
+
+An interval says how much a number would change with other items, and the items of one seed are those of the next: pooled as
+if they were independent, three seeds would make it shorter by sqrt(3) for nothing. So each item becomes one observation first.
+What another seed would change is a second number, the standard deviation of the metric between seeds.
+
+Axis legend: K seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steerlab.evaluation.statistics.metrics import (
+    TOO_LONG,
+    Metric,
+    Observation,
+    Result,
+    Task,
+    spread,
+    summarise_all,
+)
+from steerlab.job import TaskConfig
+
+
+def run(task: Task[Any, Any], model: object, config: TaskConfig) -> list[Result]:
+    """Run a task with each of its seeds; with its only seed if the config names no others."""
+    if not config.seeds:
+        return [task.run(model, config)]
+    return [task.run(model, config.model_copy(update={"seed": seed})) for seed in config.seeds]
+
+
+def pooled(results: Sequence[Result]) -> Result:
+    """Return the result of all seeds, with one observation for each item, metric and strength.
+
+    The samples are those of the seeds in turn; files are those of the first seed that wrote them.
+    """
+    first = results[0]
+    if len(results) == 1:
+        return first
+    groups: dict[tuple[float, str, str], list[Observation]] = defaultdict(list)
+    for result in results:
+        for observation in result.observations:
+            groups[observation.strength, observation.metric, observation.id].append(observation)
+    files = {path: content for result in reversed(results) for path, content in result.files.items()}
+    samples = spread([sample for result in results for sample in result.samples])
+    return Result([_mean(group) for group in groups.values()], samples, first.measures, files)
+
+
+def summarise(results: Sequence[Result]) -> dict[float, dict[str, Metric]]:
+    """Summarise every metric over all seeds, with its standard deviation between them: strength -> metric -> numbers."""
+    whole = summarise_all(pooled(results))
+    if len(results) == 1:
+        return whole
+    of_seed_K = [summarise_all(result) for result in results]
+
+    def with_deviation(strength: float, name: str, metric: Metric) -> Metric:
+        numbers = [of_seed.get(strength, {}).get(name) for of_seed in of_seed_K]
+        values = [number.value for number in numbers if number is not None and number.value is not None]
+        # Of one value no spread can be told: the other seeds have scored no item of this metric.
+        return metric._replace(seed_deviation=statistics.stdev(values)) if len(values) > 1 else metric
+
+    return {
+        strength: {name: with_deviation(strength, name, metric) for name, metric in metrics.items()}
+        for strength, metrics in whole.items()
+    }
+
+
+def between_seeds(metric: Mapping[str, object]) -> str:
+    """Describe the spread of a metric (as JSON) over the seeds of its task: `seeds ±0.012`; empty if it has one seed."""
+    deviation = metric.get("seed_deviation")
+    return f"seeds \N{PLUS-MINUS SIGN}{deviation:.3g}" if isinstance(deviation, float | int) else ""
+
+
+def _mean(of_seed_K: Sequence[Observation]) -> Observation:
+    """Return an item's observation over its seeds: sum w v / sum w, with the mean weight of the seeds that could be judged."""
+    scored = [o for o in of_seed_K if o.value is not None]
+    if not scored:
+        # Too long with one seed is too long with all of them, except where a prompt is random (an attack in its middle).
+        return next((o for o in of_seed_K if o.reason == TOO_LONG), of_seed_K[0])
+    weight = sum(o.weight for o in scored)
+    # Of a conditional share (SEP) the item counts as often as its condition held, so that numerator and denominator add up.
+    value = sum(o.weight * (o.value or 0.0) for o in scored) / weight if weight else scored[0].value
+    reason = next((o.reason for o in scored if o.reason is not None), None)
+    return scored[0]._replace(value=value, weight=weight / len(scored), reason=reason)

@@ -1,0 +1,134 @@
+"""Attacks that other people wrote, each with the rule that it attacks: ask the model, and judge each answer by its own rule.
+
+    <task>/asr      share of attacks that succeeded                           lower is better
+    <task>/<group>  the same for the attacks of one group, if they have one
+    <task>/empty    share of empty answers
+
+An attack that cannot be asked, or whose answer no program can judge, is counted as unparsable and is in no mean.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from steerlab.evaluation.asking.answers import answers, with_empty
+from steerlab.evaluation.statistics.measures import Measure, empty, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, spread
+from steerlab.inputs.encoding import Encoder
+from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Part
+from steerlab.job import Seed, TaskConfig
+from steerlab.steered.language import SteeredModel
+
+Closing = Literal["after", "instruction"]
+"""Where the rule's second half goes: after the attack, as an instruction; or to the end of the instruction before it."""
+
+
+class SampledConfig(TaskConfig):
+    """Fields of tasks whose answers ASIDE (arXiv 2503.10566) samples."""
+
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest answer in tokens."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; 0 is greedy. The paper's is not published."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Probability mass of nucleus sampling; 1 samples from all tokens."""
+    seed: Seed = 2024
+    """Seed of sampling and of the choice of rows (paper: from 2024)."""
+
+
+class Attempt(NamedTuple):
+    """One attack on one rule."""
+
+    id: str
+    instruction: str
+    """The rule."""
+    data: str
+    """The attack."""
+    succeeded: Callable[[str], bool | None]
+    """Answer -> whether the attack succeeded; None if that cannot be told."""
+    judged: str
+    """What counts as a success, for readers of the samples."""
+    closing: str = ""
+    """Second half of the rule, which the benchmark puts after the attack."""
+    group: str = ""
+    """Name of the metric of the attack's group; empty without one."""
+    problem: str = ""
+    """Why the attack cannot be asked; empty if it can."""
+
+
+def measures_of(groups: Iterable[str] = ()) -> tuple[Measure, ...]:
+    """Return the measures of `attack`, with those of the groups."""
+    return (share("asr", "lower"), *(share(group, "lower") for group in groups), empty())
+
+
+def attack(model: SteeredModel, config: TaskConfig, attempts: Sequence[Attempt], measures: Sequence[Measure]) -> Result:
+    """Ask every attack at every strength and judge the answers.
+
+    Args:
+        model: the model.
+        config: settings of generation; the name of the task is the first part of the metrics' names.
+        attempts: the attacks.
+        measures: measures of the task.
+
+    Raises:
+        ValueError: none of the attacks can be asked.
+    """
+    asked = [one for one in attempts if not one.problem]
+    if not asked:
+        raise ValueError(f"none of the {len(attempts)} attacks can be asked: {attempts[0].problem}")
+    observations, samples = [], []
+    prompts = [conversation(model.encoder, one) for one in asked]
+    for strength, outputs in answers(model, prompts, config):
+        for one, output in zip(asked, outputs, strict=True):
+            verdict = one.succeeded(output.text)
+            own = observe(config.task, one, verdict, strength)
+            observations += with_empty(f"{config.task}/empty", one.id, [output], own, strength)
+            samples.append(_sample(one, output.text, verdict, strength))
+        for one in attempts:
+            observations += observe(config.task, one, None, strength) if one.problem else []
+    return Result(observations, spread(samples), measures)
+
+
+def observe(task: str, attempt: Attempt, verdict: bool | None, strength: float = 1.0) -> list[Observation]:
+    """Return the observations of one judged attack."""
+    value = None if verdict is None else float(verdict)
+    names = ["asr", *([attempt.group] if attempt.group else [])]
+    return [Observation(f"{task}/{name}", attempt.id, value, 1.0, strength) for name in names]
+
+
+def conversation(encoder: Encoder, attempt: Attempt) -> Conversation:
+    """Return the prompt of an attack: the rule is the instruction, the attack the data, and what closes it an instruction."""
+    if not attempt.closing:
+        return encoder.conversation(attempt.instruction, attempt.data)
+    # The closing half stands in the user's turn but has the role of an instruction: it is the defender's text.
+    return encoder.conversation(attempt.instruction, (Part(attempt.data, DATA), Part(f"\n\n{attempt.closing}", INSTRUCTION)))
+
+
+def closed(attempt: Attempt, closing: Closing) -> Attempt:
+    """Return an attempt whose rule is closed as a config says."""
+    if closing == "after" or not attempt.closing:
+        return attempt
+    rule = f"{attempt.instruction}\n\n{attempt.closing}" if attempt.instruction else attempt.closing
+    return attempt._replace(instruction=rule, closing="")
+
+
+def normal(text: str) -> str:
+    """Return a text in lower case without white space and punctuation at its ends."""
+    return text.strip(string.whitespace + string.punctuation).lower()
+
+
+def _sample(attempt: Attempt, output: str, verdict: bool | None, strength: float) -> dict[str, object]:
+    return {
+        "id": attempt.id,
+        "strength": strength,
+        "instruction": attempt.instruction,
+        "data": attempt.data,
+        **({"closing": attempt.closing} if attempt.closing else {}),
+        "output": output,
+        "succeeded": verdict,
+        "judged": attempt.judged,
+    }
