@@ -164,6 +164,22 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(zero_stage: int, t
     assert continued == history
 
 
+def test_early_stopping_is_a_function_of_the_losses_also_after_a_kill(tmp_path: Path) -> None:
+    """A training of 30 steps, given in epochs, whose validation loss rises: it stops, and a resumed one at the same step."""
+    rising = {"steps": None, "epochs": 4.8, "lr": 0.5, "schedule": "constant", "warmup_steps": 0, "eval_every": 1}
+    rising["patience"] = 3
+    weights, history = train(tmp_path / "a", 1, train=rising)
+    losses = [line["eval/loss"] for line in history]
+    best = losses.index(min(losses)) + 1
+    assert 3 < len(history) == best + 3 < 30, losses
+    assert json.loads((tmp_path / "a" / "output" / "training.json").read_text())["steps"] == best + 3
+    assert all(0 <= line["eval/token_accuracy"] <= 1 and "train/token_accuracy" in line for line in history)
+    train(tmp_path / "b", 1, stop_at=3, train=rising)
+    resumed, continued = train(tmp_path / "b", 1, resume=True, train=rising)
+    assert continued == history
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
 class Payload:
     """A pickle of it leaves a file where it is read."""
 

@@ -30,7 +30,7 @@ from torch import nn
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
 from steerlab.job import Job, MethodConfig, Radians
-from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, language_modelling_loss
+from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, next_token_loss
 from steerlab.models import ModelFacts
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Aside(PatchedModel):
         """Return the summed cross-entropy over the labelled tokens (paper, section 4: plain supervised fine-tuning)."""
         # `roles` is read by the patch's hook on the embedding, not by the model.
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
-        return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
+        return next_token_loss(logits_BTV, batch.labels)
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Set the share of the angle that a gradual rotation uses in this step."""

@@ -358,6 +358,18 @@ def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     )
 
 
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Loss:
+    """Return `language_modelling_loss`, and as `token_accuracy` the number of targets whose own token has the largest logit.
+
+    Args:
+        logits_BTV: logits of each token, (B, T, V).
+        labels_BT: token ids, (B, T), `IGNORED` where a token is not a target; position t is predicted from t - 1.
+    """
+    # A prediction is never IGNORED, so positions that are no targets never count as right.
+    is_right_BT = logits_BTV[:, :-1].detach().argmax(-1) == labels_BT[:, 1:]
+    return Loss(language_modelling_loss(logits_BTV, labels_BT), {"token_accuracy": is_right_BT.float().sum()})
+
+
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that receive gradients, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

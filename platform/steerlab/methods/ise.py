@@ -18,7 +18,7 @@ from torch import nn
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
 from steerlab.job import MethodConfig
-from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, language_modelling_loss
+from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, next_token_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ class Ise(PatchedModel):
         """Return the summed cross-entropy over the labelled tokens."""
         # `roles` is read by the patch's hook on the embedding, not by the model.
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
-        return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
+        return next_token_loss(logits_BTV, batch.labels)
 
 
 METHOD = Trained(Config, Ise, example="jobs/tiny/ise.yaml")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from steerlab.inputs.tokens import Batch
 from steerlab.job import MethodConfig
-from steerlab.methods.contract import Inputs, Loss, Trained, WholeModel, language_modelling_loss
+from steerlab.methods.contract import Inputs, Loss, Trained, WholeModel, next_token_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ class Vanilla(WholeModel):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
         # `model_inputs` has no roles: no patch is there to read them.
-        return Loss(language_modelling_loss(self.model(**batch.model_inputs).logits, batch.labels), {})
+        return next_token_loss(self.model(**batch.model_inputs).logits, batch.labels)
 
 
 METHOD = Trained(Config, Vanilla, example="jobs/tiny/vanilla.yaml")

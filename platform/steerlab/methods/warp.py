@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
 from steerlab.job import ExtractConfig, Job, MethodConfig, Seed, Selection
-from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, language_modelling_loss
+from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, next_token_loss
 from steerlab.methods.math import rotation, weight_space
 from steerlab.methods.math.selected_layers import Layers, Types
 from steerlab.methods.math.selected_layers import places as selected
@@ -217,7 +217,7 @@ class Warp(PatchAlone):
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
-        return Loss(language_modelling_loss(self.model(**batch.patched_inputs).logits, batch.labels), {})
+        return next_token_loss(self.model(**batch.patched_inputs).logits, batch.labels)
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Drop matrices that were computed from D before the optimizer, or a checkpoint, changed it."""
