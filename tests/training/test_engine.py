@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from steerlab import models
 from steerlab.data.worlds import tiny_checkpoint
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 
@@ -178,6 +179,24 @@ def test_early_stopping_is_a_function_of_the_losses_also_after_a_kill(tmp_path: 
     resumed, continued = train(tmp_path / "b", 1, resume=True, train=rising)
     assert continued == history
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+ADAPTED = {"name": "aside", "linear_shift": True, "lora": {"rank": 2}}
+
+
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_adapters_train_and_resume_on_any_scale_and_are_saved_in_the_weights(zero_stage: int, tmp_path: Path) -> None:
+    """Two workers with a kill give what one worker gives; only the adapted weights and the patch differ from the start."""
+    alone, _ = train(tmp_path / "alone", 1, method=ADAPTED)
+    scale = {"zero_stage": zero_stage}
+    train(tmp_path / "two", 2, stop_at=3, scale=scale, method=ADAPTED)
+    weights, _ = train(tmp_path / "two", 2, resume=True, scale=scale, method=ADAPTED)
+    close(weights, alone, atol=2e-4)
+    start = models.load_model(tmp_path / "two" / "model", seed=5).state_dict()
+    moved = {name for name in start if name in weights and not torch.equal(start[name], weights[name])}
+    assert weights.keys() - start.keys() == {"shift_RD"} and start.keys() - weights.keys() <= {"lm_head.weight"}
+    assert len(moved) == 2 * sum(name.endswith("q_proj.weight") for name in start)
+    assert all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in moved)
 
 
 class Payload:

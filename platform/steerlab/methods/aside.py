@@ -29,8 +29,9 @@ from torch import nn
 
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
-from steerlab.job import Job, MethodConfig, Radians
+from steerlab.job import Job, Radians
 from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, next_token_loss
+from steerlab.methods.math.lora import Adaptable
 from steerlab.models import ModelFacts
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 _SHIFT_STD = 0.02
 
 
-class Config(MethodConfig):
+class Config(Adaptable):
     """Hyperparameters of ASIDE."""
 
     name: Literal["aside"] = "aside"
@@ -59,10 +60,10 @@ class Config(MethodConfig):
 
 
 class Aside(PatchedModel):
-    """A causal language model whose input embeddings are rotated by role; all weights train."""
+    """A causal language model whose input embeddings are rotated by role."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__(model)
+        super().__init__(model, config.lora)
         self.gradual = config.gradual
         self.patch = patches.EmbeddingPatch(
             models.embedding_shape(model)[1], config.angle_rad, config.direction, config.learned, config.linear_shift

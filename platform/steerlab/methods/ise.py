@@ -17,14 +17,14 @@ from torch import nn
 
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
-from steerlab.job import MethodConfig
 from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, next_token_loss
+from steerlab.methods.math.lora import Adaptable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Config(MethodConfig):
+class Config(Adaptable):
     """Hyperparameters of ISE."""
 
     name: Literal["ise"] = "ise"
@@ -37,7 +37,7 @@ class Ise(PatchedModel):
     """A causal language model with segment vectors added to its embeddings."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
-        super().__init__(model)
+        super().__init__(model, config.lora)
         self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
         # S of the module docstring, one row for each role.
         assert self.patch.shift_RD is not None

@@ -318,8 +318,7 @@ class _Training:
     def _export_model(self, state: dict[str, Tensor], output: Path) -> dict[str, Tensor]:
         """Write the trained weights and the tokenizer, and return the patch's state; `model_key` becomes the new model's."""
         model = self.module.model
-        weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-        models.save_trained(model, weights, output / "model")
+        models.save_trained(model, self.module.model_state(state), output / "model")
         self.encoder.save(output / "model")
         if self.module.patch is not None:
             # The fingerprint is that of the model as it is loaded from disk, with which `patches.load` compares it.
