@@ -75,15 +75,15 @@ def batch(name: str, kind: str, encoder: Encoder, model: Any) -> Any:
 TEXTS = {"preference": ("preferences", "preference")}
 
 
-Make = Callable[[str, str, Any], Any]
+Make = Callable[..., Any]
 
 
 @pytest.fixture
 def make(extracted: Any, prepared: Any) -> Make:
-    """A function (name, kind, model) -> trainee, with what the method reads and prepares, of other texts."""
+    """A function (name, kind, model, **settings) -> trainee, with what the method reads and prepares, of other texts."""
 
-    def trainee(name: str, kind: str, model: Any) -> torch.nn.Module:
-        method, config = trained({"name": name}), config_of(name, kind)
+    def trainee(name: str, kind: str, model: Any, **settings: Any) -> torch.nn.Module:
+        method, config = trained({"name": name}), config_of(name, kind, **settings)
         if kind == "diffusion":
             texts = [row["text"] for row in pixels.rows("digits/test", Path)[:8]]
             read = {role: extracted(model, texts, select=STEERED) for role in method.reads(config)}
@@ -98,10 +98,11 @@ def make(extracted: Any, prepared: Any) -> Make:
     return trainee
 
 
-def config_of(name: str, kind: str) -> MethodConfig:
+def config_of(name: str, kind: str, **settings: Any) -> MethodConfig:
     """The method's defaults, with places that the kind of model has."""
     fields = METHODS[name].Config.model_fields
-    return METHODS[name].Config.model_validate({"steer": STEERED} if kind == "diffusion" and "steer" in fields else {})
+    places = {"steer": STEERED} if kind == "diffusion" and "steer" in fields else {}
+    return METHODS[name].Config.model_validate({**places, **settings})
 
 
 def output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -301,6 +302,76 @@ def test_a_fit_refuses_what_says_nothing(name: str) -> None:
     broken = {"a": torch.full((8, 4), torch.nan)}
     with pytest.raises(ValueError, match="row 0, neuron 0 is nan"):
         method.fit(method.Config(), broken, many)
+
+
+ADAPTED = [(name, "causal_lm") for name, method in METHODS.items() if "lora" in method.Config.model_fields]
+# GenARM's adapters are in its second model, which `test_preference_baselines.py` tests.
+each_adapted = pytest.mark.parametrize(("name", "kind"), [pair for pair in ADAPTED if pair[0] != "genarm"])
+
+
+def lora_of(name: str) -> dict[str, Any]:
+    """Settings of adapters; Safety-WaRP adapts layers only that it does not rotate."""
+    return {"lora": {"rank": 2}, **({"layer_type": ["ffn_up"]} if name == "warp" else {})}
+
+
+def test_methods_that_train_weights_offer_adapters() -> None:
+    assert {name for name, _ in ADAPTED} >= {"vanilla", "aside", "ise", "warp", "dpo", "genarm"}
+
+
+@each_adapted
+def test_adapters_train_alone_and_end_in_the_weights(
+    name: str, kind: str, make: Make, model: Any, batch: Any, encoder: Encoder, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """The result is loaded without peft: it has the weights' own names, and computes what the adapted model computed."""
+    fingerprint, base = models.fingerprint(model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    models.save_model(model, encoder.tokenizer, tmp_path / "model")
+    (tmp_path / "prompt.json").write_text('{"prompt_style": "plain", "response_role": "data"}')
+    module = make(name, kind, model, **lora_of(name))
+    parameters = trained_parameters(module)
+    own = [n for n in parameters if n.startswith(("model.", "second.")) and "lora_" not in n]
+    assert own == [] and any("lora_" in n for n in parameters), "none of the model's own weights trains"
+    method, config = trained({"name": name}), config_of(name, kind, **lora_of(name))
+    size = method.module.size(config, models.skeleton(tiny_dir))
+    extra = 0 if module.patch is None or name != "ise" else module.patch.shift_RD.numel()
+    assert size is not None and size.trained == sum(p.numel() for p in parameters.values()) - extra
+    train_a_little(module, batch)
+    module.eval()
+    inputs = batch.patched_inputs if module.patch else batch.model_inputs
+    with torch.no_grad():
+        expected = output(module.model, inputs)
+    if method.leaves_model:
+        weights = module.model_state(module.state_dict())
+        assert weights.keys() == models.load_model(tiny_dir, seed=0).state_dict().keys()
+        moved = {n for n, value in base.items() if not torch.equal(weights[n], value)}
+        assert moved and all(n.endswith(("q_proj.weight", "v_proj.weight")) for n in moved)
+        models.save_trained(module.model, weights, tmp_path / "model")
+        fingerprint = models.fingerprint(models.load_model(tmp_path / "model"))
+    if module.patch is not None:
+        patches.save(module.finished(module.patch.state_dict()), tmp_path / "patch", fingerprint)
+    loaded = language.load(tmp_path)
+    with torch.no_grad():
+        # A folded product is rounded once in the weight, an adapter's own product with each input.
+        torch.testing.assert_close(output(loaded.model, batch.patched_inputs), expected, rtol=1e-4, atol=1e-4)
+        if method.leaves_patch:
+            off = output(loaded.model, {**batch.patched_inputs, "strengths": torch.zeros(len(batch.input_ids))})
+            assert torch.equal(off, output(models.load_model(tmp_path / "model"), batch.model_inputs))
+            assert not torch.allclose(off, expected, atol=1e-3)
+
+
+def train_a_little(module: Any, batch: Any) -> None:
+    """Four steps, which lower the loss."""
+    optimizer = torch.optim.AdamW(trained_parameters(module).values(), lr=2e-2)
+    losses = []
+    for step in range(4):
+        module.on_step(step, 10.0)
+        module.before_pass(True)
+        loss = module(batch).total
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        module.after_step(2e-2)
+    assert losses[-1] < losses[0]
 
 
 @each_trained

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from steerlab import models
 from steerlab.data.worlds import tiny_checkpoint
 from steerlab.job import DataConfig, ModelConfig, ScaleConfig, TrainConfig
 
@@ -162,6 +163,40 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(zero_stage: int, t
     resumed, continued = train(tmp_path / "b", 2, resume=True, scale=scale)
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     assert continued == history
+
+
+def test_early_stopping_is_a_function_of_the_losses_also_after_a_kill(tmp_path: Path) -> None:
+    """A training of 30 steps, given in epochs, whose validation loss rises: it stops, and a resumed one at the same step."""
+    rising = {"steps": None, "epochs": 4.8, "lr": 0.5, "schedule": "constant", "warmup_steps": 0, "eval_every": 1}
+    rising["patience"] = 3
+    weights, history = train(tmp_path / "a", 1, train=rising)
+    losses = [line["eval/loss"] for line in history]
+    best = losses.index(min(losses)) + 1
+    assert 3 < len(history) == best + 3 < 30, losses
+    assert json.loads((tmp_path / "a" / "output" / "training.json").read_text())["steps"] == best + 3
+    assert all(0 <= line["eval/token_accuracy"] <= 1 and "train/token_accuracy" in line for line in history)
+    train(tmp_path / "b", 1, stop_at=3, train=rising)
+    resumed, continued = train(tmp_path / "b", 1, resume=True, train=rising)
+    assert continued == history
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+ADAPTED = {"name": "aside", "linear_shift": True, "lora": {"rank": 2}}
+
+
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_adapters_train_and_resume_on_any_scale_and_are_saved_in_the_weights(zero_stage: int, tmp_path: Path) -> None:
+    """Two workers with a kill give what one worker gives; only the adapted weights and the patch differ from the start."""
+    alone, _ = train(tmp_path / "alone", 1, method=ADAPTED)
+    scale = {"zero_stage": zero_stage}
+    train(tmp_path / "two", 2, stop_at=3, scale=scale, method=ADAPTED)
+    weights, _ = train(tmp_path / "two", 2, resume=True, scale=scale, method=ADAPTED)
+    close(weights, alone, atol=2e-4)
+    start = models.load_model(tmp_path / "two" / "model", seed=5).state_dict()
+    moved = {name for name in start if name in weights and not torch.equal(start[name], weights[name])}
+    assert weights.keys() - start.keys() == {"shift_RD"} and start.keys() - weights.keys() <= {"lm_head.weight"}
+    assert len(moved) == 2 * sum(name.endswith("q_proj.weight") for name in start)
+    assert all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in moved)
 
 
 class Payload:

@@ -11,6 +11,7 @@ import pytest
 from steerlab import job
 from steerlab.data import sources
 from steerlab.job import Job
+from steerlab.run import length
 from steerlab.stages import JobType, Plan
 
 TREE: dict[str, Any] = {
@@ -81,3 +82,13 @@ def test_a_job_that_makes_no_model_evaluates_the_one_below() -> None:
     plan = Plan.of(job.validate(tree, JobType, Path("a.yaml")))
     assert plan.below is not None and plan.model == plan.below.model and plan.leaves_patch
     assert list(plan.trainings.values()) == [plan.below.job]
+
+
+def test_epochs_are_said_in_steps_of_the_rows_that_the_job_names() -> None:
+    """Also for a training below, on whose rows this job does not train."""
+    upper = {**TREE, "name": "upper", "model": {"source": TREE}, "train": {"epochs": 2.5, "micro_batch": 4, "max_tokens": 64}}
+    plan = Plan.of(JobType.model_validate(upper))
+    assert list(length.by_key(plan).values()) == [2, 7]
+    (line,) = length.in_words(plan)
+    assert line.startswith("upper: 2.5 epochs of 10 rows, 4 in a step, are 7 steps;"), line
+    assert plan.model is not None and "'epochs': 2.5" in str(plan.model.params) and "'steps'" not in str(plan.model.params)

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from steerlab.job import TrainConfig
-from steerlab.methods.contract import Loss
+from steerlab.inputs.tokens import IGNORED
+from steerlab.job import TrainConfig, stops
+from steerlab.methods.contract import Loss, next_token_loss
 from steerlab.training.engine import Engine
 from steerlab.training.loop import learning_rate, rows_of_step, share_of_rank
 
@@ -53,6 +54,70 @@ def test_a_loss_that_depends_on_nothing_trained_is_refused_before_the_first_step
     engine._ds = lambda batch: Loss(weight.detach().sum(), {})
     with pytest.raises(ValueError, match=r"loss of Linear does not depend on any trained parameter.* is its patch attached"):
         engine.backward(None, 1)
+
+
+def test_linear_decay_ends_at_the_floor() -> None:
+    train = TrainConfig(steps=10, lr=2.0, schedule="linear", warmup_steps=2, lr_floor=0.25)
+    rates = [learning_rate(train, step) for step in range(11)]
+    assert rates[:3] == [1.0, 2.0, 2.0] and rates[10] == 0.5
+    assert [a - b for a, b in itertools.pairwise(rates[2:])] == pytest.approx([1.5 / 8] * 8)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_rows", "micro_batch", "steps"),
+    [(2, 10, 4, 5), (1, 10, 4, 3), (3, 46_581, 64, 2184), (0.1, 30, 3, 1), (0.01, 10, 4, 1), (1.5, 8, 4, 3)],
+)
+def test_epochs_become_steps_once_the_rows_are_counted(epochs: float, num_rows: int, micro_batch: int, steps: int) -> None:
+    """The last step of an epoch that does not divide holds the first rows of the next one, so only the end is rounded up."""
+    train = TrainConfig(epochs=epochs, micro_batch=micro_batch, warmup_ratio=0.1).resolved(num_rows)
+    assert train.num_steps == steps and train.warmup_steps == -(-steps // 10)
+    assert train.epochs is None and not train.warmup_ratio
+    seen = [row for step in range(steps) for row in rows_of_step(num_rows, micro_batch, 0, step)]
+    assert len(seen) >= epochs * num_rows > len(seen) - micro_batch or steps == 1
+
+
+def test_a_snapshot_after_the_last_epoch_is_refused_once_the_rows_are_counted() -> None:
+    with pytest.raises(ValueError, match=r"train.snapshots \[4\]: not between 1 and train.steps 3"):
+        TrainConfig(epochs=1, micro_batch=4, snapshots=(3, 4)).resolved(10)
+    with pytest.raises(ValueError, match=r"train.warmup_steps 4 is more than train.steps 3"):
+        TrainConfig(epochs=1, micro_batch=4, warmup_steps=4).resolved(10)
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "ends"),
+    [
+        ([], 1, False),
+        ([3.0], 1, False),
+        ([3.0, 2.0, 2.5], 1, True),
+        ([3.0, 2.0, 2.5], 2, False),
+        ([3.0, 2.0, 2.5, 1.9, 2.0], 2, False),
+        ([3.0, 2.0, 2.0, 2.0], 2, True),
+        ([3.0, 2.0, 2.1, 2.05], 2, True),
+    ],
+)
+def test_patience_counts_evaluations_since_the_lowest_loss(losses: list[float], patience: int, ends: bool) -> None:
+    """A loss that is only reached again, or falls without becoming the lowest, is no progress."""
+    assert stops(losses, patience) is ends
+
+
+def test_fields_that_are_not_set_are_no_part_of_a_key() -> None:
+    old = {"steps", "lr", "schedule", "lr_floor", "warmup_steps", "optimizer", "betas", "weight_decay", "momentum", "clip_norm"}
+    old |= {"micro_batch", "grad_accum", "max_tokens", "eval_every", "keep", "snapshots", "seed"}
+    assert TrainConfig(steps=3).model_dump().keys() == old
+    assert TrainConfig(epochs=3).model_dump().keys() == old - {"steps"} | {"epochs"}
+    assert TrainConfig.model_validate({"epochs": 3}).model_dump_json() == TrainConfig(epochs=3.0).model_dump_json()
+
+
+def test_token_accuracy_counts_targets_alone() -> None:
+    logits_BTV = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels_BT = logits_BTV.argmax(-1).roll(1, 1)  # every token is predicted by the one before it
+    labels_BT[0, 2] = (labels_BT[0, 2] + 1) % 7
+    labels_BT[1, :3] = IGNORED
+    loss = next_token_loss(logits_BTV, labels_BT)
+    targets = [(b, t) for b in range(2) for t in range(1, 5) if labels_BT[b, t] != IGNORED]
+    naive = sum(-logits_BTV[b, t - 1].log_softmax(-1)[labels_BT[b, t]] for b, t in targets)
+    torch.testing.assert_close(loss.total, naive)
+    assert len(targets) == 6 and loss.metrics["token_accuracy"] == 5
 
 
 def test_constant_schedule() -> None:

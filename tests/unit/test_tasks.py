@@ -105,6 +105,11 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
         "separation_source": probes(path.with_suffix(".sep.jsonl"), texts),
         "epochs": 1,
     },
+    "attention_by_role": lambda path, texts: {"source": instructions(path, texts)},
+    "instruction_concept": lambda path, texts: {
+        "source": instructions(path, texts),
+        "separation_source": probes(path.with_suffix(".sep.jsonl"), texts),
+    },
     "alpaca": lambda path, texts: {"source": instructions(path, texts)},
     "toxicity": lambda path, texts: {"prompts": plain(path, texts)},
     "sentiment": lambda path, texts: {"prompts": plain(path, texts), "prompt_words": None},
@@ -122,14 +127,14 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
         "metric": "perplexity/value",
     },
 }
-"""A task -> fields of its config over rows made of texts; efficiency has no rows, lm_eval its own tests."""
-SCORED_AS_THEY_ARE = ("perplexity", "preference", "controllability")
+"""A task -> fields of its config over rows made of texts; lm_eval has its own tests, the others that are missing no rows."""
+SCORED_AS_THEY_ARE = ("perplexity", "preference", "controllability", "attention_by_role", "instruction_concept")
 """Tasks that score given texts: nothing is answered."""
 
 
 def test_every_task_over_texts_is_tested() -> None:
     texts = {name for name, task in TASKS.items() if task.kinds == ("causal_lm",)}
-    assert set(CASES) == texts - {"efficiency", "lm_eval"}
+    assert set(CASES) == texts - {"efficiency", "lm_eval", "embedding_shift"}
 
 
 @pytest.fixture
@@ -203,6 +208,19 @@ BETTER: dict[str, dict[str, str | None]] = {
         "executed_unrotated": None,
         "empty": "lower",
         "cosine_layer_*": "lower",
+    },
+    "attention_by_role": {
+        **dict.fromkeys(f"{part}{end}" for part in ("instruction", "data", "response", "other") for end in ("", "_layer_*")),
+        "instruction_density_layer_*": None,
+        "data_density_layer_*": None,
+    },
+    "instruction_concept": {
+        "activation_injected": "lower",
+        "activation_clean": "lower",
+        "injected_above_clean": "lower",
+        "active_injected": "lower",
+        "active_clean": "lower",
+        "accuracy": "higher",
     },
     "alpaca": {"response_tokens": None, "empty": "lower", "unfinished": "lower"},
     "toxicity": {"share": "lower", "score": "lower", "empty": "lower", "FLUENCY": None},

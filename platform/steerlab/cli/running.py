@@ -22,6 +22,7 @@ from steerlab.job import UNPATCHED, UNPATCHED_NAME
 if TYPE_CHECKING:
     from steerlab.job import Job
     from steerlab.run import MetricNumbers, Run, RunSummary
+    from steerlab.stages import Plan
     from steerlab.storage import plan
 
 
@@ -48,6 +49,8 @@ def run(
                 capacity.check_cluster(planned, store, facts_of_model)
             done = []
             for planned in plans:
+                if not as_json:
+                    _say_steps(planned)
                 with progress(quiet=as_json) as listener:
                     done.append(runs.execute(planned, store, listener, command=" ".join(sys.argv)))
     if as_json:
@@ -60,7 +63,7 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
     """Show what would run and what is cached, with memory and disk estimates."""
     from steerlab import run as runs
     from steerlab import stages
-    from steerlab.run import capacity
+    from steerlab.run import capacity, length
     from steerlab.storage import plan
 
     with explained():
@@ -70,7 +73,8 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
         records = plan.status(planned.stages, store)
         needs = capacity.estimates(planned, facts, records)
         if as_json:
-            print(json.dumps({"stages": [record.as_dict() | _needed(record, needs) for record in records]}, indent=1))
+            staged = [record.as_dict() | _needed(record, needs) for record in records]
+            print(json.dumps({"stages": staged, "steps": length.by_key(planned)}, indent=1))
             capacity.check_machine(records, needs, store)
             return
         table = folding_table(
@@ -81,10 +85,18 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
             sizes = [capacity.in_words(n) if n else nothing for n in _needed(record, needs).values()]
             table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
         console.print(table)
+        _say_steps(planned)
         console.print(
             f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; rough estimates"
         )
         capacity.check_machine(records, needs, store)
+
+
+def _say_steps(planned: Plan) -> None:
+    from steerlab.run import length
+
+    for line in length.in_words(planned):
+        console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _needed(record: plan.Record, needs: Mapping[str, plan.Estimate]) -> dict[str, int]:

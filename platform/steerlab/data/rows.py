@@ -11,6 +11,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -107,6 +108,17 @@ def _check_all(data: DataSet) -> None:
         raise seen.nothing_left(data, passed)
     seen.warn(data)
     _checked.add(key)
+
+
+def count(data: DataSet) -> int:
+    """Return the number of rows that `read` returns; each data set is counted once in a process."""
+    return _counted(data.model_dump_json(), json.dumps(fingerprint(data)), type(data))
+
+
+@lru_cache(maxsize=64)
+def _counted(data: str, fingerprints: str, kind: type[DataSet]) -> int:
+    # `fingerprints` is part of the cache's key only: it changes when the content of a source does.
+    return len(read(kind.model_validate_json(data)))
 
 
 def describe(data: DataSet) -> str:

@@ -15,7 +15,7 @@ from steerlab.evaluation.tasks.cost import efficiency
 from steerlab.evaluation.tasks.diffusion import clip_score, diversity, image_concept, image_similarity
 from steerlab.evaluation.tasks.harm import refusal, toxicity
 from steerlab.evaluation.tasks.preferences import preference, win_rate
-from steerlab.evaluation.tasks.roles import probing, separation
+from steerlab.evaluation.tasks.roles import attention_by_role, embedding_shift, instruction_concept, probing, separation
 from steerlab.evaluation.tasks.style import concept, controllability, sentiment
 from steerlab.evaluation.tasks.tiny import tiny_answers, tiny_sentences
 from steerlab.job import Table, TaskConfig
@@ -33,6 +33,9 @@ _TASKS: dict[str, Task] = {
     "perplexity": perplexity.TASK,
     "preference": preference.TASK,
     "probing": probing.TASK,
+    "embedding_shift": embedding_shift.TASK,
+    "attention_by_role": attention_by_role.TASK,
+    "instruction_concept": instruction_concept.TASK,
     "alpaca": alpaca.TASK,
     "toxicity": toxicity.TASK,
     "sentiment": sentiment.TASK,

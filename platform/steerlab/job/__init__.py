@@ -19,13 +19,13 @@ from steerlab.job.settings import (
     ScaleConfig,
     TaskConfig,
     TrackConfig,
-    TrainConfig,
     WandbConfig,
     headline_first,
     with_headline,
 )
 from steerlab.job.source_fields import Source, Template, described, written_out
 from steerlab.job.table import Table
+from steerlab.job.train_config import TrainConfig, stops
 from steerlab.job.typed import SEED_LIMIT, Frozen, Implied, JobError, Radians, Seed
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "read",
     "read_tree",
     "schema",
+    "stops",
     "validate",
     "with_headline",
     "written_out",

@@ -17,10 +17,10 @@ from steerlab.job.settings import (
     ScaleConfig,
     TaskConfig,
     TrackConfig,
-    TrainConfig,
     with_headline,
 )
 from steerlab.job.table import Table
+from steerlab.job.train_config import TrainConfig
 from steerlab.job.typed import Frozen
 
 _M = TypeVar("_M", bound=Entry)
@@ -103,14 +103,8 @@ class Job(Frozen):
             raise ValueError(f"strength {self.strength:g}: the job has no tasks in `evaluate`, so nothing is measured at it")
         if self.train is None:
             return self
-        # Checked before training: a snapshot that is never taken would be noticed after hours.
-        late = [step for step in self.train.snapshots if not 1 <= step <= self.train.steps]
-        if late:
-            raise ValueError(f"train.snapshots {late}: not between 1 and train.steps {self.train.steps}")
         if self.snapshot is not None and self.snapshot not in self.train.snapshots:
             raise ValueError(f"snapshot {self.snapshot} is not one of train.snapshots {list(self.train.snapshots)}")
-        if self.train.warmup_steps > self.train.steps:
-            raise ValueError(f"train.warmup_steps {self.train.warmup_steps} is more than train.steps {self.train.steps}")
         # Every number that an elastic run may have must divide the rows, so that results do not depend on it.
         for workers in range(*(self.scale.worker_range[0], self.scale.worker_range[1] + 1)):
             if self.train.rows_per_step % workers:

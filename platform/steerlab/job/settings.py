@@ -10,50 +10,6 @@ from pydantic import Field, SerializeAsAny, model_validator
 from steerlab.job.typed import Frozen, Seed
 
 
-class TrainConfig(Frozen):
-    """What the training stage computes. `scale` says on how many workers; it is not part of an artifact's key."""
-
-    steps: int = Field(ge=1)
-    """Optimizer steps."""
-    lr: float = Field(2e-5, gt=0)
-    """Peak learning rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning-rate schedule after the warm-up."""
-    lr_floor: float = Field(0.0, ge=0, le=1)
-    """Learning rate at the end of the cosine schedule, as a share of `lr`."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear warm-up; 0 starts at `lr`."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """Optimizer, in torch's implementation on every device."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decay of matrices (decoupled in adamw, an L2 term in adam and sgd); vectors (norms, biases) are never decayed."""
-    momentum: float = Field(0.0, ge=0, lt=1)
-    """SGD's momentum."""
-    clip_norm: float = Field(1.0, ge=0)
-    """Global norm to which gradients are clipped; 0 does not clip."""
-    micro_batch: int = Field(4, ge=1)
-    """Rows of one forward pass on one worker."""
-    grad_accum: int = Field(1, ge=1)
-    """Forward passes per step of a single worker. A step has micro_batch x grad_accum rows, divided among the workers."""
-    max_tokens: int = Field(512, ge=8)
-    """Tokens of a row. A longer response is cut, a row whose prompt does not fit is dropped, and both are counted."""
-    eval_every: int = Field(0, ge=0)
-    """Steps between evaluation losses on `data.validation`; 0 evaluates only at the end."""
-    keep: Literal["last", "best"] = "last"
-    """Weights that become the artifact: those of the last step, or of the step with the lowest evaluation loss."""
-    snapshots: tuple[int, ...] = ()
-    """Steps after which the patch is stored as well, so that a sweep over the job's `snapshot` needs one training."""
-    seed: Seed = 0
-    """Seed of initialisation, row order and dropout."""
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows in one optimizer step, over all workers."""
-        return self.micro_batch * self.grad_accum
-
-
 class ScaleConfig(Frozen):
     """How a job is distributed and recovers from failures. Recorded with every run, never part of an artifact's key."""
 

@@ -29,8 +29,9 @@ from torch import nn
 
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
-from steerlab.job import Job, MethodConfig, Radians
-from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, language_modelling_loss
+from steerlab.job import Job, Radians
+from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, next_token_loss
+from steerlab.methods.math.lora import Adaptable
 from steerlab.models import ModelFacts
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 _SHIFT_STD = 0.02
 
 
-class Config(MethodConfig):
+class Config(Adaptable):
     """Hyperparameters of ASIDE."""
 
     name: Literal["aside"] = "aside"
@@ -59,11 +60,11 @@ class Config(MethodConfig):
 
 
 class Aside(PatchedModel):
-    """A causal language model whose input embeddings are rotated by role; all weights train."""
+    """A causal language model whose input embeddings are rotated by role."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         # All weights train: the rotation says which tokens are data, and the model has to learn what that means.
-        super().__init__(model)
+        super().__init__(model, config.lora)
         self.gradual = config.gradual
         # The rotation itself is the patch's (patches/embedding.py): the evaluation applies the very same code.
         self.patch = patches.EmbeddingPatch(
@@ -79,7 +80,7 @@ class Aside(PatchedModel):
         """Return the summed cross-entropy over the labelled tokens (paper, section 4: plain supervised fine-tuning)."""
         # `roles` is read by the patch's hook on the embedding, not by the model.
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
-        return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
+        return next_token_loss(logits_BTV, batch.labels)
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Set the share of the angle that a gradual rotation uses in this step."""

@@ -29,6 +29,7 @@ from steerlab import patches
 from steerlab.activations.parquet import Activations
 from steerlab.inputs.tokens import IGNORED, Row
 from steerlab.job import Job, MethodConfig, Pooling, Selection
+from steerlab.methods.math import lora
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
 from steerlab.patches.maps import Map
@@ -88,6 +89,8 @@ class Trainee(nn.Module):
     """A language model, or a diffusion pipeline."""
     patch: Any
     """Module whose state is saved as the patch; None if the training has no patch."""
+    adapters: lora.Adapters | None
+    """Low-rank adapters in the model that train instead of its weights; None if the weights train. `PatchAlone` has none."""
 
     def forward(self, batch: Any) -> Loss:
         """Return the paper's loss of one micro-batch, a `Batch` of tokens or `Drawings`."""
@@ -110,6 +113,14 @@ class Trainee(nn.Module):
         patch.load_state_dict(state)
         return patch
 
+    def model_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the model's weights to save, by name, given a trained state dict of this module; adapters are folded in."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+        return part("model.") if self.adapters is None else self.adapters.folded(part("model."), part("adapters."))
+
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
         """Return what a row adds to the divisor of the loss: its target tokens; override it with 1 for pairs or images."""
@@ -120,11 +131,13 @@ class Trainee(nn.Module):
     def size(cls, config: Any, skeleton: PreTrainedModel) -> Size | None:
         """Return the memory that the training needs; None if all of the model trains, or too little of it to matter.
 
+        Without an override it is that of the low-rank adapters that a config asks for.
+
         Args:
             config: the method's config.
             skeleton: the model's modules on the meta device, without weights.
         """
-        return None
+        return Size(lora.num_trained(skeleton, config.lora)) if lora.adapts(config) else None
 
     def check(self, below: Sequence[patches.SavedPatch] = ()) -> None:
         """Refuse a trainee that contradicts its base class, or that left off patches of the model that it starts from.
@@ -162,26 +175,33 @@ class Trainee(nn.Module):
 
 
 class WholeModel(Trainee):
-    """Base of trainings that save the model's own weights. Without a `train` section a job evaluates the model as it is."""
+    """Base of trainings that save the model's own weights. Without a `train` section a job evaluates the model as it is.
+
+    With `adapted`, low-rank adapters train, and are folded into the weights that are saved.
+    """
 
     leaves_model, leaves_patch = True, False
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, adapted: lora.Lora | None = None) -> None:
         super().__init__()
-        train_everything(model)
+        # The model first: a parameter of both is known by its name in the model.
         self.model = model
+        self.adapters = train_weights(model, adapted)
         self.patch = None
 
 
 class PatchedModel(Trainee):
-    """Base of trainings that save the model's own weights and a patch on them, `self.patch`."""
+    """Base of trainings that save the model's own weights and a patch on them, `self.patch`.
+
+    With `adapted`, low-rank adapters train together with the patch, and are folded into the weights that are saved.
+    """
 
     leaves_model, leaves_patch = True, True
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, adapted: lora.Lora | None = None) -> None:
         super().__init__()
-        train_everything(model)
         self.model = model
+        self.adapters = train_weights(model, adapted)
 
 
 class PatchAlone(Trainee):
@@ -372,6 +392,18 @@ def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     )
 
 
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Loss:
+    """Return `language_modelling_loss`, and as `token_accuracy` the number of targets whose own token has the largest logit.
+
+    Args:
+        logits_BTV: logits of each token, (B, T, V).
+        labels_BT: token ids, (B, T), `IGNORED` where a token is not a target; position t is predicted from t - 1.
+    """
+    # A prediction is never IGNORED, so positions that are no targets never count as right.
+    is_right_BT = logits_BTV[:, :-1].detach().argmax(-1) == labels_BT[:, 1:]
+    return Loss(language_modelling_loss(logits_BTV, labels_BT), {"token_accuracy": is_right_BT.float().sum()})
+
+
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that receive gradients, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -384,8 +416,18 @@ def train_everything(model: PreTrainedModel) -> None:
         parameter.requires_grad_(True)
 
 
+def train_weights(model: PreTrainedModel, adapted: lora.Lora | None) -> lora.Adapters | None:
+    """Let every weight receive gradients, or add low-rank adapters that train instead and return them."""
+    if adapted is not None:
+        return lora.Adapters(model, adapted)
+    train_everything(model)
+    return None
+
+
 def check_masters(job: Job) -> None:
     """Raise ValueError for training the model's own weights in bfloat16 without float32 copies in the optimizer."""
+    if lora.adapts(job.method):  # adapters are float32, whatever the weights are
+        return
     # bfloat16 has 8 bits of mantissa: an update smaller than 1/256 of a weight would be rounded away.
     # DeepSpeed keeps the float32 copies with its shards, from ZeRO 1 on.
     if job.model.dtype == "bfloat16" and job.scale.zero_stage == 0:

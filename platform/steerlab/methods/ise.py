@@ -17,14 +17,14 @@ from torch import nn
 
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
-from steerlab.job import MethodConfig
-from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, language_modelling_loss
+from steerlab.methods.contract import Inputs, Loss, PatchedModel, Trained, next_token_loss
+from steerlab.methods.math.lora import Adaptable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Config(MethodConfig):
+class Config(Adaptable):
     """Hyperparameters of ISE."""
 
     name: Literal["ise"] = "ise"
@@ -38,7 +38,7 @@ class Ise(PatchedModel):
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         # All weights train with S: the vectors mean nothing to a model that has never seen them.
-        super().__init__(model)
+        super().__init__(model, config.lora)
         # ASIDE's patch without a rotation: both methods share data path and hooks, so that a comparison is of the mathematics.
         self.patch = patches.EmbeddingPatch(models.embedding_shape(model)[1], shift=True)
         # S of the module docstring, one row for each role.
@@ -51,7 +51,7 @@ class Ise(PatchedModel):
         """Return the summed cross-entropy over the labelled tokens."""
         # `roles` is read by the patch's hook on the embedding, not by the model.
         logits_BTV = self.model(**batch.model_inputs, roles=batch.roles).logits
-        return Loss(language_modelling_loss(logits_BTV, batch.labels), {})
+        return next_token_loss(logits_BTV, batch.labels)
 
 
 METHOD = Trained(Config, Ise, example="jobs/tiny/ise.yaml")

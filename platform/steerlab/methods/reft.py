@@ -19,7 +19,7 @@ from torch import nn
 from steerlab import patches
 from steerlab.inputs.tokens import Batch
 from steerlab.job import MethodConfig, Selection
-from steerlab.methods.contract import Inputs, Loss, PatchAlone, Trained, language_modelling_loss
+from steerlab.methods.contract import Inputs, Loss, PatchAlone, Trained, next_token_loss
 from steerlab.patches import taps
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Reft(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
         # `patched_inputs` holds roles and phases, from which the patch selects tokens.
-        return Loss(language_modelling_loss(self.model(**batch.patched_inputs).logits, batch.labels), {})
+        return next_token_loss(self.model(**batch.patched_inputs).logits, batch.labels)
 
 
 METHOD = Trained(Config, Reft, example="jobs/tiny/reft.yaml")

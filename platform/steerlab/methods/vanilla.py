@@ -8,31 +8,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from steerlab.inputs.tokens import Batch
-from steerlab.job import MethodConfig
-from steerlab.methods.contract import Inputs, Loss, Trained, WholeModel, language_modelling_loss
+from steerlab.methods.contract import Inputs, Loss, Trained, WholeModel, next_token_loss
+from steerlab.methods.math.lora import Adaptable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Config(MethodConfig):
-    """Fine-tuning of all weights; there are no hyperparameters."""
+class Config(Adaptable):
+    """Fine-tuning of all weights, or of low-rank adapters."""
 
     name: Literal["vanilla"] = "vanilla"
     """The method."""
 
 
 class Vanilla(WholeModel):
-    """A causal language model whose weights all train on the next-token loss."""
+    """A causal language model that trains on the next-token loss."""
 
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         # `inputs` holds nothing that a whole model needs: without a patch the loop's model is the trainee.
-        super().__init__(model)
+        super().__init__(model, config.lora)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
         # `model_inputs` has no roles: no patch is there to read them.
-        return Loss(language_modelling_loss(self.model(**batch.model_inputs).logits, batch.labels), {})
+        return next_token_loss(self.model(**batch.model_inputs).logits, batch.labels)
 
 
 METHOD = Trained(Config, Vanilla, example="jobs/tiny/vanilla.yaml")

@@ -20,7 +20,8 @@ Departures from the manuscript and its code:
   no effect;
 - Gram matrices are not centred, and are summed in float64;
 - weight decay pulls D to zero, and so W to W_0; in the manuscript it pulls W U to zero;
-- weights outside of the selected layers are frozen, which the manuscript does not specify; `others: train` trains them, too.
+- weights outside of the selected layers are frozen, which the manuscript does not specify; `others: train` trains them, too,
+  and `lora` trains low-rank adapters of them.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from steerlab import models, patches
 from steerlab.inputs.tokens import Batch
 from steerlab.job import ExtractConfig, Job, MethodConfig, Seed, Selection
-from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, language_modelling_loss
-from steerlab.methods.math import rotation, weight_space
+from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, next_token_loss
+from steerlab.methods.math import lora, rotation, weight_space
+from steerlab.methods.math.lora import Lora
 from steerlab.methods.math.selected_layers import Layers, Types
 from steerlab.methods.math.selected_layers import places as selected
 from steerlab.methods.preparations import MOMENTS, Prepare
@@ -79,6 +81,23 @@ class Config(MethodConfig):
     """Safety rows that one worker sums before it writes a file; a killed run loses at most these rows' work."""
     seed: Seed = 0
     """Seed of a random rotation or a random mask; unused otherwise."""
+    lora: Lora | None = Field(None, exclude_if=lambda lora: lora is None)
+    """Also train low-rank adapters of linear layers that are not rotated; {} takes their defaults, null trains none. A rotated
+    layer cannot have one, because a product of low-rank factors changes the frozen coefficients too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.lora is None:
+            return self
+        both = [name for name in self.lora.layer_type if name in self.layer_type]
+        if both:
+            raise ValueError(
+                f"lora.layer_type {', '.join(both)}: a low-rank change of a rotated layer would move its frozen coefficients; "
+                "adapt layers that are not in layer_type"
+            )
+        if self.others == "train":
+            raise ValueError("lora: others train trains the whole weights of these layers already; leave one of them out")
+        return self
 
 
 # --- preparations: moments -> basis -> importance -> mask --------------------------------------------------------------
@@ -88,6 +107,8 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
     """Declare the stages before the training; controls leave out the stages that they do not need."""
     # The skeleton has no weights, but all names and shapes: stages are planned before a model is loaded.
     chosen = places(skeleton, config)
+    if config.lora is not None:
+        lora.check_apart(skeleton, config.lora, chosen)
     if config.rotation != "none":
         _prepare_basis(config, chosen, prepare)
     if config.mask != "random":
@@ -163,12 +184,18 @@ def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -
 
 
 class Rotated(nn.Module):
-    """The trained parameters: the changes D of the selected layers and, with `others: train`, the other weights."""
+    """The trained parameters: the changes D of the selected layers, and the other weights or adapters that train with them."""
 
     kind = "weight"
 
-    def __init__(self, layers: Mapping[str, rotation.RotatedLayer], others: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, rotation.RotatedLayer],
+        others: Mapping[str, nn.Parameter],
+        adapters: lora.Adapters | None,
+    ) -> None:
         super().__init__()
+        self.adapters = adapters
         self.names, self.other_names = list(layers), list(others)
         self.layers = nn.ModuleList(layers.values())  # not a ModuleDict, which refuses the dots of module paths
         self.others = nn.ParameterList(others.values())
@@ -203,7 +230,7 @@ class Warp(PatchAlone):
         self._start = {name: weight.detach().cpu().clone() for name, weight in others.items()}
         for weight in others.values():
             weight.requires_grad_(True)
-        self.patch = Rotated(rotated, others)
+        self.patch = Rotated(rotated, others, None if config.lora is None else lora.Adapters(model, config.lora))
         patches.attach(model, inputs.below)
 
     def train(self, mode: bool = True) -> Warp:
@@ -219,13 +246,14 @@ class Warp(PatchAlone):
         # D counts as trained, frozen entries included: the optimizer keeps moments for all of them.
         num = sum(place.shape[0] * place.shape[1] for place in chosen)
         others = sum(p.numel() for p in skeleton.parameters()) - num if config.others == "train" else 0
+        others += 0 if config.lora is None else lora.num_trained(skeleton, config.lora)
         # W and W_0 U in float32 (4 + 4 bytes), the mask as bools (1 byte), and the largest basis.
         return Size(num + others, (4 + 4 + 1) * num + 4 * max(place.shape[1] for place in chosen) ** 2)
 
     def forward(self, batch: Batch) -> Loss:
         """Return the summed cross-entropy over the labelled tokens."""
         # No term for the safety rows: what protects them is the mask alone (step 4).
-        return Loss(language_modelling_loss(self.model(**batch.patched_inputs).logits, batch.labels), {})
+        return next_token_loss(self.model(**batch.patched_inputs).logits, batch.labels)
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Drop matrices that were computed from D before the optimizer, or a checkpoint, changed it."""
@@ -254,6 +282,9 @@ class Warp(PatchAlone):
         for number, name in enumerate(self.patch.other_names):
             # As differences, too, so that strength 0 is the model before the training for all weights alike.
             differences[name] = state[f"others.{number}"].cpu() - self._start[name]
+        if self.patch.adapters is not None:
+            adapted = {name.removeprefix("adapters."): value for name, value in state.items() if name.startswith("adapters.")}
+            differences |= {name: up @ down for name, (up, down) in self.patch.adapters.factors(adapted).items()}
         return patches.WeightPatch.of(differences)
 
 

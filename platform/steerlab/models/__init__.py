@@ -14,6 +14,7 @@ from steerlab.models.kinds import (
     unsteered_share,
 )
 from steerlab.models.language.architecture import runs_own_code, text_config
+from steerlab.models.language.attention import attention_weights, eager_attention
 from steerlab.models.language.decoding import accepted, cache_name, empty_cache, reads_padding
 from steerlab.models.language.folding import fold_affine, fold_low_rank
 from steerlab.models.language.growth import of as growth_of
@@ -58,11 +59,13 @@ __all__ = [
     "WeightPlace",
     "accepted",
     "alike_up_to",
+    "attention_weights",
     "cache_name",
     "check_checkpoint",
     "check_head",
     "check_sampler",
     "config_of",
+    "eager_attention",
     "embedding",
     "embedding_shape",
     "empty_cache",

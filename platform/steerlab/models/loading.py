@@ -22,6 +22,7 @@ from steerlab.job import SamplerConfig
 from steerlab.models.diffusion import saved_pipelines
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.models.language import architecture, growth, weights
+from steerlab.models.language.attention import attends
 from steerlab.models.language.weight_places import embedding_shape, layer_names
 from steerlab.models.loadable import prepare
 
@@ -56,6 +57,8 @@ class ModelFacts:
     """Rows of the input embedding; 0 for a pipeline, which takes no token ids."""
     kind: str = "causal_lm"
     """causal_lm or diffusion."""
+    attends: bool = True
+    """Whether the model has attention; recurrent models have none. True for a pipeline."""
 
 
 def load_model(
@@ -137,6 +140,7 @@ def facts(directory: str | Path, trust_remote_code: bool = False) -> ModelFacts:
         max_positions=max(0, getattr(config, "max_position_embeddings", 0) or 0),
         has_pad_token=load_tokenizer(directory, trust_remote_code).pad_token_id is not None,
         num_embeddings=num_embeddings,
+        attends=attends(model),
     )
 
 

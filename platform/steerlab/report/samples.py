@@ -63,7 +63,7 @@ def texts(entries: Sequence[Entry]) -> list[Comparison]:
                 # Samples of different runs are matched by the task's name and the item's id, not by the prompt's text.
                 empty: Comparison = {"task": task, "prompt": str(sample[prompt]), "context": context, "outputs": {}}
                 row = by_prompt.setdefault((task, str(sample["id"])), empty)
-                row["outputs"].setdefault(_column(entry, sample), {"text": _cut(sample[output]), "facts": _facts(sample)})
+                row["outputs"].setdefault(column(entry, sample), {"text": _cut(sample[output]), "facts": _facts(sample)})
     # A prompt that only one run has samples of shows no difference; it is dropped unless no prompt has more.
     counts = [len(row["outputs"]) for row in by_prompt.values()]
     most = max(counts, default=0)
@@ -76,14 +76,15 @@ def texts(entries: Sequence[Entry]) -> list[Comparison]:
     return [row for rows in by_task.values() for row in rows[:MAX_TEXTS]]
 
 
-def _column(entry: Entry, sample: Document) -> str:
+def column(entry: Entry, sample: Document) -> str:
+    """Return the heading under which a sample stands: its run, with its strength if the run has several; strength 0 alone."""
     strength = sample.get("strength")
     # At strength 0 all runs of one model write the same, so they share a column.
     if strength == UNPATCHED:
         return UNPATCHED_NAME
     # The strength is part of a column's name only if the run has samples at several strengths besides 0.
     several = len({s.get("strength") for samples in entry.samples.values() for s in samples} - {UNPATCHED}) > 1
-    return f"{entry.name}, strength {strength:g}" if several and strength is not None else entry.name
+    return f"{entry.name}, strength {strength:g}" if several and isinstance(strength, int | float) else entry.name
 
 
 def _facts(sample: Document) -> str:

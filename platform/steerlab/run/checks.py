@@ -21,6 +21,7 @@ from steerlab.methods import TABLE
 from steerlab.methods.contract import Fitted, SteeringConfig, Trained, check_masters
 from steerlab.methods.preparations import Prepare
 from steerlab.patches import taps
+from steerlab.run import length
 from steerlab.run.prompt_checks import check_ids, check_template, state_of
 from steerlab.run.task_checks import check_named, check_reach, check_rows, check_tasks, tasks_of
 from steerlab.stages import Plan
@@ -71,6 +72,8 @@ def _checked(planned: Plan) -> models.ModelFacts:
     _check_method(planned)
     for role, data in job.data.by_role.items():
         check_rows(f"data.{role}", data)
+    if job.train is not None and job.train.epochs is not None:
+        length.of(job)
     check_tasks(planned)
     facts = facts_of(planned)
     _check_kind(planned, facts)
@@ -147,6 +150,8 @@ def _check_training(job: Job) -> None:
         )
     if job.train.keep == "best" and job.data.validation is None:
         raise ValueError("train.keep is best: that needs data.validation to measure the evaluation loss")
+    if job.train.patience is not None and job.data.validation is None:
+        raise ValueError(f"train.patience {job.train.patience}: that needs data.validation to measure the evaluation loss")
     if method.leaves_model:
         check_masters(job)
     # Snapshots hold the weights of a patch. A method that trains the model itself would store whole models.

@@ -149,8 +149,8 @@ def _model(params: Params) -> ModelConfig:
 def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate:
     """Estimate the memory of one worker and the disk of training with Adam.
 
-    A method trains all weights of the model, some parameters that it counts itself (`size`), or a patch that is small beside
-    the frozen weights.
+    A method trains all weights of the model, some parameters that are counted (`size`), or a patch that is small beside the
+    frozen weights.
     """
     assert job.train is not None
     method, is_float32 = trained(job.method), job.model.dtype == "float32"
@@ -161,20 +161,22 @@ def estimate(job: Job, facts: ModelFacts, skeleton: PreTrainedModel) -> Estimate
     layers = 16 * weight * tokens * facts.hidden_size * facts.num_layers
     # Logits, their log-softmax and their gradient, in float32: for small models more than all other activations.
     logits = 3 * _FLOAT_BYTES * tokens * facts.vocab_size if method.module.holds_logits else 0
-    if method.leaves_model:
+    own_size, whole = method.module.size(job.method, skeleton), facts.num_parameters * weight
+    if method.leaves_model and own_size is None:
         # Adam's two moments are float32, 8 bytes a parameter; in bfloat16 it also keeps a float32 copy of the weights.
         own, state = weight, 8 if is_float32 else 12
         size = Size(facts.num_parameters)
-    elif (own_size := method.module.size(job.method, skeleton)) is not None:
+    elif own_size is not None:
         own, state = _FLOAT_BYTES, 8
-        size = Size(own_size.trained, own_size.more_bytes + facts.num_parameters * weight)
+        size = Size(own_size.trained, own_size.more_bytes + whole)
     else:
         # Frozen weights need no gradients and no moments; the patch is small beside them.
-        return Estimate(memory_bytes=int(facts.num_parameters * weight + layers))
+        return Estimate(memory_bytes=int(whole + layers))
     sharded = _per_parameter(job, own, state)
     return Estimate(
         memory_bytes=int(size.trained * sharded + size.more_bytes + logits + layers),
-        disk_bytes=size.trained * own,
+        # Adapters are saved within the whole model.
+        disk_bytes=max(size.trained * own, whole if method.leaves_model else 0),
         # The newest checkpoint, the best one, and the one that is being written.
         work_bytes=3 * int(size.trained * (own + state)),
     )

@@ -48,6 +48,8 @@ _PROBES = (
 """Instructions and data of `SteeredModel.probe`: short and long, with and without data, with digits and punctuation."""
 _SHOWN_TOKENS = 64
 """Number of tokens that `side_by_side` generates by default."""
+_ROW_TOKENS = 256
+"""Number of tokens of a row whose embeddings alone are read."""
 _BATCH_TOKENS = 4096
 """Number of tokens in one batch: prompts, padding and the tokens that may be generated."""
 
@@ -303,6 +305,47 @@ class SteeredModel(Steered):
                 yield torch.stack([outputs[name][0].float().cpu() for name in names]), row
         finally:
             reader.close()
+
+    @torch.inference_mode()
+    def embeddings(self, ids: Sequence[int], role: int, *, strength: float = 1.0) -> Tensor:
+        """Return the input embeddings of tokens that all have one role, with patches: (N, D) in float32 on the CPU."""
+        self.check_strengths((strength,))
+        name = next(n for n, m in self.model.named_modules() if m is models.embedding(self.model))
+        reader = taps.Reader(self.model, [taps.Tap(name)])
+        parts: list[Tensor] = []
+        try:
+            # The whole model is called, since patches act within its call; it ends after the embedding.
+            for start in range(0, len(ids), size := int(min(self.max_tokens, _ROW_TOKENS))):
+                row = list(ids[start : start + size])
+                encoded = Encoded(row, [role] * len(row), [False] * len(row), [0] * len(row))
+                batch = collate([encoded], self.encoder.pad_id).to(self.device)
+                outputs = reader(**batch.patched_inputs, strengths=self._strengths(torch.full((1,), strength)))
+                parts.append(outputs[name][0].float().cpu())
+        finally:
+            reader.close()
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def attention(self, conversations: Sequence[Conversation], *, strength: float = 1.0) -> Iterator[tuple[Tensor, Encoded]]:
+        """Yield the attention weights of each conversation, computed by the eager kernel, with patches.
+
+        Yields:
+            Weights (L, H, T, T) in float32, where row t holds the weights with which token t attends to each token, and the
+            encoded conversation.
+
+        Raises:
+            ValueError: the model does not return attention weights for every layer, or a conversation does not fit.
+        """
+        self.check_strengths((strength,))
+        # One conversation at a time: the weights of all layers grow with the square of its length.
+        for row in self.encoder.encode_all(conversations):
+            self._fitting([row], 0, skip_long=False)
+            batch = collate([row], self.encoder.pad_id).to(self.device)
+            with models.eager_attention(self.model):
+                inputs = {**batch.patched_inputs, "strengths": self._strengths(torch.full((1,), strength))}
+                outputs = self.model(**inputs, use_cache=False, output_attentions=True)
+            weights = models.attention_weights(self.model, outputs)
+            yield torch.stack([weights_1HTT[0].float() for weights_1HTT in weights]), row
 
     def prefill(self, batch: Batch, strength_B: Tensor) -> Decoding:
         """Read a batch of prompts, padded on the left, and return the state from which they are continued.

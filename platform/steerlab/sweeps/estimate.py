@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TypeAlias, TypedDict
@@ -110,7 +111,7 @@ def _seconds(stages: list[plan.Stage], store: Store) -> float | None:
         own = dict(_flat(stage.params))
         # Only the number of parameters that differ counts, not by how much; that is enough for a rough estimate.
         near, seconds = min(flat, key=lambda entry: _distance(own, entry[0]))
-        total += seconds * _ratio(own.get("train.steps"), near.get("train.steps"))
+        total += seconds * math.prod(_ratio(own.get(name), near.get(name)) for name in ("train.steps", "train.epochs"))
     return total
 
 

@@ -12,7 +12,7 @@ from steerlab import run
 from steerlab.guards import private_parts
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import JobError, own_code
-from steerlab.run import capacity
+from steerlab.run import capacity, length
 from steerlab.stages import Plan
 from steerlab.stages.spread import reserved
 from steerlab.storage.store import Store
@@ -133,7 +133,7 @@ def _aim(sweep_plan: SweepPlan, scheduler: TrialScheduler) -> None:
     if isinstance(scheduler, AsyncHyperBandScheduler):
         values = finite(sweep_plan.space.entries.get("train.steps")) or []
         steps = max((value for value in values if isinstance(value, int | float)), default=0)
-        steps = steps or sweep_plan.job.train.steps
+        steps = steps or length.of(sweep_plan.job).num_steps
         if (last := private_parts.last_step(scheduler)) < steps:
             raise JobError(f"{sweep_plan.space.path}: SCHEDULER: max_t {last:g} stops every trial before its {steps} steps end")
         # ASHA stops a trial at max_t before its last report is handled, so the trial would never be evaluated.

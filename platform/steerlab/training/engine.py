@@ -162,13 +162,13 @@ class Engine:
         self._ds.step()
         return loss.total.detach(), {name: value.detach() for name, value in loss.metrics.items()}
 
-    def evaluate(self, batch: object) -> Tensor:
-        """Return the summed loss of one batch, without gradients and in evaluation mode."""
+    def evaluate(self, batch: object) -> dict[str, Tensor]:
+        """Return the summed loss of one batch, as `loss`, and its further sums, without gradients and in evaluation mode."""
         self._ds.eval()
         with torch.no_grad():
-            total = self._ds(batch).total
+            loss = self._ds(batch)
         self._ds.train()
-        return total
+        return {"loss": loss.total, **loss.metrics}
 
     def start_step(self, lr: float) -> None:
         """Set the learning rate of the next step."""

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from steerlab.data.rows import read as read_rows
 from steerlab.guards.faults import explained
 from steerlab.inputs.encoded_rows import RowEncoder, Rows
 from steerlab.inputs.tokens import Batch
-from steerlab.job import DataSet, ScaleConfig, TrainConfig, prompt_settings
+from steerlab.job import DataSet, ScaleConfig, TrainConfig, prompt_settings, stops
 from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.steered.stacks import load_stack
@@ -99,14 +99,15 @@ def share_of_rank(rows: Sequence[int], lengths: Sequence[int], rank: int, world_
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Return the learning rate of step `step` (from 0): linear warm-up, then constant or a cosine decay to `lr_floor * lr`."""
+    """Return the learning rate of step `step` (from 0): linear warm-up, then constant, or a decay to `lr_floor * lr`."""
     if step < train.warmup_steps:
         # step + 1: a first step with learning rate 0 would compute gradients and move nothing.
         return train.lr * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return train.lr
-    share = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    return train.lr * (train.lr_floor + (1 - train.lr_floor) * 0.5 * (1 + math.cos(math.pi * share)))
+    share = (step - train.warmup_steps) / max(1, train.num_steps - train.warmup_steps)
+    left = 1 - share if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+    return train.lr * (train.lr_floor + (1 - train.lr_floor) * left)
 
 
 def load_rows(data: DataSet, encoder: RowEncoder, max_tokens: int) -> Rows:
@@ -161,6 +162,8 @@ class _Training:
         # Taken before the trainee is made: some trainees change the modules of the model.
         self.model_key = "" if self.method.leaves_model else models.fingerprint(model)
         self.rows = load_rows(self.data, self.encoder, request.train.max_tokens)
+        # Epochs are counted in rows that train: those that were dropped because their prompt does not fit do not count.
+        request = self.request = replace(request, train=request.train.resolved(len(self.rows.rows)))
         validation = request.data.validation
         self.validation = load_rows(validation, self.encoder, request.train.max_tokens) if validation else None
         activations = {role: Activations.open(path) for role, path in request.activations.items()}
@@ -189,13 +192,13 @@ class _Training:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint: step, history, snapshots, weights and optimizer."""
-        state = checkpoints.check_state(self.engine.load(checkpoint), self.request.train.steps, checkpoint)
+        state = checkpoints.check_state(self.engine.load(checkpoint), self.request.train.num_steps, checkpoint)
         self.step, self.history = state["step"], state["history"]
         if (checkpoint / _SNAPSHOTS).is_file():
             self.snapshots = self._read_snapshots(checkpoint / _SNAPSHOTS)
         # All of them again: the last metrics of the killed run may not have arrived.
         for line in self.history:
-            self.link.tell({**line, "steps": self.request.train.steps})
+            self.link.tell({**line, "steps": self.request.train.num_steps})
 
     def _read_snapshots(self, path: Path) -> dict[str, Tensor]:
         """Read the snapshots of the patch in a checkpoint. Raises ValueError if one has another step or shape."""
@@ -209,17 +212,27 @@ class _Training:
                 raise ValueError(f"{path}: {name!r:.100} with {tuple(value.shape)} is no snapshot of this training")
         return snapshots
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether all steps are done, or the evaluation losses so far end the training early."""
+        train = self.request.train
+        if self.step >= train.num_steps or train.patience is None or not self.history:
+            return self.step >= train.num_steps
+        # A function of the recorded losses: a run that continues from a checkpoint stops at the same step.
+        losses = [line["eval/loss"] for line in self.history if "eval/loss" in line]
+        return "eval/loss" in self.history[-1] and stops(losses, train.patience)
+
     def run(self) -> None:
         train = self.request.train
         started_s, first = time.monotonic(), self.step
-        while self.step < train.steps:
+        while not self.has_ended:
             metrics = self._step()
             done = self.step - first
             rate = done / (time.monotonic() - started_s)
-            is_last = self.step == train.steps
-            evaluates = self.validation is not None and (is_last or (train.eval_every and self.step % train.eval_every == 0))
+            due = self.step == train.num_steps or (train.eval_every and self.step % train.eval_every == 0)
+            evaluates = self.validation is not None and due
             if evaluates:
-                metrics["eval/loss"] = self._evaluation_loss()
+                metrics |= self._evaluation()
             # Before a checkpoint is written: a resumed run would continue from weights that are NaN.
             # On every rank: the metrics are sums over all, so that all ranks raise together and none waits for another.
             _check_finite(metrics)
@@ -228,8 +241,9 @@ class _Training:
                 weights = self.engine.weights("patch.", masters=True)
                 # A clone: on the CPU the engine returns the parameters themselves, which the next step changes.
                 self.snapshots |= {f"{self.step}/{name}": value.clone() for name, value in weights.items()}
-            self.link.tell({**metrics, "steps": train.steps, "steps_per_s": rate, "left_s": (train.steps - self.step) / rate})
-            if is_last or self.step % self.scale.checkpoint_every == 0 or (evaluates and train.keep == "best"):
+            left = train.num_steps - self.step
+            self.link.tell({**metrics, "steps": train.num_steps, "steps_per_s": rate, "left_s": left / rate})
+            if self.has_ended or self.step % self.scale.checkpoint_every == 0 or (evaluates and train.keep == "best"):
                 self._checkpoint(metrics)
 
     def _step(self) -> dict[str, float]:
@@ -241,7 +255,7 @@ class _Training:
         # Of the whole step and not of this rank's share: every rank divides by the same number.
         num_targets = sum(self.module.counts(self.rows.rows[row], self.data.loss_on) for row in rows)
         lr = learning_rate(train, step)
-        self.module.on_step(step, min(train.steps, len(self.rows.rows) / train.rows_per_step))
+        self.module.on_step(step, min(train.num_steps, len(self.rows.rows) / train.rows_per_step))
         self.engine.start_step(lr)
         totals: dict[str, float] = {"loss": 0.0}
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
@@ -262,8 +276,8 @@ class _Training:
         rows, numbers = [of.rows[i] for i in chosen], [of.numbers[i] for i in chosen]
         return self.encoder.collate(rows, loss_on=loss_on, numbers=numbers).to(self.link.device)
 
-    def _evaluation_loss(self) -> float:
-        """Return the mean loss over the targets of the validation rows; all ranks call it."""
+    def _evaluation(self) -> dict[str, float]:
+        """Return `eval/loss` and the loss's other metrics, means over the targets of the validation rows; all ranks call it."""
         assert self.validation is not None and self.request.data.validation is not None
         rows, loss_on = self.validation.rows, self.request.data.validation.loss_on
         size = self.request.train.micro_batch
@@ -272,11 +286,13 @@ class _Training:
         # Under ZeRO 3 a forward pass gathers weights from all ranks, so that every rank must run equally many: a rank with
         # fewer chunks repeats the first one, without counting it.
         idle = -(-len(chunks) // self.link.world_size) - len(mine)
-        total = sum(float(self.engine.evaluate(self._batch(self.validation, chunk, loss_on))) for chunk in mine)
-        for _ in range(idle):
-            self.engine.evaluate(self._batch(self.validation, chunks[0], loss_on))
-        summed = self.engine.sum_over_ranks([total])[0]
-        return summed / sum(self.module.counts(row, loss_on) for row in rows)
+        totals: dict[str, float] = {}
+        for number, chunk in enumerate([*mine, *[chunks[0]] * idle]):
+            for name, value in self.engine.evaluate(self._batch(self.validation, chunk, loss_on)).items():
+                totals[name] = totals.get(name, 0.0) + (float(value) if number < len(mine) else 0.0)
+        sums = self.engine.sum_over_ranks(list(totals.values()))
+        num_targets = sum(self.module.counts(row, loss_on) for row in rows)
+        return {f"eval/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
 
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint and report it with the metrics of its step; all ranks call it."""
@@ -309,6 +325,7 @@ class _Training:
         (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history))
         facts = {
             "trained_parameters": self.num_trained,
+            "steps": self.step,
             "rows": len(self.rows.rows),
             "rows_cut": self.rows.num_cut,
             "rows_melted": self.encoder.num_melted,
@@ -321,8 +338,7 @@ class _Training:
     def _export_model(self, state: dict[str, Tensor], output: Path) -> dict[str, Tensor]:
         """Write the trained weights and the tokenizer, and return the patch's state; `model_key` becomes the new model's."""
         model = self.module.model
-        weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-        models.save_trained(model, weights, output / "model")
+        models.save_trained(model, self.module.model_state(state), output / "model")
         self.encoder.save(output / "model")
         if self.module.patch is not None:
             # The fingerprint is that of the model as it is loaded from disk, with which `patches.load` compares it.

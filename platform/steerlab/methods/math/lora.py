@@ -4,12 +4,13 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, http
 
     W = W_0 + (alpha / rank) B A        B zero at the start, A random
 
-The adapted layers are those of the library `peft`. Axes besides those of tokens.py: M outputs, N inputs, R rank.
+The adapted layers are those of the library `peft`. A method whose result is the model's own weights offers the setting by
+deriving its config from `Adaptable`. Axes besides those of tokens.py: M outputs, N inputs, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steerlab import models, patches
-from steerlab.job import Frozen
+from steerlab.job import Frozen, MethodConfig
 from steerlab.models import LayerType
 
 if TYPE_CHECKING:
@@ -36,6 +37,20 @@ class Lora(Frozen):
     """The change B A is scaled by alpha / rank."""
     layer_type: tuple[LayerType, ...] = Field(("attn_q", "attn_v"), min_length=1)
     """Linear layers that are adapted; the default is the paper's."""
+
+
+class Adaptable(MethodConfig):
+    """Base of the configs of methods that train the model's own weights, or low-rank adapters of them."""
+
+    # Left out of a key where it is null: artifacts that are older than the setting keep their keys.
+    lora: Lora | None = Field(None, exclude_if=lambda lora: lora is None)
+    """Train low-rank adapters, which the result holds folded into its weights; {} takes their defaults. Null trains all
+    weights."""
+
+
+def adapts(config: object) -> bool:
+    """Return whether a method's config trains adapters instead of the model's own weights."""
+    return isinstance(config, Adaptable) and config.lora is not None
 
 
 class Adapters(nn.Module):
@@ -109,20 +124,46 @@ class Adapters(nn.Module):
     @staticmethod
     def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
         """Return the weights of an adapted model without the adapters, by the names that they had before."""
-        # peft moves a layer's weight to `<layer>.base_layer.weight`.
-        return {
-            name.replace(".base_layer.", "."): value.cpu() for name, value in model.state_dict().items() if "lora_" not in name
-        }
+        return _without_adapters(model.state_dict())
+
+    def folded(self, model_state: Mapping[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of the adapted model with the adapters folded in, by the names that they had before.
+
+        Args:
+            model_state: a trained state dict of the model.
+            state: a trained state dict of this module.
+        """
+        weights = _without_adapters(model_state)
+        for name, (up, down) in self.factors(state).items():
+            # Summed in float32 and rounded once to the type of the weight.
+            weights[name] = (weights[name].float() + up.float() @ down.float()).to(weights[name].dtype)
+        return weights
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return the weight changes of a trained state dict as a patch."""
         return patches.WeightPatch.of_factors(self.factors(state))
 
 
+def _without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # peft moves a layer's weight to `<layer>.base_layer.weight`.
+    return {name.replace(".base_layer.", "."): value.cpu() for name, value in state.items() if "lora_" not in name}
+
+
 def places(model: PreTrainedModel, config: Lora) -> Sequence[models.WeightPlace]:
     """Return the linear layers that are adapted. Raises ValueError if the model lacks a type of layer."""
     # In every decoder layer, as in the paper: the size of the change is set by the rank, not by the choice of layers.
     return models.weight_places(model, config.layer_type, range(len(models.layer_names(model))))
+
+
+def check_apart(model: PreTrainedModel, config: Lora, others: Sequence[models.WeightPlace]) -> None:
+    """Refuse adapters in layers of which single coefficients are frozen (`others`), since a low-rank change moves all of them.
+
+    Raises:
+        ValueError: a layer is named twice, as happens where a model computes several types of layer in one.
+    """
+    both = {place.module for place in others} & {place.module for place in places(model, config)}
+    if both:
+        raise ValueError(f"lora.layer_type: {min(both)} also computes a type of layer with frozen coefficients; leave that out")
 
 
 def num_trained(model: PreTrainedModel, config: Lora) -> int:

@@ -36,9 +36,13 @@ class LinearProbe(NamedTuple):
     std_LD: Tensor
     """Standard deviation of the training tokens."""
 
+    def activation(self, h_NLD: Tensor) -> Tensor:
+        """Return the logit of each token at every layer, (N, L), positive for an instruction token."""
+        return ((h_NLD - self.mean_LD) / self.std_LD * self.weight_LD).sum(-1) + self.bias_L
+
     def says_instruction(self, h_NLD: Tensor) -> Tensor:
         """Classify tokens at every layer; returns (N, L), True for an instruction token."""
-        return ((h_NLD - self.mean_LD) / self.std_LD * self.weight_LD).sum(-1) + self.bias_L > 0
+        return self.activation(h_NLD) > 0
 
 
 def fit(tokens: Tokens, *, epochs: int, lr: float, batch: int, seed: int) -> LinearProbe:

@@ -263,16 +263,29 @@ def _observe_concept(
     config: Config,
     strength: float,
 ) -> list[Observation]:
-    """Train a probe on clean rows at one layer, and measure which role it gives to the tokens of SEP probes."""
-    # A slice keeps the layer axis, so that the same code trains one probe or all of them.
-    at_layer = clean._replace(h_NLD=clean.h_NLD[:, layer : layer + 1])
-    is_train_N = torch.isin(clean.row_N, torch.tensor(train_rows(len(rows), config)))
-    probe = _fitted(at_layer.where(is_train_N), config)
-    observations = _accuracies(probe, at_layer.where(~is_train_N), rows, lambda _: "probing/concept_accuracy", strength)
+    probe, observations = _concept(clean, layer, rows, config, strength)
     shares = _probe_shares(model, items, layer, probe, strength)
     for item, (taken, num_tokens) in zip(items, shares, strict=True):
         observations.append(observed("probing/probe_as_instruction", item.id, taken, strength, num_tokens))
     return observations
+
+
+def _concept(
+    clean: Tokens, layer: int, rows: Sequence[Numbered], config: Config, strength: float
+) -> tuple[LinearProbe, list[Observation]]:
+    # A slice keeps the layer axis, so that the same code trains one probe or all of them.
+    at_layer = clean._replace(h_NLD=clean.h_NLD[:, layer : layer + 1])
+    is_train_N = torch.isin(clean.row_N, torch.tensor(train_rows(len(rows), config)))
+    probe = _fitted(at_layer.where(is_train_N), config)
+    return probe, _accuracies(probe, at_layer.where(~is_train_N), rows, lambda _: "probing/concept_accuracy", strength)
+
+
+def concept(
+    model: SteeredModel, rows: Sequence[Numbered], layer: int, config: Config, strength: float
+) -> tuple[LinearProbe, list[Observation]]:
+    """Train the linear probe of `concept` on rows as they are; return it, and its accuracy on the test rows."""
+    tokens = collect(model, rows, config, strength)
+    return _concept(tokens.where(~tokens.exchanged_N), layer, rows, config, strength)
 
 
 def _probe_shares(
