@@ -48,7 +48,8 @@ def test_a_job_mends_what_another_has_trained(cluster: None, tmp_path: Path) -> 
     made = done.records[2].stage
     folder = store.local("edit", made.key)
     about = json.loads((folder / "edit.json").read_text())
-    assert about["changed"] > 7 and set(next(iter(about["weights"].values()))) == {"kept", "cost", "budget"}
+    assert about["changed"] > 7 and set(about["by_module"]) == {"kept", "cost", "budget"}
+    assert len(about["by_module"]["kept"]) == 7, "one number for each linear layer of the block"
     assert {"base.json", "edit.json", "prompt.json"} <= {path.name for path in folder.iterdir()}
     assert not (folder / "index.json").exists(), "the patch holds the same numbers"
     (patch,) = language.load(folder).patches

@@ -19,7 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from steerlab.guards.texts import everywhere, plain
-from steerlab.report import figures, samples, sweep_figures, tables
+from steerlab.report import figures, modules, samples, sweep_figures, tables
 from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, read, read_sweep
 from steerlab.report.plotting import Figure, front
 from steerlab.report.samples import texts
@@ -71,6 +71,8 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         "training": put(figures.training(shown), "Training"),
         "timeline": put(figures.timeline(shown), "Stages"),
         "layers": put(figures.by_layer(shown), "By layer"),
+        "spectra": put(modules.spectra(shown), "Spectra"),
+        "modules": put(modules.numbers(shown), "By module"),
         "texts": texts(with_texts),
         "galleries": samples.galleries(with_texts),
         "made": [_made(entry) for entry in shown],

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _CHANGE = "change"
 """Name of the only part of the stage."""
+EDIT = "edit.json"
 AFTER, BEFORE, UNALIGNED = "after", "before", "unaligned"
 """Names of the inputs that hold the three models."""
 
@@ -96,8 +97,21 @@ def run(work: Work) -> None:
     # The patch holds the same numbers.
     making.remove_parts(work.directory)
     fit.write_base(work, params, facts["prompt"])
-    about = {"seconds": time.monotonic() - start_s, "changed": len(facts["changed"]), "weights": facts["weights"]}
-    (work.directory / "edit.json").write_text(json.dumps(about, indent=1))
+    about = {
+        "seconds": time.monotonic() - start_s,
+        "changed": len(facts["changed"]),
+        "by_module": _by_module(facts["weights"]),
+    }
+    (work.directory / EDIT).write_text(json.dumps(about, indent=1))
+
+
+def _by_module(facts: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the method's numbers, {weight: {name: number}}, as the report reads them: {name: {module: number}}."""
+    names = dict.fromkeys(name for numbers in facts.values() for name in numbers)
+    return {
+        name: {weight.removesuffix(".weight"): numbers[name] for weight, numbers in facts.items() if name in numbers}
+        for name in names
+    }
 
 
 def _change(codes: tuple[Code, ...], given: Given, part: str, path: Path) -> dict[str, object]:

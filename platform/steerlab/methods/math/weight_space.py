@@ -6,6 +6,7 @@ of a training. Axes besides those of tokens.py: M outputs, N inputs of a linear 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -37,6 +38,8 @@ def coefficients(matrix_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
     return matrix_MN if vectors_NN is None else matrix_MN @ vectors_NN.to(matrix_MN.device)
 
 
+_CURVE_POINTS = 96
+"""Points of a spectrum that are kept for the report, before equal numbers are dropped."""
 Unit = Literal["entry", "row", "column"]
 """What a mask takes as a whole: a coefficient, an output (a row of W U), or a basis direction (a column of W U)."""
 
@@ -136,6 +139,7 @@ def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
     # `note` is shown to the user; the other facts are stored beside the part.
     size = len(basis.values_N)
     facts: dict[str, object] = {"rank": basis.rank, "size": size, "vectors": moments.count}
+    facts["curves"] = {"eigenvalues": {group: thinned(basis.values_N.tolist())}}
     # Fewer tokens than dimensions: the null space of C has no preferred basis.
     if basis.rank < size:
         facts["note"] = (
@@ -143,6 +147,13 @@ def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
             "are arbitrary, and more rows would say something about them"
         )
     return {**facts, "fingerprint": moments.origin.fingerprint, "architecture": moments.origin.architecture}
+
+
+def thinned(values: Sequence[float]) -> list[tuple[int, float]]:
+    """Return (number from 1, value) of some values: each of the first ones, then fewer and fewer, and the last one."""
+    # Evenly spaced on a logarithmic axis, on which a spectrum is drawn; a spectrum of 11,008 values has 70 points.
+    spaced = torch.logspace(0, math.log10(len(values)), _CURVE_POINTS).round().long().tolist()
+    return [(number, values[number - 1]) for number in sorted(set(spaced))]
 
 
 def random_basis(source: Source, group: str, path: Path) -> dict[str, object]:
@@ -226,7 +237,9 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
                     frozen_MN[outputs[name]] &= ~spared_MN[outputs[name]]
                 num_frozen[name] = int(frozen_MN[outputs[name]].sum())
                 writer.write(name, rotation.packed(frozen_MN))
-    return {"frozen": num_frozen, "meant": {name: int(outputs[name].sum()) * sizes[name][1] for name in sizes}}
+    meant = {name: int(outputs[name].sum()) * sizes[name][1] for name in sizes}
+    shares = {name: num_frozen[name] / meant[name] for name in sizes}
+    return {"frozen": num_frozen, "meant": meant, "by_module": {"share frozen": shares}}
 
 
 def _random_scores(seed: int | None, name: str, shape: tuple[int, int]) -> Tensor:
