@@ -54,6 +54,67 @@ def test_the_final_number_of_a_text(text, number):
     assert arithmetic.final_number(text) == Decimal(number)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so $x = \boxed{5}$.", Decimal(5)),
+        (r"\boxed{1,234}", Decimal(1234)),
+        (r"first \boxed{3}, no: $\boxed{-4.50}$", Decimal("-4.5")),
+        (r"The answer is $\boxed{\dfrac{3}{4}}.$", r"\frac{3}{4}"),
+        (r"\boxed{\left( \frac{1}{2}, 3 \right)}", r"(\frac{1}{2},3)"),
+        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}"),
+        (r"\boxed{50\%}", Decimal(50)),
+        (r"\boxed{\$12.50}", Decimal("12.5")),
+        (r"\fbox{7}", Decimal(7)),
+        (r"\boxed 9", Decimal(9)),
+        (r"\boxed{8} and then \boxed{\frac{1", Decimal(8)),
+        (r"the answer is 5", None),
+        (r"\boxed{\frac{1}{2}", None),
+        ("", None),
+    ],
+)
+def test_the_last_box_of_a_text(text, answer):
+    assert arithmetic.extract(text, "boxed") == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("She has 3 left.\n#### 3", 3),
+        ("#### 1,200", 1200),
+        ("#### -4\nQuestion: 7", -4),
+        ("The answer is 18.", None),
+        (r"\boxed{18}", None),
+    ],
+)
+def test_only_a_marked_number_is_read_where_that_is_asked_for(text, answer):
+    assert arithmetic.extract(text, "marked") == answer
+
+
+def test_problems_with_boxed_solutions_are_judged_by_their_boxes(tiny_model, encoder, tmp_path):
+    """Rows of the form of MATH: problem, level, type, solution."""
+    path = tmp_path / "math.jsonl"
+    math_rows = [
+        {"problem": "What is $1+1$?", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{2}$."},
+        {"problem": "Half?", "level": "Level 1", "type": "Algebra", "solution": r"We get $\boxed{\frac12}$."},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in math_rows))
+    prompts = {"source": str(path), "rename": {"problem": "instruction", "solution": "output"}}
+    config = arithmetic.Config(prompts=prompts, answer="boxed", max_new_tokens=2)
+    model = SteeredModel(tiny_model, encoder)
+    result = arithmetic.run(model, config)
+    assert [sample["solution"] for sample in result.samples] == ["2", r"\frac12"]
+    path.write_text(json.dumps({"problem": "?", "solution": "2"}))
+    with pytest.raises(ValueError, match=r"row 0 of .*math.jsonl has no \\boxed\{\} answer in its solution: '2'"):
+        arithmetic.run(model, config)
+    for number, right in ((Decimal("2.0"), 1.0), (r"\frac12", 0.0)):
+        assert [o.value for o in arithmetic.judge("0", Decimal(2), number)] == [right, right]
+
+
+def test_options_that_are_not_set_leave_the_config_as_it_was():
+    assert not {"answer", "temperature", "top_p"} & arithmetic.Config().model_dump().keys()
+
+
 @pytest.mark.parametrize("text", ["", "seven", "sorry , i can not help you", "#### none", "- , ."])
 def test_a_text_without_a_number(text):
     assert arithmetic.final_number(text) is None

@@ -373,10 +373,17 @@ def test_a_control_has_a_line_of_its_own(store: Store) -> None:
     folder = write_sweep(store, 6)
     sweep = report.read_sweep(store, folder)
     rows = [
-        {**row, "param.method.alpha": number % 3 / 2, "param.train.lr": 1e-3, "param.method.pooling": ("mean", "last")[number // 3],
-         "param.rows": ("train", "other")[number // 3], "metric.separation/sep": number / 10, "status": "finished"}
+        {
+            **row,
+            "param.method.alpha": number % 3 / 2,
+            "param.train.lr": 1e-3,
+            "param.method.pooling": ("mean", "last")[number // 3],
+            "param.rows": ("train", "other")[number // 3],
+            "metric.separation/sep": number / 10,
+            "status": "finished",
+        }
         for number, row in enumerate(sweep.trials[:6])
-    ]  # fmt: skip
+    ]
     sweep = replace(sweep, trials=rows)
     # `rows` changes with `method.pooling` only, so one of the two says all.
     assert sweep.varied == ["method.alpha", "method.pooling"]

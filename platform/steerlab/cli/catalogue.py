@@ -19,6 +19,7 @@ from steerlab import evaluation, methods
 from steerlab.cli import field_table
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.job import JobError, TaskConfig, grammar
+from steerlab.methods.edited import Edited
 
 _ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
@@ -139,6 +140,8 @@ def method_example(name: str) -> tuple[str, ...] | None:
     method = methods.METHODS[name]
     if method.example is None and isinstance(method, methods.Fitted):
         return "jobs/tiny/act.yaml", "--set", f"method.name={name}"
+    if method.example is None and isinstance(method, Edited):
+        return "jobs/tiny/realign.yaml", "--set", f"method.name={name}"
     return None if method.example is None else (method.example,)
 
 

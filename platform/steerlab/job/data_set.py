@@ -277,6 +277,10 @@ class DataConfig(Frozen):
     """Rows of the evaluation loss during training."""
     safety: DataSet | None = None
     """Rows that show behaviour to preserve, such as refusals of harmful requests."""
+    basis: DataSet | None = None
+    """Rows whose activations span a method's basis; null takes those of `safety`."""
+    utility: DataSet | None = None
+    """Rows that show abilities, such as solved problems, for a method that tells them from the behaviour of `safety`."""
     source: DataSet | None = None
     """Texts with the behaviour to steer away from; a method moves their activations towards those of `target`."""
     target: DataSet | None = None
@@ -299,6 +303,8 @@ class DataConfig(Frozen):
             "train": self.train,
             "validation": self.validation,
             "safety": self.safety,
+            "basis": self.basis,
+            "utility": self.utility,
             "source": self.source,
             "target": self.target,
             "preference": self.preference,

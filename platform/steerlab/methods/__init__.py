@@ -20,11 +20,16 @@ from steerlab.methods import (
     none,
     reft,
     repe,
+    resta,
+    safe_delta,
+    safe_lora,
+    sn_tune,
     transport,
     vanilla,
     warp,
 )
 from steerlab.methods.contract import Fitted, Method, Trained
+from steerlab.methods.edited import Edited
 
 # A literal and no decorator: the table can be read here, and a method that nobody imports cannot exist.
 _OWN: dict[str, Method] = {
@@ -33,6 +38,10 @@ _OWN: dict[str, Method] = {
     "aside": aside.METHOD,
     "ise": ise.METHOD,
     "warp": warp.METHOD,
+    "resta": resta.METHOD,
+    "safe_lora": safe_lora.METHOD,
+    "sn_tune": sn_tune.METHOD,
+    "safe_delta": safe_delta.METHOD,
     "lineas": lineas.METHOD,
     "linear_act": transport.LINEAR,
     "mean_act": transport.MEAN,
@@ -69,4 +78,11 @@ def fitted(config: MethodConfig | Mapping[str, object]) -> Fitted:
     """Return the closed-form method of a config, which may be the JSON in a stage's parameters."""
     method = TABLE.of(config)
     assert isinstance(method, Fitted), f"{config} is no closed form"
+    return method
+
+
+def edited(config: MethodConfig | Mapping[str, object]) -> Edited:
+    """Return the method of a config that changes trained weights; the config may be the JSON in a stage's parameters."""
+    method = TABLE.of(config)
+    assert isinstance(method, Edited), f"{config} changes no trained weights"
     return method

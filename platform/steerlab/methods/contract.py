@@ -1,10 +1,11 @@
 """The contract of a method: a config, a check of it against the model and the job, and a way to change the model.
 
-A method is an instance of one of three classes. The stages see only the class, never the method:
+A method is an instance of one of four classes. The stages see only the class, never the method:
 
 Plain      changes nothing: the model as it is
 Trained    trains a `Trainee`, an `nn.Module` whose forward returns the paper's loss
 Fitted     computes one map for each place in closed form, from two samples of activations
+Edited     changes the weights that another job has trained, in closed form (edited.py)
 
 A trainee derives from one of three bases, which say what the training saves:
 
@@ -275,6 +276,8 @@ class Method:
 
     leaves_model: ClassVar[bool] = False
     leaves_patch: ClassVar[bool] = False
+    closed_form: ClassVar[bool] = False
+    """Whether the method makes its result without a `train` section."""
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
         """Return the roles of the data sets whose activations are extracted before the method runs."""
@@ -366,6 +369,7 @@ class Fitted(Method):
     kinds: tuple[str, ...] = ANY_KIND
 
     leaves_patch: ClassVar[bool] = True
+    closed_form: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not issubclass(self.Config, SteeringConfig):

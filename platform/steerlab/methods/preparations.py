@@ -166,6 +166,10 @@ class Prepare:
         self._roles = roles
         self._names: list[str] = []
 
+    def has(self, role: str) -> bool:
+        """Return whether the job has a data set of this role; False if the check runs without a job."""
+        return self._roles is not None and role in self._roles
+
     def make(self, preparation: Preparation) -> None:
         """Plan a preparation whose settings have been checked. Does nothing here: this class only checks."""
 

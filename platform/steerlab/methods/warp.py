@@ -22,6 +22,10 @@ Departures from the manuscript and its code:
 - weight decay pulls D to zero, and so W to W_0; in the manuscript it pulls W U to zero;
 - weights outside of the selected layers are frozen, which the manuscript does not specify; `others: train` trains them, too,
   and `lora` trains low-rank adapters of them.
+
+Options of the authors' code: the basis from other rows (`data.basis`), or from the tokens of prompts alone (`basis_tokens`); a
+second mask of what matters for `data.utility`, which stays trainable (`spare_ratio`); masks of whole rows or columns of W U
+(`mask_unit`), whose importance is the Euclidean norm of G over them.
 """
 
 from __future__ import annotations
@@ -34,13 +38,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from steerlab import models, patches
+from steerlab.guards.json_values import Json
 from steerlab.inputs.tokens import Batch
 from steerlab.job import ExtractConfig, Job, MethodConfig, Seed, Selection
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, next_token_loss
 from steerlab.methods.math import lora, rotation, weight_space
+from steerlab.methods.math.gradients import Tokens
 from steerlab.methods.math.lora import Lora
 from steerlab.methods.math.selected_layers import Layers, Types
 from steerlab.methods.math.selected_layers import places as selected
+from steerlab.methods.math.weight_space import Unit
 from steerlab.methods.preparations import MOMENTS, Prepare
 from steerlab.models import LayerType, ModelFacts, WeightPlace
 from steerlab.storage.plan import Estimate
@@ -71,6 +78,17 @@ class Config(MethodConfig):
     mask: Literal["importance", "random", "magnitude"] = "importance"
     """Frozen coefficients: importance: those with the largest gradients on safety rows; controls: random: drawn at random,
     magnitude: those with the largest absolute value."""
+    basis_tokens: Literal["all", "prompt", "response"] = Field("all", exclude_if=lambda tokens: tokens == "all")
+    """Tokens whose inputs span the basis: all (paper), or those of the prompt (the code's --only_prompt) or response alone."""
+    importance_tokens: Tokens = Field("labelled", exclude_if=lambda tokens: tokens == "labelled")
+    """Tokens whose loss gives the importance: labelled: those that the data set's loss_on names (paper: the response);
+    prompt: those of the prompt alone."""
+    mask_unit: Unit = Field("entry", exclude_if=lambda unit: unit == "entry")
+    """What is frozen as a whole: entry: a coefficient (paper); row: an output; column: a basis direction. A row or column has
+    the Euclidean norm of its importance."""
+    spare_ratio: float | None = Field(None, ge=0, le=1, exclude_if=lambda ratio: ratio is None)
+    """Share of the coefficients with the largest importance on data.utility that is not frozen, even if it matters for safety
+    (the code's --two_mask, where it is keep_ratio); null uses one mask."""
     others: Literal["frozen", "train"] = "frozen"
     """Weights outside of the selected layers: frozen, or trained without a mask."""
     rows_per_batch: int = Field(4, ge=1)
@@ -113,6 +131,8 @@ def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tup
         _prepare_basis(config, chosen, prepare)
     if config.mask != "random":
         _prepare_importance(config, chosen, prepare)
+    if config.spare_ratio is not None:
+        _prepare_sums("utility_importance", "utility", config, chosen, prepare)
     _prepare_mask(config, chosen, prepare)
     # The importance is read by the mask alone: the training does not depend on it, and workers need not fetch it.
     return ("basis", "mask") if config.rotation != "none" else ("mask",)
@@ -131,39 +151,48 @@ def _prepare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) 
     if config.rotation == "random":
         params = weight_space.RandomBasis(seed=config.seed, sizes=sizes).model_dump(mode="json")
         return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
-    # The inputs of the layers on every token: their uncentred second moment is C of step 1, up to the count.
-    select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input")  # a dot would match anything
+    # The inputs of the layers on every chosen token: their uncentred second moment is C of step 1, up to the count.
+    phases = {"all": ("prompt", "generation"), "prompt": ("prompt",), "response": ("generation",)}[config.basis_tokens]
+    select = Selection(modules="|".join(re.escape(name) for name in sizes), side="input", phases=phases)
     limits = {"max_tokens": config.max_tokens, "rows_per_shard": config.rows_per_shard}
     # pooling none: every token of a text is one vector of C, and no text counts more than its tokens.
     reads = {"select": select, "pooling": ("none",), "keep": "moments", "second_moment": True, **limits}
-    prepare.moments("safety", ExtractConfig.model_validate(reads))
-    return prepare.map_parts(
-        "basis", 1, {"rotation": "safety"}, tuple(sizes), weight_space.eigenbasis, needs=(MOMENTS,), estimate=estimate
-    )
+    role = "basis" if prepare.has("basis") else "safety"
+    prepare.moments(role, ExtractConfig.model_validate(reads))
+    # The role is named only where it is not the usual one, so that bases of earlier versions keep their keys.
+    params = {"rotation": "safety"} if role == "safety" else {"rotation": "safety", "role": role}
+    return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.eigenbasis, needs=(MOMENTS,), estimate=estimate)
 
 
 def _prepare_importance(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
-    layers = weight_space.SelectedLayers(
-        # `scope` and `keep_ratio` are not here: sweeps over them share one importance, and repeat only the mask.
-        of="magnitude" if config.mask == "magnitude" else "gradients",
-        layer_type=config.layer_type,
-        target_layers=tuple(str(item) for item in config.target_layers),
-    ).model_dump(mode="json")
-    needs = () if config.rotation == "none" else ("basis",)
+    if config.mask == "importance":
+        return _prepare_sums("importance", "safety", config, chosen, prepare)
     sizes = [4 * place.shape[0] * place.shape[1] for place in chosen]
-    if config.mask == "magnitude":
-        estimate = Estimate(memory_bytes=max(sizes), disk_bytes=sum(sizes))
-        return prepare.map_parts(
-            "importance", 1, layers, ("magnitude",), weight_space.magnitude, needs=needs, reads_model=True, estimate=estimate
-        )
+    layers, needs = _layers(config, "magnitude"), () if config.rotation == "none" else ("basis",)
+    estimate = Estimate(memory_bytes=max(sizes), disk_bytes=sum(sizes))
+    return prepare.map_parts(
+        "importance", 1, layers, ("magnitude",), weight_space.magnitude, needs=needs, reads_model=True, estimate=estimate
+    )
+
+
+def _layers(config: Config, of: Literal["gradients", "magnitude"]) -> dict[str, Json]:
+    target_layers = tuple(str(item) for item in config.target_layers)
+    tokens = "labelled" if of == "magnitude" else config.importance_tokens
+    return weight_space.SelectedLayers(
+        of=of, layer_type=config.layer_type, target_layers=target_layers, tokens=tokens
+    ).model_dump(mode="json")
+
+
+def _prepare_sums(name: str, role: str, config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
+    sizes = [4 * place.shape[0] * place.shape[1] for place in chosen]
+    needs = () if config.rotation == "none" else ("basis",)
+    start = weight_space.importance if role == "safety" else weight_space.utility_importance
     # A shard holds whole batches: a batch split over two shards would be two terms of the sum of absolute values.
     per_shard = max(1, config.rows_per_shard // config.rows_per_batch) * config.rows_per_batch
     limits = {"rows_per_batch": config.rows_per_batch, "rows_per_shard": per_shard, "max_tokens": config.max_tokens}
     # Memory: the sums and one gradient at a time. Disk: a file of sums for each shard, and the result.
     estimate = Estimate(memory_bytes=sum(sizes), disk_bytes=sum(sizes), work_bytes=sum(sizes))
-    return prepare.sum_over_rows(
-        "importance", 1, "safety", layers | limits, weight_space.importance, needs=needs, estimate=estimate
-    )
+    prepare.sum_over_rows(name, 1, role, _layers(config, "gradients") | limits, start, needs=needs, estimate=estimate)
 
 
 def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
@@ -172,11 +201,14 @@ def _prepare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) -
         scope=config.scope,
         places={place.module: (place.shape, place.outputs) for place in chosen},
         seed=config.seed if config.mask == "random" else None,  # seeds of a sweep otherwise share one mask
+        unit=config.mask_unit,
+        spare_ratio=config.spare_ratio,
     )
     sizes = [place.shape[0] * place.shape[1] for place in chosen]
     # Of one layer at a time: scores, their bits as int32 and int64, and masks.
     estimate = Estimate(memory_bytes=24 * max(sizes), disk_bytes=sum(-(-size // 8) for size in sizes))
     needs = () if config.mask == "random" else ("importance",)
+    needs += () if config.spare_ratio is None else ("utility_importance",)
     prepare.map_parts("mask", 1, params.model_dump(mode="json"), ("mask",), weight_space.mask, needs=needs, estimate=estimate)
 
 
@@ -311,12 +343,7 @@ def check_basis(basis: Parts, model: PreTrainedModel) -> None:
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for settings that cannot work, before anything starts."""
-    # A random rotation, or none, with a random mask or one by magnitude reads no safety rows: such a control needs none.
-    if "safety" not in job.data.by_role and (config.rotation == "safety" or config.mask == "importance"):
-        raise ValueError("data.safety: method warp needs these rows: they say which directions are kept")
-    safety = job.data.by_role.get("safety")
-    if safety is not None and config.mask == "importance" and safety.loss_on != "response":
-        raise ValueError("data.safety.loss_on: set response; the importance is that of the safe answers, not of the questions")
+    _check_rows(config, job)
     if job.scale.zero_stage == 3:
         raise ValueError(
             "scale.zero_stage 3: method warp makes whole weights of their coefficients on every worker, which ZeRO 3 would "
@@ -324,8 +351,29 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
     if config.others == "train" and job.model.dtype == "bfloat16":
         raise ValueError("method.others train: weights in bfloat16 would need float32 copies; set model.dtype: float32")
-    if config.keep_ratio == 1 and config.others == "frozen":
+    if config.keep_ratio == 1 and config.others == "frozen" and not config.spare_ratio:
         raise ValueError("method.keep_ratio 1 freezes every coefficient, and method.others the other weights: nothing trains")
+
+
+def _check_rows(config: Config, job: Job) -> None:
+    """Raise ValueError if a data set that the settings need is missing, or would not be read."""
+    data = job.data.by_role
+    reads_safety = config.mask == "importance" or (config.rotation == "safety" and "basis" not in data)
+    if "safety" not in data and reads_safety:
+        raise ValueError("data.safety: method warp needs these rows: they say which directions are kept")
+    if "basis" in data and config.rotation != "safety":
+        raise ValueError(f"data.basis: method.rotation {config.rotation} makes no basis of rows; leave these rows out")
+    if (config.spare_ratio is None) != ("utility" not in data):
+        raise ValueError(
+            "data.utility and method.spare_ratio belong together: the rows say which coefficients matter for an ability, the "
+            "ratio how many of these are not frozen; give both or neither"
+        )
+    reads_loss = {"safety": config.mask == "importance", "utility": config.spare_ratio is not None}
+    for role, reads in reads_loss.items():
+        if reads and role in data and config.importance_tokens == "labelled" and data[role].loss_on != "response":
+            raise ValueError(
+                f"data.{role}.loss_on: set response; the importance is that of the safe answers, not of the questions"
+            )
 
 
 METHOD = Trained(Config, Warp, preparations=prepares, check=check, example="jobs/tiny/warp.yaml")

@@ -20,6 +20,24 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class SharedWeight:
+    """A weight that several patches of a stack may change: its value without them, and what each of them adds now."""
+
+    start: Tensor
+    parts: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
+    """By the patch's number: returns its difference times its strength. A patch at strength 0 has none."""
+
+    def write(self, weight: Tensor) -> None:
+        """Write the sum into the weight."""
+        total = self.start
+        # In the order of the stack: sums of floats depend on their order, and must not depend on which patch changed last.
+        for _, part in sorted(self.parts.items()):
+            # A float32 difference on bfloat16 weights is rounded once, in the sum, not before it.
+            total = total + part().to(total.device)
+        weight.data.copy_(total)
+
+
+@dataclass
 class Forward:
     """Arguments of the running forward pass, for the hooks of all patches of a stack to read."""
 
@@ -37,6 +55,8 @@ class Forward:
     """Rows and positions, each (N,), of the tokens whose logits are computed; None computes those of all tokens."""
     running: Callable[[], Pass | None] = lambda: None
     """Returns the denoiser pass that is running; returns None in a language model."""
+    weights: dict[str, SharedWeight] = field(default_factory=dict)
+    """Weights that patches of the stack change, by name."""
     _masks: dict[Selection, Tensor] = field(default_factory=dict)
 
     def roles(self) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steerlab.patches.attaching import Forward
+from steerlab.patches.attaching import Forward, SharedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 class WeightPatch(nn.Module):
     """Differences of weights: W = W_base + strength * delta. All rows of a call must have the same strength.
+
+    Several patches of a stack may change one weight: their differences are added.
 
     Args:
         shapes: shape of each changed weight by its name.
@@ -64,20 +67,23 @@ class WeightPatch(nn.Module):
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
         """Register a hook that writes W_base + strength * delta into the model when the strength changes between calls."""
-        # A copy: subtracting the difference again would not give back the same bits.
         weights = [model.get_parameter(name) for name in self.shapes]
-        base = [weight.detach().clone() for weight in weights]
-        # A dict, since both closures below write it.
+        for name, weight in zip(self.shapes, weights, strict=True):
+            # A copy: subtracting the difference again would not give back the same bits. Patches of the stack may share it.
+            if name not in forward.weights:
+                forward.weights[name] = SharedWeight(weight.detach().clone())
         state = {"strength": 0.0}
 
         def write(strength: float) -> None:
             # Writing all weights costs a pass over the model's memory: only when the strength changes.
             if strength == state["strength"]:
                 return
-            for weight, start, (_, delta) in zip(weights, base, self.differences(), strict=True):
-                # A float32 difference on bfloat16 weights is rounded once, in the sum, not before it.
-                # Into the same memory: tied weights, and views that other modules hold, follow.
-                weight.data.copy_(start if strength == 0 else start + strength * delta.to(start.device))
+            for place, (name, weight) in enumerate(zip(self.shapes, weights, strict=True)):
+                shared = forward.weights[name]
+                shared.parts.pop(number, None)
+                if strength != 0:
+                    shared.parts[number] = partial(self._part, place, strength)
+                shared.write(weight)
             state["strength"] = strength
 
         def before(_model: nn.Module, _args: object) -> None:
@@ -90,6 +96,10 @@ class WeightPatch(nn.Module):
 
         handle = model.register_forward_pre_hook(before)
         return [_Restoring(handle, lambda: write(0.0))]
+
+    def _part(self, place: int, strength: float) -> Tensor:
+        """Return the difference of the weight number `place`, times the strength."""
+        return strength * (self.ups[place] @ self.downs[place] if self.rank else self.deltas[place])
 
     def spec(self) -> dict[str, object]:
         """Return the constructor's arguments as JSON values."""

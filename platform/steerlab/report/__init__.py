@@ -19,7 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from steerlab.guards.texts import everywhere, plain
-from steerlab.report import figures, heat_maps, predictions, samples, sweep_figures, tables
+from steerlab.report import figures, heat_maps, modules, predictions, samples, sweep_figures, tables
 from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, read, read_sweep
 from steerlab.report.plotting import Figure, front
 from steerlab.report.samples import texts
@@ -72,6 +72,8 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         "timeline": put(figures.timeline(shown), "Stages"),
         "layers": put(figures.by_layer(shown), "By layer"),
         "histograms": put(heat_maps.histograms(shown), "Histograms"),
+        "spectra": put(modules.spectra(shown), "Spectra"),
+        "modules": put(modules.numbers(shown), "By module"),
         "texts": texts(with_texts),
         "heat_maps": heat_maps.heat_maps(with_texts),
         "galleries": samples.galleries(with_texts),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field
 
 from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.guards import saved
 from steerlab.run import folder as folders
 from steerlab.storage import plan
 from steerlab.storage.store import Store
+from steerlab.storage.tensors import INDEX
 
 MAX_POINTS = 400
 """Largest number of points of a training curve; longer curves are thinned."""
@@ -19,6 +22,33 @@ MAX_CURVES = 8
 """Number of a sweep's best trials whose runs are read."""
 Document: TypeAlias = Mapping[str, Any]
 """A JSON object from the folder of a run or sweep, or a row of its trials. `run.folder` validates the keys used here."""
+
+
+_ARTIFACT_FILES = (INDEX, "edit.json")
+"""Small files of artifacts that may hold numbers by module."""
+
+
+_Point = Annotated[list[float], Field(min_length=2, max_length=2)]
+"""(x, y), which JSON writes as a list."""
+
+
+class _ByModule(saved.Shape):
+    by_module: dict[str, dict[str, float]] = {}
+    curves: dict[str, dict[str, list[_Point]]] = {}
+
+
+class _Kept(_ByModule):
+    parts: dict[str, _ByModule] = {}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Numbers about the modules of a model that the stages of a run have kept."""
+
+    by_module: dict[str, dict[str, float]] = field(default_factory=dict)
+    """`STAGE: NAME` -> module -> number."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
+    """`STAGE: NAME` -> module -> points (x, y)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +73,8 @@ class Entry:
     """Contact sheets: guidance -> path below ROOT."""
     store: Store | None = None
     """Where the images are read from; None if there are none."""
+    kept: Kept = field(default_factory=Kept)
+    """Spectra, shares and other numbers by module."""
     measures: dict[str, Measure] = field(default_factory=dict)
     """Metric -> its measure; metrics of runs of earlier versions may be missing."""
 
@@ -156,14 +188,15 @@ def read(store: Store, folder: str) -> Entry:
         summary = folders.summary(store, folder)
     except FileNotFoundError:
         raise ValueError(f"{folder} is no finished run folder (runs/NAME/ID) of {store.root}") from None
-    job = folders.job(store, folder)
+    job, stages = folders.job(store, folder), folders.stages(store, folder)
     return Entry(
         # Runs of one page are often one job with different methods, so the method's name is always part of the run's.
         name=job["name"] if job["method"]["name"] in job["name"] else f"{job['method']['name']} ({job['name']})",
         folder=folder,
         job=job,
         summary=summary,
-        stages=folders.stages(store, folder),
+        stages=stages,
+        kept=kept(store, stages),
         environment=folders.environment(store, folder),
         samples=folders.samples(store, folder),
         fit_s=fit_seconds(store, summary.get("model")),
@@ -223,6 +256,27 @@ def _best_runs(store: Store, sweep: Sweep) -> list[Entry]:
 
 def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def kept(store: Store, stages: Sequence[Document]) -> Kept:
+    """Return what the artifacts of some stages keep about modules; nothing for artifacts that are not in the store."""
+    # Only these small files are read, not the artifact: a basis of a large model has gigabytes.
+    found = Kept()
+    for stage in stages:
+        for file in _ARTIFACT_FILES:
+            path = f"artifacts/{stage['name']}/{stage['key']}/{file}"
+            try:
+                tree = store.read_json(path)
+            except FileNotFoundError:
+                continue
+            record = saved.checked(tree, _Kept, f"{store.root}/{path}")
+            for part in (record, *record.parts.values()):
+                for name, numbers in part.by_module.items():
+                    found.by_module.setdefault(f"{stage['name']}: {name}", {}).update(numbers)
+                for name, curves in part.curves.items():
+                    points = {module: [(x, y) for x, y in curve] for module, curve in curves.items()}
+                    found.curves.setdefault(f"{stage['name']}: {name}", {}).update(points)
+    return found
 
 
 class _Fitted(saved.Shape):

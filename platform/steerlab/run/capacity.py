@@ -15,7 +15,8 @@ import ray
 from steerlab import models
 from steerlab.data import sources
 from steerlab.job import own_code
-from steerlab.stages import Plan, extract, train
+from steerlab.methods.edited import Edited
+from steerlab.stages import Plan, edit, extract, train
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -49,6 +50,8 @@ def estimates(planned: Plan, facts: models.ModelFacts, records: list[plan.Record
         for preparation in owner.preparing.made.values():
             if preparation.stage.key in left:
                 needs[preparation.stage.key] = preparation.estimate(facts, directory)
+        if isinstance(owner.method, Edited) and owner.model is not None and owner.model.key in left:
+            needs[owner.model.key] = edit.estimate(facts)
     for key, job in planned.trainings.items():
         if key in left:
             needs[key] = train.estimate(job, facts, skeleton)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Selection, TaskConfig, base_job, job_type
 from steerlab.methods.contract import Fitted, Method, Trained
-from steerlab.stages import choose, evaluate, extract, fit, prepare, reduce, train
+from steerlab.methods.edited import EditConfig, Edited
+from steerlab.stages import choose, edit, evaluate, extract, fit, prepare, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, ordered
@@ -77,7 +78,7 @@ class Plan:
     @property
     def makes_model(self) -> bool:
         """Whether the job trains or fits something; if not, it only evaluates the model that it starts from."""
-        return isinstance(self.method, Fitted) or self.job.train is not None
+        return self.method.closed_form or self.job.train is not None
 
     @property
     def _maker(self) -> Plan:
@@ -119,14 +120,50 @@ class Plan:
 
     @cached_property
     def preparing(self) -> prepare.Stages:
-        """The stages that prepare the method's training."""
-        return prepare.Stages(self.job, self.start, self.source)
+        """The stages that prepare the method's training, or its closed form on trained weights."""
+        # An edit compares a model with the one before its training, whose activations it reads.
+        return prepare.Stages(self.job, self.before if isinstance(self.method, Edited) else self.start, self.source)
+
+    @property
+    def before(self) -> Subject:
+        """The model from which the training of the starting model started.
+
+        Raises:
+            ValueError: the job does not start from a job that changes a model.
+        """
+        if self.below is None or not self.below.makes_model:
+            raise ValueError(
+                f"model.source: method {self.job.method.name} changes what another job has trained: name that job (job:FILE)"
+            )
+        return self.below.start
+
+    @property
+    def unaligned(self) -> Subject | None:
+        """The model before its alignment, if the method compares with it and finds it in the chain of jobs.
+
+        Raises:
+            ValueError: neither the chain nor the method's config has it.
+        """
+        config = self.job.method
+        if not isinstance(self.method, Edited) or not self.method.needs_unaligned:
+            return None
+        if isinstance(config, EditConfig) and config.unaligned is not None:
+            return None
+        aligned = None if self.below is None else self.below.below
+        if aligned is None or not aligned.makes_model:
+            raise ValueError(
+                f"method.unaligned: method {config.name} compares the model before the training with the one before its "
+                "alignment, and no job of this chain has aligned it: give the source of that model"
+            )
+        return aligned.start
 
     @cached_property
     def model(self) -> Stage | None:
         """The stage whose artifact is the job's model; None if the job only evaluates the model of its source."""
         if isinstance(self.method, Fitted):
             return fit.stage(self.job, self.start, self.read)
+        if isinstance(self.method, Edited):
+            return edit.stage(self.job, self.start, self.before, self.unaligned, self.preparing.used)
         if self.job.train is None or not isinstance(self.method, Trained):
             return self.start.stage
         return train.stage(self.job, self.start, self.read, self.preparing.used)

@@ -18,6 +18,7 @@ from steerlab.inputs import encoding
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.job import Frozen, Job, own_code
 from steerlab.methods import TABLE
+from steerlab.methods.edited import Edited
 from steerlab.methods.preparations import KeepOfRows, MapParts, Moments, Preparation, Prepare, SumOverRows
 from steerlab.models import ModelFacts
 from steerlab.stages import extract, reduce
@@ -58,7 +59,7 @@ class Stages(Prepare):
         """Let the job's method request its preparations.
 
         Args:
-            job: A job; one without a `train` section has no preparations.
+            job: A job; one that neither trains nor changes trained weights has no preparations.
             model: The model from which the job starts.
             source: Source of that model's architecture: the source from which the chain of jobs starts.
 
@@ -70,7 +71,7 @@ class Stages(Prepare):
         self.made: dict[str, Prepared] = {}
         """Stages by the name of their preparation, in the order in which the method requested them."""
         read: tuple[str, ...] = ()
-        if job.train is not None:
+        if job.train is not None or isinstance(TABLE.of(job.method), Edited):
             # Modules without weights: methods look up names and shapes, and the plan must not take the memory of a model.
             skeleton = models.skeleton(sources.fetch(source), job.model.trust_remote_code)
             read = TABLE.of(job.method).prepares(job.method, skeleton, self)

@@ -99,7 +99,8 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
             writer.write(name, tensor)
 
 
-_INDEX = "index.json"
+INDEX = "index.json"
+"""File of a directory of parts that names their tensors."""
 
 
 class _Index(saved.Shape):
@@ -119,7 +120,7 @@ class Parts:
     @classmethod
     def open(cls, directory: Path) -> Parts:
         """Open a directory by its index. Raises ValueError if the index is damaged, FileNotFoundError if it is absent."""
-        index = saved.read(directory / _INDEX, _Index)
+        index = saved.read(directory / INDEX, _Index)
         return cls(directory, index.parts, index.tensors)
 
     @staticmethod
@@ -136,7 +137,12 @@ class Parts:
         for path in files.values():
             with safe_open(directory / path, "pt") as file:
                 file_of |= dict.fromkeys(file.keys(), path)
-        (directory / _INDEX).write_text(json.dumps({"parts": dict(facts), "tensors": file_of}, indent=1))
+        (directory / INDEX).write_text(json.dumps({"parts": dict(facts), "tensors": file_of}, indent=1))
+
+    @property
+    def files(self) -> set[Path]:
+        """The safetensors files."""
+        return {self.directory / path for path in self._file_of.values()}
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor, mapped from the disk: pages of it take memory when they are read.

@@ -6,26 +6,35 @@ Axes besides those of tokens.py: M outputs, N inputs of a linear layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from steerlab import models
-from steerlab.inputs.tokens import Batch
+from steerlab.inputs.tokens import GENERATION, IGNORED, Batch
 from steerlab.methods.contract import language_modelling_loss
 from steerlab.models import WeightPlace
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.tensors import Shape
 
+Tokens = Literal["labelled", "prompt"]
+"""Tokens whose loss is differentiated: those that the data set labels, or those of the prompt."""
+
 
 class GradientSums:
-    """Sums of `of(place, dL_b/dW)` over batches b, float32 on the CPU; L_b is the mean loss of the labelled tokens of batch b.
+    """Sums of `of(place, dL_b/dW)` over batches b, float32 on the CPU; L_b is the mean loss of the chosen tokens of batch b.
 
     It implements `methods.preparations.Sums`.
     """
 
     def __init__(
-        self, model: SteeredModel, places: Sequence[WeightPlace], of: Callable[[WeightPlace, Tensor], Tensor], rows: str
+        self,
+        model: SteeredModel,
+        places: Sequence[WeightPlace],
+        of: Callable[[WeightPlace, Tensor], Tensor],
+        rows: str,
+        tokens: Tokens = "labelled",
     ) -> None:
         """Prepare the model for gradients of the selected weights alone.
 
@@ -34,8 +43,9 @@ class GradientSums:
             places: the linear layers.
             of: (place, gradient (M, N) float32) -> the term to sum, (M, N).
             rows: the data set, as messages name it.
+            tokens: tokens whose loss is differentiated.
         """
-        self._model, self._places, self._of, self._rows = model, places, of, rows
+        self._model, self._places, self._of, self._rows, self._tokens = model, places, of, rows, tokens
         # On the CPU: the sums are as large as the weights, in float32.
         self._sums = {place.module: torch.zeros(place.shape) for place in places}
         self._where = ""
@@ -66,12 +76,13 @@ class GradientSums:
     def add(self, batch: Batch, number: int) -> None:
         """Add the term of one batch. Raises ValueError if its loss or a gradient is NaN or infinite."""
         self._where = f"{self._rows}, batch {number}"
+        labels_BT = batch.labels if self._tokens == "labelled" else prompt_labels(batch)
         # Position 0 is never predicted; labels that are not targets are negative.
         # A mean over the batch's targets (the paper's L_b): a batch of long answers counts no more than one of short answers.
-        num_targets = int((batch.labels[:, 1:] >= 0).sum())
+        num_targets = int((labels_BT[:, 1:] >= 0).sum())
         # The key-value cache would only be memory: nothing is generated.
         logits_BTV = self._model.model(**batch.patched_inputs, use_cache=False).logits
-        loss = language_modelling_loss(logits_BTV, batch.labels) / max(1, num_targets)
+        loss = language_modelling_loss(logits_BTV, labels_BT) / max(1, num_targets)
         # Before the backward pass: the message then names the batch, and no weight is blamed.
         if not bool(loss.isfinite()):
             raise ValueError(f"{self._where}: the loss is {float(loss.detach())}, so there is no gradient")
@@ -94,3 +105,9 @@ class GradientSums:
             self._sums[place.module] += self._of(place, grad_MN).cpu()
 
         return take
+
+
+def prompt_labels(batch: Batch) -> Tensor:
+    """Return labels, (B, T), that make the tokens of the prompt the targets instead of those of the response."""
+    is_prompt_BT = batch.attention_mask.bool() & (batch.phases != GENERATION)
+    return batch.input_ids.masked_fill(~is_prompt_BT, IGNORED)

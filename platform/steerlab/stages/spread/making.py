@@ -27,7 +27,7 @@ from steerlab.stages.spread import reserved, shards, subject
 from steerlab.stages.spread.shard_plan import Done, Facts, Planned, Shard, WorkFolder
 from steerlab.stages.spread.subject import Loading
 from steerlab.storage.plan import ModelRef, Work
-from steerlab.storage.tensors import Parts, Shape, writing
+from steerlab.storage.tensors import INDEX, Parts, Shape, writing
 from steerlab.storage.whole import size_and_sha256
 
 if TYPE_CHECKING:
@@ -277,6 +277,13 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
         warnings.warn(notes[0] + (f" (and {len(notes) - 1} more like this)" if len(notes) > 1 else ""), stacklevel=2)
     facts = {name: part.facts for name, part in records.items()}  # in the method's order, not that of the tasks' ends
     Parts.write_index(work.directory, facts, {name: part.path for name, part in records.items()})
+
+
+def remove_parts(directory: Path) -> None:
+    """Remove the files of `make_parts` from a directory, for a stage that has copied their content."""
+    parts = Parts.open(directory)
+    for path in {*parts.files, directory / INDEX}:
+        path.unlink()
 
 
 @ray.remote(scheduling_strategy=reserved.ANYWHERE)
