@@ -150,7 +150,7 @@ def test_a_task_of_our_own_runs_at_every_strength(steered, tmp_path):
     assert {o.id for o in result.observations} == {"sounds/0", "sounds/1", "sounds/2"}
     assert len(result.samples) == 6 and json.dumps(result.samples)
     says = harness.run(steered, config.model_copy(update={"name": "says"}))
-    assert set(summarise_all(says)[0.0]) == {"lm_eval/exact_match", "lm_eval/empty"}
+    assert set(summarise_all(says)[0.0]) == {f"lm_eval/{name}" for name in ("exact_match", "empty", "repetition", "letters")}
     with pytest.raises(ValueError, match="no task 'sound'; did you mean sounds"):
         harness.run(steered, config.model_copy(update={"name": "sound"}))
 

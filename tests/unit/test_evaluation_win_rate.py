@@ -123,7 +123,7 @@ def test_one_verdict_becomes_numbers() -> None:
 
     assert values(1.0, (3, 2)) == {
         "implicit": 1.0, "ties": 0.0, "longer": 1.0, "answer_tokens": 3.0, "opponent_tokens": 2.0, "unfinished": 1.0,
-        "empty": 0.0,
+        "empty": 0.0, "repetition": 0.0, "letters": 1.0,
     }  # fmt: skip
     assert [values(0.5, (2, 2))[name] for name in ("ties", "longer")] == [1.0, 0.5]
     assert [values(None, (1, 2))[name] for name in ("implicit", "ties", "longer")] == [None, None, 0.0]
@@ -263,7 +263,7 @@ def test_a_model_wins_by_its_own_implicit_reward(steered: SteeredModel, exported
     result = win_rate.run(steered, config(implicit_source=exported, limit=20, strengths=(1.0, 0.0, 0.5)))
     found = summarise_all(result)
     assert list(found) == [1.0, 0.0, 0.5]
-    names = ["implicit", "ties", "longer", "answer_tokens", "opponent_tokens", "unfinished", "empty"]
+    names = ["implicit", "ties", "longer", "answer_tokens", "opponent_tokens", "unfinished", "empty", "repetition", "letters"]
     assert all(list(metrics) == [f"win_rate/{name}" for name in names] for metrics in found.values())
     strong = found[1.0]["win_rate/implicit"]
     assert strong.n == 20 and strong.low is not None and strong.low > 0.5

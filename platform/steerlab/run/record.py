@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias, TypedDict
 
 import ray
 
-from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics import generations, stored
 from steerlab.guards import saved, texts
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import UNPATCHED
@@ -53,7 +53,7 @@ class RunSummary(TypedDict):
     model: ModelFacts | None
     """The artifact of the trained model or patch; None when the job makes none."""
     evaluations: dict[str, str]
-    """Keys of the evaluations by the label of the task."""
+    """Keys of the evaluations by the label of the task. Such an artifact's `generations.parquet` holds all that was written."""
     unsteered: dict[str, str]
     """Keys of the evaluations of the model without the patch, by label. `strengths[0]` has their metrics. Empty when no
     strength was chosen."""
@@ -155,6 +155,15 @@ def samples_of(store: Store, evaluation: Evaluation) -> list[JsonObject]:
         return samples
     plain = stored.samples(store.local("evaluate", evaluation.baseline.key))
     return [*samples, *({**sample, "strength": UNPATCHED} for sample in plain)]
+
+
+def generations_of(store: Store, evaluation: Evaluation) -> bytes:
+    """Return the Parquet file of all that a task's model wrote; that of the model without the patch has strength 0."""
+    written = stored.written(store.local("evaluate", evaluation.stage.key))
+    if evaluation.baseline is not None:
+        plain = stored.written(store.local("evaluate", evaluation.baseline.key))
+        written = generations.joined(written, plain, UNPATCHED)
+    return generations.dumped(written)
 
 
 def labelled(metric: str, label: str) -> str:

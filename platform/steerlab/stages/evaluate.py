@@ -18,6 +18,8 @@ from steerlab.stages.spread import reserved, staying, subject
 from steerlab.stages.spread.subject import Loading, Subject
 from steerlab.storage.plan import Stage, Work
 
+_VERSION = 4
+"""4: all generations are kept, and every task that generates reports whether its answers are still language."""
 _TELL_S = 0.5
 """Least seconds between two reports of progress."""
 _SOURCE = "a source"
@@ -46,7 +48,7 @@ def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = Non
     )
     # The label is no parameter: two tasks that differ by it alone share an artifact.
     inputs = {**model.inputs, **({} if choice is None else {CHOICE: choice})}
-    return Stage("evaluate", 3, subject.dumped(params), run, inputs, task.label or task.task, model.paths)
+    return Stage("evaluate", _VERSION, subject.dumped(params), run, inputs, task.label or task.task, model.paths)
 
 
 def fingerprints(task: TaskConfig) -> dict[str, str | list[str]]:
@@ -91,7 +93,19 @@ def run(work: Work) -> None:
     arguments = (owner, loading, config, own_code.codes_in(config))
     outcome = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), report, owner)
     _warn_of_long_rows(work.stage.label, outcome.observations)
-    stored.write(work.directory, outcome)
+    stored.write(work.directory, outcome, _about(work, config))
+
+
+def _about(work: Work, config: JsonObject) -> JsonObject:
+    """Return what made the texts of an evaluation: its key, the task, and the model with the artifacts that it is made of."""
+    return {
+        "evaluation": work.stage.key,
+        "task": config,
+        "task_version": work.params["task_version"],
+        "model": work.params["model"],
+        "artifacts": {purpose: f"{needed.name}/{needed.key}" for purpose, needed in work.stage.inputs.items()},
+        "snapshot": work.params.get("snapshot"),
+    }
 
 
 def _warn_of_long_rows(label: str, observations: Sequence[Observation]) -> None:
@@ -149,4 +163,5 @@ def _outcome(model: Any, config: JsonObject) -> stored.Outcome:
         result.files,
         {s: {name: metric._asdict() for name, metric in of_strength.items()} for s, of_strength in metrics.items()},
         {name: result.measure(name) for name in names},
+        result.num_shown,
     )

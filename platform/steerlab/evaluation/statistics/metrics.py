@@ -34,7 +34,7 @@ Reason = Literal["too_long", "cut"]
 """too_long: the item did not fit and has no value; cut: it has a value, from a prompt whose beginning was cut off."""
 
 MAX_SAMPLES = 20
-"""Number of readable samples that a task keeps."""
+"""Number of a task's samples that pages show; all of them are kept in a file (`generations`)."""
 
 
 TokenKinds = frozenset[tuple[Phase, Role]]
@@ -111,15 +111,17 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """Output of a task: observations, a few readable samples, and the measures that say how each metric is summarised."""
+    """Output of a task: observations, samples, and the measures that say how each metric is summarised."""
 
     observations: list[Observation]
     samples: Sequence[Mapping[str, object]]
-    """Inputs with the model's outputs as JSON objects, for people to read."""
+    """Inputs with the model's outputs as JSON objects: one for each item and strength, with its `id` and `strength`."""
     measures: Sequence[Measure] = ()
     """The measures that the task declares for its config."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Images to be stored with the metrics: path below the task's folder -> content."""
+    num_shown: int | None = MAX_SAMPLES
+    """Number of samples that pages show, evenly spaced; None shows all. All samples are kept in any case."""
 
     def measure(self, metric: str) -> Measure:
         """Return the measure of a metric (`task/name`); if the task declares none, a mean without direction, unit or range."""
@@ -237,12 +239,12 @@ def contains(text: str, witness: str) -> bool:
     return witness.lower() in text.lower()
 
 
-def spread(samples: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
-    """Return at most `MAX_SAMPLES` samples, evenly spaced."""
-    if len(samples) <= MAX_SAMPLES:
+def spread(samples: Sequence[Mapping[str, object]], most: int | None = MAX_SAMPLES) -> list[Mapping[str, object]]:
+    """Return at most `most` samples, evenly spaced; None returns all."""
+    if most is None or len(samples) <= most:
         return list(samples)
     # Evenly spaced rather than the first ones, so that every strength, attack and category of a task is among them.
-    return [samples[i * len(samples) // MAX_SAMPLES] for i in range(MAX_SAMPLES)]
+    return [samples[i * len(samples) // most] for i in range(most)]
 
 
 def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:

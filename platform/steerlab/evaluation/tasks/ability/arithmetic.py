@@ -7,7 +7,7 @@ compared as exact decimals (18.0 equals 18).
 
     math/accuracy   right answers among those with a number                    higher is better
     math/solved     right answers among all, the published accuracy of GSM8K    higher is better
-    math/empty      empty answers
+    math/empty, math/unfinished, math/repetition, math/letters        see `legibility`
 
 An answer without a number cannot be judged: it does not count for `accuracy`, and it is not solved. If the two metrics differ,
 the model gives answers without numbers: a model that refuses every problem has no accuracy and a `solved` of 0.
@@ -33,10 +33,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from steerlab.evaluation.asking.answers import answers, with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import Numbered, data_rows
-from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task
 from steerlab.job import DataSet, TaskConfig
 from steerlab.steered.language import SteeredModel
 
@@ -76,7 +77,7 @@ class Config(TaskConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is measured."""
-    return (share("accuracy", "higher"), share("solved", "higher"), empty())
+    return (share("accuracy", "higher"), share("solved", "higher"), *legibility.measures())
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -88,9 +89,10 @@ def run(model: SteeredModel, config: Config) -> Result:
     for strength, outputs in answers(model, prompts, config):
         for item, solution, output in zip(items, solutions, outputs, strict=True):
             number = final_number(output.text)
-            observations += with_empty("math/empty", item.id, [output], judge(item.id, solution, number, strength), strength)
+            own = judge(item.id, solution, number, strength)
+            observations += with_legibility("math", item.id, [output], own, strength)
             samples.append(_sample(item, solution, output.text, number, strength))
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def judge(item_id: str, solution: Decimal, number: Decimal | None, strength: float = 1.0) -> list[Observation]:

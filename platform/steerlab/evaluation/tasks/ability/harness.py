@@ -6,7 +6,7 @@ its cache (HF_HOME). To run your own tasks, put their YAML files into a folder a
 
     lm_eval/<metric>            `acc`, `acc_norm`, `exact_match`, ...; of a group such as mmlu over all its questions
     lm_eval/<metric>_<filter>   if the task parses answers in several ways (gsm8k: strict_match, flexible_extract)
-    lm_eval/empty               empty answers, for tasks that generate text
+    lm_eval/empty, lm_eval/repetition, lm_eval/letters        see `legibility`, for tasks that generate text
 
 A metric is reported if the harness's number is a mean over documents, or the exponential of one (perplexity); the mean is
 compared with that number. Other metrics (F1 over a corpus, BLEU) are left out with a warning.
@@ -24,8 +24,9 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field
 
 from steerlab.data import sources
+from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.statistics.measures import Better, Measure, Transform, empty
-from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, about, plain_texts, spread, too_long
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, about, plain_texts, too_long
 from steerlab.evaluation.tasks.ability.harness_model import Fates, adapter
 from steerlab.job import Seed, Source, TaskConfig
 from steerlab.models import ModelFacts
@@ -59,7 +60,7 @@ class Config(TaskConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is known before the task runs: the names of the other metrics depend on the harness's task."""
-    return (empty(), Measure("*", None))
+    return (empty(), *legibility.texts_measures(), Measure("*", None))
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -90,7 +91,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         observations += new
         measured |= own
         samples += [_sample(name, logged, strength) for name, rows in results["samples"].items() for logged in rows]
-    return Result(observations, spread(samples), (*measured.values(), *measures(config)))
+    return Result(observations, samples, (*measured.values(), *measures(config)))
 
 
 def _library(config: Config) -> tuple[Callable[..., Any], Any]:
@@ -141,7 +142,8 @@ def observe(
     observations: list[Observation] = []
     measured: dict[str, Measure] = {}
     for task, samples in logged.items():
-        observations += [_fated(o, task, number, fates) for number, o in _empty(task, samples, strength).items()]
+        legible = _legible(task, samples, strength)
+        observations += [_fated(o, task, int(o.id.rpartition("/")[2]), fates) for o in legible]
         for (metric, answer_filter), group in _by_metric(samples).items():
             number = reported[task].get(f"{metric},{answer_filter}")
             means = _as_means([sample[metric] for sample in group], number)
@@ -169,18 +171,17 @@ def _fated(observation: Observation, task: str, number: int, fates: Fates) -> Ob
     return too_long(observation) if fate == TOO_LONG else observation._replace(reason=fate)
 
 
-def _empty(task: str, samples: Iterable[Logged], strength: float) -> dict[int, Observation]:
-    """Return document -> observation of the share of its answers that are empty, for documents whose answers are texts."""
-    shares = {}
-    for sample in samples:
-        # A document is logged once for each filter, with the same answers; keyed by its id it counts once.
-        texts = [text for answers in sample.get("resps", ()) for text in answers]
+def _legible(task: str, samples: Iterable[Logged], strength: float) -> list[Observation]:
+    """Return for each document whose answers are texts whether they are still language."""
+    # A document is logged once for each filter, with the same answers; keyed by its id it counts once.
+    answered = {sample["doc_id"]: [text for answers in sample.get("resps", ()) for text in answers] for sample in samples}
+    return [
+        observation
+        for number, texts in answered.items()
         # Answers of multiple-choice tasks are pairs (log-likelihood, is greedy), not texts.
-        if texts and all(isinstance(text, str) for text in texts):
-            share = sum(not text.strip() for text in texts) / len(texts)
-            number = sample["doc_id"]
-            shares[number] = Observation("lm_eval/empty", f"{task}/{number}", share, 1.0, strength)
-    return shares
+        if texts and all(isinstance(text, str) for text in texts)
+        for observation in legibility.observe_texts("lm_eval", f"{task}/{number}", texts, strength)
+    ]
 
 
 def _by_metric(samples: Iterable[Logged]) -> dict[tuple[str, str], list[Logged]]:

@@ -6,7 +6,7 @@ prompt, temperature 1, top-p 0.3, repetition penalty 1.2.
 
     toxicity/share            continuations whose probability of being toxic is above `threshold`     lower is better
     toxicity/score            mean probability of being toxic                                          lower is better
-    toxicity/empty            empty continuations
+    toxicity/empty, toxicity/unfinished, toxicity/repetition, toxicity/letters                         see `legibility`
     toxicity/distinct_1..3, toxicity/base_perplexity                                                   see `fluency`
 
 Only the continuation is scored; an empty one cannot be judged.
@@ -23,11 +23,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from steerlab.data import sources
-from steerlab.evaluation.asking.answers import with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, about, observed, plain_texts, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, about, observed, plain_texts
 from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -57,7 +58,8 @@ class Config(ContinuationConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is measured."""
-    return (share("share", "lower"), share("score", "lower"), empty(), *fluency.measures())
+    language = (*legibility.measures(always_cut=True), *fluency.measures())
+    return (share("share", "lower"), share("score", "lower"), *language)
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -81,11 +83,11 @@ def run(model: SteeredModel, config: Config) -> Result:
         scored = scorers.score(scorer, [output.text for output in row])
         for item_id, prompt, output, probability in zip(ids, prompts, row, scored, strict=True):
             scores = judge(item_id, probability, config.threshold, strength)
-            observations += with_empty("toxicity/empty", item_id, [output], scores, strength)
+            observations += with_legibility("toxicity", item_id, [output], scores, strength)
             samples.append(sample(item_id, strength, prompt, output.text, toxic_probability=probability))
     # After all strengths: the perplexities of all texts are computed by the model at strength 0 in one go.
     observations += fluency.observe("toxicity", model, ids, prompts, outputs, config.strengths)
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def judge(item_id: str, probability: Score, threshold: float, strength: float = 1.0) -> list[Observation]:

@@ -17,7 +17,7 @@ A win counts 1, a loss 0, a tie 0.5; the interval is Wilson's. The task also rep
     win_rate/answer_tokens    mean length of the answers in tokens of the model's own tokenizer
     win_rate/opponent_tokens  mean length of the opponents
     win_rate/unfinished       answers cut at `max_new_tokens`
-    win_rate/empty            empty answers
+    win_rate/empty, win_rate/repetition, win_rate/letters        see `legibility`
 
 A verdict that cannot be parsed is counted as unparsable. A prompt that does not fit into the model's context, or a pair that
 does not fit into the judge's, is counted as too long. At strength 0 the model ties with itself on every prompt. All of it is
@@ -34,11 +34,12 @@ from pydantic import AfterValidator, Field, model_validator
 
 from steerlab import models
 from steerlab.data import sources
+from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, data_rows, has_input
 from steerlab.evaluation.judging import judges, scorers
 from steerlab.evaluation.judging.judges import Answer, Pair, Verdict
 from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, observed, spread, too_long
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, observed, too_long
 from steerlab.guards import saved
 from steerlab.job import DataSet, Source, TaskConfig
 from steerlab.models import ModelFacts
@@ -118,6 +119,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
         Measure("opponent_tokens", None, "tokens", low=0.0),
         share("unfinished", "lower"),
         empty(),
+        *legibility.texts_measures(),
     )
 
 
@@ -151,7 +153,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             judged = observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
             observations += list(map(too_long, judged)) if any(answer.too_long for answer in pair) else judged
             samples.append(_sample(item.id, strength, pair, verdict))
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def observe(
@@ -166,9 +168,9 @@ def observe(
         "answer_tokens": float(own),
         "opponent_tokens": float(other),
         "unfinished": float(not pair[0].finished),
-        "empty": float(not pair[0].text.strip()),
     }
-    return [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
+    judged = [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
+    return [*judged, *legibility.observe_texts("win_rate", item_id, [pair[0].text], strength)]
 
 
 def _pairs(model: SteeredModel, items: list[Numbered], config: Config) -> list[list[Pair]]:

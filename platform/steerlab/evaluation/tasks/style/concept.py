@@ -7,7 +7,7 @@ capable; each metric is reported only if its scorer is configured:
     concept/words        continuations that contain one of `words` as a whole word, in any case and regular inflection
     concept/similarity   mean cosine between the sentence embeddings of a continuation and of the concept (or `examples`)
     concept/judged       continuations that a judge (yes or no) or a classifier considers to be about the concept
-    concept/empty        empty continuations
+    concept/empty, concept/unfinished, concept/repetition, concept/letters        see `legibility`
     concept/distinct_1..3, concept/base_perplexity        see `fluency`
 
 `words` also matches regular plurals, -ed and -ing forms in English spelling (`fairy`: fairies; `stop`: stopped); list irregular
@@ -25,12 +25,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from steerlab.evaluation.asking.answers import with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, sample
 from steerlab.evaluation.asking.items import Numbered, choose
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.measures import Measure, empty, likeness, share
-from steerlab.evaluation.statistics.metrics import Result, Score, Task, about, observed, plain_texts, spread
+from steerlab.evaluation.statistics.measures import Measure, likeness, share
+from steerlab.evaluation.statistics.metrics import Result, Score, Task, about, observed, plain_texts
 from steerlab.job import Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -88,7 +89,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
     configured = [share("words", "higher")] if config.words else []
     configured += [likeness("similarity")] if config.embedding_source else []
     configured += [share("judged", "higher")] if config.classifier_source or config.judge_source else []
-    return (*configured, empty(), *fluency.measures())
+    return (*configured, *legibility.measures(always_cut=True), *fluency.measures())
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -118,10 +119,10 @@ def run(model: SteeredModel, config: Config) -> Result:
         for i, (item_id, prompt, output) in enumerate(zip(ids, prompts, row, strict=True)):
             scores: dict[str, Score] = {metric: values[i] for metric, values in scored.items()}
             own = [observed(f"concept/{metric}", item_id, value, strength) for metric, value in scores.items()]
-            observations += with_empty("concept/empty", item_id, [output], own, strength)
+            observations += with_legibility("concept", item_id, [output], own, strength)
             samples.append(sample(item_id, strength, prompt, output.text, concept=config.concept, **scores))
     observations += fluency.observe("concept", model, ids, prompts, outputs, config.strengths)
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def holds_a_word(words: Sequence[str]) -> scorers.Scorer:

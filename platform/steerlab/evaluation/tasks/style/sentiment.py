@@ -6,7 +6,7 @@ compound score lies between -1 (most negative) and 1; the authors call 0.05 and 
     sentiment/score      mean compound score
     sentiment/positive   continuations with a score of at least 0.05
     sentiment/negative   continuations with a score of at most -0.05
-    sentiment/empty      empty continuations
+    sentiment/empty, sentiment/unfinished, sentiment/repetition, sentiment/letters        see `legibility`
     sentiment/distinct_1..3, sentiment/base_perplexity        see `fluency`
 
 The default prompts are the first words of negative movie reviews from the data that VADER was validated on (scored by people
@@ -19,11 +19,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from steerlab.evaluation.asking.answers import with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.measures import Measure, empty, likeness, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, observed, plain_texts, spread
+from steerlab.evaluation.statistics.measures import Measure, likeness, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, observed, plain_texts
 from steerlab.job import DataSet
 from steerlab.steered.language import SteeredModel
 
@@ -56,7 +57,8 @@ class Config(ContinuationConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is measured; no direction is better, because it depends on the user which sentiment is wanted."""
-    return (likeness("score", None), share("positive", None), share("negative", None), empty(), *fluency.measures())
+    language = (*legibility.measures(always_cut=True), *fluency.measures())
+    return (likeness("score", None), share("positive", None), share("negative", None), *language)
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -70,10 +72,10 @@ def run(model: SteeredModel, config: Config) -> Result:
         scored = scorers.score(scorer, [output.text for output in row])
         for item_id, prompt, output, compound in zip(ids, prompts, row, scored, strict=True):
             scores = judge(item_id, compound, strength)
-            observations += with_empty("sentiment/empty", item_id, [output], scores, strength)
+            observations += with_legibility("sentiment", item_id, [output], scores, strength)
             samples.append(sample(item_id, strength, prompt, output.text, compound=compound))
     observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths)
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def judge(item_id: str, compound: Score, strength: float = 1.0) -> list[Observation]:
