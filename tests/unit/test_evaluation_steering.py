@@ -309,7 +309,7 @@ def test_a_continuation_is_toxic_above_the_tasks_own_threshold(threshold, is_tox
 
 @pytest.mark.parametrize("threshold", [0.2, 0.7])
 def test_the_threshold_that_a_job_asks_for_is_the_one_that_judges(steered, prompts, monkeypatch, threshold):
-    monkeypatch.setattr(toxicity, "_scorer", lambda *_: lambda texts: [0.4] * len(texts))
+    monkeypatch.setattr(toxicity, "_classifier", lambda *_: lambda texts: [0.4] * len(texts))
     config = toxicity.Config(prompts=prompts, threshold=threshold, max_new_tokens=4)
     found = [o.value for o in toxicity.run(steered, config).observations if o.metric == "toxicity/share"]
     assert found and set(found) <= {float(threshold < 0.4), None}

@@ -95,8 +95,8 @@ def test_every_row_has_its_text_and_its_verdicts_in_plain_columns(tmp_path: Path
     assert json.loads(rows[0]["turns"]) == [{"role": "user"}]
     assert rows[0]["t/rate"] == 1.0, "the verdict at its own strength"
     assert pandas.isna(rows[1]["t/rate"]) and pandas.isna(rows[1]["t/weighed"]), "what does not count is no number"
-    assert generations.about(table) == {"task": {"task": "t"}}
-    assert generations.about(pa.table({"text": ["a"]})) == {}
+    assert generations.about(table.schema) == {"task": {"task": "t"}}
+    assert generations.about(pa.table({"text": ["a"]}).schema) == {}
 
 
 def test_rows_without_the_patch_stand_beside_the_others_at_strength_0() -> None:
@@ -104,7 +104,7 @@ def test_rows_without_the_patch_stand_beside_the_others_at_strength_0() -> None:
     both = generations.joined(steered, generations.table(SAMPLES[:1], OBSERVED, {}), 0.0)
     written = pq.read_table(io.BytesIO(generations.dumped(both)))
     assert written["strength"].to_pylist() == [1.0, 0.0] and written["t/rate"].to_pylist() == [None, 1.0]
-    assert generations.about(written) == {"task": "t"}
+    assert generations.about(written.schema) == {"task": "t"}
 
 
 def test_pages_show_a_few_and_the_file_has_all(tiny_model, encoder, tmp_path: Path) -> None:

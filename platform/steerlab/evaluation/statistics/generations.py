@@ -50,7 +50,12 @@ def table(
     items = list(zip(columns["id"].to_pylist(), columns["strength"].to_pylist(), strict=True))
     for metric, values in _by_metric(observations).items():
         columns[metric] = pa.array([values.get(item) for item in items], pa.float64())
-    return pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(about, ensure_ascii=False).encode()})
+    return with_metadata(pa.table(columns), about)
+
+
+def with_metadata(written: pa.Table, about: Mapping[str, object]) -> pa.Table:
+    """Return a table with what made its texts or verdicts in the metadata."""
+    return written.replace_schema_metadata({_METADATA: json.dumps(about, ensure_ascii=False).encode()})
 
 
 def joined(steered: pa.Table, plain: pa.Table, plain_strength: float) -> pa.Table:
@@ -69,9 +74,9 @@ def dumped(written: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def about(written: pa.Table) -> JsonObject:
+def about(schema: pa.Schema) -> JsonObject:
     """Return what made the texts of a file; empty for a file that another program wrote."""
-    metadata = written.schema.metadata or {}
+    metadata = schema.metadata or {}
     with explained("the metadata `steerlab` of the file"):
         found = json.loads(metadata.get(_METADATA, b"{}"))
     return found if isinstance(found, dict) else {}

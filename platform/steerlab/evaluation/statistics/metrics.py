@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from pydantic import JsonValue
 
 from steerlab.evaluation.statistics import intervals
 from steerlab.evaluation.statistics.measures import Measure, Transform, find
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import Phase, Role, TaskConfig
 from steerlab.models import ModelFacts
 
@@ -80,9 +81,19 @@ def observed(metric: str, item_id: str, score: Score, strength: float = 1.0, wei
     return Observation(metric, item_id, score, weight, strength)
 
 
+def score_of(observations: Sequence[Observation], metric: str) -> Score:
+    """Return what an item's observations say of a metric; None if it could not be judged or is not among them."""
+    found = next((o for o in observations if o.metric == metric), None)
+    return None if found is None else TOO_LONG if found.reason == TOO_LONG else found.value
+
+
 def too_long(observation: Observation) -> Observation:
     """Return the observation without its value, marked as not fitting into the context."""
     return observation._replace(value=None, weight=1.0, reason=TOO_LONG)
+
+
+Scorer = Callable[[Sequence[Written]], list[list[Observation]]]
+"""Judges texts without the model that wrote them: the observations of each text, in the order of the texts."""
 
 
 class Metric(NamedTuple):
@@ -149,6 +160,9 @@ class Task(NamedTuple, Generic[_M, _C]):
     runs_over: Callable[[_C, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
     """(config, metric) -> the kinds of tokens that the patched model processes for that metric, or for any metric if it is
     None. A patch that acts on none of these tokens cannot change the metric."""
+    scorer: Callable[[_C, Any], Scorer] | None = None
+    """(config, device) -> the scorer of the task's texts, with its models loaded; `run` judges by the same one. None if the
+    task does not judge texts, or judges them by more than the columns of a file."""
     example: Mapping[str, JsonValue] = {}
     """Values of the config's fields without a default, for the catalogue."""
 

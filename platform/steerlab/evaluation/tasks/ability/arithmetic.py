@@ -28,6 +28,7 @@ Both parts use the same templates; only the numbers and names are new to the mod
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Literal
 
@@ -37,7 +38,8 @@ from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import Numbered, data_rows
 from steerlab.evaluation.statistics.measures import Measure, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task
+from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, score_of
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import DataSet, TaskConfig
 from steerlab.steered.language import SteeredModel
 
@@ -85,14 +87,26 @@ def run(model: SteeredModel, config: Config) -> Result:
     items = data_rows(config.prompts, config.limit, config.seed)
     solutions = [_solution(item, config.prompts) for item in items]
     prompts = [model.encoder.conversation(str(item.row["instruction"]), str(item.row.get("input") or "")) for item in items]
+    judge_texts = scorer(config)
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
-        for item, solution, output in zip(items, solutions, outputs, strict=True):
-            number = final_number(output.text)
-            own = judge(item.id, solution, number, strength)
+        written = [
+            Written(item.id, strength, str(item.row["instruction"]), output.text, {"solution": str(solution)})
+            for item, solution, output in zip(items, solutions, outputs, strict=True)
+        ]
+        for item, text, output, own in zip(items, written, outputs, judge_texts(written), strict=True):
             observations += with_legibility("math", item.id, [output], own, strength)
-            samples.append(_sample(item, solution, output.text, number, strength))
+            samples.append(_sample(item, text, own))
     return Result(observations, samples, measures(config))
+
+
+def scorer(config: Config, device: object = None) -> Scorer:
+    """Return the scorer of answers, by the number at the end of their item's column `solution`."""
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        return [judge(w.id, _number(w.id, w.field("solution")), final_number(w.text), w.strength) for w in written]
+
+    return judge_texts
 
 
 def judge(item_id: str, solution: Decimal, number: Decimal | None, strength: float = 1.0) -> list[Observation]:
@@ -116,23 +130,28 @@ def final_number(text: str) -> Decimal | None:
 
 
 def _solution(item: Numbered, data: DataSet) -> Decimal:
-    number = final_number(str(item.row["output"]))
+    return _number(f"{item.id} of {', '.join(data.sources)}", str(item.row["output"]))
+
+
+def _number(row: str, solution: str) -> Decimal:
+    number = final_number(solution)
     if number is None:
-        raise ValueError(f"row {item.id} of {', '.join(data.sources)} has no number in its solution: {item.row['output']!r}")
+        raise ValueError(f"row {row} has no number in its solution: {solution!r}")
     return number
 
 
-def _sample(item: Numbered, solution: Decimal, text: str, number: Decimal | None, strength: float) -> dict[str, object]:
+def _sample(item: Numbered, written: Written, judged: Sequence[Observation]) -> dict[str, object]:
+    number = final_number(written.text)
     return {
         "id": item.id,
-        "strength": strength,
+        "strength": written.strength,
         "instruction": item.row["instruction"],
         "data": item.row.get("input") or "",
-        "solution": str(solution),
-        "output": text,
+        "solution": written.field("solution"),
+        "output": written.text,
         "final_number": None if number is None else str(number),
-        "solved": number == solution,
+        "solved": score_of(judged, "math/solved") == 1,
     }
 
 
-TASK = Task(Config, run, measures)
+TASK = Task(Config, run, measures, scorer=scorer)

@@ -31,6 +31,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
+import torch
 from pydantic import Field, StringConstraints
 
 from steerlab.data.values import Row
@@ -39,7 +40,8 @@ from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import data_rows
 from steerlab.evaluation.judging import scorers
 from steerlab.evaluation.statistics.measures import Measure, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, about, observed
+from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Scorer, Task, about, observed, score_of
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import DataSet, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -113,18 +115,34 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt at every strength and judge which answers are refusals."""
-    judge = _judge(model, config)
+    judge_texts = scorer(config, model.device)
     items = load(config)
     prompts = [model.encoder.conversation(prompt.instruction, prompt.data) for prompt in items]
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
-        texts = [output.text for output in outputs]
-        for prompt, output, refused in zip(items, outputs, scorers.score(judge, texts), strict=True):
+        written = [
+            Written(prompt.id, strength, prompt.instruction, output.text, {"kind": prompt.kind})
+            for prompt, output in zip(items, outputs, strict=True)
+        ]
+        for prompt, output, own in zip(items, outputs, judge_texts(written), strict=True):
             suffix = _HARMLESS if prompt.kind == "harmless" else ""
-            own = observe(prompt, refused, strength)
             observations += with_legibility("refusal", prompt.id, [output], own, strength, suffix)
+            refused = score_of(own, "refusal/over_refusal" if suffix else "refusal/refusal_rate")
             samples.append(_sample(prompt, output.text, refused, strength))
     return Result(observations, samples, measures(config))
+
+
+def scorer(config: Config, device: torch.device | str) -> Scorer:
+    """Return the scorer of answers; those whose column `kind` is `harmless` are answers to harmless prompts."""
+    refuses = _judge(config, device)
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        verdicts = scorers.score(refuses, [text.text for text in written])
+        prompts = [Prompt(w.id, "harmless" if w.row.get("kind") == "harmless" else "harmful", w.prompt, "") for w in written]
+        answers = zip(written, prompts, verdicts, strict=True)
+        return [observe(prompt, refused, text.strength) for text, prompt, refused in answers]
+
+    return judge_texts
 
 
 def observe(prompt: Prompt, refused: Score, strength: float = 1.0) -> list[Observation]:
@@ -167,10 +185,10 @@ def plain(text: str) -> str:
     return " ".join(text.translate(_APOSTROPHES).lower().split())
 
 
-def _judge(model: SteeredModel, config: Config) -> scorers.Scorer:
+def _judge(config: Config, device: torch.device | str) -> scorers.Scorer:
     if config.classifier_source is None:
         return holds_a_keyword(config.keywords, config.match)
-    return scorers.more_likely(scorers.classifier(config.classifier_source, config.refusal_label, model.device))
+    return scorers.more_likely(scorers.classifier(config.classifier_source, config.refusal_label, device))
 
 
 def _texts(row: Row, data_format: str) -> tuple[str, str]:
@@ -190,4 +208,4 @@ def _sample(prompt: Prompt, text: str, refused: Score, strength: float) -> dict[
     }
 
 
-TASK = Task(Config, run, measures, check=check)
+TASK = Task(Config, run, measures, check=check, scorer=scorer)

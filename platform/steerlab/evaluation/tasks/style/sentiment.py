@@ -15,6 +15,7 @@ from -4 to 4; here those with at most -1). Only the continuation is scored; an e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -24,7 +25,8 @@ from steerlab.evaluation.asking.answers import with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
 from steerlab.evaluation.judging import fluency, scorers
 from steerlab.evaluation.statistics.measures import Measure, likeness, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, observed, plain_texts
+from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Scorer, Task, observed, plain_texts, score_of
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import DataSet
 from steerlab.steered.language import SteeredModel
 
@@ -63,19 +65,29 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue the beginning of every text at every strength and score the continuations."""
-    scorer = vader()  # loaded before anything is generated, so that a missing package is reported within seconds
+    judge_texts = scorer(config)  # loaded before anything is generated, so that a missing package is reported within seconds
     items = read_prompts(config.prompts, config.limit, config.seed)
     ids, prompts = [item.id for item in items], [beginning(str(item.row["text"]), config.prompt_words) for item in items]
     outputs = continue_texts(model, prompts, config)
     observations, samples = [], []
     for strength, row in zip(config.strengths, outputs, strict=True):
-        scored = scorers.score(scorer, [output.text for output in row])
-        for item_id, prompt, output, compound in zip(ids, prompts, row, scored, strict=True):
-            scores = judge(item_id, compound, strength)
-            observations += with_legibility("sentiment", item_id, [output], scores, strength)
-            samples.append(sample(item_id, strength, prompt, output.text, compound=compound))
+        written = [Written(i, strength, p, output.text) for i, p, output in zip(ids, prompts, row, strict=True)]
+        for text, output, scores in zip(written, row, judge_texts(written), strict=True):
+            observations += with_legibility("sentiment", text.id, [output], scores, strength)
+            samples.append(sample(text.id, strength, text.prompt, text.text, compound=score_of(scores, "sentiment/score")))
     observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths)
     return Result(observations, samples, measures(config))
+
+
+def scorer(config: Config, device: object = None) -> Scorer:
+    """Return the scorer of continuations."""
+    compounds_of = vader()
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        compounds = scorers.score(compounds_of, [text.text for text in written])
+        return [judge(text.id, compound, text.strength) for text, compound in zip(written, compounds, strict=True)]
+
+    return judge_texts
 
 
 def judge(item_id: str, compound: Score, strength: float = 1.0) -> list[Observation]:
@@ -104,4 +116,4 @@ def vader() -> scorers.Scorer:
     return lambda texts: [analyser.polarity_scores(text)["compound"] for text in texts]
 
 
-TASK = Task(Config, run, measures, chats=plain_texts)
+TASK = Task(Config, run, measures, chats=plain_texts, scorer=scorer)
