@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from steerlab.cli.terminal import JsonOption, cell, console, explained, folding_table
+from steerlab.cli.opening import opened_store
+from steerlab.cli.terminal import JsonOption, RootOption, asked_in_words, cell, console, explained, folding_table, say_line
 
 
 def judge(
@@ -24,6 +25,7 @@ def judge(
     prompt: Annotated[str | None, typer.Option(help="Column of their prompts. Default: the first known name.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File of verdicts. Default: FILE.TASK.parquet.")] = None,
     device: Annotated[str, typer.Option(help="Where the scorer's models run: cpu, cuda, cuda:1.")] = "cpu",
+    root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Judge texts that exist with the scorer of a task, without the model that wrote them."""
@@ -32,10 +34,10 @@ def judge(
     with explained("run the same command again"):
         config = judging.task_of(file, task, set_ or ())
         written = judging.read(file, judging.Columns(text, prompt))
-        judged = judging.judge(file, config, written, output=output, device=device)
+        judged = judging.judge(file, config, written, output=output, device=device, store=opened_store(root))
         if as_json:
             numbers = {s: {name: metric._asdict() for name, metric in own.items()} for s, own in judged.metrics.items()}
-            print(json.dumps({"verdicts": str(judged.verdicts), "strengths": numbers}, indent=1))
+            print(json.dumps({"verdicts": str(judged.verdicts), "strengths": numbers, "asked": judged.asked}, indent=1))
             return
         names = dict.fromkeys(name for own in judged.metrics.values() for name in own)
         table = folding_table("metric", *(f"strength {strength:g}" for strength in judged.metrics))
@@ -44,4 +46,6 @@ def judge(
             table.add_row(escape(name), *(cell(None if metric is None else metric._asdict()) for metric in metrics))
         console.print(table)
         console.print("value \\[95 % interval] (items scored)")
+        if judged.asked:
+            say_line(asked_in_words(judged.asked))
         console.print(f"verdicts: {judged.verdicts}", soft_wrap=True, highlight=False, markup=False)

@@ -1,14 +1,14 @@
 """The table of tasks. A new task is one file below `tasks` and one line here; no task depends on a steering method."""
 
 from steerlab.evaluation.statistics.metrics import Task
-from steerlab.evaluation.tasks.ability import alpaca, arithmetic, harness, perplexity
+from steerlab.evaluation.tasks.ability import alpaca, arithmetic, harness, mt_bench, perplexity
 from steerlab.evaluation.tasks.attacks import bipia, forbidden_words, injection, struq
 from steerlab.evaluation.tasks.cost import efficiency
 from steerlab.evaluation.tasks.diffusion import clip_score, diversity, image_concept, image_similarity
 from steerlab.evaluation.tasks.harm import refusal, toxicity
 from steerlab.evaluation.tasks.preferences import preference, win_rate
 from steerlab.evaluation.tasks.roles import probing, separation
-from steerlab.evaluation.tasks.style import concept, controllability, sentiment
+from steerlab.evaluation.tasks.style import axbench, concept, controllability, sentiment
 from steerlab.job import Table, TaskConfig
 
 _TASKS: dict[str, Task] = {
@@ -28,6 +28,8 @@ _TASKS: dict[str, Task] = {
     "refusal": refusal.TASK,
     "math": arithmetic.TASK,
     "win_rate": win_rate.TASK,
+    "mt_bench": mt_bench.TASK,
+    "axbench": axbench.TASK,
     "efficiency": efficiency.TASK,
     "lm_eval": harness.TASK,
     "image_concept": image_concept.TASK,

@@ -21,6 +21,7 @@ from steerlab import job as jobs
 from steerlab.data import sources
 from steerlab.evaluation import TABLE
 from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.judging import asking
 from steerlab.evaluation.statistics import generations, stored
 from steerlab.evaluation.statistics.metrics import Metric, Observation, Result, summarise_all
 from steerlab.evaluation.statistics.written import Written
@@ -28,6 +29,7 @@ from steerlab.guards.faults import explained
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import TaskConfig
 from steerlab.stages import JobType
+from steerlab.storage.store import Store
 
 _ENTRY = "evaluate.0."
 """Where the task's config stands in the job around it."""
@@ -40,6 +42,8 @@ class Judged(NamedTuple):
     """The Parquet file of the verdicts."""
     metrics: dict[float, dict[str, Metric]]
     """Strength -> metric -> number."""
+    asked: dict[str, float | str]
+    """What a judge behind an API was asked and what that cost; empty without one."""
 
 
 class Columns(NamedTuple):
@@ -105,7 +109,13 @@ def read(file: Path, columns: Columns = Columns()) -> list[Written]:  # noqa: B0
 
 
 def judge(
-    file: Path, config: TaskConfig, written: Sequence[Written], *, output: Path | None = None, device: Any = "cpu"
+    file: Path,
+    config: TaskConfig,
+    written: Sequence[Written],
+    *,
+    output: Path | None = None,
+    device: Any = "cpu",
+    store: Store | None = None,
 ) -> Judged:
     """Judge texts with the scorer of a task, and write the verdicts and the metrics.
 
@@ -115,6 +125,7 @@ def judge(
         written: the texts.
         output: the Parquet file to write; None names it after the file and the task.
         device: where the scorer's models run.
+        store: where the answers of a judge behind an API are kept; None keeps none.
 
     Raises:
         ValueError: the task judges no texts of a file, or needs columns that the file does not have.
@@ -123,7 +134,8 @@ def judge(
     if task.scorer is None:
         able = ", ".join(name for name, entry in TABLE.entries.items() if entry.scorer is not None)
         raise ValueError(f"task {config.task} cannot judge the texts of a file; these tasks can: {able}")
-    scored = task.scorer(config, device)(written)
+    with asking.session(store) as session:
+        scored = task.scorer(config, device)(written)
     observations = [
         [*own, *legibility.observe_texts(config.task, text.id, [text.text], text.strength)]
         for text, own in zip(written, scored, strict=True)
@@ -144,8 +156,9 @@ def judge(
         "strengths": {s: {name: metric._asdict() for name, metric in own.items()} for s, own in metrics.items()},
         "measures": {name: stored.dumped(result.measure(name)) for own in metrics.values() for name in own},
     }
-    path.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
-    return Judged(path, metrics)
+    asked = session.numbers()
+    path.with_suffix(".json").write_text(json.dumps(numbers | ({"asked": asked} if asked else {}), indent=1))
+    return Judged(path, metrics, asked)
 
 
 def _table(written: Sequence[Written], judged: Sequence[Sequence[Observation]], about: Mapping[str, object]) -> pa.Table:

@@ -59,6 +59,8 @@ class RunSummary(TypedDict):
     strength was chosen."""
     measures: dict[str, JsonObject]
     """Description of each metric: which direction is better, unit, range."""
+    asked: dict[str, dict[str, float | str]]
+    """What a task's judge behind an API was asked, and what that cost when the evaluation was computed; by label."""
     schema: int
     """SCHEMA of the version that wrote it."""
 
@@ -83,6 +85,7 @@ def summarise(planned: Plan, store: Store) -> RunSummary:
         "evaluations": {},
         "unsteered": {},
         "measures": {},
+        "asked": {},
         "schema": SCHEMA,
     }
     for evaluation in planned.evaluations:
@@ -98,6 +101,8 @@ def _add_evaluation(summary: RunSummary, evaluation: Evaluation, store: Store, *
     summary["evaluations"][stage.label] = stage.key
     if baseline is not None:
         summary["unsteered"][stage.label] = baseline.key
+    if asked := stored.asked(store.local("evaluate", stage.key)):
+        summary["asked"][stage.label] = asked
     measures = stored.measures(store.local("evaluate", stage.key))
     summary["measures"] |= {labelled(name, stage.label): stored.dumped(measure) for name, measure in measures.items()}
     for number, (strength, metrics) in enumerate(_measured_strengths(store, evaluation).items()):

@@ -81,6 +81,7 @@ class _Metrics(saved.Shape):
     measures: dict[str, StoredMeasure] = {}
     transforms: dict[str, Transform] = {}
     """What earlier versions wrote instead of `measures`."""
+    asked: dict[str, float | str] = {}
 
 
 class Sample(saved.Shape):
@@ -105,6 +106,8 @@ class Outcome:
     """metric -> its measure."""
     num_shown: int | None = MAX_SAMPLES
     """Number of samples for people to read; None for all."""
+    asked: Mapping[str, object] = field(default_factory=dict)
+    """What a judge behind an API was asked and what it cost; empty without one."""
 
 
 def write(directory: Path, outcome: Outcome, about: Mapping[str, object] | None = None) -> None:
@@ -120,7 +123,8 @@ def write(directory: Path, outcome: Outcome, about: Mapping[str, object] | None 
         (directory / FILES / path).write_bytes(content)
     # Measures are stored with the numbers, so that a report needs neither the task's code nor the package that it came from.
     measures = {name: dumped(measure) for name, measure in outcome.measures.items()}
-    (directory / _METRICS).write_text(json.dumps({"strengths": outcome.metrics, "measures": measures}, indent=1))
+    asked = {"asked": outcome.asked} if outcome.asked else {}
+    (directory / _METRICS).write_text(json.dumps({"strengths": outcome.metrics, "measures": measures, **asked}, indent=1))
 
 
 # JSON writes the shortest text that gives the same double again, so a strength survives as a key.
@@ -146,6 +150,11 @@ def measures(directory: Path) -> dict[str, Measure]:
     return {name: Measure(name, None, transform=transform) for name, transform in content.transforms.items()} | {
         name: measured(name, measure) for name, measure in content.measures.items()
     }
+
+
+def asked(directory: Path) -> dict[str, float | str]:
+    """Read what a judge behind an API was asked and what it cost; empty without one. Raises ValueError if damaged."""
+    return dict(saved.read(directory / _METRICS, _Metrics).asked)
 
 
 def measured(name: str, stored: StoredMeasure) -> Measure:

@@ -8,11 +8,14 @@ this shows what the reward achieves without any training, at N times the cost. O
                               preferences than under the model before that training (`implicit_source`). It needs no other
                               model, but is only as good as that training, and favours a model that judges itself
     win_rate/reward_model     a reward model: a Hugging Face sequence classifier with one output (`judge_source`)
-    win_rate/language_model   a causal language model that is asked which answer is better, in both orders (`judge_source`)
+    win_rate/language_model   a causal language model that is asked which answer is better, in both orders (`judge_source`, or
+                              `api` for one behind an API). Beside it
+    win_rate/first_shown      how often the answer that was shown first won; 0.5 over many pairs is no bias for a position
+    win_rate/agreement        pairs on which the judge gave the same verdict in both orders
 
 A win counts 1, a loss 0, a tie 0.5; the interval is Wilson's. The task also reports
 
-    win_rate/ties             pairs without a winner: equal texts, equal rewards, or orders that disagree
+    win_rate/ties             pairs without a winner: equal texts, equal rewards, orders that disagree, or a tie in both orders
     win_rate/longer           win rate if the longer answer always won: a control, because judges favour long answers
     win_rate/answer_tokens    mean length of the answers in tokens of the model's own tokenizer
     win_rate/opponent_tokens  mean length of the opponents
@@ -30,6 +33,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from steerlab import models
@@ -37,9 +41,14 @@ from steerlab.data import sources
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, data_rows, has_input
 from steerlab.evaluation.judging import judges, scorers
-from steerlab.evaluation.judging.judges import Answer, Pair, Verdict
+from steerlab.evaluation.judging.asking import Asker, announce
+from steerlab.evaluation.judging.calls import CHARS_PER_TOKEN
+from steerlab.evaluation.judging.endpoint import Endpoint
+from steerlab.evaluation.judging.judges import Answer, Compared, Pair, Verdict
+from steerlab.evaluation.judging.verdicts import better
 from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, observed, too_long
+from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, about, observed, too_long
+from steerlab.evaluation.statistics.written import Written
 from steerlab.guards import saved
 from steerlab.job import DataSet, Source, TaskConfig
 from steerlab.models import ModelFacts
@@ -71,8 +80,13 @@ class Config(TaskConfig):
     """The base model of `implicit_source`; null takes that model at strength 0, which requires that it has a patch."""
     judge_source: Source | None = None
     """A reward model (a sequence classifier with one output) or a causal language model; its config.json tells which."""
+    api: Endpoint | None = None
+    """A language model behind an API that decides."""
+    style: Literal["short", "reasoned"] = "short"
+    """Question to a judge behind an API. short: which is better, 1 or 2; reasoned: think first, then one of five labels from
+    [[A>>B]] to [[B>>A]], as in Arena-Hard. Both benchmarks compare with a fixed model: `against: reference`."""
     question: str = judges.QUESTION
-    """The question to a language model; {prompt}, {first} and {second} are replaced."""
+    """The question to a language model, instead of that of `style`; {prompt}, {first} and {second} are replaced."""
     both_orders: bool = True
     """Ask a language model in both orders, and count a tie if its answers disagree; false asks once, in a random order."""
     best_of: int = Field(1, ge=1)
@@ -89,8 +103,12 @@ class Config(TaskConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if bool(self.judge_source) == bool(self.implicit_source):
-            raise ValueError("one judge decides: set either implicit_source or judge_source")
+        if sum(map(bool, (self.judge_source, self.implicit_source, self.api))) != 1:
+            raise ValueError("one judge decides: set one of implicit_source, judge_source and api")
+        if self.style != "short" and not self.api:
+            raise ValueError(f"style {self.style} is for a judge that writes its reasons: set api")
+        if self.api and not self.both_orders:
+            raise ValueError("both_orders: a judge behind an API is always asked in both orders")
         if self.implicit_base_source and not self.implicit_source:
             raise ValueError("implicit_base_source is the base of implicit_source, which is missing")
         if self.against == "reference" and self.prompts.format == "text":
@@ -102,7 +120,7 @@ class Config(TaskConfig):
         missing = [place for place in judges.PLACES if f"{{{place}}}" not in self.question]
         if missing:
             raise ValueError(f"question lacks {', '.join(f'{{{place}}}' for place in missing)}")
-        if not self.judge_source and (not self.both_orders or self.question != judges.QUESTION):
+        if self.implicit_source and (not self.both_orders or self.question != judges.QUESTION):
             raise ValueError("question and both_orders are for a language model: set judge_source")
         return self
 
@@ -110,9 +128,11 @@ class Config(TaskConfig):
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is measured; the win rate is named after the judge."""
     # The kind of `judge_source` is known from its config.json only, which may not be downloaded yet, so both are declared.
-    judges = ("implicit",) if config.implicit_source is not None else ("language_model", "reward_model")
+    names = ["implicit"] if config.implicit_source else ["language_model", *([] if config.api else ["reward_model"])]
+    orders = (share("first_shown", None, "share"), share("agreement", "higher"))
     return (
-        *(share(judge, "higher", "share") for judge in judges),
+        *(share(judge, "higher", "share") for judge in names),
+        *(orders if config.both_orders and not config.implicit_source else ()),
         share("ties", None),
         share("longer", None, "share"),
         Measure("answer_tokens", None, "tokens", low=0.0),
@@ -130,6 +150,9 @@ def check(config: Config, facts: ModelFacts) -> None:
         if source is not None:
             with about(name):
                 scorers.check_model(source)
+    if config.api is not None:
+        with about("api"):
+            announce(config.api, config, _input_tokens(config))
     if config.judge_source is not None:
         with about("judge_source"):
             if _is_classifier(config.judge_source):
@@ -140,11 +163,11 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt at every strength and judge each answer against its opponent."""
-    name, judge = _judge(model, config)
+    name, compare = _judge(model, config)
     items = data_rows(config.prompts, config.limit, config.seed)
     pairs = _pairs(model, items, config)
     # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once.
-    verdicts = iter(judges.decide(judge, [pair for row in pairs for pair in row]))
+    verdicts = iter(compare([pair for row in pairs for pair in row]))
     observations, samples = [], []
     for strength, row in zip(config.strengths, pairs, strict=True):
         for item, pair in zip(items, row, strict=True):
@@ -152,25 +175,57 @@ def run(model: SteeredModel, config: Config) -> Result:
             lengths = [len(model.encoder.tokenizer.encode(a.text, add_special_tokens=False)) for a in pair]
             judged = observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
             observations += list(map(too_long, judged)) if any(answer.too_long for answer in pair) else judged
-            samples.append(_sample(item.id, strength, pair, verdict))
+            samples.append(_sample(item.id, strength, pair, verdict.verdict))
     return Result(observations, samples, measures(config))
 
 
+def scorer(config: Config, device: torch.device | str) -> Scorer:
+    """Return the scorer of answers against those in their column `opponent`. Raises ValueError for an implicit reward."""
+    if config.implicit_source is not None:
+        raise ValueError("the texts of a file are judged by judge_source or api: an implicit reward belongs to a model")
+    name, compare = _text_judge(config, device)
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        pairs = [(Answer(w.prompt, "", w.text), Answer(w.prompt, "", w.field("opponent"))) for w in written]
+        compared = compare(pairs)
+        return [verdicts(name, text.id, verdict, text.strength) for text, verdict in zip(written, compared, strict=True)]
+
+    return judge_texts
+
+
+def verdicts(judge: str, item_id: str, compared: Compared, strength: float) -> list[Observation]:
+    """Turn a comparison into observations: who won, and how far the verdict depends on the order."""
+    verdict = compared.verdict
+    values = {judge: verdict, "ties": float(verdict == 0.5) if isinstance(verdict, float) else verdict}
+    own = [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
+    if judge != "language_model":
+        return own
+    # Equal texts were not shown to the judge, so they say nothing about the order: weight 0.
+    asked = compared.orders is not None
+    orders = {"first_shown": judges.first_shown(compared), "agreement": judges.agreement(compared)} if asked else {}
+    return own + [
+        observed(f"win_rate/{name}", item_id, orders.get(name, 0.5), strength, float(asked))
+        for name in ("first_shown", "agreement")
+    ]
+
+
 def observe(
-    judge: str, item_id: str, pair: Pair, verdict: Verdict, num_tokens: tuple[int, int], strength: float = 1.0
+    judge: str, item_id: str, pair: Pair, compared: Compared, num_tokens: tuple[int, int], strength: float = 1.0
 ) -> list[Observation]:
-    """Turn one verdict and the lengths of both answers into observations."""
+    """Turn one comparison and the lengths of both answers into observations."""
     own, other = num_tokens
     values = {
-        judge: verdict,
-        "ties": float(verdict == 0.5) if isinstance(verdict, float) else verdict,
         "longer": 0.5 if own == other else float(own > other),
         "answer_tokens": float(own),
         "opponent_tokens": float(other),
         "unfinished": float(not pair[0].finished),
     }
-    judged = [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
-    return [*judged, *legibility.observe_texts("win_rate", item_id, [pair[0].text], strength)]
+    lengths = [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
+    return [
+        *verdicts(judge, item_id, compared, strength),
+        *lengths,
+        *legibility.observe_texts("win_rate", item_id, [pair[0].text], strength),
+    ]
 
 
 def _pairs(model: SteeredModel, items: list[Numbered], config: Config) -> list[list[Pair]]:
@@ -231,23 +286,48 @@ def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
     }
 
 
-def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Judge]:
-    """Load the judge; return its name and the judge."""
+def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Compare]:
+    """Load the judge; return its name and the comparison by it."""
     if config.implicit_source is not None:
         policy = _load(config.implicit_source, model)
         if config.implicit_base_source is None and not policy.patches:
             raise ValueError(f"{config.implicit_source} carries no patch to take off: set implicit_base_source")
         reference = None if config.implicit_base_source is None else _load(config.implicit_base_source, policy)
-        return "implicit", judges.by_reward(judges.implicit_reward(policy, reference))
+        return "implicit", judges.once(judges.by_reward(judges.implicit_reward(policy, reference)))
+    return _text_judge(config, model.device)
+
+
+def _text_judge(config: Config, device: torch.device | str) -> tuple[str, judges.Compare]:
+    """Load a judge that needs the texts alone."""
+    if config.api is not None:
+        asker = Asker(config.api)
+
+        def ask(questions: Sequence[str]) -> list[Verdict]:
+            return [better(said) for said in asker([[{"role": "user", "content": question}] for question in questions])]
+
+        return "language_model", judges.in_both_orders(ask, _question(config))
     assert config.judge_source is not None
     if not _is_classifier(config.judge_source):
-        return "language_model", judges.language_model(
-            config.judge_source, config.question, both_orders=config.both_orders, seed=config.seed, device=model.device
-        )
+        if config.both_orders:
+            first_or_second = scorers.first_or_second(config.judge_source, ("1", "2"), device)
+            return "language_model", judges.in_both_orders(first_or_second, config.question)
+        judge = judges.language_model(config.judge_source, config.question, both_orders=False, seed=config.seed, device=device)
+        return "language_model", judges.once(judge)
     # The config cannot check this: the kind of the judge is known only once its config.json is there.
     if not config.both_orders or config.question != judges.QUESTION:
         raise ValueError(f"question and both_orders are for a language model, but {config.judge_source} is a reward model")
-    return "reward_model", judges.by_reward(judges.reward_model(config.judge_source, model.device))
+    return "reward_model", judges.once(judges.by_reward(judges.reward_model(config.judge_source, device)))
+
+
+def _question(config: Config) -> str:
+    return judges.REASONED if config.style == "reasoned" and config.question == judges.QUESTION else config.question
+
+
+def _input_tokens(config: Config) -> list[int]:
+    """Estimate the tokens of each question: the prompt and both answers, in both orders."""
+    texts = [_reference(item.row, config.prompts.format) for item in data_rows(config.prompts, config.limit, config.seed)]
+    frame = len(_question(config))
+    return [(frame + len(answer.prompt)) // CHARS_PER_TOKEN + 2 * config.max_new_tokens for answer in texts for _ in range(2)]
 
 
 def _load(source: str, like: SteeredModel) -> SteeredModel:
@@ -292,4 +372,4 @@ def _sample(item_id: str, strength: float, pair: Pair, verdict: Verdict) -> dict
     }
 
 
-TASK = Task(Config, run, measures, check=check, example={"judge_source": "hf:ORG/NAME"})
+TASK = Task(Config, run, measures, check=check, scorer=scorer, example={"judge_source": "hf:ORG/NAME"})
