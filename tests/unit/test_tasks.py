@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from steerlab import job, models, patches
 from steerlab.evaluation import TASKS
+from steerlab.evaluation.judging import graders
 from steerlab.evaluation.measured import measure_of, unmeasured
 from steerlab.evaluation.statistics.measures import find
 from steerlab.evaluation.statistics.metrics import Metric, summarise_all
@@ -91,6 +92,15 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
         "prompts": plain(path, texts),
         "implicit_source": str(path.parent / "policy"),
     },
+    "mt_bench": lambda path, texts: {
+        "source": write(path, [{"turns": [text, "say more"]} for text in texts]),
+        "judge_source": str(path.parent / "policy"),
+    },
+    "axbench": lambda path, texts: {
+        "prompts": {"source": instructions(path, texts)},
+        "concept": "a",
+        "judge_source": str(path.parent / "policy"),
+    },
     "controllability": lambda path, texts: {
         "of": {"task": "perplexity", "data": plain(path, texts).model_dump()},
         "metric": "perplexity/value",
@@ -104,6 +114,12 @@ SCORED_AS_THEY_ARE = ("perplexity", "preference", "controllability")
 def test_every_task_over_texts_is_tested() -> None:
     texts = {name for name, task in TASKS.items() if task.kinds == ("causal_lm",)}
     assert set(CASES) == texts - {"efficiency", "lm_eval"}
+
+
+@pytest.fixture(autouse=True)
+def judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge of tasks that grade in writing: their own tests ask real ones."""
+    monkeypatch.setattr(graders, "judge_of", lambda config, device: lambda questions: ["[[2]]"] * len(questions))
 
 
 @pytest.fixture
@@ -195,6 +211,8 @@ BETTER: dict[str, dict[str, str | None]] = {
         "opponent_tokens": None,
         "LEGIBLE": None,
     },
+    "mt_bench": {"score": "higher", "turn_1": "higher", "turn_2": "higher", "LEGIBLE": None},
+    "axbench": {"score": "higher", "concept": "higher", "instruction": "higher", "fluency": "higher", "LEGIBLE": None},
     "controllability": {"value": "lower", "tau": "lower", "slope": "lower"},
 }
 """Which way is better, once more and by hand: the page sets the best in bold by it, and sweeps go that way."""
