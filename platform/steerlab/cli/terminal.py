@@ -135,8 +135,8 @@ def asked_in_words(asked: Mapping[str, float | str]) -> str:
     """Describe what a judge behind an API was asked, and what it cost."""
     price = f", {asked['price']:.4f} {asked['currency']}" if "price" in asked else ""
     return (
-        f"judge: {asked['calls']:,} calls, {asked['kept']:,} answers kept from before, {asked['retries']:,} tries repeated, "
-        f"{asked['input_tokens']:,} tokens read, {asked['output_tokens']:,} written{price}"
+        f"judge: {asked['calls']:,.0f} calls, {asked['kept']:,.0f} answers kept from before, {asked['retries']:,.0f} tries "
+        f"repeated, {asked['input_tokens']:,.0f} tokens read, {asked['output_tokens']:,.0f} written{price}"
     )
 
 

@@ -80,9 +80,9 @@ class Config(TaskConfig):
     """The base model of `implicit_source`; null takes that model at strength 0, which requires that it has a patch."""
     judge_source: Source | None = None
     """A reward model (a sequence classifier with one output) or a causal language model; its config.json tells which."""
-    api: Endpoint | None = None
+    api: Endpoint | None = Field(None, exclude_if=lambda endpoint: endpoint is None)
     """A language model behind an API that decides."""
-    style: Literal["short", "reasoned"] = "short"
+    style: Literal["short", "reasoned"] = Field("short", exclude_if=lambda style: style == "short")
     """Question to a judge behind an API. short: which is better, 1 or 2; reasoned: think first, then one of five labels from
     [[A>>B]] to [[B>>A]], as in Arena-Hard. Both benchmarks compare with a fixed model: `against: reference`."""
     question: str = judges.QUESTION
