@@ -24,6 +24,7 @@ from steerlab import models, patches
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.judging import judges
 from steerlab.evaluation.judging.judges import Answer, Compared, Pair
+from steerlab.evaluation.judging.pair_judges import PairJudge
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Score, summarise_all
 from steerlab.evaluation.tasks.preferences import win_rate
 from steerlab.inputs.encoding import Encoder
@@ -33,6 +34,7 @@ from steerlab.steered.language import SteeredModel
 
 PROMPTS = DataSet(source="tiny:harmless/test")
 WORDS = ["[UNK]", "[PAD]", "moo", "woof", "quack", "1", "2", "is", "it", "?"]
+IMPLICIT = PairJudge("implicit", judges.once(lambda pairs: [None] * len(pairs)))
 
 
 def answer(text: str, finished: bool = True) -> Answer:
@@ -119,9 +121,7 @@ def test_one_verdict_becomes_numbers() -> None:
     pair = (answer("a", finished=False), answer("b"))
 
     def values(verdict: float | None, lengths: tuple[int, int]) -> dict[str, float | None]:
-        return {
-            o.metric.partition("/")[2]: o.value for o in win_rate.observe("implicit", "3", pair, Compared(verdict), lengths)
-        }
+        return {o.metric.partition("/")[2]: o.value for o in win_rate.observe(IMPLICIT, "3", pair, Compared(verdict), lengths)}
 
     assert values(1.0, (3, 2)) == {
         "implicit": 1.0, "ties": 0.0, "longer": 1.0, "answer_tokens": 3.0, "opponent_tokens": 2.0, "unfinished": 1.0,
@@ -388,7 +388,7 @@ def test_what_cannot_be_judged_is_refused(fields: dict[str, object], message: st
 def test_wilsons_interval_at_the_ends(steered: SteeredModel, exported: str) -> None:
     """Twelve wins of twelve are no certainty either."""
     pair = (answer("a"), answer("b"))
-    won = [o for i in range(12) for o in win_rate.observe("implicit", str(i), pair, Compared(1.0), (1, 1))]
+    won = [o for i in range(12) for o in win_rate.observe(IMPLICIT, str(i), pair, Compared(1.0), (1, 1))]
     result = win_rate.run(steered, config(implicit_source=exported, limit=1))
     metric = summarise_all(type(result)(won, [], result.measures))[1.0]["win_rate/implicit"]
     assert metric.value == 1.0 and metric.low == pytest.approx(0.757506, abs=1e-6)

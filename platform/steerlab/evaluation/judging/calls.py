@@ -87,7 +87,7 @@ def call(endpoint: Endpoint, question: Messages, sleep: Callable[[float], None] 
     Raises:
         EndpointError: the endpoint refused, or failed `retries` + 1 times.
     """
-    key = endpoint.key()
+    key, reason = endpoint.key(), ""
     for number in range(endpoint.retries + 1):
         try:
             return _try(endpoint, question, key)._replace(tries=number + 1)

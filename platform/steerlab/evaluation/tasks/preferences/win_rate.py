@@ -36,20 +36,18 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field, model_validator
 
-from steerlab import models
 from steerlab.data import sources
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, data_rows, has_input
-from steerlab.evaluation.judging import judges, scorers
-from steerlab.evaluation.judging.asking import Asker, announce
+from steerlab.evaluation.judging import judges, pair_judges, scorers
+from steerlab.evaluation.judging.asking import announce
 from steerlab.evaluation.judging.calls import CHARS_PER_TOKEN
 from steerlab.evaluation.judging.endpoint import Endpoint
 from steerlab.evaluation.judging.judges import Answer, Compared, Pair, Verdict
-from steerlab.evaluation.judging.verdicts import better
+from steerlab.evaluation.judging.pair_judges import PairJudge
 from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, about, observed, too_long
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Scorer, Task, about, observed, too_long
 from steerlab.evaluation.statistics.written import Written
-from steerlab.guards import saved
 from steerlab.job import DataSet, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered import language
@@ -155,7 +153,7 @@ def check(config: Config, facts: ModelFacts) -> None:
             announce(config.api, config, _input_tokens(config))
     if config.judge_source is not None:
         with about("judge_source"):
-            if _is_classifier(config.judge_source):
+            if pair_judges.is_classifier(config.judge_source):
                 judges.check_reward_model(config.judge_source)
             else:
                 scorers.check_judge(config.judge_source, ("1", "2"))
@@ -163,54 +161,46 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt at every strength and judge each answer against its opponent."""
-    name, compare = _judge(model, config)
+    judge = _judge(model, config)
     items = data_rows(config.prompts, config.limit, config.seed)
     pairs = _pairs(model, items, config)
-    # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once.
-    verdicts = iter(compare([pair for row in pairs for pair in row]))
+    # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once. A
+    # pair without an answer is not shown, since its verdict would not count and a judge behind an API is paid for it.
+    verdicts = iter(judge.compare([pair for row in pairs for pair in row if not _is_long(pair)]))
     observations, samples = [], []
     for strength, row in zip(config.strengths, pairs, strict=True):
         for item, pair in zip(items, row, strict=True):
-            verdict = next(verdicts)
+            verdict = Compared(TOO_LONG) if _is_long(pair) else next(verdicts)
             lengths = [len(model.encoder.tokenizer.encode(a.text, add_special_tokens=False)) for a in pair]
-            judged = observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
-            observations += list(map(too_long, judged)) if any(answer.too_long for answer in pair) else judged
+            judged = observe(judge, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
+            observations += list(map(too_long, judged)) if _is_long(pair) else judged
             samples.append(_sample(item.id, strength, pair, verdict.verdict))
     return Result(observations, samples, measures(config))
+
+
+def _is_long(pair: Pair) -> bool:
+    return any(answer.too_long for answer in pair)
 
 
 def scorer(config: Config, device: torch.device | str) -> Scorer:
     """Return the scorer of answers against those in their column `opponent`. Raises ValueError for an implicit reward."""
     if config.implicit_source is not None:
         raise ValueError("the texts of a file are judged by judge_source or api: an implicit reward belongs to a model")
-    name, compare = _text_judge(config, device)
+    judge = _text_judge(config, device)
 
     def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
         pairs = [(Answer(w.prompt, "", w.text), Answer(w.prompt, "", w.field("opponent"))) for w in written]
-        compared = compare(pairs)
-        return [verdicts(name, text.id, verdict, text.strength) for text, verdict in zip(written, compared, strict=True)]
+        compared = judge.compare(pairs)
+        return [
+            judge.observations("win_rate", text.id, verdict, text.strength)
+            for text, verdict in zip(written, compared, strict=True)
+        ]
 
     return judge_texts
 
 
-def verdicts(judge: str, item_id: str, compared: Compared, strength: float) -> list[Observation]:
-    """Turn a comparison into observations: who won, and how far the verdict depends on the order."""
-    verdict = compared.verdict
-    values = {judge: verdict, "ties": float(verdict == 0.5) if isinstance(verdict, float) else verdict}
-    own = [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
-    if judge != "language_model":
-        return own
-    # Equal texts were not shown to the judge, so they say nothing about the order: weight 0.
-    asked = compared.orders is not None
-    orders = {"first_shown": judges.first_shown(compared), "agreement": judges.agreement(compared)} if asked else {}
-    return own + [
-        observed(f"win_rate/{name}", item_id, orders.get(name, 0.5), strength, float(asked))
-        for name in ("first_shown", "agreement")
-    ]
-
-
 def observe(
-    judge: str, item_id: str, pair: Pair, compared: Compared, num_tokens: tuple[int, int], strength: float = 1.0
+    judge: PairJudge, item_id: str, pair: Pair, compared: Compared, num_tokens: tuple[int, int], strength: float = 1.0
 ) -> list[Observation]:
     """Turn one comparison and the lengths of both answers into observations."""
     own, other = num_tokens
@@ -222,7 +212,7 @@ def observe(
     }
     lengths = [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
     return [
-        *verdicts(judge, item_id, compared, strength),
+        *judge.observations("win_rate", item_id, compared, strength),
         *lengths,
         *legibility.observe_texts("win_rate", item_id, [pair[0].text], strength),
     ]
@@ -286,37 +276,22 @@ def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
     }
 
 
-def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Compare]:
-    """Load the judge; return its name and the comparison by it."""
-    if config.implicit_source is not None:
-        policy = _load(config.implicit_source, model)
-        if config.implicit_base_source is None and not policy.patches:
-            raise ValueError(f"{config.implicit_source} carries no patch to take off: set implicit_base_source")
-        reference = None if config.implicit_base_source is None else _load(config.implicit_base_source, policy)
-        return "implicit", judges.once(judges.by_reward(judges.implicit_reward(policy, reference)))
-    return _text_judge(config, model.device)
+def _judge(model: SteeredModel, config: Config) -> PairJudge:
+    if config.implicit_source is None:
+        return _text_judge(config, model.device)
+    policy = _load(config.implicit_source, model)
+    if config.implicit_base_source is None and not policy.patches:
+        raise ValueError(f"{config.implicit_source} carries no patch to take off: set implicit_base_source")
+    reference = None if config.implicit_base_source is None else _load(config.implicit_base_source, policy)
+    return PairJudge("implicit", judges.once(judges.by_reward(judges.implicit_reward(policy, reference))))
 
 
-def _text_judge(config: Config, device: torch.device | str) -> tuple[str, judges.Compare]:
-    """Load a judge that needs the texts alone."""
+def _text_judge(config: Config, device: torch.device | str) -> PairJudge:
     if config.api is not None:
-        asker = Asker(config.api)
-
-        def ask(questions: Sequence[str]) -> list[Verdict]:
-            return [better(said) for said in asker([[{"role": "user", "content": question}] for question in questions])]
-
-        return "language_model", judges.in_both_orders(ask, _question(config))
+        return pair_judges.behind_api(config.api, _question(config))
     assert config.judge_source is not None
-    if not _is_classifier(config.judge_source):
-        if config.both_orders:
-            first_or_second = scorers.first_or_second(config.judge_source, ("1", "2"), device)
-            return "language_model", judges.in_both_orders(first_or_second, config.question)
-        judge = judges.language_model(config.judge_source, config.question, both_orders=False, seed=config.seed, device=device)
-        return "language_model", judges.once(judge)
-    # The config cannot check this: the kind of the judge is known only once its config.json is there.
-    if not config.both_orders or config.question != judges.QUESTION:
-        raise ValueError(f"question and both_orders are for a language model, but {config.judge_source} is a reward model")
-    return "reward_model", judges.once(judges.by_reward(judges.reward_model(config.judge_source, device)))
+    question, both_orders = config.question, config.both_orders
+    return pair_judges.local(config.judge_source, question, both_orders=both_orders, seed=config.seed, device=device)
 
 
 def _question(config: Config) -> str:
@@ -337,15 +312,6 @@ def _load(source: str, like: SteeredModel) -> SteeredModel:
     if not isinstance(model, SteeredModel):
         raise ValueError(f"{source} draws images; this task needs a language model")
     return model
-
-
-class _Architectures(saved.Shape):
-    architectures: list[str] | None = None
-
-
-def _is_classifier(source: str) -> bool:
-    config = saved.read(models.prepare(sources.fetch(source)) / "config.json", _Architectures)
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def _reference(row: Mapping[str, Any], data_format: str) -> Answer:

@@ -139,7 +139,8 @@ def scorer(config: Config, device: torch.device | str) -> Scorer:
     def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
         full = [text for text in written if text.text.strip()]
         said = ask([grading.question(_texts(text, config)) for text in full for grading in config.gradings])
-        grades: Iterator[Score] = iter([rating(answer, 0, BEST) for answer in said])
+        ratings: list[Score] = [rating(answer, 0, BEST) for answer in said]
+        grades = iter(ratings)
         # An empty text is not shown to the judge; it has no grades.
         return [_observe(text, [next(grades) if text.text.strip() else None for _ in GRADES]) for text in written]
 
