@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("500", "503", "400"):
             return self._send(int(fault), b"<html>down</html>")
         if fault == "slow":
-            time.sleep(0.6)
+            time.sleep(0.8)
         if fault == "cut":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
