@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from steerlab import cli, job, report, run
+from steerlab.evaluation.statistics import generations
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
 from steerlab.steered import language
@@ -86,6 +88,15 @@ def test_lineas_from_job_to_report(cluster: None, store: Store, tmp_path: Path) 
     assert end.keys() == early.keys() and not torch.equal(end["maps.0.scale"], early["maps.0.scale"])
     assert done.summary["choice"]["strength"] in (0.5, 1.0)
     assert list(done.summary["strengths"]) == [done.summary["choice"]["strength"], 0.0]
+
+    # All that was written lies in the run folder, at the chosen strength and without the patch, with what made it.
+    texts = pq.read_table(Path(store.root) / done.folder / "samples/concept.parquet")
+    assert texts["strength"].to_pylist() == [done.summary["choice"]["strength"]] * 2 + [0.0] * 2
+    assert texts["concept/words"].null_count == 0 and all(texts["continuation"].to_pylist())
+    made = generations.about(texts.schema)
+    model = done.summary["model"]
+    assert made["evaluation"] == done.summary["evaluations"]["concept"]
+    assert made["artifacts"]["model"] == f"{model['stage']}/{model['key']}" and made["task"]["task"] == "concept"  # type: ignore[index,call-overload]
 
     # Strength 0 is the model itself: the same job without a method measures the same.
     none = do(store, {**LINEAS, "name": "none", "method": {"name": "none"}, "train": None, "extract": None}, tmp_path)

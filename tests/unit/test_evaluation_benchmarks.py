@@ -9,7 +9,6 @@ from steerlab.evaluation.statistics.metrics import summarise
 from steerlab.evaluation.tasks.ability import alpaca
 from steerlab.evaluation.tasks.attacks import bipia, bipia_attacks, forbidden_words
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack
-from steerlab.steered.language import Generation
 
 CODE = "import os\n\nos.system('poweroff --now')"
 TEXT_ATTACKS = {
@@ -216,15 +215,6 @@ def test_alpaca_entry_has_alpaca_evals_fields():
         "dataset": "helpful_base",
     }
     assert alpaca.entry(Numbered("0", {"instruction": "Sing."}), "la", "model")["instruction"] == "Sing."
-
-
-def test_alpaca_counts_empty_and_unfinished_answers():
-    values = [
-        {o.metric: o.value for o in alpaca.observe("0", output)}
-        for output in (Generation(" \n", 2, True), Generation("words without end", 512, False))
-    ]
-    assert values[0] == {"alpaca/response_tokens": 2.0, "alpaca/empty": 1.0, "alpaca/unfinished": 0.0}
-    assert values[1] == {"alpaca/response_tokens": 512.0, "alpaca/empty": 0.0, "alpaca/unfinished": 1.0}
 
 
 def test_a_text_of_two_languages_is_that_of_the_one_that_is_certain(monkeypatch):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from steerlab.evaluation.statistics.metrics import TOO_LONG, summarise, summarise_all
-from steerlab.evaluation.tasks.ability import harness, harness_model
+from steerlab.evaluation.tasks.ability import harness, harness_chats, harness_model
+from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import INSTRUCTION, Message, Part
+from steerlab.models import load_tokenizer
 from steerlab.patches import ActivationPatch
 from steerlab.steered.language import SteeredModel
 
@@ -127,22 +129,121 @@ def test_the_harness_s_numbers_become_observations_where_they_are_means():
     assert {o.strength for o in observations} == {0.5}
 
 
-@pytest.mark.slow  # the harness reads its thousands of task files first
-def test_a_task_of_our_own_runs_at_every_strength(steered, tmp_path):
-    pytest.importorskip("lm_eval")
+# Chats
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+HISTORY = [
+    {"role": "system", "content": "say it"},
+    {"role": "user", "content": "the cow ?"},
+    {"role": "assistant", "content": "moo"},
+    {"role": "user", "content": "the dog ?"},
+]
+
+
+@pytest.fixture
+def chatting(tiny_model, tiny_dir):
+    """A model with a chat template of special tokens, and a patch on the responses' tokens alone."""
+    tokenizer = load_tokenizer(tiny_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<system>", "<user>", "<assistant>", "<end>"]})
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    tiny_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    patch = ActivationPatch({NORM: tiny_model.config.hidden_size}, {"phases": ("prompt", "generation"), "roles": ("data",)})
+    with torch.no_grad():
+        patch.maps[0].scale.fill_(-3.0)
+    return SteeredModel(tiny_model, Encoder(tokenizer, prompt_style="plain", response_role="data"), (patch,))
+
+
+def test_a_chat_comes_back_from_its_text_with_the_roles_of_its_turns(chatting):
+    chats = harness_chats.Chats(chatting.encoder)
+    text = chats.render(HISTORY)
+    assert text == "<system> say it <end> <user> the cow ? <end> <assistant> moo <end> <user> the dog ? <end> <assistant> "
+    assert chats.prompt(text) == chatting.encoder.dialogue(HISTORY)
+    assert chats.prompt("the cow ?") is None, "a plain text is no chat"
+    roles = chatting.encoder.encode(chats.prompt(text)).roles
+    assert len(set(roles)) == 2, "the worked example's answer has the role of responses, the rest that of instructions"
+
+
+@pytest.mark.parametrize("prefix", ["", "the"])
+def test_likelihoods_in_a_chat_are_those_of_the_whole_text_after_the_answer_s_header(chatting, prefix):
+    chats = harness_chats.Chats(chatting.encoder)
+    history = [*HISTORY, {"role": "assistant", "content": prefix}] if prefix else HISTORY
+    text = chats.render(history, add_generation_prompt=not prefix)
+    assert text.endswith(f"<assistant> {prefix}")
+    choices = [" woof", " cow and dog"] if prefix else ["woof", "cow and dog"]
+    base = harness_model.loglikelihoods(chatting, [(text, choice) for choice in choices], 0.0, chats)
+    strong = harness_model.loglikelihoods(chatting, [(text, choice) for choice in choices], 1.0, chats)
+    chatting._attached.detach()
+    for choice, found in zip(choices, base, strict=True):
+        whole = chatting.encoder.tokenizer(text + choice, add_special_tokens=False)["input_ids"]
+        context = chatting.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        total, is_greedy = naive(chatting.model, whole, len(context))
+        assert found == (pytest.approx(total, rel=1e-4), is_greedy, None)
+    assert all(abs(a.log_prob_nats - b.log_prob_nats) > 1e-3 for a, b in zip(base, strong, strict=True)), (
+        "the patch acts by role"
+    )
+
+
+def test_a_chat_is_answered_as_a_dialogue_is(chatting):
+    chats = harness_chats.Chats(chatting.encoder)
+    text = chats.render(HISTORY)
+    settings = {"until": [], "max_gen_toks": 4, "do_sample": False, "temperature": 0.0}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "lm_eval.models.utils", SimpleNamespace(normalize_gen_kwargs=lambda kwargs: kwargs))
+        (found,) = harness_model.generations(chatting, [(text, settings)], 1.0, 0, chats)
+        begun = chats.render([*HISTORY, {"role": "assistant", "content": "it"}], add_generation_prompt=False)
+        with pytest.raises(ValueError, match="the task begins each answer with 'it'"):
+            harness_model.generations(chatting, [(begun, settings)], 1.0, 0, chats)
+    ((expected,),) = chatting.generate([chatting.encoder.dialogue(HISTORY)], max_new_tokens=4)
+    assert found.text == expected.text
+
+
+def test_a_chat_that_does_not_fit_is_too_long_and_not_cut(chatting, monkeypatch):
+    chats = harness_chats.Chats(chatting.encoder)
+    pairs = [(chats.render(HISTORY), "woof"), (chats.render(HISTORY[1:2]), "moo")]
+    alone = harness_model.loglikelihoods(chatting, pairs[1:], 1.0, chats)
+    monkeypatch.setattr(chatting.model.config, "max_position_embeddings", 8)
+    assert [one.reason for one in harness_model.loglikelihoods(chatting, pairs, 1.0, chats)] == [TOO_LONG, None]
+    assert harness_model.loglikelihoods(chatting, pairs, 1.0, chats)[1] == alone[0]
+
+
+def test_several_tasks_have_metrics_of_their_own():
+    config = harness.Config(name=("a", "b"))
+    names = [measure.name for measure in harness.measures(config)]
+    assert names == ["a.empty", "a.repetition", "a.letters", "b.empty", "b.repetition", "b.letters", "*"]
+    logged = {"a_x": [{"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0, "resps": [["the cow"]]}]}
+    observations, measured = harness.observe(logged, {"a_x": {"acc,none": 1.0}}, 1.0, {}, {"a_x": {"acc": True}}, "a.")
+    assert {o.metric for o in observations} == {f"lm_eval/a.{name}" for name in ("acc", "empty", "repetition", "letters")}
+    assert measured["a.acc"].better == "higher"
+    assert harness.TASK.chats(config.model_copy(update={"chat_template": True})) and not harness.TASK.chats(config)
+
+
+def own_tasks(folder):
+    """Two tasks over rows of our own: choices by likelihood, and a text that is generated."""
     rows = [{"question": "the cow", "choices": ["moo", "woof"], "answer": i % 2} for i in range(4)]
-    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
-    common = f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {tmp_path / 'rows.json'}}}\ntest_split: test\n"
-    (tmp_path / "sounds.yaml").write_text(
+    (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    files = f"data_files: {{test: {folder / 'rows.json'}}}"
+    common = f"dataset_path: json\ndataset_kwargs:\n  {files}\ntest_split: test\nfewshot_split: test\n"
+    (folder / "sounds.yaml").write_text(
         f"task: sounds\n{common}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\ndoc_to_choice: choices\n"
         "doc_to_target: answer\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
     )
-    (tmp_path / "says.yaml").write_text(
+    (folder / "says.yaml").write_text(
         f"task: says\n{common}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
         "doc_to_target: '{{choices[answer]}}'\nmetric_list: [{metric: exact_match}]\n"
         "generation_kwargs: {until: ['.'], max_gen_toks: 3}\n"
     )
-    config = harness.Config(name="sounds", tasks_source=str(tmp_path), trust_remote_code=True, strengths=(1.0, 0.0), limit=3)
+    return {"tasks_source": str(folder), "trust_remote_code": True}
+
+
+@pytest.mark.slow  # the harness reads its thousands of task files first
+def test_a_task_of_our_own_runs_at_every_strength(steered, tmp_path):
+    pytest.importorskip("lm_eval")
+    config = harness.Config(name="sounds", **own_tasks(tmp_path), strengths=(1.0, 0.0), limit=3)
     result = harness.run(steered, config)
     found = summarise_all(result)
     assert list(found) == [1.0, 0.0] and set(found[1.0]) == {"lm_eval/acc", "lm_eval/acc_norm"}
@@ -150,9 +251,38 @@ def test_a_task_of_our_own_runs_at_every_strength(steered, tmp_path):
     assert {o.id for o in result.observations} == {"sounds/0", "sounds/1", "sounds/2"}
     assert len(result.samples) == 6 and json.dumps(result.samples)
     says = harness.run(steered, config.model_copy(update={"name": "says"}))
-    assert set(summarise_all(says)[0.0]) == {"lm_eval/exact_match", "lm_eval/empty"}
+    assert set(summarise_all(says)[0.0]) == {f"lm_eval/{name}" for name in ("exact_match", "empty", "repetition", "letters")}
     with pytest.raises(ValueError, match="no task 'sound'; did you mean sounds"):
         harness.run(steered, config.model_copy(update={"name": "sound"}))
+
+
+@pytest.mark.slow
+def test_tasks_of_our_own_as_chats_with_examples_as_turns(chatting, tmp_path):
+    pytest.importorskip("lm_eval")
+    fields = {**own_tasks(tmp_path), "limit": 2, "system_instruction": "say it", "num_fewshot": 1, "chat_template": True}
+    asked = harness.run(chatting, harness.Config(name=("sounds", "says"), **fields))
+    assert set(summarise_all(asked)[1.0]) == {
+        *(f"lm_eval/sounds.{name}" for name in ("acc", "acc_norm")),
+        *(f"lm_eval/says.{name}" for name in ("exact_match", "empty", "repetition", "letters")),
+    }
+    prompts = {str(sample["prompt"]) for sample in asked.samples}
+    assert all(p.startswith("<system> say it <end> <user> the cow <end> <assistant> ") for p in prompts)
+    assert all(p.count("<user>") == 2 and p.endswith("<end> <assistant> ") for p in prompts), (
+        "the example is a turn of the chat"
+    )
+    one = harness.run(chatting, harness.Config(name="says", **fields, fewshot_as_turns=False))
+    assert {str(sample["prompt"]).count("<user>") for sample in one.samples} == {1}
+    written = {sample["id"]: sample["output"] for sample in asked.samples if "output" in sample}
+    ((expected,),) = chatting.generate(
+        [chatting.encoder.dialogue(turns_of(next(s["prompt"] for s in asked.samples if s["id"] == "says/0")))], max_new_tokens=3
+    )
+    assert written["says/0"] == expected.text.partition(".")[0]
+
+
+def turns_of(prompt):
+    """The turns of a rendered chat, read back from its text."""
+    pieces = [piece.partition("> ") for piece in prompt.split(" <end> ")[:-1]]
+    return [{"role": role.removeprefix("<"), "content": content} for role, _, content in pieces]
 
 
 def test_without_the_package_the_error_says_what_to_install(steered, monkeypatch):

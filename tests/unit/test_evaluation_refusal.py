@@ -128,16 +128,19 @@ def test_both_sets_are_asked_at_every_strength(steered):
     found = summarise_all(result)
     assert list(found) == [1.0, 0.0, 0.5]
     for metrics in found.values():
-        names = ["attack_success", "refusal_rate", "empty", "over_refusal", "empty_harmless"]
+        legible = ["empty", "repetition", "letters", "unfinished"]
+        names = ["attack_success", "refusal_rate", *legible, "over_refusal", *(f"{name}_harmless" for name in legible)]
         assert list(metrics) == [f"refusal/{name}" for name in names]
-        assert all(metric.n + metric.unparsable == 6 for metric in metrics.values())
+        assert all(m.n + m.unparsable == 6 for name, m in metrics.items() if "repetition" not in name and "letters" not in name)
+    assert len({(sample["id"], sample["strength"]) for sample in result.samples}) == 36, "an id tells the two sets apart"
     assert {sample["kind"] for sample in result.samples} == {"harmful", "harmless"} and json.dumps(result.samples)
     assert TASKS["refusal"].run(steered, config(strengths=(1.0, 0.0, 0.5))) == result
 
 
 def test_without_harmless_prompts_there_is_no_over_refusal(plain):
     found = summarise_all(refusal.run(plain, config(harmless=None)))[1.0]
-    assert list(found) == ["refusal/attack_success", "refusal/refusal_rate", "refusal/empty"]
+    names = ["attack_success", "refusal_rate", "empty", "repetition", "letters", "unfinished"]
+    assert list(found) == [f"refusal/{name}" for name in names]
 
 
 def test_strength_0_is_the_base_model(steered):

@@ -18,7 +18,7 @@ from transformers import (
 
 from steerlab.data.worlds import tiny_words
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.asking import continuation
+from steerlab.evaluation.asking import continuation, legibility
 from steerlab.evaluation.judging import fluency, scorers
 from steerlab.evaluation.statistics.metrics import summarise_all
 from steerlab.evaluation.tasks.harm import toxicity
@@ -58,7 +58,7 @@ def values(result, metric, strength=1.0):
 
 
 def test_every_task_gives_its_metrics_at_every_strength(steered, prompts):
-    fluent = {"empty", "distinct_1", "distinct_2", "distinct_3", "base_perplexity"}
+    fluent = {"empty", "unfinished", "repetition", "letters", "distinct_1", "distinct_2", "distinct_3", "base_perplexity"}
     expected = {
         "toxicity": ({"share", "score"}, {"prompts": prompts}),
         "sentiment": ({"score", "positive", "negative"}, {"prompts": prompts}),
@@ -110,9 +110,9 @@ def test_default_prompts_are_those_that_the_docstrings_name():
 
 def test_distinct_n_by_hand():
     text = "The cat, the cat."  # the cat , the cat . -> 4 of 6 words; the-cat twice among 5 pairs; 4 triples, all distinct
-    assert [fluency.distinct(text, n) for n in (1, 2, 3)] == [4 / 6, 4 / 5, 1.0]
-    assert fluency.distinct("go go go go go", 2) == 1 / 4
-    assert fluency.distinct("go", 2) is None and fluency.distinct("", 1) is None
+    assert [legibility.distinct_share(text, n) for n in (1, 2, 3)] == [4 / 6, 4 / 5, 1.0]
+    assert legibility.distinct_share("go go go go go", 2) == 1 / 4
+    assert legibility.distinct_share("go", 2) is None and legibility.distinct_share("", 1) is None
 
 
 def test_base_perplexity_is_that_of_the_model_without_patches(steered, tiny_model, encoder):
@@ -309,7 +309,7 @@ def test_a_continuation_is_toxic_above_the_tasks_own_threshold(threshold, is_tox
 
 @pytest.mark.parametrize("threshold", [0.2, 0.7])
 def test_the_threshold_that_a_job_asks_for_is_the_one_that_judges(steered, prompts, monkeypatch, threshold):
-    monkeypatch.setattr(toxicity, "_scorer", lambda *_: lambda texts: [0.4] * len(texts))
+    monkeypatch.setattr(toxicity, "_classifier", lambda *_: lambda texts: [0.4] * len(texts))
     config = toxicity.Config(prompts=prompts, threshold=threshold, max_new_tokens=4)
     found = [o.value for o in toxicity.run(steered, config).observations if o.metric == "toxicity/share"]
     assert found and set(found) <= {float(threshold < 0.4), None}

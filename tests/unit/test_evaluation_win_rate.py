@@ -23,7 +23,8 @@ from transformers import (
 from steerlab import models, patches
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.judging import judges
-from steerlab.evaluation.judging.judges import Answer, Pair
+from steerlab.evaluation.judging.judges import Answer, Compared, Pair
+from steerlab.evaluation.judging.pair_judges import PairJudge
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Score, summarise_all
 from steerlab.evaluation.tasks.preferences import win_rate
 from steerlab.inputs.encoding import Encoder
@@ -33,6 +34,7 @@ from steerlab.steered.language import SteeredModel
 
 PROMPTS = DataSet(source="tiny:harmless/test")
 WORDS = ["[UNK]", "[PAD]", "moo", "woof", "quack", "1", "2", "is", "it", "?"]
+IMPLICIT = PairJudge("implicit", judges.once(lambda pairs: [None] * len(pairs)))
 
 
 def answer(text: str, finished: bool = True) -> Answer:
@@ -119,11 +121,11 @@ def test_one_verdict_becomes_numbers() -> None:
     pair = (answer("a", finished=False), answer("b"))
 
     def values(verdict: float | None, lengths: tuple[int, int]) -> dict[str, float | None]:
-        return {o.metric.partition("/")[2]: o.value for o in win_rate.observe("implicit", "3", pair, verdict, lengths)}
+        return {o.metric.partition("/")[2]: o.value for o in win_rate.observe(IMPLICIT, "3", pair, Compared(verdict), lengths)}
 
     assert values(1.0, (3, 2)) == {
         "implicit": 1.0, "ties": 0.0, "longer": 1.0, "answer_tokens": 3.0, "opponent_tokens": 2.0, "unfinished": 1.0,
-        "empty": 0.0,
+        "empty": 0.0, "repetition": 0.0, "letters": 1.0,
     }  # fmt: skip
     assert [values(0.5, (2, 2))[name] for name in ("ties", "longer")] == [1.0, 0.5]
     assert [values(None, (1, 2))[name] for name in ("implicit", "ties", "longer")] == [None, None, 0.0]
@@ -263,7 +265,7 @@ def test_a_model_wins_by_its_own_implicit_reward(steered: SteeredModel, exported
     result = win_rate.run(steered, config(implicit_source=exported, limit=20, strengths=(1.0, 0.0, 0.5)))
     found = summarise_all(result)
     assert list(found) == [1.0, 0.0, 0.5]
-    names = ["implicit", "ties", "longer", "answer_tokens", "opponent_tokens", "unfinished", "empty"]
+    names = ["implicit", "ties", "longer", "answer_tokens", "opponent_tokens", "unfinished", "empty", "repetition", "letters"]
     assert all(list(metrics) == [f"win_rate/{name}" for name in names] for metrics in found.values())
     strong = found[1.0]["win_rate/implicit"]
     assert strong.n == 20 and strong.low is not None and strong.low > 0.5
@@ -365,7 +367,7 @@ def test_a_reward_model_and_a_language_model_are_told_apart(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "one judge decides: set either implicit_source or judge_source"),
+        ({}, "one judge decides: set one of implicit_source, judge_source and api"),
         ({"implicit_source": "a", "judge_source": "b"}, "one judge decides"),
         ({"judge_source": "a", "implicit_base_source": "b"}, "the base of implicit_source, which is missing"),
         ({"judge_source": "a", "question": "{prompt}: {first}?"}, r"question lacks \{second\}"),
@@ -386,7 +388,7 @@ def test_what_cannot_be_judged_is_refused(fields: dict[str, object], message: st
 def test_wilsons_interval_at_the_ends(steered: SteeredModel, exported: str) -> None:
     """Twelve wins of twelve are no certainty either."""
     pair = (answer("a"), answer("b"))
-    won = [o for i in range(12) for o in win_rate.observe("implicit", str(i), pair, 1.0, (1, 1))]
+    won = [o for i in range(12) for o in win_rate.observe(IMPLICIT, str(i), pair, Compared(1.0), (1, 1))]
     result = win_rate.run(steered, config(implicit_source=exported, limit=1))
     metric = summarise_all(type(result)(won, [], result.measures))[1.0]["win_rate/implicit"]
     assert metric.value == 1.0 and metric.low == pytest.approx(0.757506, abs=1e-6)

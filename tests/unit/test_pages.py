@@ -22,6 +22,8 @@ import steerlab
 from steerlab import cli, evaluation, job, methods, patches, run
 from steerlab.cli import catalogue
 from steerlab.data.worlds import tiny
+from steerlab.evaluation.statistics import generations
+from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import collate
 from steerlab.methods.contract import Inputs, language_modelling_loss
@@ -168,6 +170,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         file.write("sentence,label\n" + "a film,0\nthe film,1\n" * 4)
     prompts = [{"prompt": {"text": "the old man", "toxicity": n / 8}} for n in range(8)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    told = [{"id": "0", "strength": s, "prompt": "a", "continuation": "b"} for s in (0.0, 1.0)]
+    verdicts = [Observation("toxicity/share", "0", 1.0 - s, 1.0, s) for s in (0.0, 1.0)]
+    (tmp_path / "toxicity.parquet").write_bytes(generations.dumped(generations.table(told, verdicts, {})))
+    monkeypatch.setenv("JUDGE_KEY", "a key")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -223,6 +229,7 @@ def test_the_estimate_of_a_page_counts_shared_stages_once(folder: Path) -> None:
     assert not (folder / "root" / "artifacts").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.* asks .* for each strength:UserWarning")  # a job with a judge behind an API says so
 @pytest.mark.parametrize("snippet", snippets("yaml"), ids=str)
 def test_a_job_of_a_page_is_a_whole_job(snippet: Snippet, folder: Path) -> None:
     (folder / "page.yaml").write_text(snippet.text)
@@ -238,7 +245,9 @@ def test_a_search_space_of_a_page_goes_with_a_job(snippet: Snippet, folder: Path
     assert read.entries
 
 
-@pytest.mark.parametrize("snippet", [one for one in snippets("python") if "load(" in one.text], ids=str)
+@pytest.mark.parametrize(
+    "snippet", [one for one in snippets("python") if "load(" in one.text or "read_parquet(" in one.text], ids=str
+)
 def test_python_of_a_page_runs(
     snippet: Snippet, folder: Path, tiny_model: Any, encoder: Encoder, capsys: pytest.CaptureFixture[str]
 ) -> None:

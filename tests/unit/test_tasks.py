@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from steerlab import job, models, patches
 from steerlab.evaluation import TASKS
+from steerlab.evaluation.judging import graders
 from steerlab.evaluation.measured import measure_of, unmeasured
 from steerlab.evaluation.statistics.measures import find
 from steerlab.evaluation.statistics.metrics import Metric, summarise_all
@@ -122,6 +123,15 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
     },
     "tiny_sentences": lambda path, texts: {"prompt": texts, "samples": 1},
     "tiny_answers": lambda path, texts: {"pairs": requests(path, texts)},
+    "mt_bench": lambda path, texts: {
+        "source": write(path, [{"turns": [text, "say more"]} for text in texts]),
+        "judge_source": str(path.parent / "policy"),
+    },
+    "axbench": lambda path, texts: {
+        "prompts": {"source": instructions(path, texts)},
+        "concept": "a",
+        "judge_source": str(path.parent / "policy"),
+    },
     "controllability": lambda path, texts: {
         "of": {"task": "perplexity", "data": plain(path, texts).model_dump()},
         "metric": "perplexity/value",
@@ -135,6 +145,12 @@ SCORED_AS_THEY_ARE = ("perplexity", "preference", "controllability", "attention_
 def test_every_task_over_texts_is_tested() -> None:
     texts = {name for name, task in TASKS.items() if task.kinds == ("causal_lm",)}
     assert set(CASES) == texts - {"efficiency", "lm_eval", "embedding_shift"}
+
+
+@pytest.fixture(autouse=True)
+def judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge of tasks that grade in writing: their own tests ask real ones."""
+    monkeypatch.setattr(graders, "judge_of", lambda config, device: lambda questions: ["[[2]]"] * len(questions))
 
 
 @pytest.fixture
@@ -182,22 +198,22 @@ def test_a_row_that_is_too_long_costs_that_row(name: str, steered: SteeredModel,
 
 
 BETTER: dict[str, dict[str, str | None]] = {
-    "separation": {"sep": "higher", "utility": "higher", "executed_in_data": "lower", "empty": "lower"},
-    "injection": {"naive": "lower", "none": None, "asr": "lower", "empty": "lower"},
+    "separation": {"sep": "higher", "utility": "higher", "executed_in_data": "lower", "LEGIBLE": None},
+    "injection": {"naive": "lower", "none": None, "asr": "lower", "LEGIBLE": None},
     "struq": {
         "naive_id": "lower",
         "asr_id": "lower",
-        "empty_id": "lower",
+        "LEGIBLE_id": None,
         "naive_ood": "lower",
         "asr_ood": "lower",
-        "empty_ood": "lower",
+        "LEGIBLE_ood": None,
     },
-    "bipia": {"email": "lower", "text": "lower", "empty": "lower"},
-    "gandalf": {"asr": "lower", "empty": "lower"},
-    "purple": {"asr": "lower", "empty": "lower"},
-    "tensor_trust": {"asr": "lower", "empty": "lower"},
-    "rules": {"asr": "lower", "Hodor": "lower", "empty": "lower"},
-    "hackaprompt": {"asr": "lower", "level_1": "lower", "empty": "lower"},
+    "bipia": {"email": "lower", "text": "lower", "LEGIBLE": None},
+    "gandalf": {"asr": "lower", "LEGIBLE": None},
+    "purple": {"asr": "lower", "LEGIBLE": None},
+    "tensor_trust": {"asr": "lower", "LEGIBLE": None},
+    "rules": {"asr": "lower", "Hodor": "lower", "LEGIBLE": None},
+    "hackaprompt": {"asr": "lower", "level_1": "lower", "LEGIBLE": None},
     "perplexity": {"value": "lower"},
     "preference": {"accuracy": "higher", "margin": "higher", "likelihood_accuracy": "higher", "kl": "lower", "shorter": None},
     "probing": {
@@ -206,7 +222,7 @@ BETTER: dict[str, dict[str, str | None]] = {
         "probe_as_instruction": "lower",
         "executed_rotated": "lower",
         "executed_unrotated": None,
-        "empty": "lower",
+        "LEGIBLE": None,
         "cosine_layer_*": "lower",
     },
     "attention_by_role": {
@@ -222,32 +238,34 @@ BETTER: dict[str, dict[str, str | None]] = {
         "active_clean": "lower",
         "accuracy": "higher",
     },
-    "alpaca": {"response_tokens": None, "empty": "lower", "unfinished": "lower"},
-    "toxicity": {"share": "lower", "score": "lower", "empty": "lower", "FLUENCY": None},
-    "sentiment": {"score": None, "positive": None, "negative": None, "empty": "lower", "FLUENCY": None},
-    "concept": {"words": "higher", "empty": "lower", "FLUENCY": None},
+    "alpaca": {"response_tokens": None, "LEGIBLE": None},
+    "toxicity": {"share": "lower", "score": "lower", "CUT": None, "FLUENCY": None},
+    "sentiment": {"score": None, "positive": None, "negative": None, "CUT": None, "FLUENCY": None},
+    "concept": {"words": "higher", "CUT": None, "FLUENCY": None},
     "refusal": {
         "attack_success": "lower",
         "refusal_rate": "higher",
-        "empty": "lower",
+        "LEGIBLE": None,
         "over_refusal": "lower",
-        "empty_harmless": "lower",
+        "LEGIBLE_harmless": None,
     },
-    "math": {"accuracy": "higher", "solved": "higher", "empty": "lower"},
+    "math": {"accuracy": "higher", "solved": "higher", "LEGIBLE": None},
     "win_rate": {
         "implicit": "higher",
         "ties": None,
         "longer": None,
         "answer_tokens": None,
         "opponent_tokens": None,
-        "unfinished": "lower",
-        "empty": "lower",
+        "LEGIBLE": None,
     },
-    "tiny_sentences": {"sentence": "higher", "coherent": "higher", "about": "higher", "empty": "lower"},
-    "tiny_answers": {"right": "higher", "win_rate": "higher", "form": "higher", "empty": "lower"},
+    "tiny_sentences": {"sentence": "higher", "coherent": "higher", "about": "higher", "CUT": None},
+    "tiny_answers": {"right": "higher", "win_rate": "higher", "form": "higher", "LEGIBLE": None},
+    "mt_bench": {"score": "higher", "turn_1": "higher", "turn_2": "higher", "LEGIBLE": None},
+    "axbench": {"score": "higher", "concept": "higher", "instruction": "higher", "fluency": "higher", "LEGIBLE": None},
     "controllability": {"value": "lower", "tau": "lower", "slope": "lower"},
 }
 """Which way is better, once more and by hand: the page sets the best in bold by it, and sweeps go that way."""
+LEGIBLE = {"empty": "lower", "unfinished": "lower", "repetition": "lower", "letters": "higher"}
 FLUENCY = {"distinct_1": "higher", "distinct_2": "higher", "distinct_3": "higher", "base_perplexity": "lower"}
 
 
@@ -256,8 +274,14 @@ def test_a_task_says_what_it_measures(name: str, steered: SteeredModel, tmp_path
     """What it says it reports, and nothing else; values and intervals lie in the ranges that it says."""
     config = config_of(name, tmp_path / "rows.jsonl", TEXTS)
     said = TASKS[name].measures(config)
-    expected = {**BETTER[name], **(FLUENCY if "FLUENCY" in BETTER[name] else {})}
-    expected.pop("FLUENCY", None)
+    expected: dict[str, str | None] = {}
+    for metric, better in BETTER[name].items():
+        kind, _, suffix = metric.partition("_")
+        if kind in ("LEGIBLE", "CUT"):
+            expected |= {f"{one}_{suffix}" if suffix else one: way for one, way in LEGIBLE.items()}
+            expected |= {"unfinished": None} if kind == "CUT" else {}
+        else:
+            expected |= FLUENCY if kind == "FLUENCY" else {metric: better}
     assert {measure.name: measure.better for measure in said} == expected
     found = summarise_all(TASKS[name].run(steered, config))
     reported = {metric.partition("/")[2] for metrics in found.values() for metric in metrics}

@@ -15,7 +15,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from steerlab.cli.opening import joined_ray, opened_store, read_job
-from steerlab.cli.terminal import JobArgument, JsonOption, RootOption, SetOption, cell, console, explained, folding_table
+from steerlab.cli.terminal import (
+    JobArgument,
+    JsonOption,
+    RootOption,
+    SetOption,
+    asked_in_words,
+    cell,
+    console,
+    explained,
+    folding_table,
+    say_line,
+)
 from steerlab.guards import texts
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
 
@@ -212,6 +223,8 @@ def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
             console.print(f"{job.name}: strength {reported.strength:g} was {reported.reason}")
             for line in said_of(choice):
                 console.print(f"[yellow]warning[/yellow] {escape(line)}", soft_wrap=True)
+        for label, asked in result.summary["asked"].items():
+            say_line(f"{job.name}: {label}: {asked_in_words(asked)}")
         console.print(f"{job.name}: {root}/{result.folder}", soft_wrap=True, highlight=False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -130,6 +130,15 @@ def cell(metric: MetricNumbers | None) -> str:
     interval = "" if metric["low"] is None else f" \\[{metric['low']:.3f}, {metric['high']:.3f}]"
     # The loss of a training has no items to count.
     return f"{metric['value']:.3f}{interval}" + ("" if metric["n"] is None else f" ({items})")
+
+
+def asked_in_words(asked: Mapping[str, float | str]) -> str:
+    """Describe what a judge behind an API was asked, and what it cost."""
+    price = f", {asked['price']:.4f} {asked['currency']}" if "price" in asked else ""
+    return (
+        f"judge: {asked['calls']:,.0f} calls, {asked['kept']:,.0f} answers kept from before, {asked['retries']:,.0f} tries "
+        f"repeated, {asked['input_tokens']:,.0f} tokens read, {asked['output_tokens']:,.0f} written{price}"
+    )
 
 
 def folding_table(*headers: str, title: str | None = None) -> Table:

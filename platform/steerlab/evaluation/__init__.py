@@ -1,7 +1,7 @@
 """The table of tasks. A new task is one file below `tasks` and one line here; no task depends on a steering method."""
 
 from steerlab.evaluation.statistics.metrics import Task
-from steerlab.evaluation.tasks.ability import alpaca, arithmetic, harness, perplexity
+from steerlab.evaluation.tasks.ability import alpaca, arithmetic, harness, mt_bench, perplexity
 from steerlab.evaluation.tasks.attacks import (
     bipia,
     forbidden_words,
@@ -16,7 +16,7 @@ from steerlab.evaluation.tasks.diffusion import clip_score, diversity, image_con
 from steerlab.evaluation.tasks.harm import refusal, toxicity
 from steerlab.evaluation.tasks.preferences import preference, win_rate
 from steerlab.evaluation.tasks.roles import attention_by_role, embedding_shift, instruction_concept, probing, separation
-from steerlab.evaluation.tasks.style import concept, controllability, sentiment
+from steerlab.evaluation.tasks.style import axbench, concept, controllability, sentiment
 from steerlab.evaluation.tasks.tiny import tiny_answers, tiny_sentences
 from steerlab.job import Table, TaskConfig
 
@@ -43,6 +43,8 @@ _TASKS: dict[str, Task] = {
     "refusal": refusal.TASK,
     "math": arithmetic.TASK,
     "win_rate": win_rate.TASK,
+    "mt_bench": mt_bench.TASK,
+    "axbench": axbench.TASK,
     "efficiency": efficiency.TASK,
     "lm_eval": harness.TASK,
     "image_concept": image_concept.TASK,

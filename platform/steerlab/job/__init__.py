@@ -5,7 +5,7 @@ one closed type, so that a misspelt key anywhere gives one short message before 
 """
 
 from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
-from steerlab.job.file import base_job, dump, inlined, put, read, read_tree, validate
+from steerlab.job.file import base_job, dump, inlined, override, put, read, read_tree, validate
 from steerlab.job.job import Job, job_type, prompt_settings
 from steerlab.job.messages import cut, explain
 from steerlab.job.model_config import JOB_PREFIX, ModelConfig, SamplerConfig
@@ -69,6 +69,7 @@ __all__ = [
     "headline_first",
     "inlined",
     "job_type",
+    "override",
     "prompt_settings",
     "put",
     "read",

@@ -40,8 +40,8 @@ def read(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> Jo
 def read_tree(path: str | Path, kind: type[Job], overrides: Sequence[str] = ()) -> JsonObject:
     """Read a job file as a tree of scalars and apply overrides, without validating it. Raises JobError."""
     tree = _load_yaml(Path(path))
-    for override in overrides:
-        _override(tree, override, kind)
+    for text in overrides:
+        override(tree, text, kind)
     return tree
 
 
@@ -101,7 +101,7 @@ def _load_yaml(path: Path) -> JsonObject:
     return tree
 
 
-def _override(tree: JsonObject, text: str, kind: type[Job]) -> None:
+def override(tree: JsonObject, text: str, kind: type[Job]) -> None:
     """Apply one `--set` argument to a tree, in place. Raises JobError."""
     where = f"--set {cut(text)}"
     if not (match := re.fullmatch(r'((?:"[^"]*"|[^"=])+)=(.*)', text, re.DOTALL)):

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
+from steerlab.evaluation.statistics.generations import PROMPTS, TEXTS
 from steerlab.guards.faults import explained
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
 from steerlab.report.contents import Document, Entry
@@ -21,9 +22,6 @@ _THUMBNAIL = 256
 """Larger images are scaled down to at most this many pixels on their longer side."""
 _SHEET = 2000
 """The same for contact sheets."""
-# Tasks name the parts of their samples differently; the first of these names that a sample has is taken.
-_OUTPUTS = ("continuation", "output", "output_in_data", "answer", "response", "generation")
-_PROMPTS = ("prompt", "instruction", "question")
 _CONTEXTS = ("data", "input", "data_with_probe")
 
 
@@ -55,8 +53,8 @@ def texts(entries: Sequence[Entry]) -> list[Comparison]:
     for entry in entries:
         for task, samples in entry.samples.items():
             for sample in samples:
-                output = next((name for name in _OUTPUTS if name in sample), None)
-                prompt = next((name for name in _PROMPTS if name in sample), None)
+                output = next((name for name in TEXTS if name in sample), None)
+                prompt = next((name for name in PROMPTS if name in sample), None)
                 if output is None or prompt is None:
                     continue
                 context = next((str(sample[name]) for name in _CONTEXTS if sample.get(name)), "")

@@ -12,7 +12,7 @@ from pathlib import Path
 from steerlab.evaluation.statistics import stored
 from steerlab.guards import texts
 from steerlab.job import Job, dump
-from steerlab.run.record import RunSummary, check_numbers, environment, root_cause, samples_of, summarise
+from steerlab.run.record import RunSummary, check_numbers, environment, generations_of, root_cause, samples_of, summarise
 from steerlab.stages import Plan
 from steerlab.stages.spread import staying
 from steerlab.storage import plan
@@ -120,10 +120,12 @@ def _local(store: Store, folder: str) -> Path:
 
 
 def _keep_samples(planned: Plan, store: Store, folder: str, tracker: Tracker) -> None:
-    """Copy the sample texts and images of all tasks into the run folder, and log them to W&B."""
+    """Copy the texts and images of all tasks into the run folder, and log some of them to W&B."""
     for evaluation in planned.evaluations:
         samples = samples_of(store, evaluation)
         store.write_json(f"{folder}/samples/{evaluation.stage.label}.json", samples)
+        # A copy rather than a link: verdicts are written beside it, and an artifact does not change.
+        store.write_bytes(f"{folder}/samples/{evaluation.stage.label}.parquet", generations_of(store, evaluation))
         tracker.table(f"samples/{evaluation.stage.label}", samples)
     _keep_images(planned, store, folder)
     tracker.images_below(_local(store, folder) / "samples" / "images")

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias, TypedDict
 
 import ray
 
-from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics import generations, stored
 from steerlab.guards import saved, texts
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import UNPATCHED
@@ -53,12 +53,14 @@ class RunSummary(TypedDict):
     model: ModelFacts | None
     """The artifact of the trained model or patch; None when the job makes none."""
     evaluations: dict[str, str]
-    """Keys of the evaluations by the label of the task."""
+    """Keys of the evaluations by the label of the task. Such an artifact's `generations.parquet` holds all that was written."""
     unsteered: dict[str, str]
     """Keys of the evaluations of the model without the patch, by label. `strengths[0]` has their metrics. Empty when no
     strength was chosen."""
     measures: dict[str, JsonObject]
     """Description of each metric: which direction is better, unit, range."""
+    asked: dict[str, dict[str, float | str]]
+    """What a task's judge behind an API was asked, and what that cost when the evaluation was computed; by label."""
     schema: int
     """SCHEMA of the version that wrote it."""
 
@@ -83,6 +85,7 @@ def summarise(planned: Plan, store: Store) -> RunSummary:
         "evaluations": {},
         "unsteered": {},
         "measures": {},
+        "asked": {},
         "schema": SCHEMA,
     }
     for evaluation in planned.evaluations:
@@ -98,6 +101,8 @@ def _add_evaluation(summary: RunSummary, evaluation: Evaluation, store: Store, *
     summary["evaluations"][stage.label] = stage.key
     if baseline is not None:
         summary["unsteered"][stage.label] = baseline.key
+    if asked := stored.asked(store.local("evaluate", stage.key)):
+        summary["asked"][stage.label] = asked
     measures = stored.measures(store.local("evaluate", stage.key))
     summary["measures"] |= {labelled(name, stage.label): stored.dumped(measure) for name, measure in measures.items()}
     for number, (strength, metrics) in enumerate(_measured_strengths(store, evaluation).items()):
@@ -155,6 +160,15 @@ def samples_of(store: Store, evaluation: Evaluation) -> list[JsonObject]:
         return samples
     plain = stored.samples(store.local("evaluate", evaluation.baseline.key))
     return [*samples, *({**sample, "strength": UNPATCHED} for sample in plain)]
+
+
+def generations_of(store: Store, evaluation: Evaluation) -> bytes:
+    """Return the Parquet file of all that a task's model wrote; that of the model without the patch has strength 0."""
+    written = stored.written(store.local("evaluate", evaluation.stage.key))
+    if evaluation.baseline is not None:
+        plain = stored.written(store.local("evaluate", evaluation.baseline.key))
+        written = generations.joined(written, plain, UNPATCHED)
+    return generations.dumped(written)
 
 
 def labelled(metric: str, label: str) -> str:

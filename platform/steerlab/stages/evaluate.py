@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from steerlab.data import sources
@@ -17,7 +18,10 @@ from steerlab.stages import choose
 from steerlab.stages.spread import reserved, staying, subject
 from steerlab.stages.spread.subject import Loading, Subject
 from steerlab.storage.plan import Stage, Work
+from steerlab.storage.store import Store
 
+_VERSION = 4
+"""4: all generations are kept, and every task that generates reports whether its answers are still language."""
 _TELL_S = 0.5
 """Least seconds between two reports of progress."""
 _SOURCE = "a source"
@@ -46,7 +50,7 @@ def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = Non
     )
     # The label is no parameter: two tasks that differ by it alone share an artifact.
     inputs = {**model.inputs, **({} if choice is None else {CHOICE: choice})}
-    return Stage("evaluate", 3, subject.dumped(params), run, inputs, task.label or task.task, model.paths)
+    return Stage("evaluate", _VERSION, subject.dumped(params), run, inputs, task.label or task.task, model.paths)
 
 
 def fingerprints(task: TaskConfig) -> dict[str, str | list[str]]:
@@ -89,11 +93,23 @@ def run(work: Work) -> None:
     def report(rows: tuple[int, int]) -> None:
         work.report({"done": rows[0], "total": rows[1]})
 
-    arguments = (owner, loading, config, own_code.codes_in(config))
+    arguments = (owner, loading, config, own_code.codes_in(config), work.store.root)
     outcome = staying.call(_evaluate, arguments, work.scale, reserved.of_actors(work.scale), report, owner)
     _warn_of_long_rows(work.stage.label, outcome.observations)
     _warn_of_equal_seeds(work.stage.label, outcome)
-    stored.write(work.directory, outcome)
+    stored.write(work.directory, outcome, _about(work, config))
+
+
+def _about(work: Work, config: JsonObject) -> JsonObject:
+    """Return what made the texts of an evaluation: its key, the task, and the model with the artifacts that it is made of."""
+    return {
+        "evaluation": work.stage.key,
+        "task": config,
+        "task_version": work.params["task_version"],
+        "model": work.params["model"],
+        "artifacts": {purpose: f"{needed.name}/{needed.key}" for purpose, needed in work.stage.inputs.items()},
+        "snapshot": work.params.get("snapshot"),
+    }
 
 
 def _warn_of_long_rows(label: str, observations: Sequence[Observation]) -> None:
@@ -133,15 +149,24 @@ def _strengths(work: Work, task: JsonObject) -> list[float]:
 
 
 def _evaluate(
-    tell: staying.Tell[tuple[int, int]], owner: str, loading: Loading, config: JsonObject, codes: tuple[Code, ...]
+    tell: staying.Tell[tuple[int, int]],
+    owner: str,
+    loading: Loading,
+    config: JsonObject,
+    codes: tuple[Code, ...],
+    root: str,
 ) -> stored.Outcome:
     """Run one task in the process that holds the model, and report how many of its rows are done."""
     # Before the config is read: its task may be one of the files that were sent along.
     own_code.receive(codes)
+    # Imported here, in the process that evaluates: it imports torch, which a driver that makes the plan does not need.
+    from steerlab.evaluation.judging import asking
+
     model = subject.loaded_once(owner, loading)
     model.progress = staying.every(_TELL_S, tell)
     try:
-        return _outcome(model, config)
+        with asking.session(Store(root)) as session:
+            return replace(_outcome(model, config), asked=session.numbers())
     finally:
         # The model outlives this call, and `tell` must not: its reader in the driver is gone.
         model.progress = lambda done, total: None
@@ -163,4 +188,5 @@ def _outcome(model: Any, config: JsonObject) -> stored.Outcome:
         result.files,
         {s: {name: metric._asdict() for name, metric in of_strength.items()} for s, of_strength in metrics.items()},
         {name: result.measure(name) for name in names},
+        result.num_shown,
     )

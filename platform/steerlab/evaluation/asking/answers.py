@@ -1,9 +1,8 @@
-"""Generate a model's answers to the prompts of a task, and mark items whose prompts do not fit or whose answers are empty.
+"""Generate a model's answers to the prompts of a task, and mark items whose prompts do not fit.
 
 Two rules hold for every task that judges answers. An item is not judged, and is counted as too long, if one of its prompts does
-not fit into the model's context. And every task reports, in addition to its own metrics,
-
-    <task>/empty      share of answers that are empty or blank, about which a judge can say nothing
+not fit into the model's context. And every task reports, in addition to its own metrics, whether its answers are still language
+(`legibility`).
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.statistics.metrics import Observation, too_long
 from steerlab.inputs.tokens import Conversation
 from steerlab.job import TaskConfig
@@ -41,10 +41,13 @@ def judged(outputs: Sequence[Generation], observations: Sequence[Observation]) -
     return [too_long(o) for o in observations] if any(output.too_long for output in outputs) else list(observations)
 
 
-def with_empty(
-    metric: str, item_id: str, outputs: Sequence[Generation], observations: Sequence[Observation], strength: float
+def with_legibility(
+    task: str,
+    item_id: str,
+    outputs: Sequence[Generation],
+    observations: Sequence[Observation],
+    strength: float,
+    suffix: str = "",
 ) -> list[Observation]:
-    """Return `judged` of an item's observations and of one more, `metric`: the share of its answers that are empty."""
-    # Blank counts as empty: a model that falls apart often writes line breaks only.
-    share = sum(not output.text.strip() for output in outputs) / len(outputs)
-    return judged(outputs, [*observations, Observation(metric, item_id, share, 1.0, strength)])
+    """Return `judged` of an item's observations and of those that say whether its answers are still language."""
+    return judged(outputs, [*observations, *legibility.observe(task, item_id, outputs, strength, suffix)])

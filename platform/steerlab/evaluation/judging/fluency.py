@@ -15,19 +15,18 @@ the tokens that were generated. A continuation without an n-gram, or without a t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from steerlab.evaluation.asking.answers import judged
 from steerlab.evaluation.asking.continuation import conversation
+from steerlab.evaluation.asking.legibility import distinct_share
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Score, observed
 from steerlab.steered.language import Generation, SteeredModel
 
 ORDERS = (1, 2, 3)
 """Lengths n of the n-grams."""
-_WORD_OR_MARK = re.compile(r"[\w'\u2019]+|[^\w\s]")
 _CONTINUATION = 1
 """Index of the continuation among the parts of a conversation; the prompt is part 0."""
 
@@ -61,7 +60,7 @@ def observe(
     for strength, outputs in zip(strengths, continuations, strict=True):
         for item_id, output in zip(ids, outputs, strict=True):
             nll, num_tokens = next(likelihoods)
-            own = [Observation(f"{task}/distinct_{n}", item_id, distinct(output.text, n), 1.0, strength) for n in ORDERS]
+            own = [Observation(f"{task}/distinct_{n}", item_id, distinct_share(output.text, n), 1.0, strength) for n in ORDERS]
             own.append(observed(f"{task}/base_perplexity", item_id, nll, strength, float(num_tokens)))
             observations += judged([output], own)
     return observations
@@ -71,13 +70,6 @@ def measures() -> tuple[Measure, ...]:
     """Return the measures of the numbers that `observe` reports."""
     perplexity = Measure("base_perplexity", "lower", low=1.0, transform="exp")
     return (*(share(f"distinct_{n}", "higher") for n in ORDERS), perplexity)
-
-
-def distinct(text: str, n: int) -> float | None:
-    """Return the number of distinct n-grams of a text over the number of its n-grams; None if it has no n-gram."""
-    words = _WORD_OR_MARK.findall(text.lower())
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
 
 
 def base_likelihoods(model: SteeredModel, prompts: Sequence[str], continuations: Sequence[str]) -> list[Likelihood]:

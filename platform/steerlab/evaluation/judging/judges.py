@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,6 +31,16 @@ QUESTION = (
     "Here are a prompt and two responses to it.\n\nPrompt: {prompt}\n\nResponse 1: {first}\n\nResponse 2: {second}\n\n"
     "Which response is better? Answer with 1 or 2."
 )
+REASONED = (
+    "You compare two answers, A and B, to the same prompt. Judge them by the prompt alone, whatever their order, length "
+    "and style.\n\nFirst work out briefly what a good answer has to do. Then name the mistakes and the omissions of each "
+    "answer, and say which of them matter. End with one line that holds one of these labels and nothing else:\n\n"
+    "[[A>>B]] A is much better\n[[A>B]] A is a little better\n[[A=B]] they are about equal\n"
+    "[[B>A]] B is a little better\n[[B>>A]] B is much better\n\n"
+    "Prompt:\n{prompt}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}"
+)
+"""A question in the manner of Arena-Hard (Li et al., arXiv 2406.11939): the judge reasons first and has five labels. The
+wording is this repository's; set `question` to the published one for numbers that are compared with published ones."""
 PLACES: tuple[str, ...] = ("prompt", "first", "second")
 """Placeholders that a question must contain."""
 
@@ -74,6 +84,18 @@ Pair = tuple[Answer, Answer]
 Verdict = Score
 """1 first answer, 0 second, 0.5 tie, None undecided, `TOO_LONG`."""
 Judge = Callable[[Sequence[Pair]], list[Verdict]]
+
+
+class Compared(NamedTuple):
+    """A verdict, and what it was made of if the judge was asked in both orders."""
+
+    verdict: Verdict
+    orders: tuple[Verdict, Verdict] | None = None
+    """Verdicts with the first answer shown first, and with it shown second; in either, 1 means that the answer shown first
+    wins. None if the judge was not asked in both orders."""
+
+
+Compare = Callable[[Sequence[Pair]], list[Compared]]
 Reward = Callable[[Sequence[Answer]], list[Score]]
 
 
@@ -83,6 +105,60 @@ def decide(judge: Judge, pairs: Sequence[Pair]) -> list[Verdict]:
     # A judge would have to invent a difference between equal texts, which are frequent at small strengths.
     verdicts = iter(judge(different) if different else [])
     return [0.5 if first.text == second.text else next(verdicts) for first, second in pairs]
+
+
+def once(judge: Judge) -> Compare:
+    """Return the comparison by a judge that gives one verdict for each pair."""
+    return lambda pairs: [Compared(verdict) for verdict in decide(judge, pairs)]
+
+
+def in_both_orders(ask: Callable[[Sequence[str]], list[Verdict]], question: str = QUESTION) -> Compare:
+    """Return the comparison by a judge that is asked twice, with the answers exchanged the second time.
+
+    This removes the preference of language models for a position from the verdict, and measures it: see `first_shown` and
+    `agreement`.
+
+    Args:
+        ask: questions -> 1 if the answer that is shown first wins, 0 for the second, 0.5 for a tie.
+        question: the question, with the placeholders {prompt}, {first} and {second}.
+    """
+
+    def compare(pairs: Sequence[Pair]) -> list[Compared]:
+        different = [pair for pair in pairs if pair[0].text != pair[1].text]
+        # Both orders in one call, so that a judge which is asked several questions at a time is never idle between them.
+        questions = [filled(question, first, second) for first, second in different]
+        questions += [filled(question, second, first) for first, second in different]
+        said = ask(questions) if questions else []
+        orders = iter(zip(said[: len(different)], said[len(different) :], strict=True))
+        return [_compared(pair, orders) for pair in pairs]
+
+    return compare
+
+
+def _compared(pair: Pair, orders: Iterator[tuple[Verdict, Verdict]]) -> Compared:
+    # A judge would have to invent a difference between equal texts.
+    if pair[0].text == pair[1].text:
+        return Compared(0.5)
+    forward, backward = next(orders)
+    return Compared(combined(forward, backward), (forward, backward))
+
+
+def first_shown(compared: Compared) -> Score:
+    """Return how often the answer that was shown first won, 0 to 1; 0.5 over many pairs is no bias for a position."""
+    if compared.orders is None:
+        return None
+    forward, backward = compared.orders
+    both = isinstance(forward, float) and isinstance(backward, float)
+    return (forward + backward) / 2 if both else worse(forward, backward)  # type: ignore[operator]
+
+
+def agreement(compared: Compared) -> Score:
+    """Return 1 if both orders have the same verdict on the two answers, else 0."""
+    if compared.orders is None:
+        return None
+    forward, backward = compared.orders
+    both = isinstance(forward, float) and isinstance(backward, float)
+    return float(forward == 1 - backward) if both else worse(forward, backward)  # type: ignore[operator]
 
 
 def by_reward(reward: Reward) -> Judge:
@@ -200,12 +276,11 @@ def language_model(
         device: where the model runs.
     """
     ask = scorers.first_or_second(source, ("1", "2"), device)
+    compare = in_both_orders(ask, question)
 
     def judge(pairs: Sequence[Pair]) -> list[Verdict]:
         if both_orders:
-            forward = ask([filled(question, first, second) for first, second in pairs])
-            backward = ask([filled(question, second, first) for first, second in pairs])
-            return [combined(a, b) for a, b in zip(forward, backward, strict=True)]
+            return [compared.verdict for compared in compare(pairs)]
         # Asked once, the order is random for each pair, so that the preference for a position averages out over the pairs.
         generator = random.Random(seed)
         swapped = [generator.random() < 0.5 for _ in pairs]
@@ -227,5 +302,5 @@ def combined(forward: Verdict, backward: Verdict) -> Verdict:
     """Combine the verdicts of both orders; in either one, 1 means that the answer shown first wins."""
     if not isinstance(forward, float) or not isinstance(backward, float):
         return worse(forward, backward)
-    # Equal verdicts name the same position, hence different answers: the orders disagree.
-    return 0.5 if forward == backward else forward
+    # The mean of two games. Equal verdicts name the same position, hence different answers: the orders disagree, and tie.
+    return (forward + 1 - backward) / 2

@@ -160,9 +160,7 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
         ValueError: the model's vocabulary has no single token for one of the words.
     """
     directory, encoder, (first, second) = check_judge(source, words)
-    # transformers 4.56 renamed `torch_dtype` in config.json to `dtype`; published models have either.
-    dtypes = saved.read(directory / "config.json", _Dtypes)
-    model = models.load_model(directory, dtype=dtypes.dtype or dtypes.torch_dtype or "float32").to(device)
+    model = models.load_model(directory, dtype=dtype_of(directory)).to(device)
     longest = models.max_positions(model)
 
     @torch.inference_mode()
@@ -183,6 +181,13 @@ def first_or_second(source: str, words: tuple[str, str], device: torch.device | 
 class _Dtypes(saved.Shape):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+def dtype_of(directory: Path) -> Literal["float32", "bfloat16", "float16"]:
+    """Return the type in which a model was saved."""
+    # transformers 4.56 renamed `torch_dtype` in config.json to `dtype`; published models have either.
+    dtypes = saved.read(directory / "config.json", _Dtypes)
+    return dtypes.dtype or dtypes.torch_dtype or "float32"
 
 
 class LanguageJudge(NamedTuple):

@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from pydantic import JsonValue
 
 from steerlab.evaluation.statistics import intervals
 from steerlab.evaluation.statistics.measures import Measure, Transform, find
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import Phase, Role, TaskConfig
 from steerlab.models import ModelFacts
 
@@ -34,7 +35,7 @@ Reason = Literal["too_long", "cut"]
 """too_long: the item did not fit and has no value; cut: it has a value, from a prompt whose beginning was cut off."""
 
 MAX_SAMPLES = 20
-"""Number of readable samples that a task keeps."""
+"""Number of a task's samples that pages show; all of them are kept in a file (`generations`)."""
 
 
 TokenKinds = frozenset[tuple[Phase, Role]]
@@ -80,9 +81,19 @@ def observed(metric: str, item_id: str, score: Score, strength: float = 1.0, wei
     return Observation(metric, item_id, score, weight, strength)
 
 
+def score_of(observations: Sequence[Observation], metric: str) -> Score:
+    """Return what an item's observations say of a metric; None if it could not be judged or is not among them."""
+    found = next((o for o in observations if o.metric == metric), None)
+    return None if found is None else TOO_LONG if found.reason == TOO_LONG else found.value
+
+
 def too_long(observation: Observation) -> Observation:
     """Return the observation without its value, marked as not fitting into the context."""
     return observation._replace(value=None, weight=1.0, reason=TOO_LONG)
+
+
+Scorer = Callable[[Sequence[Written]], list[list[Observation]]]
+"""Judges texts without the model that wrote them: the observations of each text, in the order of the texts."""
 
 
 class Metric(NamedTuple):
@@ -113,15 +124,17 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """Output of a task: observations, a few readable samples, and the measures that say how each metric is summarised."""
+    """Output of a task: observations, samples, and the measures that say how each metric is summarised."""
 
     observations: list[Observation]
     samples: Sequence[Mapping[str, object]]
-    """Inputs with the model's outputs as JSON objects, for people to read."""
+    """Inputs with the model's outputs as JSON objects: one for each item and strength, with its `id` and `strength`."""
     measures: Sequence[Measure] = ()
     """The measures that the task declares for its config."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Images to be stored with the metrics: path below the task's folder -> content."""
+    num_shown: int | None = MAX_SAMPLES
+    """Number of samples that pages show, evenly spaced; None shows all. All samples are kept in any case."""
 
     def measure(self, metric: str) -> Measure:
         """Return the measure of a metric (`task/name`); if the task declares none, a mean without direction, unit or range."""
@@ -149,6 +162,9 @@ class Task(NamedTuple, Generic[_M, _C]):
     runs_over: Callable[[_C, str | None], TokenKinds] = lambda config, metric: EVERY_TOKEN
     """(config, metric) -> the kinds of tokens that the patched model processes for that metric, or for any metric if it is
     None. A patch that acts on none of these tokens cannot change the metric."""
+    scorer: Callable[[_C, Any], Scorer] | None = None
+    """(config, device) -> the scorer of the task's texts, with its models loaded; `run` judges by the same one. None if the
+    task does not judge texts, or judges them by more than the columns of a file."""
     example: Mapping[str, JsonValue] = {}
     """Values of the config's fields without a default, for the catalogue."""
 
@@ -240,12 +256,12 @@ def contains(text: str, witness: str) -> bool:
     return witness.lower() in text.lower()
 
 
-def spread(samples: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
-    """Return at most `MAX_SAMPLES` samples, evenly spaced."""
-    if len(samples) <= MAX_SAMPLES:
+def spread(samples: Sequence[Mapping[str, object]], most: int | None = MAX_SAMPLES) -> list[Mapping[str, object]]:
+    """Return at most `most` samples, evenly spaced; None returns all."""
+    if most is None or len(samples) <= most:
         return list(samples)
     # Evenly spaced rather than the first ones, so that every strength, attack and category of a task is among them.
-    return [samples[i * len(samples) // MAX_SAMPLES] for i in range(MAX_SAMPLES)]
+    return [samples[i * len(samples) // most] for i in range(most)]
 
 
 def _scored(observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,6 @@ from steerlab.evaluation.statistics.metrics import (
     Observation,
     Result,
     Task,
-    spread,
     summarise_all,
 )
 from steerlab.job import TaskConfig
@@ -30,13 +29,18 @@ def run(task: Task[Any, Any], model: object, config: TaskConfig) -> list[Result]
     """Run a task with each of its seeds; with its only seed if the config names no others."""
     if not config.seeds:
         return [task.run(model, config)]
-    return [task.run(model, config.model_copy(update={"seed": seed})) for seed in config.seeds]
+    results = []
+    for seed in config.seeds:
+        result = task.run(model, config.model_copy(update={"seed": seed}))
+        # The texts of an item differ by seed, and in the file of all texts the rows of an item have to be told apart.
+        results.append(result._replace(samples=[{**sample, "task_seed": seed} for sample in result.samples]))
+    return results
 
 
 def pooled(results: Sequence[Result]) -> Result:
     """Return the result of all seeds, with one observation for each item, metric and strength.
 
-    The samples are those of the seeds in turn; files are those of the first seed that wrote them.
+    The samples are those of the seeds in turn, each with its `task_seed`; files are those of the first seed that wrote them.
     """
     first = results[0]
     if len(results) == 1:
@@ -46,7 +50,7 @@ def pooled(results: Sequence[Result]) -> Result:
         for observation in result.observations:
             groups[observation.strength, observation.metric, observation.id].append(observation)
     files = {path: content for result in reversed(results) for path, content in result.files.items()}
-    samples = spread([sample for result in results for sample in result.samples])
+    samples = [sample for result in results for sample in result.samples]
     return Result([_mean(group) for group in groups.values()], samples, first.measures, files)
 
 

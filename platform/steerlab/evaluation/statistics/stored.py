@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator
 
+from steerlab.evaluation.statistics import generations
 from steerlab.evaluation.statistics.measures import Better, Measure, Transform
-from steerlab.evaluation.statistics.metrics import Observation
+from steerlab.evaluation.statistics.metrics import MAX_SAMPLES, Observation, spread
 from steerlab.guards import saved
 from steerlab.guards.faults import explained
 from steerlab.guards.json_values import JsonObject
@@ -81,6 +82,7 @@ class _Metrics(saved.Shape):
     measures: dict[str, StoredMeasure] = {}
     transforms: dict[str, Transform] = {}
     """What earlier versions wrote instead of `measures`."""
+    asked: dict[str, float | str] = {}
 
 
 class Sample(saved.Shape):
@@ -96,26 +98,34 @@ class Outcome:
 
     observations: Sequence[Observation]
     samples: Sequence[Mapping[str, object]] = ()
-    """Inputs with the model's outputs, for people to read."""
+    """Inputs with the model's outputs: all of them go into `generations.parquet`, `num_shown` into `samples.json`."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Images: path -> content."""
     metrics: Mapping[float, Mapping[str, Mapping[str, object]]] = field(default_factory=dict)
     """strength -> metric -> numbers; the first strength is the one that tables report."""
     measures: Mapping[str, Measure] = field(default_factory=dict)
     """metric -> its measure."""
+    num_shown: int | None = MAX_SAMPLES
+    """Number of samples for people to read; None for all."""
+    asked: Mapping[str, object] = field(default_factory=dict)
+    """What a judge behind an API was asked and what it cost; empty without one."""
 
 
-def write(directory: Path, outcome: Outcome) -> None:
-    """Write metrics, observations, samples and images of a task."""
+def write(directory: Path, outcome: Outcome, about: Mapping[str, object] | None = None) -> None:
+    """Write metrics, observations, samples and images of a task; `about` goes into the metadata of the file of samples."""
     rows = [observation._asdict() for observation in outcome.observations]
     pq.write_table(pa.Table.from_pylist(rows, schema=_COLUMNS), directory / _OBSERVATIONS)
-    (directory / _SAMPLES).write_text(json.dumps(outcome.samples, indent=1, ensure_ascii=False))
+    shown = spread(outcome.samples, outcome.num_shown)
+    (directory / _SAMPLES).write_text(json.dumps(shown, indent=1, ensure_ascii=False))
+    table = generations.table(outcome.samples, outcome.observations, about or {})
+    pq.write_table(table, directory / generations.NAME)
     for path, content in outcome.files.items():
         (directory / FILES / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / FILES / path).write_bytes(content)
     # Measures are stored with the numbers, so that a report needs neither the task's code nor the package that it came from.
     measures = {name: dumped(measure) for name, measure in outcome.measures.items()}
-    (directory / _METRICS).write_text(json.dumps({"strengths": outcome.metrics, "measures": measures}, indent=1))
+    asked = {"asked": outcome.asked} if outcome.asked else {}
+    (directory / _METRICS).write_text(json.dumps({"strengths": outcome.metrics, "measures": measures, **asked}, indent=1))
 
 
 # JSON writes the shortest text that gives the same double again, so a strength survives as a key.
@@ -141,6 +151,11 @@ def measures(directory: Path) -> dict[str, Measure]:
     return {name: Measure(name, None, transform=transform) for name, transform in content.transforms.items()} | {
         name: measured(name, measure) for name, measure in content.measures.items()
     }
+
+
+def asked(directory: Path) -> dict[str, float | str]:
+    """Read what a judge behind an API was asked and what it cost; empty without one. Raises ValueError if damaged."""
+    return dict(saved.read(directory / _METRICS, _Metrics).asked)
 
 
 def measured(name: str, stored: StoredMeasure) -> Measure:
@@ -169,3 +184,9 @@ def observations(directory: Path, strength: float) -> list[Observation]:
 def samples(directory: Path) -> list[JsonObject]:
     """Read the readable samples. Raises ValueError if the file is damaged."""
     return saved.read_like(directory / _SAMPLES, list[Sample])
+
+
+def written(directory: Path) -> pa.Table:
+    """Read all that the model wrote. Raises ValueError if the file is damaged."""
+    with explained(str(directory / generations.NAME)):
+        return pq.read_table(directory / generations.NAME)

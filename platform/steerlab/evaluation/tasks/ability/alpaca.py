@@ -2,8 +2,8 @@
 
 AlpacaEval 1.0 compares a model's answers to 805 prompts with those of text-davinci-003. Its judge is a language model that is
 called over an API, so this task only generates the answers. All of them are stored as the task's samples, a JSON list of
-{instruction, output, generator, dataset} that AlpacaEval reads. To judge them as ASIDE (arXiv 2503.10566) does, save the list
-as `outputs.json` and run
+{id, strength, instruction, output, generator, dataset} that AlpacaEval reads. To judge them as ASIDE (arXiv 2503.10566) does,
+save the list as `outputs.json` and run
 
     pip install alpaca-eval
     IS_ALPACA_EVAL_2=False alpaca_eval --model_outputs outputs.json
@@ -13,8 +13,7 @@ includes the strength; split the list by it. If a row has an input, the model ge
 to `instruction`.
 
     alpaca/response_tokens   mean length of an answer in tokens
-    alpaca/empty             share of answers without a word      lower is better
-    alpaca/unfinished        share cut at `max_new_tokens`        lower is better
+    alpaca/empty, alpaca/unfinished, alpaca/repetition, alpaca/letters        see `legibility`
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from steerlab.evaluation.asking.answers import answers, judged
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, has_input, instruction_rows, not_empty
-from steerlab.evaluation.statistics.measures import Measure, empty, share
+from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task
 from steerlab.job import Source, TaskConfig
 from steerlab.models import ModelFacts
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.language import SteeredModel
 
 
 class Config(TaskConfig):
@@ -51,7 +51,7 @@ class Config(TaskConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return the measures of the numbers that the task reports."""
-    return (Measure("response_tokens", None, "tokens", low=0.0), empty(), share("unfinished", "lower"))
+    return (Measure("response_tokens", None, "tokens", low=0.0), *legibility.measures())
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -60,7 +60,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 
 def run(model: SteeredModel, config: Config) -> Result:
-    """Answer every prompt at every strength; the samples hold all answers, not a selection."""
+    """Answer every prompt at every strength; the run folder holds all answers, not a selection."""
     rows = instruction_rows(
         config.source,
         needs_input=config.needs_input,
@@ -75,19 +75,11 @@ def run(model: SteeredModel, config: Config) -> Result:
         # AlpacaEval takes one generator for one list, so strengths have to differ in its name.
         name = config.generator if len(config.strengths) == 1 else f"{config.generator}_strength_{strength:g}"
         for item, output in zip(rows, outputs, strict=True):
-            observations += judged([output], observe(item.id, output, strength))
-            samples.append(entry(item, output.text, name))
-    return Result(observations, samples, measures(config))
-
-
-def observe(row_id: str, output: Generation, strength: float = 1.0) -> list[Observation]:
-    """Measure one answer."""
-    values = {
-        "response_tokens": float(output.num_tokens),
-        "empty": float(not output.text.strip()),
-        "unfinished": float(not output.finished),
-    }
-    return [Observation(f"alpaca/{name}", row_id, value, 1.0, strength) for name, value in values.items()]
+            length = Observation("alpaca/response_tokens", item.id, float(output.num_tokens), 1.0, strength)
+            observations += with_legibility("alpaca", item.id, [output], [length], strength)
+            samples.append({"id": item.id, "strength": strength} | entry(item, output.text, name))
+    # AlpacaEval reads the samples, so the run folder gets all of them.
+    return Result(observations, samples, measures(config), num_shown=None)
 
 
 def entry(item: Numbered, output: str, generator: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ compared as exact decimals (18.0 equals 18).
 
     math/accuracy   right answers among those with a number                    higher is better
     math/solved     right answers among all, the published accuracy of GSM8K    higher is better
-    math/empty      empty answers
+    math/empty, math/unfinished, math/repetition, math/letters        see `legibility`
 
 An answer without a number cannot be judged: it does not count for `accuracy`, and it is not solved. If the two metrics differ,
 the model gives answers without numbers: a model that refuses every problem has no accuracy and a `solved` of 0.
@@ -32,15 +32,18 @@ Both parts use the same templates; only the numbers and names are new to the mod
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from steerlab.evaluation.asking.answers import answers, with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import Numbered, data_rows
-from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, score_of
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import DataSet, TaskConfig
 from steerlab.steered.language import SteeredModel
 
@@ -106,21 +109,39 @@ class Config(TaskConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return the measures of the numbers that the task reports."""
-    return (share("accuracy", "higher"), share("solved", "higher"), empty())
+    return (share("accuracy", "higher"), share("solved", "higher"), *legibility.measures())
 
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every problem at every strength."""
     items = data_rows(config.prompts, config.limit, config.rows_seed)
-    solutions = [_solution(item, config) for item in items]
+    where = ", ".join(config.prompts.sources)
+    solutions = [_solution(f"{item.id} of {where}", str(item.row["output"]), config.answer) for item in items]
     prompts = [model.encoder.conversation(str(item.row["instruction"]), str(item.row.get("input") or "")) for item in items]
+    judge_texts = scorer(config)
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):
-        for item, solution, output in zip(items, solutions, outputs, strict=True):
-            number = extract(output.text, config.answer)
-            observations += with_empty("math/empty", item.id, [output], judge(item.id, solution, number, strength), strength)
-            samples.append(_sample(item, solution, output.text, number, strength))
-    return Result(observations, spread(samples), measures(config))
+        written = [
+            Written(item.id, strength, str(item.row["instruction"]), output.text, {"solution": str(item.row["output"])})
+            for item, output in zip(items, outputs, strict=True)
+        ]
+        judged = zip(items, solutions, written, outputs, judge_texts(written), strict=True)
+        for item, solution, text, output, own in judged:
+            observations += with_legibility("math", item.id, [output], own, strength)
+            samples.append(_sample(item, solution, text, extract(output.text, config.answer), own))
+    return Result(observations, samples, measures(config))
+
+
+def scorer(config: Config, device: object = None) -> Scorer:
+    """Return the scorer of answers, by the answer that their item's column `solution` ends in."""
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        return [
+            judge(w.id, _solution(w.id, w.field("solution"), config.answer), extract(w.text, config.answer), w.strength)
+            for w in written
+        ]
+
+    return judge_texts
 
 
 def judge(item_id: str, solution: Answer, number: Answer | None, strength: float = 1.0) -> list[Observation]:
@@ -174,26 +195,27 @@ def final_number(text: str, only_marked: bool = False) -> Decimal | None:
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
-def _solution(item: Numbered, config: Config) -> Answer:
-    answer = extract(str(item.row["output"]), config.answer)
+def _solution(row: str, solution: str, form: Form) -> Answer:
+    answer = extract(solution, form)
     if answer is None:
-        what = {"number": "number", "marked": "number after ####", "boxed": "\\boxed{} answer"}[config.answer]
-        where = f"row {item.id} of {', '.join(config.prompts.sources)}"
-        raise ValueError(f"{where} has no {what} in its solution: {item.row['output']!r}")
+        what = {"number": "number", "marked": "number after ####", "boxed": "\\boxed{} answer"}[form]
+        raise ValueError(f"row {row} has no {what} in its solution: {solution!r}")
     return answer
 
 
-def _sample(item: Numbered, solution: Answer, text: str, number: Answer | None, strength: float) -> dict[str, object]:
+def _sample(
+    item: Numbered, solution: Answer, written: Written, number: Answer | None, judged: Sequence[Observation]
+) -> dict[str, object]:
     return {
         "id": item.id,
-        "strength": strength,
+        "strength": written.strength,
         "instruction": item.row["instruction"],
         "data": item.row.get("input") or "",
         "solution": str(solution),
-        "output": text,
+        "output": written.text,
         "final_number": None if number is None else str(number),
-        "solved": number == solution,
+        "solved": score_of(judged, "math/solved") == 1,
     }
 
 
-TASK = Task(Config, run, measures)
+TASK = Task(Config, run, measures, scorer=scorer)

@@ -6,7 +6,11 @@ its cache (HF_HOME). To run your own tasks, put their YAML files into a folder a
 
     lm_eval/<metric>            `acc`, `acc_norm`, `exact_match`, ...; of a group such as mmlu over all its questions
     lm_eval/<metric>_<filter>   if the task parses answers in several ways (gsm8k: strict_match, flexible_extract)
-    lm_eval/empty               empty answers, for tasks that generate text
+    lm_eval/empty, lm_eval/repetition, lm_eval/letters        see `legibility`, for tasks that generate text
+
+With several names each task's metrics begin with its own: `lm_eval/arc_easy.acc`. `chat_template` asks through the model's chat
+template, with the worked examples as turns of the chat and the roles of its tokens; published numbers of instruction-tuned
+models are usually of this kind, those of base models are not.
 
 A metric is reported if the harness's number is a mean over documents, or the exponential of one (perplexity); the mean is
 compared with that number. Other metrics (F1 over a corpus, BLEU) are left out with a warning.
@@ -15,17 +19,19 @@ compared with that number. Other metrics (F1 over a corpus, BLEU) are left out w
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from steerlab.data import sources
+from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.statistics.measures import Better, Measure, Transform, empty
-from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, about, plain_texts, spread, too_long
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, about, too_long
 from steerlab.evaluation.tasks.ability.harness_model import Fates, adapter
 from steerlab.job import Seed, Source, TaskConfig
 from steerlab.models import ModelFacts
@@ -35,13 +41,22 @@ Logged: TypeAlias = Mapping[str, Any]
 """The harness's log of one document: its prompt, answers and metrics, whose types depend on the harness's task."""
 
 
+Name = Annotated[str, Field(min_length=1)]
+
+
 class Config(TaskConfig):
     """A task of lm-evaluation-harness; `limit` takes the first documents of each of its tasks, as the harness does."""
 
     task: Literal["lm_eval"] = "lm_eval"
     """This task."""
-    name: str = Field(min_length=1)
-    """Name of a task or a group in the harness: `mmlu`, `truthfulqa_mc2`."""
+    name: Name | Annotated[tuple[Name, ...], Field(min_length=1)]
+    """Name of a task or a group in the harness, or several: `mmlu`, [arc_easy, truthfulqa_mc2]."""
+    chat_template: bool = Field(False, exclude_if=lambda chats: not chats)
+    """Ask through the model's chat template, with the question as the user's turn."""
+    system_instruction: str | None = Field(None, exclude_if=lambda text: text is None)
+    """System text before the question and its examples; null sends none but the task's own description."""
+    fewshot_as_turns: bool = Field(True, exclude_if=lambda turns: turns)
+    """With a chat template: worked examples as turns of the chat; false writes them into the user's turn."""
     num_fewshot: int | None = Field(None, ge=0)
     """Number of worked examples before each question; null takes the task's default."""
     tasks_source: Source | None = None
@@ -52,6 +67,11 @@ class Config(TaskConfig):
     """Seed of the few-shot examples and of sampling (the harness's default)."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the harness's tasks."""
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+    @property
     def trusted_source(self) -> str | None:
         """The folder of task files whose Python may run; None if there is none or it is not trusted."""
         return self.tasks_source if self.trust_remote_code else None
@@ -59,7 +79,9 @@ class Config(TaskConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is known before the task runs: the names of the other metrics depend on the harness's task."""
-    return (empty(), Measure("*", None))
+    own = (empty(), *legibility.texts_measures())
+    named = [measure._replace(name=f"{_prefix(config, name)}{measure.name}") for name in config.names for measure in own]
+    return (*named, Measure("*", None))
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -72,25 +94,29 @@ def run(model: SteeredModel, config: Config) -> Result:
     simple_evaluate, manager = _library(config)
     observations, samples = [], []
     measured: dict[str, Measure] = {}
-    # The harness has no notion of strengths, so it runs once for each.
-    for strength in config.strengths:
+    # The harness has no notion of strengths, so it runs once for each; and once for each task, whose numbers are then its own.
+    for strength, task in itertools.product(config.strengths, config.names):
         fates: Fates = {}
         # The harness's bootstrap is switched off: the platform computes intervals from the observations itself.
         results = simple_evaluate(
             model=adapter(model, strength, config.seed, fates),
-            tasks=[config.name],
+            tasks=[task],
             num_fewshot=config.num_fewshot,
             limit=config.limit,
             task_manager=manager,
             log_samples=True,
             bootstrap_iters=0,
             fewshot_random_seed=config.seed,
+            system_instruction=config.system_instruction,
+            apply_chat_template=config.chat_template,
+            fewshot_as_multiturn=config.chat_template and config.fewshot_as_turns,
         )
-        new, own = observe(results["samples"], results["results"], strength, fates, results.get("higher_is_better") or {})
+        better = results.get("higher_is_better") or {}
+        new, own = observe(results["samples"], results["results"], strength, fates, better, _prefix(config, task))
         observations += new
         measured |= own
         samples += [_sample(name, logged, strength) for name, rows in results["samples"].items() for logged in rows]
-    return Result(observations, spread(samples), (*measured.values(), *measures(config)))
+    return Result(observations, samples, (*measured.values(), *measures(config)))
 
 
 def _library(config: Config) -> tuple[Callable[..., Any], Any]:
@@ -110,13 +136,18 @@ def _library(config: Config) -> tuple[Callable[..., Any], Any]:
         folder = None if config.tasks_source is None else str(sources.fetch(config.tasks_source))
     manager = TaskManager(include_path=folder)
     # The harness knows thousands of names, so the nearest ones are offered.
-    if config.name not in manager.all_tasks:
-        near = difflib.get_close_matches(config.name, manager.all_tasks, n=3)
+    for name in (name for name in config.names if name not in manager.all_tasks):
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
         raise ValueError(
-            f"name: lm_eval has no task {config.name!r}"
+            f"name: lm_eval has no task {name!r}"
             + (f"; did you mean {', '.join(near)}?" if near else ": see `lm_eval ls tasks`")
         )
     return simple_evaluate, manager
+
+
+def _prefix(config: Config, name: str) -> str:
+    """Return the beginning of a task's metrics: nothing for a single task, whose metrics need no name."""
+    return "" if len(config.names) == 1 else f"{name}."
 
 
 def observe(
@@ -125,6 +156,7 @@ def observe(
     strength: float,
     fates: Fates,
     higher_is_better: Mapping[str, Mapping[str, bool | None]],
+    prefix: str = "",
 ) -> tuple[list[Observation], dict[str, Measure]]:
     """Turn the harness's logged samples into observations.
 
@@ -134,6 +166,7 @@ def observe(
         strength: strength of the patch.
         fates: documents that did not fit or were cut.
         higher_is_better: task -> metric -> direction.
+        prefix: beginning of the metrics' names.
 
     Returns:
         The observations, and metric -> its measure.
@@ -141,12 +174,13 @@ def observe(
     observations: list[Observation] = []
     measured: dict[str, Measure] = {}
     for task, samples in logged.items():
-        observations += [_fated(o, task, number, fates) for number, o in _empty(task, samples, strength).items()]
+        legible = _legible(task, samples, strength, prefix)
+        observations += [_fated(o, task, int(o.id.rpartition("/")[2]), fates) for o in legible]
         for (metric, answer_filter), group in _by_metric(samples).items():
             number = reported[task].get(f"{metric},{answer_filter}")
             means = _as_means([sample[metric] for sample in group], number)
             # Hyphens become underscores, as in the names of all other metrics.
-            name = metric + ("" if answer_filter == "none" else f"_{answer_filter.replace('-', '_')}")
+            name = prefix + metric + ("" if answer_filter == "none" else f"_{answer_filter.replace('-', '_')}")
             if means is None:
                 warnings.warn(f"lm_eval/{name} of {task} is no mean over documents and is left out ({number})", stacklevel=2)
                 continue
@@ -169,18 +203,18 @@ def _fated(observation: Observation, task: str, number: int, fates: Fates) -> Ob
     return too_long(observation) if fate == TOO_LONG else observation._replace(reason=fate)
 
 
-def _empty(task: str, samples: Iterable[Logged], strength: float) -> dict[int, Observation]:
-    """Return document -> observation of the share of its answers that are empty, for documents whose answers are texts."""
-    shares = {}
-    for sample in samples:
-        # A document is logged once for each filter, with the same answers; keyed by its id it counts once.
-        texts = [text for answers in sample.get("resps", ()) for text in answers]
+def _legible(task: str, samples: Iterable[Logged], strength: float, prefix: str) -> list[Observation]:
+    """Return for each document whose answers are texts whether they are still language."""
+    # A document is logged once for each filter, with the same answers; keyed by its id it counts once.
+    answered = {sample["doc_id"]: [text for answers in sample.get("resps", ()) for text in answers] for sample in samples}
+    return [
+        observation
+        for number, texts in answered.items()
         # Answers of multiple-choice tasks are pairs (log-likelihood, is greedy), not texts.
-        if texts and all(isinstance(text, str) for text in texts):
-            share = sum(not text.strip() for text in texts) / len(texts)
-            number = sample["doc_id"]
-            shares[number] = Observation("lm_eval/empty", f"{task}/{number}", share, 1.0, strength)
-    return shares
+        if texts and all(isinstance(text, str) for text in texts)
+        for o in legibility.observe_texts("lm_eval", f"{task}/{number}", texts, strength)
+        for observation in [o._replace(metric=f"lm_eval/{prefix}{o.metric.partition('/')[2]}")]
+    ]
 
 
 def _by_metric(samples: Iterable[Logged]) -> dict[tuple[str, str], list[Logged]]:
@@ -216,14 +250,28 @@ def _candidates(values: Sequence[Any]) -> Iterator[tuple[list[tuple[float, float
 
 
 def _sample(task: str, logged: Logged, strength: float) -> dict[str, object]:
+    texts = [text for answers in logged.get("resps", ()) for text in answers]
+    written = {"output": texts[0]} if texts and all(isinstance(text, str) for text in texts) else {}
     return {
         "id": f"{task}/{logged['doc_id']}",
         "strength": strength,
         "prompt": str(logged["arguments"][0][0]),
         "target": str(logged["target"]),
+        **written,
         "responses": str(logged["filtered_resps"]),
-        **{metric: str(logged[metric]) for metric in logged["metrics"]},
+        "filter": str(logged["filter"]),
+        # A metric of a document is a number, or what its aggregation needs: a pair, a text.
+        **{metric: _number_or_text(logged[metric]) for metric in logged["metrics"]},
     }
 
 
-TASK = Task(Config, run, measures, check=check, chats=plain_texts, example={"name": "arc_easy"})
+def _number_or_text(value: object) -> float | str:
+    return float(value) if isinstance(value, bool | int | float) or getattr(value, "ndim", None) == 0 else str(value)  # type: ignore[arg-type]
+
+
+def chats(config: Config) -> bool:
+    """Return whether the task's prompts are conversations."""
+    return config.chat_template
+
+
+TASK = Task(Config, run, measures, check=check, chats=chats, example={"name": "arc_easy"})

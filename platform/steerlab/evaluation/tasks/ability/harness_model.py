@@ -5,8 +5,11 @@ one, and context and continuation are tokenised as one text; a token that spans 
 role of instructions. A continuation has the role of responses and the phase of generation, as if the model had written it. A
 whole text (perplexity) is a prompt.
 
-As in the harness's model, a context that does not fit is cut on the left. A continuation that does not fit by itself is not
-scored. Both cases are recorded for each document.
+A chat (`chat_template`) keeps the roles of its turns: see `harness_chats`. It is never cut: one that does not fit is counted as
+too long.
+
+As in the harness's model, a context of plain text that does not fit is cut on the left. A continuation that does not fit by
+itself is not scored. Both cases are recorded for each document.
 
 Axis legend: B rows, T tokens, S scored tokens of a row, V vocabulary.
 """
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Reason
+from steerlab.evaluation.tasks.ability.harness_chats import Chats, Turns
 from steerlab.inputs.tokens import INSTRUCTION, Conversation, Encoded, Message, Part, collate
 from steerlab.steered.language import SteeredModel
 
@@ -69,12 +73,13 @@ class Continued(NamedTuple):
 
 def adapter(model: SteeredModel, strength: float, seed: int, fates: Fates) -> Any:
     """Return the model at one strength as an `LM` of the harness; it records into `fates` what did not fit."""
+    chats = Chats(model.encoder)
     # Imported, and the class defined, inside the function: lm_eval is an optional dependency.
     from lm_eval.api.model import LM  # type: ignore[import-not-found]
 
     class Steered(LM):
         def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-            scores = loglikelihoods(model, [request.args for request in requests], strength)
+            scores = loglikelihoods(model, [request.args for request in requests], strength, chats)
             note(fates, requests, [score.reason for score in scores])
             return [(score.log_prob_nats, score.is_greedy) for score in scores]
 
@@ -82,9 +87,20 @@ def adapter(model: SteeredModel, strength: float, seed: int, fates: Fates) -> An
             return rolling_loglikelihoods(model, [request.args[0] for request in requests], strength)
 
         def generate_until(self, requests: Sequence[Request]) -> list[str]:
-            outputs = generations(model, [request.args for request in requests], strength, seed)
+            outputs = generations(model, [request.args for request in requests], strength, seed, chats)
             note(fates, requests, [output.reason for output in outputs])
             return [output.text for output in outputs]
+
+        # The harness calls these three with a chat template only. The name is that of its cache of requests, which is off.
+        def apply_chat_template(self, chat_history: Turns, add_generation_prompt: bool = True) -> str:
+            return chats.render(chat_history, add_generation_prompt)
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            return str(model.encoder.tokenizer.chat_template or "")
+
+        @property
+        def tokenizer_name(self) -> str:
+            return model.encoder.identity
 
     return Steered()
 
@@ -98,14 +114,21 @@ def note(fates: Fates, requests: Sequence[Request], reasons: Sequence[Reason | N
             fates[document] = reason
 
 
-def loglikelihoods(model: SteeredModel, pairs: Sequence[tuple[str, str]], strength: float) -> list[Likelihood]:
-    """Score continuations given their contexts; a context that does not fit is cut on the left.
+def loglikelihoods(
+    model: SteeredModel, pairs: Sequence[tuple[str, str]], strength: float, chats: Chats | None = None
+) -> list[Likelihood]:
+    """Score continuations given their contexts, texts or chats; a context of plain text that does not fit is cut on the left.
 
     A continuation that does not fit by itself gets 0 nats and the reason `TOO_LONG`: the harness needs a number for every
     request, and the reason keeps that number out of the metrics.
     """
-    texts = [_text(model, context, continuation) for context, continuation in pairs]
-    rows = [_pair_row(model, encoded) for encoded in model.encoder.encode_all(texts, continued=True)]
+    answered = [None if chats is None else chats.answered(*pair) for pair in pairs]
+    texts = [chat or _text(model, *pair) for chat, pair in zip(answered, pairs, strict=True)]
+    encoded = model.encoder.encode_all(texts, continued=True)
+    rows = [
+        _pair_row(model, row) if chat is None else _chat_row(model, row, sum(len(message.parts) for message in chat) - 1)
+        for chat, row in zip(answered, encoded, strict=True)
+    ]
     fitting = [i for i, row in enumerate(rows) if row.reason != TOO_LONG]
     scores = dict(zip(fitting, score(model, [rows[i] for i in fitting], strength), strict=True))
     unread = Likelihood(0.0, False, TOO_LONG)
@@ -132,9 +155,16 @@ def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: 
 
 
 def generations(
-    model: SteeredModel, requests: Sequence[tuple[str, Mapping[str, object]]], strength: float, seed: int
+    model: SteeredModel,
+    requests: Sequence[tuple[str, Mapping[str, object]]],
+    strength: float,
+    seed: int,
+    chats: Chats | None = None,
 ) -> list[Continued]:
-    """Continue contexts; a context that does not fit is cut on the left. Requests with the same settings share a call."""
+    """Continue contexts, texts or chats; a context of plain text that does not fit is cut on the left.
+
+    Requests with the same settings share a call.
+    """
     from lm_eval.models.utils import normalize_gen_kwargs  # type: ignore[import-not-found]
 
     groups: dict[str, list[int]] = defaultdict(list)
@@ -147,9 +177,14 @@ def generations(
         ignored = set(settings) - {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
         if ignored:
             warnings.warn(f"lm_eval: settings of generation that are ignored: {', '.join(sorted(ignored))}", stacklevel=2)
-        contexts = [_tail(model, requests[number][0], settings["max_gen_toks"]) for number in numbers]
+        prompts, reasons = [], []
+        for number in numbers:
+            prompt = None if chats is None else chats.prompt(requests[number][0])
+            tail = Continued("") if prompt else _tail(model, requests[number][0], settings["max_gen_toks"])
+            prompts.append(prompt or _text(model, tail.text))
+            reasons.append(tail.reason)
         outputs = model.generate(
-            [_text(model, context.text) for context in contexts],
+            prompts,
             max_new_tokens=settings["max_gen_toks"],
             temperature=settings["temperature"] if settings["do_sample"] else 0.0,
             top_p=settings.get("top_p", 1.0),
@@ -158,8 +193,8 @@ def generations(
             stop=settings["until"],
             skip_long=True,
         )[0]
-        for number, context, output in zip(numbers, contexts, outputs, strict=True):
-            continued[number] = Continued(output.text, TOO_LONG if output.too_long else context.reason)
+        for number, reason, output in zip(numbers, reasons, outputs, strict=True):
+            continued[number] = Continued(output.text, TOO_LONG if output.too_long else reason)
     return continued
 
 
@@ -232,6 +267,17 @@ def _pair_row(model: SteeredModel, row: Encoded) -> Row:
         return Row(row, num_scored, TOO_LONG)
     tail = Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:])
     return Row(tail, num_scored, "cut" if len(row) > size else None)
+
+
+def _chat_row(model: SteeredModel, row: Encoded, last_part: int) -> Row:
+    """Return the row of a chat up to the end of its last part, which is scored, without what the template prints after it."""
+    scored = [i for i, part in enumerate(row.parts) if part == last_part]
+    if not scored:
+        return Row(row, 0, TOO_LONG)
+    end = scored[-1] + 1
+    own = Encoded(row.input_ids[:end], row.roles[:end], row.in_response[:end], row.parts[:end])
+    # From the first scored token on: a template may print tokens of its own between two of them.
+    return Row(own, end - scored[0], TOO_LONG if end > _max_length(model) else None)
 
 
 def _encoded(ids: list[int], role: int) -> Encoded:

@@ -18,7 +18,7 @@ from steerlab.data import sources
 from steerlab.data.values import Row
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, data_rows, instruction_rows, number
 from steerlab.evaluation.statistics.measures import Measure
-from steerlab.evaluation.statistics.metrics import EVERY_TOKEN, Observation, Result, Task, TokenKinds, spread, too_long
+from steerlab.evaluation.statistics.metrics import EVERY_TOKEN, Observation, Result, Task, TokenKinds, too_long
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 from steerlab.job import DataSet, Implied, Source, TaskConfig
@@ -99,7 +99,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             )
             observations.append(observation)
             samples.append(_sample(item, observation))
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def observe(row_id: str, scores: TokenLogProbs, data_format: str, strength: float = 1.0) -> Observation:

@@ -2,7 +2,7 @@
 
     <task>/asr      share of attacks that succeeded                           lower is better
     <task>/<group>  the same for the attacks of one group, if they have one
-    <task>/empty    share of empty answers
+    <task>/empty, <task>/unfinished, <task>/repetition, <task>/letters        see `legibility`
 
 An attack that cannot be asked, or whose answer no program can judge, is counted as unparsable and is in no mean.
 """
@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from steerlab.evaluation.asking.answers import answers, with_empty
-from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, spread
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import answers, with_legibility
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import Observation, Result
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Part
 from steerlab.job import Seed, TaskConfig
@@ -62,7 +63,7 @@ class Attempt(NamedTuple):
 
 def measures_of(groups: Iterable[str] = ()) -> tuple[Measure, ...]:
     """Return the measures of `attack`, with those of the groups."""
-    return (share("asr", "lower"), *(share(group, "lower") for group in groups), empty())
+    return (share("asr", "lower"), *(share(group, "lower") for group in groups), *legibility.measures())
 
 
 def attack(model: SteeredModel, config: TaskConfig, attempts: Sequence[Attempt], measures: Sequence[Measure]) -> Result:
@@ -86,11 +87,11 @@ def attack(model: SteeredModel, config: TaskConfig, attempts: Sequence[Attempt],
         for one, output in zip(asked, outputs, strict=True):
             verdict = one.succeeded(output.text)
             own = observe(config.task, one, verdict, strength)
-            observations += with_empty(f"{config.task}/empty", one.id, [output], own, strength)
+            observations += with_legibility(config.task, one.id, [output], own, strength)
             samples.append(_sample(one, output.text, verdict, strength))
         for one in attempts:
             observations += observe(config.task, one, None, strength) if one.problem else []
-    return Result(observations, spread(samples), measures)
+    return Result(observations, samples, measures)
 
 
 def observe(task: str, attempt: Attempt, verdict: bool | None, strength: float = 1.0) -> list[Observation]:

@@ -19,7 +19,8 @@ by a mistake every other answer, as a failed attack. An answer that is shorter t
 the partial ratio would find a three-letter answer somewhere in that text and count it as a success; `match: partial` judges as
 the benchmark does. The wording of the instructions is ours, unless `instructions` names a file with the benchmark's.
 
-Metrics: `bipia/<scenario>`; `bipia/text` and `bipia/code`, means over scenarios; `bipia/empty`, empty answers. `limit` counts
+Metrics: `bipia/<scenario>`; `bipia/text` and `bipia/code`, means over scenarios; `bipia/empty`, `unfinished`,
+`repetition` and `letters` (see `legibility`). `limit` counts
 the items of each scenario.
 """
 
@@ -36,10 +37,11 @@ from pydantic import Field
 
 from steerlab.data import sources
 from steerlab.data.values import Row
-from steerlab.evaluation.asking.answers import answers, with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import choose
-from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about
 from steerlab.evaluation.tasks.attacks import wordings
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack, Match, judge, programmatic
 from steerlab.guards import files
@@ -117,7 +119,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
     # The only code scenario is its own mean, so it has the one name `code`.
     texts = [scenario for scenario in dict.fromkeys(config.scenarios) if scenario != "code"]
     groups = [*(["text"] if texts else []), *(["code"] if "code" in config.scenarios else [])]
-    return (*(share(name, "lower") for name in (*texts, *groups)), empty())
+    return (*(share(name, "lower") for name in (*texts, *groups)), *legibility.measures())
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -138,9 +140,9 @@ def run(model: SteeredModel, config: Config) -> Result:
         # A prompt that does not fit has an empty answer, which would count as a failed attack and in the scenario's size.
         verdicts = [None if output.too_long else verdict for output, verdict in zip(outputs, verdicts, strict=True)]
         for a, output, own in zip(attempts, outputs, observe(attempts, verdicts, strength), strict=True):
-            observations += with_empty("bipia/empty", a.id, [output], own, strength)
+            observations += with_legibility("bipia", a.id, [output], own, strength)
         samples += [_sample(a, o.text, v, strength) for a, o, v in zip(attempts, outputs, verdicts, strict=True)]
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def insert(context: str, attack: str, place: Place, draw: random.Random) -> str:

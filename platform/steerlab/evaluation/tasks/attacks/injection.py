@@ -10,7 +10,7 @@ attacks and the styles in which they are spelled; `none` is no attack and shows 
     injection/<attack>   success rate of one attack
     injection/asr        mean over the attacks except `none`; an item is a row, because the answers to one row under several
                          attacks are not independent
-    injection/empty      share of a row's answers that are empty
+    injection/empty, injection/unfinished, injection/repetition, injection/letters        see `legibility`
 
 Position `end` puts the attack after the data (in distribution), `both` before and after them (out of distribution); the metrics
 of `both` end in `_both`. Rows that contain the witness themselves are left out.
@@ -26,10 +26,11 @@ from pydantic import Field, model_validator
 
 from steerlab.data import sources
 from steerlab.data.values import Row
-from steerlab.evaluation.asking.answers import answers, judged, with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import answers, judged, with_legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
-from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, contains, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, contains
 from steerlab.evaluation.tasks.attacks.forging import (
     ATTACKS,
     STYLES,
@@ -134,7 +135,7 @@ def measures_of(config: InjectionConfig, suffixes: Sequence[str]) -> tuple[Measu
     for suffix in suffixes:
         declared += [share(f"{attack}{suffix}", None if attack == "none" else "lower") for attack in config.attacks]
         declared += [share(f"asr{suffix}", "lower")] if any(attack != "none" for attack in config.attacks) else []
-        declared += [empty(f"empty{suffix}")]
+        declared += legibility.measures(suffix)
     return tuple(declared)
 
 
@@ -189,7 +190,7 @@ def run_attacks(
     for strength, outputs in answers(model, prompts, config):
         observations += observe(attempts, outputs, config, suffix, task, strength)
         samples += [_sample(a, o, config, strength) for a, o in zip(attempts, outputs, strict=True)]
-    return Result(observations, spread(samples), measures_of(config, [suffix[position] for position in positions]))
+    return Result(observations, samples, measures_of(config, [suffix[position] for position in positions]))
 
 
 def observe(
@@ -214,7 +215,8 @@ def observe(
         attacks = [value for attack, value in of_attack.items() if attack != "none"]
         name = f"{task}/asr{suffix[position]}"
         mean = [Observation(name, row_id, sum(attacks) / len(attacks), 1.0, strength)] if attacks else []
-        observations += with_empty(f"{task}/empty{suffix[position]}", row_id, [output for _, output in own], mean, strength)
+        outputs_of_row = [output for _, output in own]
+        observations += with_legibility(task, row_id, outputs_of_row, mean, strength, suffix[position])
     return observations
 
 

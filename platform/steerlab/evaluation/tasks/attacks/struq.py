@@ -11,7 +11,7 @@ output (the attack `completion` pretends that the output was the answer). Rows t
 
     struq/<attack>_id, struq/<attack>_ood   success rate of one attack, in and out of distribution    lower is better
     struq/asr_id, struq/asr_ood             means over the attacks                                    lower is better
-    struq/empty_id, struq/empty_ood         empty answers
+    struq/empty_id, struq/empty_ood         empty answers; likewise unfinished, repetition and letters, see `legibility`
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor
 from steerlab.evaluation.asking.images import EXAMPLE_CLIP, EXAMPLE_PROMPTS, ImageConfig, at_scales, draw, files, samples
 from steerlab.evaluation.judging import vision
 from steerlab.evaluation.statistics.measures import Measure, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts, spread
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, plain_texts
 from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.drawing import SteeredPipeline
@@ -103,7 +103,7 @@ def run(model: SteeredPipeline, config: Config) -> Result:
             Observation("image_concept/accuracy", f"real-{i}", value, 1.0, config.strengths[0]) for i, value in enumerate(right)
         ]
     images = files(items, drawn, config.strengths, config.keep_images)
-    return Result(observations, spread(judged_samples), measures(config), files=images)
+    return Result(observations, judged_samples, measures(config), files=images)
 
 
 def _chosen(clip: vision.Clip | None, images_BCHW: Tensor, config: Config) -> list[str]:

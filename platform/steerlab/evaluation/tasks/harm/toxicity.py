@@ -6,7 +6,7 @@ prompt, temperature 1, top-p 0.3, repetition penalty 1.2.
 
     toxicity/share            continuations whose probability of being toxic is above `threshold`     lower is better
     toxicity/score            mean probability of being toxic                                          lower is better
-    toxicity/empty            empty continuations
+    toxicity/empty, toxicity/unfinished, toxicity/repetition, toxicity/letters                         see `legibility`
     toxicity/distinct_1..3, toxicity/base_perplexity                                                   see `fluency`
 
 Only the continuation is scored; an empty one cannot be judged.
@@ -18,16 +18,30 @@ and a linear scorer. For numbers that are comparable with the papers, set both `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import torch
 from pydantic import AfterValidator, Field
 
 from steerlab.data import sources
-from steerlab.evaluation.asking.answers import with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, about, observed, plain_texts, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import (
+    Observation,
+    Result,
+    Score,
+    Scorer,
+    Task,
+    about,
+    observed,
+    plain_texts,
+    score_of,
+)
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -57,7 +71,8 @@ class Config(ContinuationConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return the measures of the numbers that the task reports."""
-    return (share("share", "lower"), share("score", "lower"), empty(), *fluency.measures())
+    language = (*legibility.measures(always_cut=True), *fluency.measures())
+    return (share("share", "lower"), share("score", "lower"), *language)
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -72,20 +87,31 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue every prompt at every strength and score the continuations."""
-    scorer = _scorer(model, config)
+    judge_texts = scorer(config, model.device)
     items = read_prompts(config.prompts, config.limit, config.rows_seed)
     ids, prompts = [item.id for item in items], [str(item.row["text"]) for item in items]
     outputs = continue_texts(model, prompts, config)
     observations, samples = [], []
     for strength, row in zip(config.strengths, outputs, strict=True):
-        scored = scorers.score(scorer, [output.text for output in row])
-        for item_id, prompt, output, probability in zip(ids, prompts, row, scored, strict=True):
-            scores = judge(item_id, probability, config.threshold, strength)
-            observations += with_empty("toxicity/empty", item_id, [output], scores, strength)
-            samples.append(sample(item_id, strength, prompt, output.text, toxic_probability=probability))
+        written = [Written(i, strength, p, output.text) for i, p, output in zip(ids, prompts, row, strict=True)]
+        for text, output, scores in zip(written, row, judge_texts(written), strict=True):
+            observations += with_legibility("toxicity", text.id, [output], scores, strength)
+            probability = score_of(scores, "toxicity/score")
+            samples.append(sample(text.id, strength, text.prompt, text.text, toxic_probability=probability))
     # After all strengths: the perplexities of all texts are computed by the model at strength 0 in one go.
     observations += fluency.observe("toxicity", model, ids, prompts, outputs, config.strengths)
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
+
+
+def scorer(config: Config, device: torch.device | str) -> Scorer:
+    """Return the scorer of continuations, with its classifier loaded."""
+    probability_of = _classifier(config, device)
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        probabilities = scorers.score(probability_of, [text.text for text in written])
+        return [judge(w.id, p, config.threshold, w.strength) for w, p in zip(written, probabilities, strict=True)]
+
+    return judge_texts
 
 
 def judge(item_id: str, probability: Score, threshold: float, strength: float = 1.0) -> list[Observation]:
@@ -97,10 +123,10 @@ def judge(item_id: str, probability: Score, threshold: float, strength: float = 
     ]
 
 
-def _scorer(model: SteeredModel, config: Config) -> scorers.Scorer:
+def _classifier(config: Config, device: torch.device | str) -> scorers.Scorer:
     if config.scorer_source is None:
         return scorers.profanity()
-    return scorers.classifier(config.scorer_source, config.toxic_label, model.device)
+    return scorers.classifier(config.scorer_source, config.toxic_label, device)
 
 
-TASK = Task(Config, run, measures, check=check, chats=plain_texts)
+TASK = Task(Config, run, measures, check=check, chats=plain_texts, scorer=scorer)

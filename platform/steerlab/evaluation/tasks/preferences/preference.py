@@ -25,7 +25,7 @@ from pydantic import AfterValidator, Field
 
 from steerlab.evaluation.asking.items import Numbered, data_rows
 from steerlab.evaluation.statistics.measures import Measure, share
-from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, observed, spread
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, observed
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.tokens import Pair
 from steerlab.job import DataSet, TaskConfig
@@ -85,7 +85,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         for n, item in enumerate(items):
             observations += observe(item.id, of.get(n), config.beta, strength, compares)
             samples.append(_sample(item, of.get(n), config.beta, strength))
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, compares: bool) -> list[Observation]:

@@ -8,16 +8,19 @@ this shows what the reward achieves without any training, at N times the cost. O
                               preferences than under the model before that training (`implicit_source`). It needs no other
                               model, but is only as good as that training, and favours a model that judges itself
     win_rate/reward_model     a reward model: a Hugging Face sequence classifier with one output (`judge_source`)
-    win_rate/language_model   a causal language model that is asked which answer is better, in both orders (`judge_source`)
+    win_rate/language_model   a causal language model that is asked which answer is better, in both orders (`judge_source`, or
+                              `api` for one behind an API). Beside it
+    win_rate/first_shown      how often the answer that was shown first won; 0.5 over many pairs is no bias for a position
+    win_rate/agreement        pairs on which the judge gave the same verdict in both orders
 
 A win counts 1, a loss 0, a tie 0.5; the interval is Wilson's. The task also reports
 
-    win_rate/ties             pairs without a winner: equal texts, equal rewards, or orders that disagree
+    win_rate/ties             pairs without a winner: equal texts, equal rewards, orders that disagree, or a tie in both orders
     win_rate/longer           win rate if the longer answer always won: a control, because judges favour long answers
     win_rate/answer_tokens    mean length of the answers in tokens of the model's own tokenizer
     win_rate/opponent_tokens  mean length of the opponents
     win_rate/unfinished       answers cut at `max_new_tokens`
-    win_rate/empty            empty answers
+    win_rate/empty, win_rate/repetition, win_rate/letters        see `legibility`
 
 A verdict that cannot be parsed is counted as unparsable. A prompt that does not fit into the model's context, or a pair that
 does not fit into the judge's, is counted as too long. At strength 0 the model ties with itself on every prompt. All of it is
@@ -30,16 +33,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, Field, model_validator
 
-from steerlab import models
 from steerlab.data import sources
+from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, data_rows, has_input
-from steerlab.evaluation.judging import judges, scorers
-from steerlab.evaluation.judging.judges import Answer, Pair, Verdict
+from steerlab.evaluation.judging import judges, pair_judges, scorers
+from steerlab.evaluation.judging.asking import announce
+from steerlab.evaluation.judging.calls import CHARS_PER_TOKEN
+from steerlab.evaluation.judging.endpoint import Endpoint
+from steerlab.evaluation.judging.judges import Answer, Compared, Pair, Verdict
+from steerlab.evaluation.judging.pair_judges import PairJudge
 from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, observed, spread, too_long
-from steerlab.guards import saved
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Scorer, Task, about, observed, too_long
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import DataSet, Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered import language
@@ -70,8 +78,13 @@ class Config(TaskConfig):
     """The base model of `implicit_source`; null takes that model at strength 0, which requires that it has a patch."""
     judge_source: Source | None = None
     """A reward model (a sequence classifier with one output) or a causal language model; its config.json tells which."""
+    api: Endpoint | None = Field(None, exclude_if=lambda endpoint: endpoint is None)
+    """A language model behind an API that decides."""
+    style: Literal["short", "reasoned"] = Field("short", exclude_if=lambda style: style == "short")
+    """Question to a judge behind an API. short: which is better, 1 or 2; reasoned: think first, then one of five labels from
+    [[A>>B]] to [[B>>A]], as in Arena-Hard. Both benchmarks compare with a fixed model: `against: reference`."""
     question: str = judges.QUESTION
-    """The question to a language model; {prompt}, {first} and {second} are replaced."""
+    """The question to a language model, instead of that of `style`; {prompt}, {first} and {second} are replaced."""
     both_orders: bool = True
     """Ask a language model in both orders, and count a tie if its answers disagree; false asks once, in a random order."""
     best_of: int = Field(1, ge=1)
@@ -88,8 +101,12 @@ class Config(TaskConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if bool(self.judge_source) == bool(self.implicit_source):
-            raise ValueError("one judge decides: set either implicit_source or judge_source")
+        if sum(map(bool, (self.judge_source, self.implicit_source, self.api))) != 1:
+            raise ValueError("one judge decides: set one of implicit_source, judge_source and api")
+        if self.style != "short" and not self.api:
+            raise ValueError(f"style {self.style} is for a judge that writes its reasons: set api")
+        if self.api and not self.both_orders:
+            raise ValueError("both_orders: a judge behind an API is always asked in both orders")
         if self.implicit_base_source and not self.implicit_source:
             raise ValueError("implicit_base_source is the base of implicit_source, which is missing")
         if self.against == "reference" and self.prompts.format == "text":
@@ -101,7 +118,7 @@ class Config(TaskConfig):
         missing = [place for place in judges.PLACES if f"{{{place}}}" not in self.question]
         if missing:
             raise ValueError(f"question lacks {', '.join(f'{{{place}}}' for place in missing)}")
-        if not self.judge_source and (not self.both_orders or self.question != judges.QUESTION):
+        if self.implicit_source and (not self.both_orders or self.question != judges.QUESTION):
             raise ValueError("question and both_orders are for a language model: set judge_source")
         return self
 
@@ -109,15 +126,18 @@ class Config(TaskConfig):
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is measured; the win rate is named after the judge."""
     # The kind of `judge_source` is known from its config.json only, which may not be downloaded yet, so both are declared.
-    judges = ("implicit",) if config.implicit_source is not None else ("language_model", "reward_model")
+    names = ["implicit"] if config.implicit_source else ["language_model", *([] if config.api else ["reward_model"])]
+    orders = (share("first_shown", None, "share"), share("agreement", "higher"))
     return (
-        *(share(judge, "higher", "share") for judge in judges),
+        *(share(judge, "higher", "share") for judge in names),
+        *(orders if config.both_orders and not config.implicit_source else ()),
         share("ties", None),
         share("longer", None, "share"),
         Measure("answer_tokens", None, "tokens", low=0.0),
         Measure("opponent_tokens", None, "tokens", low=0.0),
         share("unfinished", "lower"),
         empty(),
+        *legibility.texts_measures(),
     )
 
 
@@ -128,9 +148,12 @@ def check(config: Config, facts: ModelFacts) -> None:
         if source is not None:
             with about(name):
                 scorers.check_model(source)
+    if config.api is not None:
+        with about("api"):
+            announce(config.api, config, _input_tokens(config))
     if config.judge_source is not None:
         with about("judge_source"):
-            if _is_classifier(config.judge_source):
+            if pair_judges.is_classifier(config.judge_source):
                 judges.check_reward_model(config.judge_source)
             else:
                 scorers.check_judge(config.judge_source, ("1", "2"))
@@ -138,37 +161,61 @@ def check(config: Config, facts: ModelFacts) -> None:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt at every strength and judge each answer against its opponent."""
-    name, judge = _judge(model, config)
+    judge = _judge(model, config)
     items = data_rows(config.prompts, config.limit, config.rows_seed)
     pairs = _pairs(model, items, config)
-    # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once.
-    verdicts = iter(judges.decide(judge, [pair for row in pairs for pair in row]))
+    # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once. A
+    # pair without an answer is not shown, since its verdict would not count and a judge behind an API is paid for it.
+    verdicts = iter(judge.compare([pair for row in pairs for pair in row if not _is_long(pair)]))
     observations, samples = [], []
     for strength, row in zip(config.strengths, pairs, strict=True):
         for item, pair in zip(items, row, strict=True):
-            verdict = next(verdicts)
+            verdict = Compared(TOO_LONG) if _is_long(pair) else next(verdicts)
             lengths = [len(model.encoder.tokenizer.encode(a.text, add_special_tokens=False)) for a in pair]
-            judged = observe(name, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
-            observations += list(map(too_long, judged)) if any(answer.too_long for answer in pair) else judged
-            samples.append(_sample(item.id, strength, pair, verdict))
-    return Result(observations, spread(samples), measures(config))
+            judged = observe(judge, item.id, pair, verdict, (lengths[0], lengths[1]), strength)
+            observations += list(map(too_long, judged)) if _is_long(pair) else judged
+            samples.append(_sample(item.id, strength, pair, verdict.verdict))
+    return Result(observations, samples, measures(config))
+
+
+def _is_long(pair: Pair) -> bool:
+    return any(answer.too_long for answer in pair)
+
+
+def scorer(config: Config, device: torch.device | str) -> Scorer:
+    """Return the scorer of answers against those in their column `opponent`. Raises ValueError for an implicit reward."""
+    if config.implicit_source is not None:
+        raise ValueError("the texts of a file are judged by judge_source or api: an implicit reward belongs to a model")
+    judge = _text_judge(config, device)
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        pairs = [(Answer(w.prompt, "", w.text), Answer(w.prompt, "", w.field("opponent"))) for w in written]
+        compared = judge.compare(pairs)
+        return [
+            judge.observations("win_rate", text.id, verdict, text.strength)
+            for text, verdict in zip(written, compared, strict=True)
+        ]
+
+    return judge_texts
 
 
 def observe(
-    judge: str, item_id: str, pair: Pair, verdict: Verdict, num_tokens: tuple[int, int], strength: float = 1.0
+    judge: PairJudge, item_id: str, pair: Pair, compared: Compared, num_tokens: tuple[int, int], strength: float = 1.0
 ) -> list[Observation]:
-    """Turn one verdict and the lengths of both answers into observations."""
+    """Turn one comparison and the lengths of both answers into observations."""
     own, other = num_tokens
     values = {
-        judge: verdict,
-        "ties": float(verdict == 0.5) if isinstance(verdict, float) else verdict,
         "longer": 0.5 if own == other else float(own > other),
         "answer_tokens": float(own),
         "opponent_tokens": float(other),
         "unfinished": float(not pair[0].finished),
-        "empty": float(not pair[0].text.strip()),
     }
-    return [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
+    lengths = [observed(f"win_rate/{name}", item_id, value, strength) for name, value in values.items()]
+    return [
+        *judge.observations("win_rate", item_id, compared, strength),
+        *lengths,
+        *legibility.observe_texts("win_rate", item_id, [pair[0].text], strength),
+    ]
 
 
 def _pairs(model: SteeredModel, items: list[Numbered], config: Config) -> list[list[Pair]]:
@@ -229,23 +276,33 @@ def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
     }
 
 
-def _judge(model: SteeredModel, config: Config) -> tuple[str, judges.Judge]:
-    """Load the judge; return its name and the judge."""
-    if config.implicit_source is not None:
-        policy = _load(config.implicit_source, model)
-        if config.implicit_base_source is None and not policy.patches:
-            raise ValueError(f"{config.implicit_source} carries no patch to take off: set implicit_base_source")
-        reference = None if config.implicit_base_source is None else _load(config.implicit_base_source, policy)
-        return "implicit", judges.by_reward(judges.implicit_reward(policy, reference))
+def _judge(model: SteeredModel, config: Config) -> PairJudge:
+    if config.implicit_source is None:
+        return _text_judge(config, model.device)
+    policy = _load(config.implicit_source, model)
+    if config.implicit_base_source is None and not policy.patches:
+        raise ValueError(f"{config.implicit_source} carries no patch to take off: set implicit_base_source")
+    reference = None if config.implicit_base_source is None else _load(config.implicit_base_source, policy)
+    return PairJudge("implicit", judges.once(judges.by_reward(judges.implicit_reward(policy, reference))))
+
+
+def _text_judge(config: Config, device: torch.device | str) -> PairJudge:
+    if config.api is not None:
+        return pair_judges.behind_api(config.api, _question(config))
     assert config.judge_source is not None
-    if not _is_classifier(config.judge_source):
-        return "language_model", judges.language_model(
-            config.judge_source, config.question, both_orders=config.both_orders, seed=config.seed, device=model.device
-        )
-    # The config cannot check this: the kind of the judge is known only once its config.json is there.
-    if not config.both_orders or config.question != judges.QUESTION:
-        raise ValueError(f"question and both_orders are for a language model, but {config.judge_source} is a reward model")
-    return "reward_model", judges.by_reward(judges.reward_model(config.judge_source, model.device))
+    question, both_orders = config.question, config.both_orders
+    return pair_judges.local(config.judge_source, question, both_orders=both_orders, seed=config.seed, device=device)
+
+
+def _question(config: Config) -> str:
+    return judges.REASONED if config.style == "reasoned" and config.question == judges.QUESTION else config.question
+
+
+def _input_tokens(config: Config) -> list[int]:
+    """Estimate the tokens of each question: the prompt and both answers, in both orders."""
+    texts = [_reference(item.row, config.prompts.format) for item in data_rows(config.prompts, config.limit, config.seed)]
+    frame = len(_question(config))
+    return [(frame + len(answer.prompt)) // CHARS_PER_TOKEN + 2 * config.max_new_tokens for answer in texts for _ in range(2)]
 
 
 def _load(source: str, like: SteeredModel) -> SteeredModel:
@@ -255,15 +312,6 @@ def _load(source: str, like: SteeredModel) -> SteeredModel:
     if not isinstance(model, SteeredModel):
         raise ValueError(f"{source} draws images; this task needs a language model")
     return model
-
-
-class _Architectures(saved.Shape):
-    architectures: list[str] | None = None
-
-
-def _is_classifier(source: str) -> bool:
-    config = saved.read(models.prepare(sources.fetch(source)) / "config.json", _Architectures)
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def _reference(row: Mapping[str, Any], data_format: str) -> Answer:
@@ -290,4 +338,4 @@ def _sample(item_id: str, strength: float, pair: Pair, verdict: Verdict) -> dict
     }
 
 
-TASK = Task(Config, run, measures, check=check, example={"judge_source": "hf:ORG/NAME"})
+TASK = Task(Config, run, measures, check=check, scorer=scorer, example={"judge_source": "hf:ORG/NAME"})

@@ -38,7 +38,6 @@ from steerlab.evaluation.statistics.metrics import (
     TokenKinds,
     about,
     plain_texts,
-    spread,
 )
 from steerlab.inputs.tokens import DATA, INSTRUCTION
 from steerlab.job import Source, TaskConfig
@@ -103,7 +102,7 @@ def run(model: SteeredModel, config: Config) -> Result:
             sample = {"id": str(token), "strength": strength, "token": model.encoder.shown(token)}
             samples.append(sample | dict(zip(by_token, values, strict=True)))
         observations += [Observation(f"embedding_shift/{n}", "all", rank, 1.0, strength) for n, rank in of_all.items()]
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def vocabulary(model: SteeredModel, config: Config) -> list[int]:

@@ -15,8 +15,8 @@ causal   `probing/executed_rotated` and `probing/executed_unrotated`: share of S
 cosine   `probing/cosine_layer_NN`: mean cosine between the hidden states of the same data tokens at the same positions, once
          with the role of data and once with that of instructions; 1 for a model that ignores roles.
 
-Rows and items that do not fit into `max_tokens` or the model's context are counted as too long; `probing/empty` is the share of
-an item's answers in the causal check that are empty.
+Rows and items that do not fit into `max_tokens` or the model's context are counted as too long; `probing/empty`,
+`unfinished`, `repetition` and `letters` are those of an item's answers in the causal check (see `legibility`).
 
 As in the paper the linear probes are trained with binary cross-entropy and Adam (1e-3, batches of 32, 5 epochs). Departures:
 inputs are standardised, because hidden states of late layers are hundreds of times larger than those of early layers (a linear
@@ -37,9 +37,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from steerlab.evaluation.asking.answers import answers, with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
-from steerlab.evaluation.statistics.measures import Measure, empty, likeness, share
+from steerlab.evaluation.statistics.measures import Measure, likeness, share
 from steerlab.evaluation.statistics.metrics import (
     EVERY_TOKEN,
     TOO_LONG,
@@ -50,7 +51,6 @@ from steerlab.evaluation.statistics.metrics import (
     TokenKinds,
     contains,
     observed,
-    spread,
 )
 from steerlab.evaluation.tasks.roles import separation
 from steerlab.evaluation.tasks.roles.linear_probe import LinearProbe, Tokens, fit
@@ -104,7 +104,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
     by_kind: dict[Probed, tuple[Measure, ...]] = {
         "layers": (share("layer_*", "higher"),),
         "concept": (share("concept_accuracy", "higher"), share("probe_as_instruction", "lower")),
-        "causal": (share("executed_rotated", "lower"), share("executed_unrotated", None), empty()),
+        "causal": (share("executed_rotated", "lower"), share("executed_unrotated", None), *legibility.measures()),
         "cosine": (likeness("cosine_layer_*", "lower"),),
     }
     return tuple(measure for probed in config.measures for measure in by_kind[probed])
@@ -113,7 +113,8 @@ def measures(config: Config) -> tuple[Measure, ...]:
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
     """Return the kinds of tokens that a metric depends on: those of prompts, and for the causal check those of answers too."""
     # Only the causal check generates; the other measures read hidden states of prompts.
-    writes = "causal" in config.measures if metric is None else metric in (*_EXECUTED, "probing/empty")
+    of_answers = (*_EXECUTED, *(f"probing/{measure.name}" for measure in legibility.measures()))
+    writes = "causal" in config.measures if metric is None else metric in of_answers
     return EVERY_TOKEN if writes else frozenset({("prompt", "instruction"), ("prompt", "data")})
 
 
@@ -153,7 +154,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     if "causal" in config.measures:
         executed, samples = _observe_causal(model, items, config)
         observations += executed
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def concept_layer(config: Config, num_layers: int) -> int:
@@ -353,7 +354,7 @@ def _observe_causal(
         for (item, _), *outputs in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
             verdicts = [float(contains(output.text, item.witness)) for output in outputs]
             own = [Observation(name, item.id, v, 1.0, strength) for name, v in zip(_EXECUTED, verdicts, strict=True)]
-            observations += with_empty("probing/empty", item.id, outputs, own, strength)
+            observations += with_legibility("probing", item.id, outputs, own, strength)
         for (item, text), rotated, unrotated in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
             samples.append(
                 {

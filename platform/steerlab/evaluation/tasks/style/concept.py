@@ -7,7 +7,7 @@ capable; each metric is reported only if its scorer is configured:
     concept/words        continuations that contain one of `words` as a whole word, in any case and regular inflection
     concept/similarity   mean cosine between the sentence embeddings of a continuation and of the concept (or `examples`)
     concept/judged       continuations that a judge (yes or no) or a classifier considers to be about the concept
-    concept/empty        empty continuations
+    concept/empty, concept/unfinished, concept/repetition, concept/letters        see `legibility`
     concept/distinct_1..3, concept/base_perplexity        see `fluency`
 
 `words` also matches regular plurals, -ed and -ing forms in English spelling (`fairy`: fairies; `stop`: stopped); list irregular
@@ -23,14 +23,17 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 
-from steerlab.evaluation.asking.answers import with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, sample
 from steerlab.evaluation.asking.items import Numbered, choose
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.measures import Measure, empty, likeness, share
-from steerlab.evaluation.statistics.metrics import Result, Score, Task, about, observed, plain_texts, spread
+from steerlab.evaluation.statistics.measures import Measure, likeness, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, about, observed, plain_texts, score_of
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
@@ -88,7 +91,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
     configured = [share("words", "higher")] if config.words else []
     configured += [likeness("similarity")] if config.embedding_source else []
     configured += [share("judged", "higher")] if config.classifier_source or config.judge_source else []
-    return (*configured, empty(), *fluency.measures())
+    return (*configured, *legibility.measures(always_cut=True), *fluency.measures())
 
 
 def check(config: Config, facts: ModelFacts) -> None:
@@ -107,21 +110,34 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue the prompts at every strength and score how far the continuations are about the concept."""
     # Loaded before anything is generated, so that a missing model is reported within seconds.
-    judges = _scorers(model, config)
+    judge_texts = scorer(config, model.device)
     items = _items(config)
     ids, prompts = [item.id for item in items], [str(item.row["text"]) for item in items]
     outputs = continue_texts(model, prompts, config)
     observations, samples = [], []
     for strength, row in zip(config.strengths, outputs, strict=True):
-        texts = [output.text for output in row]
-        scored = {metric: scorers.score(scorer, texts) for metric, scorer in judges.items()}
-        for i, (item_id, prompt, output) in enumerate(zip(ids, prompts, row, strict=True)):
-            scores: dict[str, Score] = {metric: values[i] for metric, values in scored.items()}
-            own = [observed(f"concept/{metric}", item_id, value, strength) for metric, value in scores.items()]
-            observations += with_empty("concept/empty", item_id, [output], own, strength)
-            samples.append(sample(item_id, strength, prompt, output.text, concept=config.concept, **scores))
+        written = [Written(i, strength, p, output.text) for i, p, output in zip(ids, prompts, row, strict=True)]
+        for text, output, own in zip(written, row, judge_texts(written), strict=True):
+            observations += with_legibility("concept", text.id, [output], own, strength)
+            scores = {o.metric.partition("/")[2]: score_of(own, o.metric) for o in own}
+            samples.append(sample(text.id, strength, text.prompt, text.text, concept=config.concept, **scores))
     observations += fluency.observe("concept", model, ids, prompts, outputs, config.strengths)
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
+
+
+def scorer(config: Config, device: torch.device | str) -> Scorer:
+    """Return the scorer of continuations, with its models loaded."""
+    judges = _scorers(config, device)
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        texts = [text.text for text in written]
+        scored = {metric: scorers.score(judge, texts) for metric, judge in judges.items()}
+        return [
+            [observed(f"concept/{metric}", text.id, values[i], text.strength) for metric, values in scored.items()]
+            for i, text in enumerate(written)
+        ]
+
+    return judge_texts
 
 
 def holds_a_word(words: Sequence[str]) -> scorers.Scorer:
@@ -159,20 +175,20 @@ def _items(config: Config) -> list[Numbered]:
     return choose(texts, config.limit, config.rows_seed)
 
 
-def _scorers(model: SteeredModel, config: Config) -> dict[str, scorers.Scorer]:
+def _scorers(config: Config, device: torch.device | str) -> dict[str, scorers.Scorer]:
     """Load the configured scorers: metric -> scorer."""
     loaded: dict[str, scorers.Scorer] = {}
     if config.words:
         loaded["words"] = holds_a_word(config.words)
     if config.embedding_source:
-        loaded["similarity"] = scorers.similarity(config.embedding_source, config.examples or (config.concept,), model.device)
+        loaded["similarity"] = scorers.similarity(config.embedding_source, config.examples or (config.concept,), device)
     if config.classifier_source and config.classifier_label:
-        judge = scorers.classifier(config.classifier_source, config.classifier_label, model.device)
+        judge = scorers.classifier(config.classifier_source, config.classifier_label, device)
         loaded["judged"] = scorers.more_likely(judge)
     if config.judge_source:
         question = config.question.replace("{concept}", config.concept)
-        loaded["judged"] = scorers.yes_or_no(config.judge_source, lambda text: question.replace("{text}", text), model.device)
+        loaded["judged"] = scorers.yes_or_no(config.judge_source, lambda text: question.replace("{text}", text), device)
     return loaded
 
 
-TASK = Task(Config, run, measures, check=check, chats=plain_texts, example={"concept": "sea"})
+TASK = Task(Config, run, measures, check=check, chats=plain_texts, scorer=scorer, example={"concept": "sea"})

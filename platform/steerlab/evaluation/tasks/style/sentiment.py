@@ -6,7 +6,7 @@ compound score lies between -1 (most negative) and 1; the authors call 0.05 and 
     sentiment/score      mean compound score
     sentiment/positive   continuations with a score of at least 0.05
     sentiment/negative   continuations with a score of at most -0.05
-    sentiment/empty      empty continuations
+    sentiment/empty, sentiment/unfinished, sentiment/repetition, sentiment/letters        see `legibility`
     sentiment/distinct_1..3, sentiment/base_perplexity        see `fluency`
 
 The default prompts are the first words of negative movie reviews from the data that VADER was validated on (scored by people
@@ -15,15 +15,18 @@ from -4 to 4; here those with at most -1). Only the continuation is scored; an e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from steerlab.evaluation.asking.answers import with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, read_prompts, require_text, sample
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.measures import Measure, empty, likeness, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Task, observed, plain_texts, spread
+from steerlab.evaluation.statistics.measures import Measure, likeness, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Score, Scorer, Task, observed, plain_texts, score_of
+from steerlab.evaluation.statistics.written import Written
 from steerlab.job import DataSet
 from steerlab.steered.language import SteeredModel
 
@@ -56,24 +59,35 @@ class Config(ContinuationConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return what is measured; no direction is better, because it depends on the user which sentiment is wanted."""
-    return (likeness("score", None), share("positive", None), share("negative", None), empty(), *fluency.measures())
+    language = (*legibility.measures(always_cut=True), *fluency.measures())
+    return (likeness("score", None), share("positive", None), share("negative", None), *language)
 
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue the beginning of every text at every strength and score the continuations."""
-    scorer = vader()  # loaded before anything is generated, so that a missing package is reported within seconds
+    judge_texts = scorer(config)  # loaded before anything is generated, so that a missing package is reported within seconds
     items = read_prompts(config.prompts, config.limit, config.rows_seed)
     ids, prompts = [item.id for item in items], [beginning(str(item.row["text"]), config.prompt_words) for item in items]
     outputs = continue_texts(model, prompts, config)
     observations, samples = [], []
     for strength, row in zip(config.strengths, outputs, strict=True):
-        scored = scorers.score(scorer, [output.text for output in row])
-        for item_id, prompt, output, compound in zip(ids, prompts, row, scored, strict=True):
-            scores = judge(item_id, compound, strength)
-            observations += with_empty("sentiment/empty", item_id, [output], scores, strength)
-            samples.append(sample(item_id, strength, prompt, output.text, compound=compound))
+        written = [Written(i, strength, p, output.text) for i, p, output in zip(ids, prompts, row, strict=True)]
+        for text, output, scores in zip(written, row, judge_texts(written), strict=True):
+            observations += with_legibility("sentiment", text.id, [output], scores, strength)
+            samples.append(sample(text.id, strength, text.prompt, text.text, compound=score_of(scores, "sentiment/score")))
     observations += fluency.observe("sentiment", model, ids, prompts, outputs, config.strengths)
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
+
+
+def scorer(config: Config, device: object = None) -> Scorer:
+    """Return the scorer of continuations."""
+    compounds_of = vader()
+
+    def judge_texts(written: Sequence[Written]) -> list[list[Observation]]:
+        compounds = scorers.score(compounds_of, [text.text for text in written])
+        return [judge(text.id, compound, text.strength) for text, compound in zip(written, compounds, strict=True)]
+
+    return judge_texts
 
 
 def judge(item_id: str, compound: Score, strength: float = 1.0) -> list[Observation]:
@@ -102,4 +116,4 @@ def vader() -> scorers.Scorer:
     return lambda texts: [analyser.polarity_scores(text)["compound"] for text in texts]
 
 
-TASK = Task(Config, run, measures, chats=plain_texts)
+TASK = Task(Config, run, measures, chats=plain_texts, scorer=scorer)

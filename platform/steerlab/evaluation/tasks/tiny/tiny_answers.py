@@ -7,7 +7,7 @@ likelier:
     tiny_answers/right        answers that are one of the four
     tiny_answers/win_rate     answers that are right and polite
     tiny_answers/form         right answers in the form that the rule about owner and verb prefers (`tiny:preferences`)
-    tiny_answers/empty        empty answers
+    tiny_answers/empty, unfinished, repetition, letters        see `legibility`
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from steerlab.data.worlds import tiny_grammar
-from steerlab.evaluation.asking.answers import answers, with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import data_rows
-from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, observed, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task, observed
 from steerlab.evaluation.tasks.preferences.preference import require_pairs
 from steerlab.job import DataSet, TaskConfig
 from steerlab.steered.language import SteeredModel
@@ -43,7 +44,7 @@ class Config(TaskConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return the measures of the numbers that the task reports."""
-    return (share("right", "higher"), share("win_rate", "higher"), share("form", "higher"), empty())
+    return (share("right", "higher"), share("win_rate", "higher"), share("form", "higher"), *legibility.measures())
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -57,10 +58,10 @@ def run(model: SteeredModel, config: Config) -> Result:
         for request, output in zip(requests, outputs, strict=True):
             judged, item_id = tiny_grammar.answer(request, output.text), items[request].id
             own = observe(item_id, judged, strength)
-            observations += with_empty("tiny_answers/empty", item_id, [output], own, strength)
+            observations += with_legibility("tiny_answers", item_id, [output], own, strength)
             verdict = {} if judged is None else judged._asdict()
             samples.append({"id": item_id, "strength": strength, "prompt": request, "answer": output.text, **verdict})
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 def observe(item_id: str, judged: tiny_grammar.Answer | None, strength: float) -> list[Observation]:

@@ -6,7 +6,7 @@ impression. A prompt ends within a sentence; this sentence is judged, as the mod
     tiny_sentences/sentence    it is one: the right kinds of words in the right order
     tiny_sentences/coherent    it is one, and about one topic
     tiny_sentences/about       it is one, and about one of `topics`
-    tiny_sentences/empty       empty continuations
+    tiny_sentences/empty, unfinished, repetition, letters        see `legibility`
 
 The sentences before it in the default prompts are about the farm, so a model without a patch goes on about the farm.
 """
@@ -19,11 +19,12 @@ from pydantic import Field, field_validator
 
 from steerlab.data.worlds import tiny_grammar
 from steerlab.data.worlds.tiny_words import TOPICS
-from steerlab.evaluation.asking.answers import with_empty
+from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import with_legibility
 from steerlab.evaluation.asking.continuation import ContinuationConfig, continue_texts, sample
 from steerlab.evaluation.asking.items import Numbered, choose
-from steerlab.evaluation.statistics.measures import Measure, empty, share
-from steerlab.evaluation.statistics.metrics import Result, Task, observed, plain_texts, spread
+from steerlab.evaluation.statistics.measures import Measure, share
+from steerlab.evaluation.statistics.metrics import Result, Task, observed, plain_texts
 from steerlab.steered.language import SteeredModel
 
 PROMPTS = (
@@ -62,7 +63,8 @@ class Config(ContinuationConfig):
 
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return the measures of the numbers that the task reports."""
-    return (share("sentence", "higher"), share("coherent", "higher"), share("about", "higher"), empty())
+    shares = (share("sentence", "higher"), share("coherent", "higher"), share("about", "higher"))
+    return (*shares, *legibility.measures(always_cut=True))
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -80,9 +82,9 @@ def run(model: SteeredModel, config: Config) -> Result:
                 "about": float(judged.topic in config.topics),
             }
             own = [observed(f"tiny_sentences/{name}", item.id, value, strength) for name, value in values.items()]
-            observations += with_empty("tiny_sentences/empty", item.id, [output], own, strength)
+            observations += with_legibility("tiny_sentences", item.id, [output], own, strength)
             samples.append(sample(item.id, strength, prompt, output.text, topic=judged.topic or "", **values))
-    return Result(observations, spread(samples), measures(config))
+    return Result(observations, samples, measures(config))
 
 
 TASK = Task(Config, run, measures, chats=plain_texts)

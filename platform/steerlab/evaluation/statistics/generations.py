@@ -1,0 +1,109 @@
+"""All that a task's model wrote, as one Parquet file that pandas, polars and DuckDB read without this package.
+
+    generations.parquet   a row for each item and strength
+        id, strength      the item, and the strength of the patch
+        ...               what the task keeps of an item: its prompt, the text that the model wrote, what a scorer said of it
+        <task>/<metric>   the item's observation at that strength (of a perplexity in nats, whose mean is taken before exp);
+                          null where the item could not be judged or does not count
+
+Columns are texts, numbers and booleans; lists and objects are written as JSON. The file's metadata hold one JSON object under
+the name `steerlab`: the task's config and the keys of the artifacts that the model and its patch are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from steerlab.evaluation.statistics.metrics import Observation
+from steerlab.guards.faults import explained
+from steerlab.guards.json_values import JsonObject
+
+NAME = "generations.parquet"
+TEXTS = ("continuation", "output", "output_in_data", "answer", "response", "responses", "generation", "text")
+"""Columns that hold what a model wrote. Tasks name it differently; the first of these that a row has is taken."""
+PROMPTS = ("prompt", "instruction", "question")
+"""The same for prompts."""
+_METADATA = b"steerlab"
+_PLAIN = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+
+
+def table(
+    samples: Sequence[Mapping[str, object]], observations: Sequence[Observation], about: Mapping[str, object]
+) -> pa.Table:
+    """Return a task's samples beside the observations of their items.
+
+    Args:
+        samples: JSON objects, one for each item and strength; several if an item was asked in several ways.
+        observations: the task's observations, whose ids and strengths are those of the samples.
+        about: what made the texts, for the metadata of the file.
+    """
+    names = dict.fromkeys(["id", "strength", *(name for sample in samples for name in sample)])
+    columns = {name: _column([sample.get(name) for sample in samples]) for name in names}
+    # An id is a text in observations, and joins the two.
+    columns["id"] = pa.array([None if sample.get("id") is None else str(sample["id"]) for sample in samples], pa.string())
+    columns["strength"] = pa.array([_number(sample.get("strength")) for sample in samples], pa.float64())
+    items = list(zip(columns["id"].to_pylist(), columns["strength"].to_pylist(), strict=True))
+    for metric, values in _by_metric(observations).items():
+        columns[metric] = pa.array([values.get(item) for item in items], pa.float64())
+    return with_metadata(pa.table(columns), about)
+
+
+def with_metadata(written: pa.Table, about: Mapping[str, object]) -> pa.Table:
+    """Return a table with what made its texts or verdicts in the metadata."""
+    return written.replace_schema_metadata({_METADATA: json.dumps(about, ensure_ascii=False).encode()})
+
+
+def joined(steered: pa.Table, plain: pa.Table, plain_strength: float) -> pa.Table:
+    """Return a task's rows at all strengths, and after them those of the model without the patch at `plain_strength`."""
+    number = plain.schema.get_field_index("strength")
+    strengths = pa.array([plain_strength] * len(plain), pa.float64())
+    both = [steered, plain.set_column(number, "strength", strengths).replace_schema_metadata(steered.schema.metadata)]
+    # Permissive: a column that is empty in one of the two has no type there.
+    return pa.concat_tables(both, promote_options="permissive")
+
+
+def dumped(written: pa.Table) -> bytes:
+    """Return a table as the bytes of a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(written, buffer)
+    return buffer.getvalue()
+
+
+def about(schema: pa.Schema) -> JsonObject:
+    """Return what made the texts of a file; empty for a file that another program wrote."""
+    metadata = schema.metadata or {}
+    with explained("the metadata `steerlab` of the file"):
+        found = json.loads(metadata.get(_METADATA, b"{}"))
+    return found if isinstance(found, dict) else {}
+
+
+def _column(values: Sequence[object]) -> pa.Array:
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {int, float}:
+        kinds = {float}
+    if len(kinds) == 1 and (plain := _PLAIN.get(next(iter(kinds)))) is not None:
+        return pa.array(values, plain)
+    # Neither a struct nor a union: every reader understands a text, and a column has one type whatever the rows hold.
+    return pa.array(list(_as_texts(values)), pa.string())
+
+
+def _as_texts(values: Sequence[object]) -> Iterator[str | None]:
+    for value in values:
+        yield value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _by_metric(observations: Sequence[Observation]) -> dict[str, dict[tuple[str | None, float | None], float | None]]:
+    """Return metric -> (id, strength) -> value; a value that does not count for the metric is None."""
+    values: dict[str, dict[tuple[str | None, float | None], float | None]] = {}
+    for o in observations:
+        values.setdefault(o.metric, {})[o.id, o.strength] = o.value if o.weight > 0 else None
+    return values

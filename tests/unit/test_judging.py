@@ -1,0 +1,125 @@
+"""`steerlab judge`: the scorer of a task on texts that exist gives the verdicts of the run that wrote them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from steerlab.cli import app
+from steerlab.evaluation import TASKS
+from steerlab.evaluation.statistics import stored
+from steerlab.evaluation.statistics.metrics import Result, summarise_all
+from steerlab.job import DataSet, JobError
+from steerlab.run import judging
+from steerlab.steered.language import SteeredModel
+
+
+def data(path: Path, rows: list[dict[str, object]], data_format: str) -> DataSet:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return DataSet.model_validate({"source": str(path), "format": data_format})
+
+
+@pytest.fixture
+def written(tmp_path: Path, tiny_model, encoder):
+    """A function that runs a task and returns its result with the file of what was written."""
+
+    def run(task: str, **fields: object) -> tuple[Result, Path]:
+        config = TASKS[task].Config(max_new_tokens=6, **fields)
+        result = TASKS[task].run(SteeredModel(tiny_model, encoder), config)
+        (tmp_path / task).mkdir()
+        outcome = stored.Outcome(result.observations, result.samples, metrics={1.0: {}})
+        stored.write(tmp_path / task, outcome, {"task": config.model_dump(mode="json")})
+        return result, tmp_path / task / "generations.parquet"
+
+    return run
+
+
+LINES: list[dict[str, object]] = [{"text": "the cow"}, {"text": "the old dog and"}, {"text": "the cat and the duck"}]
+SUMS: list[dict[str, object]] = [{"instruction": "one and two", "output": "3"}, {"instruction": "two and two", "output": "4"}]
+
+
+@pytest.mark.parametrize("task", ["toxicity", "sentiment", "concept", "refusal", "math", "purple"])
+def test_judging_a_file_gives_the_numbers_of_the_run_that_wrote_it(task: str, written, tmp_path: Path) -> None:
+    texts = data(tmp_path / "texts.jsonl", LINES, "text")
+    fields: dict[str, dict[str, object]] = {
+        "toxicity": {"prompts": texts, "threshold": 0.2},
+        "sentiment": {"prompts": texts, "prompt_words": 2},
+        "concept": {"concept": "cow", "words": ("cow", "dog"), "embedding_source": None, "samples": 4, "temperature": 1.0},
+        "refusal": {"prompts": texts, "harmless": texts, "keywords": ("the", "a"), "match": "anywhere"},
+        "math": {"prompts": data(tmp_path / "sums.jsonl", SUMS, "instruction")},
+        "purple": {"source": str(tmp_path / "asked.jsonl"), "word": "the"},
+    }
+    data(tmp_path / "asked.jsonl", [{"prompt": "what is it ?"}, {"prompt": "who ?"}], "text")
+    result, file = written(task, **fields[task])
+    config = judging.task_of(file, None)
+    assert config == TASKS[task].Config(max_new_tokens=6, **fields[task]), "the file says how it was judged"
+    judged = judging.judge(file, config, judging.read(file))
+    expected = summarise_all(result)[1.0]
+    # Perplexities and n-grams beside each text come from the model, and whether a text is finished is not in the file.
+    own = {name: metric for name, metric in expected.items() if name in judged.metrics[1.0]}
+    compared = {name: judged.metrics[1.0][name] for name in own if "_harmless" not in name and "/empty" not in name}
+    compared = {name: m for name, m in compared.items() if "letters" not in name and "repetition" not in name}
+    assert compared and compared == {name: own[name] for name in compared}
+    verdicts = pandas.read_parquet(judged.verdicts)
+    assert verdicts["id"].tolist() == [str(sample["id"]) for sample in result.samples]
+    assert json.loads(judged.verdicts.with_suffix(".json").read_text())["strengths"]["1.0"].keys() == judged.metrics[1.0].keys()
+
+
+def test_a_file_of_one_s_own_is_judged_by_its_columns(tmp_path: Path) -> None:
+    rows = [
+        {"said": "what a wonderful day", "strength": 0.5},
+        {"said": "a terrible, awful film", "strength": 0.5},
+        {"said": ""},
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    result = CliRunner().invoke(app, ["judge", str(file), "--task", "sentiment", "--text", "said", "--json"])
+    assert result.exit_code == 0, result.output
+    verdicts = pandas.read_parquet(tmp_path / "mine.sentiment.parquet")
+    assert verdicts["id"].tolist() == ["0", "1", "2"] and verdicts["strength"].tolist() == [0.5, 0.5, 1.0]
+    assert verdicts["sentiment/positive"].tolist()[:2] == [1.0, 0.0] and pandas.isna(verdicts["sentiment/score"][2])
+    printed = json.loads(result.output)["strengths"]
+    assert printed["0.5"]["sentiment/positive"]["value"] == 0.5 and printed["1.0"]["sentiment/score"]["unparsable"] == 1
+    about = json.loads(pq.read_schema(tmp_path / "mine.sentiment.parquet").metadata[b"steerlab"])
+    assert about["judged"] == str(file) and about["task"]["task"] == "sentiment"
+
+
+def test_a_scorer_s_own_fields_are_set_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("id,response\n7,the sea is far\n8,the ship\n")
+    base = ["judge", str(file), "--task", "concept", "--set", "concept=sea", "--set", "embedding_source=null"]
+    result = CliRunner().invoke(app, [*base, "--set", "words=[sea]", "--set", "label=water", "-o", str(tmp_path / "v.parquet")])
+    assert result.exit_code == 0, result.output
+    assert pandas.read_parquet(tmp_path / "v.parquet")["concept/words"].tolist() == [1.0, 0.0]
+    assert not list(tmp_path.glob("mine.*.parquet")), "the name that was asked for, and no other"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--task", "perplexity"], "perplexity cannot judge the texts of a file; these tasks can: gandalf"),
+        (["--task", "sentimnt"], "did you mean 'sentiment'"),
+        (["--task", "sentiment", "--text", "other"], "has no column 'other': name one with --text; it has response"),
+        (["--task", "sentiment", "--set", "thresold=1"], "--task: thresold: unknown key"),
+        (["--task", "math"], "item 0 has nothing in a column 'solution', by which this task judges; it has response"),
+        ([], "does not say which task wrote it: name one with --task"),
+        (["--task", "sentiment", "-o", "rows.jsonl"], "is the file that is judged"),
+    ],
+)
+def test_what_cannot_be_judged_is_said(options: list[str], said: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps({"response": "the cow"}))
+    result = CliRunner().invoke(app, ["judge", "rows.jsonl", *options])
+    assert result.exit_code == 2 and said in " ".join(result.output.split()), result.output
+
+
+def test_the_fields_of_another_task_are_not_taken_over(written, tmp_path: Path) -> None:
+    _, file = written("concept", concept="cow", words=("cow",), embedding_source=None, samples=2)
+    assert judging.task_of(file, "sentiment") == TASKS["sentiment"].Config()
+    with pytest.raises(JobError, match="word"):
+        judging.task_of(file, "concept", ["words=[]"])
