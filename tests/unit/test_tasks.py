@@ -165,7 +165,17 @@ BETTER: dict[str, dict[str, str | None]] = {
     "gandalf": {"asr": "lower", "empty": "lower"},
     "purple": {"asr": "lower", "empty": "lower"},
     "perplexity": {"value": "lower"},
-    "preference": {"accuracy": "higher", "margin": "higher", "likelihood_accuracy": "higher", "kl": "lower", "shorter": None},
+    "preference": {
+        "accuracy": "higher",
+        "margin": "higher",
+        "likelihood_accuracy": "higher",
+        "kl": "lower",
+        "shorter": None,
+        "chosen_logp": "higher",
+        "rejected_logp": None,
+        "chosen_reward": "higher",
+        "rejected_reward": None,
+    },
     "probing": {
         "layer_*": "higher",
         "concept_accuracy": "higher",

@@ -20,6 +20,7 @@ from steerlab.methods import (
     none,
     reft,
     repe,
+    simpo,
     transport,
     vanilla,
     warp,
@@ -45,6 +46,7 @@ _OWN: dict[str, Method] = {
     "reft": reft.METHOD,
     "iav": iav.METHOD,
     "dpo": dpo.METHOD,
+    "simpo": simpo.METHOD,
     "genarm": genarm.METHOD,
     "denoise": denoise.METHOD,
 }
