@@ -6,6 +6,7 @@ from dataclasses import replace
 from steerlab.job import MethodConfig, Table
 from steerlab.methods import (
     ablation,
+    args,
     aside,
     aura,
     caa,
@@ -48,6 +49,7 @@ _OWN: dict[str, Method] = {
     "dpo": dpo.METHOD,
     "simpo": simpo.METHOD,
     "genarm": genarm.METHOD,
+    "args": args.METHOD,
     "denoise": denoise.METHOD,
 }
 

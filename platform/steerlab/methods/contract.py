@@ -1,8 +1,9 @@
 """The contract of a method: a config, a check of it against the model and the job, and a way to change the model.
 
-A method is an instance of one of three classes. The stages see only the class, never the method:
+A method is an instance of one of four classes. The stages see only the class, never the method:
 
 Plain      changes nothing: the model as it is
+Assembled  makes a patch of what its config names, such as a reward model
 Trained    trains a `Trainee`, an `nn.Module` whose forward returns the paper's loss
 Fitted     computes one map for each place in closed form, from two samples of activations
 
@@ -32,6 +33,7 @@ from steerlab.job import Job, MethodConfig, Pooling, Selection
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
 from steerlab.patches.maps import Map
+from steerlab.steered.language import SteeredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -272,6 +274,16 @@ class Method:
 @dataclass(frozen=True)
 class Plain(Method):
     """A method that leaves the model as it is."""
+
+
+@dataclass(frozen=True)
+class Assembled(Method):
+    """A method whose patch is made of what its config names; nothing is trained and no activation is read."""
+
+    assemble: Callable[[Any, SteeredModel], patches.SavedPatch]
+    """(config, the model that the patch is for) -> the patch. Raises ValueError if the two do not go together."""
+
+    leaves_patch: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

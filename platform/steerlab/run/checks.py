@@ -18,7 +18,7 @@ from steerlab.guards.faults import is_for_people
 from steerlab.inputs.drawings import check_data
 from steerlab.job import Job, JobError
 from steerlab.methods import TABLE
-from steerlab.methods.contract import Fitted, SteeringConfig, Trained, check_masters
+from steerlab.methods.contract import Assembled, Fitted, SteeringConfig, Trained, check_masters
 from steerlab.methods.preparations import Prepare
 from steerlab.patches import taps
 from steerlab.run.prompt_checks import check_ids, check_template, state_of
@@ -125,7 +125,7 @@ def _check_method(planned: Plan) -> None:
         wanted = job.method.pooling
         if wanted not in job.extract.pooling:
             raise ValueError(f"method.pooling {wanted}: extract.pooling is {list(job.extract.pooling)}; add it there")
-    if not (job.train or job.evaluate or job.extract or isinstance(method, Fitted)):
+    if not (job.train or job.evaluate or job.extract or isinstance(method, Fitted | Assembled)):
         raise ValueError("the job has neither a train nor an extract nor an evaluate section, so there is nothing to do")
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Selection, TaskConfig, base_job, job_type
-from steerlab.methods.contract import Fitted, Method, Trained
-from steerlab.stages import choose, evaluate, extract, fit, prepare, reduce, train
+from steerlab.methods.contract import Assembled, Fitted, Method, Trained
+from steerlab.stages import assemble, choose, evaluate, extract, fit, prepare, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, ordered
@@ -76,8 +76,8 @@ class Plan:
 
     @property
     def makes_model(self) -> bool:
-        """Whether the job trains or fits something; if not, it only evaluates the model that it starts from."""
-        return isinstance(self.method, Fitted) or self.job.train is not None
+        """Whether the job makes a patch or trains; if not, it only evaluates the model that it starts from."""
+        return isinstance(self.method, Fitted | Assembled) or self.job.train is not None
 
     @property
     def _maker(self) -> Plan:
@@ -127,6 +127,8 @@ class Plan:
         """The stage whose artifact is the job's model; None if the job only evaluates the model of its source."""
         if isinstance(self.method, Fitted):
             return fit.stage(self.job, self.start, self.read)
+        if isinstance(self.method, Assembled):
+            return assemble.stage(self.job, self.start)
         if self.job.train is None or not isinstance(self.method, Trained):
             return self.start.stage
         return train.stage(self.job, self.start, self.read, self.preparing.used)
