@@ -76,6 +76,7 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
     "purple": lambda path, texts: {"source": write(path, [{"prompt": text} for text in texts])},
     "perplexity": lambda path, texts: {"data": plain(path, texts)},
     "preference": lambda path, texts: {"pairs": pairs(path, texts)},
+    "token_effect": lambda path, texts: {"data": pairs(path, texts)},
     "probing": lambda path, texts: {
         "source": instructions(path, texts),
         "separation_source": probes(path.with_suffix(".sep.jsonl"), texts),
@@ -97,7 +98,7 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
     },
 }
 """A task -> fields of its config over rows made of texts; efficiency has no rows, lm_eval its own tests."""
-SCORED_AS_THEY_ARE = ("perplexity", "preference", "controllability")
+SCORED_AS_THEY_ARE = ("perplexity", "preference", "token_effect", "controllability")
 """Tasks that score given texts: nothing is answered."""
 
 
@@ -197,6 +198,7 @@ BETTER: dict[str, dict[str, str | None]] = {
         "empty_harmless": "lower",
     },
     "math": {"accuracy": "higher", "solved": "higher", "empty": "lower"},
+    "token_effect": {"norm": None, "kl": "lower"},
     "win_rate": {
         "implicit": "higher",
         "ties": None,

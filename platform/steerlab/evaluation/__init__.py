@@ -6,7 +6,7 @@ from steerlab.evaluation.tasks.attacks import bipia, forbidden_words, injection,
 from steerlab.evaluation.tasks.cost import efficiency
 from steerlab.evaluation.tasks.diffusion import clip_score, diversity, image_concept, image_similarity
 from steerlab.evaluation.tasks.harm import refusal, toxicity
-from steerlab.evaluation.tasks.preferences import preference, win_rate
+from steerlab.evaluation.tasks.preferences import preference, token_effect, win_rate
 from steerlab.evaluation.tasks.roles import probing, separation
 from steerlab.evaluation.tasks.style import concept, controllability, sentiment
 from steerlab.job import Table, TaskConfig
@@ -20,6 +20,7 @@ _TASKS: dict[str, Task] = {
     "purple": forbidden_words.PURPLE,
     "perplexity": perplexity.TASK,
     "preference": preference.TASK,
+    "token_effect": token_effect.TASK,
     "probing": probing.TASK,
     "alpaca": alpaca.TASK,
     "toxicity": toxicity.TASK,
