@@ -15,7 +15,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from steerlab.cli.opening import joined_ray, opened_store, read_job
-from steerlab.cli.terminal import JobArgument, JsonOption, RootOption, SetOption, cell, console, explained, folding_table
+from steerlab.cli.terminal import (
+    JobArgument,
+    JsonOption,
+    RootOption,
+    SetOption,
+    cell,
+    console,
+    explained,
+    folding_table,
+    say_line,
+)
 from steerlab.guards import texts
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
 
@@ -60,6 +70,7 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
     """Show what would run and what is cached, with memory and disk estimates."""
     from steerlab import run as runs
     from steerlab import stages
+    from steerlab.data import rows
     from steerlab.run import capacity
     from steerlab.storage import plan
 
@@ -84,6 +95,10 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
         console.print(
             f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; rough estimates"
         )
+        for role, data in planned.job.data.by_role.items():
+            if rows.is_mixture(data):
+                shares = "; ".join(f"{name}: {portion}" for name, portion in rows.portions(data).items())
+                say_line(f"data.{role} mixes {shares}")
         capacity.check_machine(records, needs, store)
 
 

@@ -95,7 +95,13 @@ class DataSet(Frozen):
     """Tokens in the loss. all: every token but padding (as in ASIDE's paper); response: the response, in format conversation
     every answer; last_response: the last answer (format conversation). Format preference always takes response."""
     also: tuple[DataSet, ...] = Field((), exclude_if=lambda others: not others)
-    """Data sets of the same format whose rows are appended, to mix in a share of other data."""
+    """Data sets of the same format whose rows are appended, to mix in other data; with `weight`s in given shares."""
+    weight: float | None = Field(None, gt=0, exclude_if=lambda weight: weight is None)
+    """Share of this data set in the mixture with those of `also`, relative to their weights; all of them have one or none has.
+    Each gives its exact share, from its first row on (`shuffle` for random ones), rounded by largest remainders."""
+    mixed_rows: int | None = Field(None, ge=1, le=2**40, exclude_if=lambda num: num is None)
+    """Number of rows of a mixture by weights. Null takes the largest that repeats no row; in a larger one, data sets that are
+    too small begin again."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -153,6 +159,7 @@ class DataSet(Frozen):
         for name in self.needed_fields:
             if name in self.rename and name not in new and name not in self.compose and name not in self.fill:
                 raise ValueError(f"rename takes the field {name!r} away, which format {self.format} or a filter needs")
+        self._check_weights()
         for other in self.also:
             if (other.format, other.loss_on) != (self.format, self.loss_on):
                 raise ValueError(
@@ -160,6 +167,18 @@ class DataSet(Frozen):
                     f"loss_on {self.loss_on}"
                 )
         return self
+
+    def _check_weights(self) -> None:
+        weighted = [self.weight is not None, *(other.weight is not None for other in self.also)]
+        # A weight alone is that of a part, which the data set around it mixes.
+        if self.also and any(weighted) and not all(weighted):
+            number = weighted.index(False)
+            which = "this data set" if number == 0 else f"also.{number - 1}"
+            raise ValueError(f"weight: {which} has none; give one to all data sets of a mixture, or to none")
+        if any(other.weight is not None and other.also for other in self.also):
+            raise ValueError("also: a data set of a mixture cannot be one itself; list all of them in one `also`")
+        if self.mixed_rows is not None and not (self.also and all(weighted)):
+            raise ValueError("mixed_rows is about a mixture by weights: give this data set and those of `also` a weight")
 
 
 Role = Literal["instruction", "data", "response"]
@@ -302,4 +321,6 @@ class DataConfig(Frozen):
         for role, data in self.by_role.items():
             if role != "validation" and (data.format == "preference") != (role == "preference"):
                 raise ValueError(f"{role}: rows of format {data.format} do not belong there; pairs go to data.preference")
+            if data.weight is not None and not data.also:
+                raise ValueError(f"{role}.weight {data.weight:g}: there is nothing to mix with; list other data sets in `also`")
         return self
