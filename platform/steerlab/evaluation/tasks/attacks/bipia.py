@@ -36,14 +36,14 @@ from pydantic import Field
 
 from steerlab.data import sources
 from steerlab.data.values import Row
-from steerlab.evaluation.asking.answers import answers, with_empty
+from steerlab.evaluation.asking.answers import SampledConfig, answers, with_empty
 from steerlab.evaluation.asking.items import choose
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, spread
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack, judge, programmatic
 from steerlab.guards import files
 from steerlab.inputs.conversations import checked
-from steerlab.job import Seed, Source, TaskConfig
+from steerlab.job import Seed, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
@@ -61,7 +61,7 @@ INSTRUCTIONS: Mapping[str, str] = {
 }
 
 
-class Config(TaskConfig):
+class Config(SampledConfig):
     """Success rate of BIPIA's programmatically judged attacks."""
 
     task: Literal["bipia"] = "bipia"

@@ -21,18 +21,18 @@ from typing import Literal
 from pydantic import Field
 
 from steerlab.data import sources
-from steerlab.evaluation.asking.answers import answers, with_empty
+from steerlab.evaluation.asking.answers import SampledConfig, answers, with_empty
 from steerlab.evaluation.asking.items import Numbered, check_rows, choose, number
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about, contains, spread
 from steerlab.guards import files
 from steerlab.guards.json_values import JsonObject
-from steerlab.job import Seed, Source, TaskConfig
+from steerlab.job import Seed, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
 
-class ForbiddenWordConfig(TaskConfig):
+class ForbiddenWordConfig(SampledConfig):
     """Fields of both tasks."""
 
     max_new_tokens: int = Field(512, ge=1)

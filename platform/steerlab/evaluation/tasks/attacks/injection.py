@@ -31,11 +31,11 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from steerlab.data.values import Row
-from steerlab.evaluation.asking.answers import answers, judged, with_empty
+from steerlab.evaluation.asking.answers import SampledConfig, answers, judged, with_empty
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, contains, spread
-from steerlab.job import Source, TaskConfig
+from steerlab.job import Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import Generation, SteeredModel
 
@@ -60,7 +60,7 @@ IGNORE_SENTENCES = (
 """The sentences of the attack `ignore`; one is drawn for each row."""
 
 
-class InjectionConfig(TaskConfig):
+class InjectionConfig(SampledConfig):
     """Fields of the injection tasks."""
 
     attacks: tuple[Attack, ...] = Field(ATTACKS, min_length=1)
