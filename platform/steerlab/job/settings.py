@@ -17,10 +17,10 @@ class TrainConfig(Frozen):
     """Optimizer steps."""
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule after the warm-up."""
     lr_floor: float = Field(0.0, ge=0, le=1)
-    """Learning rate at the end of the cosine schedule, as a share of `lr`."""
+    """Learning rate at the end of the cosine or linear schedule, as a share of `lr`."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up; 0 starts at `lr`."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"

@@ -97,13 +97,14 @@ def share_of_rank(rows: Sequence[int], lengths: Sequence[int], rank: int, world_
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Return the learning rate of step `step` (from 0): linear warm-up, then constant or a cosine decay to `lr_floor * lr`."""
+    """Return the learning rate of step `step` (from 0): linear warm-up, then constant, or a decay to `lr_floor * lr`."""
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return train.lr
     share = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    return train.lr * (train.lr_floor + (1 - train.lr_floor) * 0.5 * (1 + math.cos(math.pi * share)))
+    left = 1 - share if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+    return train.lr * (train.lr_floor + (1 - train.lr_floor) * left)
 
 
 def load_rows(data: DataSet, encoder: RowEncoder, max_tokens: int) -> Rows:
