@@ -233,7 +233,7 @@ class SequentialConfig(SteeringConfig):
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the table of methods: the fields and questions that all three classes share."""
+    """One entry of the table of methods: the fields and questions that all four classes share."""
 
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""
