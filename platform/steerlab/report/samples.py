@@ -102,7 +102,7 @@ def texts(entries: Sequence[Entry]) -> list[Comparison]:
                 context = next((str(sample[name]) for name in _CONTEXTS if sample.get(name)), "")
                 # Samples of different runs are matched by the task's name and the item's id, not by the prompt's text.
                 empty: Comparison = {"task": task, "prompt": str(sample[prompt]), "context": context, "outputs": {}}
-                row = by_prompt.setdefault((task, str(sample["id"])), empty)
+                row = by_prompt.setdefault((task, str(sample.get("id", sample[prompt]))), empty)
                 row["outputs"].setdefault(_column(entry, sample), {"text": _cut(sample[output]), "facts": _facts(sample)})
     # A prompt that only one run has samples of shows no difference; it is dropped unless no prompt has more.
     counts = [len(row["outputs"]) for row in by_prompt.values()]
