@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from steerlab import job, models, run
 from steerlab.data.worlds import tiny
@@ -75,6 +76,19 @@ def test_a_job_caches_trains_and_evaluates_over_alphas(cluster: None, store: Sto
         assert states.shape == (sum(row.targets("response")), model.model.config.hidden_size)
     facts = json.loads((store.local("train", done.summary["model"]["key"]) / "training.json").read_text())
     assert facts["trained_parameters"] == models.head(model.model).weight.numel()
+
+
+def test_a_search_is_assembled_and_evaluated(cluster: None, store: Store, tmp_path: Path) -> None:
+    """ARGS trains nothing: its patch names the head, and the task finds it from there."""
+    save_file({"weight": torch.randn(1, 128, generator=torch.Generator().manual_seed(0))}, tmp_path / "head.safetensors")
+    method = {"name": "args", "head": str(tmp_path / "head.safetensors"), "candidates": 3}
+    plain = {"prompt_style": "plain"}
+    _, done = do(store, tmp_path, method=method, data=plain, train=None, evaluate=[{**TASK, "limit": 3, "strengths": [1, 0]}])
+    assert ran(done) == ["assemble", "evaluate"]
+    found = done.summary["strengths"]
+    assert found[0.0]["preference/kl"]["value"] == 0 < found[1.0]["preference/kl"]["value"]
+    (patch,) = language.load(store.local("assemble", done.summary["model"]["key"])).patches
+    assert patch.spec() == {"reward": None, "head": str(tmp_path / "head.safetensors"), "weight": 1.5, "candidates": 3}
 
 
 @pytest.mark.slow

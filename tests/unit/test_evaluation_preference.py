@@ -97,8 +97,14 @@ def test_the_task_reports_every_metric_at_every_strength(tiny_model: PreTrainedM
     result = run(patched(vector, tiny_model, encoder), Config(pairs=PAIRS, strengths=STRENGTHS))
     found = summarise_all(result)
     assert list(found) == list(STRENGTHS)
-    names = ("accuracy", "margin", "likelihood_accuracy", "kl", "shorter")
-    assert all(set(metrics) == {f"preference/{name}" for name in names} for metrics in found.values())
+    names = {f"preference/{measure.name}" for measure in preference.measures(Config())}
+    assert all(set(metrics) == names for metrics in found.values())
+    value = {strength: {name: metric.value for name, metric in metrics.items()} for strength, metrics in found.items()}
+    for strength in STRENGTHS:
+        of = value[strength]
+        assert of["preference/margin"] == pytest.approx(of["preference/chosen_reward"] - of["preference/rejected_reward"])
+        moved = of["preference/chosen_logp"] - value[0.0]["preference/chosen_logp"]
+        assert of["preference/chosen_reward"] == pytest.approx(0.1 * moved, abs=1e-6)
     assert all(m.n == 7 and m.unparsable == 0 for name, m in found[1.0].items())
     assert found[0.0]["preference/accuracy"].n == 0 and found[0.0]["preference/accuracy"].value is None
     for name in ("preference/margin", "preference/kl"):
@@ -115,6 +121,10 @@ def test_margins_and_shares_by_hand() -> None:
         "preference/accuracy": (1.0, 1.0),
         "preference/margin": (0.5 * (2 - 1), 1.0),
         "preference/likelihood_accuracy": (0.0, 1.0),
+        "preference/chosen_logp": (-3.0, 1.0),
+        "preference/rejected_logp": (-2.0, 1.0),
+        "preference/chosen_reward": (0.5 * 2, 1.0),
+        "preference/rejected_reward": (0.5 * 1, 1.0),
         "preference/kl": (pytest.approx(0.2), 6.0),
         "preference/shorter": (1.0, 1.0),
     }

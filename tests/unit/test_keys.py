@@ -18,7 +18,7 @@ from steerlab.stages import JobType, Plan
 from steerlab.storage.plan import Stage
 
 ROOT = Path(__file__).parents[2]
-JOBS = ("aside", "warp", "lineas", "act", "iav", "dpo", "genarm", "extract", "digits", "vanilla")
+JOBS = ("aside", "warp", "lineas", "act", "iav", "dpo", "simpo", "genarm", "extract", "digits", "vanilla")
 """Of jobs/tiny: each way of training, fitting, extracting, choosing and drawing."""
 FREE = ("name", "scale", "track")
 """Sections that change no result: how a job is called, spread and shown."""

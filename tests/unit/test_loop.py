@@ -37,6 +37,14 @@ def test_ranks_share_a_step_without_loss(workers: int) -> None:
     assert len({len(share) for share in shares}) == 1
 
 
+def test_warm_up_then_a_line_to_the_floor() -> None:
+    train = TrainConfig(steps=12, lr=2.0, schedule="linear", warmup_steps=2, lr_floor=0.1)
+    rates = [learning_rate(train, step) for step in range(12)]
+    assert rates[:3] == [1.0, 2.0, 2.0]
+    assert rates[2:] == pytest.approx([2.0 - 0.18 * step for step in range(10)])
+    assert learning_rate(train, 12) == pytest.approx(0.2)
+
+
 def test_warm_up_then_cosine_to_the_floor() -> None:
     train = TrainConfig(steps=10, lr=1.0, warmup_steps=2, lr_floor=0.1)
     rates = [learning_rate(train, step) for step in range(10)]

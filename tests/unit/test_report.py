@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steerlab import report
+from steerlab.evaluation.statistics import stored
 from steerlab.report import Entry, cell, figures, front, plotting
 
 
@@ -101,3 +105,13 @@ def test_error_bars_reach_the_ends_of_an_interval_that_is_not_symmetric() -> Non
     """Wilson's interval of 19 of 20: longer below than above."""
     drawn = plotting.bars([{"value": 0.95, "low": 0.76, "high": 0.99, "stderr": 0.05}, {"value": 0.5, "stderr": 0.1}], "red")
     assert drawn["array"] == pytest.approx([0.04, 0.196]) and drawn["arrayminus"] == pytest.approx([0.19, 0.196])
+
+
+def test_samples_without_an_id_are_read_and_shown(tmp_path: Path) -> None:
+    """Answers in AlpacaEval's form have none, and neither have the conditions of a timing."""
+    answer = {"instruction": "say it", "output": "moo", "generator": "a"}
+    (tmp_path / "samples.json").write_text(json.dumps([answer, {"strength": 1.0, "device": "cpu"}]))
+    shown = entry("a", 0.5, 0.2, 50.4)
+    shown = dataclasses.replace(shown, samples={"alpaca": stored.samples(tmp_path)})
+    (found,) = report.texts([shown])
+    assert found["prompt"] == "say it" and [one["text"] for one in found["outputs"].values()] == ["moo"]

@@ -174,7 +174,9 @@ def test_rows_of_other_data_are_mixed_in_behind_the_own_ones(tmp_path: Path) -> 
 
 
 def test_what_is_not_set_leaves_no_trace_in_keys() -> None:
-    assert not {"rename", "fill", "also"} & set(DataSet(source="tiny:topics/train").model_dump(mode="json"))
+    assert not {"rename", "fill", "also", "weight", "mixed_rows"} & set(
+        DataSet(source="tiny:topics/train").model_dump(mode="json")
+    )
 
 
 def test_rows_mixed_into_a_tasks_data_set_are_part_of_its_key() -> None:

@@ -101,6 +101,7 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
     "hackaprompt": lambda path, texts: {"source": submissions(path, texts), "levels": (1,)},
     "perplexity": lambda path, texts: {"data": plain(path, texts)},
     "preference": lambda path, texts: {"pairs": pairs(path, texts)},
+    "token_effect": lambda path, texts: {"data": pairs(path, texts)},
     "probing": lambda path, texts: {
         "source": instructions(path, texts),
         "separation_source": probes(path.with_suffix(".sep.jsonl"), texts),
@@ -138,7 +139,7 @@ CASES: dict[str, Callable[[Path, list[str]], Fields]] = {
     },
 }
 """A task -> fields of its config over rows made of texts; lm_eval has its own tests, the others that are missing no rows."""
-SCORED_AS_THEY_ARE = ("perplexity", "preference", "controllability", "attention_by_role", "instruction_concept")
+SCORED_AS_THEY_ARE = ("perplexity", "preference", "token_effect", "controllability", "attention_by_role", "instruction_concept")
 """Tasks that score given texts: nothing is answered."""
 
 
@@ -215,7 +216,17 @@ BETTER: dict[str, dict[str, str | None]] = {
     "rules": {"asr": "lower", "Hodor": "lower", "LEGIBLE": None},
     "hackaprompt": {"asr": "lower", "level_1": "lower", "LEGIBLE": None},
     "perplexity": {"value": "lower"},
-    "preference": {"accuracy": "higher", "margin": "higher", "likelihood_accuracy": "higher", "kl": "lower", "shorter": None},
+    "preference": {
+        "accuracy": "higher",
+        "margin": "higher",
+        "likelihood_accuracy": "higher",
+        "kl": "lower",
+        "shorter": None,
+        "chosen_logp": "higher",
+        "rejected_logp": None,
+        "chosen_reward": "higher",
+        "rejected_reward": None,
+    },
     "probing": {
         "layer_*": "higher",
         "concept_accuracy": "higher",
@@ -250,6 +261,7 @@ BETTER: dict[str, dict[str, str | None]] = {
         "LEGIBLE_harmless": None,
     },
     "math": {"accuracy": "higher", "solved": "higher", "LEGIBLE": None},
+    "token_effect": {"norm": None, "kl": "lower"},
     "win_rate": {
         "implicit": "higher",
         "ties": None,

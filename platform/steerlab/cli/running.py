@@ -74,6 +74,7 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
     """Show what would run and what is cached, with memory and disk estimates."""
     from steerlab import run as runs
     from steerlab import stages
+    from steerlab.data import rows
     from steerlab.run import capacity, length
     from steerlab.storage import plan
 
@@ -100,6 +101,10 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
         console.print(
             f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; rough estimates"
         )
+        for role, data in planned.job.data.by_role.items():
+            if rows.is_mixture(data):
+                shares = "; ".join(f"{name}: {portion}" for name, portion in rows.portions(data).items())
+                say_line(f"data.{role} mixes {shares}")
         capacity.check_machine(records, needs, store)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,14 +15,19 @@ from steerlab.cli.opening import Artifact, artifact_of
 from steerlab.cli.terminal import JsonOption, RootOption, console, explained, folding_table, say_line
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from steerlab.run import Reported
-    from steerlab.steered.model import Steered
+    from steerlab.steered.model import Asked, Shown, Steered
 
 
 def generate(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, its folder, or a folder made by export.")],
-    prompt: Annotated[str, typer.Option(help="The instruction, or what is to be drawn.")],
+    prompt: Annotated[str | None, typer.Option(help="The instruction, or what is to be drawn.")] = None,
     data: Annotated[str | None, typer.Option(help="The data that the instruction is about.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts: .txt with one a line, or rows with prompt (or instruction) and data.")
+    ] = None,
     strength: Annotated[
         list[float] | None, typer.Option(help="Strengths of the patch: --strength 0 0.5 1. Default: what the run reported.")
     ] = None,
@@ -29,31 +36,113 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens at most; default 64.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Of sampled tokens; 0, the default, is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from the nucleus of this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many likeliest tokens.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample tokens with this share of the likeliest one's probability.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Texts for each prompt and strength.")] = None,
     guidance: Annotated[list[float] | None, typer.Option(min=0, help="Guidance scales of images; default: the job's.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for images.")] = Path("images"),
     root: RootOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Try a result by hand; several strengths side by side: texts, or images with a contact sheet and an animation."""
     from steerlab.steered import language
     from steerlab.steered.model import Asked
 
     with explained():
+        asked = _prompts(prompt, data, prompts)
         scales = None if guidance is None else tuple(guidance)
         artifact = artifact_of(run_folder, root)
         loaded = language.load(artifact.path, **artifact.loading)
-        request = Asked(prompt, _strengths(strength, artifact, loaded), seed, data, max_new_tokens, temperature, scales)
-        shown = loaded.side_by_side(request)
-        for path, content in shown.files.items():
-            (output / path).parent.mkdir(parents=True, exist_ok=True)
-            (output / path).write_bytes(content)
-        table = folding_table("strength", "output")
-        for value, text in shown.outputs:
-            table.add_row(f"{value:g}", escape(text))
-        console.print(table)
-        if shown.files:
-            # Beside one image for each strength, there are a contact sheet and an animation of all of them.
-            overview = sorted(shown.files.keys() - {text for _, text in shown.outputs})
-            console.print(f"in {output}, with {', '.join(overview)}", soft_wrap=True, highlight=False, markup=False)
+        strengths = _strengths(strength, artifact, loaded, quiet=as_json)
+        requests = [
+            Asked(one, strengths, seed, about, max_new_tokens, temperature, top_p, top_k, min_p, samples, scales)
+            for one, about in asked
+        ]
+        # Tokens are shown while they are written where somebody watches; a file or a pipe gets the texts when they are whole.
+        watched = _on_terminal(requests) if console.is_terminal and not as_json else nullcontext()
+        with watched as watch:
+            shown = loaded.each_side_by_side(requests, watch)
+        for number, (request, one) in enumerate(zip(requests, shown, strict=True), 1):
+            # Images of several prompts have the same names, so each prompt gets a folder of its own.
+            folder = output if len(requests) == 1 else output / f"{number:03d}"
+            _write(one.files, folder)
+            if not as_json:
+                console.print(_side_by_side(request, one, titled=len(requests) > 1))
+                _say_overview(one, folder)
+        if as_json:
+            print(json.dumps([_as_json(*pair) for pair in zip(requests, shown, strict=True)], indent=1, ensure_ascii=False))
+
+
+_NAMES = (("prompt", "instruction", "question", "text"), ("data", "input", "context"))
+"""Fields of a row that hold the prompt, and the data that it is about; the first that a row has is taken."""
+
+
+def _prompts(prompt: str | None, data: str | None, file: Path | None) -> list[tuple[str, str | None]]:
+    """Return the prompts with their data. Raises ValueError for a request with no prompt, with two, or with a bad row."""
+    from steerlab.data import sources
+
+    if (prompt is None) == (file is None):
+        raise ValueError("give --prompt with one prompt, or --prompts with a file of them")
+    if prompt is not None:
+        return [(prompt, data)]
+    if data is not None:
+        raise ValueError("--data goes with --prompt; in a file of prompts each row has its own data")
+    read: list[tuple[str, str | None]] = []
+    for number, row in enumerate(sources.rows(str(file)), 1):
+        found = [next((row[name] for name in names if row.get(name) is not None), None) for names in _NAMES]
+        if not isinstance(found[0], str) or not isinstance(found[1], str | None):
+            has = ", ".join(map(str, row))
+            raise ValueError(f"{file} row {number}: a text under one of {', '.join(_NAMES[0])} is needed; it has {has:.200}")
+        if found[0].strip():
+            read.append((found[0], found[1]))
+    if not read:
+        raise ValueError(f"{file} holds no prompt")
+    return read
+
+
+@contextmanager
+def _on_terminal(requests: Sequence[Asked]) -> Iterator[Callable[[list[Shown]], None]]:
+    """Show outputs on the terminal while they are written; they are gone at the end, when the whole ones are printed."""
+    from rich.console import Group
+    from rich.live import Live
+
+    with Live(console=console, transient=True, refresh_per_second=8) as live:
+
+        def watch(shown: list[Shown]) -> None:
+            pairs = zip(requests, shown, strict=True)
+            # What does not fit on the screen would be cut at its bottom: the prompts that are being written come first.
+            begun = [(request, one) for request, one in pairs if any(text for _, text in one.outputs)]
+            live.update(Group(*(_side_by_side(request, one, titled=len(requests) > 1) for request, one in begun)))
+
+        yield watch
+
+
+def _side_by_side(request: Asked, shown: Shown, *, titled: bool) -> Table:
+    table = folding_table("strength", "output", title=escape(request.prompt) if titled else None)
+    for value, text in shown.outputs:
+        table.add_row(f"{value:g}", escape(text))
+    return table
+
+
+def _as_json(request: Asked, shown: Shown) -> dict[str, object]:
+    outputs = [{"strength": value, "output": text} for value, text in shown.outputs]
+    return {"prompt": request.prompt, "data": request.data, "outputs": outputs}
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+
+
+def _say_overview(shown: Shown, folder: Path) -> None:
+    if shown.files:
+        # Beside one image for each strength, there are a contact sheet and an animation of all of them.
+        overview = sorted(shown.files.keys() - {text for _, text in shown.outputs})
+        console.print(f"in {folder}, with {', '.join(overview)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def explain(

@@ -16,7 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from steerlab.data import forms, pairs, sources, values
+from steerlab.data import forms, mixing, pairs, sources, values
 from steerlab.data.seen_rows import Seen, is_absent
 from steerlab.data.sources import SourceError
 from steerlab.data.values import Row
@@ -30,7 +30,7 @@ _checked: set[tuple[str, str]] = set()
 
 
 def read(data: DataSet) -> list[dict[str, object]]:
-    """Return the rows of a data set, in the fields that its format defines.
+    """Return the rows of a data set and of those in `also`, in the fields that its format defines.
 
     Format text: `text`, and `seed` if the data set draws each prompt several times. Format instruction: `instruction` and
     `output`, optionally `input`, `system` and `history`. Format preference: the fields of pairs.py. Format conversation:
@@ -41,6 +41,33 @@ def read(data: DataSet) -> list[dict[str, object]]:
             of another format (only training reads such a data set, part by part).
     """
     check_one_format(data)
+    parts = [_read_own(data), *map(read, data.also)]
+    if not is_mixture(data):
+        return [row for part in parts for row in part]
+    return mixing.mixed(parts, _portions(data, parts))
+
+
+def is_mixture(data: DataSet) -> bool:
+    """Return whether a data set is mixed with others by weights."""
+    return bool(data.also) and data.weight is not None
+
+
+def portions(data: DataSet) -> dict[str, mixing.Portion]:
+    """Return what each data set of a mixture contributes, by a short name; reads all of their rows. Raises as `read` does."""
+    shares = _portions(data, [_read_own(data), *map(read, data.also)])
+    names = [describe(part) for part in (data, *data.also)]
+    # Two parts of one file have one name.
+    named = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return dict(zip(named, shares, strict=True))
+
+
+def _portions(data: DataSet, parts: list[list[dict[str, object]]]) -> list[mixing.Portion]:
+    weights = [part.weight for part in (data, *data.also)]
+    return mixing.portions([len(part) for part in parts], [w for w in weights if w is not None], data.mixed_rows)
+
+
+def _read_own(data: DataSet) -> list[dict[str, object]]:
+    """Return the rows of a data set without those of `also`."""
     seen, passed = Seen.before(data, describe(data)), 0
 
     def counted() -> Iterator[dict[str, object]]:
@@ -56,7 +83,7 @@ def read(data: DataSet) -> list[dict[str, object]]:
     if not selected:
         raise seen.nothing_left(data, passed)
     seen.warn(data)
-    return [*_with_tags_and_seeds(selected, data), *(row for other in data.also for row in read(other))]
+    return _with_tags_and_seeds(selected, data)
 
 
 def check_one_format(data: DataSet) -> None:

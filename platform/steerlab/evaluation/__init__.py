@@ -14,7 +14,7 @@ from steerlab.evaluation.tasks.attacks import (
 from steerlab.evaluation.tasks.cost import efficiency
 from steerlab.evaluation.tasks.diffusion import clip_score, diversity, image_concept, image_similarity
 from steerlab.evaluation.tasks.harm import refusal, toxicity
-from steerlab.evaluation.tasks.preferences import preference, win_rate
+from steerlab.evaluation.tasks.preferences import preference, token_effect, win_rate
 from steerlab.evaluation.tasks.roles import attention_by_role, embedding_shift, instruction_concept, probing, separation
 from steerlab.evaluation.tasks.style import axbench, concept, controllability, sentiment
 from steerlab.evaluation.tasks.tiny import tiny_answers, tiny_sentences
@@ -32,6 +32,7 @@ _TASKS: dict[str, Task] = {
     "hackaprompt": hackaprompt.TASK,
     "perplexity": perplexity.TASK,
     "preference": preference.TASK,
+    "token_effect": token_effect.TASK,
     "probing": probing.TASK,
     "embedding_shift": embedding_shift.TASK,
     "attention_by_role": attention_by_role.TASK,

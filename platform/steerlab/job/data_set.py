@@ -97,6 +97,12 @@ class DataSet(Frozen):
     also: tuple[DataSet, ...] = Field((), exclude_if=lambda others: not others)
     """Data sets whose rows are appended, to mix in a share of other data. `data.train` and `data.validation` mix the formats
     instruction, conversation and text, for example plain texts to keep the language; elsewhere the format must be the same."""
+    weight: float | None = Field(None, gt=0, exclude_if=lambda weight: weight is None)
+    """Share of this data set in the mixture with those of `also`, relative to their weights; all of them have one or none has.
+    Each gives its exact share, from its first row on (`shuffle` for random ones), rounded by largest remainders."""
+    mixed_rows: int | None = Field(None, ge=1, le=2**40, exclude_if=lambda num: num is None)
+    """Number of rows of a mixture by weights. Null takes the largest that repeats no row; in a larger one, data sets that are
+    too small begin again."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -154,6 +160,7 @@ class DataSet(Frozen):
         for name in self.needed_fields:
             if name in self.rename and name not in new and name not in self.compose and name not in self.fill:
                 raise ValueError(f"rename takes the field {name!r} away, which format {self.format} or a filter needs")
+        self._check_weights()
         for other in self.also:
             # A row of a language model's training is one sequence in each of these formats, so their rows can share a batch.
             are_sequences = {other.format, self.format} <= {"instruction", "conversation", "text"}
@@ -168,6 +175,20 @@ class DataSet(Frozen):
     def parts(self) -> tuple[DataSet, ...]:
         """The data set without `also`, then those of `also`: each with one format, in the order of their rows."""
         return (self.model_copy(update={"also": ()}), *(part for other in self.also for part in other.parts))
+
+    def _check_weights(self) -> None:
+        weighted = [self.weight is not None, *(other.weight is not None for other in self.also)]
+        # A weight alone is that of a part, which the data set around it mixes.
+        if self.also and any(weighted) and not all(weighted):
+            number = weighted.index(False)
+            which = "this data set" if number == 0 else f"also.{number - 1}"
+            raise ValueError(f"weight: {which} has none; give one to all data sets of a mixture, or to none")
+        if any(other.weight is not None and other.also for other in self.also):
+            raise ValueError("also: a data set of a mixture cannot be one itself; list all of them in one `also`")
+        if self.also and any(weighted) and len({part.format for part in self.parts}) > 1:
+            raise ValueError("weight: a mixture by weights has rows of one format; without weights, also can mix formats")
+        if self.mixed_rows is not None and not (self.also and all(weighted)):
+            raise ValueError("mixed_rows is about a mixture by weights: give this data set and those of `also` a weight")
 
 
 Role = Literal["instruction", "data", "response"]
@@ -316,6 +337,8 @@ class DataConfig(Frozen):
         for role, data in self.by_role.items():
             if role != "validation" and (data.format == "preference") != (role == "preference"):
                 raise ValueError(f"{role}: rows of format {data.format} do not belong there; pairs go to data.preference")
+            if data.weight is not None and not data.also:
+                raise ValueError(f"{role}.weight {data.weight:g}: there is nothing to mix with; list other data sets in `also`")
             formats = dict.fromkeys(part.format for part in data.parts)
             if len(formats) > 1 and role not in ("train", "validation"):
                 raise ValueError(

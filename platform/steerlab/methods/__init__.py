@@ -6,6 +6,7 @@ from dataclasses import replace
 from steerlab.job import MethodConfig, Table
 from steerlab.methods import (
     ablation,
+    args,
     aside,
     aura,
     caa,
@@ -23,6 +24,7 @@ from steerlab.methods import (
     resta,
     safe_delta,
     safe_lora,
+    simpo,
     sn_tune,
     transport,
     vanilla,
@@ -55,7 +57,9 @@ _OWN: dict[str, Method] = {
     "reft": reft.METHOD,
     "iav": iav.METHOD,
     "dpo": dpo.METHOD,
+    "simpo": simpo.METHOD,
     "genarm": genarm.METHOD,
+    "args": args.METHOD,
     "denoise": denoise.METHOD,
 }
 

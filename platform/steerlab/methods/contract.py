@@ -3,6 +3,7 @@
 A method is an instance of one of four classes. The stages see only the class, never the method:
 
 Plain      changes nothing: the model as it is
+Assembled  makes a patch of what its config names, such as a reward model
 Trained    trains a `Trainee`, an `nn.Module` whose forward returns the paper's loss
 Fitted     computes one map for each place in closed form, from two samples of activations
 Edited     changes the weights that another job has trained, in closed form (edited.py)
@@ -34,6 +35,7 @@ from steerlab.methods.math import lora
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
 from steerlab.patches.maps import Map
+from steerlab.steered.language import SteeredModel
 
 if TYPE_CHECKING:
     # For annotations only: transformers takes a second to import, and a job file is checked without it.
@@ -259,7 +261,7 @@ class SequentialConfig(SteeringConfig):
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the table of methods: the fields and questions that all three classes share."""
+    """One entry of the table of methods: the fields and questions that all four classes share."""
 
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""
@@ -304,6 +306,17 @@ class Method:
 @dataclass(frozen=True)
 class Plain(Method):
     """A method that leaves the model as it is."""
+
+
+@dataclass(frozen=True)
+class Assembled(Method):
+    """A method whose patch is made of what its config names; nothing is trained and no activation is read."""
+
+    assemble: Callable[[Any, SteeredModel], patches.SavedPatch]
+    """(config, the model that the patch is for) -> the patch. Raises ValueError if the two do not go together."""
+
+    closed_form: ClassVar[bool] = True
+    leaves_patch: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ y_w is the chosen response, y_l the rejected one. pi_ref is the model at the sta
 which takes the memory of the weights a second time and one more forward pass a step. With `lora`, low-rank adapters train, and
 the reference is the same model with its adapters off.
 
+`loss`, `label_smoothing` and `chosen_nll` choose other losses of the same margin (conservative and robust DPO, IPO, hinge) and
+add RPO's supervised term; math/preference.py has their equations. IPO's paper sums log-ratios over a response; TRL takes their
+mean, which is `length_average`.
+
 The result is saved as a patch of weight differences: the strength interpolates between reference and policy, strength 0 is the
 reference bit for bit, and tasks need no second model.
 """
@@ -26,9 +30,11 @@ from torch import Tensor, nn
 
 from steerlab import patches
 from steerlab.inputs.tokens import Batch, Row
-from steerlab.job import Job, MethodConfig
+from steerlab.job import Job
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, check_masters, train_everything
+from steerlab.methods.math import preference
 from steerlab.methods.math.lora import Adapters, Lora, num_trained
+from steerlab.methods.math.whole_weights import Whole
 from steerlab.models import ModelFacts
 from steerlab.steered import scoring
 
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Config(MethodConfig):
+class Config(preference.PairLossConfig):
     """Hyperparameters of DPO."""
 
     name: Literal["dpo"] = "dpo"
@@ -47,18 +53,6 @@ class Config(MethodConfig):
     """Use the mean of the log ratios over the tokens of a response instead of their sum."""
     lora: Lora | None = None
     """Train low-rank adapters; {} takes their defaults. Null trains all weights."""
-
-
-class Whole(nn.Module):
-    """Every weight of the model, as a module whose state is saved."""
-
-    kind = "weight"
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        # A ParameterList names its entries by number, so the weights' names are kept beside it.
-        self.names = [name for name, _ in model.named_parameters()]
-        self.weights = nn.ParameterList(model.parameters())
 
 
 class Dpo(PatchAlone):
@@ -95,17 +89,18 @@ class Dpo(PatchAlone):
         return self
 
     def forward(self, batch: Batch) -> Loss:
-        """Return the summed loss of the pairs (eq. 7)."""
+        """Return the summed loss of the pairs (eq. 7, or another loss of the same margin)."""
         tokens = scoring.predicted(batch)  # N response tokens of P pairs
         # Before the policy's pass: peft 0.21 takes `requires_grad` from adapters that are off, and gives it back afterwards.
         with torch.no_grad(), self._reference() as reference:
             reference_N = scoring.log_probs(reference, batch, tokens)
         policy_N = scoring.log_probs(self.model, batch, tokens)
-        # log pi - log pi_ref of each response token (eq. 7); `scoring.dpo` sums them over each response.
+        # The reward of a response is beta sum_t (log pi - log pi_ref)(y_t), the argument of sigmoid in eq. 7 their difference.
+        config = self.config
         # Differences of the tokens first, sums second: the sums of policy and reference are close and hundreds of nats large.
-        loss_P, margin_P = scoring.dpo(policy_N - reference_N, tokens, self.config.beta, self.config.length_average)
-        # accuracy counts a tie as wrong: at the start all margins are 0, and nothing has been learned.
-        return Loss(loss_P.sum(), {"margin": margin_P.detach().sum(), "accuracy": (margin_P > 0).float().sum()})
+        pairs = preference.compare(policy_N, reference_N, tokens, config.beta, config.length_average)
+        loss_P = preference.loss(pairs.margin_P, config.beta, config)
+        return Loss(preference.total(pairs, loss_P, config).sum(), pairs.metrics())
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:
@@ -137,11 +132,7 @@ class Dpo(PatchAlone):
             # As factors, not as products: a low-rank patch is as small on disk as its adapters.
             return self.patch.finished(state)
         assert self.reference is not None
-        # On the CPU and one weight at a time: policy, reference and differences need not fit on the GPU together.
-        start = dict(self.reference.named_parameters())
-        return patches.WeightPatch.of(
-            {name: state[f"weights.{i}"].cpu() - start[name].detach().cpu() for i, name in enumerate(self.patch.names)}
-        )
+        return self.patch.finished(state, dict(self.reference.named_parameters()))
 
 
 def check(config: Config, facts: ModelFacts, job: Job) -> None:

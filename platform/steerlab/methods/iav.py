@@ -13,14 +13,15 @@ without a second model, summed over the tokens of the responses y_w (chosen) and
     L = -log sigmoid( beta sum_t [ (log pi_z - log pi_Wh)(y_w) - (log pi_z - log pi_Wh)(y_l) ] )
         + lambda_kl mean_t KL(pi_z || pi_Wh) + lambda_l2 mean_t |a(h_t)|^2
 
-At the start the first term is log 2 and the others are 0. For a fixed alpha the two heads fold into one, W + alpha W_align, at
+At the start the first term is log 2 and the others are 0. `loss`, `label_smoothing` and `chosen_nll` choose another first term,
+as in DPO (math/preference.py). For a fixed alpha the two heads fold into one, W + alpha W_align, at
 no cost at inference; without folding alpha may differ from row to row. The method is GenARM (arXiv 2410.08193) with a reward
 model that is a head on the base's own hidden states.
 
 Departures from the authors' code:
 - W is the model's own head, frozen; the seed trains a randomly initialised copy of it, so that alpha = 0 would be noise;
 - the loss contains the reference and response tokens only; the seed's has no reference and takes the mean of log pi_z over all
-  tokens, those of the prompt included. `length_average` takes a mean, too, instead of the sum;
+  tokens, those of the prompt included. `reference_free` with `length_average` is the seed's loss on response tokens;
 - the KL divergence is that from policy to base; the seed's is between two frozen models and has no gradient;
 - |a|^2 is taken over both responses as in the manuscript; the seed's code takes |a| over the chosen response;
 - further heads: low rank, an MLP, and heads on an earlier layer, which do not fold;
@@ -42,8 +43,9 @@ from torch import Tensor, nn
 from steerlab import models, patches
 from steerlab.guards.json_values import Json
 from steerlab.inputs.tokens import Batch, Row
-from steerlab.job import Frozen, Job, MethodConfig
+from steerlab.job import Frozen, Job
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained
+from steerlab.methods.math import preference
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
 from steerlab.steered import scoring
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 _STRENGTHS = (0.0, 2.0)
 
 
-class Config(MethodConfig):
+class Config(preference.PairLossConfig):
     """Hyperparameters of IAV; defaults are those of the seed's code."""
 
     name: Literal["iav"] = "iav"
@@ -77,6 +79,8 @@ class Config(MethodConfig):
     """Weight of the vector's squared norm per response token; 0 leaves the term out. Seed: 0.01."""
     length_average: bool = False
     """Use means over a response's tokens instead of sums, as the seed does: long responses weigh no more than short ones."""
+    reference_free: bool = Field(False, exclude_if=lambda free: not free)
+    """Leave log pi_Wh out of the margin, as the seed does; only the penalties then keep the policy near the base."""
     cache: bool = False
     """Compute the hidden states of all response tokens once and store them on disk in the model's dtype, where the training
     reads them. The loss of data.validation still runs the model."""
@@ -126,13 +130,15 @@ class Iav(PatchAlone):
         # In chunks over tokens: the logits of the base and of the vector, both (N, V), would be most of the memory.
         scores = scoring.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
         # log pi_z - log pi_Wh of the same pass: the frozen head is the reference (first term of L).
-        loss_P, margin_P = scoring.dpo(scores.log_prob_N - scores.reference_N, tokens, config.beta, config.length_average)
-        kl_P, square_P = (scoring.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
+        reference_N = None if config.reference_free else scores.reference_N
+        pairs = preference.compare(scores.log_prob_N, reference_N, tokens, config.beta, config.length_average)
+        loss_P = preference.total(pairs, preference.loss(pairs.margin_P, config.beta, config), config)
+        kl_P, square_P = (preference.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
         # The penalties are means over both responses of a pair, so that all three terms are summed over pairs.
         total = (loss_P + config.lambda_kl * kl_P + config.lambda_l2 * square_P).sum()
-        # The three terms by themselves, too: a falling total may hide a growing divergence.
-        metrics = {"preference": loss_P, "margin": margin_P, "accuracy": margin_P > 0, "kl": kl_P, "square": square_P}
-        return Loss(total, {name: value.detach().float().sum() for name, value in metrics.items()})
+        # The terms by themselves, too: a falling total may hide a growing divergence.
+        terms = {"preference": loss_P, "kl": kl_P, "square": square_P}
+        return Loss(total, {name: value_P.detach().float().sum() for name, value_P in terms.items()} | pairs.metrics())
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:

@@ -18,6 +18,7 @@ from steerlab.models.language.attention import attention_weights, eager_attentio
 from steerlab.models.language.decoding import accepted, cache_name, empty_cache, reads_padding
 from steerlab.models.language.folding import fold_affine, fold_low_rank
 from steerlab.models.language.growth import of as growth_of
+from steerlab.models.language.rewards import PrefixRewards, check_reward_model, load_reward_model, reward_head
 from steerlab.models.language.weight_places import (
     LayerType,
     WeightPlace,
@@ -56,6 +57,7 @@ __all__ = [
     "DTYPES",
     "LayerType",
     "ModelFacts",
+    "PrefixRewards",
     "WeightPlace",
     "accepted",
     "alike_up_to",
@@ -63,6 +65,7 @@ __all__ = [
     "cache_name",
     "check_checkpoint",
     "check_head",
+    "check_reward_model",
     "check_sampler",
     "config_of",
     "eager_attention",
@@ -83,6 +86,7 @@ __all__ = [
     "linear_weight",
     "listed",
     "load_model",
+    "load_reward_model",
     "load_tokenizer",
     "max_positions",
     "modules_that_run",
@@ -90,6 +94,7 @@ __all__ = [
     "num_reads",
     "prepare",
     "reads_padding",
+    "reward_head",
     "running",
     "runs_own_code",
     "save_model",

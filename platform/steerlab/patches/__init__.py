@@ -14,6 +14,7 @@ from steerlab.patches.activation import ActivationPatch
 from steerlab.patches.attaching import Attached, CannotFold, Forward, Patch, attach, attached_patches
 from steerlab.patches.embedding import EmbeddingPatch, rotate
 from steerlab.patches.logit import LogitPatch
+from steerlab.patches.reward import RewardPatch
 from steerlab.patches.saving import KINDS, SavedPatch, exists, load, save
 from steerlab.patches.second_model import SecondModelPatch
 from steerlab.patches.weight import WeightPatch
@@ -27,6 +28,7 @@ __all__ = [
     "Forward",
     "LogitPatch",
     "Patch",
+    "RewardPatch",
     "SavedPatch",
     "SecondModelPatch",
     "WeightPatch",

@@ -20,6 +20,7 @@ from steerlab.patches.activation import ActivationPatch
 from steerlab.patches.attaching import Patch
 from steerlab.patches.embedding import EmbeddingPatch
 from steerlab.patches.logit import LogitPatch
+from steerlab.patches.reward import RewardPatch
 from steerlab.patches.second_model import SecondModelPatch
 from steerlab.patches.weight import WeightPatch
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
 _SMALL = 1 << 20
 """Largest size that a patch may name without a tensor of that size, such as the width of a model whose embeddings rotate."""
-SavedPatch: TypeAlias = EmbeddingPatch | ActivationPatch | LogitPatch | WeightPatch | SecondModelPatch
+SavedPatch: TypeAlias = EmbeddingPatch | ActivationPatch | LogitPatch | WeightPatch | SecondModelPatch | RewardPatch
 """Any patch that can be saved and loaded."""
 KINDS: dict[str, Callable[..., SavedPatch]] = {
     "embedding": EmbeddingPatch,
@@ -37,6 +38,7 @@ KINDS: dict[str, Callable[..., SavedPatch]] = {
     "logit": LogitPatch,
     "weight": WeightPatch,
     "second_model": SecondModelPatch,
+    "reward": RewardPatch,
 }
 """Constructor by the kind that a patch's file names."""
 

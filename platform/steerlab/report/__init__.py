@@ -74,6 +74,7 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         "histograms": put(heat_maps.histograms(shown), "Histograms"),
         "spectra": put(modules.spectra(shown), "Spectra"),
         "modules": put(modules.numbers(shown), "By module"),
+        "charts": [_chart(numbers, put) for numbers in samples.charts(with_texts)],
         "texts": texts(with_texts),
         "heat_maps": heat_maps.heat_maps(with_texts),
         "galleries": samples.galleries(with_texts),
@@ -87,6 +88,12 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         plotly=get_plotlyjs() if drawn else "",
         **sections,
     )
+
+
+def _chart(numbers: samples.Chart, put: Callable[[Figure | None, str], Placed | None]) -> dict[str, object]:
+    """Return a task's numbers as the template uses them: the figure, and the rows of the table below it."""
+    rows = [(repr(name), f"{value:.4g}") for name, value in numbers["bars"]]
+    return {"figure": put(figures.chart(numbers), numbers["title"]), "unit": numbers["unit"], "rows": rows, **numbers}
 
 
 def _counts(entries: Sequence[Entry], sweeps: Sequence[Sweep]) -> str:

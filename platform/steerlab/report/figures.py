@@ -13,6 +13,7 @@ from steerlab.evaluation.statistics.stored import MetricNumbers
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
 from steerlab.report.contents import Document, Entry, measure_in
 from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, bars, front, label, title
+from steerlab.report.samples import Chart
 
 _WIDE = 8.0
 """Costs whose largest is more than this factor above the smallest are drawn on a logarithmic axis."""
@@ -167,6 +168,23 @@ def by_layer(entries: Sequence[Entry]) -> Figure | None:
         return None
     drawn.axis("xaxis", "layer (0 is the embedding)")
     return drawn.done(380, {stem: stem for stem in stems})
+
+
+def chart(numbers: Chart) -> Figure:
+    """Draw the numbers of a task as horizontal bars, in their order from the top, negative ones in another colour."""
+    drawn = Drawing()
+    names = [label(repr(name)) for name, _ in numbers["bars"]]
+    # Two tokens may look the same; the place in the list keeps their bars apart.
+    rows = [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
+    values = [value for _, value in numbers["bars"]]
+    drawn.add_bar(
+        y=rows, x=values, orientation="h", showlegend=False,
+        marker={"color": ["@0" if value >= 0 else "@1" for value in values]},
+        hovertemplate="%{y}: %{x:.4g}<extra></extra>",
+    )  # fmt: skip
+    drawn.axis("xaxis", numbers["unit"])
+    drawn.axis("yaxis", autorange="reversed", type="category", categoryorder="array", categoryarray=rows, automargin=True)
+    return drawn.done(130 + 20 * len(rows))
 
 
 def _layers(metrics: Mapping[str, MetricNumbers]) -> dict[str, list[tuple[int, MetricNumbers]]]:

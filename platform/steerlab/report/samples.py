@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypedDict
 
 from steerlab.evaluation.statistics.generations import PROMPTS, TEXTS
@@ -16,6 +17,10 @@ MAX_TEXTS = 6
 """Prompts of each task whose texts are shown."""
 MAX_CHARS = 1200
 """Longer texts are cut."""
+MAX_CHARTS = 12
+"""Charts of a page."""
+MAX_BARS = 60
+"""Bars of a chart."""
 IMAGE_BYTES = 12_000_000
 """Largest size of all images of a page together, in bytes; the page says how many images are left out."""
 _THUMBNAIL = 256
@@ -44,6 +49,41 @@ class Comparison(TypedDict):
     """Name of the run, with its strength if it has several -> its text."""
 
 
+class Chart(TypedDict):
+    """Numbers of a task by name, which one of its samples asks to be drawn as bars."""
+
+    title: str
+    """The task and the run, with its strength, and what the sample calls its numbers."""
+    unit: str
+    bars: list[tuple[str, float]]
+
+
+def charts(entries: Sequence[Entry]) -> list[Chart]:
+    """Return the numbers that tasks ask to be drawn: of each sample {"chart": {"title", "unit", "bars": [[name, number]]}}.
+
+    Any task may leave such a sample. One that does not have this shape is left out, since its file may come from a stranger.
+    """
+    found: list[Chart] = []
+    for entry in entries:
+        for task, samples in entry.samples.items():
+            for sample in samples:
+                bars = _bars(sample.get("chart"))
+                if bars:
+                    chart = sample["chart"]
+                    title = f"{task}, {column(entry, sample)}: {chart.get('title', '')}"
+                    found.append({"title": title, "unit": str(chart.get("unit", "")), "bars": bars})
+    return found[:MAX_CHARTS]
+
+
+def _bars(chart: object) -> list[tuple[str, float]]:
+    """Return the names and finite numbers of a chart, at most MAX_BARS of them; none if it is no chart."""
+    rows = chart.get("bars") if isinstance(chart, Mapping) else None
+    if not isinstance(rows, list):
+        return []
+    pairs = [row for row in rows if isinstance(row, list) and len(row) == 2 and isinstance(row[1], int | float)]
+    return [(_cut(name), float(value)) for name, value in pairs if math.isfinite(value)][:MAX_BARS]
+
+
 def texts(entries: Sequence[Entry]) -> list[Comparison]:
     """Return the texts of all runs for the same prompts: first at strength 0, then at every strength with samples.
 
@@ -60,7 +100,7 @@ def texts(entries: Sequence[Entry]) -> list[Comparison]:
                 context = next((str(sample[name]) for name in _CONTEXTS if sample.get(name)), "")
                 # Samples of different runs are matched by the task's name and the item's id, not by the prompt's text.
                 empty: Comparison = {"task": task, "prompt": str(sample[prompt]), "context": context, "outputs": {}}
-                row = by_prompt.setdefault((task, str(sample["id"])), empty)
+                row = by_prompt.setdefault((task, str(sample.get("id", sample[prompt]))), empty)
                 row["outputs"].setdefault(column(entry, sample), {"text": _cut(sample[output]), "facts": _facts(sample)})
     # A prompt that only one run has samples of shows no difference; it is dropped unless no prompt has more.
     counts = [len(row["outputs"]) for row in by_prompt.values()]

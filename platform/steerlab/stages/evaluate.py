@@ -12,7 +12,7 @@ from steerlab.evaluation import TABLE
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation
 from steerlab.guards.json_values import Json, JsonObject
-from steerlab.job import Job, TaskConfig, described, headline_first, own_code, with_headline
+from steerlab.job import Frozen, Job, TaskConfig, described, headline_first, own_code, with_headline
 from steerlab.job.own_code import Code
 from steerlab.stages import choose
 from steerlab.stages.spread import reserved, staying, subject
@@ -53,8 +53,8 @@ def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = Non
     return Stage("evaluate", _VERSION, subject.dumped(params), run, inputs, task.label or task.task, model.paths)
 
 
-def fingerprints(task: TaskConfig) -> dict[str, str | list[str]]:
-    """Return the fingerprints of a task's sources, including those of its data sets, by their keys in the config."""
+def fingerprints(task: Frozen) -> dict[str, str | list[str]]:
+    """Return the fingerprints of a config's sources, including those of its data sets, by their keys in the config."""
     # `described` hands every source of a config to a function; here the function marks it, so that it can be told from a text.
     return dict(_fingerprints(described(task, lambda source: {_SOURCE: source})))
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Selection, TaskConfig, base_job, job_type
-from steerlab.methods.contract import Fitted, Method, Trained
+from steerlab.methods.contract import Assembled, Fitted, Method, Trained
 from steerlab.methods.edited import EditConfig, Edited
-from steerlab.stages import choose, edit, evaluate, extract, fit, prepare, reduce, train
+from steerlab.stages import assemble, choose, edit, evaluate, extract, fit, prepare, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, ordered
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def makes_model(self) -> bool:
-        """Whether the job trains or fits something; if not, it only evaluates the model that it starts from."""
+        """Whether the job makes a patch or trains; if not, it only evaluates the model that it starts from."""
         return self.method.closed_form or self.job.train is not None
 
     @property
@@ -164,6 +164,8 @@ class Plan:
             return fit.stage(self.job, self.start, self.read)
         if isinstance(self.method, Edited):
             return edit.stage(self.job, self.start, self.before, self.unaligned, self.preparing.used)
+        if isinstance(self.method, Assembled):
+            return assemble.stage(self.job, self.start)
         if self.job.train is None or not isinstance(self.method, Trained):
             return self.start.stage
         return train.stage(self.job, self.start, self.read, self.preparing.used)

@@ -146,6 +146,78 @@ def explain(model: SteeredModel, conversation: Conversation, *, num: int = 10, s
     ]
 
 
+class Moved(NamedTuple):
+    """How far one token's logit moves, over all places that were looked at."""
+
+    token: str
+    """The token, as text."""
+    total: float
+    """Sum over the places of the change of its logit, in nats, relative to the mean change of the vocabulary at each place."""
+    mean: float
+    """The same as a mean over the places."""
+
+
+class Summary(NamedTuple):
+    """Effect of a patch on the responses of many conversations at one strength."""
+
+    norms: list[float]
+    """Euclidean norm of the change of the logits, a mean over the tokens of each response."""
+    kls: list[float]
+    """KL(policy || base) in nats, a mean over the tokens of each response."""
+    sizes: list[int]
+    """Number of tokens of each response."""
+    promoted: list[Moved]
+    """Tokens whose logits rise most in sum, the first most of all."""
+    demoted: list[Moved]
+    """Tokens whose logits fall most in sum."""
+
+
+@torch.inference_mode()
+def summarise(model: SteeredModel, conversations: Sequence[Conversation], *, num: int = 20, strength: float = 1.0) -> Summary:
+    """Sum what a patch does to the predictions of all tokens of the responses of many conversations.
+
+    A constant that is added to all logits of a place changes no probability. The mean over the vocabulary is therefore taken
+    from the change of each place, so that such constants do not add up over places.
+
+    Args:
+        model: A language model with a patch.
+        conversations: Conversations with a response each, which fit into the model's context.
+        num: Number of promoted and of demoted tokens.
+        strength: Strength of the newest patch.
+
+    Raises:
+        ValueError: a conversation does not fit into the context, or there is no patch to scale.
+    """
+    model.check_strengths((strength, 0.0))
+    rows = list(model.encoder.encode_all(conversations))
+    # Indexed by conversation: batches hold them in the order of their lengths.
+    norms, kls, sizes = [0.0] * len(rows), [0.0] * len(rows), [0] * len(rows)
+    total_V: Tensor | float = 0.0
+    for chunk, batch in model.batches(rows, loss_on="response"):
+        tokens = scoring.predicted(batch)
+        base_NV, policy_NV = (scoring.wide(model.logits(batch, s, tokens.places)[0]) for s in (0.0, strength))
+        vector_NV = policy_NV - base_NV
+        scores = scoring.compared(base_NV, vector_NV, tokens.target_N)
+        # In float64: sums over hundreds of thousands of places.
+        total_V = total_V + (vector_NV - vector_NV.mean(-1, keepdim=True)).double().sum(0)
+        for row, norm, kl in zip(
+            tokens.sequence_N.tolist(), scores.square_N.sqrt().tolist(), scores.kl_N.tolist(), strict=True
+        ):
+            norms[chunk[row]] += norm
+            kls[chunk[row]] += kl
+            sizes[chunk[row]] += 1
+        model.progress(sum(size > 0 for size in sizes), len(rows))
+    num_places = sum(sizes)
+    if not num_places:
+        raise ValueError("no conversation has a response, so there is no place to look at")
+    assert isinstance(total_V, Tensor)
+    promoted, demoted = (
+        [Moved(token, value, value / num_places) for token, value in _top(model, sign * total_V, num, sign)] for sign in (1, -1)
+    )
+    means = [[value / max(1, size) for value, size in zip(values, sizes, strict=True)] for values in (norms, kls)]
+    return Summary(*means, sizes, promoted, demoted)
+
+
 def _top(model: SteeredModel, vector_V: Tensor, num: int, sign: int = 1) -> list[tuple[str, float]]:
     # For the tokens whose logits fall, the caller negates the vector, and `sign` the values again.
     values, ids = vector_V.topk(min(num, len(vector_V)))

@@ -26,7 +26,7 @@ from steerlab.inputs.tokens import GENERATION, Batch, Conversation, Encoded, Row
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.patches import taps
 from steerlab.steered.drawing import SteeredPipeline
-from steerlab.steered.model import Asked, Shown, Steered
+from steerlab.steered.model import SAMPLING_OPTIONS, Asked, Shown, Steered
 from steerlab.steered.prefilled import Decoding
 from steerlab.steered.sampling import Sampling, choose, uniforms
 from steerlab.steered.stacks import load_stack
@@ -46,6 +46,8 @@ _PROBES = (
     ),
 )
 """Instructions and data of `SteeredModel.probe`: short and long, with and without data, with digits and punctuation."""
+Watch = Callable[[Mapping[tuple[int, int], str]], None]
+"""Takes the texts that are being generated, by (number of the strength, number of the prompt)."""
 _SHOWN_TOKENS = 64
 """Number of tokens that `side_by_side` generates by default."""
 _ROW_TOKENS = 256
@@ -118,17 +120,40 @@ class SteeredModel(Steered):
         prompt = self.encoder.conversation(instruction, data)
         return self.generate([prompt], max_new_tokens=max_new_tokens, strengths=(strength,))[0][0].text
 
-    def side_by_side(self, request: Asked) -> Shown:
+    def side_by_side(self, request: Asked, watch: Callable[[Shown], None] | None = None) -> Shown:
         """Continue a prompt at several strengths."""
-        request.check("a language model", "data", "max_new_tokens", "temperature", "seed")
+        told = None if watch is None else lambda shown: watch(shown[0])
+        return self.each_side_by_side([request], told)[0]
+
+    def each_side_by_side(self, requests: Sequence[Asked], watch: Callable[[list[Shown]], None] | None = None) -> list[Shown]:
+        """Continue the prompts of requests that differ by prompt and data alone, in common batches."""
+        first = requests[0]
+        for request in requests:
+            request.check("a language model", "data", "max_new_tokens", *SAMPLING_OPTIONS)
+        num = first.samples or 1
+        # Sample by sample, not prompt by prompt: the first sample of a prompt is then the one that it gets with one sample.
+        prompts = [self.encoder.conversation(r.prompt, r.data or "") for _ in range(num) for r in requests]
+        shown = [[[""] * num for _ in first.strengths] for _ in requests]
+
+        def put(texts: Mapping[tuple[int, int], str]) -> list[Shown]:
+            for (strength, prompt), text in texts.items():
+                sample, request = divmod(prompt, len(requests))
+                shown[request][strength][sample] = text
+            of_requests = [zip(first.strengths, texts_of, strict=True) for texts_of in shown]
+            return [Shown([(s, text) for s, samples in of_one for text in samples], {}) for of_one in of_requests]
+
         outputs = self.generate(
-            [self.encoder.conversation(request.prompt, request.data or "")],
-            max_new_tokens=request.max_new_tokens or _SHOWN_TOKENS,
-            temperature=request.temperature or 0.0,
-            seed=request.seed or 0,
-            strengths=request.strengths,
+            prompts,
+            max_new_tokens=first.max_new_tokens or _SHOWN_TOKENS,
+            temperature=first.temperature or 0.0,
+            top_p=1.0 if first.top_p is None else first.top_p,
+            top_k=first.top_k or 0,
+            min_p=first.min_p or 0.0,
+            seed=first.seed or 0,
+            strengths=first.strengths,
+            watch=None if watch is None else lambda texts: watch(put(texts)),
         )
-        return Shown([(s, output.text) for s, (output,) in zip(request.strengths, outputs, strict=True)], {})
+        return put({(s, p): output.text for s, row in enumerate(outputs) for p, output in enumerate(row)})
 
     def probe(self, strength: float = 1.0) -> list[Tensor]:
         """Return the log-probabilities (nats) of the tokens of a few fixed conversations, (T-1,) each."""
@@ -167,11 +192,14 @@ class SteeredModel(Steered):
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
         strengths: Sequence[float] = (1.0,),
         stop: Sequence[str] = (),
         skip_long: bool = False,
+        watch: Watch | None = None,
     ) -> list[list[Generation]]:
         """Continue every prompt at every strength.
 
@@ -181,12 +209,15 @@ class SteeredModel(Steered):
             temperature: Sampling temperature; 0 for greedy decoding.
             top_p: Nucleus sampling (Holtzman et al., https://arxiv.org/abs/1904.09751): sample from the most likely tokens
                 whose probabilities reach this sum, including the token that crosses it.
+            top_k: Number of likeliest tokens that can be sampled; 0 for all. All filters: steered/sampling.py.
+            min_p: Least probability of a token that can be sampled, relative to the likeliest one's; 0 for all.
             repetition_penalty: Factor against tokens that occurred before (Keskar et al., https://arxiv.org/abs/1909.05858,
                 section 4.1); 1 for none.
             seed: Seed of sampling.
             strengths: Strengths of the newest patch.
             stop: Texts at which a continuation ends; they are not part of it.
             skip_long: Whether a prompt that does not fit into the context gets an empty continuation, marked `too_long`.
+            watch: Called after every token of a batch with the texts so far, by (number of the strength, number of the prompt).
 
         Returns:
             The continuations, indexed [strength][prompt].
@@ -197,7 +228,7 @@ class SteeredModel(Steered):
         self.check_strengths(strengths)
         encoded = list(self.encoder.encode_all(prompts, continued=True))
         fitting = self._fitting(encoded, max_new_tokens, skip_long)
-        sampling = Sampling(temperature, top_p, repetition_penalty)
+        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
         # Prompts outside: rows of equal length, the strengths of one prompt, then meet in one batch without padding.
         jobs = [(s, p) for p in fitting for s in range(len(strengths))]
         results: dict[tuple[int, int], Generation] = {}
@@ -208,9 +239,9 @@ class SteeredModel(Steered):
             # By the prompt's number in the call, not by its row in a batch: its random numbers are the same for all strengths,
             # whatever else is in the batch.
             uniforms_BT = uniforms([p for _, p in chunk], max_new_tokens, seed) if temperature else None
-            for job, ids in zip(
-                chunk, self._decode(rows, strength_B, max_new_tokens, sampling, uniforms_BT, stop), strict=True
-            ):
+            tell = None if watch is None else self._teller(watch, chunk, max_new_tokens, stop)
+            written = self._decode(rows, strength_B, max_new_tokens, sampling, uniforms_BT, stop, tell)
+            for job, ids in zip(chunk, written, strict=True):
                 results[job] = self._finish(ids, max_new_tokens, stop)
             self.progress(len(results), len(jobs))
         unread = Generation("", 0, False, too_long=True)
@@ -367,6 +398,7 @@ class SteeredModel(Steered):
         sampling: Sampling,
         uniforms_BT: Tensor | None,
         stop: Sequence[str],
+        tell: Callable[[list[list[int]]], None] | None = None,
     ) -> list[list[int]]:
         """Return the new tokens of each row, including the one that ends it."""
         # Padded on the left, so that the last token of every row is in the last column, from which the next one is predicted.
@@ -384,12 +416,22 @@ class SteeredModel(Steered):
                     written[row].append(token)
                     seen[row].append(token)
                     running[row] = token not in self._end_ids and not self._stopped(written[row], stop)
+            if tell is not None:
+                tell(written)
             # Before the step: the last token needs no forward pass after it.
             if not any(running) or step == max_new_tokens - 1:
                 return written
             # One step for all strengths: the patch takes a strength for each row.
             decoding.step(chosen_B)
         return written
+
+    def _teller(
+        self, watch: Watch, chunk: list[tuple[int, int]], max_new_tokens: int, stop: Sequence[str]
+    ) -> Callable[[list[list[int]]], None]:
+        """Return a function that turns the tokens of a batch so far into texts and hands them to `watch`."""
+        return lambda written: watch(
+            {job: self._finish(ids, max_new_tokens, stop).text for job, ids in zip(chunk, written, strict=True)}
+        )
 
     @property
     def _end_ids(self) -> set[int]:

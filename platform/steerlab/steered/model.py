@@ -16,6 +16,9 @@ from torch import Tensor
 
 from steerlab import patches
 
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "samples", "seed")
+"""Fields of `Asked` about sampled tokens."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -32,6 +35,14 @@ class Asked:
     """Number of tokens to generate at most; language models only."""
     temperature: float | None = None
     """Sampling temperature, 0 for greedy decoding; language models only."""
+    top_p: float | None = None
+    """Probability of the nucleus that is sampled from; language models only."""
+    top_k: int | None = None
+    """Number of likeliest tokens that are sampled from; language models only."""
+    min_p: float | None = None
+    """Least probability, relative to the likeliest token's, that is sampled from; language models only."""
+    samples: int | None = None
+    """Number of outputs at each strength; more than 1 needs a temperature; language models only."""
     guidance: tuple[float, ...] | None = None
     """Guidance scales, each of which gives an image for every strength; pipelines only."""
 
@@ -41,13 +52,17 @@ class Asked:
         unknown = next((name for name in chosen if name not in accepted), None)
         if unknown is not None:
             raise ValueError(f"{unknown.replace('_', '-')} means nothing to {kind}, which takes {', '.join(accepted)}")
+        # Greedy decoding ignores what is sampled from, and gives the same text each time.
+        drawn = next((name for name in ("top_p", "top_k", "min_p", "samples") if getattr(self, name) not in (None, 1, 0)), None)
+        if drawn is not None and not self.temperature:
+            raise ValueError(f"{drawn.replace('_', '-')} is about sampling: give a temperature above 0")
 
 
 class Shown(NamedTuple):
     """Texts or image files that one prompt gave, by strength."""
 
     outputs: list[tuple[float, str]]
-    """Strength and output: a text, or the path of an image in `files`."""
+    """Strength and output: a text, or the path of an image in `files`. A strength has an entry for each of its samples."""
     files: dict[str, bytes]
     """Contents of image files by path; empty for texts."""
 
@@ -92,6 +107,15 @@ class Steered:
             ValueError: the request holds a setting that this kind of model does not accept.
         """
         raise NotImplementedError
+
+    def each_side_by_side(self, requests: Sequence[Asked], watch: Callable[[list[Shown]], None] | None = None) -> list[Shown]:
+        """Answer several prompts at several strengths; the requests differ by prompt and data alone.
+
+        Args:
+            requests: the prompts with their settings.
+            watch: takes the outputs so far while they are written, where a kind of model can tell them.
+        """
+        return [self.side_by_side(request) for request in requests]
 
     def probe(self, strength: float = 1.0) -> list[Tensor]:
         """Return small outputs for fixed inputs, one tensor an input, by which two copies of a model are compared."""

@@ -1,4 +1,14 @@
-"""Choose the next token: greedily, or by nucleus sampling with random numbers of the prompt's own generator.
+"""Choose the next token: greedily, or by sampling from a part of the vocabulary with random numbers of the prompt's generator.
+
+The part is what the filters leave, in this order, each of which works on what the one before it left:
+
+    top_k     the k likeliest tokens
+    top_p     the nucleus (Holtzman et al., https://arxiv.org/abs/1904.09751): the likeliest tokens whose probabilities, divided
+              by the sum of those that top_k left, reach p, including the token that crosses it
+    min_p     tokens with at least the share min_p of the likeliest one's probability (Nguyen et al.,
+              https://arxiv.org/abs/2407.01082)
+
+All of them look at probabilities after the temperature, as transformers and vLLM do. The likeliest token always stays.
 
 Axes besides those of tokens.py: K the most likely tokens of a row, by falling probability.
 """
@@ -22,6 +32,10 @@ class Sampling(NamedTuple):
     """Divisor of the logits; 0 for greedy decoding."""
     top_p: float = 1.0
     """Probability of the nucleus; 1 for the whole vocabulary."""
+    top_k: int = 0
+    """Number of likeliest tokens that can be chosen; 0 for the whole vocabulary."""
+    min_p: float = 0.0
+    """Least probability relative to that of the likeliest token; 0 for the whole vocabulary."""
     repetition_penalty: float = 1.0
     """Factor against tokens that occurred before; 1 for none."""
 
@@ -45,10 +59,13 @@ def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform
             logits_BV[row, index] = torch.where(value > 0, value / factor, value * factor)
     if uniform_B is None:
         return logits_BV.argmax(-1)
-    probs_BK, order_BK = _most_likely(torch.softmax(logits_BV / sampling.temperature, -1), sampling.top_p)
+    probs_BK, order_BK = _most_likely(torch.softmax(logits_BV / sampling.temperature, -1), sampling)
     # A token belongs to the nucleus if those before it do not reach `top_p` yet: so the one that crosses it does.
     before_BK = probs_BK.cumsum(-1) - probs_BK
-    probs_BK = torch.where(before_BK < sampling.top_p, probs_BK, 0)
+    # Without top_k the sum is that of the whole vocabulary, 1, of which K tokens may hold a part only.
+    whole_B1 = probs_BK.sum(-1, keepdim=True) if sampling.top_k else 1.0
+    kept_BK = (before_BK < sampling.top_p * whole_B1) & (probs_BK >= sampling.min_p * probs_BK[:, :1])
+    probs_BK = torch.where(kept_BK, probs_BK, 0)
     cumulative_BK = probs_BK.cumsum(-1)
     target_B1 = uniform_B.to(cumulative_BK)[:, None] * cumulative_BK[:, -1:]
     # Inverting the cumulative distribution, because `torch.multinomial` has one generator for all rows. The number is scaled by
@@ -57,12 +74,19 @@ def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform
     return order_BK.gather(-1, rank_B1)[:, 0]
 
 
-def _most_likely(probs_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the largest probabilities in falling order, (B, K), and their tokens: enough for the nucleus of every row."""
-    if top_p < 1 and probs_BV.shape[-1] > _NUCLEUS:
+def _most_likely(probs_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Return the largest probabilities in falling order, (B, K), and their tokens: all that the filters may leave."""
+    num = probs_BV.shape[-1]
+    if sampling.top_k:
+        return probs_BV.topk(min(sampling.top_k, num), dim=-1)
+    if (sampling.top_p < 1 or sampling.min_p > 0) and num > _NUCLEUS:
         # Sorting a whole vocabulary for each token takes longer than the layers of a small model.
         probs_BK, order_BK = probs_BV.topk(_NUCLEUS, dim=-1)
-        if bool((probs_BK.sum(-1) > top_p).all()):
+        # Enough of them if the nucleus ends among them, or min_p leaves out the last one.
+        ends_B = probs_BK[:, -1] < sampling.min_p * probs_BK[:, 0]
+        if sampling.top_p < 1:
+            ends_B = ends_B | (probs_BK.sum(-1) > sampling.top_p)
+        if bool(ends_B.all()):
             return probs_BK, order_BK
     return probs_BV.sort(stable=True, dim=-1, descending=True)
 

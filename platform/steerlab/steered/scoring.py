@@ -1,15 +1,10 @@
-"""Preference losses on the tokens of responses, computed in pieces, so that a large vocabulary does not fill the memory.
-
-Rafailov et al., "Direct Preference Optimization", NeurIPS 2023, https://arxiv.org/abs/2305.18290, eq. 7:
-
-    L = -log sigmoid( beta [ r(y_w) - r(y_l) ] ),    r(y) = sum over the tokens of y of log pi(y_t) - log pi_ref(y_t)
+"""Compare a policy with its reference on response tokens, in pieces, so that a large vocabulary does not fill the memory.
 
 If the policy adds a vector a to the logits of the reference, z = z_ref + a, both come from one hidden state, and
 
     KL(pi || pi_ref) = E_pi[a] - logsumexp(z) + logsumexp(z_ref)
 
-Axes besides those of tokens.py: N response tokens of a batch, S its sequences (chosen, rejected, chosen, ...), P its pairs,
-K features of a head.
+Axes besides those of tokens.py: N response tokens of a batch, K features of a head.
 """
 
 from __future__ import annotations
@@ -206,28 +201,3 @@ def wide(values: Tensor) -> Tensor:
     """Return values in float32, or unchanged if their type is wider."""
     # Float64 stays: tests compare gradients with finite differences in it.
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def dpo(log_ratio_N: Tensor, tokens: Predicted, beta: float, length_average: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the DPO losses (nats) and margins of pairs, (P,) both.
-
-    Args:
-        log_ratio_N: log pi(y_t) - log pi_ref(y_t) of each response token.
-        tokens: The response tokens, of sequences chosen, rejected, chosen, ...
-        beta: Scale of the margin (beta in eq. 7).
-        length_average: Whether r(y) is the mean over the tokens of a response instead of the sum.
-    """
-    num = int(tokens.sequence_N[-1]) + 1
-    sum_S = log_ratio_N.new_zeros(num).index_add(0, tokens.sequence_N, log_ratio_N)
-    if length_average:
-        sum_S = sum_S / tokens.sequence_N.bincount(minlength=num)
-    margin_P = beta * (sum_S[0::2] - sum_S[1::2])
-    # `logsigmoid` and not log(sigmoid(x)), which is -inf for margins below about -100 in float32.
-    return -nn.functional.logsigmoid(margin_P), margin_P
-
-
-def mean_of_pairs(values_N: Tensor, tokens: Predicted) -> Tensor:
-    """Return the mean over the response tokens of each pair, (P,)."""
-    pair_N = tokens.sequence_N // 2
-    num = int(pair_N[-1]) + 1
-    return values_N.new_zeros(num).index_add(0, pair_N, values_N) / pair_N.bincount(minlength=num)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from steerlab import models, patches
 from steerlab.activations.parquet import Activations
-from steerlab.data.rows import describe
+from steerlab.data.rows import describe, is_mixture
 from steerlab.data.rows import read as read_rows
 from steerlab.guards.faults import explained
 from steerlab.inputs.encoded_rows import RowEncoder, Rows
@@ -112,8 +112,8 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 def load_rows(data: DataSet, encoder: RowEncoder, max_tokens: int) -> Rows:
     """Read and tokenise one data set of a job. Raises ValueError, naming the data set, for a row that cannot be encoded."""
-    # Part by part, because each has its own format.
-    parts = [_load_part(part, encoder, max_tokens) for part in data.parts]
+    # Part by part, because each has its own format; a mixture by weights has one, and its rows are chosen from all parts.
+    parts = [_load_part(part, encoder, max_tokens) for part in ((data,) if is_mixture(data) else data.parts)]
     rows = Rows.joined([rows for rows, _ in parts], [num_read for _, num_read in parts])
     rows.check(max_tokens)
     return rows

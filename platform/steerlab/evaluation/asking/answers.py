@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.statistics.metrics import Observation, too_long
 from steerlab.inputs.tokens import Conversation
@@ -19,7 +21,16 @@ if TYPE_CHECKING:
     from steerlab.steered.language import Generation, SteeredModel
 
 # A task takes part in an option of generation by having a field of that name in its config.
-_OPTIONS = ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed")
+_OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+
+
+class SampledConfig(TaskConfig):
+    """Filters of sampling that all tasks with a temperature have (steered/sampling.py). At 0 they are left out of keys."""
+
+    top_k: int = Field(0, ge=0, exclude_if=lambda num: num == 0)
+    """Number of likeliest tokens that are sampled from; 0 samples from all."""
+    min_p: float = Field(0.0, ge=0, le=1, exclude_if=lambda share: share == 0)
+    """Least probability of a sampled token, relative to that of the likeliest one (arXiv 2407.01082); 0 samples from all."""
 
 
 def answers(model: SteeredModel, prompts: Iterable[Conversation], config: TaskConfig) -> list[tuple[float, list[Generation]]]:

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from steerlab.data import rows
-from steerlab.evaluation.asking.answers import answers
+from steerlab.evaluation.asking.answers import SampledConfig, answers
 from steerlab.evaluation.asking.items import Numbered, choose
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import INSTRUCTION, Conversation, Message, Part
-from steerlab.job import DataSet, TaskConfig
+from steerlab.job import DataSet
 from steerlab.steered.language import Generation, SteeredModel
 
 
-class ContinuationConfig(TaskConfig):
+class ContinuationConfig(SampledConfig):
     """Settings of the continuation; the defaults are those of AcT on RealToxicityPrompts (arXiv 2410.23054)."""
 
     max_new_tokens: int = Field(32, ge=1)

@@ -88,7 +88,8 @@ class _Metrics(saved.Shape):
 class Sample(saved.Shape):
     """An input with the model's output, for people to read."""
 
-    id: object
+    id: object = None
+    """None for a sample that describes no item, such as the conditions of a timing."""
     strength: _Number = None
 
 

@@ -174,7 +174,7 @@ def generations(
     continued = [Continued("")] * len(requests)
     for encoded, numbers in groups.items():
         settings = normalize_gen_kwargs(json.loads(encoded))
-        ignored = set(settings) - {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
+        ignored = set(settings) - {"until", "do_sample", "temperature", "top_p", "top_k", "min_p", "max_gen_toks"}
         if ignored:
             warnings.warn(f"lm_eval: settings of generation that are ignored: {', '.join(sorted(ignored))}", stacklevel=2)
         prompts, reasons = [], []
@@ -188,6 +188,8 @@ def generations(
             max_new_tokens=settings["max_gen_toks"],
             temperature=settings["temperature"] if settings["do_sample"] else 0.0,
             top_p=settings.get("top_p", 1.0),
+            top_k=settings.get("top_k", 0),
+            min_p=settings.get("min_p", 0.0),
             seed=seed,
             strengths=(strength,),
             stop=settings["until"],

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, with_legibility
+from steerlab.evaluation.asking.answers import SampledConfig, answers, with_legibility
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result
 from steerlab.inputs.encoding import Encoder
@@ -28,7 +28,7 @@ Closing = Literal["after", "instruction"]
 """Where the rule's second half goes: after the attack, as an instruction; or to the end of the instruction before it."""
 
 
-class SampledConfig(TaskConfig):
+class AttackConfig(SampledConfig):
     """Fields of tasks whose answers ASIDE (arXiv 2503.10566) samples."""
 
     max_new_tokens: int = Field(512, ge=1)

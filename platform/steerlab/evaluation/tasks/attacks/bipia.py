@@ -38,7 +38,7 @@ from pydantic import Field
 from steerlab.data import sources
 from steerlab.data.values import Row
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, with_legibility
+from steerlab.evaluation.asking.answers import SampledConfig, answers, with_legibility
 from steerlab.evaluation.asking.items import choose
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about
@@ -46,7 +46,7 @@ from steerlab.evaluation.tasks.attacks import wordings
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack, Match, judge, programmatic
 from steerlab.guards import files
 from steerlab.inputs.conversations import checked
-from steerlab.job import Seed, Source, TaskConfig
+from steerlab.job import Seed, Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
@@ -64,7 +64,7 @@ INSTRUCTIONS: Mapping[str, str] = {
 }
 
 
-class Config(TaskConfig):
+class Config(SampledConfig):
     """Success rate of BIPIA's programmatically judged attacks."""
 
     task: Literal["bipia"] = "bipia"

@@ -24,7 +24,7 @@ from steerlab.data import sources
 from steerlab.evaluation.asking.items import Numbered, check_rows, choose, number
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Observation, Result, Scorer, Task, about, contains
-from steerlab.evaluation.tasks.attacks.attempts import Attempt, SampledConfig, attack, measures_of
+from steerlab.evaluation.tasks.attacks.attempts import AttackConfig, Attempt, attack, measures_of
 from steerlab.guards import files
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import Source
@@ -32,7 +32,7 @@ from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
 
-class GandalfConfig(SampledConfig):
+class GandalfConfig(AttackConfig):
     """How often the model reveals a password."""
 
     task: Literal["gandalf"] = "gandalf"
@@ -47,7 +47,7 @@ class GandalfConfig(SampledConfig):
     """The rule; {secret} is filled in."""
 
 
-class PurpleConfig(SampledConfig):
+class PurpleConfig(AttackConfig):
     """How often the model says a forbidden word."""
 
     task: Literal["purple"] = "purple"

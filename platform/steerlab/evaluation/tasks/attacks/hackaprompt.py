@@ -24,9 +24,9 @@ from steerlab.evaluation.asking.items import Numbered, check_rows, choose, numbe
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Result, Task, contains
 from steerlab.evaluation.tasks.attacks.attempts import (
+    AttackConfig,
     Attempt,
     Closing,
-    SampledConfig,
     attack,
     closed,
     measures_of,
@@ -39,7 +39,7 @@ from steerlab.steered.language import SteeredModel
 _TEXTS = ("prompt", "user_input", "expected_completion")
 
 
-class Config(SampledConfig):
+class Config(AttackConfig):
     """Success rate of HackAPrompt's submissions."""
 
     task: Literal["hackaprompt"] = "hackaprompt"

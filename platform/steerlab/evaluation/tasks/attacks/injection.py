@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from steerlab.data import sources
 from steerlab.data.values import Row
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, judged, with_legibility
+from steerlab.evaluation.asking.answers import SampledConfig, answers, judged, with_legibility
 from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, contains
@@ -41,7 +41,7 @@ from steerlab.evaluation.tasks.attacks.forging import (
     Words,
     forge,
 )
-from steerlab.job import Source, TaskConfig
+from steerlab.job import Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import Generation, SteeredModel
 
@@ -51,7 +51,7 @@ _SUFFIX: dict[Position, str] = {"end": "", "both": "_both"}
 _OWN = STYLES["own"]
 
 
-class InjectionConfig(TaskConfig):
+class InjectionConfig(SampledConfig):
     """Fields of the injection tasks."""
 
     attacks: tuple[Attack, ...] = Field(ATTACKS, min_length=1)

@@ -28,7 +28,7 @@ from steerlab.evaluation.asking.items import choose
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Result, Task, about
 from steerlab.evaluation.tasks.attacks import wordings
-from steerlab.evaluation.tasks.attacks.attempts import Attempt, SampledConfig, attack, measures_of
+from steerlab.evaluation.tasks.attacks.attempts import AttackConfig, Attempt, attack, measures_of
 from steerlab.evaluation.tasks.attacks.rules_scenarios import SCENARIOS, Case
 from steerlab.job import Source
 from steerlab.models import ModelFacts
@@ -41,7 +41,7 @@ Name = Literal[
 _ALL: tuple[Name, ...] = get_args(Name)
 
 
-class Config(SampledConfig):
+class Config(AttackConfig):
     """How often a rule of RuLES is broken."""
 
     task: Literal["rules"] = "rules"

@@ -21,9 +21,9 @@ from steerlab.evaluation.asking.items import choose, number
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.evaluation.statistics.metrics import Result, Task, about, contains
 from steerlab.evaluation.tasks.attacks.attempts import (
+    AttackConfig,
     Attempt,
     Closing,
-    SampledConfig,
     attack,
     closed,
     measures_of,
@@ -37,7 +37,7 @@ _FIELDS = ("pre_prompt", "attack", "access_code")
 _GRANTED = "access granted"
 
 
-class Config(SampledConfig):
+class Config(AttackConfig):
     """Success rate of TensorTrust's attacks."""
 
     task: Literal["tensor_trust"] = "tensor_trust"

@@ -6,6 +6,10 @@ Each held-out pair has a chosen and a rejected response. For every strength alph
     preference/margin                beta [ (log pi_alpha - log pi_0)(chosen) - (log pi_alpha - log pi_0)(rejected) ], nats
     preference/accuracy              pairs with a margin above 0, the implicit accuracy              higher is better
     preference/likelihood_accuracy   pairs whose chosen response has the higher log pi_alpha; longer responses have lower ones
+    preference/chosen_logp           log pi_alpha(chosen), nats a response; training often lowers it while the margin grows
+    preference/rejected_logp         log pi_alpha(rejected), nats a response
+    preference/chosen_reward         beta (log pi_alpha - log pi_0)(chosen), nats; below 0 they became less likely
+    preference/rejected_reward       the same of the rejected responses; the margin is the difference of the two
     preference/kl                    KL(pi_alpha || pi_0) in nats per response token, the change of the model's outputs
     preference/shorter               pairs whose chosen response has fewer tokens (a tie counts 0.5). A control: the accuracy
                                      of a policy that always prefers the shorter response; 1 minus it for the longer one
@@ -66,7 +70,15 @@ def measures(config: Config) -> tuple[Measure, ...]:
         share("likelihood_accuracy", "higher"),
         Measure("kl", "lower", "nats a token", low=0.0, transform="mean"),
         share("shorter", None),
+        Measure("chosen_logp", "higher", "nats", high=0.0, transform="mean"),
+        # Without a direction: a good policy may make both responses likelier, or both less likely.
+        Measure("rejected_logp", None, "nats", high=0.0, transform="mean"),
+        Measure("chosen_reward", "higher", "nats", transform="mean"),
+        Measure("rejected_reward", None, "nats", transform="mean"),
     )
+
+
+NAMES = tuple(measure.name for measure in measures(Config()))
 
 
 def run(model: SteeredModel, config: Config) -> Result:
@@ -98,18 +110,28 @@ def observe(pair_id: str, scored: Scored | None, beta: float, strength: float, c
         strength: strength of the patch.
         compares: whether the policy differs from the reference; otherwise the pair has no weight in the accuracy.
     """
-    names = [f"preference/{name}" for name in ("accuracy", "margin", "likelihood_accuracy", "kl", "shorter")]
     if scored is None:
-        return [observed(name, pair_id, TOO_LONG, strength) for name in names]
+        return [observed(f"preference/{name}", pair_id, TOO_LONG, strength) for name in NAMES]
     chosen, rejected = scored
     num_tokens = chosen.num_tokens + rejected.num_tokens
     gap, likelier = margin(scored, beta), chosen.log_prob > rejected.log_prob
+    rewards = [beta * (response.log_prob - response.base_log_prob) for response in scored]
     # The KL divergence is estimated on the tokens of both responses, hence the weight by their number.
     shorter = 0.5 if chosen.num_tokens == rejected.num_tokens else float(chosen.num_tokens < rejected.num_tokens)
-    values = (float(gap > 0), gap, float(likelier), (chosen.kl + rejected.kl) / num_tokens, shorter)
+    values = {
+        "accuracy": float(gap > 0),
+        "margin": gap,
+        "likelihood_accuracy": float(likelier),
+        "chosen_logp": chosen.log_prob,
+        "rejected_logp": rejected.log_prob,
+        "chosen_reward": rewards[0],
+        "rejected_reward": rewards[1],
+        "kl": (chosen.kl + rejected.kl) / num_tokens,
+        "shorter": shorter,
+    }
     # A margin that is 0 by construction is no preference: the weight 0 leaves such pairs out of the accuracy.
-    weights = (float(compares), 1.0, 1.0, float(num_tokens), 1.0)
-    return [Observation(n, pair_id, value, w, strength) for n, value, w in zip(names, values, weights, strict=True)]
+    weights = {"accuracy": float(compares), "kl": float(num_tokens)}
+    return [Observation(f"preference/{n}", pair_id, values[n], weights.get(n, 1.0), strength) for n in NAMES]
 
 
 def margin(scored: Scored, beta: float) -> float:
@@ -123,4 +145,4 @@ def _sample(item: Numbered, scored: Scored | None, beta: float, strength: float)
     return {"id": item.id, "strength": strength, **texts, "margin": None if scored is None else margin(scored, beta)}
 
 
-TASK = Task(Config, run, measures, version=3)
+TASK = Task(Config, run, measures, version=4)

@@ -38,6 +38,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from steerlab.data import sources
 from steerlab.evaluation.asking import legibility
+from steerlab.evaluation.asking.answers import SampledConfig
 from steerlab.evaluation.asking.items import ALPACA, Numbered, data_rows, has_input
 from steerlab.evaluation.judging import judges, pair_judges, scorers
 from steerlab.evaluation.judging.asking import announce
@@ -48,7 +49,7 @@ from steerlab.evaluation.judging.pair_judges import PairJudge
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Scorer, Task, about, observed, too_long
 from steerlab.evaluation.statistics.written import Written
-from steerlab.job import DataSet, Source, TaskConfig
+from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
 from steerlab.steered import language
 from steerlab.steered.language import SteeredModel
@@ -63,7 +64,7 @@ def require_prompts(data: DataSet) -> DataSet:
     return data
 
 
-class Config(TaskConfig):
+class Config(SampledConfig):
     """Pairwise comparison with the model at strength 0, or with reference answers."""
 
     task: Literal["win_rate"] = "win_rate"
@@ -242,6 +243,8 @@ def _answers(model: SteeredModel, references: list[Answer], strengths: list[floa
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
         # A seed for each sample; samples of one seed of the config share none with those of the next.
         seed=config.seed * config.best_of + number,
         strengths=strengths,

@@ -1,0 +1,112 @@
+"""ARGS: at each step the likeliest tokens are scored again, by a reward model that reads the text with each of them.
+
+Khanov, Burapacheep and Li, "ARGS: Alignment as Reward-Guided Search", ICLR 2024, https://arxiv.org/abs/2402.01694.
+
+For the text x, prompt included, the k likeliest next tokens v of the frozen model are candidates. Each gets the score
+
+    s(v, x) = log p(v | x) + w r([x, v])
+
+with r the reward of the text that ends in v. ARGS-greedy takes the token with the highest score; ARGS-stochastic draws from
+softmax(s / temperature) over the k candidates. Here the scores are logits, and the sampler of generation does both: temperature
+0 is greedy. Log-probabilities and logits of one step differ by a constant, which neither the maximum nor the softmax sees.
+
+Nothing trains. The reward model is a sequence classifier with one output, of the same tokenizer; or a linear head on the frozen
+model's own last hidden states. It reads the text once and keeps its keys and values. The k candidates stand side by side at the
+next position, each seeing the text and itself (models/language/rewards.py): a token costs a pass over k + 1 tokens.
+
+The strength alpha multiplies w: 1 is the job's w, and 0 the model alone with all of its tokens. At every other strength only
+the k candidates can be chosen. All others get a log-probability of about -10,000, so that perplexity and implicit rewards say
+little about a search: compare it by what it writes (`win_rate`, `efficiency`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from steerlab import models, patches
+from steerlab.data import sources
+from steerlab.job import Job, MethodConfig, Source
+from steerlab.methods.contract import Assembled
+from steerlab.models import ModelFacts
+from steerlab.steered.language import SteeredModel
+
+_CHANGE_STATES = ("embedding", "activation")
+"""Kinds of patches that change hidden states."""
+
+
+class Config(MethodConfig):
+    """Hyperparameters of ARGS; give one of `reward` and `head`."""
+
+    name: Literal["args"] = "args"
+    """The method."""
+    reward: Source | None = None
+    """Source of the reward model: a sequence classifier with one output and the model's tokenizer. Paper:
+    hf:argsearch/llama-7b-rm-float32."""
+    head: Source | None = None
+    """Source of a safetensors file with a weight (1, D) and optionally a bias (1,): a reward head on the last hidden states of
+    the model itself."""
+    weight: float = 1.5
+    """w, the factor of the reward. Paper: 1.5."""
+    candidates: int = Field(10, ge=1)
+    """k, the number of likeliest tokens that are scored. Paper: 10."""
+
+    @model_validator(mode="after")
+    def _has_one_reward(self) -> Config:
+        # Without either, the catalogue and the editor still have a config to describe; `check` refuses a job without one.
+        if self.reward is not None and self.head is not None:
+            raise ValueError("give reward (a reward model) or head (a head on the model's own states), not both")
+        return self
+
+
+def assemble(config: Config, model: SteeredModel) -> patches.SavedPatch:
+    """Return the patch that re-scores the model's candidates.
+
+    Raises:
+        ValueError: the reward model has another tokenizer, or the head another width; or a patch changes the model's states.
+    """
+    patch = patches.RewardPatch(config.reward, config.head, config.weight, config.candidates)
+    if config.reward is not None:
+        _check_tokenizer(config.reward, model)
+        return patch
+    # The candidates are read without the hooks' arguments (roles, positions) of the running call.
+    if any(below.kind in _CHANGE_STATES for below in model.patches):
+        raise ValueError("method.head: a patch below steers the model's states, which a head would not see; use reward")
+    patch.rewards(model.model)
+    return patch
+
+
+def _check_tokenizer(reward: str, model: SteeredModel) -> None:
+    """Raise ValueError unless the reward model's tokenizer gives every token the id that the model's own gives it."""
+    own = model.encoder.tokenizer.get_vocab()
+    other = models.named.load_tokenizer(models.prepare(sources.fetch(reward))).get_vocab()
+    # The reward model reads the ids that the model wrote. Its own may have further tokens, such as one for padding.
+    different = [token for token, number in own.items() if other.get(token) != number]
+    if different:
+        raise ValueError(
+            f"method.reward: {reward} has another tokenizer: {different[0]!r:.40} and {len(different) - 1} other tokens of the "
+            "model have another number or none in it"
+        )
+
+
+def check(config: Config, facts: ModelFacts, job: Job) -> None:
+    """Raise ValueError for a reward model that does not exist or does not go with the model, and for too many candidates."""
+    if config.reward is None and config.head is None:
+        raise ValueError(
+            "method.reward: this key is required by method args: the source of a reward model (or give method.head)"
+        )
+    if config.candidates > facts.vocab_size:
+        raise ValueError(f"method.candidates {config.candidates}: the model has {facts.vocab_size} tokens")
+    try:
+        if config.reward is None:
+            sources.fetch(config.head or "")
+            return
+        num = models.check_reward_model(models.prepare(sources.fetch(config.reward)))
+    except ValueError as error:
+        raise ValueError(f"method.{'head' if config.reward is None else 'reward'}: {error}") from None
+    if num < facts.vocab_size:
+        raise ValueError(f"method.reward: {config.reward} has {num} tokens, the model {facts.vocab_size}: another tokenizer")
+
+
+METHOD = Assembled(Config, assemble, check=check)

@@ -1,0 +1,125 @@
+"""The patch that re-scores the likeliest tokens by a reward model: ARGS."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steerlab import models
+from steerlab.data import sources
+from steerlab.patches.attaching import CannotFold, Forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_UNSEEN = -1e4
+"""Logit, below the largest, of tokens that are no candidates. Finite: an infinity would make a KL divergence no number."""
+
+
+class RewardPatch(nn.Module):
+    """Adds a reward to the logits of the k likeliest tokens and leaves no others: z_v + alpha w r([x, v]) (ARGS).
+
+    alpha is the strength; at 0 the logits are the model's own, those of all tokens. The reward model is not part of the patch:
+    it is loaded from its source when the patch is attached.
+
+    Args:
+        reward: source of a reward model, a sequence classifier with one output; None with `head`.
+        head: source of a safetensors file with a linear head on the model's own last hidden states; None with `reward`.
+        weight: w, the factor of the reward.
+        candidates: k, the number of tokens that are scored.
+    """
+
+    kind: ClassVar[str] = "reward"
+    strength_range: tuple[float, float] | None = None
+
+    def __init__(self, reward: str | None, head: str | None, weight: float, candidates: int) -> None:
+        super().__init__()
+        if (reward is None) == (head is None):
+            raise ValueError("a reward patch has either a reward model or a head")
+        self.reward, self.head, self.weight, self.candidates = reward, head, weight, candidates
+
+    def rewards(self, model: PreTrainedModel) -> models.PrefixRewards:
+        """Load what gives the rewards. Raises ValueError if it does not go with the model."""
+        if self.head is not None:
+            return models.reward_head(model, sources.fetch(self.head))
+        assert self.reward is not None
+        rewards = models.load_reward_model(models.prepare(sources.fetch(self.reward)))
+        rewards.to(model.device, model.dtype)
+        # The sizes are all that can be compared here; methods/args.py compares the tokenizers.
+        if rewards.num_tokens < models.linear_shape(models.head(model))[0]:
+            raise ValueError(f"the reward model has {rewards.num_tokens} tokens, fewer than {type(model).__name__}")
+        return rewards
+
+    def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
+        """Register hooks that read the text by the reward model, and re-score the output of the language modelling head."""
+        rewards = self.rewards(model)
+        if self.head is not None:
+            rewards.head.to(model.device)
+        read: list[tuple[Any, Tensor]] = []
+
+        def take(_model: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
+            # Strength 0 is the model alone: nothing is read that nothing will use.
+            alpha_B = forward.strength(number, 1)
+            if alpha_B is not None and not bool(alpha_B.any()):
+                read.clear()
+                return
+            inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
+            inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+            kept: dict[str, Any] = {} if forward.memory is None else forward.memory.setdefault(number, {})
+            kept["cache"] = rewards.read(inputs, kept.get("cache"))
+            read[:] = [(kept["cache"], inputs["attention_mask"])]
+
+        def edit(_module: nn.Module, _inputs: object, logits_BTV: Tensor) -> Tensor:
+            return self._scored(logits_BTV, rewards, read.pop(), forward, number) if read else logits_BTV
+
+        return [
+            model.register_forward_pre_hook(take, with_kwargs=True),
+            models.head(model).register_forward_hook(edit),
+        ]
+
+    def _scored(
+        self, logits_BTV: Tensor, rewards: models.PrefixRewards, read: tuple[Any, Tensor], forward: Forward, number: int
+    ) -> Tensor:
+        cache, mask_BT = read
+        row_Q, column_Q = _places(logits_BTV, mask_BT, forward.only)
+        logits_QV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+        top_QK, token_QK = logits_QV.topk(self.candidates)
+        # Rows are scored together, column by column; a place that nobody asked for gets the token 0 and is not read back.
+        columns_C, at_Q = column_Q.unique(return_inverse=True)
+        candidates_BCK = token_QK.new_zeros(len(mask_BT), len(columns_C), self.candidates)
+        candidates_BCK[row_Q, at_Q] = token_QK
+        reward_QK = rewards.of(candidates_BCK, columns_C, mask_BT, cache)[row_Q, at_Q]
+        alpha = forward.strength_of_logits(number)
+        alpha_Q1 = 1.0 if alpha is None else alpha.expand(*logits_BTV.shape[:2], 1).reshape(-1, 1).to(reward_QK.dtype)
+        scored_QV = (top_QK[:, :1] + _UNSEEN).expand_as(logits_QV).to(logits_QV.dtype).clone()
+        scored_QV.scatter_(1, token_QK, (top_QK + alpha_Q1 * self.weight * reward_QK).to(logits_QV.dtype))
+        # Row by row: rows of strength 0 keep all of their tokens.
+        keeps = None if alpha is None else alpha_Q1 == 0
+        return (scored_QV if keeps is None else torch.where(keeps, logits_QV, scored_QV)).view_as(logits_BTV)
+
+    def spec(self) -> dict[str, object]:
+        """Return the constructor's arguments as JSON values."""
+        return {name: getattr(self, name) for name in ("reward", "head", "weight", "candidates")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return nothing: the reward model stays where its source is."""
+        return {}
+
+    def fold(self, model: PreTrainedModel, strength: float) -> None:
+        """Raise CannotFold: a search is no weight."""
+        raise CannotFold("a reward model that re-scores tokens is no weight of the model")
+
+
+def _places(logits_BTV: Tensor, mask_BT: Tensor, only: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of the text of each computed logit, (Q,) both."""
+    offset = mask_BT.shape[1]
+    if only is not None:
+        return only
+    num_rows, num_last, _ = logits_BTV.shape
+    # The last columns of the text: the mask covers what a cache holds, too, and `logits_to_keep` leaves out the first ones.
+    columns = torch.arange(offset - num_last, offset, device=logits_BTV.device)
+    rows = torch.arange(num_rows, device=logits_BTV.device)
+    return rows.repeat_interleave(num_last), columns.repeat(num_rows)

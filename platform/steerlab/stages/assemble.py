@@ -1,0 +1,71 @@
+"""The stage that makes a patch of what the method's config names, such as a reward model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ray
+
+from steerlab import patches
+from steerlab.guards.json_values import JsonObject
+from steerlab.job import Job, own_code
+from steerlab.job.own_code import Code
+from steerlab.methods import TABLE
+from steerlab.methods.contract import Assembled
+from steerlab.stages import evaluate, fit
+from steerlab.stages.spread import reserved, subject
+from steerlab.stages.spread.subject import Loading, Subject
+from steerlab.storage.plan import Stage, Work
+
+_POLL_S = 0.5
+
+
+class Params(subject.OnModel):
+    """Parameters of the stage."""
+
+    method: JsonObject
+    """The method's config."""
+    fingerprints: dict[str, str | list[str]]
+    """Fingerprints of the sources that the config names, by their keys in it."""
+
+
+def stage(job: Job, model: Subject) -> Stage:
+    """Return the stage that makes the patch of the job's method."""
+    params = Params(method=subject.dumped(job.method), fingerprints=evaluate.fingerprints(job.method), **model.fields)
+    return Stage("assemble", 1, subject.dumped(params), run, model.inputs, job.method.name, model.paths)
+
+
+def run(work: Work) -> None:
+    """Make the patch in one Ray task, and write it with the prompt settings and a reference to the model that it is for."""
+    params = Params.model_validate(work.params)
+    task = _assemble.options(**reserved.of_actors(work.scale))  # type: ignore[attr-defined]
+    future = task.remote(subject.of(work), params.method, own_code.codes_in(params.method))
+    # Short waits: Python handles a signal, or an exception that another thread raises in this one, only between calls of Ray.
+    while not ray.wait([future], timeout=_POLL_S)[0]:
+        pass
+    made: _Made = ray.get(future)
+    patches.save(made.patch, work.directory / "patch", made.fingerprint)
+    fit.write_base(work, params, made.prompt)
+
+
+class _Made(NamedTuple):
+    patch: patches.SavedPatch
+    fingerprint: str
+    """Fingerprint of the model that the patch is for."""
+    prompt: JsonObject
+    """How that model is prompted."""
+
+
+@ray.remote(scheduling_strategy=reserved.ANYWHERE)
+def _assemble(loading: Loading, config: JsonObject, codes: tuple[Code, ...]) -> _Made:
+    from steerlab import models
+
+    # Before the config is read: the method may be one of the files that were sent along.
+    own_code.receive(codes)
+    method = TABLE.of(config)
+    assert isinstance(method, Assembled)
+    model = subject.load(loading)
+    patch = method.assemble(method.Config.model_validate(config), model)
+    # The fingerprint is that of the model without hooks, as `patches.load` will see it.
+    model.detach()
+    return _Made(patch, models.fingerprint(model.model), dict(model.encoder.spec))
