@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -205,6 +205,8 @@ class PatchAlone(Trainee):
 
 MIN_SAMPLES = 4
 """Smallest sample that a map is fitted on (the authors' code of LinEAS: `force_small_batch`)."""
+SAMPLES = ("source", "target")
+"""Roles of the data sets whose activations a closed form is fitted on."""
 Samples = Mapping[str, Tensor]
 """Pooled activations by place: (N, D), float32."""
 ANY_KIND = ("causal_lm", "diffusion")
@@ -226,7 +228,10 @@ class SequentialConfig(SteeringConfig):
     """Hyperparameters of a closed form that may be fitted one place after another."""
 
     incremental: bool = True
-    """Fit the maps one after another, each on the source activations with all earlier maps applied."""
+    """Fit the maps one after another, each on activations with all earlier maps applied; false: fit all at once."""
+    incremental_target: Literal["steered", "plain"] = Field("steered", exclude_if=lambda target: target == "steered")
+    """Target of an incremental fit. steered: the target texts are read with the earlier maps, as the source texts are (authors'
+    code); plain: they are read once from the model without maps."""
 
 
 @dataclass(frozen=True)
@@ -261,8 +266,12 @@ class Method:
         return ()
 
     def walks(self, config: MethodConfig) -> bool:
-        """Return whether maps are fitted one after another, each on the source activations with all earlier maps applied."""
+        """Return whether maps are fitted one after another, each on activations with all earlier maps applied."""
         return isinstance(config, SequentialConfig) and config.incremental
+
+    def reads_model(self, config: MethodConfig) -> bool:
+        """Return whether the method needs activations of the model, extracted before it runs or read by the fit itself."""
+        return self.walks(config) or bool(self.reads(config))
 
     def steers(self, config: MethodConfig) -> Selection | None:
         """Return the modules and tokens on which the patch acts; None if the config does not restrict them."""
@@ -340,9 +349,16 @@ class Fitted(Method):
             raise TypeError(f"{self.Config.__name__} of a closed form: derive it from SteeringConfig")
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
-        """Return the roles of the samples that are extracted first: both, or only the target when `walks`."""
-        # A sequential fit runs the source texts through the model itself, because each map changes what later places compute.
-        return ("target",) if self.walks(config) else ("source", "target")
+        """Return the roles of the samples that are extracted first: those that the fit does not read itself (`walked`)."""
+        return tuple(role for role in SAMPLES if role not in self.walked(config))
+
+    def walked(self, config: MethodConfig) -> tuple[str, ...]:
+        """Return the roles of the texts that the fit itself runs through the model; none unless it `walks`."""
+        # Each map changes what later places compute, so these activations do not exist before the fit.
+        if not self.walks(config):
+            return ()
+        assert isinstance(config, SequentialConfig)
+        return SAMPLES if config.incremental_target == "steered" else ("source",)
 
 
 def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -116,14 +116,15 @@ def _check_method(planned: Plan) -> None:
         _check_training(job)
     elif isinstance(method, Trained) and method.needs_training and (planned.below is None or not method.leaves_model):
         raise ValueError(f"train: this key is required by method {name}")
-    if method.reads(job.method):
+    if method.reads_model(job.method):
         if job.extract is None:
             raise ValueError(f"extract: this key is required by method {name}: it says where the model is read, and how")
         if job.extract.keep != "rows":
             raise ValueError(f"extract.keep {job.extract.keep}: method {name} is fitted on the rows")
         assert isinstance(job.method, SteeringConfig)
         wanted = job.method.pooling
-        if wanted not in job.extract.pooling:
+        # A fit place after place pools by itself and reads no stored activations.
+        if method.reads(job.method) and wanted not in job.extract.pooling:
             raise ValueError(f"method.pooling {wanted}: extract.pooling is {list(job.extract.pooling)}; add it there")
     if not (job.train or job.evaluate or job.extract or isinstance(method, Fitted)):
         raise ValueError("the job has neither a train nor an extract nor an evaluate section, so there is nothing to do")

@@ -112,7 +112,7 @@ class Plan:
         """Extractions whose artifacts are results of the job themselves, by the role of their data set."""
         job = self.job
         # An `extract` section belongs to the method if that reads activations; else it says what the job itself is for.
-        if job.extract is None or self.method.reads(job.method):
+        if job.extract is None or self.method.reads_model(job.method):
             return {}
         kind = reduce if job.extract.keep == "moments" else extract
         return {role: kind.stage(job, role, self.start, job.extract) for role in job.data.by_role}

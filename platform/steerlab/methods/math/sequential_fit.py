@@ -1,10 +1,10 @@
-"""Fit maps one after another in a single pass, each on the source activations with all earlier maps applied.
+"""Fit maps one after another in a single pass, each on activations with all earlier maps applied.
 
 The AcT paper (arXiv 2410.23054, section 4) fits place l on activations that are computed with the maps of places 1 to l - 1
-applied. Place by place that takes one forward pass for each place, O(L^2) work in L layers. Here every batch of source texts
-runs through the model once, in a thread of its own, and waits at each place for all other batches. The map is then fitted on
-all batches, and each thread applies it to its own activations and continues. The maps are the same as those of the
-place-by-place procedure.
+applied, to source and target texts alike. Place by place that takes one forward pass for each place, O(L^2) work in L layers.
+Here every batch of texts runs through the model once, in a thread of its own, and waits at each place for all other batches.
+The map is then fitted on all batches, and each thread applies it to its own activations and continues. The maps are the same
+as those of the place-by-place procedure.
 
 Only one thread computes at a time, so that temporary memory is that of one batch; a waiting batch holds the activations of one
 layer.
@@ -27,7 +27,7 @@ from steerlab.patches.maps import Map
 
 
 class Reading(NamedTuple):
-    """One batch of source texts."""
+    """One batch of texts."""
 
     inputs: Mapping[str, object]
     """Keyword arguments of the model."""
@@ -35,10 +35,13 @@ class Reading(NamedTuple):
     """True for tokens that are pooled for the fit."""
     steered_BT: Tensor
     """True for tokens on which the maps act."""
+    target_B: Tensor | None = None
+    """True for target texts, False for source texts; None: the batch has source texts only."""
 
 
-Fit = Callable[[str, Tensor], Map | None]
-"""(place, pooled activations of all source texts, (N, D)) -> the place's map; None leaves the place as it is."""
+Fit = Callable[[str, Tensor, Tensor], Map | None]
+"""(place, pooled activations of all source texts, (N, D), and of all target texts, (M, D)) -> the place's map; None leaves the
+place as it is. M is 0 where no batch has target texts."""
 
 
 def fit_in_order(
@@ -56,7 +59,8 @@ def fit_in_order(
         model: the model, with other patches attached if it has any.
         places: the places to map.
         selection: only its `side` is read: whether the maps act on a module's input or output.
-        batches: all source texts.
+        batches: all texts that run through the model: the source texts, and the target texts if they are to be read with the
+            earlier maps applied.
         pooling: how the activations of a text's `read_BT` tokens become one vector.
         fit: makes the map of one place.
         progress: called after each place with (number of places done, number of places).
@@ -97,6 +101,8 @@ class _Walk:
     ) -> None:
         self._places, self._batches, self._fit, self._progress = places, batches, fit, progress
         self._pooling: Pooling = pooling
+        # In the order of the batches, in which their pooled activations are joined.
+        self._target_N = torch.cat([_targets(batch) for batch in batches])
         self._order: list[str] = []
         self._pooled: dict[int, Tensor] = {}
         self._waiting: dict[int, str] = {}
@@ -188,9 +194,10 @@ class _Walk:
                 raise ValueError(f"{place} runs more than once in a forward pass: which of its values is meant is not clear")
             # In the order of the batches, not of the threads: the maps do not depend on scheduling.
             pooled_ND = torch.cat([self._pooled[number] for number in range(len(self._batches))])
-            # A fit may differentiate, and inference tensors cannot be used in autograd: hence also the clone.
+            target_N = self._target_N.to(pooled_ND.device)
+            # A fit may differentiate, and inference tensors cannot be used in autograd: indexing outside of it makes copies.
             with torch.inference_mode(False):
-                fitted = self._fit(place, pooled_ND.clone())
+                fitted = self._fit(place, pooled_ND[~target_N].clone(), pooled_ND[target_N].clone())
             # Recorded even without a map: it says that the place has run.
             self._order.append(place)
             if fitted is not None:
@@ -200,6 +207,11 @@ class _Walk:
             # Raised in the barrier's action, it breaks the barrier, and all other threads get BrokenBarrierError.
             self.error = error
             raise
+
+
+def _targets(batch: Reading) -> Tensor:
+    """Return which texts of a batch are target texts, (B,) bool."""
+    return torch.zeros(len(batch.read_BT), dtype=torch.bool) if batch.target_B is None else batch.target_B.cpu()
 
 
 class _Arrived(Exception):
