@@ -163,14 +163,15 @@ class DataSet(Frozen):
 
 
 Role = Literal["instruction", "data", "response"]
-Phase = Literal["prompt", "generation"]
+Phase = Literal["prompt", "generation", "prompt_end"]
 Span = tuple[int | None, int | None]
 
 
 class Selection(Frozen):
     """Modules and tokens at which a model is read or steered. An exclusion always wins over a selection.
 
-    A token is in phase `generation` if the model generated it or, in a row with a response, if it belongs to the response.
+    A token is in phase `generation` if the model generated it or, in a row with a response, if it belongs to the response; all
+    others are in phase `prompt`, and the last of these is the `prompt_end`, at which the first token of the answer is computed.
     Positions count a row's tokens from 0, without padding; negative ones count back from the end of the prompt.
     """
 
@@ -181,7 +182,7 @@ class Selection(Frozen):
     side: Literal["output", "input"] = "output"
     """Tensor that is read or changed: the module's output, or its first argument."""
     phases: tuple[Phase, ...] = ("prompt", "generation")
-    """Phases whose tokens are selected."""
+    """Phases whose tokens are selected. [prompt_end, generation] are the tokens at which an answer is computed."""
     roles: tuple[Role, ...] | None = None
     """Roles whose tokens are selected; null selects every role."""
     exclude_roles: tuple[Role, ...] = ()
@@ -190,12 +191,21 @@ class Selection(Frozen):
     """Spans [start, end) of positions, a null end is open: [[-1, null]] is the last token of the prompt. Null selects all."""
     exclude_positions: tuple[Span, ...] = ()
     """Spans of positions that are left out: [[0, 1]] leaves out the first token."""
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, exclude_if=lambda ids: ids is None)
+    """Ids of the vocabulary whose tokens are selected, such as those of the letters of choices; null selects every id."""
+    exclude_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field((), exclude_if=lambda ids: not ids)
+    """Ids of the vocabulary whose tokens are left out, such as those of marks of a chat template."""
 
     @property
     def takes_all_tokens(self) -> bool:
         """Whether every token is selected, which spares a mask."""
-        every = len(set(self.phases)) == len(get_args(Phase)) and self.roles is None and self.positions is None
-        return every and not self.exclude_roles and not self.exclude_positions
+        every = {"prompt", "generation"} <= set(self.phases) and self.roles is None and self.positions is None
+        return every and not self.exclude_roles and not self.exclude_positions and not self.asks_ids
+
+    @property
+    def asks_ids(self) -> bool:
+        """Whether the ids of tokens decide which are selected."""
+        return self.token_ids is not None or bool(self.exclude_token_ids)
 
     @model_validator(mode="after")
     def _check(self) -> Selection:
@@ -207,12 +217,15 @@ class Selection(Frozen):
             start, end = span
             if start is not None and end is not None and (start < 0) == (end < 0) and start >= end:
                 raise ValueError(f"the span [{start}, {end}) of positions is empty")
+        if self.token_ids is not None and not set(self.token_ids) - set(self.exclude_token_ids):
+            raise ValueError("token_ids and exclude_token_ids leave no id, so no token is selected")
         if self.positions == () or any(span in self.exclude_positions for span in self.positions or ()):
             raise ValueError("the positions select no token")
         return self
 
 
-Pooling = Literal["mean", "max", "min", "last", "none"]
+Pixels = Literal["mean", "pixel"]
+Pooling = Literal["mean", "median", "max", "min", "last", "none"]
 
 
 class ExtractConfig(Frozen):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from steerlab import patches
 from steerlab.activations.parquet import Activations
 from steerlab.inputs.tokens import IGNORED, Row
-from steerlab.job import Job, MethodConfig, Pooling, Selection
+from steerlab.job import Job, MethodConfig, Pixels, Pooling, Selection
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
 from steerlab.patches.maps import Map
@@ -222,6 +222,8 @@ class SteeringConfig(MethodConfig):
     """Modules and tokens on which the maps act, among the places that were read; null: all of these places, every token."""
     inverse: bool = Field(False, exclude_if=lambda inverse: not inverse)
     """Apply the inverse maps, which induce what the fitted maps remove."""
+    pixels: Pixels = Field("pixel", exclude_if=lambda pixels: pixels == "pixel")
+    """In images, mean: the mean of a channel moves and its pixels keep their spread; pixel: each pixel is mapped."""
 
 
 class SequentialConfig(SteeringConfig):

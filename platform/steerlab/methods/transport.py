@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from steerlab.job import Pooling
+from steerlab.job import Pixels, Pooling
 from steerlab.methods.contract import Fitted, SequentialConfig, check_samples
 from steerlab.patches.maps import AffineMap
 
@@ -47,6 +47,9 @@ class Config(SequentialConfig):
     support: tuple[float, float] | None = (0.0, 1.0)
     """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. [0, 1], ml-act's default, are the
     sample's extremes; null maps all values."""
+    pixels: Pixels = "mean"
+    """In images, mean: the mean of a channel moves and its pixels keep their spread (ml-act's Linear-AcT); pixel: each pixel is
+    mapped (ml-lineas, and ml-act's Gaussian-AcT). Bounds are compared with the mean in both."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -241,6 +241,10 @@ def _check_drawing(planned: Plan) -> None:
         raise ValueError(
             "extract.pooling none keeps one value for each token, and an image has no tokens: pool over its pixels (mean)"
         )
+    if isinstance(job.method, SteeringConfig) and job.method.pooling == "last":
+        raise ValueError(
+            "method.pooling last is that of the last token, and an image has no tokens: pool over its pixels (mean)"
+        )
     models.check_sampler(sources.fetch(planned.source), job.model.drawing)
     for below in planned.chain[1:] if job.model.drawing.denoiser is not None else ():
         if below.job.train is not None and below.method.leaves_model:

@@ -81,7 +81,8 @@ def run(work: Work) -> None:
     inputs = {role: work.stage.inputs[extract.read_as(role)] for role in params.reads}
     activations = {role: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for role, stage in inputs.items()}
     method = fitted(params.method)
-    walks = method.walks(method.Config.model_validate(params.method))
+    config = method.Config.model_validate(params.method)
+    walks = method.walks(config)
     # A fit place after place loads the model and may use a GPU; a fit on extracted activations is arithmetic on one CPU.
     resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
     task = _fit.options(**resources)  # type: ignore[attr-defined]
@@ -90,7 +91,7 @@ def run(work: Work) -> None:
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
     fit: _Fit = ray.get(future)
-    patch = patches.ActivationPatch.from_maps(fit.maps, fit.selection, method.strength_range)
+    patch = patches.ActivationPatch.from_maps(fit.maps, fit.selection, method.strength_range, config.pixels)
     patches.save(patch, work.directory / "patch", fit.fingerprint)
     write_base(work, params, fit.prompt)
     facts = {
@@ -240,7 +241,8 @@ def _in_order(loading: Loading, params: Params, read: Mapping[str, Activations])
         return checked_maps(config, method.fit(config, {name: source_ND.cpu()}, {name: target})).get(name)
 
     start_s, select = time.monotonic(), params.extract.select
-    maps = fit_in_order(model.model, [taps.tap(name) for name in places], select, readings, config.pooling, fit_one)
+    taps_of = [taps.tap(name) for name in places]
+    maps = fit_in_order(model.model, taps_of, select, readings, config.pooling, fit_one, pixels=config.pixels)
     about = about_model(model, params.extract)
     seconds = time.monotonic() - start_s
     num_rows = {role: sample.num_rows for role, sample in read.items()} | num_rows

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
-from steerlab.job import Pooling, Selection
+from steerlab.job import Pixels, Pooling, Selection
 from steerlab.patches import taps
-from steerlab.patches.maps import Map
+from steerlab.patches.maps import Map, mapped_pixels
 
 
 class Reading(NamedTuple):
@@ -52,6 +52,8 @@ def fit_in_order(
     pooling: Pooling,
     fit: Fit,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    pixels: Pixels = "pixel",
 ) -> dict[str, Map]:
     """Fit a map at every place, in the order in which the model runs them, in one pass over the batches.
 
@@ -64,6 +66,7 @@ def fit_in_order(
         pooling: how the activations of a text's `read_BT` tokens become one vector.
         fit: makes the map of one place.
         progress: called after each place with (number of places done, number of places).
+        pixels: whether the maps move the mean of a channel of an image, or every pixel.
 
     Returns:
         The maps by place, in the order in which they were fitted.
@@ -71,7 +74,7 @@ def fit_in_order(
     Raises:
         ValueError: `fit` raised it, or a forward pass does not reach a place or reaches it twice.
     """
-    walk = _Walk(list(places), batches, pooling, fit, progress)
+    walk = _Walk(list(places), batches, pooling, pixels, fit, progress)
     handles = [walk.hook(model, place, selection.side) for place in places]
     # Daemon threads: an interrupted process must not wait for threads that wait for each other.
     threads = [threading.Thread(target=walk.run, args=(model, number), daemon=True) for number in range(len(batches))]
@@ -96,11 +99,13 @@ class _Walk:
         places: list[taps.Tap],
         batches: Sequence[Reading],
         pooling: Pooling,
+        pixels: Pixels,
         fit: Fit,
         progress: Callable[[int, int], None],
     ) -> None:
         self._places, self._batches, self._fit, self._progress = places, batches, fit, progress
         self._pooling: Pooling = pooling
+        self._pixels: Pixels = pixels
         # In the order of the batches, in which their pooled activations are joined.
         self._target_N = torch.cat([_targets(batch) for batch in batches])
         self._order: list[str] = []
@@ -146,7 +151,9 @@ class _Walk:
                 return value
             # Only the rows with a prompt are read and mapped; with guidance the other half of the batch has none.
             axis = taps.feature_axis(module, z.dim())
-            mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis))
+            # Only (B, C, H, W) and (B, C, pixels) have channels whose mean may move; other values are mapped as tokens are.
+            pixels = self._pixels if axis == 1 and z.dim() > 2 else None
+            mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis), pixels)
             z_last = z.movedim(axis, -1).clone()
             z_last[call.conditional] = mapped_BTD.reshape(z_last[call.conditional].shape)
             return taps.replaced(value, place.element, z_last.movedim(-1, axis))
@@ -157,7 +164,7 @@ class _Walk:
             )
         return module.register_forward_hook(lambda _m, _i, output: edit(output))
 
-    def _arrive(self, place: str, z_BTD: Tensor) -> Tensor:
+    def _arrive(self, place: str, z_BTD: Tensor, pixels: Pixels | None = None) -> Tensor:
         """Hand over this batch's pooled activations, wait for the place's map, and return the mapped activations."""
         batch = self._batches[self._here.number]
         read_BT = batch.read_BT.to(z_BTD.device)
@@ -175,9 +182,10 @@ class _Walk:
         if fitted is None:
             return z_BTD
         # In float32, as an attached patch computes it: later places must see the same values as at inference.
-        mapped_BTD = fitted(z_BTD.float()).to(z_BTD.dtype)
+        value_BTD = z_BTD.float()
+        mapped_BTD = fitted(value_BTD) if pixels is None else mapped_pixels(fitted, value_BTD, pixels)
         steered_BT = taps.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
-        return torch.where(steered_BT.unsqueeze(-1), mapped_BTD, z_BTD)
+        return torch.where(steered_BT.unsqueeze(-1), mapped_BTD.to(z_BTD.dtype), z_BTD)
 
     def _meet(self) -> None:
         """Fit the place at which all threads wait; the barrier runs this in one of them."""
