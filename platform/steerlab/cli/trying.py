@@ -31,6 +31,9 @@ def generate(
     temperature: Annotated[float | None, typer.Option(min=0, help="Of sampled tokens; 0, the default, is greedy.")] = None,
     guidance: Annotated[list[float] | None, typer.Option(min=0, help="Guidance scales of images; default: the job's.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for images.")] = Path("images"),
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
+    ] = False,
     root: RootOption = None,
 ) -> None:
     """Try a result by hand; several strengths side by side: texts, or images with a contact sheet and an animation."""
@@ -39,7 +42,7 @@ def generate(
 
     with explained():
         scales = None if guidance is None else tuple(guidance)
-        artifact = artifact_of(run_folder, root)
+        artifact = artifact_of(run_folder, root, inverse)
         loaded = language.load(artifact.path, **artifact.loading)
         request = Asked(prompt, _strengths(strength, artifact, loaded), seed, data, max_new_tokens, temperature, scales)
         shown = loaded.side_by_side(request)
@@ -64,6 +67,9 @@ def explain(
     strength: Annotated[float | None, typer.Option(help="Strength of the patch. Default: what the run reported.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to name at each place.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own response.")] = 32,
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
+    ] = False,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,7 +77,7 @@ def explain(
     from steerlab.steered import explain, language
 
     with explained():
-        artifact = artifact_of(run_folder, root)
+        artifact = artifact_of(run_folder, root, inverse)
         model = language.load(artifact.path, **artifact.loading)
         if not isinstance(model, language.SteeredModel):
             raise ValueError(f"{run_folder} draws images; explain works on the tokens of a language model")
@@ -98,13 +104,16 @@ def export(
     strength: Annotated[
         float | None, typer.Option(help="Strength at which a patch is folded. Default: what the run reported.")
     ] = None,
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
+    ] = False,
     root: RootOption = None,
 ) -> None:
     """Write a checkpoint that plain transformers or diffusers loads; a patch that cannot be folded is written beside it."""
     from steerlab.steered import export as exports
 
     with explained():
-        artifact = artifact_of(run_folder, root)
+        artifact = artifact_of(run_folder, root, inverse)
         scale = artifact.reported.strength if strength is None else strength
         written = exports.write(artifact.path, directory, strength=scale, loading=artifact.loading)
         if strength is None and artifact.reported.reason:

@@ -14,7 +14,7 @@ from steerlab.patches.activation import ActivationPatch
 from steerlab.patches.attaching import Attached, CannotFold, Forward, Patch, attach, attached_patches
 from steerlab.patches.embedding import EmbeddingPatch, rotate
 from steerlab.patches.logit import LogitPatch
-from steerlab.patches.saving import KINDS, SavedPatch, exists, load, save
+from steerlab.patches.saving import KINDS, SavedPatch, exists, inverse, load, save
 from steerlab.patches.second_model import SecondModelPatch
 from steerlab.patches.weight import WeightPatch
 
@@ -33,6 +33,7 @@ __all__ = [
     "attach",
     "attached_patches",
     "exists",
+    "inverse",
     "load",
     "rotate",
     "save",

@@ -101,6 +101,10 @@ def _check_settings(job: Job, facts: models.ModelFacts) -> None:
 
 def _check_start(below: Job) -> None:
     """Refuse evaluation settings in a job that another job starts from: they would have no effect there."""
+    if below.inverse:
+        raise ValueError(
+            f"model.source: the job {below.name} sets inverse, which concerns its own evaluation only; set method.inverse there"
+        )
     for name in ("snapshot", "strength"):
         if (value := getattr(below, name)) is not None and (name, value) != ("strength", 1):
             raise ValueError(
@@ -126,6 +130,8 @@ def _check_method(planned: Plan) -> None:
         # A fit place after place pools by itself and reads no stored activations.
         if method.reads(job.method) and wanted not in job.extract.pooling:
             raise ValueError(f"method.pooling {wanted}: extract.pooling is {list(job.extract.pooling)}; add it there")
+    if job.inverse and not planned.leaves_maps:
+        raise ValueError("inverse: the job's model carries no maps of activations, which alone have an inverse; leave it out")
     if not (job.train or job.evaluate or job.extract or isinstance(method, Fitted)):
         raise ValueError("the job has neither a train nor an extract nor an evaluate section, so there is nothing to do")
 

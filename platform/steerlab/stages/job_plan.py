@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Selection, TaskConfig, base_job, job_type
-from steerlab.methods.contract import Fitted, Method, Trained
+from steerlab.methods.contract import Fitted, Method, SteeringConfig, Trained
 from steerlab.stages import choose, evaluate, extract, fit, prepare, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
@@ -90,6 +90,11 @@ class Plan:
         return self._maker.method.leaves_patch
 
     @property
+    def leaves_maps(self) -> bool:
+        """Whether the patch of the model that the job evaluates is one of maps of activations."""
+        return self.leaves_patch and isinstance(self._maker.job.method, SteeringConfig)
+
+    @property
     def steers(self) -> Selection | None:
         """Modules and tokens on which the patch acts whose strength is varied; None if its method does not restrict them."""
         maker = self._maker
@@ -148,8 +153,8 @@ class Plan:
 
     def _baseline(self, task: TaskConfig) -> Stage:
         """Return the stage that runs a task on the model to which the job's patch is attached."""
-        # Neither snapshot nor strength is part of it, so that all jobs and trials that patch this model share one artifact.
-        plain = self.job.model_copy(update={"snapshot": None})
+        # Neither snapshot, direction nor strength is part of it: all jobs and trials that patch this model share one artifact.
+        plain = self.job.model_copy(update={"snapshot": None, "inverse": False})
         return evaluate.stage(plain, _changed(task, UNPATCHED_NAME, (1.0,)), self.start)
 
     @cached_property
