@@ -35,6 +35,19 @@ def test_an_element_of_a_tuple_is_picked_by_number(tiny_model: PreTrainedModel) 
     assert taps.tap("model.norm") == Tap("model.norm")
 
 
+def test_a_list_of_expressions_takes_what_any_of_them_matches(tiny_model: PreTrainedModel) -> None:
+    several = selection(modules=[r"model\.layers\.0\.mlp", r"model\.layers\.(1|3)", "model.norm"])
+    joined = [tap.name for tap in taps.select(tiny_model, several)]
+    assert joined == ["model.layers.0.mlp", "model.layers.1", "model.layers.3", "model.norm"]
+    assert selection(**several.model_dump()) == several, "as a saved job reads it again"
+    elements = taps.select(tiny_model, selection(modules=[r"model\.layers\.0\.self_attn:0", r"model\.layers\.2\.self_attn:0"]))
+    assert [tap.name for tap in elements] == ["model.layers.0.self_attn:0", "model.layers.2.self_attn:0"]
+    assert selection(modules=["model.norm"]) == selection(modules="model.norm")
+    for wrong in ([], ["a:0", "b"], ["a:0", "b:1"]):
+        with pytest.raises(ValueError, match="with the same element"):
+            selection(modules=wrong)
+
+
 def test_excluded_modules_are_left_out(tiny_model: PreTrainedModel) -> None:
     found = taps.select(tiny_model, selection(modules=r"model\.layers\.\d", exclude_modules=r".*\.[12]"))
     assert [tap.name for tap in found] == ["model.layers.0", "model.layers.3"]

@@ -174,9 +174,11 @@ def _formed(row: dict[str, object] | SourceError, data: DataSet, seen: Seen) -> 
     seen.new_names = seen.new_names or values.names(row)
     if seen.absent:
         seen.absent = [key for key in seen.absent if is_absent(key, own, row)]
-    if data.subset is not None and row.setdefault("subset", None) != data.subset:
+    if data.subset is not None and row.setdefault("subset", None) not in data.subsets:
         seen.subsets[row["subset"]] = None
         return None
+    if data.subset is not None:
+        seen.taken[row["subset"]] = None
     if not forms.passes(row, data):
         return None
     _check_renamed(own, data)

@@ -5,6 +5,7 @@ The file is longer than 300 lines because every setting of a data set is describ
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -66,8 +67,9 @@ class DataSet(Frozen):
     equals: dict[str, str | int | float | bool | None] = {}
     """Keep rows whose field equals this value: 1 equals 1.0 and the text "1", true the text "true", null also NaN. Applied
     before `map` and `compose`."""
-    subset: str | None = Field(None, exclude_if=lambda subset: subset is None)
-    """Name of the subset to read from a JSON object of lists of texts, {none: [...], pixel art: [...]}; null reads all."""
+    subset: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(None, exclude_if=lambda subset: subset is None)
+    """Name, or names, of the subsets to read from a JSON object of lists of texts, {none: [...], pixel art: [...]}; null reads
+    all."""
     tags: tuple[str, ...] = Field((), exclude_if=lambda tags: not tags)
     """Texts, such as styles of captions, that are appended to the rows' texts in turn, after a comma (format text)."""
     seeds: tuple[Seed, Seed] | None = Field(None, exclude_if=lambda seeds: seeds is None)
@@ -101,6 +103,11 @@ class DataSet(Frozen):
     def sources(self) -> tuple[str, ...]:
         """The sources, in the order in which they are read."""
         return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def subsets(self) -> tuple[str, ...]:
+        """Names of the subsets that are read; empty if all are."""
+        return (self.subset,) if isinstance(self.subset, str) else self.subset or ()
 
     @property
     def needed_fields(self) -> tuple[str, ...]:
@@ -167,6 +174,21 @@ Phase = Literal["prompt", "generation", "prompt_end"]
 Span = tuple[int | None, int | None]
 
 
+def _joined(modules: object) -> object:
+    """Turn a list of expressions into one that matches what any of them does; `:k` after all of them stays at the end.
+
+    Raises:
+        ValueError: the list is empty, or its expressions take different elements of tuples.
+    """
+    if not isinstance(modules, list | tuple) or not all(isinstance(pattern, str) for pattern in modules):
+        return modules
+    split = [re.fullmatch(r"(.*?)(:\d{1,3})?", pattern, re.DOTALL) for pattern in modules]
+    parts = [(match[1], match[2] or "") for match in split if match is not None]
+    if len({element for _, element in parts}) != 1:
+        raise ValueError(f"modules {list(modules)}: give one expression or more, with the same element (:k) after each")
+    return "|".join(f"(?:{pattern})" for pattern, _ in parts) + parts[0][1] if len(parts) > 1 else modules[0]
+
+
 class Selection(Frozen):
     """Modules and tokens at which a model is read or steered. An exclusion always wins over a selection.
 
@@ -175,8 +197,9 @@ class Selection(Frozen):
     Positions count a row's tokens from 0, without padding; negative ones count back from the end of the prompt.
     """
 
-    modules: str = r".*post_attention_layernorm"
-    """Regular expression that matches whole module paths; `:k` after it takes element k of a module's tuple output."""
+    modules: Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[str])] = r".*post_attention_layernorm"
+    """Regular expression that matches whole module paths, or a list of them; `:k` after it takes element k of a module's tuple
+    output."""
     exclude_modules: str | None = None
     """Regular expression of modules that are left out; null leaves out none."""
     side: Literal["output", "input"] = "output"
