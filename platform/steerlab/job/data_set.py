@@ -214,9 +214,9 @@ class Selection(Frozen):
     """Spans [start, end) of positions, a null end is open: [[-1, null]] is the last token of the prompt. Null selects all."""
     exclude_positions: tuple[Span, ...] = ()
     """Spans of positions that are left out: [[0, 1]] leaves out the first token."""
-    token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, exclude_if=lambda ids: ids is None)
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, exclude_if=lambda ids: ids is None)
     """Ids of the vocabulary whose tokens are selected, such as those of the letters of choices; null selects every id."""
-    exclude_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field((), exclude_if=lambda ids: not ids)
+    exclude_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), exclude_if=lambda ids: not ids)
     """Ids of the vocabulary whose tokens are left out, such as those of marks of a chat template."""
 
     @property
