@@ -29,6 +29,7 @@ VARIANTS = {
     "mean_act": AT_ONCE,
     "linear_act": AT_ONCE,
     "linear_act, incremental": (),
+    "linear_act, incremental to the plain target": ("method.incremental_target=plain",),
     "linear_act, incremental on o_proj": ("extract.select.modules=.*self_attn\\.o_proj",),  # the place of its paper
     "gaussian_act": AT_ONCE,
     "aura": (),

@@ -8,7 +8,7 @@ SPACE = {
             ("linear_act", "mean"),
             ("mean_act", "mean"),
             ("gaussian_act", "mean"),
-            ("caa", "mean"),
+            ("caa", "last"),
             ("iti", "mean"),
             ("aura", "max"),
         ]

@@ -33,6 +33,7 @@ from steerlab.methods.contract import (
     trained_parameters,
 )
 from steerlab.patches import taps
+from steerlab.patches.maps import mapped_pixels
 from steerlab.steered import language
 from steerlab.steered.drawing import SteeredPipeline
 
@@ -476,11 +477,12 @@ def test_maps_fitted_on_a_pipeline_act_on_it(name: str, digits_dir: Path, extrac
     source, target = ({tap: found.column(tap, pooling) for tap in found.modules} for found in read)
     maps = method.fit(config, source, target)
     before = values_at(pipeline, texts, place)
-    attached = patches.attach(pipeline, (patches.ActivationPatch.from_maps(maps, Selection.model_validate(place)),))
+    patch = patches.ActivationPatch.from_maps(maps, Selection.model_validate(place), pixels=config.pixels)
+    attached = patches.attach(pipeline, (patch,))
     after = values_at(pipeline, texts, place)
     attached.detach()
     (one,) = maps.values()
-    torch.testing.assert_close(after, one(before), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after, mapped_pixels(one, before, config.pixels), rtol=1e-5, atol=1e-5)
     assert not torch.equal(before, after)
 
 

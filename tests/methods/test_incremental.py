@@ -34,24 +34,27 @@ def part(batch: Batch, rows: slice) -> Batch:
     return Batch(*(getattr(batch, field)[rows] for field in batch.__dataclass_fields__))
 
 
-def reading(batch: Batch, steer: Selection = SELECTION) -> Reading:
-    return Reading(batch.model_inputs, taps.selected(batch, SELECTION), taps.selected(batch, steer))
+def reading(batch: Batch, steer: Selection = SELECTION, target: torch.Tensor | None = None) -> Reading:
+    return Reading(batch.model_inputs, taps.selected(batch, SELECTION), taps.selected(batch, steer), target)
 
 
 def target_of(name: str) -> torch.Tensor:
     return torch.randn(9, 128, generator=torch.Generator().manual_seed(len(name) * 31 + sum(map(ord, name))))
 
 
-def fit(name: str, source_ND: torch.Tensor) -> AffineMap:
-    return linear_map(source_ND, target_of(name))
+def fit(name: str, source_ND: torch.Tensor, target_MD: torch.Tensor | None = None) -> AffineMap:
+    """With target texts in the pass their activations are the target, else a sample that is fixed beforehand."""
+    return linear_map(source_ND, target_of(name) if target_MD is None or not len(target_MD) else target_MD)
 
 
 # The order in which the model runs them, which is not that of `named_modules`.
 IN_ORDER = [taps.Tap(f"model.layers.{i}.{name}") for i in range(4) for name in ("post_attention_layernorm", "mlp")]
 
 
-def naive(model: PreTrainedModel, batch: Batch, steer: Selection = SELECTION) -> dict[str, AffineMap]:
-    """For each place a whole forward pass with the maps of the places before it: O(L^2)."""
+def naive(
+    model: PreTrainedModel, batch: Batch, steer: Selection = SELECTION, target: torch.Tensor | None = None
+) -> dict[str, AffineMap]:
+    """For each place a whole forward pass with the maps of the places before it, on all texts: O(L^2)."""
     maps: dict[str, AffineMap] = {}
     for place in IN_ORDER:
         attached = patches.attach(model, [patches.ActivationPatch.from_maps(maps, steer)] if maps else [])
@@ -60,7 +63,9 @@ def naive(model: PreTrainedModel, batch: Batch, steer: Selection = SELECTION) ->
             z_BTD = reader(**batch.patched_inputs)[place.name]
         reader.close()
         attached.detach()
-        maps[place.name] = fit(place.name, taps.pool(z_BTD, taps.selected(batch, SELECTION), "mean"))
+        pooled_BD = taps.pool(z_BTD, taps.selected(batch, SELECTION), "mean")
+        is_target_B = torch.zeros(len(pooled_BD), dtype=torch.bool) if target is None else target
+        maps[place.name] = fit(place.name, pooled_BD[~is_target_B], pooled_BD[is_target_B])
     return maps
 
 
@@ -78,6 +83,25 @@ def test_one_pass_equals_a_pass_for_each_place(tiny_model: PreTrainedModel, batc
     places = taps.select(tiny_model, SELECTION)
     one_pass = fit_in_order(tiny_model, places, SELECTION, [reading(p) for p in parts], "mean", fit)
     assert_equal(one_pass, naive(tiny_model, batch))
+
+
+@pytest.mark.parametrize("sizes", [[12], [5, 7]], ids=str)
+def test_the_target_is_read_with_the_earlier_maps_too(tiny_model: PreTrainedModel, batch: Batch, sizes: list[int]) -> None:
+    """As in the authors' code, whose hooks act on the texts of both sets; the batches may mix them."""
+    is_target = torch.tensor([True, False, False, True, False, True, True, False, True, False, False, True])
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    readings = [reading(part(batch, rows), target=is_target[rows]) for rows in spans]
+    one_pass = fit_in_order(tiny_model, taps.select(tiny_model, SELECTION), SELECTION, readings, "mean", fit)
+    assert_equal(one_pass, naive(tiny_model, batch, target=is_target))
+    # Read once from the model without maps, the target of all places but the first is another one.
+    plain = {tap.name: _read(tiny_model, batch, tap.name)[is_target] for tap in IN_ORDER}
+    sources = [reading(part(batch, slice(i, i + 1))) for i in range(12) if not is_target[i]]
+    fit_plain = lambda name, source_ND, _: linear_map(source_ND, plain[name])  # noqa: E731
+    of_plain = fit_in_order(tiny_model, taps.select(tiny_model, SELECTION), SELECTION, sources, "mean", fit_plain)
+    first, *others = one_pass
+    torch.testing.assert_close(one_pass[first].shift_D, of_plain[first].shift_D, rtol=1e-4, atol=1e-4)
+    assert all(not torch.allclose(one_pass[name].shift_D, of_plain[name].shift_D, rtol=1e-2) for name in others)
 
 
 def test_only_steered_tokens_are_mapped(tiny_model: PreTrainedModel, batch: Batch) -> None:
@@ -106,7 +130,7 @@ def test_of_a_guided_drawing_the_half_with_the_prompt_is_fitted_and_mapped(digit
     parts = [prompter.collate([next(drawings) for _ in range(size)]) for size in sizes]
     readings = [Reading(part.patched_inputs, *[taps.selected(part, norms)] * 2) for part in parts]
 
-    def fit_channels(name: str, source_ND: torch.Tensor) -> AffineMap:
+    def fit_channels(name: str, source_ND: torch.Tensor, _target: torch.Tensor | None = None) -> AffineMap:
         return linear_map(source_ND, target_of(name)[:, : source_ND.shape[1]])
 
     one_pass = fit_in_order(model, taps.select(model, norms), norms, readings, "mean", fit_channels)
@@ -165,7 +189,7 @@ def test_a_place_without_a_map_is_left_alone(tiny_model: PreTrainedModel, batch:
     places = taps.select(tiny_model, SELECTION)
     last = IN_ORDER[-1].name
     all_but_last = fit_in_order(
-        tiny_model, places, SELECTION, [reading(batch)], "mean", lambda name, z_ND: fit(name, z_ND) if name == last else None
+        tiny_model, places, SELECTION, [reading(batch)], "mean", lambda name, z_ND, _: fit(name, z_ND) if name == last else None
     )
     assert_equal(all_but_last, {last: fit(last, _read(tiny_model, batch, last))})
 
@@ -186,7 +210,7 @@ def test_the_model_runs_once(tiny_model: PreTrainedModel, batch: Batch) -> None:
 
 
 def test_an_error_in_a_fit_ends_every_batch(tiny_model: PreTrainedModel, batch: Batch) -> None:
-    def failing(name: str, source_ND: torch.Tensor) -> AffineMap:
+    def failing(name: str, source_ND: torch.Tensor, target_MD: torch.Tensor) -> AffineMap:
         raise ValueError(f"no map for {name}")
 
     parts = [reading(part(batch, slice(i, i + 4))) for i in (0, 4, 8)]

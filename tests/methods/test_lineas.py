@@ -164,6 +164,63 @@ def test_proximal_step_is_the_minimum_of_its_problem() -> None:
     torch.testing.assert_close(proximal(v, l1, group), x.detach(), atol=2e-3, rtol=0)
 
 
+def test_scales_and_shifts_have_weights_of_their_own() -> None:
+    v = torch.randn(2, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    config = Config(gamma=0.5, l1=0.2, l1_shift=1.0, group=0.1, group_shift=0.0)
+    l1_21, group_21 = config.penalty_21
+    both = proximal(v, l1_21.double(), group_21.double())
+    torch.testing.assert_close(both[:1], proximal(v[:1], 0.1, 0.05), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(both[1:], proximal(v[1:], 0.5, 0.0), rtol=1e-6, atol=1e-6)
+    same = Config(gamma=0.5, l1=0.2).penalty_21
+    assert same[0].tolist() == [[pytest.approx(0.1)]] * 2 and same[1].tolist() == [[0.5]] * 2
+    assert not {"l1_shift", "group_shift", "criterion"} & set(Config().model_dump()), "keys of earlier jobs stay"
+
+
+def test_a_training_step_weighs_shifts_and_scales_as_the_config_says(make: Any, encoder: Encoder) -> None:
+    """No scale is penalised, every shift by more than it has moved: shifts are emptied, scales stay."""
+    trainee = make(settings={"gamma": 1.0, "l1": 0.0, "group": 0.0, "l1_shift": 1e3})
+    batch = batch_of(encoder, texts("farm", 8))
+    optimizer = torch.optim.SGD([p for p in trainee.parameters() if p.requires_grad], lr=1e-3)
+    trainee(batch).total.backward()
+    optimizer.step()
+    trainee.after_step(1e-3)
+    assert all((layer.shift == 0).all() and (layer.scale != 1).any() for layer in trainee.patch.layers())
+
+
+@pytest.mark.parametrize("num_target", [8, 5])
+def test_w1_is_the_mean_absolute_difference_of_quantiles(make: Any, encoder: Encoder, tiny_dir: Path, num_target: int) -> None:
+    trainee, rows = make(num_target, settings={"criterion": "w1"}), texts("farm", 8)
+    batch = batch_of(encoder, rows)
+    with torch.no_grad():
+        loss = trainee(batch).total / len(rows)
+        model = models.load_model(tiny_dir, seed=0)
+        places = taps.select(model, Selection(modules=NORMS))
+        reader = taps.Reader(model, places)
+        pooled = [
+            {name: taps.pool(z, taps.selected(one, Selection()), "mean") for name, z in reader(**one.model_inputs).items()}
+            for one in (batch, batch_of(encoder, texts("sea", num_target)))
+        ]
+    expected = 0.0
+    for place in places:
+        source, target = (side[place.name].double() for side in pooled)
+        # Each value repeated until both samples have one size: then the sorted values are matched in order.
+        a, b = (x.repeat_interleave(math.lcm(len(source), len(target)) // len(x), 0).sort(0).values for x in (source, target))
+        expected += (a - b).abs().mean(0).sum().item()
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_loss_and_the_support_of_each_place_are_reported(make: Any, encoder: Encoder) -> None:
+    trainee, batch = make(settings={"reduction": "code"}), batch_of(encoder, texts("farm", 8))
+    with torch.no_grad():
+        trainee.patch.layers()[1].shift[:32] = 0.5
+    loss = trainee(batch)
+    names = [tap.name for tap in taps.select(trainee.model, Selection(modules=NORMS))]
+    parts = [float(loss.metrics[f"loss_at/{name}"]) for name in names]
+    assert sum(parts) == pytest.approx(float(loss.total.detach()), rel=1e-5) and len(set(parts)) == 4
+    assert [float(loss.metrics[f"support_at/{name}"]) / 8 for name in names] == pytest.approx([0, 0.25, 0, 0])
+    assert float(loss.metrics["support"]) / 8 == pytest.approx(32 / 512)
+
+
 def test_proximal_step_empties_coordinates_and_whole_places() -> None:
     v = torch.tensor([[0.05, -0.5, 2.0], [0.1, 0.1, -0.1]])
     out = proximal(v, 0.2, 0.1)

@@ -17,7 +17,7 @@ from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import collate
 from steerlab.job import Selection
-from steerlab.methods import METHODS, ablation, fitted, iti_heads, lineas, repe, trained
+from steerlab.methods import METHODS, ablation, fitted, iti, iti_heads, lineas, repe, trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.patches import ActivationPatch, CannotFold, taps
 from steerlab.patches.maps import LAYERS, AffineMap, LowRankMap
@@ -243,8 +243,13 @@ def test_iti_shifts_the_heads_that_tell_the_texts_apart_along_their_means() -> N
     assert list(maps) == ["b"] and maps["b"].shift_D.nonzero().flatten().tolist() == [2, 3]  # type: ignore[attr-defined]
     theta = target["b"][:, 2:4].mean(0) - source["b"][:, 2:4].mean(0)
     theta = theta / theta.norm()
-    sigma = (torch.cat([source["b"], target["b"]])[:, 2:4].double() @ theta.double()).std()
+    sigma = (torch.cat([source["b"], target["b"]])[:, 2:4].double() @ theta.double()).std(correction=0)
     torch.testing.assert_close(maps["b"].shift_D[2:4], (2 * sigma * theta).float(), rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
+    along = fitted({"name": "iti_heads"}).fit(config.model_copy(update={"direction": "probe"}), source, target)
+    probe, _ = iti.probe(source["b"][:, 2:4], target["b"][:, 2:4])
+    shift = along["b"].shift_D[2:4].double()  # type: ignore[attr-defined]
+    torch.testing.assert_close(shift / shift.norm(), probe, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(along["b"].shift_D, maps["b"].shift_D, rtol=1e-2)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"method\.heads 4: a has 6 numbers"):
         fitted({"name": "iti_heads"}).fit(iti_heads.Config(heads=4), source, target)
 

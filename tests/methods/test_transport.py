@@ -63,8 +63,45 @@ def test_a_constant_neuron_becomes_a_pure_shift() -> None:
     fitted = linear_map(source, target)
     assert fitted.scale_D[2] == 1
     assert fitted.shift_D[2].item() == pytest.approx(target[:, 2].mean().item() - 7, rel=1e-5)
-    untouched = gaussian_map(source, target)
-    assert (untouched.scale_D[2], untouched.shift_D[2]) == (1, 0)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_neuron_that_is_constant_on_either_side_keeps_its_values_under_gaussian_act(side: str) -> None:
+    """A standard deviation below 1e-4; the literal formula, `min_std: 0`, turns it into the constant of the target."""
+    source, target = samples(8, 6)
+    (source if side == "source" else target)[:, 2] = 7 + 1e-5 * torch.arange(8 if side == "source" else 6)
+    fit = METHODS["gaussian_act"].fit  # type: ignore[attr-defined]
+    config = METHODS["gaussian_act"].Config
+    guarded = fit(config(), {"a": source}, {"a": target})["a"]
+    assert (guarded.scale_D[2], guarded.shift_D[2]) == (1, 0) and (guarded.scale_D[[0, 1, 3, 4]] != 1).all()
+    literal = fit(config(min_std=0), {"a": source}, {"a": target})["a"]  # type: ignore[call-arg]
+    std_1, std_2 = source[:, 2].double().std(), target[:, 2].double().std()
+    assert literal.scale_D[2].item() == pytest.approx((std_2 / std_1).item(), rel=1e-4)
+    if side == "target":
+        torch.testing.assert_close(literal(source)[:, 2], torch.full((8,), 7.0), atol=1e-3, rtol=0)
+
+
+def test_the_literal_formula_shifts_a_neuron_that_never_moves_on_the_source() -> None:
+    source, target = samples(8, 6)
+    source[:, 2] = 7.0
+    fitted = gaussian_map(source, target, min_std=0)
+    assert fitted.scale_D[2] == 1 and fitted(source)[0, 2].item() == pytest.approx(target[:, 2].mean().item(), rel=1e-4)
+
+
+def test_mean_act_can_leave_constant_neurons_alone_as_the_authors_code_does() -> None:
+    source, target = samples(8, 6)
+    target[:, 2] = 7.0
+    assert mean_map(source, target).shift_D[2] != 0 == mean_map(source, target, min_std=1e-4).shift_D[2]
+
+
+def test_bounds_at_the_extremes_are_the_default_of_linear_act_alone() -> None:
+    """ml-act: q_0_100 for linear_ot, q_all for mean_ot and gaussian_ot."""
+    source, target = samples(8, 6)
+    bounds = {}
+    for name in ("linear_act", "mean_act", "gaussian_act"):
+        bounds[name] = METHODS[name].fit(METHODS[name].Config(), {"a": source}, {"a": target})["a"].low_D  # type: ignore[attr-defined]
+    assert bounds["mean_act"] is None and bounds["gaussian_act"] is None
+    torch.testing.assert_close(bounds["linear_act"], source.amin(0))
 
 
 @pytest.mark.parametrize("fit", [linear_map, mean_map, gaussian_map])
@@ -135,7 +172,7 @@ def test_a_map_with_support_leaves_alone_what_the_source_does_not_reach(name: st
     method = METHODS[name]
     config = method.Config(incremental=False, support=bounds)  # type: ignore[call-arg]
     bounded = method.fit(config, {"a": source}, {"a": target + 10})["a"]  # type: ignore[misc]
-    free = method.fit(method.Config(incremental=False), {"a": source}, {"a": target + 10})["a"]  # type: ignore[misc, call-arg]
+    free = method.fit(method.Config(incremental=False, support=None), {"a": source}, {"a": target + 10})["a"]  # type: ignore[misc, call-arg]
     assert free.low_D is None and free.high_D is None
     for j in range(source.shape[1]):
         low, high = (float(np.quantile(source[:, j].double().numpy(), q)) for q in bounds)

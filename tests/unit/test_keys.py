@@ -96,7 +96,10 @@ def of_no_use(tree: dict[str, Any], path: Path_) -> bool:
     trains = path[1:] == ("validation",) and tree["train"] is not None
     unread = path[0] == "data" and len(path) == 2 and not trains and get(tree, path) is None
     refused_later = path == ("extract", "keep") and tree["method"]["name"] != "none"
-    return unread or refused_later or path[0] in IDLE.get(tree["name"].removeprefix("tiny-"), ())
+    # A fit place after place reads the model itself and stores no activations.
+    stores = not tree["method"].get("incremental") or tree["method"].get("incremental_target") == "plain"
+    unstored = path[0] == "extract" and path[1] in ("pooling", "dtype", "rows_per_shard") and not stores
+    return unread or refused_later or unstored or path[0] in IDLE.get(tree["name"].removeprefix("tiny-"), ())
 
 
 def another(tree: dict[str, Any], path: Path_, file: Path) -> tuple[Any, list[Stage]] | None:

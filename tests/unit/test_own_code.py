@@ -214,7 +214,8 @@ def test_a_process_that_was_not_sent_the_code_says_so() -> None:
 def test_misspelt_fields_are_told_with_those_of_the_file(write: Callable[..., str]) -> None:
     file = write("mine.py")
     said = refusal({"file": file, "shar": 0.25})
-    assert f"{file}: shar: unknown key; did you mean 'share'? valid keys: file, inverse, name, pooling, share, steer" in said
+    keys = "file, inverse, name, pixels, pooling, share, steer"
+    assert f"{file}: shar: unknown key; did you mean 'share'? valid keys: {keys}" in said
     assert "less than or equal to 1" in refusal({"file": file, "share": 2})
     assert "word: this key is required" in refusal({"name": "none"}, [{"file": write("task.py", TASK)}])
     assert "half_way" in refusal({"file": file, "name": "caa"})

@@ -65,6 +65,17 @@ def test_prompts_come_from_a_subset_with_tags_and_seeds(tmp_path: Path) -> None:
         rows.check(DataSet(source=source, format="text", subset="pixels"))
 
 
+def test_several_subsets_are_read_and_a_name_that_is_none_of_them_is_told(tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text(json.dumps({"none": ["a cat"], "pixel art": ["a cat in pixels"], "oil": ["b"]}))
+    source = str(tmp_path / "prompts.json")
+    both = DataSet(source=source, format="text", subset=("oil", "none"))
+    assert [row["text"] for row in rows.read(both)] == ["a cat", "b"], "in the order of the file"
+    assert DataSet(**both.model_dump()) == both and DataSet(source=source, format="text", subset=("oil",)).subsets == ("oil",)
+    for read in (rows.read, rows.check):
+        with pytest.raises(ValueError, match=r"subset 'pixels': .* has no such subset; it has none, oil, pixel art"):
+            read(DataSet(source=source, format="text", subset=("none", "pixels", "oil")))
+
+
 def test_what_has_no_subsets_is_told_so() -> None:
     with pytest.raises(ValueError, match="no JSON object of lists"):
         rows.read(DataSet(source="tiny:topics/train", format="text", subset="farm", limit=2))

@@ -264,6 +264,20 @@ def test_losses_of_another_size_are_drawn_on_a_logarithmic_axis(store: Store) ->
     assert "type" not in alone["layout"]["yaxis"] and both["layout"]["yaxis"]["type"] == "log"
 
 
+def test_what_single_places_measure_in_training_is_drawn_over_the_places(store: Store) -> None:
+    one = report.read(store, write_run(store, "one", 0.5, 0))
+    assert figures.by_place([one]) is None
+    places = {f"train/loss_at/model.layers.{i}": [(1, 10.0 - i), (2, 1.0 * i)] for i in range(3)}
+    run = replace(one, curves={"train/loss": [(1, 500.0), (2, 300.0)], **places})
+    curves, drawn = figures.training([run]), figures.by_place([run])
+    assert curves is not None and drawn is not None
+    assert {trace["meta"]["metric"] for trace in curves["data"]} == {"train/loss"}, "hundreds of places are no menu"
+    first, last = drawn["data"]
+    assert first["x"] == [f"model.layers.{i}" for i in range(3)] == last["x"]
+    assert (first["y"], last["y"]) == ([10.0, 9.0, 8.0], [0.0, 1.0, 2.0])
+    assert "Loss of every measured place" in report.page([run])
+
+
 def test_images_stay_within_the_budget(store: Store) -> None:
     run = report.read(store, write_run(store, "flowers", 0.5, 0, pictures=True))
     (whole,) = samples.galleries([run])

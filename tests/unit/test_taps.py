@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from steerlab import patches
 from steerlab.inputs.tokens import DATA, GENERATION, INSTRUCTION, PADDING, PHASES, PROMPT, RESPONSE, ROLES
 from steerlab.job import Phase, Pooling, Selection
 from steerlab.patches import taps
+from steerlab.patches.maps import AffineMap
 from steerlab.patches.taps import Tap
 
 
@@ -31,6 +33,19 @@ def test_an_element_of_a_tuple_is_picked_by_number(tiny_model: PreTrainedModel) 
     assert (found, found.name) == (Tap("model.layers.1.self_attn", 0), "model.layers.1.self_attn:0")
     assert taps.tap(found.name) == found
     assert taps.tap("model.norm") == Tap("model.norm")
+
+
+def test_a_list_of_expressions_takes_what_any_of_them_matches(tiny_model: PreTrainedModel) -> None:
+    several = selection(modules=[r"model\.layers\.0\.mlp", r"model\.layers\.(1|3)", "model.norm"])
+    joined = [tap.name for tap in taps.select(tiny_model, several)]
+    assert joined == ["model.layers.0.mlp", "model.layers.1", "model.layers.3", "model.norm"]
+    assert selection(**several.model_dump()) == several, "as a saved job reads it again"
+    elements = taps.select(tiny_model, selection(modules=[r"model\.layers\.0\.self_attn:0", r"model\.layers\.2\.self_attn:0"]))
+    assert [tap.name for tap in elements] == ["model.layers.0.self_attn:0", "model.layers.2.self_attn:0"]
+    assert selection(modules=["model.norm"]) == selection(modules="model.norm")
+    for wrong in ([], ["a:0", "b"], ["a:0", "b:1"]):
+        with pytest.raises(ValueError, match="with the same element"):
+            selection(modules=wrong)
 
 
 def test_excluded_modules_are_left_out(tiny_model: PreTrainedModel) -> None:
@@ -103,7 +118,7 @@ def test_tokens_are_selected_by_phase_role_and_position(side: str, fields: dict[
     assert selected(side, selection(**fields)) == expected
 
 
-def naive_mask(chosen: Selection, roles: list[int], phases: list[int]) -> list[bool]:
+def naive_mask(chosen: Selection, roles: list[int], phases: list[int], ids: list[int]) -> list[bool]:
     """Decide token by token, as the docstring of `Selection` says it."""
     prompt = sum(phase == PROMPT for phase in phases)
 
@@ -122,10 +137,15 @@ def naive_mask(chosen: Selection, roles: list[int], phases: list[int]) -> list[b
     return [
         ROLES_BACK[role] in (chosen.roles or ("instruction", "data", "response"))
         and ROLES_BACK[role] not in chosen.exclude_roles
-        and phase in [PHASES[name] for name in chosen.phases]
+        and (
+            phase in [PHASES[name] for name in chosen.phases if name != "prompt_end"]
+            or ("prompt_end" in chosen.phases and position == prompt - 1)
+        )
+        and (chosen.token_ids is None or number in chosen.token_ids)
+        and number not in chosen.exclude_token_ids
         and (chosen.positions is None or within(chosen.positions, position, phase))
         and not within(chosen.exclude_positions, position, phase)
-        for position, (role, phase) in enumerate(zip(roles, phases, strict=True))
+        for position, (role, phase, number) in enumerate(zip(roles, phases, ids, strict=True))
     ]
 
 
@@ -145,15 +165,18 @@ def test_masks_are_those_of_a_naive_loop() -> None:
         phases = [PROMPT] * len(roles) + [GENERATION] * draw(4)
         roles += [draw(3) for _ in range(len(phases) - len(roles))]
         chosen = selection(
-            phases=[get_args(Phase), ("prompt",), ("generation",)][draw(3)],
+            phases=[get_args(Phase), ("prompt",), ("generation",), ("prompt_end", "generation"), ("prompt_end",)][draw(5)],
+            token_ids=[None, None, (1, 2), (0,)][draw(4)],
+            exclude_token_ids=[(), (1,)][draw(2)],
             roles=[None, ("data",), ("instruction", "response")][draw(3)],
             exclude_roles=[(), ("response",)][draw(2)],
             positions=None if draw(2) else [spans[draw(len(spans))]],
             exclude_positions=[(9, 12)],
         ) if draw(4) else selection(exclude_positions=[spans[draw(len(spans) - 1)]])  # fmt: skip
         tensors = torch.tensor([roles]), torch.tensor([phases]), torch.arange(len(roles))[None]
-        mask = taps.token_mask(chosen, *tensors, taps.prompt_lengths(tensors[0], tensors[1]))
-        assert mask[0].tolist() == naive_mask(chosen, roles, phases), (chosen, roles, phases)
+        ids = [draw(3) for _ in roles]
+        mask = taps.token_mask(chosen, *tensors, taps.prompt_lengths(tensors[0], tensors[1]), torch.tensor([ids]))
+        assert mask[0].tolist() == naive_mask(chosen, roles, phases, ids), (chosen, roles, phases, ids)
 
 
 def _is_legal(span: tuple[int | None, int | None]) -> bool:
@@ -161,7 +184,41 @@ def _is_legal(span: tuple[int | None, int | None]) -> bool:
     return start is None or end is None or (start < 0) != (end < 0) or start < end
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max", "min", "last"])
+def test_an_answer_is_computed_at_the_end_of_the_prompt_and_at_generated_tokens() -> None:
+    chosen = selection(phases=["prompt_end", "generation"])
+    assert not chosen.takes_all_tokens and selection(phases=["prompt", "generation", "prompt_end"]).takes_all_tokens
+    assert selected("left", chosen) == selected("right", chosen) == [[2, 3, 4], [1]]
+
+
+def test_tokens_are_selected_by_their_ids(tiny_model: PreTrainedModel) -> None:
+    """By a reader and by a patch alike; without ids there is nothing to compare with."""
+    by_id = selection(token_ids=[5, 7])
+    ids = torch.tensor([[5, 6, 7, 5]])
+    roles, positions = torch.zeros_like(ids), torch.arange(4)[None]
+    arguments = roles, torch.zeros_like(ids), positions, torch.tensor([4])
+    assert taps.token_mask(by_id, *arguments, ids).tolist() == [[True, False, True, True]]
+    left_out = selection(exclude_token_ids=[5])
+    assert taps.token_mask(left_out, *arguments, ids).tolist() == [[False, True, True, False]]
+    with pytest.raises(ValueError, match="token_ids selects tokens by their ids"):
+        taps.token_mask(by_id, *arguments)
+    with pytest.raises(ValueError, match="token_ids and exclude_token_ids leave no id"):
+        selection(token_ids=[5], exclude_token_ids=[5])
+    assert "token_ids" not in selection().model_dump() and "exclude_token_ids" not in selection().model_dump()
+    name, width = "model.layers.0.mlp", tiny_model.config.hidden_size
+    shift = patches.ActivationPatch.from_maps({name: AffineMap.shift(torch.ones(width))}, by_id)
+    seen: list[torch.Tensor] = []
+    module = tiny_model.get_submodule(name)
+    module.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    attached = patches.attach(tiny_model, [shift])
+    module.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    with torch.no_grad():
+        tiny_model(input_ids=ids, position_ids=positions, roles=roles)
+    attached.detach()
+    moved = (seen[1] - seen[0])[0].mean(1)
+    torch.testing.assert_close(moved, torch.tensor([1.0, 0, 1, 1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "median", "max", "min", "last"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pooling_is_that_of_a_loop_over_selected_tokens(pooling: Pooling, side: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -175,12 +232,19 @@ def test_pooling_is_that_of_a_loop_over_selected_tokens(pooling: Pooling, side: 
         z[row, padding] = torch.nan  # whatever padding holds must not count
     reduce = {
         "mean": lambda rows: rows.mean(0),
+        "median": lambda rows: rows.sort(0).values[(len(rows) - 1) // 2],
         "max": lambda rows: rows.amax(0),
         "min": lambda rows: rows.amin(0),
         "last": lambda rows: rows[-1],
     }[pooling]
     expected = torch.stack([reduce(z[row][mask[row]]) for row in range(5)])
     torch.testing.assert_close(taps.pool(z, mask, pooling), expected)
+
+
+def test_a_median_shows_a_nan_in_a_selected_token() -> None:
+    z = torch.tensor([[[1.0], [torch.nan], [3.0]]])
+    assert taps.pool(z, torch.tensor([[True, True, True]]), "median").isnan().all()
+    assert taps.pool(z, torch.tensor([[True, False, True]]), "median").tolist() == [[1.0]]
 
 
 def test_pooling_of_half_precision_sums_in_float32() -> None:

@@ -98,6 +98,7 @@ class Loading(TypedDict, total=False):
     dtype: str | None
     sampler: JsonObject | None
     snapshot: int | None
+    inverse: bool
 
 
 class Artifact(NamedTuple):
@@ -110,8 +111,21 @@ class Artifact(NamedTuple):
     """The strength that is meant where none is given."""
 
 
-def artifact_of(folder: str, root: str | None) -> Artifact:
-    """Return the model of a run folder or of an exported one. Raises ValueError where the folder is neither."""
+def artifact_of(folder: str, root: str | None, inverse: bool = False) -> Artifact:
+    """Return the model of a run folder or of an exported one, with the inverse of its patch where that is asked for.
+
+    Raises:
+        ValueError: the folder is neither, or an exported one is to be inverted.
+    """
+    artifact = _artifact_of(folder, root)
+    if not inverse:
+        return artifact
+    # The inverse of an inverse is the patch itself.
+    loading: Loading = {**artifact.loading, "inverse": not artifact.loading.get("inverse", False)}
+    return artifact._replace(loading=loading)
+
+
+def _artifact_of(folder: str, root: str | None) -> Artifact:
     from steerlab import run as runs
     from steerlab.steered import export as exports
 
@@ -132,7 +146,7 @@ def artifact_of(folder: str, root: str | None) -> Artifact:
     if summary.model is None:
         raise ValueError(f"{folder}: this run evaluated a model as it is; there is nothing trained to load")
     model = folders.job(store, below).get("model", {})
-    loading: Loading = {"snapshot": summary.model.snapshot}
+    loading: Loading = {"snapshot": summary.model.snapshot, "inverse": summary.model.inverse}
     if "dtype" in model:
         loading["dtype"] = model["dtype"]
     if "sampler" in model:

@@ -44,6 +44,9 @@ def generate(
     samples: Annotated[int | None, typer.Option(min=1, help="Texts for each prompt and strength.")] = None,
     guidance: Annotated[list[float] | None, typer.Option(min=0, help="Guidance scales of images; default: the job's.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for images.")] = Path("images"),
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
+    ] = False,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,7 +57,7 @@ def generate(
     with explained():
         asked = _prompts(prompt, data, prompts)
         scales = None if guidance is None else tuple(guidance)
-        artifact = artifact_of(run_folder, root)
+        artifact = artifact_of(run_folder, root, inverse)
         loaded = language.load(artifact.path, **artifact.loading)
         strengths = _strengths(strength, artifact, loaded, quiet=as_json)
         requests = [
@@ -153,6 +156,9 @@ def explain(
     strength: Annotated[float | None, typer.Option(help="Strength of the patch. Default: what the run reported.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to name at each place.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own response.")] = 32,
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
+    ] = False,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -160,7 +166,7 @@ def explain(
     from steerlab.steered import explain, language
 
     with explained():
-        artifact = artifact_of(run_folder, root)
+        artifact = artifact_of(run_folder, root, inverse)
         model = language.load(artifact.path, **artifact.loading)
         if not isinstance(model, language.SteeredModel):
             raise ValueError(f"{run_folder} draws images; explain works on the tokens of a language model")
@@ -187,13 +193,16 @@ def export(
     strength: Annotated[
         float | None, typer.Option(help="Strength at which a patch is folded. Default: what the run reported.")
     ] = None,
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
+    ] = False,
     root: RootOption = None,
 ) -> None:
     """Write a checkpoint that plain transformers or diffusers loads; a patch that cannot be folded is written beside it."""
     from steerlab.steered import export as exports
 
     with explained():
-        artifact = artifact_of(run_folder, root)
+        artifact = artifact_of(run_folder, root, inverse)
         scale = artifact.reported.strength if strength is None else strength
         written = exports.write(artifact.path, directory, strength=scale, loading=artifact.loading)
         if strength is None and artifact.reported.reason:

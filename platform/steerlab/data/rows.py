@@ -138,14 +138,17 @@ def _check_all(data: DataSet) -> None:
 
 
 def count(data: DataSet) -> int:
-    """Return the number of rows that `read` returns; each data set is counted once in a process."""
+    """Return the number of rows of a data set, with those of `also`; each data set is counted once in a process."""
     return _counted(data.model_dump_json(), json.dumps(fingerprint(data)), type(data))
 
 
 @lru_cache(maxsize=64)
 def _counted(data: str, fingerprints: str, kind: type[DataSet]) -> int:
     # `fingerprints` is part of the cache's key only: it changes when the content of a source does.
-    return len(read(kind.model_validate_json(data)))
+    whole = kind.model_validate_json(data)
+    # Training data may hold several formats, which are read part by part.
+    parts = (whole,) if is_mixture(whole) else whole.parts
+    return sum(len(read(part)) for part in parts)
 
 
 def describe(data: DataSet) -> str:
@@ -223,9 +226,11 @@ def _formed(row: dict[str, object] | SourceError, data: DataSet, seen: Seen) -> 
     seen.new_names = seen.new_names or values.names(row)
     if seen.absent:
         seen.absent = [key for key in seen.absent if is_absent(key, own, row)]
-    if data.subset is not None and row.setdefault("subset", None) != data.subset:
+    if data.subset is not None and row.setdefault("subset", None) not in data.subsets:
         seen.subsets[row["subset"]] = None
         return None
+    if data.subset is not None:
+        seen.taken[row["subset"]] = None
     if not forms.passes(row, data):
         return None
     _check_renamed(own, data)

@@ -29,7 +29,9 @@ class Seen:
     absent: list[str] = field(default_factory=list)
     """Keys of the job that name a field which no row has had so far."""
     subsets: dict[object, None] = field(default_factory=dict)
-    """Subsets seen besides the one that the job names, in the order of the file; None stands for rows of no subset."""
+    """Subsets seen besides those that the job names, in the order of the file; None stands for rows of no subset."""
+    taken: dict[object, None] = field(default_factory=dict)
+    """Subsets seen that the job names."""
     unused: Counter[str] = field(default_factory=Counter)
     """Non-empty fields that the format does not read, each with the number of its rows."""
 
@@ -46,7 +48,11 @@ class Seen:
         self.bad.append(reason)
 
     def check_names(self, data: DataSet) -> None:
-        """Raise ValueError if the job names a field that no row has."""
+        """Raise ValueError if the job names a field that no row has, or one of several subsets that the file lacks."""
+        # With a limit the rows of a later subset may not have been reached; without any row `nothing_left` says more.
+        if self.taken and data.limit is None and (lacking := [name for name in data.subsets if name not in self.taken]):
+            present = ", ".join(map(str, {**self.taken, **self.subsets}))
+            raise ValueError(f"subset {lacking[0]!r}: {self.name} has no such subset; it has {present}")
         # A field that no row has is a misspelt name; one that some rows lack is normal.
         if self.read and self.absent:
             key = self.absent[0]
@@ -56,11 +62,11 @@ class Seen:
 
     def nothing_left(self, data: DataSet, passed: int) -> ValueError:
         """Return the error for a data set that gives no rows; `passed` rows went through its filters."""
-        if data.subset is not None and data.subset not in self.subsets and not passed and not self.bad:
+        if data.subsets and not self.taken and not passed and not self.bad:
             if list(self.subsets) == [None]:
-                return ValueError(f"subset {data.subset!r}: {self.name} is no JSON object of lists of texts")
+                return ValueError(f"subset {data.subsets[0]!r}: {self.name} is no JSON object of lists of texts")
             present = ", ".join(map(str, self.subsets))
-            return ValueError(f"subset {data.subset!r}: {self.name} has no such subset; it has {present}")
+            return ValueError(f"subset {data.subsets[0]!r}: {self.name} has no such subset; it has {present}")
         bad = f"; {len(self.bad)} are bad, the first: {self.bad[0]}" if self.bad else ""
         return ValueError(
             f"{', '.join(data.sources)}: no rows are left; {self.read} were read, {passed} pass the filters, "

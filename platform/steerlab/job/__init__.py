@@ -4,7 +4,18 @@ A job is a tree of scalars. The configs of methods and tasks are defined next to
 one closed type, so that a misspelt key anywhere gives one short message before any work starts.
 """
 
-from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, DataSet, ExtractConfig, Phase, Pooling, Role, Selection, Span
+from steerlab.job.data_set import (
+    PROMPT_FIELDS,
+    DataConfig,
+    DataSet,
+    ExtractConfig,
+    Phase,
+    Pixels,
+    Pooling,
+    Role,
+    Selection,
+    Span,
+)
 from steerlab.job.file import base_job, dump, inlined, override, put, read, read_tree, validate
 from steerlab.job.job import Job, job_type, prompt_settings
 from steerlab.job.messages import cut, explain
@@ -46,6 +57,7 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "Phase",
+    "Pixels",
     "Pooling",
     "Radians",
     "Role",

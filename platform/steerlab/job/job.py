@@ -46,6 +46,9 @@ class Job(Frozen):
     """Workers, DeepSpeed, checkpoints."""
     snapshot: int | None = Field(None, ge=1)
     """Step of `train.snapshots` whose weights are evaluated; null takes the end of training."""
+    inverse: bool = Field(False, exclude_if=lambda inverse: not inverse)
+    """Evaluate the inverse of the patch's maps, which induces what they remove. Needs no other fit or training;
+    `method.inverse` leaves inverse maps in the artifact."""
     # -0.0 + 0.0 is 0.0: both mean the model without its patch, and must give one key.
     strength: Annotated[float, AfterValidator(lambda strength: strength + 0.0)] | None = None
     """Strength of the patch in the headline metrics of every task; a task that names several `strengths` reports those too.

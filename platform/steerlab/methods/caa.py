@@ -7,9 +7,13 @@ The difference of the mean activations of two sets of texts is added to every to
 
     z -> z + lambda (mean(target) - mean(source))        lambda is the strength of the patch
 
-Departures from the paper: the texts need not come in pairs, so the mean of each set is taken; activations are pooled as the
-extraction says (the paper reads the token of the answer). At one place, the default, it is the paper's method; at all places it
-is Mean-AcT, fitted for all places at once.
+As in the paper, activations are read at one token, that of the answer, and at one layer. The paper's texts are questions
+with two lettered choices, answered by a letter. `pooling: last` reads it where texts end in it, `positions: [[-2, -1]]` where
+they end in "(A)". The paper steers the residual stream, the output of whole layers, from the end of the prompt on:
+`steer: {phases: [prompt_end, generation]}`.
+
+Departures from the paper: the texts need not come in pairs, so the mean of each set is taken. At all places with
+`pooling: mean` it is Mean-AcT, fitted for all places at once.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from steerlab.job import Pooling
 from steerlab.methods.contract import Fitted, SteeringConfig
 from steerlab.methods.transport import mean_map
 from steerlab.patches.maps import AffineMap
@@ -29,6 +34,8 @@ class Config(SteeringConfig):
 
     name: Literal["caa"] = "caa"
     """The method."""
+    pooling: Pooling = "last"
+    """Pooling of the activations. Paper: that of one token, the letter of the answer, here the last one of a text."""
     at: Literal["middle", "all"] | int = "middle"
     """The extracted place that is steered: its number from 0, the middle one (where the paper's effect is largest), or all."""
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from steerlab import patches
 from steerlab.activations.parquet import Activations
 from steerlab.inputs.tokens import IGNORED, Row
-from steerlab.job import Job, MethodConfig, Pooling, Selection
+from steerlab.job import Job, MethodConfig, Pixels, Pooling, Selection
 from steerlab.methods.math import lora
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
@@ -234,6 +234,8 @@ class PatchAlone(Trainee):
 
 MIN_SAMPLES = 4
 """Smallest sample that a map is fitted on (the authors' code of LinEAS: `force_small_batch`)."""
+SAMPLES = ("source", "target")
+"""Roles of the data sets whose activations a closed form is fitted on."""
 Samples = Mapping[str, Tensor]
 """Pooled activations by place: (N, D), float32."""
 ANY_KIND = ("causal_lm", "diffusion")
@@ -250,13 +252,18 @@ class SteeringConfig(MethodConfig):
     # Excluded at its default: keys of jobs that were written before this field stay as they are.
     inverse: bool = Field(False, exclude_if=lambda inverse: not inverse)
     """Apply the inverse maps, which induce what the fitted maps remove."""
+    pixels: Pixels = Field("pixel", exclude_if=lambda pixels: pixels == "pixel")
+    """In images, mean: the mean of a channel moves and its pixels keep their spread; pixel: each pixel is mapped."""
 
 
 class SequentialConfig(SteeringConfig):
     """Hyperparameters of a closed form that may be fitted one place after another."""
 
     incremental: bool = True
-    """Fit the maps one after another, each on the source activations with all earlier maps applied."""
+    """Fit the maps one after another, each on activations with all earlier maps applied; false: fit all at once."""
+    incremental_target: Literal["steered", "plain"] = Field("steered", exclude_if=lambda target: target == "steered")
+    """Target of an incremental fit. steered: the target texts are read with the earlier maps, as the source texts are (authors'
+    code); plain: they are read once from the model without maps."""
 
 
 @dataclass(frozen=True)
@@ -294,9 +301,13 @@ class Method:
         return ()
 
     def walks(self, config: MethodConfig) -> bool:
-        """Return whether maps are fitted one after another, each on the source activations with all earlier maps applied."""
+        """Return whether maps are fitted one after another, each on activations with all earlier maps applied."""
         # By the class of the config and not by a name, so that a closed form in a user's own file gets the walk as well.
         return isinstance(config, SequentialConfig) and config.incremental
+
+    def reads_model(self, config: MethodConfig) -> bool:
+        """Return whether the method needs activations of the model, extracted before it runs or read by the fit itself."""
+        return self.walks(config) or bool(self.reads(config))
 
     def steers(self, config: MethodConfig) -> Selection | None:
         """Return the modules and tokens on which the patch acts; None if the config does not restrict them."""
@@ -389,9 +400,16 @@ class Fitted(Method):
             raise TypeError(f"{self.Config.__name__} of a closed form: derive it from SteeringConfig")
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
-        """Return the roles of the samples that are extracted first: both, or only the target when `walks`."""
-        # A sequential fit runs the source texts through the model itself, because each map changes what later places compute.
-        return ("target",) if self.walks(config) else ("source", "target")
+        """Return the roles of the samples that are extracted first: those that the fit does not read itself (`walked`)."""
+        return tuple(role for role in SAMPLES if role not in self.walked(config))
+
+    def walked(self, config: MethodConfig) -> tuple[str, ...]:
+        """Return the roles of the texts that the fit itself runs through the model; none unless it `walks`."""
+        # Each map changes what later places compute, so these activations do not exist before the fit.
+        if not self.walks(config):
+            return ()
+        assert isinstance(config, SequentialConfig)
+        return SAMPLES if config.incremental_target == "steered" else ("source",)
 
 
 def language_modelling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ITI: inference-time intervention along the direction of a linear probe.
+"""ITI-c: inference-time intervention on whole modules, along the direction of a linear probe.
 
 Li et al., "Inference-Time Intervention: Eliciting Truthful Answers from a Language Model", NeurIPS 2023,
 https://arxiv.org/abs/2306.03341 (section 4); as ITI-c over whole modules in the AcT paper, https://arxiv.org/abs/2410.23054.
@@ -8,9 +8,10 @@ are shifted along the probe's direction theta, in units of the standard deviatio
 
     z -> z + lambda alpha sigma theta        |theta| = 1, sigma = standard deviation of the projections on theta
 
-lambda is the strength of the patch. Departures from the paper: a place is a whole module as in ITI-c, not an attention head
-(see iti_heads.py); accuracy is cross-validated, because 32 texts on each side are too few to hold some out; features are
-standardised before the probe, and its direction is transformed back to their units.
+lambda is the strength of the patch. The method of the ITI paper, on attention heads, is `iti_heads`. Departures from that
+paper: a place is a whole module as in ITI-c, and activations are pooled by their mean; accuracy is cross-validated, because 32
+texts on each side are too few to hold some out; features are standardised before the probe, and its direction is transformed
+back to their units.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Config(SteeringConfig):
     name: Literal["iti"] = "iti"
     """The method."""
     pooling: Pooling = "mean"
-    """Pooling of the activations. Paper: that of the last token."""
+    """Pooling of the activations. AcT paper: mean; ITI paper: that of the last token."""
     alpha: float = Field(1.0, gt=0)
     """Length of the shift at strength 1, in standard deviations along the direction."""
     top_k: int | None = Field(None, ge=1)
@@ -92,9 +93,9 @@ def iti_map(source_ND: Tensor, target_MD: Tensor, direction_D: Tensor, alpha: fl
         direction_D: unit vector, (D,) float64.
         alpha: length of the shift, in standard deviations of the projections of both samples together.
     """
-    # Over both samples, so that the shift is in units of the spread of all texts.
+    # Over both samples, so that the shift is in units of the spread of all texts; divided by their number (authors' code).
     # sigma of section 4: with it alpha means the same at places of small and of large activations.
-    sigma = (torch.cat([source_ND, target_MD]).double() @ direction_D).std()
+    sigma = (torch.cat([source_ND, target_MD]).double() @ direction_D).std(correction=0)
     shift_D = alpha * sigma * direction_D
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
 

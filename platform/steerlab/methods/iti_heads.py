@@ -1,4 +1,4 @@
-"""ITI on attention heads, along the difference of the two means.
+"""ITI: inference-time intervention on attention heads, along the difference of the two means.
 
 Li et al., "Inference-Time Intervention: Eliciting Truthful Answers from a Language Model", NeurIPS 2023,
 https://arxiv.org/abs/2306.03341 (section 4.2; table 3: mass mean shift).
@@ -8,7 +8,9 @@ every head of every place; the K heads with the most accurate probes are shifted
 
     z_h -> z_h + lambda alpha sigma_h theta_h        theta_h = (mean(target_h) - mean(source_h)) / |...|
 
-sigma_h is the standard deviation of the projections on theta_h. Extract with `select: {modules: ".*o_proj", side: input}`.
+sigma_h is the standard deviation of the projections on theta_h, over both samples (authors' code). `direction: probe` takes
+the probe's direction instead, the paper's second choice. Extract with `select: {modules: ".*o_proj", side: input}`; the paper
+steers the last token of every pass, `steer: {phases: [prompt_end, generation]}` with the same modules.
 
 Departure from the paper: accuracy is cross-validated, because a few texts are too few to hold some out. Axes: d numbers of one
 head.
@@ -23,6 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from steerlab.job import Pooling
 from steerlab.methods import iti
 from steerlab.methods.ablation import direction
 from steerlab.methods.contract import Fitted, SteeringConfig
@@ -34,6 +37,10 @@ class Config(SteeringConfig):
 
     name: Literal["iti_heads"] = "iti_heads"
     """The method."""
+    pooling: Pooling = "last"
+    """Pooling of the activations. Paper: that of the last token."""
+    direction: Literal["mean", "probe"] = "mean"
+    """Direction of the shift. mean: the difference of the means (paper's best: mass mean shift); probe: that of the probe."""
     heads: int = Field(1, ge=1)
     """Number of heads H at each place; 1 takes the whole place as one head."""
     top_k: int = Field(48, ge=1)
@@ -54,9 +61,10 @@ def _fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tens
         # The input of an output projection is the heads' results one after another, so that a head is one stretch of it.
         pairs = zip(source[name].chunk(config.heads, 1), target[name].chunk(config.heads, 1), strict=True)
         for head, (a_Nd, b_Md) in enumerate(pairs):
-            # The probe ranks the heads; the shift itself follows the difference of means ("mass mean shift").
-            _, accuracies[name, head] = iti.probe(a_Nd, b_Md, config.ridge)
-            theta_d = -direction(a_Nd, b_Md).double()  # `direction` points from target to source
+            # The probe ranks the heads, whichever direction the shift follows.
+            theta_d, accuracies[name, head] = iti.probe(a_Nd, b_Md, config.ridge)
+            if config.direction == "mean":
+                theta_d = -direction(a_Nd, b_Md).double()  # `direction` points from target to source
             # alpha sigma_h theta_h of every head; those that are not chosen are multiplied by 0 below.
             shifts[name, head] = iti.iti_map(a_Nd, b_Md, theta_d, config.alpha).shift_D
     # Over all places together: a place may have several of the K heads, or none.

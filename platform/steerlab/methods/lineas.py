@@ -11,6 +11,9 @@ read once from the model without maps. All places train together, because an ear
     Delta(Z, V) = sum_j W2^2(Z_j, V_j),   W2^2 = mean squared difference of sorted values        loss = sum over places of Delta
     R = l1 (|w - 1|_1 + |b|_1) + lG sqrt(d) (|w - 1|_2 + |b|_2)   for each place, times gamma, by proximal steps (section 3.3)
 
+`l1_shift` and `group_shift` give the terms of b weights of their own. With `criterion: w1` the loss is W1, the mean absolute
+difference.
+
 Departures from the authors' code (apple/ml-lineas):
 - the loss is the paper's, a mean over samples and a sum over neurons and places; `reduction: code` is the loss of the authors'
   code (means over places and neurons, sum over the batch), to which the published learning rates belong;
@@ -37,6 +40,7 @@ from steerlab import models, patches
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, Pooling, Selection
 from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, PatchAlone, SteeringConfig, Trained, check_roles
+from steerlab.methods.math.gathering import whole_batch
 from steerlab.methods.transport import coupling
 from steerlab.models import ModelFacts
 from steerlab.patches import taps
@@ -59,12 +63,18 @@ class Config(SteeringConfig):
     """Pooling of a text's activations into one vector. Paper: mean."""
     reduction: Literal["paper", "code"] = "paper"
     """paper: mean over samples, sum over neurons and places; code: sum over samples, mean over neurons and places."""
+    criterion: Literal["w2", "w1"] = Field("w2", exclude_if=lambda criterion: criterion == "w2")
+    """Distance of two distributions. w2: mean squared difference of sorted values (paper); w1: mean absolute difference."""
     gamma: float = Field(0.0, ge=0)
     """Weight of the penalty R; 0 turns it off. Paper: up to 0.1."""
     l1: float = Field(1.0, ge=0)
     """Weight of the L1 term of R, which sets single neurons back to the identity."""
     group: float = Field(1.0, ge=0)
     """Weight lG of the group term of R, which sets whole places back to the identity."""
+    l1_shift: float | None = Field(None, ge=0, exclude_if=lambda weight: weight is None)
+    """Weight of the L1 term of the shifts b; null: `l1`."""
+    group_shift: float | None = Field(None, ge=0, exclude_if=lambda weight: weight is None)
+    """Weight of the group term of the shifts b; null: `group`."""
     threshold: float = Field(1e-5, ge=0)
     """A neuron counts as steered if |w - 1| or |b| exceeds this."""
     refit_from: int | None = Field(None, ge=1)
@@ -78,6 +88,15 @@ class Config(SteeringConfig):
         if self.refit_from is not None and not self.gamma:
             raise ValueError("refit_from keeps what the penalty has emptied, but gamma is 0")
         return self
+
+    @property
+    def penalty_21(self) -> tuple[Tensor, Tensor]:
+        """Weights of the L1 term and of the group term, times gamma, (2, 1) each: of the scales, then of the shifts."""
+        l1_shift, group_shift = (
+            own if own is not None else shared for own, shared in ((self.l1_shift, self.l1), (self.group_shift, self.group))
+        )
+        l1_21, group_21 = torch.tensor([[[self.l1], [l1_shift]], [[self.group], [group_shift]]])
+        return self.gamma * l1_21, self.gamma * group_21
 
 
 class Lineas(PatchAlone):
@@ -111,7 +130,9 @@ class Lineas(PatchAlone):
         factors = 1 / (sizes * len(sizes)) if config.reduction == "code" else torch.ones(len(sizes))
         self.register_buffer("factor_S", factors.float().repeat_interleave(sizes), persistent=False)
         # Width of each place from a pass over one token: a config does not tell the widths of all modules.
-        self.patch = patches.ActivationPatch(taps.widths(model, config.steer), config.steer, strength_range=_STRENGTHS)
+        self._places, self._sizes = list(target.modules), sizes.tolist()
+        widths = taps.widths(model, config.steer)
+        self.patch = patches.ActivationPatch(widths, config.steer, strength_range=_STRENGTHS, pixels=config.pixels)
         patches.attach(model, [*inputs.below, self.patch])
         # After the maps are attached, since hooks run in the order of registration: a steered place is measured with its map.
         self._read = taps.Reader(model, places, self.measured.side)
@@ -141,27 +162,41 @@ class Lineas(PatchAlone):
         gap_SK = _paired(sorted_SN, pairs.source_K) - _paired(self.target_SM, pairs.target_K)
         weight_K = pairs.weight_K.to(gap_SK)
         if len(rows_NS) == len(pooled_BS):
-            distance_S = gap_SK.square() @ weight_K
+            distance_S = self._cost(gap_SK) @ weight_K
         else:
             # Every worker sorts all rows; each pair is counted by the one worker that holds its source row.
             row_SK = _paired(row_SN, pairs.source_K)
             own_SK = (row_SK >= first) & (row_SK < first + len(pooled_BS))
-            distance_S = (gap_SK.square() * own_SK) @ weight_K
+            distance_S = (self._cost(gap_SK) * own_SK) @ weight_K
         # The loop divides by the N rows of the whole step: N times the mean gives the paper's mean over samples, N * N times
         # the mean the code's sum over samples.
         per_row = len(rows_NS) if self.config.reduction == "paper" else len(rows_NS) ** 2
+        loss_S = per_row * self.factor_S * distance_S
+        return Loss(loss_S.sum(), self._metrics(loss_S.detach(), len(pooled_BS)))
+
+    def _cost(self, gap_SK: Tensor) -> Tensor:
+        """Return the cost of each matched pair by its difference (`criterion`)."""
+        return gap_SK.square() if self.config.criterion == "w2" else gap_SK.abs()
+
+    def _metrics(self, loss_S: Tensor, num_rows: int) -> dict[str, Tensor]:
+        """Return the support, the loss of each measured place, and the support of each steered one."""
+        loss_of = {f"loss_at/{name}": part.sum() for name, part in zip(self._places, loss_S.split(self._sizes), strict=True)}
         # A metric is a sum over rows, too, since the loop divides it by their number.
-        support = torch.tensor(self.support() * len(pooled_BS))
-        # sum over places and neurons of W2^2, times the factors of `reduction`.
-        return Loss(per_row * (self.factor_S @ distance_S), {"support": support})
+        is_moved_S = num_rows * self._is_moved().float()
+        parts = is_moved_S.split(list(self.patch.sizes.values()))
+        support_of = {f"support_at/{name}": part.mean() for name, part in zip(self.patch.sizes, parts, strict=True)}
+        return {"support": is_moved_S.mean(), **loss_of, **support_of}
 
     def support(self) -> float:
         """Return the share of neurons, from 0 to 1, whose |w - 1| or |b| exceeds the threshold."""
+        return float(self._is_moved().float().mean())
+
+    def _is_moved(self) -> Tensor:
+        """Return which neurons are steered, of all steered places together, bool."""
         layers = self.patch.layers()
         scale_S, shift_S = (torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("scale", "shift"))
         # By neuron: either of its two parameters makes it count.
-        moved_S = torch.maximum((scale_S - 1).abs(), shift_S.abs())
-        return float((moved_S > self.config.threshold).float().mean())
+        return torch.maximum((scale_S - 1).abs(), shift_S.abs()) > self.config.threshold
 
     def finished(self, state: dict[str, Tensor]) -> patches.ActivationPatch:
         """Return the trained maps, or their inverses."""
@@ -194,20 +229,21 @@ class Lineas(PatchAlone):
                 # Adam moves an entry by its moments of earlier steps even if its gradient is zero now.
                 _set_to_identity(layer, self._zeros[number])
             elif self.config.gamma:
-                tau = lr * self.config.gamma  # the step size is the learning rate (module docstring)
                 # Every worker takes the step by itself: all of them hold equal maps, and the result is a function of these.
-                moved_2D = proximal(_moved(layer), tau * self.config.l1, tau * self.config.group)
+                # The step size is the learning rate (module docstring).
+                l1_21, group_21 = (lr * weight_21.to(layer.scale) for weight_21 in self.config.penalty_21)
+                moved_2D = proximal(_moved(layer), l1_21, group_21)
                 layer.scale.copy_(1 + moved_2D[0])
                 layer.shift.copy_(moved_2D[1])
 
 
-def proximal(moved_2D: Tensor, l1: float, group: float) -> Tensor:
+def proximal(moved_2D: Tensor, l1: float | Tensor, group: float | Tensor) -> Tensor:
     """Return the proximal point of the penalty l1 |v|_1 + group sqrt(d) |v|_2 (section 3.3).
 
     Args:
         moved_2D: v = w - 1 in the first row, v = b in the second, (2, D); each row is penalised by itself.
-        l1: weight of the L1 norm, times the step size.
-        group: weight of the L2 norm, times the step size.
+        l1: weight of the L1 norm, times the step size; one for both rows, or one for each, (2, 1).
+        group: weight of the L2 norm, times the step size, likewise.
     """
     # Soft thresholding first, then the shrinkage of the whole row: in this order the composition is the exact proximal point of
     # the sum (sparse group lasso); the reverse order is not.
@@ -218,25 +254,6 @@ def proximal(moved_2D: Tensor, l1: float, group: float) -> Tensor:
     # prox of group sqrt(d) |.|_2: max(1 - group sqrt(d) / |v|, 0) v
     shrink_21 = (1 - group * math.sqrt(moved_2D.shape[1]) / norm_21.clamp(min=1e-30)).clamp(min=0)
     return shrink_21 * soft_2D
-
-
-def whole_batch(pooled_BS: Tensor) -> tuple[Tensor, int]:
-    """Gather the pooled values of all workers.
-
-    Args:
-        pooled_BS: pooled values of this worker's rows, (B, S); B is the same on every worker.
-
-    Returns:
-        The values of all workers, (N, S), and the number of this worker's first row. Gradients reach this worker's rows only.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return pooled_BS, 0
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    # Equal shapes on every worker, as `all_gather` needs: `check` refuses accumulation, and the loop deals rows out evenly.
-    parts = [torch.empty_like(pooled_BS) for _ in range(world)]
-    torch.distributed.all_gather(parts, pooled_BS.detach().contiguous())
-    parts[rank] = pooled_BS  # all_gather fills copies without a gradient; the own part keeps its graph
-    return torch.cat(parts), rank * len(pooled_BS)
 
 
 def _moved(layer: AffineLayer) -> Tensor:

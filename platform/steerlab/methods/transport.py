@@ -12,8 +12,8 @@ Departures from the authors' code (apple/ml-act):
 - samples of unequal size are matched exactly by their quantile functions, without random trimming;
 - all neurons of all places are sorted in one call;
 - a neuron that is constant on the source gets a pure shift, not a slope computed from noise;
-- the incremental fit is one pass over the source texts, not one pass for each place;
-- bounds (`support`) are off by default as in ml-lineas; ml-act's linear_ot bounds each neuron to the source's extremes.
+- the incremental fit is one pass over all texts, not one pass for each place; the maps are the same;
+- a value that equals a bound of `support` is mapped, in ml-act it is not.
 
 Axes besides those of tokens.py: N source and M target texts, K matched pairs.
 """
@@ -22,21 +22,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from steerlab.job import Pooling
+from steerlab.job import Pixels, Pooling
 from steerlab.methods.contract import Fitted, SequentialConfig, check_samples
 from steerlab.patches.maps import AffineMap
 
 _CONSTANT = 1e-5
 """A neuron whose standard deviation is below this share of its mean counts as constant: the rest is float32 rounding."""
-_GAUSSIAN_MIN_STD = 1e-4
-"""Gaussian-AcT does not change neurons with a smaller standard deviation on the source (authors' code)."""
 
 
 class Config(SequentialConfig):
@@ -46,10 +44,12 @@ class Config(SequentialConfig):
     """The method."""
     pooling: Pooling = "mean"
     """Pooling of the activations that the maps are fitted on. Paper: mean."""
-    incremental: bool = True
-    """Fit each place on the source activations with all earlier maps applied (paper: incremental); false: fit all at once."""
-    support: tuple[float, float] | None = None
-    """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. null maps all values. ml-act: [0, 1]."""
+    support: tuple[float, float] | None = (0.0, 1.0)
+    """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. [0, 1], ml-act's default, are the
+    sample's extremes; null maps all values."""
+    pixels: Pixels = "mean"
+    """In images, mean: the mean of a channel moves and its pixels keep their spread (ml-act's Linear-AcT); pixel: each pixel is
+    mapped (ml-lineas, and ml-act's Gaussian-AcT). Bounds are compared with the mean in both."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -65,6 +65,10 @@ class MeanConfig(Config):
 
     name: Literal["mean_act"] = "mean_act"  # type: ignore[assignment]
     """The method."""
+    support: tuple[float, float] | None = None
+    """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. null, as in ml-act, maps all values."""
+    min_std: float = Field(0.0, ge=0, exclude_if=lambda smallest: smallest == 0)
+    """Neurons with a smaller standard deviation on either side are left as they are. 0 moves all; ml-act: 1e-4."""
 
 
 class GaussianConfig(Config):
@@ -72,6 +76,11 @@ class GaussianConfig(Config):
 
     name: Literal["gaussian_act"] = "gaussian_act"  # type: ignore[assignment]
     """The method."""
+    support: tuple[float, float] | None = None
+    """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. null, as in ml-act, maps all values."""
+    min_std: float = Field(1e-4, ge=0)
+    """Neurons with a smaller standard deviation on either side are left as they are (ml-act: 1e-4). 0 is the literal formula,
+    under which a neuron that is constant on the target becomes that constant."""
 
 
 class Coupling(NamedTuple):
@@ -129,31 +138,44 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     return AffineMap(scale_D.float(), (mean_b_D - scale_D * mean_a_D).float())
 
 
-def mean_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
+def mean_map(source_ND: Tensor, target_MD: Tensor, min_std: float = 0.0) -> AffineMap:
     """Fit Mean-AcT: shift by the difference of means, z -> z - mean(source) + mean(target).
 
-    Arguments and errors are those of `linear_map`.
+    Arguments and errors are those of `linear_map`; `min_std` is that of `gaussian_map`.
     """
     check_samples(source_ND, target_MD)
     # In float64: the difference of two close means.
     shift_D = target_MD.double().mean(0) - source_ND.double().mean(0)
+    shift_D = shift_D.where(~_is_constant(source_ND, target_MD, min_std), 0.0)
     # A scale of 1 and not a map of its own: one kind of map serves, folds and composes for every affine method.
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
 
 
-def gaussian_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
+def gaussian_map(source_ND: Tensor, target_MD: Tensor, min_std: float = 1e-4) -> AffineMap:
     """Fit Gaussian-AcT: optimal transport between normal distributions, z -> (std2 / std1)(z - mean1) + mean2, by neuron.
 
-    Arguments and errors are those of `linear_map`.
+    Args:
+        source_ND: pooled activations of source texts, (N, D).
+        target_MD: pooled activations of target texts, (M, D).
+        min_std: neurons with a smaller standard deviation on either side keep their values; 0 leaves none.
+
+    Raises:
+        ValueError: that of `linear_map`.
     """
     check_samples(source_ND, target_MD)
     (mean_1, std_1), (mean_2, std_2) = ((x.mean(0), x.std(0)) for x in (source_ND.double(), target_MD.double()))
-    # The slope of a nearly constant neuron would be noise divided by noise: the identity instead, as in the authors' code.
-    constant_D = std_1 < _GAUSSIAN_MIN_STD
-    scale_D = torch.where(constant_D, 1.0, std_2 / std_1.where(~constant_D, torch.ones_like(std_1)))
+    # The slope of a nearly constant neuron would be noise divided by noise, or 0, which erases the neuron.
+    constant_D = _is_constant(source_ND, target_MD, min_std)
+    # The formula has no value for a neuron that never moves on the source: a pure shift brings it to the target's mean.
+    scale_D = torch.where(constant_D | (std_1 == 0), 1.0, std_2 / std_1.where(std_1 > 0, torch.ones_like(std_1)))
     # The shift, too: a scale of 1 with the shift of the means would still move the neuron.
     shift_D = torch.where(constant_D, 0.0, mean_2 - scale_D * mean_1)
     return AffineMap(scale_D.float(), shift_D.float())
+
+
+def _is_constant(source_ND: Tensor, target_MD: Tensor, min_std: float) -> Tensor:
+    """Return which neurons have a standard deviation below `min_std` on the source or on the target, (D,) bool."""
+    return (source_ND.double().std(0) < min_std) | (target_MD.double().std(0) < min_std)
 
 
 def distance(source_ND: Tensor, target_MD: Tensor) -> Tensor:
@@ -215,16 +237,16 @@ def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, f
     return fitted._replace(low_D=low_D.float(), high_D=high_D.float())
 
 
-def _method(kind: type[Config], closed_form: Callable[[Tensor, Tensor], AffineMap]) -> Fitted:
-    """Return the method of a closed form, with the optional bounds of `support`."""
+def _method(kind: type[Config], closed_form: Callable[[Any, Tensor, Tensor], AffineMap]) -> Fitted:
+    """Return the method of a closed form (config, source, target) -> map, with the optional bounds of `support`."""
 
     def fit(config: Config, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, AffineMap]:
-        return everywhere(lambda a, b: within_support(closed_form(a, b), a, config.support), source, target)
+        return everywhere(lambda a, b: within_support(closed_form(config, a, b), a, config.support), source, target)
 
     # lambda from 0 to 1 as in the paper; beyond 1 the mixture T_s overshoots the target's distribution.
     return Fitted(kind, fit, strength_range=(0.0, 1.0))
 
 
-LINEAR = _method(Config, linear_map)
-MEAN = _method(MeanConfig, mean_map)
-GAUSSIAN = _method(GaussianConfig, gaussian_map)
+LINEAR = _method(Config, lambda _config, a, b: linear_map(a, b))
+MEAN = _method(MeanConfig, lambda config, a, b: mean_map(a, b, config.min_std))
+GAUSSIAN = _method(GaussianConfig, lambda config, a, b: gaussian_map(a, b, config.min_std))

@@ -15,7 +15,7 @@ from steerlab.patches.attaching import Attached, CannotFold, Forward, Patch, att
 from steerlab.patches.embedding import EmbeddingPatch, rotate
 from steerlab.patches.logit import LogitPatch
 from steerlab.patches.reward import RewardPatch
-from steerlab.patches.saving import KINDS, SavedPatch, exists, load, save
+from steerlab.patches.saving import KINDS, SavedPatch, exists, inverse, load, save
 from steerlab.patches.second_model import SecondModelPatch
 from steerlab.patches.weight import WeightPatch
 
@@ -35,6 +35,7 @@ __all__ = [
     "attach",
     "attached_patches",
     "exists",
+    "inverse",
     "load",
     "rotate",
     "save",

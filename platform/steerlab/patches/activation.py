@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
-from steerlab.job import Selection
+from steerlab.job import Pixels, Selection
 from steerlab.patches import taps
 from steerlab.patches.attaching import CannotFold, Forward
 from steerlab.patches.maps import LAYERS, AffineLayer, Map, MapLayer
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ActivationPatch(nn.Module):
     """Maps of the inputs or outputs of modules, on the tokens of a `Selection`.
 
-    Values of images, (B, C, H, W), are mapped along C. Values of attention heads, (B, T, H, D), are mapped along D, every head
-    by the same map.
+    Values of images, (B, C, H, W), are mapped along C, as `pixels` says. Values of attention heads, (B, T, H, D), are mapped
+    along D, every head by the same map.
 
     Args:
         sizes: width D by place: a module path, or `path:k` for element k of a module that returns a tuple.
@@ -32,6 +32,7 @@ class ActivationPatch(nn.Module):
         strength_range: lowest and highest meaningful strength; None: any.
         kinds: for maps that are not affine, the kind (maps.py) and its arguments by place:
             {"model.layers.3": {"kind": "low_rank", "rank": 1}}.
+        pixels: whether maps move the mean of a channel of an image, or every pixel (maps.py).
     """
 
     kind: ClassVar[str] = "activation"
@@ -43,6 +44,7 @@ class ActivationPatch(nn.Module):
         bounded: bool = False,
         strength_range: tuple[float, float] | list[float] | None = None,
         kinds: dict[str, dict[str, str | int | bool]] | None = None,
+        pixels: Pixels = "pixel",
     ) -> None:
         super().__init__()
         self.sizes = dict(sizes)
@@ -51,6 +53,9 @@ class ActivationPatch(nn.Module):
         self.bounded = bounded
         self.strength_range = None if strength_range is None else (strength_range[0], strength_range[1])
         self.kinds = dict(kinds or {})
+        if pixels not in get_args(Pixels):
+            raise ValueError(f"pixels {pixels!r}: there are {', '.join(get_args(Pixels))}")
+        self.pixels: Pixels = pixels
         unknown = [name for name in self.kinds if name not in self.sizes]
         if unknown:
             raise ValueError(f"kinds names {unknown[0]!r}, which is no place of the patch")
@@ -71,6 +76,7 @@ class ActivationPatch(nn.Module):
         maps: Mapping[str, Map],
         selection: Selection,
         strength_range: tuple[float, float] | None = None,
+        pixels: Pixels = "pixel",
     ) -> ActivationPatch:
         """Make the patch of fitted maps.
 
@@ -78,13 +84,14 @@ class ActivationPatch(nn.Module):
             maps: the maps by place.
             selection: the tokens on which they act, and whether on inputs or outputs.
             strength_range: lowest and highest meaningful strength; None: any.
+            pixels: whether they move the mean of a channel of an image, or every pixel.
         """
         fitted_layers = {name: fitted.layer() for name, fitted in maps.items()}
         bounded = any(isinstance(layer, AffineLayer) and layer.low is not None for layer in fitted_layers.values())
         others = {name: layer for name, layer in fitted_layers.items() if layer.kind != AffineLayer.kind}
         # Affine is the kind of a place that is not listed, so that files from before there were others can be read.
         kinds = {name: {"kind": layer.kind, **layer.spec()} for name, layer in others.items()}
-        patch = cls({name: fitted.width for name, fitted in maps.items()}, selection, bounded, strength_range, kinds)
+        patch = cls({name: fitted.width for name, fitted in maps.items()}, selection, bounded, strength_range, kinds, pixels)
         for layer, fitted in zip(patch.layers(), fitted_layers.values(), strict=True):
             # Not strict: in a patch with some bounded maps, the layers of unbounded ones have bounds, too, at infinity.
             layer.load_state_dict(fitted.state_dict(), strict=not isinstance(layer, AffineLayer))
@@ -97,7 +104,7 @@ class ActivationPatch(nn.Module):
     def inverse(self) -> ActivationPatch:
         """Return the patch of the inverse maps. Raises ValueError if a map has no inverse."""
         maps = {name: layer.fitted().inverse() for name, layer in zip(self.sizes, self.layers(), strict=True)}
-        return ActivationPatch.from_maps(maps, self.selection, self.strength_range)
+        return ActivationPatch.from_maps(maps, self.selection, self.strength_range, self.pixels)
 
     def hook(self, model: PreTrainedModel, forward: Forward, number: int) -> list[RemovableHandle]:
         """Register hooks that map the output of every place, or its first argument."""
@@ -127,7 +134,9 @@ class ActivationPatch(nn.Module):
             tokens_BT = forward.tokens(self.selection)
             if tokens_BT is not None and not images:
                 tokens_BT = taps.beside(tokens_BT, z)
-            mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT)
+            # Transformer blocks of a denoiser see (B, pixels, C), whose pixels are mapped one by one as tokens are (ml-act).
+            pixels = self.pixels if images and axis == 1 and z.dim() > 2 else None
+            mapped = layer(z.movedim(axis, -1), forward.strength(number, z.dim()), tokens_BT, pixels)
             # The shape of the module's own output: `with_rows` may have split its first axis.
             return taps.replaced(value, place.element, mapped.movedim(-1, axis).reshape(tensor.shape))
 
@@ -135,9 +144,10 @@ class ActivationPatch(nn.Module):
             rewrite = lambda _m, args, kwargs: taps.rewritten(args, kwargs, edit)  # noqa: E731
             return [module.register_forward_pre_hook(rewrite, with_kwargs=True)]
         # Exactly these classes: a subclass may compute something else from weight and bias. Without other hooks, which would
-        # see the norm's output before the map is applied, and without bounds, which no weight can express.
+        # see the norm's output before the map is applied, and without bounds or means, which no weight can express.
         is_norm = isinstance(module, nn.GroupNorm | nn.LayerNorm) and type(module) in (nn.GroupNorm, nn.LayerNorm)
-        if is_norm and isinstance(layer, AffineLayer) and not module._forward_hooks and not self.bounded:
+        merges = not self.bounded and self.pixels == "pixel"
+        if is_norm and isinstance(layer, AffineLayer) and not module._forward_hooks and merges:
             return self._hook_norm(module, layer, forward, number, edit)  # type: ignore[arg-type]
         return [module.register_forward_hook(lambda _m, _i, output: edit(output))]
 
@@ -184,6 +194,7 @@ class ActivationPatch(nn.Module):
             "strength_range": self.strength_range,
             # Left out if empty: keys of stages hash these arguments, and a patch of affine maps keeps its key.
             **({"kinds": self.kinds} if self.kinds else {}),
+            **({"pixels": self.pixels} if self.pixels != "pixel" else {}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -204,7 +215,17 @@ class ActivationPatch(nn.Module):
         if not self.selection.takes_all_tokens or self.selection.side == "input" or self.bounded:
             raise CannotFold("only maps of outputs, on all tokens and without bounds, can be merged into weights")
         for name, layer in zip(self.sizes, self.layers(), strict=True):
+            self._check_pixels(model, name, layer)
             try:
                 layer.fold(model, name, strength)
             except ValueError as error:
                 raise CannotFold(str(error)) from None
+
+    def _check_pixels(self, model: nn.Module, name: str, layer: MapLayer) -> None:
+        """Raise CannotFold for a map that moves the mean of an image's channel, unless it only shifts."""
+        if self.pixels == "pixel" or models.steered_part(model) is None:
+            return
+        moves_channels = taps.feature_axis(model.get_submodule(taps.tap(name).module), 4) == 1
+        shifts = isinstance(layer, AffineLayer) and bool((layer.scale == 1).all())
+        if moves_channels and not shifts:
+            raise CannotFold(f"the map of {name} moves the mean of a channel, which depends on all pixels")

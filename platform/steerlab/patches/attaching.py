@@ -45,6 +45,7 @@ class Forward:
     phases_BT: Tensor | None = None
     """None when every token belongs to the prompt."""
     position_BT: Tensor | None = None
+    ids_BT: Tensor | None = None
     shape_BT: tuple[int, ...] | None = None
     """(B, T) of the call's input ids; None for a diffusion model, whose inputs are not tokens."""
     strengths_NB: Tensor | None = None
@@ -100,7 +101,8 @@ class Forward:
             if self.position_BT is None:
                 raise ValueError("this model carries a patch that depends on positions: call it with position_ids=")
             prompt_B = taps.prompt_lengths(roles_BT, phases_BT)
-            self._masks[selection] = taps.token_mask(selection, roles_BT, phases_BT, self.position_BT, prompt_B)
+            masked = taps.token_mask(selection, roles_BT, phases_BT, self.position_BT, prompt_B, self.ids_BT)
+            self._masks[selection] = masked
         return self._masks[selection]
 
 
@@ -156,7 +158,8 @@ class Attached:
         self.forward.roles_BT = kwargs.pop("roles", None)
         self.forward.phases_BT = kwargs.pop("phases", None)
         self.forward.position_BT = kwargs.get("position_ids")
-        self.forward.shape_BT = tuple(kwargs["input_ids"].shape) if "input_ids" in kwargs else None
+        self.forward.ids_BT = kwargs.get("input_ids")
+        self.forward.shape_BT = None if self.forward.ids_BT is None else tuple(self.forward.ids_BT.shape)
         self.forward.memory = kwargs.pop("memory", None)
         self.forward.only = kwargs.pop("only", None)
         if self.forward.only is not None:

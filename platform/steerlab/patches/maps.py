@@ -2,6 +2,13 @@
 
     T_s(z) = s T(z) + (1 - s) z        strength s; in float32, over the last axis, on the selected tokens
 
+A value of an image, with pixels between the rows and the channels, is mapped in one of two ways (`Pixels`):
+
+mean         z -> z - m + T(m), m the channel's mean over all pixels: the mean moves, the pixels keep their spread (ml-act)
+pixel        z -> T(z) at each pixel (ml-lineas)
+
+Bounds are compared with m in both, because they are quantiles of such means.
+
 AffineMap    z -> w * z + b, neuron by neuron (LinEAS, the AcT family, AurA, CAA, ITI, RepE)
 LowRankMap   z -> z + U (V z + c), U of D x R, V of R x D: removing a direction is U = -r, V = r^T; ReFT trains U, V and c
 
@@ -18,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from steerlab import models
+from steerlab.job import Pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +39,8 @@ class Map(Protocol):
         """Size D of the values that are mapped."""
         ...
 
-    def __call__(self, z: Tensor) -> Tensor:
-        """Map values whose last axis has width D."""
+    def __call__(self, z: Tensor, at: Tensor | None = None) -> Tensor:
+        """Map values whose last axis has width D; bounds are compared with `at`, or with the values themselves."""
         ...
 
     def to(self, device: torch.device) -> Map:
@@ -72,13 +80,14 @@ class AffineMap(NamedTuple):
         """Size D of the values that are mapped."""
         return len(self.scale_D)
 
-    def __call__(self, z: Tensor) -> Tensor:
-        """Map values whose last axis has width D."""
+    def __call__(self, z: Tensor, at: Tensor | None = None) -> Tensor:
+        """Map values whose last axis has width D; bounds are compared with `at`, or with the values themselves."""
         # Outside of the bounds the value itself and not the bound: the map knows nothing there, so it changes nothing.
         mapped = self.scale_D * z + self.shift_D
         if self.low_D is None or self.high_D is None:
             return mapped
-        return torch.where((z >= self.low_D) & (z <= self.high_D), mapped, z)
+        at = z if at is None else at
+        return torch.where((at >= self.low_D) & (at <= self.high_D), mapped, z)
 
     def to(self, device: torch.device) -> AffineMap:
         """Return the map on a device."""
@@ -144,8 +153,8 @@ class LowRankMap(NamedTuple):
         """Size D of the values that are mapped."""
         return len(self.up_DR)
 
-    def __call__(self, z: Tensor) -> Tensor:
-        """Map values whose last axis has width D."""
+    def __call__(self, z: Tensor, at: Tensor | None = None) -> Tensor:
+        """Map values whose last axis has width D; there are no bounds to compare with `at`."""
         return z + (z @ self.down_RD.T + self.bias_R) @ self.up_DR.T
 
     def to(self, device: torch.device) -> LowRankMap:
@@ -192,13 +201,28 @@ class LowRankMap(NamedTuple):
         return layer
 
 
+def mapped_pixels(mapping: Callable[..., Tensor], value: Tensor, pixels: Pixels) -> Tensor:
+    """Map the values of images at strength 1 (module docstring).
+
+    Args:
+        mapping: a map, called as mapping(values) or mapping(values, at).
+        value: float32 values, (B, ..., D) with one or more axes of pixels.
+        pixels: whether the mean over an image's pixels moves, or each pixel is mapped.
+    """
+    mean = value.mean(tuple(range(1, value.dim() - 1)), keepdim=True)
+    if pixels == "mean":
+        # The same shift for every pixel, so that their spread stays.
+        return value + (mapping(mean) - mean)
+    return mapping(value, mean)
+
+
 class MapLayer(nn.Module):
     """Applies the map of one place, with a strength and on selected tokens."""
 
     kind: ClassVar[str]
 
-    def mapped(self, value: Tensor) -> Tensor:
-        """Return the mapped values at strength 1, for float32 values (..., D)."""
+    def mapped(self, value: Tensor, at: Tensor | None = None) -> Tensor:
+        """Return the mapped values at strength 1, for float32 values (..., D); bounds are compared with `at` if it is given."""
         raise NotImplementedError
 
     def fitted(self) -> Map:
@@ -217,20 +241,27 @@ class MapLayer(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, z: Tensor, strength: Tensor | None = None, tokens_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        strength: Tensor | None = None,
+        tokens_BT: Tensor | None = None,
+        pixels: Pixels | None = None,
+    ) -> Tensor:
         """Map activations.
 
         Args:
             z: values whose last axis has width D.
             strength: strength of each row, (B, 1, ...) with as many axes as `z`; None means 1.
             tokens_BT: True for the tokens that are mapped, (B, T) or with an axis for attention heads; None maps all.
+            pixels: how the values of images, (B, ..., D) with pixels between, are mapped; None for values of tokens.
 
         Returns:
             The values, in the shape and dtype of `z`.
         """
         # In float32: a bfloat16 model would round the small differences that a map makes.
         value = z.float()
-        mapped = self.mapped(value)
+        mapped = self.mapped(value) if pixels is None else mapped_pixels(self.mapped, value, pixels)
         if strength is not None:
             # Exact at strength 0 and at 1, bit for bit; value + strength * (mapped - value) is not at 1.
             mapped = strength * mapped + (1 - strength) * value
@@ -256,12 +287,13 @@ class AffineLayer(MapLayer):
         self.register_buffer("low", torch.full((size,), -torch.inf) if bounded else None)
         self.register_buffer("high", torch.full((size,), torch.inf) if bounded else None)
 
-    def mapped(self, value: Tensor) -> Tensor:
-        """Return scale * value + shift, within the bounds."""
+    def mapped(self, value: Tensor, at: Tensor | None = None) -> Tensor:
+        """Return scale * value + shift, where `at` (the value itself, if None) lies within the bounds."""
         # One kernel and one temporary less than `scale * value + shift`; maps run at every place of every token.
         mapped = torch.addcmul(self.shift.float(), self.scale.float(), value)
         if self.low is not None and self.high is not None:
-            mapped = torch.where((value >= self.low) & (value <= self.high), mapped, value)
+            at = value if at is None else at
+            mapped = torch.where((at >= self.low) & (at <= self.high), mapped, value)
         return mapped
 
     def fitted(self) -> AffineMap:
@@ -316,7 +348,7 @@ class LowRankLayer(MapLayer):
         self.down = nn.Parameter(torch.zeros(rank, size))
         self.bias = nn.Parameter(torch.zeros(rank))
 
-    def mapped(self, value: Tensor) -> Tensor:
+    def mapped(self, value: Tensor, at: Tensor | None = None) -> Tensor:
         """Return value + up (down value + bias)."""
         inside_R = nn.functional.linear(value, self.down.float(), self.bias.float())
         return value + nn.functional.linear(inside_R, self.up.float())

@@ -131,6 +131,17 @@ def _whole_numbers(value: Json) -> Iterator[int]:
         yield value
 
 
+def inverse(patch: SavedPatch) -> SavedPatch:
+    """Return the inverse of a patch, which induces what its maps remove.
+
+    Raises:
+        ValueError: the patch is no patch of maps, or one of its maps has no inverse.
+    """
+    if not isinstance(patch, ActivationPatch):
+        raise ValueError(f"a patch of kind {patch.kind} has no inverse: only maps of activations have one")
+    return patch.inverse()
+
+
 def exists(directory: Path) -> bool:
     """Return whether a directory holds a saved patch."""
     return (directory / _SPEC).is_file()

@@ -100,7 +100,7 @@ def _check_part(chosen: Sequence[str], names: Sequence[str], part: str, selectio
         )
     # `part` is None for language models, so that this is a diffusion pipeline.
     if not selection.takes_all_tokens:
-        raise ValueError("phases, roles and positions select tokens; an image has none: leave them out")
+        raise ValueError("phases, roles, positions and token_ids select tokens; an image has none: leave them out")
 
 
 def _alike(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
@@ -113,26 +113,52 @@ def _alike(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
     return [name for leaf in dict.fromkeys(alike) for name in by_leaf[leaf]] or [n for n in candidates if "norm" in n]
 
 
-def token_mask(selection: Selection, roles_BT: Tensor, phases_BT: Tensor, position_BT: Tensor, prompt_B: Tensor) -> Tensor:
+def token_mask(
+    selection: Selection,
+    roles_BT: Tensor,
+    phases_BT: Tensor,
+    position_BT: Tensor,
+    prompt_B: Tensor,
+    ids_BT: Tensor | None = None,
+) -> Tensor:
     """Return a mask of the selected tokens of a call, (B, T) bool; padding is never selected.
 
     Args:
-        selection: roles, phases and positions to select or exclude.
+        selection: roles, phases, positions and ids to select or exclude.
         roles_BT: roles, `PADDING` where there is no token.
         phases_BT: `PROMPT` or `GENERATION`.
         position_BT: position of each token in its row, counted from 0 without padding.
         prompt_B: number of tokens in each row's prompt; negative positions count from the prompt's end.
+        ids_BT: token ids; None if the caller has none.
+
+    Raises:
+        ValueError: the selection asks for token ids, of which there are none.
     """
     # Padding first, whatever the selection says: its activations are garbage that would move means and maps.
     mask_BT = roles_BT != PADDING
     if selection.roles is not None:
         mask_BT = mask_BT & _one_of(roles_BT, selection.roles, ROLES)
-    mask_BT = mask_BT & ~_one_of(roles_BT, selection.exclude_roles, ROLES) & _one_of(phases_BT, selection.phases, PHASES)
+    mask_BT = mask_BT & ~_one_of(roles_BT, selection.exclude_roles, ROLES)
     # -1 for the prompt's last token. Generated tokens get 0, which no negative position matches.
     back_BT = torch.where(phases_BT == PROMPT, position_BT - prompt_B[:, None], 0)
+    is_end_BT = (back_BT == -1) if "prompt_end" in selection.phases else torch.zeros_like(mask_BT)
+    # The end of the prompt is a token of the phase `prompt`, which has a number of its own; the end has none.
+    mask_BT = mask_BT & (is_end_BT | _one_of(phases_BT, [name for name in selection.phases if name in PHASES], PHASES))
+    if selection.asks_ids:
+        mask_BT = mask_BT & _with_ids(selection, ids_BT)
     if selection.positions is not None:
         mask_BT = mask_BT & _within(selection.positions, position_BT, back_BT)
     return mask_BT & ~_within(selection.exclude_positions, position_BT, back_BT)
+
+
+def _with_ids(selection: Selection, ids_BT: Tensor | None) -> Tensor:
+    """Return a mask of the tokens whose ids a selection takes, (B, T) bool."""
+    if ids_BT is None:
+        raise ValueError("token_ids selects tokens by their ids: call the model with input_ids=")
+    mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    if selection.token_ids is not None:
+        mask_BT = torch.isin(ids_BT, torch.tensor(selection.token_ids, device=ids_BT.device))
+    return mask_BT & ~torch.isin(ids_BT, torch.tensor(selection.exclude_token_ids, dtype=ids_BT.dtype, device=ids_BT.device))
 
 
 def _one_of(values_BT: Tensor, names: Sequence[str], table: dict[str, int]) -> Tensor:
@@ -164,7 +190,7 @@ def selected(batch: Batch | Drawings, selection: Selection) -> Tensor:
     if isinstance(batch, Drawings):
         return torch.ones(len(batch.prompts), 1, dtype=torch.bool)
     prompt_B = prompt_lengths(batch.roles, batch.phases)
-    return token_mask(selection, batch.roles, batch.phases, batch.position_ids, prompt_B)
+    return token_mask(selection, batch.roles, batch.phases, batch.position_ids, prompt_B, batch.input_ids)
 
 
 def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
@@ -186,6 +212,11 @@ def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
         case "mean":
             # `where`, not a product with the mask: a NaN in a token that is not selected times 0 is NaN.
             return z_BTD.float().where(mask_BT1, 0.0).sum(1) / mask_BT1.sum(1)
+        case "median":
+            # The lower of the two middle values where their number is even, as torch's median.
+            median_BD = z_BTD.float().where(mask_BT1, torch.nan).nanmedian(1).values
+            # A NaN in a selected token is an error to be seen, not a value to be passed over.
+            return median_BD.where(~(z_BTD.isnan() & mask_BT1).any(1), torch.nan)
         case "max":
             # Tokens that are not selected become the identity of the reduction.
             # The maximum of rounded values is the rounded maximum, so that the cast to float32 can follow on (B, D) numbers.

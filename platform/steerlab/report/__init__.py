@@ -69,6 +69,7 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         "runs": {"names": names, "rows": tables.overview(entries, names)} if entries else None,
         "choices": put(figures.choices(shown), "Effect against fluency"),
         "training": put(figures.training(shown), "Training"),
+        "places": put(figures.by_place(shown), "Training by place"),
         "timeline": put(figures.timeline(shown), "Stages"),
         "layers": put(figures.by_layer(shown), "By layer"),
         "histograms": put(heat_maps.histograms(shown), "Histograms"),

@@ -17,6 +17,8 @@ from steerlab.report.samples import Chart
 
 _WIDE = 8.0
 """Costs whose largest is more than this factor above the smallest are drawn on a logarithmic axis."""
+_AT = "_at/"
+"""Between a training metric and the place that it is measured at."""
 _MANY_TIMES = 100.0
 """The same for losses."""
 
@@ -78,7 +80,15 @@ def _add_held_out(drawn: Drawing, entry: Entry, cost: str, effect: str, colour: 
 
 def training(entries: Sequence[Entry]) -> Figure | None:
     """Draw the metrics of training over its steps, one line for each run."""
-    names = list(dict.fromkeys(name for entry in entries for name, points in entry.curves.items() if len(points) > 1))
+    names = list(
+        dict.fromkeys(
+            # Those of single places are drawn over the places (`by_place`): hundreds of curves are no menu.
+            name
+            for entry in entries
+            for name, points in entry.curves.items()
+            if len(points) > 1 and _AT not in name
+        )
+    )
     # Losses come first in the menu, those of training before those of evaluation.
     names.sort(key=lambda name: ("loss" not in name, "eval" in name))
     drawn = Drawing()
@@ -93,11 +103,38 @@ def training(entries: Sequence[Entry]) -> Figure | None:
     if not names:
         return None
     drawn.axis("xaxis", "step")
-    losses = [value for entry in entries for name, points in entry.curves.items() if "loss" in name for _, value in points]
+    losses = [value for name in names if "loss" in name for entry in entries for _, value in entry.curves.get(name, [])]
     if losses and min(losses) > 0 and max(losses) > _MANY_TIMES * min(losses):
         # The losses of different methods have different scales, and one loss may fall by orders of magnitude.
         drawn.axis("yaxis", type="log")
     return drawn.done(380, {name: name for name in names[:MAX_METRICS]})
+
+
+def by_place(entries: Sequence[Entry]) -> Figure | None:
+    """Draw the training metrics of single places (`train/loss_at/PLACE`) over the places, at the first step and at the last."""
+    drawn = Drawing()
+    stems: dict[str, None] = {}
+    for number, entry in enumerate(entries):
+        of_stem: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for name, points in entry.curves.items():
+            stem, at, place = name.partition(_AT)
+            if at and points:
+                of_stem.setdefault(stem, {})[place] = points
+        for stem, by_name in of_stem.items():
+            stems[stem] = None
+            for end, dash in ((0, "dot"), (-1, "solid")):
+                step = next(iter(by_name.values()))[end][0]
+                drawn.add_scatter(
+                    x=list(map(label, by_name)), y=[points[end][1] for points in by_name.values()], mode="lines+markers",
+                    name=f"{label(entry.name)}, step {step:g}", meta={"metric": stem},
+                    marker={"size": 6, "color": f"@{number % 10}"},
+                    line={"color": f"@{number % 10}", "width": 1.6, "dash": dash},
+                    hovertemplate=f"%{{x}}: %{{y:.4g}}<extra>{label(entry.name)}, step {step:g}</extra>",
+                )  # fmt: skip
+    if not stems:
+        return None
+    drawn.axis("xaxis", "place", type="category")
+    return drawn.done(420, {stem: f"{stem} by place" for stem in stems})
 
 
 def timeline(entries: Sequence[Entry]) -> Figure | None:

@@ -105,6 +105,10 @@ def _check_settings(job: Job, facts: models.ModelFacts) -> None:
 
 def _check_start(below: Job) -> None:
     """Refuse evaluation settings in a job that another job starts from: they would have no effect there."""
+    if below.inverse:
+        raise ValueError(
+            f"model.source: the job {below.name} sets inverse, which concerns its own evaluation only; set method.inverse there"
+        )
     for name in ("snapshot", "strength"):
         if (value := getattr(below, name)) is not None and (name, value) != ("strength", 1):
             raise ValueError(
@@ -120,18 +124,21 @@ def _check_method(planned: Plan) -> None:
         _check_training(job)
     elif isinstance(method, Trained) and method.needs_training and (planned.below is None or not method.leaves_model):
         raise ValueError(f"train: this key is required by method {name}")
-    if method.reads(job.method):
+    if method.reads_model(job.method):
         if job.extract is None:
             raise ValueError(f"extract: this key is required by method {name}: it says where the model is read, and how")
         if job.extract.keep != "rows":
             raise ValueError(f"extract.keep {job.extract.keep}: method {name} is fitted on the rows")
         assert isinstance(job.method, SteeringConfig)
         wanted = job.method.pooling
-        if wanted not in job.extract.pooling:
+        # A fit place after place pools by itself and reads no stored activations.
+        if method.reads(job.method) and wanted not in job.extract.pooling:
             raise ValueError(f"method.pooling {wanted}: extract.pooling is {list(job.extract.pooling)}; add it there")
     if isinstance(method, Edited):
         # Both raise if the chain of jobs lacks a model that the method compares.
         _ = planned.before, planned.unaligned
+    if job.inverse and not planned.leaves_maps:
+        raise ValueError("inverse: the job's model carries no maps of activations, which alone have an inverse; leave it out")
     if not (job.train or job.evaluate or job.extract or method.closed_form):
         raise ValueError("the job has neither a train nor an extract nor an evaluate section, so there is nothing to do")
 
@@ -250,6 +257,10 @@ def _check_drawing(planned: Plan) -> None:
     if job.extract is not None and "none" in job.extract.pooling:
         raise ValueError(
             "extract.pooling none keeps one value for each token, and an image has no tokens: pool over its pixels (mean)"
+        )
+    if isinstance(job.method, SteeringConfig) and job.method.pooling == "last":
+        raise ValueError(
+            "method.pooling last is that of the last token, and an image has no tokens: pool over its pixels (mean)"
         )
     models.check_sampler(sources.fetch(planned.source), job.model.drawing)
     for below in planned.chain[1:] if job.model.drawing.denoiser is not None else ():

@@ -27,6 +27,7 @@ class _Model(saved.Shape):
     stage: str
     key: str
     snapshot: int | None = None
+    inverse: bool = False
 
 
 class Summary(saved.Shape):

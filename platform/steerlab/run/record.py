@@ -11,14 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypedDict
+from typing import NamedTuple, NotRequired, TypeAlias, TypedDict
 
 import ray
 
 from steerlab.evaluation.statistics import generations, stored
 from steerlab.guards import saved, texts
 from steerlab.guards.json_values import JsonObject
-from steerlab.job import UNPATCHED
+from steerlab.job import UNPATCHED, Job
 from steerlab.stages import Evaluation, Plan, choose, evaluate
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -37,6 +37,8 @@ class ModelFacts(TypedDict):
     stage: str
     key: str
     snapshot: int | None
+    inverse: NotRequired[bool]
+    """True where the run evaluated the inverse of the patch; left out otherwise."""
 
 
 class RunSummary(TypedDict):
@@ -65,6 +67,12 @@ class RunSummary(TypedDict):
     """SCHEMA of the version that wrote it."""
 
 
+def _model_facts(model: plan.Stage, job: Job) -> ModelFacts:
+    facts: ModelFacts = {"stage": model.name, "key": model.key, "snapshot": job.snapshot}
+    # Left out where it is false, so that summaries of other runs stay as they are.
+    return {**facts, "inverse": True} if job.inverse else facts
+
+
 def check_numbers(summary: RunSummary, folder: str) -> None:
     """Refuse a metric that is NaN or infinite. Raises plan.StageError, so that the run counts as failed."""
     for strength, metrics in summary["strengths"].items():
@@ -81,7 +89,7 @@ def summarise(planned: Plan, store: Store) -> RunSummary:
         "reported": {},
         "strengths": {},
         "choice": None,
-        "model": None if model is None else {"stage": model.name, "key": model.key, "snapshot": planned.job.snapshot},
+        "model": None if model is None else _model_facts(model, planned.job),
         "evaluations": {},
         "unsteered": {},
         "measures": {},

@@ -46,7 +46,7 @@ def stage(job: Job, task: TaskConfig, model: Subject, choice: Stage | None = Non
         task=subject.dumped(task, exclude={"label"}),
         task_version=TABLE.of(task).version,
         fingerprints=fingerprints(task),
-        **{**model.fields, "snapshot": job.snapshot},
+        **{**model.fields, "snapshot": job.snapshot, "inverse": job.inverse},
     )
     # The label is no parameter: two tasks that differ by it alone share an artifact.
     inputs = {**model.inputs, **({} if choice is None else {CHOICE: choice})}

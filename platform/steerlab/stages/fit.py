@@ -1,7 +1,7 @@
 """The stage that fits maps in closed form.
 
 A method is fitted either on extracted activations of both samples, or place after place: then each map is fitted on what the
-source texts cause with the maps of all earlier places in force (AcT, https://arxiv.org/abs/2410.23054, section 4).
+texts cause with the maps of all earlier places in force (AcT, https://arxiv.org/abs/2410.23054, section 4).
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import ray
 from pydantic import Field
@@ -33,6 +33,9 @@ from steerlab.storage.plan import ModelRef, Stage, Work
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from steerlab.activations.parquet import Activations
+    from steerlab.methods.math.sequential_fit import Reading
+
 _POLL_S = 0.5
 _WALK_FIELDS = {"select", "max_tokens", "batch_tokens"}
 """Fields of `extract` that change a fit place after place; the others are left out of its key."""
@@ -45,30 +48,31 @@ class Params(subject.OnModel):
     """The method's config."""
     reads: tuple[str, ...]
     """Roles of the data sets whose extracted activations the method reads."""
-    source: DataSet | None = Field(default=None, exclude_if=lambda source: source is None)
-    """Source texts of a fit place after place; None if the method is fitted on extracted activations of both samples."""
-    source_fingerprint: str | list[str] | None = Field(default=None, exclude_if=lambda fingerprint: fingerprint is None)
+    walked: dict[str, DataSet] = Field(default={}, exclude_if=lambda walked: not walked)
+    """Texts that a fit place after place runs through the model, by the role of their data set; empty if the method is fitted
+    on extracted activations of both samples."""
+    fingerprints: dict[str, str | list[str]] = Field(default={}, exclude_if=lambda fingerprints: not fingerprints)
+    """Fingerprints of these texts, by role."""
     extract: ExtractConfig | None = Field(default=None, exclude_if=lambda config: config is None)
-    """How the source texts are read; None if `source` is None."""
+    """How these texts are read; None if there are none."""
 
 
 def stage(job: Job, model: Subject, extractions: Mapping[str, Stage]) -> Stage:
     """Return the stage that fits the job's method; `extractions` are the stages of the activations it reads, by data role."""
     assert job.extract is not None
     method = fitted(job.method)
-    walks = method.walks(job.method)
-    source = job.data.by_role["source"] if walks else None
+    walked = {role: job.data.by_role[role] for role in method.walked(job.method)}
     params = Params(
         method=subject.dumped(job.method),
         reads=tuple(sorted(extractions)),
-        source=source,
-        source_fingerprint=None if source is None else rows.fingerprint(source),
-        extract=job.extract if walks else None,
+        walked=walked,
+        fingerprints={role: rows.fingerprint(data) for role, data in walked.items()},
+        extract=job.extract if walked else None,
         **model.fields,
     )
     declared = subject.dumped(params, exclude={"extract": ExtractConfig.model_fields.keys() - _WALK_FIELDS})
     inputs = {**model.inputs, **extract.read_by(extractions)}
-    return Stage("fit", 2, declared, run, inputs, job.method.name, model.paths)
+    return Stage("fit", 3, declared, run, inputs, job.method.name, model.paths)
 
 
 def run(work: Work) -> None:
@@ -77,7 +81,8 @@ def run(work: Work) -> None:
     inputs = {role: work.stage.inputs[extract.read_as(role)] for role in params.reads}
     activations = {role: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for role, stage in inputs.items()}
     method = fitted(params.method)
-    walks = method.walks(method.Config.model_validate(params.method))
+    config = method.Config.model_validate(params.method)
+    walks = method.walks(config)
     # A fit place after place loads the model and may use a GPU; a fit on extracted activations is arithmetic on one CPU.
     resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
     task = _fit.options(**resources)  # type: ignore[attr-defined]
@@ -86,7 +91,7 @@ def run(work: Work) -> None:
     while not ray.wait([future], timeout=_POLL_S)[0]:
         pass
     fit: _Fit = ray.get(future)
-    patch = patches.ActivationPatch.from_maps(fit.maps, fit.selection, method.strength_range)
+    patch = patches.ActivationPatch.from_maps(fit.maps, fit.selection, method.strength_range, config.pixels)
     patches.save(patch, work.directory / "patch", fit.fingerprint)
     write_base(work, params, fit.prompt)
     facts = {
@@ -137,33 +142,42 @@ def _fit(loading: Loading, params: Params, activations: dict[str, ModelRef], cod
     own_code.receive(codes)
     # Opened on the node that fits: an artifact in a bucket is downloaded there, and not by the driver.
     read = {role: Activations.open(ref.locate()) for role, ref in activations.items()}
-    target = read["target"]
     method = fitted(params.method)
     config = method.Config.model_validate(params.method)
+    fit = _in_order(loading, params, read) if method.walks(config) else _at_once(params, read)
+    if config.inverse:
+        fit = replace(fit, maps={name: fitted_map.inverse() for name, fitted_map in fit.maps.items()})
+    return fit
+
+
+def _at_once(params: Params, read: Mapping[str, Activations]) -> _Fit:
+    """Fit all maps on extracted activations."""
+    target, method = read["target"], fitted(params.method)
+    config = method.Config.model_validate(params.method)
     selection = steered(Selection.model_validate(target.origin.selection), method.steers(config))
-    names = [name for name in target.modules if _takes(selection, name)]
-    if not names:
-        raise ValueError(
-            f"method.steer.modules {selection.modules!r} takes none of the extracted places: {', '.join(target.modules[:5])}"
-        )
+    names = _among(selection, target.modules)
     columns = {role: {name: sample.column(name, config.pooling) for name in names} for role, sample in read.items()}
     # The clock starts after the columns are read: `seconds` is the time of the method, not of the disk.
     start_s = time.monotonic()
-    if method.walks(config):
-        maps, num_source = _walk(loading, params, columns["target"], selection)
-    else:
-        maps = checked_maps(config, method.fit(config, columns["source"], columns["target"]))
-        num_source = read["source"].num_rows
-    if config.inverse:
-        maps = {name: fitted_map.inverse() for name, fitted_map in maps.items()}
+    maps = checked_maps(config, method.fit(config, columns["source"], columns["target"]))
     return _Fit(
         dict(maps),
         selection,
         target.origin.fingerprint,
         target.origin.prompt,
         time.monotonic() - start_s,
-        {"source": num_source, "target": target.num_rows},
+        {role: sample.num_rows for role, sample in read.items()},
     )
+
+
+def _among(selection: Selection, places: Sequence[str]) -> list[str]:
+    """Return the places that a selection contains. Raises ValueError if there are none."""
+    names = [name for name in places if _takes(selection, name)]
+    if not names:
+        raise ValueError(
+            f"method.steer.modules {selection.modules!r} takes none of the extracted places: {', '.join(places[:5])}"
+        )
+    return names
 
 
 def checked_maps(config: MethodConfig, maps: object) -> Mapping[str, Map]:
@@ -207,35 +221,64 @@ def _takes(selection: Selection, name: str) -> bool:
     return bool(expressions.whole(pattern, [module])) and not excluded
 
 
-def _walk(loading: Loading, params: Params, target: dict[str, Tensor], steer: Selection) -> tuple[Mapping[str, Map], int]:
-    """Fit the maps in the order in which the model runs their places; return them and the number of source texts."""
-    from steerlab.activations.reading import TextReader, batches
-    from steerlab.methods.math.sequential_fit import Reading, fit_in_order
+def _in_order(loading: Loading, params: Params, read: Mapping[str, Activations]) -> _Fit:
+    """Fit the maps in the order in which the model runs their places, in one pass over the texts."""
+    from steerlab.activations.reading import about_model
+    from steerlab.methods.math.sequential_fit import fit_in_order
     from steerlab.patches import taps
 
     method = fitted(params.method)
     config = method.Config.model_validate(params.method)
     model = subject.load(loading)
-    extract, data = params.extract, params.source
-    assert extract is not None and data is not None, "the stage of a fit place after place declares its source texts"
-    reader = TextReader(model, extract)
-    texts, _ = reader.encode(rows.read(data), data.format, 0)
+    assert params.extract is not None, "the stage of a fit place after place declares how its texts are read"
+    selection = steered(params.extract.select, method.steers(config))
+    places = _among(selection, [tap.name for tap in taps.select(model.model, params.extract.select)])
+    # What was extracted is the target of the plain model; else target texts are among those that run through the model.
+    extracted = {name: read["target"].column(name, config.pooling) for name in places} if "target" in read else None
+    readings, num_rows = _readings(model, params, selection)
+
+    def fit_one(name: str, source_ND: Tensor, target_MD: Tensor) -> Map | None:
+        target = target_MD.cpu() if extracted is None else extracted[name]
+        return checked_maps(config, method.fit(config, {name: source_ND.cpu()}, {name: target})).get(name)
+
+    start_s, select = time.monotonic(), params.extract.select
+    taps_of = [taps.tap(name) for name in places]
+    maps = fit_in_order(model.model, taps_of, select, readings, config.pooling, fit_one, pixels=config.pixels)
+    about = about_model(model, params.extract)
+    seconds = time.monotonic() - start_s
+    num_rows = {role: sample.num_rows for role, sample in read.items()} | num_rows
+    return _Fit(dict(maps), selection, str(about["fingerprint"]), cast("JsonObject", about["prompt"]), seconds, num_rows)
+
+
+def _readings(model: Any, params: Params, steer: Selection) -> tuple[list[Reading], dict[str, int]]:
+    """Return the texts of a fit place after place in batches, and the number of texts by role.
+
+    Raises:
+        ValueError: the model carries patches and the texts need several batches.
+    """
+    import torch
+
+    from steerlab.activations.reading import TextReader, batches
+    from steerlab.methods.math.sequential_fit import Reading
+    from steerlab.patches import taps
+
+    assert params.extract is not None
+    reader = TextReader(model, params.extract)
+    encoded = {role: reader.encode(rows.read(data), data.format, 0)[0] for role, data in params.walked.items()}
     # The reader only tokenises here; its hooks would read every pass of the fit.
     reader.close()
+    texts = [(text, role == "target") for role, some in encoded.items() for text in some]
     readings = []
-    for chunk in batches([len(text) for text in texts], extract.batch_tokens):
-        batch = model.encoder.collate([texts[i] for i in chunk]).to(model.device)
-        readings.append(Reading(batch.patched_inputs, taps.selected(batch, extract.select), taps.selected(batch, steer)))
+    for chunk in batches([len(text) for text, _ in texts], params.extract.batch_tokens):
+        batch = model.encoder.collate([texts[i][0] for i in chunk]).to(model.device)
+        is_target_B = torch.tensor([texts[i][1] for i in chunk])
+        readings.append(
+            Reading(batch.patched_inputs, taps.selected(batch, params.extract.select), taps.selected(batch, steer), is_target_B)
+        )
     # The fit runs batches in threads side by side (sequential_fit.py), and a model's patches know the tokens of one call only.
     if model.patches and len(readings) > 1:
         raise ValueError(
-            f"method.incremental: on a model that carries patches the {len(texts)} source texts must fit into one batch; "
-            "raise extract.batch_tokens or set method.incremental: false"
+            f"method.incremental: on a model that carries patches the {len(texts)} texts must fit into one batch; raise "
+            "extract.batch_tokens or set method.incremental: false"
         )
-    places = [taps.tap(name) for name in target]
-
-    def fit_one(name: str, source_ND: Tensor) -> Map | None:
-        return checked_maps(config, method.fit(config, {name: source_ND.cpu()}, {name: target[name]})).get(name)
-
-    pooling = config.pooling
-    return fit_in_order(model.model, places, extract.select, readings, pooling, fit_one), len(texts)
+    return readings, {role: len(some) for role, some in encoded.items()}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Selection, TaskConfig, base_job, job_type
-from steerlab.methods.contract import Assembled, Fitted, Method, Trained
+from steerlab.methods.contract import Assembled, Fitted, Method, SteeringConfig, Trained
 from steerlab.methods.edited import EditConfig, Edited
 from steerlab.stages import assemble, choose, edit, evaluate, extract, fit, prepare, reduce, train
 from steerlab.stages.spread import subject
@@ -91,6 +91,11 @@ class Plan:
         return self._maker.method.leaves_patch
 
     @property
+    def leaves_maps(self) -> bool:
+        """Whether the patch of the model that the job evaluates is one of maps of activations."""
+        return self.leaves_patch and isinstance(self._maker.job.method, SteeringConfig)
+
+    @property
     def steers(self) -> Selection | None:
         """Modules and tokens on which the patch acts whose strength is varied; None if its method does not restrict them."""
         maker = self._maker
@@ -113,7 +118,7 @@ class Plan:
         """Extractions whose artifacts are results of the job themselves, by the role of their data set."""
         job = self.job
         # An `extract` section belongs to the method if that reads activations; else it says what the job itself is for.
-        if job.extract is None or self.method.reads(job.method):
+        if job.extract is None or self.method.reads_model(job.method):
             return {}
         kind = reduce if job.extract.keep == "moments" else extract
         return {role: kind.stage(job, role, self.start, job.extract) for role in job.data.by_role}
@@ -187,8 +192,8 @@ class Plan:
 
     def _baseline(self, task: TaskConfig) -> Stage:
         """Return the stage that runs a task on the model to which the job's patch is attached."""
-        # Neither snapshot nor strength is part of it, so that all jobs and trials that patch this model share one artifact.
-        plain = self.job.model_copy(update={"snapshot": None})
+        # Neither snapshot, direction nor strength is part of it: all jobs and trials that patch this model share one artifact.
+        plain = self.job.model_copy(update={"snapshot": None, "inverse": False})
         return evaluate.stage(plain, _changed(task, UNPATCHED_NAME, (1.0,)), self.start)
 
     @cached_property

@@ -514,6 +514,7 @@ def load(
     device: str | torch.device = "cpu",
     prompt: Mapping[str, object] | None = None,
     snapshot: int | None = None,
+    inverse: bool = False,
     sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
 ) -> SteeredModel | SteeredPipeline:
@@ -526,6 +527,7 @@ def load(
         device: Device of model and patches.
         prompt: Prompt settings of a plain checkpoint, which has none of its own (the fields of `SavedPrompt`).
         snapshot: Training step after which the patch was saved; None for the patch at the end of the training.
+        inverse: Load the inverse of the newest patch, which induces what its maps remove.
         sampler: How a pipeline draws (the fields of `SamplerConfig`); None for the settings with which it was made.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
 
@@ -533,7 +535,8 @@ def load(
         A `SteeredModel` for a language model, a `SteeredPipeline` for a diffusion model.
 
     Raises:
-        ValueError: a file of the artifact is damaged or missing, or it holds no patch of that snapshot.
+        ValueError: a file of the artifact is damaged or missing, it holds no patch of that snapshot, or the patch has no
+            inverse.
     """
     model, encoder, stack = load_stack(
         directory,
@@ -541,6 +544,7 @@ def load(
         attention=attention,
         prompt=prompt,
         snapshot=snapshot,
+        inverse=inverse,
         sampler=sampler,
         trust_remote_code=trust_remote_code,
     )

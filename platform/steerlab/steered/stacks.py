@@ -46,6 +46,7 @@ def load_stack(
     seed: int = 0,
     prompt: Mapping[str, object] | None = None,
     snapshot: int | None = None,
+    inverse: bool = False,
     sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
 ) -> Stack:
@@ -58,11 +59,13 @@ def load_stack(
         seed: Seed of weights that a plain checkpoint does not hold.
         prompt: Prompt settings of a plain checkpoint.
         snapshot: Training step after which the newest patch was saved; None for the end of the training.
+        inverse: Load the inverse of the newest patch, which induces what its maps remove.
         sampler: How a pipeline draws; None for the settings with which it was made.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
 
     Raises:
-        ValueError: a file is damaged, a model that a patch is for does not exist, or there is no patch of this snapshot.
+        ValueError: a file is damaged, a model that a patch is for does not exist, there is no patch of this snapshot, or
+            the newest patch has no inverse.
     """
     directory = Path(directory)
     if not (directory / PROMPT).is_file():
@@ -109,9 +112,13 @@ def load_stack(
     if not patches.exists(patch_dir):
         if snapshot is not None:
             raise ValueError(f"{directory} holds no patch of step {snapshot}; train.snapshots says which steps are kept")
+        if inverse:
+            raise ValueError(f"{directory} holds no patch, so there is nothing to invert")
         return Stack(model, encoder, below)
     # A patch beside its own model was saved with it; one on another model is checked against that model's fingerprint.
     newest = patches.load(patch_dir, model if (directory / BASE).is_file() else None)
+    if inverse:
+        newest = patches.inverse(newest)
     return Stack(model, encoder, (*below, newest))
 
 

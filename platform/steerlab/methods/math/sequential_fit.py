@@ -1,10 +1,10 @@
-"""Fit maps one after another in a single pass, each on the source activations with all earlier maps applied.
+"""Fit maps one after another in a single pass, each on activations with all earlier maps applied.
 
 The AcT paper (arXiv 2410.23054, section 4) fits place l on activations that are computed with the maps of places 1 to l - 1
-applied. Place by place that takes one forward pass for each place, O(L^2) work in L layers. Here every batch of source texts
-runs through the model once, in a thread of its own, and waits at each place for all other batches. The map is then fitted on
-all batches, and each thread applies it to its own activations and continues. The maps are the same as those of the
-place-by-place procedure.
+applied, to source and target texts alike. Place by place that takes one forward pass for each place, O(L^2) work in L layers.
+Here every batch of texts runs through the model once, in a thread of its own, and waits at each place for all other batches.
+The map is then fitted on all batches, and each thread applies it to its own activations and continues. The maps are the same
+as those of the place-by-place procedure.
 
 Only one thread computes at a time, so that temporary memory is that of one batch; a waiting batch holds the activations of one
 layer.
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
-from steerlab.job import Pooling, Selection
+from steerlab.job import Pixels, Pooling, Selection
 from steerlab.patches import taps
-from steerlab.patches.maps import Map
+from steerlab.patches.maps import Map, mapped_pixels
 
 
 class Reading(NamedTuple):
-    """One batch of source texts, and which of its tokens the fit reads and the maps change."""
+    """One batch of texts, and which of its tokens the fit reads and the maps change."""
 
     inputs: Mapping[str, object]
     """Keyword arguments of the model."""
@@ -35,10 +35,13 @@ class Reading(NamedTuple):
     """True for tokens that are pooled for the fit."""
     steered_BT: Tensor
     """True for tokens on which the maps act."""
+    target_B: Tensor | None = None
+    """True for target texts, False for source texts; None: the batch has source texts only."""
 
 
-Fit = Callable[[str, Tensor], Map | None]
-"""(place, pooled activations of all source texts, (N, D)) -> the place's map; None leaves the place as it is."""
+Fit = Callable[[str, Tensor, Tensor], Map | None]
+"""(place, pooled activations of all source texts, (N, D), and of all target texts, (M, D)) -> the place's map; None leaves the
+place as it is. M is 0 where no batch has target texts."""
 
 
 def fit_in_order(
@@ -49,6 +52,8 @@ def fit_in_order(
     pooling: Pooling,
     fit: Fit,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    pixels: Pixels = "pixel",
 ) -> dict[str, Map]:
     """Fit a map at every place, in the order in which the model runs them, in one pass over the batches.
 
@@ -56,10 +61,12 @@ def fit_in_order(
         model: the model, with other patches attached if it has any.
         places: the places to map.
         selection: only its `side` is read: whether the maps act on a module's input or output.
-        batches: all source texts.
+        batches: all texts that run through the model: the source texts, and the target texts if they are to be read with the
+            earlier maps applied.
         pooling: how the activations of a text's `read_BT` tokens become one vector.
         fit: makes the map of one place.
         progress: called after each place with (number of places done, number of places).
+        pixels: whether the maps move the mean of a channel of an image, or every pixel.
 
     Returns:
         The maps by place, in the order in which they were fitted.
@@ -67,7 +74,7 @@ def fit_in_order(
     Raises:
         ValueError: `fit` raised it, or a forward pass does not reach a place or reaches it twice.
     """
-    walk = _Walk(list(places), batches, pooling, fit, progress)
+    walk = _Walk(list(places), batches, pooling, pixels, fit, progress)
     handles = [walk.hook(model, place, selection.side) for place in places]
     # Daemon threads: an interrupted process must not wait for threads that wait for each other.
     # Threads and not processes: all batches run through the one model, and their hooks share the maps.
@@ -94,11 +101,15 @@ class _Walk:
         places: list[taps.Tap],
         batches: Sequence[Reading],
         pooling: Pooling,
+        pixels: Pixels,
         fit: Fit,
         progress: Callable[[int, int], None],
     ) -> None:
         self._places, self._batches, self._fit, self._progress = places, batches, fit, progress
         self._pooling: Pooling = pooling
+        self._pixels: Pixels = pixels
+        # In the order of the batches, in which their pooled activations are joined.
+        self._target_N = torch.cat([_targets(batch) for batch in batches])
         # The order in which places run, known only now: modules may run in another order than they are defined in.
         self._order: list[str] = []
         self._pooled: dict[int, Tensor] = {}
@@ -147,7 +158,9 @@ class _Walk:
                 return value
             # Only the rows with a prompt are read and mapped; with guidance the other half of the batch has none.
             axis = taps.feature_axis(module, z.dim())
-            mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis))
+            # Only (B, C, H, W) and (B, C, pixels) have channels whose mean may move; other values are mapped as tokens are.
+            pixels = self._pixels if axis == 1 and z.dim() > 2 else None
+            mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis), pixels)
             # A clone, since the next line writes: residual connections may still read the module's own output.
             z_last = z.movedim(axis, -1).clone()
             z_last[call.conditional] = mapped_BTD.reshape(z_last[call.conditional].shape)
@@ -159,7 +172,7 @@ class _Walk:
             )
         return module.register_forward_hook(lambda _m, _i, output: edit(output))
 
-    def _arrive(self, place: str, z_BTD: Tensor) -> Tensor:
+    def _arrive(self, place: str, z_BTD: Tensor, pixels: Pixels | None = None) -> Tensor:
         """Hand over this batch's pooled activations, wait for the place's map, and return the mapped activations."""
         batch = self._batches[self._here.number]
         read_BT = batch.read_BT.to(z_BTD.device)
@@ -180,10 +193,11 @@ class _Walk:
         if fitted is None:
             return z_BTD
         # In float32, as an attached patch computes it: later places must see the same values as at inference.
-        mapped_BTD = fitted(z_BTD.float()).to(z_BTD.dtype)
+        value_BTD = z_BTD.float()
+        mapped_BTD = fitted(value_BTD) if pixels is None else mapped_pixels(fitted, value_BTD, pixels)
         # With an axis for attention heads where the value has one, so that the mask broadcasts over heads and not over tokens.
         steered_BT = taps.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
-        return torch.where(steered_BT.unsqueeze(-1), mapped_BTD, z_BTD)
+        return torch.where(steered_BT.unsqueeze(-1), mapped_BTD.to(z_BTD.dtype), z_BTD)
 
     def _meet(self) -> None:
         """Fit the place at which all threads wait; the barrier runs this in one of them."""
@@ -201,9 +215,10 @@ class _Walk:
                 raise ValueError(f"{place} runs more than once in a forward pass: which of its values is meant is not clear")
             # In the order of the batches, not of the threads: the maps do not depend on scheduling.
             pooled_ND = torch.cat([self._pooled[number] for number in range(len(self._batches))])
-            # A fit may differentiate, and inference tensors cannot be used in autograd: hence also the clone.
+            target_N = self._target_N.to(pooled_ND.device)
+            # A fit may differentiate, and inference tensors cannot be used in autograd: indexing outside of it makes copies.
             with torch.inference_mode(False):
-                fitted = self._fit(place, pooled_ND.clone())
+                fitted = self._fit(place, pooled_ND[~target_N].clone(), pooled_ND[target_N].clone())
             # Recorded even without a map: it says that the place has run.
             self._order.append(place)
             if fitted is not None:
@@ -214,6 +229,11 @@ class _Walk:
             # Raised in the barrier's action, it breaks the barrier, and all other threads get BrokenBarrierError.
             self.error = error
             raise
+
+
+def _targets(batch: Reading) -> Tensor:
+    """Return which texts of a batch are target texts, (B,) bool."""
+    return torch.zeros(len(batch.read_BT), dtype=torch.bool) if batch.target_B is None else batch.target_B.cpu()
 
 
 class _Arrived(Exception):

@@ -66,6 +66,8 @@ class OnModel(Frozen, extra="ignore"):
     """Version of the code that turns rows into tokens; None for models that take no tokens."""
     snapshot: int | None = Field(default=None, exclude_if=lambda step: step is None)
     """Training step after which the model's patch was saved; None for the patch at the end of its training."""
+    inverse: bool = Field(default=False, exclude_if=lambda inverse: not inverse)
+    """Whether the inverse of the model's newest patch acts."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ class Loading:
     """How the model is prompted; None for an artifact, whose `prompt.json` says so."""
     snapshot: int | None
     """Training step after which the artifact's patch was saved; None for the patch at the end."""
+    inverse: bool = False
+    """Whether the inverse of the newest patch acts."""
 
     @property
     def prompt_settings(self) -> JsonObject | None:
@@ -182,7 +186,8 @@ def of(work: Work) -> Loading:
     # A snapshot is a file of an artifact; a source has none.
     if below is None:
         return Loading(ModelRef(source=params.model.source), params.model, params.prompt, None)
-    return Loading(ModelRef(artifact=(work.store.root, below.name, below.key)), params.model, None, params.snapshot)
+    ref = ModelRef(artifact=(work.store.root, below.name, below.key))
+    return Loading(ref, params.model, None, params.snapshot, params.inverse)
 
 
 def load(loading: Loading) -> Any:
@@ -207,6 +212,7 @@ def load(loading: Loading) -> Any:
         device="cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu",
         prompt=loading.prompt_settings,
         snapshot=loading.snapshot,
+        inverse=loading.inverse,
         sampler=None if model.sampler is None else model.sampler.model_dump(mode="json"),
         trust_remote_code=model.trust_remote_code,
     )
