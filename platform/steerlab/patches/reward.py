@@ -93,12 +93,12 @@ class RewardPatch(nn.Module):
         candidates_BCK[row_Q, at_Q] = token_QK
         reward_QK = rewards.of(candidates_BCK, columns_C, mask_BT, cache)[row_Q, at_Q]
         alpha = forward.strength_of_logits(number)
-        alpha_Q1 = 1.0 if alpha is None else alpha.expand(*logits_BTV.shape[:2], 1).reshape(-1, 1).to(reward_QK.dtype)
+        shape = (*logits_BTV.shape[:2], 1)
+        alpha_Q1 = (reward_QK.new_ones(shape) if alpha is None else alpha.expand(shape)).reshape(-1, 1).to(reward_QK.dtype)
         scored_QV = (top_QK[:, :1] + _UNSEEN).expand_as(logits_QV).to(logits_QV.dtype).clone()
         scored_QV.scatter_(1, token_QK, (top_QK + alpha_Q1 * self.weight * reward_QK).to(logits_QV.dtype))
         # Row by row: rows of strength 0 keep all of their tokens.
-        keeps = None if alpha is None else alpha_Q1 == 0
-        return (scored_QV if keeps is None else torch.where(keeps, logits_QV, scored_QV)).view_as(logits_BTV)
+        return (scored_QV if alpha is None else torch.where(alpha_Q1 == 0, logits_QV, scored_QV)).view_as(logits_BTV)
 
     def spec(self) -> dict[str, object]:
         """Return the constructor's arguments as JSON values."""

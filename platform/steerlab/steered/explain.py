@@ -214,8 +214,10 @@ def summarise(model: SteeredModel, conversations: Sequence[Conversation], *, num
     promoted, demoted = (
         [Moved(token, value, value / num_places) for token, value in _top(model, sign * total_V, num, sign)] for sign in (1, -1)
     )
-    means = [[value / max(1, size) for value, size in zip(values, sizes, strict=True)] for values in (norms, kls)]
-    return Summary(*means, sizes, promoted, demoted)
+    mean_norms, mean_kls = (
+        [value / max(1, size) for value, size in zip(values, sizes, strict=True)] for values in (norms, kls)
+    )
+    return Summary(mean_norms, mean_kls, sizes, promoted, demoted)
 
 
 def _top(model: SteeredModel, vector_V: Tensor, num: int, sign: int = 1) -> list[tuple[str, float]]:

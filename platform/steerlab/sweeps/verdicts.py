@@ -105,25 +105,23 @@ def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> 
         if is_meant and row.get("status") == "finished" and isinstance(value, int | float) and not isinstance(value, bool):
             by_value.setdefault(float(value), []).append(row)
     ends = list(prediction.between or ((min(by_value), max(by_value)) if len(by_value) > 1 else ()))
-    outcome: Outcome = {
+    values = [_mean(by_value.get(end, []), prediction.metric) for end in ends]
+    difference = None
+    if len(ends) == 2 and None not in values:
+        difference = differences.difference(by_value[ends[1]], by_value[ends[0]], prediction.metric, store)
+    return {
         "metric": prediction.metric,
         "over": prediction.over,
         "expected": prediction.expected,
         "where": prediction.where,
         "because": prediction.because,
         "ends": ends,
-        "values": [_mean(by_value.get(end, []), prediction.metric) for end in ends],
-        "difference": None,
-        "low": None,
-        "high": None,
-        "held": None,
+        "values": values,
+        "difference": None if difference is None else difference.value,
+        "low": None if difference is None else difference.low,
+        "high": None if difference is None else difference.high,
+        "held": None if difference is None else _held(prediction.expected, difference.low, difference.high),
     }
-    if len(ends) == 2 and None not in outcome["values"]:
-        difference = differences.difference(by_value[ends[1]], by_value[ends[0]], prediction.metric, store)
-        if difference is not None:
-            outcome |= {"difference": difference.value, "low": difference.low, "high": difference.high}
-            outcome["held"] = _held(prediction.expected, difference.low, difference.high)
-    return outcome
 
 
 def _mean(rows: Sequence[TrialRow], metric: str) -> float | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from steerlab.evaluation.statistics.metrics import (
@@ -33,7 +34,7 @@ def run(task: Task[Any, Any], model: object, config: TaskConfig) -> list[Result]
     for seed in config.seeds:
         result = task.run(model, config.model_copy(update={"seed": seed}))
         # The texts of an item differ by seed, and in the file of all texts the rows of an item have to be told apart.
-        results.append(result._replace(samples=[{**sample, "task_seed": seed} for sample in result.samples]))
+        results.append(replace(result, samples=[{**sample, "task_seed": seed} for sample in result.samples]))
     return results
 
 
@@ -51,7 +52,7 @@ def pooled(results: Sequence[Result]) -> Result:
             groups[observation.strength, observation.metric, observation.id].append(observation)
     files = {path: content for result in reversed(results) for path, content in result.files.items()}
     samples = [sample for result in results for sample in result.samples]
-    return Result([_mean(group) for group in groups.values()], samples, first.measures, files)
+    return Result([_mean(group) for group in groups.values()], samples, first.measures, files, first.num_shown)
 
 
 def summarise(results: Sequence[Result]) -> dict[float, dict[str, Metric]]:

@@ -62,23 +62,24 @@ class Config(TaskConfig):
     """Pairs with more tokens are not scored."""
 
 
+_MEASURES = (
+    share("accuracy", "higher"),
+    Measure("margin", "higher", "nats", transform="mean"),
+    share("likelihood_accuracy", "higher"),
+    Measure("kl", "lower", "nats a token", low=0.0, transform="mean"),
+    share("shorter", None),
+    Measure("chosen_logp", "higher", "nats", high=0.0, transform="mean"),
+    # Without a direction: a good policy may make both responses likelier, or both less likely.
+    Measure("rejected_logp", None, "nats", high=0.0, transform="mean"),
+    Measure("chosen_reward", "higher", "nats", transform="mean"),
+    Measure("rejected_reward", None, "nats", transform="mean"),
+)
+NAMES = tuple(measure.name for measure in _MEASURES)
+
+
 def measures(config: Config) -> tuple[Measure, ...]:
     """Return the measures of the numbers that the task reports."""
-    return (
-        share("accuracy", "higher"),
-        Measure("margin", "higher", "nats", transform="mean"),
-        share("likelihood_accuracy", "higher"),
-        Measure("kl", "lower", "nats a token", low=0.0, transform="mean"),
-        share("shorter", None),
-        Measure("chosen_logp", "higher", "nats", high=0.0, transform="mean"),
-        # Without a direction: a good policy may make both responses likelier, or both less likely.
-        Measure("rejected_logp", None, "nats", high=0.0, transform="mean"),
-        Measure("chosen_reward", "higher", "nats", transform="mean"),
-        Measure("rejected_reward", None, "nats", transform="mean"),
-    )
-
-
-NAMES = tuple(measure.name for measure in measures(Config()))
+    return _MEASURES
 
 
 def run(model: SteeredModel, config: Config) -> Result:
