@@ -17,8 +17,8 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
 from steerlab.methods import dpo, genarm, iav, simpo
 from steerlab.methods.contract import Inputs, Trainee, trained_parameters
-from steerlab.methods.math import preference
-from steerlab.methods.math.preference import PairLossConfig
+from steerlab.methods.math import pair_losses
+from steerlab.methods.math.pair_losses import PairLossConfig
 from steerlab.patches import WeightPatch
 from steerlab.steered.language import SteeredModel
 from steerlab.steered.scoring import Predicted
@@ -40,7 +40,7 @@ def of_responses(average: bool) -> tuple[list[float], list[float], list[list[flo
     policy, reference = ([part.tolist() for part in values.split(SIZES)] for values in (log_p, log_q))
     gaps = [sum(p) - sum(q) for p, q in zip(policy, reference, strict=True)]
     scores = [gap / size if average else gap for gap, size in zip(gaps, SIZES, strict=True)]
-    pairs = preference.compare(log_p, log_q, TOKENS, BETA, average)
+    pairs = pair_losses.compare(log_p, log_q, TOKENS, BETA, average)
     for found, wanted in (
         (pairs.chosen_logp_P, [sum(policy[0]), sum(policy[2])]),
         (pairs.rejected_logp_P, [sum(policy[1]), sum(policy[3])]),
@@ -82,7 +82,7 @@ EQUATIONS: dict[str, tuple[dict[str, Any], Any]] = {
 def test_each_loss_is_its_equation(name: str) -> None:
     fields, equation = EQUATIONS[name]
     h_P = torch.tensor([-9.0, -1.5, -0.1, 0.0, 0.2, 1.0, 3.4, 40.0], dtype=torch.float64)
-    found = preference.loss(BETA * h_P, BETA, config(**fields)).tolist()
+    found = pair_losses.loss(BETA * h_P, BETA, config(**fields)).tolist()
     assert found == pytest.approx([equation(h) for h in h_P.tolist()], rel=1e-10, abs=1e-12)
 
 
@@ -90,14 +90,14 @@ def test_robust_dpo_is_unbiased_under_flipped_labels() -> None:
     """Its expectation over flips of a share of labels is DPO's loss of the true labels (section 3 of its paper)."""
     margin_P = torch.linspace(-4, 4, 9, dtype=torch.float64)
     robust = config(loss="robust", label_smoothing=0.3)
-    expected = 0.7 * preference.loss(margin_P, 1.0, robust) + 0.3 * preference.loss(-margin_P, 1.0, robust)
-    torch.testing.assert_close(expected, preference.loss(margin_P, 1.0))
+    expected = 0.7 * pair_losses.loss(margin_P, 1.0, robust) + 0.3 * pair_losses.loss(-margin_P, 1.0, robust)
+    torch.testing.assert_close(expected, pair_losses.loss(margin_P, 1.0))
 
 
 def test_far_margins_have_finite_losses_and_gradients() -> None:
     for fields, _ in EQUATIONS.values():
         margin_P = torch.tensor([-500.0, 500.0], requires_grad=True)
-        losses_P = preference.loss(margin_P, BETA, config(**fields))
+        losses_P = pair_losses.loss(margin_P, BETA, config(**fields))
         losses_P.sum().backward()
         assert losses_P.isfinite().all() and margin_P.grad is not None and margin_P.grad.isfinite().all()
 

@@ -15,7 +15,7 @@ from steerlab.evaluation import TASKS
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.metrics import Result, summarise_all
 from steerlab.job import DataSet, JobError
-from steerlab.run import judging
+from steerlab.run import texts_judged
 from steerlab.steered.language import SteeredModel
 
 
@@ -56,9 +56,9 @@ def test_judging_a_file_gives_the_numbers_of_the_run_that_wrote_it(task: str, wr
     }
     data(tmp_path / "asked.jsonl", [{"prompt": "what is it ?"}, {"prompt": "who ?"}], "text")
     result, file = written(task, **fields[task])
-    config = judging.task_of(file, None)
+    config = texts_judged.task_of(file, None)
     assert config == TASKS[task].Config(max_new_tokens=6, **fields[task]), "the file says how it was judged"
-    judged = judging.judge(file, config, judging.read(file))
+    judged = texts_judged.judge(file, config, texts_judged.read(file))
     expected = summarise_all(result)[1.0]
     # Perplexities and n-grams beside each text come from the model, and whether a text is finished is not in the file.
     own = {name: metric for name, metric in expected.items() if name in judged.metrics[1.0]}
@@ -120,6 +120,6 @@ def test_what_cannot_be_judged_is_said(options: list[str], said: str, tmp_path: 
 
 def test_the_fields_of_another_task_are_not_taken_over(written, tmp_path: Path) -> None:
     _, file = written("concept", concept="cow", words=("cow",), embedding_source=None, samples=2)
-    assert judging.task_of(file, "sentiment") == TASKS["sentiment"].Config()
+    assert texts_judged.task_of(file, "sentiment") == TASKS["sentiment"].Config()
     with pytest.raises(JobError, match="word"):
-        judging.task_of(file, "concept", ["words=[]"])
+        texts_judged.task_of(file, "concept", ["words=[]"])

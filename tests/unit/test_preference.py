@@ -17,7 +17,7 @@ from steerlab.data.worlds import tiny
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Batch, collate
-from steerlab.methods.math import preference
+from steerlab.methods.math import pair_losses
 from steerlab.steered import scoring
 from steerlab.steered.scoring import Predicted, Scores
 
@@ -56,9 +56,9 @@ def naive_dpo(log_ratio_N: Tensor, average: bool) -> Tensor:
 
 
 def loss(scores: Scores, average: bool) -> Tensor:
-    pairs = preference.compare(scores.log_prob_N, scores.reference_N, TOKENS, BETA, average)
-    losses_P = preference.loss(pairs.margin_P, BETA)
-    kl_P, square_P = (preference.mean_of_pairs(x_N, TOKENS) for x_N in (scores.kl_N, scores.square_N))
+    pairs = pair_losses.compare(scores.log_prob_N, scores.reference_N, TOKENS, BETA, average)
+    losses_P = pair_losses.loss(pairs.margin_P, BETA)
+    kl_P, square_P = (pair_losses.mean_of_pairs(x_N, TOKENS) for x_N in (scores.kl_N, scores.square_N))
     return (losses_P + 0.7 * kl_P + 0.2 * square_P).sum()
 
 
@@ -93,8 +93,8 @@ def test_pieces_change_float32_by_rounding_alone() -> None:
 def test_without_a_vector_the_loss_is_log_2_and_the_distance_0() -> None:
     head, last_ND, features_NK, up_VK = inputs(torch.float32)
     scores = scoring.scores(head, last_ND, features_NK, torch.zeros_like(up_VK), TOKENS.target_N)
-    margin_P = preference.compare(scores.log_prob_N, scores.reference_N, TOKENS, BETA).margin_P
-    losses_P = preference.loss(margin_P, BETA)
+    margin_P = pair_losses.compare(scores.log_prob_N, scores.reference_N, TOKENS, BETA).margin_P
+    losses_P = pair_losses.loss(margin_P, BETA)
     assert losses_P.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
     assert not margin_P.any() and not scores.kl_N.any() and not scores.square_N.any()
 
@@ -137,8 +137,8 @@ def test_memory_is_that_of_a_piece_whatever_the_batch(num: int) -> None:
     tokens = Predicted(torch.arange(2).repeat_interleave(num // 2), torch.zeros(num), torch.randint(0, vocabulary, (num,)))
     with _Peak() as peak:
         scores = scoring.scores(head, last_ND, last_ND, up_VK, tokens.target_N, chunk)
-        losses_P = preference.loss(preference.compare(scores.log_prob_N, scores.reference_N, tokens, 0.1).margin_P, 0.1)
-        (losses_P.sum() + 0.1 * preference.mean_of_pairs(scores.kl_N + scores.square_N, tokens).sum()).backward()
+        losses_P = pair_losses.loss(pair_losses.compare(scores.log_prob_N, scores.reference_N, tokens, 0.1).margin_P, 0.1)
+        (losses_P.sum() + 0.1 * pair_losses.mean_of_pairs(scores.kl_N + scores.square_N, tokens).sum()).backward()
     whole, piece = 4 * num * vocabulary, 4 * chunk
     assert peak.most < 8 * piece + 3 * up_VK.nbytes + 200 * num
     assert peak.most > 2 * piece, "the measurement sees the pieces"

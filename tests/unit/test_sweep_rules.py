@@ -14,8 +14,8 @@ from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.job import JobError
 from steerlab.storage.store import Store
-from steerlab.sweeps import results, space, trials, verdicts
-from steerlab.sweeps.rules import Bound, Prediction, Price, is_control
+from steerlab.sweeps import outcomes, results, space, trials
+from steerlab.sweeps.space_rules import Bound, Prediction, Price, is_control
 
 JOB = {
     "name": "rules",
@@ -119,11 +119,11 @@ def plan_of(mode: str = "max", **rules: Any) -> Any:
 
 def chosen(rows: list[dict[str, Any]], plan: Any, store: Store) -> tuple[str | None, list[str] | None]:
     scored = results.scored(rows, plan.metric)
-    allowed = verdicts.candidates(scored, plan)
+    allowed = outcomes.candidates(scored, plan)
     top = results.best_of(allowed, plan.mode)
     if top is None:
         return None, None
-    best, close = verdicts.chosen(top, allowed, scored, plan, store)
+    best, close = outcomes.chosen(top, allowed, scored, plan, store)
     return best.trial_id, close
 
 
@@ -162,8 +162,8 @@ def test_no_trial_is_the_best_when_none_keeps_the_bound(store: Store) -> None:
 def test_a_bound_is_kept_in_the_mean_over_seeds() -> None:
     rows = [row("a", {"m/solved": 0.5, "u/use": use}, seed) for seed, use in enumerate((0.7, 1.0, 1.0))]
     (trial,) = results.scored(rows, "m/solved")
-    assert verdicts.keeps(trial, Bound("u/use", 0.9, "higher"))
-    assert not verdicts.keeps(trial, Bound("u/use", 0.91, "higher"))
+    assert outcomes.keeps(trial, Bound("u/use", 0.9, "higher"))
+    assert not outcomes.keeps(trial, Bound("u/use", 0.91, "higher"))
 
 
 def test_a_control_has_all_values_of_one_entry() -> None:
@@ -186,8 +186,8 @@ def test_predictions_are_held_against_paired_differences(store: Store) -> None:
         rows.append(row(name, {"m/solved": float((hard < share).mean())}, ratio=ratio, kind=kind))
     rows.append({**row("f", {"m/solved": 1.0}, ratio=0.9, kind="x"), "status": "failed"})
 
-    def outcome(expected: str, **more: Any) -> verdicts.Outcome:
-        return verdicts.outcomes([prediction(expected, **more)], rows, store)[0]
+    def outcome(expected: str, **more: Any) -> outcomes.Outcome:
+        return outcomes.outcomes([prediction(expected, **more)], rows, store)[0]
 
     falls = outcome("falls", where={"kind": "x"}, because="why")
     assert (falls["ends"], falls["held"], falls["because"]) == ([0.0, 0.5], True, "why")
@@ -208,10 +208,10 @@ def test_predictions_over_seeds_use_the_spread_of_paired_seeds(store: Store) -> 
     luck = {0: 0.0, 1: 0.3, 2: -0.2}
     rows = [row("a", {"m/solved": 0.4 + luck[seed]}, seed, ratio=0.0) for seed in luck]
     rows += [row("b", {"m/solved": 0.5 + luck[seed] + 0.001 * seed}, seed, ratio=1.0) for seed in luck]
-    (outcome,) = verdicts.outcomes([prediction("rises")], rows, store)
+    (outcome,) = outcomes.outcomes([prediction("rises")], rows, store)
     assert outcome["held"] is True and outcome["difference"] == pytest.approx(0.101)
     noisy = [
         {**one, "metric.m/solved": one["metric.m/solved"] + shift}
         for one, shift in zip(rows, [0] * 3 + [0.5, -0.6, 0.1], strict=True)
     ]
-    assert verdicts.outcomes([prediction("rises")], noisy, store)[0]["held"] is None
+    assert outcomes.outcomes([prediction("rises")], noisy, store)[0]["held"] is None

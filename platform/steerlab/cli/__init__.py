@@ -12,7 +12,7 @@ import traceback
 
 import typer
 
-from steerlab.cli import comparing, describing, judging, running, sending, sweeping, trying
+from steerlab.cli import comparing, describing, judge, running, sending, sweeping, trying
 from steerlab.cli.terminal import errors
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app.command("plan")(running.show_plan)
 app.command()(trying.generate)
 app.command()(trying.explain)
 app.command()(trying.export)
-app.command()(judging.judge)
+app.command()(judge.judge)
 app.command()(comparing.compare)
 app.command()(comparing.report)
 app.command("wandb-sweep")(sweeping.wandb_sweep)

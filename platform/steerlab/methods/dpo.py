@@ -10,7 +10,7 @@ which takes the memory of the weights a second time and one more forward pass a 
 the reference is the same model with its adapters off.
 
 `loss`, `label_smoothing` and `chosen_nll` choose other losses of the same margin (conservative and robust DPO, IPO, hinge) and
-add RPO's supervised term; math/preference.py has their equations. IPO's paper sums log-ratios over a response; TRL takes their
+add RPO's supervised term; math/pair_losses.py has their equations. IPO's paper sums log-ratios over a response; TRL takes their
 mean, which is `length_average`.
 
 The result is saved as a patch of weight differences: the strength interpolates between reference and policy, strength 0 is the
@@ -32,7 +32,7 @@ from steerlab import patches
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, check_masters, train_everything
-from steerlab.methods.math import preference
+from steerlab.methods.math import pair_losses
 from steerlab.methods.math.lora import Adapters, Lora, num_trained
 from steerlab.methods.math.whole_weights import Whole
 from steerlab.models import ModelFacts
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Config(preference.PairLossConfig):
+class Config(pair_losses.PairLossConfig):
     """Hyperparameters of DPO."""
 
     name: Literal["dpo"] = "dpo"
@@ -98,9 +98,9 @@ class Dpo(PatchAlone):
         # The reward of a response is beta sum_t (log pi - log pi_ref)(y_t), the argument of sigmoid in eq. 7 their difference.
         config = self.config
         # Differences of the tokens first, sums second: the sums of policy and reference are close and hundreds of nats large.
-        pairs = preference.compare(policy_N, reference_N, tokens, config.beta, config.length_average)
-        loss_P = preference.loss(pairs.margin_P, config.beta, config)
-        return Loss(preference.total(pairs, loss_P, config).sum(), pairs.metrics())
+        pairs = pair_losses.compare(policy_N, reference_N, tokens, config.beta, config.length_average)
+        loss_P = pair_losses.loss(pairs.margin_P, config.beta, config)
+        return Loss(pair_losses.total(pairs, loss_P, config).sum(), pairs.metrics())
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:

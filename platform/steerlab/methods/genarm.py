@@ -30,7 +30,7 @@ from steerlab import models, patches
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, MethodConfig
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, check_masters, train_everything
-from steerlab.methods.math import preference
+from steerlab.methods.math import pair_losses
 from steerlab.methods.math.lora import Adapters, Lora, num_trained
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
@@ -86,8 +86,8 @@ class Genarm(PatchAlone):
         # The second model alone: no logits of the base are in the loss, and its pass would cost as much again.
         log_prob_N = scoring.log_probs(self.second, batch, tokens)
         # r(x, y) is a sum of log pi_r: DPO's reward without a reference.
-        pairs = preference.compare(log_prob_N, None, tokens, self.config.beta, self.config.length_average)
-        return Loss(preference.loss(pairs.margin_P, self.config.beta).sum(), pairs.metrics())
+        pairs = pair_losses.compare(log_prob_N, None, tokens, self.config.beta, self.config.length_average)
+        return Loss(pair_losses.loss(pairs.margin_P, self.config.beta).sum(), pairs.metrics())
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:

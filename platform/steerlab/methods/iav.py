@@ -14,7 +14,7 @@ without a second model, summed over the tokens of the responses y_w (chosen) and
         + lambda_kl mean_t KL(pi_z || pi_Wh) + lambda_l2 mean_t |a(h_t)|^2
 
 At the start the first term is log 2 and the others are 0. `loss`, `label_smoothing` and `chosen_nll` choose another first term,
-as in DPO (math/preference.py). For a fixed alpha the two heads fold into one, W + alpha W_align, at
+as in DPO (math/pair_losses.py). For a fixed alpha the two heads fold into one, W + alpha W_align, at
 no cost at inference; without folding alpha may differ from row to row. The method is GenARM (arXiv 2410.08193) with a reward
 model that is a head on the base's own hidden states.
 
@@ -45,7 +45,7 @@ from steerlab.guards.json_values import Json
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Frozen, Job
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained
-from steerlab.methods.math import preference
+from steerlab.methods.math import pair_losses
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
 from steerlab.steered import scoring
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 _STRENGTHS = (0.0, 2.0)
 
 
-class Config(preference.PairLossConfig):
+class Config(pair_losses.PairLossConfig):
     """Hyperparameters of IAV; defaults are those of the seed's code."""
 
     name: Literal["iav"] = "iav"
@@ -131,9 +131,9 @@ class Iav(PatchAlone):
         scores = scoring.scores(models.head(self.model), states.last_ND, features_NK, up_VK, tokens.target_N)
         # log pi_z - log pi_Wh of the same pass: the frozen head is the reference (first term of L).
         reference_N = None if config.reference_free else scores.reference_N
-        pairs = preference.compare(scores.log_prob_N, reference_N, tokens, config.beta, config.length_average)
-        loss_P = preference.total(pairs, preference.loss(pairs.margin_P, config.beta, config), config)
-        kl_P, square_P = (preference.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
+        pairs = pair_losses.compare(scores.log_prob_N, reference_N, tokens, config.beta, config.length_average)
+        loss_P = pair_losses.total(pairs, pair_losses.loss(pairs.margin_P, config.beta, config), config)
+        kl_P, square_P = (pair_losses.mean_of_pairs(x_N, tokens) for x_N in (scores.kl_N, scores.square_N))
         # The penalties are means over both responses of a pair, so that all three terms are summed over pairs.
         total = (loss_P + config.lambda_kl * kl_P + config.lambda_l2 * square_P).sum()
         # The terms by themselves, too: a falling total may hide a growing divergence.

@@ -28,7 +28,7 @@ from steerlab import patches
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, check_masters, train_everything
-from steerlab.methods.math import preference
+from steerlab.methods.math import pair_losses
 from steerlab.methods.math.lora import Adapters, Lora, num_trained
 from steerlab.methods.math.whole_weights import Whole
 from steerlab.models import ModelFacts
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Config(preference.PairLossConfig):
+class Config(pair_losses.PairLossConfig):
     """Hyperparameters of SimPO; defaults are those that the paper gives for Llama 3 without instruction tuning."""
 
     name: Literal["simpo"] = "simpo"
@@ -90,9 +90,9 @@ class Simpo(PatchAlone):
         config, tokens = self.config, scoring.predicted(batch)  # N response tokens of P pairs
         log_prob_N = scoring.log_probs(self.model, batch, tokens)
         # The mean over the tokens of a response, times beta (eq. 4); without a reference.
-        pairs = preference.compare(log_prob_N, None, tokens, config.beta, length_average=True)
-        loss_P = preference.loss(pairs.margin_P - config.gamma, config.beta, config)
-        return Loss(preference.total(pairs, loss_P, config).sum(), pairs.metrics())
+        pairs = pair_losses.compare(log_prob_N, None, tokens, config.beta, length_average=True)
+        loss_P = pair_losses.loss(pairs.margin_P - config.gamma, config.beta, config)
+        return Loss(pair_losses.total(pairs, loss_P, config).sum(), pairs.metrics())
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:

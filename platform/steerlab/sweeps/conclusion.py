@@ -11,7 +11,7 @@ from steerlab.run import MetricNumbers
 from steerlab.stages import Plan
 from steerlab.stages.spread import reserved
 from steerlab.storage.plan import Listener
-from steerlab.sweeps import results, verdicts
+from steerlab.sweeps import outcomes, results
 from steerlab.sweeps.sweep_request import SCHEMA, SweepRun
 
 
@@ -38,7 +38,7 @@ class SweepSummary(TypedDict):
     """Bounds that the best trial keeps, in words."""
     prices: list[str]
     """Metrics that decided between trials that cannot be told from the best one."""
-    predictions: list[verdicts.Outcome]
+    predictions: list[outcomes.Outcome]
     """What the space predicted, beside what was measured."""
     counts: dict[str, int]
     """Number of trials (`trials`), and number of rows by status."""
@@ -53,11 +53,11 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
     sweep.write_table()
     plan, rows = sweep.request.plan, results.all_rows(sweep.history)
     scored = results.scored(rows, plan.metric)
-    candidates = verdicts.candidates(scored, plan)
+    candidates = outcomes.candidates(scored, plan)
     best, close = results.best_of(candidates, plan.mode), None
     if best is not None and not interrupted:
         # Only for a complete sweep: a later trial could still become the best one.
-        best, close = verdicts.chosen(best, candidates, scored, plan, sweep.store)
+        best, close = outcomes.chosen(best, candidates, scored, plan, sweep.store)
     statuses = [results.text_of(row, "status") for row in rows]
     summary: SweepSummary = {
         "schema": SCHEMA,
@@ -70,7 +70,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         "test": None,
         "bounds": [str(bound) for bound in plan.bounds],
         "prices": [price.metric for price in plan.prices],
-        "predictions": verdicts.outcomes(plan.space.predictions, rows, sweep.store),
+        "predictions": outcomes.outcomes(plan.space.predictions, rows, sweep.store),
         "counts": {"trials": len({results.text_of(row, "trial_id") for row in rows})}
         | {status: statuses.count(status) for status in sorted(set(statuses))},
         "seconds": results.seconds_of(rows),

@@ -5,7 +5,7 @@
     SEARCH_ALG   optional: OptunaSearch(...); default: grid and random search
     SCHEDULER    optional: ASHAScheduler(time_attr="step", ...), which stops bad trials early
     DEVELOPMENT  optional: tasks, as in a job's `evaluate`, whose metrics choose the best trial
-    WITHIN, PRICES, CONTROLS, PREDICTIONS    optional: see rules.py
+    WITHIN, PRICES, CONTROLS, PREDICTIONS    optional: see space_rules.py
 
 A key is the path of a field of the job; nested dicts, {"train": {"lr": ...}}, set the fields that they name and leave the
 others. The key `strength` sets the strength of the patch in every task. An entry may set several fields together:
@@ -31,7 +31,7 @@ from ray.tune.search.sample import Function
 from steerlab.guards import files, private_parts, python_files
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import JobError, cut
-from steerlab.sweeps import rules
+from steerlab.sweeps import space_rules
 from steerlab.sweeps.entries import Entry, describe, entries, finite, is_grid, plain
 
 STRENGTH = "strength"
@@ -60,7 +60,7 @@ class Space:
     """Metrics that decide between trials that cannot be told from the best one."""
     controls: tuple[Mapping[str, Json], ...] = ()
     """Values of trials that are controls and never the best."""
-    predictions: tuple[rules.Prediction, ...] = ()
+    predictions: tuple[space_rules.Prediction, ...] = ()
 
     @property
     def fields(self) -> set[str]:
@@ -158,11 +158,11 @@ def load(path: Path) -> Space:
             getattr(module, "SEARCH_ALG", None),
             getattr(module, "SCHEDULER", None),
             _tasks(getattr(module, "DEVELOPMENT", ())),
-            rules.bounds_in(getattr(module, "WITHIN", {})),
-            rules.prices_in(getattr(module, "PRICES", ())),
+            space_rules.bounds_in(getattr(module, "WITHIN", {})),
+            space_rules.prices_in(getattr(module, "PRICES", ())),
         )
-        controls = rules.controls_in(getattr(module, "CONTROLS", ()), space.fields)
-        predictions = rules.predictions_in(getattr(module, "PREDICTIONS", ()), space.fields)
+        controls = space_rules.controls_in(getattr(module, "CONTROLS", ()), space.fields)
+        predictions = space_rules.predictions_in(getattr(module, "PREDICTIONS", ()), space.fields)
         space = replace(space, controls=controls, predictions=predictions)
     except JobError as error:
         raise JobError(f"{path}: {error}") from None

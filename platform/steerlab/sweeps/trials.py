@@ -17,10 +17,10 @@ from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import SEED_LIMIT, Job, JobError, cut
 from steerlab.stages import JobType, Plan
-from steerlab.sweeps import rules
+from steerlab.sweeps import space_rules
 from steerlab.sweeps.entries import extremes, finite
-from steerlab.sweeps.rules import Bound, Price
 from steerlab.sweeps.space import STRENGTH, Point, Space, strength_of
+from steerlab.sweeps.space_rules import Bound, Price
 from steerlab.sweeps.units import Unit
 
 _T = TypeVar("_T")
@@ -170,7 +170,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
     if mode is None and measure.mode is None:
         raise JobError(f"{space.path}: MODE is missing: 'min' or 'max' of {metric}, for which neither is better by itself")
     try:
-        resolved = rules.resolved(space.within, space.prices, space.predictions, sweep_plan.job_of({}, None, ()).evaluate)
+        resolved = space_rules.resolved(space.within, space.prices, space.predictions, sweep_plan.job_of({}, None, ()).evaluate)
     except JobError as error:
         raise JobError(f"{space.path}: {error}") from None
     return replace(sweep_plan, mode=mode or measure.mode, bounds=resolved.bounds, prices=resolved.prices)

@@ -9,7 +9,7 @@ from typing import TypedDict
 from steerlab.guards.json_values import Json
 from steerlab.storage.store import Store
 from steerlab.sweeps import differences, results
-from steerlab.sweeps.rules import Bound, Expected, Prediction, Price, is_control
+from steerlab.sweeps.space_rules import Bound, Expected, Prediction, Price, is_control
 from steerlab.sweeps.trials import SweepPlan
 from steerlab.sweeps.units import TrialRow
 

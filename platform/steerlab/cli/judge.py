@@ -29,12 +29,12 @@ def judge(
     as_json: JsonOption = False,
 ) -> None:
     """Judge texts that exist with the scorer of a task, without the model that wrote them."""
-    from steerlab.run import judging
+    from steerlab.run import texts_judged
 
     with explained("run the same command again"):
-        config = judging.task_of(file, task, set_ or ())
-        written = judging.read(file, judging.Columns(text, prompt))
-        judged = judging.judge(file, config, written, output=output, device=device, store=opened_store(root))
+        config = texts_judged.task_of(file, task, set_ or ())
+        written = texts_judged.read(file, texts_judged.Columns(text, prompt))
+        judged = texts_judged.judge(file, config, written, output=output, device=device, store=opened_store(root))
         if as_json:
             numbers = {s: {name: metric._asdict() for name, metric in own.items()} for s, own in judged.metrics.items()}
             print(json.dumps({"verdicts": str(judged.verdicts), "strengths": numbers, "asked": judged.asked}, indent=1))
