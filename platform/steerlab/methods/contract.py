@@ -1,6 +1,6 @@
 """The contract of a method: a config, a check of it against the model and the job, and a way to change the model.
 
-A method is an instance of one of four classes. The stages see only the class, never the method:
+A method is an instance of one of five classes. The stages see only the class, never the method:
 
 Plain      changes nothing: the model as it is
 Assembled  makes a patch of what its config names, such as a reward model
@@ -268,7 +268,7 @@ class SequentialConfig(SteeringConfig):
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the table of methods: the fields and questions that all four classes share."""
+    """One entry of the table of methods: the fields and questions that all five classes share."""
 
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""

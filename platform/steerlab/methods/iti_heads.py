@@ -39,7 +39,7 @@ class Config(SteeringConfig):
     """The method."""
     pooling: Pooling = "last"
     """Pooling of the activations. Paper: that of the last token."""
-    direction: Literal["mean", "probe"] = "mean"
+    direction: Literal["mean", "probe"] = Field("mean", exclude_if=lambda direction: direction == "mean")
     """Direction of the shift. mean: the difference of the means (paper's best: mass mean shift); probe: that of the probe."""
     heads: int = Field(1, ge=1)
     """Number of heads H at each place; 1 takes the whole place as one head."""

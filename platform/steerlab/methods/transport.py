@@ -47,7 +47,7 @@ class Config(SequentialConfig):
     support: tuple[float, float] | None = (0.0, 1.0)
     """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. [0, 1], ml-act's default, are the
     sample's extremes; null maps all values."""
-    pixels: Pixels = "mean"
+    pixels: Pixels = Field("mean", exclude_if=lambda pixels: pixels == "mean")
     """In images, mean: the mean of a channel moves and its pixels keep their spread (ml-act's Linear-AcT); pixel: each pixel is
     mapped (ml-lineas, and ml-act's Gaussian-AcT). Bounds are compared with the mean in both."""
 

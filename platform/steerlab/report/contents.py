@@ -168,9 +168,11 @@ class Sweep:
 
     @property
     def best(self) -> str | None:
-        """The id of the best trial: the one in the sweep's summary, else that of the best row so far, else None."""
-        summarised = (self.summary.get("best") or {}).get("trial_id")
-        return summarised or (self.finished[0]["trial_id"] if self.finished else None)
+        """The id of the best trial: the one in the sweep's summary; while the sweep runs, that of the best row so far."""
+        # A summary without a best trial says that none keeps the bounds.
+        if "best" in self.summary:
+            return (self.summary["best"] or {}).get("trial_id")
+        return self.finished[0]["trial_id"] if self.finished else None
 
 
 def read(store: Store, folder: str) -> Entry:

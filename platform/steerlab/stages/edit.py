@@ -121,11 +121,11 @@ def _change(codes: tuple[Code, ...], given: Given, part: str, path: Path) -> dic
     params = Params.model_validate(given.params)
     method = edited(params.method)
     config: Any = method.Config.model_validate(params.method)
-    after, encoder, fingerprint = _merged(given.needed[AFTER])
-    before, _, _ = _merged(given.needed.get(BEFORE) or _fetched(params.before))
+    after, encoder, fingerprint = _merged(given.needed[AFTER], params)
+    before, _, _ = _merged(given.needed.get(BEFORE) or _fetched(params.before), params)
     unaligned = None
     if method.needs_unaligned:
-        unaligned, _, _ = _merged(given.needed.get(UNALIGNED) or _fetched(params.unaligned))
+        unaligned, _, _ = _merged(given.needed.get(UNALIGNED) or _fetched(params.unaligned), params)
     places = {f"{place.module}.weight": place for place in method.places(config, after)}
     moments = Moments.open(given.needed[MOMENTS]) if MOMENTS in given.needed else None
     changes: dict[str, Tensor] = {}
@@ -152,9 +152,9 @@ def _fetched(source: str | None) -> Path:
     return sources.fetch(source)
 
 
-def _merged(directory: Path) -> tuple[PreTrainedModel, Any, str]:
+def _merged(directory: Path, params: Params) -> tuple[PreTrainedModel, Any, str]:
     """Load a model in float32 with its patches in its weights; return also its encoder, and its fingerprint without patches."""
-    model, encoder, below = load_stack(directory, dtype="float32")
+    model, encoder, below = load_stack(directory, dtype="float32", trust_remote_code=params.model.trust_remote_code)
     fingerprint = models.fingerprint(model)
     for patch in below:
         patch.fold(model, 1.0)

@@ -39,6 +39,7 @@ class Clerk(tune.Callback):
         say: Say,
         store: Store,
         agent: Agent | None = None,
+        keeps: Callable[[results.Scored], bool] = lambda trial: True,
     ) -> None:
         """Set up the callback.
 
@@ -50,7 +51,9 @@ class Clerk(tune.Callback):
             say: prints a line for people.
             store: holds the notes that ask a unit to stop.
             agent: knows which units W&B wants stopped; None when W&B does not choose the points.
+            keeps: says whether a trial keeps the bounds of the space.
         """
+        self._keeps = keeps
         self._store, self._agent = store, agent
         self._stopping: dict[int, float] = {}
         """Numbers of the units that were asked to stop, with the time of the request (seconds of `time.monotonic`)."""
@@ -135,12 +138,13 @@ class Clerk(tune.Callback):
             return self._tell(unit)
         rows = outcome.get("rows", [])
         scored = results.scored(rows, self._metric)
-        best = results.best_of(scored, self._mode)
+        # A searcher learns from the score, so a trial beyond a bound must not have one.
+        best = results.best_of([trial for trial in scored if self._keeps(trial)], self._mode)
         if best is not None:
             self._history.add("finish", unit=unit.number, score=best.value, rows=rows)
         else:
             # No best trial: either none has a score (failed), or none of the scored ones keeps the bound (finished).
-            broken = next((row["reason"] for row in rows if row["reason"]), "none of its trials keeps the bound of `choose`")
+            broken = next((row["reason"] for row in rows if row["reason"]), "none of its trials keeps the bounds")
             kind = "finish" if scored else "fail"
             self._history.add(kind, unit=unit.number, rows=rows, reason=outcome.get("reason", broken))
         self._tell(unit)

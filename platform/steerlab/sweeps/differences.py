@@ -44,20 +44,27 @@ def indistinguishable(trials: Sequence[Scored], best: Scored, metric: str, store
 
 
 def _differs_over_seeds(a: Scored, b: Scored, metric: str) -> bool:
-    found = _difference_over_seeds(a.rows, b.rows, metric)
+    of_seed = {number_of(row, "seed"): row for row in b.rows}
+    pairs = [(row, of_seed[seed]) for row in a.rows if (seed := number_of(row, "seed")) in of_seed]
+    found = _over_pairs(pairs, metric)
     return found is not None and not found.low <= 0 <= found.high
 
 
-def difference(a: Sequence[TrialRow], b: Sequence[TrialRow], metric: str, store: Store) -> Difference | None:
-    """Return a metric of trial `a` minus that of trial `b`, each given by its rows, with a 95 % interval.
+def difference(pairs: Sequence[tuple[TrialRow, TrialRow]], metric: str, store: Store) -> Difference | None:
+    """Return the mean of a metric of the first rows minus that of the second rows, with a 95 % interval.
+
+    Args:
+        pairs: rows of two trials with the same seed and the same other parameters.
+        metric: the metric.
+        store: holds the trials' observations.
 
     Returns:
-        The difference: paired over items for one seed, over seeds for several. None when the metric is not stored item by
-        item, or the two trials share no item or fewer than two seeds.
+        The difference: paired over items for one pair, Student's t over the pairs for several. None when there is no pair,
+        the metric is not stored item by item, or the two rows share no item.
     """
-    if len(a) > 1 or len(b) > 1:
-        return _difference_over_seeds(a, b, metric)
-    own, other = _observations(a[0], metric, store), _observations(b[0], metric, store)
+    if len(pairs) != 1:
+        return _over_pairs(pairs, metric)
+    own, other = (_observations(row, metric, store) for row in pairs[0])
     if own is None or other is None:
         return None
     try:
@@ -66,10 +73,9 @@ def difference(a: Sequence[TrialRow], b: Sequence[TrialRow], metric: str, store:
         return None
 
 
-def _difference_over_seeds(a: Sequence[TrialRow], b: Sequence[TrialRow], metric: str) -> Difference | None:
-    of_a, of_b = ({number_of(row, "seed"): metric_of(row, metric) for row in rows} for rows in (a, b))
+def _over_pairs(pairs: Sequence[tuple[TrialRow, TrialRow]], metric: str) -> Difference | None:
     # Pairs of equal seeds: what a seed changes in both trials (the order of the data) cancels in the difference.
-    differences = np.array([of_a[seed] - of_b[seed] for seed in of_a if seed in of_b])
+    differences = np.array([metric_of(first, metric) - metric_of(second, metric) for first, second in pairs])
     if len(differences) < 2:  # no standard error of a single difference
         return None
     mean, error = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import TypedDict
@@ -45,14 +46,15 @@ def keeps(trial: results.Scored, bound: Bound) -> bool:
     return value >= bound.value if bound.better == "higher" else value <= bound.value
 
 
+def keeps_all(plan: SweepPlan, trial: results.Scored) -> bool:
+    """Return whether a trial keeps all bounds of the space."""
+    return all(keeps(trial, bound) for bound in plan.bounds)
+
+
 def candidates(trials: Sequence[results.Scored], plan: SweepPlan) -> list[results.Scored]:
     """Return the trials that may be called the best: no controls, and those that keep every bound."""
     controls = plan.space.controls
-    return [
-        trial
-        for trial in trials
-        if not is_control(trial.params, controls) and all(keeps(trial, bound) for bound in plan.bounds)
-    ]
+    return [trial for trial in trials if not is_control(trial.params, controls) and keeps_all(plan, trial)]
 
 
 def chosen(
@@ -62,7 +64,7 @@ def chosen(
     plan: SweepPlan,
     store: Store,
 ) -> tuple[results.Scored, list[str] | None]:
-    """Return the trial to take from a complete sweep, and the ids of those that the data cannot tell from the best value.
+    """Return the trial to take from a complete sweep, and the ids of those that the data cannot tell from it.
 
     The trial with the best value is taken, unless PRICES say which of the trials that cannot be told from it costs least. The
     order of trials by a noisy metric is partly chance; a price then decides better than the third digit.
@@ -81,8 +83,8 @@ def chosen(
     kept = [trial for trial in allowed if all(row.get("within", True) for row in trial.rows)]
     equal = [top, *(trial for trial in kept if trial.trial_id in close)]
     best = min(equal, key=lambda trial: [_price_of(trial, price) for price in plan.prices])
-    # The list names the others, whichever of them was chosen.
-    return best, [trial.trial_id for trial in trials if trial.trial_id in {top.trial_id, *close} - {best.trial_id}]
+    # A trial that cannot be told from the best value may differ from the one that is chosen.
+    return best, close if best is top else differences.indistinguishable(trials, best, plan.metric, store)
 
 
 def _price_of(trial: results.Scored, price: Price) -> float:
@@ -98,17 +100,18 @@ def outcomes(predictions: Sequence[Prediction], rows: Sequence[TrialRow], store:
 
 
 def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> Outcome:
-    by_value: dict[float, list[TrialRow]] = {}
+    by_value: dict[float, dict[str, TrialRow]] = {}
     for row in rows:
         value = row.get(f"param.{prediction.over}")
         is_meant = all(row.get(f"param.{name}") == wanted for name, wanted in prediction.where.items())
         if is_meant and row.get("status") == "finished" and isinstance(value, int | float) and not isinstance(value, bool):
-            by_value.setdefault(float(value), []).append(row)
+            by_value.setdefault(float(value), {})[_setting(row, prediction.over)] = row
     ends = list(prediction.between or ((min(by_value), max(by_value)) if len(by_value) > 1 else ()))
-    values = [_mean(by_value.get(end, []), prediction.metric) for end in ends]
-    difference = None
-    if len(ends) == 2 and None not in values:
-        difference = differences.difference(by_value[ends[1]], by_value[ends[0]], prediction.metric, store)
+    first, last = (by_value.get(end, {}) for end in ends) if len(ends) == 2 else ({}, {})
+    # Where several settings or seeds are meant, each is compared with itself, and one that lacks an end does not count.
+    pairs = [(row, first[setting]) for setting, row in last.items() if setting in first]
+    pairs = [pair for pair in pairs if all(results.number_of(row, f"metric.{prediction.metric}") is not None for row in pair)]
+    difference = differences.difference(pairs, prediction.metric, store)
     return {
         "metric": prediction.metric,
         "over": prediction.over,
@@ -116,12 +119,18 @@ def _outcome(prediction: Prediction, rows: Sequence[TrialRow], store: Store) -> 
         "where": prediction.where,
         "because": prediction.because,
         "ends": ends,
-        "values": values,
+        "values": [_mean([pair[side] for pair in pairs], prediction.metric) for side in (1, 0)] if ends else [],
         "difference": None if difference is None else difference.value,
         "low": None if difference is None else difference.low,
         "high": None if difference is None else difference.high,
         "held": None if difference is None else _held(prediction.expected, difference.low, difference.high),
     }
+
+
+def _setting(row: TrialRow, over: str) -> str:
+    """Return the seed and all parameters of a row but one, as a text."""
+    parts = {name: value for name, value in row.items() if name.startswith("param.") and name != f"param.{over}"}
+    return json.dumps([row.get("seed"), parts], sort_keys=True)
 
 
 def _mean(rows: Sequence[TrialRow], metric: str) -> float | None:

@@ -67,6 +67,24 @@ class Space:
         """Paths of the job's fields that the space sets, and `strength`."""
         return {key.strip() for entry in self.entries for key in entry.split(",")} | {STRENGTH}
 
+    @property
+    def values(self) -> dict[str, list[Json] | None]:
+        """Path of each field that the space sets -> the values that it lists; None for a range or a function."""
+        values: dict[str, list[Json] | None] = {}
+        for entry, domain in self.entries.items():
+            listed = finite(domain)
+            if listed is None:
+                values |= dict.fromkeys((key.strip() for key in entry.split(",")), None)
+            for value in listed or ():
+                for key, field_value in self.spread(entry, value).items():
+                    known = values.setdefault(key, [])
+                    own = plain(field_value, key)
+                    # Several values may repeat: a field that is set with others often has the same one twice.
+                    if known is not None and own not in known:
+                        known.append(own)
+        # Without an entry, the strengths of the job's `choose` are an axis.
+        return {STRENGTH: None, **values}
+
     def check(self, point: Point, where: str) -> None:
         """Refuse a point from a file or a server with a value that the space does not list.
 
@@ -161,8 +179,8 @@ def load(path: Path) -> Space:
             space_rules.bounds_in(getattr(module, "WITHIN", {})),
             space_rules.prices_in(getattr(module, "PRICES", ())),
         )
-        controls = space_rules.controls_in(getattr(module, "CONTROLS", ()), space.fields)
-        predictions = space_rules.predictions_in(getattr(module, "PREDICTIONS", ()), space.fields)
+        controls = space_rules.controls_in(getattr(module, "CONTROLS", ()), space.values)
+        predictions = space_rules.predictions_in(getattr(module, "PREDICTIONS", ()), space.values)
         space = replace(space, controls=controls, predictions=predictions)
     except JobError as error:
         raise JobError(f"{path}: {error}") from None

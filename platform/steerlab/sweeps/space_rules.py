@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
 from steerlab.evaluation.measured import measure_of, unmeasured
-from steerlab.evaluation.statistics.measures import LOSSES
+from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.guards.json_values import Json
-from steerlab.job import Frozen, JobError, TaskConfig, cut
+from steerlab.job import Frozen, Job, JobError, cut
+from steerlab.sweeps.entries import plain
 
 Better = Literal["lower", "higher"]
 Expected = Literal["rises", "falls", "flat"]
@@ -81,18 +82,19 @@ def prices_in(prices: object) -> tuple[str, ...]:
     return tuple(prices)
 
 
-def controls_in(controls: object, fields: set[str]) -> tuple[dict[str, Json], ...]:
-    """Return CONTROLS of a search space file.
+Values = Mapping[str, Sequence[Json] | None]
+"""Field of the space -> its values; None where they are drawn from a range."""
+
+
+def controls_in(controls: object, values: Values) -> tuple[dict[str, Json], ...]:
+    """Return CONTROLS of a search space file, whose SPACE has these `values`.
 
     Raises:
-        JobError: it is no list of dicts, or names a field that the space does not set.
+        JobError: it is no list of dicts, or names a field or a value that the space does not set.
     """
     if not isinstance(controls, list | tuple) or not all(isinstance(entry, dict) and entry for entry in controls):
         raise JobError(f"CONTROLS is a list of dicts, each with values of fields, not {cut(repr(controls))}")
-    entries: list[dict[str, Json]] = [dict(entry) for entry in controls]
-    for number, entry in enumerate(entries):
-        _check_fields(f"CONTROLS[{number}]", entry, fields)
-    return tuple(entries)
+    return tuple(_checked(f"CONTROLS[{number}]", entry, values) for number, entry in enumerate(controls))
 
 
 def is_control(params: Mapping[str, Json], controls: Sequence[Mapping[str, Json]]) -> bool:
@@ -100,35 +102,51 @@ def is_control(params: Mapping[str, Json], controls: Sequence[Mapping[str, Json]
     return any(all(name in params and params[name] == value for name, value in control.items()) for control in controls)
 
 
-def predictions_in(predictions: object, fields: set[str]) -> tuple[Prediction, ...]:
-    """Return PREDICTIONS of a search space file.
+def predictions_in(predictions: object, values: Values) -> tuple[Prediction, ...]:
+    """Return PREDICTIONS of a search space file, whose SPACE has these `values`.
 
     Raises:
-        JobError: an entry has a wrong key or value, or names a field that the space does not set.
+        JobError: an entry has a wrong key or value, or names a field or a value that the space does not set.
     """
     if not isinstance(predictions, list | tuple):
         raise JobError(f"PREDICTIONS is a list of dicts, not {cut(repr(predictions))}")
-    return tuple(_prediction(f"PREDICTIONS[{number}]", entry, fields) for number, entry in enumerate(predictions))
+    return tuple(_prediction(f"PREDICTIONS[{number}]", entry, values) for number, entry in enumerate(predictions))
 
 
-def _prediction(key: str, entry: object, fields: set[str]) -> Prediction:
+def _prediction(key: str, entry: object, values: Values) -> Prediction:
     try:
-        prediction = Prediction.model_validate(entry)
+        # Tuples and NumPy's numbers become what the trials' rows hold, so that the two can be equal.
+        prediction = Prediction.model_validate(plain(entry, key) if isinstance(entry, dict) else entry)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         known = ", ".join(Prediction.model_fields)
         raise JobError(f"{key}{f'.{where}' if where else ''}: {first['msg']}; an entry has the keys {known}") from None
-    _check_fields(key, (prediction.over, *prediction.where), fields)
+    _checked(f"{key}.where", prediction.where, values)
+    _checked(key, {prediction.over: None}, values, any_value=True)
+    listed = values[prediction.over]
+    numbers = [value for value in listed or () if isinstance(value, int | float) and not isinstance(value, bool)]
+    if listed is not None and len(numbers) < max(2, len(listed)):
+        raise JobError(f"{key}.over: {prediction.over} has to vary over numbers; SPACE gives it {cut(repr(listed))}")
+    for end in prediction.between or ():
+        if listed is not None and end not in numbers:
+            raise JobError(f"{key}.between: {prediction.over} is never {end:g}; it is one of {cut(repr(numbers))}")
     return prediction
 
 
-def _check_fields(key: str, names: Iterable[str], fields: set[str]) -> None:
-    for name in names:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it sets {', '.join(sorted(fields))}"
+def _checked(key: str, entry: Mapping[object, object], values: Values, any_value: bool = False) -> dict[str, Json]:
+    """Return values of fields in JSON types. Raises JobError for a field or a value that the space does not set."""
+    checked: dict[str, Json] = {}
+    for name, written in entry.items():
+        if not isinstance(name, str) or name not in values:
+            near = difflib.get_close_matches(str(name), values, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it sets {', '.join(sorted(values))}"
             raise JobError(f"{key}: the space does not set {name!r}{hint}")
+        value, listed = plain(written, f"{key}[{name!r}]"), values[name]
+        if listed is not None and value not in listed and not any_value:
+            raise JobError(f"{key}: {name} is never {cut(repr(value))}; it is one of {cut(repr(list(listed)))}")
+        checked[name] = value
+    return checked
 
 
 class Resolved(NamedTuple):
@@ -138,27 +156,40 @@ class Resolved(NamedTuple):
     prices: tuple[Price, ...]
 
 
-def resolved(
-    within: Mapping[str, float], prices: Sequence[str], predictions: Sequence[Prediction], tasks: Sequence[TaskConfig]
-) -> Resolved:
-    """Look up the metrics of a space's rules in the tasks that the sweep runs.
+def resolved(within: Mapping[str, float], prices: Sequence[str], predictions: Sequence[Prediction], job: Job) -> Resolved:
+    """Look up the metrics of a space's rules among what the sweep's jobs measure.
 
     Raises:
         JobError: no task measures one of them, or neither direction of a bound or price is better.
     """
     for prediction in predictions:
-        if prediction.metric not in LOSSES and (reason := unmeasured(prediction.metric, tasks)) is not None:
-            raise JobError(f"PREDICTIONS: {prediction.metric} is not measured: {reason}")
+        _measured("PREDICTIONS:", prediction.metric, job)
     return Resolved(
-        tuple(Bound(metric, value, _better("WITHIN", metric, tasks)) for metric, value in within.items()),
-        tuple(Price(metric, _better("PRICES", metric, tasks)) for metric in prices),
+        tuple(Bound(metric, value, _better("WITHIN", metric, job)) for metric, value in within.items()),
+        tuple(Price(metric, _better("PRICES", metric, job)) for metric in prices),
     )
 
 
-def _better(name: str, metric: str, tasks: Sequence[TaskConfig]) -> Better:
-    measure = LOSSES.get(metric) or measure_of(metric, tasks)
-    if measure is None:
-        raise JobError(f"{name} {metric} is not measured: {unmeasured(metric, tasks)}")
-    if measure.better is None:
+def _better(name: str, metric: str, job: Job) -> Better:
+    better = _measured(name, metric, job).better
+    if better is None:
         raise JobError(f"{name} {metric}: neither more nor less of it is better; take another metric")
-    return measure.better
+    return better
+
+
+def _measured(name: str, metric: str, job: Job) -> Measure:
+    if metric in LOSSES:
+        if (reason := unmeasured_loss(metric, job)) is not None:
+            raise JobError(f"{name} {metric} is not measured: {reason}")
+        return LOSSES[metric]
+    measure = measure_of(metric, job.evaluate)
+    if measure is None:
+        raise JobError(f"{name} {metric} is not measured: {unmeasured(metric, job.evaluate)}")
+    return measure
+
+
+def unmeasured_loss(metric: str, job: Job) -> str | None:
+    """Return why a job does not measure a loss of `LOSSES`; None if it does."""
+    if job.train is None:
+        return "it needs a train section"
+    return "it needs data.validation" if metric == "eval/loss" and job.data.validation is None else None

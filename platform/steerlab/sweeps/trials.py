@@ -170,7 +170,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
     if mode is None and measure.mode is None:
         raise JobError(f"{space.path}: MODE is missing: 'min' or 'max' of {metric}, for which neither is better by itself")
     try:
-        resolved = space_rules.resolved(space.within, space.prices, space.predictions, sweep_plan.job_of({}, None, ()).evaluate)
+        resolved = space_rules.resolved(space.within, space.prices, space.predictions, sweep_plan.job_of({}, None, ()))
     except JobError as error:
         raise JobError(f"{space.path}: {error}") from None
     return replace(sweep_plan, mode=mode or measure.mode, bounds=resolved.bounds, prices=resolved.prices)
@@ -241,11 +241,8 @@ def _measured(sweep_plan: SweepPlan) -> Measure:
         if reason is not None:
             raise JobError(f"{sweep_plan.path}: choose.within: {choose.within.metric} is not measured: {reason}")
     if sweep_plan.metric in LOSSES:
-        if job.train is None or (sweep_plan.metric == "eval/loss" and job.data.validation is None):
-            raise JobError(
-                f"{sweep_plan.space.path}: METRIC {sweep_plan.metric}: the job does not measure this loss; "
-                + ("it needs data.validation" if job.train is not None else "it needs a train section")
-            )
+        if (reason := space_rules.unmeasured_loss(sweep_plan.metric, job)) is not None:
+            raise JobError(f"{sweep_plan.space.path}: METRIC {sweep_plan.metric}: the job does not measure this loss; {reason}")
         return LOSSES[sweep_plan.metric]
     measure = measure_of(sweep_plan.metric, job.evaluate)
     if measure is None:

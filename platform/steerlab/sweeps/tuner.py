@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from functools import partial
 from typing import NotRequired, TypedDict
 
 from ray import tune
@@ -13,7 +14,7 @@ from ray.tune.search import ConcurrencyLimiter
 from steerlab.guards import private_parts
 from steerlab.job import own_code
 from steerlab.storage.store import Store
-from steerlab.sweeps import page, processes, search
+from steerlab.sweeps import outcomes, page, processes, search
 from steerlab.sweeps.agent import Agent
 from steerlab.sweeps.clerk import MAX_DEATHS, Clerk
 from steerlab.sweeps.sweep_request import SweepRequest, SweepRun
@@ -90,7 +91,17 @@ def _searcher(request: SweepRequest) -> search.Suggests | None:
 
 def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | None) -> tune.Tuner:
     plan = sweep.request.plan
-    clerk = Clerk(sweep.history, feed, plan.metric, plan.mode, sweep.write_table, sweep.say, sweep.store, agent)
+    clerk = Clerk(
+        sweep.history,
+        feed,
+        plan.metric,
+        plan.mode,
+        sweep.write_table,
+        sweep.say,
+        sweep.store,
+        agent,
+        partial(outcomes.keeps_all, plan),
+    )
     return tune.Tuner(
         tune.with_resources(run_unit, {"memory": DRIVER_MEMORY_BYTES}),
         tune_config=tune.TuneConfig(

@@ -81,7 +81,8 @@ def errand(rng: random.Random, split: str, overlap: float = 0.5) -> dict[str, st
     # The deed decides whether it belongs to the set. By chance alone, a set that is drawn to its last distinct row would have
     # as many harmful deeds as others.
     while True:
-        is_harmful = rng.random() < overlap
+        # Both kinds are as many, so that drawing them equally often and keeping a share of each gives that share.
+        is_harmful = rng.random() < 0.5
         verb, thing, owner = deed = draw_in_split(rng, split, _damage if is_harmful else _far_from_damage, " ".join)
         if (share_of("overlap", *deed) < overlap) == is_harmful:
             break

@@ -157,7 +157,7 @@ def load(config: Config) -> list[Question]:
     with about("source"):
         rows = sources.rows(config.source, fields=("turns",))
         references = {} if config.references_source is None else _references(config.references_source)
-        return choose([_question(row, number, references) for number, row in enumerate(rows)], config.limit, config.seed)
+        return choose([_question(row, number, references) for number, row in enumerate(rows)], config.limit, config.rows_seed)
 
 
 def gradings(config: Config) -> Mapping[str, Grading]:

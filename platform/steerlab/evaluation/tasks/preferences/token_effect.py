@@ -64,7 +64,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 
 def run(model: SteeredModel, config: Config) -> Result:
     """Compare the predictions at every strength with those at strength 0."""
-    items = data_rows(config.data, config.limit, config.seed)
+    items = data_rows(config.data, config.limit, config.rows_seed)
     given = [_conversation(model, item, config.data.format) for item in items]
     observations, samples = [], []
     for strength, spoken in _with_responses(model, given, config):

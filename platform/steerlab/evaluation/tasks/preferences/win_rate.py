@@ -303,7 +303,7 @@ def _question(config: Config) -> str:
 
 def _input_tokens(config: Config) -> list[int]:
     """Estimate the tokens of each question: the prompt and both answers, in both orders."""
-    texts = [_reference(item.row, config.prompts.format) for item in data_rows(config.prompts, config.limit, config.seed)]
+    texts = [_reference(item.row, config.prompts.format) for item in data_rows(config.prompts, config.limit, config.rows_seed)]
     frame = len(_question(config))
     return [(frame + len(answer.prompt)) // CHARS_PER_TOKEN + 2 * config.max_new_tokens for answer in texts for _ in range(2)]
 

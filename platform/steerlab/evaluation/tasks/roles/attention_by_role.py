@@ -82,7 +82,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         needs_input=True,
         offset=config.offset,
         limit=config.limit,
-        seed=config.seed,
+        seed=config.rows_seed,
         fields=("instruction", "output"),
     )
     prompts = [answered(model, item) for item in rows]

@@ -111,7 +111,7 @@ def vocabulary(model: SteeredModel, config: Config) -> list[int]:
     special = {*tokenizer.all_special_ids}
     # Tables of embeddings are often padded to a round size with rows that are no tokens.
     usable = [token for token in range(min(len(tokenizer), num_embeddings)) if token not in special]
-    return choose(usable, config.limit, config.seed)
+    return choose(usable, config.limit, config.rows_seed)
 
 
 def compared(

@@ -68,7 +68,7 @@ class Config(TaskConfig):
     @property
     def probing(self) -> probing.Config:
         """The same settings for the functions of `probing`, which train the classifier."""
-        same = ("source", "offset", "num_rows", "tokens_per_role", "concept_layer", "max_tokens", "seed")
+        same = ("source", "offset", "num_rows", "tokens_per_role", "concept_layer", "max_tokens", "seed", "seeds")
         return probing.Config(measures=("concept",), **{name: getattr(self, name) for name in same})
 
 
@@ -102,7 +102,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     rows, long = probing.usable_rows(model, config.probing)
     # The embedded set is built from alpaca rows, which a job may have trained on; a file of SEP rows is separate from them.
     offset = config.offset if config.separation_source is None else 0
-    items = separation.load(config.separation_source, limit=config.limit, seed=config.seed, offset=offset)
+    items = separation.load(config.separation_source, limit=config.limit, seed=config.rows_seed, offset=offset)
     observations: list[Observation] = []
     histograms, texts = [], []
     for strength in config.strengths:

@@ -105,7 +105,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 def check(config: Config, facts: ModelFacts) -> None:
     """Refuse a concept that the file does not have, and a judge that cannot be asked. Raises ValueError."""
     concept = concept_of(config)
-    instructions = [str(item.row["instruction"]) for item in data_rows(config.prompts, config.limit, config.seed)]
+    instructions = [str(item.row["instruction"]) for item in data_rows(config.prompts, config.limit, config.rows_seed)]
     answer = len(concept) + graders.answer_chars(config)
     graders.check(config, [len(grading.template) + len(text) + answer for text in instructions for grading in config.gradings])
 
@@ -114,7 +114,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Answer every instruction at every strength, and have the answers graded."""
     judge_texts = scorer(config, model.device)
     concept = concept_of(config)
-    items = data_rows(config.prompts, config.limit, config.seed)
+    items = data_rows(config.prompts, config.limit, config.rows_seed)
     prompts = [model.encoder.conversation(str(item.row["instruction"]), str(item.row.get("input") or "")) for item in items]
     observations: list[Observation] = []
     samples: list[dict[str, object]] = []

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 from steerlab.data.worlds import tiny_grammar
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.answers import answers, with_legibility
-from steerlab.evaluation.asking.items import data_rows
+from steerlab.evaluation.asking.items import choose, data_rows
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, observed
 from steerlab.evaluation.tasks.preferences.preference import require_pairs
@@ -51,7 +51,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Answer the requests at every strength and judge the answers by the world's grammar."""
     # The two answers of a pair do not matter here, so a request counts once.
     items = {str(item.row["prompt"]): item for item in data_rows(config.pairs, None, 0)}
-    requests = list(items)[: config.limit]
+    requests = choose(list(items), config.limit, config.rows_seed)
     prompts = [model.encoder.conversation(request, "", None) for request in requests]
     observations, samples = [], []
     for strength, outputs in answers(model, prompts, config):

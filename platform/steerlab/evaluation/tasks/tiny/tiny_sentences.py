@@ -70,7 +70,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 def run(model: SteeredModel, config: Config) -> Result:
     """Continue the prompts at every strength and judge the sentence in which each prompt ends."""
     texts = [Numbered(f"{p}/{s}", {"text": text}) for p, text in enumerate(config.prompt) for s in range(config.samples)]
-    items = choose(texts, config.limit, config.seed)
+    items = choose(texts, config.limit, config.rows_seed)
     prompts = [str(item.row["text"]) for item in items]
     observations, samples = [], []
     for strength, outputs in zip(config.strengths, continue_texts(model, prompts, config), strict=True):
