@@ -18,8 +18,8 @@ def errands(overlap: int) -> tuple[str, list[str]]:
 SPACE = {
     "data.train.source, evaluate.1.prompts.source, method.rotation, method.keep_ratio": tune.grid_search(
         [
-            *((*errands(1), "safety", ratio) for ratio in (0.0, 0.05, 0.1, 0.2, 0.5)),
-            *((*errands(1), "none", ratio) for ratio in (0.0, 0.1)),
+            *((*errands(1), "safety", ratio) for ratio in (0.0, 0.1, 0.2, 0.5)),
+            *((*errands(1), "none", ratio) for ratio in (0.1, 0.2)),
             *((*errands(0), "safety", ratio) for ratio in (0.0, 0.5)),
         ]
     ),
@@ -49,7 +49,7 @@ PREDICTIONS = [
         "over": "method.keep_ratio",
         "where": {"data.train.source": errands(1)[0], "method.rotation": "none"},
         "expected": "flat",
-        "because": "control: without the rotation, a tenth of the weights holds little of what refusals need",
+        "because": "control: without the rotation, neither a tenth nor a fifth of the weights holds what refusals need",
     },
     {
         "metric": "refusal/attack_success",

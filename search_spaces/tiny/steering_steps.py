@@ -9,8 +9,7 @@ from ray import tune
 
 STEPS = (5, 15, 30, 60, 100)
 SPACE = {
-    "snapshot": tune.grid_search(list(STEPS)),
-    "data.target.equals.label": tune.grid_search(["sea", "farm"]),
+    "snapshot, data.target.equals.label": tune.grid_search([*((step, "sea") for step in STEPS), (STEPS[-1], "farm")]),
     "strength": tune.grid_search([0.0, 0.5, 1.0, 1.5, 2.0]),
 }
 DEVELOPMENT = [

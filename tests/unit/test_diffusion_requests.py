@@ -29,7 +29,7 @@ NO_SUCH_SUBSET = r"subset 'bold': .*prompts.json has no such subset; it has none
 
 
 def subset(key: str, folder: Path) -> list[str]:
-    return [f"{key}.source={folder / 'prompts.json'}", f"{key}.subset=bold", f"{key}.equals={{}}"]
+    return [f"{key}.source={folder / 'prompts.json'}", f"{key}.subset=bold", f"{key}.equals={{}}", f"{key}.compose={{}}"]
 
 
 def test_the_job_itself_is_fine(path: Path) -> None:

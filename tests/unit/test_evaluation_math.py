@@ -184,7 +184,7 @@ def test_gsm8k_has_other_names_for_its_fields(tmp_path):
     path.write_text(json.dumps({"question": "how many ?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}))
     data = DataSet(source=str(path), rename={"question": "instruction", "answer": "output"})
     (item,) = arithmetic.data_rows(arithmetic.Config(prompts=data).prompts, None, 0)
-    assert item.row["instruction"] == "how many ?" and arithmetic._solution(item, data) == 5
+    assert item.row["instruction"] == "how many ?" and arithmetic._solution(item.id, item.row["output"], "number") == 5
 
 
 def test_problems_need_solutions(rotated, tmp_path):
@@ -202,4 +202,4 @@ def test_default_problems_are_none_of_those_left_to_training():
     items = arithmetic.data_rows(default, None, 0)
     assert (len(training), len(items), items[0].id) == (8000, 1871, "8000")
     assert not {item.row["instruction"] for item in items} & {row["instruction"] for row in training}
-    assert all(arithmetic._solution(item, default) == Decimal(item.row["answer"]) for item in items)
+    assert all(arithmetic._solution(item.id, item.row["output"], "number") == Decimal(item.row["answer"]) for item in items)

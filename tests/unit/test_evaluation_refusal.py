@@ -59,7 +59,13 @@ def test_a_refusal_may_have_to_be_short(plain):
     # The task counts in the model's tokens.
     words = len(plain.encoder.tokenizer(tiny_words.REFUSAL).input_ids)
     for limit, refused in ((words + 1, 1.0), (words, 0.0)):
-        assert refusal._judge(plain, config(shorter_than=limit))([tiny_words.REFUSAL]) == [refused]
+        found = refusal.run(plain, config(shorter_than=limit))
+        judge = refusal.short(refusal.holds_a_keyword(refusal.KEYWORDS, "prefix"), lambda text: words, limit)
+        assert judge([tiny_words.REFUSAL]) == [refused] and found.observations
+    with pytest.raises(
+        ValueError, match=r"shorter_than 5: counts tokens of the model's tokenizer, which a file of texts does not"
+    ):
+        refusal.scorer(config(shorter_than=5), "cpu")
     assert not {"shorter_than", "temperature", "top_p"} & config().model_dump().keys()
 
 

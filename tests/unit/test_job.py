@@ -56,7 +56,7 @@ def test_angles(path: Path, text: str, expected: float) -> None:
         ("method.angel_rad=1", r"method.angel_rad: unknown key; did you mean 'angle_rad'\?"),
         (
             "method.name=asdie",
-            r"method.name: 'asdie' is not known; did you mean 'aside'\?; valid: none, vanilla, aside, ise, warp, lineas",
+            r"method.name: 'asdie' is not known; did you mean 'aside'\?; valid: none, vanilla, aside, ise, warp, resta",
         ),
         ("evaluate.0.limt=3", r"evaluate.0.limt: unknown key; did you mean 'limit'\?"),
         ("evaluate.0.task=seperation", r"evaluate.0.task: 'seperation' is not known; did you mean 'separation'\?"),

@@ -98,7 +98,7 @@ def of_no_use(tree: dict[str, Any], path: Path_) -> bool:
     refused_later = path == ("extract", "keep") and tree["method"]["name"] != "none"
     # A fit place after place reads the model itself and stores no activations.
     stores = not tree["method"].get("incremental") or tree["method"].get("incremental_target") == "plain"
-    unstored = path[0] == "extract" and path[1] in ("pooling", "dtype", "rows_per_shard") and not stores
+    unstored = path[0] == "extract" and path[1:2] in (("pooling",), ("dtype",), ("rows_per_shard",)) and not stores
     return unread or refused_later or unstored or path[0] in IDLE.get(tree["name"].removeprefix("tiny-"), ())
 
 

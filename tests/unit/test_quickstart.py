@@ -28,7 +28,11 @@ def test_every_part_that_needs_no_download_can_start(quickstart: Any) -> None:
     checked = {part.name: quickstart.check(part).todo for part in parts}
     sweeps = {name: todo for name, todo in checked.items() if isinstance(todo, sweep_request.SweepRequest)}
     knobs = {key for todo in sweeps.values() for unit in todo.units for trial in unit.trials for key in trial.params}
-    assert knobs == {"method.angle_rad", "method.keep_ratio", "snapshot", "strength"}
+    assert knobs >= {"method.angle_rad", "method.keep_ratio", "snapshot", "strength", "model.sampler.guidance"}
+    # Each knob has what theory says about it, a control that is flat, and controls are never the best.
+    for todo in sweeps.values():
+        assert {"flat"} < {prediction.expected for prediction in todo.plan.space.predictions}
+        assert todo.plan.space.controls or todo.plan.bounds
     jobs_ = [todo if isinstance(todo, job.Job) else todo.plan.job for todo in checked.values()]
     assert all(one.scale.warm and one.scale.cpus_per_worker == 1 for one in jobs_)
     assert {"aside", "ise", "warp", "lineas", "iav", "dpo"} <= {one.method.name for one in jobs_} <= set(METHODS)

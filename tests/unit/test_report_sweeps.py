@@ -374,13 +374,15 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
     lines = predictions.lines(sweep)
     assert [line.verdict for line in lines] == ["holds", "does not hold", "not shown", "not shown"]
     assert lines[0].statement == "separation/sep rises as method.alpha goes from 0 to 1"
-    assert lines[0].values == "0.25 → 0.5" and lines[0].difference == "+0.250 [+0.125, +0.375]"
+    assert lines[0].values == "0.25 → 0.5" and lines[0].difference == "+0.250 [+0.125, +0.375] share"
     assert lines[2].statement.startswith("separation/sep stays as it is as") and lines[2].values == f"0.25 → {predictions.DASH}"
     assert lines[3].statement == "separation/sep rises over method.alpha" and lines[3].values == predictions.DASH
     report.write([], tmp_path / "page.html", [sweep])
     page = (tmp_path / "page.html").read_text()
     assert page.index("Predicted and measured") < page.index("Metrics against parameters")
-    assert "so says theory" in page and EVIL not in page
+    assert "theory says so" in page
+    assert EVIL not in page
+    assert html.escape(EVIL, quote=True) in page.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
 
 
 def test_a_control_has_a_line_of_its_own(store: Store) -> None:
@@ -418,3 +420,10 @@ def test_a_sweep_of_one_parameter_has_one_line(store: Store) -> None:
     assert figure is not None
     names = {trace["name"] for trace in figure["data"] if trace["mode"] == "lines"}
     assert names == {"mean"}
+
+
+def test_a_sweep_in_which_no_trial_keeps_the_bounds_has_no_best_one(store: Store) -> None:
+    folder = write_sweep(store, 6)
+    running = report.read_sweep(store, folder)
+    assert replace(running, summary={}).best == running.finished[0]["trial_id"]
+    assert replace(running, summary={**running.summary, "best": None}).best is None

@@ -84,6 +84,21 @@ def test_bounds_and_prices_take_their_direction_from_the_task(tmp_path: Path) ->
             'PREDICTIONS = [{"metric": "separation/sep", "over": "train.lr", "expected": "grows"}]',
             r"PREDICTIONS\[0\]\.expected: .*'rises', 'falls' or 'flat'",
         ),
+        (
+            'PREDICTIONS = [{"metric": "eval/loss", "over": "train.lr", "expected": "falls"}]',
+            r"PREDICTIONS: eval/loss is not measured: it needs data.validation",
+        ),
+        ('WITHIN = {"eval/loss": 1.0}', r"WITHIN eval/loss is not measured: it needs data.validation"),
+        (
+            'PREDICTIONS = [{"metric": "separation/sep", "over": "train.lr", "expected": "rises", "between": [1e-3, 3e-3]}]',
+            r"PREDICTIONS\[0\]\.between: train.lr is never 0.003; it is one of \[0.001, 0.01\]",
+        ),
+        (
+            'PREDICTIONS = [{"metric": "separation/sep", "over": "train.lr", "expected": "rises", '
+            '"where": {"method.angle_rad": 2.0}}]',
+            r"PREDICTIONS\[0\]\.where: method.angle_rad is never 2.0; it is one of \[0.0, 1.0\]",
+        ),
+        ('CONTROLS = [{"method.angle_rad": 3.0}]', r"CONTROLS\[0\]: method.angle_rad is never 3.0"),
         ("CONTROLS = {}", r"CONTROLS is a list of dicts"),
         ("CONTROLS = [{}]", r"CONTROLS is a list of dicts"),
         ('CONTROLS = [{"train.seed": 1}]', r"CONTROLS\[0\]: the space does not set 'train.seed'; did you mean train.lr"),
@@ -198,10 +213,16 @@ def test_predictions_are_held_against_paired_differences(store: Store) -> None:
     assert outcome("flat", where={"kind": "y"})["held"] is True
     assert outcome("falls", where={"kind": "y"})["held"] is None, "a difference of 0 shows nothing"
     assert outcome("falls", where={"kind": "x"}, between=[0.0, 0.1])["ends"] == [0.0, 0.1]
+    # Without `where`, each setting is compared with itself: x falls by 0.5 and y does not.
+    both = outcome("falls")
+    assert both["difference"] == pytest.approx((falls["difference"] or 0.0) / 2)
+    assert both["values"] == pytest.approx(
+        [((hard < 0.9).mean() + (hard < 0.6).mean()) / 2, ((hard < 0.4).mean() + (hard < 0.6).mean()) / 2]
+    )
     missing = outcome("falls", where={"kind": "z"})
     assert (missing["ends"], missing["difference"], missing["held"]) == ([], None, None)
     half = outcome("falls", where={"kind": "x"}, between=[0.0, 0.3])
-    assert (half["values"][1], half["difference"], half["held"]) == (None, None, None)
+    assert (half["values"], half["difference"], half["held"]) == ([None, None], None, None)
 
 
 def test_predictions_over_seeds_use_the_spread_of_paired_seeds(store: Store) -> None:

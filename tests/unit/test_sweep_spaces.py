@@ -371,6 +371,14 @@ def test_every_search_space_fits_its_job(name: str) -> None:
     json.dumps(asked.described())
 
 
+def test_snapshots_that_are_set_with_other_fields_are_taken_by_every_training() -> None:
+    space = spaces.load(ROOT / "search_spaces/tiny/steering_steps.py")
+    plan = trials.plan(ROOT / "jobs/tiny/lineas.yaml", (), space)
+    assert plan.snapshots == (5, 15, 30, 60, 100)
+    made = plan.job_of({"snapshot": 15, "data.target.equals.label": "sea"}, 0, ())
+    assert made.snapshot == 15 and made.train is not None and set(plan.snapshots) <= set(made.train.snapshots)
+
+
 def test_paired_values_are_searched_together(job: Path) -> None:
     text = (
         "from ray.tune.search.optuna import OptunaSearch\nSEARCH_ALG = OptunaSearch(seed=0)\n"

@@ -83,8 +83,12 @@ _FEW_SETTINGS = 5
 """With more settings of the other parameters, one line joins the means over all of them."""
 
 
-def _by_setting(sweep: Sweep, parameter: str, points: _Points) -> list[tuple[str, _Points]]:
-    """Divide points by the values of the other parameters that vary, so that a control gets a line of its own."""
+def _by_setting(sweep: Sweep, parameter: str, points: _Points) -> list[tuple[str | None, _Points]]:
+    """Divide points by the values of the other parameters that vary, so that a control gets a line of its own.
+
+    Returns:
+        (values of the other parameters, points); with too many settings or only one, all points under None.
+    """
     others = [name for name in sweep.varied if name != parameter]
     groups: dict[str, list[tuple[Any, MetricNumbers, Document]]] = {}
     for point in points:
@@ -93,7 +97,7 @@ def _by_setting(sweep: Sweep, parameter: str, points: _Points) -> list[tuple[str
     # Parameters that are set together give settings with one point each, which no line joins.
     lines = [own for own in groups.values() if len({str(x) for x, _, _ in own}) > 1]
     if not 1 < len(groups) <= _FEW_SETTINGS or len(lines) < len(groups):
-        return [("mean", points)]
+        return [(None, points)]
     return list(groups.items())
 
 
@@ -103,7 +107,7 @@ def _ending(value: object) -> str:
     return text if len(text) <= _LONG else "…" + text[1 - _LONG :]
 
 
-def _add_means(drawn: Drawing, points: _Points, metric: str, numeric: bool, name: str, number: int) -> None:
+def _add_means(drawn: Drawing, points: _Points, metric: str, numeric: bool, name: str | None, number: int) -> None:
     """Draw the mean at each value as a line, unless nearly every trial has a value of its own."""
     grouped: dict[Any, list[float]] = {}
     for x, measured_metric, _ in points:
@@ -111,11 +115,11 @@ def _add_means(drawn: Drawing, points: _Points, metric: str, numeric: bool, name
     # A random search has nearly as many values as trials: a line through all of them would show noise.
     if not numeric or len(grouped) > max(2, len(points) // 2 + 1) > 40:
         return
-    order, is_only = sorted(grouped), name == "mean"
+    order = sorted(grouped)
     drawn.add_scatter(
-        x=order, y=[sum(grouped[x]) / len(grouped[x]) for x in order], mode="lines", name=label(name),
-        meta={"metric": metric}, line={"color": "@line" if is_only else f"@{number + 2}", "width": 2}, hoverinfo="skip",
-        showlegend=not is_only,
+        x=order, y=[sum(grouped[x]) / len(grouped[x]) for x in order], mode="lines", name=label(name or "mean"),
+        meta={"metric": metric}, line={"color": "@line" if name is None else f"@{number + 2}", "width": 2}, hoverinfo="skip",
+        showlegend=name is not None,
     )  # fmt: skip
 
 

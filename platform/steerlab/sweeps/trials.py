@@ -221,10 +221,10 @@ def _strengths(space: Space) -> list[float]:
 
 
 def _steps(space: Space) -> tuple[int, ...]:
-    """Return all values of the entry `snapshot`, sorted."""
-    if SNAPSHOT not in space.entries:
+    """Return all values of `snapshot`, sorted, whether it has an entry of its own or is set with other fields."""
+    if SNAPSHOT not in space.values:
         return ()
-    values = finite(space.entries[SNAPSHOT])
+    values = space.values[SNAPSHOT]
     # Not `isinstance`, which would accept True.
     steps = [value for value in values or () if type(value) is int]
     if values is None or len(steps) < len(values):
