@@ -369,7 +369,9 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
         predicted(expected="flat", because="", difference=None, low=None, high=None, held=None, values=[0.25, None]),
         predicted(ends=[], values=[], difference=None, low=None, high=None, held=None),
     ]
-    store.write_json(f"{folder}/summary.json", {**summary, "predictions": outcomes, "bounds": [], "prices": []})
+    store.write_json(
+        f"{folder}/summary.json", {**summary, "predictions": outcomes, "bounds": ["u/use at least 0.9"], "prices": ["c/cost"]}
+    )
     sweep = report.read_sweep(store, folder)
     lines = predictions.lines(sweep)
     assert [line.verdict for line in lines] == ["holds", "does not hold", "not shown", "not shown"]
@@ -381,6 +383,7 @@ def test_predictions_stand_before_the_trials_with_their_verdict(store: Store, tm
     page = (tmp_path / "page.html").read_text()
     assert page.index("Predicted and measured") < page.index("Metrics against parameters")
     assert "theory says so" in page
+    assert "The best trial keeps u/use at least 0.9. Between trials that cannot be told apart, c/cost decides." in page
     assert EVIL not in page
     assert html.escape(EVIL, quote=True) in page.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
 

@@ -133,6 +133,7 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         # The template writes this word into a sentence.
         "goal": "more" if sweep.maximises else "less",
         "facts": tables.facts(sweep),
+        "rules": _rules(sweep),
         "predictions": predictions.lines(sweep),
         "header": header,
         "body": body,
@@ -150,6 +151,14 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         "job": _readable(sweep.job),
         "space": json.dumps(sweep.space, indent=1, ensure_ascii=False),
     }
+
+
+def _rules(sweep: Sweep) -> str:
+    """Return the rules by which the best trial was chosen, as sentences; empty if the space has none."""
+    bounds, prices = (", ".join(sweep.summary.get(name) or ()) for name in ("bounds", "prices"))
+    sentences = [f"The best trial keeps {bounds}."] if bounds else []
+    sentences += [f"Between trials that cannot be told apart, {prices} decides."] if prices else []
+    return " ".join(sentences)
 
 
 def _splits(sweep: Sweep) -> list[tuple[str, str]]:
