@@ -317,6 +317,15 @@ def test_only_training_data_mix_formats(tmp_path: Path) -> None:
         DataConfig.model_validate({"source": mixed})
     with pytest.raises(ValueError, match=r"do not go with format"):
         DataSet.model_validate({**mixed, "also": [{"source": "tiny:preferences/train", "format": "preference"}]})
+    weighted = {**mixed, "weight": 1.0, "also": [{**mixed["also"][0], "weight": 1.0}]}
+    with pytest.raises(ValueError, match="weight: a mixture by weights has rows of one format"):
+        DataSet.model_validate(weighted)
+    alike = {"source": "tiny:texts/train", "format": "text", "weight": 1.0, "skip_bad": True}
+    with pytest.raises(ValueError, match="skip_bad: the rows of a mixture by weights are read as one"):
+        DataSet.model_validate({**mixed, "weight": 1.0, "also": [alike]})
+    lone = {"task": "perplexity", "data": {"source": "tiny:texts/test", "format": "text", "weight": 2.0}}
+    with pytest.raises(ValueError, match=r"evaluate.0.data: weight 2: there is nothing to mix with"):
+        run.check(Plan.of(job_of(model_of("smollm2", tmp_path / "n"), tmp_path, ROWS, evaluate=[lone])))
     tree = {"task": "perplexity", "data": mixed}
     wanted = job_of(model_of("smollm2", tmp_path / "m"), tmp_path, ROWS, evaluate=[tree])
     with pytest.raises(ValueError, match=r"evaluate.0.data: also mixes rows of formats text and instruction"):

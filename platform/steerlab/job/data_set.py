@@ -98,7 +98,8 @@ class DataSet(Frozen):
     every answer; last_response: the last answer (format conversation). Format preference always takes response."""
     also: tuple[DataSet, ...] = Field((), exclude_if=lambda others: not others)
     """Data sets whose rows are appended, to mix in a share of other data. `data.train` and `data.validation` mix the formats
-    instruction, conversation and text, for example plain texts to keep the language; elsewhere the format must be the same."""
+    instruction, conversation and text, for example plain texts to keep the language (with loss_on all); elsewhere the format
+    must be the same."""
     weight: float | None = Field(None, gt=0, exclude_if=lambda weight: weight is None)
     """Share of this data set in the mixture with those of `also`, relative to their weights; all of them have one or none has.
     Each gives its exact share, from its first row on (`shuffle` for random ones), rounded by largest remainders."""
@@ -194,6 +195,8 @@ class DataSet(Frozen):
             raise ValueError("also: a data set of a mixture cannot be one itself; list all of them in one `also`")
         if self.also and any(weighted) and len({part.format for part in self.parts}) > 1:
             raise ValueError("weight: a mixture by weights has rows of one format; without weights, also can mix formats")
+        if self.also and any(weighted) and len({part.skip_bad for part in self.parts}) > 1:
+            raise ValueError("skip_bad: the rows of a mixture by weights are read as one; set it alike in all of its data sets")
         if self.mixed_rows is not None and not (self.also and all(weighted)):
             raise ValueError("mixed_rows is about a mixture by weights: give this data set and those of `also` a weight")
 

@@ -101,6 +101,8 @@ def check_rows(key: str, data: DataSet, *, may_mix: bool = True) -> None:
     try:
         if not may_mix:
             rows.check_one_format(data)
+            if data.weight is not None and not data.also:
+                raise ValueError(f"weight {data.weight:g}: there is nothing to mix with; list other data sets in `also`")
         rows.check(data)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
