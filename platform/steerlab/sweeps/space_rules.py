@@ -13,7 +13,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -134,7 +134,7 @@ def _prediction(key: str, entry: object, values: Values) -> Prediction:
     return prediction
 
 
-def _checked(key: str, entry: Mapping[object, object], values: Values, any_value: bool = False) -> dict[str, Json]:
+def _checked(key: str, entry: Mapping[Any, object], values: Values, any_value: bool = False) -> dict[str, Json]:
     """Return values of fields in JSON types. Raises JobError for a field or a value that the space does not set."""
     checked: dict[str, Json] = {}
     for name, written in entry.items():
