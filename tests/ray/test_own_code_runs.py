@@ -32,7 +32,7 @@ STEERED: dict[str, Any] = {
         "target": {"source": "tiny:topics/train", "equals": {"label": "sea"}, **TOPICS},
         "train": {"source": "tiny:instructions/train", "limit": 16},
     },
-    "extract": {"max_tokens": 64},
+    "extract": {"max_tokens": 64, "pooling": ["mean", "last"]},
     "evaluate": [PERPLEXITY],
 }
 WARP: dict[str, Any] = {
