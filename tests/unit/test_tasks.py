@@ -17,6 +17,7 @@ from steerlab import job, models, patches
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.judging import graders
 from steerlab.evaluation.measured import measure_of, unmeasured
+from steerlab.evaluation.statistics import seeds
 from steerlab.evaluation.statistics.measures import find
 from steerlab.evaluation.statistics.metrics import Metric, summarise_all
 from steerlab.inputs.encoding import Encoder
@@ -306,6 +307,14 @@ def test_a_task_says_what_it_measures(name: str, steered: SteeredModel, tmp_path
             assert number is None or measure.low is None or number >= measure.low - 1e-6, metric
             assert number is None or measure.high is None or number <= measure.high + 1e-6, metric
         assert unmeasured(metric, (config,)) is None
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "controllability"])  # it has the seeds of its own task
+def test_every_seed_takes_the_rows_of_the_first(name: str, steered: SteeredModel, tmp_path: Path) -> None:
+    """With other rows for each seed, items would not be the same, and the interval would be over too many of them."""
+    config = config_of(name, tmp_path / "rows.jsonl", TEXTS, limit=1, seeds=(1, 2, 3, 4))
+    of_seed = [{o.id for o in result.observations} for result in seeds.run(TASKS[name], steered, config)]
+    assert of_seed[0] and all(ids == of_seed[0] for ids in of_seed), of_seed
 
 
 def test_a_misspelt_metric_is_answered_with_the_right_one(tmp_path: Path) -> None:

@@ -68,8 +68,10 @@ class Config(TaskConfig):
     @property
     def probing(self) -> probing.Config:
         """The same settings for the functions of `probing`, which train the classifier."""
-        same = ("source", "offset", "num_rows", "tokens_per_role", "concept_layer", "max_tokens", "seed", "seeds")
-        return probing.Config(measures=("concept",), **{name: getattr(self, name) for name in same})
+        same = ("source", "offset", "num_rows", "tokens_per_role", "concept_layer", "max_tokens")
+        fields = {name: getattr(self, name) for name in same}
+        # The first of several seeds, so that all of them look at one classifier.
+        return probing.Config(measures=("concept",), seed=self.rows_seed, **fields)
 
 
 def measures(config: Config) -> tuple[Measure, ...]:
