@@ -38,7 +38,7 @@ class AttackConfig(SampledConfig):
     top_p: float = Field(1.0, gt=0, le=1)
     """Probability mass of nucleus sampling; 1 samples from all tokens."""
     seed: Seed = 2024
-    """Seed of sampling and of the choice of rows (paper: from 2024)."""
+    """Seed of sampling, of random places and of the choice of rows (paper: from 2024)."""
 
 
 class Attempt(NamedTuple):

@@ -38,15 +38,16 @@ from pydantic import Field
 from steerlab.data import sources
 from steerlab.data.values import Row
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import SampledConfig, answers, with_legibility
+from steerlab.evaluation.asking.answers import answers, with_legibility
 from steerlab.evaluation.asking.items import choose
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import Observation, Result, Task, about
 from steerlab.evaluation.tasks.attacks import wordings
+from steerlab.evaluation.tasks.attacks.attempts import AttackConfig
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack, Match, judge, programmatic
 from steerlab.guards import files
 from steerlab.inputs.conversations import checked
-from steerlab.job import Seed, Source
+from steerlab.job import Source
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
@@ -64,7 +65,7 @@ INSTRUCTIONS: Mapping[str, str] = {
 }
 
 
-class Config(SampledConfig):
+class Config(AttackConfig):
     """Success rate of BIPIA's programmatically judged attacks."""
 
     task: Literal["bipia"] = "bipia"
@@ -85,14 +86,6 @@ class Config(SampledConfig):
     instructions: Source | None = Field(None, exclude_if=lambda source: source is None)
     """Rows {scenario, instruction} with the wording of each scenario's prompt, such as the benchmark's; {question} and other
     fields of a context's row are filled in. null takes this repository's wording."""
-    max_new_tokens: int = Field(512, ge=1)
-    """Longest answer in tokens."""
-    temperature: float = Field(1.0, ge=0)
-    """Sampling temperature (the paper samples at a temperature that is not published); 0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Probability mass of nucleus sampling; 1 samples from all tokens."""
-    seed: Seed = 2024
-    """Seed of sampling, of the middle places and of the choice of items (paper: from 2024)."""
 
 
 class Attempt(NamedTuple):
