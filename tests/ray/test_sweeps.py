@@ -25,6 +25,7 @@ import yaml
 from safetensors.torch import load_file
 
 from steerlab import job, report, run
+from steerlab.methods import vanilla
 from steerlab.stages import JobType, Plan
 from steerlab.storage import claims, plan
 from steerlab.storage.store import Store
@@ -233,16 +234,43 @@ class Watch:
             self.most = max(self.most, now)
 
 
+MEET = """
+        import os, time
+        from pathlib import Path
+
+        folder, limit = Path({folder!r}), time.monotonic() + {limit_s}
+        (folder / f"{{os.getpid()}}-{{time.time_ns()}}.here").touch()
+        while len(list(folder.glob("*.here"))) < 2:
+            if time.monotonic() > limit:
+                (folder / "alone").touch()
+                break
+            time.sleep(0.05)
+"""
+
+
+def ask_to_meet(folder: Path, rates: list[float], limit_s: float) -> tuple[sweep_request.SweepRequest, Path]:
+    """Return a sweep whose trainings wait until two of them are there; one that waited in vain leaves the second result.
+
+    However long a loaded machine takes to start a process, two trainings meet if they may run at the same time.
+    """
+    folder.mkdir()
+    text = Path(vanilla.__file__).read_text().replace('Literal["vanilla"] = "vanilla"', 'Literal["meet"] = "meet"')
+    before = "        super().__init__(model, config.lora)\n"
+    assert text.count(before) == 1
+    (folder / "meet.py").write_text(text.replace(before, before + MEET.format(folder=str(folder), limit_s=limit_s)))
+    tree = {**ASIDE, "method": {"file": str(folder / "meet.py")}}
+    asked = ask(folder, tree, f"SPACE = {{'train.lr': tune.grid_search({rates})}}\n" + BEST)
+    return asked, folder / "alone"
+
+
 def test_two_cpus_train_two_trials_of_one_at_the_same_time(cluster: None, tmp_path: Path) -> None:
-    tree = {**ASIDE, "train": {**ASIDE["train"], "steps": 40}}
-    asked = ask(tmp_path, tree, "SPACE = {'train.lr': tune.grid_search([1e-3, 2e-3, 3e-3])}\n" + BEST)
+    asked, alone = ask_to_meet(tmp_path / "two", [1e-3, 2e-3, 3e-3], limit_s=120)
+    _, _, rows = do(tmp_path / "two", asked)
+    assert {row["status"] for row in rows} == {"finished"} and not alone.exists()
+    asked, alone = ask_to_meet(tmp_path / "one", [1e-3, 2e-3], limit_s=5)
     with Watch() as seen:
-        _, _, rows = do(tmp_path, asked)
-    assert {row["status"] for row in rows} == {"finished"} and seen.most == 2
-    asked = ask(tmp_path, tree, "SPACE = {'train.lr': tune.grid_search([4e-3, 5e-3])}\n" + BEST)
-    with Watch() as seen:
-        driver.sweep(asked, Store.open(str(tmp_path / "root")), resume=False, command="test", at_once=1)
-    assert seen.most == 1
+        driver.sweep(asked, Store.open(str(tmp_path / "one" / "root")), resume=False, command="test", at_once=1)
+    assert seen.most == 1 and alone.exists()
 
 
 def test_a_trial_that_can_never_fit_is_refused_with_the_arithmetic(cluster: None, tmp_path: Path) -> None:
