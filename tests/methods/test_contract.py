@@ -255,6 +255,7 @@ def test_a_method_of_no_kind_is_none() -> None:
 
 LEAVES = {
     "none": (False, False),
+    "prompt": (False, False),
     "vanilla": (True, False),
     "denoise": (True, False),
     "aside": (True, True),
@@ -389,7 +390,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, kind: str, make: 
         torch.testing.assert_close(gradient, gradients[1][n], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])  # which is a pooling, too
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("none", "prompt")])  # a pooling, and a field
 def test_no_other_file_names_the_method(name: str) -> None:
     """The loop, the stages and the tasks never ask which method they serve."""
     package = Path(steerlab.__file__).parent

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from steerlab.inputs.tokens import DATA, INSTRUCTION, ROLES, Conversation, Message, Part
+from steerlab.job import Preamble
 
 FRAMING = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -15,10 +16,12 @@ FRAMING = (
 
 
 class PromptStyle:
-    """The wording of prompts, and the role of answers. `Encoder` derives from it."""
+    """The wording of prompts, what stands before them, and the role of answers. `Encoder` derives from it."""
 
     prompt_style: Literal["aside", "plain"]
     response_role: Literal["data", "instruction", "response"]
+    preamble: Preamble
+    """What stands before each prompt that the model answers or continues."""
 
     @property
     def response_role_id(self) -> int:
@@ -40,6 +43,8 @@ class PromptStyle:
         `Input:` in the user turn, with `No input` for empty data; a model without a chat template gets the heading `Response:`
         before the answer. Unlike the authors' code, no period is appended to the response.
 
+        After worked examples (`preamble`) the instruction stands in the user turn before the data, as it does in the examples.
+
         Args:
             instruction: Text of role instruction.
             data: Text of role data, or parts that have roles of their own.
@@ -48,20 +53,16 @@ class PromptStyle:
             history: Earlier exchanges (user, assistant); their user turns have the role instruction.
         """
         data_parts = (Part(data, DATA),) if isinstance(data, str) else tuple(data)
-        if self.prompt_style == "aside":
-            instruction = f"{FRAMING}\n\nInstruction:\n{instruction}"
-
-            if len("".join(part.text for part in data_parts)) < 2:
-                data_parts = (Part("No input", DATA),)
-            data_parts = (Part("Input:\n", DATA), *data_parts)
-        if system:
-            instruction = f"{system}\n\n{instruction}"
+        instruction, data_parts = self._worded(instruction, data_parts)
         turns = [(speaker, text) for pair in history for speaker, text in zip(("user", "assistant"), pair, strict=True)]
         earlier = tuple(self._turn({"role": speaker, "content": text}) for speaker, text in turns)
-        messages = (Message("system", (Part(instruction, INSTRUCTION),)), *earlier, Message("user", data_parts))
-        if response is None:
-            return messages
-        return (*messages, Message("assistant", (Part(response, self.response_role_id),)))
+        framing = FRAMING if self.prompt_style == "aside" else ""
+        first = [text for text in (self.preamble.system, system, framing) if text]
+        if self.preamble.examples:
+            messages = (*self._introduced(first), *earlier, _question(instruction, data_parts))
+        else:
+            messages = (_system([*first, instruction]), *earlier, Message("user", data_parts))
+        return messages if response is None else (*messages, self._answer(response))
 
     def from_row(self, row: Mapping[str, Any], data_format: str) -> Conversation:
         """Return the conversation of a row in the format `data_format` (`DataSet.format`).
@@ -74,8 +75,7 @@ class PromptStyle:
         if data_format == "text":
             return (Message("text", (Part(row["text"], INSTRUCTION),)),)
         if data_format == "conversation":
-            # Messages have their own turns, so the prompt style adds no framing to them.
-            return tuple(map(self._turn, row["messages"]))
+            return self.dialogue(row["messages"])
         return self.conversation(
             row["instruction"],
             row.get("input") or "",
@@ -99,7 +99,8 @@ class PromptStyle:
         """Return the messages of a prompt and its response.
 
         Args:
-            prompt: A text, which is worded in the prompt style, or messages {role, content}, which keep their own turns.
+            prompt: A text, which is worded in the prompt style, or messages {role, content}, which keep their own turns: the
+                prompt style adds no framing to them, and the preamble stands before them.
             response: The answer; None returns a prompt that the model continues.
             data: Data of a text prompt; ignored for messages.
             system: System text of a text prompt; ignored for messages.
@@ -107,12 +108,52 @@ class PromptStyle:
         if isinstance(prompt, str):
             return self.conversation(prompt, data, response, system=system)
         turns = tuple(map(self._turn, prompt))
-        return turns if response is None else (*turns, self._turn({"role": "assistant", "content": response}))
+        if self.preamble.system or self.preamble.examples:
+            own = turns[:1] if turns[0].speaker == "system" else ()
+            first = [text for text in (self.preamble.system, *(part.text for turn in own for part in turn.parts)) if text]
+            turns = (*self._introduced(first), *turns[len(own) :])
+        return turns if response is None else (*turns, self._answer(response))
+
+    def continued(self, text: str) -> str:
+        """Return a plain text that the model is to continue, after the preamble's prefix."""
+        return self.preamble.prefix + text
+
+    def _introduced(self, first: Sequence[str]) -> Conversation:
+        """Return a system turn of the texts, unless there are none, and the worked examples of the preamble."""
+        turns = [_system(first)] if first else []
+        for example in self.preamble.examples:
+            worded = self._worded(example.instruction, (Part(example.input, DATA),))
+            turns += (_question(*worded), self._answer(example.output))
+        return tuple(turns)
+
+    def _worded(self, instruction: str, data: tuple[Part, ...]) -> tuple[str, tuple[Part, ...]]:
+        """Return an instruction and its data under the headings of the prompt style."""
+        if self.prompt_style == "plain":
+            return instruction, data
+        if len("".join(part.text for part in data)) < 2:
+            data = (Part("No input", DATA),)
+        return f"Instruction:\n{instruction}", (Part("Input:\n", DATA), *data)
+
+    def _answer(self, text: str) -> Message:
+        return Message("assistant", (Part(text, self.response_role_id),))
 
     def _turn(self, message: Mapping[str, str]) -> Message:
         # Outputs of tools are data: whoever controls a tool must not be able to give instructions.
         role = {"assistant": self.response_role_id, "tool": DATA}.get(message["role"], INSTRUCTION)
         return Message(message["role"], (Part(message["content"], role),))  # type: ignore[arg-type]
+
+
+def _system(texts: Sequence[str]) -> Message:
+    """Return a system turn of texts, with blank lines between them."""
+    return Message("system", (Part("\n\n".join(texts), INSTRUCTION),))
+
+
+def _question(instruction: str, data: tuple[Part, ...]) -> Message:
+    """Return a user turn with an instruction, a blank line and the data."""
+    # An empty part of role data comes first, because the first part of a turn gives the assistant's header its role, which is
+    # that of the data in all prompts.
+    gap = "\n\n" if any(part.text for part in data) else ""
+    return Message("user", (Part("", DATA), Part(instruction + gap, INSTRUCTION), *data))
 
 
 def checked(text: object) -> str:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +32,7 @@ from steerlab.inputs.stretches import TEMPLATE_PART, Layout, Stretch, melts, of_
 from steerlab.inputs.templates import ChatTemplate
 from steerlab.inputs.tokenising import TextTokenizer, Tokens, places
 from steerlab.inputs.tokens import INSTRUCTION, Batch, Conversation, Encoded, Message, Row, collate, pad_id
+from steerlab.job import Preamble
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class Encoder(PromptStyle):
     """Date (ISO 8601) for chat templates that would print the current one."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """Sources of `tokenizer` and `chat_template` that the job names; empty if both come with the model."""
+    preamble: Preamble = field(default_factory=Preamble)
     num_melted: int = 0
     """Rows so far whose answer begins inside the last token of the prompt; such a row does not begin with its prompt's ids."""
     num_neutralised: int = 0
@@ -106,12 +108,17 @@ class Encoder(PromptStyle):
         unended = "the chat template ends an answer without a special token, so that no answer learns to end"
         return [*self.template.remarks(), unended]
 
+    def preceded_by(self, preamble: Preamble) -> Encoder:
+        """Return this encoder with another preamble."""
+        return replace(self, preamble=preamble)
+
     @property
     def saved_spec(self) -> dict[str, Json]:
         """Settings by which a model is prompted as it was trained, if its tokenizer is saved with it."""
         thinking = {"thinking": True} if self.thinking else {}
         date = {"date": self.date} if prints_date(self.tokenizer) else {}
-        return {"prompt_style": self.prompt_style, "response_role": self.response_role, **thinking, **date}
+        preamble = {"preamble": self.preamble.model_dump(mode="json")} if self.preamble else {}
+        return {"prompt_style": self.prompt_style, "response_role": self.response_role, **thinking, **date, **preamble}
 
     @property
     def spec(self) -> dict[str, Json]:
@@ -303,7 +310,8 @@ def load(directory: Path, prompt: Mapping[str, Any] | None = None, trust_remote_
     settings = dict(prompt or {})
     elsewhere = {name: settings.pop(name) for name in ("tokenizer", "chat_template") if name in settings}
     source = elsewhere.get("tokenizer")
+    preamble = Preamble.model_validate(settings.pop("preamble", {}))
     tokenizer = models.load_tokenizer(directory if source is None else sources.fetch(source), trust_remote_code)
     if "chat_template" in elsewhere:
         tokenizer.chat_template = template_of(elsewhere["chat_template"])
-    return Encoder(tokenizer, **settings, elsewhere=elsewhere)
+    return Encoder(tokenizer, **settings, elsewhere=elsewhere, preamble=preamble)

@@ -20,6 +20,7 @@ from steerlab.job.file import base_job, dump, inlined, override, put, read, read
 from steerlab.job.job import Job, job_type, prompt_settings
 from steerlab.job.messages import cut, explain
 from steerlab.job.model_config import JOB_PREFIX, ModelConfig, SamplerConfig
+from steerlab.job.preamble import Example, Preamble
 from steerlab.job.schema import schema
 from steerlab.job.settings import (
     UNPATCHED,
@@ -48,6 +49,7 @@ __all__ = [
     "ChooseConfig",
     "DataConfig",
     "DataSet",
+    "Example",
     "ExtractConfig",
     "Frozen",
     "Implied",
@@ -59,6 +61,7 @@ __all__ = [
     "Phase",
     "Pixels",
     "Pooling",
+    "Preamble",
     "Radians",
     "Role",
     "SamplerConfig",

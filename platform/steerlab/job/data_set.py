@@ -324,6 +324,8 @@ class ExtractConfig(Frozen):
 
 PromptStyle = Literal["aside", "plain"]
 ResponseRole = Literal["data", "instruction", "response"]
+MAX_EXAMPLES = 100
+"""Worked examples before a question at most; a whole file of them would make every prompt too long."""
 PROMPT_FIELDS = ("prompt_style", "response_role", "thinking")
 """Fields of `DataConfig` by which texts become tokens."""
 
@@ -347,6 +349,9 @@ class DataConfig(Frozen):
     """Texts with the behaviour to steer to."""
     preference: DataSet | None = None
     """Pairs of a preferred and a rejected response (format preference)."""
+    examples: DataSet | None = None
+    """Worked examples before each question (method prompt), of format instruction. `limit`, which must be given, is their
+    number."""
     prompt_style: PromptStyle = "aside"
     """aside: the framing of ASIDE's paper (arXiv 2503.10566) with headings Instruction, Input, Response; plain: the bare texts
     in the chat template. Rows of messages keep their own turns in both."""
@@ -368,6 +373,7 @@ class DataConfig(Frozen):
             "source": self.source,
             "target": self.target,
             "preference": self.preference,
+            "examples": self.examples,
         }
         return {role: data for role, data in data_sets.items() if data is not None}
 
@@ -379,6 +385,10 @@ class DataConfig(Frozen):
             if data.weight is not None and not data.also:
                 raise ValueError(f"{role}.weight {data.weight:g}: there is nothing to mix with; list other data sets in `also`")
             formats = dict.fromkeys(part.format for part in data.parts)
+            if role == "examples" and (set(formats) != {"instruction"} or data.also):
+                raise ValueError(f"examples: worked examples are rows of format instruction from one source, not {data.format}")
+            if role == "examples" and (data.limit is None or data.limit > MAX_EXAMPLES):
+                raise ValueError(f"examples.limit: give the number of worked examples, at most {MAX_EXAMPLES}")
             if len(formats) > 1 and role not in ("train", "validation"):
                 raise ValueError(
                     f"{role}.also: rows of formats {' and '.join(formats)}; only train and validation can mix formats"

@@ -19,6 +19,7 @@ from steerlab.methods import (
     iti_heads,
     lineas,
     none,
+    prompt,
     reft,
     repe,
     resta,
@@ -36,6 +37,7 @@ from steerlab.methods.edited import Edited
 # A literal and no decorator: the table can be read here, and a method that nobody imports cannot exist.
 _OWN: dict[str, Method] = {
     "none": none.METHOD,
+    "prompt": prompt.METHOD,
     "vanilla": vanilla.METHOD,
     "aside": aside.METHOD,
     "ise": ise.METHOD,

@@ -1,8 +1,9 @@
 """The contract of a method: a config, a check of it against the model and the job, and a way to change the model.
 
-A method is an instance of one of five classes. The stages see only the class, never the method:
+A method is an instance of one of six classes. The stages see only the class, never the method:
 
 Plain      changes nothing: the model as it is
+Prompted   says what stands before each prompt; the model stays as it is
 Assembled  makes a patch of what its config names, such as a reward model
 Trained    trains a `Trainee`, an `nn.Module` whose forward returns the paper's loss
 Fitted     computes one map for each place in closed form, from two samples of activations
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from steerlab import patches
 from steerlab.activations.parquet import Activations
 from steerlab.inputs.tokens import IGNORED, Row
-from steerlab.job import Job, MethodConfig, Pixels, Pooling, Selection
+from steerlab.job import Job, MethodConfig, Pixels, Pooling, Preamble, Selection
 from steerlab.methods.math import lora
 from steerlab.methods.preparations import Prepare
 from steerlab.models import ModelFacts
@@ -317,6 +318,16 @@ class Method:
 @dataclass(frozen=True)
 class Plain(Method):
     """A method that leaves the model as it is."""
+
+
+@dataclass(frozen=True)
+class Prompted(Method):
+    """A method that says what stands before each prompt; no weight and no activation changes."""
+
+    preamble: Callable[[Any, Sequence[Mapping[str, object]]], Preamble]
+    """(config, rows of `data.examples`) -> the preamble. There are no rows if the job has no such data set."""
+
+    closed_form: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

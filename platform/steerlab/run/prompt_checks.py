@@ -163,9 +163,8 @@ def _encoder_of(planned: Plan) -> Encoder:
     directory = sources.fetch(planned.source)
     named = {"tokenizer": job.model.tokenizer, "chat_template": job.model.chat_template}
     elsewhere = [prompt_sources.fingerprint(name, source) for name, source in named.items() if source is not None]
-    return _encoder(
-        directory, (*state_of(directory), *elsewhere), json.dumps(job.prompt, sort_keys=True), job.model.trust_remote_code
-    )
+    settings, state = json.dumps(job.prompt, sort_keys=True), (*state_of(directory), *elsewhere)
+    return _encoder(directory, state, settings, job.model.trust_remote_code).preceded_by(planned.preamble)
 
 
 @lru_cache(maxsize=16)

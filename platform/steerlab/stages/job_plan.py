@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import NamedTuple
 
 from steerlab import evaluation, methods
-from steerlab.job import UNPATCHED_NAME, Job, Selection, TaskConfig, base_job, job_type
-from steerlab.methods.contract import Assembled, Fitted, Method, SteeringConfig, Trained
+from steerlab.job import UNPATCHED_NAME, Job, Preamble, Selection, TaskConfig, base_job, job_type
+from steerlab.methods.contract import Assembled, Fitted, Method, Prompted, SteeringConfig, Trained
 from steerlab.methods.edited import EditConfig, Edited
-from steerlab.stages import assemble, choose, edit, evaluate, extract, fit, prepare, reduce, train
+from steerlab.stages import assemble, choose, edit, evaluate, extract, fit, prepare, prompt, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, ordered
@@ -82,8 +82,9 @@ class Plan:
 
     @property
     def _maker(self) -> Plan:
-        """The plan of the job whose method made the model that this job evaluates."""
-        return self if self.makes_model or self.below is None else self.below._maker
+        """The plan of the job whose method made the weights or the newest patch of the model that this job evaluates."""
+        changes = self.makes_model and (self.method.leaves_model or self.method.leaves_patch)
+        return self if changes or self.below is None else self.below._maker
 
     @property
     def leaves_patch(self) -> bool:
@@ -100,6 +101,12 @@ class Plan:
         """Modules and tokens on which the patch acts whose strength is varied; None if its method does not restrict them."""
         maker = self._maker
         return maker.method.steers(maker.job.method)
+
+    @cached_property
+    def preamble(self) -> Preamble:
+        """What stands before each prompt of the model that the job evaluates."""
+        below = Preamble() if self.below is None else self.below.preamble
+        return below.then(prompt.preamble(self.job)) if isinstance(self.method, Prompted) else below
 
     @cached_property
     def start(self) -> Subject:
@@ -171,6 +178,8 @@ class Plan:
             return edit.stage(self.job, self.start, self.before, self.unaligned, self.preparing.used)
         if isinstance(self.method, Assembled):
             return assemble.stage(self.job, self.start)
+        if isinstance(self.method, Prompted):
+            return prompt.stage(self.job, self.start)
         if self.job.train is None or not isinstance(self.method, Trained):
             return self.start.stage
         return train.stage(self.job, self.start, self.read, self.preparing.used)

@@ -11,6 +11,7 @@ from steerlab.guards import saved
 from steerlab.inputs import encoding
 from steerlab.inputs.drawings import Prompter
 from steerlab.inputs.encoded_rows import RowEncoder
+from steerlab.job import Preamble
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.storage import bases
 from steerlab.storage.bases import BASE, PROMPT, SavedPrompt
@@ -93,6 +94,9 @@ def load_stack(
             attention=attention,
             trust_remote_code=trust_remote_code,
         )
+        # Each artifact names all that stands before prompts, also what the models below it brought along.
+        if isinstance(encoder, encoding.Encoder) and "preamble" in prompt:
+            encoder = encoder.preceded_by(Preamble.model_validate(prompt["preamble"]))
     else:
         checkpoint = directory / "model" if (directory / "model").is_dir() else directory
         # The sampler's own weights of the denoiser were loaded before the model was saved, so the checkpoint holds them.

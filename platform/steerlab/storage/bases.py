@@ -9,7 +9,7 @@ from pydantic import Field
 
 from steerlab.data import sources
 from steerlab.guards import saved
-from steerlab.job import Frozen, SamplerConfig
+from steerlab.job import Frozen, Preamble, SamplerConfig
 
 PROMPT, BASE = "prompt.json", "base.json"
 _MAX_BASES = 100
@@ -28,6 +28,8 @@ class SavedPrompt(Frozen):
     date: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")] | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    preamble: Preamble = Preamble()
+    """What stands before each prompt."""
     sampler: SamplerConfig | None = None
 
 

@@ -60,8 +60,12 @@ def continue_texts(model: SteeredModel, prompts: Sequence[str], config: Continua
 
 
 def conversation(encoder: Encoder, prompt: str, continuation: str | None = None) -> Conversation:
-    """Return the plain text of a prompt as a conversation; a continuation becomes its second part."""
-    parts = [Part(prompt, INSTRUCTION)]
+    """Return the plain text of a prompt as a conversation.
+
+    With a continuation, which becomes the second part, the preamble is left out: the text is scored as if the model without it
+    had written it.
+    """
+    parts = [Part(encoder.continued(prompt) if continuation is None else prompt, INSTRUCTION)]
     if continuation is not None:
         # A part of its own with the role of responses, as if the model had written it at strength 0.
         parts.append(Part(_lost_space(encoder, continuation) + continuation, encoder.response_role_id))

@@ -140,7 +140,9 @@ def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: 
     size = _max_length(model)
     # One list of windows for all texts, so that windows of short and long texts share batches.
     windows: list[tuple[int, Row]] = []
-    for number, row in enumerate(model.encoder.encode_all([_text(model, text) for text in texts])):
+    # Without the preamble: these texts are scored from their first token on, and not continued.
+    plain: list[Conversation] = [(Message("text", (Part(text, INSTRUCTION),)),) for text in texts]
+    for number, row in enumerate(model.encoder.encode_all(plain)):
         # Part -1 is the beginning-of-sequence token that the tokenizer added; `_prefix_id` takes its place for every text.
         own = [i for i, part in zip(row.input_ids, row.parts, strict=True) if part >= 0]
         ids = [_prefix_id(model), *own]
@@ -248,6 +250,7 @@ def _chunks(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
 
 def _text(model: SteeredModel, context: str, continuation: str | None = None) -> Conversation:
     """Return a plain text as a conversation: the context, and the continuation as a second part if there is one."""
+    context = model.encoder.continued(context)
     if continuation is None:
         return (Message("text", (Part(context, INSTRUCTION),)),)
     # Tokens carry the space before them, so spaces at the end of the context belong to the continuation's first token.

@@ -49,7 +49,7 @@ from steerlab.evaluation.judging.pair_judges import PairJudge
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Scorer, Task, about, observed, too_long
 from steerlab.evaluation.statistics.written import Written
-from steerlab.job import DataSet, Source
+from steerlab.job import DataSet, Preamble, Source
 from steerlab.models import ModelFacts
 from steerlab.steered import language
 from steerlab.steered.language import SteeredModel
@@ -311,7 +311,9 @@ def _input_tokens(config: Config) -> list[int]:
 def _load(source: str, like: SteeredModel) -> SteeredModel:
     """Load a model with the data type and device of another, and with its prompt settings if the source has none."""
     dtype = str(like.model.dtype).removeprefix("torch.")
-    model = language.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=like.encoder.saved_spec)
+    # Without the preamble, which is a part of the model that is evaluated.
+    prompt = like.encoder.preceded_by(Preamble()).saved_spec
+    model = language.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=prompt)
     if not isinstance(model, SteeredModel):
         raise ValueError(f"{source} draws images; this task needs a language model")
     return model
