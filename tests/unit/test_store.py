@@ -8,21 +8,37 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3_server
 
-from steerlab.storage.store import Store, StoreError, _join
+from steerlab.cli import opening
+from steerlab.data.sources import remote
+from steerlab.storage.store import Store, StoreError
 
 KEY = "k" * 64
 
 
-@pytest.fixture(params=["local", "objects"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A store on the disk, and one on pyarrow's filesystem in memory, which stands for an object store."""
+@pytest.fixture(scope="module")
+def server() -> Iterator[s3_server.Server]:
+    with s3_server.running() as running:
+        yield running
+
+
+@pytest.fixture(params=["local", "objects", "s3", "fsspec"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: s3_server.Server) -> Store:
+    """A store on the disk, on pyarrow's filesystem in memory, on an S3 server whose address is in the URI, and by fsspec."""
     monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
-    return Store.open(str(tmp_path / "root") if request.param == "local" else "mock:///bucket/root")
+    roots = {
+        "local": str(tmp_path / "root"),
+        "objects": "mock:///bucket/root",
+        "s3": server.root(tmp_path.name),
+        "fsspec": f"memory://bucket/{tmp_path.name}",
+    }
+    return Store.open(roots[request.param])
 
 
 @pytest.fixture
@@ -184,7 +200,7 @@ def test_other_errors_pass_as_they_are(store: Store) -> None:
 
 def test_work_survives_and_is_discarded(store: Store) -> None:
     work = store.work("train", KEY)
-    assert work.endswith(f"/root/work/train/{KEY}")
+    assert work == (str(store.on_disk("work", "train", KEY)) if store.is_local else store.where("work", "train", KEY))
     store.write_json(f"work/train/{KEY}/step.json", 3)
     assert store.work("train", KEY) == work
     assert store.read_json(f"work/train/{KEY}/step.json") == 3
@@ -193,8 +209,31 @@ def test_work_survives_and_is_discarded(store: Store) -> None:
     assert store.list(f"work/train/{KEY}") == []
 
 
-def test_work_of_a_uri_keeps_its_options_at_the_end() -> None:
-    assert _join("s3://b/p/?scheme=http", "work", "k") == "s3://b/p/work/k?scheme=http"
+@pytest.mark.parametrize(
+    ("root", "expected"),
+    [
+        ("s3://b/p/?scheme=http", "s3://b/p/work/k?scheme=http"),
+        ("s3://b?region=a&endpoint_override=h:1", "s3://b/work/k?region=a&endpoint_override=h:1"),
+        ("s3://KEY:a%2Fb@b/p", "s3://KEY:a%2Fb@b/p/work/k"),
+        ("abfs://container@account/x", "abfs://container@account/x/work/k"),
+        ("file:///a%20b/", "file:///a%20b/work/k"),
+        ("/a/b?c/", "/a/b?c/work/k"),
+    ],
+)
+def test_a_folder_below_root_comes_before_the_options_of_a_uri(root: str, expected: str) -> None:
+    assert remote.joined(root, "work", "k") == remote.joined(remote.joined(root), "work/k") == expected
+    # What a run prints as its folder leads back to ROOT.
+    assert opening.split(remote.joined(root, "runs/a/1")) == (remote.joined(root), "runs/a/1")
+
+
+def test_one_root_has_one_name_however_it_ends(server: s3_server.Server) -> None:
+    assert Store(server.root("x/")).root == Store(server.root("x")).root
+
+
+def test_a_scheme_whose_package_is_missing_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "paramiko", None)
+    with pytest.raises(ValueError, match=r"ROOT 'sftp://host/x' needs the package paramiko: pip install paramiko"):
+        Store("sftp://host/x")
 
 
 # Records

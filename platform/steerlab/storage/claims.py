@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerlab.guards import files
@@ -46,7 +45,7 @@ def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
     """
     if store.is_local:
         # A folder of its own: `tmp` and `work` are swept, and a lock file must not be.
-        path = Path(store.root.removeprefix("file://")) / "claims" / f"{name}.lock"
+        path = store.on_disk("claims", f"{name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         # The lock file is never removed: a process that waits for it would lock a file that others no longer see.
         with ExitStack() as lock:

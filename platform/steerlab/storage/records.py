@@ -42,9 +42,22 @@ class Records:
             ValueError: `root` is neither an absolute path nor a URI that pyarrow can open.
         """
         # One name for one ROOT, because the cache of artifacts is named by it: "/a/" is "/a", but "/" stays.
-        self.root = root.rstrip("/") if root.strip("/") else root
+        self.root = remote.joined(root) if root.strip("/") else root
         self._fs, self._base = _filesystem(self.root)
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
+
+    def where(self, *parts: str) -> str:
+        """Return the path or URI of something below ROOT, for messages and for libraries that open it themselves."""
+        return remote.joined(self.root, *parts)
+
+    def opened(self, *parts: str) -> tuple[pafs.FileSystem, str]:
+        """Return ROOT's file system and the path of something on it, for libraries that read and write there themselves."""
+        return self._fs, self._at(*parts)
+
+    def on_disk(self, *parts: str) -> Path:
+        """Return the path of something below a local ROOT."""
+        assert self.is_local, "an object store has no paths"
+        return Path(self._at(*parts))
 
     def write_json(self, relpath: str, obj: object) -> None:
         """Write `obj` as JSON. Raises ValueError if it holds a NaN or infinite number."""
@@ -64,11 +77,11 @@ class Records:
         try:
             return self._read(relpath).decode()
         except UnicodeDecodeError as error:
-            raise StoreError(f"{self.root}/{relpath} is no UTF-8 text (byte {error.start})") from None
+            raise StoreError(f"{self.where(relpath)} is no UTF-8 text (byte {error.start})") from None
 
     def read_json(self, relpath: str) -> Any:
         """Read a JSON file. Raises StoreError if it is not JSON, FileNotFoundError if it is absent."""
-        return _parse(self._read(relpath), f"{self.root}/{relpath}")
+        return _parse(self._read(relpath), self.where(relpath))
 
     def read_bytes(self, relpath: str) -> bytes:
         """Read a file. Raises FileNotFoundError if it is absent, StoreError if it is no file or too large."""
@@ -120,9 +133,9 @@ class Records:
         info = self._fs.get_file_info(path)
         # A pipe or a device would block or never end; a missing file raises FileNotFoundError below.
         if info.type not in (pafs.FileType.File, pafs.FileType.NotFound):
-            raise StoreError(f"{self.root}/{relpath} is not a file")
+            raise StoreError(f"{self.where(relpath)} is not a file")
         if (info.size or 0) > _LONGEST:
-            raise StoreError(f"{self.root}/{relpath} has {info.size:,} bytes; such a file has {_LONGEST:,} at most")
+            raise StoreError(f"{self.where(relpath)} has {info.size:,} bytes; such a file has {_LONGEST:,} at most")
         with self._fs.open_input_stream(path) as stream:
             return stream.read()
 

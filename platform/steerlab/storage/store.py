@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Self
-from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow.fs as pafs
 
@@ -176,7 +175,7 @@ class Store(Records):
         self._fs.create_dir(path, recursive=True)
         if not self.is_local:
             remote.files_below(self._fs, path)
-        return _join(self.root, "work", stage, key)
+        return path if self.is_local else self.where("work", stage, key)
 
     def move_from_work(self, stage: str, key: str, folder: str, directory: Path) -> None:
         """Move the content of a folder of the work directory into a local directory; from an object store it is copied."""
@@ -244,14 +243,6 @@ class Store(Records):
             raise manifests.damaged(artifact, file["path"], "is missing") from error
         if manifests.sha256(local) != file["sha256"]:
             raise manifests.damaged(artifact, file["path"], "has another SHA-256 than its manifest says")
-
-
-def _join(root: str, *parts: str) -> str:
-    if root.startswith("/"):
-        return str(PurePosixPath(root, *parts))
-    # Options of pyarrow, such as ?endpoint_override=..., follow the path.
-    uri = urlsplit(root)
-    return urlunsplit(uri._replace(path="/".join((uri.path.rstrip("/"), *parts))))
 
 
 def _sync(path: Path) -> None:

@@ -79,13 +79,13 @@ def sweep(
             tracking.drain(tracking.FINISH_WAIT_S)
             return Outcome(folder, conclusion.conclude(running, interrupted), interrupted)
     except claims.Held:
-        raise ValueError(f"{store.root}/{folder} is run by another process; wait for it or stop it first") from None
+        raise ValueError(f"{store.where(folder)} is run by another process; wait for it or stop it first") from None
 
 
 def _begin(request: SweepRequest, store: Store, folder: str) -> History:
     """Record the start of a sweep, or its resumption after what the history holds; return the history."""
     history = History(store, folder)
-    _check_units(request, [course.unit for course in history.courses.values()], f"{store.root}/{folder}/history.jsonl")
+    _check_units(request, [course.unit for course in history.courses.values()], store.where(folder, "history.jsonl"))
     if history.started:
         history.add("resume")
     else:
@@ -145,7 +145,7 @@ def _to_resume(request: SweepRequest, store: Store) -> str:
     folder = latest(request, store)
     if folder is None:
         raise ValueError(
-            f"--resume: {store.root}/sweeps/{request.plan.job.name} has no sweep of this job over this space "
+            f"--resume: {store.where('sweeps', request.plan.job.name)} has no sweep of this job over this space "
             "(same files, --set, --samples, --seeds)"
         )
     return folder
