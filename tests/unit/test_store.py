@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,20 +166,47 @@ with store.temporary("train", {KEY!r}) as directory:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == -9
     assert local.has("train", KEY) == (moment == "committed")
-    assert len(local.list("tmp")) == (moment == "filling")
-    assert local.sweep_temporary(older_than_s=3600) == 0
-    assert local.sweep_temporary(older_than_s=-1) == (moment == "filling")
+    directories = [path for path in Path(local.root, "tmp").iterdir() if path.is_dir()]
+    assert len(directories) == (moment == "filling")
+    assert local.sweep_temporary() == (moment == "filling")
+    assert [name for name in local.list("tmp") if not name.endswith(".lock")] == []
+
+
+SWEEP = """
+import sys, time
+clock = time.time
+time.time = lambda: clock() + 25 * 3600
+from steerlab.storage.store import Store
+store = Store(sys.argv[1])
+store.sweep_temporary_of("train", sys.argv[2]) if len(sys.argv) > 2 else print(store.sweep_temporary())
+"""
+
+
+def test_a_clock_ahead_removes_no_directory_of_a_living_process(local: Store) -> None:
+    """Nor do files that look as old as can be."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with local.temporary("train", KEY) as directory:
+        (directory / "x").touch()
+        for path in (directory, directory / "x"):
+            os.utime(path, (0, 0))
+        for arguments in ([], [KEY]):
+            swept = subprocess.run(
+                [sys.executable, "-c", SWEEP, local.root, *arguments], env=env, capture_output=True, text=True
+            )
+            assert (swept.stdout, swept.returncode) == ("0\n" if not arguments else "", 0), swept.stderr
+        assert (directory / "x").exists()
     assert local.list("tmp") == []
 
 
-def test_sweep_looks_at_the_newest_file(local: Store) -> None:
-    with local.temporary("train", KEY) as directory:
-        (directory / "x").touch()
-        hour_ago = time.time() - 3600
-        os.utime(directory, (hour_ago, hour_ago))
-        assert local.sweep_temporary(older_than_s=1800) == 0
-        os.utime(directory / "x", (hour_ago, hour_ago))
-        assert local.sweep_temporary(older_than_s=1800) == 1
+def test_directories_of_another_machine_are_removed_by_the_holder_of_their_claim_alone(local: Store) -> None:
+    left = Path(local.root, "tmp", f"train-{KEY[:12]}-0123456789ab")
+    left.mkdir()
+    Path(f"{left}.lock").write_text("the kernel of another machine")
+    assert local.sweep_temporary() == 0
+    local.sweep_temporary_of("train", "a" * 64)
+    assert left.exists()
+    local.sweep_temporary_of("train", KEY)
+    assert local.list("tmp") == []
 
 
 def test_full_disk_is_one_line_with_bytes(store: Store) -> None:

@@ -207,8 +207,12 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
             line = f"{record.stage.name} ({record.stage.label}): {record.status} in {record.seconds:.1f} s"
             console.print(line, highlight=False, soft_wrap=True)
 
+    def waiting(stage: plan.Stage, line: str) -> None:
+        if not quiet:
+            console.print(escape(f"{stage.name} ({stage.label}): {line}"), highlight=False, soft_wrap=True)
+
     with bar:
-        yield plan.Listener(ended=ended, reported=reported)
+        yield plan.Listener(ended=ended, reported=reported, waiting=waiting)
 
 
 def _print_results(done: list[tuple[Job, Run]], store: Store) -> None:

@@ -10,8 +10,10 @@ import errno
 import fcntl
 import os
 import stat
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -20,6 +22,8 @@ SOURCE_ROOT = Path(__file__).parents[2]
 OWN_FOLDER = Path(__file__).parent
 """Working folder for processes that talk to a service. Libraries read settings from the current folder (`wandb/settings` names
 the server that gets the API key), and the user's may contain files of somebody else; this one holds only the package."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
 _LONGEST = 2**30
 """Default of the largest file that is read into memory, in bytes."""
 
@@ -113,6 +117,15 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@cache
+def kernel() -> str:
+    """Return the id of the running kernel: processes that share it see the same locks."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except FileNotFoundError:  # macOS
+        return f"{uuid.getnode():012x}"
 
 
 def _opened(path: Path, flags: int) -> int:

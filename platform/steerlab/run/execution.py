@@ -19,9 +19,6 @@ from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.tracking import FINISH_WAIT_S, Place, Tracker, prometheus
 
-_ABANDONED_S = 24 * 3600
-"""Seconds without a write after which a temporary folder counts as left by a killed process, and is removed."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -67,7 +64,7 @@ def execute(
     wait_s = FINISH_WAIT_S if place.group is None else 0
     tracker = _tracker(job, store, folder, run_id, place)
     # Here and not in a service of its own: nothing else runs regularly on ROOT.
-    store.sweep_temporary(_ABANDONED_S)
+    store.sweep_temporary()
     records: list[plan.Record] = []
     following = _following(planned, store, folder, tracker, listener)
     try:
@@ -168,7 +165,7 @@ def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, liste
         prometheus.ended(record)
         listener.ended(record)
 
-    return plan.Listener(listener.started, ended, reported)
+    return plan.Listener(listener.started, ended, reported, listener.waiting)
 
 
 def _uri(store: Store, stage: plan.Stage) -> str:

@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 from steerlab.data.sources import SourceError, cache_root, remote
 from steerlab.guards import files
 from steerlab.guards.json_values import Json
+from steerlab.storage import exclusive
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a full disk and of a user's full quota."""
@@ -71,6 +72,24 @@ class Records:
     def write_bytes(self, relpath: str, content: bytes) -> None:
         """Write a file."""
         self._write(relpath, content)
+
+    def create_json(self, relpath: str, obj: object) -> bool:
+        """Write `obj` as JSON if the file does not exist; return whether this call wrote it. Of several callers one succeeds.
+
+        Raises:
+            ValueError: the package that an object store needs for it is not installed.
+        """
+        content = json.dumps(obj, allow_nan=False).encode()
+        if self.is_local:
+            return exclusive.write_file(self.on_disk(relpath), content)
+        return exclusive.write_object(self.root, self._at(relpath), content)
+
+    def remove(self, relpath: str) -> None:
+        """Remove a file; nothing happens if it is absent."""
+        try:
+            self._fs.delete_file(self._at(relpath))
+        except FileNotFoundError:
+            pass
 
     def read_text(self, relpath: str) -> str:
         """Read a text file. Raises StoreError if it is not UTF-8, FileNotFoundError if it is absent."""

@@ -7,7 +7,7 @@ Below ROOT lie:
     tmp/                       directories that are being filled (on a local ROOT; otherwise they lie in the local cache)
 
 On a local ROOT a commit is one rename. Object stores have no rename, so the manifest is uploaded last. Two writers of one key
-at the same time are not excluded here but by the claims of the plan (claims.py).
+at the same time are not excluded here but by the claims of the plan (claims.py), which lie in ROOT/claims.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ import json
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 import pyarrow.fs as pafs
 
 from steerlab.data.sources import cache_root, remote
+from steerlab.guards import files
 from steerlab.guards.files import FileError, check_links, escapes
 from steerlab.guards.json_values import JsonObject
 from steerlab.storage import manifests
 from steerlab.storage.manifests import MANIFEST, SCHEMA, Manifest, StoredFile
 from steerlab.storage.records import Records, StoreError, one_line
 
+_INCOMPLETE = "incomplete-"
+"""Beginning of the names of artifacts without a manifest that were moved out of the way."""
 _MADE_HERE = re.compile(r"^[a-z_]+-[0-9a-z]{1,12}(-[0-9a-f]{12})?$")
 """Names that `temporary` gives: a sweep removes nothing else from ROOT/tmp, which users may use as well."""
 
@@ -136,25 +138,25 @@ class Store(Records):
             StoreError: the disk filled up while the directory was being filled.
         """
         directory = self._temporary_folder() / f"{stage}-{key[:12]}-{uuid.uuid4().hex[:12]}"
+        directory.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._explain_full_disk(f"artifact {stage}/{key}", None):
-                directory.mkdir(parents=True)
+            with self._explain_full_disk(f"artifact {stage}/{key}", None), _alive(directory):
+                directory.mkdir()
                 yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    def sweep_temporary(self, older_than_s: float) -> int:
-        """Remove temporary directories in which nothing was written for `older_than_s` seconds; return their number."""
-        # Processes that were killed left them. Their names tell no owner, so age decides: a running stage writes more often.
-        limit_s = time.time() - older_than_s
-        old = [
-            path
-            for path in self._temporary_folder().glob("*")
-            if _MADE_HERE.search(path.name) and path.is_dir() and not path.is_symlink() and _last_write_s(path) < limit_s
-        ]
-        for path in old:
-            shutil.rmtree(path)
-        return len(old)
+    def sweep_temporary(self) -> int:
+        """Remove temporary directories of this machine whose process was killed; return their number."""
+        made_here = (path for path in self._temporary_folder().glob("*") if _MADE_HERE.search(path.name))
+        return sum(_removed(path, sure=path.name.startswith(_INCOMPLETE)) for path in made_here)
+
+    def sweep_temporary_of(self, stage: str, key: str) -> None:
+        """Remove the temporary directories of killed processes for one artifact, whose claim the caller holds."""
+        # Of any machine if they lie in ROOT: who has no claim fills none. A cache serves other ROOTs as well.
+        for path in self._temporary_folder().glob(f"{stage}-{key[:12]}-*"):
+            if _MADE_HERE.search(path.name):
+                _removed(path, sure=self.is_local)
 
     # Work that survives a kill
 
@@ -191,7 +193,9 @@ class Store(Records):
         """Remove the work directory of a stage if it exists."""
         path = self._at("work", stage, key)
         if self._fs.get_file_info(path).type == pafs.FileType.Directory:
-            self._fs.delete_dir(path)
+            # Two processes that find the artifact finished may remove its work directory at the same time.
+            with suppress(FileNotFoundError):
+                self._fs.delete_dir(path)
 
     def _commit_by_rename(self, stage: str, key: str, directory: Path, manifest: Manifest) -> None:
         """Turn a directory on ROOT's disk into an artifact by one rename, with everything in it synced before."""
@@ -210,7 +214,7 @@ class Store(Records):
                 return shutil.rmtree(directory)
             # The directory has no manifest, so it is no artifact: somebody's copy from another ROOT was cut short. It is moved
             # out of the way, not removed in place, so that no reader sees it half removed.
-            os.rename(target, self._temporary_folder() / f"incomplete-{uuid.uuid4().hex[:12]}")
+            os.rename(target, self._temporary_folder() / f"{_INCOMPLETE}{uuid.uuid4().hex[:12]}")
             os.rename(directory, target)
         _sync(target.parent)
 
@@ -254,11 +258,45 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _last_write_s(path: Path) -> float:
-    times_s = [0.0]
-    for entry in (path, *path.rglob("*")):
+@contextmanager
+def _alive(directory: Path) -> Iterator[None]:
+    """Hold a lock beside a temporary directory, by which other processes of this machine see that it is in use."""
+    # A lock and not the age of the files: the clocks of two machines on one disk may differ by any time.
+    lock = _lock_of(directory)
+    with ExitStack() as stack:
         try:
-            times_s.append(entry.lstat().st_mtime)
-        except FileNotFoundError:  # removed since `rglob` listed it: a process is at work here, so the directory is in use
-            return time.time()
-    return max(times_s)
+            stack.enter_context(files.locked(lock))
+            lock.write_text(files.kernel())
+        except OSError as error:
+            if error.errno not in files.NO_LOCKS:
+                raise
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _removed(directory: Path, *, sure: bool) -> bool:
+    """Remove a temporary directory, unless its process lives or, where that is not `sure`, may live on another machine."""
+    lock = _lock_of(directory)
+    if directory.is_symlink() or not directory.is_dir():
+        return False
+    try:
+        is_ours = files.read_text(lock) == files.kernel()
+    except (FileNotFoundError, files.FileError):
+        is_ours = False
+    if not is_ours and not sure:
+        return False
+    with ExitStack() as stack:
+        if is_ours:
+            try:
+                stack.enter_context(files.locked(lock, wait=False))
+            except OSError:  # held by a living process, or of another user
+                return False
+        shutil.rmtree(directory, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+    return not directory.exists()
+
+
+def _lock_of(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.lock")

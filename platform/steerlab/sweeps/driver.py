@@ -69,7 +69,7 @@ def sweep(
     folder = _to_resume(request, store) if resume else f"sweeps/{request.plan.job.name}/{run.new_id()}"
     try:
         # Two processes that resume one sweep would both append to its history.
-        with claims.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False):
+        with claims.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False, say=say):
             history = _begin(request, store, folder)
             left = len(history.pending)
             say(f"{folder}: {len(history.courses)} units, {left} left, {num_at_once} at once" if request.units else f"{folder}")
@@ -78,8 +78,8 @@ def sweep(
             # The trials do not wait until W&B has their metrics, so the sweep waits once for all of them.
             tracking.drain(tracking.FINISH_WAIT_S)
             return Outcome(folder, conclusion.conclude(running, interrupted), interrupted)
-    except claims.Held:
-        raise ValueError(f"{store.where(folder)} is run by another process; wait for it or stop it first") from None
+    except claims.Held as held:
+        raise ValueError(f"{store.where(folder)} is run by another process ({held}); wait for it or stop it first") from None
 
 
 def _begin(request: SweepRequest, store: Store, folder: str) -> History:
