@@ -12,7 +12,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -111,7 +111,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         BlockingIOError: another process has the lock, and `wait` is false.
     """
     # flock rather than a lock file: the kernel releases it when the process dies, also by SIGKILL.
-    handle = _opened(path, os.O_RDWR)
+    try:
+        handle = _opened(path, os.O_RDWR)
+    except PermissionError:
+        # Another user's. To lock it, it need not be written, except on NFS, where the lock fails below.
+        handle = _opened(path, os.O_RDONLY, make=False)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -128,11 +132,26 @@ def kernel() -> str:
         return f"{uuid.getnode():012x}"
 
 
-def _opened(path: Path, flags: int) -> int:
-    """Open a file for writing and return its descriptor. Raises FileError for a link, a pipe or a device."""
+def share(folder: Path, like: Path) -> None:
+    """Give all below a folder, and it itself, the permissions of a file that was made with the user's umask.
+
+    safetensors 0.8 and `tempfile` make files and folders that only their owner can read, whatever the umask.
+    """
+    mode = stat.S_IMODE(like.stat().st_mode)
+    for path in (folder, *folder.rglob("*")):
+        status = path.lstat()
+        wanted = mode | (mode & 0o444) >> 2 if stat.S_ISDIR(status.st_mode) else mode
+        if not stat.S_ISLNK(status.st_mode) and wanted & ~status.st_mode:
+            # Another user's file cannot be changed; it has been read, so that its permissions suffice.
+            with suppress(PermissionError):
+                path.chmod(stat.S_IMODE(status.st_mode) | wanted)
+
+
+def _opened(path: Path, flags: int, *, make: bool = True) -> int:
+    """Open a file and return its descriptor. Raises FileError for a link, a pipe or a device."""
     try:
         # O_NONBLOCK: opening a pipe for writing would wait until somebody reads from it.
-        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        handle = os.open(path, flags | (os.O_CREAT if make else 0) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise

@@ -57,7 +57,9 @@ class Store(Records):
             store.write_json(probe, {})
             store._fs.delete_file(store._at(probe))
         except OSError as error:
-            raise ValueError(f"ROOT '{root}' cannot be written: {one_line(error)}") from error
+            shared = "; to share it, its owner runs chmod -R g+rwXs on it, and all users umask 002"
+            hint = shared if store.is_local and isinstance(error, PermissionError) else ""
+            raise ValueError(f"ROOT '{root}' cannot be written: {one_line(error)}{hint}") from error
         return store
 
     # Artifacts
@@ -201,6 +203,7 @@ class Store(Records):
         """Turn a directory on ROOT's disk into an artifact by one rename, with everything in it synced before."""
         target = Path(self.path(stage, key))
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
+        files.share(directory, directory / MANIFEST)
         # Before the rename: after a power cut, filesystems such as XFS may hold a renamed directory with empty files.
         for path in (*(path for path in directory.rglob("*")), directory):
             _sync(path)
