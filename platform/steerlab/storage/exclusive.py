@@ -1,8 +1,9 @@
 """Write an object only if it does not exist: of several writers one succeeds, wherever they run.
 
-pyarrow cannot (26.0 sends no `If-None-Match`, whatever metadata it is given), so object stores are written by their fsspec
-packages here: `s3fs` sends If-None-Match, `gcsfs` ifGenerationMatch=0, `adlfs` If-None-Match. Each finds credentials in the
-usual places of its cloud, as pyarrow does, and the options of the URI are passed on.
+pyarrow cannot (26.0 sends no `If-None-Match`, whatever metadata it is given), so object stores are written by other clients
+here: `botocore` (If-None-Match), `gcsfs` (ifGenerationMatch=0) and `adlfs` (If-None-Match). Each finds credentials in the usual
+places of its cloud, as pyarrow does, and the options of the URI are passed on. Not s3fs 2026.9: a server that accepts the
+connection and never answers keeps it waiting for ever, whatever limits it is given.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
+_PACKAGES = {"s3": "botocore", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs"}
 """Scheme -> package that writes there. Other schemes are pyarrow's `mock` and fsspec's `memory`, which no process shares."""
-_EXTRAS = {"s3fs": "s3", "gcsfs": "gs", "adlfs": "azure"}
-_CONNECT_S, _READ_S = 5, 15
+_EXTRAS = {"botocore": "s3", "gcsfs": "gs", "adlfs": "azure"}
+_CONNECT_S, _READ_S = 5, 10
+_EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+"""Answers of S3 if the object exists, or if another one is being written there at the same moment."""
 _within_process = threading.Lock()
 
 
@@ -61,16 +65,60 @@ def write_object(root: str, path: str, content: bytes) -> bool:
         OSError: the store does not answer or refuses.
     """
     check(root)
+    if _scheme(root) == "s3":
+        return _write_s3(_s3_client(root, os.getpid()), *path.split("/", 1), content)
     filesystem = _filesystem(root)
     with _within_process:  # `memory` looks first and then writes
         try:
             filesystem.pipe_file(path, content, mode="create")
-        except OSError as error:
-            if not _exists_already(error):
-                raise
+        except FileExistsError:
             # The answer to the first request may have been lost, and the client have sent it again.
             return filesystem.cat_file(path) == content
     return True
+
+
+def _write_s3(client: Any, bucket: str, key: str, content: bytes) -> bool:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
+        return True
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") not in _EXISTS:
+            raise OSError(f"{bucket}/{key} cannot be written: {error}") from error
+    except BotoCoreError as error:
+        raise OSError(f"{bucket}/{key} cannot be written: {error}") from error
+    try:
+        # As above.
+        return client.get_object(Bucket=bucket, Key=key)["Body"].read() == content
+    except ClientError:  # removed since, or not yet written by the other one
+        return False
+
+
+@lru_cache(maxsize=8)
+def _s3_client(root: str, process: int) -> Any:
+    """Return a client for the server and the credentials of a ROOT; `process` keeps a forked child from its parent's."""
+    from botocore.config import Config
+    from botocore.session import Session
+
+    options, user, password, endpoint = _options(root)
+    style = "virtual" if options.get("force_virtual_addressing") == "true" or endpoint is None else "path"
+    return Session().create_client(
+        "s3", region_name=options.get("region"), endpoint_url=endpoint, aws_access_key_id=user, aws_secret_access_key=password,
+        config=Config(
+            connect_timeout=_CONNECT_S, read_timeout=_READ_S, retries={"total_max_attempts": 3, "mode": "standard"},
+            s3={"addressing_style": style},
+        ),
+    )  # fmt: skip
+
+
+def _options(root: str) -> tuple[dict[str, str], str | None, str | None, str | None]:
+    """Return the options of a URI, its user and password, and the URL of its server, as pyarrow reads them."""
+    uri = urlsplit(root)
+    options = {name: values[-1] for name, values in parse_qs(uri.query).items()}
+    user, password = (None if part is None else unquote(part) for part in (uri.username, uri.password))
+    override = options.get("endpoint_override")
+    return options, user, password, None if override is None else f"{options.get('scheme', 'https')}://{override}"
 
 
 def _scheme(root: str) -> str:
@@ -81,35 +129,12 @@ def _filesystem(root: str) -> Any:
     """Return fsspec's file system with the options that pyarrow reads from the URI of ROOT."""
     import fsspec
 
-    uri, options = urlsplit(root), {name: values[-1] for name, values in parse_qs(urlsplit(root).query).items()}
-    user, password = (None if part is None else unquote(part) for part in (uri.username, uri.password))
-    override = options.get("endpoint_override")
-    endpoint = None if override is None else f"{options.get('scheme', 'https')}://{override}"
+    options, user, password, endpoint = _options(root)
     match _PACKAGES.get(_scheme(root)):
-        case "s3fs":
-            style = "virtual" if options.get("force_virtual_addressing") == "true" else "path"
-            return fsspec.filesystem(
-                "s3", key=user, secret=password, endpoint_url=endpoint,
-                client_kwargs={"region_name": options["region"]} if "region" in options else {},
-                config_kwargs={
-                    "connect_timeout": _CONNECT_S, "read_timeout": _READ_S, "retries": {"max_attempts": 3},
-                    **({"s3": {"addressing_style": style}} if endpoint is not None else {}),
-                },
-            )  # fmt: skip
         case "gcsfs":
             return fsspec.filesystem("gs", token="anon" if user == "anonymous" else None, endpoint_url=endpoint)
         case "adlfs":
-            host = uri.hostname or ""
-            account = host.split(".")[0] if "." in host else user
-            account = options.get("account_name", account)
+            host = urlsplit(root).hostname or ""
+            account = options.get("account_name", host.split(".")[0] if "." in host else user)
             return fsspec.filesystem("abfs", account_name=account, account_key=password, anon=False, read_timeout=_READ_S)
     return fsspec.filesystem(_scheme(root))
-
-
-def _exists_already(error: OSError) -> bool:
-    if isinstance(error, FileExistsError):
-        return True
-    # s3fs 2026.9 raises FileExistsError only if the answer names the condition, which servers other than AWS may not do. A
-    # conflict is two such requests at the same moment, of which the other one succeeds.
-    answer = getattr(error.__cause__, "response", None) or {}
-    return answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from steerlab.data.sources import SourceError, cache_root, remote
-from steerlab.guards import files
+from steerlab.guards import files, texts, waiting
 from steerlab.guards.json_values import Json
 from steerlab.storage import exclusive
 
@@ -82,14 +82,13 @@ class Records:
         content = json.dumps(obj, allow_nan=False).encode()
         if self.is_local:
             return exclusive.write_file(self.on_disk(relpath), content)
-        return exclusive.write_object(self.root, self._at(relpath), content)
+        with self._answering():
+            return exclusive.write_object(self.root, self._at(relpath), content)
 
     def remove(self, relpath: str) -> None:
         """Remove a file; nothing happens if it is absent."""
-        try:
+        with self._answering(), suppress(FileNotFoundError):
             self._fs.delete_file(self._at(relpath))
-        except FileNotFoundError:
-            pass
 
     def read_text(self, relpath: str) -> str:
         """Read a text file. Raises StoreError if it is not UTF-8, FileNotFoundError if it is absent."""
@@ -135,7 +134,8 @@ class Records:
     def list(self, relpath: str) -> list[str]:
         """Return the sorted names of the files and folders directly in a directory; [] if it is absent."""
         selector = pafs.FileSelector(self._at(relpath), allow_not_found=True)
-        return sorted(PurePosixPath(info.path).name for info in self._fs.get_file_info(selector))
+        with self._answering():
+            return sorted(PurePosixPath(info.path).name for info in self._fs.get_file_info(selector))
 
     def free_bytes(self) -> int | None:
         """Return the number of free bytes on ROOT's disk; None for an object store, which has no such limit."""
@@ -145,28 +145,35 @@ class Records:
         return str(PurePosixPath(self._base, *parts))
 
     def _is_file(self, path: str) -> bool:
-        return self._fs.get_file_info(path).type == pafs.FileType.File
+        with self._answering():
+            return self._fs.get_file_info(path).type == pafs.FileType.File
+
+    def _answering(self) -> AbstractContextManager[None]:
+        """Say in this context that an object store does not answer, when it does not."""
+        return nullcontext() if self.is_local else waiting.announced(f"ROOT {texts.without_secrets(self.root)}")
 
     def _read(self, relpath: str) -> bytes:
         path = self._at(relpath)
-        info = self._fs.get_file_info(path)
+        with self._answering():
+            info = self._fs.get_file_info(path)
         # A pipe or a device would block or never end; a missing file raises FileNotFoundError below.
         if info.type not in (pafs.FileType.File, pafs.FileType.NotFound):
             raise StoreError(f"{self.where(relpath)} is not a file")
         if (info.size or 0) > _LONGEST:
             raise StoreError(f"{self.where(relpath)} has {info.size:,} bytes; such a file has {_LONGEST:,} at most")
-        with self._fs.open_input_stream(path) as stream:
+        with self._answering(), self._fs.open_input_stream(path) as stream:
             return stream.read()
 
     def _write(self, relpath: str, content: bytes) -> None:
         """Write a file that readers see whole or not at all."""
         path = self._at(relpath)
-        self._fs.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        with self._answering():
+            self._fs.create_dir(str(PurePosixPath(path).parent), recursive=True)
         # An object appears when its upload ends. A file appears when it is opened, so it is written under another name.
         written = f"{path}.{uuid.uuid4().hex[:12]}" if self.is_local else path
         with self._explain_full_disk(relpath, len(content)):
             try:
-                with self._fs.open_output_stream(written) as stream:
+                with self._answering(), self._fs.open_output_stream(written) as stream:
                     stream.write(content)
                 if self.is_local:
                     os.replace(written, path)

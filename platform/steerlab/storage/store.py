@@ -27,7 +27,7 @@ from typing import Self
 import pyarrow.fs as pafs
 
 from steerlab.data.sources import cache_root, remote
-from steerlab.guards import files
+from steerlab.guards import files, texts, waiting
 from steerlab.guards.files import FileError, check_links, escapes
 from steerlab.guards.json_values import JsonObject
 from steerlab.storage import manifests
@@ -222,16 +222,23 @@ class Store(Records):
         _sync(target.parent)
 
     def _commit_by_upload(self, directory: Path, target: str, manifest: Manifest) -> None:
-        for file in manifest["files"]:
+        size = sum(file["bytes"] for file in manifest["files"]) / 1e6
+        with waiting.announced(f"the upload of {target[:40]} ({size:,.0f} MB) to {texts.without_secrets(self.root)}"):
+            self._upload(directory, target, manifest["files"])
+        # The last object: until it exists, the others are no artifact.
+        self.write_json(f"{target}/{MANIFEST}", manifest)
+
+    def _upload(self, directory: Path, target: str, files: Sequence[StoredFile]) -> None:
+        for file in files:
             destination = self._at(target, file["path"])
             self._fs.create_dir(str(PurePosixPath(destination).parent), recursive=True)
             with (directory / file["path"]).open("rb") as source, self._fs.open_output_stream(destination) as stream:
                 shutil.copyfileobj(source, stream, 1 << 22)
-        # The last object: until it exists, the others are no artifact.
-        self.write_json(f"{target}/{MANIFEST}", manifest)
 
     def _download(self, stage: str, key: str, files: Sequence[StoredFile], copy: Path) -> None:
-        with self.temporary(stage, key) as staging:
+        size = sum(file["bytes"] for file in files) / 1e6
+        what = f"the download of {stage}/{key[:12]} ({size:,.0f} MB) from {texts.without_secrets(self.root)}"
+        with self.temporary(stage, key) as staging, waiting.announced(what):
             for file in files:
                 self._download_file(self.path(stage, key), file, staging / file["path"])
             copy.parent.mkdir(parents=True, exist_ok=True)

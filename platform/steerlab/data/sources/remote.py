@@ -20,6 +20,8 @@ SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file", "mock")
 """Schemes of the stores that pyarrow opens. Its hdfs:// is not one of them: it needs a Java runtime."""
 BY_FSSPEC = {"az": "adlfs", "oss": "ossfs", "oci": "ocifs", "sftp": "paramiko", "memory": "fsspec"}
 """Schemes that fsspec opens -> the package that it needs."""
+_SILENCE_S, _ATTEMPTS = 10.0, 3
+"""Seconds without a byte after which a request to S3 has failed, and how often it is tried."""
 _RETRY_S = 15
 """Seconds in which Google's client repeats a failed request."""
 
@@ -43,7 +45,16 @@ def opened(uri: str) -> tuple[pafs.FileSystem, str]:
     if scheme.lower() == "s3" and "allow_delayed_open" not in rest:
         # A small file is one request instead of three.
         uri += f"{'&' if '?' in rest else '?'}allow_delayed_open=true"
-    return pafs.FileSystem.from_uri(uri)
+    filesystem, path = pafs.FileSystem.from_uri(uri)
+    return (_impatient(filesystem), path) if isinstance(filesystem, pafs.S3FileSystem) else (filesystem, path)
+
+
+def _impatient(filesystem: pafs.S3FileSystem) -> pafs.S3FileSystem:
+    """Return a file system of S3 that gives up a request after `_SILENCE_S` seconds without a byte, and repeats it."""
+    # A URI has no such options (pyarrow 26). By default the client waits for a server that never answers for 210 s.
+    _, (options, *_) = filesystem.__reduce__()
+    retries = pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
+    return pafs.S3FileSystem(**options | {"connect_timeout": 5.0, "request_timeout": _SILENCE_S, "retry_strategy": retries})
 
 
 def _by_fsspec(uri: str, package: str) -> tuple[pafs.FileSystem, str]:
