@@ -7,22 +7,37 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3_server
 
-from steerlab.storage.store import Store, StoreError, _join
+from steerlab.cli import opening
+from steerlab.data.sources import remote
+from steerlab.storage.store import Store, StoreError
 
 KEY = "k" * 64
 
 
-@pytest.fixture(params=["local", "objects"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A store on the disk, and one on pyarrow's filesystem in memory, which stands for an object store."""
+@pytest.fixture(scope="module")
+def server() -> Iterator[s3_server.Server]:
+    with s3_server.running() as running:
+        yield running
+
+
+@pytest.fixture(params=["local", "objects", "s3", "fsspec"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: s3_server.Server) -> Store:
+    """A store on the disk, on pyarrow's filesystem in memory, on an S3 server whose address is in the URI, and by fsspec."""
     monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
-    return Store.open(str(tmp_path / "root") if request.param == "local" else "mock:///bucket/root")
+    roots = {
+        "local": str(tmp_path / "root"),
+        "objects": "mock:///bucket/root",
+        "s3": server.root(tmp_path.name),
+        "fsspec": f"memory://bucket/{tmp_path.name}",
+    }
+    return Store.open(roots[request.param])
 
 
 @pytest.fixture
@@ -151,20 +166,47 @@ with store.temporary("train", {KEY!r}) as directory:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == -9
     assert local.has("train", KEY) == (moment == "committed")
-    assert len(local.list("tmp")) == (moment == "filling")
-    assert local.sweep_temporary(older_than_s=3600) == 0
-    assert local.sweep_temporary(older_than_s=-1) == (moment == "filling")
+    directories = [path for path in Path(local.root, "tmp").iterdir() if path.is_dir()]
+    assert len(directories) == (moment == "filling")
+    assert local.sweep_temporary() == (moment == "filling")
+    assert [name for name in local.list("tmp") if not name.endswith(".lock")] == []
+
+
+SWEEP = """
+import sys, time
+clock = time.time
+time.time = lambda: clock() + 25 * 3600
+from steerlab.storage.store import Store
+store = Store(sys.argv[1])
+store.sweep_temporary_of("train", sys.argv[2]) if len(sys.argv) > 2 else print(store.sweep_temporary())
+"""
+
+
+def test_a_clock_ahead_removes_no_directory_of_a_living_process(local: Store) -> None:
+    """Nor do files that look as old as can be."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with local.temporary("train", KEY) as directory:
+        (directory / "x").touch()
+        for path in (directory, directory / "x"):
+            os.utime(path, (0, 0))
+        for arguments in ([], [KEY]):
+            swept = subprocess.run(
+                [sys.executable, "-c", SWEEP, local.root, *arguments], env=env, capture_output=True, text=True
+            )
+            assert (swept.stdout, swept.returncode) == ("0\n" if not arguments else "", 0), swept.stderr
+        assert (directory / "x").exists()
     assert local.list("tmp") == []
 
 
-def test_sweep_looks_at_the_newest_file(local: Store) -> None:
-    with local.temporary("train", KEY) as directory:
-        (directory / "x").touch()
-        hour_ago = time.time() - 3600
-        os.utime(directory, (hour_ago, hour_ago))
-        assert local.sweep_temporary(older_than_s=1800) == 0
-        os.utime(directory / "x", (hour_ago, hour_ago))
-        assert local.sweep_temporary(older_than_s=1800) == 1
+def test_directories_of_another_machine_are_removed_by_the_holder_of_their_claim_alone(local: Store) -> None:
+    left = Path(local.root, "tmp", f"train-{KEY[:12]}-0123456789ab")
+    left.mkdir()
+    Path(f"{left}.lock").write_text("the kernel of another machine")
+    assert local.sweep_temporary() == 0
+    local.sweep_temporary_of("train", "a" * 64)
+    assert left.exists()
+    local.sweep_temporary_of("train", KEY)
+    assert local.list("tmp") == []
 
 
 def test_full_disk_is_one_line_with_bytes(store: Store) -> None:
@@ -184,7 +226,7 @@ def test_other_errors_pass_as_they_are(store: Store) -> None:
 
 def test_work_survives_and_is_discarded(store: Store) -> None:
     work = store.work("train", KEY)
-    assert work.endswith(f"/root/work/train/{KEY}")
+    assert work == (str(store.on_disk("work", "train", KEY)) if store.is_local else store.where("work", "train", KEY))
     store.write_json(f"work/train/{KEY}/step.json", 3)
     assert store.work("train", KEY) == work
     assert store.read_json(f"work/train/{KEY}/step.json") == 3
@@ -193,8 +235,31 @@ def test_work_survives_and_is_discarded(store: Store) -> None:
     assert store.list(f"work/train/{KEY}") == []
 
 
-def test_work_of_a_uri_keeps_its_options_at_the_end() -> None:
-    assert _join("s3://b/p/?scheme=http", "work", "k") == "s3://b/p/work/k?scheme=http"
+@pytest.mark.parametrize(
+    ("root", "expected"),
+    [
+        ("s3://b/p/?scheme=http", "s3://b/p/work/k?scheme=http"),
+        ("s3://b?region=a&endpoint_override=h:1", "s3://b/work/k?region=a&endpoint_override=h:1"),
+        ("s3://KEY:a%2Fb@b/p", "s3://KEY:a%2Fb@b/p/work/k"),
+        ("abfs://container@account/x", "abfs://container@account/x/work/k"),
+        ("file:///a%20b/", "file:///a%20b/work/k"),
+        ("/a/b?c/", "/a/b?c/work/k"),
+    ],
+)
+def test_a_folder_below_root_comes_before_the_options_of_a_uri(root: str, expected: str) -> None:
+    assert remote.joined(root, "work", "k") == remote.joined(remote.joined(root), "work/k") == expected
+    # What a run prints as its folder leads back to ROOT.
+    assert opening.split(remote.joined(root, "runs/a/1")) == (remote.joined(root), "runs/a/1")
+
+
+def test_one_root_has_one_name_however_it_ends(server: s3_server.Server) -> None:
+    assert Store(server.root("x/")).root == Store(server.root("x")).root
+
+
+def test_a_scheme_whose_package_is_missing_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "paramiko", None)
+    with pytest.raises(ValueError, match=r"ROOT 'sftp://host/x' needs the package paramiko: pip install paramiko"):
+        Store("sftp://host/x")
 
 
 # Records

@@ -122,11 +122,12 @@ def test_what_is_swept_is_what_was_made_here(tmp_path: Path, victim: Path) -> No
     tmp = Path(store.root) / "tmp"
     for name in ("train-0123456789ab-0123456789ab", "notes", "incomplete-0123456789ab"):
         (tmp / name).mkdir(parents=True)
-        os.utime(tmp / name, (0, 0))
-    os.utime(victim.parent, (0, 0))
+        (tmp / f"{name}.lock").write_text(files.kernel())
     (tmp / "train-abcdefabcdef-0123456789ab").symlink_to(victim.parent)
-    os.utime(tmp / "train-abcdefabcdef-0123456789ab", (0, 0), follow_symlinks=False)
-    assert store.sweep_temporary(60) == 2
+    (tmp / "train-abcdefabcdef-0123456789ab.lock").write_text(files.kernel())
+    (tmp / "train-abcdefabcdea-0123456789ab").mkdir()
+    (tmp / "train-abcdefabcdea-0123456789ab.lock").symlink_to(victim)
+    assert store.sweep_temporary() == 2
     assert (tmp / "notes").is_dir() and victim.read_text() == "mine"
 
 
@@ -134,7 +135,7 @@ def test_a_temporary_folder_that_is_a_link_is_not_used(tmp_path: Path, victim: P
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "tmp").symlink_to(victim.parent)
     with pytest.raises(StoreError, match="root/tmp is a link"):
-        Store.open(str(tmp_path / "root")).sweep_temporary(60)
+        Store.open(str(tmp_path / "root")).sweep_temporary()
     assert victim.read_text() == "mine"
 
 

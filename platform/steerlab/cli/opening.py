@@ -62,11 +62,13 @@ def split(folder: str, root: str | None = None, *, or_sweep: bool = False) -> tu
     """
     if _NAME.fullmatch(folder) and not Path(folder).exists():
         return root, _newest(opened_store(root), folder, or_sweep)
-    whole = folder if "://" in folder else str(Path(folder).absolute())
+    from steerlab.data.sources import remote
+
+    path, options = remote.divided(folder if "://" in folder else str(Path(folder).absolute()))
     for kind in ("/runs/", "/sweeps/"):
-        head, middle, tail = whole.rstrip("/").rpartition(kind)
+        head, middle, tail = path.rstrip("/").rpartition(kind)
         if middle and tail.count("/") == 1:
-            return head, middle.lstrip("/") + tail
+            return head + options, middle.lstrip("/") + tail
     return None, folder
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from steerlab.run import MetricNumbers, Run, RunSummary
     from steerlab.stages import Plan
     from steerlab.storage import plan
+    from steerlab.storage.store import Store
 
 
 def run(
@@ -65,9 +66,9 @@ def run(
                 with progress(quiet=as_json) as listener:
                     done.append(runs.execute(planned, store, listener, command=" ".join(sys.argv)))
     if as_json:
-        print(json.dumps([{"folder": f"{store.root}/{r.folder}", "summary": r.summary} for r in done], indent=1))
+        print(json.dumps([{"folder": store.where(r.folder), "summary": r.summary} for r in done], indent=1))
     else:
-        _print_results(list(zip([planned.job for planned in plans], done, strict=True)), store.root)
+        _print_results(list(zip([planned.job for planned in plans], done, strict=True)), store)
 
 
 def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
@@ -206,11 +207,15 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
             line = f"{record.stage.name} ({record.stage.label}): {record.status} in {record.seconds:.1f} s"
             console.print(line, highlight=False, soft_wrap=True)
 
+    def waiting(stage: plan.Stage, line: str) -> None:
+        if not quiet:
+            console.print(escape(f"{stage.name} ({stage.label}): {line}"), highlight=False, soft_wrap=True)
+
     with bar:
-        yield plan.Listener(ended=ended, reported=reported)
+        yield plan.Listener(ended=ended, reported=reported, waiting=waiting)
 
 
-def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
+def _print_results(done: list[tuple[Job, Run]], store: Store) -> None:
     from steerlab.run import reported_strength
     from steerlab.stages.choose import said_of
 
@@ -230,7 +235,7 @@ def _print_results(done: list[tuple[Job, Run]], root: str) -> None:
                 console.print(f"[yellow]warning[/yellow] {escape(line)}", soft_wrap=True)
         for label, asked in result.summary["asked"].items():
             say_line(f"{job.name}: {label}: {asked_in_words(asked)}")
-        console.print(f"{job.name}: {root}/{result.folder}", soft_wrap=True, highlight=False)
+        console.print(f"{job.name}: {store.where(result.folder)}", soft_wrap=True, highlight=False)
 
 
 def _columns(name: str, summary: RunSummary) -> list[tuple[str, dict[str, MetricNumbers]]]:

@@ -75,9 +75,9 @@ def sweep(
         if outcome.interrupted:
             raise KeyboardInterrupt
     if as_json:
-        print(json.dumps({"folder": f"{store.root}/{outcome.folder}", "summary": outcome.summary}, indent=1))
+        print(json.dumps({"folder": store.where(outcome.folder), "summary": outcome.summary}, indent=1))
     else:
-        _print_sweep(outcome, store.root)
+        _print_sweep(outcome, store.where(outcome.folder))
     if outcome.summary["best"] is None:
         raise typer.Exit(1)
 
@@ -122,7 +122,7 @@ def _print_estimate(cost: SweepCost, as_json: bool) -> None:
     console.print(escape(cost["words"]), soft_wrap=True, highlight=False)
 
 
-def _print_sweep(outcome: Outcome, root: str) -> None:
+def _print_sweep(outcome: Outcome, folder: str) -> None:
     summary = outcome.summary
     best, counts = summary["best"], summary["counts"]
     console.print(", ".join(f"{number} {name}" for name, number in counts.items()))
@@ -140,7 +140,7 @@ def _print_sweep(outcome: Outcome, root: str) -> None:
         for name, metric in (summary["test"] or {}).items():
             table.add_row(name, cell(metric))
         console.print(table)
-    console.print(f"{root}/{outcome.folder}", soft_wrap=True, highlight=False)
+    console.print(folder, soft_wrap=True, highlight=False)
 
 
 def wandb_sweep(

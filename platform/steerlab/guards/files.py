@@ -10,8 +10,10 @@ import errno
 import fcntl
 import os
 import stat
+import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -20,6 +22,8 @@ SOURCE_ROOT = Path(__file__).parents[2]
 OWN_FOLDER = Path(__file__).parent
 """Working folder for processes that talk to a service. Libraries read settings from the current folder (`wandb/settings` names
 the server that gets the API key), and the user's may contain files of somebody else; this one holds only the package."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
 _LONGEST = 2**30
 """Default of the largest file that is read into memory, in bytes."""
 
@@ -107,7 +111,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         BlockingIOError: another process has the lock, and `wait` is false.
     """
     # flock rather than a lock file: the kernel releases it when the process dies, also by SIGKILL.
-    handle = _opened(path, os.O_RDWR)
+    try:
+        handle = _opened(path, os.O_RDWR)
+    except PermissionError:
+        # Another user's. To lock it, it need not be written, except on NFS, where the lock fails below.
+        handle = _opened(path, os.O_RDONLY, make=False)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -115,11 +123,35 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
-def _opened(path: Path, flags: int) -> int:
-    """Open a file for writing and return its descriptor. Raises FileError for a link, a pipe or a device."""
+@cache
+def kernel() -> str:
+    """Return the id of the running kernel: processes that share it see the same locks."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except FileNotFoundError:  # macOS
+        return f"{uuid.getnode():012x}"
+
+
+def share(folder: Path, like: Path) -> None:
+    """Give all below a folder, and it itself, the permissions of a file that was made with the user's umask.
+
+    safetensors 0.8 and `tempfile` make files and folders that only their owner can read, whatever the umask.
+    """
+    mode = stat.S_IMODE(like.stat().st_mode)
+    for path in (folder, *folder.rglob("*")):
+        status = path.lstat()
+        wanted = mode | (mode & 0o444) >> 2 if stat.S_ISDIR(status.st_mode) else mode
+        if not stat.S_ISLNK(status.st_mode) and wanted & ~status.st_mode:
+            # Another user's file cannot be changed; it has been read, so that its permissions suffice.
+            with suppress(PermissionError):
+                path.chmod(stat.S_IMODE(status.st_mode) | wanted)
+
+
+def _opened(path: Path, flags: int, *, make: bool = True) -> int:
+    """Open a file and return its descriptor. Raises FileError for a link, a pipe or a device."""
     try:
         # O_NONBLOCK: opening a pipe for writing would wait until somebody reads from it.
-        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        handle = os.open(path, flags | (os.O_CREAT if make else 0) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise

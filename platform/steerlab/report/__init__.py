@@ -18,6 +18,7 @@ from typing import TypeAlias
 import yaml
 from markupsafe import Markup
 
+from steerlab.data.sources import remote
 from steerlab.guards.texts import everywhere, plain
 from steerlab.report import figures, heat_maps, modules, predictions, samples, sweep_figures, tables
 from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, read, read_sweep
@@ -128,7 +129,7 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
     best = sweep.summary.get("best") or {}
     return {
         "name": sweep.name,
-        "folder": f"{sweep.root}/{sweep.folder}",
+        "folder": remote.joined(sweep.root, sweep.folder),
         "metric": sweep.metric,
         # The template writes this word into a sentence.
         "goal": "more" if sweep.maximises else "less",
@@ -147,7 +148,7 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         "even": len(sweep.summary.get("indistinguishable") or ()),
         "splits": _splits(sweep),
         "best": best,
-        "reproduce": f"steerlab run {shlex.quote(f'{sweep.root}/{sweep.folder}/best.yaml')} --root {shlex.quote(sweep.root)}",
+        "reproduce": _run_command(sweep.root, f"{sweep.folder}/best.yaml"),
         "job": _readable(sweep.job),
         "space": json.dumps(sweep.space, indent=1, ensure_ascii=False),
     }
@@ -194,10 +195,15 @@ def _made(entry: Entry) -> dict[str, object]:
 
 def _command(entry: Entry) -> str:
     """Return the shell command that reproduces a run: its resolved job at its commit."""
-    command = f"steerlab run {shlex.quote(f'{entry.root}/{entry.folder}/job.yaml')} --root {shlex.quote(entry.root)}"
+    command = _run_command(entry.root, f"{entry.folder}/job.yaml")
     commit = entry.environment.get("git")
     # People paste this into a shell, and the folder may come from a stranger: only a hash is accepted as the commit.
     return f"git checkout {commit}\n{command}" if commit and re.fullmatch("[0-9a-f]{7,64}", commit) else command
+
+
+def _run_command(root: str, job: str) -> str:
+    """Return the shell command that runs a job file below ROOT."""
+    return f"steerlab run {shlex.quote(remote.joined(root, job))} --root {shlex.quote(root)}"
 
 
 def _readable(job: Document) -> str:

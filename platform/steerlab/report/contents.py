@@ -271,7 +271,7 @@ def kept(store: Store, stages: Sequence[Document]) -> Kept:
                 tree = store.read_json(path)
             except FileNotFoundError:
                 continue
-            record = saved.checked(tree, _Kept, f"{store.root}/{path}")
+            record = saved.checked(tree, _Kept, store.where(path))
             for part in (record, *record.parts.values()):
                 for name, numbers in part.by_module.items():
                     found.by_module.setdefault(f"{stage['name']}: {name}", {}).update(numbers)

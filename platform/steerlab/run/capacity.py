@@ -16,8 +16,9 @@ from steerlab import models
 from steerlab.data import sources
 from steerlab.job import own_code
 from steerlab.methods.edited import Edited
+from steerlab.run import sharing
 from steerlab.stages import Plan, edit, extract, train
-from steerlab.storage import plan
+from steerlab.storage import exclusive, plan
 from steerlab.storage.store import Store
 
 Estimates = Mapping[str, plan.Estimate]
@@ -107,8 +108,9 @@ def check_machine(records: list[plan.Record], needs: Estimates, store: Store) ->
 def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None:
     """Refuse a job that the connected Ray cluster cannot run.
 
-    Checked are: a local ROOT on a cluster of several nodes, and, for a job with a `train` section, the workers and GPUs, the
-    free disk at ROOT, and the memory of the largest node (unless the training uses GPUs).
+    Checked are: the package that a ROOT in an object store needs; on several nodes, whether a local ROOT is one shared folder;
+    and, for a job with a `train` section, the workers and GPUs, the free disk at ROOT, and the memory of the largest node
+    (unless the training uses GPUs).
     Warns of local input files on a cluster of several nodes.
 
     Raises:
@@ -116,11 +118,10 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
     """
     from steerlab.stages.spread import reserved
 
+    exclusive.check(store.root)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if store.is_local and len(nodes) > 1:
-        raise ValueError(
-            f"ROOT '{store.root}' is a local path, but the cluster has {len(nodes)} nodes: use a URI (s3://, gs://)"
-        )
+        sharing.check(store, {node["NodeID"]: node["NodeManagerHostname"] for node in nodes})
     # The user's own code travels with the requests to the nodes; all other files are read where they lie.
     code = {code.path for code in own_code.codes_in(list(planned.start.paths.values()))}
     files = [path for path in planned.start.paths.values() if path not in code]

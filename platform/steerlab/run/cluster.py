@@ -14,31 +14,47 @@ from pathlib import Path
 import ray
 from ray.util import get_node_ip_address
 
-from steerlab.guards import files, private_parts
+from steerlab.guards import files, private_parts, waiting
 
 _CONNECT_S = 5.0
 """Longest wait for a connection to $RAY_ADDRESS."""
+_ANSWER_S = 60.0
+"""Longest wait for the first answer of what listens there."""
 _IDLE_MS = 60_000
 """Milliseconds that an idle worker process of Ray stays alive."""
 
 
 def check_address() -> None:
-    """Refuse a $RAY_ADDRESS at which nothing listens.
+    """Refuse a $RAY_ADDRESS at which nothing listens, or where what listens does not answer.
 
     Raises:
-        ValueError: no connection within _CONNECT_S seconds.
+        ValueError: no connection within _CONNECT_S seconds, or no answer within _ANSWER_S seconds.
     """
     # Ray itself would retry for many minutes before it gives up.
     host, _, port = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S) as connection:
+            _greet(connection, f"{host}:{port}")
     except OSError as error:
         raise ValueError(
             f"no Ray cluster answers at RAY_ADDRESS {host}:{port} ({error}); start it, or unset RAY_ADDRESS to use a cluster "
             "on this machine or one started for the command"
         ) from None
+
+
+def _greet(connection: socket.socket, address: str) -> None:
+    """Raise TimeoutError if what listens at an address says nothing; `ray.init` would wait for it for minutes."""
+    connection.settimeout(_ANSWER_S)
+    # The start of HTTP/2, which gRPC speaks, with an empty frame of settings. Ray's servers answer with their own settings, and
+    # one with TLS, which expects something else, with an error or by closing the connection.
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+    with waiting.announced(f"the Ray cluster at RAY_ADDRESS {address}"):
+        try:
+            connection.recv(1)
+        except TimeoutError:
+            raise TimeoutError(f"it accepts connections and has said nothing in {_ANSWER_S:.0f} s") from None
 
 
 def connect() -> None:

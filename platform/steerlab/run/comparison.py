@@ -131,7 +131,7 @@ class _Run(NamedTuple):
         """Read a run. Raises ValueError if the folder is not that of a finished run."""
         store, folder = side.store, side.folder
         files = store.list(folder)
-        where = folder if Path(folder).is_absolute() else f"{store.root}/{folder}"
+        where = folder if Path(folder).is_absolute() else store.where(folder)
         if folder.startswith("sweeps/") or "space.json" in files:
             raise ValueError(
                 f"{where} is a sweep, but only runs can be compared: give a trial's run folder (column `run` of trials.parquet)"

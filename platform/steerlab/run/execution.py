@@ -19,9 +19,6 @@ from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.tracking import FINISH_WAIT_S, Place, Tracker, prometheus
 
-_ABANDONED_S = 24 * 3600
-"""Seconds without a write after which a temporary folder counts as left by a killed process, and is removed."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -67,7 +64,7 @@ def execute(
     wait_s = FINISH_WAIT_S if place.group is None else 0
     tracker = _tracker(job, store, folder, run_id, place)
     # Here and not in a service of its own: nothing else runs regularly on ROOT.
-    store.sweep_temporary(_ABANDONED_S)
+    store.sweep_temporary()
     records: list[plan.Record] = []
     following = _following(planned, store, folder, tracker, listener)
     try:
@@ -80,13 +77,13 @@ def execute(
         if not isinstance(error, Exception):  # Ctrl-C, or `stops.Stopped`, which the caller handles
             raise
         name = f"{records[-1].stage.name} ({records[-1].stage.label})" if records else "(none)"
-        raise plan.StageError(f"stage {name} failed: {root_cause(error)}; log: {store.root}/{folder}/error.txt") from error
+        raise plan.StageError(f"stage {name} failed: {root_cause(error)}; log: {store.where(folder, 'error.txt')}") from error
     finally:
         staying.close()
     # Readers take the presence of summary.json as the sign that a run has finished, so a failed run has none.
     summary = summarise(planned, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
-    check_numbers(summary, f"{store.root}/{folder}")
+    check_numbers(summary, store.where(folder))
     store.write_json(f"{folder}/summary.json", summary)
     _keep_samples(planned, store, folder, tracker)
     tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s)
@@ -109,14 +106,9 @@ def _write_request(planned: Plan, store: Store, folder: str, command: str) -> No
 def _tracker(job: Job, store: Store, folder: str, run_id: str, place: Place) -> Tracker:
     """Open the run in W&B."""
     # The spool is a local file that grows line by line, which an object store cannot hold.
-    scratch = _local(store, folder) if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
+    scratch = store.on_disk(folder) if store.is_local else Path.home() / ".cache/steerlab/wandb" / run_id
     tagged = replace(place, tags=(*place.tags, job.method.name))
     return Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, tagged)
-
-
-def _local(store: Store, folder: str) -> Path:
-    """Return the path of a folder below a local ROOT."""
-    return Path(store.root.removeprefix("file://")) / folder
 
 
 def _keep_samples(planned: Plan, store: Store, folder: str, tracker: Tracker) -> None:
@@ -128,7 +120,8 @@ def _keep_samples(planned: Plan, store: Store, folder: str, tracker: Tracker) ->
         store.write_bytes(f"{folder}/samples/{evaluation.stage.label}.parquet", generations_of(store, evaluation))
         tracker.table(f"samples/{evaluation.stage.label}", samples)
     _keep_images(planned, store, folder)
-    tracker.images_below(_local(store, folder) / "samples" / "images")
+    if store.is_local:
+        tracker.images_below(store.on_disk(folder) / "samples" / "images")
 
 
 def _keep_images(planned: Plan, store: Store, folder: str) -> None:
@@ -172,11 +165,11 @@ def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, liste
         prometheus.ended(record)
         listener.ended(record)
 
-    return plan.Listener(listener.started, ended, reported)
+    return plan.Listener(listener.started, ended, reported, listener.waiting)
 
 
 def _uri(store: Store, stage: plan.Stage) -> str:
     """Return the URI of an artifact without credentials."""
     # W&B shows the URI to everybody in the project, and ROOT may be a URI with a user and a password.
-    path = f"{store.root}/artifacts/{stage.name}/{stage.key}"
+    path = store.where("artifacts", stage.name, stage.key)
     return texts.without_user(path) if "://" in path else f"file://{path}"

@@ -96,7 +96,7 @@ class _Line(saved.Shape):
 def read_summary(store: Store, folder: str) -> Summary:
     """Read summary.json of a run. Raises FileNotFoundError while the run has not finished."""
     path = f"{folder}/summary.json"
-    return saved.checked(_tree(store, path), Summary, f"{store.root}/{path}")
+    return saved.checked(_tree(store, path), Summary, store.where(path))
 
 
 def summary(store: Store, folder: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def samples(store: Store, folder: str) -> dict[str, list[JsonObject]]:
 def lines(store: Store, folder: str) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl of a run."""
     path = f"{folder}/metrics.jsonl"
-    return saved.like(store.read_lines(path), list[_Line], f"{store.root}/{path}")
+    return saved.like(store.read_lines(path), list[_Line], store.where(path))
 
 
 def job(store: Store, folder: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def job(store: Store, folder: str) -> dict[str, Any]:
         FileNotFoundError: the file is missing.
     """
     path = f"{folder}/job.yaml"
-    where = f"{store.root}/{path}"
+    where = store.where(path)
     try:
         tree = yaml12.load_rows(store.read_text(path))
     except ValueError as error:
@@ -220,7 +220,7 @@ def sweep_summary(store: Store, folder: str) -> JsonObject:
 def trials(store: Store, folder: str) -> list[JsonObject]:
     """Return the rows of trials.parquet of a sweep: one for each trial and seed."""
     path = f"{folder}/trials.parquet"
-    where = f"{store.root}/{path}"
+    where = store.where(path)
     # Read whole and not opened by pyarrow: ROOT may be an object store, and a damaged file then has one kind of error.
     content = store.read_bytes(path)
     with explained(where):
@@ -236,7 +236,7 @@ def trials(store: Store, folder: str) -> list[JsonObject]:
 
 
 def _like(store: Store, path: str, shape: type) -> Any:
-    return saved.like(_tree(store, path), shape, f"{store.root}/{path}")
+    return saved.like(_tree(store, path), shape, store.where(path))
 
 
 def _tree(store: Store, path: str) -> Json:

@@ -42,7 +42,7 @@ def submit(
     Args:
         job_path: the job file, in the working directory.
         address: URL of the cluster's dashboard, such as http://HOST:8265.
-        root: ROOT on the cluster: a URI, or an absolute path on a cluster of one node.
+        root: ROOT on the cluster: a URI, or an absolute path of a folder that all nodes share.
         space: the search space, for a sweep; None for a single job.
         overrides: `key=value` settings, as for `--set`.
         options: options of `steerlab sweep`.
@@ -92,7 +92,7 @@ def entrypoint(
     if not (root.startswith("/") or "://" in root):
         raise SubmitError(
             f"ROOT '{root}' is relative: on the cluster it would be deleted with the uploaded copy."
-            " Give a URI (s3://bucket/folder, or file:///folder that all nodes see), or an absolute path on a one-node cluster."
+            " Give a URI (s3://bucket/folder), or the absolute path of a folder that all nodes share."
         )
     if options and space is None:
         raise SubmitError(f"{' '.join(options)}: these options are for a sweep; name its search space with --space")

@@ -96,9 +96,6 @@ def run(work: Work) -> None:
         warm.fit(request, work.scale, storage=storage, report=work.report)
     else:
         launch.fit(request, work.scale, storage=storage, name="checkpoints", report=work.report)
-    # A sweep of old temporary directories removes those in which nothing was written for a while, and until now nothing was
-    # written into this one: after a training of days it may be gone.
-    work.directory.mkdir(parents=True, exist_ok=True)
     work.store.move_from_work(work.stage.name, work.stage.key, "output", work.directory)
     assert (work.directory / "training.json").is_file(), "rank 0 writes training.json into the artifact"
     if not method.leaves_model:

@@ -6,9 +6,8 @@ A stage is a pure function that fills one directory from its parameters and inpu
 the result, so that a setting which is not part of its key cannot reach it. The size of the cluster (`scale`) is passed
 separately and never hashed, since it must not change a result.
 
-Runs on one ROOT share work: a stage whose artifact exists is skipped, and a stage that another run is computing is waited for.
-The waiting works on a local ROOT for all runs on one machine, and on an object store for all runs in one Ray cluster. Two Ray
-clusters on one bucket share finished artifacts only, and must not compute the same stage at the same time (claims.py).
+Runs on one ROOT share work: a stage whose artifact exists is skipped, and a stage that another run is computing is waited for,
+wherever that runs (claims.py).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +26,7 @@ from steerlab.guards import saved, texts
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import ScaleConfig
 from steerlab.storage import bases, claims
+from steerlab.storage.records import one_line
 from steerlab.storage.store import Store
 
 Status = Literal["cached", "to run", "ran", "failed"]
@@ -181,11 +181,13 @@ def located(store: Store, stage: str, key: str) -> Path:
 
 @dataclass
 class Listener:
-    """Functions that are called while a plan runs: before a stage, after it, and with its metrics."""
+    """Functions that are called while a plan runs: before a stage, after it, with its metrics, and while it waits."""
 
     started: Callable[[Stage], None] = lambda stage: None
     ended: Callable[[Record], None] = lambda record: None
     reported: Callable[[Stage, dict[str, float]], None] = lambda stage, metrics: None
+    waiting: Callable[[Stage, str], None] = lambda stage, line: None
+    """Called with a line for people while a stage waits for another run that computes it."""
 
 
 def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Listener, records: list[Record]) -> None:
@@ -212,15 +214,22 @@ def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Lis
 
 
 def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> Status:
-    if store.has(stage.name, stage.key):
-        store.discard_work(stage.name, stage.key)  # left if a kill came between the commit and this line
-        return "cached"
-    with claims.hold(store, f"{stage.name}-{stage.key}", wait=True):
-        # Asked again: the process that held the claim before may have finished the artifact.
-        if store.has(stage.name, stage.key):
-            return "cached"
-        _execute(stage, store, scale, listener)
-    return "ran"
+    say = partial(listener.waiting, stage)
+    while not store.has(stage.name, stage.key):
+        with claims.hold(store, f"{stage.name}-{stage.key}", wait=True, say=say) as claim:
+            # Asked again: the process that held the claim before may have finished the artifact.
+            if store.has(stage.name, stage.key):
+                break
+            try:
+                _execute(stage, store, scale, listener, claim)
+                return "ran"
+            except Exception as error:
+                # Whatever failed after the claim was lost: the new holder may have removed what this process was reading.
+                if not claim.lost:
+                    raise
+                say(f"{one_line(error)}; waits for the artifact")
+    store.discard_work(stage.name, stage.key)  # left if a kill came between the commit and this line
+    return "cached"
 
 
 class Made(saved.Shape):
@@ -241,13 +250,20 @@ def made(store: Store, stage: str, key: str) -> Made:
     return saved.checked(store.manifest(stage, key)["meta"], Made, f"the manifest of {stage}/{key} in {store.root}")
 
 
-def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) -> None:
+def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener, claim: claims.Claim) -> None:
     """Run a stage into a temporary directory, commit that as its artifact, and discard its work directory."""
     # Before the clock starts: a download is no part of the stage's own time, from which later runs are estimated.
     inputs = {name: store.local(needed.name, needed.key) for name, needed in stage.inputs.items()}
     start_s = time.monotonic()
+
+    def report(metrics: dict[str, float]) -> None:
+        if claim.lost:  # not a look into the store, for which every step is too often
+            claim.check()
+        listener.reported(stage, metrics)
+
+    store.sweep_temporary_of(stage.name, stage.key)
     with store.temporary(stage.name, stage.key) as directory:
-        stage.run(Work(store, stage, directory, inputs, scale, lambda metrics: listener.reported(stage, metrics)))
+        stage.run(Work(store, stage, directory, inputs, scale, report))
         meta: JsonObject = {
             "params": dict(stage.params),
             "version": stage.version,
@@ -256,7 +272,10 @@ def _execute(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener)
             # "places" is the name of `Stage.paths` in the file format.
             **({"places": dict(stage.paths)} if stage.paths else {}),
         }
+        claim.check()
         # Inside of the block: `temporary` removes its directory at the end, which after a commit is gone already.
         store.commit(stage.name, stage.key, directory, meta)
-    # After the commit and not before: until then the checkpoints and parts are needed if this process dies.
+    # After the commit and not before: until then the checkpoints and parts are needed if this process dies. And not those of
+    # another process, which removes them itself.
+    claim.check()
     store.discard_work(stage.name, stage.key)

@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from steerlab.data.sources import SourceError, cache_root, remote
-from steerlab.guards import files
+from steerlab.guards import files, texts, waiting
 from steerlab.guards.json_values import Json
+from steerlab.storage import exclusive
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a full disk and of a user's full quota."""
@@ -42,9 +43,22 @@ class Records:
             ValueError: `root` is neither an absolute path nor a URI that pyarrow can open.
         """
         # One name for one ROOT, because the cache of artifacts is named by it: "/a/" is "/a", but "/" stays.
-        self.root = root.rstrip("/") if root.strip("/") else root
+        self.root = remote.joined(root) if root.strip("/") else root
         self._fs, self._base = _filesystem(self.root)
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
+
+    def where(self, *parts: str) -> str:
+        """Return the path or URI of something below ROOT, for messages and for libraries that open it themselves."""
+        return remote.joined(self.root, *parts)
+
+    def opened(self, *parts: str) -> tuple[pafs.FileSystem, str]:
+        """Return ROOT's file system and the path of something on it, for libraries that read and write there themselves."""
+        return self._fs, self._at(*parts)
+
+    def on_disk(self, *parts: str) -> Path:
+        """Return the path of something below a local ROOT."""
+        assert self.is_local, "an object store has no paths"
+        return Path(self._at(*parts))
 
     def write_json(self, relpath: str, obj: object) -> None:
         """Write `obj` as JSON. Raises ValueError if it holds a NaN or infinite number."""
@@ -59,16 +73,33 @@ class Records:
         """Write a file."""
         self._write(relpath, content)
 
+    def create_json(self, relpath: str, obj: object) -> bool:
+        """Write `obj` as JSON if the file does not exist; return whether this call wrote it. Of several callers one succeeds.
+
+        Raises:
+            ValueError: the package that an object store needs for it is not installed.
+        """
+        content = json.dumps(obj, allow_nan=False).encode()
+        if self.is_local:
+            return exclusive.write_file(self.on_disk(relpath), content)
+        with self._answering():
+            return exclusive.write_object(self.root, self._at(relpath), content)
+
+    def remove(self, relpath: str) -> None:
+        """Remove a file; nothing happens if it is absent."""
+        with self._answering(), suppress(FileNotFoundError):
+            self._fs.delete_file(self._at(relpath))
+
     def read_text(self, relpath: str) -> str:
         """Read a text file. Raises StoreError if it is not UTF-8, FileNotFoundError if it is absent."""
         try:
             return self._read(relpath).decode()
         except UnicodeDecodeError as error:
-            raise StoreError(f"{self.root}/{relpath} is no UTF-8 text (byte {error.start})") from None
+            raise StoreError(f"{self.where(relpath)} is no UTF-8 text (byte {error.start})") from None
 
     def read_json(self, relpath: str) -> Any:
         """Read a JSON file. Raises StoreError if it is not JSON, FileNotFoundError if it is absent."""
-        return _parse(self._read(relpath), f"{self.root}/{relpath}")
+        return _parse(self._read(relpath), self.where(relpath))
 
     def read_bytes(self, relpath: str) -> bytes:
         """Read a file. Raises FileNotFoundError if it is absent, StoreError if it is no file or too large."""
@@ -103,7 +134,8 @@ class Records:
     def list(self, relpath: str) -> list[str]:
         """Return the sorted names of the files and folders directly in a directory; [] if it is absent."""
         selector = pafs.FileSelector(self._at(relpath), allow_not_found=True)
-        return sorted(PurePosixPath(info.path).name for info in self._fs.get_file_info(selector))
+        with self._answering():
+            return sorted(PurePosixPath(info.path).name for info in self._fs.get_file_info(selector))
 
     def free_bytes(self) -> int | None:
         """Return the number of free bytes on ROOT's disk; None for an object store, which has no such limit."""
@@ -113,28 +145,35 @@ class Records:
         return str(PurePosixPath(self._base, *parts))
 
     def _is_file(self, path: str) -> bool:
-        return self._fs.get_file_info(path).type == pafs.FileType.File
+        with self._answering():
+            return self._fs.get_file_info(path).type == pafs.FileType.File
+
+    def _answering(self) -> AbstractContextManager[None]:
+        """Say in this context that an object store does not answer, when it does not."""
+        return nullcontext() if self.is_local else waiting.announced(f"ROOT {texts.without_secrets(self.root)}")
 
     def _read(self, relpath: str) -> bytes:
         path = self._at(relpath)
-        info = self._fs.get_file_info(path)
+        with self._answering():
+            info = self._fs.get_file_info(path)
         # A pipe or a device would block or never end; a missing file raises FileNotFoundError below.
         if info.type not in (pafs.FileType.File, pafs.FileType.NotFound):
-            raise StoreError(f"{self.root}/{relpath} is not a file")
+            raise StoreError(f"{self.where(relpath)} is not a file")
         if (info.size or 0) > _LONGEST:
-            raise StoreError(f"{self.root}/{relpath} has {info.size:,} bytes; such a file has {_LONGEST:,} at most")
-        with self._fs.open_input_stream(path) as stream:
+            raise StoreError(f"{self.where(relpath)} has {info.size:,} bytes; such a file has {_LONGEST:,} at most")
+        with self._answering(), self._fs.open_input_stream(path) as stream:
             return stream.read()
 
     def _write(self, relpath: str, content: bytes) -> None:
         """Write a file that readers see whole or not at all."""
         path = self._at(relpath)
-        self._fs.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        with self._answering():
+            self._fs.create_dir(str(PurePosixPath(path).parent), recursive=True)
         # An object appears when its upload ends. A file appears when it is opened, so it is written under another name.
         written = f"{path}.{uuid.uuid4().hex[:12]}" if self.is_local else path
         with self._explain_full_disk(relpath, len(content)):
             try:
-                with self._fs.open_output_stream(written) as stream:
+                with self._answering(), self._fs.open_output_stream(written) as stream:
                     stream.write(content)
                 if self.is_local:
                     os.replace(written, path)

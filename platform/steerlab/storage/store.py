@@ -7,7 +7,7 @@ Below ROOT lie:
     tmp/                       directories that are being filled (on a local ROOT; otherwise they lie in the local cache)
 
 On a local ROOT a commit is one rename. Object stores have no rename, so the manifest is uploaded last. Two writers of one key
-at the same time are not excluded here but by the claims of the plan (claims.py).
+at the same time are not excluded here but by the claims of the plan (claims.py), which lie in ROOT/claims.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import json
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Self
-from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow.fs as pafs
 
 from steerlab.data.sources import cache_root, remote
+from steerlab.guards import files, texts, waiting
 from steerlab.guards.files import FileError, check_links, escapes
 from steerlab.guards.json_values import JsonObject
 from steerlab.storage import manifests
 from steerlab.storage.manifests import MANIFEST, SCHEMA, Manifest, StoredFile
 from steerlab.storage.records import Records, StoreError, one_line
 
+_INCOMPLETE = "incomplete-"
+"""Beginning of the names of artifacts without a manifest that were moved out of the way."""
 _MADE_HERE = re.compile(r"^[a-z_]+-[0-9a-z]{1,12}(-[0-9a-f]{12})?$")
 """Names that `temporary` gives: a sweep removes nothing else from ROOT/tmp, which users may use as well."""
 
@@ -56,7 +57,9 @@ class Store(Records):
             store.write_json(probe, {})
             store._fs.delete_file(store._at(probe))
         except OSError as error:
-            raise ValueError(f"ROOT '{root}' cannot be written: {one_line(error)}") from error
+            shared = "; to share it, its owner runs chmod -R g+rwXs on it, and all users umask 002"
+            hint = shared if store.is_local and isinstance(error, PermissionError) else ""
+            raise ValueError(f"ROOT '{root}' cannot be written: {one_line(error)}{hint}") from error
         return store
 
     # Artifacts
@@ -137,25 +140,25 @@ class Store(Records):
             StoreError: the disk filled up while the directory was being filled.
         """
         directory = self._temporary_folder() / f"{stage}-{key[:12]}-{uuid.uuid4().hex[:12]}"
+        directory.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._explain_full_disk(f"artifact {stage}/{key}", None):
-                directory.mkdir(parents=True)
+            with self._explain_full_disk(f"artifact {stage}/{key}", None), _alive(directory):
+                directory.mkdir()
                 yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    def sweep_temporary(self, older_than_s: float) -> int:
-        """Remove temporary directories in which nothing was written for `older_than_s` seconds; return their number."""
-        # Processes that were killed left them. Their names tell no owner, so age decides: a running stage writes more often.
-        limit_s = time.time() - older_than_s
-        old = [
-            path
-            for path in self._temporary_folder().glob("*")
-            if _MADE_HERE.search(path.name) and path.is_dir() and not path.is_symlink() and _last_write_s(path) < limit_s
-        ]
-        for path in old:
-            shutil.rmtree(path)
-        return len(old)
+    def sweep_temporary(self) -> int:
+        """Remove temporary directories of this machine whose process was killed; return their number."""
+        made_here = (path for path in self._temporary_folder().glob("*") if _MADE_HERE.search(path.name))
+        return sum(_removed(path, sure=path.name.startswith(_INCOMPLETE)) for path in made_here)
+
+    def sweep_temporary_of(self, stage: str, key: str) -> None:
+        """Remove the temporary directories of killed processes for one artifact, whose claim the caller holds."""
+        # Of any machine if they lie in ROOT: who has no claim fills none. A cache serves other ROOTs as well.
+        for path in self._temporary_folder().glob(f"{stage}-{key[:12]}-*"):
+            if _MADE_HERE.search(path.name):
+                _removed(path, sure=self.is_local)
 
     # Work that survives a kill
 
@@ -176,7 +179,7 @@ class Store(Records):
         self._fs.create_dir(path, recursive=True)
         if not self.is_local:
             remote.files_below(self._fs, path)
-        return _join(self.root, "work", stage, key)
+        return path if self.is_local else self.where("work", stage, key)
 
     def move_from_work(self, stage: str, key: str, folder: str, directory: Path) -> None:
         """Move the content of a folder of the work directory into a local directory; from an object store it is copied."""
@@ -192,12 +195,15 @@ class Store(Records):
         """Remove the work directory of a stage if it exists."""
         path = self._at("work", stage, key)
         if self._fs.get_file_info(path).type == pafs.FileType.Directory:
-            self._fs.delete_dir(path)
+            # Two processes that find the artifact finished may remove its work directory at the same time.
+            with suppress(FileNotFoundError):
+                self._fs.delete_dir(path)
 
     def _commit_by_rename(self, stage: str, key: str, directory: Path, manifest: Manifest) -> None:
         """Turn a directory on ROOT's disk into an artifact by one rename, with everything in it synced before."""
         target = Path(self.path(stage, key))
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False))
+        files.share(directory, directory / MANIFEST)
         # Before the rename: after a power cut, filesystems such as XFS may hold a renamed directory with empty files.
         for path in (*(path for path in directory.rglob("*")), directory):
             _sync(path)
@@ -211,21 +217,28 @@ class Store(Records):
                 return shutil.rmtree(directory)
             # The directory has no manifest, so it is no artifact: somebody's copy from another ROOT was cut short. It is moved
             # out of the way, not removed in place, so that no reader sees it half removed.
-            os.rename(target, self._temporary_folder() / f"incomplete-{uuid.uuid4().hex[:12]}")
+            os.rename(target, self._temporary_folder() / f"{_INCOMPLETE}{uuid.uuid4().hex[:12]}")
             os.rename(directory, target)
         _sync(target.parent)
 
     def _commit_by_upload(self, directory: Path, target: str, manifest: Manifest) -> None:
-        for file in manifest["files"]:
+        size = sum(file["bytes"] for file in manifest["files"]) / 1e6
+        with waiting.announced(f"the upload of {target[:40]} ({size:,.0f} MB) to {texts.without_secrets(self.root)}"):
+            self._upload(directory, target, manifest["files"])
+        # The last object: until it exists, the others are no artifact.
+        self.write_json(f"{target}/{MANIFEST}", manifest)
+
+    def _upload(self, directory: Path, target: str, files: Sequence[StoredFile]) -> None:
+        for file in files:
             destination = self._at(target, file["path"])
             self._fs.create_dir(str(PurePosixPath(destination).parent), recursive=True)
             with (directory / file["path"]).open("rb") as source, self._fs.open_output_stream(destination) as stream:
                 shutil.copyfileobj(source, stream, 1 << 22)
-        # The last object: until it exists, the others are no artifact.
-        self.write_json(f"{target}/{MANIFEST}", manifest)
 
     def _download(self, stage: str, key: str, files: Sequence[StoredFile], copy: Path) -> None:
-        with self.temporary(stage, key) as staging:
+        size = sum(file["bytes"] for file in files) / 1e6
+        what = f"the download of {stage}/{key[:12]} ({size:,.0f} MB) from {texts.without_secrets(self.root)}"
+        with self.temporary(stage, key) as staging, waiting.announced(what):
             for file in files:
                 self._download_file(self.path(stage, key), file, staging / file["path"])
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -246,14 +259,6 @@ class Store(Records):
             raise manifests.damaged(artifact, file["path"], "has another SHA-256 than its manifest says")
 
 
-def _join(root: str, *parts: str) -> str:
-    if root.startswith("/"):
-        return str(PurePosixPath(root, *parts))
-    # Options of pyarrow, such as ?endpoint_override=..., follow the path.
-    uri = urlsplit(root)
-    return urlunsplit(uri._replace(path="/".join((uri.path.rstrip("/"), *parts))))
-
-
 def _sync(path: Path) -> None:
     # A directory can be opened for reading only; its `fsync` makes the names in it durable.
     descriptor = os.open(path, os.O_RDONLY)
@@ -263,11 +268,45 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _last_write_s(path: Path) -> float:
-    times_s = [0.0]
-    for entry in (path, *path.rglob("*")):
+@contextmanager
+def _alive(directory: Path) -> Iterator[None]:
+    """Hold a lock beside a temporary directory, by which other processes of this machine see that it is in use."""
+    # A lock and not the age of the files: the clocks of two machines on one disk may differ by any time.
+    lock = _lock_of(directory)
+    with ExitStack() as stack:
         try:
-            times_s.append(entry.lstat().st_mtime)
-        except FileNotFoundError:  # removed since `rglob` listed it: a process is at work here, so the directory is in use
-            return time.time()
-    return max(times_s)
+            stack.enter_context(files.locked(lock))
+            lock.write_text(files.kernel())
+        except OSError as error:
+            if error.errno not in files.NO_LOCKS:
+                raise
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _removed(directory: Path, *, sure: bool) -> bool:
+    """Remove a temporary directory, unless its process lives or, where that is not `sure`, may live on another machine."""
+    lock = _lock_of(directory)
+    if directory.is_symlink() or not directory.is_dir():
+        return False
+    try:
+        is_ours = files.read_text(lock) == files.kernel()
+    except (FileNotFoundError, files.FileError):
+        is_ours = False
+    if not is_ours and not sure:
+        return False
+    with ExitStack() as stack:
+        if is_ours:
+            try:
+                stack.enter_context(files.locked(lock, wait=False))
+            except OSError:  # held by a living process, or of another user
+                return False
+        shutil.rmtree(directory, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+    return not directory.exists()
+
+
+def _lock_of(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.lock")

@@ -75,7 +75,7 @@ class Agent:
         """Start to ask W&B for runs; the runs of pending units are reported as running."""
         self._store, self._file = store, f"{folder}/{RUNS}"
         try:
-            self.runs = saved.checked(store.read_json(self._file), dict[str, str], f"{store.root}/{self._file}")
+            self.runs = saved.checked(store.read_json(self._file), dict[str, str], store.where(self._file))
         except FileNotFoundError:
             self.runs = {}
         self._agents.start([self.runs[unit.name] for unit in history.pending if unit.name in self.runs])

@@ -69,7 +69,7 @@ def sweep(
     folder = _to_resume(request, store) if resume else f"sweeps/{request.plan.job.name}/{run.new_id()}"
     try:
         # Two processes that resume one sweep would both append to its history.
-        with claims.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False):
+        with claims.hold(store, f"sweep-{folder.rpartition('/')[2]}", wait=False, say=say):
             history = _begin(request, store, folder)
             left = len(history.pending)
             say(f"{folder}: {len(history.courses)} units, {left} left, {num_at_once} at once" if request.units else f"{folder}")
@@ -78,14 +78,14 @@ def sweep(
             # The trials do not wait until W&B has their metrics, so the sweep waits once for all of them.
             tracking.drain(tracking.FINISH_WAIT_S)
             return Outcome(folder, conclusion.conclude(running, interrupted), interrupted)
-    except claims.Held:
-        raise ValueError(f"{store.root}/{folder} is run by another process; wait for it or stop it first") from None
+    except claims.Held as held:
+        raise ValueError(f"{store.where(folder)} is run by another process ({held}); wait for it or stop it first") from None
 
 
 def _begin(request: SweepRequest, store: Store, folder: str) -> History:
     """Record the start of a sweep, or its resumption after what the history holds; return the history."""
     history = History(store, folder)
-    _check_units(request, [course.unit for course in history.courses.values()], f"{store.root}/{folder}/history.jsonl")
+    _check_units(request, [course.unit for course in history.courses.values()], store.where(folder, "history.jsonl"))
     if history.started:
         history.add("resume")
     else:
@@ -145,7 +145,7 @@ def _to_resume(request: SweepRequest, store: Store) -> str:
     folder = latest(request, store)
     if folder is None:
         raise ValueError(
-            f"--resume: {store.root}/sweeps/{request.plan.job.name} has no sweep of this job over this space "
+            f"--resume: {store.where('sweeps', request.plan.job.name)} has no sweep of this job over this space "
             "(same files, --set, --samples, --seeds)"
         )
     return folder

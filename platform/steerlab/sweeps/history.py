@@ -74,7 +74,7 @@ class History:
         """Numbers of the settled units, in the order in which they settled: Optuna's study is rebuilt in this order."""
         self.started = self.ended = False
         for number, line in enumerate(store.read_lines(self._path), 1):
-            self._read(line, f"{store.root}/{self._path} line {number}")
+            self._read(line, f"{store.where(self._path)} line {number}")
         for course in self.courses.values():
             # Its process died with the sweep; finished stages are in the store, and a training has checkpoints.
             if course.status == "running":
@@ -118,7 +118,7 @@ class History:
             return
         course = self.courses.get(line.unit)
         if course is None:
-            raise saved.SavedError(f"{self._store.root}/{self._path} is damaged: nobody suggested unit {line.unit}")
+            raise saved.SavedError(f"{self._store.where(self._path)} is damaged: nobody suggested unit {line.unit}")
         if line.event == "start":
             course.status = "running"
         elif line.event == "report":

@@ -24,9 +24,8 @@ def begin(sweep_plan: SweepPlan, store: Store, folder: str) -> str | None:
     """
     if sweep_plan.job.track.wandb is None:
         return None
-    local = Path(store.root.removeprefix("file://")) / folder
     # W&B's client writes local files, so with ROOT in an object store they lie in the user's cache folder.
-    directory = local if store.is_local else Path.home() / ".cache/steerlab/wandb" / folder.rpartition("/")[2]
+    directory = store.on_disk(folder) if store.is_local else Path.home() / ".cache/steerlab/wandb" / folder.rpartition("/")[2]
     try:
         config = sweep_config(sweep_plan.job.name, _apart(sweep_plan.space.entries), sweep_plan.metric, sweep_plan.mode)
     except ValueError as error:

@@ -121,8 +121,8 @@ def _request(store: Store, path: str, digest: str) -> TrialRequest:
     # The hash is part of Ray Tune's configuration and not of the file, which others may write.
     content = store.read_bytes(path)
     if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(f"{store.root}/{path} was changed while the sweep ran")
-    return saved.parsed(content, TrialRequest, f"{store.root}/{path}")
+        raise ValueError(f"{store.where(path)} was changed while the sweep ran")
+    return saved.parsed(content, TrialRequest, store.where(path))
 
 
 def _both(first: Reported, second: Reported) -> Reported:

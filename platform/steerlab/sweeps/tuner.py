@@ -91,6 +91,7 @@ def _searcher(request: SweepRequest) -> search.Suggests | None:
 
 def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | None) -> tune.Tuner:
     plan = sweep.request.plan
+    filesystem, base = sweep.store.opened(sweep.folder)
     clerk = Clerk(
         sweep.history,
         feed,
@@ -115,7 +116,8 @@ def _tuner(sweep: SweepRun, feed: search.Feed, num_at_once: int, agent: Agent | 
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=f"{sweep.store.root}/{sweep.folder}",
+            storage_path=base,
+            storage_filesystem=filesystem,
             callbacks=[clerk],
             # A restarted process takes finished stages from the store and resumes a training from its checkpoint.
             failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),

@@ -11,8 +11,8 @@ import itertools
 import json
 import math
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from steerlab import models, patches
 from steerlab.activations.parquet import Activations
 from steerlab.data.rows import describe, is_mixture
 from steerlab.data.rows import read as read_rows
+from steerlab.guards import files
 from steerlab.guards.faults import explained
 from steerlab.inputs.encoded_rows import RowEncoder, Rows
 from steerlab.inputs.tokens import Batch
@@ -297,10 +298,12 @@ class _Training:
     def _checkpoint(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint and report it with the metrics of its step; all ranks call it."""
         # A folder of its own for each checkpoint: the last one may still be uploading.
-        directory = Path(tempfile.mkdtemp(dir=self.link.scratch))
+        directory = self.link.scratch / uuid.uuid4().hex
+        directory.mkdir()
         self.engine.save(directory, {"step": self.step, "history": self.history})
         if self.link.rank == 0 and self.snapshots:
             save_file(self.snapshots, directory / _SNAPSHOTS)
+            files.share(directory, like=directory / checkpoints.META)  # another user may continue this training
         self.link.report({"eval/loss": _NOT_EVALUATED, **metrics}, directory)
 
     def export(self, output: Path) -> None:

@@ -1,20 +1,26 @@
 """Fetch models and read data sets from the Hugging Face hub."""
 
 import re
-from collections.abc import Iterable, Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from steerlab.data.sources.compressed import data_suffix
 from steerlab.data.sources.documents import ReadOptions, RowOrError
 from steerlab.data.sources.readers import READ, file_rows
-from steerlab.guards import files
+from steerlab.guards import files, waiting
 from steerlab.guards.faults import is_for_people
 from steerlab.job.grammar import Source, SourceError
 
 RepoType = Literal["model", "dataset"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_T = TypeVar("_T")
+_SILENCE_S, _TRIES, _PAUSE_S, _LONGEST_WAIT_S = 12.0, 4, 3.0, 120
+"""Seconds without a byte after which a request has failed, number of tries, seconds between them unless the hub asks for
+another time, and the longest time that it may ask for."""
 _LONGEST_REFERENCE = 1_000
 """Bytes of a file in the hub's cache that stores a commit."""
 
@@ -36,10 +42,64 @@ def _commit(source: Source, repo_type: RepoType) -> str:
     reference = Path(constants.HF_HUB_CACHE, folder, "refs", source.version or "main")
     if not reference.is_file():
         # Only a download writes the commit into the cache (huggingface_hub 2); "-" matches no file, so nothing is transferred.
-        snapshot_download(source.name, repo_type=repo_type, revision=source.version or None, allow_patterns=["-"])
+        revision = source.version or None
+        _asked(lambda: snapshot_download(source.name, repo_type=repo_type, revision=revision, allow_patterns=["-"]))
     if not _COMMIT.fullmatch(commit := files.read(reference, _LONGEST_REFERENCE).decode(errors="replace").strip()):
         raise SourceError(f"'{source.text}': {reference} in the hub's cache holds no commit (40 hexadecimal digits): remove it")
     return commit
+
+
+def _asked(ask: Callable[[], _T]) -> _T:
+    """Return what a function gets from the hub, which is asked again when it is busy or does not answer; say so.
+
+    Raises:
+        The error of the last try.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            # Before each try, because the client makes a new session after some errors.
+            hooks = get_session().event_hooks
+            if _limit not in hooks["request"]:
+                get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit]}
+            with waiting.announced(f"the hub at {constants.ENDPOINT}"):
+                return ask()
+        except Exception as error:
+            wait_s = _wait_s(error)
+            if wait_s is None or not tries_left:
+                raise
+            warnings.warn(f"the hub at {constants.ENDPOINT}: {_reason(error)}; tried again in {wait_s:g} s", stacklevel=3)
+            time.sleep(wait_s)
+    raise AssertionError("the last failure is raised")
+
+
+def _limit(request: Any) -> None:
+    """Give a request that has no limit of its own one: some of huggingface_hub 2.4 ask for none, and would wait for ever."""
+    limits = request.extensions.get("timeout") or {}
+    names = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {name: limits.get(name) or _SILENCE_S for name in names}
+
+
+def _wait_s(error: Exception) -> float | None:
+    """Return the seconds before another try, or None if it would end the same way."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    causes = [error, error.__cause__, error.__context__]
+    if any(isinstance(cause, httpx2.TimeoutException) for cause in causes):
+        return _PAUSE_S
+    refused = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if refused is None or (refused.response.status_code != 429 and refused.response.status_code < 500):
+        return None
+    asked = refused.response.headers.get("Retry-After", "")
+    # More than the longest wait ends the command, and the message says how long the hub asks to wait.
+    return None if asked.isdigit() and int(asked) > _LONGEST_WAIT_S else float(asked) if asked.isdigit() else _PAUSE_S
+
+
+def _reason(error: Exception) -> str:
+    return (next(iter(str(error).strip().splitlines()), "") or type(error).__name__).rstrip(".")
 
 
 def known_commit(source: Source) -> str:
@@ -64,9 +124,8 @@ def _explained(source: Source) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError, FileNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
-            f"'{source.text}' cannot be had from the hub at {constants.ENDPOINT}: {reason}"
+            f"'{source.text}' cannot be had from the hub at {constants.ENDPOINT}: {_reason(error).rstrip('.')}."
             " Instead: give a path, a wheel:NAME==VERSION#path source,"
             f" a filled cache (HF_HOME, now {constants.HF_HOME}) or another hub (HF_ENDPOINT);"
             " for private repositories set HF_TOKEN."
@@ -80,9 +139,9 @@ def fetch_hub(source: Source, cache: Path, repo_type: RepoType = "model") -> Pat
     with _explained(source):
         revision = _commit(source, repo_type)
         if source.inside:
-            return Path(hf_hub_download(source.name, source.inside, repo_type=repo_type, revision=revision))
+            return Path(_asked(lambda: hf_hub_download(source.name, source.inside, repo_type=repo_type, revision=revision)))
         # By commit: a branch that moves between two nodes of a cluster would give them different weights.
-        return Path(snapshot_download(source.name, repo_type=repo_type, revision=revision))
+        return Path(_asked(lambda: snapshot_download(source.name, repo_type=repo_type, revision=revision)))
 
 
 def hub_rows(source: Source, options: ReadOptions) -> Iterator[RowOrError]:
@@ -100,7 +159,7 @@ def hub_rows(source: Source, options: ReadOptions) -> Iterator[RowOrError]:
         # hf:// always means the hub; a plain owner/name would mean a folder of that name in the current one if it exists.
         name = f"hf://datasets/{source.name}"
         with _whole(source):
-            loaded = datasets.load_dataset(name, config or None, split=split or None, revision=revision)
+            loaded = _asked(lambda: datasets.load_dataset(name, config or None, split=split or None, revision=revision))
     if isinstance(loaded, dict):
         raise SourceError(f"'{source.text}' has several splits, name one: {', '.join(f'#{name}' for name in loaded)}")
     return _each(source, loaded)

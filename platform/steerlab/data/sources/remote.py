@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qsl
 
 import pyarrow.fs as pafs
 
@@ -16,7 +17,11 @@ from steerlab.job.grammar import SourceError
 
 _CHUNK = 1 << 22
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file", "mock")
-"""Schemes of the supported stores. pyarrow's hdfs:// is not one of them: it needs a Java runtime."""
+"""Schemes of the stores that pyarrow opens. Its hdfs:// is not one of them: it needs a Java runtime."""
+BY_FSSPEC = {"az": "adlfs", "oss": "ossfs", "oci": "ocifs", "sftp": "paramiko", "memory": "fsspec"}
+"""Schemes that fsspec opens -> the package that it needs."""
+_SILENCE_S, _ATTEMPTS = 10.0, 3
+"""Seconds without a byte after which a request to S3 has failed, and how often it is tried."""
 _RETRY_S = 15
 """Seconds in which Google's client repeats a failed request."""
 
@@ -25,16 +30,60 @@ def opened(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the file system of a URI and the path on it.
 
     Raises:
-        SourceError: the scheme is not one of `SCHEMES`.
+        SourceError: the scheme is one of neither `SCHEMES` nor `BY_FSSPEC`, or the package for it is not installed.
         OSError, pyarrow.ArrowInvalid: the store does not answer, or the URI is malformed.
     """
     scheme, _, rest = uri.partition("://")
+    if scheme.lower() in BY_FSSPEC:
+        return _by_fsspec(uri, BY_FSSPEC[scheme.lower()])
     if scheme.lower() not in SCHEMES:
-        raise SourceError(f"'{uri}': {scheme}:// is not read here; known: {', '.join(SCHEMES[:5])}")
+        known = ", ".join((*SCHEMES[:5], *list(BY_FSSPEC)[:4]))
+        raise SourceError(f"'{uri}': {scheme}:// is not read here; known: {known}")
     if scheme.lower() in ("gs", "gcs") and "retry_limit_seconds" not in rest:
         # The client's default is 15 minutes, during which the user sees nothing.
         uri += f"{'&' if '?' in rest else '?'}retry_limit_seconds={_RETRY_S}"
-    return pafs.FileSystem.from_uri(uri)
+    if scheme.lower() == "s3" and "allow_delayed_open" not in rest:
+        # A small file is one request instead of three.
+        uri += f"{'&' if '?' in rest else '?'}allow_delayed_open=true"
+    filesystem, path = pafs.FileSystem.from_uri(uri)
+    return (_impatient(filesystem), path) if isinstance(filesystem, pafs.S3FileSystem) else (filesystem, path)
+
+
+def _impatient(filesystem: pafs.S3FileSystem) -> pafs.S3FileSystem:
+    """Return a file system of S3 that gives up a request after `_SILENCE_S` seconds without a byte, and repeats it."""
+    # A URI has no such options (pyarrow 26). By default the client waits for a server that never answers for 210 s.
+    _, (options, *_) = filesystem.__reduce__()
+    retries = pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
+    return pafs.S3FileSystem(**options | {"connect_timeout": 5.0, "request_timeout": _SILENCE_S, "retry_strategy": retries})
+
+
+def _by_fsspec(uri: str, package: str) -> tuple[pafs.FileSystem, str]:
+    import fsspec
+
+    path, _, options = uri.partition("?")
+    try:
+        # The options of the URI are fsspec's own: az://container/x?account_name=NAME.
+        filesystem, base = fsspec.url_to_fs(path, **dict(parse_qsl(options)))
+    except ImportError as error:
+        raise SourceError(f"'{uri}' needs the package {package}: pip install {package} ({error})") from None
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"'{uri}' is not a URI that fsspec can open: {error}") from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), base
+
+
+def joined(root: str, *parts: str) -> str:
+    """Return the path or URI of something below `root`: the parts follow its path, and come before the options of a URI.
+
+    `joined("s3://bucket/x?region=eu", "runs")` is "s3://bucket/x/runs?region=eu".
+    """
+    path, options = divided(root)
+    return "/".join((path.rstrip("/"), *parts)) + options
+
+
+def divided(root: str) -> tuple[str, str]:
+    """Return a path or URI without its options, and the options with their question mark; empty if it has none."""
+    path, mark, options = root.partition("?") if "://" in root else (root, "", "")
+    return path, mark + options
 
 
 def files_below(filesystem: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:

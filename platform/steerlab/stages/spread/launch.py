@@ -125,6 +125,7 @@ def fit(
     # Ray Train's controller looks at its workers every 2 s by default, and a run waits for a look when it starts and ends.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     gpu = reserved.uses_gpu(scale)
+    filesystem, base = _opened(storage)
     board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
     # On a disk, scratch lies beside the checkpoints and is removed with them; for a bucket it needs the node's own disk.
     scratch = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
@@ -139,7 +140,9 @@ def fit(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=storage,
+            # Opened here: Ray Train would open a URI without the options and the schemes that `remote` adds.
+            storage_path=base,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=scale.max_failures),
             # Ray Train keeps the latest checkpoint besides the best one by this score, so two lie there at most.
             checkpoint_config=CheckpointConfig(
@@ -186,9 +189,9 @@ def check_snapshot(storage: str, name: str) -> None:
         ValueError: the list is damaged, or names something else than a checkpoint in the folder of the run.
     """
     # Whoever may write into ROOT may have written the list; Ray Train loads the folders that it names, and removes them later.
-    is_local = "://" not in storage
-    filesystem, base = (pafs.LocalFileSystem(), storage) if is_local else remote.opened(storage)
-    folder, where = f"{base}/{name}", f"{storage}/{name}/{_SNAPSHOT}"
+    filesystem, base = _opened(storage)
+    is_local = isinstance(filesystem, pafs.LocalFileSystem)
+    folder, where = f"{base}/{name}", remote.joined(storage, name, _SNAPSHOT)
     try:
         snapshot = saved.parsed(_read(filesystem, f"{folder}/{_SNAPSHOT}", is_local), _Snapshot, where)
     except FileNotFoundError:
@@ -204,6 +207,10 @@ def check_snapshot(storage: str, name: str) -> None:
         is_link = is_local and Path(folder, checkpoint).is_symlink()
         if is_link or filesystem.get_file_info(f"{folder}/{checkpoint}").type != pafs.FileType.Directory:
             raise ValueError(f"{where} names {checkpoint}, which is no folder beside it; {_ADVICE}")
+
+
+def _opened(storage: str) -> tuple[pafs.FileSystem, str]:
+    return remote.opened(storage) if "://" in storage else (pafs.LocalFileSystem(), storage)
 
 
 def _read(filesystem: pafs.FileSystem, path: str, is_local: bool) -> bytes:
@@ -290,7 +297,7 @@ def _worker(config: dict[str, _Launch]) -> None:
         ray.get(board.fail.remote(error))
         raise
     if launch.is_remote and rank == 0:
-        filesystem, path = remote.opened(f"{launch.storage}/output")
+        filesystem, path = remote.opened(remote.joined(launch.storage, "output"))
         pafs.copy_files(str(launch.output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
 
 

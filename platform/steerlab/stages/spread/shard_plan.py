@@ -24,7 +24,6 @@ import pyarrow.fs as pafs
 from pydantic import Field
 
 from steerlab.data import pairs, rows
-from steerlab.data.sources import remote
 from steerlab.data.values import Row
 from steerlab.guards import saved
 from steerlab.job import DataSet
@@ -84,8 +83,8 @@ class WorkFolder:
         self.address = (root, stage, key)
         self._store = Store(root)
         self._folder = f"work/{stage}/{key}"
-        uri = self._store.work(stage, key)
-        self._fs, self._base = (pafs.LocalFileSystem(), uri) if uri.startswith("/") else remote.opened(uri)
+        self._store.work(stage, key)
+        self._fs, self._base = self._store.opened(self._folder)
 
     @property
     def plan(self) -> list[Planned] | None:

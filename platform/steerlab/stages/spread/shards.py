@@ -156,8 +156,6 @@ def run(
 
 def collect(work: Work) -> None:
     """Put the parts into the directory that becomes the artifact."""
-    # After an extraction of days the directory may be gone: it was empty, and old temporary directories are removed.
-    work.directory.mkdir(parents=True, exist_ok=True)
     WorkFolder(work.store.root, work.stage.name, work.stage.key).copy_parts(work.directory)
 
 

@@ -111,7 +111,7 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
     try:
         loop.run(received(request), scale, link, output)
         if is_remote:
-            filesystem, path = remote.opened(f"{storage}/output")
+            filesystem, path = remote.opened(remote.joined(storage, "output"))
             pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
     finally:
         # The process stays, so the disk and the GPU memory in PyTorch's cache must be free for the next training.
@@ -132,7 +132,7 @@ class _Checkpoints:
         if self._is_local:
             self._fs, self._base = pafs.LocalFileSystem(), f"{storage}/warm"
         else:
-            self._fs, self._base = remote.opened(f"{storage}/warm")
+            self._fs, self._base = remote.opened(remote.joined(storage, "warm"))
 
     def add(self, metrics: dict[str, float], directory: Path | None) -> None:
         """Store the checkpoint in `directory` atomically, and remove those that are neither the newest nor the best."""
