@@ -272,9 +272,8 @@ def _readings(model: Any, params: Params, steer: Selection) -> tuple[list[Readin
     for chunk in batches([len(text) for text, _ in texts], params.extract.batch_tokens):
         batch = model.encoder.collate([texts[i][0] for i in chunk]).to(model.device)
         is_target_B = torch.tensor([texts[i][1] for i in chunk])
-        readings.append(
-            Reading(batch.patched_inputs, taps.selected(batch, params.extract.select), taps.selected(batch, steer), is_target_B)
-        )
+        read_BT, steered_BT = (taps.selected(batch, select, model.device) for select in (params.extract.select, steer))
+        readings.append(Reading(batch.patched_inputs, read_BT, steered_BT, is_target_B))
     # The fit runs batches in threads side by side (sequential_fit.py), and a model's patches know the tokens of one call only.
     if model.patches and len(readings) > 1:
         raise ValueError(
