@@ -107,8 +107,8 @@ def check_machine(records: list[plan.Record], needs: Estimates, store: Store) ->
 def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None:
     """Refuse a job that the connected Ray cluster cannot run.
 
-    Checked are: a local ROOT on a cluster of several nodes, and, for a job with a `train` section, the workers and GPUs, the
-    free disk at ROOT, and the memory of the largest node (unless the training uses GPUs).
+    Checked are: a local ROOT on a cluster of several nodes, the GPUs that the job requires, and, with a `train` section, the
+    workers, the free disk at ROOT, and the memory of the largest node (unless the training uses GPUs).
     Warns of local input files on a cluster of several nodes.
 
     Raises:
@@ -131,6 +131,7 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
             stacklevel=2,
         )
     if planned.job.train is None:
+        reserved.gpus_of(planned.job.scale)  # raises if GPUs are required and there are none
         return
     reserved.check(planned.job.scale)
     records = plan.status(planned.stages, store)

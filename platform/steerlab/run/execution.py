@@ -172,7 +172,12 @@ def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, liste
         prometheus.ended(record)
         listener.ended(record)
 
-    return plan.Listener(listener.started, ended, reported)
+    def waits(stage: plan.Stage) -> None:
+        # The process that computes the stage may be waiting for the GPU that this run's own process still holds.
+        staying.close()
+        listener.waits(stage)
+
+    return plan.Listener(listener.started, ended, reported, waits)
 
 
 def _uri(store: Store, stage: plan.Stage) -> str:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -186,6 +187,8 @@ class Listener:
     started: Callable[[Stage], None] = lambda stage: None
     ended: Callable[[Record], None] = lambda record: None
     reported: Callable[[Stage, dict[str, float]], None] = lambda stage, metrics: None
+    waits: Callable[[Stage], None] = lambda stage: None
+    """Called before the plan waits for another process that computes the stage: what that one may need is let go here."""
 
 
 def run(stages: Sequence[Stage], store: Store, scale: ScaleConfig, listener: Listener, records: list[Record]) -> None:
@@ -215,7 +218,13 @@ def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) 
     if store.has(stage.name, stage.key):
         store.discard_work(stage.name, stage.key)  # left if a kill came between the commit and this line
         return "cached"
-    with claims.hold(store, f"{stage.name}-{stage.key}", wait=True):
+    claim = f"{stage.name}-{stage.key}"
+    with ExitStack() as held:
+        try:
+            held.enter_context(claims.hold(store, claim, wait=False))
+        except claims.Held:
+            listener.waits(stage)
+            held.enter_context(claims.hold(store, claim, wait=True))
         # Asked again: the process that held the claim before may have finished the artifact.
         if store.has(stage.name, stage.key):
             return "cached"
