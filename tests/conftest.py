@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import simulated_device
 import torch
 from transformers import PreTrainedModel
 
@@ -32,6 +34,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[torch.device]:
+    """A simulated GPU; torch has no such device outside of the tests of a file that uses it."""
+    with simulated_device.present() as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

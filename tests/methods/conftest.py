@@ -39,7 +39,7 @@ def extracted(tmp_path: Path, encoder: Encoder) -> Extracted:
         for vectors in reader.read(encoded):
             for name, value_MD in vectors.values.items():
                 whole = values.setdefault(name, torch.zeros(len(texts), value_MD.shape[1]))
-                whole[vectors.row_M] = value_MD
+                whole[vectors.row_M.cpu()] = value_MD.cpu()
         reader.close()
         steered._attached.detach()
         directory = tmp_path / f"{label}-{len(list(tmp_path.iterdir()))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +81,22 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def make(extracted: Any, prepared: Any) -> Make:
-    """A function (name, kind, model, **settings) -> trainee, with what the method reads and prepares, of other texts."""
+    """A function (name, kind, model, patches below, **settings) -> trainee, with what the method reads and prepares, of other
+    texts."""
 
-    def trainee(name: str, kind: str, model: Any, **settings: Any) -> torch.nn.Module:
+    def trainee(name: str, kind: str, model: Any, below: Sequence[Any] = (), **settings: Any) -> torch.nn.Module:
         method, config = trained({"name": name}), config_of(name, kind, **settings)
         if kind == "diffusion":
             texts = [row["text"] for row in pixels.rows("digits/test", Path)[:8]]
-            read = {role: extracted(model, texts, select=STEERED) for role in method.reads(config)}
+            pooled = {"pooling": [settings["pooling"]]} if "pooling" in settings else {}
+            read = {role: extracted(model, texts, select=STEERED, **pooled) for role in method.reads(config)}
             before = {}
         else:
             texts = [row["text"] for row in tiny.rows("topics/train", 8)]
             read = {role: extracted(model, texts) for role in method.reads(config)}
             before = prepared(method, config, model, tiny.rows("refusals/train", 8))
         torch.manual_seed(0)
-        return method.module(model, config, Inputs(activations=read, prepared=before))
+        return method.module(model, config, Inputs(tuple(below), read, before))
 
     return trainee
 

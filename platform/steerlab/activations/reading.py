@@ -137,7 +137,7 @@ class TextReader:
         batch = batch.to(self._model.device)
         select = self._config.select
         # Every text must give a vector: rows are matched with texts by their number, and a mean over no tokens is NaN.
-        mask_BT = taps.selected(batch, select)
+        mask_BT = taps.selected(batch, select, self._model.device)
         if not bool((some_B := mask_BT.any(1)).all()):
             number = first + int(row_B[some_B.cpu().logical_not().nonzero()[0, 0]])
             raise ValueError(
@@ -148,11 +148,11 @@ class TextReader:
         poolings = self._config.pooling
         # Indexing with the mask keeps the order of rows and tokens, in which the columns about them are taken, too.
         if poolings == ("none",):
-            values = {name: z_BTD[mask_BT.to(z_BTD.device)].float() for name, z_BTD in values_BTD.items()}
+            values = {name: z_BTD[mask_BT].float() for name, z_BTD in values_BTD.items()}
             owner_M = row_B.to(mask_BT.device)[:, None].expand_as(mask_BT)[mask_BT]
             return Vectors(owner_M, batch.position_ids[mask_BT], batch.input_ids[mask_BT], batch.roles[mask_BT], values)
         values = {
-            column_name(name, pooling, poolings): taps.pool(z_BTD, mask_BT.to(z_BTD.device), pooling)
+            column_name(name, pooling, poolings): taps.pool(z_BTD, mask_BT, pooling)
             for name, z_BTD in values_BTD.items()
             for pooling in poolings
         }

@@ -76,6 +76,7 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
     from steerlab import run as runs
     from steerlab import stages
     from steerlab.data import rows
+    from steerlab.guards import torch_devices
     from steerlab.run import capacity, length
     from steerlab.storage import plan
 
@@ -102,6 +103,8 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
         console.print(
             f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; rough estimates"
         )
+        if planned.job.scale.gpu != "never":
+            say_line(f"GPU: {torch_devices.here() if torch_devices.is_present() else 'none on this machine'}")
         for role, data in planned.job.data.by_role.items():
             if rows.is_mixture(data):
                 shares = "; ".join(f"{name}: {portion}" for name, portion in rows.portions(data).items())

@@ -20,7 +20,10 @@ class ScaleConfig(Frozen):
     offload: bool = False
     """Keep optimizer state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory."""
     gpu: Literal["auto", "require", "never"] = "auto"
-    """One GPU per worker; auto uses GPUs if the cluster has enough of them, require fails if it has not."""
+    """auto uses GPUs if the cluster has enough of them and torch can use them, require fails if not, never uses none."""
+    gpus_per_worker: float = Field(1, gt=0, le=1)
+    """GPUs of each worker: 1, or a part of one for small trials, which then share it; an evaluator takes as much. Memory is not
+    divided: what shares a GPU must fit on it together."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs reserved for each worker; also its number of threads."""
     gradient_checkpointing: bool = False
@@ -31,7 +34,7 @@ class ScaleConfig(Frozen):
     """Worker failures after which the stage fails."""
     warm: bool | None = None
     """Run extraction, training of one worker and evaluation in processes that stay alive for the next stage, which saves their
-    start-up time; null does so for trials of a sweep with one worker and no GPU."""
+    start-up time; null does so for trials of a sweep with one worker and no GPU. A process with a GPU ends with its stage."""
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -46,6 +49,8 @@ class ScaleConfig(Frozen):
         # DeepSpeed's checkpoints hold one shard of the optimizer per worker.
         if low != high and self.zero_stage:
             raise ValueError("elastic workers need zero_stage 0: ZeRO 1-3 shards cannot be loaded on another number of workers")
+        if high > 1 and self.gpus_per_worker < 1:
+            raise ValueError(f"gpus_per_worker {self.gpus_per_worker:g} is for one worker: NCCL refuses two on one GPU")
         if self.warm and high > 1:
             raise ValueError(f"warm is about trainings of one worker; workers is {self.workers}")
         if self.offload and self.zero_stage == 0:

@@ -149,7 +149,7 @@ class Lineas(PatchAlone):
         """Return this worker's part of the loss: that of the matched pairs whose source row is its own (section 3.2)."""
         # Runs up to the last measured place: neither later layers nor the logits of a whole vocabulary are computed.
         values = self._read(**batch.patched_inputs)
-        tokens_BT = taps.selected(batch, self.measured)
+        tokens_BT = taps.selected(batch, self.measured, self.model.device)
         _check_selected(tokens_BT)
         pooled_BS = torch.cat([taps.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
         rows_NS, first = whole_batch(pooled_BS)

@@ -194,10 +194,18 @@ def attached_patches(model: Any) -> tuple[Patch, ...] | None:
     return next((owner.patches for owner in owners if isinstance(owner, Attached)), None)
 
 
+def _place(patch: Patch, model: nn.Module) -> None:
+    """Move a patch to the device of the model that it acts on."""
+    first = next(model.parameters(), None)
+    # A model on the meta device has no values; a patch that went there would lose its own.
+    if isinstance(patch, nn.Module) and first is not None and not first.is_meta:
+        patch.to(first.device)
+
+
 def attach(model: Any, patches: Sequence[Patch]) -> Attached:
     """Attach a stack of patches, which act in the order of the model's forward pass, each with its own strength.
 
-    Patches at the same module act in the order of the stack.
+    Patches at the same module act in the order of the stack. They move to the model's device.
 
     Args:
         model: a language model or a diffusion pipeline of `steerlab.models`.
@@ -208,6 +216,8 @@ def attach(model: Any, patches: Sequence[Patch]) -> Attached:
     """
     if attached_patches(model) is not None:
         raise ValueError("this model already carries patches: detach them, or attach all of them as one stack")
+    for patch in patches:
+        _place(patch, model)
     attached = Attached(model, tuple(patches), Forward(running=lambda: models.running(model)))
     # Before the patches' own hooks: torch runs hooks in the order of registration, and those of the patches read `forward`.
     attached.handles.append(model.register_forward_pre_hook(attached.take_arguments, with_kwargs=True))

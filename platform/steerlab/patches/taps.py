@@ -185,10 +185,13 @@ def prompt_lengths(roles_BT: Tensor, phases_BT: Tensor) -> Tensor:
     return ((roles_BT != PADDING) & (phases_BT != GENERATION)).sum(1)
 
 
-def selected(batch: Batch | Drawings, selection: Selection) -> Tensor:
-    """Return a mask of the selected tokens of a padded batch, (B, T) bool; (B, 1) for images, of which all pixels are."""
+def selected(batch: Batch | Drawings, selection: Selection, device: torch.device | None = None) -> Tensor:
+    """Return a mask of the selected tokens of a padded batch, (B, T) bool; (B, 1) for images, of which all pixels are.
+
+    `device` is where a mask for images is made, the model's; one of tokens is made beside them.
+    """
     if isinstance(batch, Drawings):
-        return torch.ones(len(batch.prompts), 1, dtype=torch.bool)
+        return torch.ones(len(batch.prompts), 1, dtype=torch.bool, device=device)
     prompt_B = prompt_lengths(batch.roles, batch.phases)
     return token_mask(selection, batch.roles, batch.phases, batch.position_ids, prompt_B, batch.input_ids)
 

@@ -109,8 +109,8 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
     """Refuse a job that the connected Ray cluster cannot run.
 
     Checked are: the package that a ROOT in an object store needs; on several nodes, whether a local ROOT is one shared folder;
-    and, for a job with a `train` section, the workers and GPUs, the free disk at ROOT, and the memory of the largest node
-    (unless the training uses GPUs).
+    the GPUs that the job requires; and, with a `train` section, the workers, the free disk at ROOT, and the memory of the
+    largest node (unless the training uses GPUs).
     Warns of local input files on a cluster of several nodes.
 
     Raises:
@@ -132,6 +132,7 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
             stacklevel=2,
         )
     if planned.job.train is None:
+        reserved.gpus_of(planned.job.scale)  # raises if GPUs are required and there are none
         return
     reserved.check(planned.job.scale)
     records = plan.status(planned.stages, store)

@@ -9,6 +9,8 @@ import shutil
 import sys
 from typing import NamedTuple
 
+from steerlab.guards import torch_devices
+
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed", "datasets", "pyarrow", "pydantic", "safetensors", "gguf")
 _LOW_DISK_BYTES = 5_000_000_000
 
@@ -25,7 +27,7 @@ class Finding(NamedTuple):
 
 def examine(root: str) -> list[Finding]:
     """Run all checks and return their results, in the order in which people would repair what is missing."""
-    return [_python(), *map(_package, _PACKAGES), _platform_module(), _root(root), _memory(), _cluster()]
+    return [_python(), *map(_package, _PACKAGES), _platform_module(), _root(root), _memory(), _gpu(), _cluster()]
 
 
 def _python() -> Finding:
@@ -68,6 +70,18 @@ def _memory() -> Finding:
     return Finding("memory", total > 4e9, f"{total / 1e9:.0f} GB, /dev/shm {shared / 1e9:.0f} GB free")
 
 
+def _gpu() -> Finding:
+    """Check that torch can use the GPUs of this machine, if there are any."""
+    if not torch_devices.is_present():
+        return Finding("GPU", True, "none here")
+    found = torch_devices.here()
+    if not found.problem:
+        return Finding("GPU", True, str(found))
+    return Finding(
+        "GPU", False, f"one is here, but {found.problem}: install a build of torch for CUDA, or set scale.gpu: never"
+    )
+
+
 def _cluster() -> Finding:
     """Check the Ray cluster, if one is running."""
     # No cluster is started for the check: that would take many seconds and tell nothing about the cluster of a job.
@@ -96,6 +110,10 @@ def _cluster() -> Finding:
 def _described() -> Finding:
     import ray
 
+    from steerlab.stages.spread import gpus
+
     resources = ray.cluster_resources()
     text = f"{len(ray.nodes())} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
-    return Finding("Ray cluster", True, text)
+    seen = gpus.by_node()
+    wrong = [f"{address}: {found.problem}" for address, found in seen.items() if found.problem]
+    return Finding("Ray cluster", not wrong, "; ".join([text, *(wrong or ([gpus.in_words()] if seen else []))]))

@@ -165,7 +165,12 @@ def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, liste
         prometheus.ended(record)
         listener.ended(record)
 
-    return plan.Listener(listener.started, ended, reported, listener.waiting)
+    def waiting(stage: plan.Stage, line: str) -> None:
+        # The process that computes the stage may be waiting for the GPU that this run's own process still holds.
+        staying.close()
+        listener.waiting(stage, line)
+
+    return plan.Listener(listener.started, ended, reported, waiting)
 
 
 def _uri(store: Store, stage: plan.Stage) -> str:

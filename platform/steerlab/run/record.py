@@ -20,6 +20,7 @@ from steerlab.guards import saved, texts
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import UNPATCHED, Job
 from steerlab.stages import Evaluation, Plan, choose, evaluate
+from steerlab.stages.spread import gpus
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -208,6 +209,7 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
         "git_changes": _git("status", "--porcelain"),
         # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
         "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
+        "gpus": gpus.in_words(),
         "nodes": len([node for node in ray.nodes() if node["Alive"]]),
         **({} if trusted is None else {"own_code_of": texts.without_secrets(trusted)}),
         **({"own_code": list(own_code)} if own_code else {}),

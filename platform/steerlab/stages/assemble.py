@@ -38,7 +38,7 @@ def stage(job: Job, model: Subject) -> Stage:
 def run(work: Work) -> None:
     """Make the patch in one Ray task, and write it with the prompt settings and a reference to the model that it is for."""
     params = Params.model_validate(work.params)
-    task = _assemble.options(**reserved.of_actors(work.scale))  # type: ignore[attr-defined]
+    task = reserved.task(_assemble, reserved.of_actors(work.scale))
     future = task.remote(subject.of(work), params.method, own_code.codes_in(params.method))
     # Short waits: Python handles a signal, or an exception that another thread raises in this one, only between calls of Ray.
     while not ray.wait([future], timeout=_POLL_S)[0]:
@@ -56,7 +56,6 @@ class _Made(NamedTuple):
     """How that model is prompted."""
 
 
-@ray.remote(scheduling_strategy=reserved.ANYWHERE)
 def _assemble(loading: Loading, config: JsonObject, codes: tuple[Code, ...]) -> _Made:
     from steerlab import models
 

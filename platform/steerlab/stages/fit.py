@@ -85,7 +85,7 @@ def run(work: Work) -> None:
     walks = method.walks(config)
     # A fit place after place loads the model and may use a GPU; a fit on extracted activations is arithmetic on one CPU.
     resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
-    task = _fit.options(**resources)  # type: ignore[attr-defined]
+    task = reserved.task(_fit, resources)
     future = task.remote(subject.of(work), params, activations, own_code.codes_in(params.method))
     # Short waits: Python handles a signal, or an exception that another thread raises in this one, only between calls of Ray.
     while not ray.wait([future], timeout=_POLL_S)[0]:
@@ -129,7 +129,6 @@ class _Fit:
     """Number of samples, of the roles "source" and "target"."""
 
 
-@ray.remote(scheduling_strategy=reserved.ANYWHERE)
 def _fit(loading: Loading, params: Params, activations: dict[str, ModelRef], codes: tuple[Code, ...]) -> _Fit:
     """Fit the maps of a method.
 
@@ -272,9 +271,8 @@ def _readings(model: Any, params: Params, steer: Selection) -> tuple[list[Readin
     for chunk in batches([len(text) for text, _ in texts], params.extract.batch_tokens):
         batch = model.encoder.collate([texts[i][0] for i in chunk]).to(model.device)
         is_target_B = torch.tensor([texts[i][1] for i in chunk])
-        readings.append(
-            Reading(batch.patched_inputs, taps.selected(batch, params.extract.select), taps.selected(batch, steer), is_target_B)
-        )
+        read_BT, steered_BT = (taps.selected(batch, select, model.device) for select in (params.extract.select, steer))
+        readings.append(Reading(batch.patched_inputs, read_BT, steered_BT, is_target_B))
     # The fit runs batches in threads side by side (sequential_fit.py), and a model's patches know the tokens of one call only.
     if model.patches and len(readings) > 1:
         raise ValueError(

@@ -165,8 +165,8 @@ def concurrency(request: SweepRequest) -> int:
             raise ValueError(f"scale.cpus_per_worker {cpus:g}, but the largest node has {largest:g} CPUs")
         # The fewest workers with which a trial can start (`scale.workers` may be a range).
         fits.append(available["CPU"] / (workers * cpus))
-        if reserved.uses_gpu(scale):
-            fits.append(available["GPU"] / workers)
+        if gpus := reserved.gpus_of(scale):
+            fits.append(available["GPU"] / (workers * gpus))
     # A trial's own process reserves memory and no CPU (see `trial.DRIVER_MEMORY_BYTES`).
     fits.append(ray.cluster_resources().get("memory", 0) / DRIVER_MEMORY_BYTES)
     return max(1, int(min(fits)))

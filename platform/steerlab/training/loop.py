@@ -162,13 +162,15 @@ class _Training:
         models.start_training(model, self.scale.gradient_checkpointing)
         # Taken before the trainee is made: some trainees change the modules of the model.
         self.model_key = "" if self.method.leaves_model else models.fingerprint(model)
+        # Before the trainee is made: it may run the model, copy it, and make tensors beside its weights.
+        model.to(self.link.device)
         self.rows = load_rows(self.data, self.encoder, request.train.max_tokens)
         # Epochs are counted in rows that train: those that were dropped because their prompt does not fit do not count.
         request = self.request = replace(request, train=request.train.resolved(len(self.rows.rows)))
         validation = request.data.validation
         self.validation = load_rows(validation, self.encoder, request.train.max_tokens) if validation else None
         activations = {role: Activations.open(path) for role, path in request.activations.items()}
-        inputs = Inputs(tuple(patch.to(self.link.device) for patch in below), activations, request.prepared)
+        inputs = Inputs(below, activations, request.prepared)
         config = self.method.Config.model_validate(request.method)
         self.module = self.method.module(model, config, inputs).to(self.link.device)  # type: ignore[call-arg]
         # Here and not in the contract's constructor, which cannot run after that of the class that derives from it.

@@ -124,7 +124,7 @@ def fit(
     check_snapshot(storage, name)
     # Ray Train's controller looks at its workers every 2 s by default, and a run waits for a look when it starts and ends.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    gpu = reserved.uses_gpu(scale)
+    gpus = reserved.gpus_of(scale)
     filesystem, base = _opened(storage)
     board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
     # On a disk, scratch lies beside the checkpoints and is removed with them; for a bucket it needs the node's own disk.
@@ -132,11 +132,11 @@ def fit(
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"launch": _Launch(request, scale, board, storage, scratch)},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scale.workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=RunConfig(
             name=name,

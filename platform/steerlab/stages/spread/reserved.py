@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from steerlab.guards.private_parts import most_resources
 from steerlab.job import ScaleConfig
+from steerlab.stages.spread import gpus
 
 ANYWHERE = "DEFAULT"
 """Scheduling strategy of the tasks and actors of a stage.
@@ -14,6 +18,14 @@ ANYWHERE = "DEFAULT"
 Without one, Ray would place them in the placement group of the sweep's trial that starts them, which has room for the driver
 only, and they would wait for ever.
 """
+
+
+def task(function: Callable[..., Any], resources: Mapping[str, float]) -> Any:
+    """Return a function as a Ray task that reserves CPUs and GPUs; with a GPU its process ends after one call."""
+    # Ray (2.60) sets `max_calls` itself only for GPUs of the decorator, not for those of `options`. A process that stayed would
+    # hold memory on its GPU, and torch would keep computing there when Ray gives the process another one.
+    own_process = {"max_calls": 1} if resources.get("num_gpus") else {}
+    return ray.remote(scheduling_strategy=ANYWHERE, **own_process, **resources)(function)
 
 
 def beside_the_driver() -> NodeAffinitySchedulingStrategy:
@@ -28,14 +40,30 @@ def available() -> dict[str, float]:
     return {name: max(now.get(name, 0), limit.get(name, 0)) for name in ("CPU", "GPU")}
 
 
-def uses_gpu(scale: ScaleConfig) -> bool:
-    """Return whether each worker gets a GPU. Raises ValueError if `scale.gpu` requires it and the cluster has too few."""
+def gpus_of(scale: ScaleConfig, workers: int | None = None) -> float:
+    """Return the GPUs, or the part of one, that each of `workers` processes reserves; 0 for processes that use CPUs.
+
+    Without `workers` these are the fewest workers of a training. Raises ValueError if `scale.gpu` requires GPUs and the cluster
+    has too few, or torch cannot use them.
+    """
+    workers = scale.worker_range[0] if workers is None else workers
+    if scale.gpu == "never":
+        return 0
     # Those that an autoscaler could add count, too: it adds them only after something has asked.
-    gpus = available()["GPU"]
-    enough = gpus >= scale.worker_range[0]
-    if scale.gpu == "require" and not enough:
-        raise ValueError(f"scale.gpu is require: {scale.worker_range[0]} workers need a GPU each, the cluster has {gpus:g}")
-    return scale.gpu != "never" and enough
+    present, needed = available()["GPU"], workers * scale.gpus_per_worker
+    if present >= needed and gpus.usable():
+        return scale.gpus_per_worker
+    if scale.gpu == "require":
+        if present >= needed:
+            raise ValueError(f"scale.gpu is require: {gpus.in_words()}")
+        each = "a GPU" if scale.gpus_per_worker == 1 else f"{scale.gpus_per_worker:g} GPUs"
+        raise ValueError(f"scale.gpu is require: {workers} workers need {each} each, the cluster has {present:g}")
+    return 0
+
+
+def uses_gpu(scale: ScaleConfig) -> bool:
+    """Return whether each worker of a training gets a GPU. Raises ValueError as `gpus_of` does."""
+    return gpus_of(scale) > 0
 
 
 def check(scale: ScaleConfig) -> None:
@@ -55,10 +83,9 @@ def check(scale: ScaleConfig) -> None:
 def of_actors(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
     """Return the CPUs and GPUs that each of `workers` actors with a model reserves, as options of Ray.
 
-    Together they reserve no more than the workers of a training do; none reserves more than the largest node has.
+    Together they reserve no more CPUs than the workers of a training do; none reserves more than the largest node has.
     """
-    gpus = 1 if scale.gpu != "never" and ray.cluster_resources().get("GPU", 0) >= workers else 0
     # A reservation must fit on one node, which the share of several workers may not.
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     share = scale.worker_range[0] * scale.cpus_per_worker / workers
-    return {"num_cpus": min(share, largest), "num_gpus": gpus}
+    return {"num_cpus": min(share, largest), "num_gpus": gpus_of(scale, workers)}

@@ -206,7 +206,8 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
     cpus, gpus = resources["num_cpus"], resources["num_gpus"]
     # A block for each shard: Ray Data would otherwise put several into one task, and a death would repeat all of them.
     source = ray.data.from_items(items, override_num_blocks=len(items))
-    if scale.warm:
+    # A task's process stays: with a GPU it would hold its memory, and its device when Ray gives it another one.
+    if scale.warm and not gpus:
         lines = source.map(
             partial(_in_warm_process, request), compute=ray.data.TaskPoolStrategy(high), num_cpus=cpus, num_gpus=gpus
         )

@@ -1,8 +1,9 @@
 """Run functions in processes that stay for the next call, so that imports and models are loaded once.
 
-With `scale.warm` a call is a Ray task, whose process Ray keeps for the next task. An idle process reserves no CPU or GPU, which
-suits the small trials of a sweep. Otherwise a call goes to an actor that belongs to the thread that runs the plan, and that is
-ended as soon as another model is needed: an idle process would hold GPU memory that Ray counts as free.
+With `scale.warm` a call is a Ray task, whose process Ray keeps for the next task. An idle process reserves no CPU, which suits
+the small trials of a sweep. Otherwise, and for all that reserves a GPU, a call goes to an actor that belongs to the thread that
+runs the plan, and that is ended as soon as another model is needed: an idle process would hold GPU memory that Ray counts as
+free, and torch keeps the first device that it was given when Ray gives the process another one.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def call(
         except BaseException as error:
             # BaseException: after a Ctrl-C, too, the function must not go on. Even after a death the process is ended: the
             # error may mean that one message was lost, while the process is alive.
-            if scale.warm:
+            if _keeps(scale, reserved):
                 ray.cancel(lines)
             else:
                 close()
@@ -121,6 +122,11 @@ def every(seconds: float, tell: Tell[tuple[*_A]]) -> Callable[[*_A], None]:
     return sometimes
 
 
+def _keeps(scale: ScaleConfig, reserved: Mapping[str, float]) -> bool:
+    """Return whether a process stays after its call, for whatever comes next."""
+    return bool(scale.warm) and not reserved.get("num_gpus")
+
+
 def _start(
     function: Callable[[Tell[_L], *_A], _R],
     arguments: tuple[*_A],
@@ -130,7 +136,7 @@ def _start(
 ) -> ray.ObjectRefGenerator:
     """Start the function and return references to its messages and its result, in the order in which it yields them."""
     name = function.__name__.strip("_")  # the process is listed under it: ray::train, ray::evaluate
-    if scale.warm:
+    if _keeps(scale, reserved):
         # `call` starts a function again itself, since it has to tell a death from an error of the function.
         task = _in_task.options(**reserved, max_retries=0, name=name)  # type: ignore[attr-defined]
         return task.remote(function, arguments)

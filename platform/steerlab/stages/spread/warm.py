@@ -53,7 +53,7 @@ def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report:
             newest = metrics["step"]
             report(metrics)
 
-    held = {"num_cpus": scale.cpus_per_worker, "num_gpus": int(reserved.uses_gpu(scale))}
+    held = {"num_cpus": scale.cpus_per_worker, "num_gpus": reserved.gpus_of(scale)}
     staying.call(_train, (request, scale, storage), scale, held, receive)
 
 

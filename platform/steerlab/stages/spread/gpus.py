@@ -1,0 +1,56 @@
+"""The GPUs of a cluster's nodes that torch can use there; Ray counts devices, whatever torch is installed beside them."""
+
+from __future__ import annotations
+
+import warnings
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from steerlab.guards import torch_devices
+from steerlab.guards.torch_devices import TorchDevices
+
+_LIMIT_S = 240
+"""Seconds for an answer of all nodes: a process is started on each, which imports torch."""
+_known: dict[str, TorchDevices] = {}
+"""Answers by the node's id: a node does not change while it lives."""
+
+
+# Without a GPU of its own, so that it need not wait for one that is in use.
+@ray.remote(num_cpus=0, max_retries=1)
+def _ask() -> TorchDevices:
+    return torch_devices.here()
+
+
+def by_node() -> dict[str, TorchDevices]:
+    """Return what torch finds on each node on which Ray counts GPUs, by the node's address."""
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0)}
+    asked = {
+        name: _ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote()
+        for name in nodes
+        if name not in _known
+    }
+    done, late = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_LIMIT_S) if asked else ([], [])
+    for name, answer in asked.items():
+        if answer in done:
+            _known[name] = ray.get(answer)
+    for name in (name for name, answer in asked.items() if answer in late):
+        _known[name] = TorchDevices("", f"torch did not answer within {_LIMIT_S} s")
+    return {node["NodeManagerAddress"]: _known[name] for name, node in nodes.items()}
+
+
+def usable() -> bool:
+    """Return whether torch can use the GPUs that Ray counts; warns of nodes where it cannot.
+
+    True without such a node: on a cluster that grows, the nodes with GPUs come after something has asked for one.
+    """
+    wrong = {address: found for address, found in by_node().items() if found.problem}
+    for address, found in wrong.items():
+        warnings.warn(f"node {address}: Ray counts GPUs, but {found.problem}: computing on CPUs", stacklevel=3)
+    return not wrong
+
+
+def in_words() -> str:
+    """Describe the cluster's GPUs as torch finds them, for people."""
+    found = by_node()
+    return "; ".join(f"{address}: {devices}" for address, devices in found.items()) if found else "no GPU"
