@@ -28,6 +28,32 @@ def test_rows_of_a_step_do_not_depend_on_what_came_before() -> None:
     assert rows_of_step(3, 8, 0, 0) != []
 
 
+def test_the_rows_of_a_step_are_those_of_permutations_seeded_by_their_epochs() -> None:
+    """Whatever was asked before: runs of earlier releases continue with the same rows."""
+
+    def drawn(num_rows: int, size: int, seed: int, step: int) -> list[int]:
+        epochs = range(step * size // num_rows, ((step + 1) * size - 1) // num_rows + 1)
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + epoch) for epoch in epochs]
+        rows = [row for generator in generators for row in torch.randperm(num_rows, generator=generator).tolist()]
+        start = step * size - epochs[0] * num_rows
+        return rows[start : start + size]
+
+    for num_rows, size, seed in [(10, 4, 0), (3, 8, 7), (1, 1, 1), (1000, 64, 2**32 - 1)]:
+        steps = [0, 1, 2, 40, 3, 0, 25, 24, 26]
+        assert [rows_of_step(num_rows, size, seed, s) for s in steps] == [drawn(num_rows, size, seed, s) for s in steps]
+
+
+def test_an_epoch_is_permuted_once_for_all_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing it for each step would make the choice of a step cost as much as there are rows."""
+    drawn: list[int] = []
+    randperm = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda num, **kwargs: drawn.append(num) or randperm(num, **kwargs))
+    for step in range(100):
+        rows_of_step(160, 3, seed=987_654, step=step)
+    # 300 rows are the first epoch and most of the second.
+    assert drawn == [160, 160]
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_ranks_share_a_step_without_loss(workers: int) -> None:
     rows, lengths = rows_of_step(50, 16, 3, 2), list(range(50))
