@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,12 +19,16 @@ from typing import TypeAlias
 import yaml
 from markupsafe import Markup
 
+from steerlab.guards.called_package import CalledPackage
 from steerlab.guards.texts import everywhere, plain
 from steerlab.report import figures, heat_maps, modules, predictions, samples, sweep_figures, tables
 from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, read, read_sweep
 from steerlab.report.plotting import Figure, front
 from steerlab.report.samples import texts
 from steerlab.report.tables import cell, metrics, rows
+
+# `import steerlab as sl` gives the function `sl.report(...)` as well, which this package would hide.
+sys.modules[__name__].__class__ = CalledPackage
 
 __all__ = ["Entry", "Sweep", "cell", "fit_seconds", "front", "metrics", "page", "read", "read_sweep", "rows", "texts", "write"]
 Placed: TypeAlias = dict[str, object]
