@@ -56,8 +56,13 @@ def __getattr__(name: str) -> Any:
         from steerlab import interactive
 
         return getattr(interactive, name)
-    if name in ("run", "report"):  # functions too: guards/called_package.py
-        import importlib
+    # Functions and subpackages alike: guards/called_package.py.
+    if name == "run":
+        import steerlab.run
 
-        return importlib.import_module(f"steerlab.{name}")
+        return steerlab.run
+    if name == "report":
+        import steerlab.report
+
+        return steerlab.report
     raise AttributeError(f"module 'steerlab' has no attribute {name!r}")

@@ -24,6 +24,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "importlib.util.spec_from_file_location": "a board is a Python file that its owner names on the command line",
         ".exec_module": "the same",
     },
+    "platform/steerlab/guards/called_package.py": {"importlib.import_module": "the package's own Python interface"},
     "platform/steerlab/run/doctor.py": {"importlib.import_module": "names of packages that stand in the file itself"},
     "platform/steerlab/evaluation/judging/scorers.py": {
         "import joblib": "the toxicity model of a wheel",

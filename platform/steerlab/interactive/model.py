@@ -55,7 +55,10 @@ class Origin:
 
 @dataclass
 class Model:
-    """A loaded model with its patches. `load` makes one."""
+    """A loaded model with its patches. `load` makes one.
+
+    Besides what stands here it has what `steered` has: `token_log_probs`, `hidden_states`, `attention` and others.
+    """
 
     steered: SteeredModel | SteeredPipeline
     """The model as tasks use it: scores of tokens, hidden states, attention."""
@@ -284,6 +287,12 @@ class Model:
         (path / PROMPT).write_text(json.dumps(self.steered.encoder.saved_spec))
         return path
 
+    def __getattr__(self, name: str) -> Any:
+        # Called for names that are not found otherwise; without `steered`, in a copy that is being made, for every name.
+        if name == "steered":
+            raise AttributeError(name)
+        return getattr(self.steered, name)
+
     def __repr__(self) -> str:
         architecture = type(self.steered.model).__name__
         stack = ", ".join(patch.kind for patch in self.steered.patches)
@@ -311,6 +320,7 @@ def load(
     inverse: bool = False,
     sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> Model:
     """Load a model, with its patches where it has some.
 
@@ -326,6 +336,7 @@ def load(
         inverse: Whether the inverse of the patch's maps acts, which induces what they remove.
         sampler: How a pipeline draws: `steps`, `guidance`, ...
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        **options: Other options of `steered.language.load`.
 
     Raises:
         ValueError: there is no such model, or a file of it is damaged.
@@ -333,7 +344,7 @@ def load(
     path, of_run, strength = _found(str(source), root)
     given = {"dtype": dtype, "snapshot": snapshot, "inverse": inverse or None, "prompt": prompt, "sampler": sampler}
     loading = {**of_run, **{name: value for name, value in given.items() if value is not None}}
-    loading |= {"attention": attention, "trust_remote_code": trust_remote_code}
+    loading |= {"attention": attention, "trust_remote_code": trust_remote_code, **options}
     origin = Origin(path, loading)
     steered = origin.opened(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Model(steered, origin, strength if steered.patches else 1.0, len(steered.patches))
