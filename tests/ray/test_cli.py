@@ -12,10 +12,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from steerlab import job, load, run
+from steerlab import job, run
 from steerlab.cli import app
 from steerlab.stages import JobType, Plan
 from steerlab.steered import explain
+from steerlab.steered.language import load
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import steerlab as sl
 from steerlab import cli, job, report, run
 from steerlab.evaluation.statistics import generations
 from steerlab.run import capacity
@@ -185,3 +186,16 @@ def test_the_command_line_writes_the_page_and_shows_strengths(cluster: None, sto
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
     missing = runner.invoke(cli.app, ["report", f"{store.root}/runs/lineas/absent"])
     assert missing.exit_code == 2 and "no finished run folder" in missing.output
+
+
+def test_python_fits_the_very_bits_of_the_jobs(cluster: None, store: Store, tmp_path: Path) -> None:
+    """`steerlab.fit`, in this process, leaves what the stages of a job leave on a cluster: closed forms and trainings."""
+    model = sl.load("tiny:model", prompt={"prompt_style": "plain"}, device="cpu")
+    short = {**LINEAS, "choose": None, "evaluate": []}
+    texts = {role: DATA[role] for role in ("source", "target")}
+    for method in ({"name": "linear_act", "incremental": False}, {"name": "linear_act"}, {"name": "lineas"}):
+        training = LINEAS["train"] if method["name"] == "lineas" else None
+        done = do(store, {**short, "name": "bits", "method": method, "train": training}, tmp_path)
+        patch = sl.fit(method, model, data=texts, extract=LINEAS["extract"], training=training)
+        made, expected = (folder / "patch/patch.safetensors" for folder in (patch.folder, artifact(store, done)))
+        assert made.read_bytes() == expected.read_bytes(), method

@@ -25,6 +25,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         ".exec_module": "the same",
     },
     "platform/steerlab/guards/torch_devices.py": {"subprocess.run": "this Python, with lines that stand in the file itself"},
+    "platform/steerlab/guards/called_package.py": {"importlib.import_module": "the package's own Python interface"},
     "platform/steerlab/run/doctor.py": {"importlib.import_module": "names of packages that stand in the file itself"},
     "platform/steerlab/evaluation/judging/scorers.py": {
         "import joblib": "the toxicity model of a wheel",

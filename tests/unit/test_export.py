@@ -18,14 +18,14 @@ from tiny_pipelines import dit, flux, sdxl, stable_diffusion
 from torch import nn
 from typer.testing import CliRunner
 
-from steerlab import SteeredPipeline, cli, load, models, patches
+from steerlab import Model, cli, models, patches
 from steerlab.inputs.drawings import Drawing
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, CannotFold, taps
 from steerlab.patches.maps import AffineMap
 from steerlab.steered import export, language
-from steerlab.steered.language import SteeredModel
+from steerlab.steered.language import SteeredModel, SteeredPipeline, load
 from steerlab.steered.model import Asked
 from steerlab.steered.stacks import encoder_of
 from steerlab.storage import bases as standing
@@ -71,6 +71,7 @@ def left(folder: Path, base: Path, modules: str, sampler: dict[str, Any], **sele
 
 
 def drawn(model: Any, prompt: str, strength: float = 1.0) -> torch.Tensor:
+    model = model.steered if isinstance(model, Model) else model
     assert isinstance(model, SteeredPipeline)
     return model.draw([Drawing(prompt, 3, 64), Drawing(prompt, 4, 64)], strengths=(strength,))[0]
 

@@ -55,9 +55,14 @@ class Vectors(NamedTuple):
 class TextReader:
     """Reads the taps of a selection for batches of texts; it holds hooks on the model until `close`."""
 
-    def __init__(self, model: SteeredModel, config: ExtractConfig, modules: Sequence[str] | None = None) -> None:
-        """Prepare to read all taps that the config selects, or only those among them with the names `modules`."""
-        self._model, self._config = model, config
+    def __init__(
+        self, model: SteeredModel, config: ExtractConfig, modules: Sequence[str] | None = None, strength: float = 1.0
+    ) -> None:
+        """Prepare to read all taps that the config selects, or only those among them with the names `modules`.
+
+        `strength` is that of the model's newest patch.
+        """
+        self._model, self._config, self._strength = model, config, strength
         # One forward pass can read all taps. Moments read some at a time if the sums of all of them exceed memory.
         selected = taps.select(model.model, config.select)
         self._taps = [tap for tap in selected if modules is None or tap.name in modules]
@@ -160,7 +165,10 @@ class TextReader:
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return each tap's values, (B, T, D). Raises ValueError for a module that gives no vector for each token."""
-        values = self._reader(**batch.read_inputs)
+        # Stages read at strength 1, also pipelines, whose batches have no tokens.
+        plain = self._strength == 1 and not self._model.settled
+        steered = {} if plain else self._model.arguments(self._strength, len(batch.input_ids))
+        values = self._reader(**batch.read_inputs, **steered)
         for name, z_BTD in values.items():
             # A module may give attention weights or a scalar, which are not activations of tokens.
             if isinstance(batch, Batch) and (z_BTD.dim() != 3 or z_BTD.shape[:2] != batch.roles.shape):

@@ -12,16 +12,17 @@ import traceback
 
 import typer
 
-from steerlab.cli import comparing, describing, judge, running, sending, sweeping, trying
+from steerlab.cli import comparing, describing, judge, running, sending, showing, starting, sweeping, trying
 from steerlab.cli.terminal import errors
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Rotate and steer a model's representations: run jobs, compare and try their results.",
 )
+app.callback()(showing.versioned)
 # In the order of `steerlab --help`.
+app.command()(starting.init)
 app.command()(running.run)
 app.command()(sweeping.sweep)
 app.command("plan")(running.show_plan)
@@ -29,6 +30,7 @@ app.command()(trying.generate)
 app.command()(trying.explain)
 app.command()(trying.export)
 app.command()(judge.judge)
+app.command()(showing.show)
 app.command()(comparing.compare)
 app.command()(comparing.report)
 app.command("wandb-sweep")(sweeping.wandb_sweep)

@@ -9,7 +9,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,19 +71,47 @@ def entries() -> list[Entry]:
 
 
 def describe(name: str) -> str:
-    """Return what is known of a method, a task, a section or `source`, as Markdown. Raises ValueError with near names."""
+    """Return what is known of a method, a task, a section, a field or `source`, as Markdown.
+
+    `methods`, `tasks` and `sections` list them. Raises ValueError with near names.
+    """
     if name in ("source", "sources"):
         return _sources()
     if name.endswith(".py"):
         return _written(_own(name))
     described = {entry.name: entry for entry in entries()}
-    if name not in described:
-        with_field = [entry.name for entry in described.values() if name in {field for field, *_ in entry.fields()}]
-        if with_field:
-            raise ValueError(f"{name} is a field of {', '.join(with_field)}: describe one of them")
-        near = difflib.get_close_matches(name, [*described, "source"], n=3) or [*described, "source"]
-        raise ValueError(f"nothing is called {name!r:.60}; there are {', '.join(near)}")
-    return _written(described[name])
+    if name in described:
+        return _written(described[name])
+    if (kind := name.removesuffix("s")) in ("method", "task", "section"):
+        return _listed([entry for entry in described.values() if entry.kind == kind])
+    if fields := _fields(name, described.values()):
+        return _table(("of", "field", "type", "default", "meaning"), fields)
+    known = [*described, "source", *dict.fromkeys(field for entry in described.values() for field, *_ in entry.fields())]
+    near = difflib.get_close_matches(name, known, n=3) or [*described, "source"]
+    raise ValueError(f"nothing is called {name!r:.60}; there are {', '.join(near)}")
+
+
+def names() -> list[str]:
+    """Return everything that `describe` takes, for a shell that completes it."""
+    return ["source", "methods", "tasks", "sections", *(entry.name for entry in entries())]
+
+
+def _listed(some: Iterable[Entry]) -> str:
+    """Return a table of methods, tasks or sections with the first sentence about each."""
+    rows = [(f"`{entry.name}`", " ".join(entry.about.split("\n\n")[0].split())) for entry in some]
+    return _table(("name", "what it is"), rows)
+
+
+def _fields(name: str, some: Iterable[Entry]) -> list[tuple[str, str, str, str, str]]:
+    """Return the rows about a field, `lr`, or about that of a section, `train.lr`, wherever it occurs."""
+    of, _, field = name.rpartition(".")
+    found = [(entry, row) for entry in some for row in entry.fields() if row[0] in (field, name)]
+    return [(f"`{entry.name}`", f"`{row[0]}`", *row[1:]) for entry, row in found if of in ("", entry.name) or row[0] == name]
+
+
+def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(_cell(text) for text in row) + " |" for row in body]
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *lines])
 
 
 def _own(file: str) -> Entry:
@@ -152,9 +180,9 @@ def _written(entry: Entry) -> str:
     is_own = entry.name not in evaluation.TASKS and entry.name not in methods.METHODS
     if not is_own and (minimal := example(entry)) is not None:
         parts.append(f"Minimal {'entry' if entry.kind == 'task' else 'job'}: `{minimal}`")
-    rows = ["| " + " | ".join(_cell(text) for text in (f"`{field[0]}`", *field[1:])) + " |" for field in entry.fields()]
+    rows = [(f"`{field[0]}`", *field[1:]) for field in entry.fields()]
     if rows:
-        parts.append("\n".join(["| field | type | default | meaning |", "|---|---|---|---|", *rows]))
+        parts.append(_table(("field", "type", "default", "meaning"), rows))
     return "\n\n".join(parts)
 
 

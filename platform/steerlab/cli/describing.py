@@ -11,13 +11,24 @@ from rich.markdown import Markdown
 from steerlab.cli.terminal import console, explained
 
 
+def _completed(begun: str) -> list[str]:
+    """Return the names that begin as a person has begun to write."""
+    from steerlab.cli import catalogue
+
+    return [name for name in catalogue.names() if name.startswith(begun)]
+
+
 def describe(
     name: Annotated[
-        str | None, typer.Argument(help="A method, a task, a section such as train or 'data set', or source.")
+        str | None,
+        typer.Argument(
+            help="A method, a task, a section such as train or 'data set', a field such as train.lr, or source.",
+            autocompletion=_completed,
+        ),
     ] = None,
     all_of_it: Annotated[bool, typer.Option("--all", help="Print the whole catalogue as Markdown.")] = False,
 ) -> None:
-    """Describe a method, a task or a section of a job: what it is, the paper, fields with ranges and defaults."""
+    """Describe a method, a task, a section or a field of a job: what it is, the paper, ranges and defaults."""
     from steerlab.cli import catalogue
 
     with explained():

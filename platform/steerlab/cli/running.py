@@ -23,6 +23,7 @@ from steerlab.cli.terminal import (
     asked_in_words,
     cell,
     console,
+    errors,
     explained,
     folding_table,
     say_line,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from steerlab.run import MetricNumbers, Run, RunSummary
     from steerlab.stages import Plan
     from steerlab.storage import plan
+    from steerlab.storage.plan import StageError
     from steerlab.storage.store import Store
 
 
@@ -44,10 +46,11 @@ def run(
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the plan of one or more jobs; prints a table and the run folders."""
+    """Run the plan of one or more jobs; prints a table and the run folders. After one that failed the next ones run."""
     from steerlab import run as runs
     from steerlab import stages
     from steerlab.run import capacity
+    from steerlab.storage.plan import StageError
 
     # Ray prints warnings of its own to standard output; with --json that holds the results and nothing else.
     chatter = redirect_stdout(sys.stderr) if as_json else nullcontext()
@@ -59,16 +62,40 @@ def run(
         with joined_ray():
             for planned, facts_of_model in zip(plans, facts, strict=True):
                 capacity.check_cluster(planned, store, facts_of_model)
-            done = []
-            for planned in plans:
-                if not as_json:
-                    _say_steps(planned)
-                with progress(quiet=as_json) as listener:
-                    done.append(runs.execute(planned, store, listener, command=" ".join(sys.argv)))
+            done, failed = _run_all(plans, store, quiet=as_json)
     if as_json:
-        print(json.dumps([{"folder": store.where(r.folder), "summary": r.summary} for r in done], indent=1))
+        print(json.dumps([{"folder": store.where(r.folder), "summary": r.summary} for _, r in done], indent=1))
     else:
-        _print_results(list(zip([planned.job for planned in plans], done, strict=True)), store)
+        _print_results(done, store)
+    with explained():
+        if failed:
+            raise StageError(f"{len(failed)} of {len(plans)} jobs: " + "; ".join(f"{n}: {e}" for n, e in failed.items()))
+
+
+def _run_all(plans: list[Plan], store: Store, *, quiet: bool) -> tuple[list[tuple[Job, Run]], dict[str, StageError]]:
+    """Run jobs one after another, and go on after one that failed; return what ran, and the failures by the job's name.
+
+    Raises:
+        StageError: a job that stands alone failed.
+    """
+    from steerlab import run as runs
+    from steerlab.storage.plan import StageError
+
+    done: list[tuple[Job, Run]] = []
+    failed: dict[str, StageError] = {}
+    for planned in plans:
+        if not quiet:
+            _say_steps(planned)
+        try:
+            with progress(quiet=quiet) as listener:
+                done.append((planned.job, runs.execute(planned, store, listener, command=" ".join(sys.argv))))
+        except StageError as error:
+            if len(plans) == 1:
+                raise
+            # Said at once, as the next job may take hours, and again at the end, where people look.
+            errors.print(f"[red]failed[/red] {escape(planned.job.name)}: {escape(texts.shown(str(error)))}", soft_wrap=True)
+            failed[planned.job.name] = error
+    return done, failed
 
 
 def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:

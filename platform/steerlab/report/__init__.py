@@ -10,7 +10,9 @@ import json
 import math
 import re
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TypeAlias
@@ -19,12 +21,16 @@ import yaml
 from markupsafe import Markup
 
 from steerlab.data.sources import remote
+from steerlab.guards.called_package import CalledPackage
 from steerlab.guards.texts import everywhere, plain
-from steerlab.report import figures, heat_maps, modules, predictions, samples, sweep_figures, tables
-from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, read, read_sweep
+from steerlab.report import answers, figures, heat_maps, modules, predictions, samples, sweep_figures, tables
+from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, measure_in, read, read_sweep
 from steerlab.report.plotting import Figure, front
 from steerlab.report.samples import texts
 from steerlab.report.tables import cell, metrics, rows
+
+# `import steerlab as sl` gives the function `sl.report(...)` as well, which this package would hide.
+sys.modules[__name__].__class__ = CalledPackage
 
 __all__ = ["Entry", "Sweep", "cell", "fit_seconds", "front", "metrics", "page", "read", "read_sweep", "rows", "texts", "write"]
 Placed: TypeAlias = dict[str, object]
@@ -62,12 +68,15 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_plain
     )
-    shown = [*entries, *(run for sweep in sweeps for run in sweep.runs)]
+    # Tables, texts and images are keyed by the name of the run.
+    named = answers.told_apart([*entries, *(run for sweep in sweeps for run in sweep.runs)])
+    entries, later = named[: len(entries)], iter(named[len(entries) :])
+    sweeps = [replace(sweep, runs=tuple(next(later) for _ in sweep.runs)) for sweep in sweeps]
+    shown = named
     with_texts = [*entries, *(run for sweep in sweeps for run in sweep.runs[:_NUM_SHOWN])]
-    names = metrics(entries)
     sections = {
         "sweeps": [_sweep(sweep, put) for sweep in sweeps],
-        "runs": {"names": names, "rows": tables.overview(entries, names)} if entries else None,
+        "runs": [_group(group) for group in answers.groups(entries)],
         "choices": put(figures.choices(shown), "Effect against fluency"),
         "training": put(figures.training(shown), "Training"),
         "places": put(figures.by_place(shown), "Training by place"),
@@ -90,6 +99,14 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         plotly=get_plotlyjs() if drawn else "",
         **sections,
     )
+
+
+def _group(entries: Sequence[Entry]) -> dict[str, object]:
+    """Return the table of runs that measured the same tasks."""
+    names = metrics(entries)
+    tasks = dict.fromkeys(name.partition("/")[0] for name in names)
+    body = tables.overview(entries, names)
+    return {"title": ", ".join(tasks) or "no tasks", "names": names, "rows": body, "notes": answers.notes(entries, names)}
 
 
 def _chart(numbers: samples.Chart, put: Callable[[Figure | None, str], Placed | None]) -> dict[str, object]:
@@ -133,6 +150,8 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         "metric": sweep.metric,
         # The template writes this word into a sentence.
         "goal": "more" if sweep.maximises else "less",
+        "answer": answers.sentence(sweep),
+        "notes": answers.notes(sweep.runs, sweep.metrics),
         "facts": tables.facts(sweep),
         "rules": _rules(sweep),
         "predictions": predictions.lines(sweep),
@@ -174,6 +193,10 @@ def _splits(sweep: Sweep) -> list[tuple[str, str]]:
         if isinstance(value, int | float):
             value = {"value": value}
         if isinstance(value, dict) and value.get("value") is not None:
+            # Student's t over seeds knows nothing of the range of a share.
+            measure = measure_in(sweep.runs, sweep.metric or "")
+            ends = {end: answers.within(measure, value[end]) for end in ("low", "high") if value.get(end) is not None}
+            value = {**value, **ends}
             lines.append((f"{split} rows, {note}", cell({"unparsable": 0, "low": None, "high": None, **value})))
     return lines
 

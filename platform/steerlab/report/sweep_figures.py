@@ -218,8 +218,11 @@ def pareto(sweep: Sweep) -> Figure | None:
     if sweep.metric is None or len(sweep.metrics) < 2:
         return None
     rule = (sweep.job.get("choose") or {}).get("within") or {}
-    # The metric that bounds the choice comes first in the menu: it is the cost that the sweep trades against.
-    costs = sorted((name for name in sweep.metrics if name != sweep.metric), key=lambda name: name != rule.get("metric"))
+    # Declared prices come first in the menu, then metrics that bound the choice: the costs that the sweep trades against.
+    bounds = [bound.split()[0] for bound in sweep.summary.get("bounds") or ()]
+    first = [*(sweep.summary.get("prices") or ()), rule.get("metric"), *bounds]
+    others = [name for name in sweep.metrics if name != sweep.metric]
+    costs = sorted(others, key=lambda name: first.index(name) if name in first else len(first))
     stands = standing(sweep)
     drawn = Drawing()
     usable = []

@@ -12,6 +12,7 @@ from steerlab.evaluation.statistics.metrics import left_out
 from steerlab.evaluation.statistics.seeds import between_seeds
 from steerlab.evaluation.statistics.stored import MetricNumbers
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
+from steerlab.report.answers import said
 from steerlab.report.contents import Document, Entry, Sweep, measure_in
 from steerlab.report.sweep_figures import measured, standing
 
@@ -144,9 +145,14 @@ def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
     shown = sweep.metrics[:6]
     seeded = len({trial.get("seed") for trial in sweep.trials}) > 1
     header = ["trial", *(["seed"] if seeded else []), *sweep.parameters, *shown, "ran, s", "state"]
-    ranked = sweep.finished
+    # The chosen trial first: with bounds or prices it need not have the best value.
+    ranked = sorted(sweep.finished, key=lambda trial: stands(trial) != 2)
     # Trials that failed, were stopped or are still running have no value, but belong into the table.
     ranked += [trial for trial in sweep.trials if trial not in ranked]
+    # The best of each column: the chosen trial is marked by its star, and need not be the best in all of them.
+    tops = [
+        _best([m["value"] for trial in sweep.trials if (m := measured(trial, name))], _better(sweep, name)) for name in shown
+    ]
     body = []
     for trial in ranked:
         # A star for the best trial, an approximately-equal sign for those that cannot be distinguished from it.
@@ -154,14 +160,29 @@ def trials(sweep: Sweep) -> tuple[list[str], list[Cells]]:
         line: Cells = [{**_plain(f"{mark} {trial['trial_id']}".strip()), "best": stands(trial) == 2}]
         if seeded:
             line.append(_plain(trial.get("seed")))
-        line += [_plain(trial.get(f"param.{name}")) for name in sweep.parameters]
+        line += [_parameter(name, trial.get(f"param.{name}")) for name in sweep.parameters]
         measurements = [measured(trial, name) for name in shown]
-        line += [_split(cell(metric), stands(trial) == 2, metric["value"] if metric else None) for metric in measurements]
+        line += [
+            _split(cell(metric), metric is not None and metric["value"] == top, metric["value"] if metric else None)
+            for metric, top in zip(measurements, tops, strict=True)
+        ]
         line.append(_plain(round(ran_s(trial), 1)))
         state = trial.get("status") or "finished"
         line.append({"value": state, "interval": trial.get("reason") or "", "best": False, "key": None, "state": state})
         body.append(line)
     return header, body
+
+
+def _better(sweep: Sweep, metric: str) -> Better | None:
+    if metric == sweep.metric:
+        return "higher" if sweep.maximises else "lower"
+    return measure_in(sweep.runs, metric).better
+
+
+def _parameter(name: str, value: object) -> Cell:
+    """Return the value of a parameter as people say it; columns are sorted by the number."""
+    cell_of_value = _plain(value)
+    return {**cell_of_value, "value": said(name, value)} if isinstance(value, float) else cell_of_value
 
 
 def _plain(value: object) -> Cell:

@@ -20,7 +20,7 @@ from steerlab.guards import saved, texts
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import UNPATCHED, Job
 from steerlab.stages import Evaluation, Plan, choose, evaluate
-from steerlab.stages.spread import gpus
+from steerlab.stages.spread import alone, gpus, reserved
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -207,14 +207,21 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
         # An uploaded working directory has no repository; `steerlab submit` sends the commit along.
         "git": _git("rev-parse", "HEAD") or os.environ.get("STEERLAB_GIT_COMMIT"),
         "git_changes": _git("status", "--porcelain"),
-        # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
-        "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
+        **_cluster(),
         "gpus": gpus.in_words(),
-        "nodes": len([node for node in ray.nodes() if node["Alive"]]),
         **({} if trusted is None else {"own_code_of": texts.without_secrets(trusted)}),
         **({"own_code": list(own_code)} if own_code else {}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _cluster() -> JsonObject:
+    """Return the resources of the cluster, or of this machine where the stages ran in this process, and the number of nodes."""
+    if alone.here() is not None:
+        return {"cluster": dict(reserved.present()), "nodes": 1}
+    # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
+    resources = {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")}
+    return {"cluster": resources, "nodes": len([node for node in ray.nodes() if node["Alive"]])}
 
 
 @cache

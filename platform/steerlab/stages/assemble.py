@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import ray
-
 from steerlab import patches
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import Job, own_code
@@ -13,11 +11,9 @@ from steerlab.job.own_code import Code
 from steerlab.methods import TABLE
 from steerlab.methods.contract import Assembled
 from steerlab.stages import evaluate, fit
-from steerlab.stages.spread import reserved, subject
+from steerlab.stages.spread import calls, reserved, subject
 from steerlab.stages.spread.subject import Loading, Subject
 from steerlab.storage.plan import Stage, Work
-
-_POLL_S = 0.5
 
 
 class Params(subject.OnModel):
@@ -38,12 +34,8 @@ def stage(job: Job, model: Subject) -> Stage:
 def run(work: Work) -> None:
     """Make the patch in one Ray task, and write it with the prompt settings and a reference to the model that it is for."""
     params = Params.model_validate(work.params)
-    task = reserved.task(_assemble, reserved.of_actors(work.scale))
-    future = task.remote(subject.of(work), params.method, own_code.codes_in(params.method))
-    # Short waits: Python handles a signal, or an exception that another thread raises in this one, only between calls of Ray.
-    while not ray.wait([future], timeout=_POLL_S)[0]:
-        pass
-    made: _Made = ray.get(future)
+    arguments = (subject.of(work), params.method, own_code.codes_in(params.method))
+    made = calls.result(_assemble, arguments, **reserved.of_actors(work.scale))
     patches.save(made.patch, work.directory / "patch", made.fingerprint)
     fit.write_base(work, params, made.prompt)
 

@@ -204,20 +204,36 @@ class RowsOfShard(shards.Maker):
 
     def _table(self, vectors: Vectors, shard: Shard, start: int) -> pa.Table:
         """Return one row group; `start` is the number within the shard of its first text."""
-        from steerlab.activations import reading
+        return table(vectors, shard.rows, self._label, self._schema, first=shard.first, start=start)
 
-        rows_M = [start + row for row in vectors.row_M.tolist()]
-        # With pooling none a text has a row for each token: it is hashed once.
-        hashes = {row: text_sha256(shard.rows[row]) for row in set(rows_M)}
-        about: dict[str, parquet.AboutColumn] = {
-            "sample_id": [shard.first + row for row in rows_M],
-            "label": [self._label] * len(rows_M),
-            "text_sha256": [hashes[row] for row in rows_M],
-        }
-        if vectors.role_M is not None and vectors.token_index_M is not None and vectors.token_id_M is not None:
-            about |= {"token_index": vectors.token_index_M.numpy(), "token_id": vectors.token_id_M.numpy()}
-            about["role"] = reading.role_names(vectors.role_M)
-        return parquet.table(about, {name: z_MD.numpy() for name, z_MD in vectors.values.items()}, self._schema)
+
+def table(
+    vectors: Vectors, rows_read: Sequence[Row], label: str, schema: pa.Schema, *, first: int = 0, start: int = 0
+) -> pa.Table:
+    """Return the activations of some rows as a table.
+
+    Args:
+        vectors: The activations, on the CPU.
+        rows_read: The rows from which they come, or a stretch of a data set that contains them.
+        label: Label of every row of the table.
+        schema: Schema of the table, from `parquet.schema`.
+        first: Number in the data set of the first row of `rows_read`.
+        start: Number in `rows_read` of the row that `vectors` call 0.
+    """
+    from steerlab.activations import reading
+
+    rows_M = [start + row for row in vectors.row_M.tolist()]
+    # With pooling none a text has a row for each token: it is hashed once.
+    hashes = {row: text_sha256(rows_read[row]) for row in set(rows_M)}
+    about: dict[str, parquet.AboutColumn] = {
+        "sample_id": [first + row for row in rows_M],
+        "label": [label] * len(rows_M),
+        "text_sha256": [hashes[row] for row in rows_M],
+    }
+    if vectors.role_M is not None and vectors.token_index_M is not None and vectors.token_id_M is not None:
+        about |= {"token_index": vectors.token_index_M.numpy(), "token_id": vectors.token_id_M.numpy()}
+        about["role"] = reading.role_names(vectors.role_M)
+    return parquet.table(about, {name: z_MD.numpy() for name, z_MD in vectors.values.items()}, schema)
 
 
 def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-import ray
 from pydantic import Field
 
 from steerlab import patches
@@ -25,7 +24,7 @@ from steerlab.job.own_code import Code
 from steerlab.methods import TABLE, fitted
 from steerlab.patches.maps import Map
 from steerlab.stages import extract
-from steerlab.stages.spread import reserved, subject
+from steerlab.stages.spread import calls, reserved, subject
 from steerlab.stages.spread.subject import Loading, Subject
 from steerlab.storage.bases import BASE, PROMPT
 from steerlab.storage.plan import ModelRef, Stage, Work
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from steerlab.activations.parquet import Activations
     from steerlab.methods.math.sequential_fit import Reading
 
-_POLL_S = 0.5
 _WALK_FIELDS = {"select", "max_tokens", "batch_tokens"}
 """Fields of `extract` that change a fit place after place; the others are left out of its key."""
 
@@ -85,12 +83,7 @@ def run(work: Work) -> None:
     walks = method.walks(config)
     # A fit place after place loads the model and may use a GPU; a fit on extracted activations is arithmetic on one CPU.
     resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
-    task = reserved.task(_fit, resources)
-    future = task.remote(subject.of(work), params, activations, own_code.codes_in(params.method))
-    # Short waits: Python handles a signal, or an exception that another thread raises in this one, only between calls of Ray.
-    while not ray.wait([future], timeout=_POLL_S)[0]:
-        pass
-    fit: _Fit = ray.get(future)
+    fit = calls.result(_fit, (subject.of(work), params, activations, own_code.codes_in(params.method)), **resources)
     patch = patches.ActivationPatch.from_maps(fit.maps, fit.selection, method.strength_range, config.pixels)
     patches.save(patch, work.directory / "patch", fit.fingerprint)
     write_base(work, params, fit.prompt)

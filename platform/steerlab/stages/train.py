@@ -14,7 +14,7 @@ from steerlab.methods import trained
 from steerlab.methods.contract import Size
 from steerlab.models import ModelFacts
 from steerlab.stages import extract, fit
-from steerlab.stages.spread import subject
+from steerlab.stages.spread import alone, subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, ModelRef, Stage, Work
 from steerlab.training.request import Request
@@ -92,7 +92,8 @@ def run(work: Work) -> None:
         prepared={name: _located(work, stage) for name, stage in work.stage.inputs.items() if name not in others},
         code=own_code.codes_in(params.method),
     )
-    if work.scale.warm:
+    # In this process a training has one worker, as it has in a warm one.
+    if work.scale.warm or alone.here() is not None:
         warm.fit(request, work.scale, storage=storage, report=work.report)
     else:
         launch.fit(request, work.scale, storage=storage, name="checkpoints", report=work.report)
@@ -110,6 +111,8 @@ def starting_model(work: Work, *, as_it_is: bool) -> ModelRef:
     Raises:
         ValueError: the model carries a patch and `as_it_is` is False.
     """
+    if (process := alone.here()) is not None and process.start is not None:
+        return ModelRef(source=str(process.start))
     base = work.stage.inputs.get(subject.MODEL)
     if base is None:
         return ModelRef(source=subject.OnModel.model_validate(work.params).model.source)

@@ -115,7 +115,7 @@ class SteeredPipeline(Steered):
         self.check_strengths(strengths)
         # Part of the key: with other patches, or none, the same prompt and seed give other images.
         acting = self.patches if self._attached.handles else ()
-        arguments = ([(d.prompt, d.seed) for d in drawings], tuple(strengths), guidance, steps, acting)
+        arguments = ([(d.prompt, d.seed) for d in drawings], tuple(strengths), guidance, steps, acting, self.settled)
         # Only the last call: images of several calls at several strengths would fill the memory.
         if self._last is not None and self._last[0] == arguments:
             return self._last[1]

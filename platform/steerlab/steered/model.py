@@ -71,7 +71,8 @@ class Shown(NamedTuple):
 class Steered:
     """A model and the patches attached to it, the oldest first.
 
-    A strength scales the newest patch; all others act at strength 1, as they did when the newest one was made.
+    A strength scales the newest patch; all others act at strength 1, as they did when the newest one was made, unless `settled`
+    says otherwise.
     """
 
     model: Any
@@ -81,6 +82,8 @@ class Steered:
     patches: tuple[patches.SavedPatch, ...] = ()
     progress: Callable[[int, int], None] = lambda done, total: None
     """Called with the numbers of finished and of all items (rows, images) while a call computes."""
+    settled: tuple[float, ...] = ()
+    """Strength of each patch but the newest; empty where all of them act at strength 1."""
     _attached: patches.Attached = field(init=False)
 
     def __post_init__(self) -> None:
@@ -163,9 +166,10 @@ class Steered:
         # First, because hooks that stay would apply the patches a second time.
         self.detach()
         for number, patch in enumerate(self.patches, 1):
-            # Older patches have strength 1. The oldest is merged first, as it acts on what the next one reads.
-            patch.fold(self.model, strength if number == len(self.patches) else 1.0)
-        self.patches = ()
+            # The oldest is merged first, as it acts on what the next one reads.
+            older = self.settled[number - 1] if number <= len(self.settled) else 1.0
+            patch.fold(self.model, strength if number == len(self.patches) else older)
+        self.patches, self.settled = (), ()
 
     def check_strengths(self, strengths: Sequence[float]) -> None:
         """Warn about strengths outside of the newest patch's range. Raises ValueError if there is no patch to scale."""
@@ -178,11 +182,17 @@ class Steered:
                 f"strengths {outside} lie outside of {list(limits)}, where this patch was made to be used", stacklevel=3
             )
 
+    def arguments(self, strength: float, num_rows: int) -> dict[str, Tensor]:
+        """Return the arguments with which a call of the model on so many rows has the newest patch at a strength."""
+        strengths = self._strengths(torch.full((num_rows,), strength))
+        return {} if strengths is None else {"strengths": strengths}
+
     def _strengths(self, strength_B: Tensor) -> Tensor | None:
         """Return the strengths of all N patches for B rows, (N, B), from those of the newest; None if all of them are 1."""
         # None makes patches skip the mixing s T(z) + (1 - s) z, whose rounding would change what was trained in the last bits.
-        if bool((strength_B == 1).all()):
+        if bool((strength_B == 1).all()) and all(strength == 1 for strength in self.settled):
             return None
         # On the CPU until the end: the strengths come from Python lists, and one copy to the device is enough.
-        below_NB = torch.ones(len(self.patches) - 1, len(strength_B))
+        below_N = torch.tensor(self.settled) if self.settled else torch.ones(len(self.patches) - 1)
+        below_NB = below_N[:, None].expand(-1, len(strength_B))
         return torch.cat([below_NB, strength_B[None].to(below_NB)]).to(self.device)

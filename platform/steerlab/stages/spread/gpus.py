@@ -9,6 +9,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from steerlab.guards import torch_devices
 from steerlab.guards.torch_devices import TorchDevices
+from steerlab.stages.spread import alone
 
 _LIMIT_S = 240
 """Seconds for an answer of all nodes: a process is started on each, which imports torch."""
@@ -23,7 +24,9 @@ def _ask() -> TorchDevices:
 
 
 def by_node() -> dict[str, TorchDevices]:
-    """Return what torch finds on each node on which Ray counts GPUs, by the node's address."""
+    """Return what torch finds on each node on which Ray counts GPUs, by the node's address; here, where stages run here."""
+    if alone.here() is not None:
+        return {"this machine": torch_devices.here()} if torch_devices.is_present() else {}
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0)}
     asked = {
         name: _ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote()

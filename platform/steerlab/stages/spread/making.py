@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ray
 import torch
 from safetensors import safe_open
 
@@ -23,7 +22,7 @@ from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.tokens import collate
 from steerlab.job import DataSet, Frozen
 from steerlab.methods.preparations import MakePart, Source, StartKeeper, StartSums
-from steerlab.stages.spread import reserved, shards, subject
+from steerlab.stages.spread import calls, reserved, shards, subject
 from steerlab.stages.spread.shard_plan import Done, Facts, Planned, Shard, WorkFolder
 from steerlab.stages.spread.subject import Loading
 from steerlab.storage.plan import ModelRef, Work
@@ -33,7 +32,6 @@ from steerlab.storage.whole import size_and_sha256
 if TYPE_CHECKING:
     from steerlab.steered.language import SteeredModel
 
-_POLL_S = 0.5
 _WHOLE = "all"
 """Name of the single part of a sum in its index."""
 
@@ -259,14 +257,10 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
     loading = subject.of(work) if reads_model else None
     request = (make, work.params, _needed(work), folder.address, loading)
     # No more than the cluster has: a task that reserves more waits for ever instead of failing.
-    num_cpus = min(work.scale.cpus_per_worker, ray.cluster_resources().get("CPU", 1))
-    task = _make_part.options(num_cpus=num_cpus)  # type: ignore[attr-defined]
-    # All at once: Ray queues what the cluster has no room for, and starts the next when a task ends.
-    left: list[ray.ObjectRef] = [task.remote(*request, entry) for entry in entries if entry.name not in done]
-    while left:
-        ended, left = ray.wait(left, timeout=_POLL_S)
-        rows: list[tuple[str, Done]] = ray.get(ended)
-        done |= dict(rows)
+    num_cpus = min(work.scale.cpus_per_worker, reserved.present()["CPU"])
+    arguments = [(*request, entry) for entry in entries if entry.name not in done]
+    for name, row in calls.results(_make_part, arguments, num_cpus):
+        done[name] = row
         work.report({"done": len(done), "total": len(entries)})
     work.directory.mkdir(parents=True, exist_ok=True)
     folder.copy_parts(work.directory)
@@ -286,7 +280,6 @@ def remove_parts(directory: Path) -> None:
         path.unlink()
 
 
-@ray.remote(scheduling_strategy=reserved.ANYWHERE)
 def _make_part(
     make: MakePart,
     params: JsonObject,
@@ -297,7 +290,7 @@ def _make_part(
 ) -> tuple[str, Done]:
     """Make one part and return its name and its record."""
     # PyTorch starts a thread for every core of the node, not for the CPUs that Ray reserved for this task.
-    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    torch.set_num_threads(reserved.threads())
     source = Source(params, _local(needed), None if loading is None else subject.load(loading))
 
     def keep(path: Path) -> _NamedPart:

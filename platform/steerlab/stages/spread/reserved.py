@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from steerlab.guards.private_parts import most_resources
 from steerlab.job import ScaleConfig
-from steerlab.stages.spread import gpus
+from steerlab.stages.spread import alone, gpus
 
 ANYWHERE = "DEFAULT"
 """Scheduling strategy of the tasks and actors of a stage.
@@ -36,8 +37,35 @@ def beside_the_driver() -> NodeAffinitySchedulingStrategy:
 
 def available() -> dict[str, float]:
     """Return the number of CPUs and GPUs that the cluster has or, with an autoscaler, can grow to."""
+    if alone.here() is not None:
+        return present()
     now, limit = ray.cluster_resources(), most_resources()
     return {name: max(now.get(name, 0), limit.get(name, 0)) for name in ("CPU", "GPU")}
+
+
+def present() -> dict[str, float]:
+    """Return the number of CPUs and GPUs that the cluster has now; those of this machine where stages run in this process."""
+    if (process := alone.here()) is not None:
+        return {"CPU": os.cpu_count() or 1, "GPU": int(process.gpu)}
+    now = ray.cluster_resources()
+    return {name: now.get(name, 0) for name in ("CPU", "GPU")}
+
+
+def threads() -> int:
+    """Return the number of CPUs that this worker reserved, which is its number of threads."""
+    if (process := alone.here()) is not None:
+        return process.cpus
+    return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
+
+
+def has_gpu() -> bool:
+    """Return whether this worker reserved a GPU."""
+    # Ray sets CUDA_VISIBLE_DEVICES to the GPUs that a worker reserved; without one it must not take another worker's.
+    # Imported here: drivers that make plans read this file and need no torch.
+    import torch
+
+    process = alone.here()
+    return process.gpu if process is not None else torch.cuda.is_available() and bool(ray.get_gpu_ids())
 
 
 def gpus_of(scale: ScaleConfig, workers: int | None = None) -> float:
@@ -85,7 +113,12 @@ def of_actors(scale: ScaleConfig, workers: int = 1) -> dict[str, float]:
 
     Together they reserve no more CPUs than the workers of a training do; none reserves more than the largest node has.
     """
-    # A reservation must fit on one node, which the share of several workers may not.
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     share = scale.worker_range[0] * scale.cpus_per_worker / workers
-    return {"num_cpus": min(share, largest), "num_gpus": gpus_of(scale, workers)}
+    # A reservation must fit on one node, which the share of several workers may not.
+    return {"num_cpus": min(share, _largest_node()), "num_gpus": gpus_of(scale, workers)}
+
+
+def _largest_node() -> float:
+    if alone.here() is not None:
+        return present()["CPU"]
+    return max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])

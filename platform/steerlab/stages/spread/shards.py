@@ -34,7 +34,7 @@ from pydantic import TypeAdapter
 from steerlab.data.values import Row
 from steerlab.guards import saved
 from steerlab.job import DataSet, ScaleConfig
-from steerlab.stages.spread import reserved, shard_plan, subject
+from steerlab.stages.spread import alone, reserved, shard_plan, subject
 from steerlab.stages.spread.shard_plan import Done, Facts, Planned, Shard, WorkFolder
 from steerlab.stages.spread.subject import Loading
 from steerlab.stages.spread.tally import Tally, following
@@ -149,7 +149,9 @@ def run(
         def report(now: int, left_s: float) -> None:
             work.report({"done": before + now, "total": total, "left_s": left_s})
 
-        rows = (_by_processes if work.scale.warm else _by_actors)(request, missing, work.scale, report)
+        rows = (_by_processes if work.scale.warm or alone.here() is not None else _by_actors)(
+            request, missing, work.scale, report
+        )
         done |= {row.number: row for row in rows}
     return [facts.model_validate(done[entry.number].model_dump()) for entry in planned]
 
@@ -191,6 +193,26 @@ def _by_processes(
 
 def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> Iterator[Done]:
     """Send the missing shards to the workers and yield the records of their parts as they come."""
+    # In the order in which they end; `run` puts them into that of the shards.
+    for line in _lines(request, missing, scale):
+        row = _LINE.validate_json(line["row"])
+        if isinstance(row, _Failure):
+            # Raised here, in the driver: an exception inside a worker would make Ray Data repeat the shard.
+            error = _ERRORS[row.kind](row.failure)
+            error.add_note(row.trace)
+            raise error
+        yield row
+
+
+def _lines(request: _Request, missing: list[Planned], scale: ScaleConfig) -> Iterator[_Line]:
+    """Yield what the workers return, as it comes."""
+    items = [{"entry": entry.model_dump_json()} for entry in missing]
+    # The share of one worker of the configured number, even if fewer shards are left: the number of CPUs decides the number of
+    # PyTorch's threads, which changes the last bits of sums. A resumed stage must make the same parts.
+    resources = reserved.of_actors(scale, scale.worker_range[0])
+    if alone.here() is not None:
+        yield from (alone.call(_in_warm_process, (request, item), resources["num_cpus"]) for item in items)
+        return
     # Imported here: it takes a second, and workers read this file too.
     import ray.data
 
@@ -199,10 +221,6 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
     context.enable_progress_bars = False
     # Not more workers than shards: each would load the model for nothing.
     low, high = (min(workers, len(missing)) for workers in scale.worker_range)
-    items = [{"entry": entry.model_dump_json()} for entry in missing]
-    # The share of one worker of the configured number, even if fewer shards are left: the number of CPUs decides the number of
-    # PyTorch's threads, which changes the last bits of sums. A resumed stage must make the same parts.
-    resources = reserved.of_actors(scale, scale.worker_range[0])
     cpus, gpus = resources["num_cpus"], resources["num_gpus"]
     # A block for each shard: Ray Data would otherwise put several into one task, and a death would repeat all of them.
     source = ray.data.from_items(items, override_num_blocks=len(items))
@@ -220,15 +238,7 @@ def _stream(request: _Request, missing: list[Planned], scale: ScaleConfig) -> It
             num_cpus=cpus,
             num_gpus=gpus,
         )
-    # In the order in which they end; `run` puts them into that of the shards.
-    for line in lines.iter_rows():
-        row = _LINE.validate_json(line["row"])
-        if isinstance(row, _Failure):
-            # Raised here, in the driver: an exception inside a worker would make Ray Data repeat the shard.
-            error = _ERRORS[row.kind](row.failure)
-            error.add_note(row.trace)
-            raise error
-        yield row
+    yield from lines.iter_rows()
 
 
 def _in_warm_process(request: _Request, item: _Item) -> _Line:

@@ -25,6 +25,7 @@ from ray.exceptions import (
 )
 
 from steerlab.job import ScaleConfig
+from steerlab.stages.spread import alone
 from steerlab.stages.spread.reserved import ANYWHERE
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def call(
         receive: Called in this process with each message.
         owner: Name of the state that the process holds. Calls with the same owner, one after another, share an actor.
     """
+    if alone.here() is not None:
+        return alone.call(function, (receive, *arguments), reserved["num_cpus"])
     for failures_left in reversed(range(scale.max_failures + 1)):
         lines = _start(function, arguments, scale, reserved, owner)
         try:

@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import ray
 from pydantic import Field
 
 from steerlab.data import sources
@@ -15,6 +14,7 @@ from steerlab.guards.json_values import JsonObject
 from steerlab.inputs import encoding, prompt_sources
 from steerlab.job import Frozen, Job, ModelConfig, SamplerConfig, Source, Template, described, own_code, prompt_settings
 from steerlab.job.data_set import PromptStyle, ResponseRole
+from steerlab.stages.spread import alone, reserved
 from steerlab.storage.plan import ModelRef, Stage, Work
 
 MODEL = "model"
@@ -203,13 +203,15 @@ def load(loading: Loading) -> Any:
 
     model = loading.model
     # PyTorch starts a thread for every core of the node; several workers on one node would then slow one another down.
-    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    torch.set_num_threads(reserved.threads())
+    if (process := alone.here()) is not None and loading.ref.source in process.models:
+        return process.models[loading.ref.source]
     return language.load(
         loading.ref.locate(),
         dtype=model.dtype,
         attention=model.attention,
         # Ray sets CUDA_VISIBLE_DEVICES to the GPUs that this worker reserved; without one it must not take another worker's.
-        device="cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu",
+        device="cuda" if reserved.has_gpu() else "cpu",
         prompt=loading.prompt_settings,
         snapshot=loading.snapshot,
         inverse=loading.inverse,
@@ -229,3 +231,9 @@ def loaded_once(owner: str, loading: Loading) -> Any:
         _last = None  # drops the other model before the new one is loaded: both at once may not fit into memory
         _last = (owner, load(loading))
     return _last[1]
+
+
+def forget() -> None:
+    """Drop the model that `loaded_once` holds in this process."""
+    global _last
+    _last = None

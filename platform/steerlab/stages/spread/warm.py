@@ -23,7 +23,7 @@ from ray.train import RunConfig, ScalingConfig
 from steerlab.data.sources import remote
 from steerlab.guards import files, private_parts, saved
 from steerlab.job import ScaleConfig
-from steerlab.stages.spread import reserved, staying
+from steerlab.stages.spread import alone, reserved, staying
 from steerlab.storage.plan import ModelRef, Report
 from steerlab.training.request import Request, received
 
@@ -71,6 +71,9 @@ def _import() -> None:
 
 def _train(tell: Report, request: Request[ModelRef], scale: ScaleConfig, storage: str) -> None:
     """Run the loop under Ray Train's local mode."""
+    if alone.here() is not None:
+        _loop(request, scale, storage, tell)
+        return
     # Not `TorchTrainer`'s local mode: it destroys the process group at the end, while DeepSpeed keeps a reference to it.
     private_parts.local_trainer()(
         lambda: _loop(request, scale, storage, tell),
@@ -86,7 +89,7 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
 
     from steerlab.training import loop
 
-    gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
+    gpu = reserved.has_gpu()
     if not distributed.is_initialized():
         # Once for each process. A group of one needs no port: a `HashStore` lives in the memory of the process.
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"

@@ -1,0 +1,32 @@
+"""The Python interface: the functions and classes that `import steerlab` gives, for scripts, sessions and notebooks.
+
+It has no computations of its own. A fit makes the plan of a job and runs its stages in this process; a model generates with
+the code of the tasks; a run is read by the code of the page.
+"""
+
+from steerlab.interactive.fitting import fit
+from steerlab.interactive.model import Model, load
+from steerlab.interactive.outputs import Activations, Images, Text, Texts
+from steerlab.interactive.patch import Patch, load_patch
+from steerlab.interactive.results import Comparison, Run, Sweep, compare, read_run, read_sweep, report
+from steerlab.interactive.running import run
+
+__all__ = [
+    "Activations",
+    "Comparison",
+    "Images",
+    "Model",
+    "Patch",
+    "Run",
+    "Sweep",
+    "Text",
+    "Texts",
+    "compare",
+    "fit",
+    "load",
+    "load_patch",
+    "read_run",
+    "read_sweep",
+    "report",
+    "run",
+]

