@@ -95,7 +95,7 @@ def run(work: Work) -> None:
     if work.scale.warm:
         warm.fit(request, work.scale, storage=storage, report=work.report)
     else:
-        launch.fit(request, work.scale, storage=storage, name="checkpoints", report=work.report)
+        launch.fit(request, work.scale, storage=storage, report=work.report)
     # A sweep of old temporary directories removes those in which nothing was written for a while, and until now nothing was
     # written into this one: after a training of days it may be gone.
     work.directory.mkdir(parents=True, exist_ok=True)

@@ -45,8 +45,7 @@ def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
         Held: another process holds the claim, and `wait` is False.
     """
     if store.is_local:
-        # A folder of its own: `tmp` and `work` are swept, and a lock file must not be.
-        path = Path(store.root.removeprefix("file://")) / "claims" / f"{name}.lock"
+        path = _lock_file(store, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         # The lock file is never removed: a process that waits for it would lock a file that others no longer see.
         with ExitStack() as lock:
@@ -65,6 +64,16 @@ def hold(store: Store, name: str, *, wait: bool) -> Iterator[None]:
 
         # Ray ends the actor with its driver in any case; without this line the claim would last until the driver ends.
         ray.kill(actor)
+
+
+def is_held(store: Store, name: str) -> bool:
+    """Return whether a process of this machine holds a claim on a local ROOT; False on an object store, which cannot tell."""
+    return store.is_local and files.is_locked(_lock_file(store, name))
+
+
+def _lock_file(store: Store, name: str) -> Path:
+    # A folder of its own: `tmp` and `work` are swept, and a lock file must not be.
+    return Path(store.root.removeprefix("file://")) / "claims" / f"{name}.lock"
 
 
 def _claim_actor(name: str, wait: bool) -> ActorHandle:
