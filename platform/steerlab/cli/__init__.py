@@ -12,7 +12,7 @@ import traceback
 
 import typer
 
-from steerlab.cli import comparing, describing, judge, running, sending, sweeping, trying
+from steerlab.cli import comparing, describing, housekeeping, judge, running, sending, sweeping, trying
 from steerlab.cli.terminal import errors
 
 app = typer.Typer(
@@ -31,6 +31,8 @@ app.command()(trying.export)
 app.command()(judge.judge)
 app.command()(comparing.compare)
 app.command()(comparing.report)
+app.command()(housekeeping.ls)
+app.command()(housekeeping.gc)
 app.command("wandb-sweep")(sweeping.wandb_sweep)
 app.command("wandb-send")(sending.wandb_send)
 app.add_typer(sending.dashboards, name="dashboards")
