@@ -202,3 +202,52 @@ def test_a_spool(damage: Damage, number: int, chance: random.Random, tmp_path: P
         assert str(error).startswith(f"{path} line ") and "remove the folder" in str(error) and "\n" not in str(error)
     else:
         assert left == whole[: len(left)]
+
+
+class Server:
+    """A run of W&B's client whose server has lines already."""
+
+    offline = False
+
+    def __init__(self, lines: list[dict[str, float]]) -> None:
+        self.lines = lines
+        self.starting_step = len(lines)
+
+    @property
+    def summary(self) -> dict[str, float]:
+        return self.lines[-1] if self.lines else {}
+
+    def define_metric(self, *names: str, **how: str) -> None:
+        pass
+
+    def log(self, data: dict[str, float], step: int, commit: bool) -> None:
+        assert step == len(self.lines), "W&B refuses a step that it has, and leaves gaps for one beyond"
+        self.lines.append(data)
+
+
+@times(5)
+def test_a_spool_that_was_cut_loses_no_later_line(number: int, chance: random.Random, tmp_path: Path) -> None:
+    """The server has more lines than the file: those of the next process follow them, once each."""
+    from steerlab.tracking.writer import _History
+
+    server = Server([])
+
+    def process(first: int, last: int, *, is_cut: bool) -> None:
+        lines = spool.Spool(tmp_path, {"mode": "online"})
+        for step in range(first, last + 1):
+            lines.append({"kind": "log", "axis": "train/step", "data": {"train/step": step}})
+            if step == first:  # the writer begins while the process does
+                server.starting_step = len(server.lines)
+                history = _History(server, tmp_path)  # type: ignore[arg-type]
+        lines.close()
+        assert history.send(lambda: True) == 1
+        if is_cut:
+            content = (tmp_path / spool.EVENTS).read_bytes()
+            (tmp_path / spool.EVENTS).write_bytes(content[: chance.randrange(len(content))])
+
+    end = chance.randrange(10, 20)
+    process(1, end, is_cut=True)
+    kept = len([event for event in spool.read(tmp_path / spool.EVENTS) if event["kind"] == "log"])
+    process(kept + 1 if chance.random() < 0.5 else end + 1, 30, is_cut=chance.random() < 0.5)
+    process(31, 40, is_cut=False)
+    assert [line["train/step"] for line in server.lines] == list(range(1, 41))

@@ -104,10 +104,9 @@ def test_the_controller(number: int, chance: random.Random, undisturbed: Any, tm
     command.wait_for_step(process, chance.randrange(1, STEPS - 4))
     (controller,) = relatives(process, "TrainController")
     controller.kill()
-    killed_s, before = time.monotonic(), len(command.runs[-1])
-    command.wait_for_step(process, before + 1)
-    print(f"from the kill of the controller to the next new step: {time.monotonic() - killed_s:.1f} s")
+    killed_s = time.monotonic()
     out, err = process.communicate(timeout=LIMIT_S)
+    print(f"from the kill of the controller to the end of the run: {time.monotonic() - killed_s:.1f} s")
     assert process.returncode == 0, (out, err)
     assert "Ray Train's controller died" in " ".join(err.split()) and "continues from the newest checkpoint" in " ".join(
         err.split()
