@@ -156,7 +156,7 @@ def loop_under_ray(model_dir: str) -> tuple[float, int, float]:
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         scale = ScaleConfig.model_validate({"checkpoint_every": LOOP_STEPS})
-        launch.fit(training_request(model_dir), scale, storage=scratch, name="checkpoints", report=report)
+        launch.fit(training_request(model_dir), scale, storage=scratch, report=report)
     wall_s = time.perf_counter() - start_s
     ray.shutdown()
     return 1 / told[-1]["steps_per_s"], max(peaks), wall_s

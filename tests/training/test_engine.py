@@ -65,7 +65,7 @@ def rank_main(rank: int, world_size: int, root: str, settings: dict[str, Any], s
         assert directory is not None
         target = Path(root) / f"step{metrics['step']}"
         shutil.copytree(directory, target, dirs_exist_ok=True)
-        best.append((metrics["eval/loss"], target))
+        best.append((metrics.get("eval/loss", math.inf), target))
         torch.distributed.barrier()
         if metrics["step"] == stop_at:
             raise Stopped

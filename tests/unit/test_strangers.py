@@ -152,7 +152,7 @@ def test_a_manifest_names_no_file_outside_of_its_artifact(name: str, tmp_path: P
     manifest["files"][0]["path"] = name.replace("/outside", f"{tmp_path}/outside") if name == "/outside" else name
     path.write_text(json.dumps(manifest))
     for ask in (store.local, store.manifest):
-        with pytest.raises(StoreError, match=r"is damaged: its manifest.json names .* outside of it"):
+        with pytest.raises(StoreError, match=r"is damaged: manifest.json names .* outside of the artifact"):
             ask("train", "k")
     assert not list(tmp_path.rglob("outside"))
 

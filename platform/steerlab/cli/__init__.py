@@ -12,7 +12,7 @@ import traceback
 
 import typer
 
-from steerlab.cli import comparing, describing, judge, running, sending, showing, starting, sweeping, trying
+from steerlab.cli import comparing, describing, housekeeping, judge, running, sending, showing, starting, sweeping, trying
 from steerlab.cli.terminal import errors
 
 app = typer.Typer(
@@ -33,6 +33,8 @@ app.command()(judge.judge)
 app.command()(showing.show)
 app.command()(comparing.compare)
 app.command()(comparing.report)
+app.command()(housekeeping.ls)
+app.command()(housekeeping.gc)
 app.command("wandb-sweep")(sweeping.wandb_sweep)
 app.command("wandb-send")(sending.wandb_send)
 app.add_typer(sending.dashboards, name="dashboards")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
+from steerlab.cli.terminal import say_line
+
 if TYPE_CHECKING:
     from steerlab.guards.json_values import JsonObject
     from steerlab.job import Job
@@ -37,12 +39,12 @@ def opened_store(root: str | None) -> Store:
 
 @contextmanager
 def joined_ray() -> Iterator[None]:
-    """Join a cluster, or start one for this command."""
+    """Join a cluster, or start one for this command, and say which."""
     import ray
 
     from steerlab import run as runs
 
-    runs.connect()
+    say_line(runs.connect())
     try:
         yield
     finally:

@@ -126,6 +126,9 @@ def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None,
             sizes = [capacity.in_words(n) if n else nothing for n in _needed(record, needs).values()]
             table.add_row(record.stage.name, record.stage.label, record.stage.key[:12], record.status, *sizes)
         console.print(table)
+        for record in records:
+            if record.damage:
+                say_line(record.damage)
         _say_steps(planned)
         console.print(
             f"model: {facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters; ROOT {store.root}; rough estimates"
@@ -220,7 +223,8 @@ def progress(quiet: bool) -> Iterator[plan.Listener]:
     def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
         nonlocal printed_s, printed
         done, total = (metrics["step"], metrics["steps"]) if "step" in metrics else (metrics["done"], metrics["total"])
-        note = f"loss {metrics['train/loss']:.4f}, {metrics.get('steps_per_s', 0):.2f} steps/s" if "step" in metrics else ""
+        loss = f"loss {metrics['train/loss']:.4f}" if "train/loss" in metrics else "left out"  # train.skip_steps
+        note = f"{loss}, {metrics.get('steps_per_s', 0):.2f} steps/s" if "step" in metrics else ""
         if stage.key not in tasks:
             tasks[stage.key] = bar.add_task(escape(texts.plain(f"{stage.name} ({stage.label})")), total=total, note="")
         bar.update(tasks[stage.key], completed=done, total=total, note=note)

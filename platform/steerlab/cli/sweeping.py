@@ -39,6 +39,9 @@ def sweep(
     samples: Annotated[int | None, typer.Option(min=1, help="Points to draw, or how often each grid is repeated.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of every trial.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest sweep of this job over this space.")] = False,
+    continue_: Annotated[
+        bool, typer.Option("--continue", help="Like --resume if such a sweep has not finished; begins one if there is none.")
+    ] = False,
     at_once: Annotated[
         int | None, typer.Option(min=1, help="Largest number of trials at a time; default: all that fit.")
     ] = None,
@@ -68,6 +71,7 @@ def sweep(
         with joined_ray():
             check_cluster(request, store)
             command = " ".join(sys.argv)
+            resume = resume or (continue_ and driver.has_unfinished(request, store))
             outcome = driver.sweep(
                 request, store, resume=resume, command=command, say=say, at_once=at_once, wandb_sweep=wandb_sweep
             )

@@ -102,6 +102,13 @@ def appending(path: Path) -> BinaryIO:
     return os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)
 
 
+def write_all(file: BinaryIO, content: bytes) -> None:
+    """Write all of `content` to a file from `appending`, which on a full disk writes a part of it without an error."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on a file during the block; the file is made if it does not exist.
@@ -145,6 +152,22 @@ def share(folder: Path, like: Path) -> None:
             # Another user's file cannot be changed; it has been read, so that its permissions suffice.
             with suppress(PermissionError):
                 path.chmod(stat.S_IMODE(status.st_mode) | wanted)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process has a lock on a file, also where this user may not write to it; False if it does not exist."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        # Shared, so that two processes that ask at the same time do not take each other for the holder.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _opened(path: Path, flags: int, *, make: bool = True) -> int:

@@ -40,7 +40,7 @@ def most_resources() -> dict[str, float]:
 def running_cluster() -> str | None:
     """Return the address of a Ray cluster that runs on this machine; None if there is none.
 
-    `ray.init` would join it without a warning, even if another user started it. Test:
+    `ray.init` would join it without a warning, even if another user started it; a command names it instead. Test:
     tests/ray/test_listening.py::test_a_commands_own_cluster_listens_on_loopback_and_its_files_are_the_users
     """
     from ray._private import services

@@ -35,7 +35,7 @@ class Run:
     @property
     def folder(self) -> str:
         """The run folder, ROOT/runs/NAME/ID."""
-        return f"{self.store.root}/{self.below}"
+        return self.store.where(self.below)
 
     @property
     def name(self) -> str:
@@ -118,7 +118,7 @@ class Sweep:
     @property
     def folder(self) -> str:
         """The sweep folder, ROOT/sweeps/NAME/ID."""
-        return f"{self.store.root}/{self.below}"
+        return self.store.where(self.below)
 
     @cached_property
     def read(self) -> reports.Sweep:

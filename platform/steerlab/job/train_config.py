@@ -53,6 +53,11 @@ class TrainConfig(Frozen):
     """Weights that become the artifact: those of the last step, or of the step with the lowest evaluation loss."""
     snapshots: tuple[int, ...] = ()
     """Steps after which the patch is stored as well, so that a sweep over the job's `snapshot` needs one training."""
+    skip_steps: int = Field(0, ge=0, exclude_if=lambda steps: not steps)
+    """Bad steps at most that are left out: their gradients are dropped, and weights and optimizer stay as they are. A step is
+    bad if its loss or a gradient is NaN or infinite, or its loss a spike. 0 stops at the first one."""
+    spike: float | None = Field(None, gt=1, exclude_if=lambda spike: spike is None)
+    """A loss above so many times the median of the 20 steps before is a spike; null looks for NaN and infinity only."""
     seed: Seed = 0
     """Seed of initialisation, row order and dropout."""
 

@@ -23,11 +23,13 @@ from steerlab.patches.logit import LogitPatch
 from steerlab.patches.reward import RewardPatch
 from steerlab.patches.second_model import SecondModelPatch
 from steerlab.patches.weight import WeightPatch
+from steerlab.storage.whole import is_intact, json_sum, xxh3
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SPEC, _TENSORS = "patch.json", "patch.safetensors"
+_CHANGED = "has another content than when it was written; copy or make the patch again"
 _SMALL = 1 << 20
 """Largest size that a patch may name without a tensor of that size, such as the width of a model whose embeddings rotate."""
 SavedPatch: TypeAlias = EmbeddingPatch | ActivationPatch | LogitPatch | WeightPatch | SecondModelPatch | RewardPatch
@@ -55,14 +57,19 @@ def save(patch: Patch, directory: Path, model_fingerprint: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in patch.tensors().items()}, directory / _TENSORS)
     # The tensors first, then the spec that `exists` looks for: a patch that was half written is no patch.
-    spec = {"kind": patch.kind, "spec": patch.spec(), "model": model_fingerprint, "schema": 1}
-    (directory / _SPEC).write_text(json.dumps(spec, indent=2))
+    sums = {_TENSORS: xxh3(directory / _TENSORS)}
+    spec = {"kind": patch.kind, "spec": patch.spec(), "model": model_fingerprint, "sums": sums, "schema": 2}
+    # Through JSON before the sum is taken: a spec may hold tuples.
+    spec = json.loads(json.dumps(spec))
+    (directory / _SPEC).write_text(json.dumps({**spec, "xxh3": json_sum(spec)}, indent=2))
 
 
 class _Saved(BaseModel):
     kind: str
     spec: JsonObject
     model: str
+    sums: dict[str, str] = {}
+    """XXH3 sums of files beside it; empty in patches of schema 1."""
 
 
 def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
@@ -76,7 +83,8 @@ def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
         ValueError: a file is damaged, the tensors do not match the JSON, or the patch belongs to another model.
     """
     # Before the tensors: a patch of another model may be as large as a model.
-    about = saved.read(directory / _SPEC, _Saved)
+    raw = saved.read_like(directory / _SPEC, _Saved)
+    about = _Saved.model_validate(raw)
     if about.kind not in KINDS:
         raise ValueError(f"{directory / _SPEC}: unknown kind of patch {about.kind!r:.80}; known: {', '.join(KINDS)}")
     # Shapes would not tell: models of one family have the same ones, and a map of another model steers it at random.
@@ -85,6 +93,10 @@ def load(directory: Path, model: PreTrainedModel | None = None) -> SavedPatch:
     # The file may come from a stranger: types and sizes are checked before a constructor allocates anything.
     saved.checked(about.spec, _arguments(about.kind), str(directory / _SPEC))
     _check_sizes(about.spec, directory)
+    if not is_intact(raw):
+        raise ValueError(f"the patch in {directory} is damaged: {_SPEC} {_CHANGED}")
+    if _TENSORS in about.sums and xxh3(directory / _TENSORS) != about.sums[_TENSORS]:
+        raise ValueError(f"the patch in {directory} is damaged: {_TENSORS} {_CHANGED}")
     try:
         patch = KINDS[about.kind](**about.spec)
         patch.load_state_dict(load_file(directory / _TENSORS))

@@ -39,8 +39,8 @@ def check_address() -> None:
             _greet(connection, f"{host}:{port}")
     except OSError as error:
         raise ValueError(
-            f"no Ray cluster answers at RAY_ADDRESS {host}:{port} ({error}); start it, or unset RAY_ADDRESS to use a cluster "
-            "on this machine or one started for the command"
+            f"no Ray cluster answers at RAY_ADDRESS {host}:{port} ({error}); start it, or unset RAY_ADDRESS: then one is "
+            "started for the command"
         ) from None
 
 
@@ -57,10 +57,11 @@ def _greet(connection: socket.socket, address: str) -> None:
             raise TimeoutError(f"it accepts connections and has said nothing in {_ANSWER_S:.0f} s") from None
 
 
-def connect() -> None:
-    """Join the cluster at $RAY_ADDRESS or the one that runs on this machine; if there is none, start one for this process.
+def connect() -> str:
+    """Join the cluster that $RAY_ADDRESS names, or start one for this process; return a line that says which.
 
-    A cluster that is started here listens on the loopback address only, and only this user can read its files.
+    `RAY_ADDRESS=auto` names the cluster of this machine. A cluster that is started here listens on the loopback address only,
+    and only this user can read its files.
 
     Raises:
         ValueError: nothing answers at $RAY_ADDRESS, or the folder for Ray's sessions belongs to another user.
@@ -70,15 +71,29 @@ def connect() -> None:
     # stage would import torch again.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(_IDLE_MS))
     if ray.is_initialized():
-        return
+        return f"Ray: this process is in a cluster already: {_size()}"
     # Without the output of the workers, which would interrupt the progress bars; it is in Ray's log files.
     join = partial(ray.init, logging_level=logging.ERROR, log_to_driver=False)
-    if os.environ.get("RAY_ADDRESS") or private_parts.running_cluster() is not None:
+    address = os.environ.get("RAY_ADDRESS")
+    # "local" is Ray's own word for a cluster of one's own.
+    if address and address != "local":
         with _on_loopback() if _answers_on_loopback_alone() else nullcontext(), _away():
             join()
-        return
+        found = f" at {ray.get_runtime_context().gcs_address}" if address == "auto" else ""
+        return f"Ray: joined the cluster{found} that RAY_ADDRESS names ({address}): {_size()}"
+    # One that runs here is not joined without a word: it may be another user's, or busy for days.
+    other = None if address else private_parts.running_cluster()
     with _on_loopback(), _away():
         join(address="local", _temp_dir=str(_session_folder()))
+    hint = "" if other is None else f"; another one runs on this machine, at {other}: RAY_ADDRESS=auto joins it"
+    return f"Ray: started a cluster for this command: {_size()}{hint}"
+
+
+def _size() -> str:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    resources = ray.cluster_resources()
+    gpus = f", {resources['GPU']:g} GPUs" if "GPU" in resources else ""
+    return f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}, {resources.get('CPU', 0):g} CPUs{gpus}"
 
 
 def _answers_on_loopback_alone() -> bool:

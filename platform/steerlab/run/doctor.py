@@ -87,6 +87,7 @@ def _cluster() -> Finding:
     # No cluster is started for the check: that would take many seconds and tell nothing about the cluster of a job.
     import ray
 
+    from steerlab.guards import private_parts
     from steerlab.run import check_address
 
     if ray.is_initialized():
@@ -95,13 +96,15 @@ def _cluster() -> Finding:
         check_address()
     except ValueError as error:
         return Finding("Ray cluster", False, str(error))
-    address = os.environ.get("RAY_ADDRESS", "auto")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        other = private_parts.running_cluster()
+        text = "none is running here" if other is None else f"one runs here, at {other}, which RAY_ADDRESS=auto joins"
+        return Finding("Ray cluster", True, f"{text}; commands start one for themselves")
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError:
-        ok = address == "auto"
-        text = "none is running here; commands start one for themselves" if ok else f"no cluster answers at {address}"
-        return Finding("Ray cluster", ok, text)
+        return Finding("Ray cluster", False, f"no cluster answers at {address}")
     finding = _described()
     ray.shutdown()
     return finding

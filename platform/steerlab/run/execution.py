@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from steerlab.run.record import RunSummary, check_numbers, environment, generati
 from steerlab.stages import Plan
 from steerlab.stages.spread import staying
 from steerlab.storage import plan
-from steerlab.storage.store import Store
+from steerlab.storage.store import Store, StoreError
 from steerlab.tracking import FINISH_WAIT_S, Place, Tracker, prometheus
 
 
@@ -71,15 +72,23 @@ def execute(
         plan.run(planned.stages, store, job.scale, following, records)
     except BaseException as error:
         # Ctrl-C too: the folder should say why the run ended, and W&B should not show it as running.
-        store.write_text(f"{folder}/error.txt", texts.without_secrets("".join(traceback.format_exception(error))))
-        store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
-        tracker.finish({}, 1, wait_s)
+        log = _record_failure(store, folder, records, error)
+        with suppress(OSError):  # a full disk, of which `log` speaks
+            tracker.finish({}, 1, wait_s)
         if not isinstance(error, Exception):  # Ctrl-C, or `stops.Stopped`, which the caller handles
             raise
         name = f"{records[-1].stage.name} ({records[-1].stage.label})" if records else "(none)"
-        raise plan.StageError(f"stage {name} failed: {root_cause(error)}; log: {store.where(folder, 'error.txt')}") from error
+        raise plan.StageError(f"stage {name} failed: {root_cause(error)}; {log}") from error
     finally:
         staying.close()
+    try:
+        return _finish(planned, store, folder, records, tracker, wait_s)
+    except StoreError as error:
+        raise plan.StageError(f"all stages are done, but not the run's folder: {error}; run the same command again") from error
+
+
+def _finish(planned: Plan, store: Store, folder: str, records: list[plan.Record], tracker: Tracker, wait_s: float) -> Run:
+    """Write the files of a run whose stages are done, and close it in W&B."""
     # Readers take the presence of summary.json as the sign that a run has finished, so a failed run has none.
     summary = summarise(planned, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
@@ -90,13 +99,26 @@ def execute(
     return Run(folder, summary, records)
 
 
+def _record_failure(store: Store, folder: str, records: list[plan.Record], error: BaseException) -> str:
+    """Write error.txt and plan.json of a run that failed; return where the log is, or why there is none."""
+    try:
+        store.write_text(f"{folder}/error.txt", texts.without_secrets("".join(traceback.format_exception(error))))
+        store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
+    except OSError as full:  # a full disk, often the one that ended the stage: its message must not be lost for this one
+        return f"no log could be written ({' '.join(str(full).split())})"
+    return f"log: {store.where(folder, 'error.txt')}"
+
+
 def new_id() -> str:
     """Return a unique id that sorts by time: the local time and six random hexadecimal digits."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
 
 
 def _write_request(planned: Plan, store: Store, folder: str, command: str) -> None:
-    """Write job.yaml and environment.json, which hold all that a result depends on."""
+    """Write job.yaml and environment.json, which hold all that a result depends on, and the stages of the plan."""
+    # The first of all: from here on the run names its artifacts, so that `steerlab gc` leaves them alone.
+    left = [plan.Record(stage, "to run").as_dict() for stage in planned.stages]
+    store.write_json(f"{folder}/plan.json", {"stages": left})
     store.write_text(f"{folder}/job.yaml", dump(planned.job))
     trusted = [planned.source] if any(below.job.model.trust_remote_code for below in planned.chain) else []
     trusted += [task.trusted_source for task in planned.job.evaluate if task.trusted_source is not None]

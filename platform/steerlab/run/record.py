@@ -237,8 +237,12 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+_END = 400
+"""Characters at the beginning and at the end of a long message that are shown."""
+
+
 def root_cause(error: BaseException) -> str:
-    """Return the message of the error behind an error that Ray wrapped, as one line of at most 500 characters."""
+    """Return the message of the error behind an error that Ray wrapped, as one line."""
     # Ray Train V2 raises a WorkerGroupError with one error for each worker, or a ControllerError; Ray Core raises a
     # RayTaskError with a `cause`.
     failures = getattr(error, "worker_failures", None)
@@ -251,5 +255,10 @@ def root_cause(error: BaseException) -> str:
     text = str(error).strip()
     # An error that Ray could not pickle arrives as the text of its traceback, whose last line is the error itself.
     if "Traceback" in text or "ray::" in text:
-        return text.splitlines()[-1].strip()[:500]
-    return f"{type(error).__name__}: {' '.join(text.split())[:500]}"
+        return _shortened(text.splitlines()[-1].strip())
+    return f"{type(error).__name__}: {_shortened(' '.join(text.split()))}"
+
+
+def _shortened(text: str) -> str:
+    # From the middle: the end says what to do, often with a long path.
+    return text if len(text) <= 2 * _END else f"{text[:_END]} ... {text[-_END:]}"

@@ -96,7 +96,7 @@ def run(work: Work) -> None:
     if work.scale.warm or alone.here() is not None:
         warm.fit(request, work.scale, storage=storage, report=work.report)
     else:
-        launch.fit(request, work.scale, storage=storage, name="checkpoints", report=work.report)
+        launch.fit(request, work.scale, storage=storage, report=work.report)
     work.store.move_from_work(work.stage.name, work.stage.key, "output", work.directory)
     assert (work.directory / "training.json").is_file(), "rank 0 writes training.json into the artifact"
     if not method.leaves_model:

@@ -139,6 +139,16 @@ def hold(store: Store, name: str, *, wait: bool, say: Say = lambda line: None) -
         yield claim
 
 
+def is_held(store: Store, name: str) -> bool:
+    """Return whether a process holds a claim, or may hold it: that of another machine may have died."""
+    lock = _lock_path(store, name)
+    if files.is_locked(lock):
+        return True
+    turn = _newest(store, f"claims/{name}").turn
+    # Of this machine's processes the lock, which is free, has said that they are dead.
+    return turn is not None and turn.lock.partition(":")[0] != files.kernel()
+
+
 @contextmanager
 def _locked(store: Store, name: str, wait: bool, say: Say) -> Iterator[str]:
     """Hold the lock by which the processes of this machine exclude each other; yield its name, empty if there are no locks."""

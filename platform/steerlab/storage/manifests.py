@@ -1,19 +1,25 @@
-"""Manifests: the list of an artifact's files with sizes and hashes, made at its commit and compared when it is read."""
+"""Manifests: the list of an artifact's files with sizes and hashes, made at its commit and compared when it is read.
+
+The SHA-256 of a file is its identity. The XXH3 sum beside it is compared each time a process reads the artifact for the first
+time, and so is the manifest's own sum. Manifests of schema 1 have no XXH3 sums; there the SHA-256 is compared instead.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from steerlab.guards.files import escapes
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.storage.records import StoreError
-from steerlab.storage.whole import Content
+from steerlab.storage.whole import Content, is_intact, json_sum, size_and_sha256, xxh3
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
 """Version of the manifest's format."""
+_verified: dict[Path, tuple[int, int, int, str]] = {}
+"""Files that this process has compared with a manifest: inode, size, time of the last change, and the sum that they had."""
 
 
 class StoredFile(Content):
@@ -21,6 +27,8 @@ class StoredFile(Content):
 
     path: str
     """Path relative to the artifact, with forward slashes."""
+    xxh3: NotRequired[str]
+    """XXH3 sum in hexadecimal digits; absent in manifests of schema 1."""
 
 
 class Manifest(TypedDict):
@@ -33,16 +41,31 @@ class Manifest(TypedDict):
     """How the artifact was made: parameters, version and inputs of the stage, and the seconds that it took."""
     files: list[StoredFile]
     schema: Json
+    xxh3: NotRequired[str]
+    """XXH3 sum of the rest of the manifest; absent in schema 1."""
 
 
 def listing(directory: Path) -> list[StoredFile]:
     """Return the files of a directory that becomes an artifact, with their sizes and hashes."""
     # Sorted: the order in which a directory is listed depends on the filesystem.
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
-    return [
-        StoredFile(path=path.relative_to(directory).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
-        for path in paths
-    ]
+    return [StoredFile(path=path.relative_to(directory).as_posix(), **size_and_sha256(path), xxh3=xxh3(path)) for path in paths]
+
+
+def made(stage: str, key: str, meta: JsonObject, files: list[StoredFile]) -> Manifest:
+    """Return the manifest of an artifact, with its own sum."""
+    manifest = Manifest(stage=stage, key=key, meta=meta, files=files, schema=SCHEMA)
+    manifest["xxh3"] = json_sum(manifest)
+    return manifest
+
+
+def parsed(content: bytes, artifact: str) -> Manifest:
+    """Return the manifest in a file. Raises StoreError if it is not JSON, and as `check` does."""
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
+        raise damaged(artifact, MANIFEST, "is not JSON, as if it was cut short") from None
+    return check(manifest, artifact)
 
 
 def check(manifest: Json, artifact: str) -> Manifest:
@@ -55,24 +78,27 @@ def check(manifest: Json, artifact: str) -> Manifest:
     fields = manifest if isinstance(manifest, dict) else {}
     files, meta = fields.get("files"), fields.get("meta")
     if not isinstance(files, list) or not isinstance(meta, dict):
-        raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} names neither files nor meta")
+        raise damaged(artifact, MANIFEST, "names neither files nor meta")
     checked = [_checked_file(file, artifact) for file in files]
+    if not is_intact(fields):
+        raise damaged(artifact, MANIFEST, "has another content than when it was written")
     return Manifest(stage=fields.get("stage"), key=fields.get("key"), meta=meta, files=checked, schema=fields.get("schema"))
 
 
 def _checked_file(file: Json, artifact: str) -> StoredFile:
     path, size, digest = (file.get(name) for name in ("path", "bytes", "sha256")) if isinstance(file, dict) else (None,) * 3
     if not isinstance(path, str) or not isinstance(size, int) or not isinstance(digest, str):
-        raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} describes a file by {file!r:.100}")
+        raise damaged(artifact, MANIFEST, f"describes a file by {file!r:.100}")
     # An absolute path, or one with "..": a download would write there.
     if escapes(path) or not path:
-        raise StoreError(f"artifact {artifact} is damaged: its {MANIFEST} names {path!r:.100}, outside of it")
-    return StoredFile(path=path, bytes=size, sha256=digest)
+        raise damaged(artifact, MANIFEST, f"names {path!r:.100}, outside of the artifact")
+    checked = StoredFile(path=path, bytes=size, sha256=digest)
+    cheap = file.get("xxh3") if isinstance(file, dict) else None
+    return StoredFile(**checked, xxh3=cheap) if isinstance(cheap, str) else checked
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
     """Compare the sizes of an artifact's files with its manifest. Raises StoreError if one differs or a file is missing."""
-    # Sizes and not hashes: this runs each time a stage reads the artifact, and hashing a model takes minutes.
     for file in manifest["files"]:
         path = directory / file["path"]
         if not path.is_file():
@@ -81,12 +107,31 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
             raise damaged(directory, file["path"], f"has {size:,} bytes, its manifest says {file['bytes']:,}")
 
 
+def verify(directory: Path, manifest: Manifest) -> None:
+    """Compare an artifact's files with its manifest, each to its last byte, but only once in this process.
+
+    Raises:
+        StoreError: a file is missing, or its size or sum differs.
+    """
+    check_sizes(directory, manifest)
+    for file in manifest["files"]:
+        path = directory / file["path"]
+        status = path.stat()
+        state = (status.st_ino, status.st_size, status.st_mtime_ns, file["sha256"])
+        if _verified.get(path) == state:
+            continue
+        check_sum(directory, path, file)
+        _verified[path] = state
+
+
+def check_sum(artifact: Path | str, path: Path, file: StoredFile) -> None:
+    """Compare the content of a local file with the manifest of its artifact. Raises StoreError if they differ."""
+    wanted = file.get("xxh3")
+    is_whole = size_and_sha256(path)["sha256"] == file["sha256"] if wanted is None else xxh3(path) == wanted
+    if not is_whole:
+        raise damaged(artifact, file["path"], "has another content than when it was written")
+
+
 def damaged(directory: Path | str, file: str, what: str) -> StoreError:
     """Return the error for a damaged file of an artifact; `what` says what is wrong with it."""
     return StoreError(f"artifact {directory} is damaged: {file} {what}; remove the directory and it is made again")
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

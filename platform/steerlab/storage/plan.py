@@ -27,9 +27,9 @@ from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import ScaleConfig
 from steerlab.storage import bases, claims
 from steerlab.storage.records import one_line
-from steerlab.storage.store import Store
+from steerlab.storage.store import Store, StoreError
 
-Status = Literal["cached", "to run", "ran", "failed"]
+Status = Literal["cached", "to run", "damaged", "ran", "failed"]
 Report = Callable[[dict[str, float]], None]
 
 
@@ -113,6 +113,8 @@ class Record:
     stage: Stage
     status: Status
     seconds: float = 0.0
+    damage: str = ""
+    """What is wrong with a damaged artifact, and what to do; empty for others."""
 
     def as_dict(self) -> JsonObject:
         """Return the entry."""
@@ -123,6 +125,7 @@ class Record:
             "status": self.status,
             "seconds": round(self.seconds, 3),
             "inputs": [stage.key for stage in self.stage.inputs.values()],
+            **({"damage": self.damage} if self.damage else {}),
         }
 
 
@@ -143,8 +146,18 @@ def ordered(targets: Sequence[Stage]) -> list[Stage]:
 
 
 def status(stages: Sequence[Stage], store: Store) -> list[Record]:
-    """Return for each stage whether its artifact exists ("cached") or not ("to run")."""
-    return [Record(stage, "cached" if store.has(stage.name, stage.key) else "to run") for stage in stages]
+    """Return for each stage whether its artifact exists ("cached"), does not ("to run") or is damaged ("damaged")."""
+    return [_looked_up(stage, store) for stage in stages]
+
+
+def _looked_up(stage: Stage, store: Store) -> Record:
+    if not store.has(stage.name, stage.key):
+        return Record(stage, "to run")
+    try:
+        store.check(stage.name, stage.key)
+    except StoreError as error:
+        return Record(stage, "damaged", damage=str(error))
+    return Record(stage, "cached")
 
 
 @dataclass(frozen=True)
@@ -228,6 +241,8 @@ def _ensure(stage: Stage, store: Store, scale: ScaleConfig, listener: Listener) 
                 if not claim.lost:
                     raise
                 say(f"{one_line(error)}; waits for the artifact")
+    # Before anything is done with it: what is damaged is refused, and not taken for cached.
+    store.check(stage.name, stage.key)
     store.discard_work(stage.name, stage.key)  # left if a kill came between the commit and this line
     return "cached"
 

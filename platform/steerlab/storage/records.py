@@ -5,13 +5,11 @@ Paths are relative to ROOT. A write is atomic: readers see the old file or the n
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,15 +20,10 @@ from steerlab.data.sources import SourceError, cache_root, remote
 from steerlab.guards import files, texts, waiting
 from steerlab.guards.json_values import Json
 from steerlab.storage import exclusive
+from steerlab.storage.errors import StoreError, existing_parent, explained_full_disk
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a full disk and of a user's full quota."""
 _LONGEST = 2**30
 """Bytes of a file at most that is read into memory."""
-
-
-class StoreError(OSError):
-    """An artifact or a file below ROOT could not be written or read; the message is one line for people."""
 
 
 class Records:
@@ -120,7 +113,7 @@ class Records:
             # A writer that was killed may have left half a line. Without a line break, this line would be lost with it.
             if file.tell() and not _ends_in_newline(path):
                 line = b"\n" + line
-            file.write(line)
+            files.write_all(file, line)
 
     def read_lines(self, relpath: str) -> list[Any]:
         """Return the values that `append_line` wrote; [] if the file is absent.
@@ -137,9 +130,16 @@ class Records:
         with self._answering():
             return sorted(PurePosixPath(info.path).name for info in self._fs.get_file_info(selector))
 
+    def sizes(self, relpath: str) -> dict[str, int]:
+        """Return the size in bytes of each file below a directory by its path relative to ROOT; {} if it is absent."""
+        selector = pafs.FileSelector(self._at(relpath), recursive=True, allow_not_found=True)
+        below = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        start = len(self._at().rstrip("/")) + 1
+        return {info.path[start:]: info.size or 0 for info in below}
+
     def free_bytes(self) -> int | None:
         """Return the number of free bytes on ROOT's disk; None for an object store, which has no such limit."""
-        return shutil.disk_usage(_existing_parent(Path(self._base))).free if self.is_local else None
+        return shutil.disk_usage(existing_parent(Path(self._base))).free if self.is_local else None
 
     def _at(self, *parts: str) -> str:
         return str(PurePosixPath(self._base, *parts))
@@ -192,17 +192,9 @@ class Records:
             )
         return folder
 
-    @contextmanager
-    def _explain_full_disk(self, what: str, num_bytes: int | None) -> Iterator[None]:
-        """Turn the error of a full disk into one that says what was written, how much it needs, and how much is free."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _FULL_DISK:
-                raise
-            free = shutil.disk_usage(_existing_parent(self._temporary_folder())).free
-            needed = "" if num_bytes is None else f"{num_bytes:,} bytes needed, "
-            raise StoreError(f"no space left for {what} in {self.root}: {needed}{free:,} bytes free") from error
+    def _explain_full_disk(self, what: str, num_bytes: int | None) -> AbstractContextManager[None]:
+        """Turn the error of a full disk into a message (see `errors`)."""
+        return explained_full_disk(what, self.root, self._temporary_folder(), num_bytes)
 
 
 def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
@@ -220,11 +212,6 @@ def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
         raise ValueError(f"ROOT {error}") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"ROOT '{root}' is not a URI that pyarrow can open: {one_line(error)}") from error
-
-
-def _existing_parent(path: Path) -> Path:
-    # ROOT may not exist before the first write, and `disk_usage` takes existing paths only.
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _ends_in_newline(path: Path) -> bool:

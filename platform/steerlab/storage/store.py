@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -31,7 +32,7 @@ from steerlab.guards import files, texts, waiting
 from steerlab.guards.files import FileError, check_links, escapes
 from steerlab.guards.json_values import JsonObject
 from steerlab.storage import manifests
-from steerlab.storage.manifests import MANIFEST, SCHEMA, Manifest, StoredFile
+from steerlab.storage.manifests import MANIFEST, Manifest, StoredFile
 from steerlab.storage.records import Records, StoreError, one_line
 
 _INCOMPLETE = "incomplete-"
@@ -83,12 +84,19 @@ class Store(Records):
         """
         if not self.has(stage, key):
             raise StoreError(f"there is no artifact {stage}/{key} in {self.root}")
-        return manifests.check(self.read_json(f"artifacts/{stage}/{key}/{MANIFEST}"), self.path(stage, key))
+        return manifests.parsed(self.read_bytes(f"artifacts/{stage}/{key}/{MANIFEST}"), self.path(stage, key))
+
+    def check(self, stage: str, key: str) -> None:
+        """Raise StoreError if the manifest of an artifact is damaged or, on a disk, a file is missing or has another size."""
+        manifest = self.manifest(stage, key)
+        if self.is_local:
+            manifests.check_sizes(Path(self.path(stage, key)), manifest)
 
     def local(self, stage: str, key: str) -> Path:
         """Return a local directory with the artifact: the artifact itself, or a copy in the cache of this node.
 
-        The sizes of its files are compared with the manifest each time, their SHA-256 when a copy is downloaded.
+        The sizes of its files are compared with the manifest each time, their sums when this process reads the artifact for the
+        first time. A copy that is damaged is downloaded again.
 
         Raises:
             StoreError: the artifact does not exist, or a file of it is missing or differs from the manifest.
@@ -96,14 +104,20 @@ class Store(Records):
         manifest = self.manifest(stage, key)
         if self.is_local:
             directory = Path(self.path(stage, key))
-            manifests.check_sizes(directory, manifest)
+            manifests.verify(directory, manifest)
             return directory
         # The cache is shared by all ROOTs, and the text of a URI is no file name.
         name = hashlib.sha256(self.root.encode()).hexdigest()[:16]
         copy = cache_root() / "artifacts" / name / stage / key
-        if not copy.exists():
-            self._download(stage, key, manifest["files"], copy)
-        manifests.check_sizes(copy, manifest)
+        try:
+            if copy.exists():
+                manifests.verify(copy, manifest)
+                return copy
+        except StoreError as error:
+            warnings.warn(f"{error.args[0].partition(';')[0]}; it is downloaded again", stacklevel=2)
+            self._discard(copy)
+        self._download(stage, key, manifest["files"], copy)
+        manifests.verify(copy, manifest)
         return copy
 
     def commit(self, stage: str, key: str, directory: Path, meta: JsonObject) -> None:
@@ -119,7 +133,7 @@ class Store(Records):
             return
         # Listed before anything is copied: a file that is written later is not part of the artifact.
         files = manifests.listing(directory)
-        manifest = Manifest(stage=stage, key=key, meta=meta, files=files, schema=SCHEMA)
+        manifest = manifests.made(stage, key, meta, files)
         with self._explain_full_disk(f"artifact {stage}/{key}", sum(file["bytes"] for file in files)):
             # Another process may commit the same key from here on; `_commit_by_rename` asks again when the rename fails.
             if not self.is_local:
@@ -199,6 +213,30 @@ class Store(Records):
             with suppress(FileNotFoundError):
                 self._fs.delete_dir(path)
 
+    # Removal, for `steerlab gc`
+
+    def hide(self, stage: str, key: str) -> bytes:
+        """Remove the manifest of an artifact, with which it exists no more; return the manifest for `show`."""
+        content = self.read_bytes(f"artifacts/{stage}/{key}/{MANIFEST}")
+        self._fs.delete_file(f"{self.path(stage, key)}/{MANIFEST}")
+        return content
+
+    def show(self, stage: str, key: str, manifest: bytes) -> None:
+        """Make an artifact that was hidden exist again."""
+        if not self.has(stage, key):  # nobody has made it again meanwhile
+            self.write_bytes(f"artifacts/{stage}/{key}/{MANIFEST}", manifest)
+
+    def discard(self, stage: str, key: str) -> None:
+        """Remove the files of an artifact that was hidden."""
+        if self.has(stage, key):  # made again meanwhile
+            return
+        if self.is_local:
+            # Moved first, so that no process that makes the artifact again finds half of the old one.
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self._put_aside(Path(self.path(stage, key))))
+        elif self._fs.get_file_info(self.path(stage, key)).type == pafs.FileType.Directory:
+            self._fs.delete_dir(self.path(stage, key))
+
     def _commit_by_rename(self, stage: str, key: str, directory: Path, manifest: Manifest) -> None:
         """Turn a directory on ROOT's disk into an artifact by one rename, with everything in it synced before."""
         target = Path(self.path(stage, key))
@@ -217,9 +255,22 @@ class Store(Records):
                 return shutil.rmtree(directory)
             # The directory has no manifest, so it is no artifact: somebody's copy from another ROOT was cut short. It is moved
             # out of the way, not removed in place, so that no reader sees it half removed.
-            os.rename(target, self._temporary_folder() / f"{_INCOMPLETE}{uuid.uuid4().hex[:12]}")
+            self._put_aside(target)
             os.rename(directory, target)
         _sync(target.parent)
+
+    def _put_aside(self, directory: Path) -> Path:
+        """Move a directory to a temporary name, under which no reader looks for it."""
+        aside = self._temporary_folder() / f"{_INCOMPLETE}{uuid.uuid4().hex[:12]}"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(directory, aside)
+        return aside
+
+    def _discard(self, copy: Path) -> None:
+        """Remove a copy of an artifact from the cache of this node."""
+        # Moved first: a process that finds the copy half removed would take it for another damage.
+        with suppress(FileNotFoundError):  # another process of this node has removed it meanwhile
+            shutil.rmtree(self._put_aside(copy))
 
     def _commit_by_upload(self, directory: Path, target: str, manifest: Manifest) -> None:
         size = sum(file["bytes"] for file in manifest["files"]) / 1e6
@@ -255,8 +306,7 @@ class Store(Records):
                 shutil.copyfileobj(stream, target, 1 << 22)
         except FileNotFoundError as error:
             raise manifests.damaged(artifact, file["path"], "is missing") from error
-        if manifests.sha256(local) != file["sha256"]:
-            raise manifests.damaged(artifact, file["path"], "has another SHA-256 than its manifest says")
+        manifests.check_sum(artifact, local, file)
 
 
 def _sync(path: Path) -> None:

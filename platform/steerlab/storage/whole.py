@@ -1,14 +1,17 @@
-"""Write files atomically: a file appears complete or not at all. Also: size and hash of a file."""
+"""Write files atomically: a file appears complete or not at all. Also: sizes, hashes and sums of files and of JSON."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
+
+import xxhash
 
 
 @contextmanager
@@ -39,3 +42,27 @@ def size_and_sha256(path: Path) -> Content:
     """Return the size and the SHA-256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def xxh3(path: Path) -> str:
+    """Return the XXH3 sum of a file, 128 bits in hexadecimal digits.
+
+    It shows damage, at about ten times the speed of SHA-256, but not forgery.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def json_sum(content: Mapping[str, Any]) -> str:
+    """Return the XXH3 sum of a JSON object without its key "xxh3", under which the sum itself is written."""
+    # Of the values and not of the text: a file that was only formatted in another way is not damaged.
+    rest = {name: value for name, value in content.items() if name != "xxh3"}
+    return xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def is_intact(content: Mapping[str, Any]) -> bool:
+    """Return whether a JSON object has the sum with which it was written; one of schema 1 has none."""
+    # One changed byte cannot both hide the sum and make the object one of schema 1.
+    if "xxh3" not in content and content.get("schema") == 1:
+        return True
+    return content.get("xxh3") == json_sum(content)

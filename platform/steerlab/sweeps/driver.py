@@ -141,6 +141,12 @@ def latest(request: SweepRequest, store: Store) -> str | None:
     return None
 
 
+def has_unfinished(request: SweepRequest, store: Store) -> bool:
+    """Return whether the newest sweep of the same job over the same space has not finished."""
+    folder = latest(request, store)
+    return folder is not None and "summary.json" not in store.list(folder)
+
+
 def _to_resume(request: SweepRequest, store: Store) -> str:
     folder = latest(request, store)
     if folder is None:

@@ -12,7 +12,7 @@ from steerlab import run
 from steerlab.run import capacity
 from steerlab.stages import Plan
 from steerlab.storage import plan
-from steerlab.storage.store import Store
+from steerlab.storage.store import Store, StoreError
 from steerlab.sweeps import search, trials, units
 from steerlab.sweeps.sweep_request import SweepRequest
 
@@ -101,7 +101,7 @@ def _seconds(stages: list[plan.Stage], store: Store) -> float | None:
     name = stages[0].name
     artifacts = []
     for key in store.list(f"artifacts/{name}")[:_MOST_COMPARED]:
-        with suppress(ValueError):  # damaged, or being removed by another process: the estimate works without it
+        with suppress(ValueError, StoreError):  # damaged, or being removed by another process: the estimate works without it
             artifacts.append(plan.made(store, name, key))
     if not artifacts:
         return None

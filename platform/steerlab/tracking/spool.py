@@ -3,6 +3,8 @@
 The driver appends events; the writer process reads them and sends them to Weights & Biases. The number of a history line in
 the file is its step in the W&B run, so when the file is sent again after a kill or a lost connection, no line is skipped or
 doubled.
+
+A line is `[event, sum]`, with the XXH3 sum of the event. Earlier versions wrote the event alone.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from pydantic import model_validator
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from steerlab.guards import files, saved, texts
 from steerlab.guards.json_values import JsonObject
+from steerlab.storage.whole import json_sum
 from steerlab.tracking.events import Event, step_of
 
 EVENTS = "events.jsonl"
@@ -79,8 +82,9 @@ class Spool:
         """Append one event, with secrets masked. After the return, the event survives the death of this process."""
         masked = {name: texts.everywhere(texts.without_secrets, value) for name, value in event.items()}
         # A loss may be NaN, which is not JSON, but Python writes and reads it.
-        line = json.dumps({"time": round(time.time(), 3), **masked}, allow_nan=True)
-        self._file.write(line.encode() + b"\n")
+        written = {"time": round(time.time(), 3), **masked}
+        line = json.dumps([written, json_sum(written)], allow_nan=True)
+        files.write_all(self._file, line.encode() + b"\n")
         self._remember(event)
 
     def status(self) -> Status:
@@ -109,15 +113,26 @@ class _Log(saved.Shape):
         return self
 
 
+_Written: Any = dict[str, object] | tuple[dict[str, object], str]
+"""An event, as earlier versions wrote it, or an event with its sum."""
+
+
 class _Kind(saved.Shape):
     kind: str
     key: str = ""
 
 
 def _event(line: bytes, where: str) -> Event:
-    """Parse one line of the file. Raises ValueError, which begins with `where`, if it is not an event."""
-    event = saved.like(saved.parsed(line, dict[str, object], where), _Kind, where)
-    return saved.like(event, _Log, where) if event["kind"] == "log" else event
+    """Parse one line of the file. Raises ValueError, which begins with `where`, if it is not an event or was changed."""
+    try:
+        written = saved.parsed(line, _Written, where)
+        content, wanted = (written, None) if isinstance(written, dict) else written
+        if wanted is not None and wanted != json_sum(content):
+            raise saved.SavedError(f"{where} has another content than when it was written")
+        event = saved.like(content, _Kind, where)
+        return saved.like(event, _Log, where) if event["kind"] == "log" else event
+    except saved.SavedError as error:
+        raise saved.SavedError(f"{error}; remove the folder of this file, and W&B receives what follows") from None
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -177,14 +177,18 @@ class _History:
         self.axes: set[str] = set()
         """Step axes that were defined in the run."""
         self.first = directory / spool.FIRST
+        self.lost_after: int | None = None
+        """Number of lines of the spool after which lines are missing that the server has; None if none are."""
+        earlier = [event["kind"] for event in spool.read(self.events)]
+        # Those of earlier processes of the run: in between, the file was lost with its machine, or cut short.
+        num_earlier = sum(kind in _LINES for kind in earlier[: _last(earlier, "open")])
         if self.first.exists():
             self.number = saved.read(self.first, spool.First).step
-            return
-        earlier = [event["kind"] for event in spool.read(self.events)]
-        if self.held and not any(kind in _LINES for kind in earlier[: _last(earlier, "open")]):
-            # The spool has lines of this process only, yet the server has some: they are of a machine that was lost with its
-            # spool. The new lines continue after them.
-            self.number = self.held
+            if self.held > self.number + sum(kind in _LINES for kind in earlier):
+                self.lost_after = num_earlier
+        elif self.held and not num_earlier:
+            # The spool has lines of this process only, yet the server has some.
+            self.lost_after = 0
 
     def send(self, ended: Callable[[], bool]) -> int:
         """Send events until the run ends, and return its exit code; 1 if its process died without a `finish`."""
@@ -205,6 +209,10 @@ class _History:
             # W&B's own step counts all lines of the run; each stage gets an axis that starts at its own first step.
             self.run.define_metric(event["axis"])
             self.run.define_metric(event["axis"].rpartition("/")[0] + "/*", step_metric=event["axis"])
+        if self.seen == self.lost_after:
+            # The lines of this process continue after those that the server has.
+            self.number = self.held
+            self.first.unlink(missing_ok=True)
         # Lines before `held` were sent by an earlier process. They are counted, so that line k keeps step k.
         if self.number >= self.held and not self._is_known(event):
             if self.online and not self.first.exists():

@@ -93,6 +93,10 @@ class Engine:
         deepspeed.utils.logging.logger.setLevel("ERROR")
         optimizer = make_optimizer(self.module, self.train)
         self._grad_norm = 0.0
+        self._leaves_out = False
+        self._bad_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
+        if self.train.skip_steps:
+            self._watch(optimizer)
         if self._clips_itself:
             optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._ds: Any
@@ -110,6 +114,24 @@ class Engine:
         """Whether this class clips the gradients, instead of DeepSpeed."""
         # In plain float32 training DeepSpeed clips, too, but does not return the norm.
         return self.scale.zero_stage == 0 and self.dtype == "float32"
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note gradients that are not finite, and make steps of the optimizer that can be left out."""
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._note)
+        step = optimizer.step
+        # DeepSpeed calls it after it has gathered and clipped the gradients, which it then drops, whatever happened here.
+        optimizer.step = lambda *args, **kwargs: None if self._leaves_out else step(*args, **kwargs)  # type: ignore[method-assign]
+
+    def _note(self, gradient: Tensor) -> None:
+        # Kept on the device: reading it here would wait for the GPU at every parameter.
+        self._bad_gradient |= ~torch.isfinite(gradient).all()
+
+    @property
+    def has_bad_gradient(self) -> bool:
+        """Whether a gradient of this rank's passes in this step was NaN or infinite; known only with `train.skip_steps`."""
+        return bool(self._bad_gradient)
 
     def _clip(self) -> None:
         trained = [p for p in self.module.parameters() if p.requires_grad]
@@ -136,12 +158,16 @@ class Engine:
             "steps_per_print": 10**9,
         }
 
-    def backward(self, batch: object, num_targets: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def backward(
+        self, batch: object, num_targets: float, accepts: Callable[[Tensor], bool] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of one micro-batch; after the last one of a step the optimizer updates the parameters.
 
         Args:
             batch: the argument of the module's forward.
             num_targets: number of targets of the whole step, over all passes and workers.
+            accepts: for the last micro-batch, with `train.skip_steps`: called with its summed loss after its gradients were
+                added, it says whether the optimizer updates the parameters. All ranks call it.
 
         Returns:
             The summed loss of this micro-batch and its further sums by name, without gradients.
@@ -159,7 +185,9 @@ class Engine:
         # DeepSpeed divides by passes and workers. Multiplied by both first, the sum over passes and workers is the sum of
         # total / num_targets, exact however the rows are split.
         self._ds.backward(loss.total * (self.passes_per_step * self.world_size / num_targets))
+        self._leaves_out = accepts is not None and not accepts(loss.total.detach())
         self._ds.step()
+        self._leaves_out = False
         return loss.total.detach(), {name: value.detach() for name, value in loss.metrics.items()}
 
     def evaluate(self, batch: object) -> dict[str, Tensor]:
@@ -172,6 +200,7 @@ class Engine:
 
     def start_step(self, lr: float) -> None:
         """Set the learning rate of the next step."""
+        self._bad_gradient.zero_()
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
 
@@ -209,7 +238,7 @@ class Engine:
             raise WorldSizeError(
                 f"the checkpoint was written by {written[0]} workers with zero_stage {written[1]}; it cannot continue on "
                 f"{self.world_size} with zero_stage {self.scale.zero_stage}, because sharded optimizer state does not move. "
-                "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or delete the checkpoint"
+                "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or remove the checkpoints"
             )
         checkpoints.check_files(directory / _TAG)
         with explained(f"the checkpoint in {directory}"):

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -34,14 +34,11 @@ from steerlab.job import DataSet, ScaleConfig, TrainConfig, prompt_settings, sto
 from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.steered.stacks import load_stack
-from steerlab.training import checkpoints
+from steerlab.training import bad_steps, checkpoints
 from steerlab.training.engine import Engine
 from steerlab.training.request import Request
 
 _SNAPSHOTS = "snapshots.safetensors"
-# Ray ranks checkpoints by `eval/loss`: one that was not evaluated is never the best. Finite, because Ray stores the scores as
-# JSON, which has no infinity.
-_NOT_EVALUATED = 1e30
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,8 @@ class Link:
     scratch: Path
     """Directory in which checkpoints are written before they are reported; emptied at the start, because a killed rank may have
     left files."""
+    checkpoints: str = ""
+    """Where the checkpoints lie, for messages."""
     latest: Path | None = None
     """Checkpoint to continue from; None starts from the beginning."""
     best: Callable[[], Path | None] = lambda: None
@@ -195,7 +194,8 @@ class _Training:
         self.lengths = [len(row) for row in self.rows.rows]
         self.history: list[dict[str, float]] = []
         self.snapshots: dict[str, Tensor] = {}
-        self.step = 0
+        self.step = self.saved = 0
+        self.fault: str | None = None
 
     @property
     def data(self) -> DataSet:
@@ -206,6 +206,7 @@ class _Training:
         """Continue from a checkpoint: step, history, snapshots, weights and optimizer."""
         state = checkpoints.check_state(self.engine.load(checkpoint), self.request.train.num_steps, checkpoint)
         self.step, self.history = state["step"], state["history"]
+        self.saved = self.step
         if (checkpoint / _SNAPSHOTS).is_file():
             self.snapshots = self._read_snapshots(checkpoint / _SNAPSHOTS)
         # All of them again: the last metrics of the killed run may not have arrived.
@@ -271,18 +272,61 @@ class _Training:
         self.engine.start_step(lr)
         totals: dict[str, float] = {"loss": 0.0}
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
+        self.fault, bad_rows = None, list[int]()
         # As many passes on every rank (`share_of_rank`): with fewer, a rank would wait for ever in a reduction.
         for number, chunk in enumerate(chunks, 1):
-            self.module.before_pass(number == len(chunks))
-            total, sums_by_name = self.engine.backward(self._batch(self.rows, chunk, self.data.loss_on), num_targets)
+            is_last = number == len(chunks)
+            self.module.before_pass(is_last)
+            # Asked only where steps may be left out: it costs a reduction, and on a GPU a wait.
+            accepts = partial(self._accepts, totals["loss"], num_targets) if is_last and train.skip_steps else None
+            batch = self._batch(self.rows, chunk, self.data.loss_on)
+            total, sums_by_name = self.engine.backward(batch, num_targets, accepts)
+            bad_rows += [] if math.isfinite(float(total)) else chunk
             for name, value in {"loss": total, **sums_by_name}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         # One reduction for all metrics; every rank has the same names in the same order.
         sums = self.engine.sum_over_ranks(list(totals.values()))
-        self.module.after_step(lr)
-        self.step += 1
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
-        return {"step": self.step, **losses, "train/lr": lr, "train/grad_norm": self.engine.grad_norm}
+        self.step += 1
+        metrics: dict[str, float] = {"step": self.step, **losses, "train/lr": lr}
+        if self.fault is not None and bad_steps.num_skipped(self.history) < train.skip_steps:
+            return {**{name: value for name, value in metrics.items() if math.isfinite(value)}, bad_steps.SKIPPED: 1.0}
+        metrics["train/grad_norm"] = self.engine.grad_norm
+        self._check_step(metrics, rows, bad_rows)
+        self.module.after_step(lr)
+        return metrics
+
+    def _accepts(self, loss: float, num_targets: float, last: Tensor) -> bool:
+        """Return whether a step may update the weights; `loss` is the sum of its passes before the last. All ranks call it."""
+        total, bad = self.engine.sum_over_ranks([loss + float(last), float(self.engine.has_bad_gradient)])
+        self.fault = bad_steps.fault_of(total / num_targets, self.history, self.request.train.spike)
+        if self.fault is None and bad:
+            self.fault = "has gradients that are NaN or infinite"
+        return self.fault is None
+
+    def _check_step(self, metrics: dict[str, float], rows: Sequence[int], bad_rows: Sequence[int]) -> None:
+        """Raise FloatingPointError for a bad step that is not left out. All ranks call it.
+
+        Args:
+            metrics: the metrics of the step, the same on all ranks.
+            rows: the rows of the step.
+            bad_rows: the rows of this rank's passes whose loss is NaN or infinite.
+        """
+        name, fault = (
+            bad_steps.LOSS,
+            self.fault or bad_steps.fault_of(metrics[bad_steps.LOSS], self.history, self.request.train.spike),
+        )
+        if fault is None:
+            name, value = next(((n, v) for n, v in metrics.items() if not math.isfinite(v)), ("", 0.0))
+            if not name:
+                return
+            fault = f"is {value}"
+        flags = self.engine.sum_over_ranks([float(row in bad_rows) for row in rows])
+        blamed = [row for row, flag in zip(rows, flags, strict=True) if flag] or list(rows)
+        numbers = sorted(self.rows.numbers[row] for row in blamed)
+        checkpoint = f"{self.link.checkpoints}/{self.saved:09d}" if self.saved else ""
+        skipped = bad_steps.num_skipped(self.history)
+        raise FloatingPointError(bad_steps.message(name, fault, self.step, numbers, describe(self.data), checkpoint, skipped))
 
     def _batch(self, of: Rows, chosen: Sequence[int], loss_on: str) -> Batch:
         rows, numbers = [of.rows[i] for i in chosen], [of.numbers[i] for i in chosen]
@@ -315,7 +359,8 @@ class _Training:
         if self.link.rank == 0 and self.snapshots:
             save_file(self.snapshots, directory / _SNAPSHOTS)
             files.share(directory, like=directory / checkpoints.META)  # another user may continue this training
-        self.link.report({"eval/loss": _NOT_EVALUATED, **metrics}, directory)
+        self.link.report(metrics, directory)
+        self.saved = self.step
 
     def export(self, output: Path) -> None:
         """Write the artifact on rank 0: model, patch, snapshots, prompt settings, metrics. All ranks call it."""

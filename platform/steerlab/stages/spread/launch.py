@@ -1,6 +1,6 @@
-"""Run the training loop in Ray Train workers, and continue it from the newest checkpoint when a worker dies.
+"""Run the training loop in Ray Train workers, and continue it from the newest checkpoint when a worker or the controller dies.
 
-The file is longer than 300 lines because driver and workers of a training share its types: launch, board and checkpoints.
+Checkpoints are the platform's own (training/checkpoint_folder.py): Ray Train keeps none, and is told of none.
 """
 
 from __future__ import annotations
@@ -10,39 +10,37 @@ import tempfile
 import threading
 import traceback
 import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow.fs as pafs
 import ray
 import ray.train
-from pydantic import Field, FiniteFloat
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from steerlab.data.sources import remote
-from steerlab.guards import files, saved
 from steerlab.job import ScaleConfig
 from steerlab.stages.spread import reserved
+from steerlab.storage.errors import FullDisk
 from steerlab.storage.plan import ModelRef, Report
-from steerlab.training.request import Request, received
+from steerlab.training.request import Request
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 _POLL_S = 0.5
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""File in the folder of a run in which Ray Train lists the checkpoints of the run."""
-_LONGEST_SNAPSHOT = 2**20
-"""Bytes of that file at most; a run keeps two checkpoints, whose entries take a few hundred."""
-_ADVICE = "remove its folder, and the training starts from its beginning"
 
 
 class _News(NamedTuple):
-    """Metrics and failures that were put on a board since it was last read."""
+    """What was put on a board since it was last read."""
 
     lines: list[dict[str, float]]
+    """Metrics of steps."""
+    notes: list[str]
+    """Lines for the user."""
     failures: list[Exception]
 
 
@@ -53,12 +51,17 @@ class Board:
 
     def __init__(self) -> None:
         self._lines: list[dict[str, float]] = []
+        self._notes: list[str] = []
         self._failures: list[Exception] = []
         self._failed = False
 
     def put(self, line: dict[str, float]) -> None:
         """Add the metrics of a step."""
         self._lines.append(line)
+
+    def note(self, line: str) -> None:
+        """Add a line for the user."""
+        self._notes.append(line)
 
     def fail(self, failure: Exception) -> None:
         """Add an error that another attempt would only repeat."""
@@ -71,8 +74,8 @@ class Board:
 
     def take(self) -> _News:
         """Return all that was added since the last call, and forget it."""
-        news = _News(self._lines, self._failures)
-        self._lines, self._failures = [], []
+        news = _News(self._lines, self._notes, self._failures)
+        self._lines, self._notes, self._failures = [], [], []
         return news
 
 
@@ -88,50 +91,54 @@ class _Launch:
     scratch: str
     """Local folder for checkpoints that are being written."""
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether the storage is an object store and not a disk."""
-        return "://" in self.storage
 
-    @property
-    def output(self) -> Path:
-        """Local folder into which rank 0 writes the artifact."""
-        return Path(self.scratch if self.is_remote else self.storage) / "output"
-
-
-def fit(
-    request: Request[ModelRef],
-    scale: ScaleConfig,
-    *,
-    storage: str,
-    name: str,
-    report: Report,
-) -> None:
+def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report: Report) -> None:
     """Train in Ray Train workers and write the artifact into the folder `output` of `storage`.
 
     Args:
         request: What the training computes.
-        scale: Number and size of the workers. A worker that dies is replaced up to `scale.max_failures` times.
+        scale: Number and size of the workers. A worker that dies is replaced up to `scale.max_failures` times, and so is Ray
+            Train's controller.
         storage: Path or URI that all nodes reach. Checkpoints lie there, and a later call continues from the newest one.
-        name: Name of the run, and of its folder in `storage`; a later call must use the same.
         report: Takes the metrics of each step once.
 
     Raises:
-        ValueError: `storage` holds a list of checkpoints that no run wrote (see `check_snapshot`), or the loop refused the
-            settings or the data.
+        ValueError: the loop refused the settings or the data.
+        FloatingPointError: a step was bad (training/bad_steps.py), or a metric of the evaluation NaN or infinite.
+        FullDisk: there is no room for a checkpoint or the artifact.
     """
-    # Before `trainer.fit`, in which Ray Train restores from this list.
-    check_snapshot(storage, name)
     # Ray Train's controller looks at its workers every 2 s by default, and a run waits for a look when it starts and ends.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    gpus = reserved.gpus_of(scale)
-    filesystem, base = _opened(storage)
     board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
     # On a disk, scratch lies beside the checkpoints and is removed with them; for a bucket it needs the node's own disk.
     scratch = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
-    trainer = TorchTrainer(
+    launch = _Launch(request, scale, board, storage, scratch)
+    following = _Following(board, report)
+    with following:
+        for failures_left in reversed(range(scale.max_failures + 1)):
+            try:
+                _trainer(launch).fit()
+                break
+            except (ActorDiedError, ActorUnavailableError) as error:
+                # Ray Train itself replaces workers and not its controller, which is an actor without restarts.
+                if not failures_left:
+                    raise
+                warnings.warn(
+                    f"Ray Train's controller died ({_first_line(error)}); another one continues from the newest checkpoint",
+                    stacklevel=2,
+                )
+    # After a failure that a repetition would not change, the replaced workers end without an error, and `fit` returns.
+    if following.failure is not None:
+        raise following.failure
+
+
+def _trainer(launch: _Launch) -> TorchTrainer:
+    """Return a Ray Train run of its own name, so that it takes nothing over from an earlier one."""
+    scale, gpus = launch.scale, reserved.gpus_of(launch.scale)
+    filesystem, path = (None, launch.storage) if "://" not in launch.storage else remote.opened(launch.storage)
+    return TorchTrainer(
         _worker,
-        train_loop_config={"launch": _Launch(request, scale, board, storage, scratch)},
+        train_loop_config={"launch": launch},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scale.workers,
@@ -139,85 +146,16 @@ def fit(
             resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=RunConfig(
-            name=name,
-            # Opened here: Ray Train would open a URI without the options and the schemes that `remote` adds.
-            storage_path=base,
+            name=f"ray-{uuid.uuid4().hex[:12]}",
+            storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=scale.max_failures),
-            # Ray Train keeps the latest checkpoint besides the best one by this score, so two lie there at most.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="eval/loss", checkpoint_score_order="min"
-            ),
         ),
     )
-    following = _Following(board, report)
-    with following:
-        trainer.fit()
-    # After a failure that a repetition would not change, the replaced workers end without an error, and `fit` returns.
-    if following.failure is not None:
-        raise following.failure
 
 
-_Name = Annotated[str, Field(pattern=r"^checkpoint_[0-9A-Za-z_.-]+$")]
-"""Name of a checkpoint's folder as Ray Train makes it. No path: Ray Train removes the folders that its list names."""
-
-
-class _Metrics(saved.Shape):
-    loss: FiniteFloat = Field(alias="eval/loss")
-
-
-class _Entry(saved.Shape):
-    checkpoint_dir_name: _Name
-    metrics: _Metrics
-
-
-class _Snapshot(saved.Shape):
-    """Content of Ray Train's list of checkpoints, in trainings of this platform."""
-
-    checkpoint_results: list[_Entry]
-    checkpoint_report_indices: list[int]
-    latest_checkpoint_result: _Entry | None = None
-    # Always empty: the platform uses none of Ray Train's asynchronous validations.
-    pending_training_results: list[object] = Field(max_length=0)
-    current_report_index: int
-
-
-def check_snapshot(storage: str, name: str) -> None:
-    """Refuse a list of checkpoints that no run of this platform wrote.
-
-    Raises:
-        ValueError: the list is damaged, or names something else than a checkpoint in the folder of the run.
-    """
-    # Whoever may write into ROOT may have written the list; Ray Train loads the folders that it names, and removes them later.
-    filesystem, base = _opened(storage)
-    is_local = isinstance(filesystem, pafs.LocalFileSystem)
-    folder, where = f"{base}/{name}", remote.joined(storage, name, _SNAPSHOT)
-    try:
-        snapshot = saved.parsed(_read(filesystem, f"{folder}/{_SNAPSHOT}", is_local), _Snapshot, where)
-    except FileNotFoundError:
-        return
-    except (saved.SavedError, files.FileError) as error:
-        raise ValueError(f"{error}; {_ADVICE}") from None
-    names = [entry.checkpoint_dir_name for entry in snapshot.checkpoint_results]
-    latest = snapshot.latest_checkpoint_result
-    if len(names) != len(snapshot.checkpoint_report_indices) or (latest and latest.checkpoint_dir_name not in names):
-        raise ValueError(f"{where} is damaged: its lists of checkpoints do not belong together; {_ADVICE}")
-    for checkpoint in names:
-        # pyarrow follows links, so a link to a directory elsewhere would pass as one.
-        is_link = is_local and Path(folder, checkpoint).is_symlink()
-        if is_link or filesystem.get_file_info(f"{folder}/{checkpoint}").type != pafs.FileType.Directory:
-            raise ValueError(f"{where} names {checkpoint}, which is no folder beside it; {_ADVICE}")
-
-
-def _opened(storage: str) -> tuple[pafs.FileSystem, str]:
-    return remote.opened(storage) if "://" in storage else (pafs.LocalFileSystem(), storage)
-
-
-def _read(filesystem: pafs.FileSystem, path: str, is_local: bool) -> bytes:
-    if is_local:
-        return files.read(Path(path), _LONGEST_SNAPSHOT)
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read(_LONGEST_SNAPSHOT)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class _Following:
@@ -253,6 +191,8 @@ class _Following:
     def _take(self) -> None:
         news: _News = ray.get(self._board.take.remote())  # type: ignore[assignment]
         self.failure = next((failure for failure in (self.failure, *news.failures) if failure is not None), None)
+        for note in news.notes:
+            warnings.warn(note, stacklevel=2)
         for line in news.lines:
             # Workers that replace others repeat the steps since the checkpoint, with the same numbers.
             if line["step"] > self._newest:
@@ -264,7 +204,7 @@ def _worker(config: dict[str, _Launch]) -> None:
     """Run the training loop on one rank."""
     import torch
 
-    from steerlab.training import loop
+    from steerlab.training import worker
 
     launch = config["launch"]
     board = launch.board
@@ -273,56 +213,23 @@ def _worker(config: dict[str, _Launch]) -> None:
     if ray.get(board.failed.remote()):
         return
     context = ray.train.get_context()
-    request = received(launch.request)
     # PyTorch starts a thread for every core of the node, not for the CPUs that Ray reserved for this worker.
     torch.set_num_threads(max(1, int(launch.scale.cpus_per_worker)))
-    rank = context.get_world_rank()
-    checkpoint = ray.train.get_checkpoint()
-    link = loop.Link(
-        rank=rank,
+    seat = worker.Seat(
+        rank=context.get_world_rank(),
         world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
         device=get_device(),
-        report=_report,
-        scratch=Path(launch.scratch) / f"rank{rank}",
-        latest=None if checkpoint is None else _local(checkpoint),
-        best=_best,
-        tell=(lambda metrics: board.put.remote(metrics)) if rank == 0 else (lambda metrics: None),
+        storage=launch.storage,
+        scratch=Path(launch.scratch),
+        tell=lambda metrics: board.put.remote(metrics),
+        say=lambda line: ray.get(board.note.remote(line)),
     )
     try:
-        loop.run(request, launch.scale, link, launch.output)
-    except (ValueError, FloatingPointError) as error:
-        # An error of the settings or the data. The traceback travels as a note, since pickling an exception drops it; `get`
-        # waits until the board has the error, because this process ends with the `raise`.
+        worker.run(launch.request, launch.scale, seat)
+    except (ValueError, FloatingPointError, FullDisk) as error:
+        # An error of the settings or the data, or a full disk. The traceback travels as a note, since pickling an exception
+        # drops it; `get` waits until the board has the error, because this process ends with the `raise`.
         error.add_note(traceback.format_exc())
         ray.get(board.fail.remote(error))
         raise
-    if launch.is_remote and rank == 0:
-        filesystem, path = remote.opened(remote.joined(launch.storage, "output"))
-        pafs.copy_files(str(launch.output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
-
-
-def _report(metrics: dict[str, float], directory: Path | None) -> None:
-    """Report a checkpoint to Ray Train; it merges the files of all ranks into one checkpoint."""
-    checkpoint = None if directory is None else Checkpoint.from_directory(str(directory))
-    ray.train.report(
-        metrics,
-        checkpoint=checkpoint,
-        # The upload runs in a thread while the next steps compute; Ray Train removes the local files after it.
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
-
-
-def _local(checkpoint: Checkpoint) -> Path:
-    """Return a local directory with a checkpoint: the checkpoint itself on a local ROOT, else a copy for this node's ranks."""
-    assert checkpoint.filesystem is not None, "Ray Train sets the filesystem of a checkpoint"
-    return Path(checkpoint.path) if checkpoint.filesystem.type_name == "local" else Path(checkpoint.to_directory())
-
-
-def _best() -> Path | None:
-    """Return a local directory with the checkpoint of the lowest evaluation loss; None if no checkpoint was reported."""
-    # `get_all_reported_checkpoints` waits for uploads that are under way.
-    reported = [r for r in ray.train.get_all_reported_checkpoints() if r.checkpoint is not None]
-    if not reported:
-        return None
-    return _local(min(reported, key=lambda r: r.metrics["eval/loss"]).checkpoint)

@@ -2,7 +2,7 @@
 
 The files of the work directory:
 
-    plan.json                 the plan: number, first row, number of rows and SHA-256 of each shard
+    plan.json                 the plan: number, first row, number of rows and SHA-256 of each shard; with a sum, as each record
     plan/00000.json           the texts of a shard
     parts/part-00000.*        the part that was made of a shard
     done/00000.json           the record of the part, written after it: a shard without one is missing
@@ -27,7 +27,9 @@ from steerlab.data import pairs, rows
 from steerlab.data.values import Row
 from steerlab.guards import saved
 from steerlab.job import DataSet
+from steerlab.storage.errors import explained_full_disk
 from steerlab.storage.store import Store, StoreError
+from steerlab.storage.whole import is_intact, json_sum
 
 _TEXT_FIELDS = {
     "text": ("text",),
@@ -37,6 +39,7 @@ _TEXT_FIELDS = {
 }
 _FIELDS_BESIDE = {"text": ("seed",), "instruction": ("system", "history"), "preference": pairs.BESIDE}
 """Fields that a row may have; they are stored only where it has them, so that other texts keep their hash."""
+_AGAIN = "run the same command again, and it is made again"
 
 
 class Shard(NamedTuple):
@@ -58,6 +61,10 @@ class Planned(saved.Shape):
     """SHA-256 of the shard's texts, or of its name if it has no rows."""
     name: str = Field(default="", exclude_if=lambda name: not name)
     """Name of a part that is not made of rows; empty otherwise."""
+
+
+class _Plan(saved.Shape):
+    shards: list[Planned]
 
 
 class Facts(saved.Shape):
@@ -91,13 +98,15 @@ class WorkFolder:
         """The planned shards; None if no plan was written, or a damaged one."""
         # Only files that lead to the same result when they are made again are treated as missing when they are damaged.
         try:
-            return saved.checked(self._store.read_json(f"{self._folder}/plan.json"), list[Planned], self._folder)
+            plan = saved.checked(self._store.read_json(f"{self._folder}/plan.json"), dict[str, object], self._folder)
+            return saved.checked(plan, _Plan, self._folder).shards if is_intact(plan) else None
         except (FileNotFoundError, StoreError, saved.SavedError):
             return None
 
     @plan.setter
     def plan(self, entries: list[Planned]) -> None:
-        self._store.write_json(f"{self._folder}/plan.json", [entry.model_dump() for entry in entries])
+        plan = {"shards": [entry.model_dump() for entry in entries]}
+        self._store.write_json(f"{self._folder}/plan.json", {**plan, "xxh3": json_sum(plan)})
 
     def write_texts(self, number: int, texts: str) -> None:
         """Write the texts of a shard."""
@@ -112,8 +121,13 @@ class WorkFolder:
 
     def shard(self, entry: Planned) -> Shard:
         """Read a planned shard."""
+        # The plan was verified when the stage began; since then a disk may have lost something.
         texts = self.texts(entry.number)
-        assert texts is not None and _sha256(texts) == entry.sha256, "the plan was verified before"
+        if texts is None or not _is_whole(texts, entry):
+            raise ValueError(
+                f"the texts of shard {entry.number} in {self._base}/plan {'are missing' if texts is None else 'are damaged'}; "
+                f"{_AGAIN}"
+            )
         return Shard(entry.number, entry.first, json.loads(texts))
 
     def done(self, entry: Planned, verify: bool = False) -> Done | None:
@@ -122,8 +136,12 @@ class WorkFolder:
         `verify` compares the SHA-256 of the part; otherwise only its size is compared.
         """
         try:
-            row = saved.checked(self._store.read_json(f"{self._folder}/done/{entry.number:05d}.json"), Done, self._folder)
+            record = self._store.read_json(f"{self._folder}/done/{entry.number:05d}.json")
+            row = saved.checked(record, Done, self._folder)
         except (FileNotFoundError, StoreError, saved.SavedError):
+            return None
+        # The counts of a part enter the artifact, where nothing else would show that they have changed.
+        if not is_intact(record):
             return None
         path = self._part(row.path)
         # The size costs one request on an object store; reading every part to the end costs as much as a download.
@@ -151,26 +169,38 @@ class WorkFolder:
         name = f"part-{entry.number:05d}{suffix}"
         self._fs.create_dir(f"{self._base}/parts", recursive=True)
         if isinstance(self._fs, pafs.LocalFileSystem):
-            facts = make(Path(self._base, "parts", name))
+            path = Path(self._base, "parts", name)
+            with explained_full_disk(f"part {entry.number}", self.address[0], path):
+                facts = make(path)
         else:
             # An object appears at the end of its upload, so the part is made on the node's disk and uploaded in one piece.
-            with tempfile.TemporaryDirectory() as scratch:
+            here = Path(tempfile.gettempdir())
+            with explained_full_disk(f"part {entry.number}", f"{here}", here), tempfile.TemporaryDirectory() as scratch:
                 facts = make(Path(scratch, name))
                 with Path(scratch, name).open("rb") as source, self._fs.open_output_stream(self._part(name)) as target:
                     shutil.copyfileobj(source, target, 1 << 22)
         # The record is written last: whatever kills this process before leaves a shard that counts as missing.
         row = {"number": entry.number, "first": entry.first, "planned": entry.sha256, **facts.model_dump()}
-        self._store.write_json(f"{self._folder}/done/{entry.number:05d}.json", row)
+        self._store.write_json(f"{self._folder}/done/{entry.number:05d}.json", {**row, "xxh3": json_sum(row)})
         return Done.model_validate(row)
 
     def _part(self, name: str) -> str:
         return f"{self._base}/parts/{name}"
 
     def copy_parts(self, directory: Path) -> None:
-        """Put all planned parts into a local directory: hard links on a disk, copies from an object store."""
-        for entry in self.plan or []:
-            row = self.done(entry)
-            assert row is not None, "the caller made every missing part"
+        """Put all planned parts into a local directory: hard links on a disk, copies from an object store.
+
+        Raises:
+            ValueError: the plan, or a part that was whole when it was made, is damaged.
+        """
+        entries = self.plan
+        if entries is None:
+            raise ValueError(f"{self._base}/plan.json is damaged or missing; {_AGAIN}")
+        for entry in entries:
+            # To the last byte: the artifact's manifest would take the sum of a damaged part for that of a whole one.
+            row = self.done(entry, verify=True)
+            if row is None:
+                raise ValueError(f"part {entry.number} in {self._base}/parts is damaged or missing; {_AGAIN}")
             source, target = self._part(row.path), directory / row.path
             if isinstance(self._fs, pafs.LocalFileSystem):
                 # A hard link takes no space, and the part stays in the work directory if the process dies before the commit.

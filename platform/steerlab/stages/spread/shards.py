@@ -13,7 +13,6 @@ The file is longer than 300 lines because driver and workers of a pool share its
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import tempfile
@@ -38,8 +37,8 @@ from steerlab.stages.spread import alone, reserved, shard_plan, subject
 from steerlab.stages.spread.shard_plan import Done, Facts, Planned, Shard, WorkFolder
 from steerlab.stages.spread.subject import Loading
 from steerlab.stages.spread.tally import Tally, following
+from steerlab.storage.errors import FullDisk, StoreError
 from steerlab.storage.plan import Work
-from steerlab.storage.store import StoreError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
     from steerlab.steered.language import SteeredModel
 
 _POLL_S = 0.5
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Maker(ABC):
@@ -311,14 +309,9 @@ class _Worker:
         try:
             shard = self._folder.shard(entry)
             return self._folder.keep(entry, self._maker.suffix, lambda path: make(shard, path, tell))
-        except ValueError as error:
-            return _failure(error)
-        except OSError as error:
+        except (ValueError, FullDisk) as error:
             # Any other error of a disk or a network may pass: Ray repeats the shard.
-            if error.errno not in _FULL_DISK:
-                raise
-            message = f"no space left for part {entry.number} in {self._folder.address[0]}"
-            return _failure(error).model_copy(update={"failure": message})
+            return _failure(error)
 
 
 _LINE: TypeAdapter[Done | _Failure] = TypeAdapter(Done | _Failure)

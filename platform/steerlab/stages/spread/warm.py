@@ -2,37 +2,27 @@
 
 A Ray Train run takes about 16 s on 2 cores to start and stop, whatever it trains. Here Ray Train runs in its local mode inside
 a process that stays (staying.py), so that imports are paid for once. The loop is that of `launch`, with the same results to the
-last bit. A process that dies is replaced, and the loop continues from the newest checkpoint.
+last bit, and with the same checkpoints. A process that dies is replaced, and the loop continues from the newest one.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 import tempfile
 import uuid
+import warnings
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import ray
-from pydantic import Field, FiniteFloat
 from ray.train import RunConfig, ScalingConfig
 
-from steerlab.data.sources import remote
-from steerlab.guards import files, private_parts, saved
+from steerlab.guards import private_parts
 from steerlab.job import ScaleConfig
 from steerlab.stages.spread import alone, reserved, staying
 from steerlab.storage.plan import ModelRef, Report
-from steerlab.training.request import Request, received
+from steerlab.training.request import Request
 
-_REPORTED = "report.json"
-"""File that is written last into a checkpoint; a folder without it is no checkpoint."""
-_LONGEST_REPORT = 2**20
-"""Bytes of that file at most; it holds a dozen numbers."""
-_NAME = re.compile(r"[0-9]{9,18}")
-"""Name of a checkpoint's folder: the number of its step. Other folders are ignored."""
+_Line = dict[str, float] | str
+"""What a training sends while it runs: the metrics of a step, or a line for the user."""
 
 
 def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report: Report) -> None:
@@ -47,11 +37,13 @@ def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report:
     assert scale.worker_range == (1, 1), "several workers need a Ray Train run of their own"
     newest = 0.0
 
-    def receive(metrics: dict[str, float]) -> None:
+    def receive(line: _Line) -> None:
         nonlocal newest
-        if metrics["step"] > newest:  # a process that replaces another repeats the steps since its checkpoint
-            newest = metrics["step"]
-            report(metrics)
+        if isinstance(line, str):
+            warnings.warn(line, stacklevel=2)
+        elif line["step"] > newest:  # a process that replaces another repeats the steps since its checkpoint
+            newest = line["step"]
+            report(line)
 
     held = {"num_cpus": scale.cpus_per_worker, "num_gpus": reserved.gpus_of(scale)}
     staying.call(_train, (request, scale, storage), scale, held, receive)
@@ -69,7 +61,7 @@ def _import() -> None:
     import steerlab.training.loop  # noqa: F401
 
 
-def _train(tell: Report, request: Request[ModelRef], scale: ScaleConfig, storage: str) -> None:
+def _train(tell: staying.Tell[_Line], request: Request[ModelRef], scale: ScaleConfig, storage: str) -> None:
     """Run the loop under Ray Train's local mode."""
     if alone.here() is not None:
         _loop(request, scale, storage, tell)
@@ -82,12 +74,12 @@ def _train(tell: Report, request: Request[ModelRef], scale: ScaleConfig, storage
     ).fit()
 
 
-def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Report) -> None:
+def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: staying.Tell[_Line]) -> None:
     """Train from the newest checkpoint below `storage` to the end, and leave the artifact there."""
     import torch
     from torch import distributed
 
-    from steerlab.training import loop
+    from steerlab.training import worker
 
     gpu = reserved.has_gpu()
     if not distributed.is_initialized():
@@ -96,113 +88,21 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
         store = distributed.HashStore()  # type: ignore[attr-defined]
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
-    checkpoints = _Checkpoints(storage)
     # On a disk, scratch lies beside the checkpoints, so that a finished one is renamed and not copied.
-    is_remote = "://" in storage
-    scratch = Path(f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if is_remote else f"{storage}/scratch")
-    output = scratch / "output" if is_remote else Path(storage) / "output"
-    link = loop.Link(
+    scratch = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
+    seat = worker.Seat(
         rank=0,
         world_size=1,
+        local_rank=0,
         device=torch.device("cuda" if gpu else "cpu"),
-        report=checkpoints.add,
-        scratch=scratch / "rank0",
-        latest=checkpoints.latest(),
-        best=checkpoints.best,
+        storage=storage,
+        scratch=Path(scratch),
         tell=tell,
+        say=tell,
     )
     try:
-        loop.run(received(request), scale, link, output)
-        if is_remote:
-            filesystem, path = remote.opened(remote.joined(storage, "output"))
-            pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+        worker.run(request, scale, seat)
     finally:
-        # The process stays, so the disk and the GPU memory in PyTorch's cache must be free for the next training.
-        shutil.rmtree(scratch, ignore_errors=True)
+        # The process stays, so the GPU memory in PyTorch's cache must be free for the next training.
         if gpu:
             torch.cuda.empty_cache()
-
-
-class _Report(saved.Shape):
-    loss: FiniteFloat = Field(alias="eval/loss")
-
-
-class _Checkpoints:
-    """The newest checkpoint of a training and the one with the lowest evaluation loss, below its storage."""
-
-    def __init__(self, storage: str) -> None:
-        self._is_local = "://" not in storage
-        if self._is_local:
-            self._fs, self._base = pafs.LocalFileSystem(), f"{storage}/warm"
-        else:
-            self._fs, self._base = remote.opened(remote.joined(storage, "warm"))
-
-    def add(self, metrics: dict[str, float], directory: Path | None) -> None:
-        """Store the checkpoint in `directory` atomically, and remove those that are neither the newest nor the best."""
-        assert directory is not None, "the loop reports checkpoints only"
-        # Within the folder and before the rename: folder and report appear in one step.
-        (directory / _REPORTED).write_text(json.dumps(metrics))
-        name = f"{int(metrics['step']):09d}"
-        if self._is_local:
-            target = Path(self._base) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # An earlier process may have stored the same step before it died; a rename onto a full directory fails.
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(directory, target)
-        else:
-            self._upload(directory, f"{self._base}/{name}")
-        losses = self._losses()
-        # Names have nine digits and more, so that their order as texts is that of the steps.
-        for step in losses.keys() - {max(losses), _best(losses)}:
-            self._fs.delete_dir(f"{self._base}/{step}")
-
-    def latest(self) -> Path | None:
-        """Return a local directory with the newest checkpoint; None if there is no checkpoint."""
-        losses = self._losses()
-        return self._local(max(losses)) if losses else None
-
-    def best(self) -> Path | None:
-        """Return a local directory with the checkpoint of the lowest evaluation loss; None if there is no checkpoint."""
-        losses = self._losses()
-        return self._local(_best(losses)) if losses else None
-
-    def _losses(self) -> dict[str, float]:
-        """Return the evaluation loss of every complete checkpoint by its name.
-
-        Raises:
-            ValueError: the report of a checkpoint is damaged.
-        """
-        losses = {}
-        for info in self._fs.get_file_info(pafs.FileSelector(self._base, allow_not_found=True)):
-            marker = f"{self._base}/{info.base_name}/{_REPORTED}"
-            report = self._fs.get_file_info(marker)
-            if not _NAME.fullmatch(info.base_name) or report.type != pafs.FileType.File:
-                continue
-            if report.size > _LONGEST_REPORT:
-                raise files.FileError(f"{marker} has {report.size:,} bytes; such a file has {_LONGEST_REPORT:,} at most")
-            with self._fs.open_input_stream(marker) as stream:
-                losses[info.base_name] = saved.parsed(stream.read(), _Report, marker).loss
-        return losses
-
-    def _upload(self, directory: Path, target: str) -> None:
-        """Copy a checkpoint to an object store, its report last: without it an upload that was cut short is no checkpoint."""
-        marker = (directory / _REPORTED).read_bytes()
-        (directory / _REPORTED).unlink()
-        pafs.copy_files(str(directory), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self._fs)
-        with self._fs.open_output_stream(f"{target}/{_REPORTED}") as stream:
-            stream.write(marker)
-        shutil.rmtree(directory)
-
-    def _local(self, name: str) -> Path:
-        if self._is_local:
-            return Path(self._base) / name
-        # DeepSpeed reads files by path, so that a checkpoint in a bucket has to be downloaded whole.
-        copy = Path(tempfile.mkdtemp(prefix="steerlab-"))
-        folder = f"{self._base}/{name}"
-        remote.copy(self._fs, folder, remote.files_below(self._fs, folder), copy)
-        return copy
-
-
-def _best(losses: dict[str, float]) -> str:
-    """Return the checkpoint with the lowest evaluation loss; of equal ones the earliest."""
-    return min(losses, key=lambda step: (losses[step], step))
