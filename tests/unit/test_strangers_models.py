@@ -156,7 +156,7 @@ def test_what_a_warm_training_reported_is_a_number(content: str, tmp_path: Path)
     for name, reported in (("000000001", '{"eval/loss": 0.5}'), ("zzz", '{"eval/loss": 0.1}')):
         (tmp_path / "warm" / name).mkdir(parents=True)
         (tmp_path / "warm" / name / "report.json").write_text(reported)
-    found = warm._Checkpoints(str(tmp_path))
+    found = warm._Checkpoints(str(tmp_path), tmp_path / "scratch")
     assert found.latest() == found.best() == tmp_path / "warm" / "000000001"
     (tmp_path / "warm" / "000000002").mkdir()
     (tmp_path / "warm" / "000000002" / "report.json").write_text(content)

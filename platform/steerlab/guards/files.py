@@ -102,6 +102,18 @@ def appending(path: Path) -> BinaryIO:
     return os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)
 
 
+def shared_lock(path: Path) -> int:
+    """Hold a lock on a file that several processes may hold, but none together with `locked`; closing the result ends it."""
+    handle = _opened(path, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(handle)
+            raise
+    return handle
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on a file during the block; the file is made if it does not exist.

@@ -6,10 +6,12 @@ The file is longer than 300 lines because driver and workers of a training share
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 import threading
 import traceback
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -21,10 +23,11 @@ from pydantic import Field, FiniteFloat
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from steerlab.data.sources import remote
+from steerlab.data.sources import cache_root, remote
 from steerlab.guards import files, saved
 from steerlab.job import ScaleConfig
 from steerlab.stages.spread import reserved
+from steerlab.storage import temporary
 from steerlab.storage.plan import ModelRef, Report
 from steerlab.training.request import Request, received
 
@@ -85,18 +88,11 @@ class _Launch:
     board: ActorHandle
     storage: str
     """Path or URI of the stage's work directory, valid on all nodes."""
-    scratch: str
-    """Local folder for checkpoints that are being written."""
 
     @property
     def is_remote(self) -> bool:
         """Whether the storage is an object store and not a disk."""
         return "://" in self.storage
-
-    @property
-    def output(self) -> Path:
-        """Local folder into which rank 0 writes the artifact."""
-        return Path(self.scratch if self.is_remote else self.storage) / "output"
 
 
 def fit(
@@ -127,11 +123,9 @@ def fit(
     gpu = reserved.uses_gpu(scale)
     filesystem, base = _opened(storage)
     board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
-    # On a disk, scratch lies beside the checkpoints and is removed with them; for a bucket it needs the node's own disk.
-    scratch = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"launch": _Launch(request, scale, board, storage, scratch)},
+        train_loop_config={"launch": _Launch(request, scale, board, storage)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scale.workers,
@@ -264,41 +258,65 @@ def _worker(config: dict[str, _Launch]) -> None:
     """Run the training loop on one rank."""
     import torch
 
-    from steerlab.training import loop
-
     launch = config["launch"]
     board = launch.board
     # Ray Train starts a new group of workers after any error. If the error was one of settings or data, a second group would
     # only repeat it; it ends here instead, without an error, which ends the run.
     if ray.get(board.failed.remote()):
         return
-    context = ray.train.get_context()
     request = received(launch.request)
     # PyTorch starts a thread for every core of the node, not for the CPUs that Ray reserved for this worker.
     torch.set_num_threads(max(1, int(launch.scale.cpus_per_worker)))
-    rank = context.get_world_rank()
-    checkpoint = ray.train.get_checkpoint()
+    with _scratch(launch) as scratch:
+        _train(launch, request, scratch)
+
+
+def _train(launch: _Launch, request: Request[Path], scratch: Path) -> None:
+    """Run the loop on this rank, and leave the artifact in the storage."""
+    from steerlab.training import loop
+
+    context, board, copies = ray.train.get_context(), launch.board, _Copies()
+    rank, checkpoint = context.get_world_rank(), ray.train.get_checkpoint()
+    output = (scratch if launch.is_remote else Path(launch.storage)) / "output"
     link = loop.Link(
         rank=rank,
         world_size=context.get_world_size(),
         device=get_device(),
         report=_report,
-        scratch=Path(launch.scratch) / f"rank{rank}",
-        latest=None if checkpoint is None else _local(checkpoint),
-        best=_best,
+        scratch=scratch / f"rank{rank}",
+        latest=None if checkpoint is None else copies.of(checkpoint),
+        best=copies.best,
         tell=(lambda metrics: board.put.remote(metrics)) if rank == 0 else (lambda metrics: None),
     )
     try:
-        loop.run(request, launch.scale, link, launch.output)
+        loop.run(request, launch.scale, link, output)
     except (ValueError, FloatingPointError) as error:
         # An error of the settings or the data. The traceback travels as a note, since pickling an exception drops it; `get`
         # waits until the board has the error, because this process ends with the `raise`.
         error.add_note(traceback.format_exc())
         ray.get(board.fail.remote(error))
         raise
-    if launch.is_remote and rank == 0:
-        filesystem, path = remote.opened(remote.joined(launch.storage, "output"))
-        pafs.copy_files(str(launch.output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+    if launch.is_remote:
+        if rank == 0:
+            filesystem, path = remote.opened(remote.joined(launch.storage, "output"))
+            pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
+        # Waits for uploads of checkpoints from the scratch folder, which is about to be removed.
+        ray.train.get_all_reported_checkpoints()
+        copies.remove()
+
+
+@contextmanager
+def _scratch(launch: _Launch) -> Iterator[Path]:
+    """Provide a local folder for checkpoints that are being written and, for a bucket, the artifact."""
+    if not launch.is_remote:
+        # Beside the checkpoints, so that they are renamed and not copied, and removed with them.
+        yield Path(launch.storage) / "scratch"
+        return
+    folder = cache_root() / "tmp"
+    # Those of workers that were killed on this node: nothing else of steerlab may run here.
+    temporary.sweep(folder)
+    with temporary.directory(folder, f"train-{uuid.uuid4().hex[:12]}") as path:
+        yield path
 
 
 def _report(metrics: dict[str, float], directory: Path | None) -> None:
@@ -313,16 +331,34 @@ def _report(metrics: dict[str, float], directory: Path | None) -> None:
     )
 
 
-def _local(checkpoint: Checkpoint) -> Path:
-    """Return a local directory with a checkpoint: the checkpoint itself on a local ROOT, else a copy for this node's ranks."""
-    assert checkpoint.filesystem is not None, "Ray Train sets the filesystem of a checkpoint"
-    return Path(checkpoint.path) if checkpoint.filesystem.type_name == "local" else Path(checkpoint.to_directory())
+class _Copies:
+    """Local directories with checkpoints: on a local ROOT the checkpoints themselves, else copies for this node's ranks."""
 
+    def __init__(self) -> None:
+        self._paths: set[Path] = set()
 
-def _best() -> Path | None:
-    """Return a local directory with the checkpoint of the lowest evaluation loss; None if no checkpoint was reported."""
-    # `get_all_reported_checkpoints` waits for uploads that are under way.
-    reported = [r for r in ray.train.get_all_reported_checkpoints() if r.checkpoint is not None]
-    if not reported:
-        return None
-    return _local(min(reported, key=lambda r: r.metrics["eval/loss"]).checkpoint)
+    def of(self, checkpoint: Checkpoint) -> Path:
+        """Return the directory of a checkpoint."""
+        assert checkpoint.filesystem is not None, "Ray Train sets the filesystem of a checkpoint"
+        if checkpoint.filesystem.type_name == "local":
+            return Path(checkpoint.path)
+        path = Path(checkpoint.to_directory())
+        self._paths.add(path)
+        return path
+
+    def best(self) -> Path | None:
+        """Return the directory of the checkpoint of the lowest evaluation loss; None if no checkpoint was reported."""
+        # `get_all_reported_checkpoints` waits for uploads that are under way.
+        reported = [r for r in ray.train.get_all_reported_checkpoints() if r.checkpoint is not None]
+        if not reported:
+            return None
+        return self.of(min(reported, key=lambda r: r.metrics["eval/loss"]).checkpoint)
+
+    def remove(self) -> None:
+        """Remove the copies, when all ranks have read them."""
+        from torch import distributed
+
+        if self._paths:
+            distributed.barrier()
+        for path in self._paths:
+            shutil.rmtree(path, ignore_errors=True)

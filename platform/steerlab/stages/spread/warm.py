@@ -13,19 +13,26 @@ import re
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.fs as pafs
 import ray
 from pydantic import Field, FiniteFloat
 from ray.train import RunConfig, ScalingConfig
 
-from steerlab.data.sources import remote
+from steerlab.data.sources import cache_root, remote
 from steerlab.guards import files, private_parts, saved
 from steerlab.job import ScaleConfig
 from steerlab.stages.spread import reserved, staying
+from steerlab.storage import temporary
 from steerlab.storage.plan import ModelRef, Report
 from steerlab.training.request import Request, received
+
+if TYPE_CHECKING:
+    import torch
 
 _REPORTED = "report.json"
 """File that is written last into a checkpoint; a folder without it is no checkpoint."""
@@ -84,8 +91,6 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
     import torch
     from torch import distributed
 
-    from steerlab.training import loop
-
     gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
     if not distributed.is_initialized():
         # Once for each process. A group of one needs no port: a `HashStore` lives in the memory of the process.
@@ -93,31 +98,51 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: Re
         store = distributed.HashStore()  # type: ignore[attr-defined]
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
-    checkpoints = _Checkpoints(storage)
-    # On a disk, scratch lies beside the checkpoints, so that a finished one is renamed and not copied.
-    is_remote = "://" in storage
-    scratch = Path(f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if is_remote else f"{storage}/scratch")
-    output = scratch / "output" if is_remote else Path(storage) / "output"
+    try:
+        with _scratch(storage) as scratch:
+            _run(received(request), scale, storage, tell, scratch, torch.device("cuda" if gpu else "cpu"))
+    finally:
+        # The process stays, so the disk and the GPU memory in PyTorch's cache must be free for the next training.
+        if gpu:
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _scratch(storage: str) -> Iterator[Path]:
+    """Provide a local folder for checkpoints that are being written or read and, for a bucket, the artifact."""
+    if "://" in storage:
+        folder = cache_root() / "tmp"
+        temporary.sweep(folder)
+        with temporary.directory(folder, f"train-{uuid.uuid4().hex[:12]}") as path:
+            yield path
+        return
+    # Beside the checkpoints, so that a finished one is renamed and not copied.
+    try:
+        yield Path(storage) / "scratch"
+    finally:
+        shutil.rmtree(Path(storage) / "scratch", ignore_errors=True)
+
+
+def _run(request: Request[Path], scale: ScaleConfig, storage: str, tell: Report, scratch: Path, device: torch.device) -> None:
+    """Run the loop, and leave the artifact in the storage."""
+    from steerlab.training import loop
+
+    checkpoints, is_remote = _Checkpoints(storage, scratch), "://" in storage
+    output = (scratch if is_remote else Path(storage)) / "output"
     link = loop.Link(
         rank=0,
         world_size=1,
-        device=torch.device("cuda" if gpu else "cpu"),
+        device=device,
         report=checkpoints.add,
         scratch=scratch / "rank0",
         latest=checkpoints.latest(),
         best=checkpoints.best,
         tell=tell,
     )
-    try:
-        loop.run(received(request), scale, link, output)
-        if is_remote:
-            filesystem, path = remote.opened(remote.joined(storage, "output"))
-            pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
-    finally:
-        # The process stays, so the disk and the GPU memory in PyTorch's cache must be free for the next training.
-        shutil.rmtree(scratch, ignore_errors=True)
-        if gpu:
-            torch.cuda.empty_cache()
+    loop.run(request, scale, link, output)
+    if is_remote:
+        filesystem, path = remote.opened(remote.joined(storage, "output"))
+        pafs.copy_files(str(output), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem)
 
 
 class _Report(saved.Shape):
@@ -127,7 +152,8 @@ class _Report(saved.Shape):
 class _Checkpoints:
     """The newest checkpoint of a training and the one with the lowest evaluation loss, below its storage."""
 
-    def __init__(self, storage: str) -> None:
+    def __init__(self, storage: str, scratch: Path) -> None:
+        self._scratch = scratch
         self._is_local = "://" not in storage
         if self._is_local:
             self._fs, self._base = pafs.LocalFileSystem(), f"{storage}/warm"
@@ -194,7 +220,7 @@ class _Checkpoints:
         if self._is_local:
             return Path(self._base) / name
         # DeepSpeed reads files by path, so that a checkpoint in a bucket has to be downloaded whole.
-        copy = Path(tempfile.mkdtemp(prefix="steerlab-"))
+        copy = self._scratch / f"read-{uuid.uuid4().hex}"
         folder = f"{self._base}/{name}"
         remote.copy(self._fs, folder, remote.files_below(self._fs, folder), copy)
         return copy
