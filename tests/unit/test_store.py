@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import s3_server
 
 from steerlab.cli import opening
 from steerlab.data.sources import remote
+from steerlab.storage import copies, parted
 from steerlab.storage.store import Store, StoreError
 
 KEY = "k" * 64
@@ -153,7 +155,8 @@ def test_download_compares_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         stream.write(b"jello")
     with pytest.raises(StoreError, match=r"a\.txt has another content than when it was written"):
         store.local("train", KEY)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert left == [f"{KEY}.lock"]
 
 
 @pytest.mark.parametrize("moment", ["filling", "committed"])
@@ -307,6 +310,78 @@ def test_broken_json_is_named(local: Store) -> None:
 
 def test_list_of_an_absent_directory_is_empty(store: Store) -> None:
     assert store.list("runs/nothing") == []
+
+
+def test_copies_of_a_node_stay_within_a_size_and_those_in_use_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four artifacts of 1 MB where 2.5 MB are allowed: the two used longest ago go, unless a process uses them."""
+    monkeypatch.setenv("STEERLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(copies, "_pins", OrderedDict())
+    store, paths = Store("mock:///bucket"), {}
+
+    def use(key: str, *, keep: bool = False) -> Path:
+        if not store.has("train", key):
+            with store.temporary("train", key) as directory:
+                (directory / "x").write_bytes(bytes(1_000_000))
+                store.commit("train", key, directory, {})
+        paths[key] = store.local("train", key)
+        used_s = len(paths)
+        os.utime(copies._lock_of(paths[key]), (used_s, used_s))
+        if not keep:  # as when the process ends
+            os.close(copies._pins.popitem()[1])
+        return paths[key]
+
+    use("a", keep=True)
+    for key in "bc":
+        use(key)
+    monkeypatch.setenv("STEERLAB_CACHE_GB", "0.0025")
+    use("d")
+    assert [key for key in "abcd" if paths[key].exists()] == ["a", "d"]
+    assert (use("b") / "x").stat().st_size == 1_000_000, "it is downloaded again"
+    monkeypatch.setenv("STEERLAB_CACHE_GB", "many")
+    with pytest.raises(ValueError, match=r"STEERLAB_CACHE_GB is 'many': give the gigabytes"):
+        copies.most_bytes()
+
+
+class Counting:
+    """A file system that counts its requests."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.requests = inner, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests += name != "type_name"
+        return getattr(self.inner, name)
+
+
+def test_a_line_is_one_request_however_long_the_file(
+    server: s3_server.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parted, "MOST_PARTS", 5)
+    store = Store.open(server.root(tmp_path.name))
+    store.append_line("m.jsonl", 0)
+    counting: Any = Counting(store._fs)
+    store._fs = counting
+    for number in range(1, 5):
+        before = counting.requests
+        store.append_lines("m.jsonl", [number, -number])
+        assert counting.requests == before + 1
+    for number in range(5, 30):
+        store.append_line("m.jsonl", number)
+    expected = [0, *(sign * number for number in range(1, 5) for sign in (1, -1)), *range(5, 30)]
+    assert store.read_lines("m.jsonl") == expected
+    assert len(store.list("m.jsonl.parts")) <= 5
+    # Another process goes on, and a merge that was killed before it removed the parts doubles nothing.
+    other = Store(store.root)
+    other.append_line("m.jsonl", 30)
+    monkeypatch.setattr(other, "remove", lambda path: None)
+    other.merge_lines("m.jsonl")
+    assert other.list("m.jsonl.parts")
+    assert Store(store.root).read_lines("m.jsonl") == [*expected, 30]
+    assert [json.loads(line) for line in other.read_text("m.jsonl").splitlines()] == [*expected, 30]
+    Store(store.root).append_line("m.jsonl", 31)
+    store.merge_lines("m.jsonl")
+    assert Store(store.root).read_lines("m.jsonl") == [*expected, 30, 31]
+    assert store.list("m.jsonl.parts") == []
 
 
 # Opening

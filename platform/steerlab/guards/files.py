@@ -109,6 +109,18 @@ def write_all(file: BinaryIO, content: bytes) -> None:
         left = left[file.write(left) :]
 
 
+def shared_lock(path: Path) -> int:
+    """Hold a lock on a file that several processes may hold, but none together with `locked`; closing the result ends it."""
+    handle = _opened(path, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(handle)
+            raise
+    return handle
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on a file during the block; the file is made if it does not exist.

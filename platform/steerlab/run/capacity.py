@@ -18,7 +18,7 @@ from steerlab.job import own_code
 from steerlab.methods.edited import Edited
 from steerlab.run import sharing
 from steerlab.stages import Plan, edit, extract, train
-from steerlab.storage import exclusive, plan
+from steerlab.storage import copies, exclusive, plan
 from steerlab.storage.store import Store
 
 Estimates = Mapping[str, plan.Estimate]
@@ -108,9 +108,9 @@ def check_machine(records: list[plan.Record], needs: Estimates, store: Store) ->
 def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None:
     """Refuse a job that the connected Ray cluster cannot run.
 
-    Checked are: the package that a ROOT in an object store needs; on several nodes, whether a local ROOT is one shared folder;
-    the GPUs that the job requires; and, with a `train` section, the workers, the free disk at ROOT, and the memory of the
-    largest node (unless the training uses GPUs).
+    Checked are: the package that a ROOT in an object store needs, and STEERLAB_CACHE_GB; on several nodes, whether a local ROOT
+    is one shared folder; the GPUs that the job requires; and, with a `train` section, the workers, the free disk at ROOT, and
+    the memory of the largest node (unless the training uses GPUs).
     Warns of local input files on a cluster of several nodes.
 
     Raises:
@@ -119,6 +119,7 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
     from steerlab.stages.spread import reserved
 
     exclusive.check(store.root)
+    copies.most_bytes()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if store.is_local and len(nodes) > 1:
         sharing.check(store, {node["NodeID"]: node["NodeManagerHostname"] for node in nodes})

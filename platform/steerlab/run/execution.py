@@ -12,6 +12,7 @@ from pathlib import Path
 
 from steerlab.evaluation.statistics import stored
 from steerlab.guards import texts
+from steerlab.guards.json_values import JsonObject
 from steerlab.job import Job, dump
 from steerlab.run.record import RunSummary, check_numbers, environment, generations_of, root_cause, samples_of, summarise
 from steerlab.stages import Plan
@@ -19,6 +20,10 @@ from steerlab.stages.spread import staying
 from steerlab.storage import plan
 from steerlab.storage.store import Store, StoreError
 from steerlab.tracking import FINISH_WAIT_S, Place, Tracker, prometheus
+
+_METRICS_EVERY_S = 5.0
+"""Seconds between two objects with lines of metrics. A process that dies loses the lines since the last one; they come again,
+because a training that continues reports all of its steps again."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def execute(
 
 def _finish(planned: Plan, store: Store, folder: str, records: list[plan.Record], tracker: Tracker, wait_s: float) -> Run:
     """Write the files of a run whose stages are done, and close it in W&B."""
+    store.merge_lines(f"{folder}/metrics.jsonl")
     # Readers take the presence of summary.json as the sign that a run has finished, so a failed run has none.
     summary = summarise(planned, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
@@ -167,11 +173,21 @@ def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, liste
     for line in store.read_lines(f"{folder}/metrics.jsonl"):
         last_steps[line["key"]] = max(last_steps.get(line["key"], 0), line["step"])
     keys, own = list(planned.trainings), planned.model
+    lines: list[JsonObject] = []
+    written_s = float("-inf")
+
+    def write(*, now: bool) -> None:
+        """Write the lines of metrics so far; on an object store not every step, but every few seconds."""
+        nonlocal written_s
+        if lines and (now or store.is_local or time.monotonic() - written_s > _METRICS_EVERY_S):
+            store.append_lines(f"{folder}/metrics.jsonl", lines)
+            lines.clear()
+            written_s = time.monotonic()
 
     def reported(stage: plan.Stage, metrics: dict[str, float]) -> None:
         if "step" in metrics and metrics["step"] > last_steps.get(stage.key[:12], 0):
-            line = {"stage": stage.name, "key": stage.key[:12], **metrics}
-            store.append_line(f"{folder}/metrics.jsonl", line)
+            lines.append({"stage": stage.name, "key": stage.key[:12], **metrics})
+            write(now=False)
         if "step" in metrics:
             shown = {name: value for name, value in metrics.items() if name not in ("steps", "left_s")}
             # The trainings below a job's own have axes of their own: base/train, base/base/train.
@@ -182,6 +198,7 @@ def _following(planned: Plan, store: Store, folder: str, tracker: Tracker, liste
 
     def ended(record: plan.Record) -> None:
         stage = record.stage
+        write(now=True)
         inputs = [(needed.name, needed.key, _uri(store, needed)) for needed in stage.inputs.values()]
         tracker.stage(stage.name, stage.key, stage.label, record.status, record.seconds, _uri(store, stage), inputs)
         prometheus.ended(record)

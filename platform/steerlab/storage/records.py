@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,7 +22,10 @@ from steerlab.guards import files, texts, waiting
 from steerlab.guards.json_values import Json
 from steerlab.storage import exclusive
 from steerlab.storage.errors import StoreError, existing_parent, explained_full_disk
+from steerlab.storage.parted import Parted
 
+_WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
+"""Types of file systems that write an object without a folder for it; making one costs several requests."""
 _LONGEST = 2**30
 """Bytes of a file at most that is read into memory."""
 
@@ -39,6 +43,7 @@ class Records:
         self.root = remote.joined(root) if root.strip("/") else root
         self._fs, self._base = _filesystem(self.root)
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
+        self._parted: dict[str, Parted] = {}
 
     def where(self, *parts: str) -> str:
         """Return the path or URI of something below ROOT, for messages and for libraries that open it themselves."""
@@ -99,30 +104,41 @@ class Records:
         return self._read(relpath)
 
     def append_line(self, relpath: str, obj: object) -> None:
-        """Append `obj` as one line of JSON.
+        """Append `obj` as one line of JSON. On a local ROOT several processes may append to a file, on an object store one."""
+        self.append_lines(relpath, [obj])
 
-        On a local ROOT several processes may append to one file. On an object store only one may: each line rewrites the file.
-        """
-        line = json.dumps(obj, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    def append_lines(self, relpath: str, objects: Sequence[object]) -> None:
+        """Append each object as a line of JSON. On an object store this is one request, however many lines there are."""
+        lines = [json.dumps(obj, ensure_ascii=False, allow_nan=False).encode() for obj in objects]
         if not self.is_local:
-            before = self._read(relpath) if self._is_file(self._at(relpath)) else b""
-            return self._write(relpath, before + line)
+            return self._parted_file(relpath).append(lines)
         path = Path(self._at(relpath))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._explain_full_disk(relpath, len(line)), files.appending(path) as file:
+        content = b"".join(line + b"\n" for line in lines)
+        with self._explain_full_disk(relpath, len(content)), files.appending(path) as file:
             # A writer that was killed may have left half a line. Without a line break, this line would be lost with it.
             if file.tell() and not _ends_in_newline(path):
-                line = b"\n" + line
-            files.write_all(file, line)
+                content = b"\n" + content
+            files.write_all(file, content)
+
+    def merge_lines(self, relpath: str) -> None:
+        """Make one file of the lines that were appended, where an object store has them in several."""
+        if not self.is_local:
+            self._parted_file(relpath).merge()
 
     def read_lines(self, relpath: str) -> list[Any]:
         """Return the values that `append_line` wrote; [] if the file is absent.
 
         Lines that are not JSON are skipped: a killed writer may have left half a line.
         """
-        if not self._is_file(self._at(relpath)):
-            return []
-        return [value for line in self._read(relpath).splitlines() for value in _whole_values(line)]
+        if not self.is_local:
+            lines = Parted(self, relpath).read()
+        else:
+            lines = self._read(relpath).splitlines() if self._is_file(self._at(relpath)) else []
+        return [value for line in lines for value in _whole_values(line)]
+
+    def _parted_file(self, relpath: str) -> Parted:
+        return self._parted.setdefault(relpath, Parted(self, relpath))
 
     def list(self, relpath: str) -> list[str]:
         """Return the sorted names of the files and folders directly in a directory; [] if it is absent."""
@@ -167,8 +183,9 @@ class Records:
     def _write(self, relpath: str, content: bytes) -> None:
         """Write a file that readers see whole or not at all."""
         path = self._at(relpath)
-        with self._answering():
-            self._fs.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        if self._fs.type_name not in _WITHOUT_FOLDERS:
+            with self._answering():
+                self._fs.create_dir(str(PurePosixPath(path).parent), recursive=True)
         # An object appears when its upload ends. A file appears when it is opened, so it is written under another name.
         written = f"{path}.{uuid.uuid4().hex[:12]}" if self.is_local else path
         with self._explain_full_disk(relpath, len(content)):

@@ -16,12 +16,11 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Self
 
@@ -31,14 +30,9 @@ from steerlab.data.sources import cache_root, remote
 from steerlab.guards import files, texts, waiting
 from steerlab.guards.files import FileError, check_links, escapes
 from steerlab.guards.json_values import JsonObject
-from steerlab.storage import manifests
+from steerlab.storage import copies, manifests, temporary
 from steerlab.storage.manifests import MANIFEST, Manifest, StoredFile
 from steerlab.storage.records import Records, StoreError, one_line
-
-_INCOMPLETE = "incomplete-"
-"""Beginning of the names of artifacts without a manifest that were moved out of the way."""
-_MADE_HERE = re.compile(r"^[a-z_]+-[0-9a-z]{1,12}(-[0-9a-f]{12})?$")
-"""Names that `temporary` gives: a sweep removes nothing else from ROOT/tmp, which users may use as well."""
 
 
 class Store(Records):
@@ -109,6 +103,7 @@ class Store(Records):
         # The cache is shared by all ROOTs, and the text of a URI is no file name.
         name = hashlib.sha256(self.root.encode()).hexdigest()[:16]
         copy = cache_root() / "artifacts" / name / stage / key
+        copies.pin(copy)
         try:
             if copy.exists():
                 manifests.verify(copy, manifest)
@@ -117,6 +112,7 @@ class Store(Records):
             warnings.warn(f"{error.args[0].partition(';')[0]}; it is downloaded again", stacklevel=2)
             self._discard(copy)
         self._download(stage, key, manifest["files"], copy)
+        copies.trim(cache_root() / "artifacts")
         manifests.verify(copy, manifest)
         return copy
 
@@ -153,26 +149,18 @@ class Store(Records):
         Raises:
             StoreError: the disk filled up while the directory was being filled.
         """
-        directory = self._temporary_folder() / f"{stage}-{key[:12]}-{uuid.uuid4().hex[:12]}"
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self._explain_full_disk(f"artifact {stage}/{key}", None), _alive(directory):
-                directory.mkdir()
-                yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        made = temporary.directory(self._temporary_folder(), f"{stage}-{key[:12]}")
+        with self._explain_full_disk(f"artifact {stage}/{key}", None), made as directory:
+            yield directory
 
     def sweep_temporary(self) -> int:
         """Remove temporary directories of this machine whose process was killed; return their number."""
-        made_here = (path for path in self._temporary_folder().glob("*") if _MADE_HERE.search(path.name))
-        return sum(_removed(path, sure=path.name.startswith(_INCOMPLETE)) for path in made_here)
+        return temporary.sweep(self._temporary_folder())
 
     def sweep_temporary_of(self, stage: str, key: str) -> None:
         """Remove the temporary directories of killed processes for one artifact, whose claim the caller holds."""
         # Of any machine if they lie in ROOT: who has no claim fills none. A cache serves other ROOTs as well.
-        for path in self._temporary_folder().glob(f"{stage}-{key[:12]}-*"):
-            if _MADE_HERE.search(path.name):
-                _removed(path, sure=self.is_local)
+        temporary.sweep(self._temporary_folder(), f"{stage}-{key[:12]}", of_any_machine=self.is_local)
 
     # Work that survives a kill
 
@@ -261,7 +249,7 @@ class Store(Records):
 
     def _put_aside(self, directory: Path) -> Path:
         """Move a directory to a temporary name, under which no reader looks for it."""
-        aside = self._temporary_folder() / f"{_INCOMPLETE}{uuid.uuid4().hex[:12]}"
+        aside = self._temporary_folder() / f"{temporary.INCOMPLETE}{uuid.uuid4().hex[:12]}"
         aside.parent.mkdir(parents=True, exist_ok=True)
         os.rename(directory, aside)
         return aside
@@ -316,47 +304,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _alive(directory: Path) -> Iterator[None]:
-    """Hold a lock beside a temporary directory, by which other processes of this machine see that it is in use."""
-    # A lock and not the age of the files: the clocks of two machines on one disk may differ by any time.
-    lock = _lock_of(directory)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(files.locked(lock))
-            lock.write_text(files.kernel())
-        except OSError as error:
-            if error.errno not in files.NO_LOCKS:
-                raise
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-def _removed(directory: Path, *, sure: bool) -> bool:
-    """Remove a temporary directory, unless its process lives or, where that is not `sure`, may live on another machine."""
-    lock = _lock_of(directory)
-    if directory.is_symlink() or not directory.is_dir():
-        return False
-    try:
-        is_ours = files.read_text(lock) == files.kernel()
-    except (FileNotFoundError, files.FileError):
-        is_ours = False
-    if not is_ours and not sure:
-        return False
-    with ExitStack() as stack:
-        if is_ours:
-            try:
-                stack.enter_context(files.locked(lock, wait=False))
-            except OSError:  # held by a living process, or of another user
-                return False
-        shutil.rmtree(directory, ignore_errors=True)
-        lock.unlink(missing_ok=True)
-    return not directory.exists()
-
-
-def _lock_of(directory: Path) -> Path:
-    return directory.with_name(f"{directory.name}.lock")

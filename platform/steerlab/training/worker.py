@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pyarrow.fs as pafs
 import torch
 from torch import distributed
 
-from steerlab.data.sources import remote
+from steerlab.data.sources import cache_root, remote
 from steerlab.job import ScaleConfig
+from steerlab.storage import temporary
 from steerlab.storage.errors import explained_full_disk
 from steerlab.storage.plan import ModelRef
 from steerlab.training import loop
@@ -32,8 +34,8 @@ class Seat:
     device: torch.device
     storage: str
     """Path or URI of the stage's work directory, valid on all nodes."""
-    scratch: Path
-    """Local folder for checkpoints that are being written, one for all ranks of a node; removed at the end."""
+    attempt: str
+    """Twelve random digits that the ranks of this attempt share: the name of the folder that those of a node share."""
     tell: Callable[[dict[str, float]], None]
     """Takes the metrics of every step, on rank 0."""
     say: Callable[[str], None]
@@ -48,12 +50,17 @@ def run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat) -> None:
         FloatingPointError: a step was bad, or a metric of the evaluation became NaN or infinite.
         FullDisk: there is no room for a checkpoint or the artifact.
     """
+    with _scratch(seat) as scratch:
+        _run(request, scale, seat, scratch)
+
+
+def _run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat, scratch: Path) -> None:
     is_remote = "://" in seat.storage
     # On a disk, the artifact is written where it is read; for a bucket it needs the node's own disk first.
-    output = seat.scratch / "output" if is_remote else Path(seat.storage) / "output"
+    output = scratch / "output" if is_remote else Path(seat.storage) / "output"
     folder = CheckpointFolder(
         seat.storage,
-        seat.scratch,
+        scratch,
         rank=seat.rank,
         world_size=seat.world_size,
         device=seat.device,
@@ -65,14 +72,14 @@ def run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat) -> None:
         world_size=seat.world_size,
         device=seat.device,
         report=folder.add,
-        scratch=seat.scratch / f"rank{seat.rank}",
+        scratch=scratch / f"rank{seat.rank}",
         checkpoints=remote.joined(seat.storage, FOLDER),
         latest=folder.start(),
         best=folder.best,
         tell=seat.tell if seat.rank == 0 else lambda metrics: None,
     )
     # Checkpoints and the artifact: DeepSpeed, torch and safetensors have errors of their own for a full disk.
-    full = explained_full_disk("a checkpoint or the trained weights", seat.storage, seat.scratch)
+    full = explained_full_disk("a checkpoint or the trained weights", seat.storage, scratch)
     try:
         here = received(request)
         with full:
@@ -84,9 +91,24 @@ def run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat) -> None:
             _upload(output, seat.storage)
     except WorldSizeError as error:
         raise WorldSizeError(f"{error}: {link.checkpoints}") from error
+
+
+@contextmanager
+def _scratch(seat: Seat) -> Iterator[Path]:
+    """Provide a local folder for checkpoints that are being written, one for all ranks of a node; its first rank removes it."""
+    if "://" in seat.storage:
+        folder = cache_root() / "tmp"
+        # Those of workers that were killed on this node: nothing else of steerlab may run here.
+        temporary.sweep(folder)
+        with temporary.shared(folder / f"train-{seat.attempt}", removes=not seat.local_rank) as path:
+            yield path
+        return
+    # Beside the checkpoints, so that a finished one is renamed and not copied.
+    path = Path(seat.storage) / "scratch"
+    try:
+        yield path
     finally:
-        # The node's disk must be free for the next training. The first rank removes what the ranks of its node share.
-        shutil.rmtree(seat.scratch / f"rank{seat.rank}" if seat.local_rank else seat.scratch, ignore_errors=True)
+        shutil.rmtree(path / f"rank{seat.rank}" if seat.local_rank else path, ignore_errors=True)
 
 
 def _upload(output: Path, storage: str) -> None:

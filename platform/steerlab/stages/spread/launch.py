@@ -6,13 +6,11 @@ Checkpoints are the platform's own (training/checkpoint_folder.py): Ray Train ke
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import traceback
 import uuid
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
@@ -88,8 +86,8 @@ class _Launch:
     board: ActorHandle
     storage: str
     """Path or URI of the stage's work directory, valid on all nodes."""
-    scratch: str
-    """Local folder for checkpoints that are being written."""
+    attempt: str
+    """Twelve random digits that all workers share."""
 
 
 def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report: Report) -> None:
@@ -110,9 +108,7 @@ def fit(request: Request[ModelRef], scale: ScaleConfig, *, storage: str, report:
     # Ray Train's controller looks at its workers every 2 s by default, and a run waits for a look when it starts and ends.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     board: Any = Board.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
-    # On a disk, scratch lies beside the checkpoints and is removed with them; for a bucket it needs the node's own disk.
-    scratch = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
-    launch = _Launch(request, scale, board, storage, scratch)
+    launch = _Launch(request, scale, board, storage, uuid.uuid4().hex[:12])
     following = _Following(board, report)
     with following:
         for failures_left in reversed(range(scale.max_failures + 1)):
@@ -221,7 +217,7 @@ def _worker(config: dict[str, _Launch]) -> None:
         local_rank=context.get_local_rank(),
         device=get_device(),
         storage=launch.storage,
-        scratch=Path(launch.scratch),
+        attempt=launch.attempt,
         tell=lambda metrics: board.put.remote(metrics),
         say=lambda line: ray.get(board.note.remote(line)),
     )

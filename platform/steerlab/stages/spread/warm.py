@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 import uuid
 import warnings
-from pathlib import Path
 
 import ray
 from ray.train import RunConfig, ScalingConfig
@@ -88,15 +87,13 @@ def _loop(request: Request[ModelRef], scale: ScaleConfig, storage: str, tell: st
         store = distributed.HashStore()  # type: ignore[attr-defined]
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     torch.set_num_threads(max(1, int(scale.cpus_per_worker)))
-    # On a disk, scratch lies beside the checkpoints, so that a finished one is renamed and not copied.
-    scratch = f"{tempfile.gettempdir()}/steerlab-{uuid.uuid4().hex}" if "://" in storage else f"{storage}/scratch"
     seat = worker.Seat(
         rank=0,
         world_size=1,
         local_rank=0,
         device=torch.device("cuda" if gpu else "cpu"),
         storage=storage,
-        scratch=Path(scratch),
+        attempt=uuid.uuid4().hex[:12],
         tell=tell,
         say=tell,
     )
