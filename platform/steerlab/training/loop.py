@@ -13,7 +13,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,6 +126,13 @@ def _load_part(data: DataSet, encoder: RowEncoder, max_tokens: int) -> tuple[Row
         return encoder.encode_data(read, data.format, max_tokens, skip_bad=data.skip_bad), len(read)
     except ValueError as error:
         raise ValueError(f"{describe(data)}: {error}; skip_bad: true leaves such rows out") from None
+
+
+def _add(totals: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Add values to sums in float64, where they are computed: they are read once a step, for which a GPU is waited for."""
+    for name, value in values.items():
+        wide = value.detach().to(torch.float64)
+        totals[name] = totals[name] + wide if name in totals else wide
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
@@ -259,16 +266,15 @@ class _Training:
         lr = learning_rate(train, step)
         self.module.on_step(step, min(train.num_steps, len(self.rows.rows) / train.rows_per_step))
         self.engine.start_step(lr)
-        totals: dict[str, float] = {"loss": 0.0}
+        totals: dict[str, Tensor] = {}
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
         # As many passes on every rank (`share_of_rank`): with fewer, a rank would wait for ever in a reduction.
         for number, chunk in enumerate(chunks, 1):
             self.module.before_pass(number == len(chunks))
             total, sums_by_name = self.engine.backward(self._batch(self.rows, chunk, self.data.loss_on), num_targets)
-            for name, value in {"loss": total, **sums_by_name}.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
+            _add(totals, {"loss": total, **sums_by_name})
         # One reduction for all metrics; every rank has the same names in the same order.
-        sums = self.engine.sum_over_ranks(list(totals.values()))
+        sums = self.engine.sum_over_ranks(totals.values())
         self.module.after_step(lr)
         self.step += 1
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
@@ -288,11 +294,11 @@ class _Training:
         # Under ZeRO 3 a forward pass gathers weights from all ranks, so that every rank must run equally many: a rank with
         # fewer chunks repeats the first one, without counting it.
         idle = -(-len(chunks) // self.link.world_size) - len(mine)
-        totals: dict[str, float] = {}
+        totals: dict[str, Tensor] = {}
         for number, chunk in enumerate([*mine, *[chunks[0]] * idle]):
-            for name, value in self.engine.evaluate(self._batch(self.validation, chunk, loss_on)).items():
-                totals[name] = totals.get(name, 0.0) + (float(value) if number < len(mine) else 0.0)
-        sums = self.engine.sum_over_ranks(list(totals.values()))
+            found = self.engine.evaluate(self._batch(self.validation, chunk, loss_on))
+            _add(totals, found if number < len(mine) else {name: torch.zeros_like(value) for name, value in found.items()})
+        sums = self.engine.sum_over_ranks(totals.values())
         num_targets = sum(self.module.counts(row, loss_on) for row in rows)
         return {f"eval/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
 
