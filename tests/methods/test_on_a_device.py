@@ -9,6 +9,7 @@ from typing import Any
 import patch_zoo
 import pytest
 import torch
+from simulated_device import Traffic, counted
 from test_contract import ADAPTED, SAMPLER, TRAINED, Make, batch, config_of, lora_of, make, model_dir  # noqa: F401
 
 from steerlab import models
@@ -24,23 +25,24 @@ def model(model_dir: Path) -> Any:  # noqa: F811
     return models.load_model(model_dir, seed=0, sampler=SAMPLER, attention="eager")
 
 
-def two_steps(module: Any, batch: Any) -> list[torch.Tensor]:  # noqa: F811
-    """Return the losses of two steps, and the weights that they end in."""
+def two_steps(module: Any, batch: Any, place: torch.device | str) -> tuple[list[torch.Tensor], Traffic]:  # noqa: F811
+    """Return the losses of two steps and the weights that they end in, and what went to the device in the second step."""
     optimizer = torch.optim.SGD(trained_parameters(module).values(), lr=1e-2)
     losses = []
     for step in range(2):
-        module.on_step(step, 10.0)
-        module.before_pass(True)
-        loss = module(batch).total
+        with counted() as traffic:
+            module.on_step(step, 10.0)
+            module.before_pass(True)
+            loss = module(batch.to(place)).total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            module.after_step(1e-2)
         losses.append(loss.detach().cpu())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        module.after_step(1e-2)
     if module.patch is None:
-        return losses
+        return losses, traffic
     finished = module.finished(module.patch.state_dict())
-    return [*losses, *(value.cpu() for _, value in sorted(finished.tensors().items()))]
+    return [*losses, *(value.cpu() for _, value in sorted(finished.tensors().items()))], traffic
 
 
 def on(
@@ -68,7 +70,13 @@ def assert_same(found: list[list[torch.Tensor]]) -> None:
 
 @each_trained
 def test_a_step(name: str, kind: str, make: Make, model_dir: Path, batch: Any, device: torch.device) -> None:  # noqa: F811
-    assert_same([two_steps(on(place, name, kind, make, model_dir), batch.to(place)) for place in ("cpu", device)])
+    found = [two_steps(on(place, name, kind, make, model_dir), batch, place) for place in ("cpu", device)]
+    assert_same([results for results, _ in found])
+    traffic = found[1][1]
+    # A pass draws images where LinEAS trains on a pipeline: its scheduler looks at numbers in each of its steps (diffusers).
+    assert traffic.num_waits <= (1 if (name, kind) != ("lineas", "diffusion") else 4 * SAMPLER["steps"]), traffic
+    # The rows, and nothing that stays the same, such as the bases of WaRP: they alone are 3.7 MB here.
+    assert traffic.up_bytes < 50_000, traffic
 
 
 SEVERAL_MODELS = ("dpo", "genarm", "iav")
@@ -81,7 +89,7 @@ def first(pairs: Iterable[tuple[str, ...]]) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "kind"), first(ADAPTED))
 def test_adapters(name: str, kind: str, make: Make, model_dir: Path, batch: Any, device: torch.device) -> None:  # noqa: F811
-    two_steps(on(device, name, kind, make, model_dir, **lora_of(name)), batch.to(device))
+    two_steps(on(device, name, kind, make, model_dir, **lora_of(name)), batch, device)
 
 
 ON_PATCHES = [pair for pair in TRAINED if not METHODS[pair[0]].leaves_model and pair[1] == "causal_lm"]

@@ -295,6 +295,8 @@ def _copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tenso
 
 def _note(was_on_device: bool, is_on_device: bool, values: Tensor, non_blocking: bool) -> None:
     """Count a copy between main memory and the device."""
+    if not values.numel():
+        return  # nothing is copied
     if was_on_device and not is_on_device:
         _down(values)
         _wait("copy down")

@@ -69,7 +69,8 @@ class Drawings:
     def to(self, device: torch.device | str) -> Drawings:
         """Return the batch with its images on a device."""
         # Seeds stay on the CPU, where the noise is drawn: CUDA's generator gives other numbers for the same seed.
-        return Drawings(self.prompts, self.seeds, None if self.images is None else self.images.to(device), self.numbers)
+        images = None if self.images is None else self.images.to(device, non_blocking=True)
+        return Drawings(self.prompts, self.seeds, images, self.numbers)
 
     @property
     def patched_inputs(self) -> dict[str, object]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -122,9 +123,27 @@ class Batch:
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     """Number of each sequence's row in its data set, (B,); empty if the caller does not need it."""
 
+    @cached_property
+    def predicting(self) -> tuple[Tensor, Tensor]:
+        """Rows and positions, (N,) each, that predict the tokens with labels, row by row: position t predicts token t + 1."""
+        row_N, position_N = (self.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        return row_N, position_N
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with all tensors on a device."""
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        device = torch.device(device)
+        if device.type == self.labels.device.type == "cpu":
+            return self
+        # One copy for all of it, which the program does not wait for, with the places of the labels: a GPU would have to be
+        # waited for to know their number.
+        tensors = [*(getattr(self, name) for name in self.__dataclass_fields__), *self.predicting]
+        is_up = self.labels.device.type == "cpu"  # only then: a copy down that is not waited for would be read too early
+        flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device, non_blocking=is_up)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        *fields, row_N, position_N = (part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+        moved = Batch(*fields)
+        moved.__dict__["predicting"] = (row_N, position_N)
+        return moved
 
     @property
     def model_inputs(self) -> dict[str, Tensor]:

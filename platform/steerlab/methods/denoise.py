@@ -92,8 +92,9 @@ class Denoise(WholeModel):
             times.append(int(torch.randint(self._scheduler.config.num_train_timesteps, (), generator=generator)))
             noise.append(torch.randn(x_BCHW.shape[1:], generator=generator))
             with_prompt.append(float(torch.rand((), generator=generator)) >= self.config.drop_prompt)
-        t_B = torch.tensor(times, device=x_BCHW.device)
-        return t_B, torch.stack(noise).to(x_BCHW), with_prompt
+        # Not waited for: a GPU takes them up while it still computes.
+        t_B, noise_BCHW = (drawn.to(x_BCHW.device, non_blocking=True) for drawn in (torch.tensor(times), torch.stack(noise)))
+        return t_B, noise_BCHW.to(x_BCHW.dtype), with_prompt
 
     @classmethod
     def counts(cls, row: Row, loss_on: str) -> int:

@@ -41,7 +41,7 @@ from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, Pooling, Selection
 from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, PatchAlone, SteeringConfig, Trained, check_roles
 from steerlab.methods.math.gathering import whole_batch
-from steerlab.methods.transport import coupling
+from steerlab.methods.transport import Coupling, coupling
 from steerlab.models import ModelFacts
 from steerlab.patches import taps
 from steerlab.patches.maps import AffineLayer
@@ -137,6 +137,7 @@ class Lineas(PatchAlone):
         # After the maps are attached, since hooks run in the order of registration: a steered place is measured with its map.
         self._read = taps.Reader(model, places, self.measured.side)
         self._refits = False
+        self._pairs: dict[int, Coupling] = {}
 
     def train(self, mode: bool = True) -> Lineas:
         """Set the maps' training mode; the model stays in evaluation mode unless it uses gradient checkpointing."""
@@ -154,13 +155,13 @@ class Lineas(PatchAlone):
         pooled_BS = torch.cat([taps.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
         rows_NS, first = whole_batch(pooled_BS)
         # All target texts take part in every step, also if there are more of them than source rows.
-        pairs = coupling(len(rows_NS), self.target_SM.shape[1])
+        pairs = self._coupling(len(rows_NS))
         # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones.
         sorted_SN, row_SN = rows_NS.T.contiguous().sort(dim=1)
         # W2^2 as a weighted sum over matched pairs, for every neuron.
         # The matching itself has no gradient: it is constant between two crossings of sorted values.
         gap_SK = _paired(sorted_SN, pairs.source_K) - _paired(self.target_SM, pairs.target_K)
-        weight_K = pairs.weight_K.to(gap_SK)
+        weight_K = pairs.weight_K.to(gap_SK.dtype)
         if len(rows_NS) == len(pooled_BS):
             distance_S = self._cost(gap_SK) @ weight_K
         else:
@@ -173,6 +174,13 @@ class Lineas(PatchAlone):
         per_row = len(rows_NS) if self.config.reduction == "paper" else len(rows_NS) ** 2
         loss_S = per_row * self.factor_S * distance_S
         return Loss(loss_S.sum(), self._metrics(loss_S.detach(), len(pooled_BS)))
+
+    def _coupling(self, num_rows: int) -> Coupling:
+        """Return the matched pairs of so many sorted rows and the target, on the target's device; copied there once."""
+        if num_rows not in self._pairs:
+            pairs = coupling(num_rows, self.target_SM.shape[1])
+            self._pairs[num_rows] = Coupling(*(values_K.to(self.target_SM.device) for values_K in pairs))
+        return self._pairs[num_rows]
 
     def _cost(self, gap_SK: Tensor) -> Tensor:
         """Return the cost of each matched pair by its difference (`criterion`)."""
@@ -270,7 +278,7 @@ def _set_to_identity(layer: AffineLayer, where_2D: Tensor) -> None:
 def _paired(x_SN: Tensor, index_K: Tensor) -> Tensor:
     """Return the values of the matched pairs, (S, K)."""
     # Samples of equal size are matched in their own order: no copy, and no scattered gradient.
-    return x_SN if len(index_K) == x_SN.shape[1] else x_SN[:, index_K.to(x_SN.device)]
+    return x_SN if len(index_K) == x_SN.shape[1] else x_SN[:, index_K]
 
 
 def _check_selected(tokens_BT: Tensor) -> None:

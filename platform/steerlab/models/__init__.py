@@ -1,6 +1,7 @@
 """Causal language models and diffusion pipelines. Only this folder uses the attribute names of architectures."""
 
 from steerlab.models import named
+from steerlab.models.devices import Kept, has_room
 from steerlab.models.kinds import (
     DRY_SHAPE_BT,
     alike_up_to,
@@ -55,6 +56,7 @@ from steerlab.models.loading import (
 __all__ = [
     "DRY_SHAPE_BT",
     "DTYPES",
+    "Kept",
     "LayerType",
     "ModelFacts",
     "PrefixRewards",
@@ -79,6 +81,7 @@ __all__ = [
     "fold_low_rank",
     "from_config",
     "growth_of",
+    "has_room",
     "has_weights",
     "head",
     "layer_names",

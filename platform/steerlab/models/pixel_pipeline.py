@@ -44,8 +44,8 @@ class CaptionTable(ModelMixin, ConfigMixin):
 
     def forward(self, captions: Sequence[str]) -> Tensor:
         """Return the encodings of captions, (B, N, D)."""
-        index_BN = torch.tensor([self.indices(caption) for caption in captions], device=self.place.device)
-        return self.word(index_BN) + self.place
+        index_BN = torch.tensor([self.indices(caption) for caption in captions])
+        return self.word(index_BN.to(self.place.device, non_blocking=True)) + self.place
 
     @property
     def known(self) -> list[str]:

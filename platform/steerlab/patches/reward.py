@@ -59,11 +59,15 @@ class RewardPatch(nn.Module):
         if self.head is not None:
             rewards.head.to(model.device)
         read: list[tuple[Any, Tensor]] = []
+        off: list[tuple[Tensor | None, bool]] = []
 
         def take(_model: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
             # Strength 0 is the model alone: nothing is read that nothing will use.
-            alpha_B = forward.strength(number, 1)
-            if alpha_B is not None and not bool(alpha_B.any()):
+            # The steps of a generation get one tensor of strengths, which is read in the first of them.
+            if not off or off[0][0] is not forward.strengths_NB:
+                alpha_B = forward.strength(number, 1)
+                off[:] = [(forward.strengths_NB, alpha_B is not None and not bool(alpha_B.any()))]
+            if off[0][1]:
                 read.clear()
                 return
             inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
@@ -88,7 +92,7 @@ class RewardPatch(nn.Module):
         logits_QV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
         top_QK, token_QK = logits_QV.topk(self.candidates)
         # Rows are scored together, column by column; a place that nobody asked for gets the token 0 and is not read back.
-        columns_C, at_Q = column_Q.unique(return_inverse=True)
+        columns_C, at_Q = _columns(column_Q, logits_BTV.shape[1], forward.only)
         candidates_BCK = token_QK.new_zeros(len(mask_BT), len(columns_C), self.candidates)
         candidates_BCK[row_Q, at_Q] = token_QK
         reward_QK = rewards.of(candidates_BCK, columns_C, mask_BT, cache)[row_Q, at_Q]
@@ -123,3 +127,13 @@ def _places(logits_BTV: Tensor, mask_BT: Tensor, only: tuple[Tensor, Tensor] | N
     columns = torch.arange(offset - num_last, offset, device=logits_BTV.device)
     rows = torch.arange(num_rows, device=logits_BTV.device)
     return rows.repeat_interleave(num_last), columns.repeat(num_rows)
+
+
+def _columns(column_Q: Tensor, num_last: int, only: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Return the columns after which candidates stand, (C,), and the place among them of each computed logit, (Q,)."""
+    if only is not None:
+        columns_C, at_Q = column_Q.unique(return_inverse=True)
+        return columns_C, at_Q
+    # Every row has the same columns, one after another: known without looking at them, for which a GPU would be waited for.
+    at_Q = torch.arange(num_last, device=column_Q.device).repeat(len(column_Q) // num_last)
+    return column_Q[:num_last], at_Q

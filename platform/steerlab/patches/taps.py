@@ -12,6 +12,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -157,13 +158,25 @@ def _with_ids(selection: Selection, ids_BT: Tensor | None) -> Tensor:
         raise ValueError("token_ids selects tokens by their ids: call the model with input_ids=")
     mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     if selection.token_ids is not None:
-        mask_BT = torch.isin(ids_BT, torch.tensor(selection.token_ids, device=ids_BT.device))
-    return mask_BT & ~torch.isin(ids_BT, torch.tensor(selection.exclude_token_ids, dtype=ids_BT.dtype, device=ids_BT.device))
+        mask_BT = torch.isin(ids_BT, _on_device(tuple(selection.token_ids), ids_BT.dtype, ids_BT.device))
+    excluded = _on_device(tuple(selection.exclude_token_ids), ids_BT.dtype, ids_BT.device)
+    return mask_BT & ~torch.isin(ids_BT, excluded)
+
+
+# Once for all calls: a decoding step on a GPU would wait for the copy each time.
+@lru_cache(maxsize=64)
+def _on_device(ids: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A tensor of inference mode could not be used where gradients flow.
+    with torch.inference_mode(False):
+        return torch.tensor(ids, dtype=dtype, device=device)
 
 
 def _one_of(values_BT: Tensor, names: Sequence[str], table: dict[str, int]) -> Tensor:
-    chosen = torch.tensor([table[name] for name in names], dtype=values_BT.dtype, device=values_BT.device)
-    return torch.isin(values_BT, chosen)
+    # By comparisons with numbers: a tensor of the few numbers would be copied to a GPU in every call.
+    mask_BT = torch.zeros_like(values_BT, dtype=torch.bool)
+    for name in names:
+        mask_BT = mask_BT | (values_BT == table[name])
+    return mask_BT
 
 
 def _within(spans: Sequence[Span], position_BT: Tensor, back_BT: Tensor) -> Tensor:

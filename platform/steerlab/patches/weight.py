@@ -86,16 +86,28 @@ class WeightPatch(nn.Module):
                 shared.write(weight)
             state["strength"] = strength
 
+        seen: list[Tensor | None] = []
+
         def before(_model: nn.Module, _args: object) -> None:
+            # The steps of a generation get one tensor of strengths: its values are read in the first of them, because a GPU
+            # would have to be waited for in each.
+            if seen and seen[0] is forward.strengths_NB:
+                return
             strength_B = forward.strength(number, 1)
             # A weight is shared by all rows of a batch.
-            values = [1.0] if strength_B is None else strength_B.unique().tolist()
+            values = [1.0] if strength_B is None else sorted(set(strength_B.tolist()))
             if len(values) > 1:
                 raise ValueError(f"a weight patch has one strength for all rows of a call, got {values}")
             write(values[0])
+            seen[:] = [forward.strengths_NB]
 
         handle = model.register_forward_pre_hook(before)
-        return [_Restoring(handle, lambda: write(0.0))]
+
+        def restore() -> None:
+            seen.clear()
+            write(0.0)
+
+        return [_Restoring(handle, restore)]
 
     def _part(self, place: int, strength: float) -> Tensor:
         """Return the difference of the weight number `place`, times the strength."""

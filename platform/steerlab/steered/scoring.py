@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from steerlab import models
-from steerlab.inputs.tokens import IGNORED, Batch
+from steerlab.inputs.tokens import Batch
 from steerlab.patches import taps
 
 if TYPE_CHECKING:
@@ -38,6 +38,14 @@ class Predicted(NamedTuple):
     """Position whose hidden state predicts the token: the one before the token."""
     target_N: Tensor
     """Id of each token."""
+    num_sequences: int | None = None
+    """Number of rows of the batch; None for the number of the last row that has a token, plus one."""
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences of the batch."""
+        # Given where it is known: on a GPU the last token's row would have to be waited for.
+        return int(self.sequence_N[-1]) + 1 if self.num_sequences is None else self.num_sequences
 
     @property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -51,10 +59,8 @@ class Predicted(NamedTuple):
 
 def predicted(batch: Batch) -> Predicted:
     """Return the tokens of a batch that have labels, and the positions that predict them."""
-    # Position t predicts token t + 1.
-    target_BT = batch.labels[:, 1:]
-    sequence_N, position_N = (target_BT != IGNORED).nonzero(as_tuple=True)
-    return Predicted(sequence_N, position_N, target_BT[sequence_N, position_N])
+    sequence_N, position_N = batch.predicting
+    return Predicted(sequence_N, position_N, batch.labels[sequence_N, position_N + 1], len(batch.labels))
 
 
 def log_probs(model: nn.Module, batch: Batch, tokens: Predicted) -> Tensor:

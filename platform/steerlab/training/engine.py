@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Engine:
             private_parts.without_shared_memory()
         deepspeed.utils.logging.logger.setLevel("ERROR")
         optimizer = make_optimizer(self.module, self.train)
-        self._grad_norm = 0.0
+        self._grad_norm = torch.zeros(())
         self._leaves_out = False
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
         if self.train.skip_steps:
@@ -129,13 +129,13 @@ class Engine:
         self._bad_gradient |= ~torch.isfinite(gradient).all()
 
     @property
-    def has_bad_gradient(self) -> bool:
-        """Whether a gradient of this rank's passes in this step was NaN or infinite; known only with `train.skip_steps`."""
-        return bool(self._bad_gradient)
+    def bad_gradient(self) -> Tensor:
+        """1 if a gradient of this rank's passes in this step was NaN or infinite, else 0; known only with `train.skip_steps`."""
+        return self._bad_gradient.double()
 
     def _clip(self) -> None:
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        self._grad_norm = float(nn.utils.clip_grad_norm_(trained, self.train.clip_norm or float("inf")))
+        self._grad_norm = nn.utils.clip_grad_norm_(trained, self.train.clip_norm or float("inf"))
 
     def _config(self) -> dict[str, object]:
         zero: dict[str, object] = {"stage": self.scale.zero_stage}
@@ -207,14 +207,13 @@ class Engine:
     @property
     def grad_norm(self) -> float:
         """L2 norm of all gradients of the last step, over all workers, before clipping."""
-        return self._grad_norm if self._clips_itself else float(self._ds.get_global_grad_norm())
+        return float(self._grad_norm if self._clips_itself else self._ds.get_global_grad_norm())
 
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Return the elementwise sums over all workers; all ranks call it with equally many values."""
-        if self.world_size == 1:
-            return values
-        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(summed)
+    def sum_over_ranks(self, values: Iterable[Tensor]) -> list[float]:
+        """Return the sums of numbers in float64 over all workers; all ranks call it with equally many."""
+        summed = torch.stack([value.to(self.device, torch.float64) for value in values])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(summed)
         return summed.tolist()
 
     def save(self, directory: Path, state: LoopState) -> None:

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -135,6 +135,13 @@ def _load_part(data: DataSet, encoder: RowEncoder, max_tokens: int) -> tuple[Row
         return encoder.encode_data(read, data.format, max_tokens, skip_bad=data.skip_bad), len(read)
     except ValueError as error:
         raise ValueError(f"{describe(data)}: {error}; skip_bad: true leaves such rows out") from None
+
+
+def _add(totals: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Add values to sums in float64, where they are computed: they are read once a step, for which a GPU is waited for."""
+    for name, value in values.items():
+        wide = value.detach().to(torch.float64)
+        totals[name] = totals[name] + wide if name in totals else wide
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
@@ -270,47 +277,53 @@ class _Training:
         lr = learning_rate(train, step)
         self.module.on_step(step, min(train.num_steps, len(self.rows.rows) / train.rows_per_step))
         self.engine.start_step(lr)
-        totals: dict[str, float] = {"loss": 0.0}
+        totals: dict[str, Tensor] = {}
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
-        self.fault, bad_rows = None, list[int]()
+        self.fault = None
+        passes: list[tuple[Sequence[int], Tensor]] = []
         # As many passes on every rank (`share_of_rank`): with fewer, a rank would wait for ever in a reduction.
         for number, chunk in enumerate(chunks, 1):
             is_last = number == len(chunks)
             self.module.before_pass(is_last)
             # Asked only where steps may be left out: it costs a reduction, and on a GPU a wait.
-            accepts = partial(self._accepts, totals["loss"], num_targets) if is_last and train.skip_steps else None
+            accepts = partial(self._accepts, totals.get("loss"), num_targets) if is_last and train.skip_steps else None
             batch = self._batch(self.rows, chunk, self.data.loss_on)
             total, sums_by_name = self.engine.backward(batch, num_targets, accepts)
-            bad_rows += [] if math.isfinite(float(total)) else chunk
-            for name, value in {"loss": total, **sums_by_name}.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
+            passes.append((chunk, total))
+            _add(totals, {"loss": total, **sums_by_name})
         # One reduction for all metrics; every rank has the same names in the same order.
-        sums = self.engine.sum_over_ranks(list(totals.values()))
+        sums = self.engine.sum_over_ranks(totals.values())
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         self.step += 1
         metrics: dict[str, float] = {"step": self.step, **losses, "train/lr": lr}
         if self.fault is not None and bad_steps.num_skipped(self.history) < train.skip_steps:
             return {**{name: value for name, value in metrics.items() if math.isfinite(value)}, bad_steps.SKIPPED: 1.0}
         metrics["train/grad_norm"] = self.engine.grad_norm
-        self._check_step(metrics, rows, bad_rows)
+        self._check_step(metrics, rows, passes)
         self.module.after_step(lr)
         return metrics
 
-    def _accepts(self, loss: float, num_targets: float, last: Tensor) -> bool:
-        """Return whether a step may update the weights; `loss` is the sum of its passes before the last. All ranks call it."""
-        total, bad = self.engine.sum_over_ranks([loss + float(last), float(self.engine.has_bad_gradient)])
+    def _accepts(self, before: Tensor | None, num_targets: float, last: Tensor) -> bool:
+        """Return whether a step may update the weights, given the summed losses of its last pass and of those before it.
+
+        All ranks call it.
+        """
+        loss = last if before is None else before + last
+        total, bad = self.engine.sum_over_ranks([loss, self.engine.bad_gradient])
         self.fault = bad_steps.fault_of(total / num_targets, self.history, self.request.train.spike)
         if self.fault is None and bad:
             self.fault = "has gradients that are NaN or infinite"
         return self.fault is None
 
-    def _check_step(self, metrics: dict[str, float], rows: Sequence[int], bad_rows: Sequence[int]) -> None:
+    def _check_step(
+        self, metrics: dict[str, float], rows: Sequence[int], passes: Sequence[tuple[Sequence[int], Tensor]]
+    ) -> None:
         """Raise FloatingPointError for a bad step that is not left out. All ranks call it.
 
         Args:
             metrics: the metrics of the step, the same on all ranks.
             rows: the rows of the step.
-            bad_rows: the rows of this rank's passes whose loss is NaN or infinite.
+            passes: the rows of each pass of this rank, and its summed loss.
         """
         name, fault = (
             bad_steps.LOSS,
@@ -321,7 +334,8 @@ class _Training:
             if not name:
                 return
             fault = f"is {value}"
-        flags = self.engine.sum_over_ranks([float(row in bad_rows) for row in rows])
+        bad_rows = {row for chunk, total in passes if not math.isfinite(float(total)) for row in chunk}
+        flags = self.engine.sum_over_ranks([torch.tensor(float(row in bad_rows)) for row in rows])
         blamed = [row for row, flag in zip(rows, flags, strict=True) if flag] or list(rows)
         numbers = sorted(self.rows.numbers[row] for row in blamed)
         checkpoint = f"{self.link.checkpoints}/{self.saved:09d}" if self.saved else ""
@@ -342,11 +356,11 @@ class _Training:
         # Under ZeRO 3 a forward pass gathers weights from all ranks, so that every rank must run equally many: a rank with
         # fewer chunks repeats the first one, without counting it.
         idle = -(-len(chunks) // self.link.world_size) - len(mine)
-        totals: dict[str, float] = {}
+        totals: dict[str, Tensor] = {}
         for number, chunk in enumerate([*mine, *[chunks[0]] * idle]):
-            for name, value in self.engine.evaluate(self._batch(self.validation, chunk, loss_on)).items():
-                totals[name] = totals.get(name, 0.0) + (float(value) if number < len(mine) else 0.0)
-        sums = self.engine.sum_over_ranks(list(totals.values()))
+            found = self.engine.evaluate(self._batch(self.validation, chunk, loss_on))
+            _add(totals, found if number < len(mine) else {name: torch.zeros_like(value) for name, value in found.items()})
+        sums = self.engine.sum_over_ranks(totals.values())
         num_targets = sum(self.module.counts(row, loss_on) for row in rows)
         return {f"eval/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
 

@@ -46,9 +46,13 @@ class GradientSums:
             tokens: tokens whose loss is differentiated.
         """
         self._model, self._places, self._of, self._rows, self._tokens = model, places, of, rows, tokens
-        # On the CPU: the sums are as large as the weights, in float32.
-        self._sums = {place.module: torch.zeros(place.shape) for place in places}
-        self._where = ""
+        # As large as the weights, in float32: beside the model where a GPU has room, since a copy of every term would take
+        # longer than the passes; else on the CPU.
+        num_bytes = sum(4 * place.shape[0] * place.shape[1] for place in places)
+        device = model.device if models.has_room(num_bytes, model.device) else torch.device("cpu")
+        self._sums = {place.module: torch.zeros(place.shape, device=device) for place in places}
+        self._finite: dict[str, Tensor] = {}
+        """Whether the loss, under "", and the gradient of each place of the batch are numbers."""
         # All weights first: gradients of the others would take as much memory as the model, and nobody reads them.
         model.model.requires_grad_(False)
         weights = [model.model.get_parameter(f"{place.module}.weight").requires_grad_(True) for place in places]
@@ -75,18 +79,26 @@ class GradientSums:
 
     def add(self, batch: Batch, number: int) -> None:
         """Add the term of one batch. Raises ValueError if its loss or a gradient is NaN or infinite."""
-        self._where = f"{self._rows}, batch {number}"
         labels_BT = batch.labels if self._tokens == "labelled" else prompt_labels(batch)
         # Position 0 is never predicted; labels that are not targets are negative.
         # A mean over the batch's targets (the paper's L_b): a batch of long answers counts no more than one of short answers.
-        num_targets = int((labels_BT[:, 1:] >= 0).sum())
+        num_targets = (labels_BT[:, 1:] >= 0).sum().clamp(min=1)
         # The key-value cache would only be memory: nothing is generated.
         logits_BTV = self._model.model(**batch.patched_inputs, use_cache=False).logits
-        loss = language_modelling_loss(logits_BTV, labels_BT) / max(1, num_targets)
-        # Before the backward pass: the message then names the batch, and no weight is blamed.
-        if not bool(loss.isfinite()):
-            raise ValueError(f"{self._where}: the loss is {float(loss.detach())}, so there is no gradient")
+        loss = language_modelling_loss(logits_BTV, labels_BT) / num_targets
+        self._finite = {"": loss.detach().isfinite()}
         loss.backward()  # the hooks of `_adder` add the gradients
+        self._check(f"{self._rows}, batch {number}", loss.detach())
+
+    def _check(self, where: str, loss: Tensor) -> None:
+        """Raise ValueError if the batch had a loss or a gradient that is no number."""
+        # After the backward pass, for all places at once: on a GPU the program waits for it once and not for every weight.
+        good = torch.stack(list(self._finite.values())).tolist()
+        wrong = next((name for name, is_finite in zip(self._finite, good, strict=True) if not is_finite), None)
+        if wrong == "":
+            raise ValueError(f"{where}: the loss is {float(loss)}, so there is no gradient")
+        if wrong is not None:
+            raise ValueError(f"{where}: the gradient of {wrong} holds a NaN or infinite value")
 
     def _adder(self, place: WeightPlace) -> Callable[[Tensor], None]:
         """Return a hook that adds the term of one weight and frees its gradient."""
@@ -99,10 +111,9 @@ class GradientSums:
             # As (M, N): GPT-2 stores weights, and so gets their gradients, transposed.
             grad_MN = models.linear_weight(module, weight.grad).float()
             weight.grad = None  # or the next batch would be added to it
-            if not bool(grad_MN.isfinite().all()):
-                raise ValueError(f"{self._where}: the gradient of {place.module} holds a NaN or infinite value")
-            # The term is computed where the gradient lies; only the sum is on the CPU.
-            self._sums[place.module] += self._of(place, grad_MN).cpu()
+            self._finite[place.module] = grad_MN.isfinite().all()
+            sum_MN = self._sums[place.module]
+            sum_MN += self._of(place, grad_MN).to(sum_MN.device)
 
         return take
 

@@ -99,7 +99,7 @@ def compare(
     """
     # Of the difference token by token: the two sums are large and nearly equal, and float32 would lose digits.
     score_N = log_prob_N if reference_N is None else log_prob_N - reference_N
-    size_S = tokens.sequence_N.bincount(minlength=int(tokens.sequence_N[-1]) + 1)
+    size_S = _counts(tokens.sequence_N, tokens.sequences)
     score_S, logp_S = (_sums(values_N, size_S, tokens) for values_N in (score_N, log_prob_N))
     reward_S = beta * (score_S / size_S if length_average else score_S)
     return Pairs(logp_S[0::2], logp_S[1::2], reward_S[0::2], reward_S[1::2], -logp_S[0::2] / size_S[0::2])
@@ -133,9 +133,14 @@ def total(pairs: Pairs, loss_P: Tensor, config: PairLossConfig) -> Tensor:
 
 def mean_of_pairs(values_N: Tensor, tokens: Predicted) -> Tensor:
     """Return the mean over the response tokens of each pair, (P,)."""
-    pair_N = tokens.sequence_N // 2
-    num = int(pair_N[-1]) + 1
-    return values_N.new_zeros(num).index_add(0, pair_N, values_N) / pair_N.bincount(minlength=num)
+    pair_N, num = tokens.sequence_N // 2, tokens.sequences // 2
+    return values_N.new_zeros(num).index_add(0, pair_N, values_N) / _counts(pair_N, num)
+
+
+def _counts(number_N: Tensor, num: int) -> Tensor:
+    """Return how often each number below `num` occurs, (num,)."""
+    # Not `bincount`, which looks at the largest number first: on a GPU the program would wait for it.
+    return number_N.new_zeros(num).index_add(0, number_N, torch.ones_like(number_N))
 
 
 def _sums(values_N: Tensor, size_S: Tensor, tokens: Predicted) -> Tensor:

@@ -150,8 +150,9 @@ class SharedInput:
     """An orthonormal basis U of the input of several layers, and the product x U, computed once for all of them."""
 
     def __init__(self, vectors_NN: Tensor, num_outputs: int) -> None:
-        # It stays memory-mapped from disk; a copy on the GPU exists only while it is used.
-        self._vectors_NN = vectors_NN
+        # It stays memory-mapped from disk. A GPU with room keeps a copy: sent anew in every use, the bases of a model of 7B
+        # parameters would take longer than its passes.
+        self._vectors_NN = models.Kept(vectors_NN)
         self.num_outputs = num_outputs
         """Number of outputs of all these layers together."""
         # Weak, so that the input itself is freed after the pass.
@@ -161,7 +162,7 @@ class SharedInput:
 
     def vectors(self, like: Tensor) -> Tensor:
         """Return the basis, (N, N), on the device and in the dtype of a tensor."""
-        return self._vectors_NN.to(like.device, like.dtype)
+        return self._vectors_NN.like(like)
 
     def rotated(self, x: Tensor) -> Tensor:
         """Return x U; layers that are called with the same tensor share the product and its gradient."""

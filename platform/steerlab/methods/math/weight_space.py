@@ -33,10 +33,10 @@ def coefficients(matrix_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
 
     Args:
         matrix_MN: W or dL/dW.
-        vectors_NN: the basis U; None stands for the identity.
+        vectors_NN: the basis U, beside the matrix; None stands for the identity.
     """
     # W = (W U) U^T for orthonormal U, and so dL/d(W U) = (dL/dW) U: one product serves both.
-    return matrix_MN if vectors_NN is None else matrix_MN @ vectors_NN.to(matrix_MN.device)
+    return matrix_MN if vectors_NN is None else matrix_MN @ vectors_NN
 
 
 _CURVE_POINTS = 96
@@ -188,7 +188,7 @@ def _importance(role: str, model: SteeredModel, params: Mapping[str, Json], need
     def of(place: WeightPlace, grad_MN: Tensor) -> Tensor:
         # The absolute value of each batch's gradient, not of their sum, in which opposite signs would cancel.
         # In place: the hook of gradients.py has taken the gradient, and nothing else reads it.
-        return coefficients(grad_MN, basis(place)).abs_()
+        return coefficients(grad_MN, basis(place, grad_MN)).abs_()
 
     # The rotation is inside of the sum: a sum of |dL_b/dW| cannot be rotated afterwards, as |.| does not commute with U.
     return GradientSums(model, chosen, of, f"data.{role}", SelectedLayers.model_validate(params).tokens)
@@ -203,19 +203,24 @@ def magnitude(source: Source, part: str, path: Path) -> dict[str, object]:
         for place in chosen:
             # In float32 on the CPU, as the gradients are: the control differs from the importance in its scores alone.
             weight_MN = models.linear_weight(source.model.model.get_submodule(place.module)).detach().float().cpu()
-            writer.write(place.module, coefficients(weight_MN, basis(place)).abs())
+            writer.write(place.module, coefficients(weight_MN, basis(place, weight_MN)).abs())
     return {}
 
 
 def _basis_and_places(
     model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]
-) -> tuple[Callable[[WeightPlace], Tensor | None], list[WeightPlace]]:
-    """Return the layers that a stage's parameters select, and a function that gives the basis of each."""
+) -> tuple[Callable[[WeightPlace, Tensor], Tensor | None], list[WeightPlace]]:
+    """Return the layers that a stage's parameters select, and a function that gives the basis of each beside a tensor."""
     # Without a basis (`rotation: none`) the weights are their own coefficients.
     basis = Parts.open(needed["basis"]) if "basis" in needed else None
     layers = SelectedLayers.model_validate(params)
     chosen = places(model.model, layers.layer_type, layers.target_layers)
-    return (lambda place: None if basis is None else basis.tensor(f"{place.input_of}/vectors")), chosen
+    if basis is None:
+        return (lambda place, like: None), chosen
+    # Layers with one input share its basis, and a GPU with room keeps all of them: sent anew for each layer and batch, those of
+    # a model of 7B parameters would be 42 GB a batch.
+    kept = {name: models.Kept(basis.tensor(f"{name}/vectors")) for name in dict.fromkeys(place.input_of for place in chosen)}
+    return (lambda place, like: kept[place.input_of].like(like)), chosen
 
 
 def mask(source: Source, part: str, path: Path) -> dict[str, object]:

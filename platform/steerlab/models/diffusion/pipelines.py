@@ -154,7 +154,7 @@ class Diffusion(nn.Module):
         """
         guidance = self.sampler.guidance if guidance is None else guidance
         here = self._here
-        here.step, here.seeds = -1, list(seeds)
+        here.step, here.seeds, here.good = -1, list(seeds), []
         arguments = {
             **self._conditions(prompts, self._doubles(guidance)),
             **self._schedule(steps),
@@ -165,8 +165,13 @@ class Diffusion(nn.Module):
         # diffusers wraps the call in torch.no_grad, but gradients flow through the denoiser here.
         call = inspect.unwrap(type(self.pipeline).__call__)
         try:
-            images_BCHW = _images(call(self.pipeline, **arguments)[0])
-            self._check_finite(images_BCHW, "the image is NaN or infinite after the denoiser (scheduler or decoder),")
+            try:
+                images_BCHW = _images(call(self.pipeline, **arguments)[0])
+            finally:
+                # Also where the reader of activations has ended the drawing, by an exception.
+                self._check_passes()
+            what = "the image is NaN or infinite after the denoiser (scheduler or decoder),"
+            self._refuse(here.step, _finite(images_BCHW), what)
             return images_BCHW
         except (ValueError, TypeError) as error:
             # A scheduler may refuse the values only when it is called; the message is to name the setting.
@@ -239,17 +244,27 @@ class Diffusion(nn.Module):
             torch.set_grad_enabled(here.grad)
         if output is None:
             return  # the denoiser raised an error, or the reader of activations stopped it after the last module that it reads
-        # Checked in every pass, because NaN spreads from its first step to all later ones.
-        self._check_finite(output[0], "the denoiser gives a NaN or infinite value for the image")
+        # Of every pass, because NaN spreads from its first step to all later ones.
+        here.good.append((here.step, _finite(output[0])))
 
-    def _check_finite(self, value_R: Tensor, what: str) -> None:
-        """Raise FloatingPointError with the step and the seed of the first row that holds NaN or infinity."""
+    def _check_passes(self) -> None:
+        """Raise FloatingPointError with the step and the seed of the first row of a pass that holds NaN or infinity."""
         here = self._here
-        good_R = value_R.detach().flatten(1).isfinite().all(1)
+        # For all passes at once: on a GPU the program waits for it once and not in every step.
+        if here.good and not bool(torch.cat([good_R for _, good_R in here.good]).all()):
+            for step, good_R in here.good:
+                self._refuse(step, good_R, "the denoiser gives a NaN or infinite value for the image")
+
+    def _refuse(self, step: int, good_R: Tensor, what: str) -> None:
         if not bool(good_R.all()):
             # Rows are the images once, or twice under guidance. `argmin` takes no booleans.
-            row = int(good_R.int().argmin()) % len(here.seeds)
-            raise FloatingPointError(f"step {here.step}: {what} of seed {here.seeds[row]}")
+            seeds = self._here.seeds
+            raise FloatingPointError(f"step {step}: {what} of seed {seeds[int(good_R.int().argmin()) % len(seeds)]}")
+
+
+def _finite(value_R: Tensor) -> Tensor:
+    """Return which rows hold neither NaN nor infinity, (R,)."""
+    return value_R.detach().flatten(1).isfinite().all(1)
 
 
 @cache
