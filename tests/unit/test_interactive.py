@@ -106,6 +106,9 @@ def test_reading_gives_what_a_hook_sees(model: sl.Model) -> None:
     assert table.column(name).type.list_size == 128
     chat = model.read([("say colour", "the cow is red .")], modules=name)
     assert chat[name].shape == (1, 128)
+    assert torch.equal(model.read("a ship", modules=name)[name], model.read(["a ship"], modules=name)[name])
+    with pytest.raises(ValueError, match="text 1 is empty"):
+        model.read(["a", " "], modules=name)
 
 
 def test_rows_in_memory_are_read_as_a_file_of_them_is(model: sl.Model, shift: sl.Patch, tmp_path: Path) -> None:
@@ -258,3 +261,24 @@ def test_a_job_runs_without_a_cluster_and_its_results_are_values(tmp_path: Path)
         sl.read_run("missing", root=root)
     with pytest.raises(ValueError, match=r"job: scale\.workers of shift is more than 1, which needs Ray"):
         sl.run(tree, set={"scale.workers": 2, "name": "shift"}, root=root, ray=False)
+
+
+def test_a_sweep_is_read_as_the_page_reads_it(tmp_path: Path) -> None:
+    from test_report_sweeps import write_sweep
+
+    from steerlab.storage.store import Store
+
+    store = Store.open(str(tmp_path / "root"))
+    sweep = sl.read_sweep(f"{store.root}/{write_sweep(store, 4)}")
+    frame = sweep.to_frame()
+    assert len(frame) == 8 and {"trial_id", "seed", "param.method.alpha", "metric.separation/sep"} <= set(frame.columns)
+    assert sweep.best is not None and sweep.best["trial_id"] == "t001" and sweep.run().name == "alpha"
+    shown = sweep._repr_html_()
+    assert "method.alpha" in shown and "separation/sep" in shown
+    figure = sweep.plot("perplexity/value", "method.alpha")
+    assert len(figure.data[0].x) == len(frame["metric.perplexity/value"].dropna())
+    assert 'class="answer"' in sl.report([sweep], tmp_path / "page.html").read_text()
+    with pytest.raises(ValueError, match="alpha has no metric nothing: it has separation/sep"):
+        sweep.plot("nothing")
+    with pytest.raises(ValueError, match="is no sweep folder"):
+        sl.read_sweep(tmp_path)

@@ -15,7 +15,7 @@ from steerlab import run as runs
 from steerlab.cli.running import progress as bars
 from steerlab.guards.json_values import JsonObject
 from steerlab.interactive.given import Rows, data_set
-from steerlab.interactive.model import Model, Origin
+from steerlab.interactive.model import Model, Origin, load
 from steerlab.interactive.patch import Patch
 from steerlab.job import PROMPT_FIELDS, Job, JobError, TrainConfig, validate
 from steerlab.methods import METHODS, TABLE
@@ -74,7 +74,7 @@ def fit(
     Raises:
         ValueError: the message names the setting or the row that is wrong, and says what would be right.
     """
-    loaded = model if isinstance(model, Model) else _loaded(model)
+    loaded = model if isinstance(model, Model) else load(model)
     given = {"source": source, "target": target, "train": train, "preference": preference, "safety": safety, **(data or {})}
     folder = _Folder()
     rows = {role: data_set(some, role, folder.path) for role, some in given.items() if some is not None}
@@ -92,12 +92,6 @@ class _Folder:
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="steerlab-fit-"))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
-def _loaded(model: str | Path) -> Model:
-    from steerlab.interactive.model import load
-
-    return load(model)
 
 
 def _tree(

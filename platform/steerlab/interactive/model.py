@@ -16,6 +16,7 @@ from steerlab import models
 from steerlab.activations import parquet, reading
 from steerlab.cli.opening import artifact_of
 from steerlab.data import sources
+from steerlab.inputs.tokens import Encoded
 from steerlab.interactive.outputs import Activations, Images, Text, Texts
 from steerlab.interactive.prompts import Prompt, asked
 from steerlab.job import ExtractConfig
@@ -192,7 +193,7 @@ class Model:
 
     def read(
         self,
-        texts: Sequence[Prompt],
+        texts: str | Sequence[Prompt],
         *,
         modules: str | Sequence[str],
         tokens: Tokens = "last",
@@ -215,7 +216,8 @@ class Model:
         Raises:
             ValueError: no module matches, or a text is empty or does not fit into the model's context.
         """
-        model, rows = self.language, [_row(text, number) for number, text in enumerate(texts)]
+        model = self.language
+        texts = [texts] if isinstance(texts, str) else texts
         pooling = ("none",) if tokens == "all" else (tokens,)
         # Read from a mapping, as a job is: a list of expressions becomes one.
         config = ExtractConfig.model_validate(
@@ -224,20 +226,23 @@ class Model:
         )  # fmt: skip
         reader = reading.TextReader(model, config, strength=self.strength if strength is None else strength)
         try:
-            encoded = []
-            for row in rows:
-                kind = "text" if "text" in row else "conversation"
-                encoded += reader.encode([row], kind, len(encoded))[0] if kind == "text" else [self._prompt(row, max_tokens)]
+            encoded = [self._encoded(reader, text, number, max_tokens) for number, text in enumerate(texts)]
             vectors = reading.in_order([part.cpu() for part in reader.read(encoded)])
             widths, about = reader.widths, reading.about_model(model, config)
         finally:
             reader.close()
         schema = parquet.schema(widths, config.dtype, tokens == "all", about)
-        hashed = [row if "text" in row else {"messages": row["prompt"]} for row in rows]
-        return Activations(vectors.values, extract.table(vectors, hashed, "", schema))
+        rows: list[dict[str, Any]] = [{"text": t} if isinstance(t, str) else {"messages": t} for t in texts]
+        return Activations(vectors.values, extract.table(vectors, rows, "", schema))
 
-    def _prompt(self, row: Mapping[str, Any], max_tokens: int) -> Any:
-        (one,) = asked(self.language.encoder, [row["prompt"]])
+    def _encoded(self, reader: reading.TextReader, text: Prompt, number: int, max_tokens: int) -> Encoded:
+        """Return a plain text as it is, or a prompt as the model is asked with it. Raises ValueError for an empty text."""
+        if isinstance(text, str):
+            if not text.strip():
+                raise ValueError(f"text {number} is empty")
+            (encoded,), _ = reader.encode([{"text": text}], "text", number)
+            return encoded
+        (one,) = asked(self.language.encoder, [text])
         return self.language.encoder.encode(one.conversation, continued=True).cut(max_tokens)
 
     def draw(
@@ -297,15 +302,6 @@ class Model:
         architecture = type(self.steered.model).__name__
         stack = ", ".join(patch.kind for patch in self.steered.patches)
         return f"Model({architecture} from {self.origin.path}{f', patches: {stack}' if stack else ''})"
-
-
-def _row(text: Prompt, number: int) -> dict[str, Any]:
-    """Return what was given as a row: a text, or a prompt that is worded for the model."""
-    if isinstance(text, str):
-        if not text.strip():
-            raise ValueError(f"text {number} is empty")
-        return {"text": text}
-    return {"prompt": text}
 
 
 def load(
