@@ -11,17 +11,20 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypeAlias, TypedDict
-
-import ray
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 from steerlab.evaluation.statistics import generations, stored
-from steerlab.guards import saved, texts
+from steerlab.guards import late, saved, texts
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import UNPATCHED, Job
 from steerlab.stages import Evaluation, Plan, choose, evaluate
 from steerlab.storage import plan
 from steerlab.storage.store import Store
+
+if TYPE_CHECKING:
+    import ray
+else:
+    ray = late.module("ray")
 
 SCHEMA = 2
 """Version of the format of summary.json; raised when a field moves that older readers look for."""
@@ -206,13 +209,20 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
         # An uploaded working directory has no repository; `steerlab submit` sends the commit along.
         "git": _git("rev-parse", "HEAD") or os.environ.get("STEERLAB_GIT_COMMIT"),
         "git_changes": _git("status", "--porcelain"),
-        # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
-        "cluster": {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")},
-        "nodes": len([node for node in ray.nodes() if node["Alive"]]),
+        **_cluster(),
         **({} if trusted is None else {"own_code_of": texts.without_secrets(trusted)}),
         **({"own_code": list(own_code)} if own_code else {}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _cluster() -> dict[str, object]:
+    """Return the size of the Ray cluster; nothing for a run that found all of its artifacts and joined none."""
+    if "ray" not in sys.modules or not ray.is_initialized():
+        return {}
+    # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
+    resources = {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")}
+    return {"cluster": resources, "nodes": len([node for node in ray.nodes() if node["Alive"]])}
 
 
 @cache

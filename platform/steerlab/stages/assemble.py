@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import ray
+from typing import TYPE_CHECKING, NamedTuple
 
 from steerlab import patches
+from steerlab.guards import late
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import Job, own_code
 from steerlab.job.own_code import Code
@@ -16,6 +15,11 @@ from steerlab.stages import evaluate, fit
 from steerlab.stages.spread import reserved, subject
 from steerlab.stages.spread.subject import Loading, Subject
 from steerlab.storage.plan import Stage, Work
+
+if TYPE_CHECKING:
+    import ray
+else:
+    ray = late.module("ray")
 
 _POLL_S = 0.5
 
@@ -38,7 +42,7 @@ def stage(job: Job, model: Subject) -> Stage:
 def run(work: Work) -> None:
     """Make the patch in one Ray task, and write it with the prompt settings and a reference to the model that it is for."""
     params = Params.model_validate(work.params)
-    task = _assemble.options(**reserved.of_actors(work.scale))  # type: ignore[attr-defined]
+    task = reserved.remote(_assemble).options(**reserved.of_actors(work.scale))
     future = task.remote(subject.of(work), params.method, own_code.codes_in(params.method))
     # Short waits: Python handles a signal, or an exception that another thread raises in this one, only between calls of Ray.
     while not ray.wait([future], timeout=_POLL_S)[0]:
@@ -56,7 +60,6 @@ class _Made(NamedTuple):
     """How that model is prompted."""
 
 
-@ray.remote(scheduling_strategy=reserved.ANYWHERE)
 def _assemble(loading: Loading, config: JsonObject, codes: tuple[Code, ...]) -> _Made:
     from steerlab import models
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-import ray
 from pydantic import Field
 
 from steerlab import patches
 from steerlab.data import rows
-from steerlab.guards import expressions
+from steerlab.guards import expressions, late
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import DataSet, ExtractConfig, Job, MethodConfig, Selection, own_code
 from steerlab.job.own_code import Code
@@ -31,10 +30,13 @@ from steerlab.storage.bases import BASE, PROMPT
 from steerlab.storage.plan import ModelRef, Stage, Work
 
 if TYPE_CHECKING:
+    import ray
     from torch import Tensor
 
     from steerlab.activations.parquet import Activations
     from steerlab.methods.math.sequential_fit import Reading
+else:
+    ray = late.module("ray")
 
 _POLL_S = 0.5
 _WALK_FIELDS = {"select", "max_tokens", "batch_tokens"}
@@ -85,7 +87,7 @@ def run(work: Work) -> None:
     walks = method.walks(config)
     # A fit place after place loads the model and may use a GPU; a fit on extracted activations is arithmetic on one CPU.
     resources = reserved.of_actors(work.scale) if walks else {"num_cpus": 1}
-    task = _fit.options(**resources)  # type: ignore[attr-defined]
+    task = reserved.remote(_fit).options(**resources)
     future = task.remote(subject.of(work), params, activations, own_code.codes_in(params.method))
     # Short waits: Python handles a signal, or an exception that another thread raises in this one, only between calls of Ray.
     while not ray.wait([future], timeout=_POLL_S)[0]:
@@ -129,7 +131,6 @@ class _Fit:
     """Number of samples, of the roles "source" and "target"."""
 
 
-@ray.remote(scheduling_strategy=reserved.ANYWHERE)
 def _fit(loading: Loading, params: Params, activations: dict[str, ModelRef], codes: tuple[Code, ...]) -> _Fit:
     """Fit the maps of a method.
 

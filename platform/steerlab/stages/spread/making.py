@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ray
 import torch
 from safetensors import safe_open
 
 from steerlab import models
 from steerlab.activations import reading
+from steerlab.guards import late
 from steerlab.guards.json_values import JsonObject
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.tokens import collate
@@ -31,7 +31,11 @@ from steerlab.storage.tensors import INDEX, Parts, Shape, writing
 from steerlab.storage.whole import size_and_sha256
 
 if TYPE_CHECKING:
+    import ray
+
     from steerlab.steered.language import SteeredModel
+else:
+    ray = late.module("ray")
 
 _POLL_S = 0.5
 _WHOLE = "all"
@@ -260,7 +264,7 @@ def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: 
     request = (make, work.params, _needed(work), folder.address, loading)
     # No more than the cluster has: a task that reserves more waits for ever instead of failing.
     num_cpus = min(work.scale.cpus_per_worker, ray.cluster_resources().get("CPU", 1))
-    task = _make_part.options(num_cpus=num_cpus)  # type: ignore[attr-defined]
+    task = reserved.remote(_make_part).options(num_cpus=num_cpus)
     # All at once: Ray queues what the cluster has no room for, and starts the next when a task ends.
     left: list[ray.ObjectRef] = [task.remote(*request, entry) for entry in entries if entry.name not in done]
     while left:
@@ -286,7 +290,6 @@ def remove_parts(directory: Path) -> None:
         path.unlink()
 
 
-@ray.remote(scheduling_strategy=reserved.ANYWHERE)
 def _make_part(
     make: MakePart,
     params: JsonObject,

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
+from steerlab.guards import late
 from steerlab.guards.private_parts import most_resources
 from steerlab.job import ScaleConfig
+
+if TYPE_CHECKING:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+else:
+    ray = late.module("ray")
 
 ANYWHERE = "DEFAULT"
 """Scheduling strategy of the tasks and actors of a stage.
@@ -16,9 +24,19 @@ only, and they would wait for ever.
 """
 
 
+@cache
+def remote(function: Callable[..., Any], **options: Any) -> Any:
+    """Return a function or a class as a Ray task or actor that is placed `ANYWHERE`."""
+    # Cached, because Ray sends a function to the workers once for each object that it made of it. No decorator of the function,
+    # which would import Ray with its file.
+    return ray.remote(scheduling_strategy=ANYWHERE, **options)(function)
+
+
 def beside_the_driver() -> NodeAffinitySchedulingStrategy:
     """Return the scheduling strategy that keeps an actor on the driver's node."""
     # Other nodes may be taken away by an autoscaler or a spot market; without the driver's node the run has ended anyway.
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
