@@ -91,7 +91,7 @@ def test_decoding_is_the_naive_search(
             for step in range(output.num_tokens):
                 scores_1V = naive_scores(base, reward, ids, alpha)[None]
                 uniform = drawn[number, step : step + 1] if temperature else None
-                ids.append(int(choose(scores_1V, [ids], Sampling(temperature), uniform)))
+                ids += choose(scores_1V, None, Sampling(temperature), uniform)[1]
             assert encoder.decode(ids[len(start) :]) == output.text
             differ += output.text != found[0][number].text
     assert differ >= 4, "the rewards decide"

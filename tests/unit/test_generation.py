@@ -11,7 +11,8 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Conversation, collate
 from steerlab.patches import EmbeddingPatch
 from steerlab.steered import sampling
-from steerlab.steered.language import Sampling, SteeredModel, choose
+from steerlab.steered.language import SteeredModel
+from steerlab.steered.sampling import Sampling, choose
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_a_nucleus_among_the_likeliest_tokens_is_that_of_the_whole_vocabulary(mo
     for size in (16, 300):
         monkeypatch.setattr(sampling, "_NUCLEUS", size)
         for rows in (slice(0, 40), slice(0, 41)):
-            found = choose(logits[rows].clone(), [[]] * len(logits[rows]), Sampling(1.0, 0.6), uniform[rows])
+            found = choose(logits[rows].clone(), None, Sampling(1.0, 0.6), uniform[rows])[0]
             chosen[size, rows.stop] = found
     assert torch.equal(chosen[16, 40], chosen[300, 40]) and torch.equal(chosen[16, 41], chosen[300, 41])
     assert torch.equal(chosen[16, 41][:40], chosen[16, 40])
@@ -142,21 +143,26 @@ def test_a_nucleus_among_the_likeliest_tokens_is_that_of_the_whole_vocabulary(mo
 
 def test_the_nucleus_keeps_the_token_that_crosses_p() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]]))
-    chosen = {int(choose(logits.clone(), [[]], Sampling(1.0, 0.6), torch.tensor([u]))[0]) for u in (0.0, 0.3, 0.62, 0.63, 0.99)}
+    chosen = {choose(logits.clone(), None, Sampling(1.0, 0.6), torch.tensor([u]))[1][0] for u in (0.0, 0.3, 0.62, 0.63, 0.99)}
     assert chosen == {0, 1}
 
 
 def test_sampling_follows_the_distribution() -> None:
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).expand(10_000, 3)
     uniform = torch.linspace(0, 1, 10_001)[:-1]
-    chosen = choose(logits.clone(), [[]] * 10_000, Sampling(1.0), uniform)
+    chosen, _ = choose(logits.clone(), None, Sampling(1.0), uniform)
     torch.testing.assert_close(chosen.bincount() / 10_000, torch.tensor([0.2, 0.5, 0.3]), atol=2e-3, rtol=0)
+
+
+def seen(ids: list[int], num: int) -> torch.Tensor:
+    """The tokens that occurred in one row."""
+    return torch.zeros(1, num, dtype=torch.bool).index_fill(1, torch.tensor(ids), True)
 
 
 def test_a_repetition_penalty_weakens_what_was_seen() -> None:
     logits = torch.tensor([[2.0, 1.9, -1.0]])
-    assert choose(logits.clone(), [[0]], Sampling(repetition_penalty=1.2), None).item() == 1
-    assert choose(logits.clone(), [[2]], Sampling(repetition_penalty=1.2), None).item() == 0
+    assert choose(logits.clone(), seen([0], 3), Sampling(repetition_penalty=1.2), None)[1] == [1]
+    assert choose(logits.clone(), seen([2], 3), Sampling(repetition_penalty=1.2), None)[1] == [0]
 
 
 def test_stop_strings_end_a_generation(steered: SteeredModel, prompts: list[Conversation]) -> None:
@@ -171,7 +177,7 @@ def test_stop_strings_end_a_generation(steered: SteeredModel, prompts: list[Conv
 def test_a_repetition_penalty_weakens_logits_of_both_signs() -> None:
     """CTRL (arXiv 1909.05858): positive logits are divided, negative ones multiplied; what was not seen stays."""
     logits, penalty = torch.tensor([[2.0, -1.0, -1.1, 0.5]]), 1.5
-    choose(logits, [[0, 1, 1]], Sampling(repetition_penalty=penalty), None)
+    choose(logits, seen([0, 1, 1], 4), Sampling(repetition_penalty=penalty), None)
     torch.testing.assert_close(logits, torch.tensor([[2.0 / penalty, -1.0 * penalty, -1.1, 0.5]]))
     falls = torch.tensor([[-1.0, -1.2]])
-    assert choose(falls, [[0]], Sampling(repetition_penalty=1.5), None).item() == 1
+    assert choose(falls, seen([0], 2), Sampling(repetition_penalty=1.5), None)[1] == [1]

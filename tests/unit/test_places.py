@@ -179,11 +179,11 @@ def test_what_is_no_source_is_refused_with_its_key(folder: Path, written: str) -
 
 def configs(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
     """A config and all configs in it."""
-    from steerlab.job.messages import models_in
+    from steerlab.job.messages import Choices, models_of
 
     yield kind
     for field in kind.model_fields.values():
-        for inner in models_in(field.annotation):
+        for inner in (model for model in models_of(field) if not isinstance(model, Choices)):
             if inner is not kind:
                 yield from configs(inner)
 

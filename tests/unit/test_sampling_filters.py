@@ -56,7 +56,7 @@ def naive(logits: list[float], temperature: float, top_k: int = 0, top_p: float 
 
 def drawn(logits: torch.Tensor, temperature: float, **filters: Any) -> dict[int, float]:
     """Shares of the tokens that equally spaced random numbers choose."""
-    tokens = choose(logits.expand(len(UNIFORM), -1).clone(), [[]] * len(UNIFORM), Sampling(temperature, **filters), UNIFORM)
+    tokens, _ = choose(logits.expand(len(UNIFORM), -1).clone(), None, Sampling(temperature, **filters), UNIFORM)
     counts = tokens.bincount().tolist()
     return {i: count / len(UNIFORM) for i, count in enumerate(counts) if count}
 
@@ -91,7 +91,7 @@ def test_the_likeliest_tokens_alone_give_what_a_full_sort_gives(
     uniform, found = torch.rand(31, generator=generator), []
     for size in (16, 300):
         monkeypatch.setattr(sampling, "_NUCLEUS", size)
-        found.append(choose(logits.clone(), [[]] * 31, Sampling(1.0, **filters), uniform))
+        found.append(choose(logits.clone(), None, Sampling(1.0, **filters), uniform)[0])
     assert torch.equal(*found)
 
 

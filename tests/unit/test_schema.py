@@ -37,7 +37,7 @@ def schema() -> jsonschema.Draft202012Validator:
 
 def test_the_schema_file_is_that_of_the_code() -> None:
     assert SCHEMA.read_text().strip() == job.schema(JobType), (
-        "run: python -m steerlab schema > platform/steerlab/job/schema.json"
+        "run: python -m steerlab schema --anew > platform/steerlab/job/schema.json"
     )
 
 

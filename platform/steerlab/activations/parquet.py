@@ -27,16 +27,18 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from steerlab.activations.origin import Origin
-from steerlab.guards import saved
+from steerlab.guards import late, saved
 from steerlab.guards.json_values import JsonObject
 from steerlab.storage.whole import Content, size_and_sha256, written_whole
 
 if TYPE_CHECKING:
+    import pyarrow.dataset as pads
     from torch import Tensor
+else:
+    pads = late.module("pyarrow.dataset")  # which imports pandas
 
 
 class _Part(saved.Shape):

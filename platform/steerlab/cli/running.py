@@ -29,7 +29,7 @@ from steerlab.cli.terminal import (
     say_line,
 )
 from steerlab.guards import texts
-from steerlab.job import UNPATCHED, UNPATCHED_NAME
+from steerlab.guards.files import SOURCE_ROOT
 
 if TYPE_CHECKING:
     from steerlab.job import Job
@@ -47,9 +47,9 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run the plan of one or more jobs; prints a table and the run folders. After one that failed the next ones run."""
-    from steerlab import run as runs
     from steerlab import stages
-    from steerlab.run import capacity
+    from steerlab.run import capacity, checked_before
+    from steerlab.storage import plan
     from steerlab.storage.plan import StageError
 
     # Ray prints warnings of its own to standard output; with --json that holds the results and nothing else.
@@ -58,10 +58,13 @@ def run(
         store = opened_store(root)
         plans = [stages.Plan.of(read_job(path, set_)) for path in jobs]
         # All jobs are checked before the first one runs: a mistake in the last one should not show after hours.
-        facts = [runs.check(planned, path) for planned, path in zip(plans, jobs, strict=True)]
-        with joined_ray():
-            for planned, facts_of_model in zip(plans, facts, strict=True):
-                capacity.check_cluster(planned, store, facts_of_model)
+        facts = [checked_before.check(planned, path) for planned, path in zip(plans, jobs, strict=True)]
+        left = [any(record.status != "cached" for record in plan.status(planned.stages, store)) for planned in plans]
+        # Without Ray, which takes seconds to start, where all artifacts exist.
+        with joined_ray() if any(left) else nullcontext():
+            for planned, facts_of_model, has_left in zip(plans, facts, left, strict=True):
+                if has_left:
+                    capacity.check_cluster(planned, store, facts_of_model)
             done, failed = _run_all(plans, store, quiet=as_json)
     if as_json:
         print(json.dumps([{"folder": store.where(r.folder), "summary": r.summary} for _, r in done], indent=1))
@@ -100,19 +103,18 @@ def _run_all(plans: list[Plan], store: Store, *, quiet: bool) -> tuple[list[tupl
 
 def show_plan(job: JobArgument, set_: SetOption = None, root: RootOption = None, as_json: JsonOption = False) -> None:
     """Show what would run and what is cached, with memory and disk estimates."""
-    from steerlab import run as runs
     from steerlab import stages
     from steerlab.data import rows
     from steerlab.guards import torch_devices
-    from steerlab.run import capacity, length
+    from steerlab.run import capacity, checked_before, length
     from steerlab.storage import plan
 
     with explained():
         store = opened_store(root)
         planned = stages.Plan.of(read_job(job, set_))
-        facts = runs.check(planned, job)
+        facts = checked_before.check(planned, job)
         records = plan.status(planned.stages, store)
-        needs = capacity.estimates(planned, facts, records)
+        needs = checked_before.estimates(planned, facts, records)
         if as_json:
             staged = [record.as_dict() | _needed(record, needs) for record in records]
             print(json.dumps({"stages": staged, "steps": length.by_key(planned)}, indent=1))
@@ -156,8 +158,14 @@ def _needed(record: plan.Record, needs: Mapping[str, plan.Estimate]) -> dict[str
     return {"memory_bytes": need.memory_bytes, "disk_bytes": need.disk_bytes, "work_bytes": need.work_bytes}
 
 
-def schema() -> None:
+def schema(
+    anew: Annotated[bool, typer.Option("--anew", help="Make it from the code, after a change of a config.")] = False,
+) -> None:
     """Print the JSON schema of job files, for editors."""
+    if not anew:
+        # Made from the code of this version, which takes seconds: all methods and tasks are imported for it.
+        print((SOURCE_ROOT / "steerlab" / "job" / "schema.json").read_text().rstrip("\n"))
+        return
     from steerlab import job
     from steerlab.stages import JobType
 
@@ -274,6 +282,8 @@ def _print_results(done: list[tuple[Job, Run]], store: Store) -> None:
 
 def _columns(name: str, summary: RunSummary) -> list[tuple[str, dict[str, MetricNumbers]]]:
     """Return a run's columns of the table: its reported metrics and, if these have a patch, those at strength 0."""
+    from steerlab.job import UNPATCHED, UNPATCHED_NAME
+
     steered = [f"{strength:g}" for strength in dict.fromkeys(summary["reported"].values())]
     headline = [(f"{name}\nstrength {', '.join(steered)}" if steered else name, summary["metrics"])]
     plain = summary["strengths"].get(UNPATCHED)

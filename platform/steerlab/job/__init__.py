@@ -16,6 +16,7 @@ from steerlab.job.data_set import (
     Selection,
     Span,
 )
+from steerlab.job.entries import Entries
 from steerlab.job.file import base_job, dump, inlined, override, put, read, read_tree, validate
 from steerlab.job.job import Job, job_type, prompt_settings
 from steerlab.job.messages import cut, explain
@@ -49,6 +50,7 @@ __all__ = [
     "ChooseConfig",
     "DataConfig",
     "DataSet",
+    "Entries",
     "Example",
     "ExtractConfig",
     "Frozen",

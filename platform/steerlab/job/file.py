@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from steerlab.guards import files, yaml12
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job.job import Job
-from steerlab.job.messages import cut, explain, models_in, of_tag
+from steerlab.job.messages import Choices, cut, explain, models_of, of_tag
 from steerlab.job.model_config import JOB_PREFIX
 from steerlab.job.typed import Implied, JobError
 
@@ -145,7 +145,7 @@ def put(tree: JsonObject, key: str, value: Json, where: str, kind: type[Job]) ->
         JobError: the path leads through a scalar or past the end of a list.
     """
     node: Json = tree
-    models: list[type[BaseModel]] = [kind]
+    models: list[type[BaseModel] | Choices] = [kind]
     *parents, last = _parts(key, where)
     for part in parents:
         if isinstance(node, list):
@@ -156,7 +156,7 @@ def put(tree: JsonObject, key: str, value: Json, where: str, kind: type[Job]) ->
             # Also for an explicit null: `--set train.steps=5` turns the section on.
             if node.get(part) is None:
                 node[part] = _default(fields[0], node) if fields else {}
-            node, models = node[part], [model for field in fields for model in models_in(field.annotation)]
+            node, models = node[part], [model for field in fields for model in models_of(field)]
         if not isinstance(node, dict | list):
             raise JobError(f"{where}: {part} holds {cut(repr(node))}, not a group of settings")
     if isinstance(node, list):

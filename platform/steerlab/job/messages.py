@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 _LONGEST = 80
@@ -23,6 +25,22 @@ _HINTS = {
     # YAML reads 5 and true without quotes as a number and a boolean.
     "string_type": dict.fromkeys((bool, int, float), "write a text in quotes"),
 }
+
+
+class Choices(ABC):
+    """Annotation of a field whose config is chosen by its tag, among classes that are imported when they are chosen."""
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Return whether a config has this tag."""
+
+    @abstractmethod
+    def config(self, name: str) -> type[BaseModel]:
+        """Return the config of a tag."""
+
+
+_Model: TypeAlias = type[BaseModel] | Choices
+"""A config that a field may hold, or all of those among which its tag chooses."""
 
 
 def cut(text: str) -> str:
@@ -127,18 +145,20 @@ def _nearest(name: str, valid: Sequence[str]) -> str | None:
 
 def _keys_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
     """Return the valid keys of the config that contains the location `loc`, and `loc` without the tags of unions."""
-    models: list[type[BaseModel]] = [kind]
+    models: list[_Model] = [kind]
     shown: list[str] = []
     valid = list(kind.model_fields)
     for part in loc:
-        valid = sorted({name for model in models for name in model.model_fields})
-        fields = [model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields]
+        configs = [model for model in models if not isinstance(model, Choices)]
+        valid = sorted({name for model in configs for name in model.model_fields})
+        fields = [model.model_fields[part] for model in configs if isinstance(part, str) and part in model.model_fields]
         if fields:
             shown.append(str(part))
-            models = [m for field in fields for m in models_in(field.annotation)]
+            models = [m for field in fields for m in models_of(field)]
             continue
         # pydantic puts the tag of a union's choice into the location, but it is no key of the job.
-        tagged = [m for m in models if part in _tags(m)]
+        tagged: list[_Model] = [m for m in configs if part in _tags(m)]
+        tagged += [m.config(part) for m in models if isinstance(m, Choices) and isinstance(part, str) and part in m]
         if tagged:
             models = tagged
         elif part not in _TYPES and not str(part).startswith(("tuple[", "dict[", "function-", "literal[", "nullable[")):
@@ -155,22 +175,35 @@ def _tags(model: type[BaseModel]) -> set[object]:
     } | {model.__name__}
 
 
-def of_tag(models: Sequence[type[BaseModel]], node: Mapping[str, object]) -> list[type[BaseModel]]:
+def of_tag(models: Sequence[_Model], node: Mapping[str, object]) -> list[type[BaseModel]]:
     """Return the models of a union that the tag in the tree `node` chooses; all of them if `node` has no tag.
 
-    The list is empty if no model has the tag, or if `node` names a file: only the code of the file knows its fields.
+    The list is empty if no model has the tag, or if `node` names a file: only the code of the file knows its fields. `Choices`
+    are left out without a tag, because all of them would have to be imported.
     """
-    tagged = [model for model in models if len(_tags(model)) > 1]
-    tags = {node[name] for name in _TAGS if isinstance(node.get(name), str)}
-    if tagged and ("file" in node or tags):
-        return [model for model in tagged if tags & _tags(model)] if "file" not in node else []
-    return list(models)
+    configs = [model for model in models if not isinstance(model, Choices)]
+    tagged = [model for model in configs if len(_tags(model)) > 1]
+    tags = {name for tag in _TAGS if isinstance(name := node.get(tag), str)}
+    chosen = [model.config(name) for model in models if isinstance(model, Choices) for name in tags if name in model]
+    if "file" in node and (tagged or chosen):
+        return []
+    if tagged and tags:
+        return [*chosen, *(model for model in tagged if tags & _tags(model))]
+    return [*chosen, *configs]
 
 
-def models_in(annotation: object) -> list[type[BaseModel]]:
-    """Return the config classes that a field's type contains, directly, in a union or in a list."""
+def models_of(field: FieldInfo) -> list[_Model]:
+    """Return the config classes that a field may hold, directly, in a union or in a list."""
+    chosen = [entry for entry in field.metadata if isinstance(entry, Choices)]
+    return [*chosen] if chosen else _models_in(field.annotation)
+
+
+def _models_in(annotation: object) -> list[_Model]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):
-        return [model for arg in get_args(annotation) for model in models_in(arg)]
+    if get_origin(annotation) is Annotated:
+        chosen = [entry for entry in get_args(annotation) if isinstance(entry, Choices)]
+        return [*chosen] if chosen else _models_in(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType, tuple, list):
+        return [model for arg in get_args(annotation) for model in _models_in(arg)]
     return []

@@ -1,7 +1,7 @@
 """Generate the JSON schema of jobs, by which editors complete and check job files (schema.json in this folder).
 
 It does not know relations between two fields, nor the syntax of sources; otherwise it accepts what `file.validate` accepts.
-After a change to any config, run `python -m steerlab schema > platform/steerlab/job/schema.json`.
+After a change to any config, run `python -m steerlab schema --anew > platform/steerlab/job/schema.json`.
 """
 
 from __future__ import annotations

@@ -13,14 +13,15 @@ A package registers an entry under its name, in the group `steerlab.methods` or 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Generic, Union
 
 from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    SerializationInfo,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
     ValidationError,
     ValidatorFunctionWrapHandler,
 )
@@ -29,7 +30,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from steerlab.job import foreign_code, own_code
 from steerlab.job.foreign_code import FILE, PACKAGE, E, Foreign, Kind
-from steerlab.job.messages import explain
+from steerlab.job.messages import Choices, explain
 from steerlab.job.typed import Frozen, JobError
 
 _IN_THE_NAME = "file:"
@@ -45,12 +46,12 @@ class Table(Generic[E]):
         Args:
             kind: Class of the entries, Method or Task.
             tag: Field of a config that holds the entry's name.
-            own: Name -> entry.
+            own: Name -> entry; the entries of a job are read when it names them (`Entries`).
             with_config: (entry, config class) -> the entry with that class.
         """
         self._kind, self.tag = Kind(kind, tag, with_config), tag
         self.what = self._kind.word
-        self.entries: dict[str, E] = dict(own)
+        self.entries = own
         # By SHA-256, so that two paths to one file give one entry.
         self._files: dict[str, E] = {}
         self._packages: dict[str, E | None] = {}
@@ -98,8 +99,7 @@ class Table(Generic[E]):
 
     def field(self) -> Any:
         """Return the type of a config field: the union of our own entries, which also reads configs of files and packages."""
-        union: Any = Union[tuple(entry.Config for entry in self.entries.values())]  # noqa: UP007
-        return Annotated[union, Field(discriminator=self.tag), _OrOfAFile(self)]
+        return Annotated[Frozen, _OneOf(self)]
 
     def read(self, value: object, others: Callable[[object], object]) -> object:
         """Return the config of a value in a job, for pydantic; `others` validates configs of the platform's own entries."""
@@ -157,38 +157,55 @@ class Table(Generic[E]):
         return foreign.entry
 
 
-class _OrOfAFile:
+class _OneOf(Choices):
     """Annotation of a field that holds a config of one of a table's entries, or the config of a file or package."""
 
-    def __init__(self, table: Table[E]) -> None:
-        self._tag, self._read_config, self._is_foreign = table.tag, table.read, table.is_foreign
+    def __init__(self, table: Table[Any]) -> None:
+        self._table, self._tag = table, table.tag
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether an entry of the platform has this name."""
+        return name in self._table.entries
+
+    def config(self, name: str) -> type[Frozen]:
+        """Return the config class of the entry of this name."""
+        return self._table.entries[name].Config
 
     def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
-        inner = handler(source)
-        # Without it pydantic serializes by the declared union, and drops fields of a foreign config.
-        written = core_schema.wrap_serializer_function_ser_schema(self._write, info_arg=True, schema=inner)
-        return core_schema.no_info_wrap_validator_function(self._read, inner, serialization=written)
+        """Validate by the config class of the entry that the tag names; no other entry is imported."""
+        choices: dict[Any, CoreSchema] = {
+            name: core_schema.no_info_plain_validator_function(partial(self._validated, name)) for name in self._table.entries
+        }
+        # By the type of the value: pydantic would serialize by the declared type, and drop the fields of a config.
+        written = core_schema.wrap_serializer_function_ser_schema(_written, schema=core_schema.any_schema())
+        union = core_schema.tagged_union_schema(choices, self._tag)
+        return core_schema.no_info_wrap_validator_function(self._read, union, serialization=written)
 
     def _read(self, value: object, others: ValidatorFunctionWrapHandler) -> object:
-        return self._read_config(value, others)
+        return self._table.read(value, others)
 
-    def _write(self, value: Frozen, others: SerializerFunctionWrapHandler, info: SerializationInfo) -> object:
-        if self._is_foreign(value):
-            return value.model_dump(mode=info.mode, context=info.context, exclude_unset=info.exclude_unset)
-        return others(value)
+    def _validated(self, name: str, value: object) -> Frozen:
+        return self.config(name).model_validate(value)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Allow any keys next to `file`, since only the code of the file knows which it has."""
+        """Describe the configs of all entries, and allow any keys next to `file`: only the code of the file knows them."""
+        # Every entry is imported here, and nowhere else in this class.
+        own: Any = Union[tuple(entry.Config for entry in self._table.entries.values())]  # noqa: UP007
+        union = TypeAdapter(Annotated[own, Field(discriminator=self._tag)]).core_schema
         path = {"type": "string", "minLength": 1, "description": "A Python file of your own."}
         # `task: file:my_task.py`: the path is part of the name.
         name = {"type": "string", "pattern": f"^{_IN_THE_NAME}"}
         return {
             "anyOf": [
-                handler(schema.get("schema", schema)),
+                handler(union),
                 {"type": "object", "properties": {FILE: path}, "required": [FILE]},
                 {"type": "object", "properties": {self._tag: name}, "required": [self._tag]},
             ]
         }
+
+
+def _written(value: object, others: SerializerFunctionWrapHandler) -> object:
+    return others(value)
 
 
 def _refused(message: str) -> PydanticCustomError:

@@ -3,71 +3,47 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from steerlab.job import MethodConfig, Table
-from steerlab.methods import (
-    ablation,
-    args,
-    aside,
-    aura,
-    caa,
-    denoise,
-    dpo,
-    genarm,
-    iav,
-    ise,
-    iti,
-    iti_heads,
-    lineas,
-    none,
-    prompt,
-    reft,
-    repe,
-    resta,
-    safe_delta,
-    safe_lora,
-    simpo,
-    sn_tune,
-    transport,
-    vanilla,
-    warp,
-)
+from steerlab.job import Entries, MethodConfig, Table
 from steerlab.methods.contract import Fitted, Method, Trained
 from steerlab.methods.edited import Edited
 
-# A literal and no decorator: the table can be read here, and a method that nobody imports cannot exist.
-_OWN: dict[str, Method] = {
-    "none": none.METHOD,
-    "prompt": prompt.METHOD,
-    "vanilla": vanilla.METHOD,
-    "aside": aside.METHOD,
-    "ise": ise.METHOD,
-    "warp": warp.METHOD,
-    "resta": resta.METHOD,
-    "safe_lora": safe_lora.METHOD,
-    "sn_tune": sn_tune.METHOD,
-    "safe_delta": safe_delta.METHOD,
-    "lineas": lineas.METHOD,
-    "linear_act": transport.LINEAR,
-    "mean_act": transport.MEAN,
-    "gaussian_act": transport.GAUSSIAN,
-    "aura": aura.METHOD,
-    "caa": caa.METHOD,
-    "iti": iti.METHOD,
-    "iti_heads": iti_heads.METHOD,
-    "ablation": ablation.METHOD,
-    "repe": repe.METHOD,
-    "reft": reft.METHOD,
-    "iav": iav.METHOD,
-    "dpo": dpo.METHOD,
-    "simpo": simpo.METHOD,
-    "genarm": genarm.METHOD,
-    "args": args.METHOD,
-    "denoise": denoise.METHOD,
+# Name of the method -> its file, whose METHOD it is. A literal and no decorator: the table can be read here, and a method that
+# is not in it does not exist. The names of files instead of imports, since a job needs one of them.
+_OWN = {
+    "none": "none",
+    "prompt": "prompt",
+    "vanilla": "vanilla",
+    "aside": "aside",
+    "ise": "ise",
+    "warp": "warp",
+    "resta": "resta",
+    "safe_lora": "safe_lora",
+    "sn_tune": "sn_tune",
+    "safe_delta": "safe_delta",
+    "lineas": "lineas",
+    "linear_act": "transport:LINEAR",
+    "mean_act": "transport:MEAN",
+    "gaussian_act": "transport:GAUSSIAN",
+    "aura": "aura",
+    "caa": "caa",
+    "iti": "iti",
+    "iti_heads": "iti_heads",
+    "ablation": "ablation",
+    "repe": "repe",
+    "reft": "reft",
+    "iav": "iav",
+    "dpo": "dpo",
+    "simpo": "simpo",
+    "genarm": "genarm",
+    "args": "args",
+    "denoise": "denoise",
 }
 
 
 # A method from a file gets its config class made anew, with the field `file` in it; the table keeps the rest.
-TABLE: Table[Method] = Table(Method, "name", _OWN, lambda method, config: replace(method, Config=config))
+TABLE: Table[Method] = Table(
+    Method, "name", Entries(Method, __name__, _OWN), lambda method, config: replace(method, Config=config)
+)
 """The methods above, those of installed packages, and those of files that jobs name."""
 METHODS = TABLE.entries
 """Methods by name."""

@@ -301,6 +301,11 @@ class Method:
         """
         return ()
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepares` may declare stages: only then is the model's code loaded to plan a job."""
+        return False
+
     def walks(self, config: MethodConfig) -> bool:
         """Return whether maps are fitted one after another, each on activations with all earlier maps applied."""
         # By the class of the config and not by a name, so that a closed form in a user's own file gets the walk as well.
@@ -350,9 +355,9 @@ class Trained(Method):
     _: KW_ONLY
     roles_read: tuple[str, ...] = ()
     """Roles of the data sets whose activations are extracted first. Needs a config derived from `SteeringConfig`."""
-    preparations: Callable[[Any, PreTrainedModel, Prepare], tuple[str, ...]] = lambda config, skeleton, prepare: ()
+    preparations: Callable[[Any, PreTrainedModel, Prepare], tuple[str, ...]] | None = None
     """(config, the model's modules without weights, prepare) -> names of the preparations that the training reads. It declares
-    the stages before the training (preparations.py) and raises ValueError for one that cannot be made."""
+    the stages before the training (preparations.py) and raises ValueError for one that cannot be made. None: there are none."""
 
     def __post_init__(self) -> None:
         # When the method is defined, not when it runs: the error names the class to change.
@@ -382,8 +387,15 @@ class Trained(Method):
         """Return `roles_read`."""
         return self.roles_read
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the method has `preparations`."""
+        return self.preparations is not None
+
     def prepares(self, config: MethodConfig, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
         """Declare the `preparations`, and return the names of those that the training reads."""
+        if self.preparations is None:
+            return ()
         names = self.preparations(config, skeleton, prepare)
         # After all declarations: a training may read any of them, in whatever order they were declared.
         prepare.check_read(names)

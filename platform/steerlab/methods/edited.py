@@ -71,7 +71,7 @@ class Edited(Method):
     """(config, the model, with or without values) -> the linear layers that the method treats as such."""
     needs_unaligned: bool = False
     """Whether the method reads the model before its alignment. Needs a config derived from `EditConfig`."""
-    preparations: Callable[[Any, PreTrainedModel, Prepare], tuple[str, ...]] = lambda config, skeleton, prepare: ()
+    preparations: Callable[[Any, PreTrainedModel, Prepare], tuple[str, ...]] | None = None
     """As `Trained.preparations`; they read the model before the training."""
 
     leaves_patch: ClassVar[bool] = True
@@ -81,8 +81,15 @@ class Edited(Method):
         if self.needs_unaligned and not issubclass(self.Config, EditConfig):
             raise TypeError(f"{self.Config.__name__} of a method that reads the unaligned model: derive it from EditConfig")
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the method has `preparations`."""
+        return self.preparations is not None
+
     def prepares(self, config: MethodConfig, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
         """Declare the `preparations`, and return the names of those that `edit` reads."""
+        if self.preparations is None:
+            return ()
         names = self.preparations(config, skeleton, prepare)
         prepare.check_read(names)
         return names

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from steerlab.data import sources
-from steerlab.guards import counts, files
+from steerlab.guards import counts, files, late
 from steerlab.guards.faults import explained
 from steerlab.models.diffusion import saved_pipelines
 from steerlab.models.language import gguf_header, weights
+
+if TYPE_CHECKING:
+    import transformers
+else:
+    transformers = late.module("transformers")
 
 _MOST_OWN, _MOST_COMPUTED = 10**6, 2**28
 """Largest number of parameters, and of elements of buffers such as masks, that a model may have beyond those in its GGUF file.
@@ -28,6 +32,7 @@ def prepare(directory: Path) -> Path:
     Raises:
         ValueError: The directory holds no model, several models, an adapter, or entries that are not regular files.
     """
+    transformers.logging.disable_progress_bar()  # before anything is loaded: a command draws its own
     files.check_folder(directory)
     is_model = (directory / "config.json").is_file()
     if is_model and (directory / "adapter_config.json").is_file():

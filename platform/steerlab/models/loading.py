@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from steerlab.data import sources
-from steerlab.guards import saved
+from steerlab.guards import late, saved
 from steerlab.guards.faults import explained
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import SamplerConfig
@@ -27,11 +26,13 @@ from steerlab.models.language.weight_places import embedding_shape, layer_names
 from steerlab.models.loadable import prepare
 
 if TYPE_CHECKING:
+    import transformers
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from steerlab.models.kinds import Model
+else:
+    transformers = late.module("transformers")
 
-transformers.logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-import transformers
 
-from steerlab.guards import saved
+from steerlab.guards import late, saved
 from steerlab.guards.faults import explained
 from steerlab.models import loadable, loading
 from steerlab.models.language import architecture, weights
 
 if TYPE_CHECKING:
+    import transformers
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+else:
+    transformers = late.module("transformers")
 
 Kind: TypeAlias = type[Any]
 """A class of transformers, or an auto class, that loads a model or a processor. These classes share no base class."""

@@ -59,15 +59,19 @@ class RewardPatch(nn.Module):
         if self.head is not None:
             rewards.head.to(model.device)
         read: list[tuple[Any, Tensor]] = []
-        off: list[tuple[Tensor | None, bool]] = []
+        newest: list[tuple[Tensor | None, bool]] = []
+
+        def rests() -> bool:
+            """Return whether the strength of every row is 0."""
+            # The steps of a generation pass the same tensor: its values are read once, for which a device is waited for.
+            if not newest or newest[0][0] is None or newest[0][0] is not forward.strengths_NB:
+                alpha_B = forward.strength(number, 1)
+                newest[:] = [(forward.strengths_NB, alpha_B is not None and not bool(alpha_B.any()))]
+            return newest[0][1]
 
         def take(_model: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
             # Strength 0 is the model alone: nothing is read that nothing will use.
-            # The steps of a generation get one tensor of strengths, which is read in the first of them.
-            if not off or off[0][0] is not forward.strengths_NB:
-                alpha_B = forward.strength(number, 1)
-                off[:] = [(forward.strengths_NB, alpha_B is not None and not bool(alpha_B.any()))]
-            if off[0][1]:
+            if rests():
                 read.clear()
                 return
             inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}

@@ -9,17 +9,22 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-
-import ray
+from typing import TYPE_CHECKING
 
 from steerlab import models
 from steerlab.data import sources
+from steerlab.guards import late
 from steerlab.job import own_code
 from steerlab.methods.edited import Edited
 from steerlab.run import sharing
 from steerlab.stages import Plan, edit, extract, train
 from steerlab.storage import copies, exclusive, plan
 from steerlab.storage.store import Store
+
+if TYPE_CHECKING:
+    import ray
+else:
+    ray = late.module("ray")
 
 Estimates = Mapping[str, plan.Estimate]
 """Estimate by the key of the stage. A stage without an entry needs little."""

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import ray
-from ray.util import get_node_ip_address
+from steerlab.guards import files, late, private_parts, waiting
 
-from steerlab.guards import files, private_parts, waiting
+if TYPE_CHECKING:
+    import ray
+else:
+    ray = late.module("ray")
 
 _CONNECT_S = 5.0
 """Longest wait for a connection to $RAY_ADDRESS."""
@@ -103,7 +106,7 @@ def _answers_on_loopback_alone() -> bool:
         return False
     try:
         # A cluster of several nodes listens on the address of the node, too; `_on_loopback` must not touch that one.
-        socket.create_connection((get_node_ip_address(), int(port)), timeout=1).close()
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=1).close()
     except OSError:
         return True
     return False

@@ -11,18 +11,21 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypeAlias, TypedDict
-
-import ray
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 from steerlab.evaluation.statistics import generations, stored
-from steerlab.guards import saved, texts
+from steerlab.guards import late, saved, texts
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import UNPATCHED, Job
 from steerlab.stages import Evaluation, Plan, choose, evaluate
 from steerlab.stages.spread import alone, gpus, reserved
 from steerlab.storage import plan
 from steerlab.storage.store import Store
+
+if TYPE_CHECKING:
+    import ray
+else:
+    ray = late.module("ray")
 
 SCHEMA = 2
 """Version of the format of summary.json; raised when a field moves that older readers look for."""
@@ -208,20 +211,25 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
         "git": _git("rev-parse", "HEAD") or os.environ.get("STEERLAB_GIT_COMMIT"),
         "git_changes": _git("status", "--porcelain"),
         **_cluster(),
-        "gpus": gpus.in_words(),
         **({} if trusted is None else {"own_code_of": texts.without_secrets(trusted)}),
         **({"own_code": list(own_code)} if own_code else {}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def _cluster() -> JsonObject:
-    """Return the resources of the cluster, or of this machine where the stages ran in this process, and the number of nodes."""
+def _cluster() -> dict[str, object]:
+    """Return the size of the cluster, or of this machine where the stages ran in this process, and its GPUs.
+
+    Nothing for a run that found all of its artifacts and joined no cluster.
+    """
     if alone.here() is not None:
-        return {"cluster": dict(reserved.present()), "nodes": 1}
+        return {"cluster": dict(reserved.present()), "nodes": 1, "gpus": gpus.in_words()}
+    if "ray" not in sys.modules or not ray.is_initialized():
+        return {}
     # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
     resources = {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")}
-    return {"cluster": resources, "nodes": len([node for node in ray.nodes() if node["Alive"]])}
+    nodes = len([node for node in ray.nodes() if node["Alive"]])
+    return {"cluster": resources, "nodes": nodes, "gpus": gpus.in_words()}
 
 
 @cache

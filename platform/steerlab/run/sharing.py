@@ -5,13 +5,15 @@ from __future__ import annotations
 import uuid
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+from steerlab.guards import late
 from steerlab.storage.store import Store
+
+if TYPE_CHECKING:
+    import ray
+else:
+    ray = late.module("ray")
 
 _SAY_S, _LIMIT_S = 10, 120
 """Seconds after which a warning says that nodes are waited for, and seconds after which a node counts as one that fails."""
@@ -53,20 +55,22 @@ def _read_on(nodes: list[str], path: str) -> dict[str, str]:
         except OSError:
             return ""
 
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     # On a node and nowhere else; without a CPU, of which a node may have none free or, for a head node, none at all.
     task: Any = ray.remote(num_cpus=0, max_retries=0)(read)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path): node for node in nodes
     }
-    _, late = ray.wait(list(asked), num_returns=len(asked), timeout=_SAY_S)
-    if late:
-        warnings.warn(f"waits for {len(late)} of {len(nodes)} nodes, which are to read a file in ROOT", stacklevel=4)
-        _, late = ray.wait(list(asked), num_returns=len(asked), timeout=_LIMIT_S - _SAY_S)
-    return {node: "" if answer in late else _content(answer) for answer, node in asked.items()}
+    _, left = ray.wait(list(asked), num_returns=len(asked), timeout=_SAY_S)
+    if left:
+        warnings.warn(f"waits for {len(left)} of {len(nodes)} nodes, which are to read a file in ROOT", stacklevel=4)
+        _, left = ray.wait(list(asked), num_returns=len(asked), timeout=_LIMIT_S - _SAY_S)
+    return {node: "" if answer in left else _content(answer) for answer, node in asked.items()}
 
 
 def _content(answer: Any) -> str:
     try:
         return ray.get(answer)
-    except RayError:  # the node has gone
+    except ray.exceptions.RayError:  # the node has gone
         return ""

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from steerlab import patches
 from steerlab.data import rows
-from steerlab.guards import expressions
+from steerlab.guards import expressions, late
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import DataSet, ExtractConfig, Job, MethodConfig, Selection, own_code
 from steerlab.job.own_code import Code
@@ -30,10 +30,13 @@ from steerlab.storage.bases import BASE, PROMPT
 from steerlab.storage.plan import ModelRef, Stage, Work
 
 if TYPE_CHECKING:
+    import ray
     from torch import Tensor
 
     from steerlab.activations.parquet import Activations
     from steerlab.methods.math.sequential_fit import Reading
+else:
+    ray = late.module("ray")
 
 _WALK_FIELDS = {"select", "max_tokens", "batch_tokens"}
 """Fields of `extract` that change a fit place after place; the others are left out of its key."""

@@ -71,10 +71,11 @@ class Stages(Prepare):
         self.made: dict[str, Prepared] = {}
         """Stages by the name of their preparation, in the order in which the method requested them."""
         read: tuple[str, ...] = ()
-        if job.train is not None or isinstance(TABLE.of(job.method), Edited):
+        method = TABLE.of(job.method)
+        if method.is_prepared and (job.train is not None or isinstance(method, Edited)):
             # Modules without weights: methods look up names and shapes, and the plan must not take the memory of a model.
             skeleton = models.skeleton(sources.fetch(source), job.model.trust_remote_code)
-            read = TABLE.of(job.method).prepares(job.method, skeleton, self)
+            read = method.prepares(job.method, skeleton, self)
         self.used: dict[str, Stage] = {name: self.made[name].stage for name in read}
         """The stages whose artifacts the training loads; the others are inputs of these."""
 

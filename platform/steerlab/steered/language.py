@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -25,10 +26,11 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import GENERATION, Batch, Conversation, Encoded, Row, collate
 from steerlab.models.diffusion.pipelines import Diffusion
 from steerlab.patches import taps
+from steerlab.steered.continuing import Room, Waiting, continued
 from steerlab.steered.drawing import SteeredPipeline
 from steerlab.steered.model import SAMPLING_OPTIONS, Asked, Shown, Steered
 from steerlab.steered.prefilled import Decoding
-from steerlab.steered.sampling import Sampling, choose, uniforms
+from steerlab.steered.sampling import Sampling, uniforms
 from steerlab.steered.stacks import load_stack
 
 if TYPE_CHECKING:
@@ -53,7 +55,11 @@ _SHOWN_TOKENS = 64
 _ROW_TOKENS = 256
 """Number of tokens of a row whose embeddings alone are read."""
 _BATCH_TOKENS = 4096
-"""Number of tokens in one batch: prompts, padding and the tokens that may be generated."""
+"""Number of tokens in one batch: rows with their padding, and the tokens that may be generated."""
+_BYTES_PER_CHARACTER = 4
+"""A tokenizer of bytes may need a token for each byte of a character."""
+_BEFORE_STOP = 16
+"""Tokens in front of a stop text that are decoded with it."""
 
 
 class Generation(NamedTuple):
@@ -88,7 +94,8 @@ class SteeredModel(Steered):
     model: PreTrainedModel
     encoder: Encoder
     batch_tokens: int = _BATCH_TOKENS
-    """Number of tokens in one batch: prompts, padding and the tokens that may be generated."""
+    """Number of tokens in one batch of rows that are read, padding and the tokens that may be generated included. As many rows
+    are continued at once as the memory has room for (steered/continuing.py)."""
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -229,21 +236,23 @@ class SteeredModel(Steered):
         encoded = list(self.encoder.encode_all(prompts, continued=True))
         fitting = self._fitting(encoded, max_new_tokens, skip_long)
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+        # By the prompt's number in the call, not by its row in a batch: its random numbers are the same for all strengths,
+        # whatever else is in the batch.
+        drawn_PN = uniforms(fitting, max_new_tokens, seed) if temperature and fitting else [None] * len(fitting)
         # Prompts outside: rows of equal length, the strengths of one prompt, then meet in one batch without padding.
-        jobs = [(s, p) for p in fitting for s in range(len(strengths))]
+        waiting = [
+            Waiting((s, p), encoded[p], strength, drawn_N)
+            for p, drawn_N in zip(fitting, drawn_PN, strict=True)
+            for s, strength in enumerate(strengths)
+        ]
         results: dict[tuple[int, int], Generation] = {}
-        for chunk in self._batches(jobs, lambda job: len(encoded[job[1]]), max_new_tokens):
-            # Rows of a batch may have different strengths, so all strengths of one prompt decode at the same time.
-            rows = [encoded[p] for _, p in chunk]
-            strength_B = torch.tensor([strengths[s] for s, _ in chunk])
-            # By the prompt's number in the call, not by its row in a batch: its random numbers are the same for all strengths,
-            # whatever else is in the batch.
-            uniforms_BT = uniforms([p for _, p in chunk], max_new_tokens, seed) if temperature else None
-            tell = None if watch is None else self._teller(watch, chunk, max_new_tokens, stop)
-            written = self._decode(rows, strength_B, max_new_tokens, sampling, uniforms_BT, stop, tell)
-            for job, ids in zip(chunk, written, strict=True):
-                results[job] = self._finish(ids, max_new_tokens, stop)
-            self.progress(len(results), len(jobs))
+        ends = partial(self._ends, self._end_ids, stop)
+        tell = None if watch is None else self._teller(watch, stop)
+        for group, mixes in self._groups(waiting, max_new_tokens):
+            room = Room(max_new_tokens, self.batch_tokens, mixes)
+            for one, ids in continued(group, self._prefilled, room, sampling, ends, tell):
+                results[one.job] = self._finish(ids, stop)
+                self.progress(len(results), len(waiting))
         unread = Generation("", 0, False, too_long=True)
         return [[results.get((s, p), unread) for p in range(len(encoded))] for s in range(len(strengths))]
 
@@ -388,50 +397,16 @@ class SteeredModel(Steered):
         if not models.reads_padding(self.model) and not bool(batch.attention_mask.all()):
             raise ValueError(f"{type(self.model).__name__} takes no positions: it reads rows of one length at a time")
         written = {"roles": self.encoder.response_role_id, "phases": GENERATION}
-        return Decoding(self.model, batch.patched_inputs, written, self._strengths(strength_B))
+        return Decoding(self.model, batch.patched_inputs, written, strength_B, self._strengths)
 
-    def _decode(
-        self,
-        rows: list[Encoded],
-        strength_B: Tensor,
-        max_new_tokens: int,
-        sampling: Sampling,
-        uniforms_BT: Tensor | None,
-        stop: Sequence[str],
-        tell: Callable[[list[list[int]]], None] | None = None,
-    ) -> list[list[int]]:
-        """Return the new tokens of each row, including the one that ends it."""
+    def _prefilled(self, waiting: list[Waiting]) -> Decoding:
         # Padded on the left, so that the last token of every row is in the last column, from which the next one is predicted.
-        decoding = self.prefill(collate(rows, self.encoder.pad_id, side="left").to(self.device), strength_B)
-        # Copies: the lists belong to the encoded rows, which may be decoded again at other strengths.
-        seen = [row.input_ids.copy() for row in rows]
-        written: list[list[int]] = [[] for _ in rows]
-        running = [True] * len(rows)
-        for step in range(max_new_tokens):
-            uniform_B = None if uniforms_BT is None else uniforms_BT[:, step]
-            chosen_B = choose(decoding.logits_BV.float(), seen, sampling, uniform_B)
-            for row, token in enumerate(chosen_B.tolist()):
-                # Rows that have ended stay in the batch, and their tokens are dropped: removing a row would move the cache.
-                if running[row]:
-                    written[row].append(token)
-                    seen[row].append(token)
-                    running[row] = token not in self._end_ids and not self._stopped(written[row], stop)
-            if tell is not None:
-                tell(written)
-            # Before the step: the last token needs no forward pass after it.
-            if not any(running) or step == max_new_tokens - 1:
-                return written
-            # One step for all strengths: the patch takes a strength for each row.
-            decoding.step(chosen_B)
-        return written
+        batch = collate([one.row for one in waiting], self.encoder.pad_id, side="left").to(self.device)
+        return self.prefill(batch, torch.tensor([one.strength for one in waiting]))
 
-    def _teller(
-        self, watch: Watch, chunk: list[tuple[int, int]], max_new_tokens: int, stop: Sequence[str]
-    ) -> Callable[[list[list[int]]], None]:
+    def _teller(self, watch: Watch, stop: Sequence[str]) -> Callable[[Mapping[tuple[int, int], list[int]]], None]:
         """Return a function that turns the tokens of a batch so far into texts and hands them to `watch`."""
-        return lambda written: watch(
-            {job: self._finish(ids, max_new_tokens, stop).text for job, ids in zip(chunk, written, strict=True)}
-        )
+        return lambda written: watch({job: self._finish(ids, stop).text for job, ids in written.items()})
 
     @property
     def _end_ids(self) -> set[int]:
@@ -439,30 +414,45 @@ class SteeredModel(Steered):
         listed = ids if isinstance(ids, list) else [ids]
         return {int(i) for i in listed if i is not None} | self.encoder.end_ids
 
-    def _stopped(self, ids: list[int], stop: Sequence[str]) -> bool:
-        # On the decoded text, because a stop text may be divided into tokens in several ways.
-        return bool(stop) and any(text in self.encoder.decode(ids) for text in stop)
+    def _ends(self, end_ids: set[int], stop: Sequence[str], ids: list[int]) -> bool:
+        """Return whether the last token of a continuation ends it."""
+        return ids[-1] in end_ids or (bool(stop) and self._stopped(ids, stop))
 
-    def _finish(self, ids: list[int], max_new_tokens: int, stop: Sequence[str]) -> Generation:
+    def _stopped(self, ids: list[int], stop: Sequence[str]) -> bool:
+        # On the decoded text, because a stop text may be divided into tokens in several ways. On its tail, because only the
+        # last token is new: decoding everything for every token would cost the square of the length.
+        tail = ids[-_BYTES_PER_CHARACTER * max(map(len, stop)) - _BEFORE_STOP :]
+        if not any(text in self.encoder.decode(tail) for text in stop):
+            return False
+        # The first token of a tail may be decoded without the space in front of it.
+        return len(tail) == len(ids) or any(text in self.encoder.decode(ids) for text in stop)
+
+    def _finish(self, ids: list[int], stop: Sequence[str]) -> Generation:
         text = self.encoder.decode(ids)
         # Cut at the first of the stop texts; a token may hold its beginning and more text after it.
         ends = [text.find(s) for s in stop if s in text]
         finished = bool(ends) or (bool(ids) and ids[-1] in self._end_ids)
         return Generation(text[: min(ends)] if ends else text, len(ids), finished)
 
-    def _batches(
-        self, jobs: list[tuple[int, int]], length: Callable[[tuple[int, int]], int], more: int
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Yield batches of (strength, prompt) pairs, whose prompts become longer by `more` tokens."""
-        # A patch of the weights has one strength in a call of the model; other patches take one for each row.
-        one_strength = bool(self.patches) and self.patches[-1].kind == "weight"
+    def _groups(self, waiting: Sequence[Waiting], more: int) -> Iterator[tuple[list[Waiting], bool]]:
+        """Yield prompts that may share a batch, and whether their lengths may differ; they become longer by `more` tokens."""
         # A model that cannot read padding needs prompts of one length; others do beyond the length explained in `batches`.
         together = models.alike_up_to(self.model) if models.reads_padding(self.model) else 0
-        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for job in jobs:
-            groups.setdefault((job[0] * one_strength, length(job) * (length(job) + more > together)), []).append(job)
-        for group in sorted(groups):
-            yield from self._chunks(groups[group], lambda job: length(job) + more)
+        groups: dict[tuple[float, int], list[Waiting]] = {}
+        for one in waiting:
+            length = len(one.row)
+            groups.setdefault((self._shared(one.strength), length * (length + more > together)), []).append(one)
+        for key in sorted(groups):
+            yield groups[key], not key[1]
+
+    def _shared(self, strength: float) -> float:
+        """Return a number that is the same for strengths at which rows may share a batch."""
+        kind = self.patches[-1].kind if self.patches else None
+        # A patch of the weights has one strength in a call of the model; other patches take one for each row.
+        if kind == "weight":
+            return strength
+        # A reward model does not read rows at strength 0, so that its cache would fall behind that of the model.
+        return float(kind == "reward" and strength == 0)
 
     def _chunks(self, items: list[_T], length: Callable[[_T], int]) -> Iterator[list[_T]]:
         """Yield groups of items of similar length, the longest first, so that a padded batch has at most `batch_tokens`."""

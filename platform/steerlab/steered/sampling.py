@@ -40,26 +40,48 @@ class Sampling(NamedTuple):
     """Factor against tokens that occurred before; 1 for none."""
 
 
-def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
-    """Return the next token of each row, (B,).
+def choose(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, list[int]]:
+    """Return the next token of each row, (B,), and the same tokens as a list, for which the device is waited for once.
 
     Args:
         logits_BV: Logits of the next token; changed in place by the repetition penalty.
-        seen: Tokens of each row so far, prompt included.
+        seen_BV: Whether each token has occurred in a row, prompt included, bool; None without a repetition penalty.
         sampling: Settings of decoding.
         uniform_B: Uniform random numbers in [0, 1), at which the distribution is inverted; None for greedy decoding.
     """
-    if sampling.repetition_penalty != 1:
-        for row, ids in enumerate(seen):
-            index = torch.tensor(sorted(set(ids)), device=logits_BV.device)
-            # Keskar et al., https://arxiv.org/abs/1909.05858, section 4.1, divides every logit by the factor. That would favour
-            # negative ones, so these are multiplied, as in transformers.
-            value = logits_BV[row, index]
-            factor = sampling.repetition_penalty
-            logits_BV[row, index] = torch.where(value > 0, value / factor, value * factor)
+    if seen_BV is not None:
+        # Keskar et al., https://arxiv.org/abs/1909.05858, section 4.1, divides every logit by the factor. That would favour
+        # negative ones, so these are multiplied, as in transformers.
+        factor = sampling.repetition_penalty
+        weakened_BV = torch.where(logits_BV > 0, logits_BV / factor, logits_BV * factor)
+        torch.where(seen_BV, weakened_BV, logits_BV, out=logits_BV)
     if uniform_B is None:
-        return logits_BV.argmax(-1)
-    probs_BK, order_BK = _most_likely(torch.softmax(logits_BV / sampling.temperature, -1), sampling)
+        token_B = logits_BV.argmax(-1)
+        return token_B, token_B.tolist()
+    probs_BV = torch.softmax(logits_BV / sampling.temperature, -1)
+    if (sampling.top_p < 1 or sampling.min_p > 0) and not sampling.top_k and probs_BV.shape[-1] > _NUCLEUS:
+        # Sorting a whole vocabulary for each token takes longer than the layers of a small model.
+        probs_BK, order_BK = probs_BV.topk(_NUCLEUS, dim=-1)
+        token_B = _inverted(probs_BK, order_BK, sampling, uniform_B)
+        # Together with the tokens, so that this test does not wait for the device once more.
+        tokens, enough = torch.stack([token_B, _are_enough(probs_BK, sampling).long()]).tolist()
+        if all(enough):
+            return token_B, tokens
+    num = min(sampling.top_k, probs_BV.shape[-1])
+    probs_BK, order_BK = probs_BV.topk(num, dim=-1) if num else probs_BV.sort(stable=True, dim=-1, descending=True)
+    token_B = _inverted(probs_BK, order_BK, sampling, uniform_B)
+    return token_B, token_B.tolist()
+
+
+def _inverted(probs_BK: Tensor, order_BK: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
+    """Return the tokens at which the filtered distribution reaches the random numbers, (B,).
+
+    Args:
+        probs_BK: The largest probabilities in falling order: all that the filters may leave.
+        order_BK: Their tokens.
+        sampling: The filters.
+        uniform_B: The random numbers.
+    """
     # A token belongs to the nucleus if those before it do not reach `top_p` yet: so the one that crosses it does.
     before_BK = probs_BK.cumsum(-1) - probs_BK
     # Without top_k the sum is that of the whole vocabulary, 1, of which K tokens may hold a part only.
@@ -74,21 +96,11 @@ def choose(logits_BV: Tensor, seen: list[list[int]], sampling: Sampling, uniform
     return order_BK.gather(-1, rank_B1)[:, 0]
 
 
-def _most_likely(probs_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return the largest probabilities in falling order, (B, K), and their tokens: all that the filters may leave."""
-    num = probs_BV.shape[-1]
-    if sampling.top_k:
-        return probs_BV.topk(min(sampling.top_k, num), dim=-1)
-    if (sampling.top_p < 1 or sampling.min_p > 0) and num > _NUCLEUS:
-        # Sorting a whole vocabulary for each token takes longer than the layers of a small model.
-        probs_BK, order_BK = probs_BV.topk(_NUCLEUS, dim=-1)
-        # Enough of them if the nucleus ends among them, or min_p leaves out the last one.
-        ends_B = probs_BK[:, -1] < sampling.min_p * probs_BK[:, 0]
-        if sampling.top_p < 1:
-            ends_B = ends_B | (probs_BK.sum(-1) > sampling.top_p)
-        if bool(ends_B.all()):
-            return probs_BK, order_BK
-    return probs_BV.sort(stable=True, dim=-1, descending=True)
+def _are_enough(probs_BK: Tensor, sampling: Sampling) -> Tensor:
+    """Return for each row whether the K likeliest tokens hold all that the filters leave, (B,) bool."""
+    # They do if the nucleus ends among them, or min_p leaves out the last one.
+    ends_B = probs_BK[:, -1] < sampling.min_p * probs_BK[:, 0]
+    return ends_B | (probs_BK.sum(-1) > sampling.top_p) if sampling.top_p < 1 else ends_B
 
 
 def uniforms(prompts: Sequence[int], num: int, seed: int) -> Tensor:

@@ -13,13 +13,19 @@ with Ray's own. The scrape configuration and the panels are in `dashboards/grafa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import cache
+from typing import TYPE_CHECKING
 
-import ray
-from ray.util.metrics import Counter, Gauge, Histogram
-
+from steerlab.guards import late
 from steerlab.storage.plan import Record, Stage
+
+if TYPE_CHECKING:
+    import ray
+    from ray.util.metrics import Counter, Gauge, Histogram
+else:
+    ray = late.module("ray")
 
 _SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000]
 """Upper bounds of the buckets of the histogram of stage durations, in seconds."""
@@ -28,25 +34,36 @@ _rows: dict[str, float] = {}
 """Rows that each stage has reported so far, by the stage's key: stages report totals, a counter takes increments."""
 
 
+def _in_cluster() -> bool:
+    # A process that has not imported Ray is in no cluster, and need not import it to know.
+    return "ray" in sys.modules and ray.is_initialized()
+
+
 # Cached, so that a process has one object for each metric.
 @cache
 def _counter(name: str, description: str, *tags: str) -> Counter:
+    from ray.util.metrics import Counter
+
     return Counter(f"steerlab_{name}", description, tag_keys=tags)
 
 
 @cache
 def _gauge(name: str, description: str, *tags: str) -> Gauge:
+    from ray.util.metrics import Gauge
+
     return Gauge(f"steerlab_{name}", description, tag_keys=tags)
 
 
 @cache
 def _histogram(name: str, description: str, *tags: str) -> Histogram:
+    from ray.util.metrics import Histogram
+
     return Histogram(f"steerlab_{name}", description, boundaries=_SECONDS, tag_keys=tags)
 
 
 def ended(record: Record) -> None:
     """Count a stage that ended."""
-    if not ray.is_initialized():
+    if not _in_cluster():
         return
     stage = record.stage.name
     # Ray's exporter appends _total to the name of a counter.
@@ -59,7 +76,7 @@ def ended(record: Record) -> None:
 
 def reported(stage: Stage, metrics: Mapping[str, float]) -> None:
     """Export the report of a running stage: seconds per step and loss of a training, or the number of rows done."""
-    if not ray.is_initialized():
+    if not _in_cluster():
         return
     tags = {"stage": stage.name}
     if metrics.get("steps_per_s"):
@@ -76,7 +93,7 @@ def reported(stage: Stage, metrics: Mapping[str, float]) -> None:
 
 def trials(sweep: str, states: Mapping[str, int]) -> None:
     """Export the number of trials of a sweep in each state; states that are missing count 0."""
-    if ray.is_initialized():
+    if _in_cluster():
         for state in STATES:
             _gauge("trials", "Trials of a sweep by state.", "sweep", "state").set(
                 states.get(state, 0), {"sweep": sweep, "state": state}

@@ -130,7 +130,7 @@ class Engine:
 
     @property
     def bad_gradient(self) -> Tensor:
-        """1 if a gradient of this rank's passes in this step was NaN or infinite, else 0; known only with `train.skip_steps`."""
+        """1 if a gradient of this rank in this step was NaN or infinite, else 0; known only with `train.skip_steps`."""
         return self._bad_gradient.double()
 
     def _clip(self) -> None:

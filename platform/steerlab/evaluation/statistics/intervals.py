@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import bdtr, stdtrit
+
+from steerlab.guards import late
+
+if TYPE_CHECKING:
+    import scipy.special as special
+else:
+    special = late.module("scipy.special")
 
 Z = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
@@ -42,7 +49,7 @@ def student(mean: float, error: float | None, n: int) -> tuple[float, float] | N
     if error is None:
         return None
     # t and not 1.96: with 4 seeds the normal quantile would make the interval nearly 40 % too short.
-    half = float(stdtrit(n - 1, 0.975)) * error
+    half = float(special.stdtrit(n - 1, 0.975)) * error
     return mean - half, mean + half
 
 
@@ -67,7 +74,7 @@ def sign(value_N: np.ndarray) -> tuple[float, float] | None:
     n = len(value_N)
     # The number of values below the median is binomial with p = 1/2, so its distribution function tells how many of the
     # smallest (and of the largest) values can be dropped with an error of at most 2.5 % on each side.
-    left_out = sum(float(bdtr(k, n, 0.5)) <= 0.025 for k in range(n))
+    left_out = sum(float(special.bdtr(k, n, 0.5)) <= 0.025 for k in range(n))
     if left_out == 0:
         return None
     ordered_N = np.sort(value_N)

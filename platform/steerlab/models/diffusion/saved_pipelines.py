@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from steerlab.guards import late
 from steerlab.guards.faults import explained
 from steerlab.job import SamplerConfig
 from steerlab.models.diffusion import pipeline_index
@@ -24,8 +24,11 @@ from steerlab.models.diffusion.pipelines import Diffusion, arguments_of
 from steerlab.models.diffusion.schedulers import scheduler_like, set_scheduler
 
 if TYPE_CHECKING:
+    import transformers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+else:
+    transformers = late.module("transformers")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

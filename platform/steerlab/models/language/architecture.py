@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from transformers.models.auto import modeling_auto
 
-from steerlab.guards import counts, files, saved
+from steerlab.guards import counts, files, late, saved
 from steerlab.guards.faults import explained
 
 if TYPE_CHECKING:
+    import transformers
     from transformers import PreTrainedConfig, PreTrainedModel
+else:
+    transformers = late.module("transformers")
 
 _TRUST = "set model.trust_remote_code: true to run it, if you trust where it comes from"
 _NO_LEFT_TO_RIGHT = {
@@ -138,6 +139,8 @@ def _check_kind(config: PreTrainedConfig, raw: dict[str, object], directory: Pat
 
 def _names_for(model_type: str) -> Iterator[str]:
     """Yield the names of the classes whose checkpoints hold a language model of a type, with its head or only its layers."""
+    from transformers.models.auto import modeling_auto
+
     tables = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_MAPPING_NAMES")
     for table in tables:
         names = getattr(modeling_auto, table).get(model_type, ())

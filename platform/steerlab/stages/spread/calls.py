@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
-import ray
-
+from steerlab.guards import late
 from steerlab.stages.spread import alone, reserved
+
+if TYPE_CHECKING:
+    import ray
+else:
+    ray = late.module("ray")
 
 _POLL_S = 0.5
 _R = TypeVar("_R")

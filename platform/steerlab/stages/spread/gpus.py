@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from steerlab.guards import torch_devices
+from steerlab.guards import late, torch_devices
 from steerlab.guards.torch_devices import TorchDevices
 from steerlab.stages.spread import alone
+
+if TYPE_CHECKING:
+    import ray
+else:
+    ray = late.module("ray")
 
 _LIMIT_S = 240
 """Seconds for an answer of all nodes: a process is started on each, which imports torch."""
@@ -17,8 +20,6 @@ _known: dict[str, TorchDevices] = {}
 """Answers by the node's id: a node does not change while it lives."""
 
 
-# Without a GPU of its own, so that it need not wait for one that is in use.
-@ray.remote(num_cpus=0, max_retries=1)
 def _ask() -> TorchDevices:
     return torch_devices.here()
 
@@ -27,9 +28,13 @@ def by_node() -> dict[str, TorchDevices]:
     """Return what torch finds on each node on which Ray counts GPUs, by the node's address; here, where stages run here."""
     if alone.here() is not None:
         return {"this machine": torch_devices.here()} if torch_devices.is_present() else {}
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0)}
+    # Without a GPU of its own, so that it need not wait for one that is in use.
+    ask = ray.remote(num_cpus=0, max_retries=1)(_ask)
     asked = {
-        name: _ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote()
+        name: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote()
         for name in nodes
         if name not in _known
     }

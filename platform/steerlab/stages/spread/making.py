@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from steerlab import models
 from steerlab.activations import reading
+from steerlab.guards import late
 from steerlab.guards.json_values import JsonObject
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.tokens import collate
@@ -30,7 +31,11 @@ from steerlab.storage.tensors import INDEX, Parts, Shape, writing
 from steerlab.storage.whole import size_and_sha256
 
 if TYPE_CHECKING:
+    import ray
+
     from steerlab.steered.language import SteeredModel
+else:
+    ray = late.module("ray")
 
 _WHOLE = "all"
 """Name of the single part of a sum in its index."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+from steerlab.guards import late
 from steerlab.guards.private_parts import most_resources
 from steerlab.job import ScaleConfig
 from steerlab.stages.spread import alone, gpus
+
+if TYPE_CHECKING:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+else:
+    ray = late.module("ray")
 
 ANYWHERE = "DEFAULT"
 """Scheduling strategy of the tasks and actors of a stage.
@@ -26,12 +31,22 @@ def task(function: Callable[..., Any], resources: Mapping[str, float]) -> Any:
     # Ray (2.60) sets `max_calls` itself only for GPUs of the decorator, not for those of `options`. A process that stayed would
     # hold memory on its GPU, and torch would keep computing there when Ray gives the process another one.
     own_process = {"max_calls": 1} if resources.get("num_gpus") else {}
-    return ray.remote(scheduling_strategy=ANYWHERE, **own_process, **resources)(function)
+    return remote(function, **own_process, **resources)
+
+
+@cache
+def remote(function: Callable[..., Any], **options: Any) -> Any:
+    """Return a function or a class as a Ray task or actor that is placed `ANYWHERE`."""
+    # Cached, because Ray sends a function to the workers once for each object that it made of it. No decorator of the function,
+    # which would import Ray with its file.
+    return ray.remote(scheduling_strategy=ANYWHERE, **options)(function)
 
 
 def beside_the_driver() -> NodeAffinitySchedulingStrategy:
     """Return the scheduling strategy that keeps an actor on the driver's node."""
     # Other nodes may be taken away by an autoscaler or a spot market; without the driver's node the run has ended anyway.
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 

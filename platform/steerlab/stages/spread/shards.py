@@ -27,11 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-import ray
 from pydantic import TypeAdapter
 
 from steerlab.data.values import Row
-from steerlab.guards import saved
+from steerlab.guards import late, saved
 from steerlab.job import DataSet, ScaleConfig
 from steerlab.stages.spread import alone, reserved, shard_plan, subject
 from steerlab.stages.spread.shard_plan import Done, Facts, Planned, Shard, WorkFolder
@@ -41,9 +40,12 @@ from steerlab.storage.errors import FullDisk, StoreError
 from steerlab.storage.plan import Work
 
 if TYPE_CHECKING:
+    import ray
     from ray.actor import ActorHandle
 
     from steerlab.steered.language import SteeredModel
+else:
+    ray = late.module("ray")
 
 _POLL_S = 0.5
 
@@ -172,7 +174,7 @@ def _by_actors(
     request: _Request, missing: list[Planned], scale: ScaleConfig, report: Callable[[int, float], None]
 ) -> Iterator[Done]:
     """Make the missing parts in a pool of actors and yield their records as they come."""
-    tally: Any = Tally.options(scheduling_strategy=reserved.beside_the_driver()).remote()  # type: ignore[attr-defined]
+    tally: Any = ray.remote(num_cpus=0, scheduling_strategy=reserved.beside_the_driver())(Tally).remote()
     with following(tally, report, sum(entry.rows for entry in missing)):
         yield from _stream(replace(request, tally=tally), missing, scale)
 

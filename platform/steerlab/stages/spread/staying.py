@@ -14,24 +14,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, TypeVarTuple
 
-import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    WorkerCrashedError,
-)
-
+from steerlab.guards import late
 from steerlab.job import ScaleConfig
 from steerlab.stages.spread import alone
-from steerlab.stages.spread.reserved import ANYWHERE
+from steerlab.stages.spread.reserved import remote
 
 if TYPE_CHECKING:
+    import ray
     from ray.actor import ActorHandle
+else:
+    ray = late.module("ray")
 
-_DIED = (WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, ActorDiedError, ActorUnavailableError)
 _L = TypeVar("_L")
 _R = TypeVar("_R")
 _A = TypeVarTuple("_A")
@@ -98,10 +91,17 @@ def call(
                 ray.cancel(lines)
             else:
                 close()
-            if not (isinstance(error, _DIED) and failures_left):
+            if not (_is_death(error) and failures_left):
                 raise
     # `failures_left` is 0 in the last turn, where every error is raised above.
     raise AssertionError("the last failure is raised")
+
+
+def _is_death(error: BaseException) -> bool:
+    """Return whether the process has died, or cannot be reached any more."""
+    of = ray.exceptions
+    lost = (of.ObjectLostError, of.ActorUnavailableError)
+    return isinstance(error, (of.WorkerCrashedError, of.NodeDiedError, of.OutOfMemoryError, of.ActorDiedError, *lost))
 
 
 def close() -> None:
@@ -141,23 +141,21 @@ def _start(
     name = function.__name__.strip("_")  # the process is listed under it: ray::train, ray::evaluate
     if _keeps(scale, reserved):
         # `call` starts a function again itself, since it has to tell a death from an error of the function.
-        task = _in_task.options(**reserved, max_retries=0, name=name)  # type: ignore[attr-defined]
+        task = remote(_in_task, num_returns="streaming").options(**reserved, max_retries=0, name=name)
         return task.remote(function, arguments)
     # One actor at a time for each thread: two would hold two models at once.
     if _open.actor is None or owner != _open.owner:
         close()
-        _open.actor = _Actor.options(**reserved).remote()  # type: ignore[attr-defined]
+        _open.actor = remote(_Actor).options(**reserved).remote()
         _open.owner = owner
     assert _open.actor is not None
     return _open.actor.run.options(num_returns="streaming", name=name).remote(function, arguments)
 
 
-@ray.remote(num_returns="streaming", scheduling_strategy=ANYWHERE)
 def _in_task(function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Message[_L] | _Result[_R]]:
     yield from _lines(function, arguments)
 
 
-@ray.remote(scheduling_strategy=ANYWHERE)
 class _Actor:
     def run(self, function: Callable[[Tell[_L], *_A], _R], arguments: tuple[*_A]) -> Iterator[_Message[_L] | _Result[_R]]:
         yield from _lines(function, arguments)

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from steerlab.data import sources
+from steerlab.guards import late
 from steerlab.guards.json_values import JsonObject
 from steerlab.inputs import encoding, prompt_sources
 from steerlab.job import Frozen, Job, ModelConfig, SamplerConfig, Source, Template, described, own_code, prompt_settings
 from steerlab.job.data_set import PromptStyle, ResponseRole
 from steerlab.stages.spread import alone, reserved
 from steerlab.storage.plan import ModelRef, Stage, Work
+
+if TYPE_CHECKING:
+    import ray
+else:
+    ray = late.module("ray")
 
 MODEL = "model"
 """Name of the input whose artifact is the model that a stage works on."""

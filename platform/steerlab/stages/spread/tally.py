@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import ray
+from steerlab.guards import late
 
 if TYPE_CHECKING:
+    import ray
     from ray.actor import ActorHandle
+else:
+    ray = late.module("ray")
 
 _POLL_S = 0.5
 
 
-@ray.remote(num_cpus=0)
 class Tally:
     """Progress of the shards, as the actors of a pool report it."""
 

@@ -1,0 +1,135 @@
+"""Keep what the checks of a job found, so that the command that runs or plans it again need not load its model's code.
+
+A check is a pure function of the job, of the files that it names and of the code that checks; its results (sizes of the model,
+warnings, estimates) are kept under a hash of these in the cache of this machine. A job that was refused is checked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+import sysconfig
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from steerlab.data import sources
+from steerlab.guards import files, saved
+from steerlab.job import described
+from steerlab.models import ModelFacts
+from steerlab.run import capacity, checks
+from steerlab.run.prompt_checks import state_of
+from steerlab.run.task_checks import check_named
+from steerlab.stages import Plan
+from steerlab.storage.plan import Estimate, Record
+from steerlab.storage.whole import written_whole
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "diffusers", "datasets", "pydantic", "numpy")
+
+
+def _of_fields(kind: type[Any]) -> BeforeValidator:
+    """Return an annotation that makes an object of a dataclass from its fields, which strict types would refuse."""
+    return BeforeValidator(lambda value: kind(**value) if isinstance(value, dict) else value)
+
+
+class _Found(saved.Shape):
+    """What the checks of a job found."""
+
+    facts: Annotated[ModelFacts, _of_fields(ModelFacts)]
+    warnings: list[str]
+    needs: dict[str, Annotated[Estimate, _of_fields(Estimate)]] = {}
+    """Estimate by the key of the stage; a stage that needs little has none."""
+    estimated: list[str] = []
+    """Keys of the stages whose estimates are in `needs`, or that need little."""
+
+
+def check(planned: Plan, path: Path | None = None) -> ModelFacts:
+    """Refuse a job that cannot work as `checks.check` does, and return the sizes of its model; repeats earlier warnings."""
+    file = _file(planned)
+    found = _read(file)
+    if found is None:
+        facts, texts = _checked(planned, path)
+        _write(file, _Found(facts=facts, warnings=texts))
+        return facts
+    for text in found.warnings:
+        warnings.warn(text, stacklevel=2)
+    # Packages, environment variables and services that the tasks name: these may have changed with all files as they were.
+    for below in planned.chain:
+        check_named(below.job, found.facts)
+    return found.facts
+
+
+def estimates(planned: Plan, facts: ModelFacts, records: list[Record]) -> capacity.Estimates:
+    """Estimate memory and disk of the stages that are not cached, as `capacity.estimates` does."""
+    left = [record.stage.key for record in records if record.status != "cached"]
+    file = _file(planned)
+    found = _read(file)
+    if found is not None and set(left) <= set(found.estimated):
+        return {key: found.needs[key] for key in left if key in found.needs}
+    needs = capacity.estimates(planned, facts, records)
+    if found is not None:
+        more = {"needs": {**found.needs, **needs}, "estimated": sorted({*found.estimated, *left})}
+        _write(file, found.model_copy(update=more))
+    return needs
+
+
+def _checked(planned: Plan, path: Path | None) -> tuple[ModelFacts, list[str]]:
+    """Check a job; return the sizes of its model and the texts of the warnings, which are also given."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            facts = checks.check(planned, path)
+        finally:
+            texts = list(dict.fromkeys(str(one.message) for one in given if one.category is UserWarning))
+    for one in given:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return facts, texts
+
+
+def _file(planned: Plan) -> Path | None:
+    """Return the file of a job's results; None if a source is missing, which the check says in better words."""
+    try:
+        jobs = [described(below.job, sources.fingerprint) for below in planned.chain]
+        model = state_of(sources.fetch(planned.source))
+    except (ValueError, OSError):
+        return None
+    identity = json.dumps([jobs, model, _code()], sort_keys=True, default=str)
+    return sources.cache_root() / "checks" / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+
+
+@cache
+def _code() -> Sequence[object]:
+    """Return a value that changes when this package, a library or the set of installed packages does."""
+    here = Path(__file__).parents[1]
+    # Times and not content, since all files of the package are looked at each time.
+    own = [(str(file.relative_to(here)), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(here.rglob("*.py"))]
+    versions = [importlib.metadata.version(name) for name in _LIBRARIES]
+    # The folder changes with every package that is installed into it or taken out of it.
+    installed = [Path(sysconfig.get_path(kind)).stat().st_mtime_ns for kind in ("purelib", "platlib")]
+    return [sys.version, own, versions, installed]
+
+
+def _read(file: Path | None) -> _Found | None:
+    """Return kept results; None if there are none, or if the file is damaged."""
+    try:
+        return None if file is None else saved.read(file, _Found)
+    except (FileNotFoundError, saved.SavedError, files.FileError, TypeError):
+        return None
+
+
+def _write(file: Path | None, found: _Found) -> None:
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as scratch:
+            scratch.write_text(found.model_dump_json())
+    except OSError:
+        # A cache that cannot be written costs time and nothing else.
+        return
