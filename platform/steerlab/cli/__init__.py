@@ -12,7 +12,7 @@ import traceback
 
 import typer
 
-from steerlab.cli import comparing, describing, judge, running, sending, sweeping, trying
+from steerlab.cli import comparing, describing, exporting, judge, running, sending, serve, sweeping, trying
 from steerlab.cli.terminal import errors
 
 app = typer.Typer(
@@ -27,7 +27,8 @@ app.command()(sweeping.sweep)
 app.command("plan")(running.show_plan)
 app.command()(trying.generate)
 app.command()(trying.explain)
-app.command()(trying.export)
+app.command()(exporting.export)
+app.command()(serve.serve)
 app.command()(judge.judge)
 app.command()(comparing.compare)
 app.command()(comparing.report)

@@ -14,6 +14,7 @@ from steerlab.methods import (
     dpo,
     genarm,
     iav,
+    imported,
     ise,
     iti,
     iti_heads,
@@ -61,6 +62,7 @@ _OWN: dict[str, Method] = {
     "genarm": genarm.METHOD,
     "args": args.METHOD,
     "denoise": denoise.METHOD,
+    "imported": imported.METHOD,
 }
 
 
