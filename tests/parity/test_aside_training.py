@@ -171,7 +171,7 @@ def test_generation_is_that_of_a_loop_without_a_cache(response_role: Any, tiny_m
         row = next(own.encode_all([prompt], continued=True))
         ids, roles = [*row.input_ids], [*row.roles]
         written: list[int] = []
-        while len(written) < 6 and (not written or written[-1] not in steered._end_ids):
+        while len(written) < 6 and (not written or written[-1] not in steered.end_ids):
             batch = _one(ids, roles)
             with torch.no_grad():
                 e_BTD = naive.embedded(batch).float()

@@ -147,7 +147,9 @@ def test_another_head_is_refused(llama: Path, architecture: str) -> None:
 
 def test_an_adapter_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds an adapter without its model"):
+    with pytest.raises(
+        ValueError, match="holds an adapter without its model: give the model, and the adapter as method: imported"
+    ):
         models.facts(tmp_path)
 
 

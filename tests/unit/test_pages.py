@@ -19,14 +19,16 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import steerlab
-from steerlab import cli, evaluation, job, methods, patches, run
+from steerlab import cli, evaluation, job, methods, models, patches, run
 from steerlab.cli import catalogue
+from steerlab.data import sources
 from steerlab.data.worlds import tiny
 from steerlab.evaluation.statistics import generations
 from steerlab.evaluation.statistics.metrics import Observation
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import collate
 from steerlab.methods.contract import Inputs, language_modelling_loss
+from steerlab.patches.foreign import control_vectors
 from steerlab.stages import JobType, Plan
 from steerlab.steered.language import SteeredModel
 from steerlab.sweeps import space
@@ -173,6 +175,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     told = [{"id": "0", "strength": s, "prompt": "a", "continuation": "b"} for s in (0.0, 1.0)]
     verdicts = [Observation("toxicity/share", "0", 1.0 - s, 1.0, s) for s in (0.0, 1.0)]
     (tmp_path / "toxicity.parquet").write_bytes(generations.dumped(generations.table(told, verdicts, {})))
+    width = models.facts(sources.fetch("tiny:model")).hidden_size
+    control_vectors.write(tmp_path / "happy.gguf", {1: torch.ones(width)}, "llama")
     monkeypatch.setenv("JUDGE_KEY", "a key")
     monkeypatch.chdir(tmp_path)
     return tmp_path

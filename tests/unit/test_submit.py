@@ -1,17 +1,20 @@
 """Sending jobs: the entry point, what is uploaded, the runtime environment, refusals. No cluster is started here."""
 
 import asyncio
+import io
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 
@@ -81,8 +84,6 @@ def test_upload_obeys_the_ignore_files(folder: Path) -> None:
 
 
 def test_upload_is_what_ray_packs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    from zipfile import ZipFile
-
     from ray._private.runtime_env.packaging import create_package
 
     target = tmp_path_factory.mktemp("zip") / "package.zip"
@@ -316,6 +317,114 @@ def test_a_runtime_env_that_is_a_pipe_is_refused(folder: Path) -> None:
     os.mkfifo(folder / "cluster/runtime_env.yaml")
     with pytest.raises(SubmitError, match=r"runtime_env\.yaml is a named pipe, not a file"):
         runtime_env(folder)
+
+
+# Keys and passwords
+
+
+PLANTED = {
+    "WANDB_API_KEY": "planted0" * 5,
+    "HF_TOKEN": "hf_planted1planted1",
+    "AWS_SECRET_ACCESS_KEY": "planted2planted2planted2",
+    "AWS_ACCESS_KEY_ID": "AKPLANTED3PLANTED3",
+    "OPENAI_API_KEY": "sk-planted4planted4",
+    "MLFLOW_TRACKING_PASSWORD": "planted5planted5",
+    "GOOGLE_APPLICATION_CREDENTIALS": "/home/planted6/key.json",
+}
+
+
+@pytest.fixture
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[bytes]]]:
+    """A stand-in for Ray's dashboard that takes a job, and everything that it was sent."""
+    received: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def _take(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            received.append(f"{self.command} {self.path}\n{self.headers}".encode() + body)
+            absent = self.command == "GET" and "/packages/" in self.path
+            answer = {"/api/version": VERSION, "/api/jobs/": {"job_id": "j", "submission_id": "raysubmit_1"}}
+            sent = json.dumps(answer.get(self.path, {})).encode()
+            self.send_response(404 if absent else 200)
+            self.send_header("Content-Length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
+
+        do_GET = do_POST = do_PUT = _take
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}", received
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+        thread.join()
+
+
+VERSION = {"version": "4", "ray_version": "2.60.0", "ray_commit": "x", "session_name": "s"}
+
+
+def test_what_is_sent_to_a_cluster_holds_no_key_of_this_environment(
+    folder: Path, dashboard: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the request of the job nor the folder that is packed; what is printed says none, too."""
+    address, received = dashboard
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    job = folder / "jobs" / "a b.yaml"
+    assert submit(job, address=address, root="s3://bucket/r", working_dir=folder, follow=False) == 0
+    (asked,) = [one for one in received if one.startswith(b"POST /api/jobs/")]
+    packed = [one for one in received if one.startswith(b"PUT /api/packages/")]
+    assert b"s3://bucket/r" in asked and packed, "the job and its folder were sent"
+    told = capsys.readouterr()
+    everything = b"".join([*received, *map(_unpacked, packed), told.out.encode(), told.err.encode()])
+    assert [name for name, value in PLANTED.items() if value.encode() in everything] == []
+    sent = json.loads(asked.partition(b"\r\n\r\n")[2] or asked[asked.index(b"{") :])
+    assert not set(sent["runtime_env"]["env_vars"]) & set(PLANTED)
+
+
+def _unpacked(request: bytes) -> bytes:
+    """The contents of an uploaded archive: compressed, a key would not be found."""
+    with ZipFile(io.BytesIO(request[request.index(b"PK") :])) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist())
+
+
+@pytest.mark.parametrize("name", [*PLANTED, "hf_token", "JUDGE_KEY", "DB_PASSWORD", "AZURE_STORAGE_KEY", "TOKEN"])
+def test_a_runtime_env_with_a_key_is_refused(folder: Path, name: str) -> None:
+    (folder / "cluster").mkdir()
+    (folder / "cluster/runtime_env.yaml").write_text(f"env_vars: {{{name}: planted}}\n")
+    with pytest.raises(SubmitError, match=f"env_vars sets {name}, which Ray would show on its dashboard") as caught:
+        runtime_env(folder)
+    assert "planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "KEYBOARD", "AUTHOR", "PYTHONPATH", "TOKEN_LIMIT", "MONKEYS"])
+def test_names_that_only_look_like_keys_are_sent(folder: Path, name: str) -> None:
+    (folder / "cluster").mkdir()
+    (folder / "cluster/runtime_env.yaml").write_text(f"env_vars: {{{name}: x}}\n")
+    assert runtime_env(folder)["env_vars"][name] == "x"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"root": "s3://me:hunter2@bucket/r"},
+        {"root": "s3://bucket/r?secret_key=hunter2"},
+        {"root": "/r", "overrides": ("data.train.source=https://me:hunter2@host/a.jsonl",)},
+        {"root": "/r", "overrides": ("track.mlflow.uri=http://me:hunter2@host:5000",)},
+    ],
+)
+def test_a_command_with_a_password_is_not_sent(folder: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(SubmitError, match="Ray shows the command of a job") as caught:
+        entrypoint(folder / "jobs" / "a b.yaml", working_dir=folder, **given)
+    assert "hunter2" not in str(caught.value)
 
 
 def git(folder: Path, *arguments: str) -> None:

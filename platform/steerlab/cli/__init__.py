@@ -12,7 +12,20 @@ import traceback
 
 import typer
 
-from steerlab.cli import comparing, describing, housekeeping, judge, running, sending, showing, starting, sweeping, trying
+from steerlab.cli import (
+    comparing,
+    describing,
+    exporting,
+    housekeeping,
+    judge,
+    running,
+    sending,
+    serve,
+    showing,
+    starting,
+    sweeping,
+    trying,
+)
 from steerlab.cli.terminal import errors
 
 app = typer.Typer(
@@ -28,7 +41,8 @@ app.command()(sweeping.sweep)
 app.command("plan")(running.show_plan)
 app.command()(trying.generate)
 app.command()(trying.explain)
-app.command()(trying.export)
+app.command()(exporting.export)
+app.command()(serve.serve)
 app.command()(judge.judge)
 app.command()(showing.show)
 app.command()(comparing.compare)

@@ -1,4 +1,4 @@
-"""Commands that try a result by hand: generate with it, explain its effect on tokens, export it."""
+"""Commands that try a result by hand: generate with it, explain its effect on tokens."""
 
 from __future__ import annotations
 
@@ -187,41 +187,17 @@ def explain(
         console.print(table)
 
 
-def export(
-    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
-    directory: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    strength: Annotated[
-        float | None, typer.Option(help="Strength at which a patch is folded. Default: what the run reported.")
-    ] = None,
-    inverse: Annotated[
-        bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
-    ] = False,
-    root: RootOption = None,
-) -> None:
-    """Write a checkpoint that plain transformers or diffusers loads; a patch that cannot be folded is written beside it."""
-    from steerlab.steered import export as exports
-
-    with explained():
-        artifact = artifact_of(run_folder, root, inverse)
-        scale = artifact.reported.strength if strength is None else strength
-        written = exports.write(artifact.path, directory, strength=scale, loading=artifact.loading)
-        if strength is None and artifact.reported.reason:
-            _say_strength(artifact.reported)
-        if written.reason is not None:
-            console.print(f"not folded: {escape(written.reason)}. Three lines load it:", soft_wrap=True)
-        console.print(f"\n{escape(written.lines)}\n", soft_wrap=True, highlight=False)
-
-
 def _strengths(requested: list[float] | None, artifact: Artifact, loaded: Steered, *, quiet: bool = False) -> tuple[float, ...]:
     """Return the requested strengths; if none are given, return the reported one and print it."""
     # A model whose patch is folded into its weights, or that has none, exists at a single strength.
     if requested or not loaded.patches:
         return tuple(requested or (1.0,))
     if not quiet:
-        _say_strength(artifact.reported)
+        say_strength(artifact.reported)
     return (artifact.reported.strength,)
 
 
-def _say_strength(reported: Reported) -> None:
+def say_strength(reported: Reported) -> None:
+    """Print the strength that a run reported, which is used because none was given."""
     reason = f", {reported.reason}" if reported.reason else ""
     say_line(f"at strength {reported.strength:g}{reason}; --strength takes another")

@@ -37,6 +37,7 @@ _OWN = {
     "genarm": "genarm",
     "args": "args",
     "denoise": "denoise",
+    "imported": "imported",
 }
 
 

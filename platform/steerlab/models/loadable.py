@@ -43,7 +43,7 @@ def prepare(directory: Path) -> Path:
     if is_model or saved_pipelines.is_pipeline(directory):
         return directory
     if (directory / "adapter_config.json").is_file():
-        raise ValueError(f"{directory} holds an adapter without its model: merge it into the model with peft, and give that")
+        raise ValueError(f"{directory} holds an adapter without its model: give the model, and the adapter as method: imported")
     # Repositories may keep each quantisation in a folder of its own.
     gguf = sorted([*directory.glob("*.gguf"), *directory.glob("*/*.gguf")])
     if len(gguf) != 1:

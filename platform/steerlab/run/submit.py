@@ -88,7 +88,11 @@ def entrypoint(
     options: Sequence[str] = (),
     working_dir: Path = Path("."),
 ) -> str:
-    """Return the command that the cluster runs in its copy of the working directory. Raises SubmitError."""
+    """Return the command that the cluster runs in its copy of the working directory.
+
+    Raises:
+        SubmitError: ROOT is relative, a file lies outside, options do not fit, or an argument holds a password.
+    """
     if not (root.startswith("/") or "://" in root):
         raise SubmitError(
             f"ROOT '{root}' is relative: on the cluster it would be deleted with the uploaded copy."
@@ -100,6 +104,13 @@ def entrypoint(
     arguments = ["run" if space is None else "sweep", *files, "--root", root, *options]
     for override in overrides:
         arguments += ["--set", override]
+    secret = next((word for word in arguments if texts.without_secrets(word) != word), None)
+    if secret is not None:
+        raise SubmitError(
+            f"{texts.without_secrets(secret)}: Ray shows the command of a job to everybody who sees its dashboard; give the "
+            "address without the password, and the password in the environment of the cluster's nodes (jobs/README.md, Keys "
+            "and passwords)"
+        )
     # -P keeps the uploaded folder out of sys.path, so that a file in it does not hide a module of the same name.
     return shlex.join(["python", "-P", "-m", "steerlab", *arguments])
 

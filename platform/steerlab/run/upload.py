@@ -32,6 +32,8 @@ _PRIVATE = re.compile(
     r"(?i)\.env(\..*)?|\.netrc|\.pypirc|\.npmrc|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx)|credentials(\.json)?"
 )
 """Names of files that usually hold secrets."""
+_SECRET = re.compile(r"(?i)(.*_)?(key|keys|token|secret|password|passwd|pwd|credentials?|auth)(_id)?")
+"""Names of environment variables that usually hold secrets."""
 
 
 class SubmitError(ValueError):
@@ -58,7 +60,7 @@ def runtime_env(working_dir: Path) -> dict[str, object]:
     """Return Ray's runtime environment for a job: the platform's own settings, then those of cluster/runtime_env.yaml.
 
     Raises:
-        SubmitError: the file cannot be read, or has keys or values that are not allowed.
+        SubmitError: the file cannot be read, has keys or values that are not allowed, or sets a variable that holds a secret.
     """
     path = working_dir / _RUNTIME_ENV
     requested = _RuntimeEnv()
@@ -73,6 +75,13 @@ def runtime_env(working_dir: Path) -> dict[str, object]:
         except (files.FileError, saved.SavedError) as error:
             allowed = ", ".join(_RuntimeEnv.model_fields)
             raise SubmitError(f"{error}; a runtime environment has the keys {allowed}, and lists instead of files") from None
+    # Ray stores the variables of a job and shows them on its dashboard, to everybody who may see that.
+    shown = [name for name, value in requested.env_vars.items() if _SECRET.fullmatch(name) and str(value)]
+    if shown:
+        raise SubmitError(
+            f"{path}: env_vars sets {shown[0]}, which Ray would show on its dashboard and keep in its logs: set it in the "
+            "environment of the cluster's nodes (jobs/README.md, Keys and passwords)"
+        )
     # In this order, so that a variable of the user replaces one of the platform.
     env_vars = _ENV_VARS | _commit(working_dir) | {name: str(value) for name, value in requested.env_vars.items()}
     return requested.model_dump(exclude_unset=True) | {"working_dir": str(working_dir), "env_vars": env_vars}

@@ -7,7 +7,6 @@ model and the patches side by side, and `steerlab.load` opens it.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from steerlab import models, patches
 from steerlab.guards import saved
 from steerlab.steered import language
+from steerlab.steered.model import differences
 from steerlab.steered.stacks import BELOW
 from steerlab.storage.bases import PROMPT
 
@@ -54,14 +54,14 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
     # Before anything is merged: afterwards the patched model does not exist any more.
     expected = loaded.probe(strength)
     # How far the patches move the probe: a merged model must be much closer to the patched one than the plain one is.
-    effect = max(_differences(expected, loaded.plain_probe()))
+    effect = max(differences(expected, loaded.plain_probe()))
     reason = _fold(loaded, directory, strength, expected, effect, loading)
     if reason is None:
         return Exported(loaded.loading_lines(directory), None)
     shutil.rmtree(directory, ignore_errors=True)
     loaded = language.load(artifact, **loading)  # again, because `fold` may have changed some of the weights before it failed
     _write_apart(loaded, directory, strength)
-    error = max(_differences(_load(directory, loading).probe(strength), expected))
+    error = max(differences(_load(directory, loading).probe(strength), expected))
     if not error <= loaded.tolerance:  # written so that a NaN is refused as well
         shutil.rmtree(directory)
         raise ValueError(
@@ -95,7 +95,7 @@ def _fold(
         return str(refusal)
     loaded.save_model(directory)
     (directory / PROMPT).write_text(json.dumps(loaded.encoder.saved_spec))
-    error = max(_differences(_load(directory, loading).probe(), expected))
+    error = max(differences(_load(directory, loading).probe(), expected))
     if error <= bound:
         return None
     return f"in the weights, the patch is off by {error:.2g}, where all that it does is {effect:.2g}"
@@ -106,13 +106,6 @@ def _load(directory: Path, loading: Mapping[str, Any]) -> _Steered:
     # With the same attention: other kernels round in another way, which would be taken for an error of the export.
     kernels = {name: loading[name] for name in ("attention", "trust_remote_code") if name in loading}
     return language.load(directory, **kernels)
-
-
-def _differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
-    """Return the root mean square difference of each pair of tensors; infinity where it is NaN."""
-    differences = [float((a - b).square().mean().sqrt()) for a, b in zip(outputs, expected, strict=True)]
-    # `max` of a list with NaN depends on its order; infinity is always the largest.
-    return [math.inf if math.isnan(difference) else difference for difference in differences]
 
 
 def _write_apart(loaded: _Steered, directory: Path, strength: float) -> None:

@@ -25,7 +25,7 @@ from steerlab import models
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import GENERATION, Batch, Conversation, Encoded, Row, collate
 from steerlab.models.diffusion.pipelines import Diffusion
-from steerlab.patches import taps
+from steerlab.patches import foreign, taps
 from steerlab.steered.continuing import Room, Waiting, continued
 from steerlab.steered.drawing import SteeredPipeline
 from steerlab.steered.model import SAMPLING_OPTIONS, Asked, Shown, Steered
@@ -170,6 +170,13 @@ class SteeredModel(Steered):
         fitting = [p for p, row in zip(prompts, self.encoder.encode_all(prompts), strict=True) if len(row) <= limit]
         return [torch.tensor(scored.log_prob) for scored in self.token_log_probs(fitting, strength=strength)]
 
+    def probe_alone(self, strength: float) -> None:
+        """Run the conversations of `probe` one at a time, without padding, for hooks that read every token."""
+        prompts = [self.encoder.conversation(instruction, data) for instruction, data in _PROBES]
+        for prompt, fits in zip(prompts, self.fits(prompts), strict=True):
+            if fits:
+                self.token_log_probs([prompt], strength=strength)
+
     @property
     def tolerance(self) -> float:
         """Nats, for bfloat16 as well: log-probabilities are computed in float32."""
@@ -179,7 +186,7 @@ class SteeredModel(Steered):
         """Write the model and its tokenizer as transformers does."""
         if self.model.generation_config is not None:
             # With all tokens that end a turn here, so that plain transformers stops at the same tokens.
-            self.model.generation_config.eos_token_id = sorted(self._end_ids)
+            self.model.generation_config.eos_token_id = sorted(self.end_ids)
         models.save_model(self.model, self.encoder.tokenizer, directory)
 
     def loading_lines(self, directory: Path) -> str:
@@ -246,7 +253,7 @@ class SteeredModel(Steered):
             for s, strength in enumerate(strengths)
         ]
         results: dict[tuple[int, int], Generation] = {}
-        ends = partial(self._ends, self._end_ids, stop)
+        ends = partial(self._ends, self.end_ids, stop)
         tell = None if watch is None else self._teller(watch, stop)
         for group, mixes in self._groups(waiting, max_new_tokens):
             room = Room(max_new_tokens, self.batch_tokens, mixes)
@@ -409,7 +416,8 @@ class SteeredModel(Steered):
         return lambda written: watch({job: self._finish(ids, stop).text for job, ids in written.items()})
 
     @property
-    def _end_ids(self) -> set[int]:
+    def end_ids(self) -> set[int]:
+        """Ids of the tokens that end a text: those of the model's generation config, and the end of a turn."""
         ids: Any = self.model.generation_config.eos_token_id if self.model.generation_config else None
         listed = ids if isinstance(ids, list) else [ids]
         return {int(i) for i in listed if i is not None} | self.encoder.end_ids
@@ -431,7 +439,7 @@ class SteeredModel(Steered):
         text = self.encoder.decode(ids)
         # Cut at the first of the stop texts; a token may hold its beginning and more text after it.
         ends = [text.find(s) for s in stop if s in text]
-        finished = bool(ends) or (bool(ids) and ids[-1] in self._end_ids)
+        finished = bool(ends) or (bool(ids) and ids[-1] in self.end_ids)
         return Generation(text[: min(ends)] if ends else text, len(ids), finished)
 
     def _groups(self, waiting: Sequence[Waiting], more: int) -> Iterator[tuple[list[Waiting], bool]]:
@@ -466,6 +474,26 @@ class SteeredModel(Steered):
             chunk.append(item)
         if chunk:
             yield chunk
+
+    def in_common(self, prompts: Sequence[int], more: Sequence[int], strengths: Sequence[float], limit: int) -> list[int]:
+        """Return the numbers of the rows that can be continued in one batch with the first one, at most `limit`.
+
+        Args:
+            prompts: Number of tokens of each prompt.
+            more: Number of tokens by which each may become longer.
+            strengths: Strength of the newest patch in each row.
+            limit: Number of rows at most.
+        """
+        together = models.alike_up_to(self.model) if models.reads_padding(self.model) else 0
+        chosen = [0]
+        for number in range(1, len(prompts)):
+            inside = (*chosen, number)
+            longest = max(prompts[i] for i in inside) + max(more[i] for i in inside)
+            fits = len(inside) <= limit and len(inside) * longest <= self.batch_tokens
+            alike = longest <= together or prompts[number] == prompts[0]
+            if fits and alike and self._shared(strengths[number]) == self._shared(strengths[0]):
+                chosen.append(number)
+        return chosen
 
     def _fitting(self, rows: Sequence[Row], max_new_tokens: int, skip_long: bool) -> list[int]:
         """Return the numbers of the rows that fit into the model's context.
@@ -507,6 +535,7 @@ def load(
     inverse: bool = False,
     sampler: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
+    patch: str | Path | Sequence[str | Path] = (),
 ) -> SteeredModel | SteeredPipeline:
     """Load a model with its patches from an artifact, an exported folder or a plain checkpoint.
 
@@ -520,13 +549,15 @@ def load(
         inverse: Load the inverse of the newest patch, which induces what its maps remove.
         sampler: How a pipeline draws (the fields of `SamplerConfig`); None for the settings with which it was made.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        patch: Control vector (.gguf), folder of a PEFT adapter, or folder of a saved patch, which is added to the model's own
+            patches; several in a list, of which the strength scales the last.
 
     Returns:
         A `SteeredModel` for a language model, a `SteeredPipeline` for a diffusion model.
 
     Raises:
-        ValueError: a file of the artifact is damaged or missing, it holds no patch of that snapshot, or the patch has no
-            inverse.
+        ValueError: a file of the artifact is damaged or missing, it holds no patch of that snapshot, the patch has no inverse,
+            or `patch` does not fit the model.
     """
     model, encoder, stack = load_stack(
         directory,
@@ -538,7 +569,11 @@ def load(
         sampler=sampler,
         trust_remote_code=trust_remote_code,
     )
-    placed = tuple(patch.to(device) for patch in stack)
+    added = (patch,) if isinstance(patch, str | Path) else tuple(patch)
+    if added and isinstance(model, Diffusion):
+        raise ValueError(f"{added[0]} is a patch for a language model, and {directory} holds a diffusion pipeline")
+    stack = (*stack, *(foreign.read(Path(path), model) for path in added))
+    placed = tuple(each.to(device) for each in stack)
     if isinstance(model, Diffusion):
         return SteeredPipeline(model.to(device), encoder, placed)
     return SteeredModel(model.to(device), encoder, placed)

@@ -5,6 +5,7 @@ The commands that try a result by hand or export it use this interface, so that 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -196,3 +197,10 @@ class Steered:
         below_N = torch.tensor(self.settled) if self.settled else torch.ones(len(self.patches) - 1)
         below_NB = below_N[:, None].expand(-1, len(strength_B))
         return torch.cat([below_NB, strength_B[None].to(below_NB)]).to(self.device)
+
+
+def differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Return the root mean square difference of each pair of tensors; infinity where it is NaN."""
+    differences = [float((a - b).square().mean().sqrt()) for a, b in zip(outputs, expected, strict=True)]
+    # `max` of a list with NaN depends on its order; infinity is always the largest.
+    return [math.inf if math.isnan(difference) else difference for difference in differences]
