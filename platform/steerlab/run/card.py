@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from steerlab import __version__, methods
+from steerlab import methods
 from steerlab.data import sources
 from steerlab.guards import texts
+from steerlab.guards.version import VERSION
 from steerlab.job import JobError
 from steerlab.run import folder as folders
 from steerlab.storage.store import Store
@@ -127,7 +128,7 @@ def _origin(store: Store, folder: str) -> str:
     named = ", ".join(f"{_plain(name)} {_plain(version)}" for name, version in versions.items() if version)
     commit = environment.get("git")
     return (
-        f"Made by steerlab {__version__} in run {_plain(folder.rpartition('/')[2])}"
+        f"Made by steerlab {VERSION} in run {_plain(folder.rpartition('/')[2])}"
         + (f", commit {_plain(str(commit)[:12])}" if commit else "")
         + (f", with {named}." if named else ".")
     )
