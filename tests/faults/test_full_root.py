@@ -27,7 +27,7 @@ JOB: dict[str, Any] = {
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "ray train"])
 @pytest.mark.parametrize("number", range(5))
 def test_a_full_root(number: int, warm: bool, chance: random.Random, tmp_path: Path) -> None:
-    with mounted(tmp_path / "disk", 64 << 20) as disk:
+    with mounted(tmp_path / "disk", 128 << 20) as disk:
         job = {**JOB, "scale": {"checkpoint_every": 2, "warm": warm}}
         command = Command(job, tmp_path, disk.path / "root")
         process = command.start()
