@@ -295,10 +295,10 @@ def test_the_command_line_draws_and_says_what_went_wrong(bases: dict[str, Path],
         assert (tmp_path / "images" / file).is_file()
     unknown = runner.invoke(cli.app, [*draw, "--prompt", "coat"])
     assert unknown.exit_code == 2 and "knows no 'coat'" in unknown.output
-    weights = load_file(artifact / "patch/patch.safetensors")
-    save_file(
-        {name: torch.full_like(value, torch.nan) for name, value in weights.items()}, artifact / "patch/patch.safetensors"
-    )
+    # Saved again, and not changed in place: a changed file is refused for its sum.
+    patch, about = patches.load(artifact / "patch"), json.loads((artifact / "patch/patch.json").read_text())
+    patch.load_state_dict({name: torch.full_like(value, torch.nan) for name, value in patch.state_dict().items()})
+    patches.save(patch, artifact / "patch", about["model"])
     broken = runner.invoke(cli.app, [*draw, "--prompt", PROMPT])
     assert broken.exit_code == 1 and "step 0: the denoiser gives a NaN" in " ".join(broken.output.split())
 

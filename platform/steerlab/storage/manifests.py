@@ -94,7 +94,9 @@ def _checked_file(file: Json, artifact: str) -> StoredFile:
         raise damaged(artifact, MANIFEST, f"names {path!r:.100}, outside of the artifact")
     checked = StoredFile(path=path, bytes=size, sha256=digest)
     cheap = file.get("xxh3") if isinstance(file, dict) else None
-    return StoredFile(**checked, xxh3=cheap) if isinstance(cheap, str) else checked
+    if isinstance(cheap, str):
+        checked["xxh3"] = cheap
+    return checked
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:

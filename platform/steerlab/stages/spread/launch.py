@@ -209,6 +209,10 @@ def _worker(config: dict[str, _Launch]) -> None:
     if ray.get(board.failed.remote()):
         return
     context = ray.train.get_context()
+
+    def say(line: str) -> None:
+        ray.get(board.note.remote(line))
+
     # PyTorch starts a thread for every core of the node, not for the CPUs that Ray reserved for this worker.
     torch.set_num_threads(max(1, int(launch.scale.cpus_per_worker)))
     seat = worker.Seat(
@@ -219,7 +223,7 @@ def _worker(config: dict[str, _Launch]) -> None:
         storage=launch.storage,
         attempt=launch.attempt,
         tell=lambda metrics: board.put.remote(metrics),
-        say=lambda line: ray.get(board.note.remote(line)),
+        say=say,
     )
     try:
         worker.run(launch.request, launch.scale, seat)
