@@ -524,7 +524,7 @@ def load(
         directory: The artifact, folder or checkpoint.
         dtype: "float32" or "bfloat16"; None for the type in which the model was saved, or float32 for a plain checkpoint.
         attention: Attention implementation of transformers.
-        device: Device of model and patches.
+        device: Device of model and patches: auto (a GPU if torch can use one), cpu, cuda, cuda:1.
         prompt: Prompt settings of a plain checkpoint, which has none of its own (the fields of `SavedPrompt`).
         snapshot: Training step after which the patch was saved; None for the patch at the end of the training.
         inverse: Load the inverse of the newest patch, which induces what its maps remove.
@@ -538,6 +538,7 @@ def load(
         ValueError: a file of the artifact is damaged or missing, it holds no patch of that snapshot, or the patch has no
             inverse.
     """
+    where = models.device(device)  # before minutes of loading
     model, encoder, stack = load_stack(
         directory,
         dtype=dtype,
@@ -548,7 +549,7 @@ def load(
         sampler=sampler,
         trust_remote_code=trust_remote_code,
     )
-    placed = tuple(patch.to(device) for patch in stack)
+    # The patches follow when they are attached.
     if isinstance(model, Diffusion):
-        return SteeredPipeline(model.to(device), encoder, placed)
-    return SteeredModel(model.to(device), encoder, placed)
+        return SteeredPipeline(model.to(where), encoder, stack)
+    return SteeredModel(model.to(where), encoder, stack)
