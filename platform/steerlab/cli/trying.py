@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from steerlab.run import Reported
     from steerlab.steered.model import Asked, Shown, Steered
 
+DeviceOption = Annotated[
+    str, typer.Option(help="Where the model runs: auto (a GPU if torch can use one), cpu, cuda, cuda:1 and so on.")
+]
+
 
 def generate(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, its folder, or a folder made by export.")],
@@ -47,6 +51,7 @@ def generate(
     inverse: Annotated[
         bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
     ] = False,
+    device: DeviceOption = "auto",
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,7 +63,7 @@ def generate(
         asked = _prompts(prompt, data, prompts)
         scales = None if guidance is None else tuple(guidance)
         artifact = artifact_of(run_folder, root, inverse)
-        loaded = language.load(artifact.path, **artifact.loading)
+        loaded = language.load(artifact.path, device=device, **artifact.loading)
         strengths = _strengths(strength, artifact, loaded, quiet=as_json)
         requests = [
             Asked(one, strengths, seed, about, max_new_tokens, temperature, top_p, top_k, min_p, samples, scales)
@@ -159,6 +164,7 @@ def explain(
     inverse: Annotated[
         bool, typer.Option("--inverse", help="Use the inverse of the patch's maps, which induces what they remove.")
     ] = False,
+    device: DeviceOption = "auto",
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -167,7 +173,7 @@ def explain(
 
     with explained():
         artifact = artifact_of(run_folder, root, inverse)
-        model = language.load(artifact.path, **artifact.loading)
+        model = language.load(artifact.path, device=device, **artifact.loading)
         if not isinstance(model, language.SteeredModel):
             raise ValueError(f"{run_folder} draws images; explain works on the tokens of a language model")
         (scale,) = _strengths(None if strength is None else [strength], artifact, model, quiet=as_json)

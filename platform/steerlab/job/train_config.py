@@ -60,6 +60,12 @@ class TrainConfig(Frozen):
     """A loss above so many times the median of the 20 steps before is a spike; null looks for NaN and infinity only."""
     seed: Seed = 0
     """Seed of initialisation, row order and dropout."""
+    deterministic: bool = Field(False, exclude_if=lambda deterministic: not deterministic)
+    """Compute by torch's deterministic operations alone, so that two runs on one kind of GPU end with the same bits; an
+    operation that has none is refused by its name. Slower. On the CPU in float32 all trainings are so without it."""
+    tf32: bool = Field(False, exclude_if=lambda tf32: not tf32)
+    """Multiply matrices of float32 on a GPU with the 10 bits of TF32, several times as fast; has no effect on bfloat16 and on
+    the CPU."""
 
     @property
     def rows_per_step(self) -> int:

@@ -1,7 +1,7 @@
 """Causal language models and diffusion pipelines. Only this folder uses the attribute names of architectures."""
 
 from steerlab.models import named
-from steerlab.models.devices import Kept, has_room
+from steerlab.models.devices import Kept, device, has_room, memory_explained
 from steerlab.models.kinds import (
     DRY_SHAPE_BT,
     alike_up_to,
@@ -70,6 +70,7 @@ __all__ = [
     "check_reward_model",
     "check_sampler",
     "config_of",
+    "device",
     "eager_attention",
     "embedding",
     "embedding_shape",
@@ -92,6 +93,7 @@ __all__ = [
     "load_reward_model",
     "load_tokenizer",
     "max_positions",
+    "memory_explained",
     "modules_that_run",
     "named",
     "num_reads",

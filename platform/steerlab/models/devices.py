@@ -1,8 +1,11 @@
-"""What a computation may keep on the device that it runs on."""
+"""The device that a computation runs on: its name, what may stay there, and what a full one means."""
 
 from __future__ import annotations
 
 import math
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,3 +40,38 @@ class Kept:
         if has_room(0, other.device):
             self._copy = copy
         return copy
+
+
+def device(name: str | torch.device) -> torch.device:
+    """Return a device by its name; auto is a GPU if torch can use one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: give auto, cpu, cuda or, of several GPUs, cuda:1 and so on") from None
+    num = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= num:
+        raise ValueError(f"device {name}: torch {torch.__version__} finds {num} GPUs on this machine; auto takes what is there")
+    return found
+
+
+@contextmanager
+def memory_explained(remedy: str) -> Iterator[None]:
+    """Turn the error of a full GPU into one message with what to lower; another attempt would only repeat it.
+
+    Raises:
+        ValueError: the memory of the GPU is full.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # The frames of the computation that failed hold its tensors, for as long as the error is being handled.
+        traceback.clear_frames(error.__traceback__)
+        # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..." and hints about the allocator.
+        said = ". ".join(str(error).split(". ")[:2])[:160]
+        raise ValueError(f"the memory of the GPU is full ({said}): {remedy}") from None

@@ -24,6 +24,8 @@ _VERSION = 4
 """4: all generations are kept, and every task that generates reports whether its answers are still language."""
 _TELL_S = 0.5
 """Least seconds between two reports of progress."""
+_SMALLER = "lower the task's max_new_tokens or strengths, model.sampler.images_per_pass, or set model.dtype: bfloat16"
+"""What takes less memory of a GPU."""
 _SOURCE = "a source"
 """Key that marks a source in a described config; no config has a field of this name, because of the space."""
 CHOICE = "choice"
@@ -160,12 +162,13 @@ def _evaluate(
     # Before the config is read: its task may be one of the files that were sent along.
     own_code.receive(codes)
     # Imported here, in the process that evaluates: it imports torch, which a driver that makes the plan does not need.
+    from steerlab import models
     from steerlab.evaluation.judging import asking
 
     model = subject.loaded_once(owner, loading)
     model.progress = staying.every(_TELL_S, tell)
     try:
-        with asking.session(Store(root)) as session:
+        with asking.session(Store(root)) as session, models.memory_explained(_SMALLER):
             return replace(_outcome(model, config), asked=session.numbers())
     finally:
         # The model outlives this call, and `tell` must not: its reader in the driver is gone.

@@ -543,7 +543,7 @@ def load(
         directory: The artifact, folder or checkpoint.
         dtype: "float32" or "bfloat16"; None for the type in which the model was saved, or float32 for a plain checkpoint.
         attention: Attention implementation of transformers.
-        device: Device of model and patches.
+        device: Device of model and patches: auto (a GPU if torch can use one), cpu, cuda, cuda:1.
         prompt: Prompt settings of a plain checkpoint, which has none of its own (the fields of `SavedPrompt`).
         snapshot: Training step after which the patch was saved; None for the patch at the end of the training.
         inverse: Load the inverse of the newest patch, which induces what its maps remove.
@@ -559,6 +559,7 @@ def load(
         ValueError: a file of the artifact is damaged or missing, it holds no patch of that snapshot, the patch has no inverse,
             or `patch` does not fit the model.
     """
+    where = models.device(device)  # before minutes of loading
     model, encoder, stack = load_stack(
         directory,
         dtype=dtype,
@@ -573,7 +574,7 @@ def load(
     if added and isinstance(model, Diffusion):
         raise ValueError(f"{added[0]} is a patch for a language model, and {directory} holds a diffusion pipeline")
     stack = (*stack, *(foreign.read(Path(path), model) for path in added))
-    placed = tuple(each.to(device) for each in stack)
+    # The patches follow when they are attached.
     if isinstance(model, Diffusion):
-        return SteeredPipeline(model.to(device), encoder, placed)
-    return SteeredModel(model.to(device), encoder, placed)
+        return SteeredPipeline(model.to(where), encoder, stack)
+    return SteeredModel(model.to(where), encoder, stack)

@@ -34,10 +34,15 @@ from steerlab.job import DataSet, ScaleConfig, TrainConfig, prompt_settings, sto
 from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.steered.stacks import load_stack
-from steerlab.training import bad_steps, checkpoints
+from steerlab.training import arithmetic, bad_steps, checkpoints
 from steerlab.training.engine import Engine
 from steerlab.training.request import Request
 
+_SMALLER = (
+    "lower train.micro_batch (and raise train.grad_accum as much) or train.max_tokens, set scale.gradient_checkpointing, "
+    "scale.zero_stage with more workers, scale.offload, or model.dtype: bfloat16"
+)
+"""What takes less memory of a GPU."""
 _SNAPSHOTS = "snapshots.safetensors"
 
 
@@ -429,6 +434,11 @@ def run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) ->
         link: rank, device, and the functions that report to the caller.
         output: directory of the artifact; an existing one is replaced.
     """
+    with arithmetic.of(request.train), models.memory_explained(_SMALLER):
+        _run(request, scale, link, output)
+
+
+def _run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) -> None:
     # A killed rank may have left half-written checkpoints.
     shutil.rmtree(link.scratch, ignore_errors=True)
     link.scratch.mkdir(parents=True)

@@ -304,18 +304,24 @@ class _Worker:
                 last_s = time.monotonic()
                 self._tell(entry, num_rows)
 
+        # By workers only: the driver reads this file, too.
+        from steerlab import models
+
         assert self._maker is not None
         make = self._maker.make
         # Zero rows start the clock of the estimate, after the model has been loaded.
         self._tell(entry, 0)
         try:
             shard = self._folder.shard(entry)
-            return self._folder.keep(entry, self._maker.suffix, lambda path: make(shard, path, tell))
+            with models.memory_explained(_SMALLER):
+                return self._folder.keep(entry, self._maker.suffix, lambda path: make(shard, path, tell))
         except (ValueError, FullDisk) as error:
             # Any other error of a disk or a network may pass: Ray repeats the shard.
             return _failure(error)
 
 
+_SMALLER = "lower extract.batch_tokens, or the rows or tokens of a batch in the method's config, or set model.dtype: bfloat16"
+"""What takes less memory of a GPU."""
 _LINE: TypeAdapter[Done | _Failure] = TypeAdapter(Done | _Failure)
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": StoreError, "RuntimeError": RuntimeError}
 """Exceptions that the driver raises, by the kind of the failure."""
