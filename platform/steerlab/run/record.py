@@ -217,9 +217,10 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
 def _cluster() -> JsonObject:
     """Return the resources of the cluster, or of this machine where the stages ran in this process, and the number of nodes."""
     if alone.here() is not None:
-        return {"cluster": dict(reserved.present()), "nodes": 1}
+        here: JsonObject = {**reserved.present()}
+        return {"cluster": here, "nodes": 1}
     # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
-    resources = {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")}
+    resources: JsonObject = {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")}
     return {"cluster": resources, "nodes": len([node for node in ray.nodes() if node["Alive"]])}
 
 

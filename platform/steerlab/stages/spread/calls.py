@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 import ray
 
@@ -26,7 +26,9 @@ def results(
     if alone.here() is not None:
         yield from (alone.call(function, some, num_cpus) for some in arguments)
         return
-    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, scheduling_strategy=reserved.ANYWHERE)(function)
+    # Ray's types know functions of up to nine arguments, each by itself.
+    remote: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, scheduling_strategy=reserved.ANYWHERE)
+    task = remote(function)
     # All at once: Ray queues what the cluster has no room for, and starts the next when a task ends.
     left: list[ray.ObjectRef] = [task.remote(*some) for some in arguments]
     while left:
