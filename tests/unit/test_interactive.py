@@ -253,6 +253,7 @@ def test_a_job_runs_without_a_cluster_and_its_results_are_values(tmp_path: Path)
     assert len(run.plot().data) == 1 and "perplexity/value" in run._repr_html_()
     with run.model(device="cpu").patched(sl.load_patch(run.model().origin.path, run.model())) as twice:
         assert len(twice.steered.patches) == 2
+    assert run.curve().empty, "a closed form has no training"
     difference = sl.compare(run, other)
     assert difference.to_frame()["metric"].tolist() == ["perplexity/value"] and "perplexity" in difference._repr_html_()
     page = sl.report([run, other.folder], tmp_path / "page.html")
@@ -261,6 +262,19 @@ def test_a_job_runs_without_a_cluster_and_its_results_are_values(tmp_path: Path)
         sl.read_run("missing", root=root)
     with pytest.raises(ValueError, match=r"job: scale\.workers of shift is more than 1, which needs Ray"):
         sl.run(tree, set={"scale.workers": 2, "name": "shift"}, root=root, ray=False)
+
+
+def test_a_run_that_found_its_training_in_the_store_has_its_curve(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {
+        "name": "shift",
+        "model": {"source": "tiny:model"},
+        "data": {"prompt_style": "plain", "train": {"source": "tiny:instructions/train", "limit": 8}},
+        "method": {"name": "vanilla"},
+        "train": {"steps": 3, "micro_batch": 2, "max_tokens": 64},
+    }
+    first, second = (sl.run(tree, root=str(tmp_path / "root")) for _ in range(2))
+    assert first.folder != second.folder and second.curve()["step"].tolist() == [1, 2, 3]
+    assert second.curve()["train/loss"].tolist() == first.curve()["train/loss"].tolist()
 
 
 def test_a_sweep_is_read_as_the_page_reads_it(tmp_path: Path) -> None:

@@ -126,7 +126,11 @@ def of(method: str, model: str, given: Mapping[str, str]) -> Template:
         validate({"name": "first", "model": {"source": model}, "method": {"name": method}}, JobType, Path("init"))
     facts = models.facts(sources.fetch(_absolute(model)))
     entry = methods.METHODS[method]
-    main = entry.module.trains_on if isinstance(entry, Trained) and not entry.reads(entry.Config()) else "source"
+    main = (
+        entry.module.trains_on
+        if isinstance(entry, Trained) and not entry.reads(entry.Config.model_validate({"name": method}))
+        else "source"
+    )
     named = {(role or main): source for role, source in given.items()}
     unknown = [role for role in named if role not in _TINY]
     if unknown:
@@ -144,7 +148,7 @@ def _longest(facts: ModelFacts) -> int:
 
 
 def _absolute(model: str) -> str:
-    source = ModelConfig(source=model).source
+    source = ModelConfig.model_validate({"source": model}).source
     assert isinstance(source, str)
     return source
 

@@ -112,10 +112,10 @@ def _tree(
     if known is not None and issubclass(known.Config, SteeringConfig):
         # Pooled as the method wants it: a job says it twice.
         reads = {"pooling": [config.get("pooling", known.Config.model_fields["pooling"].default)], **(reads or {})}
-    if modules is not None and reads is None:
-        config["modules"] = modules
-    elif modules is not None:
+    if modules is not None and reads is not None:
         reads = {**reads, "select": {**reads.get("select", {}), "modules": modules}}
+    elif modules is not None:
+        config["modules"] = modules
     asks: Mapping[str, Any] = model.steered.encoder.spec
     prompt = {name: asks[name] for name in PROMPT_FIELDS if name in asks}
     tree: JsonObject = {

@@ -68,13 +68,20 @@ class Run:
             for strength, metrics in strengths.items()
             for name, metric in metrics.items()
         ]
-        return pd.DataFrame(rows, columns=list(_COLUMNS)).sort_values(["metric", "strength"], ignore_index=True)
+        # A metric of which nothing was scored has no numbers: they become NaN, with which pandas and plotly compute.
+        frame = pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"value": float, "low": float, "high": float})
+        return frame.sort_values(["metric", "strength"], ignore_index=True)
 
     def curve(self) -> pd.DataFrame:
         """Return the metrics of the training as a pandas table with a row for each step; empty for a closed form."""
         import pandas as pd
 
-        return pd.DataFrame(folders.lines(self.store, self.below))
+        model = self.summary["model"]
+        # The artifact keeps its curve: a run that found the training in the store has no lines of its own.
+        file = None if model is None else self.store.local(model["stage"], model["key"]) / "metrics.jsonl"
+        if file is None or not file.is_file():
+            return pd.DataFrame(folders.lines(self.store, self.below))
+        return pd.read_json(file, lines=True)
 
     def model(self, **options: Any) -> Model:
         """Load the model that the run made; `options` are those of `load`."""
@@ -98,7 +105,7 @@ class Run:
         return f"Run({self.folder})"
 
     def _repr_html_(self) -> str:
-        body = [(name, reports.cell(metric)) for name, metric in self.metrics.items()]
+        body = [(name, reports.cell(dict(metric))) for name, metric in self.metrics.items()]
         return html_table(["metric", "value [95 % interval]"], body, f"{self.name}: {self.folder}")
 
 

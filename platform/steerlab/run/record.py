@@ -217,17 +217,18 @@ def environment(command: str, trusted: str | None = None, own_code: Sequence[str
     }
 
 
-def _cluster() -> dict[str, object]:
+def _cluster() -> JsonObject:
     """Return the size of the cluster, or of this machine where the stages ran in this process, and its GPUs.
 
     Nothing for a run that found all of its artifacts and joined no cluster.
     """
     if alone.here() is not None:
-        return {"cluster": dict(reserved.present()), "nodes": 1, "gpus": gpus.in_words()}
+        here: JsonObject = {**reserved.present()}
+        return {"cluster": here, "nodes": 1, "gpus": gpus.in_words()}
     if "ray" not in sys.modules or not ray.is_initialized():
         return {}
     # Not Ray's other resources, such as node:IP, which say where and not how large the cluster is.
-    resources = {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")}
+    resources: JsonObject = {name: value for name, value in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")}
     nodes = len([node for node in ray.nodes() if node["Alive"]])
     return {"cluster": resources, "nodes": nodes, "gpus": gpus.in_words()}
 

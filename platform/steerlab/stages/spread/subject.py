@@ -210,8 +210,9 @@ def load(loading: Loading) -> Any:
     model = loading.model
     # PyTorch starts a thread for every core of the node; several workers on one node would then slow one another down.
     torch.set_num_threads(reserved.threads())
-    if (process := alone.here()) is not None and loading.ref.source in process.models:
-        return process.models[loading.ref.source]
+    process, source = alone.here(), loading.ref.source
+    if process is not None and source is not None and source in process.models:
+        return process.models[source]
     return language.load(
         loading.ref.locate(),
         dtype=model.dtype,
