@@ -104,9 +104,11 @@ def _answers_on_loopback_alone() -> bool:
     host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
     if host not in ("127.0.0.1", "localhost") or not port.isdigit():
         return False
+    from ray.util import get_node_ip_address
+
     try:
         # A cluster of several nodes listens on the address of the node, too; `_on_loopback` must not touch that one.
-        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=1).close()
+        socket.create_connection((get_node_ip_address(), int(port)), timeout=1).close()
     except OSError:
         return True
     return False

@@ -99,7 +99,8 @@ def call(
 
 def _is_death(error: BaseException) -> bool:
     """Return whether the process has died, or cannot be reached any more."""
-    of = ray.exceptions
+    from ray import exceptions as of
+
     lost = (of.ObjectLostError, of.ActorUnavailableError)
     return isinstance(error, (of.WorkerCrashedError, of.NodeDiedError, of.OutOfMemoryError, of.ActorDiedError, *lost))
 
