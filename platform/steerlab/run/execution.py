@@ -6,13 +6,26 @@ import os
 import time
 import traceback
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from steerlab.evaluation.statistics import stored
 from steerlab.guards import texts
-from steerlab.job import Job, dump
-from steerlab.run.record import RunSummary, check_numbers, environment, generations_of, root_cause, samples_of, summarise
+from steerlab.guards.json_values import JsonObject
+from steerlab.job import Job
+from steerlab.run import job_files
+from steerlab.run.record import (
+    MetricNumbers,
+    RunSummary,
+    check_numbers,
+    environment,
+    generations_of,
+    reported_strength,
+    root_cause,
+    samples_of,
+    summarise,
+)
 from steerlab.stages import Plan
 from steerlab.stages.spread import staying
 from steerlab.storage import plan
@@ -88,8 +101,8 @@ def execute(
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
     check_numbers(summary, f"{store.root}/{folder}")
     store.write_json(f"{folder}/summary.json", summary)
-    _keep_samples(planned, store, folder, tracker)
-    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s)
+    samples = _keep_samples(planned, store, folder)
+    _report(summary, samples, _local(store, folder) / "samples" / "images", tracker, place, wait_s)
     return Run(folder, summary, records)
 
 
@@ -100,7 +113,7 @@ def new_id() -> str:
 
 def _write_request(planned: Plan, store: Store, folder: str, command: str) -> None:
     """Write job.yaml and environment.json, which hold all that a result depends on."""
-    store.write_text(f"{folder}/job.yaml", dump(planned.job))
+    job_files.write(store, f"{folder}/job.yaml", planned.job)
     trusted = [planned.source] if any(below.job.model.trust_remote_code for below in planned.chain) else []
     trusted += [task.trusted_source for task in planned.job.evaluate if task.trusted_source is not None]
     store.write_json(f"{folder}/environment.json", environment(command, ", ".join(trusted) or None, planned.own_code))
@@ -119,16 +132,48 @@ def _local(store: Store, folder: str) -> Path:
     return Path(store.root.removeprefix("file://")) / folder
 
 
-def _keep_samples(planned: Plan, store: Store, folder: str, tracker: Tracker) -> None:
-    """Copy the texts and images of all tasks into the run folder, and log some of them to W&B."""
+def _keep_samples(planned: Plan, store: Store, folder: str) -> dict[str, list[JsonObject]]:
+    """Copy the texts and images of all tasks into the run folder; return the sample texts by the label of the task."""
+    kept: dict[str, list[JsonObject]] = {}
     for evaluation in planned.evaluations:
-        samples = samples_of(store, evaluation)
+        samples = kept[evaluation.stage.label] = samples_of(store, evaluation)
         store.write_json(f"{folder}/samples/{evaluation.stage.label}.json", samples)
         # A copy rather than a link: verdicts are written beside it, and an artifact does not change.
         store.write_bytes(f"{folder}/samples/{evaluation.stage.label}.parquet", generations_of(store, evaluation))
-        tracker.table(f"samples/{evaluation.stage.label}", samples)
     _keep_images(planned, store, folder)
-    tracker.images_below(_local(store, folder) / "samples" / "images")
+    return kept
+
+
+def _report(
+    summary: RunSummary, samples: Mapping[str, list[JsonObject]], images: Path, tracker: Tracker, place: Place, wait_s: float
+) -> None:
+    """Send what was measured to the services of the job: the run at its reported strength, and each further strength.
+
+    A strength is a point of its own, with its own metrics and samples, so that plots over parameters show all of them.
+    """
+    for label, rows in samples.items():
+        tracker.table(f"samples/{label}", rows)
+    tracker.gallery(images)
+    own = reported_strength({**summary}).strength if summary["reported"] else None
+    points = [] if own is None else [s for s in summary["strengths"] if s != own and _is_point(s, place)]
+    for strength in points if own is None else [own, *points]:
+        tracker.point(strength, _values(summary["strengths"].get(strength, {})))
+    for strength in points:
+        other = tracker.beside(strength)
+        for label, rows in samples.items():
+            other.table(f"samples/{label}", [row for row in rows if row.get("strength") == strength])
+        other.gallery(images, strength)
+        # Without a wait: that for the run's own writer, which sends all of them, comes last.
+        other.finish({**_values(summary["strengths"][strength])}, 0, 0, strength)
+    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s, own)
+
+
+def _is_point(strength: float, place: Place) -> bool:
+    return place.strengths is None or strength in place.strengths
+
+
+def _values(metrics: Mapping[str, MetricNumbers]) -> dict[str, float]:
+    return {name: metric["value"] for name, metric in metrics.items() if metric["value"] is not None}
 
 
 def _keep_images(planned: Plan, store: Store, folder: str) -> None:
