@@ -13,7 +13,7 @@ BOARD = Board(
         "preference/accuracy",
         "math/solved",
     ),
-    parameters=("method.name", "train.steps", "train.lr", "train.seed"),
+    parameters=("method.name", "strength", "train.steps", "train.lr", "train.seed"),
     curves=("train/loss", "train/grad_norm"),
     log=frozenset({"perplexity/value", "train.lr"}),
     media=("samples/separation", "samples/toxicity", "samples/refusal"),

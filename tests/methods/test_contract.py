@@ -36,6 +36,7 @@ from steerlab.patches import taps
 from steerlab.patches.maps import mapped_pixels
 from steerlab.steered import language
 from steerlab.steered.drawing import SteeredPipeline
+from steerlab.tracking.wandb_client import workspaces
 
 TRAINED = [(name, kind) for name, method in METHODS.items() if isinstance(method, Trained) for kind in method.kinds]
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -135,6 +136,20 @@ def test_the_loss_is_a_sum_over_targets(name: str, kind: str, make: Make, model:
     fields = [getattr(batch, name) for name in batch.__dataclass_fields__]
     parts = [type(batch)(*(value[i : i + 2] for value in fields)) for i in range(0, len(fields[0]), 2)]
     torch.testing.assert_close(sum(module(part).total for part in parts), whole, rtol=1e-5, atol=1e-4)
+
+
+BOARDS = workspaces.load(Path(__file__).parents[2] / "dashboards")
+
+
+@each_trained
+def test_a_board_draws_what_the_training_reports(name: str, kind: str, make: Make, model: Any, batch: Any) -> None:
+    """Under the names that `Tracker.log` gives them; a curve that no method of its board reports is a fault of the board."""
+    metrics = make(name, kind, model)(batch).metrics
+    # Numbers of single places are curves of the report's page, one for each module.
+    own = {f"train/{metric}" for metric in metrics if "/" not in metric}
+    curves = {curve for board in BOARDS.values() if name in board.methods for curve in board.curves}
+    assert "train/loss" in curves
+    assert not own or own & curves, f"{name} reports {sorted(own)}; its boards draw {sorted(curves)}"
 
 
 @each_trained

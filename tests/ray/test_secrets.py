@@ -25,6 +25,7 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "planted2planted2planted2",
     "AWS_SESSION_TOKEN": "planted3planted3planted3",
     "OPENAI_API_KEY": "sk-planted4planted4",
+    "MLFLOW_TRACKING_PASSWORD": "planted5planted5",
 }
 TREE: dict[str, Any] = {
     "name": "secretive",
@@ -33,7 +34,7 @@ TREE: dict[str, Any] = {
     "method": {"name": "aside"},
     "train": {"steps": 2, "lr": 2e-3, "micro_batch": 4, "max_tokens": 64},
     "evaluate": [{"task": "perplexity", "source": "tiny:instructions/test", "limit": 4}],
-    "track": {"wandb": {"project": "p", "mode": "offline"}},
+    "track": {"wandb": {"project": "p", "mode": "offline"}, "tensorboard": True},
 }
 
 

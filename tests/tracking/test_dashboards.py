@@ -73,7 +73,8 @@ def test_parameters_are_fields_of_jobs() -> None:
 def test_boards_show_what_tasks_measure_and_trainings_report() -> None:
     """A panel of a name that nothing reports stays empty for ever."""
     from steerlab.evaluation import TASKS
-    from steerlab.methods import METHODS
+    from steerlab.methods import METHODS, contract
+    from steerlab.methods.math import pair_losses
 
     fields = {"concept": "three", "classifier": {"source": "pixels:digits/train", "format": "image"}}
     for board in workspaces.load(FOLDER).values():
@@ -90,10 +91,33 @@ def test_boards_show_what_tasks_measure_and_trainings_report() -> None:
             config = TASKS[task].Config.model_validate({**known, **refusal, **pairs})
             assert find(TASKS[task].measures(config), name) is not None, metric
         methods = [METHODS[name] for name in board.methods or METHODS]
+        # What the methods' files report, with the shared functions that make a loss.
         sources = "".join(inspect.getsource(inspect.getmodule(method.Config)) for method in methods)  # type: ignore[arg-type]
+        sources += inspect.getsource(contract) + inspect.getsource(pair_losses)
         for curve in board.curves:
             name = curve.removeprefix("train/")
             assert name in ("loss", "lr", "grad_norm") or f'"{name}"' in sources, curve
+
+
+def test_every_method_has_a_board_for_each_kind_of_model() -> None:
+    from steerlab.methods import METHODS
+
+    boards = workspaces.load(FOLDER)
+    # The model as it is belongs to no method's board; the overview has all runs.
+    for name in METHODS.keys() - {"none"}:
+        shown = {board for board, found in boards.items() if name in found.methods}
+        kinds = {"diffusion" if board == "diffusion" else "causal_lm" for board in shown}
+        assert kinds >= set(METHODS[name].kinds), f"{name} is on {shown or 'no board'}"
+    for found in boards.values():
+        assert "strength" in found.parameters, "what varies without another run is a column as well"
+
+
+def test_samples_are_tables_with_a_column_of_strengths() -> None:
+    for board in workspaces.load(FOLDER).values():
+        sections = {s["name"]: s["panels"] for s in spec_of(board)["section"]["panelBankConfig"]["sections"]}
+        shown = json.dumps(sections["Samples"])
+        assert all(f'"{key}"' in shown for key in board.media) and "Weave" in shown
+        assert all(key == "images" or key.startswith("samples/") for key in board.media)
 
 
 def test_push_writes_views_and_a_report(server: standin.Standin) -> None:

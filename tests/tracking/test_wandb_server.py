@@ -75,7 +75,9 @@ def steps(state: standin.Standin, run: str = "trial-1") -> list[int]:
 def test_a_run_with_all_that_belongs_to_it(server: standin.Standin, tmp_path: Path) -> None:
     from PIL import Image
 
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "0.png")
+    for setting in ("0.000_1.000", "0.500_1.000"):
+        (tmp_path / "images" / setting).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / setting / "0.png")
     (tmp_path / "made").mkdir()
     place = Place(group="angles", sweep_id="sweep1", tags=("aside",), parameters=(("method.angle_rad", 0.5),))
     run = tracker(tmp_path, place=place)
@@ -83,14 +85,16 @@ def test_a_run_with_all_that_belongs_to_it(server: standin.Standin, tmp_path: Pa
         run.log({"step": step, "train/loss": 1 / step, "steps_per_s": 2.0})
     run.log({"step": 1, "train/loss": 9.0}, stage="base/train")
     run.table("samples/toxicity", [{"prompt": "a", "strength": 0.5, "tags": ["x"]}])
-    run.images("samples/images", [tmp_path / "0.png"], ["strength 0.5"])
+    run.gallery(tmp_path / "images")
     uri = f"file://{tmp_path}/made"
     run.stage("fit", "a" * 64, "aside", "ran", 1.5, uri, [("extract", "b" * 64, uri)])
     run.stage("evaluate", "c" * 64, "separation", "cached", 0.0, uri, [])
-    run.finish({"separation/sep": 0.9}, exit_code=0, wait_s=60)
+    run.finish({"separation/sep": 0.9}, exit_code=0, wait_s=60, strength=0.5)
 
     sent = server.runs["run-1"]
+    assert sent["displayName"] == "name run-1 strength 0.5"
     config = json.loads(sent["config"])
+    assert config["strength"] == {"value": 0.5}
     assert config["method.angle_rad"] == {"value": 0.5} and config["method"] == {"value": {"name": "aside"}}
     assert (sent["groupName"], sent["sweep"], sent["tags"]) == ("angles", "sweep1", ["aside"])
     assert sent["summary"]["separation/sep"] == 0.9 and server.exits["run-1"] == [0]
@@ -98,7 +102,12 @@ def test_a_run_with_all_that_belongs_to_it(server: standin.Standin, tmp_path: Pa
     assert [line["_step"] for line in lines] == list(range(6))
     assert [(line["train/step"], line["train/steps_per_s"]) for line in lines[:3]] == [(1, 2), (2, 2), (3, 2)]
     assert lines[3]["base/train/loss"] == 9 and "train/step" not in lines[3]
-    assert lines[4]["samples/toxicity"]["nrows"] == 1 and lines[5]["samples/images"]["count"] == 1
+    assert lines[4]["samples/toxicity"]["nrows"] == 1
+    assert (lines[5]["images"]["nrows"], lines[5]["images"]["ncols"]) == (2, 4)
+    (table,) = (tmp_path / "wandb").rglob("images_*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["strength", "guidance", "id", "image"]
+    assert [row[:3] for row in content["data"]] == [[0.0, 1.0, "0"], [0.5, 1.0, "0"]]
     axes = {metric.get("1") or metric.get("2") for metric in config["_wandb"]["value"]["m"]}
     assert axes == {
         "train/step",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import random
+import tomllib
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from pydantic import ValidationError
 
 from steerlab import job
 from steerlab.guards import yaml12
+from steerlab.run import job_files
 from steerlab.stages import JobType
+from steerlab.storage.store import Store
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "platform/steerlab/job/schema.json"
@@ -162,3 +166,36 @@ def test_values_of_each_kind(path: tuple[Any, ...], value: Any, fits: bool, sche
         assert not fits
     else:
         assert fits
+
+
+@pytest.mark.parametrize("folder", ["runs/a/1/job.yaml", "sweeps/a/1/best.yaml"])
+def test_what_the_tool_writes_names_the_schema_and_follows_it(
+    folder: str, schema: jsonschema.Draft202012Validator, tmp_path: Path
+) -> None:
+    """A folder that is moved together with ROOT keeps its schema; one of an older version gets that of the newer."""
+    store = Store.open(str(tmp_path / "root"))
+    store.write_text("schema.json", "{}")
+    wanted = job.read(ROOT / "jobs/tiny/vanilla.yaml", JobType)
+    job_files.write(store, folder, wanted)
+    (tmp_path / "root").rename(tmp_path / "moved")
+    file = tmp_path / "moved" / folder
+    first, _, rest = file.read_text().partition("\n")
+    named = (file.parent / first.removeprefix("# yaml-language-server: $schema=")).resolve()
+    assert named == tmp_path / "moved/schema.json" and named.read_text() == SCHEMA.read_text()
+    schema.validate(yaml12.load(rest))
+    assert job.read(file, JobType) == wanted
+
+
+def test_the_wheel_holds_the_schema_with_what_editors_show(schema: jsonschema.Draft202012Validator) -> None:
+    """hatchling takes all of the package's folder; the schema is found as the installed package finds it."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert build == {"packages": ["platform/steerlab"]}
+    published = json.loads(resources.files("steerlab.job").joinpath("schema.json").read_text())
+    assert published == schema.schema
+    fields = [
+        (name, field, settings)
+        for name, config in published["$defs"].items()
+        for field, settings in config.get("properties", {}).items()
+    ]
+    undescribed = [f"{name}.{field}" for name, field, settings in fields if not settings.get("description")]
+    assert len(fields) > 300 and not undescribed

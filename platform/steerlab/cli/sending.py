@@ -27,24 +27,26 @@ def wandb_send(
             # The runs of ROOT/sweeps/NAME/ID are ROOT/runs/NAME/ID-*. ID-best-SEED evaluates the best trial; it is not a trial.
             runs = sorted(folder.parents[2].glob(f"runs/{folder.parent.name}/{folder.name}-*"))
             ids = {run: _send(run) for run in runs}
-            trials = [name for run, name in ids.items() if not run.name.startswith(f"{folder.name}-best-")]
+            trials = [name for run, names in ids.items() if not run.name.startswith(f"{folder.name}-best-") for name in names]
             console.print(f"{folder}: on the page of sweep {sweep_page.send(folder, trials)}", soft_wrap=True, highlight=False)
 
 
-def _send(folder: Path) -> str:
-    """Send a run and return its id in W&B."""
+def _send(folder: Path) -> list[str]:
+    """Send a run, and the runs of its further strengths; return their ids in W&B."""
     from steerlab import tracking
 
-    if not (folder / "wandb" / tracking.spool.SETTINGS).is_file():
+    spools = tracking.spools_of(folder)
+    if not spools:
         raise ValueError(f"{folder} is not the folder of a run that was tracked in W&B")
-    settings = tracking.spool.settings_of(folder / "wandb")
-    owner = f"{settings.entity}/" if settings.entity else ""
-    say_line(f"{folder}: sending to W&B project {owner}{settings.project}")
-    status = tracking.send(folder / "wandb")
-    if status.get("state") != "online" or not status.get("done"):
-        raise ValueError(f"{folder}: {status.get('reason') or 'W&B did not accept all of the run; try again'}")
+    settings = [tracking.spool.settings_of(path) for path in spools]
+    owner = f"{settings[0].entity}/" if settings[0].entity else ""
+    say_line(f"{folder}: sending to W&B project {owner}{settings[0].project}")
+    for path in spools:
+        status = tracking.send(path)
+        if status.get("state") != "online" or not status.get("done"):
+            raise ValueError(f"{folder}: {status.get('reason') or 'W&B did not accept all of the run; try again'}")
     console.print(f"{folder}: sent", soft_wrap=True, highlight=False)
-    return settings.id
+    return [one.id for one in settings]
 
 
 dashboards = typer.Typer(no_args_is_help=True, help="W&B workspaces and a report, as code.")

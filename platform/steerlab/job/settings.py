@@ -69,11 +69,25 @@ class WandbConfig(Frozen):
     """offline writes files that `steerlab wandb-send` uploads; online without an API key warns and falls back to offline."""
 
 
+class MlflowConfig(Frozen):
+    """MLflow, with one run there for each steerlab run and a nested one for each strength of the patch."""
+
+    experiment: str = Field("steerlab", min_length=1)
+    """Name of the experiment."""
+    uri: str | None = None
+    """Tracking URI (http://HOST:5000, sqlite:////PATH/mlflow.db); null takes $MLFLOW_TRACKING_URI, else mlflow.db in the run
+    folder. Passwords go in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+
+
 class TrackConfig(Frozen):
     """Services to which a run reports, besides its run folder."""
 
     wandb: WandbConfig | None = None
     """Weights & Biases; null does not report there."""
+    mlflow: MlflowConfig | None = Field(None, exclude_if=lambda config: config is None)
+    """MLflow (the extra `mlflow`); null does not report there."""
+    tensorboard: bool = Field(False, exclude_if=lambda writes: not writes)
+    """Write event files for TensorBoard into the run folder."""
 
 
 class MethodConfig(Frozen):

@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,19 @@ from pathlib import Path
 from steerlab.evaluation.statistics import stored
 from steerlab.guards import texts
 from steerlab.guards.json_values import JsonObject
-from steerlab.job import Job, dump
-from steerlab.run.record import RunSummary, check_numbers, environment, generations_of, root_cause, samples_of, summarise
+from steerlab.job import Job
+from steerlab.run import job_files
+from steerlab.run.record import (
+    MetricNumbers,
+    RunSummary,
+    check_numbers,
+    environment,
+    generations_of,
+    reported_strength,
+    root_cause,
+    samples_of,
+    summarise,
+)
 from steerlab.stages import Plan
 from steerlab.stages.spread import staying
 from steerlab.storage import plan
@@ -87,21 +99,25 @@ def execute(
     finally:
         staying.close()
     try:
-        return _finish(planned, store, folder, records, tracker, wait_s)
+        return _finish(planned, store, folder, records, tracker, place, wait_s)
     except StoreError as error:
         raise plan.StageError(f"all stages are done, but not the run's folder: {error}; run the same command again") from error
 
 
-def _finish(planned: Plan, store: Store, folder: str, records: list[plan.Record], tracker: Tracker, wait_s: float) -> Run:
-    """Write the files of a run whose stages are done, and close it in W&B."""
+def _finish(
+    planned: Plan, store: Store, folder: str, records: list[plan.Record], tracker: Tracker, place: Place, wait_s: float
+) -> Run:
+    """Write the files of a run whose stages are done, and send what it measured to the services of the job."""
     store.merge_lines(f"{folder}/metrics.jsonl")
     # Readers take the presence of summary.json as the sign that a run has finished, so a failed run has none.
     summary = summarise(planned, store)
     store.write_json(f"{folder}/plan.json", {"stages": [record.as_dict() for record in records]})
     check_numbers(summary, store.where(folder))
     store.write_json(f"{folder}/summary.json", summary)
-    _keep_samples(planned, store, folder, tracker)
-    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s)
+    samples = _keep_samples(planned, store, folder)
+    # Images are sent by their paths, which those in an object store do not have.
+    images = store.on_disk(folder, "samples", "images") if store.is_local else None
+    _report(summary, samples, images, tracker, place, wait_s)
     return Run(folder, summary, records)
 
 
@@ -125,7 +141,7 @@ def _write_request(planned: Plan, store: Store, folder: str, command: str) -> No
     # The first of all: from here on the run names its artifacts, so that `steerlab gc` leaves them alone.
     left = [plan.Record(stage, "to run").as_dict() for stage in planned.stages]
     store.write_json(f"{folder}/plan.json", {"stages": left})
-    store.write_text(f"{folder}/job.yaml", dump(planned.job))
+    job_files.write(store, f"{folder}/job.yaml", planned.job)
     trusted = [planned.source] if any(below.job.model.trust_remote_code for below in planned.chain) else []
     trusted += [task.trusted_source for task in planned.job.evaluate if task.trusted_source is not None]
     store.write_json(f"{folder}/environment.json", environment(command, ", ".join(trusted) or None, planned.own_code))
@@ -139,17 +155,55 @@ def _tracker(job: Job, store: Store, folder: str, run_id: str, place: Place) -> 
     return Tracker(job.track, run_id, job.name, job.model_dump(mode="json"), scratch, tagged)
 
 
-def _keep_samples(planned: Plan, store: Store, folder: str, tracker: Tracker) -> None:
-    """Copy the texts and images of all tasks into the run folder, and log some of them to W&B."""
+def _keep_samples(planned: Plan, store: Store, folder: str) -> dict[str, list[JsonObject]]:
+    """Copy the texts and images of all tasks into the run folder; return the sample texts by the label of the task."""
+    kept: dict[str, list[JsonObject]] = {}
     for evaluation in planned.evaluations:
-        samples = samples_of(store, evaluation)
+        samples = kept[evaluation.stage.label] = samples_of(store, evaluation)
         store.write_json(f"{folder}/samples/{evaluation.stage.label}.json", samples)
         # A copy rather than a link: verdicts are written beside it, and an artifact does not change.
         store.write_bytes(f"{folder}/samples/{evaluation.stage.label}.parquet", generations_of(store, evaluation))
-        tracker.table(f"samples/{evaluation.stage.label}", samples)
     _keep_images(planned, store, folder)
-    if store.is_local:
-        tracker.images_below(store.on_disk(folder) / "samples" / "images")
+    return kept
+
+
+def _report(
+    summary: RunSummary,
+    samples: Mapping[str, list[JsonObject]],
+    images: Path | None,
+    tracker: Tracker,
+    place: Place,
+    wait_s: float,
+) -> None:
+    """Send what was measured to the services of the job: the run at its reported strength, and each further strength.
+
+    A strength is a point of its own, with its own metrics and samples, so that plots over parameters show all of them.
+    """
+    for label, rows in samples.items():
+        tracker.table(f"samples/{label}", rows)
+    if images is not None:
+        tracker.gallery(images)
+    own = reported_strength({**summary}).strength if summary["reported"] else None
+    points = [] if own is None else [s for s in summary["strengths"] if s != own and _is_point(s, place)]
+    for strength in points if own is None else [own, *points]:
+        tracker.point(strength, _values(summary["strengths"].get(strength, {})))
+    for strength in points:
+        other = tracker.beside(strength)
+        for label, rows in samples.items():
+            other.table(f"samples/{label}", [row for row in rows if row.get("strength") == strength])
+        if images is not None:
+            other.gallery(images, strength)
+        # Without a wait: that for the run's own writer, which sends all of them, comes last.
+        other.finish({**_values(summary["strengths"][strength])}, 0, 0, strength)
+    tracker.finish({name: metric["value"] for name, metric in summary["metrics"].items()}, 0, wait_s, own)
+
+
+def _is_point(strength: float, place: Place) -> bool:
+    return place.strengths is None or strength in place.strengths
+
+
+def _values(metrics: Mapping[str, MetricNumbers]) -> dict[str, float]:
+    return {name: metric["value"] for name, metric in metrics.items() if metric["value"] is not None}
 
 
 def _keep_images(planned: Plan, store: Store, folder: str) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NotRequired, TypedDict
 
-from steerlab import job as jobs
 from steerlab import run
 from steerlab.job import Job
-from steerlab.run import MetricNumbers
+from steerlab.run import MetricNumbers, job_files
 from steerlab.stages import Plan
 from steerlab.stages.spread import reserved
 from steerlab.storage.plan import Listener
@@ -80,7 +79,7 @@ def conclude(sweep: SweepRun, interrupted: bool) -> SweepSummary:
         if plan.development:
             summary["development"] = results.metrics_of_rows(best.rows)
         # Written for an interrupted sweep too: the best trial so far is often what people want.
-        sweep.store.write_text(f"{sweep.folder}/best.yaml", jobs.dump(plan.best_job(best.params, None)))
+        job_files.write(sweep.store, f"{sweep.folder}/best.yaml", plan.best_job(best.params, None))
     if best is not None and not interrupted:
         follows = "; its own tasks follow" if plan.development else ""
         sweep.say(f"best: trial {best.trial_id}, {plan.metric} {best.value:.4g}{follows}")

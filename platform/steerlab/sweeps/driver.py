@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from steerlab import job as jobs
 from steerlab import run, tracking
 from steerlab.guards import saved
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import JobError, own_code
 from steerlab.run import folder as folders
+from steerlab.run import job_files
 from steerlab.storage import claims, plan
 from steerlab.storage.store import Store
 from steerlab.sweeps import conclusion, tuner
@@ -89,7 +89,7 @@ def _begin(request: SweepRequest, store: Store, folder: str) -> History:
     if history.started:
         history.add("resume")
     else:
-        store.write_text(f"{folder}/job.yaml", jobs.dump(request.plan.job))
+        job_files.write(store, f"{folder}/job.yaml", request.plan.job)
         store.write_json(f"{folder}/space.json", request.described())
         store.write_json(f"{folder}/environment.json", run.environment(""))
         history.add("begin", sweep=folder.rpartition("/")[2], job=request.plan.job.name)

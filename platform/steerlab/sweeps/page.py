@@ -61,7 +61,6 @@ def place_of(unit: Unit, job: Job, seed: int, *, sweep: str, page: str | None, w
         page: id of the sweep's page in W&B; None when it has none.
         wandb_run: id of the run that W&B handed out; None when W&B does not choose the points.
     """
-    varied = {**unit.shared, **({"strength": [*unit.strengths]} if len(unit.strengths) > 1 else {})}
     # W&B hands out one run for each suggestion, so the other seeds of a unit get runs of their own.
     first = seed == unit.seeds[0]
     return Place(
@@ -69,6 +68,23 @@ def place_of(unit: Unit, job: Job, seed: int, *, sweep: str, page: str | None, w
         sweep_id=page,
         job_type="trial",
         tags=(job.name,),
-        parameters=tuple(varied.items()),
+        # The strength is not among them: each has a run of its own, whose config says which.
+        parameters=tuple(unit.shared.items()),
         run_id=wandb_run if first else None,
+        label=_label(unit, seed),
+        strengths=unit.strengths,
     )
+
+
+def _label(unit: Unit, seed: int) -> str:
+    """Return what sets a unit's run apart from others of the sweep, in few words: `angle_rad=1.57 seed=0`."""
+    # The last part of a path, unless two paths end in the same one.
+    ends = [path.rpartition(".")[2] for path in unit.shared]
+    short = {path: end if ends.count(end) == 1 else path for path, end in zip(unit.shared, ends, strict=True)}
+    said = [f"{short[path]}={_short(value)}" for path, value in unit.shared.items() if path != "train.seed"]
+    return " ".join([*said, f"seed={unit.shared.get('train.seed', seed)}"])
+
+
+def _short(value: object) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -25,8 +25,14 @@ from urllib.parse import urlsplit
 from steerlab.guards import files, texts
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import TrackConfig
-from steerlab.tracking import spool
+from steerlab.tracking import recorders, spool
+from steerlab.tracking.recorders import Recorder
 from steerlab.tracking.spool import Spool
+
+SPOOL = "wandb"
+"""Folder of a run's spool in its run folder; spools of further strengths have names that begin with it."""
+IMAGES = "images"
+"""Key of the table of images."""
 
 FINISH_WAIT_S = 5.0
 """Longest time that the end of a run waits for its writer, which afterwards continues by itself."""
@@ -57,6 +63,10 @@ class Place:
     """Id of the W&B run; None for the run's own id. W&B hands out the id when it chooses the points."""
     parameters: tuple[tuple[str, Json], ...] = ()
     """Parameters that the sweep varies, by path. W&B's sweep pages look for these names at the top level of the config."""
+    label: str | None = None
+    """What sets the run apart from others of its job, for its display name; None takes the end of its id."""
+    strengths: tuple[float, ...] | None = None
+    """Strengths of the patch that are points of the sweep; None outside a sweep: all that were measured are."""
 
 
 def mode_of(track: TrackConfig) -> str:
@@ -91,34 +101,64 @@ class Tracker:
         config: Mapping[str, object],
         directory: Path,
         place: Place = Place(),
+        *,
+        at: float | None = None,
     ) -> None:
         self._spool: Spool | None = None
+        self._arguments = (track, run_id, name, config, directory, place)
+        self._name = f"{name} {place.label or run_id[-6:]}"
+        # Without control characters: texts of the job may come from somebody else, and services show them to a team.
+        self._config: JsonObject = texts.everywhere(texts.plain, {**config, **dict(place.parameters)})  # type: ignore[arg-type]
+        self._recorders = self._opened_recorders(track, directory) if at is None else []
         mode = mode_of(track)
         if mode == "disabled" or track.wandb is None:
             return
         keyless = mode == "offline" and track.wandb.mode == "online"
-        if keyless:
+        if keyless and at is None:
             warnings.warn(_OFFLINE, stacklevel=2)
+        # Each strength is a point of its own, so that W&B's plots over parameters show it.
+        beside = "" if at is None else f"-s{at:g}"
         settings = {
             "project": track.wandb.project,
             "entity": track.wandb.entity,
             "mode": mode,
             "reason": _REASONS[0] if keyless else _REASONS[1] if mode == "offline" else None,
             "url": os.environ.get("WANDB_BASE_URL"),
-            "id": place.run_id or run_id,
-            "name": name,
+            "id": f"{place.run_id or run_id}{beside}",
+            "name": self._name if at is None else self._at(at),
             "group": place.group,
             "sweep_id": place.sweep_id,
             "job_type": place.job_type,
             "tags": list(place.tags),
-            # Without control characters: texts of the job may come from somebody else, and W&B shows them to a team.
-            "config": texts.everywhere(texts.plain, {**config, **dict(place.parameters)}),
+            "config": self._config if at is None else {**self._config, "strength": at},
             "pid": os.getpid(),
             "program": sys.argv[0],
         }
-        self._spool = Spool(directory / "wandb", settings)
+        self._spool = Spool(directory / f"{SPOOL}{beside}", settings)
         _open_spools.append(self._spool)
         _serve(self._spool.directory)
+
+    def _opened_recorders(self, track: TrackConfig, directory: Path) -> list[Recorder]:
+        opened: list[Recorder] = []
+        if track.tensorboard:
+            opened.append(recorders.TensorBoard(directory / recorders.TENSORBOARD))
+        if track.mlflow is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            opened.append(recorders.Mlflow(track.mlflow, self._arguments[1], self._name, self._config, directory))
+        return opened
+
+    def _at(self, strength: float) -> str:
+        return f"{self._name} strength {strength:g}"
+
+    def beside(self, strength: float) -> Tracker:
+        """Return a tracker of the same run at another strength: a W&B run of its own, in a spool of its own."""
+        track, run_id, name, config, directory, place = self._arguments
+        return Tracker(track, run_id, name, config, directory, place, at=strength)
+
+    def point(self, strength: float, metrics: Mapping[str, float]) -> None:
+        """Record what was measured at one strength, in MLflow and TensorBoard; W&B has a run for it (`beside`)."""
+        for recorder in self._recorders:
+            recorder.point({**self._config, "strength": strength}, metrics)
 
     def log(self, metrics: Mapping[str, float], stage: str = "train") -> None:
         """Record one line of metrics on the step axis of a stage, such as `train/step`.
@@ -127,38 +167,48 @@ class Tracker:
             metrics: values by name, with the number of the step as `step`.
             stage: name of the stage.
         """
-        if self._spool is None:
-            return
         axis = f"{stage}/step"
+        named = {f"{stage}/{name.removeprefix('train/')}": value for name, value in metrics.items()}
+        for recorder in self._recorders:
+            recorder.line(int(metrics["step"]), {name: value for name, value in named.items() if name != axis})
         # A stage that resumed from a checkpoint computes some steps again; they are recorded once.
-        if metrics["step"] > self._spool.last_step.get(axis, float("-inf")):
-            data: JsonObject = {f"{stage}/{name.removeprefix('train/')}": value for name, value in metrics.items()}
-            self._spool.append({"kind": "log", "axis": axis, "data": data})
+        if self._spool is not None and metrics["step"] > self._spool.last_step.get(axis, float("-inf")):
+            self._spool.append({"kind": "log", "axis": axis, "data": {**named}})
 
     def table(self, key: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Record rows of texts and scores as a table, once for each key; at most MAX_TABLE_ROWS rows."""
-        # A resumed run records its tables again; each key is sent once.
-        if self._spool is None or not rows or key in self._spool.keys:
+        if not rows:
             return
         # The union of all rows' fields in order of appearance: rows of one task may have different fields.
         columns = list(dict.fromkeys(name for row in rows for name in row))
         body = [[_plain(row.get(name)) for name in columns] for row in rows[:MAX_TABLE_ROWS]]
-        self._spool.append({"kind": "table", "key": key, "columns": columns, "rows": body})
+        for recorder in self._recorders:
+            recorder.table(key, columns, body)
+        # A resumed run records its tables again; each key is sent once.
+        if self._spool is not None and key not in self._spool.keys:
+            self._spool.append({"kind": "table", "key": key, "columns": columns, "rows": body})
 
-    def images(self, key: str, paths: Sequence[Path], captions: Sequence[str]) -> None:
-        """Record image files by their paths, once for each key; the files must stay where they are until the run is sent."""
-        if self._spool is not None and paths and key not in self._spool.keys:
-            self._spool.append(
-                {"kind": "images", "key": key, "paths": [str(path) for path in paths], "captions": list(captions)}
-            )
+    def gallery(self, folder: Path, strength: float | None = None) -> None:
+        """Record the images of a run, `{strength}_{guidance}/{id}.png` below `folder`, as one table, once.
 
-    def images_below(self, folder: Path) -> None:
-        """Record the images of a run, `{strength}_{guidance}/{id}.png` below `folder`, with one key for each setting."""
-        for setting in sorted(folder.iterdir()) if self._spool is not None and folder.is_dir() else ():
-            paths = sorted(setting.glob("*.png"))[:MAX_IMAGES]
-            strength, _, guidance = setting.name.partition("_")
-            captions = [f"{path.stem}, strength {strength}" + (f", guidance {guidance}" if guidance else "") for path in paths]
-            self.images(f"images/{setting.name}", paths, captions)
+        Args:
+            folder: the folder; the files must stay where they are until the run is sent.
+            strength: the only strength whose images are recorded; None records all.
+        """
+        if self._spool is None or IMAGES in self._spool.keys or not folder.is_dir():
+            return
+        rows: list[list[Json]] = []
+        paths: list[str] = []
+        for setting in sorted(path for path in folder.iterdir() if path.is_dir()):
+            scale, _, guidance = setting.name.partition("_")
+            if strength is not None and _number(scale) != strength:
+                continue
+            for path in sorted(setting.glob("*.png"))[:MAX_IMAGES]:
+                rows.append([_number(scale), _number(guidance), path.stem])
+                paths.append(str(path))
+        if rows:
+            columns = ["strength", "guidance", "id"]
+            self._spool.append({"kind": "gallery", "key": IMAGES, "columns": columns, "rows": rows, "paths": paths})
 
     def stage(
         self, name: str, key: str, label: str, status: str, seconds: float, uri: str, inputs: Sequence[tuple[str, str, str]]
@@ -178,17 +228,27 @@ class Tracker:
                 }
             )
 
-    def finish(self, summary: Mapping[str, Json], exit_code: int, wait_s: float = FINISH_WAIT_S) -> None:
+    def finish(
+        self,
+        summary: Mapping[str, Json],
+        exit_code: int,
+        wait_s: float = FINISH_WAIT_S,
+        strength: float | None = None,
+    ) -> None:
         """Write the final values and close the run.
 
         Args:
             summary: final values by name.
             exit_code: 0 for a run that succeeded.
             wait_s: longest wait for the writer; afterwards, warns if the run was not sent. 0 neither waits nor warns.
+            strength: strength of the patch at which the values were measured; None for a run without a patch.
         """
+        for recorder in self._recorders:
+            recorder.finish({name: value for name, value in summary.items() if _is_number(value)}, exit_code, wait_s)  # type: ignore[misc]
         if self._spool is None:
             return
-        self._spool.append({"kind": "finish", "summary": dict(summary), "exit_code": exit_code})
+        known: JsonObject = {} if strength is None else {"config": {"strength": strength}, "name": self._at(strength)}
+        self._spool.append({"kind": "finish", "summary": dict(summary), "exit_code": exit_code, **known})  # type: ignore[typeddict-item]
         self._spool.close()
         deadline_s = time.monotonic() + wait_s
         while not _is_settled(self._spool) and time.monotonic() < deadline_s:
@@ -293,6 +353,23 @@ def _explain(run_spool: Spool) -> None:
         warnings.warn(
             f"W&B has not received all of the run yet; its writer continues for a while. If it fails, {again}", stacklevel=3
         )
+
+
+def spools_of(folder: Path) -> list[Path]:
+    """Return the spools of a run folder: that of the run first, then those of its further strengths."""
+    found = [path for path in folder.glob(f"{SPOOL}*") if (path / spool.SETTINGS).is_file()]
+    return sorted(found, key=lambda path: (path.name != SPOOL, path.name))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _plain(value: object) -> Json:

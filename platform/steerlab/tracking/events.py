@@ -35,8 +35,20 @@ class Table(TypedDict):
     time: NotRequired[float]
 
 
+class Gallery(TypedDict):
+    """Image files of the run's folder as a table: a row for each image, with what sets it apart from the others."""
+
+    kind: Literal["gallery"]
+    key: str
+    columns: list[str]
+    rows: list[list[Json]]
+    paths: list[str]
+    """Path of each row's image, which is the table's last column, `image`."""
+    time: NotRequired[float]
+
+
 class Images(TypedDict):
-    """Image files of the run's folder."""
+    """Image files of the run's folder, as runs of earlier versions recorded them."""
 
     kind: Literal["images"]
     key: str
@@ -67,10 +79,14 @@ class Finished(TypedDict):
     kind: Literal["finish"]
     summary: JsonObject
     exit_code: int
+    config: NotRequired[JsonObject]
+    """Fields of the config that are known at the end only, such as the strength that was chosen."""
+    name: NotRequired[str]
+    """The run's name, if the end adds to it."""
     time: NotRequired[float]
 
 
-Line: TypeAlias = Logged | Table | Images
+Line: TypeAlias = Logged | Table | Gallery | Images
 """Events that become lines of the W&B run's history."""
 Event: TypeAlias = Opened | Line | StageEnded | Finished
 

@@ -36,7 +36,7 @@ FINISH_S = 60.0
 GRACE_S = 90.0
 """Longest time that the writer lives after the driver's end."""
 _POLL_S = 0.1
-_LINES = ("log", "table", "images")
+_LINES = ("log", "table", "gallery", "images")
 """Kinds of events that become lines of the W&B run's history."""
 _RESUMED = "a process of this run was lost before it could say that it ended"
 
@@ -193,12 +193,14 @@ class _History:
     def send(self, ended: Callable[[], bool]) -> int:
         """Send events until the run ends, and return its exit code; 1 if its process died without a `finish`."""
         for event in spool.follow(self.events, ended):
-            if event["kind"] == "log" or event["kind"] == "table" or event["kind"] == "images":
+            if event["kind"] == "log" or event["kind"] == "table" or event["kind"] == "gallery" or event["kind"] == "images":
                 self._line(event)
             elif event["kind"] == "stage":
                 _keep(event, lambda event: _link(self.run, event, self.online))
             elif event["kind"] == "finish":
                 self.run.summary.update(event["summary"])
+                self.run.config.update(event.get("config", {}), allow_val_change=True)
+                self.run.name = event.get("name", self.run.name)
                 return int(event["exit_code"])
         print(_RESUMED, flush=True)
         return 1
@@ -231,16 +233,22 @@ class _History:
         if event["kind"] == "table":
             table = wandb.Table(columns=[*event["columns"]], data=[*event["rows"]], allow_mixed_types=True)
             return {event["key"]: table}
-        if event["kind"] != "images":
-            return event["data"]
-        images = []
-        for path, caption in zip(event["paths"], event["captions"], strict=True):
-            # A spool may come from somebody else: its paths must not send other images of this machine to W&B.
-            if not Path(path).resolve().is_relative_to(self.folder.resolve()):
-                raise ValueError(f"{path} is no image of the run in {self.folder}")
-            files.check(Path(path))
-            images.append(wandb.Image(path, caption=caption))
-        return {event["key"]: images}
+        if event["kind"] == "gallery":
+            rows = [[*row, self._image(path)] for row, path in zip(event["rows"], event["paths"], strict=True)]
+            return {event["key"]: wandb.Table(columns=[*event["columns"], "image"], data=rows, allow_mixed_types=True)}
+        if event["kind"] == "images":
+            pairs = zip(event["paths"], event["captions"], strict=True)
+            return {event["key"]: [self._image(path, caption) for path, caption in pairs]}
+        return event["data"]
+
+    def _image(self, path: str, caption: str | None = None) -> wandb.Image:
+        import wandb
+
+        # A spool may come from somebody else: its paths must not send other images of this machine to W&B.
+        if not Path(path).resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{path} is no image of the run in {self.folder}")
+        files.check(Path(path))
+        return wandb.Image(path, caption=caption)
 
     def _is_known(self, event: Line) -> bool:
         """Say whether the server already has this line from a spool that is lost."""

@@ -45,7 +45,7 @@ class Board:
     log: frozenset[str] = frozenset()
     """Parameters and metrics on logarithmic axes."""
     media: tuple[str, ...] = ()
-    """Keys of tables and images to show."""
+    """Keys of tables to show: `samples/LABEL` for the texts of a task, `images`; each has a column `strength`."""
     in_report: bool = True
     """Whether the common report has a chapter about this board."""
 
@@ -84,7 +84,7 @@ def panels(board: Board) -> dict[str, list[wr.PanelTypes]]:
             for number, curve in enumerate(board.curves)
         ],
         "Samples": [
-            wr.MediaBrowser(media_keys=[key], layout=wr.Layout(y=8 * number, w=24, h=8))
+            wr.WeavePanelSummaryTable(table_name=key, layout=wr.Layout(y=8 * number, w=24, h=8))
             for number, key in enumerate(board.media)
         ],
     }
