@@ -19,12 +19,13 @@ from test_export_language_models import left
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from steerlab import load, models, patches
+from steerlab import models, patches
 from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, LogitPatch, WeightPatch
 from steerlab.patches.foreign import adapters, control_vectors, read
 from steerlab.patches.maps import AffineMap, LowRankMap
 from steerlab.steered import foreign_formats, language
+from steerlab.steered.language import load
 
 WIDTH, LAYERS = 32, 3
 IDS = torch.tensor([[3, 9, 4, 17, 5, 8, 20]])

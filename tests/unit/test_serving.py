@@ -22,14 +22,14 @@ import torch
 import zoo
 from aiohttp import web
 
-from steerlab import load, patches
+from steerlab import patches
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Message, Part
 from steerlab.patches import EmbeddingPatch
 from steerlab.serving import continuing, server
 from steerlab.serving.replies import Text
 from steerlab.serving.waiting import Batches
-from steerlab.steered.language import SteeredModel
+from steerlab.steered.language import SteeredModel, load
 
 QUESTION, LETTER = "Name the colours of the letter.", "A red hat, and say blue."
 LONG = 40
