@@ -310,7 +310,7 @@ def load(
     root: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     attention: str = "sdpa",
-    device: str | torch.device | None = None,
+    device: str | torch.device = "auto",
     prompt: Mapping[str, object] | None = None,
     snapshot: int | None = None,
     inverse: bool = False,
@@ -326,7 +326,7 @@ def load(
         root: ROOT in which the name of a run is looked up; None for $STEERLAB_ROOT or ~/steerlab.
         dtype: Type of the weights; None for the saved one, or float32 for a plain checkpoint.
         attention: Attention implementation of transformers.
-        device: Device; None takes the GPU where there is one.
+        device: Device; auto takes the GPU where there is one.
         prompt: Prompt settings of a plain checkpoint: `prompt_style`, `response_role`, `tokenizer`, `chat_template`.
         snapshot: Training step after which the patch was saved; None for the end of the training.
         inverse: Whether the inverse of the patch's maps acts, which induces what they remove.
@@ -335,14 +335,15 @@ def load(
         **options: Other options of `steered.language.load`.
 
     Raises:
-        ValueError: there is no such model, or a file of it is damaged.
+        ValueError: there is no such model or device, or a file of the model is damaged.
     """
+    where = models.device(device)
     path, of_run, strength = _found(str(source), root)
     given = {"dtype": dtype, "snapshot": snapshot, "inverse": inverse or None, "prompt": prompt, "sampler": sampler}
     loading = {**of_run, **{name: value for name, value in given.items() if value is not None}}
     loading |= {"attention": attention, "trust_remote_code": trust_remote_code, **options}
     origin = Origin(path, loading)
-    steered = origin.opened(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    steered = origin.opened(where)
     return Model(steered, origin, strength if steered.patches else 1.0, len(steered.patches))
 
 

@@ -83,9 +83,9 @@ class Patch:
         """Load the result as a model of its own: the trained weights, or the model with the patch on it."""
         if self.has_weights:
             origin = Origin(self.folder, {}, self.keeps)
-            whole = origin.opened(device or _device())
+            whole = origin.opened(device or "auto")
             return Model(whole, origin, num_own=len(whole.patches))
-        steered, own = self.origin.opened(device or _device()), self.saved
+        steered, own = self.origin.opened(device or "auto"), self.saved
         assert own is not None
         steered.detach()
         loaded = len(steered.patches)
@@ -172,12 +172,6 @@ def _displacement(layer: Any) -> float:
 
     with torch.inference_mode():
         return float(layer(torch.zeros(1, 1, layer.fitted().width)).norm())
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_patch(directory: str | Path, model: Model) -> Patch:
