@@ -122,17 +122,14 @@ class _Events:
     """
 
     def __init__(self, folder: Path) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = files.appending(folder / f"events.out.tfevents.{int(time.time())}.{uuid.uuid4().hex[:8]}")
-        self._record(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # By the nanosecond: TensorBoard reads files in the order of their names.
+        self._file = files.appending(folder / f"events.out.tfevents.{time.time_ns()}.{uuid.uuid4().hex[:8]}")
+        self._record(_event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, content: Any, step: int) -> None:
         """Append a summary of a step."""
-        from tensorboardX.proto.event_pb2 import Event
-
-        self._record(Event(wall_time=time.time(), step=step, summary=content))
+        self._record(_event(wall_time=time.time(), step=step, summary=content))
 
     def close(self) -> None:
         """Close the file."""
@@ -150,18 +147,24 @@ class _Events:
         )
 
 
+def _event(**fields: object) -> Any:
+    """Return an event of TensorBoard's protocol."""
+    from tensorboardX.proto import event_pb2
+
+    messages: Any = event_pb2  # its classes are made at run time
+    return messages.Event(**fields)
+
+
 def _cell(text: str) -> str:
     return " ".join(texts.plain(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def last_steps(folder: Path) -> dict[str, int]:
     """Return the last step of each scalar in the event files of a folder; those of folders below it do not count."""
-    from tensorboardX.proto.event_pb2 import Event
-
     steps: dict[str, int] = {}
     for file in sorted(folder.glob("events.out.tfevents.*")):
         for record in _records(file):
-            event: Any = Event()
+            event = _event()
             event.ParseFromString(record)
             for value in event.summary.value:
                 steps[value.tag] = max(event.step, steps.get(value.tag, -1))

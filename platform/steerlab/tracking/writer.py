@@ -234,7 +234,7 @@ class _History:
             table = wandb.Table(columns=[*event["columns"]], data=[*event["rows"]], allow_mixed_types=True)
             return {event["key"]: table}
         if event["kind"] == "gallery":
-            rows = [[*row, self._image(path)] for row, path in zip(event["rows"], event["paths"], strict=True)]
+            rows: list[Any] = [[*row, self._image(path)] for row, path in zip(event["rows"], event["paths"], strict=True)]
             return {event["key"]: wandb.Table(columns=[*event["columns"], "image"], data=rows, allow_mixed_types=True)}
         if event["kind"] == "images":
             pairs = zip(event["paths"], event["captions"], strict=True)
