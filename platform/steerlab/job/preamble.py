@@ -11,7 +11,7 @@ class Example(Frozen):
     """A worked example: a question with its answer."""
 
     instruction: str
-    input: str = Field("", exclude_if=lambda text: not text)
+    input: str = Field(default="", exclude_if=lambda text: not text)
     """The data that the instruction is about; empty without any."""
     output: str
 
@@ -19,11 +19,11 @@ class Example(Frozen):
 class Preamble(Frozen):
     """What stands before each prompt; nothing by default."""
 
-    system: str = Field("", exclude_if=lambda text: not text)
+    system: str = Field(default="", exclude_if=lambda text: not text)
     """System text of chats, before the system text that a prompt has itself."""
-    examples: tuple[Example, ...] = Field((), exclude_if=lambda examples: not examples)
+    examples: tuple[Example, ...] = Field(default=(), exclude_if=lambda examples: not examples)
     """Worked examples of chats, exchanges between the system text and the question."""
-    prefix: str = Field("", exclude_if=lambda text: not text)
+    prefix: str = Field(default="", exclude_if=lambda text: not text)
     """Text before each plain text that the model continues."""
 
     def __bool__(self) -> bool:

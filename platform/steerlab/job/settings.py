@@ -84,9 +84,9 @@ class TrackConfig(Frozen):
 
     wandb: WandbConfig | None = None
     """Weights & Biases; null does not report there."""
-    mlflow: MlflowConfig | None = Field(None, exclude_if=lambda config: config is None)
+    mlflow: MlflowConfig | None = Field(default=None, exclude_if=lambda config: config is None)
     """MLflow (the extra `mlflow`); null does not report there."""
-    tensorboard: bool = Field(False, exclude_if=lambda writes: not writes)
+    tensorboard: bool = Field(default=False, exclude_if=lambda writes: not writes)
     """Write event files for TensorBoard into the run folder."""
 
 

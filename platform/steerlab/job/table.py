@@ -191,7 +191,8 @@ class _OneOf(Choices):
         """Describe the configs of all entries, and allow any keys next to `file`: only the code of the file knows them."""
         # Every entry is imported here, and nowhere else in this class.
         own: Any = Union[tuple(entry.Config for entry in self._table.entries.values())]  # noqa: UP007
-        union = TypeAdapter(Annotated[own, Field(discriminator=self._tag)]).core_schema
+        tagged: Any = Annotated[own, Field(discriminator=self._tag)]
+        union = TypeAdapter(tagged).core_schema
         path = {"type": "string", "minLength": 1, "description": "A Python file of your own."}
         # `task: file:my_task.py`: the path is part of the name.
         name = {"type": "string", "pattern": f"^{_IN_THE_NAME}"}

@@ -70,7 +70,9 @@ def _read_on(nodes: list[str], path: str) -> dict[str, str]:
 
 
 def _content(answer: Any) -> str:
+    from ray.exceptions import RayError
+
     try:
         return ray.get(answer)
-    except ray.exceptions.RayError:  # the node has gone
+    except RayError:  # the node has gone
         return ""

@@ -133,8 +133,8 @@ class _Running:
     def keep(self, rows: list[int]) -> None:
         """Let all other rows leave; columns that are padding in the rows that stay leave with them."""
         self.decoding.keep(rows)
-        of_rows = (self.rows, self.written, self.ended, self.num_steps)
-        self.rows, self.written, self.ended, self.num_steps = ([values[i] for i in rows] for values in of_rows)
+        self.rows, self.written = [self.rows[i] for i in rows], [self.written[i] for i in rows]
+        self.ended, self.num_steps = [self.ended[i] for i in rows], [self.num_steps[i] for i in rows]
         index = torch.tensor(rows, device=self.num_B.device)
         self.num_B = self.num_B[index]
         self.seen_BV = None if self.seen_BV is None else self.seen_BV[index]

@@ -66,7 +66,8 @@ def write_object(root: str, path: str, content: bytes) -> bool:
     """
     check(root)
     if _scheme(root) == "s3":
-        return _write_s3(_s3_client(root, os.getpid()), *path.split("/", 1), content)
+        bucket, _, key = path.partition("/")
+        return _write_s3(_s3_client(root, os.getpid()), bucket, key, content)
     filesystem = _filesystem(root)
     with _within_process:  # `memory` looks first and then writes
         try:

@@ -231,7 +231,8 @@ class _History:
         import wandb
 
         if event["kind"] == "table":
-            table = wandb.Table(columns=[*event["columns"]], data=[*event["rows"]], allow_mixed_types=True)
+            listed: list[Any] = [*event["rows"]]
+            table = wandb.Table(columns=[*event["columns"]], data=listed, allow_mixed_types=True)
             return {event["key"]: table}
         if event["kind"] == "gallery":
             rows: list[Any] = [[*row, self._image(path)] for row, path in zip(event["rows"], event["paths"], strict=True)]

@@ -174,7 +174,8 @@ def _by_actors(
     request: _Request, missing: list[Planned], scale: ScaleConfig, report: Callable[[int, float], None]
 ) -> Iterator[Done]:
     """Make the missing parts in a pool of actors and yield their records as they come."""
-    tally: Any = ray.remote(num_cpus=0, scheduling_strategy=reserved.beside_the_driver())(Tally).remote()
+    beside: Any = reserved.beside_the_driver()
+    tally: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(Tally).remote()
     with following(tally, report, sum(entry.rows for entry in missing)):
         yield from _stream(replace(request, tally=tally), missing, scale)
 
