@@ -15,6 +15,7 @@ BOARD = Board(
         "caa",
         "iti",
         "iti_heads",
+        "prompt",
         "ablation",
         "repe",
         "imported",

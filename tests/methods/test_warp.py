@@ -97,7 +97,7 @@ def test_training_equals_the_explicit_module(
     module = Warp(model, wanted, Inputs(prepared=before))
     for place, layer in zip(places, module.patch.rotated(), strict=True):
         assert layer.shared is not None
-        layer.shared._vectors_NN = vectors[place.input_of]
+        layer.shared._vectors_NN = models.Kept(vectors[place.input_of])
         layer.shared.num_outputs = outputs  # many: inputs are rotated in a step of one pass; few: gradients are
     train(module, optimizer(changes(module)), batches[: 3 * passes], passes)
     patch = finished(module)

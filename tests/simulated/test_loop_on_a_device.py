@@ -47,7 +47,8 @@ class OnePlain(engine.Engine):
     """The engine of the loop over a `Plain` one."""
 
     def __post_init__(self) -> None:
-        self._grad_norm = torch.zeros(())
+        self._grad_norm, self._leaves_out = torch.zeros(()), False
+        self._bad_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
         optimizer = engine.make_optimizer(self.module, self.train)
         optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._ds = Plain(self.module, optimizer, self.passes_per_step)

@@ -158,7 +158,7 @@ def test_a_step_waits_for_the_device_at_most_twice(
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     steered.model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    monkeypatch.setattr(SteeredModel, "_end_ids", set())
+    monkeypatch.setattr(SteeredModel, "end_ids", set())
     # Fewer than the vocabulary, as with a real one, and enough for the nucleus.
     monkeypatch.setattr(sampling, "_NUCLEUS", 240)
     prompts = [encoder.conversation(text, "") for text in ("give the topic", "say")]
@@ -178,7 +178,7 @@ def test_a_stop_text_is_found_across_tokens_without_decoding_everything(
     steered: SteeredModel, prompts: list[Conversation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steered.model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    monkeypatch.setattr(SteeredModel, "_end_ids", set())
+    monkeypatch.setattr(SteeredModel, "end_ids", set())
     monkeypatch.setattr(language, "_BEFORE_STOP", 2)
     how: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.0}
     whole = steered.generate(prompts[:1], **how)[0][0]

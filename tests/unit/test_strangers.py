@@ -22,6 +22,7 @@ import pytest
 from steerlab import models
 from steerlab.cli import terminal
 from steerlab.data import sources
+from steerlab.data.sources import remote
 from steerlab.data.worlds import tiny
 from steerlab.evaluation.judging import scorers
 from steerlab.guards import expressions, texts
@@ -315,7 +316,7 @@ def test_a_message_names_no_password(tmp_path: Path) -> None:
 
 def test_what_is_written_for_wandb_names_no_password(tmp_path: Path) -> None:
     root = "s3://AKIA:s3cr3t@bucket/x"
-    store = SimpleNamespace(root=root)
+    store = SimpleNamespace(root=root, where=lambda *parts: remote.joined(root, *parts))
     where = execution._uri(store, SimpleNamespace(name="train", key="k"))  # type: ignore[arg-type]
     assert where == "s3://bucket/x/artifacts/train/k", "the bucket's owner finds it by this reference"
     made = spool.Spool(tmp_path, {"mode": "offline", "project": "p", "notes": root})

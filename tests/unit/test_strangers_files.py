@@ -134,7 +134,7 @@ def test_what_is_swept_is_what_was_made_here(tmp_path: Path, victim: Path) -> No
 def test_a_temporary_folder_that_is_a_link_is_not_used(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "tmp").symlink_to(victim.parent)
-    with pytest.raises(StoreError, match="root/tmp is a link"):
+    with pytest.raises((StoreError, ValueError), match="root/tmp is a link"):
         Store.open(str(tmp_path / "root")).sweep_temporary()
     assert victim.read_text() == "mine"
 

@@ -354,6 +354,7 @@ SPACES = {
     "tiny/guidance": "diffusion_act",
     "tiny/shape": "act",
     "tiny/heads": "iav",
+    "tiny/prompt": "prompt",
 }
 
 

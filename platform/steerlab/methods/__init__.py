@@ -11,7 +11,6 @@ from steerlab.methods.edited import Edited
 # is not in it does not exist. The names of files instead of imports, since a job needs one of them.
 _OWN = {
     "none": "none",
-    "prompt": "prompt",
     "vanilla": "vanilla",
     "aside": "aside",
     "ise": "ise",
@@ -37,6 +36,7 @@ _OWN = {
     "genarm": "genarm",
     "args": "args",
     "denoise": "denoise",
+    "prompt": "prompt",
     "imported": "imported",
 }
 
