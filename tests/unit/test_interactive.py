@@ -266,6 +266,7 @@ def test_a_job_runs_without_a_cluster_and_its_results_are_values(tmp_path: Path)
         sl.run(tree, set={"scale.workers": 2, "name": "shift"}, root=root, ray=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_found_its_training_in_the_store_has_its_curve(tmp_path: Path) -> None:
     tree: dict[str, Any] = {
         "name": "shift",
