@@ -187,7 +187,7 @@ class Mlflow:
 
     def __init__(self, config: MlflowConfig, run_id: str, name: str, parameters: Mapping[str, Json], place: Path) -> None:
         try:
-            from mlflow.tracking import MlflowClient
+            from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ValueError("track.mlflow needs MLflow: pip install 'steerlab[mlflow]'") from None
         given = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -258,7 +258,7 @@ class Mlflow:
         return str(self._client.create_experiment(self._config.experiment, artifact_location=self._artifacts))
 
     def _new(self, name: str, tags: Mapping[str, str], parameters: Mapping[str, Json]) -> str:
-        from mlflow.entities import Param
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
         run = self._client.create_run(self._experiment, run_name=name, tags=dict(tags))
         given = [Param(_spelt(key), str(value)[:_LONGEST_PARAM]) for key, value in flat(parameters)]
@@ -277,7 +277,7 @@ class Mlflow:
         self._client.set_terminated(run, "FINISHED")
 
     def _log(self, run: str, values: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now_ms = int(time.time() * 1000)
         own = self._last if run == self._run else {}
