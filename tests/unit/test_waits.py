@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from steerlab.data.sources import remote
-from steerlab.guards import waiting
+from steerlab.guards import private_parts, waiting
 from steerlab.run import cluster
 from steerlab.storage import exclusive
 from steerlab.storage.store import Store
@@ -114,7 +115,7 @@ HUB = """
 import sys, warnings
 from steerlab.data import sources
 from steerlab.data.sources import hub
-from steerlab.guards import waiting
+from steerlab.guards import private_parts, waiting
 hub._SILENCE_S, hub._PAUSE_S, waiting.FIRST_S = 1.0, 0.1, 0.3
 warnings.simplefilter("always")
 warnings.showwarning = lambda message, *_: print("line:", message)
@@ -155,3 +156,21 @@ def test_a_hub_that_is_busy_is_asked_again_when_it_says(tmp_path: Path) -> None:
     asked = _Busy.asked
     assert len(asked) == 4 and all(later - earlier >= 1 for earlier, later in itertools.pairwise(asked))
     assert "429 Too Many Requests" in lines[-1] and lines[-1].startswith("error: 'hf:a/b' cannot be had")
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_cluster_that_was_killed_is_no_cluster(listens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's file with the address of the machine's cluster stays behind; a join by `auto` would wait for minutes."""
+    from ray._private import services
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(services, "find_bootstrap_address", lambda _: address)
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+        assert private_parts.running_cluster() == (address if listens else None)
+        refused = nullcontext() if listens else pytest.raises(ValueError, match="auto, and no Ray cluster runs on this machine")
+        with refused:
+            cluster.check_address()

@@ -6,6 +6,7 @@ so that importing this module costs nothing.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
     from ray.tune.search.optuna import OptunaSearch
     from ray.tune.utils.object_cache import _ObjectCache
+
+_CONNECT_S = 2.0
+"""Longest wait for a connection to a cluster of this machine."""
 
 # --- Ray (2.60) --------------------------------------------------------------------------------------------------------
 
@@ -45,7 +49,16 @@ def running_cluster() -> str | None:
     """
     from ray._private import services
 
-    return services.find_bootstrap_address(None)
+    address = services.find_bootstrap_address(None)
+    if address is None:
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        # Ray keeps the address in a file, which stays behind when the cluster is killed.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError:
+        return None
+    return address
 
 
 @contextmanager

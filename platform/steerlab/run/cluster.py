@@ -31,9 +31,14 @@ def check_address() -> None:
     """Refuse a $RAY_ADDRESS at which nothing listens, or where what listens does not answer.
 
     Raises:
-        ValueError: no connection within _CONNECT_S seconds, or no answer within _ANSWER_S seconds.
+        ValueError: no connection within _CONNECT_S seconds, no answer within _ANSWER_S seconds, or `auto` without a cluster.
     """
     # Ray itself would retry for many minutes before it gives up.
+    if os.environ.get("RAY_ADDRESS") == "auto" and private_parts.running_cluster() is None:
+        raise ValueError(
+            "RAY_ADDRESS is auto, and no Ray cluster runs on this machine; start it, or unset RAY_ADDRESS: then one is started "
+            "for the command"
+        )
     host, _, port = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
