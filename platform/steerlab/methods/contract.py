@@ -269,7 +269,7 @@ class SequentialConfig(SteeringConfig):
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the table of methods: the fields and questions that all five classes share."""
+    """One entry of the table of methods: the fields and questions that all classes share."""
 
     Config: type[MethodConfig]
     """Hyperparameters; defaults are the paper's."""
