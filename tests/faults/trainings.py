@@ -64,7 +64,7 @@ class Training:
 
         place = self.root / storage
         seat = worker.Seat(
-            rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), storage=str(place), scratch=place / "scratch",
+            rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), storage=str(place), attempt="0" * 12,
             tell=tell, say=self.lines.append,
         )  # fmt: skip
         try:
