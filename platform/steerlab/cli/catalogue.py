@@ -19,7 +19,6 @@ from steerlab import evaluation, methods
 from steerlab.cli import field_table
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.job import JobError, TaskConfig, grammar
-from steerlab.methods.edited import Edited
 
 _ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
@@ -105,8 +104,8 @@ def _listed(some: Iterable[Entry]) -> str:
 def _fields(name: str, some: Iterable[Entry]) -> list[tuple[str, str, str, str, str]]:
     """Return the rows about a field, `lr`, or about that of a section, `train.lr`, wherever it occurs."""
     of, _, field = name.rpartition(".")
-    found = [(entry, row) for entry in some for row in entry.fields() if row[0] in (field, name)]
-    return [(f"`{entry.name}`", f"`{row[0]}`", *row[1:]) for entry, row in found if of in ("", entry.name) or row[0] == name]
+    fields = [(entry, row) for entry in some for row in entry.fields() if row[0] in (field, name)]
+    return [(f"`{entry.name}`", f"`{row[0]}`", *row[1:]) for entry, row in fields if of in ("", entry.name) or row[0] == name]
 
 
 def _table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -166,11 +165,9 @@ def task_example(name: str) -> dict[str, JsonValue]:
 def method_example(name: str) -> tuple[str, ...] | None:
     """Return a job file of this repository for a method, and the option that names the method if the file has another."""
     method = methods.METHODS[name]
-    if method.example is None and isinstance(method, methods.Fitted):
-        return "jobs/tiny/act.yaml", "--set", f"method.name={name}"
-    if method.example is None and isinstance(method, Edited):
-        return "jobs/tiny/realign.yaml", "--set", f"method.name={name}"
-    return None if method.example is None else (method.example,)
+    if method.example is not None:
+        return (method.example,)
+    return None if method.shared_example is None else (method.shared_example, "--set", f"method.name={name}")
 
 
 def _written(entry: Entry) -> str:

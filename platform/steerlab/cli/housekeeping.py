@@ -59,10 +59,10 @@ def gc(
 
     with explained():
         store = opened_store(root)
-        found = cleaning.leftovers(store)
-        listed = [("artifact", address, size) for address, size in found.artifacts.items()]
-        listed += [("checkpoints and parts", address, size) for address, size in found.work.items()]
-        removed = cleaning.remove(store, found) if yes and listed else None
+        leftovers = cleaning.leftovers(store)
+        listed = [("artifact", address, size) for address, size in leftovers.artifacts.items()]
+        listed += [("checkpoints and parts", address, size) for address, size in leftovers.work.items()]
+        removed = cleaning.remove(store, leftovers) if yes and listed else None
         if as_json:
             lines = [{"what": what, "stage": stage, "key": key, "bytes": size} for what, (stage, key), size in listed]
             print(json.dumps({"removed": removed is not None, "left over": lines}, indent=1))
@@ -78,7 +78,9 @@ def gc(
         if len(listed) > _MOST_SHOWN:
             say_line(f"and {len(listed) - _MOST_SHOWN} smaller ones; --json lists all")
         if removed is None:
-            say_line(f"{in_words(found.num_bytes)} in {len(listed)} folders; remove them with: steerlab gc {store.root} --yes")
+            say_line(
+                f"{in_words(leftovers.num_bytes)} in {len(listed)} folders; remove them with: steerlab gc {store.root} --yes"
+            )
         else:
             say_line(f"removed {removed.artifacts} artifacts and {removed.work} work folders, {in_words(removed.num_bytes)}")
 

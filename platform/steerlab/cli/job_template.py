@@ -172,10 +172,10 @@ def _completed(template: Template) -> Template:
             if wanted is not None and template.data.get(wanted[1], {}).get(wanted[2]) != wanted[3]:
                 template.data[wanted[1]][wanted[2]] = wanted[3]
                 continue
-            found = _MISSING.search(str(error))
-            if found is None or found[1] not in _TINY or found[1] in template.data:
+            missing = _MISSING.search(str(error))
+            if missing is None or missing[1] not in _TINY or missing[1] in template.data:
                 raise
-            template.data[found[1]] = dict(_stand_in(template, found[1]))
+            template.data[missing[1]] = dict(_stand_in(template, missing[1]))
 
 
 def _modules(template: Template) -> str | None:

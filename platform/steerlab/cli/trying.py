@@ -100,12 +100,12 @@ def _prompts(prompt: str | None, data: str | None, file: Path | None) -> list[tu
         raise ValueError("--data goes with --prompt; in a file of prompts each row has its own data")
     read: list[tuple[str, str | None]] = []
     for number, row in enumerate(sources.rows(str(file)), 1):
-        found = [next((row[name] for name in names if row.get(name) is not None), None) for names in _NAMES]
-        if not isinstance(found[0], str) or not isinstance(found[1], str | None):
+        columns = [next((row[name] for name in names if row.get(name) is not None), None) for names in _NAMES]
+        if not isinstance(columns[0], str) or not isinstance(columns[1], str | None):
             has = ", ".join(map(str, row))
             raise ValueError(f"{file} row {number}: a text under one of {', '.join(_NAMES[0])} is needed; it has {has:.200}")
-        if found[0].strip():
-            read.append((found[0], found[1]))
+        if columns[0].strip():
+            read.append((columns[0], columns[1]))
     if not read:
         raise ValueError(f"{file} holds no prompt")
     return read

@@ -66,8 +66,8 @@ def here() -> TorchDevices:
 
 def read(answer: str) -> TorchDevices:
     """Return what torch answered, the last line of its output."""
-    found = json.loads(answer.strip().splitlines()[-1])
-    version, gpus = str(found["torch"]), tuple((str(name), int(size)) for name, size in found["gpus"])
-    if not found["built"]:
+    described = json.loads(answer.strip().splitlines()[-1])
+    version, gpus = str(described["torch"]), tuple((str(name), int(size)) for name, size in described["gpus"])
+    if not described["built"]:
         return TorchDevices(version, f"torch {version} is a build for CPUs")
-    return TorchDevices(version, "" if gpus else f"torch {version} (CUDA {found['cuda']}) finds no GPU and driver", gpus)
+    return TorchDevices(version, "" if gpus else f"torch {version} (CUDA {described['cuda']}) finds no GPU and driver", gpus)

@@ -288,6 +288,14 @@ class Method:
     leaves_patch: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
     """Whether the method makes its result without a `train` section."""
+    changes_trained: ClassVar[bool] = False
+    """Whether the method changes what another job has trained, and so reads the model from which that training started."""
+    puts_preamble: ClassVar[bool] = False
+    """Whether the method puts a preamble before each prompt."""
+    needs_training: ClassVar[bool] = False
+    """Whether a job needs a `train` section, unless the model that it starts from is trained already."""
+    shared_example: ClassVar[str | None] = None
+    """Job file whose method may be any of this class, for methods without an `example`."""
 
     def reads(self, config: MethodConfig) -> tuple[str, ...]:
         """Return the roles of the data sets whose activations are extracted before the method runs."""
@@ -319,6 +327,18 @@ class Method:
         """Return the modules and tokens on which the patch acts; None if the config does not restrict them."""
         return config.steer if isinstance(config, SteeringConfig) else None
 
+    def pools(self, config: MethodConfig) -> Pooling | None:
+        """Return the pooling of the activations that the method reads; None for a method that never reads activations."""
+        return config.pooling if isinstance(config, SteeringConfig) else None
+
+    def leaves_maps(self, config: MethodConfig) -> bool:
+        """Return whether the patch is one of maps of activations, which alone have an inverse."""
+        return self.leaves_patch and isinstance(config, SteeringConfig)
+
+    def needs_unaligned_job(self, config: MethodConfig) -> bool:
+        """Return whether the chain of jobs must hold the model before its alignment."""
+        return False
+
 
 @dataclass(frozen=True)
 class Plain(Method):
@@ -333,6 +353,7 @@ class Prompted(Method):
     """(config, rows of `data.examples`) -> the preamble. There are no rows if the job has no such data set."""
 
     closed_form: ClassVar[bool] = True
+    puts_preamble: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -378,8 +399,8 @@ class Trained(Method):
         return self.module.leaves_patch
 
     @property
-    def needs_training(self) -> bool:
-        """Whether a job needs a `train` section."""
+    def needs_training(self) -> bool:  # type: ignore[override]
+        """Whether a job needs a `train` section, unless the model that it starts from is trained already."""
         # A whole model without training is the model itself; a patch without training does nothing, which nobody wants.
         return self.leaves_patch
 
@@ -417,6 +438,7 @@ class Fitted(Method):
 
     leaves_patch: ClassVar[bool] = True
     closed_form: ClassVar[bool] = True
+    shared_example: ClassVar[str | None] = "jobs/tiny/act.yaml"
 
     def __post_init__(self) -> None:
         if not issubclass(self.Config, SteeringConfig):

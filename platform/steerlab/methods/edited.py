@@ -76,10 +76,16 @@ class Edited(Method):
 
     leaves_patch: ClassVar[bool] = True
     closed_form: ClassVar[bool] = True
+    changes_trained: ClassVar[bool] = True
+    shared_example: ClassVar[str | None] = "jobs/tiny/realign.yaml"
 
     def __post_init__(self) -> None:
         if self.needs_unaligned and not issubclass(self.Config, EditConfig):
             raise TypeError(f"{self.Config.__name__} of a method that reads the unaligned model: derive it from EditConfig")
+
+    def needs_unaligned_job(self, config: MethodConfig) -> bool:
+        """Return whether the method compares with the model before its alignment, and its config does not name that model."""
+        return self.needs_unaligned and isinstance(config, EditConfig) and config.unaligned is None
 
     @property
     def is_prepared(self) -> bool:

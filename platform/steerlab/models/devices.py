@@ -51,13 +51,13 @@ def device(name: str | torch.device) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(name)
+        chosen = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device {name!r}: give auto, cpu, cuda or, of several GPUs, cuda:1 and so on") from None
     num = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= num:
+    if chosen.type == "cuda" and (chosen.index or 0) >= num:
         raise ValueError(f"device {name}: torch {torch.__version__} finds {num} GPUs on this machine; auto takes what is there")
-    return found
+    return chosen
 
 
 @contextmanager

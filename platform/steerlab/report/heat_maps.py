@@ -52,16 +52,16 @@ class HeatMap(TypedDict):
 
 def heat_maps(entries: Sequence[Entry]) -> list[HeatMap]:
     """Return the coloured texts of all runs, at most MAX_MAPS items of a task, all of a task on one scale."""
-    found: dict[str, dict[str, dict[str, tuple[Document, list[float | None]]]]] = {}
+    by_task: dict[str, dict[str, dict[str, tuple[Document, list[float | None]]]]] = {}
     for entry in entries:
         for task, samples in entry.samples.items():
             for sample in samples:
                 values = _values(sample)
                 if values is not None:
-                    items = found.setdefault(task, {})
+                    items = by_task.setdefault(task, {})
                     if str(sample.get("id")) in items or len(items) < MAX_MAPS:
                         items.setdefault(str(sample.get("id")), {}).setdefault(column(entry, sample), (sample, values))
-    return [heat_map for task, items in found.items() for heat_map in _of_task(task, items)]
+    return [heat_map for task, items in by_task.items() for heat_map in _of_task(task, items)]
 
 
 def _of_task(task: str, items: Mapping[str, Mapping[str, tuple[Document, list[float | None]]]]) -> Iterator[HeatMap]:

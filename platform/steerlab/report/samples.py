@@ -63,7 +63,7 @@ def charts(entries: Sequence[Entry]) -> list[Chart]:
 
     Any task may leave such a sample. One that does not have this shape is left out, since its file may come from a stranger.
     """
-    found: list[Chart] = []
+    of_all: list[Chart] = []
     for entry in entries:
         for task, samples in entry.samples.items():
             for sample in samples:
@@ -71,8 +71,8 @@ def charts(entries: Sequence[Entry]) -> list[Chart]:
                 if bars:
                     chart = sample["chart"]
                     title = f"{task}, {column(entry, sample)}: {chart.get('title', '')}"
-                    found.append({"title": title, "unit": str(chart.get("unit", "")), "bars": bars})
-    return found[:MAX_CHARTS]
+                    of_all.append({"title": title, "unit": str(chart.get("unit", "")), "bars": bars})
+    return of_all[:MAX_CHARTS]
 
 
 def _bars(chart: object) -> list[tuple[str, float]]:

@@ -15,7 +15,6 @@ from steerlab import models
 from steerlab.data import sources
 from steerlab.guards import late
 from steerlab.job import own_code
-from steerlab.methods.edited import Edited
 from steerlab.run import sharing
 from steerlab.stages import Plan, edit, extract, train
 from steerlab.storage import copies, exclusive, plan
@@ -56,7 +55,7 @@ def estimates(planned: Plan, facts: models.ModelFacts, records: list[plan.Record
         for preparation in owner.preparing.made.values():
             if preparation.stage.key in left:
                 needs[preparation.stage.key] = preparation.estimate(facts, directory)
-        if isinstance(owner.method, Edited) and owner.model is not None and owner.model.key in left:
+        if owner.method.changes_trained and owner.model is not None and owner.model.key in left:
             needs[owner.model.key] = edit.estimate(facts)
     for key, job in planned.trainings.items():
         if key in left:

@@ -38,7 +38,7 @@ def _of_fields(kind: type[Any]) -> BeforeValidator:
     return BeforeValidator(lambda value: kind(**value) if isinstance(value, dict) else value)
 
 
-class _Found(saved.Shape):
+class _Outcome(saved.Shape):
     """What the checks of a job found."""
 
     facts: Annotated[ModelFacts, _of_fields(ModelFacts)]
@@ -52,30 +52,30 @@ class _Found(saved.Shape):
 def check(planned: Plan, path: Path | None = None) -> ModelFacts:
     """Refuse a job that cannot work as `checks.check` does, and return the sizes of its model; repeats earlier warnings."""
     file = _file(planned)
-    found = _read(file)
-    if found is None:
+    outcome = _read(file)
+    if outcome is None:
         facts, texts = _checked(planned, path)
-        _write(file, _Found(facts=facts, warnings=texts))
+        _write(file, _Outcome(facts=facts, warnings=texts))
         return facts
-    for text in found.warnings:
+    for text in outcome.warnings:
         warnings.warn(text, stacklevel=2)
     # Packages, environment variables and services that the tasks name: these may have changed with all files as they were.
     for below in planned.chain:
-        check_named(below.job, found.facts)
-    return found.facts
+        check_named(below.job, outcome.facts)
+    return outcome.facts
 
 
 def estimates(planned: Plan, facts: ModelFacts, records: list[Record]) -> capacity.Estimates:
     """Estimate memory and disk of the stages that are not cached, as `capacity.estimates` does."""
     left = [record.stage.key for record in records if record.status != "cached"]
     file = _file(planned)
-    found = _read(file)
-    if found is not None and set(left) <= set(found.estimated):
-        return {key: found.needs[key] for key in left if key in found.needs}
+    outcome = _read(file)
+    if outcome is not None and set(left) <= set(outcome.estimated):
+        return {key: outcome.needs[key] for key in left if key in outcome.needs}
     needs = capacity.estimates(planned, facts, records)
-    if found is not None:
-        more = {"needs": {**found.needs, **needs}, "estimated": sorted({*found.estimated, *left})}
-        _write(file, found.model_copy(update=more))
+    if outcome is not None:
+        more = {"needs": {**outcome.needs, **needs}, "estimated": sorted({*outcome.estimated, *left})}
+        _write(file, outcome.model_copy(update=more))
     return needs
 
 
@@ -115,21 +115,21 @@ def _code() -> Sequence[object]:
     return [sys.version, own, versions, installed]
 
 
-def _read(file: Path | None) -> _Found | None:
+def _read(file: Path | None) -> _Outcome | None:
     """Return kept results; None if there are none, or if the file is damaged."""
     try:
-        return None if file is None else saved.read(file, _Found)
+        return None if file is None else saved.read(file, _Outcome)
     except (FileNotFoundError, saved.SavedError, files.FileError, TypeError):
         return None
 
 
-def _write(file: Path | None, found: _Found) -> None:
+def _write(file: Path | None, outcome: _Outcome) -> None:
     if file is None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(file) as scratch:
-            scratch.write_text(found.model_dump_json())
+            scratch.write_text(outcome.model_dump_json())
     except OSError:
         # A cache that cannot be written costs time and nothing else.
         return

@@ -18,8 +18,7 @@ from steerlab.guards.faults import is_for_people
 from steerlab.inputs.drawings import check_data
 from steerlab.job import Job, JobError
 from steerlab.methods import TABLE
-from steerlab.methods.contract import SteeringConfig, Trained, check_masters
-from steerlab.methods.edited import Edited
+from steerlab.methods.contract import Trained, check_masters
 from steerlab.methods.preparations import Prepare
 from steerlab.patches import taps
 from steerlab.run import length
@@ -122,19 +121,18 @@ def _check_method(planned: Plan) -> None:
     job, method, name = planned.job, planned.method, planned.job.method.name
     if job.train is not None:
         _check_training(job)
-    elif isinstance(method, Trained) and method.needs_training and (planned.below is None or not method.leaves_model):
+    elif method.needs_training and (planned.below is None or not method.leaves_model):
         raise ValueError(f"train: this key is required by method {name}")
     if method.reads_model(job.method):
         if job.extract is None:
             raise ValueError(f"extract: this key is required by method {name}: it says where the model is read, and how")
         if job.extract.keep != "rows":
             raise ValueError(f"extract.keep {job.extract.keep}: method {name} is fitted on the rows")
-        assert isinstance(job.method, SteeringConfig)
-        wanted = job.method.pooling
+        wanted = method.pools(job.method)
         # A fit place after place pools by itself and reads no stored activations.
         if method.reads(job.method) and wanted not in job.extract.pooling:
             raise ValueError(f"method.pooling {wanted}: extract.pooling is {list(job.extract.pooling)}; add it there")
-    if isinstance(method, Edited):
+    if method.changes_trained:
         # Both raise if the chain of jobs lacks a model that the method compares.
         _ = planned.before, planned.unaligned
     if job.inverse and not planned.leaves_maps:
@@ -258,7 +256,7 @@ def _check_drawing(planned: Plan) -> None:
         raise ValueError(
             "extract.pooling none keeps one value for each token, and an image has no tokens: pool over its pixels (mean)"
         )
-    if isinstance(job.method, SteeringConfig) and job.method.pooling == "last":
+    if planned.method.pools(job.method) == "last":
         raise ValueError(
             "method.pooling last is that of the last token, and an image has no tokens: pool over its pixels (mean)"
         )

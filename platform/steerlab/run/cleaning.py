@@ -59,18 +59,18 @@ def leftovers(store: Store) -> Leftovers:
     return Leftovers(artifacts, work)
 
 
-def remove(store: Store, found: Leftovers) -> Removed:
+def remove(store: Store, leftovers: Leftovers) -> Removed:
     """Remove leftovers, except for what a run has come to name since they were looked up."""
     # First they cease to exist, and then the runs are asked again: a run that has begun meanwhile wrote down the names of its
     # artifacts before it looked for them, so either it is seen here, or it has found them missing and makes them again.
-    hidden = {address: store.hide(*address) for address in found.artifacts if store.has(*address)}
+    hidden = {address: store.hide(*address) for address in leftovers.artifacts if store.has(*address)}
     named = _with_inputs(store, inventory.take(store).named)
     for address in hidden.keys() & named:
         store.show(*address, hidden.pop(address))
-    gone = [address for address in found.artifacts if not store.has(*address) and _alone(store, address, store.discard)]
-    work = [address for address in found.work if address not in named or store.has(*address)]
+    gone = [address for address in leftovers.artifacts if not store.has(*address) and _alone(store, address, store.discard)]
+    work = [address for address in leftovers.work if address not in named or store.has(*address)]
     work = [address for address in work if _alone(store, address, store.discard_work)]
-    sizes = [*(found.artifacts[address] for address in gone), *(found.work[address] for address in work)]
+    sizes = [*(leftovers.artifacts[address] for address in gone), *(leftovers.work[address] for address in work)]
     return Removed(len(gone), len(work), sum(sizes))
 
 

@@ -87,8 +87,8 @@ def connect() -> str:
     if address and address != "local":
         with _on_loopback() if _answers_on_loopback_alone() else nullcontext(), _away():
             join()
-        found = f" at {ray.get_runtime_context().gcs_address}" if address == "auto" else ""
-        return f"Ray: joined the cluster{found} that RAY_ADDRESS names ({address}): {_size()}"
+        place = f" at {ray.get_runtime_context().gcs_address}" if address == "auto" else ""
+        return f"Ray: joined the cluster{place} that RAY_ADDRESS names ({address}): {_size()}"
     # One that runs here is not joined without a word: it may be another user's, or busy for days.
     other = None if address else private_parts.running_cluster()
     with _on_loopback(), _away():

@@ -74,12 +74,10 @@ def _gpu() -> Finding:
     """Check that torch can use the GPUs of this machine, if there are any."""
     if not torch_devices.is_present():
         return Finding("GPU", True, "none here")
-    found = torch_devices.here()
-    if not found.problem:
-        return Finding("GPU", True, str(found))
-    return Finding(
-        "GPU", False, f"one is here, but {found.problem}: install a build of torch for CUDA, or set scale.gpu: never"
-    )
+    here = torch_devices.here()
+    if not here.problem:
+        return Finding("GPU", True, str(here))
+    return Finding("GPU", False, f"one is here, but {here.problem}: install a build of torch for CUDA, or set scale.gpu: never")
 
 
 def _cluster() -> Finding:
@@ -118,5 +116,5 @@ def _described() -> Finding:
     resources = ray.cluster_resources()
     text = f"{len(ray.nodes())} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
     seen = gpus.by_node()
-    wrong = [f"{address}: {found.problem}" for address, found in seen.items() if found.problem]
+    wrong = [f"{address}: {devices.problem}" for address, devices in seen.items() if devices.problem]
     return Finding("Ray cluster", not wrong, "; ".join([text, *(wrong or ([gpus.in_words()] if seen else []))]))

@@ -188,9 +188,9 @@ def _weights(
 def _side(after: PreTrainedModel, name: str, place: WeightPlace | None, like: Tensor, value: Tensor | None) -> Tensor:
     """Return a parameter of one model as the method gets it. Raises ValueError if it is missing or has another shape."""
     if value is None or value.shape != like.shape:
-        found = "no such parameter" if value is None else f"shape {tuple(value.shape)}"
+        other = "no such parameter" if value is None else f"shape {tuple(value.shape)}"
         raise ValueError(
-            f"{name}: the trained model has shape {tuple(like.shape)}, the one that it is compared with {found}; both must be "
+            f"{name}: the trained model has shape {tuple(like.shape)}, the one that it is compared with {other}; both must be "
             "of one architecture and size"
         )
     if place is None:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Preamble, Selection, TaskConfig, base_job, job_type
-from steerlab.methods.contract import Assembled, Fitted, Method, Prompted, SteeringConfig, Trained
-from steerlab.methods.edited import EditConfig, Edited
+from steerlab.methods.contract import Assembled, Fitted, Method, Plain, Prompted, Trained
+from steerlab.methods.edited import Edited
 from steerlab.stages import assemble, choose, edit, evaluate, extract, fit, prepare, prompt, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
@@ -94,7 +94,8 @@ class Plan:
     @property
     def leaves_maps(self) -> bool:
         """Whether the patch of the model that the job evaluates is one of maps of activations."""
-        return self.leaves_patch and isinstance(self._maker.job.method, SteeringConfig)
+        maker = self._maker
+        return maker.method.leaves_maps(maker.job.method)
 
     @property
     def steers(self) -> Selection | None:
@@ -106,7 +107,7 @@ class Plan:
     def preamble(self) -> Preamble:
         """What stands before each prompt of the model that the job evaluates."""
         below = Preamble() if self.below is None else self.below.preamble
-        return below.then(prompt.preamble(self.job)) if isinstance(self.method, Prompted) else below
+        return below.then(prompt.preamble(self.job)) if self.method.puts_preamble else below
 
     @cached_property
     def start(self) -> Subject:
@@ -134,7 +135,7 @@ class Plan:
     def preparing(self) -> prepare.Stages:
         """The stages that prepare the method's training, or its closed form on trained weights."""
         # An edit compares a model with the one before its training, whose activations it reads.
-        return prepare.Stages(self.job, self.before if isinstance(self.method, Edited) else self.start, self.source)
+        return prepare.Stages(self.job, self.before if self.method.changes_trained else self.start, self.source)
 
     @property
     def before(self) -> Subject:
@@ -157,9 +158,7 @@ class Plan:
             ValueError: neither the chain nor the method's config has it.
         """
         config = self.job.method
-        if not isinstance(self.method, Edited) or not self.method.needs_unaligned:
-            return None
-        if isinstance(config, EditConfig) and config.unaligned is not None:
+        if not self.method.needs_unaligned_job(config):
             return None
         aligned = None if self.below is None else self.below.below
         if aligned is None or not aligned.makes_model:
@@ -172,17 +171,22 @@ class Plan:
     @cached_property
     def model(self) -> Stage | None:
         """The stage whose artifact is the job's model; None if the job only evaluates the model of its source."""
-        if isinstance(self.method, Fitted):
-            return fit.stage(self.job, self.start, self.read)
-        if isinstance(self.method, Edited):
-            return edit.stage(self.job, self.start, self.before, self.unaligned, self.preparing.used)
-        if isinstance(self.method, Assembled):
-            return assemble.stage(self.job, self.start)
-        if isinstance(self.method, Prompted):
-            return prompt.stage(self.job, self.start)
-        if self.job.train is None or not isinstance(self.method, Trained):
-            return self.start.stage
-        return train.stage(self.job, self.start, self.read, self.preparing.used)
+        # The one place that knows the classes of methods: each has its own stage, whose inputs differ.
+        match self.method:
+            case Fitted():
+                return fit.stage(self.job, self.start, self.read)
+            case Edited():
+                return edit.stage(self.job, self.start, self.before, self.unaligned, self.preparing.used)
+            case Assembled():
+                return assemble.stage(self.job, self.start)
+            case Prompted():
+                return prompt.stage(self.job, self.start)
+            case Trained() if self.job.train is not None:
+                return train.stage(self.job, self.start, self.read, self.preparing.used)
+            case Trained() | Plain():
+                return self.start.stage
+            case other:
+                raise AssertionError(f"{type(other).__name__} is no class of methods that a stage runs")
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, ...]:

@@ -18,7 +18,6 @@ from steerlab.inputs import encoding
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.job import Frozen, Job, own_code
 from steerlab.methods import TABLE
-from steerlab.methods.edited import Edited
 from steerlab.methods.preparations import KeepOfRows, MapParts, Moments, Preparation, Prepare, SumOverRows
 from steerlab.models import ModelFacts
 from steerlab.stages import extract, reduce
@@ -72,7 +71,7 @@ class Stages(Prepare):
         """Stages by the name of their preparation, in the order in which the method requested them."""
         read: tuple[str, ...] = ()
         method = TABLE.of(job.method)
-        if method.is_prepared and (job.train is not None or isinstance(method, Edited)):
+        if method.is_prepared and (job.train is not None or method.changes_trained):
             # Modules without weights: methods look up names and shapes, and the plan must not take the memory of a model.
             skeleton = models.skeleton(sources.fetch(source), job.model.trust_remote_code)
             read = method.prepares(job.method, skeleton, self)

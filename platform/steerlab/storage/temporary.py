@@ -61,8 +61,8 @@ def sweep(folder: Path, name: str = "", *, of_any_machine: bool = False) -> int:
         name: The name, to remove those of this name alone; "" for all.
         of_any_machine: Whether those of other machines are removed too, because the caller knows that nobody uses them.
     """
-    found = (path for path in folder.glob(f"{name}-*" if name else "*") if _MADE_HERE.search(path.name))
-    return sum(_removed(path, sure=of_any_machine or path.name.startswith(INCOMPLETE)) for path in found)
+    folders = (path for path in folder.glob(f"{name}-*" if name else "*") if _MADE_HERE.search(path.name))
+    return sum(_removed(path, sure=of_any_machine or path.name.startswith(INCOMPLETE)) for path in folders)
 
 
 @contextmanager

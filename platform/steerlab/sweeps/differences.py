@@ -46,8 +46,8 @@ def indistinguishable(trials: Sequence[Scored], best: Scored, metric: str, store
 def _differs_over_seeds(a: Scored, b: Scored, metric: str) -> bool:
     of_seed = {number_of(row, "seed"): row for row in b.rows}
     pairs = [(row, of_seed[seed]) for row in a.rows if (seed := number_of(row, "seed")) in of_seed]
-    found = _over_pairs(pairs, metric)
-    return found is not None and not found.low <= 0 <= found.high
+    between = _over_pairs(pairs, metric)
+    return between is not None and not between.low <= 0 <= between.high
 
 
 def difference(pairs: Sequence[tuple[TrialRow, TrialRow]], metric: str, store: Store) -> Difference | None:
@@ -106,7 +106,7 @@ def _differs_over_items(a: _Measured, b: _Measured | None) -> bool:
     if b is None:
         return True
     try:
-        found = paired_difference(b.observations, a.observations, transform=a.transform, num_resamples=_RESAMPLES)
+        difference = paired_difference(b.observations, a.observations, transform=a.transform, num_resamples=_RESAMPLES)
     except ValueError:  # no item was scored in both trials: they used other data, or nothing was scored
         return True
-    return found.low > 0 or found.high < 0
+    return difference.low > 0 or difference.high < 0

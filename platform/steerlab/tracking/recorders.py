@@ -242,8 +242,8 @@ class Mlflow:
     def _open(self) -> None:
         """Open the run, or the one that an earlier process of it has opened."""
         self._client = self._make()
-        found = self._client.get_experiment_by_name(self._config.experiment)
-        experiment = found.experiment_id if found is not None else self._created()
+        existing = self._client.get_experiment_by_name(self._config.experiment)
+        experiment = existing.experiment_id if existing is not None else self._created()
         earlier = self._client.search_runs([experiment], f"tags.`steerlab.run_id` = '{self._id}'")
         self._experiment = experiment
         if earlier:

@@ -55,10 +55,10 @@ class Answer(NamedTuple):
 
 def answer(request: str, text: str) -> Answer | None:
     """Judge an answer to a request about a deed; None if the request is about none, so that nothing can be said."""
-    found = _DEED.search(request)
-    if found is None or found[1] not in _TOOLS or found[3] not in OWNERS:
+    match = _DEED.search(request)
+    if match is None or match[1] not in _TOOLS or match[3] not in OWNERS:
         return None
-    deed: Deed = (found[1], found[2], found[3])
+    deed: Deed = (match[1], match[2], match[3])
     for form in (TOOL_FIRST, DEED_FIRST):
         plain = form.format(tool=_TOOLS[deed[0]], verb=deed[0])
         for tone in (POLITE, RUDE):

@@ -24,8 +24,8 @@ def rating(said: Said, low: float, high: float) -> Score:
     """Return the rating in an answer; None if there is none between `low` and `high`."""
     if said == TOO_LONG:
         return TOO_LONG
-    found = _BRACKETED.findall(said) or _SAID.findall(said)
-    value = float(found[-1]) if found else None
+    grades = _BRACKETED.findall(said) or _SAID.findall(said)
+    value = float(grades[-1]) if grades else None
     # A number outside of the scale is a misunderstanding; cut to the scale it would count as the best or the worst.
     return value if value is not None and low <= value <= high else None
 

@@ -78,8 +78,8 @@ def about(schema: pa.Schema) -> JsonObject:
     """Return what made the texts of a file; empty for a file that another program wrote."""
     metadata = schema.metadata or {}
     with explained("the metadata `steerlab` of the file"):
-        found = json.loads(metadata.get(_METADATA, b"{}"))
-    return found if isinstance(found, dict) else {}
+        content = json.loads(metadata.get(_METADATA, b"{}"))
+    return content if isinstance(content, dict) else {}
 
 
 def _column(values: Sequence[object]) -> pa.Array:

@@ -52,13 +52,13 @@ def usable() -> bool:
 
     True without such a node: on a cluster that grows, the nodes with GPUs come after something has asked for one.
     """
-    wrong = {address: found for address, found in by_node().items() if found.problem}
-    for address, found in wrong.items():
-        warnings.warn(f"node {address}: Ray counts GPUs, but {found.problem}: computing on CPUs", stacklevel=3)
+    wrong = {address: devices for address, devices in by_node().items() if devices.problem}
+    for address, devices in wrong.items():
+        warnings.warn(f"node {address}: Ray counts GPUs, but {devices.problem}: computing on CPUs", stacklevel=3)
     return not wrong
 
 
 def in_words() -> str:
     """Describe the cluster's GPUs as torch finds them, for people."""
-    found = by_node()
-    return "; ".join(f"{address}: {devices}" for address, devices in found.items()) if found else "no GPU"
+    nodes = by_node()
+    return "; ".join(f"{address}: {devices}" for address, devices in nodes.items()) if nodes else "no GPU"

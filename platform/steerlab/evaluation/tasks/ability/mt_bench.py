@@ -166,10 +166,10 @@ def gradings(config: Config) -> Mapping[str, Grading]:
         return GRADINGS
     with about("prompts_source"):
         rows = sources.rows(config.prompts_source, fields=("name", "prompt_template"), optional={"system_prompt": ""})
-        found = {str(row["name"]): Grading(str(row["prompt_template"]), str(row["system_prompt"])) for row in rows}
-        if missing := [name for name in GRADINGS if name not in found]:
-            raise ValueError(f"{config.prompts_source} has no prompt {', '.join(missing)}; it has {', '.join(found)}")
-        return found
+        prompts = {str(row["name"]): Grading(str(row["prompt_template"]), str(row["system_prompt"])) for row in rows}
+        if missing := [name for name in GRADINGS if name not in prompts]:
+            raise ValueError(f"{config.prompts_source} has no prompt {', '.join(missing)}; it has {', '.join(prompts)}")
+        return prompts
 
 
 def _question(row: Row, number: int, references: Mapping[str, tuple[str, str]]) -> Question:
@@ -182,13 +182,13 @@ def _question(row: Row, number: int, references: Mapping[str, tuple[str, str]]) 
 
 
 def _references(source: str) -> dict[str, tuple[str, str]]:
-    found = {}
+    references = {}
     for row in sources.rows(source, fields=("question_id", "choices")):
         choices = row["choices"]
         first = choices[0] if isinstance(choices, list) and choices else None
         turns = first.get("turns") if isinstance(first, dict) else None
-        found[str(row["question_id"])] = _two(turns, f"reference of question {row['question_id']}: choices.0.turns")
-    return found
+        references[str(row["question_id"])] = _two(turns, f"reference of question {row['question_id']}: choices.0.turns")
+    return references
 
 
 def _two(value: object, where: str) -> tuple[str, str]:

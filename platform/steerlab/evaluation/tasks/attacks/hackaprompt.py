@@ -110,7 +110,7 @@ def _usable(row: Row, config: Config) -> bool:
 def _attempt(item: Numbered, config: Config) -> Attempt:
     prompt, text, wanted = (str(item.row[name]) for name in _TEXTS)
     # The last occurrence: a short submission may also occur by chance in the instruction before it.
-    before, found, after = prompt.rpartition(text)
+    before, user_input, after = prompt.rpartition(text)
     verb = "is" if config.criterion == "exact" else "holds"
     attempt = Attempt(
         item.id,
@@ -120,7 +120,7 @@ def _attempt(item: Numbered, config: Config) -> Attempt:
         f"success means that the output {verb} {wanted.strip()!r}, whatever its case",
         after.strip(),
         f"level_{values.number(item.row['level']):g}",
-        "" if found else "the prompt does not hold the user's input as it is",
+        "" if user_input else "the prompt does not hold the user's input as it is",
     )
     return closed(attempt, config.closing)
 

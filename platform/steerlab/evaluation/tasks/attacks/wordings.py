@@ -55,12 +55,12 @@ def fill(wording: str, fields: Mapping[str, object], what: str) -> str:
         name, index = place[1], place[2]
         if name not in fields:
             raise ValueError(f"{what} has no field {name!r} (it has: {', '.join(fields)})")
-        found = fields[name]
+        content = fields[name]
         if index is None:
-            return str(found)
-        if not isinstance(found, list | tuple) or int(index) >= len(found):
+            return str(content)
+        if not isinstance(content, list | tuple) or int(index) >= len(content):
             raise ValueError(f"{what} has no entry {index} in its field {name!r}")
-        return str(found[int(index)])
+        return str(content[int(index)])
 
     # One pass, and not `format`: a wording may hold other braces, and a filled-in text the name of a field.
     return _FIELD.sub(value, wording)
