@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from steerlab import cli, job, run
+from steerlab.data.sources import remote
 from steerlab.stages import JobType, Plan
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -80,6 +82,10 @@ def test_a_job_runs_on_a_bucket_and_its_folder_is_read_back(
     assert "perplexity" in page.read_text() and s3_server.SECRET + "@" not in page.read_text()
     texts = CliRunner().invoke(cli.app, ["generate", folder, "--prompt", "the old", "--max-new-tokens", "2"])
     assert texts.exit_code == 0, texts.output
+    # As the page's line for repeating the run names it: the job lies in the bucket too.
+    repeated = CliRunner().invoke(cli.app, ["run", remote.joined(folder, "job.yaml"), "--root", store.root, "--json"])
+    assert repeated.exit_code == 0, repeated.output
+    assert json.loads(repeated.stdout)[0]["summary"]["metrics"] == result.summary["metrics"]
 
 
 @pytest.mark.slow

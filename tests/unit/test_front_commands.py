@@ -23,6 +23,22 @@ from steerlab.methods import METHODS
 from steerlab.run import capacity
 from steerlab.stages.spread import alone
 
+BASE = """\
+name: base
+model: {source: "tiny:model"}
+method: {name: mean_act}
+data:
+  prompt_style: plain
+  source: {source: "tiny:texts/train", format: text, equals: {label: farm}, limit: 4}
+  target: {source: "tiny:texts/train", format: text, equals: {label: sea}, limit: 4}
+extract: {select: {modules: ".*post_attention_layernorm"}}
+"""
+ABOVE = """\
+name: above
+model: {source: "job:base.yaml"}
+method: {name: none}
+evaluate: [{task: perplexity, data: {source: "tiny:texts/test", format: text, limit: 2}}]
+"""
 ASKED = [{"question": f"what is {n} ?", "answer": f"it is {n} ."} for n in range(6)]
 
 
@@ -142,6 +158,22 @@ def test_init_says_what_is_wrong_and_writes_nothing(arguments: list[str], said: 
     done = steer("init", *arguments)
     assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
     assert not list(Path().glob("*.yaml")) and not list(Path().glob("*.py"))
+
+
+def test_a_job_is_read_where_it_lies(tmp_path: Path) -> None:
+    """A job at a URI, with the jobs of its folder that it names."""
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "above.yaml").write_text(ABOVE)
+    (tmp_path / "others").mkdir()
+    from_disk, from_uri = steer("plan", "above.yaml", "--json"), steer("plan", f"file://{tmp_path}/above.yaml", "--json")
+    assert from_uri.exit_code == 0, from_uri.output
+    assert json.loads(from_uri.stdout)["stages"] == json.loads(from_disk.stdout)["stages"]
+    for name, said in {"nothing.yaml": "no such file", "others": "no such file"}.items():
+        missing = steer("plan", f"file://{tmp_path}/{name}")
+        assert missing.exit_code == 2 and said in missing.output
+    (tmp_path / "long.yaml").write_text(f"name: {'x' * 2**20}")
+    assert "more than 1,048,576 bytes" in " ".join(steer("run", f"file://{tmp_path}/long.yaml").output.split())
+    assert "ftp:// is not read here" in " ".join(steer("run", "ftp://host/a.yaml").output.split())
 
 
 def test_fields_are_described_wherever_they_occur() -> None:

@@ -18,8 +18,10 @@ from zipfile import ZipFile
 
 import pytest
 
+from steerlab import job
 from steerlab.run.submit import _exit_code, _follow, entrypoint, submit
-from steerlab.run.upload import SubmitError, check_upload, runtime_env, upload_sizes
+from steerlab.run.upload import SubmitError, check_upload, left_behind, runtime_env, upload_sizes
+from steerlab.stages import JobType, Plan
 
 
 @pytest.fixture
@@ -532,3 +534,44 @@ def test_every_module_of_this_repository_is_uploaded() -> None:
         str(path.relative_to(root)) for place in ("platform", "jobs", "search_spaces") for path in (root / place).rglob("*.py")
     }
     assert own and own <= sent
+
+
+OWN_METHOD = """\
+from typing import Literal
+from steerlab.job import MethodConfig
+from steerlab.methods.contract import Plain
+
+class Config(MethodConfig):
+    name: Literal["own"] = "own"
+
+METHOD = Plain(Config)
+"""
+
+
+def test_files_that_stay_behind_are_named(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data outside of the folder, ignored, absolute, missing; a method's file; also those of the job below."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for file in (elsewhere / "own.py", folder / "own.py"):
+        file.write_text(OWN_METHOD)
+    for file in (elsewhere / "rows.jsonl", folder / "rows.jsonl", folder / "absolute.jsonl", folder / "skip/rows.jsonl"):
+        file.write_text("")
+    monkeypatch.chdir(folder)
+
+    def job_of(train: str, own: str, source: str = "tiny:model") -> str:
+        data = {"train": {"source": train}, "safety": {"source": "rows.jsonl"}, "utility": {"source": "hf:a/b"}}
+        return json.dumps({"name": "a", "model": {"source": source}, "method": {"file": own}, "data": data})
+
+    def left(text: str) -> dict[str, str]:
+        (folder / "job.yaml").write_text(text)
+        return left_behind(Plan.of(job.read(folder / "job.yaml", JobType)), text, folder)
+
+    assert left(job_of("rows.jsonl", "own.py")) == {}
+    assert "lies outside" in left(job_of(f"{elsewhere}/rows.jsonl", "own.py"))[f"{elsewhere}/rows.jsonl"]
+    assert left(job_of("rows.jsonl", f"{elsewhere}/own.py")).keys() == {f"{elsewhere}/own.py"}
+    assert "ignore" in left(job_of("skip/rows.jsonl", "own.py"))[f"{folder}/skip/rows.jsonl"]
+    assert "absolute" in left(job_of(f"{folder}/absolute.jsonl", "own.py"))[f"{folder}/absolute.jsonl"]
+    assert "not exist" in left(job_of("missing.jsonl", "own.py"))[f"{folder}/missing.jsonl"]
+    (folder / "below.yaml").write_text(job_of(f"{elsewhere}/rows.jsonl", "own.py"))
+    assert left(job_of("rows.jsonl", "own.py", "job:below.yaml")).keys() == {f"{elsewhere}/rows.jsonl"}

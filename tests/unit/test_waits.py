@@ -15,9 +15,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import ray
 
 from steerlab.data.sources import remote
 from steerlab.guards import private_parts, waiting
+from steerlab.guards.faults import is_for_people
 from steerlab.run import cluster
 from steerlab.storage import exclusive
 from steerlab.storage.store import Store
@@ -91,6 +93,30 @@ def test_a_ray_address_that_says_nothing_ends_the_command(silent: int, monkeypat
         cluster.check_address()
 
 
+@pytest.mark.parametrize("address", [None, "127.0.0.1"])
+def test_a_ray_that_does_not_start_ends_in_a_message(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray raises is a plain Exception, a RuntimeError or a ConnectionError: each becomes one message."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    for reason in (
+        Exception("The current node timed out\nduring startup."),
+        RuntimeError("Version mismatch"),
+        ConnectionError(),
+    ):
+
+        def init(reason: Exception = reason, **options: object) -> None:
+            raise reason
+
+        monkeypatch.setattr(ray, "init", init)
+        with pytest.raises(ValueError) as caught:
+            cluster.connect()
+        assert is_for_people(caught.value)
+        where = "started on this machine (its logs: " if address is None else "joined at 127.0.0.1"
+        assert where in str(caught.value)
+        assert (" ".join(str(reason).split()) or "ConnectionError") in str(caught.value)
+
+
 class _Busy(http.server.BaseHTTPRequestHandler):
     """A hub that is busy."""
 
@@ -116,6 +142,7 @@ import sys, warnings
 from steerlab.data import sources
 from steerlab.data.sources import hub
 from steerlab.guards import private_parts, waiting
+from steerlab.guards.faults import is_for_people
 hub._SILENCE_S, hub._PAUSE_S, waiting.FIRST_S = 1.0, 0.1, 0.3
 warnings.simplefilter("always")
 warnings.showwarning = lambda message, *_: print("line:", message)

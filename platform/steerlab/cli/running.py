@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from steerlab.cli.opening import joined_ray, opened_store, read_job
 from steerlab.cli.terminal import (
     JobArgument,
+    JobsArgument,
     JsonOption,
     RootOption,
     SetOption,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    jobs: Annotated[list[Path], typer.Argument(help="Job files, run one after another.")],
+    jobs: JobsArgument,
     set_: SetOption = None,
     root: RootOption = None,
     as_json: JsonOption = False,
@@ -186,7 +188,7 @@ def doctor(root: RootOption = None) -> None:
 
 
 def submit(
-    job: JobArgument,
+    job: Annotated[Path, typer.Argument(help="Job file (YAML), in the current folder.")],
     address: Annotated[str, typer.Option(help="Dashboard address of the cluster, http://HOST:8265.")],
     root: Annotated[str, typer.Option(help="ROOT on the cluster: an absolute path or a URI.")],
     space: Annotated[Path | None, typer.Option(help="Search space: submit the sweep over it.")] = None,
@@ -200,12 +202,16 @@ def submit(
 ) -> None:
     """Run a job or a sweep on a cluster through Ray's job API and follow its log."""
     from steerlab.run.submit import submit as send
+    from steerlab.run.upload import left_behind
+    from steerlab.stages import Plan
 
     flags = {"--samples": samples, "--seeds": seeds, "--at-once": at_once}
     options = [part for name, value in flags.items() if value is not None for part in (name, str(value))]
     options += ["--resume"] if resume else []
     with explained():
-        read_job(job, set_)
+        planned = Plan.of(read_job(job, set_))
+        for path, why in left_behind(planned, "\n".join([job.read_text(), *(set_ or ())]), Path(".")).items():
+            warnings.warn(f"{path}: unless the cluster has this path, the job will not find it ({why})", stacklevel=1)
         if space is not None:
             from steerlab.sweeps import space as spaces
             from steerlab.sweeps import trials

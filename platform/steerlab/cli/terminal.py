@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,7 +42,45 @@ console = PlainConsole()
 errors = PlainConsole(stderr=True)
 
 
-JobArgument = Annotated[Path, typer.Argument(help="Job file (YAML).")]
+def job_file(text: str | Path) -> Path:
+    """Return the path of a job file that a command is given; one at a URI is copied to this machine first.
+
+    A bucket holds the job of each run, and the page's line for repeating a run names it there.
+
+    Raises:
+        typer.BadParameter: the file at the URI cannot be read.
+    """
+    uri = str(text)
+    if "://" not in uri:
+        return Path(uri)
+    from steerlab.data.sources import remote
+    from steerlab.job.file import LONGEST
+    from steerlab.job.grammar import SourceError
+
+    folder = Path(_copies().name) / hashlib.sha256(uri.encode()).hexdigest()[:12]
+    folder.mkdir(exist_ok=True)
+    try:
+        # With its neighbours: `model: {source: "job:base.yaml"}` names another job from the folder of this one.
+        for name, content in remote.beside(uri, LONGEST):
+            (folder / name).write_bytes(content)
+    except SourceError as error:
+        raise typer.BadParameter(str(error)) from None
+    return folder / remote.divided(uri)[0].rpartition("/")[2]
+
+
+@cache
+def _copies() -> TemporaryDirectory[str]:
+    """Return the folder of copied job files, which is removed when the process ends."""
+    return TemporaryDirectory(prefix="steerlab-jobs-")
+
+
+JobArgument = Annotated[Path, typer.Argument(parser=job_file, metavar="JOB", help="Job file (YAML): a path or a URI.")]
+
+
+JobsArgument = Annotated[
+    list[Path],
+    typer.Argument(parser=job_file, metavar="JOB", help="Job files (YAML), paths or URIs, run one after another."),
+]
 
 
 SetOption = Annotated[

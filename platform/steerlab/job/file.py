@@ -17,7 +17,7 @@ from steerlab.job.messages import Choices, cut, explain, models_of, of_tag
 from steerlab.job.model_config import JOB_PREFIX
 from steerlab.job.typed import Implied, JobError
 
-_LONGEST = 2**20
+LONGEST = 2**20
 """Largest job file, in bytes."""
 
 _PART = re.compile(r'"([^"]*)"|([^".]*)')
@@ -77,7 +77,7 @@ def _load_yaml(path: Path) -> JsonObject:
     """Return the mapping in a YAML file. Raises JobError, with the line where there is one, for anything else."""
     content = b""
     try:
-        content = files.read(path, _LONGEST)
+        content = files.read(path, LONGEST)
         tree = yaml12.load(content.decode("utf-8-sig"))  # editors on Windows put a byte order mark first
     except FileNotFoundError:
         # Jobs of the same folder only: searching further would suggest jobs of other studies.

@@ -23,6 +23,8 @@ _CONNECT_S = 5.0
 """Longest wait for a connection to $RAY_ADDRESS."""
 _ANSWER_S = 60.0
 """Longest wait for the first answer of what listens there."""
+_LONGEST_REASON = 500
+"""Characters of Ray's own message that are shown."""
 _IDLE_MS = 60_000
 """Milliseconds that an idle worker process of Ray stays alive."""
 
@@ -72,7 +74,8 @@ def connect() -> str:
     and only this user can read its files.
 
     Raises:
-        ValueError: nothing answers at $RAY_ADDRESS, or the folder for Ray's sessions belongs to another user.
+        ValueError: nothing answers at $RAY_ADDRESS, Ray cannot be joined or started, or the folder for its sessions belongs to
+            another user.
     """
     check_address()
     # Ray ends a worker process one second after its task. That is shorter than the pauses between the stages of a job, so each
@@ -85,16 +88,29 @@ def connect() -> str:
     address = os.environ.get("RAY_ADDRESS")
     # "local" is Ray's own word for a cluster of one's own.
     if address and address != "local":
-        with _on_loopback() if _answers_on_loopback_alone() else nullcontext(), _away():
+        with _on_loopback() if _answers_on_loopback_alone() else nullcontext(), _away(), _explained(f"joined at {address}"):
             join()
         place = f" at {ray.get_runtime_context().gcs_address}" if address == "auto" else ""
         return f"Ray: joined the cluster{place} that RAY_ADDRESS names ({address}): {_size()}"
     # One that runs here is not joined without a word: it may be another user's, or busy for days.
     other = None if address else private_parts.running_cluster()
-    with _on_loopback(), _away():
-        join(address="local", _temp_dir=str(_session_folder()))
+    session = _session_folder()
+    with _on_loopback(), _away(), _explained(f"started on this machine (its logs: {session}/session_latest/logs)"):
+        join(address="local", _temp_dir=str(session))
     hint = "" if other is None else f"; another one runs on this machine, at {other}: RAY_ADDRESS=auto joins it"
     return f"Ray: started a cluster for this command: {_size()}{hint}"
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn Ray's errors while it starts or is joined into one for people."""
+    try:
+        yield
+    # Ray raises plain `Exception` where a node does not start in time (ray 2.60, _private/node.py), RuntimeError for another
+    # version of Ray or Python on the cluster, and ConnectionError: all of them are about the machine and none about this code.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        raise ValueError(f"Ray cannot be {what}: {reason}") from error
 
 
 def _size() -> str:

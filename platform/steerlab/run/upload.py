@@ -15,11 +15,15 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from steerlab.guards import files, private_parts, saved, yaml12
+from steerlab.job import described, grammar, own_code
+
+if TYPE_CHECKING:
+    from steerlab.stages import Plan
 
 UPLOAD_LIMIT_BYTES = 100 * 2**20
 """Largest working directory that a cluster accepts. For a larger one, it answers with an HTTP error without a reason."""
@@ -54,6 +58,39 @@ class _RuntimeEnv(BaseModel):
     conda: Annotated[str, Field(pattern=r"^[\w-]+$")] | dict[str, object] | None = None
     excludes: list[str] | None = None
     config: dict[str, object] | None = None
+
+
+def left_behind(planned: Plan, written: str, working_dir: Path) -> dict[str, str]:
+    """Return the local files and folders that a plan's jobs name and that will not be found on the cluster.
+
+    Args:
+        planned: the plan of the job to send.
+        written: the text of the job file and of the settings beside it.
+        working_dir: the folder to upload.
+
+    Returns:
+        Path -> why it will not be there.
+    """
+    named: list[str] = []
+    for plan in planned.chain:
+        # Every field of the job that holds a source, whatever it is called, and the files with code of the user's own.
+        described(plan.job, named.append)
+        named += [code.path for code in own_code.codes_in(plan.job.model_dump(mode="json", exclude={"model"}))]
+    folder = working_dir.resolve()
+    uploaded = [path.resolve() for path in _uploaded(folder)]
+    reasons: dict[str, str] = {}
+    for source in dict.fromkeys(named):
+        parsed = grammar.parse(source)
+        if parsed.kind != "path":
+            continue
+        path = Path(parsed.name).resolve()
+        if not path.is_relative_to(folder):
+            reasons[parsed.name] = f"it lies outside of {folder}"
+        elif not any(file.is_relative_to(path) for file in uploaded):
+            reasons[parsed.name] = ".gitignore or .rayignore leaves it out" if path.exists() else "it does not exist"
+        elif parsed.name in written:
+            reasons[parsed.name] = "it is given as an absolute path, and the uploaded copy lies elsewhere"
+    return reasons
 
 
 def runtime_env(working_dir: Path) -> dict[str, object]:

@@ -6,16 +6,20 @@ A key of a bucket may be `data/../../x`: copied as it is, it would let anyone wh
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qsl
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
+from steerlab.guards import texts
 from steerlab.guards.files import escapes
 from steerlab.job.grammar import SourceError
 
 _CHUNK = 1 << 22
+_MOST_BESIDE = 100
+"""Files that are copied with one that may name them."""
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file", "mock")
 """Schemes of the stores that pyarrow opens. Its hdfs:// is not one of them: it needs a Java runtime."""
 BY_FSSPEC = {"az": "adlfs", "oss": "ossfs", "oci": "ocifs", "sftp": "paramiko", "memory": "fsspec"}
@@ -108,6 +112,34 @@ def copy(filesystem: pafs.FileSystem, folder: str, files: Sequence[pafs.FileInfo
         target.parent.mkdir(parents=True, exist_ok=True)
         with filesystem.open_input_stream(info.path) as stream, target.open("wb") as file:
             shutil.copyfileobj(stream, file, _CHUNK)
+
+
+def beside(uri: str, longest: int) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, content) of a file, and of the others of its type in its folder that it may name.
+
+    Raises:
+        SourceError: there is no such file, one has more than `longest` bytes, or the store does not answer.
+    """
+    name = PurePosixPath(divided(uri)[0]).name
+    try:
+        filesystem, path = opened(uri)
+        if filesystem.get_file_info(path).type != pafs.FileType.File:
+            raise SourceError(f"{texts.without_secrets(uri)}: no such file")
+        folder = path.rpartition("/")[0]
+        # The file itself first, which the limit on their number must not leave out.
+        listing = sorted(filesystem.get_file_info(pafs.FileSelector(folder)), key=lambda info: info.base_name != name)
+        alike = [info for info in listing if info.extension == name.rpartition(".")[2] and info.type == pafs.FileType.File]
+        for info in alike[:_MOST_BESIDE]:
+            if escapes(_relative(info, folder)):
+                continue
+            with filesystem.open_input_stream(info.path) as stream:
+                # One byte more than may be there: the size in a listing is what the store says.
+                content = stream.read(longest + 1)
+            if len(content) > longest and info.base_name == name:
+                raise SourceError(f"{texts.without_secrets(uri)} has more than {longest:,} bytes")
+            yield info.base_name, content
+    except (OSError, pa.ArrowInvalid) as error:
+        raise SourceError(f"{texts.without_secrets(uri)} cannot be read: {error}") from None
 
 
 def _relative(info: pafs.FileInfo, folder: str) -> str:
