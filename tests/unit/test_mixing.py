@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,29 @@ def test_weights_that_say_nothing_are_refused(mixture: Any) -> None:
     }
     with pytest.raises(job.JobError, match=r"train.weight 2: there is nothing to mix with"):
         job.validate(tree, JobType, Path("a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "fields", "said"),
+    [
+        ([50, 50], [0.99, 0.01], {"mixed_rows": 20}, "a mixture of 20 rows has no room for the data set of weight 0.01"),
+        ([5, 500], [0.999, 0.001], {}, "a mixture of 5 rows has no room"),
+        ([50, 50], [0.9, 0.1], {"mixed_rows": 20}, None),
+    ],
+)
+def test_a_mixture_without_room_for_a_part_is_refused_before_the_start(
+    mixture: Any, sizes: list[int], weights: list[float], fields: dict[str, Any], said: str | None
+) -> None:
+    data = mixture(sizes, weights, **fields)
+    for _ in range(2):  # what was refused once is refused again
+        with nullcontext() if said is None else pytest.raises(ValueError, match=said):
+            rows.check(data)
+    # Of rows that are made here the number is not counted.
+    made = {"source": "tiny:texts/train", "format": "text", "weight": weights[0]}
+    also = [{"source": "tiny:topics/train", "format": "text", "weight": weights[1]}]
+    generated = DataSet.model_validate({**made, "also": also, **fields})
+    with nullcontext() if said is None or not fields else pytest.raises(ValueError, match=said):
+        rows.check(generated)
 
 
 def test_the_plan_states_the_counts(mixture: Any, tmp_path: Path) -> None:

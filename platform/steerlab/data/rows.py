@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 
@@ -44,7 +44,7 @@ def read(data: DataSet) -> list[dict[str, object]]:
     parts = [_read_own(data), *map(read, data.also)]
     if not is_mixture(data):
         return [row for part in parts for row in part]
-    return mixing.mixed(parts, _portions(data, parts))
+    return mixing.mixed(parts, _portions(data, list(map(len, parts))))
 
 
 def is_mixture(data: DataSet) -> bool:
@@ -54,16 +54,16 @@ def is_mixture(data: DataSet) -> bool:
 
 def portions(data: DataSet) -> dict[str, mixing.Portion]:
     """Return what each data set of a mixture contributes, by a short name; reads all of their rows. Raises as `read` does."""
-    shares = _portions(data, [_read_own(data), *map(read, data.also)])
+    shares = _portions(data, list(map(len, [_read_own(data), *map(read, data.also)])))
     names = [describe(part) for part in (data, *data.also)]
     # Two parts of one file have one name.
     named = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
     return dict(zip(named, shares, strict=True))
 
 
-def _portions(data: DataSet, parts: list[list[dict[str, object]]]) -> list[mixing.Portion]:
+def _portions(data: DataSet, sizes: Sequence[int]) -> list[mixing.Portion]:
     weights = [part.weight for part in (data, *data.also)]
-    return mixing.portions([len(part) for part in parts], [w for w in weights if w is not None], data.mixed_rows)
+    return mixing.portions(sizes, [weight for weight in weights if weight is not None], data.mixed_rows)
 
 
 def _read_own(data: DataSet) -> list[dict[str, object]]:
@@ -109,6 +109,23 @@ def check(data: DataSet) -> None:
         _check_all(data)
     for other in data.also:
         check(other)
+    if is_mixture(data):
+        _check_portions(data)
+
+
+def _check_portions(data: DataSet) -> None:
+    """Raise ValueError for a mixture that leaves no row of one of its data sets."""
+    if data.mixed_rows is not None:
+        # The number of rows of the mixture alone decides; a data set that is too small is repeated.
+        _portions(data, [1] * (1 + len(data.also)))
+        return
+    # The size of a generated data set may be anything, and is only known after all of its rows are made.
+    if any(sources.parse(source).kind in _GENERATED for part in data.parts for source in part.sources):
+        return
+    key = "mixture " + data.model_dump_json(), json.dumps([fingerprint(part) for part in data.parts])
+    if key not in _checked:
+        portions(data)
+        _checked.add(key)
 
 
 def _check_first(data: DataSet) -> None:
