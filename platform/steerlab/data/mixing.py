@@ -54,8 +54,8 @@ def portions(sizes: Sequence[int], weights: Sequence[float], total: int | None) 
         number = taken.index(0)
         raise ValueError(
             f"a mixture of {num:,} rows has no room for the data set of weight {weights[number]:g} "
-            f"(weights {', '.join(f'{weight:g}' for weight in weights)}): give {'' if total is None else 'a larger '}mixed_rows, "
-            "or less different weights"
+            f"(weights {', '.join(f'{weight:g}' for weight in weights)}): "
+            f"give {'' if total is None else 'a larger '}mixed_rows, or less different weights"
         )
     return [Portion(*pair) for pair in zip(taken, sizes, strict=True)]
 
