@@ -255,6 +255,27 @@ def test_searchers_and_schedulers_that_cannot_work_are_refused(job: Path) -> Non
         ask(job, asha + "SCHEDULER = ASHAScheduler(time_attr='step', grace_period=2, max_t=3)\n")
 
 
+@pytest.mark.parametrize(
+    ("entries", "overrides", "said"),
+    [
+        ("'train.steps': tune.choice([2, 12, 6])", (), "stops trials with train.steps 12 before their 12 steps end"),
+        ("'train.epochs': tune.choice([1, 3])", ("train.steps=null", "train.epochs=1"), "train.epochs 3 before their 12 steps"),
+        ("'train.epochs': tune.uniform(1, 3)", ("train.steps=null", "train.epochs=1"), "train.epochs 3.0 before their 12"),
+        ("'train.micro_batch': tune.choice([8, 2])", ("train.steps=null", "train.epochs=1"), "micro_batch 2 before their 16"),
+        ("'data.train.limit': tune.randint(8, 97)", ("train.steps=null", "train.epochs=1"), "train.limit 96 before their 12"),
+    ],
+)
+def test_the_longest_trial_of_a_space_must_end_before_asha_stops_it(
+    job: Path, entries: str, overrides: tuple[str, ...], said: str
+) -> None:
+    """Whatever makes it long: steps, epochs, rows of a step or rows of the data; in a list or in a range."""
+    asha = f"from ray.tune.schedulers import ASHAScheduler\nSPACE = {{'train.lr': tune.loguniform(1e-4, 1e-2), {entries}}}\n"
+    scheduler = "SCHEDULER = ASHAScheduler(time_attr='step', grace_period=2, max_t={})\n"
+    with pytest.raises(JobError, match=said):
+        ask(job, asha + GOOD + scheduler.format(11), overrides=overrides)
+    ask(job, asha + GOOD + scheduler.format(16), overrides=overrides)
+
+
 def test_a_space_that_fails_shows_its_own_lines_and_no_others(job: Path) -> None:
     path = job.parent / "space.py"
     path.write_text("from ray import tune\n\ndef values():\n    return [1, 2].index(3)\n\nSPACE = {'train.lr': values()}\n")

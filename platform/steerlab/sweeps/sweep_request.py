@@ -10,14 +10,14 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from steerlab import run
 from steerlab.guards import private_parts
-from steerlab.guards.json_values import JsonObject
+from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import JobError, own_code
 from steerlab.run import capacity, length
 from steerlab.stages import Plan
 from steerlab.stages.spread import reserved
 from steerlab.storage.store import Store
 from steerlab.sweeps import results, search, trials
-from steerlab.sweeps.entries import finite, is_grid
+from steerlab.sweeps.entries import extremes, finite, is_grid
 from steerlab.sweeps.history import History
 from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES
 from steerlab.sweeps.trials import Say, SweepPlan
@@ -131,16 +131,41 @@ def _aim(sweep_plan: SweepPlan, scheduler: TrialScheduler) -> None:
     if sweep_plan.job.train is None:
         raise JobError(f"{sweep_plan.space.path}: SCHEDULER stops trainings early, and the job trains nothing")
     if isinstance(scheduler, AsyncHyperBandScheduler):
-        values = finite(sweep_plan.space.entries.get("train.steps")) or []
-        steps = max((value for value in values if isinstance(value, int | float)), default=0)
-        steps = steps or length.of(sweep_plan.job).num_steps
+        point, steps = _longest(sweep_plan)
         if (last := private_parts.last_step(scheduler)) < steps:
-            raise JobError(f"{sweep_plan.space.path}: SCHEDULER: max_t {last:g} stops every trial before its {steps} steps end")
+            which = ", ".join(f"{key} {value}" for key, value in point.items())
+            whose = f"trials with {which} before their" if which else "every trial before its"
+            raise JobError(f"{sweep_plan.space.path}: SCHEDULER: max_t {last:g} stops {whose} {steps} steps end")
         # ASHA stops a trial at max_t before its last report is handled, so the trial would never be evaluated.
         private_parts.let_last_trials_end(scheduler)
     # The loss on training rows rewards overfitting, so it counts only if there are no validation rows.
     metric = "eval/loss" if sweep_plan.job.data.validation is not None else "train/loss"
     scheduler.set_search_properties(metric, "min")
+
+
+def _longest(sweep_plan: SweepPlan) -> tuple[dict[str, Json], int]:
+    """Return the values of the space on which the number of steps depends, for the longest training, and its number."""
+
+    def steps(point: dict[str, Json]) -> int:
+        try:
+            return length.of(sweep_plan.job_of(point, None, sweep_plan.strengths)).num_steps
+        except JobError:  # these values do not go together without those of other keys
+            return 0
+
+    values = {key: extremes(entry) for key, entry in sweep_plan.space.entries.items() if key.split(".")[0] in ("train", "data")}
+    # Of each key the first value, and not the job's own, which no trial has.
+    point = {key: of_key[0] for key, of_key in values.items() if of_key}
+    longest = steps(point)
+    decisive: dict[str, Json] = {}
+    # Key by key: the steps are a product (epochs x rows / rows of a step), so the best value of one depends on no other.
+    for key, of_key in values.items():
+        for value in of_key[1:]:
+            number = steps({**point, key: value})
+            if number != longest:
+                decisive[key] = value if number > longest else point[key]
+            if number > longest:
+                point, longest = {**point, key: value}, number
+    return decisive, longest
 
 
 def concurrency(request: SweepRequest) -> int:
