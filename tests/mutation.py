@@ -59,7 +59,9 @@ PARTS = {
         ("evaluation/statistics/*",),
         (
             "unit/test_evaluation_metrics.py", "unit/test_tasks.py", "unit/test_evaluation_steering.py",
-            "unit/test_comparison.py", "unit/test_report.py",
+            "unit/test_comparison.py", "unit/test_report.py", "unit/test_report_tokens.py", "unit/test_generations.py",
+            "unit/test_evaluation_seeds.py", "unit/test_graded_tasks.py", "unit/test_judging.py",
+            "unit/test_evaluation_token_effect.py",
         ),
     ),
     "methods": Part(("methods/*.py",), ("methods", "unit/test_keys.py", "unit/test_options.py")),
@@ -67,14 +69,25 @@ PARTS = {
         ("stages/*.py", "storage/plan.py", "stages/spread/subject.py"),
         (
             "unit/test_keys.py", "unit/test_job_plan.py", "unit/test_plan.py", "unit/test_choose.py",
-            "unit/test_strength.py", "unit/test_own_code.py",
+            "unit/test_strength.py", "unit/test_own_code.py", "unit/test_options.py", "unit/test_prompt_method.py",
+            "unit/test_inverse.py", "unit/test_steering_requests.py", "methods/test_realigned.py",
         ),
     ),
     "store": Part(
         ("storage/*.py",),
-        ("unit/test_store.py", "unit/test_plan.py", "unit/test_tensorfile.py", "unit/test_strangers.py"),
+        (
+            "unit/test_store.py", "unit/test_plan.py", "unit/test_tensorfile.py", "unit/test_strangers.py",
+            "unit/test_claims.py", "unit/test_two_users.py", "unit/test_housekeeping.py", "unit/test_waits.py",
+            "faults/test_damage.py",
+        ),
     ),
-    "report": Part(("report/*.py",), ("unit/test_report.py", "unit/test_report_sweeps.py")),
+    "report": Part(
+        ("report/*.py",),
+        (
+            "unit/test_report.py", "unit/test_report_sweeps.py", "unit/test_report_answers.py",
+            "unit/test_report_modules.py", "unit/test_report_tokens.py", "unit/test_comparison.py",
+        ),
+    ),
 }  # fmt: skip
 
 WITHOUT_EFFECT = (
@@ -83,6 +96,7 @@ WITHOUT_EFFECT = (
     (r"dtype=(float|None)", "numpy takes a list of floats for float"),
     (r"\.to\(None\)|\.to\(.*device\)", "on one device nothing moves"),
     (r"UTF-8|utf-8", "names of one encoding"),
+    (r"indent=", "how JSON is spaced, for people"),
     (r"progress|report\(", "what people are told while it runs"),
     (r"torch\.(no_grad|inference_mode)", "gradients that nobody asks for"),
 )
