@@ -71,6 +71,28 @@ def test_a_disk_that_is_too_full(cluster: None, path: Path, tmp_path: Path, monk
         capacity.check_cluster(Plan.of(wanted), Store.open(str(tmp_path / "root")), run.check(Plan.of(wanted)))
 
 
+def test_what_a_job_builds_on_is_checked_with_it(
+    cluster: None, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job without a training of its own still trains what it starts from, and an extraction needs room too."""
+    store = Store.open(str(tmp_path / "root"))
+    (tmp_path / "above.yaml").write_text(
+        f"name: above\nmodel: {{source: 'job:{path}'}}\nmethod: {{name: none}}\nevaluate: [{{task: perplexity}}]\n"
+    )
+    above = Plan.of(job.read(tmp_path / "above.yaml", JobType, ["scale.workers=8"]))
+    with pytest.raises(ValueError, match="8 CPUs, but the cluster has 2"):
+        capacity.check_cluster(above, store, run.check(above))
+    extraction = yaml.safe_load((Path(__file__).parents[2] / "jobs/tiny/act.yaml").read_text())
+    del extraction["choose"]
+    extraction["method"]["incremental"] = False
+    (tmp_path / "act.yaml").write_text(yaml.safe_dump(extraction | {"model": {"source": "tiny:model"}}))
+    reading = Plan.of(job.read(tmp_path / "act.yaml", JobType))
+    capacity.check_cluster(reading, store, run.check(reading))
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 1_000)
+    with pytest.raises(ValueError, match=r"has 0\.0 MB free, but the job needs about .*\(extract\)"):
+        capacity.check_cluster(reading, store, run.check(reading))
+
+
 def test_an_address_where_no_cluster_answers(path: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -113,8 +113,8 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
     """Refuse a job that the connected Ray cluster cannot run.
 
     Checked are: the package that a ROOT in an object store needs, and STEERLAB_CACHE_GB; on several nodes, whether a local ROOT
-    is one shared folder; the GPUs that the job requires; and, with a `train` section, the workers, the free disk at ROOT, and
-    the memory of the largest node (unless the training uses GPUs).
+    is one shared folder; the GPUs that the job requires; the workers, where a training is left to do, of this job or of one
+    that it builds on; and the free disk at ROOT and the memory of the largest node (unless the stages use GPUs).
     Warns of local input files on a cluster of several nodes.
 
     Raises:
@@ -136,11 +136,12 @@ def check_cluster(planned: Plan, store: Store, facts: models.ModelFacts) -> None
             "otherwise give a URI (s3://, gs://) or hf:",
             stacklevel=2,
         )
-    if planned.job.train is None:
-        reserved.gpus_of(planned.job.scale)  # raises if GPUs are required and there are none
-        return
-    reserved.check(planned.job.scale)
+    reserved.gpus_of(planned.job.scale)  # raises if GPUs are required and there are none
     records = plan.status(planned.stages, store)
+    left = {record.stage.key for record in records if record.status != "cached"}
+    if left & planned.trainings.keys():
+        # All stages run with the `scale` of the job that is asked for, also those of jobs that it builds on.
+        reserved.check(planned.job.scale)
     needs = estimates(planned, facts, records)
     check_disk(records, needs, store)
     if not reserved.uses_gpu(planned.job.scale):
