@@ -176,6 +176,21 @@ def test_a_job_is_read_where_it_lies(tmp_path: Path) -> None:
     assert "ftp:// is not read here" in " ".join(steer("run", "ftp://host/a.yaml").output.split())
 
 
+def test_a_root_that_is_typed_starts_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every path that is typed does; one in the environment or in a file has no folder to start from."""
+    (tmp_path / "base.yaml").write_text(BASE)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for typed, meant in {"here": "here", "./a/../b": "a/../b", "~/runs": "home/runs"}.items():
+        done = steer("plan", "base.yaml", "--root", typed)
+        assert done.exit_code == 0 and f"ROOT {tmp_path}/{meant};" in " ".join(done.output.split()), done.output
+        (tmp_path / meant).mkdir(parents=True, exist_ok=True)
+        assert steer("ls", typed).exit_code == 0
+    wrong = steer("plan", "base.yaml", "--root", "~nobody-here/runs")
+    assert wrong.exit_code == 2 and "nobody-here" in wrong.output
+    monkeypatch.setenv("STEERLAB_ROOT", "here")
+    assert "is a relative path: give an absolute path" in " ".join(steer("plan", "base.yaml").output.split())
+
+
 def test_fields_are_described_wherever_they_occur() -> None:
     one = steer("describe", "train.lr").output
     assert one.count("Peak learning rate") == 1 and "`train`" in one and "2e-05" in one

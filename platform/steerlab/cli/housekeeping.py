@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steerlab.cli.opening import opened_store
-from steerlab.cli.terminal import JsonOption, console, explained, folding_table, say_line
+from steerlab.cli.terminal import JsonOption, console, explained, folding_table, say_line, typed_root
 
 if TYPE_CHECKING:
     from steerlab.run.inventory import Entry, Inventory
 
-RootArgument = Annotated[str | None, typer.Argument(help="ROOT: a path or URI. Default: $STEERLAB_ROOT or ~/steerlab.")]
+RootArgument = Annotated[
+    str | None,
+    typer.Argument(parser=typed_root, metavar="ROOT", help="A path or URI. Default: $STEERLAB_ROOT or ~/steerlab."),
+]
 _MOST_SHOWN = 40
 """Rows of a table of leftovers; the others are counted."""
 

@@ -89,9 +89,28 @@ SetOption = Annotated[
 ]
 
 
+def typed_root(text: str) -> str:
+    """Return a ROOT that was typed: a URI as it is, a path as an absolute one, which means the same in every process.
+
+    Raises:
+        typer.BadParameter: the path begins with the home folder of somebody who is not here.
+    """
+    if "://" in text:
+        return text
+    try:
+        return str(Path(text).expanduser().absolute())
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{text}: {error}") from None
+
+
 RootOption = Annotated[
     str | None,
-    typer.Option("--root", help="Where artifacts and runs live: a path or URI. Default: $STEERLAB_ROOT or ~/steerlab."),
+    typer.Option(
+        "--root",
+        parser=typed_root,
+        metavar="ROOT",
+        help="Where artifacts and runs live: a path or URI. Default: $STEERLAB_ROOT or ~/steerlab.",
+    ),
 ]
 
 
