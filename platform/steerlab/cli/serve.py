@@ -32,7 +32,7 @@ def serve(
         artifact = artifact_of(run_folder, root, inverse)
         scale = artifact.reported.strength if strength is None else strength
         from steerlab.serving import server
-        from steerlab.serving.waiting import Batches
+        from steerlab.serving.batches import Batches
         from steerlab.steered import language
 
         model = language.load(artifact.path, **artifact.loading, device=device)

@@ -12,8 +12,8 @@ from steerlab.evaluation.statistics.metrics import left_out
 from steerlab.evaluation.statistics.seeds import between_seeds
 from steerlab.evaluation.statistics.stored import MetricNumbers
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
-from steerlab.report.answers import said
 from steerlab.report.contents import Document, Entry, Sweep, measure_in
+from steerlab.report.run_names import said
 from steerlab.report.sweep_figures import measured, standing
 
 DASH = "\u2013"

@@ -17,7 +17,7 @@ from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Preamble, Selection, TaskConfig, base_job, job_type
 from steerlab.methods.contract import Assembled, Fitted, Method, Prompted, SteeringConfig, Trained
 from steerlab.methods.edited import EditConfig, Edited
-from steerlab.stages import assemble, choose, edit, evaluate, extract, fit, prepare, prompt, reduce, train
+from steerlab.stages import assemble, choose, edit, evaluate, extract, fit, preambles, prepare, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, ordered
@@ -106,7 +106,7 @@ class Plan:
     def preamble(self) -> Preamble:
         """What stands before each prompt of the model that the job evaluates."""
         below = Preamble() if self.below is None else self.below.preamble
-        return below.then(prompt.preamble(self.job)) if isinstance(self.method, Prompted) else below
+        return below.then(preambles.preamble(self.job)) if isinstance(self.method, Prompted) else below
 
     @cached_property
     def start(self) -> Subject:
@@ -179,7 +179,7 @@ class Plan:
         if isinstance(self.method, Assembled):
             return assemble.stage(self.job, self.start)
         if isinstance(self.method, Prompted):
-            return prompt.stage(self.job, self.start)
+            return preambles.stage(self.job, self.start)
         if self.job.train is None or not isinstance(self.method, Trained):
             return self.start.stage
         return train.stage(self.job, self.start, self.read, self.preparing.used)

@@ -18,8 +18,8 @@ from steerlab.guards.json_values import JsonObject
 from steerlab.job import SEED_LIMIT, Job, JobError, cut
 from steerlab.stages import JobType, Plan
 from steerlab.sweeps import space_rules
-from steerlab.sweeps.entries import extremes, finite
 from steerlab.sweeps.space import STRENGTH, Point, Space, strength_of
+from steerlab.sweeps.space_entries import extremes, finite
 from steerlab.sweeps.space_rules import Bound, Price
 from steerlab.sweeps.units import Unit
 

@@ -42,7 +42,7 @@ from steerlab.evaluation.asking.answers import SampledConfig
 from steerlab.evaluation.asking.items import ALPACA, Numbered, data_rows, has_input
 from steerlab.evaluation.judging import judges, pair_judges, scorers
 from steerlab.evaluation.judging.asking import announce
-from steerlab.evaluation.judging.calls import CHARS_PER_TOKEN
+from steerlab.evaluation.judging.chat_api import CHARS_PER_TOKEN
 from steerlab.evaluation.judging.endpoint import Endpoint
 from steerlab.evaluation.judging.judges import Answer, Compared, Pair, Verdict
 from steerlab.evaluation.judging.pair_judges import PairJudge
