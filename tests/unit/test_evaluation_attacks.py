@@ -13,7 +13,7 @@ from steerlab.evaluation.tasks.attacks import attempts, hackaprompt, rules, tens
 from steerlab.evaluation.tasks.attacks.rules_scenarios import SCENARIOS, Case
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION
-from steerlab.steered.language import Generation
+from steerlab.steered.generated_text import Generation
 
 Fields = dict[str, Any]
 

@@ -16,7 +16,8 @@ from steerlab.evaluation.tasks.roles import marked_prompts, probing, separation
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Part
 from steerlab.patches import EmbeddingPatch
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 ROWS = "tiny:instructions/test"
 LEGIBLE = ("empty", "unfinished", "repetition", "letters")

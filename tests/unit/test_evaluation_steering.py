@@ -26,7 +26,8 @@ from steerlab.evaluation.tasks.style import concept, sentiment
 from steerlab.inputs.tokens import INSTRUCTION, Message, Part
 from steerlab.job import DataSet
 from steerlab.patches import ActivationPatch
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 NORM = "model.layers.1.post_attention_layernorm"
 LINES = ["the cow", "the old dog and", "the cat and the duck", "the big cow and the"]

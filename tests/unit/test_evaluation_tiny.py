@@ -12,7 +12,7 @@ from steerlab.evaluation.statistics.metrics import summarise_all
 from steerlab.evaluation.tasks.tiny import tiny_answers, tiny_sentences
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet
-from steerlab.steered.language import Generation
+from steerlab.steered.generated_text import Generation
 
 
 class Parrot:

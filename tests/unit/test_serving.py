@@ -29,7 +29,8 @@ from steerlab.patches import EmbeddingPatch
 from steerlab.serving import served_rows, server
 from steerlab.serving.batches import Batches
 from steerlab.serving.replies import Text
-from steerlab.steered.language import SteeredModel, load
+from steerlab.steered.language import SteeredModel
+from steerlab.steered.stacks import load
 
 QUESTION, LETTER = "Name the colours of the letter.", "A red hat, and say blue."
 LONG = 40

@@ -44,7 +44,7 @@ def load(
         inverse: Whether the inverse of the patch's maps acts, which induces what they remove.
         sampler: How a pipeline draws: `steps`, `guidance`, ...
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
-        **options: Other options of `steered.language.load`.
+        **options: Other options of `steered.stacks.load`.
 
     Raises:
         ValueError: there is no such model or device, or a file of the model is damaged.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steerlab.steered import language, stacks
+from steerlab.steered import stacks
 from steerlab.steered.drawing import SteeredPipeline
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.bases import PROMPT
@@ -22,13 +22,13 @@ class Origin:
     path: Path
     """The checkpoint, the artifact or the exported folder."""
     loading: Mapping[str, Any] = field(default_factory=dict)
-    """Options of `steered.language.load`."""
+    """Options of `steered.stacks.load`."""
     keeps: object = None
     """What must live as long as the folder does, such as a temporary directory; None for a folder that stays."""
 
     def opened(self, device: str | torch.device) -> SteeredModel | SteeredPipeline:
         """Load the model anew."""
-        return language.load(self.path, device=device, **self.loading)
+        return stacks.load(self.path, device=device, **self.loading)
 
     @property
     def checkpoint(self) -> Path:

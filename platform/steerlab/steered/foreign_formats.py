@@ -26,7 +26,7 @@ from steerlab import models
 from steerlab.patches import ActivationPatch, LogitPatch, foreign
 from steerlab.patches.foreign import adapters, control_vectors
 from steerlab.patches.foreign.control_vectors import NotAdditive
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.steered.language import SteeredModel
 from steerlab.steered.model import differences
 
@@ -69,7 +69,7 @@ def write(
         directory: The folder; it must not exist.
         format_name: A key of FORMATS.
         strength: Strength of the newest patch, which becomes part of the numbers; older patches have strength 1.
-        loading: Options of `language.load`.
+        loading: Options of `stacks.load`.
         base: Hub id or path of the model, which adapters name; None if it is not known.
         approximate: Whether maps that are no sum with a vector are approximated by one.
 
@@ -78,7 +78,7 @@ def write(
     """
     if directory.exists():
         raise ValueError(f"{directory} exists already; name a new folder")
-    model = language.load(artifact, **loading)
+    model = stacks.load(artifact, **loading)
     if not isinstance(model, SteeredModel):
         raise ValueError(f"{format_name} holds patches of language models, and this one draws images; export a checkpoint")
     if not model.patches:

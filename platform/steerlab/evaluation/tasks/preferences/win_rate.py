@@ -51,7 +51,7 @@ from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result
 from steerlab.evaluation.statistics.written import Written
 from steerlab.job import DataSet, Preamble, Source
 from steerlab.models import ModelFacts
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.steered.language import SteeredModel
 
 FORMATS = ("instruction", "text", "preference")
@@ -313,7 +313,7 @@ def _load(source: str, like: SteeredModel) -> SteeredModel:
     dtype = str(like.model.dtype).removeprefix("torch.")
     # Without the preamble, which is a part of the model that is evaluated.
     prompt = like.encoder.preceded_by(Preamble()).saved_spec
-    model = language.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=prompt)
+    model = stacks.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=prompt)
     if not isinstance(model, SteeredModel):
         raise ValueError(f"{source} draws images; this task needs a language model")
     return model
