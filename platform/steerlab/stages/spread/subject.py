@@ -14,7 +14,7 @@ from steerlab.guards import late
 from steerlab.guards.json_values import JsonObject
 from steerlab.inputs import encoding, prompt_sources
 from steerlab.job import Frozen, Job, ModelConfig, SamplerConfig, Source, Template, described, own_code, prompt_settings
-from steerlab.job.data_set import PromptStyle, ResponseRole
+from steerlab.job.data_config import PromptStyle, ResponseRole
 from steerlab.stages.spread import alone, reserved
 from steerlab.storage.plan import ModelRef, Stage, Work
 
