@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from steerlab.evaluation.statistics.metrics import Metric, summarise_all
+from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.evaluation.tasks.attacks import attempts, hackaprompt, rules, tensor_trust, wordings
 from steerlab.evaluation.tasks.attacks.rules_scenarios import SCENARIOS, Case
 from steerlab.inputs.encoding import Encoder

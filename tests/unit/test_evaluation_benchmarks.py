@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from steerlab.evaluation.asking.items import Numbered
-from steerlab.evaluation.statistics.metrics import summarise
+from steerlab.evaluation.statistics.summaries import summarise
 from steerlab.evaluation.tasks.ability import alpaca
 from steerlab.evaluation.tasks.attacks import bipia, bipia_attacks, forbidden_words
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack

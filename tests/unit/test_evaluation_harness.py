@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from steerlab.evaluation.statistics.metrics import TOO_LONG, summarise, summarise_all
+from steerlab.evaluation.statistics.metrics import TOO_LONG
+from steerlab.evaluation.statistics.summaries import summarise, summarise_all
 from steerlab.evaluation.tasks.ability import harness, harness_chats, harness_model
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import INSTRUCTION, Message, Part

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from steerlab.evaluation.asking.items import Numbered
-from steerlab.evaluation.statistics.metrics import summarise
+from steerlab.evaluation.statistics.summaries import summarise
 from steerlab.evaluation.tasks.ability import alpaca
 from steerlab.evaluation.tasks.attacks import forging, injection, struq
 from steerlab.steered.generated_text import Generation

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from steerlab.data.worlds import tiny_checkpoint, tiny_words
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.ability import alpaca, perplexity
 from steerlab.evaluation.tasks.attacks import injection
 from steerlab.evaluation.tasks.roles import marked_prompts, probing, separation

@@ -20,7 +20,7 @@ from steerlab.data.worlds import tiny_words
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.asking import continuation, legibility
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.harm import toxicity
 from steerlab.evaluation.tasks.style import concept, sentiment
 from steerlab.inputs.tokens import INSTRUCTION, Message, Part

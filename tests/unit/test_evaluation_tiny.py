@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.tiny import tiny_answers, tiny_sentences
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet

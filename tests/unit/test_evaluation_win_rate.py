@@ -25,7 +25,8 @@ from steerlab.evaluation import TASKS
 from steerlab.evaluation.judging import judges
 from steerlab.evaluation.judging.judges import Answer, Compared, Pair
 from steerlab.evaluation.judging.pair_judges import PairJudge
-from steerlab.evaluation.statistics.metrics import TOO_LONG, Score, summarise_all
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Score
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.preferences import win_rate
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet

@@ -19,7 +19,8 @@ from steerlab.evaluation.judging.chat_api import EndpointError
 from steerlab.evaluation.judging.endpoint import Endpoint
 from steerlab.evaluation.judging.judges import Answer, Compared
 from steerlab.evaluation.judging.verdicts import better, rating
-from steerlab.evaluation.statistics.metrics import TOO_LONG, summarise_all
+from steerlab.evaluation.statistics.metrics import TOO_LONG
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.store import Store
 

@@ -12,7 +12,8 @@ import pytest
 from steerlab import report
 from steerlab.evaluation.statistics.measures import Measure
 from steerlab.report import headline, run_names, sweep_figures, tables
-from steerlab.report.contents import Entry, Sweep
+from steerlab.report.contents import Entry
+from steerlab.report.sweep_contents import Sweep
 
 MEASURES = {
     "separation/sep": Measure("sep", "higher", "share", 0.0, 1.0),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from steerlab import models
-from steerlab.activations import parquet, reading
+from steerlab.activations import part_writing, reading
 from steerlab.inputs.tokens import Encoded
 from steerlab.interactive.model_origin import Origin
 from steerlab.interactive.outputs import Activations, Images, Text, Texts
@@ -206,7 +206,7 @@ class Model:
             widths, about = reader.widths, reading.about_model(model, config)
         finally:
             reader.close()
-        schema = parquet.schema(widths, config.dtype, tokens == "all", about)
+        schema = part_writing.schema(widths, config.dtype, tokens == "all", about)
         rows: list[dict[str, Any]] = [{"text": t} if isinstance(t, str) else {"messages": t} for t in texts]
         return Activations(vectors.values, extract.table(vectors, rows, "", schema))
 

@@ -24,9 +24,10 @@ from steerlab.data.sources import remote
 from steerlab.guards.called_package import CalledPackage
 from steerlab.guards.texts import everywhere, plain
 from steerlab.report import figures, headline, heat_maps, modules, predictions, run_names, samples, sweep_figures, tables
-from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, measure_in, read, read_sweep
+from steerlab.report.contents import Document, Entry, fit_seconds, measure_in, read
 from steerlab.report.plotting import Figure, front
 from steerlab.report.samples import texts
+from steerlab.report.sweep_contents import Sweep, read_sweep
 from steerlab.report.tables import cell, metrics, rows
 
 # `import steerlab as sl` gives the function `sl.report(...)` as well, which this package would hide.

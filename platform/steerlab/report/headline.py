@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from steerlab.evaluation.statistics.measures import Measure
-from steerlab.report.contents import Document, Entry, Sweep, measure_in
+from steerlab.report.contents import Document, Entry, measure_in
 from steerlab.report.run_names import said
+from steerlab.report.sweep_contents import Sweep
 from steerlab.report.sweep_figures import measured
 
 _MOST_PRICES = 3

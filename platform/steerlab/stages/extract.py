@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from steerlab.activations import parquet
+from steerlab.activations import parquet, part_writing
 from steerlab.data import rows
 from steerlab.data.values import Row
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import DataSet, ExtractConfig, Job
 from steerlab.models import ModelFacts
-from steerlab.stages.spread import shards, subject
+from steerlab.stages.spread import shard_worker, shards, subject
 from steerlab.stages.spread.shard_plan import Facts, Shard
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, Stage, Work
@@ -149,7 +149,7 @@ def run(work: Work) -> None:
     (work.directory / parquet.SUMMARY).write_text(json.dumps(summary, indent=1))
 
 
-class RowsOfShard(shards.Maker):
+class RowsOfShard(shard_worker.Maker):
     """Makes the Parquet part of a shard, with rows in the order of the data set."""
 
     suffix = ".parquet"
@@ -160,7 +160,7 @@ class RowsOfShard(shards.Maker):
         self._config, self._format, self._label = params.extract, params.data.format, params.role
         self._reader = reading.TextReader(model, self._config)
         about = reading.about_model(model, self._config)
-        self._schema = parquet.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
+        self._schema = part_writing.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
 
     def close(self) -> None:
         """Remove the hooks that read the model."""
@@ -175,7 +175,7 @@ class RowsOfShard(shards.Maker):
         start_s = time.monotonic()
         # All texts of the shard are tokenised first: their lengths decide the batches.
         texts, num_cut = self._reader.encode(shard.rows, self._format, shard.first)
-        facts = parquet.write_part(self._tables(shard, texts, tell), path)
+        facts = part_writing.write_part(self._tables(shard, texts, tell), path)
         return PartFacts(
             **facts,
             texts=len(texts),
@@ -216,7 +216,7 @@ def table(
         vectors: The activations, on the CPU.
         rows_read: The rows from which they come, or a stretch of a data set that contains them.
         label: Label of every row of the table.
-        schema: Schema of the table, from `parquet.schema`.
+        schema: Schema of the table, from `part_writing.schema`.
         first: Number in the data set of the first row of `rows_read`.
         start: Number in `rows_read` of the row that `vectors` call 0.
     """
@@ -225,7 +225,7 @@ def table(
     rows_M = [start + row for row in vectors.row_M.tolist()]
     # With pooling none a text has a row for each token: it is hashed once.
     hashes = {row: text_sha256(rows_read[row]) for row in set(rows_M)}
-    about: dict[str, parquet.AboutColumn] = {
+    about: dict[str, part_writing.AboutColumn] = {
         "sample_id": [first + row for row in rows_M],
         "label": [label] * len(rows_M),
         "text_sha256": [hashes[row] for row in rows_M],
@@ -233,7 +233,7 @@ def table(
     if vectors.role_M is not None and vectors.token_index_M is not None and vectors.token_id_M is not None:
         about |= {"token_index": vectors.token_index_M.numpy(), "token_id": vectors.token_id_M.numpy()}
         about["role"] = reading.role_names(vectors.role_M)
-    return parquet.table(about, {name: z_MD.numpy() for name, z_MD in vectors.values.items()}, schema)
+    return part_writing.table(about, {name: z_MD.numpy() for name, z_MD in vectors.values.items()}, schema)
 
 
 def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from steerlab.data import rows
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import ExtractConfig, Job
 from steerlab.stages import extract
-from steerlab.stages.spread import shards
+from steerlab.stages.spread import shard_worker, shards
 from steerlab.stages.spread.shard_plan import Shard
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, Work
@@ -89,7 +89,7 @@ class _Counts:
     num_cut: int = 0
 
 
-class SumsOfShard(shards.Maker):
+class SumsOfShard(shard_worker.Maker):
     """Makes the safetensors file with the sums of a shard.
 
     Second moments of all places may need more memory than the model itself. The texts are then read in several passes, each

@@ -23,7 +23,7 @@ from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.tokens import collate
 from steerlab.job import DataSet, Frozen
 from steerlab.methods.preparations import MakePart, Source, StartKeeper, StartSums
-from steerlab.stages.spread import calls, reserved, shards, subject
+from steerlab.stages.spread import calls, reserved, shard_worker, shards, subject
 from steerlab.stages.spread.shard_plan import Done, Facts, Planned, Shard, WorkFolder
 from steerlab.stages.spread.subject import Loading
 from steerlab.storage.plan import ModelRef, Work
@@ -127,7 +127,7 @@ class _Summed(_OverRows):
     rows_per_batch: int
 
 
-class SumOfShard(shards.Maker):
+class SumOfShard(shard_worker.Maker):
     """Makes the sum over a shard's batches."""
 
     suffix = ".safetensors"
@@ -193,7 +193,7 @@ class _InBatches(_OverRows):
     batch_tokens: int
 
 
-class TensorsOfShard(shards.Maker):
+class TensorsOfShard(shard_worker.Maker):
     """Makes the file with the tensors of a shard's rows; memory holds those of one batch."""
 
     suffix = ".safetensors"
