@@ -313,7 +313,7 @@ def test_a_vector_that_is_no_better_than_none_is_not_written(
 ) -> None:
     artifact = left(tmp_path / "left", llama, _scaled(layers_of(llama), 1.02))
     away = {1: 40 * torch.ones(WIDTH)}
-    monkeypatch.setattr(foreign_formats, "_mean_moves", lambda *_: away)
+    monkeypatch.setattr(foreign_formats, "mean_moves", lambda *_: away)
     with pytest.raises(ValueError, match=r"the nearest vectors are off by .* nats, and all that the patch does is"):
         foreign_formats.write(artifact, tmp_path / "out", "gguf", strength=1.0, loading={}, approximate=True)
     assert not (tmp_path / "out").exists()
