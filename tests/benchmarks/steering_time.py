@@ -25,7 +25,7 @@ import torch
 from step_time import RESULTS, said, spread
 
 from steerlab import job, models
-from steerlab.activations import parquet, reading
+from steerlab.activations import parquet, part_writing, reading
 from steerlab.data import rows, sources
 from steerlab.inputs import encoding, tokens
 from steerlab.job import ExtractConfig, TrainConfig
@@ -54,10 +54,10 @@ def extracted(model: language.SteeredModel, texts: list[tokens.Encoded], config:
     reader = reading.TextReader(model, config)
     found = reading.in_order([vectors.cpu() for vectors in reader.read(texts)])
     widths = {name: values.shape[1] for name, values in found.values.items()}
-    of = parquet.schema(widths, config.dtype, False, reading.about_model(model, config))
+    of = part_writing.schema(widths, config.dtype, False, reading.about_model(model, config))
     about = {"sample_id": range(len(texts)), "label": ["target"] * len(texts), "text_sha256": [""] * len(texts)}
-    table = parquet.table(about, {name: values.numpy() for name, values in found.values.items()}, of)
-    (folder / parquet.PARTS).write_text(json.dumps([parquet.write_part([table], folder / "part-00000.parquet")]))
+    table = part_writing.table(about, {name: values.numpy() for name, values in found.values.items()}, of)
+    (folder / parquet.PARTS).write_text(json.dumps([part_writing.write_part([table], folder / "part-00000.parquet")]))
     reader.close()
     return parquet.Activations.open(folder)
 

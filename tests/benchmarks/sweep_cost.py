@@ -31,7 +31,7 @@ from steerlab import run
 from steerlab.data import sources
 from steerlab.evaluation import TASKS
 from steerlab.job import Job
-from steerlab.steered.language import load
+from steerlab.steered.stacks import load
 from steerlab.storage.store import Store
 from steerlab.sweeps import driver, sweep_request, trials
 from steerlab.sweeps import space as spaces

@@ -228,7 +228,7 @@ class Server:
 @times(5)
 def test_a_spool_that_was_cut_loses_no_later_line(number: int, chance: random.Random, tmp_path: Path) -> None:
     """The server has more lines than the file: those of the next process follow them, once each."""
-    from steerlab.tracking.writer import _History
+    from steerlab.tracking.run_history import History
 
     server = Server([])
 
@@ -238,7 +238,7 @@ def test_a_spool_that_was_cut_loses_no_later_line(number: int, chance: random.Ra
             lines.append({"kind": "log", "axis": "train/step", "data": {"train/step": step}})
             if step == first:  # the writer begins while the process does
                 server.starting_step = len(server.lines)
-                history = _History(server, tmp_path)  # type: ignore[arg-type]
+                history = History(server, tmp_path)  # type: ignore[arg-type]
         lines.close()
         assert history.send(lambda: True) == 1
         if is_cut:

@@ -82,14 +82,14 @@ def test_a_file_of_a_run(number: int, chance: random.Random, disk: Disk) -> None
 
 
 def parquet(path: Path, chance: random.Random) -> None:
-    from steerlab.activations import parquet as activations
+    from steerlab.activations import part_writing
 
     values = np.random.default_rng(chance.randrange(1 << 30)).normal(size=(3000, 64)).astype(np.float32)
-    to = activations.schema({"m": 64}, "float32", False, {})
-    about: dict[str, activations.AboutColumn] = {
+    to = part_writing.schema({"m": 64}, "float32", False, {})
+    about: dict[str, part_writing.AboutColumn] = {
         "sample_id": list(range(3000)), "label": ["x"] * 3000, "text_sha256": ["y"] * 3000,
     }  # fmt: skip
-    activations.write_part([activations.table(about, {"m": values}, to)], path)
+    part_writing.write_part([part_writing.table(about, {"m": values}, to)], path)
 
 
 def tensors(path: Path, chance: random.Random) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from steerlab import models, patches
-from steerlab.activations import parquet
+from steerlab.activations import parquet, part_writing
 from steerlab.data.worlds import tiny_checkpoint
 from steerlab.evaluation.statistics import stored
 from steerlab.evaluation.statistics.measures import Measure
@@ -27,6 +27,7 @@ from steerlab.run.record import SCHEMA
 from steerlab.steered import export
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.store import Store
+from steerlab.storage.whole import size_and_sha256
 
 
 @pytest.fixture(scope="session")
@@ -88,11 +89,11 @@ def shard_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     widths = {"a.b": 4, "c.d": 3}
     about = {"model_key": "k", "architecture": "A", "modules": list(widths), "pooling": ["mean"], "fingerprint": "f"}
-    to = parquet.schema(widths, "float32", False, about)
+    to = part_writing.schema(widths, "float32", False, about)
     values = {name: np.arange(4 * width, dtype=np.float32).reshape(4, width) for name, width in widths.items()}
-    table = parquet.table({"sample_id": range(4), "label": ["x"] * 4, "text_sha256": ["s"] * 4}, values, to)
+    table = part_writing.table({"sample_id": range(4), "label": ["x"] * 4, "text_sha256": ["s"] * 4}, values, to)
     pq.write_table(table, folder / "part-00000.parquet")
-    part = {"path": "part-00000.parquet", "rows": 4, **parquet.size_and_sha256(folder / "part-00000.parquet")}
+    part = {"path": "part-00000.parquet", "rows": 4, **size_and_sha256(folder / "part-00000.parquet")}
     (folder / parquet.PARTS).write_text(json.dumps([part]))
     return folder
 

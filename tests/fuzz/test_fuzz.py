@@ -27,7 +27,7 @@ from steerlab.cli import opening
 from steerlab.data import rows
 from steerlab.job import DataSet
 from steerlab.stages import JobType
-from steerlab.steered import export, language
+from steerlab.steered import export, stacks
 from steerlab.steered.model import Asked
 from steerlab.storage.store import Store
 from steerlab.sweeps import space
@@ -228,7 +228,7 @@ def test_run_folders(number: int, run_root: Path, tmp_path: Path) -> None:
 
     def generate(root: Path) -> None:
         result = opening.artifact_of(str(root / folders[0]), None)
-        language.load(result.path, **result.loading).side_by_side(Asked("a", (result.reported.strength,), max_new_tokens=2))
+        stacks.load(result.path, **result.loading).side_by_side(Asked("a", (result.reported.strength,), max_new_tokens=2))
 
     def export_(root: Path) -> None:
         result = opening.artifact_of(str(root / folders[0]), None)
@@ -251,7 +251,7 @@ def test_run_folders(number: int, run_root: Path, tmp_path: Path) -> None:
 @sized(15, 1_000)
 def test_exported_folders(number: int, exported_dirs: list[Path], tmp_path: Path) -> None:
     tally = Tally("exported folders")
-    of_files(tally, number, exported_dirs, tmp_path, lambda folder: language.load(folder).detach())
+    of_files(tally, number, exported_dirs, tmp_path, lambda folder: stacks.load(folder).detach())
     held(tally)
 
 

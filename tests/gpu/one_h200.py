@@ -39,7 +39,7 @@ from steerlab.methods.contract import Inputs, Trained, language_modelling_loss, 
 from steerlab.models import load_model, load_tokenizer  # noqa: E402
 from steerlab.patches import EmbeddingPatch  # noqa: E402
 from steerlab.steered.language import SteeredModel  # noqa: E402
-from steerlab.training import arithmetic  # noqa: E402
+from steerlab.training import numerics  # noqa: E402
 from steerlab.training.engine import make_optimizer  # noqa: E402
 
 LIMIT_S = 480
@@ -200,7 +200,7 @@ def bits(device: torch.device) -> dict[str, Any]:
         for deterministic in (False, True):
             weights = []
             for _ in range(2):
-                with arithmetic.of(TrainConfig(steps=5, deterministic=deterministic)):
+                with numerics.of(TrainConfig(steps=5, deterministic=deterministic)):
                     torch.manual_seed(0)
                     model: Any = load_model(folder, seed=0).to(device).train()  # type: ignore[arg-type]
                     module = trained({"name": "dpo"}).module(model, trained({"name": "dpo"}).Config(), Inputs()).to(device)

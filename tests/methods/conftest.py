@@ -12,7 +12,7 @@ import torch
 from here import Here
 from transformers import PreTrainedModel
 
-from steerlab.activations import parquet, reading
+from steerlab.activations import parquet, part_writing, reading
 from steerlab.activations.parquet import Activations
 from steerlab.inputs.drawings import Prompter
 from steerlab.inputs.encoding import Encoder
@@ -45,10 +45,10 @@ def extracted(tmp_path: Path, encoder: Encoder) -> Extracted:
         directory = tmp_path / f"{label}-{len(list(tmp_path.iterdir()))}"
         directory.mkdir()
         widths = {name: value.shape[1] for name, value in values.items()}
-        of = parquet.schema(widths, config.dtype, False, reading.about_model(steered, config))
+        of = part_writing.schema(widths, config.dtype, False, reading.about_model(steered, config))
         about = {"sample_id": range(len(texts)), "label": [label] * len(texts), "text_sha256": [""] * len(texts)}
-        table = parquet.table(about, {name: value.numpy() for name, value in values.items()}, of)
-        part = parquet.write_part([table], directory / "part-00000.parquet")
+        table = part_writing.table(about, {name: value.numpy() for name, value in values.items()}, of)
+        part = part_writing.write_part([table], directory / "part-00000.parquet")
         (directory / parquet.PARTS).write_text(json.dumps([part]))
         return Activations.open(directory)
 

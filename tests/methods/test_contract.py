@@ -34,7 +34,7 @@ from steerlab.methods.contract import (
 )
 from steerlab.patches import taps
 from steerlab.patches.maps import mapped_pixels
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.steered.drawing import SteeredPipeline
 from steerlab.tracking.wandb_client import workspaces
 
@@ -191,7 +191,7 @@ def test_the_saved_result_gives_the_same_logits(
         expected = output(module.model, inputs)
     if module.patch is not None:
         patches.save(module.finished(module.patch.state_dict()), tmp_path / "patch", fingerprint)
-    loaded = language.load(tmp_path, sampler=SAMPLER)
+    loaded = stacks.load(tmp_path, sampler=SAMPLER)
     assert bool(loaded.patches) == METHODS[name].leaves_patch
     with torch.no_grad():
         assert torch.equal(output(loaded.model, batch.patched_inputs), expected)
@@ -367,7 +367,7 @@ def test_adapters_train_alone_and_end_in_the_weights(
         fingerprint = models.fingerprint(models.load_model(tmp_path / "model"))
     if module.patch is not None:
         patches.save(module.finished(module.patch.state_dict()), tmp_path / "patch", fingerprint)
-    loaded = language.load(tmp_path)
+    loaded = stacks.load(tmp_path)
     with torch.no_grad():
         # A folded product is rounded once in the weight, an adapter's own product with each input.
         torch.testing.assert_close(output(loaded.model, batch.patched_inputs), expected, rtol=1e-4, atol=1e-4)
@@ -466,7 +466,7 @@ def test_what_a_method_leaves_on_a_pipeline(
     (tmp_path / "left/prompt.json").write_text(json.dumps(Prompter(base).spec))
     if patch is not None:
         patches.save(patch, tmp_path / "left/patch", fingerprint)
-    loaded: Any = language.load(tmp_path / "left")
+    loaded: Any = stacks.load(tmp_path / "left")
     assert bool(loaded.patches) == METHODS[name].leaves_patch and loaded.model.sampler == base.sampler
 
     drawings = [Prompter(base).from_row({"text": text, "seed": 5}, "text") for text in ("thin three", "bold two")]

@@ -22,7 +22,7 @@ from steerlab.methods.edited import Edited, Weight
 from steerlab.methods.preparations import Source
 from steerlab.patches import WeightPatch
 from steerlab.stages import JobType, Plan, edit
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.storage.tensors import Parts
 
 
@@ -362,7 +362,7 @@ def test_the_mended_model_is_loaded_above_the_trained_one(tmp_path: Path, three:
     patches.save(patch, folder / "patch", facts["fingerprint"])
     (folder / "base.json").write_text(json.dumps({"stage": "train", "key": "1"}))
     (folder / "prompt.json").write_text(json.dumps({"prompt_style": "plain", "response_role": "data"}))
-    loaded, plain = language.load(folder), language.load(trained)
+    loaded, plain = stacks.load(folder), stacks.load(trained)
     prompt = [loaded.encoder.conversation("add 1 and 2", "")]
     one, other = loaded.token_log_probs(prompt, strength=0.0)[0].log_prob, plain.token_log_probs(prompt)[0].log_prob
     assert torch.equal(torch.tensor(one), torch.tensor(other))

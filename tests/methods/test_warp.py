@@ -21,7 +21,7 @@ from steerlab.methods.contract import Inputs, language_modelling_loss
 from steerlab.methods.math import gradients, rotation
 from steerlab.methods.math.selected_layers import numbers
 from steerlab.methods.warp import Config, Warp
-from steerlab.stages import extract
+from steerlab.stages import extraction_size
 from steerlab.storage.tensors import Parts
 
 SAFETY = tiny.rows("refusals/train", 12)
@@ -269,7 +269,7 @@ def test_second_moments_read_in_several_passes_are_the_same_bits(
     tiny_model: PreTrainedModel, prepared: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepared(warp.METHOD, config(), tiny_model, SAFETY)["moments"]
-    monkeypatch.setattr(extract, "SUMS_HELD_BYTES", 1)
+    monkeypatch.setattr(extraction_size, "SUMS_HELD_BYTES", 1)
     apart = prepared(warp.METHOD, config(), tiny_model, SAFETY)["moments"]
     assert (whole / TENSORS).read_bytes() == (apart / TENSORS).read_bytes()
 

@@ -16,7 +16,7 @@ from steerlab import job, run
 from steerlab.cli import app
 from steerlab.stages import JobType, Plan
 from steerlab.steered import explain
-from steerlab.steered.language import load
+from steerlab.steered.stacks import load
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 

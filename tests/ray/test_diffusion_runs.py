@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from steerlab import cli, job, report, run
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -94,8 +94,8 @@ def test_strength_zero_is_the_base_model_bit_for_bit(undisturbed: tuple[Path, St
     """What the evaluation drew at strength 0, and what the same pipeline draws with no patch at all."""
     folder, store, done = undisturbed
     model = done.summary["model"]
-    steered = language.load(store.local(model["stage"], model["key"]))
-    base = language.load(store.local("train", done.records[0].stage.key), sampler=steered.model.sampler.model_dump())
+    steered = stacks.load(store.local(model["stage"], model["key"]))
+    base = stacks.load(store.local("train", done.records[0].stage.key), sampler=steered.model.sampler.model_dump())
     assert len(steered.patches) == 1 and base.patches == ()
     assert steered.model.sampler.steps == 8 and steered.model.sampler.read == (0, 3), "the job's sampler lies with the patch"
     samples = json.loads((folder / "root" / done.folder / "samples/image_concept.json").read_text())
@@ -122,7 +122,7 @@ def test_a_run_is_drawn_from_and_exported_by_hand(undisturbed: tuple[Path, Store
     assert drawn.exit_code == 0 and (images / "0.500_2.000/3.png").is_file(), drawn.output
     exported = runner.invoke(cli.app, ["export", where, str(folder / "exported")])
     assert exported.exit_code == 0 and "at guidance 2 the half without a prompt is not steered" in exported.output
-    found = language.load(folder / "exported").picture("thin three", seed=3, strength=0.5)  # type: ignore[union-attr]
+    found = stacks.load(folder / "exported").picture("thin three", seed=3, strength=0.5)  # type: ignore[union-attr]
     with Image.open(images / "0.500_2.000/3.png") as kept:
         assert np.array_equal(np.asarray(found), np.asarray(kept))
 
@@ -136,7 +136,7 @@ def test_maps_are_fitted_along_the_pipeline_on_the_same_base(undisturbed: tuple[
     plain, other = (of.summary["strengths"][0.0]["image_concept/rate"]["value"] for of in (done, lineas))
     assert plain == other
     assert done.summary["strengths"][1.0]["image_similarity/ssim"]["value"] < 0.999
-    steered = language.load(store.local(done.summary["model"]["stage"], done.summary["model"]["key"]))
+    steered = stacks.load(store.local(done.summary["model"]["stage"], done.summary["model"]["key"]))
     places = {name for name, _ in steered.model.named_modules() if name.startswith("unet.") and "norm" in name}
     assert set(steered.patches[0].sizes) == places
 

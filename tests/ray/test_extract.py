@@ -25,7 +25,7 @@ from steerlab.activations.moments import Moments
 from steerlab.activations.parquet import Activations
 from steerlab.data import sources
 from steerlab.job import Job
-from steerlab.stages import JobType, Plan, extract, reduce
+from steerlab.stages import JobType, Plan, extract, extraction_size, reduce
 from steerlab.stages.spread import shards
 from steerlab.storage import plan
 from steerlab.storage.store import Store
@@ -233,7 +233,7 @@ def test_estimates_are_near_what_is_written(undisturbed: Path) -> None:
 
     def disk_bytes(asked: Job) -> int:
         assert asked.extract is not None
-        return extract.estimate(asked, "source", asked.extract, models.facts(directory), directory).disk_bytes
+        return extraction_size.estimate(asked, "source", asked.extract, models.facts(directory), directory).disk_bytes
 
     expected = disk_bytes(wanted())
     assert expected == 60 * 4 * 128 * 4

@@ -14,7 +14,7 @@ from test_text_requests import model_of
 
 from steerlab import job, run
 from steerlab.stages import JobType, Plan
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -71,7 +71,7 @@ def test_conversations_of_ones_own_train_and_evaluate(
     done = run.execute(Plan.of(wanted), store, plan.Listener())
     assert done.summary["metrics"]["perplexity/value"]["value"] > 1
     trained = store.local("train", next(stage.key for stage in Plan.of(wanted).stages if stage.name == "train"))
-    loaded = language.load(trained)
+    loaded = stacks.load(trained)
     prompt = loaded.encoder.encode(loaded.encoder.conversation("say", "hello"))
     used = "<|assistant|>" if "chat_template" in model else str(family(name).end_of_turn)
     assert used in loaded.encoder.tokenizer.decode(prompt.input_ids)

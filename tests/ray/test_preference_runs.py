@@ -15,7 +15,7 @@ from steerlab.data.worlds import tiny
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.storage.tensors import Parts
@@ -52,7 +52,7 @@ def ran(done: run.Run) -> list[str]:
 
 
 def weights(store: Store, done: run.Run) -> torch.Tensor:
-    (patch,) = language.load(store.local("train", done.summary["model"]["key"])).patches
+    (patch,) = stacks.load(store.local("train", done.summary["model"]["key"])).patches
     return patch.up
 
 
@@ -69,7 +69,7 @@ def test_a_job_caches_trains_and_evaluates_over_alphas(cluster: None, store: Sto
 
     cache = Parts.open(store.local("hidden", Plan.of(wanted).preparing.made["hidden"].stage.key))
     assert sorted(facts["rows"] for facts in cache.facts.values()) == [8, 20, 20]
-    model = language.load(store.local("train", done.summary["model"]["key"]))
+    model = stacks.load(store.local("train", done.summary["model"]["key"]))
     rows = encode_data(model.encoder, tiny.rows("preferences/train", 48), "preference", 64).rows
     for number, row in enumerate(rows):
         states = cache.tensor(f"{number}/last")
@@ -87,7 +87,7 @@ def test_a_search_is_assembled_and_evaluated(cluster: None, store: Store, tmp_pa
     assert ran(done) == ["assemble", "evaluate"]
     found = done.summary["strengths"]
     assert found[0.0]["preference/kl"]["value"] == 0 < found[1.0]["preference/kl"]["value"]
-    (patch,) = language.load(store.local("assemble", done.summary["model"]["key"])).patches
+    (patch,) = stacks.load(store.local("assemble", done.summary["model"]["key"])).patches
     assert patch.spec() == {"reward": None, "head": str(tmp_path / "head.safetensors"), "weight": 1.5, "candidates": 3}
 
 

@@ -11,7 +11,7 @@ import pytest
 from steerlab import job, run
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -52,7 +52,7 @@ def test_a_job_mends_what_another_has_trained(cluster: None, tmp_path: Path) -> 
     assert len(about["by_module"]["kept"]) == 7, "one number for each linear layer of the block"
     assert {"base.json", "edit.json", "prompt.json"} <= {path.name for path in folder.iterdir()}
     assert not (folder / "index.json").exists(), "the patch holds the same numbers"
-    (patch,) = language.load(folder).patches
+    (patch,) = stacks.load(folder).patches
     assert patch.kind == "weight" and len(patch.shapes) == about["changed"]
     # Strength 0 is the trained model.
     own = Plan.of(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from steerlab import job, run
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -91,7 +91,7 @@ def test_a_job_from_file_to_result(cluster: None, jobs: Path) -> None:
     assert [r.status for r in plan.status(Plan.of(other).stages, store)] == ["cached", "cached", "to run"]
 
     subject = store.local(**{"stage": summary["model"]["stage"], "key": summary["model"]["key"]})
-    model = language.load(subject)
+    model = stacks.load(subject)
     assert model.patches[0].difference_P.abs().max() > 0
     assert isinstance(model.answer("give the topic of the text", "lamp", max_new_tokens=3), str)
     training = json.loads((subject / "training.json").read_text())

@@ -18,7 +18,7 @@ from steerlab import cli, job, report, run
 from steerlab.evaluation.statistics import generations
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -140,12 +140,12 @@ def test_fits_on_one_extraction_and_a_stack_of_two(cluster: None, store: Store, 
     (tmp_path / "below.yaml").write_text(json.dumps(walked))
     stacked = {**short, "name": "stack", "model": {"source": "job:below.yaml"}, "method": {"name": "mean_act"}}
     done = do(store, stacked, tmp_path)
-    loaded = language.load(artifact(store, done))
+    loaded = stacks.load(artifact(store, done))
     assert [patch.kind for patch in loaded.patches] == ["activation", "activation"]
     # Strength scales the newest patch; at 0 it is the steered model below.
     below = artifact(store, do(store, walked, tmp_path))
     prompt = [loaded.encoder.conversation("the old", "")]
-    one = language.load(below).token_log_probs(prompt)[0].log_prob
+    one = stacks.load(below).token_log_probs(prompt)[0].log_prob
     assert loaded.token_log_probs(prompt, strength=0.0)[0].log_prob == pytest.approx(one, abs=1e-5)
     assert loaded.token_log_probs(prompt, strength=1.0)[0].log_prob != pytest.approx(one, abs=1e-3)
 
@@ -176,7 +176,7 @@ def test_the_command_line_writes_the_page_and_shows_strengths(cluster: None, sto
     exported = tmp_path / "exported"
     result = runner.invoke(cli.app, ["export", f"{store.root}/{done.folder}", str(exported)])
     assert result.exit_code == 0 and "AutoModelForCausalLM" in result.output and said in result.output, result.output
-    steered = language.load(artifact(store, done))
+    steered = stacks.load(artifact(store, done))
     prompt = [steered.encoder.conversation("the old", "ship")]
     expected = steered.token_log_probs(prompt, strength=0.5)[0].log_prob
     row = steered.encoder.encode(prompt[0])

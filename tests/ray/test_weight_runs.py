@@ -16,7 +16,7 @@ from steerlab.methods.math import rotation
 from steerlab.methods.warp import Config, places
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 from steerlab.storage.tensors import Parts
@@ -81,7 +81,7 @@ def test_the_artifacts_say_what_was_kept(cluster: None, store: Store, tmp_path: 
     )
 
     assert done.summary["model"] is not None
-    loaded = language.load(store.local("train", done.summary["model"]["key"]))
+    loaded = stacks.load(store.local("train", done.summary["model"]["key"]))
     (patch,) = loaded.patches
     skeleton = models.load_model(tmp_path_model(tmp_path))
     for place in places(skeleton, Config.model_validate(WARP["method"])):

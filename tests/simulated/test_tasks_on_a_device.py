@@ -14,7 +14,7 @@ from test_vision_models import clip_dir  # noqa: F401
 
 from steerlab import models, patches
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.statistics.metrics import Metric, summarise_all
+from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.inputs.drawings import Prompter
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import Selection

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import standin
 
-from steerlab import tracking
+from steerlab.tracking import writer_process
 
 
 @pytest.fixture
@@ -17,6 +17,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[standin.Standin]:
         monkeypatch.setenv("WANDB_BASE_URL", state.url)
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
         monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-        tracking.close(30)  # a writer has its server from the environment that it starts in
+        writer_process.close(30)  # a writer has its server from the environment that it starts in
         yield state
-        tracking.close(120)
+        writer_process.close(120)

@@ -15,7 +15,7 @@ from steerlab.job import TrackConfig
 from steerlab.run import execution
 from steerlab.sweeps import page
 from steerlab.sweeps.units import Trial, Unit
-from steerlab.tracking import Place, Tracker
+from steerlab.tracking import Place, Tracker, writer_process
 from steerlab.tracking.wandb_client import workspaces
 
 ALPHAS = (0.25, 0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -59,7 +59,7 @@ def report(folder: Path, mode: str, place: Place = Place(), run_id: str = "20260
     for step in (1, 2):
         tracker.log({"step": step, "train/loss": 1 / step})
     execution._report(summary(ALPHAS), samples(ALPHAS), folder / "samples" / "images", tracker, place, 60)
-    tracking.drain(60)
+    writer_process.drain(60)
 
 
 def values_of(server: standin.Standin, board: workspaces.Board) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from steerlab import tracking
 from steerlab.cli import app
 from steerlab.job import TrackConfig
+from steerlab.tracking import writer_process
 from steerlab.tracking.wandb_client import sweep_page, workspaces
 
 REPOSITORY = Path(__file__).parents[2]
@@ -129,7 +130,7 @@ def test_a_run_that_had_no_key_says_what_sends_it(
             tracked(tmp_path / "run", "online")
         refused = call("wandb-send", tmp_path / "run", code=2)
         assert "no W&B API key" in refused.stderr and not server.runs
-    tracking.close(30)
+    writer_process.close(30)
     call("wandb-send", tmp_path / "run")
     assert len(server.lines("run-1")) == 31
 

@@ -18,7 +18,7 @@ import standin
 import steerlab
 from steerlab import tracking
 from steerlab.job import TrackConfig
-from steerlab.tracking import Place, Tracker
+from steerlab.tracking import Place, Tracker, writer_process
 
 TRACK = {"wandb": {"project": "tests", "mode": "online"}}
 DRIVER = """
@@ -161,11 +161,11 @@ def test_a_server_that_refuses_neither_stops_nor_slows_a_run(server: standin.Sta
     run.finish({"metric": 0.5}, exit_code=0, wait_s=0)
     assert time.monotonic() - began_s < 5
     with pytest.warns(UserWarning, match="the run is written offline; send it again with `steerlab wandb-send"):
-        tracking.drain(120)
+        writer_process.drain(120)
     (file,) = tmp_path.rglob("offline-run-*/*.wandb")
     assert file.stat().st_size > 10_000
     server.fail = None
-    status = tracking.send(tmp_path / "wandb")
+    status = writer_process.send(tmp_path / "wandb")
     assert status.get("done"), status
     assert [line["train/step"] for line in server.lines("run-1")] == list(range(1, 1001))
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from steerlab.activations import parquet
+from steerlab.activations import part_writing
 from steerlab.activations.parquet import Activations
 
 WIDTHS = {"model.layers.1": 6, "model.layers.1.mlp": 4}
@@ -37,12 +37,12 @@ def table(start: int, end: int, dtype: str = "float32", tokens: bool = False, **
     if tokens:
         about |= {"token_index": [0] * len(rows), "token_id": [7] * len(rows), "role": ["data"] * len(rows)}
     made = values(start, end) | found
-    return parquet.table(about, made, parquet.schema(WIDTHS, dtype, tokens, METADATA))
+    return part_writing.table(about, made, part_writing.schema(WIDTHS, dtype, tokens, METADATA))
 
 
 def write(directory: Path, *parts: list[pa.Table]) -> Path:
     directory.mkdir(exist_ok=True)
-    facts = [parquet.write_part(groups, directory / f"part-{i:05d}.parquet") for i, groups in enumerate(parts)]
+    facts = [part_writing.write_part(groups, directory / f"part-{i:05d}.parquet") for i, groups in enumerate(parts)]
     (directory / "parts.json").write_text(json.dumps(facts))
     return directory
 
@@ -116,8 +116,8 @@ def test_columns_are_told_by_name_and_not_by_order(tmp_path: Path) -> None:
     about = {"text_sha256": ["0" * 64], "label": ["source"], "sample_id": [0]}
     widths = {"first": 2, "second": 2}
     made = {"second": np.float32([[3, 4]]), "first": np.float32([[1, 2]])}
-    kind = parquet.schema(widths, "float32", False, METADATA | {"modules": list(widths)})
-    found = Activations.open(write(tmp_path / "order", [parquet.table(about, made, kind)]))
+    kind = part_writing.schema(widths, "float32", False, METADATA | {"modules": list(widths)})
+    found = Activations.open(write(tmp_path / "order", [part_writing.table(about, made, kind)]))
     assert (found.column("first").tolist(), found.column("second").tolist()) == ([[1, 2]], [[3, 4]])
 
 
@@ -126,7 +126,9 @@ def test_several_poolings_have_a_column_each(tmp_path: Path) -> None:
     metadata = METADATA | {"pooling": ["mean", "last"], "modules": ["m"]}
     about = {"sample_id": [0], "label": ["target"], "text_sha256": ["0" * 64]}
     made = {"m@mean": np.float32([[1, 2]]), "m@last": np.float32([[3, 4]])}
-    directory = write(tmp_path / "several", [parquet.table(about, made, parquet.schema(widths, "float32", False, metadata))])
+    directory = write(
+        tmp_path / "several", [part_writing.table(about, made, part_writing.schema(widths, "float32", False, metadata))]
+    )
     found = Activations.open(directory)
     assert found.column("m", "last").tolist() == [[3, 4]]
     with pytest.raises(ValueError, match="say which pooling of m is meant: mean, last"):
@@ -201,5 +203,5 @@ def test_a_part_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("the second group fails")
 
     with pytest.raises(ValueError, match="second group"):
-        parquet.write_part(groups(), tmp_path / "part-00000.parquet")
+        part_writing.write_part(groups(), tmp_path / "part-00000.parquet")
     assert not list(tmp_path.iterdir())

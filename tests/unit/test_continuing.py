@@ -18,8 +18,9 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import Conversation
 from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, EmbeddingPatch, LogitPatch, RewardPatch, SecondModelPatch, WeightPatch
-from steerlab.steered import continuing, language, sampling
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered import continuing, generated_text, sampling
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 NEW = 12
 KINDS = ["none", "embedding", "activation", "logit", "weight", "second_model", "reward"]
@@ -179,7 +180,7 @@ def test_a_stop_text_is_found_across_tokens_without_decoding_everything(
 ) -> None:
     steered.model.generation_config.eos_token_id = None  # type: ignore[union-attr]
     monkeypatch.setattr(SteeredModel, "end_ids", set())
-    monkeypatch.setattr(language, "_BEFORE_STOP", 2)
+    monkeypatch.setattr(generated_text, "_BEFORE_STOP", 2)
     how: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.0}
     whole = steered.generate(prompts[:1], **how)[0][0]
     # The word that first occurs last.

@@ -12,7 +12,7 @@ from torch import nn
 import steerlab
 from steerlab import models
 from steerlab.job import TrainConfig
-from steerlab.training import arithmetic
+from steerlab.training import numerics
 from steerlab.training.engine import make_optimizer
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB. Process 1 has 70 GiB"
@@ -59,16 +59,16 @@ class Lossy(nn.Module):
 
 def test_a_training_is_deterministic_while_it_runs_and_names_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    with arithmetic.of(TrainConfig(steps=1)):
+    with numerics.of(TrainConfig(steps=1)):
         assert not torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "highest"
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    with arithmetic.of(TrainConfig(steps=1, deterministic=True, tf32=True)):
+    with numerics.of(TrainConfig(steps=1, deterministic=True, tf32=True)):
         assert torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "high"
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     refused = pytest.raises(ValueError, match=r"train\.deterministic: index_add_cuda_ has no deterministic form")
-    with refused, arithmetic.of(TrainConfig(steps=1, deterministic=True)):
+    with refused, numerics.of(TrainConfig(steps=1, deterministic=True)):
         Lossy()(torch.zeros(1))
-    with pytest.raises(RuntimeError, match="does not have"), arithmetic.of(TrainConfig(steps=1)):
+    with pytest.raises(RuntimeError, match="does not have"), numerics.of(TrainConfig(steps=1)):
         Lossy()(torch.zeros(1))
     # The process of a sweep's trials trains again, with other settings.
     assert not torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "highest"

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from steerlab.evaluation.statistics.metrics import Metric, summarise_all
+from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.evaluation.tasks.attacks import attempts, hackaprompt, rules, tensor_trust, wordings
 from steerlab.evaluation.tasks.attacks.rules_scenarios import SCENARIOS, Case
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION
-from steerlab.steered.language import Generation
+from steerlab.steered.generated_text import Generation
 
 Fields = dict[str, Any]
 

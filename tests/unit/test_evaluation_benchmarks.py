@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from steerlab.evaluation.asking.items import Numbered
-from steerlab.evaluation.statistics.metrics import summarise
+from steerlab.evaluation.statistics.summaries import summarise
 from steerlab.evaluation.tasks.ability import alpaca
 from steerlab.evaluation.tasks.attacks import bipia, bipia_attacks, forbidden_words
 from steerlab.evaluation.tasks.attacks.bipia_attacks import Attack
-from steerlab.steered.language import Generation
+from steerlab.steered.generated_text import Generation
 
 CODE = "import os\n\nos.system('poweroff --now')"
 TEXT_ATTACKS = {

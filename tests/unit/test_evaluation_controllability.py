@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from steerlab import job
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.statistics.measures import Measure
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, summarise, summarise_all
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task
+from steerlab.evaluation.statistics.summaries import summarise, summarise_all
 from steerlab.evaluation.tasks.ability import perplexity
 from steerlab.evaluation.tasks.style import controllability
 from steerlab.evaluation.tasks.style.controllability import Point, judge, kendall, slope

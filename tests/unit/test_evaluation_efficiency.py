@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.statistics.metrics import Metric, summarise_all
+from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.evaluation.tasks.cost import contenders, efficiency
 from steerlab.evaluation.tasks.cost.efficiency import Config, Timing
 from steerlab.inputs.encoding import Encoder

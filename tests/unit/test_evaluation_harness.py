@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from steerlab.evaluation.statistics.metrics import TOO_LONG, summarise, summarise_all
-from steerlab.evaluation.tasks.ability import harness, harness_chats, harness_model
+from steerlab.evaluation.statistics.metrics import TOO_LONG
+from steerlab.evaluation.statistics.summaries import summarise, summarise_all
+from steerlab.evaluation.tasks.ability import harness, harness_chats, harness_model, harness_rows
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import INSTRUCTION, Message, Part
 from steerlab.models import load_tokenizer
@@ -51,7 +52,7 @@ def test_likelihoods_are_the_models_own_at_strength_0_and_others_at_1(steered, e
 
 
 def test_a_continuation_that_greedy_decoding_gives_is_marked(steered):
-    text = steered.generate([harness_model._text(steered, "the cow")], max_new_tokens=4, strengths=(1.0,))[0][0].text
+    text = steered.generate([harness_rows.conversation_of(steered, "the cow")], max_new_tokens=4, strengths=(1.0,))[0][0].text
     found = harness_model.loglikelihoods(steered, [("the cow", f" {text}"), ("the cow", f" {text} dog")], 1.0)
     assert [likelihood.is_greedy for likelihood in found] == [True, False]
 

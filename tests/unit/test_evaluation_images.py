@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from steerlab import models
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.judging import vision
-from steerlab.evaluation.statistics.metrics import Result, summarise_all
+from steerlab.evaluation.statistics.metrics import Result
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.diffusion import diversity, image_concept, image_similarity
 from steerlab.inputs.drawings import Prompter
 from steerlab.job import DataSet, Selection

@@ -6,10 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from steerlab.evaluation.asking.items import Numbered
-from steerlab.evaluation.statistics.metrics import summarise
+from steerlab.evaluation.statistics.summaries import summarise
 from steerlab.evaluation.tasks.ability import alpaca
 from steerlab.evaluation.tasks.attacks import forging, injection, struq
-from steerlab.steered.language import Generation
+from steerlab.steered.generated_text import Generation
 
 ROW = Numbered("3", {"instruction": "Sort.", "input": "b a", "output": "a b"})
 CONFIG = injection.Config()

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from steerlab.data import rows
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.statistics.metrics import Result, summarise_all
+from steerlab.evaluation.statistics.metrics import Result
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.ability import arithmetic
 from steerlab.job import DataSet
 from steerlab.patches import EmbeddingPatch

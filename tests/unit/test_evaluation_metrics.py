@@ -4,18 +4,9 @@ import numpy as np
 import pytest
 
 from steerlab.evaluation.statistics.measures import Measure
-from steerlab.evaluation.statistics.metrics import (
-    MAX_SAMPLES,
-    Metric,
-    Observation,
-    Result,
-    contains,
-    left_out,
-    spread,
-    summarise,
-    summarise_all,
-)
+from steerlab.evaluation.statistics.metrics import MAX_SAMPLES, Observation, Result, contains, spread
 from steerlab.evaluation.statistics.paired import paired_difference
+from steerlab.evaluation.statistics.summaries import Metric, left_out, summarise, summarise_all
 
 
 def observations(values, weights=None, metric="m", strength=1.0):

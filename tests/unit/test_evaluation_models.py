@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from steerlab.data.worlds import tiny_checkpoint, tiny_words
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.ability import alpaca, perplexity
 from steerlab.evaluation.tasks.attacks import injection
-from steerlab.evaluation.tasks.roles import marked_prompts, probing, separation
+from steerlab.evaluation.tasks.roles import marked_prompts, probed_rows, probing, separation
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Part
 from steerlab.patches import EmbeddingPatch
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 ROWS = "tiny:instructions/test"
 LEGIBLE = ("empty", "unfinished", "repetition", "letters")
@@ -248,7 +250,7 @@ def test_split_probe(data, with_probe, side, expected):
 
 def test_balanced_takes_as_many_tokens_of_either_kind():
     parts = [-1, 1, 1, 1, -1, 3, 3, -1]
-    chosen = probing.balanced(parts, 3, 8, probing.random.Random(0))
+    chosen = probed_rows.balanced(parts, 3, 8, random.Random(0))
     assert sorted(parts[t] for t in chosen) == [1, 1, 3, 3]
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from steerlab.data.worlds import tiny
-from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.preferences import preference
 from steerlab.evaluation.tasks.preferences.preference import Config, observe, run
 from steerlab.inputs.encoded_rows import encode_data

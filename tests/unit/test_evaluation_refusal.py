@@ -13,7 +13,7 @@ from steerlab.data import rows, sources
 from steerlab.data.worlds import tiny_words
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.judging import scorers
-from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.harm import refusal
 from steerlab.job import DataSet
 from steerlab.patches import ActivationPatch

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 from steerlab import models
 from steerlab.data.worlds import tiny_checkpoint
 from steerlab.evaluation.asking.items import Numbered
-from steerlab.evaluation.statistics.metrics import summarise_all
 from steerlab.evaluation.statistics.sample_kinds import heat_map, histogram
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.roles import attention_by_role, embedding_shift, instruction_concept, probing
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION

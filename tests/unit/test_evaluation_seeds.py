@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from steerlab.cli import terminal
 from steerlab.evaluation.statistics import seeds
 from steerlab.evaluation.statistics.measures import Measure, share
-from steerlab.evaluation.statistics.metrics import Observation, Result, Task, summarise, summarise_all
+from steerlab.evaluation.statistics.metrics import Observation, Result, Task
+from steerlab.evaluation.statistics.summaries import summarise, summarise_all
 from steerlab.evaluation.tasks.attacks import injection, struq
 from steerlab.job import TaskConfig
 from steerlab.report import tables

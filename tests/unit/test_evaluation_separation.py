@@ -5,7 +5,7 @@ import pytest
 
 from steerlab.evaluation.asking.items import choose, has_input, instruction_rows, number
 from steerlab.evaluation.statistics.measures import find
-from steerlab.evaluation.statistics.metrics import summarise
+from steerlab.evaluation.statistics.summaries import summarise
 from steerlab.evaluation.tasks.roles import embedded_probes, separation
 from steerlab.evaluation.tasks.roles.embedded_probes import Probe
 from steerlab.evaluation.tasks.roles.separation import Item

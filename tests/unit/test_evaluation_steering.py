@@ -20,13 +20,14 @@ from steerlab.data.worlds import tiny_words
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.asking import continuation, legibility
 from steerlab.evaluation.judging import fluency, scorers
-from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.harm import toxicity
 from steerlab.evaluation.tasks.style import concept, sentiment
 from steerlab.inputs.tokens import INSTRUCTION, Message, Part
 from steerlab.job import DataSet
 from steerlab.patches import ActivationPatch
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 NORM = "model.layers.1.post_attention_layernorm"
 LINES = ["the cow", "the old dog and", "the cat and the duck", "the big cow and the"]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.tiny import tiny_answers, tiny_sentences
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet
-from steerlab.steered.language import Generation
+from steerlab.steered.generated_text import Generation
 
 
 class Parrot:

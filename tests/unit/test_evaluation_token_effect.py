@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from steerlab import report
 from steerlab.data.worlds import tiny
-from steerlab.evaluation.statistics.metrics import summarise_all
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.tasks.preferences.token_effect import Config, run
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet

@@ -22,11 +22,12 @@ from transformers import (
 
 from steerlab import models, patches
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.judging import judges
+from steerlab.evaluation.judging import answer_rewards, judges
 from steerlab.evaluation.judging.judges import Answer, Compared, Pair
 from steerlab.evaluation.judging.pair_judges import PairJudge
-from steerlab.evaluation.statistics.metrics import TOO_LONG, Score, summarise_all
-from steerlab.evaluation.tasks.preferences import win_rate
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Score
+from steerlab.evaluation.statistics.summaries import summarise_all
+from steerlab.evaluation.tasks.preferences import opponents, win_rate
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet
 from steerlab.patches import LogitPatch
@@ -149,7 +150,7 @@ def naive_log_likelihood(model: SteeredModel, given: Answer, strength: float) ->
 
 def test_the_implicit_reward_is_a_log_likelihood_ratio(steered: SteeredModel) -> None:
     answers = [answer("the cow"), answer("the old dog and the cat", finished=False), Answer("copy it", "box key", "box")]
-    found = judges.implicit_reward(steered)(answers)
+    found = answer_rewards.implicit_reward(steered)(answers)
     for given, reward in zip(answers, found, strict=True):
         expected = naive_log_likelihood(steered, given, 1.0) - naive_log_likelihood(steered, given, 0.0)
         assert reward == pytest.approx(expected, abs=1e-4)
@@ -157,7 +158,7 @@ def test_the_implicit_reward_is_a_log_likelihood_ratio(steered: SteeredModel) ->
 
 def test_the_implicit_reward_relative_to_another_model(steered: SteeredModel, tiny_dir: Path, encoder: Encoder) -> None:
     other = SteeredModel(models.load_model(tiny_dir, seed=1), encoder)
-    (found,) = judges.implicit_reward(steered, other)([answer("the cow")])
+    (found,) = answer_rewards.implicit_reward(steered, other)([answer("the cow")])
     policy, reference = (
         naive_log_likelihood(steered, answer("the cow"), 1.0),
         naive_log_likelihood(other, answer("the cow"), 1.0),
@@ -167,9 +168,9 @@ def test_the_implicit_reward_relative_to_another_model(steered: SteeredModel, ti
 
 def test_an_answer_beyond_the_context_has_no_likelihood(steered: SteeredModel) -> None:
     long = answer("cow " * 256)
-    short = judges.log_likelihoods(steered, [answer("the cow")], 1.0)
-    assert judges.log_likelihoods(steered, [long, answer("the cow")], 1.0) == [TOO_LONG, *short]
-    assert judges.log_likelihoods(steered, [long], 1.0) == [TOO_LONG]
+    short = answer_rewards.log_likelihoods(steered, [answer("the cow")], 1.0)
+    assert answer_rewards.log_likelihoods(steered, [long, answer("the cow")], 1.0) == [TOO_LONG, *short]
+    assert answer_rewards.log_likelihoods(steered, [long], 1.0) == [TOO_LONG]
 
 
 # Judges from outside
@@ -192,7 +193,7 @@ def test_a_reward_model_reads_the_prompt_with_its_answer(
     words_tokenizer.chat_template = template
     model = save_reward_model(tmp_path, words_tokenizer)
     answers = [Answer("is it ?", "", "moo"), Answer("is it ?", "quack", "woof woof"), Answer("is it ?", "", "")]
-    found = judges.reward_model(str(tmp_path))([*answers, Answer("is it ?", "", "moo " * 64)])
+    found = answer_rewards.reward_model(str(tmp_path))([*answers, Answer("is it ?", "", "moo " * 64)])
     for given, reward in zip(answers, found[:-1], strict=True):
         if template is None:
             inputs = words_tokenizer(given.prompt, given.text, return_tensors="pt")
@@ -206,7 +207,7 @@ def test_a_reward_model_reads_the_prompt_with_its_answer(
 def test_a_classifier_with_classes_is_no_reward_model(words_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save_reward_model(tmp_path, words_tokenizer, num_labels=2)
     with pytest.raises(ValueError, match="is no reward model: it has the classes LABEL_0, LABEL_1, not one"):
-        judges.reward_model(str(tmp_path))
+        answer_rewards.reward_model(str(tmp_path))
 
 
 @pytest.fixture
@@ -333,7 +334,7 @@ def test_the_best_of_several_answers_is_the_one_that_the_reward_ranks_first(
     result = win_rate.run(plain, config(**drawing))
     prompts = [encoder.conversation(sample["prompt"]) for sample in result.samples]
     drawn = [[o.text.strip() for o in plain.generate(prompts, max_new_tokens=6, temperature=1.0, seed=n)[0]] for n in range(4)]
-    reward = judges.implicit_reward(win_rate._load(exported, plain))
+    reward = answer_rewards.implicit_reward(opponents.load_like(exported, plain))
     for number, sample in enumerate(result.samples):
         candidates = [Answer(sample["prompt"], "", texts[number], False) for texts in drawn]
         rewards = reward(candidates)

@@ -24,10 +24,11 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, CannotFold, taps
 from steerlab.patches.maps import AffineMap
-from steerlab.steered import export, language
-from steerlab.steered.language import SteeredModel, SteeredPipeline, load
+from steerlab.steered import export, stacks
+from steerlab.steered.drawing import SteeredPipeline
+from steerlab.steered.language import SteeredModel
 from steerlab.steered.model import Asked
-from steerlab.steered.stacks import encoder_of
+from steerlab.steered.stacks import encoder_of, load
 from steerlab.storage import bases as standing
 
 MAKERS = {"sd": stable_diffusion, "sdxl": sdxl, "flux": flux, "dit": dit}
@@ -90,7 +91,7 @@ def test_plain_diffusers_draws_what_the_patched_pipeline_draws(
     name: str, sampler: dict[str, Any], modules: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     artifact, prompt = left(tmp_path / "left", bases[name], modules, sampler), PROMPT if name == "digits" else "a cat"
-    patched = language.load(artifact)
+    patched = stacks.load(artifact)
     expected, unsteered = drawn(patched, prompt, 0.7), drawn(patched, prompt, 0.0)
     written = export.write(artifact, tmp_path / "out", strength=0.7, loading={})
     assert written.reason is None and not (tmp_path / "out/patch").exists()
@@ -140,7 +141,7 @@ def test_what_cannot_fold_says_why_and_lies_apart(
     exec(written.lines.replace("image.png", str(tmp_path / "image.png")), opened)
     with Image.open(tmp_path / "image.png") as image:
         assert image.size[0] in (8, 16)
-    patched = language.load(artifact)
+    patched = stacks.load(artifact)
     for strength in (0.0, 0.5, 1.0):
         assert torch.equal(drawn(opened["model"], prompt, strength), drawn(patched, prompt, strength))
     # Strength 0 is the pipeline itself, which is in weights already.
@@ -174,7 +175,7 @@ def test_weights_that_are_not_the_patched_pipeline_are_not_exported(
     monkeypatch.setattr(models, "fold_affine", lambda *_: None)
     written = export.write(artifact, tmp_path / "out", strength=1.0, loading={})
     assert re.search(r"the patch is off by 0\.\d+, where all that it does is 0\.\d+", written.reason or "")
-    assert torch.equal(drawn(load(tmp_path / "out"), PROMPT), drawn(language.load(artifact), PROMPT))
+    assert torch.equal(drawn(load(tmp_path / "out"), PROMPT), drawn(stacks.load(artifact), PROMPT))
     monkeypatch.setattr(patches.ActivationPatch, "tensors", lambda self: {n: 2 * v for n, v in self.state_dict().items()})
     with pytest.raises(ValueError, match=r"nothing was exported: what was saved differs by 0\.\d+ from the patched model"):
         export.write(artifact, tmp_path / "broken", strength=1.0, loading={})
@@ -257,7 +258,7 @@ def test_a_linear_layer_without_a_bias_gets_one_where_the_config_can_say_so(tiny
 
 def test_side_by_side_leaves_the_files_of_the_tasks(bases: dict[str, Path], tmp_path: Path) -> None:
     artifact = left(tmp_path / "left", bases["digits"], NORMS, {"steps": 2, "guidance": 2.0})
-    model = language.load(artifact)
+    model = stacks.load(artifact)
     shown = model.side_by_side(Asked(PROMPT, (0.0, 1.0), seed=3, guidance=(0.0, 2.0)))
     names = {f"{s}.000_{g}.000/3.png" for s in (0, 1) for g in (0, 2)}
     assert set(shown.files) == names | {f"{kind}_{g}.000.{end}" for g in (0, 2) for kind, end in KINDS.items()}

@@ -15,7 +15,7 @@ from steerlab import models, patches
 from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, EmbeddingPatch, taps
 from steerlab.patches.maps import AffineMap
-from steerlab.steered import export, language
+from steerlab.steered import export, stacks
 from steerlab.steered.stacks import BELOW
 from steerlab.storage.bases import BASE, PROMPT
 
@@ -54,7 +54,7 @@ def difference(one: Any, other: Any, strength: float = 1.0) -> float:
 def test_a_patch_that_folds_is_in_the_weights(base: Path, tmp_path: Path) -> None:
     artifact = left(tmp_path / "left", base, mapped(base, r".*down_proj", 0.5))
     assert export.write(artifact, tmp_path / "out", strength=0.7, loading={}).reason is None
-    assert difference(language.load(tmp_path / "out"), language.load(artifact), 0.7) < 1e-3
+    assert difference(stacks.load(tmp_path / "out"), stacks.load(artifact), 0.7) < 1e-3
 
 
 def test_weights_that_lose_a_small_effect_are_not_exported(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_weights_that_lose_a_small_effect_are_not_exported(base: Path, tmp_path:
     monkeypatch.setattr(models, "fold_affine", lambda *_: None)
     written = export.write(artifact, tmp_path / "out", strength=1.0, loading={})
     assert written.reason is not None and "in the weights, the patch is off by" in written.reason
-    assert len(language.load(tmp_path / "out").patches) == 1
+    assert len(stacks.load(tmp_path / "out").patches) == 1
 
 
 def test_a_stack_that_does_not_fold_lies_beside_its_model(base: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_stack_that_does_not_fold_lies_beside_its_model(base: Path, tmp_path: 
     artifact = left(tmp_path / "left", base, *stack)
     written = export.write(artifact, tmp_path / "out", strength=0.5, loading={})
     assert "depends on token roles" in (written.reason or "")
-    found, expected = language.load(tmp_path / "out"), language.load(artifact)
+    found, expected = stacks.load(tmp_path / "out"), stacks.load(artifact)
     assert [patch.kind for patch in found.patches] == ["embedding", "activation", "activation"]
     for strength in (0.0, 0.5, 1.0):
         assert all(torch.equal(a, b) for a, b in zip(found.probe(strength), expected.probe(strength), strict=True))
@@ -79,7 +79,7 @@ def test_a_stack_that_does_not_fold_lies_beside_its_model(base: Path, tmp_path: 
 
 def test_texts_of_several_lengths_are_compared(base: Path, tmp_path: Path) -> None:
     artifact = left(tmp_path / "left", base, mapped(base, r".*down_proj", 0.5))
-    lengths = {len(probe) for probe in language.load(artifact).probe()}
+    lengths = {len(probe) for probe in stacks.load(artifact).probe()}
     assert len(lengths) >= 3
 
 

@@ -24,8 +24,8 @@ from steerlab.job import Selection
 from steerlab.patches import ActivationPatch, LogitPatch, WeightPatch
 from steerlab.patches.foreign import adapters, control_vectors, read
 from steerlab.patches.maps import AffineMap, LowRankMap
-from steerlab.steered import foreign_formats, language
-from steerlab.steered.language import load
+from steerlab.steered import foreign_formats, stacks
+from steerlab.steered.stacks import load
 
 WIDTH, LAYERS = 32, 3
 IDS = torch.tensor([[3, 9, 4, 17, 5, 8, 20]])
@@ -116,7 +116,7 @@ def test_llama_cpp_adds_what_the_patch_adds(base: Path, tmp_path: Path) -> None:
     assert foreign_formats.write(artifact, tmp_path / "out", "gguf", strength=0.7, loading={}).note is None
     added = llama_cpp(tmp_path / "out/vector.gguf", LAYERS, WIDTH)
     assert set(added) == {1, 2}
-    expected = logits(language.load(artifact), 0.7)
+    expected = logits(stacks.load(artifact), 0.7)
     torch.testing.assert_close(logits_with(base, added), expected, atol=1e-5, rtol=0)
     assert (logits_with(base, {}) - expected).abs().max() > 0.1
     reader = gguf.GGUFReader(tmp_path / "out/vector.gguf")
@@ -130,7 +130,7 @@ def test_a_stack_of_vectors_is_one_sum(base: Path, tmp_path: Path) -> None:
     artifact = left(tmp_path / "left", base, shifts(base, 1), shifts(base, 1, 2))
     foreign_formats.write(artifact, tmp_path / "out", "gguf", strength=-2.0, loading={})
     added = llama_cpp(tmp_path / "out/vector.gguf", LAYERS, WIDTH)
-    torch.testing.assert_close(logits_with(base, added), logits(language.load(artifact), -2.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_with(base, added), logits(stacks.load(artifact), -2.0), atol=1e-5, rtol=0)
 
 
 def repeng(path: Path, directions: Mapping[int, Any], hint: str = "llama", **more: Any) -> Path:
@@ -291,7 +291,7 @@ def test_layer_0_is_for_those_who_take_it(base: Path, tmp_path: Path) -> None:
         foreign_formats.write(artifact, tmp_path / "out", "gguf", strength=1.0, loading={})
     assert foreign_formats.write(artifact, tmp_path / "easy", "easysteer", strength=1.0, loading={}).note is None
     added = control_vectors.read(tmp_path / "easy/vector.gguf").vectors
-    torch.testing.assert_close(logits_with(base, added), logits(language.load(artifact)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_with(base, added), logits(stacks.load(artifact)), atol=1e-5, rtol=0)
 
 
 def test_an_approximation_says_its_error(llama: Path, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_an_approximation_says_its_error(llama: Path, tmp_path: Path) -> None:
     note = foreign_formats.write(artifact, tmp_path / "out", "gguf", strength=1.0, loading={}, approximate=True).note
     match = re.search(r"off by ([0-9.e-]+) nats a token, where the patch moves them by ([0-9.e-]+)", note or "")
     assert match is not None
-    expected = language.load(artifact)
+    expected = stacks.load(artifact)
     found = load(llama, patch=tmp_path / "out", prompt=PLAIN)
     error = max(float((a - b).square().mean().sqrt()) for a, b in zip(found.probe(), expected.probe(), strict=True))
     effect = max(float((a - b).square().mean().sqrt()) for a, b in zip(expected.probe(0), expected.probe(), strict=True))
@@ -313,7 +313,7 @@ def test_a_vector_that_is_no_better_than_none_is_not_written(
 ) -> None:
     artifact = left(tmp_path / "left", llama, _scaled(layers_of(llama), 1.02))
     away = {1: 40 * torch.ones(WIDTH)}
-    monkeypatch.setattr(foreign_formats, "_mean_moves", lambda *_: away)
+    monkeypatch.setattr(foreign_formats, "mean_moves", lambda *_: away)
     with pytest.raises(ValueError, match=r"the nearest vectors are off by .* nats, and all that the patch does is"):
         foreign_formats.write(artifact, tmp_path / "out", "gguf", strength=1.0, loading={}, approximate=True)
     assert not (tmp_path / "out").exists()
@@ -342,7 +342,7 @@ def peft_logits(base: Path, folder: Path) -> Tensor:
 def test_peft_loads_what_was_written(base: Path, tmp_path: Path) -> None:
     artifact = left(tmp_path / "left", base, low_rank(base, 3), low_rank(base))
     foreign_formats.write(artifact, tmp_path / "out", "peft", strength=0.6, loading={}, base="owner/model")
-    expected = logits(language.load(artifact), 0.6)
+    expected = logits(stacks.load(artifact), 0.6)
     torch.testing.assert_close(peft_logits(base, tmp_path / "out"), expected, atol=2e-5, rtol=0)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/model" and config["r"] == 5
@@ -478,5 +478,5 @@ def test_the_code_beside_a_logit_head_gives_the_logits(base: Path, tmp_path: Pat
     exec(written.lines.removeprefix("```python\n").removesuffix("```"), names)
     with torch.no_grad():
         found = names["logits"](input_ids=IDS)
-    torch.testing.assert_close(found, logits(language.load(artifact), 0.8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, logits(stacks.load(artifact), 0.8), atol=1e-5, rtol=0)
     assert (found - logits_with(base, {})).abs().max() > 0.05

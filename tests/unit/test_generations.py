@@ -14,8 +14,10 @@ import pytest
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.statistics import generations, stored
-from steerlab.evaluation.statistics.metrics import MAX_SAMPLES, Observation, summarise_all
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.evaluation.statistics.metrics import MAX_SAMPLES, Observation
+from steerlab.evaluation.statistics.summaries import summarise_all
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 # Whether a text is still language
 

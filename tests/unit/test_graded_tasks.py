@@ -14,7 +14,8 @@ from judge_server import serving
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.judging import graders
 from steerlab.evaluation.judging.graders import Grading
-from steerlab.evaluation.statistics.metrics import Result, summarise_all
+from steerlab.evaluation.statistics.metrics import Result
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.evaluation.statistics.written import Written
 from steerlab.evaluation.tasks.ability import mt_bench
 from steerlab.evaluation.tasks.style import axbench

@@ -16,7 +16,7 @@ from steerlab.job import JobError, Selection, read
 from steerlab.patches.maps import AffineMap, LowRankMap
 from steerlab.stages import JobType, Plan
 from steerlab.stages.spread import subject
-from steerlab.steered import language, stacks
+from steerlab.steered import stacks
 
 ACT = Path(__file__).parents[2] / "jobs/tiny/act.yaml"
 PLACE = "model.layers.1.mlp"
@@ -46,7 +46,7 @@ def artifact(tiny_dir: Path, tmp_path: Path) -> Path:
     patch = patches.ActivationPatch.from_maps({PLACE: found}, Selection(modules=PLACE))
     patches.save(patch, tmp_path / "left/patch", models.fingerprint(model))
     (tmp_path / "left/base.json").write_text(json.dumps({"source": str(tiny_dir)}))
-    (tmp_path / "left/prompt.json").write_text(json.dumps(language.load(tiny_dir).encoder.spec))
+    (tmp_path / "left/prompt.json").write_text(json.dumps(stacks.load(tiny_dir).encoder.spec))
     return tmp_path / "left"
 
 

@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 
 from steerlab.cli import app
 from steerlab.evaluation import TASKS
-from steerlab.evaluation.judging import asking, calls, judges, kept_answers
+from steerlab.evaluation.judging import asking, chat_api, judges, kept_answers
 from steerlab.evaluation.judging.asking import Asker
-from steerlab.evaluation.judging.calls import EndpointError
+from steerlab.evaluation.judging.chat_api import EndpointError
 from steerlab.evaluation.judging.endpoint import Endpoint
 from steerlab.evaluation.judging.judges import Answer, Compared
 from steerlab.evaluation.judging.verdicts import better, rating
-from steerlab.evaluation.statistics.metrics import TOO_LONG, summarise_all
+from steerlab.evaluation.statistics.metrics import TOO_LONG
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.store import Store
 
@@ -45,14 +46,14 @@ def echo(question: str) -> str:
 @pytest.mark.parametrize("faults", [["limit"], ["500", "503"], ["cut"], ["no json"], ["no choices"], ["cut", "limit", "500"]])
 def test_a_call_is_tried_again_until_it_is_answered(faults: list[str]) -> None:
     with serving(echo, faults) as server:
-        reply = calls.call(endpoint(server.url), asked("a")[0])
+        reply = chat_api.call(endpoint(server.url), asked("a")[0])
     assert (reply.text, reply.tries) == ("said a", len(faults) + 1)
     assert (reply.input_tokens, reply.output_tokens) == (10, 3)
 
 
 def test_a_server_that_does_not_answer_in_time_is_asked_again() -> None:
     with serving(echo, ["slow"]) as server:
-        reply = calls.call(endpoint(server.url, timeout_s=0.4, retries=20), asked("a")[0])
+        reply = chat_api.call(endpoint(server.url, timeout_s=0.4, retries=20), asked("a")[0])
     # At least, and not exactly: on a busy machine the second try may be late as well.
     assert reply.text == "said a" and reply.tries >= 2
 
@@ -60,7 +61,7 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again() -> None:
 def test_tries_are_bounded_and_the_message_says_who_failed_and_how() -> None:
     with serving(echo, ["500"] * 9) as server:
         with pytest.raises(EndpointError, match=r"judge-1 at http://127.* failed 4 times, last with HTTP 500"):
-            calls.call(endpoint(server.url), asked("a")[0])
+            chat_api.call(endpoint(server.url), asked("a")[0])
         assert sum(server.tries.values()) == 4
 
 
@@ -68,7 +69,7 @@ def test_a_request_that_is_wrong_is_not_repeated(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("JUDGE_KEY", "secret-123")
     with serving(echo, key="other") as server:
         with pytest.raises(EndpointError, match="refuses with HTTP 401") as error:
-            calls.call(endpoint(server.url, key_env="JUDGE_KEY"), asked("a")[0])
+            chat_api.call(endpoint(server.url, key_env="JUDGE_KEY"), asked("a")[0])
         assert sum(server.tries.values()) == 1
     assert "secret-123" not in str(error.value) and "***" in str(error.value), (
         "the server repeated the key, the message does not"
@@ -80,7 +81,7 @@ def test_the_key_comes_from_the_environment_and_not_from_netrc(monkeypatch: pyte
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("JUDGE_KEY", "right")
     with serving(echo, key="right") as server:
-        assert calls.call(endpoint(server.url, key_env="JUDGE_KEY"), asked("a")[0]).text == "said a"
+        assert chat_api.call(endpoint(server.url, key_env="JUDGE_KEY"), asked("a")[0]).text == "said a"
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(ValueError, match="key_env: the environment variable JUDGE_KEY"):
         endpoint("http://127.0.0.1:1/v1", key_env="JUDGE_KEY").key()
@@ -89,7 +90,7 @@ def test_the_key_comes_from_the_environment_and_not_from_netrc(monkeypatch: pyte
 def test_the_server_says_how_long_to_wait() -> None:
     waits: list[float] = []
     with serving(echo, ["limit", "500", "500"]) as server:
-        calls.call(endpoint(server.url, wait_s=0.02, longest_wait_s=0.03), asked("a")[0], waits.append)
+        chat_api.call(endpoint(server.url, wait_s=0.02, longest_wait_s=0.03), asked("a")[0], waits.append)
     assert waits[0] == 0.01, "Retry-After"
     assert waits[1:] == [0.03, 0.03], "doubled, and never longer than the longest wait"
 
@@ -99,7 +100,7 @@ def test_the_server_says_how_long_to_wait() -> None:
     [("7", 7.0), ("0.5", 0.5), ("nan", None), ("soon", None), (None, None), ("Fri, 31 Dec 1999 23:59:59 GMT", -1)],
 )
 def test_retry_after_is_a_number_or_a_date(header: str | None, seconds: float | None) -> None:
-    found = calls._retry_after_s(header)
+    found = chat_api._retry_after_s(header)
     assert found == seconds if seconds != -1 else found is not None and found < 0
 
 
@@ -119,8 +120,10 @@ def test_a_job_holds_no_key(fields: dict[str, str], said: str) -> None:
 
 def test_the_request_has_the_settings_of_the_job() -> None:
     with serving(echo) as server:
-        calls.call(endpoint(server.url, max_tokens=None, temperature=None, options={"max_completion_tokens": 5}), asked("a")[0])
-        calls.call(endpoint(server.url), asked("a")[0])
+        chat_api.call(
+            endpoint(server.url, max_tokens=None, temperature=None, options={"max_completion_tokens": 5}), asked("a")[0]
+        )
+        chat_api.call(endpoint(server.url), asked("a")[0])
     own = {"model": "judge-1", "messages": asked("a")[0]}
     assert server.bodies == [{**own, "max_completion_tokens": 5}, {**own, "max_tokens": 20, "temperature": 0.0}]
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from steerlab.cli import app
 from steerlab.evaluation import TASKS
 from steerlab.evaluation.statistics import stored
-from steerlab.evaluation.statistics.metrics import Result, summarise_all
+from steerlab.evaluation.statistics.metrics import Result
+from steerlab.evaluation.statistics.summaries import summarise_all
 from steerlab.job import DataSet, JobError
 from steerlab.run import texts_judged
 from steerlab.steered.language import SteeredModel

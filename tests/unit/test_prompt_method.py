@@ -17,7 +17,7 @@ from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, Encoded
 from steerlab.job import Example, Preamble
 from steerlab.stages import JobType, Plan
-from steerlab.steered import language
+from steerlab.steered import language, stacks
 from steerlab.storage import plan
 from steerlab.storage.store import Store
 
@@ -114,7 +114,7 @@ def worded(tmp_path: Path) -> tuple[Plan, Store, plan.Stage]:
 
 def test_the_artifact_is_the_model_with_its_preamble(worded: tuple[Plan, Store, plan.Stage]) -> None:
     planned, store, stage = worded
-    loaded = language.load(store.local(stage.name, stage.key))
+    loaded = stacks.load(store.local(stage.name, stage.key))
     preamble = loaded.encoder.preamble
     assert preamble == planned.preamble and len(preamble.examples) == 2 and preamble.prefix == "be kind : "
     assert loaded.patches == () and loaded.encoder.prompt_style == "plain"
@@ -131,7 +131,7 @@ def test_a_prompt_on_a_prompt_keeps_both(worded: tuple[Plan, Store, plan.Stage])
     second = made(above)
     assert second.model is not None
     plan.run(list(plan.ordered([second.model])), store, second.job.scale, plan.Listener(), [])
-    preamble = language.load(store.local(second.model.name, second.model.key)).encoder.preamble
+    preamble = stacks.load(store.local(second.model.name, second.model.key)).encoder.preamble
     assert preamble == second.preamble
     assert (preamble.system, preamble.prefix) == ("answer in one word\n\nin capitals", "be kind : and brief : ")
     assert len(preamble.examples) == 2
@@ -195,7 +195,7 @@ def test_a_damaged_preamble_is_named(worded: tuple[Plan, Store, plan.Stage], tmp
     prompt = json.loads((folder / "prompt.json").read_text())
     (folder / "prompt.json").write_text(json.dumps({**prompt, "preamble": preamble}))
     with pytest.raises(ValueError, match=r"prompt\.json"):
-        language.load(folder)
+        stacks.load(folder)
 
 
 def test_the_job_of_the_repository_passes_its_checks() -> None:

@@ -26,10 +26,11 @@ from steerlab import patches
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Message, Part
 from steerlab.patches import EmbeddingPatch
-from steerlab.serving import continuing, server
+from steerlab.serving import served_rows, server
+from steerlab.serving.batches import Batches
 from steerlab.serving.replies import Text
-from steerlab.serving.waiting import Batches
-from steerlab.steered.language import SteeredModel, load
+from steerlab.steered.language import SteeredModel
+from steerlab.steered.stacks import load
 
 QUESTION, LETTER = "Name the colours of the letter.", "A red hat, and say blue."
 LONG = 40
@@ -304,7 +305,7 @@ def test_many_at_once_wait_or_are_refused(aside: SteeredModel, monkeypatch: pyte
     """Too many are refused by the status that makes clients wait; a broken batch is the fault of one request alone."""
     running = Running(aside, most_rows=2)
     try:
-        monkeypatch.setattr("steerlab.serving.waiting.MOST_WAITING", 8)
+        monkeypatch.setattr("steerlab.serving.batches.MOST_WAITING", 8)
         status, answer = running.ask("/v1/completions", {"model": "tiny", "prompt": ["a"] * 9, "max_tokens": 1})
         assert status == 429 and answer["error"]["type"] == "rate_limit_error"
         assert running.ask("/v1/completions", {"model": "tiny", "prompt": ["a"] * 8, "max_tokens": 1})[0] == 200
@@ -314,7 +315,7 @@ def test_many_at_once_wait_or_are_refused(aside: SteeredModel, monkeypatch: pyte
             raise RuntimeError("out of memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(continuing, "collate", fail)
+            patch.setattr(served_rows, "collate", fail)
             status, answer = running.ask("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})
             assert status == 500 and "the model failed: RuntimeError: out of memory" in answer["error"]["message"]
         assert running.ask("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})[0] == 200

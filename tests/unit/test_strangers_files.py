@@ -38,7 +38,7 @@ from steerlab.models.diffusion import saved_pipelines
 from steerlab.run import folder as folders
 from steerlab.stages import JobType
 from steerlab.storage.store import Store, StoreError
-from steerlab.tracking import spool, writer
+from steerlab.tracking import run_history, spool
 
 MINUTE_S = 60
 TREE: dict[str, Any] = {
@@ -174,7 +174,7 @@ def test_a_spool_sends_images_of_its_own_run_alone(tmp_path: Path) -> None:
     (run / "samples").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(b"x")
     (run / "samples" / "link.png").symlink_to(tmp_path / "secret.png")
-    history: Any = writer._History.__new__(writer._History)
+    history: Any = run_history.History.__new__(run_history.History)
     history.folder = run
     for path in (
         tmp_path / "secret.png",

@@ -162,11 +162,10 @@ def test_no_setting_of_the_current_folder_reaches_the_client(tmp_path: Path, mon
 
     monkeypatch.setattr("subprocess.Popen", noted)
     monkeypatch.setattr("subprocess.run", noted)
-    from steerlab import tracking
-    from steerlab.tracking import writer
+    from steerlab.tracking import writer, writer_process
 
     for call in (
-        lambda: tracking._started(tmp_path),
+        lambda: writer_process.started(tmp_path),
         lambda: sweep_page._call({}),
         lambda: writer._write_offline({}, tmp_path, lambda: True),
     ):

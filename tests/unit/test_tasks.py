@@ -19,7 +19,7 @@ from steerlab.evaluation.judging import graders
 from steerlab.evaluation.measured import measure_of, unmeasured
 from steerlab.evaluation.statistics import seeds
 from steerlab.evaluation.statistics.measures import find
-from steerlab.evaluation.statistics.metrics import Metric, summarise_all
+from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataSet, Job
 from steerlab.models import ModelFacts

@@ -19,7 +19,7 @@ from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.encoding import Encoder
 from steerlab.job import DataConfig, DataSet
 from steerlab.stages import JobType, Plan
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.steered.language import SteeredModel
 from steerlab.training.loop import load_rows
 
@@ -123,7 +123,7 @@ def test_a_job_trains_thoughts(name: str, tmp_path: Path, recwarn: pytest.Warnin
     said = [str(warning.message) for warning in recwarn]
     assert any("the answers of 1 change the tokens" in one for one in said) == (name == "qwen3 thinking")
     assert Plan.of(wanted).stages[0].params["prompt"]["thinking"] is True
-    assert language.load(tmp_path / "model", prompt=wanted.prompt).encoder.thinking  # type: ignore[union-attr]
+    assert stacks.load(tmp_path / "model", prompt=wanted.prompt).encoder.thinking  # type: ignore[union-attr]
 
 
 def test_answers_that_melt_into_their_prompts_are_said(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_row_that_the_template_refuses_leaves_the_numbers_of_the_others() -> N
 
 
 def test_an_exported_model_ends_turns_in_plain_transformers(tmp_path: Path) -> None:
-    loaded = language.load(model_of("gemma", tmp_path / "model"))
+    loaded = stacks.load(model_of("gemma", tmp_path / "model"))
     assert isinstance(loaded, SteeredModel)
     loaded.save_model(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
@@ -241,7 +241,7 @@ def test_a_base_model_is_trained_with_another_models_template(tmp_path: Path) ->
     assert keys[0] == keys[1]
     assert keys[0] != keys[2]
     assert Plan.of(jobs[0]).stages[0].key != Plan.of(job_of(model, tmp_path)).stages[0].key
-    loaded = language.load(model, prompt=jobs[0].prompt)
+    loaded = stacks.load(model, prompt=jobs[0].prompt)
     assert isinstance(loaded, SteeredModel)
     prompt = loaded.encoder.encode(loaded.encoder.conversation("say", "hello"))
     assert "<|assistant|>" in loaded.encoder.tokenizer.decode(prompt.input_ids)
@@ -251,7 +251,7 @@ def test_a_tokenizer_from_elsewhere_is_taken(tmp_path: Path) -> None:
     model = model_of("gpt2", tmp_path / "model")
     family("neox").tokenizer.save_pretrained(tmp_path / "tokenizer")
     wanted = job_of(model, tmp_path, model={"source": str(model), "tokenizer": str(tmp_path / "tokenizer")})
-    loaded = language.load(model, prompt=wanted.prompt)
+    loaded = stacks.load(model, prompt=wanted.prompt)
     assert isinstance(loaded, SteeredModel)
     assert loaded.encoder.tokenizer.pad_token == "<|padding|>"
 

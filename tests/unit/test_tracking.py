@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from steerlab import tracking
 from steerlab.job import TrackConfig
-from steerlab.tracking import Tracker, spool
+from steerlab.tracking import Tracker, spool, writer_process
 
 
 @pytest.fixture(autouse=True)
 def _no_process_is_left() -> Iterator[None]:
     yield
-    tracking.close(60)
+    writer_process.close(60)
 
 
 def tracked(mode: str | None) -> TrackConfig:

@@ -97,7 +97,7 @@ def _is_finished(store: Store, folder: str) -> bool:
 
 
 class Loading(TypedDict, total=False):
-    """Options of `language.load` that a run's job sets."""
+    """Options of `stacks.load` that a run's job sets."""
 
     dtype: str | None
     sampler: JsonObject | None

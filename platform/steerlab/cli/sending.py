@@ -34,6 +34,7 @@ def wandb_send(
 def _send(folder: Path) -> list[str]:
     """Send a run, and the runs of its further strengths; return their ids in W&B."""
     from steerlab import tracking
+    from steerlab.tracking import writer_process
 
     spools = tracking.spools_of(folder)
     if not spools:
@@ -42,7 +43,7 @@ def _send(folder: Path) -> list[str]:
     owner = f"{settings[0].entity}/" if settings[0].entity else ""
     say_line(f"{folder}: sending to W&B project {owner}{settings[0].project}")
     for path in spools:
-        status = tracking.send(path)
+        status = writer_process.send(path)
         if status.get("state") != "online" or not status.get("done"):
             raise ValueError(f"{folder}: {status.get('reason') or 'W&B did not accept all of the run; try again'}")
     console.print(f"{folder}: sent", soft_wrap=True, highlight=False)

@@ -32,10 +32,10 @@ def serve(
         artifact = artifact_of(run_folder, root, inverse)
         scale = artifact.reported.strength if strength is None else strength
         from steerlab.serving import server
-        from steerlab.serving.waiting import Batches
-        from steerlab.steered import language
+        from steerlab.serving.batches import Batches
+        from steerlab.steered import language, stacks
 
-        model = language.load(artifact.path, **artifact.loading, device=device)
+        model = stacks.load(artifact.path, **artifact.loading, device=device)
         if not isinstance(model, language.SteeredModel):
             raise ValueError(f"{run_folder} draws images, and the chat API is for language models")
         # A patch that is in the weights, or none at all, acts at the one strength 1.

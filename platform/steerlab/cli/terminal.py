@@ -179,8 +179,8 @@ def say_line(line: str) -> None:
 
 def cell(metric: MetricNumbers | None) -> str:
     """Return a metric as text for a table: value, 95 % interval, number of items, and items that were left out."""
-    from steerlab.evaluation.statistics.metrics import left_out
     from steerlab.evaluation.statistics.seeds import between_seeds
+    from steerlab.evaluation.statistics.summaries import left_out
 
     if metric is None:
         return "-"

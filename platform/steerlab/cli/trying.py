@@ -56,14 +56,14 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Try a result by hand; several strengths side by side: texts, or images with a contact sheet and an animation."""
-    from steerlab.steered import language
+    from steerlab.steered import stacks
     from steerlab.steered.model import Asked
 
     with explained():
         asked = _prompts(prompt, data, prompts)
         scales = None if guidance is None else tuple(guidance)
         artifact = artifact_of(run_folder, root, inverse)
-        loaded = language.load(artifact.path, device=device, **artifact.loading)
+        loaded = stacks.load(artifact.path, device=device, **artifact.loading)
         strengths = _strengths(strength, artifact, loaded, quiet=as_json)
         requests = [
             Asked(one, strengths, seed, about, max_new_tokens, temperature, top_p, top_k, min_p, samples, scales)
@@ -169,11 +169,11 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a patch does at each token of a response: what it promotes and demotes, its norm, the KL to the base."""
-    from steerlab.steered import explain, language
+    from steerlab.steered import explain, language, stacks
 
     with explained():
         artifact = artifact_of(run_folder, root, inverse)
-        model = language.load(artifact.path, device=device, **artifact.loading)
+        model = stacks.load(artifact.path, device=device, **artifact.loading)
         if not isinstance(model, language.SteeredModel):
             raise ValueError(f"{run_folder} draws images; explain works on the tokens of a language model")
         (scale,) = _strengths(None if strength is None else [strength], artifact, model, quiet=as_json)

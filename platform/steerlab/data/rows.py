@@ -8,15 +8,13 @@ Shuffling, `offset` and `limit` come last.
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 
-import numpy as np
-
 from steerlab.data import forms, mixing, pairs, sources, values
+from steerlab.data.row_order import distinct, shuffled, with_tags_and_seeds
 from steerlab.data.seen_rows import Seen, is_absent
 from steerlab.data.sources import SourceError
 from steerlab.data.values import Row
@@ -72,18 +70,18 @@ def _read_own(data: DataSet) -> list[dict[str, object]]:
 
     def counted() -> Iterator[dict[str, object]]:
         nonlocal passed
-        for row in _distinct(_each(data, seen, _needed(data)), data) if data.distinct else _each(data, seen, _needed(data)):
+        for row in distinct(_each(data, seen, _needed(data)), data) if data.distinct else _each(data, seen, _needed(data)):
             passed += 1
             yield row
 
     end = None if data.limit is None else data.offset + data.limit
     # Lazy up to here: without a filter or a shuffle, `limit: 100` reads 100 rows of a file of millions.
-    selected = list(islice(_shuffled(counted(), data.shuffle), data.offset, end))
+    selected = list(islice(shuffled(counted(), data.shuffle), data.offset, end))
     seen.check_names(data)
     if not selected:
         raise seen.nothing_left(data, passed)
     seen.warn(data)
-    return _with_tags_and_seeds(selected, data)
+    return with_tags_and_seeds(selected, data)
 
 
 def check_one_format(data: DataSet) -> None:
@@ -268,34 +266,6 @@ def _check_renamed(row: Row, data: DataSet) -> None:
             raise ValueError(f"has no field '{old}' (it has: {values.names(row)})")
 
 
-def _distinct(rows: Iterator[dict[str, object]], data: DataSet) -> Iterator[dict[str, object]]:
-    """Yield each row whose content (`_content`) did not occur before."""
-    seen = set()
-    for row in rows:
-        content = _content(row, data)
-        if content not in seen:
-            seen.add(content)
-            yield row
-
-
-def _shuffled(rows: Iterator[dict[str, object]], seed: int | None) -> Iterator[dict[str, object]]:
-    if seed is None:
-        return rows
-    all_rows = list(rows)
-    # Python promises the same numbers in every version for `random()` only, not for `shuffle`, so rows are sorted by them.
-    generator = random.Random(seed)
-    return (all_rows[i] for i in sorted(range(len(all_rows)), key=[generator.random() for _ in all_rows].__getitem__))
-
-
-def _with_tags_and_seeds(rows: list[dict[str, object]], data: DataSet) -> list[dict[str, object]]:
-    """Append the tags to the prompts in turn, then repeat each prompt for each of its seeds."""
-    if data.tags:
-        rows = [{**row, "text": f"{row['text']}, {data.tags[i % len(data.tags)]}"} for i, row in enumerate(rows)]
-    if data.seeds is not None:
-        rows = [{**row, "seed": seed} for row in rows for seed in range(*data.seeds)]
-    return rows
-
-
 def _needed(data: DataSet) -> int | None:
     """Return how many rows of a source are enough; None if a step may leave some out, so that all have to be read."""
     filters = (
@@ -309,17 +279,3 @@ def _needed(data: DataSet) -> int | None:
     )
     passes_all = not filters and data.shuffle is None
     return data.offset + data.limit if passes_all and data.limit is not None else None
-
-
-def _content(row: dict[str, object], data: DataSet) -> object:
-    """Return the part of a row that `distinct` compares: the text, the prompt, or all of a pair or a conversation."""
-    match data.format:
-        case "preference":
-            return json.dumps([row.get(name) for name in (*pairs.FIELDS, *pairs.BESIDE)])
-        case "conversation":
-            return json.dumps(row["messages"])
-        case "image":
-            return row["text"], np.asarray(row["image"]).tobytes()
-        case "text":
-            return row["text"]
-    return row["instruction"], row.get("input") or "", row.get("system") or "", json.dumps(row.get("history") or [])

@@ -28,9 +28,10 @@ from steerlab.inputs.encoded_rows import Rows, encode_data
 from steerlab.inputs.prompt_sources import template_of
 from steerlab.inputs.rendering import DATE, prints_date
 from steerlab.inputs.special_tokens import AddedTokens, TurnMarkers, broken_up
-from steerlab.inputs.stretches import TEMPLATE_PART, Layout, Stretch, melts, of_text
+from steerlab.inputs.stretches import Layout, Stretch, of_text
 from steerlab.inputs.templates import ChatTemplate
-from steerlab.inputs.tokenising import TextTokenizer, Tokens, places
+from steerlab.inputs.token_roles import with_roles
+from steerlab.inputs.tokenising import TextTokenizer, Tokens
 from steerlab.inputs.tokens import INSTRUCTION, Batch, Conversation, Encoded, Message, Row, collate, pad_id
 from steerlab.job import Preamble
 
@@ -194,7 +195,10 @@ class Encoder(PromptStyle):
             tokens = self._texts.tokens(texts, [self._as_text(conversation) for conversation in chunk])
             for conversation, text, row, row_tokens in zip(chunk, texts, rows, tokens, strict=True):
                 keeps_end = not continued and conversation[0].speaker == "text"
-                yield self._with_roles(*self._broken_up(conversation, text, row, row_tokens), keeps_end)
+                whole = self._broken_up(conversation, text, row, row_tokens)
+                encoded, is_melted = with_roles(*whole, self._added.names, keeps_end=keeps_end)
+                self.num_melted += is_melted
+                yield encoded
 
     def _as_text(self, conversation: Conversation) -> bool:
         """Return whether the tokenizer adds its own tokens (BOS, EOS); a chat template prints them itself."""
@@ -232,30 +236,6 @@ class Encoder(PromptStyle):
             text = "".join(stretch.text for stretch in stretches)
             tokens = self._texts.tokens([text], [self._as_text(conversation)])[0]
         raise ValueError("a text holds a special token that its normalisation makes again however it is broken up")
-
-    def _with_roles(self, text: str, stretches: list[Stretch], tokens: Tokens, keeps_end: bool) -> Encoded:
-        """Return the row in which every token has the role and part of the stretch that its deciding character is in."""
-        owner = [stretch for stretch in stretches for _ in stretch.text]
-        before, after = (Stretch("", stretch.role, TEMPLATE_PART) for stretch in (stretches[0], stretches[-1]))
-        ids = tokens.ids
-        # Without a character (an empty text) all tokens are those that the tokenizer adds.
-        owners = [owner[place] for place in places(text, tokens, self._added.names)] if owner else [after] * len(ids)
-        self.num_melted += melts(stretches, owners, tokens.offsets)
-        if any(tokens.put):
-            # Without characters of its own: a tokenizer marks special tokens within the text as added ones, too.
-            around = [bool(put) and start == end for put, (start, end) in zip(tokens.put, tokens.offsets, strict=True)]
-            first = next((t for t, here in enumerate(around) if not here), len(around))
-            positions = [t for t, here in enumerate(around) if not here or t < first or keeps_end]
-            ids = [ids[t] for t in positions]
-            owners = [(before if t < first else after) if around[t] else owners[t] for t in positions]
-        return Encoded(
-            input_ids=ids,
-            roles=[stretch.role for stretch in owners],
-            # Labels follow the text and not the role: with ASIDE's convention the answer has the role of data.
-            in_response=[stretch.answers and stretch.final for stretch in owners],
-            parts=[stretch.part for stretch in owners],
-            in_answers=[stretch.answers for stretch in owners],
-        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids, without special tokens and the token that ended it."""

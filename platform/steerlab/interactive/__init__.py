@@ -4,12 +4,16 @@ It has no computations of its own. A fit makes the plan of a job and runs its st
 the code of the tasks; a run is read by the code of the page.
 """
 
+from steerlab.interactive.compared_runs import Comparison, compare
 from steerlab.interactive.fitting import fit
-from steerlab.interactive.model import Model, load
+from steerlab.interactive.model_loading import load
+from steerlab.interactive.opened_model import Model
+from steerlab.interactive.opened_run import Run, read_run
+from steerlab.interactive.opened_sweep import Sweep, read_sweep
 from steerlab.interactive.outputs import Activations, Images, Text, Texts
 from steerlab.interactive.patch import Patch, load_patch
-from steerlab.interactive.results import Comparison, Run, Sweep, compare, read_run, read_sweep, report
-from steerlab.interactive.running import run
+from steerlab.interactive.run_job import run
+from steerlab.interactive.written_page import report
 
 __all__ = [
     "Activations",

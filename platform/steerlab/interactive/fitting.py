@@ -15,7 +15,9 @@ from steerlab import run as runs
 from steerlab.cli.running import progress as bars
 from steerlab.guards.json_values import JsonObject
 from steerlab.interactive.given import Rows, data_set
-from steerlab.interactive.model import Model, Origin, load
+from steerlab.interactive.model_loading import load
+from steerlab.interactive.model_origin import Origin
+from steerlab.interactive.opened_model import Model
 from steerlab.interactive.patch import Patch
 from steerlab.job import PROMPT_FIELDS, Job, JobError, TrainConfig, validate
 from steerlab.methods import METHODS, TABLE

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 from steerlab import patches
 from steerlab.guards import saved
-from steerlab.interactive.model import Model, Origin
+from steerlab.interactive.model_origin import Origin
+from steerlab.interactive.opened_model import Model
 from steerlab.interactive.outputs import html_table
 from steerlab.steered.stacks import BELOW
 from steerlab.storage.bases import BASE, PROMPT

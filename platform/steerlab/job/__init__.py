@@ -4,25 +4,17 @@ A job is a tree of scalars. The configs of methods and tasks are defined next to
 one closed type, so that a misspelt key anywhere gives one short message before any work starts.
 """
 
-from steerlab.job.data_set import (
-    PROMPT_FIELDS,
-    DataConfig,
-    DataSet,
-    ExtractConfig,
-    Phase,
-    Pixels,
-    Pooling,
-    Role,
-    Selection,
-    Span,
-)
+from steerlab.job.data_config import PROMPT_FIELDS, DataConfig
+from steerlab.job.data_set import DataSet
 from steerlab.job.entries import Entries
+from steerlab.job.extract_config import ExtractConfig, Pixels, Pooling
 from steerlab.job.file import base_job, dump, inlined, override, put, read, read_tree, validate
 from steerlab.job.job import Job, job_type, prompt_settings
 from steerlab.job.messages import cut, explain
 from steerlab.job.model_config import JOB_PREFIX, ModelConfig, SamplerConfig
 from steerlab.job.preamble import Example, Preamble
 from steerlab.job.schema import schema
+from steerlab.job.selection import Phase, Role, Selection, Span
 from steerlab.job.settings import (
     UNPATCHED,
     UNPATCHED_NAME,

@@ -8,7 +8,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
 
 from steerlab.guards.json_values import Json, JsonObject
-from steerlab.job.data_set import PROMPT_FIELDS, DataConfig, ExtractConfig
+from steerlab.job.data_config import PROMPT_FIELDS, DataConfig
+from steerlab.job.extract_config import ExtractConfig
 from steerlab.job.foreign_code import Entry
 from steerlab.job.model_config import ModelConfig
 from steerlab.job.settings import (

@@ -1,6 +1,6 @@
 """Taps: the places in a model where activations are read and steered, their tokens, and the pooling of their values.
 
-A `Selection` (job/data_set.py) names modules and tokens. `select` returns its modules as taps, `token_mask` its tokens of one
+A `Selection` (job/selection.py) names modules and tokens. `select` returns its modules as taps, `token_mask` its tokens of one
 call, and `pool` reduces the values of these tokens to one vector for each row. A `Reader` runs the model up to the last module
 that is read. All of this is one file, longer than others, because reading and steering must agree on what a place, its tokens
 and its neurons are.

@@ -23,10 +23,11 @@ from markupsafe import Markup
 from steerlab.data.sources import remote
 from steerlab.guards.called_package import CalledPackage
 from steerlab.guards.texts import everywhere, plain
-from steerlab.report import answers, figures, heat_maps, modules, predictions, samples, sweep_figures, tables
-from steerlab.report.contents import Document, Entry, Sweep, fit_seconds, measure_in, read, read_sweep
+from steerlab.report import figures, headline, heat_maps, modules, predictions, run_names, samples, sweep_figures, tables
+from steerlab.report.contents import Document, Entry, fit_seconds, measure_in, read
 from steerlab.report.plotting import Figure, front
 from steerlab.report.samples import texts
+from steerlab.report.sweep_contents import Sweep, read_sweep
 from steerlab.report.tables import cell, metrics, rows
 
 # `import steerlab as sl` gives the function `sl.report(...)` as well, which this package would hide.
@@ -69,14 +70,14 @@ def page(entries: Sequence[Entry], title: str = "steerlab report", sweeps: Seque
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_plain
     )
     # Tables, texts and images are keyed by the name of the run.
-    named = answers.told_apart([*entries, *(run for sweep in sweeps for run in sweep.runs)])
+    named = run_names.told_apart([*entries, *(run for sweep in sweeps for run in sweep.runs)])
     entries, later = named[: len(entries)], iter(named[len(entries) :])
     sweeps = [replace(sweep, runs=tuple(next(later) for _ in sweep.runs)) for sweep in sweeps]
     shown = named
     with_texts = [*entries, *(run for sweep in sweeps for run in sweep.runs[:_NUM_SHOWN])]
     sections = {
         "sweeps": [_sweep(sweep, put) for sweep in sweeps],
-        "runs": [_group(group) for group in answers.groups(entries)],
+        "runs": [_group(group) for group in run_names.groups(entries)],
         "choices": put(figures.choices(shown), "Effect against fluency"),
         "training": put(figures.training(shown), "Training"),
         "places": put(figures.by_place(shown), "Training by place"),
@@ -106,7 +107,7 @@ def _group(entries: Sequence[Entry]) -> dict[str, object]:
     names = metrics(entries)
     tasks = dict.fromkeys(name.partition("/")[0] for name in names)
     body = tables.overview(entries, names)
-    return {"title": ", ".join(tasks) or "no tasks", "names": names, "rows": body, "notes": answers.notes(entries, names)}
+    return {"title": ", ".join(tasks) or "no tasks", "names": names, "rows": body, "notes": headline.notes(entries, names)}
 
 
 def _chart(numbers: samples.Chart, put: Callable[[Figure | None, str], Placed | None]) -> dict[str, object]:
@@ -150,8 +151,8 @@ def _sweep(sweep: Sweep, put: Callable[[Figure | None, str], Placed | None]) -> 
         "metric": sweep.metric,
         # The template writes this word into a sentence.
         "goal": "more" if sweep.maximises else "less",
-        "answer": answers.sentence(sweep),
-        "notes": answers.notes(sweep.runs, sweep.metrics),
+        "answer": headline.sentence(sweep),
+        "notes": headline.notes(sweep.runs, sweep.metrics),
         "facts": tables.facts(sweep),
         "rules": _rules(sweep),
         "predictions": predictions.lines(sweep),
@@ -195,7 +196,7 @@ def _splits(sweep: Sweep) -> list[tuple[str, str]]:
         if isinstance(value, dict) and value.get("value") is not None:
             # Student's t over seeds knows nothing of the range of a share.
             measure = measure_in(sweep.runs, sweep.metric or "")
-            ends = {end: answers.within(measure, value[end]) for end in ("low", "high") if value.get(end) is not None}
+            ends = {end: headline.within(measure, value[end]) for end in ("low", "high") if value.get(end) is not None}
             value = {**value, **ends}
             lines.append((f"{split} rows, {note}", cell({"unparsable": 0, "low": None, "high": None, **value})))
     return lines

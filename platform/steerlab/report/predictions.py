@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from steerlab.report.contents import Document, Sweep, measure_in
+from steerlab.report.contents import Document, measure_in
+from steerlab.report.sweep_contents import Sweep
 
 DASH = "\u2013"
 _VERDICTS = {True: "holds", False: "does not hold", None: "not shown"}

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from steerlab.evaluation.statistics.stored import MetricNumbers
-from steerlab.report.contents import Document, Sweep, measure_in
+from steerlab.report.contents import Document, measure_in
 from steerlab.report.plotting import MAX_METRICS, Drawing, Figure, Plotly, bars, front, label, title
+from steerlab.report.sweep_contents import Sweep
 
 _WIDE_PARAMETER = 30.0
 """A parameter whose largest value is more than this factor above the smallest is drawn on a logarithmic axis."""

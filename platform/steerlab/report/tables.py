@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 from steerlab.evaluation.statistics.measures import Better
-from steerlab.evaluation.statistics.metrics import left_out
 from steerlab.evaluation.statistics.seeds import between_seeds
 from steerlab.evaluation.statistics.stored import MetricNumbers
+from steerlab.evaluation.statistics.summaries import left_out
 from steerlab.job import UNPATCHED, UNPATCHED_NAME
-from steerlab.report.answers import said
-from steerlab.report.contents import Document, Entry, Sweep, measure_in
+from steerlab.report.contents import Document, Entry, measure_in
+from steerlab.report.run_names import said
+from steerlab.report.sweep_contents import Sweep
 from steerlab.report.sweep_figures import measured, standing
 
 DASH = "\u2013"

@@ -16,7 +16,7 @@ from steerlab.data import sources
 from steerlab.guards import late
 from steerlab.job import own_code
 from steerlab.run import sharing
-from steerlab.stages import Plan, edit, extract, train
+from steerlab.stages import Plan, edit, extraction_size, train
 from steerlab.storage import copies, exclusive, plan
 from steerlab.storage.store import Store
 
@@ -51,7 +51,7 @@ def estimates(planned: Plan, facts: models.ModelFacts, records: list[plan.Record
         for role, stage in (owner.read | owner.extracted).items():
             assert job.extract is not None
             if stage.key in left:
-                needs[stage.key] = extract.estimate(job, role, job.extract, facts, directory)
+                needs[stage.key] = extraction_size.estimate(job, role, job.extract, facts, directory)
         for preparation in owner.preparing.made.values():
             if preparation.stage.key in left:
                 needs[preparation.stage.key] = preparation.estimate(facts, directory)

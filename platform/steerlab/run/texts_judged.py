@@ -23,7 +23,8 @@ from steerlab.evaluation import TABLE
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.judging import asking
 from steerlab.evaluation.statistics import generations, stored
-from steerlab.evaluation.statistics.metrics import Metric, Observation, Result, summarise_all
+from steerlab.evaluation.statistics.metrics import Observation, Result
+from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.evaluation.statistics.written import Written
 from steerlab.guards.faults import explained
 from steerlab.guards.json_values import JsonObject

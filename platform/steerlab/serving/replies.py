@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steerlab.serving.asked import RefusedError
-from steerlab.serving.continuing import Row
+from steerlab.serving.served_rows import Row
 from steerlab.steered.language import SteeredModel
 
 _UNFINISHED = "\ufffd"

@@ -23,7 +23,7 @@ from steerlab.methods.preparations import MOMENTS
 from steerlab.methods.preparations import Source as Given
 from steerlab.models import ModelFacts, WeightPlace
 from steerlab.stages import fit
-from steerlab.stages.spread import making, subject
+from steerlab.stages.spread import named_parts, subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.steered.stacks import load_stack
 from steerlab.storage.plan import Estimate, Stage, Work
@@ -89,13 +89,13 @@ def _source(model: Subject | None) -> str | None:
 def run(work: Work) -> None:
     """Compute the change in one Ray task, and write it as a patch with the settings of prompts and the method's numbers."""
     start_s, params = time.monotonic(), Params.model_validate(work.params)
-    making.make_parts(partial(_change, own_code.codes_in(params.method)), (_CHANGE,), False, work)
+    named_parts.make_parts(partial(_change, own_code.codes_in(params.method)), (_CHANGE,), False, work)
     parts = Parts.open(work.directory)
     facts: Any = parts.facts[_CHANGE]
     patch = patches.WeightPatch.of({name: parts.tensor(name) for name in facts["changed"]})
     patches.save(patch, work.directory / "patch", facts["fingerprint"])
     # The patch holds the same numbers.
-    making.remove_parts(work.directory)
+    named_parts.remove_parts(work.directory)
     fit.write_base(work, params, facts["prompt"])
     about = {
         "seconds": time.monotonic() - start_s,

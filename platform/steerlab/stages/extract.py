@@ -1,7 +1,4 @@
-"""The stage that extracts activations: from texts and a model to Parquet files (activations/parquet.py describes them).
-
-The file is longer than 300 lines because the estimate before the start and the work itself share their constants.
-"""
+"""The stage that extracts activations: from texts and a model to Parquet files (activations/parquet.py describes them)."""
 
 from __future__ import annotations
 
@@ -15,33 +12,21 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from steerlab.activations import parquet
+from steerlab.activations import parquet, part_writing
 from steerlab.data import rows
 from steerlab.data.values import Row
 from steerlab.guards.json_values import JsonObject
 from steerlab.job import DataSet, ExtractConfig, Job
-from steerlab.models import ModelFacts
-from steerlab.stages.spread import shards, subject
+from steerlab.stages.extraction_size import GROUP_BYTES, check_disk, spans
+from steerlab.stages.spread import shard_worker, shards, subject
 from steerlab.stages.spread.shard_plan import Facts, Shard
 from steerlab.stages.spread.subject import Subject
-from steerlab.storage.plan import Estimate, Stage, Work
+from steerlab.storage.plan import Stage, Work
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from steerlab.activations.reading import Vectors
-    from steerlab.inputs.encoding import Encoder
     from steerlab.inputs.tokens import Encoded
     from steerlab.steered.language import SteeredModel
-
-_GROUP_BYTES = 1 << 28
-"""Bytes of activations that are collected before they are written as one row group: a part may be larger than the memory."""
-SUMS_HELD_BYTES = 4 << 30
-"""Bytes of moments that an actor holds at once; where all modules need more, the texts are read in several passes."""
-_SAFETY = 1.1
-"""Free disk that an extraction must have, as a multiple of its estimate."""
-_TEXTS_JUDGED = 256
-"""Texts that are tokenised to estimate the mean length of all."""
 
 
 def read_by(roles: Mapping[str, Stage]) -> dict[str, Stage]:
@@ -149,7 +134,7 @@ def run(work: Work) -> None:
     (work.directory / parquet.SUMMARY).write_text(json.dumps(summary, indent=1))
 
 
-class RowsOfShard(shards.Maker):
+class RowsOfShard(shard_worker.Maker):
     """Makes the Parquet part of a shard, with rows in the order of the data set."""
 
     suffix = ".parquet"
@@ -160,7 +145,7 @@ class RowsOfShard(shards.Maker):
         self._config, self._format, self._label = params.extract, params.data.format, params.role
         self._reader = reading.TextReader(model, self._config)
         about = reading.about_model(model, self._config)
-        self._schema = parquet.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
+        self._schema = part_writing.schema(self._reader.widths, self._config.dtype, self._keeps_tokens, about)
 
     def close(self) -> None:
         """Remove the hooks that read the model."""
@@ -175,7 +160,7 @@ class RowsOfShard(shards.Maker):
         start_s = time.monotonic()
         # All texts of the shard are tokenised first: their lengths decide the batches.
         texts, num_cut = self._reader.encode(shard.rows, self._format, shard.first)
-        facts = parquet.write_part(self._tables(shard, texts, tell), path)
+        facts = part_writing.write_part(self._tables(shard, texts, tell), path)
         return PartFacts(
             **facts,
             texts=len(texts),
@@ -191,7 +176,7 @@ class RowsOfShard(shards.Maker):
 
         vector_bytes = 4 * sum(self._reader.widths.values())
         sizes = [vector_bytes * (len(text) if self._keeps_tokens else 1) for text in texts]
-        for start, end in spans(sizes, _GROUP_BYTES):
+        for start, end in spans(sizes, GROUP_BYTES):
             read: list[Vectors] = []
             num_done = start
             for vectors in self._reader.read(texts[start:end], shard.first + start):
@@ -216,7 +201,7 @@ def table(
         vectors: The activations, on the CPU.
         rows_read: The rows from which they come, or a stretch of a data set that contains them.
         label: Label of every row of the table.
-        schema: Schema of the table, from `parquet.schema`.
+        schema: Schema of the table, from `part_writing.schema`.
         first: Number in the data set of the first row of `rows_read`.
         start: Number in `rows_read` of the row that `vectors` call 0.
     """
@@ -225,7 +210,7 @@ def table(
     rows_M = [start + row for row in vectors.row_M.tolist()]
     # With pooling none a text has a row for each token: it is hashed once.
     hashes = {row: text_sha256(rows_read[row]) for row in set(rows_M)}
-    about: dict[str, parquet.AboutColumn] = {
+    about: dict[str, part_writing.AboutColumn] = {
         "sample_id": [first + row for row in rows_M],
         "label": [label] * len(rows_M),
         "text_sha256": [hashes[row] for row in rows_M],
@@ -233,18 +218,7 @@ def table(
     if vectors.role_M is not None and vectors.token_index_M is not None and vectors.token_id_M is not None:
         about |= {"token_index": vectors.token_index_M.numpy(), "token_id": vectors.token_id_M.numpy()}
         about["role"] = reading.role_names(vectors.role_M)
-    return parquet.table(about, {name: z_MD.numpy() for name, z_MD in vectors.values.items()}, schema)
-
-
-def spans(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges [start, end) of consecutive items whose sizes add up to `limit` at most; a larger item is a range alone."""
-    start, held = 0, 0
-    for i, size in enumerate(sizes):
-        if i > start and held + size > limit:
-            yield start, i
-            start, held = i, 0
-        held += size
-    yield start, len(sizes)
+    return part_writing.table(about, {name: z_MD.numpy() for name, z_MD in vectors.values.items()}, schema)
 
 
 def text_sha256(row: Row) -> str:
@@ -259,117 +233,3 @@ def text_sha256(row: Row) -> str:
         more = [row[name] for name in ("system", "history") if name in row]
         text = json.dumps([row["instruction"], row["input"] or "", row["output"], *more], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def estimate(job: Job, role: str, config: ExtractConfig, facts: ModelFacts, directory: Path) -> Estimate:
-    """Estimate the memory and disk of extracting one of the job's data sets.
-
-    Args:
-        job: A job whose data set is read and partly tokenised by this call.
-        role: Key of the data set in the job's `data` section.
-        config: How the activations are read.
-        facts: Sizes of the model.
-        directory: Directory with the model's config and tokenizer; no weights are read.
-    """
-    from steerlab import models
-    from steerlab.inputs import encoding
-
-    data = job.data.by_role[role]
-    texts = rows.read(data)
-    widths = _widths(models.skeleton(directory, job.model.trust_remote_code), config)
-    encoder = partial(encoding.load, directory, job.prompt, job.model.trust_remote_code)
-    vectors = len(texts) * _vectors_per_text(encoder, config, data.format, texts)
-    weights = facts.num_parameters * (4 if job.model.dtype == "float32" else 2)
-    if config.keep == "moments":
-        artifact_bytes, num_parts = _moment_bytes(widths, config), -(-len(texts) // config.rows_per_shard)
-        # A pass holds the moments of its modules and, in float32, what they compute for one batch.
-        held = max(
-            _moment_bytes(widths[start:end], config) + 4 * config.batch_tokens * sum(widths[start:end])
-            for start, end in spans([_moment_bytes([width], config) for width in widths], SUMS_HELD_BYTES)
-        )
-        return Estimate(memory_bytes=weights + held, disk_bytes=artifact_bytes, work_bytes=artifact_bytes * num_parts)
-    batch_bytes = 4 * config.batch_tokens * sum(widths)
-    disk_bytes = int(vectors * sum(widths) * _value_bytes(config))
-    # A row group exists three times while it is written: as tensors, as Arrow columns and as encoded Parquet pages.
-    return Estimate(memory_bytes=weights + batch_bytes + 3 * min(_GROUP_BYTES, disk_bytes), disk_bytes=disk_bytes)
-
-
-def check_disk(work: Work, params: Params, num_rows: int, some: Sequence[Row]) -> None:
-    """Refuse an extraction for which ROOT's disk is too small.
-
-    Args:
-        work: The running stage.
-        params: Its parameters.
-        num_rows: Number of rows that are still to be read.
-        some: Some of these rows, from whose length that of all is estimated.
-
-    Raises:
-        ValueError: ROOT has too little free space; the message says how much is needed and which setting lowers it.
-    """
-    # An object store has no such limit.
-    free = work.store.free_bytes()
-    if free is None:
-        return
-    from steerlab import models
-    from steerlab.inputs import encoding
-    from steerlab.steered import stacks
-
-    config, loading = params.extract, subject.of(work)
-    directory = stacks.model_directory(loading.ref.locate())
-    widths = _widths(models.skeleton(directory, loading.model.trust_remote_code), config)
-    if config.keep == "moments":
-        # The sums of every shard stay until their total, as large as one of them, is committed.
-        needed = (1 + -(-num_rows // config.rows_per_shard)) * _moment_bytes(widths, config)
-        less = "raise extract.rows_per_shard or read fewer modules"
-    else:
-        encoder = partial(encoding.load, directory, loading.prompt_settings, loading.model.trust_remote_code)
-        vectors = num_rows * _vectors_per_text(encoder, config, params.data.format, some)
-        needed = int(vectors * sum(widths) * _value_bytes(config))
-        less = "read fewer modules, pool, or set extract.dtype: float16"
-    if needed * _SAFETY > free:
-        raise ValueError(
-            f"ROOT '{work.store.root}' has {free / 1e9:.1f} GB free; {num_rows:,} rows and {len(widths)} columns of "
-            f"{max(widths)} neurons need about {needed / 1e9:.1f} GB: {less}"
-        )
-
-
-def _widths(skeleton: PreTrainedModel, config: ExtractConfig) -> list[int]:
-    """Estimate the width of every column from the shapes of the modules' weights.
-
-    A linear layer has `in_features` and `out_features`, a norm a weight of one axis; other modules count as wide as the model.
-    """
-    from steerlab.patches import taps
-
-    name, other = ("out_features", "weight") if config.select.side == "output" else ("in_features", "weight")
-    widths = []
-    for tap in taps.select(skeleton, config.select):
-        module = skeleton.get_submodule(tap.module)
-        weight = getattr(module, other, None)
-        vector = weight.shape[0] if weight is not None and weight.dim() == 1 else skeleton.config.hidden_size
-        widths.append(getattr(module, name, vector))
-    return widths * len(config.pooling)
-
-
-def _vectors_per_text(
-    load: Callable[[], Encoder],
-    config: ExtractConfig,
-    data_format: str,
-    texts: Sequence[Row],
-) -> float:
-    """Return the mean number of vectors of a text: one, or with pooling none its number of tokens, from a sample of texts."""
-    if config.pooling != ("none",):
-        return 1
-    encoder = load()
-    # Evenly spaced, because a data set may be sorted by length or by topic.
-    some = [encoder.from_row(row, data_format) for row in texts[:: max(1, len(texts) // _TEXTS_JUDGED)]]
-    lengths = [min(len(text), config.max_tokens) for text in encoder.encode_all(some)]
-    return sum(lengths) / len(lengths)
-
-
-def _value_bytes(config: ExtractConfig) -> int:
-    return 2 if config.dtype == "float16" else 4
-
-
-def _moment_bytes(widths: Sequence[int], config: ExtractConfig) -> int:
-    # Float64: the mean and the squares of each column, (D,) both, and the second moment, (D, D), where it is configured.
-    return 8 * sum(2 * width + config.second_moment * width**2 for width in widths)

@@ -17,7 +17,7 @@ from steerlab import evaluation, methods
 from steerlab.job import UNPATCHED_NAME, Job, Preamble, Selection, TaskConfig, base_job, job_type
 from steerlab.methods.contract import Assembled, Fitted, Method, Plain, Prompted, Trained
 from steerlab.methods.edited import Edited
-from steerlab.stages import assemble, choose, edit, evaluate, extract, fit, prepare, prompt, reduce, train
+from steerlab.stages import assemble, choose, edit, evaluate, extract, fit, preambles, prepare, reduce, train
 from steerlab.stages.spread import subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, ordered
@@ -107,7 +107,7 @@ class Plan:
     def preamble(self) -> Preamble:
         """What stands before each prompt of the model that the job evaluates."""
         below = Preamble() if self.below is None else self.below.preamble
-        return below.then(prompt.preamble(self.job)) if self.method.puts_preamble else below
+        return below.then(preambles.preamble(self.job)) if self.method.puts_preamble else below
 
     @cached_property
     def start(self) -> Subject:
@@ -180,7 +180,7 @@ class Plan:
             case Assembled():
                 return assemble.stage(self.job, self.start)
             case Prompted():
-                return prompt.stage(self.job, self.start)
+                return preambles.stage(self.job, self.start)
             case Trained() if self.job.train is not None:
                 return train.stage(self.job, self.start, self.read, self.preparing.used)
             case Trained() | Plain():

@@ -20,8 +20,8 @@ from steerlab.job import Frozen, Job, own_code
 from steerlab.methods import TABLE
 from steerlab.methods.preparations import KeepOfRows, MapParts, Moments, Preparation, Prepare, SumOverRows
 from steerlab.models import ModelFacts
-from steerlab.stages import extract, reduce
-from steerlab.stages.spread import making, subject
+from steerlab.stages import extraction_size, reduce
+from steerlab.stages.spread import making, named_parts, subject
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Estimate, Stage, Work
 
@@ -84,7 +84,7 @@ class Stages(Prepare):
             case Moments(name, role, config):
                 # The same stage as that of a job which only extracts these moments, so both share one artifact.
                 stage = reduce.stage(self._job, role, self._model, config)
-                self.made[name] = Prepared(stage, partial(extract.estimate, self._job, role, config))
+                self.made[name] = Prepared(stage, partial(extraction_size.estimate, self._job, role, config))
             case SumOverRows():
                 self._sum_over_rows(preparation)
             case KeepOfRows():
@@ -120,7 +120,7 @@ class Stages(Prepare):
         inputs = {**(self._model.inputs if request.reads_model else {}), **self._needed(request.needs)}
         # People read the name of a single part; of many, their number.
         label = ", ".join(request.parts[:1]) if len(request.parts) == 1 else f"{len(request.parts)} parts"
-        run = partial(making.make_parts, own_code.portable(request.make), request.parts, request.reads_model)
+        run = partial(named_parts.make_parts, own_code.portable(request.make), request.parts, request.reads_model)
         params = {**request.params, **self._own, **of_model}
         stage = Stage(request.name, request.version, params, run, inputs, label, self._model.paths)
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from steerlab.data import rows
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import ExtractConfig, Job
-from steerlab.stages import extract
-from steerlab.stages.spread import shards
+from steerlab.stages import extract, extraction_size
+from steerlab.stages.spread import shard_worker, shards
 from steerlab.stages.spread.shard_plan import Shard
 from steerlab.stages.spread.subject import Subject
 from steerlab.storage.plan import Stage, Work
@@ -58,7 +58,7 @@ def run(work: Work) -> None:
         SumFacts,
         params.data,
         params.extract.rows_per_shard,
-        lambda num_rows, some: extract.check_disk(work, params, num_rows, some),
+        lambda num_rows, some: extraction_size.check_disk(work, params, num_rows, some),
     )
     work.directory.mkdir(parents=True, exist_ok=True)
     # Merged in the order of the shards, not in that in which they came: floating-point addition is not associative, and the
@@ -89,7 +89,7 @@ class _Counts:
     num_cut: int = 0
 
 
-class SumsOfShard(shards.Maker):
+class SumsOfShard(shard_worker.Maker):
     """Makes the safetensors file with the sums of a shard.
 
     Second moments of all places may need more memory than the model itself. The texts are then read in several passes, each
@@ -140,7 +140,9 @@ class SumsOfShard(shards.Maker):
         # Columns are place by place, and for each place one for each pooling; all columns of a place are of the same width.
         poolings = len(self._config.pooling)
         sizes = list(self._widths.values())[::poolings]
-        groups = list(extract.spans([poolings * self._num_bytes(size) for size in sizes], extract.SUMS_HELD_BYTES))
+        groups = list(
+            extraction_size.spans([poolings * self._num_bytes(size) for size in sizes], extraction_size.SUMS_HELD_BYTES)
+        )
         for number, (start, end) in enumerate(groups):
             reader = reading.TextReader(self._model, self._config, self._modules[start:end])
             texts, counts.num_cut = reader.encode(shard.rows, self._format, shard.first)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from steerlab import models, patches
 from steerlab.guards import saved
-from steerlab.steered import language
+from steerlab.steered import drawing, language, stacks
 from steerlab.steered.model import differences
 from steerlab.steered.stacks import BELOW
 from steerlab.storage.bases import PROMPT
 
-_Steered = language.SteeredModel | language.SteeredPipeline
+_Steered = language.SteeredModel | drawing.SteeredPipeline
 STRENGTH = "strength.json"
 """File with the strength for which a patch beside a model was exported; absent if the patch is in the weights."""
 
@@ -42,7 +42,7 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
         artifact: Directory of the artifact.
         directory: The folder; it must not exist.
         strength: Strength of the newest patch.
-        loading: Options of `language.load`.
+        loading: Options of `stacks.load`.
 
     Raises:
         ValueError: the folder exists, or the loaded folder gives other log-probabilities or images than the patched model. The
@@ -50,7 +50,7 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
     """
     if directory.exists():
         raise ValueError(f"{directory} exists already; name a new folder")
-    loaded = language.load(artifact, **loading)
+    loaded = stacks.load(artifact, **loading)
     # Before anything is merged: afterwards the patched model does not exist any more.
     expected = loaded.probe(strength)
     # How far the patches move the probe: a merged model must be much closer to the patched one than the plain one is.
@@ -59,7 +59,7 @@ def write(artifact: Path, directory: Path, *, strength: float, loading: Mapping[
     if reason is None:
         return Exported(loaded.loading_lines(directory), None)
     shutil.rmtree(directory, ignore_errors=True)
-    loaded = language.load(artifact, **loading)  # again, because `fold` may have changed some of the weights before it failed
+    loaded = stacks.load(artifact, **loading)  # again, because `fold` may have changed some of the weights before it failed
     _write_apart(loaded, directory, strength)
     error = max(differences(_load(directory, loading).probe(strength), expected))
     if not error <= loaded.tolerance:  # written so that a NaN is refused as well
@@ -105,7 +105,7 @@ def _load(directory: Path, loading: Mapping[str, Any]) -> _Steered:
     """Load an exported folder in the type in which it was saved."""
     # With the same attention: other kernels round in another way, which would be taken for an error of the export.
     kernels = {name: loading[name] for name in ("attention", "trust_remote_code") if name in loading}
-    return language.load(directory, **kernels)
+    return stacks.load(directory, **kernels)
 
 
 def _write_apart(loaded: _Steered, directory: Path, strength: float) -> None:

@@ -18,17 +18,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from steerlab import models
-from steerlab.patches import ActivationPatch, LogitPatch, foreign
+from steerlab.patches import LogitPatch, foreign
 from steerlab.patches.foreign import adapters, control_vectors
 from steerlab.patches.foreign.control_vectors import NotAdditive
-from steerlab.steered import language
+from steerlab.steered import stacks
 from steerlab.steered.language import SteeredModel
 from steerlab.steered.model import differences
+from steerlab.steered.nearest_vectors import is_approximable, mean_moves
 
 VECTOR, HEAD = "vector.gguf", "logit_head.safetensors"
 _SHARE = 0.1
@@ -69,7 +69,7 @@ def write(
         directory: The folder; it must not exist.
         format_name: A key of FORMATS.
         strength: Strength of the newest patch, which becomes part of the numbers; older patches have strength 1.
-        loading: Options of `language.load`.
+        loading: Options of `stacks.load`.
         base: Hub id or path of the model, which adapters name; None if it is not known.
         approximate: Whether maps that are no sum with a vector are approximated by one.
 
@@ -78,7 +78,7 @@ def write(
     """
     if directory.exists():
         raise ValueError(f"{directory} exists already; name a new folder")
-    model = language.load(artifact, **loading)
+    model = stacks.load(artifact, **loading)
     if not isinstance(model, SteeredModel):
         raise ValueError(f"{format_name} holds patches of language models, and this one draws images; export a checkpoint")
     if not model.patches:
@@ -139,12 +139,12 @@ def _write_vectors(request: _Request, first_layer: int) -> str | None:
     try:
         parts.append(control_vectors.of_patch(model.patches[-1], model.model, request.strength))
     except NotAdditive as reason:
-        if not _is_approximable(model):
+        if not is_approximable(model):
             raise ValueError(f"{reason}; without --format, export writes a checkpoint") from None
         if not request.approximate:
             raise ValueError(f"{reason}; --approximate writes the nearest vectors and says the error") from None
         note = str(reason)
-        parts.append(_mean_moves(model, request.strength))
+        parts.append(mean_moves(model, request.strength))
     for vectors in parts:
         for number, vector in vectors.items():
             total[number] = total[number] + vector if number in total else vector
@@ -161,44 +161,6 @@ def _write_vectors(request: _Request, first_layer: int) -> str | None:
         note = "; ".join(filter(None, [note, "the vector of layer 0 is left out, because llama.cpp has no place for it"]))
     control_vectors.write(request.directory / VECTOR, total, models.text_config(model.model).model_type)
     return _compared(request, request.directory / VECTOR, note)
-
-
-def _is_approximable(model: SteeredModel) -> bool:
-    """Return whether the newest patch maps outputs of decoder layers on every token, so that a vector may come near it."""
-    patch = model.patches[-1]
-    try:
-        if isinstance(patch, ActivationPatch):
-            control_vectors.check_places(patch, model.model)
-    except NotAdditive:
-        return False
-    return isinstance(patch, ActivationPatch)
-
-
-def _mean_moves(model: SteeredModel, strength: float) -> dict[int, Tensor]:
-    """Return the mean of what each map of the newest patch adds to its layer's output, on the probe's texts."""
-    patch = model.patches[-1]
-    assert isinstance(patch, ActivationPatch), "`_is_approximable` has refused other kinds"
-    numbers = {name: number for number, name in enumerate(models.layer_names(model.model))}
-    sums: dict[int, Tensor] = {}
-    count: dict[int, int] = {}
-
-    def keep(number: int) -> Callable[..., None]:
-        def record(_layer: object, inputs: tuple[Tensor, ...], mapped: Tensor) -> None:
-            # (B, T, D) in float64: a mean over many small differences.
-            moved = (mapped.double() - inputs[0].double()).flatten(0, -2)
-            sums[number] = sums.get(number, torch.zeros(moved.shape[1], dtype=torch.float64)) + moved.sum(0).cpu()
-            count[number] = count.get(number, 0) + len(moved)
-
-        return record
-
-    places = zip(patch.sizes, patch.layers(), strict=True)
-    handles = [layer.register_forward_hook(keep(numbers[name])) for name, layer in places]
-    try:
-        model.probe_alone(strength)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {number: (total / count[number]).float() for number, total in sums.items()}
 
 
 def _compared(request: _Request, path: Path, note: str | None) -> str | None:

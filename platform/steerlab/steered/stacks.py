@@ -1,10 +1,12 @@
-"""Load a model, its encoder and its patches from a directory, without attaching the patches."""
+"""Load a model, its encoder and its patches from a directory: with the patches attached, or without."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from steerlab import models, patches
 from steerlab.guards import saved
@@ -13,6 +15,9 @@ from steerlab.inputs.drawings import Prompter
 from steerlab.inputs.encoded_rows import RowEncoder
 from steerlab.job import Preamble
 from steerlab.models.diffusion.pipelines import Diffusion
+from steerlab.patches import foreign
+from steerlab.steered.drawing import SteeredPipeline
+from steerlab.steered.language import SteeredModel
 from steerlab.storage import bases
 from steerlab.storage.bases import BASE, PROMPT, SavedPrompt
 
@@ -130,3 +135,59 @@ def model_directory(directory: Path) -> Path:
     """Return the directory with the config and the tokenizer of a model, given its own directory or that of a patch for it."""
     directory = bases.chain(directory)[-1]
     return directory / "model" if (directory / "model").is_dir() else directory
+
+
+def load(
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    attention: str = "sdpa",
+    device: str | torch.device = "cpu",
+    prompt: Mapping[str, object] | None = None,
+    snapshot: int | None = None,
+    inverse: bool = False,
+    sampler: Mapping[str, object] | None = None,
+    trust_remote_code: bool = False,
+    patch: str | Path | Sequence[str | Path] = (),
+) -> SteeredModel | SteeredPipeline:
+    """Load a model with its patches from an artifact, an exported folder or a plain checkpoint.
+
+    Args:
+        directory: The artifact, folder or checkpoint.
+        dtype: "float32" or "bfloat16"; None for the type in which the model was saved, or float32 for a plain checkpoint.
+        attention: Attention implementation of transformers.
+        device: Device of model and patches: auto (a GPU if torch can use one), cpu, cuda, cuda:1.
+        prompt: Prompt settings of a plain checkpoint, which has none of its own (the fields of `SavedPrompt`).
+        snapshot: Training step after which the patch was saved; None for the patch at the end of the training.
+        inverse: Load the inverse of the newest patch, which induces what its maps remove.
+        sampler: How a pipeline draws (the fields of `SamplerConfig`); None for the settings with which it was made.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        patch: Control vector (.gguf), folder of a PEFT adapter, or folder of a saved patch, which is added to the model's own
+            patches; several in a list, of which the strength scales the last.
+
+    Returns:
+        A `SteeredModel` for a language model, a `SteeredPipeline` for a diffusion model.
+
+    Raises:
+        ValueError: a file of the artifact is damaged or missing, it holds no patch of that snapshot, the patch has no inverse,
+            or `patch` does not fit the model.
+    """
+    where = models.device(device)  # before minutes of loading
+    model, encoder, stack = load_stack(
+        directory,
+        dtype=dtype,
+        attention=attention,
+        prompt=prompt,
+        snapshot=snapshot,
+        inverse=inverse,
+        sampler=sampler,
+        trust_remote_code=trust_remote_code,
+    )
+    added = (patch,) if isinstance(patch, str | Path) else tuple(patch)
+    if added and isinstance(model, Diffusion):
+        raise ValueError(f"{added[0]} is a patch for a language model, and {directory} holds a diffusion pipeline")
+    stack = (*stack, *(foreign.read(Path(path), model) for path in added))
+    # The patches follow when they are attached.
+    if isinstance(model, Diffusion):
+        return SteeredPipeline(model.to(where), encoder, stack)
+    return SteeredModel(model.to(where), encoder, stack)

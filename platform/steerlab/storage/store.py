@@ -33,6 +33,7 @@ from steerlab.guards.json_values import JsonObject
 from steerlab.storage import copies, manifests, temporary
 from steerlab.storage.manifests import MANIFEST, Manifest, StoredFile
 from steerlab.storage.records import Records, StoreError, one_line
+from steerlab.storage.whole import synced
 
 
 class Store(Records):
@@ -232,7 +233,7 @@ class Store(Records):
         files.share(directory, directory / MANIFEST)
         # Before the rename: after a power cut, filesystems such as XFS may hold a renamed directory with empty files.
         for path in (*(path for path in directory.rglob("*")), directory):
-            _sync(path)
+            synced(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(directory, target)
@@ -245,7 +246,7 @@ class Store(Records):
             # out of the way, not removed in place, so that no reader sees it half removed.
             self._put_aside(target)
             os.rename(directory, target)
-        _sync(target.parent)
+        synced(target.parent)
 
     def _put_aside(self, directory: Path) -> Path:
         """Move a directory to a temporary name, under which no reader looks for it."""
@@ -295,12 +296,3 @@ class Store(Records):
         except FileNotFoundError as error:
             raise manifests.damaged(artifact, file["path"], "is missing") from error
         manifests.check_sum(artifact, local, file)
-
-
-def _sync(path: Path) -> None:
-    # A directory can be opened for reading only; its `fsync` makes the names in it durable.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,11 +22,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         yield scratch
         # Synced before the rename: after a power cut the name must not lead to a file without its bytes.
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
+        synced(scratch)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def synced(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    # A directory can be opened for reading only.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Content(TypedDict):

@@ -17,9 +17,9 @@ from steerlab.sweeps.search import with_strengths
 from steerlab.sweeps.space import STRENGTH, Point, Space, strength_of
 from steerlab.sweeps.trials import SweepPlan
 from steerlab.sweeps.units import Trial, Unit, trial_id
-from steerlab.tracking import NO_KEY, has_key
 from steerlab.tracking.wandb_client import agents
 from steerlab.tracking.wandb_client.parameters import metric_name, parameter_name
+from steerlab.tracking.wandb_mode import NO_KEY, has_key
 
 RUNS = "wandb_runs.json"
 """File in the sweep's folder: the id of the W&B run of each unit, by the unit's name."""

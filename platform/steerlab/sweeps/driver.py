@@ -24,6 +24,7 @@ from steerlab.sweeps.history import History
 from steerlab.sweeps.sweep_request import SweepRequest, SweepRun, concurrency
 from steerlab.sweeps.trials import Say
 from steerlab.sweeps.units import Unit
+from steerlab.tracking import writer_process
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def sweep(
             running = SweepRun(request, store, folder, history, command, say)
             interrupted = tuner.run_units(running, num_at_once, agent)
             # The trials do not wait until W&B has their metrics, so the sweep waits once for all of them.
-            tracking.drain(tracking.FINISH_WAIT_S)
+            writer_process.drain(tracking.FINISH_WAIT_S)
             return Outcome(folder, conclusion.conclude(running, interrupted), interrupted)
     except claims.Held as held:
         raise ValueError(f"{store.where(folder)} is run by another process ({held}); wait for it or stop it first") from None

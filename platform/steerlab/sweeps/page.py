@@ -8,7 +8,7 @@ from pathlib import Path
 
 from steerlab.job import Job
 from steerlab.storage.store import Store
-from steerlab.sweeps.entries import Entry, finite
+from steerlab.sweeps.space_entries import Entry, finite
 from steerlab.sweeps.trials import SweepPlan
 from steerlab.sweeps.units import Unit
 from steerlab.tracking import Place

@@ -21,9 +21,9 @@ from ray.tune.search.sample import Categorical, Domain
 
 from steerlab.guards import private_parts
 from steerlab.guards.json_values import Json, JsonObject
-from steerlab.sweeps.entries import Entry, finite
 from steerlab.sweeps.history import Course, History
 from steerlab.sweeps.space import STRENGTH, Point, Space, draw
+from steerlab.sweeps.space_entries import Entry, finite
 from steerlab.sweeps.trial import UnitConfig
 from steerlab.sweeps.units import Trial, Unit, trial_id
 

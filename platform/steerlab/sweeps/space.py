@@ -32,7 +32,7 @@ from steerlab.guards import files, private_parts, python_files
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import JobError, cut
 from steerlab.sweeps import space_rules
-from steerlab.sweeps.entries import Entry, describe, entries, finite, is_grid, plain
+from steerlab.sweeps.space_entries import Entry, describe, entries, finite, is_grid, plain
 
 STRENGTH = "strength"
 """Key of a space that sets the strength of the patch in every task."""

@@ -21,7 +21,7 @@ from steerlab.evaluation.measured import measure_of, unmeasured
 from steerlab.evaluation.statistics.measures import LOSSES, Measure
 from steerlab.guards.json_values import Json
 from steerlab.job import Frozen, Job, JobError, cut
-from steerlab.sweeps.entries import plain
+from steerlab.sweeps.space_entries import plain
 
 Better = Literal["lower", "higher"]
 Expected = Literal["rises", "falls", "flat"]

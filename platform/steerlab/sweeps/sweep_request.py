@@ -17,8 +17,8 @@ from steerlab.stages import Plan
 from steerlab.stages.spread import reserved
 from steerlab.storage.store import Store
 from steerlab.sweeps import results, search, trials
-from steerlab.sweeps.entries import extremes, finite, is_grid
 from steerlab.sweeps.history import History
+from steerlab.sweeps.space_entries import extremes, finite, is_grid
 from steerlab.sweeps.trial import DRIVER_MEMORY_BYTES
 from steerlab.sweeps.trials import Say, SweepPlan
 from steerlab.sweeps.units import Unit, grouped

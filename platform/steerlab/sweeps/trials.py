@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,8 +17,9 @@ from steerlab.guards.json_values import JsonObject
 from steerlab.job import SEED_LIMIT, Job, JobError, cut
 from steerlab.stages import JobType, Plan
 from steerlab.sweeps import space_rules
-from steerlab.sweeps.entries import extremes, finite
 from steerlab.sweeps.space import STRENGTH, Point, Space, strength_of
+from steerlab.sweeps.space_entries import extremes, finite
+from steerlab.sweeps.space_keys import check_keys
 from steerlab.sweeps.space_rules import Bound, Price
 from steerlab.sweeps.units import Unit
 
@@ -147,7 +147,7 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
     """
     tree = jobs.inlined(jobs.read_tree(path, JobType, overrides), JobType, path)
     job = jobs.validate(tree, JobType, path)
-    _check_keys(space, job)
+    check_keys(space, job)
     patched = Plan.of(job).leaves_patch
     development = space.development
     if not development and job.choose is not None:
@@ -174,37 +174,6 @@ def plan(path: Path, overrides: Sequence[str], space: Space) -> SweepPlan:
     except JobError as error:
         raise JobError(f"{space.path}: {error}") from None
     return replace(sweep_plan, mode=mode or measure.mode, bounds=resolved.bounds, prices=resolved.prices)
-
-
-def _check_keys(space: Space, job: Job) -> None:
-    """Refuse keys whose first part is not a field of a job. Deeper parts are checked when the job is validated."""
-    sections = list(JobType.model_fields)
-    for entry in space.entries:
-        for key in [part.strip() for part in entry.split(",")] if "," in entry else [entry]:
-            if key.partition(".")[0] not in sections:
-                near = _nearest_path(key, [*sections, *_paths(job.model_dump(mode="json"), "")])
-                hint = f"did you mean {near!r}? " if near else ""
-                raise JobError(f"{space.path}: SPACE[{entry!r}]: unknown key; {hint}valid beginnings: {', '.join(sections)}")
-
-
-def _paths(node: object, prefix: str) -> Iterator[str]:
-    """Yield the paths of all fields of a job's tree."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, child in items:
-        yield f"{prefix}{name}"
-        yield from _paths(child, f"{prefix}{name}.")
-
-
-def _nearest_path(key: str, paths: Iterable[str]) -> str | None:
-    """Return the path that ends most like `key`: people leave out the beginning of a path, as in `share` or `steer.layers`."""
-    ends: dict[str, str] = {}
-    for path in sorted(paths, key=lambda path: path.count(".")):  # of equal ends, the least nested one
-        parts = path.split(".")
-        for number in range(len(parts)):
-            ends.setdefault(".".join(parts[number:]), path)
-    # A lower cutoff than 0.65 would take `share` for `where`: the paths of a job have hundreds of different ends.
-    near = difflib.get_close_matches(key, ends, n=1, cutoff=0.65)
-    return ends[near[0]] if near else None
 
 
 def _strengths(space: Space) -> list[float]:

@@ -10,24 +10,22 @@ with W&B's own client. Each line arrives exactly once, even if the run is killed
 
 from __future__ import annotations
 
-import netrc
 import os
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-from urllib.parse import urlsplit
 
-from steerlab.guards import files, texts
+from steerlab.guards import texts
 from steerlab.guards.json_values import Json, JsonObject
 from steerlab.job import TrackConfig
 from steerlab.tracking import recorders, spool
 from steerlab.tracking.recorders import Recorder
 from steerlab.tracking.spool import Spool
+from steerlab.tracking.wandb_mode import OFFLINE_REASONS, mode_of
+from steerlab.tracking.writer_process import POLL_S, explain, is_settled, open_spools, serve
 
 SPOOL = "wandb"
 """Folder of a run's spool in its run folder; spools of further strengths have names that begin with it."""
@@ -39,14 +37,7 @@ FINISH_WAIT_S = 5.0
 MAX_TABLE_ROWS = 1000
 MAX_IMAGES = 64
 """Largest number of images of one strength and guidance scale."""
-NO_KEY = "no W&B API key: set WANDB_API_KEY or run `wandb login`"
 _OFFLINE = "no W&B API key: the run is written offline; once there is a key, `steerlab wandb-send RUN` sends it"
-_REASONS = ("no W&B API key", "as the job asks")
-_POLL_S = 0.05
-_writer: IO[bytes] | None = None
-"""Standard input of this process's writer; None before the first run."""
-_open_spools: list[Spool] = []
-"""Spools of this process whose writer may not have finished: see `drain` and `close`."""
 
 
 @dataclass(frozen=True)
@@ -67,27 +58,6 @@ class Place:
     """What sets the run apart from others of its job, for its display name; None takes the end of its id."""
     strengths: tuple[float, ...] | None = None
     """Strengths of the patch that are points of the sweep; None outside a sweep: all that were measured are."""
-
-
-def mode_of(track: TrackConfig) -> str:
-    """Return the mode of a job's tracking: `disabled`, `online` or `offline`. Without an API key, online becomes offline."""
-    wanted = track.wandb
-    if wanted is None or wanted.mode == "disabled":
-        return "disabled"
-    return "offline" if wanted.mode == "online" and not has_key() else wanted.mode
-
-
-def has_key() -> bool:
-    """Say whether an API key is set, in the environment or in the netrc file where `wandb login` stores it."""
-    # W&B's client could answer this too, but it takes 0.2 s to import and caches its first answer.
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    try:
-        return host is not None and netrc.netrc(str(path)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 class Tracker:
@@ -122,7 +92,7 @@ class Tracker:
             "project": track.wandb.project,
             "entity": track.wandb.entity,
             "mode": mode,
-            "reason": _REASONS[0] if keyless else _REASONS[1] if mode == "offline" else None,
+            "reason": OFFLINE_REASONS[0] if keyless else OFFLINE_REASONS[1] if mode == "offline" else None,
             "url": os.environ.get("WANDB_BASE_URL"),
             "id": f"{place.run_id or run_id}{beside}",
             "name": self._name if at is None else self._at(at),
@@ -135,8 +105,8 @@ class Tracker:
             "program": sys.argv[0],
         }
         self._spool = Spool(directory / f"{SPOOL}{beside}", settings)
-        _open_spools.append(self._spool)
-        _serve(self._spool.directory)
+        open_spools.append(self._spool)
+        serve(self._spool.directory)
 
     def _opened_recorders(self, track: TrackConfig, directory: Path) -> list[Recorder]:
         opened: list[Recorder] = []
@@ -251,108 +221,10 @@ class Tracker:
         self._spool.append({"kind": "finish", "summary": dict(summary), "exit_code": exit_code, **known})  # type: ignore[typeddict-item]
         self._spool.close()
         deadline_s = time.monotonic() + wait_s
-        while not _is_settled(self._spool) and time.monotonic() < deadline_s:
-            time.sleep(_POLL_S)
+        while not is_settled(self._spool) and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
         if wait_s > 0:
-            _explain(self._spool)
-
-
-def drain(wait_s: float) -> None:
-    """Wait at most `wait_s` seconds for the writer of all runs that are finished, and warn of those that were not sent."""
-    deadline_s = time.monotonic() + wait_s
-    # One deadline for all runs: with a server that is away, a sweep of many runs should not wait for each.
-    for run_spool in _open_spools:
-        while not _is_settled(run_spool) and time.monotonic() < deadline_s:
-            time.sleep(_POLL_S)
-        _explain(run_spool)
-    _open_spools.clear()
-
-
-def close(wait_s: float) -> None:
-    """End this process's writer, and wait at most `wait_s` seconds until it has sent its spools.
-
-    Without this call, the writer ends by itself some time after this process.
-    """
-    global _writer
-    # The writer ends when its standard input does.
-    if _writer is not None:
-        _writer.close()
-    _writer = None
-    deadline_s = time.monotonic() + wait_s
-    while not all(map(_is_settled, _open_spools)) and time.monotonic() < deadline_s:
-        time.sleep(_POLL_S)
-    _open_spools.clear()
-
-
-def send(directory: Path) -> spool.Status:
-    """Send the run of a spool directory to W&B; lines that the server already has are not sent again.
-
-    Returns:
-        The writer's last status.
-
-    Raises:
-        ValueError: no API key is set.
-    """
-    if not has_key():
-        raise ValueError(NO_KEY)
-    settings = spool.read_settings(directory)
-    spool.write_json(directory / spool.SETTINGS, {**settings, "mode": "online", "reason": None})
-    # Else the status of an earlier attempt would be read if the writer dies before its first word.
-    (directory / spool.STATUS).unlink(missing_ok=True)
-    _started(directory).communicate(f"{directory}\n".encode())
-    return spool.read_status(directory)
-
-
-def _serve(directory: Path) -> None:
-    """Give a spool to this process's writer. The writer starts with the first spool, and again if it has died."""
-    global _writer
-    line = f"{directory}\n".encode()
-    if _writer is not None:
-        try:
-            _writer.write(line)
-            return
-        except BrokenPipeError:
-            # The writer died, for example because the machine ran out of memory.
-            _writer = None
-    starter = _started(directory, "--detach")
-    starter.wait()  # it forks and exits at once; without `wait` it would stay as a zombie process
-    assert starter.stdin is not None
-    _writer = starter.stdin
-    _writer.write(line)
-
-
-def _started(directory: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start a writer process that logs to writer.log in `directory`."""
-    # A session of its own, since Ctrl-C goes to all processes of the terminal's session. -P and `cwd` keep modules of the
-    # current folder from being imported instead of real ones.
-    paths = [str(files.SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with files.appending(directory / "writer.log") as log:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "steerlab.tracking.writer", *options],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, start_new_session=True, cwd=files.OWN_FOLDER,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )  # fmt: skip
-
-
-def _is_settled(run_spool: Spool) -> bool:
-    status = run_spool.status()
-    return bool(status.get("done")) or status.get("state") == "failed"
-
-
-def _explain(run_spool: Spool) -> None:
-    """Warn if a run was not sent to W&B as its job says."""
-    status = run_spool.status()
-    reason = status.get("reason")
-    again = f"send it again with `steerlab wandb-send {run_spool.directory.parent}`"
-    if status.get("state") == "failed":
-        warnings.warn(f"W&B: {reason}; {again}", stacklevel=3)
-    elif status.get("state") == "offline" and reason not in _REASONS:
-        # Without a key there was a warning at the start of the run, and an offline job needs none.
-        warnings.warn(f"W&B: {reason}; the run is written offline; {again}", stacklevel=3)
-    elif not _is_settled(run_spool) and run_spool.mode == "online":
-        warnings.warn(
-            f"W&B has not received all of the run yet; its writer continues for a while. If it fails, {again}", stacklevel=3
-        )
+            explain(self._spool)
 
 
 def spools_of(folder: Path) -> list[Path]:

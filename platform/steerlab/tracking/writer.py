@@ -15,19 +15,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from steerlab.guards import files, saved
+from steerlab.guards import files
 from steerlab.tracking import spool
-from steerlab.tracking.events import Line, StageEnded, step_of
+from steerlab.tracking.run_history import History
 
 if TYPE_CHECKING:
     import wandb
-
-_E = TypeVar("_E", Line, StageEnded)
 
 INIT_S = 30.0
 """Longest wait for a server when a run begins."""
@@ -36,9 +34,6 @@ FINISH_S = 60.0
 GRACE_S = 90.0
 """Longest time that the writer lives after the driver's end."""
 _POLL_S = 0.1
-_LINES = ("log", "table", "gallery", "images")
-"""Kinds of events that become lines of the W&B run's history."""
-_RESUMED = "a process of this run was lost before it could say that it ended"
 
 
 def main() -> None:
@@ -95,7 +90,7 @@ def _send(run: wandb.Run, settings: spool.Settings, directory: Path, ended: Call
     """Send the events of a spool to an open run, and close the run."""
     status: spool.Status = {"state": settings.mode, "reason": settings.reason, "files": run.settings.sync_dir}
     spool.write_json(directory / spool.STATUS, status)
-    run.finish(exit_code=_History(run, directory).send(ended))
+    run.finish(exit_code=History(run, directory).send(ended))
     if run.offline:
         _drop_older(run)
     spool.write_json(directory / spool.STATUS, {**status, "done": True})
@@ -159,145 +154,6 @@ def _open(settings: spool.Settings, directory: Path) -> wandb.Run:
             x_graphql_timeout_seconds=10,
         ),
     )
-
-
-class _History:
-    """Sends the events of a spool to an open run. Line k of the spool is step k of the run's history."""
-
-    def __init__(self, run: wandb.Run, directory: Path) -> None:
-        self.run = run
-        self.events, self.folder = directory / spool.EVENTS, directory.parent
-        self.online = not run.offline
-        self.held = run.starting_step if self.online else 0
-        """Number of lines of the history that the server has."""
-        self.number = 0
-        """Step of the next line on the server."""
-        self.seen = 0
-        """Number of lines of the spool that were read."""
-        self.axes: set[str] = set()
-        """Step axes that were defined in the run."""
-        self.first = directory / spool.FIRST
-        self.lost_after: int | None = None
-        """Number of lines of the spool after which lines are missing that the server has; None if none are."""
-        earlier = [event["kind"] for event in spool.read(self.events)]
-        # Those of earlier processes of the run: in between, the file was lost with its machine, or cut short.
-        num_earlier = sum(kind in _LINES for kind in earlier[: _last(earlier, "open")])
-        if self.first.exists():
-            self.number = saved.read(self.first, spool.First).step
-            if self.held > self.number + sum(kind in _LINES for kind in earlier):
-                self.lost_after = num_earlier
-        elif self.held and not num_earlier:
-            # The spool has lines of this process only, yet the server has some.
-            self.lost_after = 0
-
-    def send(self, ended: Callable[[], bool]) -> int:
-        """Send events until the run ends, and return its exit code; 1 if its process died without a `finish`."""
-        for event in spool.follow(self.events, ended):
-            if event["kind"] == "log" or event["kind"] == "table" or event["kind"] == "gallery" or event["kind"] == "images":
-                self._line(event)
-            elif event["kind"] == "stage":
-                _keep(event, lambda event: _link(self.run, event, self.online))
-            elif event["kind"] == "finish":
-                self.run.summary.update(event["summary"])
-                self.run.config.update(event.get("config", {}), allow_val_change=True)
-                self.run.name = event.get("name", self.run.name)
-                return int(event["exit_code"])
-        print(_RESUMED, flush=True)
-        return 1
-
-    def _line(self, event: Line) -> None:
-        if event["kind"] == "log" and event["axis"] not in self.axes:
-            self.axes.add(event["axis"])
-            # W&B's own step counts all lines of the run; each stage gets an axis that starts at its own first step.
-            self.run.define_metric(event["axis"])
-            self.run.define_metric(event["axis"].rpartition("/")[0] + "/*", step_metric=event["axis"])
-        if self.seen == self.lost_after:
-            # The lines of this process continue after those that the server has.
-            self.number = self.held
-            self.first.unlink(missing_ok=True)
-        # Lines before `held` were sent by an earlier process. They are counted, so that line k keeps step k.
-        if self.number >= self.held and not self._is_known(event):
-            if self.online and not self.first.exists():
-                spool.write_json(self.first, {"step": self.number - self.seen})
-            _keep(event, self._log)
-        self.number += 1
-        self.seen += 1
-
-    def _log(self, event: Line) -> None:
-        self.run.log({**self._content(event), "_timestamp": event.get("time")}, self.number, commit=True)
-
-    def _content(self, event: Line) -> dict[str, Any]:
-        """Return the content of a line in W&B's types. Raises ValueError for an image outside the run's folder."""
-        import wandb
-
-        if event["kind"] == "table":
-            listed: list[Any] = [*event["rows"]]
-            table = wandb.Table(columns=[*event["columns"]], data=listed, allow_mixed_types=True)
-            return {event["key"]: table}
-        if event["kind"] == "gallery":
-            rows: list[Any] = [[*row, self._image(path)] for row, path in zip(event["rows"], event["paths"], strict=True)]
-            return {event["key"]: wandb.Table(columns=[*event["columns"], "image"], data=rows, allow_mixed_types=True)}
-        if event["kind"] == "images":
-            pairs = zip(event["paths"], event["captions"], strict=True)
-            return {event["key"]: [self._image(path, caption) for path, caption in pairs]}
-        return event["data"]
-
-    def _image(self, path: str, caption: str | None = None) -> wandb.Image:
-        import wandb
-
-        # A spool may come from somebody else: its paths must not send other images of this machine to W&B.
-        if not Path(path).resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"{path} is no image of the run in {self.folder}")
-        files.check(Path(path))
-        return wandb.Image(path, caption=caption)
-
-    def _is_known(self, event: Line) -> bool:
-        """Say whether the server already has this line from a spool that is lost."""
-        if not self.held or event["kind"] != "log" or self.number > self.held:
-            return False
-        last = self.run.summary.get(event["axis"])
-        is_known = last is not None and step_of(event) <= last
-        self.number -= is_known  # the caller counts the line, which must not take a step of its own
-        return is_known
-
-
-def _last(kinds: Sequence[str], kind: str) -> int:
-    return max((number for number, other in enumerate(kinds) if other == kind), default=0)
-
-
-def _keep(event: _E, send: Callable[[_E], None]) -> None:
-    """Send one event. An event that W&B refuses is left out and named in the log, so that the rest of the run is sent."""
-    import wandb
-
-    try:
-        send(event)
-    except (OSError, ValueError, TypeError, wandb.Error) as error:
-        print(f"left out {event['kind']} {event.get('key', '')}: {error}", flush=True)
-
-
-def _link(run: wandb.Run, event: StageEnded, online: bool) -> None:
-    """Record in W&B that the run used or made an artifact. Only a reference to its URI is sent, not its content."""
-    import wandb
-
-    def reference(stage: str, key: str, uri: str, **facts: object) -> wandb.Artifact:
-        artifact = wandb.Artifact(f"{stage}-{key[:16]}", type=stage, metadata={"key": key, **facts})
-        artifact.add_reference(uri, name="artifact", checksum=False)
-        return artifact
-
-    facts = {
-        "label": event["label"],
-        "seconds": event["seconds"],
-        "inputs": [f"{name}-{key[:16]}" for name, key, _ in event["inputs"]],
-    }
-    artifact = reference(event["stage"], event["key"], event["uri"], **facts)
-    if event["status"] == "ran":
-        run.log_artifact(artifact)
-    if not online:
-        return  # W&B's client cannot use artifacts offline; the metadata of the artifact names its inputs
-    for name, key, uri in event["inputs"] if event["status"] == "ran" else []:
-        run.use_artifact(reference(name, key, uri))
-    if event["status"] == "cached":
-        run.use_artifact(artifact)
 
 
 def _drop_older(run: wandb.Run) -> None:

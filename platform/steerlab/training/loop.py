@@ -34,7 +34,7 @@ from steerlab.job import DataSet, ScaleConfig, TrainConfig, prompt_settings, sto
 from steerlab.methods import trained
 from steerlab.methods.contract import Inputs, trained_parameters
 from steerlab.steered.stacks import load_stack
-from steerlab.training import arithmetic, bad_steps, checkpoints
+from steerlab.training import bad_steps, checkpoints, numerics
 from steerlab.training.engine import Engine
 from steerlab.training.request import Request
 
@@ -434,7 +434,7 @@ def run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) ->
         link: rank, device, and the functions that report to the caller.
         output: directory of the artifact; an existing one is replaced.
     """
-    with arithmetic.of(request.train), models.memory_explained(_SMALLER):
+    with numerics.of(request.train), models.memory_explained(_SMALLER):
         _run(request, scale, link, output)
 
 

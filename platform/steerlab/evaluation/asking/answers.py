@@ -18,7 +18,8 @@ from steerlab.inputs.tokens import Conversation
 from steerlab.job import TaskConfig
 
 if TYPE_CHECKING:
-    from steerlab.steered.language import Generation, SteeredModel
+    from steerlab.steered.generated_text import Generation
+    from steerlab.steered.language import SteeredModel
 
 # A task takes part in an option of generation by having a field of that name in its config.
 _OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")

@@ -15,7 +15,8 @@ from steerlab.evaluation.asking.items import Numbered, choose
 from steerlab.inputs.encoding import Encoder
 from steerlab.inputs.tokens import INSTRUCTION, Conversation, Message, Part
 from steerlab.job import DataSet
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 
 class ContinuationConfig(SampledConfig):

@@ -26,7 +26,7 @@ from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import Observation
 
 if TYPE_CHECKING:
-    from steerlab.steered.language import Generation
+    from steerlab.steered.generated_text import Generation
 
 N_GRAM = 4
 """Length of the n-grams of `repetition`."""

@@ -15,8 +15,8 @@ from typing import Literal, TypeAlias
 import torch
 
 from steerlab import models
-from steerlab.evaluation.judging import calls, kept_answers, scorers
-from steerlab.evaluation.judging.calls import Messages, Reply
+from steerlab.evaluation.judging import chat_api, kept_answers, scorers
+from steerlab.evaluation.judging.chat_api import Messages, Reply
 from steerlab.evaluation.judging.endpoint import Endpoint
 from steerlab.evaluation.statistics.metrics import TOO_LONG
 from steerlab.inputs.encoding import Encoder
@@ -128,7 +128,7 @@ class Asker:
             self._session.say(announcement(self.endpoint, list(missing.values()), len(questions)))
 
         def asked(key: str) -> Reply:
-            reply = calls.call(self.endpoint, missing[key])
+            reply = chat_api.call(self.endpoint, missing[key])
             # Kept in the thread that asked, so that an answer is safe before the others are there.
             kept_answers.write(store, key, self.endpoint, missing[key], reply)
             return reply
@@ -193,7 +193,7 @@ def announce(endpoint: Endpoint, config: TaskConfig, input_tokens: Sequence[int]
 
 def announcement(endpoint: Endpoint, questions: Sequence[Messages], of: int | None = None) -> str:
     """Say how many questions will be asked and what they may cost at most."""
-    read = sum(calls.tokens_in(question) for question in questions)
+    read = sum(chat_api.tokens_in(question) for question in questions)
     return f"{endpoint.model} at {endpoint.base_url}: {cost(endpoint, len(questions), read)}" + (
         "" if of is None or of == len(questions) else f"; {of - len(questions):,} of {of:,} answers are kept from before"
     )

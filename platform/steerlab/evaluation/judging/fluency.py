@@ -23,7 +23,8 @@ from steerlab.evaluation.asking.continuation import conversation
 from steerlab.evaluation.asking.legibility import distinct_share
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Score, observed
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 ORDERS = (1, 2, 3)
 """Lengths n of the n-grams."""

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from steerlab.evaluation.judging import asking, scorers
 from steerlab.evaluation.judging.asking import Ask
-from steerlab.evaluation.judging.calls import CHARS_PER_TOKEN, Messages
+from steerlab.evaluation.judging.chat_api import CHARS_PER_TOKEN, Messages
 from steerlab.evaluation.judging.endpoint import Endpoint
 from steerlab.evaluation.statistics.metrics import about
 from steerlab.job import Source, TaskConfig

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from steerlab.evaluation.judging.calls import Messages, Reply, body
+from steerlab.evaluation.judging.chat_api import Messages, Reply, body
 from steerlab.evaluation.judging.endpoint import Endpoint
 from steerlab.guards import saved
 from steerlab.guards.json_values import JsonObject

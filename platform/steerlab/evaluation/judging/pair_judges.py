@@ -9,7 +9,7 @@ import torch
 
 from steerlab import models
 from steerlab.data import sources
-from steerlab.evaluation.judging import judges, scorers
+from steerlab.evaluation.judging import answer_rewards, judges, scorers
 from steerlab.evaluation.judging.asking import Asker
 from steerlab.evaluation.judging.endpoint import Endpoint
 from steerlab.evaluation.judging.judges import Compare, Compared, Verdict
@@ -60,7 +60,7 @@ def local(source: str, question: str, *, both_orders: bool, seed: int, device: t
     if is_classifier(source):
         if not both_orders or question != judges.QUESTION:
             raise ValueError(f"question and both_orders are for a language model, but {source} is a reward model")
-        return PairJudge("reward_model", judges.once(judges.by_reward(judges.reward_model(source, device))))
+        return PairJudge("reward_model", judges.once(judges.by_reward(answer_rewards.reward_model(source, device))))
     if both_orders:
         ask = scorers.first_or_second(source, ("1", "2"), device)
         return PairJudge("language_model", judges.in_both_orders(ask, question), both_orders=True)

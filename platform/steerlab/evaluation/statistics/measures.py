@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 Transform = Literal["identity", "mean", "exp", "share", "bootstrap", "median"]
-"""How the observations of a metric are turned into one number and its interval: see `metrics.summarise`."""
+"""How the observations of a metric are turned into one number and its interval: see `summaries.summarise`."""
 Better = Literal["higher", "lower"]
 
 

@@ -33,12 +33,12 @@ def paired_difference(
 
     The interval is a percentile bootstrap over the shared items. Both runs use the same resamples, so that the difficulty of an
     item, which affects both, cancels. Each run keeps its own weights, and items with weight 0 are part of neither its mean nor
-    its median, as in `metrics.summarise`.
+    its median, as in `summaries.summarise`.
 
     Args:
         a: observations of one metric at one strength, one for each id.
         b: the same of the other run.
-        transform: how `metrics.summarise` turns the observations into a number: `exp`, `median`, or any other for the mean.
+        transform: how `summaries.summarise` turns the observations into a number: `exp`, `median`, or any other for the mean.
         num_resamples: resamples of the bootstrap.
         seed: seed of the resamples.
 

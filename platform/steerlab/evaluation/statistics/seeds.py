@@ -15,14 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from steerlab.evaluation.statistics.metrics import (
-    TOO_LONG,
-    Metric,
-    Observation,
-    Result,
-    Task,
-    summarise_all,
-)
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task
+from steerlab.evaluation.statistics.summaries import Metric, summarise_all
 from steerlab.job import TaskConfig
 
 

@@ -54,7 +54,7 @@ _Number = float | None
 
 
 class Metric(saved.Shape):
-    """The fields of a stored metric that readers use: see `metrics.Metric`."""
+    """The fields of a stored metric that readers use: see `summaries.Metric`."""
 
     value: _Number
     n: int | None = None

@@ -1,12 +1,10 @@
-"""Compute the preparations of a method on workers: sums over rows, tensors of each row, or named parts.
+"""Compute the preparations of a method over the rows of a data set on workers: sums, or tensors of each row.
 
 Each writes a directory that `tensors.Parts` opens, and continues with the missing shards after a kill.
 """
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,12 +20,11 @@ from steerlab.guards.json_values import JsonObject
 from steerlab.inputs.encoded_rows import encode_data
 from steerlab.inputs.tokens import collate
 from steerlab.job import DataSet, Frozen
-from steerlab.methods.preparations import MakePart, Source, StartKeeper, StartSums
-from steerlab.stages.spread import calls, reserved, shards, subject
-from steerlab.stages.spread.shard_plan import Done, Facts, Planned, Shard, WorkFolder
-from steerlab.stages.spread.subject import Loading
+from steerlab.methods.preparations import StartKeeper, StartSums
+from steerlab.stages.spread import shard_worker, shards, subject
+from steerlab.stages.spread.shard_plan import Facts, Shard
 from steerlab.storage.plan import ModelRef, Work
-from steerlab.storage.tensors import INDEX, Parts, Shape, writing
+from steerlab.storage.tensors import Parts, Shape, writing
 from steerlab.storage.whole import size_and_sha256
 
 if TYPE_CHECKING:
@@ -41,14 +38,15 @@ _WHOLE = "all"
 """Name of the single part of a sum in its index."""
 
 
-def _needed(work: Work) -> dict[str, ModelRef]:
+def references(work: Work) -> dict[str, ModelRef]:
     """Return references, valid on every node, to the artifacts of the preparations that this one needs."""
     # The model is loaded by the worker itself (subject.py), and handed over as a model and not as a folder.
     stages = {name: stage for name, stage in work.stage.inputs.items() if name != subject.MODEL}
     return {name: ModelRef(artifact=(work.store.root, stage.name, stage.key)) for name, stage in stages.items()}
 
 
-def _local(needed: Mapping[str, ModelRef]) -> dict[str, Path]:
+def located(needed: Mapping[str, ModelRef]) -> dict[str, Path]:
+    """Return the local folders of what `references` refers to."""
     return {name: ref.locate() for name, ref in needed.items()}
 
 
@@ -90,7 +88,7 @@ class _SumFacts(RowFacts):
 def sum_shards(start: StartSums, work: Work) -> None:
     """Sum the missing shards in a pool of actors, then write the total of all shards."""
     params = _OverRows.model_validate(work.params)
-    maker = partial(SumOfShard, start, _needed(work), work.params)
+    maker = partial(SumOfShard, start, references(work), work.params)
     parts = shards.run(work, maker, _SumFacts, params.data, params.rows_per_shard)
     work.directory.mkdir(parents=True, exist_ok=True)
     name = "part-00000.safetensors"
@@ -127,14 +125,14 @@ class _Summed(_OverRows):
     rows_per_batch: int
 
 
-class SumOfShard(shards.Maker):
+class SumOfShard(shard_worker.Maker):
     """Makes the sum over a shard's batches."""
 
     suffix = ".safetensors"
 
     def __init__(self, start: StartSums, needed: Mapping[str, ModelRef], params: JsonObject, model: SteeredModel) -> None:
         """Use the method's function `start` to sum; `needed` refers to the artifacts of the preparations that it needs."""
-        self._start, self._needed, self._model, self._params = start, _local(needed), model, params
+        self._start, self._needed, self._model, self._params = start, located(needed), model, params
         self._over = _Summed.model_validate(params)
 
     def make(self, shard: Shard, path: Path, tell: Callable[[int], None]) -> _SumFacts:
@@ -193,7 +191,7 @@ class _InBatches(_OverRows):
     batch_tokens: int
 
 
-class TensorsOfShard(shards.Maker):
+class TensorsOfShard(shard_worker.Maker):
     """Makes the file with the tensors of a shard's rows; memory holds those of one batch."""
 
     suffix = ".safetensors"
@@ -236,70 +234,3 @@ class TensorsOfShard(shards.Maker):
             refused=read.num_refused,
             fingerprint=models.fingerprint(self._model.model),
         )
-
-
-class _NamedPart(Facts):
-    """Record of a part that has a name instead of rows."""
-
-    name: str
-    facts: dict[str, object]
-    """What the method's function returned about the part; "note" is a warning for people."""
-
-
-def make_parts(make: MakePart, parts: tuple[str, ...], reads_model: bool, work: Work) -> None:
-    """Make the missing parts, each in a Ray task of its own.
-
-    `make` is the method's function that writes one part; the tasks load the model if `reads_model`.
-    """
-    folder = WorkFolder(work.store.root, work.stage.name, work.stage.key)
-    entries = [
-        Planned(number=number, first=number, rows=1, name=name, sha256=hashlib.sha256(name.encode()).hexdigest())
-        for number, name in enumerate(parts)
-    ]
-    # Written in full each time: parts have no rows that could have changed, and their names are in the stage's key.
-    folder.plan = entries
-    done = {entry.name: row for entry in entries if (row := folder.done(entry, verify=True)) is not None}
-    loading = subject.of(work) if reads_model else None
-    request = (make, work.params, _needed(work), folder.address, loading)
-    # No more than the cluster has: a task that reserves more waits for ever instead of failing.
-    num_cpus = min(work.scale.cpus_per_worker, reserved.present()["CPU"])
-    arguments = [(*request, entry) for entry in entries if entry.name not in done]
-    for name, row in calls.results(_make_part, arguments, num_cpus):
-        done[name] = row
-        work.report({"done": len(done), "total": len(entries)})
-    work.directory.mkdir(parents=True, exist_ok=True)
-    folder.copy_parts(work.directory)
-    records = {name: _NamedPart.model_validate(done[name].model_dump()) for name in parts}
-    notes = [str(part.facts["note"]) for part in records.values() if "note" in part.facts]
-    if notes:
-        # One line for all: a method that warns of a module tends to warn of all modules of the model.
-        warnings.warn(notes[0] + (f" (and {len(notes) - 1} more like this)" if len(notes) > 1 else ""), stacklevel=2)
-    facts = {name: part.facts for name, part in records.items()}  # in the method's order, not that of the tasks' ends
-    Parts.write_index(work.directory, facts, {name: part.path for name, part in records.items()})
-
-
-def remove_parts(directory: Path) -> None:
-    """Remove the files of `make_parts` from a directory, for a stage that has copied their content."""
-    parts = Parts.open(directory)
-    for path in {*parts.files, directory / INDEX}:
-        path.unlink()
-
-
-def _make_part(
-    make: MakePart,
-    params: JsonObject,
-    needed: dict[str, ModelRef],
-    address: tuple[str, str, str],
-    loading: Loading | None,
-    entry: Planned,
-) -> tuple[str, Done]:
-    """Make one part and return its name and its record."""
-    # PyTorch starts a thread for every core of the node, not for the CPUs that Ray reserved for this task.
-    torch.set_num_threads(reserved.threads())
-    source = Source(params, _local(needed), None if loading is None else subject.load(loading))
-
-    def keep(path: Path) -> _NamedPart:
-        facts = make(source, entry.name, path)
-        return _NamedPart(path=path.name, name=entry.name, facts=dict(facts), **size_and_sha256(path))
-
-    return entry.name, WorkFolder(*address).keep(entry, ".safetensors", keep)

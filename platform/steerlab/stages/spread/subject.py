@@ -14,7 +14,7 @@ from steerlab.guards import late
 from steerlab.guards.json_values import JsonObject
 from steerlab.inputs import encoding, prompt_sources
 from steerlab.job import Frozen, Job, ModelConfig, SamplerConfig, Source, Template, described, own_code, prompt_settings
-from steerlab.job.data_set import PromptStyle, ResponseRole
+from steerlab.job.data_config import PromptStyle, ResponseRole
 from steerlab.stages.spread import alone, reserved
 from steerlab.storage.plan import ModelRef, Stage, Work
 
@@ -182,7 +182,7 @@ class Loading:
 
     @property
     def prompt_settings(self) -> JsonObject | None:
-        """`prompt` as the settings that `steered.language.load` takes."""
+        """`prompt` as the settings that `steered.stacks.load` takes."""
         return None if self.prompt is None else self.prompt.model_dump(mode="json")
 
 
@@ -205,7 +205,7 @@ def load(loading: Loading) -> Any:
     # PyTorch is imported by workers only; the driver reads this file for every plan.
     import torch
 
-    from steerlab.steered import language
+    from steerlab.steered import stacks
 
     model = loading.model
     # PyTorch starts a thread for every core of the node; several workers on one node would then slow one another down.
@@ -213,7 +213,7 @@ def load(loading: Loading) -> Any:
     process, source = alone.here(), loading.ref.source
     if process is not None and source is not None and source in process.models:
         return process.models[source]
-    return language.load(
+    return stacks.load(
         loading.ref.locate(),
         dtype=model.dtype,
         attention=model.attention,

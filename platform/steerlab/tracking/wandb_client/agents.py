@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 
 from steerlab.guards import files, private_parts, saved
 from steerlab.guards.json_values import Json, JsonObject
-from steerlab.tracking import NO_KEY, has_key
+from steerlab.tracking.wandb_mode import NO_KEY, has_key
 
 HEARTBEAT_S = 3.0
 """Seconds between two heartbeats."""

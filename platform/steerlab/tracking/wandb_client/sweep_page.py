@@ -20,7 +20,8 @@ from typing import TypedDict
 
 from steerlab.guards import files, saved
 from steerlab.job import TrackConfig
-from steerlab.tracking import mode_of, spool
+from steerlab.tracking import spool
+from steerlab.tracking.wandb_mode import mode_of
 
 CALL_S = 30.0
 """Longest time that W&B may take to create a page."""

@@ -10,28 +10,32 @@ too long.
 
 As in the harness's model, a context of plain text that does not fit is cut on the left. A continuation that does not fit by
 itself is not scored. Both cases are recorded for each document.
-
-Axis legend: B rows, T tokens, S scored tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
-
-import torch
 
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Reason
 from steerlab.evaluation.tasks.ability.harness_chats import Chats, Turns
-from steerlab.inputs.tokens import INSTRUCTION, Conversation, Encoded, Message, Part, collate
+from steerlab.evaluation.tasks.ability.harness_rows import (
+    Likelihood,
+    Row,
+    chat_row,
+    conversation_of,
+    max_length,
+    of_ids,
+    pair_row,
+    prefix_id,
+    score,
+)
+from steerlab.inputs.tokens import INSTRUCTION, Conversation, Message, Part
 from steerlab.steered.language import SteeredModel
 
-_MAX_LENGTH = 2048
-"""Context length in tokens of a model whose config names none (the harness's default)."""
 Fates = dict[tuple[str, int], Reason]
 """(task, document number) -> why the document was not scored or was cut; documents that fit are not listed."""
 
@@ -43,25 +47,6 @@ class Request(Protocol):
     """(context, continuation), (text,), or (context, settings of generation)."""
     task_name: str
     doc_id: int
-
-
-class Row(NamedTuple):
-    """A tokenised text whose last tokens are scored."""
-
-    tokens: Encoded
-    num_scored: int
-    """Number of tokens at the end that are scored."""
-    reason: Reason | None = None
-
-
-class Likelihood(NamedTuple):
-    """The likelihood of a continuation given its context."""
-
-    log_prob_nats: float
-    """Log-probability in nats, summed over the continuation's tokens."""
-    is_greedy: bool
-    """Whether greedy decoding gives the continuation."""
-    reason: Reason | None = None
 
 
 class Continued(NamedTuple):
@@ -123,10 +108,10 @@ def loglikelihoods(
     request, and the reason keeps that number out of the metrics.
     """
     answered = [None if chats is None else chats.answered(*pair) for pair in pairs]
-    texts = [chat or _text(model, *pair) for chat, pair in zip(answered, pairs, strict=True)]
+    texts = [chat or conversation_of(model, *pair) for chat, pair in zip(answered, pairs, strict=True)]
     encoded = model.encoder.encode_all(texts, continued=True)
     rows = [
-        _pair_row(model, row) if chat is None else _chat_row(model, row, sum(len(message.parts) for message in chat) - 1)
+        pair_row(model, row) if chat is None else chat_row(model, row, sum(len(message.parts) for message in chat) - 1)
         for chat, row in zip(answered, encoded, strict=True)
     ]
     fitting = [i for i, row in enumerate(rows) if row.reason != TOO_LONG]
@@ -137,19 +122,19 @@ def loglikelihoods(
 
 def rolling_loglikelihoods(model: SteeredModel, texts: Sequence[str], strength: float) -> list[float]:
     """Return the log-probability in nats of each text, scored in windows of the model's context length."""
-    size = _max_length(model)
+    size = max_length(model)
     # One list of windows for all texts, so that windows of short and long texts share batches.
     windows: list[tuple[int, Row]] = []
     # Without the preamble: these texts are scored from their first token on, and not continued.
     plain: list[Conversation] = [(Message("text", (Part(text, INSTRUCTION),)),) for text in texts]
     for number, row in enumerate(model.encoder.encode_all(plain)):
-        # Part -1 is the beginning-of-sequence token that the tokenizer added; `_prefix_id` takes its place for every text.
+        # Part -1 is the beginning-of-sequence token that the tokenizer added; `prefix_id` takes its place for every text.
         own = [i for i, part in zip(row.input_ids, row.parts, strict=True) if part >= 0]
-        ids = [_prefix_id(model), *own]
+        ids = [prefix_id(model), *own]
         # Windows overlap by one token, the one that the first scored token of a window is predicted from.
         for start in range(0, len(own), size - 1):
             window = ids[start : start + size]
-            windows.append((number, Row(_encoded(window, INSTRUCTION), len(window) - 1)))
+            windows.append((number, Row(of_ids(window, INSTRUCTION), len(window) - 1)))
     totals = [0.0] * len(texts)
     for (number, _), likelihood in zip(windows, score(model, [row for _, row in windows], strength), strict=True):
         totals[number] += likelihood.log_prob_nats
@@ -183,7 +168,7 @@ def generations(
         for number in numbers:
             prompt = None if chats is None else chats.prompt(requests[number][0])
             tail = Continued("") if prompt else _tail(model, requests[number][0], settings["max_gen_toks"])
-            prompts.append(prompt or _text(model, tail.text))
+            prompts.append(prompt or conversation_of(model, tail.text))
             reasons.append(tail.reason)
         outputs = model.generate(
             prompts,
@@ -205,100 +190,10 @@ def generations(
 def _tail(model: SteeredModel, context: str, num_new: int) -> Continued:
     """Return the end of a context that leaves room for `num_new` tokens, or all of it if it fits or no end would fit."""
     room = model.max_tokens - num_new
-    if len(model.encoder.encode(_text(model, context))) <= room or room < 2:
+    if len(model.encoder.encode(conversation_of(model, context))) <= room or room < 2:
         return Continued(context)
     starts = [start for start, _ in model.encoder.tokenizer(context, return_offsets_mapping=True)["offset_mapping"]]
     # Tokenised alone, the end of a text may have more tokens than it had within the text, so it is shortened until it fits.
     tails = (context[start:] for start in starts[-int(room) :])
-    fitting = (tail for tail in tails if len(model.encoder.encode(_text(model, tail))) <= room)
+    fitting = (tail for tail in tails if len(model.encoder.encode(conversation_of(model, tail))) <= room)
     return Continued(next(fitting, context), "cut")
-
-
-@torch.inference_mode()
-def score(model: SteeredModel, rows: Sequence[Row], strength: float) -> list[Likelihood]:
-    """Sum the log-probabilities (nats) of the scored tokens of each row. A row's first token cannot be scored."""
-    likelihoods: dict[int, Likelihood] = {}
-    for chunk in _chunks(rows, model.batch_tokens):
-        batch = collate([rows[i].tokens for i in chunk], model.encoder.pad_id).to(model.device)
-        logits_BTV = model.logits(batch, strength)
-        for i, logits_TV, ids_T in zip(chunk, logits_BTV, batch.input_ids, strict=True):
-            # Padding follows a row's own tokens. The token at position t is predicted by the logits at t - 1.
-            end = len(rows[i].tokens)
-            start = end - rows[i].num_scored
-            # Only the scored positions become float32: over the whole batch that would double the memory of the logits.
-            log_probs_SV = logits_TV[start - 1 : end - 1].float().log_softmax(-1)
-            ids_S = ids_T[start:end]
-            # Padding is on the right here, so a row's own positions begin at 0 whatever the length of its batch.
-            total = float(log_probs_SV.gather(-1, ids_S[:, None]).sum())
-            likelihoods[i] = Likelihood(total, bool((log_probs_SV.argmax(-1) == ids_S).all()))
-        model.progress(len(likelihoods), len(rows))
-    return [likelihoods[i] for i in range(len(rows))]
-
-
-def _chunks(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the indices of rows in batches of at most `batch_tokens` padded tokens, longest rows first."""
-    # Sorted, so that the first row of a batch is its longest one, to which the others are padded.
-    chunk: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True):
-        if chunk and (len(chunk) + 1) * len(rows[chunk[0]].tokens) > batch_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(i)
-    if chunk:
-        yield chunk
-
-
-def _text(model: SteeredModel, context: str, continuation: str | None = None) -> Conversation:
-    """Return a plain text as a conversation: the context, and the continuation as a second part if there is one."""
-    context = model.encoder.continued(context)
-    if continuation is None:
-        return (Message("text", (Part(context, INSTRUCTION),)),)
-    # Tokens carry the space before them, so spaces at the end of the context belong to the continuation's first token.
-    stripped = context.rstrip()
-    parts = (Part(stripped, INSTRUCTION), Part(context[len(stripped) :] + continuation, model.encoder.response_role_id))
-    return (Message("text", parts),)
-
-
-def _pair_row(model: SteeredModel, row: Encoded) -> Row:
-    inside = [part == 1 for part in row.parts]
-    num_scored = sum(inside)
-    if num_scored == len(row):
-        # No context and no beginning-of-sequence token: the first token needs one to be predicted from.
-        prefix = _encoded([_prefix_id(model)], INSTRUCTION)
-        row, inside = _joined(prefix, row), [False, *inside]
-    size = _max_length(model)
-    # One token of context has to remain, since the first scored token is predicted from it.
-    if num_scored >= size:
-        return Row(row, num_scored, TOO_LONG)
-    tail = Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:])
-    return Row(tail, num_scored, "cut" if len(row) > size else None)
-
-
-def _chat_row(model: SteeredModel, row: Encoded, last_part: int) -> Row:
-    """Return the row of a chat up to the end of its last part, which is scored, without what the template prints after it."""
-    scored = [i for i, part in enumerate(row.parts) if part == last_part]
-    if not scored:
-        return Row(row, 0, TOO_LONG)
-    end = scored[-1] + 1
-    own = Encoded(row.input_ids[:end], row.roles[:end], row.in_response[:end], row.parts[:end])
-    # From the first scored token on: a template may print tokens of its own between two of them.
-    return Row(own, end - scored[0], TOO_LONG if end > _max_length(model) else None)
-
-
-def _encoded(ids: list[int], role: int) -> Encoded:
-    return Encoded(ids, [role] * len(ids), [False] * len(ids), [0] * len(ids))
-
-
-def _joined(a: Encoded, b: Encoded) -> Encoded:
-    return Encoded(a.input_ids + b.input_ids, a.roles + b.roles, a.in_response + b.in_response, a.parts + b.parts)
-
-
-def _prefix_id(model: SteeredModel) -> int:
-    """Return the token to put before a text: beginning of sequence, else end of sequence, else padding."""
-    encoder = model.encoder
-    candidates: Any = (encoder.tokenizer.bos_token_id, encoder.eos_id, encoder.pad_id)
-    return next(int(candidate) for candidate in candidates if candidate is not None)
-
-
-def _max_length(model: SteeredModel) -> int:
-    return _MAX_LENGTH if model.max_tokens == math.inf else int(model.max_tokens)

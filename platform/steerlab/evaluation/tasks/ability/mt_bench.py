@@ -41,7 +41,8 @@ from steerlab.evaluation.statistics.written import Written
 from steerlab.inputs.tokens import Conversation
 from steerlab.job import Source
 from steerlab.models import ModelFacts
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 LOW, HIGH = 1, 10
 """Ends of the scale."""

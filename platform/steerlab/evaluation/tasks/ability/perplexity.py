@@ -23,7 +23,8 @@ from steerlab.guards.json_values import Json, JsonObject
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Conversation, Message, Part
 from steerlab.job import DataSet, Implied, Source, TaskConfig
 from steerlab.models import ModelFacts
-from steerlab.steered.language import SteeredModel, TokenLogProbs
+from steerlab.steered.language import SteeredModel
+from steerlab.steered.token_scores import TokenLogProbs
 
 _METRIC = "perplexity/value"
 

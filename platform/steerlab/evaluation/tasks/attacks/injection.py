@@ -43,7 +43,8 @@ from steerlab.evaluation.tasks.attacks.forging import (
 )
 from steerlab.job import Source
 from steerlab.models import ModelFacts
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 Position = Literal["end", "both"]
 Criterion = Literal["in_response", "begin_with"]

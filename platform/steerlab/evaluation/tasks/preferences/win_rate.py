@@ -29,29 +29,27 @@ deterministic for a given seed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
 
-from steerlab.data import sources
 from steerlab.evaluation.asking import legibility
 from steerlab.evaluation.asking.answers import SampledConfig
-from steerlab.evaluation.asking.items import ALPACA, Numbered, data_rows, has_input
-from steerlab.evaluation.judging import judges, pair_judges, scorers
+from steerlab.evaluation.asking.items import ALPACA, data_rows
+from steerlab.evaluation.judging import answer_rewards, judges, pair_judges, scorers
 from steerlab.evaluation.judging.asking import announce
-from steerlab.evaluation.judging.calls import CHARS_PER_TOKEN
+from steerlab.evaluation.judging.chat_api import CHARS_PER_TOKEN
 from steerlab.evaluation.judging.endpoint import Endpoint
 from steerlab.evaluation.judging.judges import Answer, Compared, Pair, Verdict
 from steerlab.evaluation.judging.pair_judges import PairJudge
 from steerlab.evaluation.statistics.measures import Measure, empty, share
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Scorer, Task, about, observed, too_long
 from steerlab.evaluation.statistics.written import Written
-from steerlab.job import DataSet, Preamble, Source
+from steerlab.evaluation.tasks.preferences.opponents import load_like, pairs_of, reference_of
+from steerlab.job import DataSet, Source
 from steerlab.models import ModelFacts
-from steerlab.steered import language
 from steerlab.steered.language import SteeredModel
 
 FORMATS = ("instruction", "text", "preference")
@@ -155,7 +153,7 @@ def check(config: Config, facts: ModelFacts) -> None:
     if config.judge_source is not None:
         with about("judge_source"):
             if pair_judges.is_classifier(config.judge_source):
-                judges.check_reward_model(config.judge_source)
+                answer_rewards.check_reward_model(config.judge_source)
             else:
                 scorers.check_judge(config.judge_source, ("1", "2"))
 
@@ -164,7 +162,7 @@ def run(model: SteeredModel, config: Config) -> Result:
     """Answer every prompt at every strength and judge each answer against its opponent."""
     judge = _judge(model, config)
     items = data_rows(config.prompts, config.limit, config.rows_seed)
-    pairs = _pairs(model, items, config)
+    pairs = pairs_of(model, items, config)
     # All strengths in one call: the judge's batches are full, and an opponent that occurs at every strength is read once. A
     # pair without an answer is not shown, since its verdict would not count and a judge behind an API is paid for it.
     verdicts = iter(judge.compare([pair for row in pairs for pair in row if not _is_long(pair)]))
@@ -219,74 +217,14 @@ def observe(
     ]
 
 
-def _pairs(model: SteeredModel, items: list[Numbered], config: Config) -> list[list[Pair]]:
-    """Return each answer with its opponent, indexed [strength][prompt]."""
-    references = [_reference(item.row, config.prompts.format) for item in items]
-    base = 0.0 if model.patches else 1.0  # a model without a patch is its own base and refuses any strength but 1
-    # Strength 0 is generated with the others in one call, even if the config does not report it.
-    strengths = list(dict.fromkeys((*config.strengths, *((base,) if config.against == "base" else ()))))
-    drawn = [_answers(model, references, strengths, config, number) for number in range(config.best_of)]
-    best = _best(model, drawn, config)
-    # The opponent is a single sample: best-of-N is to be compared with what the model writes without it.
-    opponents = drawn[0][base] if config.against == "base" else references
-    return [list(zip(best[strength], opponents, strict=True)) for strength in config.strengths]
-
-
-Answers = dict[float, list[Answer]]
-"""strength -> answers in the order of the prompts."""
-
-
-def _answers(model: SteeredModel, references: list[Answer], strengths: list[float], config: Config, number: int) -> Answers:
-    """Answer the prompts of all references at every strength; `number` counts the samples of best-of-N."""
-    outputs = model.generate(
-        [reference.conversation(model.encoder, answered=False) for reference in references],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        # A seed for each sample; samples of one seed of the config share none with those of the next.
-        seed=config.seed * config.best_of + number,
-        strengths=strengths,
-        skip_long=True,
-    )
-    return {
-        strength: [
-            reference._replace(text=o.text.strip(), finished=o.finished, too_long=o.too_long)
-            for reference, o in zip(references, row, strict=True)
-        ]
-        for strength, row in zip(strengths, outputs, strict=True)
-    }
-
-
-def _best(model: SteeredModel, drawn: list[Answers], config: Config) -> Answers:
-    """Return for each prompt and strength the answer with the highest reward; an answer without a reward ranks last."""
-    if config.best_by_source is None:
-        return drawn[0]
-    policy = _load(config.best_by_source, model)
-    if not policy.patches:
-        raise ValueError(f"{config.best_by_source} carries no patch, so it gives no implicit reward")
-    reward = judges.implicit_reward(policy)
-
-    def best(answers: Sequence[Answer]) -> Answer:
-        # An answer that is too long for the reward could not be chosen on merit.
-        rewards = [value if isinstance(value, float) else -math.inf for value in reward(answers)]
-        return answers[rewards.index(max(rewards))]
-
-    return {
-        strength: [best(candidates) for candidates in zip(*(answers[strength] for answers in drawn), strict=True)]
-        for strength in drawn[0]
-    }
-
-
 def _judge(model: SteeredModel, config: Config) -> PairJudge:
     if config.implicit_source is None:
         return _text_judge(config, model.device)
-    policy = _load(config.implicit_source, model)
+    policy = load_like(config.implicit_source, model)
     if config.implicit_base_source is None and not policy.patches:
         raise ValueError(f"{config.implicit_source} carries no patch to take off: set implicit_base_source")
-    reference = None if config.implicit_base_source is None else _load(config.implicit_base_source, policy)
-    return PairJudge("implicit", judges.once(judges.by_reward(judges.implicit_reward(policy, reference))))
+    reference = None if config.implicit_base_source is None else load_like(config.implicit_base_source, policy)
+    return PairJudge("implicit", judges.once(judges.by_reward(answer_rewards.implicit_reward(policy, reference))))
 
 
 def _text_judge(config: Config, device: torch.device | str) -> PairJudge:
@@ -303,32 +241,11 @@ def _question(config: Config) -> str:
 
 def _input_tokens(config: Config) -> list[int]:
     """Estimate the tokens of each question: the prompt and both answers, in both orders."""
-    texts = [_reference(item.row, config.prompts.format) for item in data_rows(config.prompts, config.limit, config.rows_seed)]
+    texts = [
+        reference_of(item.row, config.prompts.format) for item in data_rows(config.prompts, config.limit, config.rows_seed)
+    ]
     frame = len(_question(config))
     return [(frame + len(answer.prompt)) // CHARS_PER_TOKEN + 2 * config.max_new_tokens for answer in texts for _ in range(2)]
-
-
-def _load(source: str, like: SteeredModel) -> SteeredModel:
-    """Load a model with the data type and device of another, and with its prompt settings if the source has none."""
-    dtype = str(like.model.dtype).removeprefix("torch.")
-    # Without the preamble, which is a part of the model that is evaluated.
-    prompt = like.encoder.preceded_by(Preamble()).saved_spec
-    model = language.load(sources.fetch(source), dtype=dtype, device=like.device, prompt=prompt)
-    if not isinstance(model, SteeredModel):
-        raise ValueError(f"{source} draws images; this task needs a language model")
-    return model
-
-
-def _reference(row: Mapping[str, Any], data_format: str) -> Answer:
-    """Return a row's prompt with its reference answer, which is empty for a plain text."""
-    if data_format == "text":
-        return Answer(row["text"], "", "")
-    if data_format == "instruction":
-        return Answer(str(row["instruction"]), str(row["input"]) if has_input(row) else "", str(row.get("output")).strip())
-    prompt, chosen = row["prompt"], row["chosen"].strip()
-    if isinstance(prompt, str):
-        return Answer(prompt, "", chosen)
-    return Answer("", "", chosen, turns=tuple((message["role"], message["content"]) for message in prompt))
 
 
 def _sample(item_id: str, strength: float, pair: Pair, verdict: Verdict) -> dict[str, object]:

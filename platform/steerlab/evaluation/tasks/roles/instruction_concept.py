@@ -29,7 +29,7 @@ from steerlab.evaluation.asking.items import ALPACA, check_rows
 from steerlab.evaluation.statistics.measures import Measure, share
 from steerlab.evaluation.statistics.metrics import TOO_LONG, Observation, Result, Task, TokenKinds, observed
 from steerlab.evaluation.statistics.sample_kinds import heat_map, histogram
-from steerlab.evaluation.tasks.roles import probing, separation
+from steerlab.evaluation.tasks.roles import probed_rows, probing, separation
 from steerlab.evaluation.tasks.roles.linear_probe import LinearProbe
 from steerlab.evaluation.tasks.roles.marked_prompts import marked, probe_parts, split_probe
 from steerlab.inputs.tokens import DATA, Conversation, Encoded, Part
@@ -101,7 +101,7 @@ def check(config: Config, facts: ModelFacts) -> None:
 def run(model: SteeredModel, config: Config) -> Result:
     """Train the classifier and read its activations at every strength."""
     layer = probing.concept_layer(config.probing, model.num_layers)
-    rows, long = probing.usable_rows(model, config.probing)
+    rows, long = probed_rows.usable_rows(model, config.probing)
     # The embedded set is built from alpaca rows, which a job may have trained on; a file of SEP rows is separate from them.
     offset = config.offset if config.separation_source is None else 0
     items = separation.load(config.separation_source, limit=config.limit, seed=config.rows_seed, offset=offset)

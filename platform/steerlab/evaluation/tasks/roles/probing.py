@@ -23,13 +23,10 @@ inputs are standardised, because hidden states of late layers are hundreds of ti
 classifier could undo this, so it learns the same functions); tokens of headings and of the template belong to neither class.
 
 Axes in addition to the legend of `tokens`: N tokens (of all rows). L counts the embedding and every layer.
-
-The file is longer than others because the four measures share their config, their rows and the hidden states.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -38,8 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from steerlab.evaluation.asking import legibility
-from steerlab.evaluation.asking.answers import answers, with_legibility
-from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows, choose, instruction_rows
+from steerlab.evaluation.asking.items import ALPACA, Numbered, check_rows
 from steerlab.evaluation.statistics.measures import Measure, likeness, share
 from steerlab.evaluation.statistics.metrics import (
     EVERY_TOKEN,
@@ -49,19 +45,19 @@ from steerlab.evaluation.statistics.metrics import (
     Score,
     Task,
     TokenKinds,
-    contains,
     observed,
 )
 from steerlab.evaluation.tasks.roles import separation
+from steerlab.evaluation.tasks.roles.causal_check import EXECUTED, observe_causal
 from steerlab.evaluation.tasks.roles.linear_probe import LinearProbe, Tokens, fit
-from steerlab.evaluation.tasks.roles.marked_prompts import marked, of_row, probe_parts, split_probe
+from steerlab.evaluation.tasks.roles.marked_prompts import marked, probe_parts, split_probe
+from steerlab.evaluation.tasks.roles.probed_rows import collect, train_rows, usable_rows
 from steerlab.inputs.tokens import DATA, INSTRUCTION, Part
 from steerlab.job import Source, TaskConfig
 from steerlab.models import ModelFacts
 from steerlab.steered.language import SteeredModel
 
 Probed = Literal["layers", "concept", "causal", "cosine"]
-_EXECUTED = ("probing/executed_rotated", "probing/executed_unrotated")
 
 
 class Config(TaskConfig):
@@ -113,7 +109,7 @@ def measures(config: Config) -> tuple[Measure, ...]:
 def runs_over(config: Config, metric: str | None) -> TokenKinds:
     """Return the kinds of tokens that a metric depends on: those of prompts, and for the causal check those of answers too."""
     # Only the causal check generates; the other measures read hidden states of prompts.
-    of_answers = (*_EXECUTED, *(f"probing/{measure.name}" for measure in legibility.measures()))
+    of_answers = (*EXECUTED, *(f"probing/{measure.name}" for measure in legibility.measures()))
     writes = "causal" in config.measures if metric is None else metric in of_answers
     return EVERY_TOKEN if writes else frozenset({("prompt", "instruction"), ("prompt", "data")})
 
@@ -152,7 +148,7 @@ def run(model: SteeredModel, config: Config) -> Result:
         if "cosine" in config.measures:
             observations += _observe_cosine(model, rows[: config.cosine_rows], strength)
     if "causal" in config.measures:
-        executed, samples = _observe_causal(model, items, config)
+        executed, samples = observe_causal(model, items, config)
         observations += executed
     return Result(observations, samples, measures(config))
 
@@ -168,53 +164,6 @@ def concept_layer(config: Config, num_layers: int) -> int:
     if layer > num_layers:
         raise ValueError(f"concept_layer {layer} does not exist: the model has layers 1 to {num_layers}, and 0, the embedding")
     return layer
-
-
-def train_rows(num_rows: int, config: Config) -> list[int]:
-    """Choose the indices of the training rows; at least one row trains and at least one tests."""
-    num_train = min(max(1, round(config.train_share * num_rows)), num_rows - 1)
-    # Another seed than that of the rows' own choice: the same random numbers would tie one choice to the other.
-    return choose(range(num_rows), num_train, config.rows_seed + 1)
-
-
-def usable_rows(model: SteeredModel, config: Config) -> tuple[list[Numbered], list[Numbered]]:
-    """Choose rows with an input; return those that fit into the context in both of their forms, and those that do not.
-
-    Raises:
-        ValueError: there are fewer than two rows, one to train on and one to test.
-    """
-    rows = instruction_rows(config.source, needs_input=True, offset=config.offset, limit=config.num_rows, seed=config.rows_seed)
-    if len(rows) < 2:
-        raise ValueError(f"{config.source} has {len(rows)} usable row; a probe needs two")
-    forms = [model.fits([of_row(model.encoder, item, e) for item in rows], config.max_tokens) for e in (False, True)]
-    fits = [plain and exchanged for plain, exchanged in zip(*forms, strict=True)]
-    halves = [[item for item, fit in zip(rows, fits, strict=True) if fit == wanted] for wanted in (True, False)]
-    return halves[0], halves[1]
-
-
-def collect(model: SteeredModel, rows: Sequence[Numbered], config: Config, strength: float) -> Tokens:
-    """Read hidden states of equally many instruction and data tokens of every row, in both of its forms."""
-    forms = [(i, exchanged) for i in range(len(rows)) for exchanged in (False, True)]
-    prompts = [of_row(model.encoder, rows[i], exchanged) for i, exchanged in forms]
-    h, is_instruction, row, exchange = [], [], [], []
-    for (i, exchanged), (h_LTD, encoded) in zip(forms, model.hidden_states(prompts, strength=strength), strict=True):
-        # A generator for each form, so that the choice does not depend on the order or number of rows.
-        draw = random.Random(f"{config.seed} {rows[i].id} {exchanged}")
-        chosen = balanced(encoded.parts, max(encoded.parts), config.tokens_per_role, draw)
-        h.append(h_LTD[:, chosen].transpose(0, 1))
-        # `of_row` makes the instruction part 1 and the data the last part.
-        is_instruction += [encoded.parts[t] == 1 for t in chosen]
-        row += [i] * len(chosen)
-        exchange += [exchanged] * len(chosen)
-    return Tokens(torch.cat(h), torch.tensor(is_instruction), torch.tensor(row), torch.tensor(exchange))
-
-
-def balanced(parts: Sequence[int], data_part: int, most: int, draw: random.Random) -> list[int]:
-    """Choose at most `most` positions of instruction tokens (part 1) and equally many of data tokens (part `data_part`)."""
-    of_role = [[t for t, part in enumerate(parts) if part == wanted] for wanted in (1, data_part)]
-    count = min(most, *map(len, of_role))
-    # Shuffled by sorting with random keys: Python promises the same numbers in every version for `random()` only.
-    return [t for positions in of_role for t in sorted(positions, key=lambda _: draw.random())[:count]]
 
 
 def _left_out(model: SteeredModel, long: Sequence[Numbered], config: Config, strength: float) -> list[Observation]:
@@ -333,42 +282,6 @@ def _observe_cosine(model: SteeredModel, rows: Sequence[Numbered], strength: flo
             name = f"probing/cosine_layer_{layer:02d}"
             observations.append(Observation(name, item.id, value, float(own_T.sum()), strength))
     return observations
-
-
-def _observe_causal(
-    model: SteeredModel, items: Sequence[separation.Item], config: Config
-) -> tuple[list[Observation], list[dict[str, object]]]:
-    """Measure how often a SEP probe in the data is executed, with its role and with that of an instruction."""
-    texts = [split_probe(item) for item in items]
-    whole = [(item, text) for item, text in zip(items, texts, strict=True) if text is not None]
-    prompts = [
-        marked(model.encoder, item.instruction, probe_parts(text, role)) for role in (DATA, INSTRUCTION) for item, text in whole
-    ]
-    observations: list[Observation] = []
-    samples: list[dict[str, object]] = []
-    for strength, row in answers(model, prompts, config):
-        # Items whose SEP probe cannot be located cannot change its role alone; they are counted as unparsable.
-        cut = [item for item, text in zip(items, texts, strict=True) if text is None]
-        observations += [Observation(name, item.id, None, 1.0, strength) for item in cut for name in _EXECUTED]
-        # The first half of the answers is to prompts with the role of data, the second to the same with that of instructions.
-        for (item, _), *outputs in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
-            verdicts = [float(contains(output.text, item.witness)) for output in outputs]
-            own = [Observation(name, item.id, v, 1.0, strength) for name, v in zip(_EXECUTED, verdicts, strict=True)]
-            observations += with_legibility("probing", item.id, outputs, own, strength)
-        for (item, text), rotated, unrotated in zip(whole, row[: len(whole)], row[len(whole) :], strict=True):
-            samples.append(
-                {
-                    "id": item.id,
-                    "strength": strength,
-                    "instruction": item.instruction,
-                    "data": item.data_with_probe,
-                    "probe": text[1],
-                    "output_probe_as_data": rotated.text,
-                    "output_probe_as_instruction": unrotated.text,
-                    "judged": f"executed means that {item.witness!r} occurs in the output, whatever its case",
-                }
-            )
-    return observations, samples
 
 
 TASK = Task(Config, run, measures, check=check, runs_over=runs_over)

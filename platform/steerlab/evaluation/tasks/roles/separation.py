@@ -46,7 +46,8 @@ from steerlab.evaluation.statistics.metrics import Observation, Result, Task, ab
 from steerlab.evaluation.tasks.roles.embedded_probes import POSITIONS, embedded_rows
 from steerlab.job import Source, TaskConfig, cut
 from steerlab.models import ModelFacts
-from steerlab.steered.language import Generation, SteeredModel
+from steerlab.steered.generated_text import Generation
+from steerlab.steered.language import SteeredModel
 
 _FIELDS = ("system_prompt_clean", "prompt_instructed", "system_prompt_instructed", "prompt_clean", "witness")
 Grouping = Literal["domain", "position", "insistence"]

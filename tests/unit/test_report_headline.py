@@ -11,8 +11,9 @@ import pytest
 
 from steerlab import report
 from steerlab.evaluation.statistics.measures import Measure
-from steerlab.report import answers, sweep_figures, tables
-from steerlab.report.contents import Entry, Sweep
+from steerlab.report import headline, run_names, sweep_figures, tables
+from steerlab.report.contents import Entry
+from steerlab.report.sweep_contents import Sweep
 
 MEASURES = {
     "separation/sep": Measure("sep", "higher", "share", 0.0, 1.0),
@@ -54,31 +55,31 @@ def sweep(rows: list[dict[str, Any]] = ROWS, **changed: Any) -> Sweep:
 
 
 def test_the_sentence_names_the_choice_its_price_and_what_was_not_chosen() -> None:
-    assert answers.sentence(sweep()) == (
+    assert headline.sentence(sweep()) == (
         "angle_rad π/2: separation/sep 0.97 [0.94, 1]; perplexity/value 1.27, 0.15 above the best (1.12 at angle_rad 0); "
         "separation/utility 0.99, as good as any. angle_rad 3π/4 reaches 0.99 and does not keep separation/utility at least "
         "0.9."
     )
-    even = answers.sentence(sweep(indistinguishable=["t0"]))
+    even = headline.sentence(sweep(indistinguishable=["t0"]))
     assert "One other setting cannot be told apart from it (angle_rad 0)." in even
 
 
 def test_the_sentence_of_a_sweep_that_runs_has_no_choice_or_measured_nothing() -> None:
-    running = answers.sentence(replace(sweep(), summary={}, space={"metric": "separation/sep", "mode": "max"}))
+    running = headline.sentence(replace(sweep(), summary={}, space={"metric": "separation/sep", "mode": "max"}))
     assert running.startswith("So far: angle_rad 3π/4: separation/sep 0.99 [0.97, 1];")
-    assert answers.sentence(sweep(best=None)) == "No trial keeps the bounds (separation/utility at least 0.9)."
+    assert headline.sentence(sweep(best=None)) == "No trial keeps the bounds (separation/utility at least 0.9)."
     waiting = [{"trial_id": "t0", "seed": 0, "param.method.angle_rad": 0.0, "status": "running", "metric.separation/sep": None}]
-    assert answers.sentence(sweep(waiting)) == ""
+    assert headline.sentence(sweep(waiting)) == ""
 
 
 def test_several_seeds_are_one_setting() -> None:
     rows = [*ROWS, trial(1, ANGLES[1], 0.93, 0.99, 1.25, seed=1)]
-    assert answers.sentence(sweep(rows)).startswith("angle_rad π/2: separation/sep 0.95 [0.94, 1]; perplexity/value 1.26")
+    assert headline.sentence(sweep(rows)).startswith("angle_rad π/2: separation/sep 0.95 [0.94, 1]; perplexity/value 1.26")
 
 
 def test_values_without_a_direction_or_unit_are_said_plainly() -> None:
     unknown = replace(sweep(bounds=[], prices=["separation/utility"]), runs=())
-    assert "separation/utility 0.99;" in answers.sentence(unknown) or "separation/utility 0.99." in answers.sentence(unknown)
+    assert "separation/utility 0.99;" in headline.sentence(unknown) or "separation/utility 0.99." in headline.sentence(unknown)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_values_without_a_direction_or_unit_are_said_plainly() -> None:
     ],
 )
 def test_values_are_said_as_people_say_them(name: str, value: object, text: str) -> None:
-    assert answers.said(name, value) == text
+    assert run_names.said(name, value) == text
 
 
 def test_only_the_best_cell_of_a_column_is_marked_and_the_chosen_trial_comes_first() -> None:
@@ -120,7 +121,7 @@ def test_intervals_over_seeds_end_where_the_metric_does() -> None:
 
 def test_runs_are_grouped_by_the_tasks_that_they_measured() -> None:
     runs = [entry("aside", separation__sep=0.9), entry("warp", refusal__asr=0.1), entry("ise", separation__sep=0.4)]
-    assert [[run.name for run in group] for group in answers.groups(runs)] == [["aside", "ise"], ["warp"]]
+    assert [[run.name for run in group] for group in run_names.groups(runs)] == [["aside", "ise"], ["warp"]]
     page = report.page(runs)
     tables_of_runs = re.findall(r"<table class=\"sortable\">.*?</table>", page, re.DOTALL)
     assert len(tables_of_runs) == 2 and "<h3>separation</h3>" in page and "<h3>refusal</h3>" in page
@@ -131,7 +132,7 @@ def test_runs_are_grouped_by_the_tasks_that_they_measured() -> None:
 def test_two_runs_of_one_job_are_two_lines_with_what_differs_and_both_answer() -> None:
     runs = [entry("iav", f"2026-{n}", {"train": {"steps": steps}}, p__acc=0.5) for n, steps in enumerate((10, 20))]
     again = replace(runs[1], folder="runs/iav/2027-1")
-    names = [run.name for run in answers.told_apart([*runs, again, entry("dpo", p__acc=0.1)])]
+    names = [run.name for run in run_names.told_apart([*runs, again, entry("dpo", p__acc=0.1)])]
     assert names == ["iav (train.steps 10)", "iav (train.steps 20), 2026-1", "iav (train.steps 20), 2027-1", "dpo"]
     page = report.page(runs)
     assert "iav (train.steps 10)" in page and "said by 2026-0" in page and "said by 2026-1" in page

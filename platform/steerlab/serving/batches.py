@@ -11,9 +11,9 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from steerlab.serving import continuing
+from steerlab.serving import served_rows
 from steerlab.serving.asked import RefusedError
-from steerlab.serving.continuing import Row, Told
+from steerlab.serving.served_rows import Row, Told
 from steerlab.steered.language import SteeredModel
 
 MOST_ROWS = 32
@@ -84,7 +84,7 @@ class Batches:
         while (batch := self._next()) is not None:
             owner = {id(row): ticket for row, ticket in batch}
             try:
-                continuing.run(self._model, [row for row, _ in batch], self._ends, lambda told, to=owner: self._tell(told, to))
+                served_rows.run(self._model, [row for row, _ in batch], self._ends, lambda told, to=owner: self._tell(told, to))
             except Exception as error:  # whatever a model raises is the fault of one batch; the server goes on
                 self._post([(ticket, error) for ticket in {id(t): t for _, t in batch}.values()])
 

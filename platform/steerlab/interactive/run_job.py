@@ -13,7 +13,7 @@ from steerlab import run as runs
 from steerlab.cli.opening import joined_ray, opened_store
 from steerlab.cli.running import progress as bars
 from steerlab.guards.json_values import JsonObject
-from steerlab.interactive.results import Run
+from steerlab.interactive.opened_run import Run
 from steerlab.job import JobError, put, read_tree, validate
 from steerlab.run import capacity
 from steerlab.stages import JobType, Plan

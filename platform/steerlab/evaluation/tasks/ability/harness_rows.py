@@ -1,0 +1,131 @@
+"""Texts and chats of lm-evaluation-harness as token rows whose last tokens are scored, and their scores.
+
+Axis legend: B rows, T tokens, S scored tokens of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from steerlab.evaluation.statistics.metrics import TOO_LONG, Reason
+from steerlab.inputs.tokens import INSTRUCTION, Conversation, Encoded, Message, Part, collate
+from steerlab.steered.language import SteeredModel
+
+_MAX_LENGTH = 2048
+"""Context length in tokens of a model whose config names none (the harness's default)."""
+
+
+class Row(NamedTuple):
+    """A tokenised text whose last tokens are scored."""
+
+    tokens: Encoded
+    num_scored: int
+    """Number of tokens at the end that are scored."""
+    reason: Reason | None = None
+
+
+class Likelihood(NamedTuple):
+    """The likelihood of a continuation given its context."""
+
+    log_prob_nats: float
+    """Log-probability in nats, summed over the continuation's tokens."""
+    is_greedy: bool
+    """Whether greedy decoding gives the continuation."""
+    reason: Reason | None = None
+
+
+@torch.inference_mode()
+def score(model: SteeredModel, rows: Sequence[Row], strength: float) -> list[Likelihood]:
+    """Sum the log-probabilities (nats) of the scored tokens of each row. A row's first token cannot be scored."""
+    likelihoods: dict[int, Likelihood] = {}
+    for chunk in _chunks(rows, model.batch_tokens):
+        batch = collate([rows[i].tokens for i in chunk], model.encoder.pad_id).to(model.device)
+        logits_BTV = model.logits(batch, strength)
+        for i, logits_TV, ids_T in zip(chunk, logits_BTV, batch.input_ids, strict=True):
+            # Padding follows a row's own tokens. The token at position t is predicted by the logits at t - 1.
+            end = len(rows[i].tokens)
+            start = end - rows[i].num_scored
+            # Only the scored positions become float32: over the whole batch that would double the memory of the logits.
+            log_probs_SV = logits_TV[start - 1 : end - 1].float().log_softmax(-1)
+            ids_S = ids_T[start:end]
+            # Padding is on the right here, so a row's own positions begin at 0 whatever the length of its batch.
+            total = float(log_probs_SV.gather(-1, ids_S[:, None]).sum())
+            likelihoods[i] = Likelihood(total, bool((log_probs_SV.argmax(-1) == ids_S).all()))
+        model.progress(len(likelihoods), len(rows))
+    return [likelihoods[i] for i in range(len(rows))]
+
+
+def _chunks(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of rows in batches of at most `batch_tokens` padded tokens, longest rows first."""
+    # Sorted, so that the first row of a batch is its longest one, to which the others are padded.
+    chunk: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True):
+        if chunk and (len(chunk) + 1) * len(rows[chunk[0]].tokens) > batch_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
+
+
+def conversation_of(model: SteeredModel, context: str, continuation: str | None = None) -> Conversation:
+    """Return a plain text as a conversation: the context, and the continuation as a second part if there is one."""
+    context = model.encoder.continued(context)
+    if continuation is None:
+        return (Message("text", (Part(context, INSTRUCTION),)),)
+    # Tokens carry the space before them, so spaces at the end of the context belong to the continuation's first token.
+    stripped = context.rstrip()
+    parts = (Part(stripped, INSTRUCTION), Part(context[len(stripped) :] + continuation, model.encoder.response_role_id))
+    return (Message("text", parts),)
+
+
+def pair_row(model: SteeredModel, row: Encoded) -> Row:
+    """Return the row of a context and its continuation, which is scored; a context that does not fit is cut on the left."""
+    inside = [part == 1 for part in row.parts]
+    num_scored = sum(inside)
+    if num_scored == len(row):
+        # No context and no beginning-of-sequence token: the first token needs one to be predicted from.
+        prefix = of_ids([prefix_id(model)], INSTRUCTION)
+        row, inside = _joined(prefix, row), [False, *inside]
+    size = max_length(model)
+    # One token of context has to remain, since the first scored token is predicted from it.
+    if num_scored >= size:
+        return Row(row, num_scored, TOO_LONG)
+    tail = Encoded(row.input_ids[-size:], row.roles[-size:], inside[-size:], row.parts[-size:])
+    return Row(tail, num_scored, "cut" if len(row) > size else None)
+
+
+def chat_row(model: SteeredModel, row: Encoded, last_part: int) -> Row:
+    """Return the row of a chat up to the end of its last part, which is scored, without what the template prints after it."""
+    scored = [i for i, part in enumerate(row.parts) if part == last_part]
+    if not scored:
+        return Row(row, 0, TOO_LONG)
+    end = scored[-1] + 1
+    own = Encoded(row.input_ids[:end], row.roles[:end], row.in_response[:end], row.parts[:end])
+    # From the first scored token on: a template may print tokens of its own between two of them.
+    return Row(own, end - scored[0], TOO_LONG if end > max_length(model) else None)
+
+
+def of_ids(ids: list[int], role: int) -> Encoded:
+    """Return tokens that all have one role."""
+    return Encoded(ids, [role] * len(ids), [False] * len(ids), [0] * len(ids))
+
+
+def _joined(a: Encoded, b: Encoded) -> Encoded:
+    return Encoded(a.input_ids + b.input_ids, a.roles + b.roles, a.in_response + b.in_response, a.parts + b.parts)
+
+
+def prefix_id(model: SteeredModel) -> int:
+    """Return the token to put before a text: beginning of sequence, else end of sequence, else padding."""
+    encoder = model.encoder
+    candidates: Any = (encoder.tokenizer.bos_token_id, encoder.eos_id, encoder.pad_id)
+    return next(int(candidate) for candidate in candidates if candidate is not None)
+
+
+def max_length(model: SteeredModel) -> int:
+    """Return the context length in tokens, which is the harness's default where the model has no limit."""
+    return _MAX_LENGTH if model.max_tokens == math.inf else int(model.max_tokens)
