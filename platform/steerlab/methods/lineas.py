@@ -43,7 +43,7 @@ from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, Patch
 from steerlab.methods.math.gathering import whole_batch
 from steerlab.methods.transport import Coupling, coupling
 from steerlab.models import ModelFacts
-from steerlab.patches import taps
+from steerlab.patches import taps, token_masks
 from steerlab.patches.maps import AffineLayer
 
 if TYPE_CHECKING:
@@ -150,9 +150,9 @@ class Lineas(PatchAlone):
         """Return this worker's part of the loss: that of the matched pairs whose source row is its own (section 3.2)."""
         # Runs up to the last measured place: neither later layers nor the logits of a whole vocabulary are computed.
         values = self._read(**batch.patched_inputs)
-        tokens_BT = taps.selected(batch, self.measured, self.model.device)
+        tokens_BT = token_masks.selected(batch, self.measured, self.model.device)
         _check_selected(tokens_BT)
-        pooled_BS = torch.cat([taps.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
+        pooled_BS = torch.cat([token_masks.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
         rows_NS, first = whole_batch(pooled_BS)
         # All target texts take part in every step, also if there are more of them than source rows.
         pairs = self._coupling(len(rows_NS))

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from steerlab import models
 from steerlab.job import Selection
 from steerlab.models.diffusion.passes import Pass
-from steerlab.patches import taps
+from steerlab.patches import token_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,8 +100,8 @@ class Forward:
             phases_BT = torch.zeros_like(roles_BT) if self.phases_BT is None else self.phases_BT
             if self.position_BT is None:
                 raise ValueError("this model carries a patch that depends on positions: call it with position_ids=")
-            prompt_B = taps.prompt_lengths(roles_BT, phases_BT)
-            masked = taps.token_mask(selection, roles_BT, phases_BT, self.position_BT, prompt_B, self.ids_BT)
+            prompt_B = token_masks.prompt_lengths(roles_BT, phases_BT)
+            masked = token_masks.token_mask(selection, roles_BT, phases_BT, self.position_BT, prompt_B, self.ids_BT)
             self._masks[selection] = masked
         return self._masks[selection]
 

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steerlab import models
 from steerlab.job import Pixels, Pooling, Selection
-from steerlab.patches import taps
+from steerlab.patches import axes, taps, token_masks
 from steerlab.patches.maps import Map, mapped_pixels
 
 
@@ -152,15 +152,15 @@ class _Walk:
             z = taps.value_at(value, place.element, where)
             if call is None:
                 # Routers of mixtures of experts take all tokens in one axis; a mask of tokens needs rows.
-                z_BTD = taps.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
+                z_BTD = axes.with_rows(z, tuple(self._batches[self._here.number].read_BT.shape))
                 return taps.replaced(value, place.element, self._arrive(place.name, z_BTD).reshape(z.shape))
             if not call.is_read:
                 return value
             # Only the rows with a prompt are read and mapped; with guidance the other half of the batch has none.
-            axis = taps.feature_axis(module, z.dim())
+            axis = axes.feature_axis(module, z.dim())
             # Only (B, C, H, W) and (B, C, pixels) have channels whose mean may move; other values are mapped as tokens are.
             pixels = self._pixels if axis == 1 and z.dim() > 2 else None
-            mapped_BTD = self._arrive(place.name, taps.as_tokens(z[call.conditional], axis), pixels)
+            mapped_BTD = self._arrive(place.name, axes.as_tokens(z[call.conditional], axis), pixels)
             # A clone, since the next line writes: residual connections may still read the module's own output.
             z_last = z.movedim(axis, -1).clone()
             z_last[call.conditional] = mapped_BTD.reshape(z_last[call.conditional].shape)
@@ -177,7 +177,7 @@ class _Walk:
         batch = self._batches[self._here.number]
         read_BT = batch.read_BT.to(z_BTD.device)
         # Only the pooled vector is kept for the fit, (B, D) instead of (B, T, D).
-        self._pooled[self._here.number] = taps.pool(taps.per_token(z_BTD, tuple(read_BT.shape)), read_BT, self._pooling)
+        self._pooled[self._here.number] = token_masks.pool(axes.per_token(z_BTD, tuple(read_BT.shape)), read_BT, self._pooling)
         self._waiting[self._here.number] = place
         # Before the barrier, or the other batches could never arrive at it.
         self._computing.release()
@@ -196,7 +196,7 @@ class _Walk:
         value_BTD = z_BTD.float()
         mapped_BTD = fitted(value_BTD) if pixels is None else mapped_pixels(fitted, value_BTD, pixels)
         # With an axis for attention heads where the value has one, so that the mask broadcasts over heads and not over tokens.
-        steered_BT = taps.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
+        steered_BT = axes.beside(batch.steered_BT.to(z_BTD.device), z_BTD)
         return torch.where(steered_BT.unsqueeze(-1), mapped_BTD.to(z_BTD.dtype), z_BTD)
 
     def _meet(self) -> None:
