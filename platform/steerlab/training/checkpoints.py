@@ -14,10 +14,11 @@ from typing import TypedDict
 
 import torch
 from pydantic import Field, FiniteFloat
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from steerlab.guards import files, saved
-from steerlab.guards.faults import is_for_people
+from steerlab.guards.faults import explained, is_for_people
 from steerlab.guards.json_values import JsonObject
 
 META = "steerlab.json"
@@ -87,6 +88,19 @@ def check_state(state: JsonObject, steps: int, directory: Path) -> LoopState:
             f"{where} is at step {loop_state.step} with {len(loop_state.history)} lines of history; the training has {steps}"
         )
     return saved.like(state, _State, where)
+
+
+def read_snapshots(path: Path, module: nn.Module, steps: Sequence[int]) -> dict[str, Tensor]:
+    """Read the snapshots of the patch in a checkpoint. Raises ValueError if one has another step or shape."""
+    with explained(str(path)):
+        snapshots = load_file(path)
+    # Under ZeRO 3 a parameter's own shape is that of its shard; DeepSpeed keeps the full one in `ds_shape`.
+    own = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in module.named_parameters()}
+    for name, value in snapshots.items():
+        step, _, weight = name.partition("/")
+        if step not in map(str, steps) or own.get(f"patch.{weight}", value.shape) != value.shape:
+            raise ValueError(f"{path}: {name!r:.100} with {tuple(value.shape)} is no snapshot of this training")
+    return snapshots
 
 
 def check_files(folder: Path) -> None:

@@ -6,7 +6,6 @@ learning rate is written at every step, so that a checkpoint needs no scheduler.
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -23,47 +22,14 @@ from steerlab.guards.json_values import JsonObject
 from steerlab.job import ScaleConfig, TrainConfig
 from steerlab.training import checkpoints
 from steerlab.training.checkpoints import META, LoopState
+from steerlab.training.optimizer import make_optimizer
+from steerlab.training.safe_loading import without_code
 
 _TAG = "state"
-_SMALL = 4_000_000
-"""Largest number of trained values for which the optimizer updates all parameters together on the CPU."""
 
 
 class WorldSizeError(ValueError):
     """A sharded checkpoint can only be loaded by as many workers as wrote it."""
-
-
-def _without_code(check: Callable[[object, Path], None]) -> object:
-    """Return a checkpoint engine for DeepSpeed that loads files without running code in them.
-
-    `check` is called with the contents and path of each file, and raises ValueError to refuse them.
-    """
-    # Checkpoints lie in storage where others may write, and unpickling runs whatever code a file names.
-    engine, classes = private_parts.checkpoint_engine()
-
-    class WithoutCode(engine):
-        """DeepSpeed's own engine unpickles anything (0.19); the files that it writes need only these classes."""
-
-        def save(self, state_dict: object, path: str) -> None:
-            super().save(_without_enums(state_dict), path)
-
-        def load(self, path: str, map_location: Any = None) -> object:
-            with torch.serialization.safe_globals([*classes]):
-                contents = torch.load(path, map_location=map_location, weights_only=True)
-            check(contents, Path(path))
-            return contents
-
-    return WithoutCode()
-
-
-def _without_enums(value: object) -> object:
-    """Return a state with its enumerations replaced by their numbers."""
-    # Python 3.11.2 pickles a member of an enumeration as a call of getattr, which `weights_only` refuses to load.
-    if isinstance(value, enum.Enum) and isinstance(value, int):
-        return int(value)
-    if type(value) is dict:
-        return {key: _without_enums(item) for key, item in value.items()}
-    return [_without_enums(item) for item in value] if type(value) is list else value
 
 
 @dataclass
@@ -101,7 +67,7 @@ class Engine:
             optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._ds: Any
         self._ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self._config())
-        self._ds.checkpoint_engine = _without_code(self._check)
+        self._ds.checkpoint_engine = without_code(self._check)
 
     @property
     def passes_per_step(self) -> int:
@@ -306,26 +272,3 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._ds.destroy()
-
-
-def make_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Return torch's optimizer over the trained parameters; weight decay applies to those with two or more axes."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    # On the CPU torch updates parameters one by one by default: the same bits, but twice the time for many small ones. Together
-    # it makes temporary copies of all of them, which only matters for large ones.
-    together = True if sum(p.numel() for p in trained) <= _SMALL else None
-    # One kernel for all parameters of a GPU, instead of a dozen passes over them.
-    fused = True if any(p.device.type == "cuda" for p in trained) else None
-    together = None if fused else together
-    match train.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, foreach=together, fused=fused)
-        case "adam":
-            return torch.optim.Adam(groups, lr=train.lr, betas=train.betas, foreach=together, fused=fused)
-        case "sgd":
-            return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, foreach=together, fused=fused)

@@ -20,6 +20,7 @@ from steerlab.storage.plan import ModelRef
 from steerlab.training import loop
 from steerlab.training.checkpoint_folder import FOLDER, CheckpointFolder
 from steerlab.training.engine import WorldSizeError
+from steerlab.training.link import Link
 from steerlab.training.request import Request, received
 
 
@@ -67,7 +68,7 @@ def _run(request: Request[ModelRef], scale: ScaleConfig, seat: Seat, scratch: Pa
         needs_best=request.train.keep == "best",
         say=seat.say,
     )
-    link = loop.Link(
+    link = Link(
         rank=seat.rank,
         world_size=seat.world_size,
         device=seat.device,
