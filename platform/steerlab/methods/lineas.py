@@ -40,8 +40,7 @@ from steerlab import models, patches
 from steerlab.inputs.tokens import Batch, Row
 from steerlab.job import Job, Pooling, Selection
 from steerlab.methods.contract import ANY_KIND, MIN_SAMPLES, Inputs, Loss, PatchAlone, SteeringConfig, Trained, check_roles
-from steerlab.methods.math.gathering import whole_batch
-from steerlab.methods.transport import Coupling, coupling
+from steerlab.methods.math.coupling import batch_distance
 from steerlab.models import ModelFacts
 from steerlab.patches import taps, token_masks
 from steerlab.patches.maps import AffineLayer
@@ -137,7 +136,6 @@ class Lineas(PatchAlone):
         # After the maps are attached, since hooks run in the order of registration: a steered place is measured with its map.
         self._read = taps.Reader(model, places, self.measured.side)
         self._refits = False
-        self._pairs: dict[int, Coupling] = {}
 
     def train(self, mode: bool = True) -> Lineas:
         """Set the maps' training mode; the model stays in evaluation mode unless it uses gradient checkpointing."""
@@ -153,34 +151,13 @@ class Lineas(PatchAlone):
         tokens_BT = token_masks.selected(batch, self.measured, self.model.device)
         _check_selected(tokens_BT)
         pooled_BS = torch.cat([token_masks.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
-        rows_NS, first = whole_batch(pooled_BS)
-        # All target texts take part in every step, also if there are more of them than source rows.
-        pairs = self._coupling(len(rows_NS))
-        # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones.
-        sorted_SN, row_SN = rows_NS.T.contiguous().sort(dim=1)
-        # W2^2 as a weighted sum over matched pairs, for every neuron.
-        # The matching itself has no gradient: it is constant between two crossings of sorted values.
-        gap_SK = _paired(sorted_SN, pairs.source_K) - _paired(self.target_SM, pairs.target_K)
-        weight_K = pairs.weight_K.to(gap_SK.dtype)
-        if len(rows_NS) == len(pooled_BS):
-            distance_S = self._cost(gap_SK) @ weight_K
-        else:
-            # Every worker sorts all rows; each pair is counted by the one worker that holds its source row.
-            row_SK = _paired(row_SN, pairs.source_K)
-            own_SK = (row_SK >= first) & (row_SK < first + len(pooled_BS))
-            distance_S = (self._cost(gap_SK) * own_SK) @ weight_K
+        # W2^2 of every neuron (or W1, `criterion`), between the whole batch and the target.
+        distance_S, num_rows = batch_distance(pooled_BS, self.target_SM, self._cost)
         # The loop divides by the N rows of the whole step: N times the mean gives the paper's mean over samples, N * N times
         # the mean the code's sum over samples.
-        per_row = len(rows_NS) if self.config.reduction == "paper" else len(rows_NS) ** 2
+        per_row = num_rows if self.config.reduction == "paper" else num_rows**2
         loss_S = per_row * self.factor_S * distance_S
         return Loss(loss_S.sum(), self._metrics(loss_S.detach(), len(pooled_BS)))
-
-    def _coupling(self, num_rows: int) -> Coupling:
-        """Return the matched pairs of so many sorted rows and the target, on the target's device; copied there once."""
-        if num_rows not in self._pairs:
-            pairs = coupling(num_rows, self.target_SM.shape[1])
-            self._pairs[num_rows] = Coupling(*(values_K.to(self.target_SM.device) for values_K in pairs))
-        return self._pairs[num_rows]
 
     def _cost(self, gap_SK: Tensor) -> Tensor:
         """Return the cost of each matched pair by its difference (`criterion`)."""
@@ -273,12 +250,6 @@ def _moved(layer: AffineLayer) -> Tensor:
 def _set_to_identity(layer: AffineLayer, where_2D: Tensor) -> None:
     layer.scale.masked_fill_(where_2D[0], 1.0)
     layer.shift.masked_fill_(where_2D[1], 0.0)
-
-
-def _paired(x_SN: Tensor, index_K: Tensor) -> Tensor:
-    """Return the values of the matched pairs, (S, K)."""
-    # Samples of equal size are matched in their own order: no copy, and no scattered gradient.
-    return x_SN if len(index_K) == x_SN.shape[1] else x_SN[:, index_K]
 
 
 def _check_selected(tokens_BT: Tensor) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from steerlab.job import Seed
 from steerlab.methods.edited import Edit, EditConfig, Edited, Weight
-from steerlab.methods.math.rotation import generator
+from steerlab.methods.math.draws import generator
 
 
 class Config(EditConfig):

@@ -26,8 +26,8 @@ stay frozen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
@@ -35,25 +35,23 @@ from torch import Tensor, nn
 
 from steerlab import models, patches
 from steerlab.guards.json_values import Json
-from steerlab.inputs.tokens import GENERATION, Batch
-from steerlab.job import Frozen, Job, MethodConfig
+from steerlab.inputs.tokens import Batch
+from steerlab.job import Job, MethodConfig
 from steerlab.methods.contract import Inputs, Loss, PatchAlone, Size, Trained, language_modelling_loss
 from steerlab.methods.math import rotation
+from steerlab.methods.math.neurons import TYPES, Block, Neurons, blocks, num_neurons
 from steerlab.methods.math.selected_layers import Layers
-from steerlab.methods.math.selected_layers import places as selected
 from steerlab.methods.preparations import Prepare
-from steerlab.models import LayerType, ModelFacts, WeightPlace
+from steerlab.models import LayerType, ModelFacts
 from steerlab.steered.language import SteeredModel
 from steerlab.storage.plan import Estimate
-from steerlab.storage.tensors import Parts, Shape
+from steerlab.storage.tensors import Parts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
-TYPES: tuple[LayerType, ...] = ("attn_q", "attn_k", "attn_v", "ffn_up", "ffn_down")
-"""Types of linear layers whose rows, or columns for ffn_down, are neurons."""
 SAFETY, FOUNDATION = "safety_neurons", "foundation_neurons"
 """Names of the preparations: by layer and type, in how many queries each neuron is active."""
 
@@ -119,121 +117,29 @@ def of_scores(queries_THd: Tensor, keys_THd: Tensor) -> Tensor:
     return torch.stack(changes)
 
 
-class _Params(Frozen, extra="ignore"):
-    active: float
-    target_layers: tuple[str, ...]
-
-
-class Neurons:
-    """Counts, for each neuron, the queries for which it is active. It implements `methods.preparations.Sums`."""
-
-    def __init__(self, model: SteeredModel, params: Mapping[str, Json]) -> None:
-        wanted = _Params.model_validate(params)
-        self._model, self._active = model, wanted.active
-        self._layers = _layers(model.model, wanted.target_layers)
-        self._seen: dict[str, Tensor] = {}
-        self._handles = [
-            handle
-            for layer in self._layers
-            for kind in ("attn_q", "attn_k")
-            for handle in [_read(model.model, layer[kind].module, self._seen, output=True)]
-        ] + [
-            _read(model.model, layer[kind].module, self._seen, output=False)
-            for layer in self._layers
-            for kind in ("attn_o", "ffn_down")
-        ]
-        self._counts = {
-            layer[kind].module: torch.zeros(_num_neurons(kind, layer[kind])) for layer in self._layers for kind in TYPES
-        }
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Names and shapes of the counts: (K,) by module path."""
-        return {name: Shape(torch.float32, count.shape) for name, count in self._counts.items()}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the counts by module."""
-        yield from self._counts.items()
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
-    @torch.no_grad()
-    def add(self, batch: Batch, number: int) -> None:
-        """Count the active neurons of each query of a batch."""
-        self._model.model(**batch.patched_inputs, use_cache=False)
-        for row in range(len(batch.input_ids)):
-            # The query alone: an answer in the row is no part of it.
-            is_query_T = batch.attention_mask[row].bool() & (batch.phases[row] != GENERATION)
-            importance = {kind: self._importance(kind, row, is_query_T) for kind in TYPES}
-            for kind, of_layers in importance.items():
-                whole = torch.cat(of_layers)
-                least = whole.topk(max(1, round(self._active * len(whole)))).values[-1]
-                for layer, one in zip(self._layers, of_layers, strict=True):
-                    self._counts[layer[kind].module] += (one >= least).float().cpu()
-
-    def _importance(self, kind: LayerType, row: int, is_query_T: Tensor) -> list[Tensor]:
-        return [self._of_layer(kind, layer, row, is_query_T) for layer in self._layers]
-
-    def _of_layer(self, kind: LayerType, layer: Mapping[str, WeightPlace], row: int, is_query_T: Tensor) -> Tensor:
-        def seen(of: LayerType) -> Tensor:
-            return self._seen[layer[of].module][row][is_query_T].float()
-
-        def weight(of: LayerType) -> Tensor:
-            return models.linear_weight(self._model.model.get_submodule(layer[of].module)).float()
-
-        if kind in ("ffn_up", "ffn_down"):
-            return of_linear(seen("ffn_down"), weight("ffn_down"))
-        heads, groups = _heads(self._model.model, layer)
-        if kind == "attn_v":
-            context, projection = seen("attn_o"), weight("attn_o")
-            return of_values(context.unflatten(1, (heads, -1)), projection.unflatten(1, (heads, -1)), groups)
-        queries = seen("attn_q").unflatten(1, (heads, -1))
-        keys = seen("attn_k").unflatten(1, (heads // groups, -1)).repeat_interleave(groups, dim=1)
-        change_Hd = of_scores(queries, keys)
-        return (change_Hd if kind == "attn_q" else change_Hd.unflatten(0, (-1, groups)).norm(dim=1)).flatten()
-
-
-def _read(model: PreTrainedModel, name: str, seen: dict[str, Tensor], *, output: bool) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-        seen[name] = (result if output else args[0]).detach()
-
-    return model.get_submodule(name).register_forward_hook(hook)
-
-
-def _heads(model: PreTrainedModel, layer: Mapping[str, WeightPlace]) -> tuple[int, int]:
-    """Return the number of heads H, and that of the heads G that share a key."""
-    heads = models.text_config(model).num_attention_heads
-    width = layer["attn_q"].shape[0] // heads
-    return heads, heads // (layer["attn_k"].shape[0] // width)
-
-
-def _layers(model: PreTrainedModel, target_layers: tuple[int | str, ...]) -> list[dict[str, WeightPlace]]:
-    """Return the linear layers of each block, by type. Raises ValueError for a model that fuses them."""
-    by_kind = {kind: selected(model, (kind,), target_layers) for kind in (*TYPES, "attn_o")}
-    fused = next((kind for kind, found in by_kind.items() if any(place.outputs is not None for place in found)), None)
-    if fused is not None:
-        raise ValueError(
-            f"{fused}: {type(model).__name__} computes it in one layer with others, whose neurons sn_tune cannot tell"
-        )
-    return [dict(zip(by_kind, found, strict=True)) for found in zip(*by_kind.values(), strict=True)]
-
-
-def _num_neurons(kind: str, place: WeightPlace) -> int:
-    return place.shape[1] if kind == "ffn_down" else place.shape[0]
+def importance(kind: LayerType, block: Block) -> Tensor:
+    """Return the importance of the neurons of a type in one block for one query, (K,)."""
+    if kind in ("ffn_up", "ffn_down"):
+        return of_linear(block.value("ffn_down"), block.weight("ffn_down"))
+    heads, groups = block.heads
+    if kind == "attn_v":
+        context, projection = block.value("attn_o"), block.weight("attn_o")
+        return of_values(context.unflatten(1, (heads, -1)), projection.unflatten(1, (heads, -1)), groups)
+    queries = block.value("attn_q").unflatten(1, (heads, -1))
+    keys = block.value("attn_k").unflatten(1, (heads // groups, -1)).repeat_interleave(groups, dim=1)
+    change_Hd = of_scores(queries, keys)
+    return (change_Hd if kind == "attn_q" else change_Hd.unflatten(0, (-1, groups)).norm(dim=1)).flatten()
 
 
 def count(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]) -> Neurons:
     """Return counts of active neurons, at zero."""
-    return Neurons(model, params)
+    return Neurons(model, params, importance)
 
 
 def prepares(config: Config, skeleton: PreTrainedModel, prepare: Prepare) -> tuple[str, ...]:
     """Ask for the counts of active neurons on the harmful queries and, for RSN-Tune, on general texts."""
-    layers = _layers(skeleton, config.target_layers)
-    size = 4 * sum(_num_neurons(kind, layer[kind]) for layer in layers for kind in TYPES)
+    layers = blocks(skeleton, config.target_layers)
+    size = 4 * sum(num_neurons(kind, layer[kind]) for layer in layers for kind in TYPES)
     per_shard = max(1, config.rows_per_shard // config.rows_per_batch) * config.rows_per_batch
     params: dict[str, Json] = {
         "active": config.active,
@@ -259,21 +165,6 @@ def found(counts: Parts, name: str, agreement: float) -> Tensor:
     return counts.tensor(name) >= agreement * num_queries - 0.5
 
 
-class Changes(nn.Module):
-    """The trained parameters: the changes of the layers that hold neurons."""
-
-    kind = "weight"
-
-    def __init__(self, layers: Mapping[str, rotation.RotatedLayer]) -> None:
-        super().__init__()
-        self.names = list(layers)
-        self.layers = nn.ModuleList(layers.values())
-
-    def masked(self) -> list[rotation.RotatedLayer]:
-        """Return the layers, in the order of `names`."""
-        return [layer for layer in self.layers if isinstance(layer, rotation.RotatedLayer)]
-
-
 class SnTune(PatchAlone):
     """A causal language model of which some neurons train."""
 
@@ -283,7 +174,7 @@ class SnTune(PatchAlone):
         foundation = Parts.open(inputs.prepared[FOUNDATION]) if FOUNDATION in inputs.prepared else None
         masked: dict[str, rotation.RotatedLayer] = {}
         num_trained = 0
-        for layer in _layers(model, config.target_layers):
+        for layer in blocks(model, config.target_layers):
             for kind in TYPES:
                 place = layer[kind]
                 chosen_K = found(safety, place.module, config.agreement)
@@ -299,7 +190,7 @@ class SnTune(PatchAlone):
                 f"method.active {config.active}: no neuron is left to train, with agreement {config.agreement} over "
                 f"{safety.facts['all']['rows']} queries of data.safety; raise active, or lower agreement"
             )
-        self.patch = Changes(masked)
+        self.patch = rotation.RotatedLayers(masked)
         patches.attach(model, inputs.below)
 
     def train(self, mode: bool = True) -> SnTune:
@@ -311,7 +202,7 @@ class SnTune(PatchAlone):
     @classmethod
     def size(cls, config: Config, skeleton: PreTrainedModel) -> Size:
         """Return the number of entries of the layers that hold neurons, and the bytes of W and the masks besides W_0."""
-        num = sum(math.prod(layer[kind].shape) for layer in _layers(skeleton, config.target_layers) for kind in TYPES)
+        num = sum(math.prod(layer[kind].shape) for layer in blocks(skeleton, config.target_layers) for kind in TYPES)
         return Size(num, (4 + 1) * num)
 
     def forward(self, batch: Batch) -> Loss:
@@ -320,18 +211,15 @@ class SnTune(PatchAlone):
 
     def on_step(self, step: int, steps_per_epoch: float) -> None:
         """Drop matrices that were computed before the optimizer, or a checkpoint, changed the weights."""
-        for layer in self.patch.masked():
-            layer.start_step()
+        self.patch.start_step()
 
     def after_step(self, lr: float) -> None:
         """Drop matrices that were computed before the step."""
-        for layer in self.patch.masked():
-            layer.start_step()
+        self.patch.start_step()
 
     def before_pass(self, is_last: bool) -> None:
         """Tell the layers whether this is the step's last pass."""
-        for layer in self.patch.masked():
-            layer.start_pass(is_last)
+        self.patch.start_pass(is_last)
 
     def finished(self, state: dict[str, Tensor]) -> patches.WeightPatch:
         """Return the changes of the weights as a patch, in the layout in which the model stores them."""

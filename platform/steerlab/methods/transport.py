@@ -20,9 +20,8 @@ Axes besides those of tokens.py: N source and M target texts, K matched pairs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from steerlab.job import Pixels, Pooling
 from steerlab.methods.contract import Fitted, SequentialConfig, check_samples
+from steerlab.methods.math.coupling import coupling, paired
 from steerlab.patches.maps import AffineMap
 
 _CONSTANT = 1e-5
@@ -83,32 +83,6 @@ class GaussianConfig(Config):
     under which a neuron that is constant on the target becomes that constant."""
 
 
-class Coupling(NamedTuple):
-    """Optimal transport between two sorted samples of size n and m, as K <= n + m - 1 weighted pairs."""
-
-    source_K: Tensor
-    """Index of the pair's value in the sorted source."""
-    target_K: Tensor
-    """Index of the pair's value in the sorted target."""
-    weight_K: Tensor
-    """Weight of the pair, float64; the weights sum to 1."""
-
-
-@functools.lru_cache
-def coupling(n: int, m: int) -> Coupling:
-    """Match the sorted values of samples of size n and m by their quantile functions.
-
-    Both quantile functions are steps, with edges at i/n and k/m. Between two neighbouring edges both are constant, which gives
-    one pair with the distance of the edges as its weight. For n = m these are the sorted values in order, of weight 1/n each.
-    """
-    # In units of 1/(nm) all edges are integers, so that no edge is lost or doubled by rounding.
-    # Cached by (n, m): a training asks for the same coupling in every step.
-    edges = torch.cat([torch.arange(n) * m, torch.arange(m) * n, torch.tensor([n * m])]).unique()
-    # Between two edges the source is at its value floor(start / m) and the target at floor(start / n).
-    starts, gaps = edges[:-1], edges.diff()
-    return Coupling(starts // m, starts // n, gaps.double() / (n * m))
-
-
 def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     """Fit Linear-AcT (section 3.2): least squares on the matched pairs of every neuron.
 
@@ -125,7 +99,7 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     mean_a_D, mean_b_D = source_ND.double().mean(0), target_MD.double().mean(0)
     # Centred before anything is multiplied: float32 would lose a small spread around a large mean.
     a_DN, b_DM = _sorted_values(source_ND - mean_a_D.float()), _sorted_values(target_MD - mean_b_D.float())
-    a_DK, b_DK = _paired(a_DN, pairs.source_K), _paired(b_DM, pairs.target_K)
+    a_DK, b_DK = paired(a_DN, pairs.source_K), paired(b_DM, pairs.target_K)
     weight_K = pairs.weight_K.float()
     # The weights sum to 1 and the samples are centred, so that these are variance and covariance without a further division.
     variance_D = (a_DK.square() @ weight_K).double()
@@ -195,11 +169,6 @@ def _sorted_values(x_ND: Tensor) -> Tensor:
     """Sort every neuron's values, (D, N), without a gradient."""
     # NumPy's sort keeps no indices and is several times as fast as torch's on the CPU.
     return torch.from_numpy(np.sort(x_ND.detach().float().cpu().T.contiguous().numpy(), axis=1))
-
-
-def _paired(x_DN: Tensor, index_K: Tensor) -> Tensor:
-    """Return the values of the matched pairs, (D, K)."""
-    return x_DN if len(index_K) == x_DN.shape[1] else x_DN[:, index_K]
 
 
 def _sorted(x_ND: Tensor) -> Tensor:
