@@ -48,6 +48,7 @@ from steerlab.patches.maps import AffineLayer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# T_s mixes the map with the identity; beyond 1 it would overshoot the distribution that the maps were trained to reach.
 _STRENGTHS = (0.0, 1.0)
 
 
@@ -60,10 +61,13 @@ class Config(SteeringConfig):
     """Modules and tokens on which the maps act. Paper: the norms after attention (language models)."""
     pooling: Pooling = "mean"
     """Pooling of a text's activations into one vector. Paper: mean."""
+    # Adam's steps do not depend on a factor of the loss, but for its epsilon; SGD's do.
     reduction: Literal["paper", "code"] = "paper"
     """paper: mean over samples, sum over neurons and places; code: sum over samples, mean over neurons and places."""
     criterion: Literal["w2", "w1"] = Field("w2", exclude_if=lambda criterion: criterion == "w2")
     """Distance of two distributions. w2: mean squared difference of sorted values (paper); w1: mean absolute difference."""
+    # R is no part of the loss that is differentiated: its kinks at w = 1 and b = 0 are what sets neurons exactly to the
+    # identity.
     gamma: float = Field(0.0, ge=0)
     """Weight of the penalty R; 0 turns it off. Paper: up to 0.1."""
     l1: float = Field(1.0, ge=0)
@@ -76,6 +80,7 @@ class Config(SteeringConfig):
     """Weight of the group term of the shifts b; null: `group`."""
     threshold: float = Field(1e-5, ge=0)
     """A neuron counts as steered if |w - 1| or |b| exceeds this."""
+    # The proximal step shrinks what it keeps, too: without the penalty the kept neurons can reach the target.
     refit_from: int | None = Field(None, ge=1)
     """Step from which the penalty is off and the neurons that it set to the identity stay there; null: never."""
 
@@ -111,6 +116,7 @@ class Lineas(PatchAlone):
     def __init__(self, model: PreTrainedModel, config: Config, inputs: Inputs) -> None:
         super().__init__(model)
         self.config = config
+        # eta of section 3.2: read once, from the model without the maps.
         target = inputs.activations["target"]
         # Compared without patches: the model may carry some that the target was read without.
         if target.origin.fingerprint != models.fingerprint(model):
@@ -147,9 +153,11 @@ class Lineas(PatchAlone):
     def forward(self, batch: Batch) -> Loss:
         """Return this worker's part of the loss: that of the matched pairs whose source row is its own (section 3.2)."""
         # Runs up to the last measured place: neither later layers nor the logits of a whole vocabulary are computed.
+        # z of each measured place, (B, T, D), with all maps applied and with gradients.
         values = self._read(**batch.patched_inputs)
         tokens_BT = token_masks.selected(batch, self.measured, self.model.device)
         _check_selected(tokens_BT)
+        # All neurons of all places side by side: one sort for all of them.
         pooled_BS = torch.cat([token_masks.pool(z_BTD, tokens_BT, self.config.pooling) for z_BTD in values.values()], 1)
         # W2^2 of every neuron (or W1, `criterion`), between the whole batch and the target.
         distance_S, num_rows = batch_distance(pooled_BS, self.target_SM, self._cost)
@@ -161,6 +169,7 @@ class Lineas(PatchAlone):
 
     def _cost(self, gap_SK: Tensor) -> Tensor:
         """Return the cost of each matched pair by its difference (`criterion`)."""
+        # p = 2 or p = 1 of the p-Wasserstein distance, to the power p: no root, whose gradient is infinite at 0.
         return gap_SK.square() if self.config.criterion == "w2" else gap_SK.abs()
 
     def _metrics(self, loss_S: Tensor, num_rows: int) -> dict[str, Tensor]:
@@ -218,6 +227,7 @@ class Lineas(PatchAlone):
                 # The step size is the learning rate (module docstring).
                 l1_21, group_21 = (lr * weight_21.to(layer.scale) for weight_21 in self.config.penalty_21)
                 moved_2D = proximal(_moved(layer), l1_21, group_21)
+                # The penalty pulls w to 1 and b to 0: v is w - 1, and w is written back as 1 + v.
                 layer.scale.copy_(1 + moved_2D[0])
                 layer.shift.copy_(moved_2D[1])
 

@@ -42,8 +42,10 @@ class Config(SequentialConfig):
 
     name: Literal["linear_act"] = "linear_act"
     """The method."""
+    # One vector a text: the samples are texts, and their number N and M is what the coupling matches.
     pooling: Pooling = "mean"
     """Pooling of the activations that the maps are fitted on. Paper: mean."""
+    # The support of section 3.3: the affine map approximates the transport between the quantiles that it was fitted on.
     support: tuple[float, float] | None = (0.0, 1.0)
     """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. [0, 1], ml-act's default, are the
     sample's extremes; null maps all values."""
@@ -55,6 +57,7 @@ class Config(SequentialConfig):
     def _check(self) -> Config:
         if self.pooling == "none":
             raise ValueError("pooling none keeps every token; a distribution over texts needs one vector a text")
+        # Equal quantiles would bound the map to a single value.
         if self.support is not None and not 0 <= self.support[0] < self.support[1] <= 1:
             raise ValueError(f"support {list(self.support)}: give two quantiles, 0 <= low < high <= 1")
         return self
@@ -65,6 +68,7 @@ class MeanConfig(Config):
 
     name: Literal["mean_act"] = "mean_act"  # type: ignore[assignment]
     """The method."""
+    # Mean- and Gaussian-AcT are exact transports of their models of the data, and have a value everywhere.
     support: tuple[float, float] | None = None
     """Two quantiles of the source, from 0 to 1; values outside of them are not mapped. null, as in ml-act, maps all values."""
     min_std: float = Field(0.0, ge=0, exclude_if=lambda smallest: smallest == 0)
@@ -98,7 +102,9 @@ def linear_map(source_ND: Tensor, target_MD: Tensor) -> AffineMap:
     pairs = coupling(len(source_ND), len(target_MD))
     mean_a_D, mean_b_D = source_ND.double().mean(0), target_MD.double().mean(0)
     # Centred before anything is multiplied: float32 would lose a small spread around a large mean.
+    # (D, N) and (D, M); sorting does not depend on the shift by the mean, so that centring first changes no pair.
     a_DN, b_DM = _sorted_values(source_ND - mean_a_D.float()), _sorted_values(target_MD - mean_b_D.float())
+    # (D, K) with K = N for samples of one size.
     a_DK, b_DK = paired(a_DN, pairs.source_K), paired(b_DM, pairs.target_K)
     weight_K = pairs.weight_K.float()
     # The weights sum to 1 and the samples are centred, so that these are variance and covariance without a further division.
@@ -120,6 +126,7 @@ def mean_map(source_ND: Tensor, target_MD: Tensor, min_std: float = 0.0) -> Affi
     check_samples(source_ND, target_MD)
     # In float64: the difference of two close means.
     shift_D = target_MD.double().mean(0) - source_ND.double().mean(0)
+    # The authors' code masks Mean-AcT, too; by default nothing is masked here.
     shift_D = shift_D.where(~_is_constant(source_ND, target_MD, min_std), 0.0)
     # A scale of 1 and not a map of its own: one kind of map serves, folds and composes for every affine method.
     return AffineMap(torch.ones_like(shift_D).float(), shift_D.float())
@@ -137,6 +144,7 @@ def gaussian_map(source_ND: Tensor, target_MD: Tensor, min_std: float = 1e-4) ->
         ValueError: that of `linear_map`.
     """
     check_samples(source_ND, target_MD)
+    # torch's `std` divides by n - 1; the ratio of two of them depends on that only for samples of unequal size.
     (mean_1, std_1), (mean_2, std_2) = ((x.mean(0), x.std(0)) for x in (source_ND.double(), target_MD.double()))
     # The slope of a nearly constant neuron would be noise divided by noise, or 0, which erases the neuron.
     constant_D = _is_constant(source_ND, target_MD, min_std)
@@ -149,6 +157,8 @@ def gaussian_map(source_ND: Tensor, target_MD: Tensor, min_std: float = 1e-4) ->
 
 def _is_constant(source_ND: Tensor, target_MD: Tensor, min_std: float) -> Tensor:
     """Return which neurons have a standard deviation below `min_std` on the source or on the target, (D,) bool."""
+    # Either side: a neuron that is constant on the target would be mapped to that constant (std2 / std1 near 0), which erases
+    # it.
     return (source_ND.double().std(0) < min_std) | (target_MD.double().std(0) < min_std)
 
 
@@ -162,6 +172,7 @@ def distance(source_ND: Tensor, target_MD: Tensor) -> Tensor:
     pairs = coupling(len(source_ND), len(target_MD))
     # The sort's gradient goes to the unsorted values; that the order itself changes has no gradient, and needs none.
     gap_DK = _sorted(source_ND)[:, pairs.source_K] - _sorted(target_MD)[:, pairs.target_K]
+    # (D, K) @ (K,): the weights sum to 1, so that this is a mean.
     return gap_DK.square() @ pairs.weight_K.to(gap_DK)
 
 
@@ -202,7 +213,9 @@ def within_support(fitted: AffineMap, source_ND: Tensor, support: tuple[float, f
     if support is None:
         return fitted
     # Of the same source sample that the map was fitted on: with `walks` that is the one with all earlier maps applied.
+    # (2, D): the low and the high quantile of every neuron. In float64, so that 0 and 1 are the sample's own extremes.
     low_D, high_D = torch.quantile(source_ND.double(), torch.tensor(support, dtype=torch.float64), dim=0)
+    # Rounded to float32 as the activations are that they are compared with; a value equal to a bound is mapped.
     return fitted._replace(low_D=low_D.float(), high_D=high_D.float())
 
 

@@ -67,12 +67,15 @@ class Config(MethodConfig):
 
     name: Literal["warp"] = "warp"
     """The method."""
+    # rho of the manuscript.
     keep_ratio: float = Field(0.1, ge=0, le=1)
     """Share of the coefficients that is frozen, from 0 (none) to 1 (all). Paper: 0.1, swept from 0.01 to 0.2."""
+    # W_O and the gate are not in the manuscript's list.
     layer_type: Types = PAPER_TYPES
     """Linear layers that are trained; the default is the paper's."""
     target_layers: Layers = ("all",)
     """Decoder layers: all, early, middle or late (a third each), last, numbers from 0, spans such as 8-15 (inclusive)."""
+    # Gradients differ in size from layer to layer: one threshold may freeze some layers whole, and others not at all.
     scope: Literal["module", "global"] = "module"
     """module: keep_ratio applies to each linear layer (paper); global: to all selected layers together."""
     rotation: Literal["safety", "random", "none"] = "safety"
@@ -80,6 +83,7 @@ class Config(MethodConfig):
     mask: Literal["importance", "random", "magnitude"] = "importance"
     """Frozen coefficients: importance: those with the largest gradients on safety rows; controls: random: drawn at random,
     magnitude: those with the largest absolute value."""
+    # C sums over tokens: long prompts outweigh short refusals in it.
     basis_tokens: Literal["all", "prompt", "response"] = Field("all", exclude_if=lambda tokens: tokens == "all")
     """Tokens whose inputs span the basis: all (paper), or those of the prompt (the code's --only_prompt) or response alone."""
     importance_tokens: Tokens = Field("labelled", exclude_if=lambda tokens: tokens == "labelled")
@@ -93,6 +97,7 @@ class Config(MethodConfig):
     (the code's --two_mask, where it is keep_ratio); null uses one mask."""
     others: Literal["frozen", "train"] = "frozen"
     """Weights outside of the selected layers: frozen, or trained without a mask."""
+    # |sum of gradients| and sum of |gradients| differ: two batch sizes are two importances.
     rows_per_batch: int = Field(4, ge=1)
     """Safety rows in one batch of the importance, a sum of absolute gradients, which depends on the batch size. Paper: 4."""
     max_tokens: int = Field(512, ge=8)
@@ -109,6 +114,7 @@ class Config(MethodConfig):
     def _check(self) -> Config:
         if self.lora is None:
             return self
+        # By type only: a layer that computes several types in one is found in `prepares`, where the model is known.
         both = [name for name in self.lora.layer_type if name in self.layer_type]
         if both:
             raise ValueError(
@@ -147,6 +153,7 @@ def importance(grad_MN: Tensor, vectors_NN: Tensor | None) -> Tensor:
 
 def safety_importance(model: SteeredModel, params: Mapping[str, Json], needed: Mapping[str, Path]) -> GradientSums:
     """Return sums of |dL_b / d(W U)| over batches b of safety rows (step 2), at zero."""
+    # A function at the top of the module: workers find it by its name.
     return weight_space.gradient_sums(importance, "safety", model, params, needed)
 
 
@@ -196,7 +203,9 @@ class Warp(PatchAlone):
         basis = Parts.open(inputs.prepared["basis"]) if "basis" in inputs.prepared else None
         mask = Parts.open(inputs.prepared["mask"])
         chosen = places(model, config)
+        # One `SharedInput` for queries, keys and values: x U is then computed once.
         shared = weight_space.shared_inputs(basis, chosen, model)
+        # In the order of the model's blocks, which the state dict numbers: a checkpoint loads into the same layers.
         rotated = {}
         for place in chosen:
             # The mask F of step 3; the layer starts with D = 0, so that the model is unchanged (step 4).
@@ -261,6 +270,7 @@ class Warp(PatchAlone):
             differences[name] = state[f"others.{number}"].cpu() - self._start[name]
         if self.patch.adapters is not None:
             adapted = {name.removeprefix("adapters."): value for name, value in state.items() if name.startswith("adapters.")}
+            # Of whole weights, as all differences of the patch: one patch has one form.
             differences |= {name: up @ down for name, (up, down) in self.patch.adapters.factors(adapted).items()}
         return patches.WeightPatch.of(differences)
 
@@ -268,6 +278,8 @@ class Warp(PatchAlone):
 def check(config: Config, facts: ModelFacts, job: Job) -> None:
     """Raise ValueError for settings that cannot work, before anything starts."""
     plan.check_rows(config, job)
+    # ZeRO 1 and 2 keep whole parameters on each rank and shard moments and gradients, flat: the form of D does not matter to
+    # them.
     if job.scale.zero_stage == 3:
         raise ValueError(
             "scale.zero_stage 3: method warp makes whole weights of their coefficients on every worker, which ZeRO 3 would "
@@ -275,6 +287,7 @@ def check(config: Config, facts: ModelFacts, job: Job) -> None:
         )
     if config.others == "train" and job.model.dtype == "bfloat16":
         raise ValueError("method.others train: weights in bfloat16 would need float32 copies; set model.dtype: float32")
+    # With spare_ratio some coefficients may be free even then.
     if config.keep_ratio == 1 and config.others == "frozen" and not config.spare_ratio:
         raise ValueError("method.keep_ratio 1 freezes every coefficient, and method.others the other weights: nothing trains")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from steerlab.methods.math.gathering import whole_batch
 
 
+# K is n + m - 1 for coprime sizes, and n for equal ones.
 class Coupling(NamedTuple):
     """Optimal transport between two sorted samples of size n and m, as K <= n + m - 1 weighted pairs."""
 
@@ -44,6 +45,7 @@ def coupling(n: int, m: int) -> Coupling:
 @functools.lru_cache
 def _coupling_on(n: int, m: int, device: torch.device) -> Coupling:
     """Return the coupling on a device; copied there once."""
+    # Copied once: a step on a GPU would wait for the copy of three vectors each time.
     return Coupling(*(values_K.to(device) for values_K in coupling(n, m)))
 
 
@@ -68,6 +70,7 @@ def batch_distance(pooled_BS: Tensor, target_SM: Tensor, cost: Callable[[Tensor]
     """
     rows_NS, first = whole_batch(pooled_BS)
     # All target texts take part in every step, also if there are more of them than source rows.
+    # By sizes alone: which value is matched with which is known before any value is.
     pairs = _coupling_on(len(rows_NS), target_SM.shape[1], target_SM.device)
     # Optimal transport in one dimension matches sorted values; the sort's gradient goes back to the unsorted ones.
     sorted_SN, row_SN = rows_NS.T.contiguous().sort(dim=1)
@@ -79,5 +82,6 @@ def batch_distance(pooled_BS: Tensor, target_SM: Tensor, cost: Callable[[Tensor]
         return cost(gap_SK) @ weight_K, len(rows_NS)
     # Every worker sorts all rows; each pair is counted by the one worker that holds its source row.
     row_SK = paired(row_SN, pairs.source_K)
+    # (S, K): after the sort a row's rank differs from neuron to neuron.
     own_SK = (row_SK >= first) & (row_SK < first + len(pooled_BS))
     return (cost(gap_SK) * own_SK) @ weight_K, len(rows_NS)

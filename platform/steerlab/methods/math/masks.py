@@ -39,6 +39,8 @@ def frozen(
     """
     # Rounded once for all layers together: with scope global the parts of small layers would each be rounded.
     sizes = [(int(outputs_M.sum()), inputs) for outputs_M, inputs in zip(selected, num_inputs, strict=True)]
+    # Exactly this many, whatever ties there are: a share that differs from the wanted one would compare two methods at two
+    # ratios.
     num = round(keep_ratio * sum({"entry": m * n, "row": m, "column": n}[unit] for m, n in sizes))
 
     def selected_scores() -> Iterator[Tensor]:
@@ -59,6 +61,7 @@ def by_unit(score_MN: Tensor, unit: Unit) -> Tensor:
     if unit == "entry":
         return score_MN
     # In float64: a row of squared gradients, which are small, may fall below the least float32.
+    # keepdim: (M, 1) or (1, N) broadcast back over the entries.
     return score_MN.double().norm(dim=1 if unit == "row" else 0, keepdim=True).float()
 
 
@@ -72,6 +75,7 @@ def largest(scores: Callable[[], Iterable[Tensor]], num: int) -> Iterator[Tensor
             that only one of them is in memory.
         num: how many entries to take over all tensors.
     """
+    # All scores are read before the first mask is yielded: the threshold is that of all tensors together.
     threshold, num_equal = _threshold(scores, num)
     for score in scores():
         # The comparison of integers is that of the scores, without rounding.
@@ -97,6 +101,7 @@ def _threshold(scores: Callable[[], Iterable[Tensor]], num: int) -> tuple[int, i
     low_mask = (1 << _LOW_BITS) - 1
     # Only scores whose upper bits are those of the threshold matter for its lower bits.
     inside = ((bits := _bits(score))[(bits >> _LOW_BITS) == high] & low_mask for score in scores())
+    # `num - above` are left to take among the scores of bin `high`.
     low, above_low = _bin_of(sum(_counts(bits) for bits in inside), num - above)  # type: ignore[arg-type]
     return (high << _LOW_BITS) | low, num - above - above_low
 
@@ -112,9 +117,11 @@ def _counts(values: Tensor) -> Tensor:
 
 def _bin_of(counts: Tensor, num: int) -> tuple[int, int]:
     """Return the bin that holds the `num`-th largest value, and how many values lie in bins above it."""
+    # Counts of the bin and all above it, from the top bin down, (65,536,).
     from_top = counts.flip(0).cumsum(0)
     place = int((from_top < num).sum())
     above = int(from_top[place - 1]) if place else 0
+    # `place` counts bins from the top.
     return len(counts) - 1 - place, above
 
 

@@ -17,6 +17,7 @@ class Basis(NamedTuple):
     """The basis vectors as columns, float32."""
     values_N: Tensor
     """Eigenvalues, float64."""
+    # Fewer vectors than dimensions leave a null space in C, of which no basis is better than another.
     rank: int
     """Number of eigenvalues above the rounding error of the largest; the basis vectors after these are arbitrary."""
 
@@ -29,12 +30,14 @@ def eigenbasis(second_moment_NN: Tensor) -> Basis:
     Raises:
         ValueError: the matrix is zero, or holds a NaN or infinite value.
     """
+    # torch 2.13's `eigh` says of a NaN that the matrix is ill-conditioned, which would mislead.
     if not bool(torch.isfinite(second_moment_NN).all()):
         raise ValueError("the second moment holds a NaN or infinite value")
     # `eigh` and not `svd`: the matrix is symmetric, and a general decomposition would compute its vectors twice. In float64,
     # since the eigenvalues are squares of singular values: float32 separates directions only down to 3e-4 of the largest one.
     values_N, vectors_NN = torch.linalg.eigh(second_moment_NN.double())
     values_N, vectors_NN = values_N.flip(0), vectors_NN.flip(1)  # eigh sorts in ascending order
+    # Not `<= 0`, which is false for NaN.
     if not values_N[0] > 0:
         raise ValueError("the second moment is zero: the inputs are all zero, so no direction stands out")
     # The products z z^T that were summed into the matrix were computed in float32: smaller eigenvalues are their rounding.

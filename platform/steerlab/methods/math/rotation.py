@@ -189,6 +189,7 @@ class RotatedLayers(nn.Module):
     ) -> None:
         super().__init__()
         others = others or {}
+        # Before the layers: the optimizer's state in a checkpoint numbers parameters in the order of registration.
         self.adapters = adapters
         self.names, self.other_names = list(layers), list(others)
         self.layers = nn.ModuleList(layers.values())  # not a ModuleDict, which refuses the dots of module paths

@@ -41,8 +41,10 @@ _CURVE_POINTS = 96
 class RandomBasis(Frozen, extra="ignore"):
     """Parameters of the stage that draws random bases."""
 
+    # A literal, so that the key of a random basis differs from that of eigenvectors even where nothing else does.
     rotation: Literal["random"] = "random"
     seed: int
+    # In the key, as a random basis depends on no model.
     sizes: dict[str, int]
     """Width N of each input that the selected layers read, by its name."""
 
@@ -53,6 +55,7 @@ class SelectedLayers(Frozen, extra="ignore"):
     of: Literal["gradients", "magnitude"]
     layer_type: tuple[LayerType, ...]
     target_layers: tuple[str, ...]
+    # Left out at the default, so that keys of importances from before the option stay.
     tokens: Tokens = Field(default="labelled", exclude_if=lambda tokens: tokens == "labelled")
 
 
@@ -80,16 +83,20 @@ class Eigenbasis(Frozen, extra="ignore"):
 
 def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
     """Write the eigenvectors of the inputs of one group of layers (step 1), and return facts about them."""
+    # Only one group's matrix is read: C of an input of width 11,008 takes almost 1 GB in float64.
     moments, role = Moments.open(source.needed[MOMENTS]), Eigenbasis.model_validate(source.params).role
     try:
         basis = orthonormal.eigenbasis(moments.second_moment(group))
+    # The mathematics does not know which of hundreds of inputs it has got.
     except ValueError as error:
         raise ValueError(f"basis of the inputs of {group}: {error}") from None
     # U alone: U^T is its transpose, and a second copy would double the largest files of the method.
     write(path, {f"{group}/vectors": basis.vectors_NN, f"{group}/values": basis.values_N})
     # `note` is shown to the user; the other facts are stored beside the part.
     size = len(basis.values_N)
+    # `vectors` is the number of tokens: below the size N the rank cannot be full.
     facts: dict[str, object] = {"rank": basis.rank, "size": size, "vectors": moments.count}
+    # Eigenvalues and not shares: how steeply they fall says how many directions the safety rows use.
     facts["curves"] = {"eigenvalues": {group: thinned(basis.values_N.tolist())}}
     # Fewer tokens than dimensions: the null space of C has no preferred basis.
     if basis.rank < size:
@@ -104,6 +111,7 @@ def eigenbasis(source: Source, group: str, path: Path) -> dict[str, object]:
 def thinned(values: Sequence[float]) -> list[tuple[int, float]]:
     """Return (number from 1, value) of some values: each of the first ones, then fewer and fewer, and the last one."""
     # Evenly spaced on a logarithmic axis, on which a spectrum is drawn; a spectrum of 11,008 values has 70 points.
+    # Rounding makes several points one number near 1, where the axis is dense: the set drops the repeats.
     spaced = torch.logspace(0, math.log10(len(values)), _CURVE_POINTS).round().long().tolist()
     return [(number, values[number - 1]) for number in sorted(set(spaced))]
 
@@ -128,6 +136,7 @@ def gradient_sums(
     basis, chosen = _basis_and_places(model, params, needed)
 
     def of(place: WeightPlace, grad_MN: Tensor) -> Tensor:
+        # (M, N) beside the gradient, on its device.
         return of_gradient(grad_MN, basis(place, grad_MN))
 
     # The rotation is inside of the sum: a sum of |dL_b/dW| cannot be rotated afterwards, as |.| does not commute with U.
@@ -166,6 +175,7 @@ def _basis_and_places(
 def mask(source: Source, part: str, path: Path) -> dict[str, object]:
     """Write the masks of frozen coefficients (step 3), one bit for each coefficient."""
     params = Masks.model_validate(source.params)
+    # Opened and not read: one layer's scores are in memory at a time.
     importances, utility = (
         Parts.open(source.needed[name]) if name in source.needed else None for name in ("importance", "utility_importance")
     )
@@ -179,6 +189,7 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
             yield _random_scores(params.seed, name, sizes[name]) if of is None else of.tensor(name)
 
     def taken(names: list[str], of: Parts | None, ratio: float) -> Iterator[Tensor]:
+        # A function of no arguments, called once for each counting pass and once for the mask.
         selected, inputs = [outputs[name] for name in names], [sizes[name][1] for name in names]
         return frozen(lambda: scores(names, of), selected, inputs, ratio, params.unit)
 
@@ -187,15 +198,18 @@ def mask(source: Source, part: str, path: Path) -> dict[str, object]:
     num_frozen: dict[str, int] = {}
     # A bit for each coefficient: bytes would take a quarter of the model's own size in float32.
     with writing(path, {name: Shape(torch.uint8, [-(-m * n // 8)]) for name, (m, n) in sizes.items()}) as writer:
+        # With scope global the one group is all layers, and `frozen` ranks them together.
         for names in groups:
             spared = (None for _ in names) if params.spare_ratio is None else taken(names, utility, params.spare_ratio)
             for name, frozen_MN, spared_MN in zip(names, taken(names, importances, params.keep_ratio), spared, strict=True):
                 if spared_MN is not None:
                     # Frozen is what matters for safety and not for the utility rows.
+                    # Only within the selected outputs: rows of other types in a fused layer stay frozen.
                     frozen_MN[outputs[name]] &= ~spared_MN[outputs[name]]
                 num_frozen[name] = int(frozen_MN[outputs[name]].sum())
                 # Layer by layer, in the order in which the file's shapes were declared: safetensors begins with them.
                 writer.write(name, masks.packed(frozen_MN))
+    # Of the selected outputs alone: a fused layer is frozen to two thirds before anything is ranked.
     meant = {name: int(outputs[name].sum()) * sizes[name][1] for name in sizes}
     shares = {name: num_frozen[name] / meant[name] for name in sizes}
     return {"frozen": num_frozen, "meant": meant, "by_module": {"share frozen": shares}}
@@ -205,6 +219,7 @@ def _random_scores(seed: int | None, name: str, shape: tuple[int, int]) -> Tenso
     """Return random scores of a layer, (M, N), determined by the seed and the layer's name."""
     assert seed is not None, "without an importance the scores are drawn"
     # Uniform scores: the largest of them are a uniformly random subset of exactly the wanted size.
+    # One generator for each layer: a layer's mask does not depend on which others are selected.
     return torch.rand(shape, generator=generator(seed, name))
 
 

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 def declare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
     """Declare the bases of the layers' inputs, and the moments of the activations that they are made from (step 1)."""
     # Layers that read the same input (queries, keys and values) share one basis.
+    # The last of several layers with one input wins; all of them have its width.
     sizes = {place.input_of: place.shape[1] for place in chosen}
     # eigh holds the float64 matrix, its eigenvectors and its workspace: about four float64 matrices.
     estimate = Estimate(memory_bytes=32 * max(sizes.values()) ** 2, disk_bytes=4 * sum(size**2 for size in sizes.values()))
     if config.rotation == "random":
         params = weight_space.RandomBasis(seed=config.seed, sizes=sizes).model_dump(mode="json")
+        # Needs no moments, and so no safety rows.
         return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.random_basis, estimate=estimate)
     # The inputs of the layers on every chosen token: their uncentred second moment is C of step 1, up to the count.
     phases = {"all": ("prompt", "generation"), "prompt": ("prompt",), "response": ("generation",)}[config.basis_tokens]
@@ -39,19 +41,23 @@ def declare_basis(config: Config, chosen: list[WeightPlace], prepare: Prepare) -
     prepare.moments(role, ExtractConfig.model_validate(reads))
     # The role is named only where it is not the usual one, so that bases of earlier versions keep their keys.
     params = {"rotation": "safety"} if role == "safety" else {"rotation": "safety", "role": role}
+    # A part for each input: the decompositions do not depend on each other and spread over the cluster.
     return prepare.map_parts("basis", 1, params, tuple(sizes), weight_space.eigenbasis, needs=(MOMENTS,), estimate=estimate)
 
 
 def declare_magnitude(make: MakePart, config: Config, chosen: list[WeightPlace], prepare: Prepare) -> None:
     """Declare the scores of the control that ranks coefficients by their size, which `make` computes from the weights."""
     sizes = [4 * place.shape[0] * place.shape[1] for place in chosen]
+    # The name of the importance: the mask reads its scores from there, whichever they are.
     layers, needs = _layers(config, "magnitude"), () if config.rotation == "none" else ("basis",)
     estimate = Estimate(memory_bytes=max(sizes), disk_bytes=sum(sizes))
     prepare.map_parts("importance", 1, layers, ("magnitude",), make, needs=needs, reads_model=True, estimate=estimate)
 
 
 def _layers(config: Config, of: Literal["gradients", "magnitude"]) -> dict[str, Json]:
+    # As text: 3 and "3" would be two keys of one stage.
     target_layers = tuple(str(item) for item in config.target_layers)
+    # The size of a weight has no tokens: its key must not change with an option that it does not read.
     tokens = "labelled" if of == "magnitude" else config.importance_tokens
     return weight_space.SelectedLayers(
         of=of, layer_type=config.layer_type, target_layers=target_layers, tokens=tokens
@@ -91,6 +97,7 @@ def declare_mask(config: Config, chosen: list[WeightPlace], prepare: Prepare) ->
 def check_rows(config: Config, job: Job) -> None:
     """Raise ValueError if a data set that the settings need is missing, or would not be read."""
     data = job.data.by_role
+    # The basis may come from rows of its own; the importance cannot.
     reads_safety = config.mask == "importance" or (config.rotation == "safety" and "basis" not in data)
     if "safety" not in data and reads_safety:
         raise ValueError("data.safety: method warp needs these rows: they say which directions are kept")
@@ -102,6 +109,7 @@ def check_rows(config: Config, job: Job) -> None:
             "ratio how many of these are not frozen; give both or neither"
         )
     reads_loss = {"safety": config.mask == "importance", "utility": config.spare_ratio is not None}
+    # L_b of step 2 is over response tokens: labels on the question would rank what matters for asking it.
     for role, reads in reads_loss.items():
         if reads and role in data and config.importance_tokens == "labelled" and data[role].loss_on != "response":
             raise ValueError(
