@@ -38,6 +38,7 @@ class Result:
 
 def write(result: Result, output: Path) -> None:
     """Write the artifact into a directory; an existing one is replaced."""
+    # An attempt that was killed while it wrote may have left half of one.
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     module, state, model_key = result.module, result.state, result.model_key
@@ -45,18 +46,21 @@ def write(result: Result, output: Path) -> None:
         state, model_key = _write_model(result, output)
     if module.patch is not None:
         patches.save(module.finished(state), output / "patch", model_key)
+        # In the same form as the final patch, so that a task can evaluate any of them.
         for step in result.snapshot_steps:
             weights = {n.partition("/")[2]: value for n, value in result.snapshots.items() if n.startswith(f"{step}/")}
             patches.save(module.finished(weights), output / "snapshots" / str(step), model_key)
     # A saved model brings its tokenizer; a patch alone must say from where its model's tokenizer came.
     prompt = result.encoder.saved_spec if module.leaves_model else result.encoder.spec
     (output / "prompt.json").write_text(json.dumps(prompt))
+    # One line a step, written at the end: a line of a killed run would stand in it twice.
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in result.history))
     (output / "training.json").write_text(json.dumps(result.facts, indent=2))
 
 
 def _write_model(result: Result, output: Path) -> tuple[dict[str, Tensor], str]:
     """Write the trained weights and the tokenizer, and return the patch's state and the fingerprint of the new model."""
+    # The patch's fingerprint below is taken of what is on disk: rounding to the model's dtype happens here.
     models.save_trained(result.module.model, result.module.model_state(result.state), output / "model")
     result.encoder.save(output / "model")
     model_key = result.model_key

@@ -60,9 +60,11 @@ class CheckpointFolder:
         """
         self._is_local = "://" not in storage
         self._fs, base = (pafs.LocalFileSystem(), storage) if self._is_local else remote.opened(storage)
+        # A folder `checkpoints` in the stage's own work directory: a training finds no other training's.
         self._base, self._scratch = f"{base}/{FOLDER}", scratch
         self._rank, self._world_size, self._device = rank, world_size, device
         self._needs_best, self._say = needs_best, say
+        # Set by `start`: all ranks get rank 0's.
         self._attempt = ""
         self._best: Best | None = None
         self._upload: Future[None] | None = None
@@ -76,12 +78,14 @@ class CheckpointFolder:
         choice = (self._choose(), uuid.uuid4().hex) if self._rank == 0 else None
         if self._world_size > 1:
             box = [choice]
+            # Over the group that Ray has made (gloo or NCCL); NCCL sends from device memory, so the device is named.
             distributed.broadcast_object_list(box, src=0, device=self._device)
             choice = box[0]
         assert choice is not None
         name, self._attempt = choice
         if name is None:
             return None
+        # As it was at that step: later evaluations come again.
         self._best = records(self._fs, self._folder(name))[0].best
         return self._local(name)
 
@@ -153,6 +157,8 @@ class CheckpointFolder:
             else:
                 chosen = name
                 break
+        # After the choice: a folder that stays broken would be looked at in every restart, and mixed with new files of its
+        # step.
         for name in broken:
             self._remove(name)
         return chosen
@@ -205,6 +211,7 @@ class CheckpointFolder:
             "best": None if best is None else best.model_dump(),
             "files": found,
         }
+        # The sum is of the record without itself.
         text = json.dumps({**record, "xxh3": json_sum(record)})
         path = f"{self._base}/{name}/{record_name(self._rank)}"
         if self._is_local:
@@ -214,13 +221,16 @@ class CheckpointFolder:
         else:
             with self._fs.open_output_stream(path) as stream:
                 stream.write(text.encode())
+        # On a disk the files are gone already, and only folders are left.
         shutil.rmtree(directory)
         if self._rank == 0:
+            # One rank, after its own record: two would remove the same folders.
             self._prune(name, best)
 
     def _put(self, source: Path, target: str) -> None:
         if self._is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
+            # A rename within one file system: the scratch lies beside the checkpoints.
             source.replace(target)
             return
         self._fs.create_dir(str(PurePosixPath(target).parent), recursive=True)
@@ -235,6 +245,7 @@ class CheckpointFolder:
         kept = {newest, *whole[:1]}
         if self._needs_best and best is not None:
             kept.add(f"{best.step:09d}")
+        # The newest is whole, and no best one is kept: the one before it stays for a newest that turns out damaged.
         if len(kept) == 1:
             kept |= set(whole[:2])
         for name in self._names():

@@ -54,8 +54,10 @@ def record_name(rank: int) -> str:
 
 def records(fs: pafs.FileSystem, folder: str) -> list[Record]:
     """Return the records of all ranks of a checkpoint. Raises NotWhole if one is missing, damaged or of another attempt."""
+    # Rank 0's record says how many ranks wrote this checkpoint.
     first = _record(fs, folder, 0)
     of_ranks = [first, *(_record(fs, folder, rank) for rank in range(1, first.world_size))]
+    # A zombie of an earlier attempt may have finished its part of this step after its successor began.
     if {(record.attempt, record.world_size) for record in of_ranks} != {(first.attempt, first.world_size)}:
         raise NotWhole(f"{folder} holds files of two attempts")
     return of_ranks
@@ -66,6 +68,7 @@ def _record(fs: pafs.FileSystem, folder: str, rank: int) -> Record:
     info = fs.get_file_info(path)
     if info.type != pafs.FileType.File:
         raise NotWhole(f"{path} is missing, as after a kill")
+    # Before it is read: a record may come from a stranger, and be of any size.
     if info.size > _LONGEST_RECORD:
         raise NotWhole(f"{path} has {info.size:,} bytes; such a file has {_LONGEST_RECORD:,} at most")
     with fs.open_input_stream(path) as stream:
@@ -75,6 +78,7 @@ def _record(fs: pafs.FileSystem, folder: str, rank: int) -> Record:
         record = saved.checked(values, Record, path)
     except saved.SavedError as error:
         raise NotWhole(str(error)) from None
+    # By the sum within the record: a truncated or edited JSON may still be valid.
     if not is_intact(values):
         raise NotWhole(f"{path} has another content than when it was written")
     return record
@@ -94,6 +98,7 @@ def expected(fs: pafs.FileSystem, folder: str) -> dict[str, File]:
     for path, file in sorted(named.items()):
         if path not in sizes:
             raise NotWhole(f"{folder}/{path} is missing")
+        # Sizes first, for all files: a listing costs nothing, a sum reads gigabytes.
         if sizes[path] != file.bytes:
             raise NotWhole(f"{folder}/{path} has {sizes[path]:,} bytes, its record says {file.bytes:,}")
     return named

@@ -50,6 +50,7 @@ class Engine:
             # The job was checked for this, but the training of a job that it starts from runs with the scale of this one.
             raise ValueError("bfloat16 weights train with float32 copies, which needs scale.zero_stage 1, 2 or 3, not 0")
         if self.device.type == "cpu":
+            # Read when DeepSpeed is imported, which is the next thing that happens here.
             os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # Ray Train sets it; a plain process may not
         import deepspeed
@@ -66,6 +67,7 @@ class Engine:
         if self._clips_itself:
             optimizer.register_step_pre_hook(lambda *_: self._clip())
         self._ds: Any
+        # Made anew for each training: an engine cannot be used again (transformers #11894).
         self._ds, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self._config())
         self._ds.checkpoint_engine = without_code(self._check)
 
@@ -73,6 +75,7 @@ class Engine:
     def passes_per_step(self) -> int:
         """Number of forward passes of this worker in one optimizer step."""
         rows = self.train.rows_per_step // self.world_size
+        # Rounded up, as in `share_of_rank`: DeepSpeed counts the passes and updates the weights after this many.
         return -(-rows // self.train.micro_batch)
 
     @property
@@ -101,6 +104,7 @@ class Engine:
 
     def _clip(self) -> None:
         trained = [p for p in self.module.parameters() if p.requires_grad]
+        # An infinite limit clips nothing, but gives the norm.
         self._grad_norm = nn.utils.clip_grad_norm_(trained, self.train.clip_norm or float("inf"))
 
     def _config(self) -> dict[str, object]:
@@ -151,6 +155,7 @@ class Engine:
         # DeepSpeed divides by passes and workers. Multiplied by both first, the sum over passes and workers is the sum of
         # total / num_targets, exact however the rows are split.
         self._ds.backward(loss.total * (self.passes_per_step * self.world_size / num_targets))
+        # After the backward pass, in which all ranks reduce gradients: no rank may leave that out.
         self._leaves_out = accepts is not None and not accepts(loss.total.detach())
         self._ds.step()
         self._leaves_out = False
@@ -177,6 +182,7 @@ class Engine:
 
     def sum_over_ranks(self, values: Iterable[Tensor]) -> list[float]:
         """Return the sums of numbers in float64 over all workers; all ranks call it with equally many."""
+        # In float64: a sum over thousands of targets, of which the loop takes a ratio.
         summed = torch.stack([value.to(self.device, torch.float64) for value in values])
         if self.world_size > 1:
             torch.distributed.all_reduce(summed)
@@ -198,6 +204,7 @@ class Engine:
             ValueError: a file of the checkpoint is damaged, would run code, or belongs to another training.
         """
         meta = checkpoints.read_meta(directory)
+        # ZeRO 0 keeps whole weights and moments on every rank, which any number of workers can load.
         written = (meta.world_size, meta.zero_stage)
         if written != (self.world_size, self.scale.zero_stage) and (written[1] or self.scale.zero_stage):
             raise WorldSizeError(
@@ -205,6 +212,7 @@ class Engine:
                 f"{self.world_size} with zero_stage {self.scale.zero_stage}, because sharded optimizer state does not move. "
                 "Use the same scale.workers and scale.zero_stage (zero_stage 0 may change workers), or remove the checkpoints"
             )
+        # Before DeepSpeed opens anything: it looks for files by patterns of its own.
         checkpoints.check_files(directory / _TAG)
         with explained(f"the checkpoint in {directory}"):
             # Not strict: the frozen weights are not in the checkpoint. `_check` has compared the trained ones.
@@ -248,8 +256,10 @@ class Engine:
         if self.scale.zero_stage < 3:
             full = self._ds.module.state_dict() if self.rank == 0 else {}
         else:
+            # A collective: DeepSpeed 0.19 gathers layer by layer and moves each to rank 0's CPU.
             full = self._ds._zero3_consolidated_16bit_state_dict() or {}  # None on all ranks but 0
         if masters and self.dtype == "bfloat16":
+            # On all ranks, outside of the condition on rank 0: gathering is collective under ZeRO 1 and 2, too.
             copies = self._masters(prefix)
             full = {**full, **copies} if self.rank == 0 else {}
         full = {name.removeprefix(prefix): tensor for name, tensor in full.items() if name.startswith(prefix)}
@@ -262,6 +272,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         copies: dict[str, Tensor] = {}
+        # Under every name: a tied weight is saved under each of its names in the state dict.
         for name, parameter in self._ds.module.named_parameters(remove_duplicate=False):
             if name.startswith(prefix) and parameter.requires_grad:
                 copy = safe_get_full_fp32_param(parameter)

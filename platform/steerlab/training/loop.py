@@ -116,6 +116,7 @@ class _Training:
             # Before a checkpoint is written: a resumed run would continue from weights that are NaN.
             # On every rank: the metrics are sums over all, so that all ranks raise together and none waits for another.
             _check_finite(metrics)
+            # In memory and in every checkpoint: the artifact's metrics.jsonl is whole, however often the training was killed.
             self.history.append(metrics)
             if self.step in train.snapshots:
                 weights = self.engine.weights("patch.", masters=True)
@@ -135,7 +136,9 @@ class _Training:
         # Of the whole step and not of this rank's share: every rank divides by the same number.
         num_targets = sum(self.module.counts(self.rows.rows[row], self.start.data.loss_on) for row in rows)
         lr = learning_rate(train, step)
+        # Before any pass: a gradual rotation computes with its angle of this step from the first pass on.
         self.module.on_step(step, min(train.num_steps, len(self.rows.rows) / train.rows_per_step))
+        # The learning rate before the first pass: DeepSpeed updates the weights within the last `backward` and `step`.
         self.engine.start_step(lr)
         totals: dict[str, Tensor] = {}
         chunks = share_of_rank(rows, self.lengths, self.link.rank, self.link.world_size, train.micro_batch)
@@ -156,10 +159,12 @@ class _Training:
         losses = {f"train/{name}": value / num_targets for name, value in zip(totals, sums, strict=True)}
         self.step += 1
         metrics: dict[str, float] = {"step": self.step, **losses, "train/lr": lr}
+        # The step counts, and its rows are not seen again: a resumed run leaves out the same steps.
         if self.fault is not None and bad_steps.num_skipped(self.history) < train.skip_steps:
             return {**{name: value for name, value in metrics.items() if math.isfinite(value)}, bad_steps.SKIPPED: 1.0}
         metrics["train/grad_norm"] = self.engine.grad_norm
         self._check_step(metrics, rows, passes)
+        # After the check, which may raise: a method's hook sees finite weights only.
         self.module.after_step(lr)
         return metrics
 
@@ -169,6 +174,7 @@ class _Training:
         All ranks call it.
         """
         loss = last if before is None else before + last
+        # One reduction for both, so that all ranks decide alike and none waits in a step that another leaves out.
         total, bad = self.engine.sum_over_ranks([loss, self.engine.bad_gradient])
         self.fault = bad_steps.fault_of(total / num_targets, self.history, self.request.train.spike)
         if self.fault is None and bad:
@@ -194,7 +200,9 @@ class _Training:
             if not name:
                 return
             fault = f"is {value}"
+        # Only now are the losses of single passes read: a good step does not wait for them.
         bad_rows = {row for chunk, total in passes if not math.isfinite(float(total)) for row in chunk}
+        # Every rank knows its own passes; a row is at fault if any rank says so.
         flags = self.engine.sum_over_ranks([torch.tensor(float(row in bad_rows)) for row in rows])
         blamed = [row for row, flag in zip(rows, flags, strict=True) if flag] or list(rows)
         numbers = sorted(self.rows.numbers[row] for row in blamed)
@@ -231,6 +239,7 @@ class _Training:
         # A folder of its own for each checkpoint: the last one may still be uploading.
         directory = self.link.scratch / uuid.uuid4().hex
         directory.mkdir()
+        # All ranks, before rank 0 adds its own files: under ZeRO every rank writes a shard.
         self.engine.save(directory, {"step": self.step, "history": self.history})
         if self.link.rank == 0 and self.snapshots:
             save_file(self.snapshots, directory / _SNAPSHOTS)
@@ -286,4 +295,5 @@ def _run(request: Request[Path], scale: ScaleConfig, link: Link, output: Path) -
         if best is not None:
             training.engine.load(best)
     training.export(output)
+    # After the export, which needs DeepSpeed's gathered weights.
     training.engine.close()

@@ -27,6 +27,7 @@ def without_code(check: Callable[[object, Path], None]) -> object:
             super().save(_without_enums(state_dict), path)
 
         def load(self, path: str, map_location: Any = None) -> object:
+            # Within this call only: a file that is loaded elsewhere in the process may not use these classes.
             with torch.serialization.safe_globals([*classes]):
                 contents = torch.load(path, map_location=map_location, weights_only=True)
             check(contents, Path(path))
@@ -40,6 +41,7 @@ def _without_enums(value: object) -> object:
     # Python 3.11.2 pickles a member of an enumeration as a call of getattr, which `weights_only` refuses to load.
     if isinstance(value, enum.Enum) and isinstance(value, int):
         return int(value)
+    # Exactly dict and list: subclasses and tuples hold no enumerations here, and would change their type.
     if type(value) is dict:
         return {key: _without_enums(item) for key, item in value.items()}
     return [_without_enums(item) for item in value] if type(value) is list else value

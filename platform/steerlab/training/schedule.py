@@ -20,6 +20,7 @@ def rows_of_step(num_rows: int, rows_per_step: int, seed: int, step: int) -> lis
     """Return the row numbers of step `step` (from 0), the next `rows_per_step` of a random permutation for each epoch."""
     # A step may reach over the end of an epoch: its rows are then the last of one permutation and the first of the next.
     chosen: list[int] = []
+    # From the step's number alone: nothing is counted from step to step.
     position = step * rows_per_step
     while len(chosen) < rows_per_step:
         epoch, start = divmod(position, num_rows)
@@ -53,6 +54,7 @@ def share_of_rank(rows: Sequence[int], lengths: Sequence[int], rank: int, world_
     by_length = sorted(rows, key=lambda row: (lengths[row], row))
     # Every n-th of the sorted rows: all ranks get as many rows, and nearly as many tokens.
     mine = by_length[rank::world_size]
+    # Rounded up, so that no pass has more than `micro_batch` rows; the same number on every rank, as all have as many rows.
     num_passes = -(-len(mine) // micro_batch)
     size, larger = divmod(len(mine), num_passes)
     # Passes of equal size, not full ones and a small last one: the ranks' passes then take equally long.
@@ -67,6 +69,8 @@ def learning_rate(train: TrainConfig, step: int) -> float:
         return train.lr * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return train.lr
+    # The decay begins where the warm-up ends. `max`: a warm-up over all steps leaves none to decay over.
     share = (step - train.warmup_steps) / max(1, train.num_steps - train.warmup_steps)
+    # Cosine: 1 at the start, 0 at the end, flat at both.
     left = 1 - share if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
     return train.lr * (train.lr_floor + (1 - train.lr_floor) * left)

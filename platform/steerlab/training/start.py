@@ -72,13 +72,17 @@ def load(request: Request[Path], device: torch.device, gradient_checkpointing: b
     rows = load_rows(request.data.by_role[method.module.trains_on], encoder, request.train.max_tokens)
     # Epochs are counted in rows that train: those that were dropped because their prompt does not fit do not count.
     request = replace(request, train=request.train.resolved(len(rows.rows)))
+    # Encoded on every rank: the loop gives each of them its share of the passes.
     validation_data = request.data.validation
     validation = load_rows(validation_data, encoder, request.train.max_tokens) if validation_data else None
     activations = {role: Activations.open(path) for role, path in request.activations.items()}
+    # `below`: patches of the model that the training starts from, which the trainee attaches together with its own.
     inputs = Inputs(below, activations, request.prepared)
+    # From the stage's parameters, where it lies as JSON.
     config = method.Config.model_validate(request.method)
     module = method.module(model, config, inputs).to(device)  # type: ignore[call-arg]
     # Here and not in the contract's constructor, which cannot run after that of the class that derives from it.
     module.check(inputs.below)
+    # `from_pretrained` returns a model in evaluation mode, in which transformers checkpoints no activations.
     module.train()
     return Start(request, module, encoder, rows, validation, model_key)
