@@ -103,6 +103,7 @@ class ActivationPatch(nn.Module):
 
     def inverse(self) -> ActivationPatch:
         """Return the patch of the inverse maps. Raises ValueError if a map has no inverse."""
+        # Place by place: together the maps have no inverse of this form, since each changes the input of the next.
         maps = {name: layer.fitted().inverse() for name, layer in zip(self.sizes, self.layers(), strict=True)}
         return ActivationPatch.from_maps(maps, self.selection, self.strength_range, self.pixels)
 
@@ -123,6 +124,7 @@ class ActivationPatch(nn.Module):
         module = model.get_submodule(place.module)
 
         def edit(value: object) -> object:
+            # In steps of a sampler that are not steered, and in passes of other parts of a pipeline.
             if not forward.acts:
                 return value
             # A diffusion model's call has no input ids, and so no shape of tokens.
@@ -207,6 +209,7 @@ class ActivationPatch(nn.Module):
         Raises:
             CannotFold: a map acts on some tokens only, on inputs, within bounds, or on a module without such weights.
         """
+        # Folding would still round the weights.
         if strength == 0:
             return
         # Weights act on every token and every step of a sampler, and cannot bound a value.

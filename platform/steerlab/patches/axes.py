@@ -42,6 +42,7 @@ def with_rows(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
 
 def per_token(z: Tensor, shape_BT: tuple[int, ...]) -> Tensor:
     """Return one vector for each token, (B, T, D): the mean over attention heads if there are any; other shapes unchanged."""
+    # The `q_norm` of Qwen 3 gives (B, T, H, D) with one gain for all heads: their mean is what one map can act on.
     axis = head_axis(z, shape_BT[1])
     return with_rows(z, shape_BT) if axis is None else z.mean(axis)
 
@@ -54,5 +55,6 @@ def beside(tokens_BT: Tensor, z: Tensor) -> Tensor:
 
 def as_tokens(z: Tensor, axis: int) -> Tensor:
     """Return a value as (B, T, D): the neurons, which are on `axis`, last, and all axes but the first joined into one."""
+    # (B, C, H, W) to (B, H W, C), and (B, D) to (B, 1, D).
     last = z.movedim(axis, -1)
     return last.flatten(1, -2) if last.dim() > 2 else last.unsqueeze(1)

@@ -23,6 +23,7 @@ from steerlab.patches import axes
 if TYPE_CHECKING:
     from steerlab.models.kinds import Model
 
+# Up to three digits: longer numbers are no element of an output, and `int` of an endless one would take long.
 _ELEMENT = re.compile(r"(?P<modules>.*):(?P<element>\d{1,3})")
 
 
@@ -51,6 +52,7 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
     Raises:
         ValueError: a pattern is not a regular expression, or no module is left; the message lists similar names.
     """
+    # Apart from the expression: a colon in one would be matched against module paths, which have none.
     pattern, element = selection.modules, None
     if match := _ELEMENT.fullmatch(pattern):
         pattern, element = match["modules"], int(match["element"])
@@ -64,6 +66,7 @@ def select(model: nn.Module, selection: Selection) -> list[Tap]:
         near = expressions.part(pattern, names) or difflib.get_close_matches(pattern[:200], names, n=5, cutoff=0.2)
         hint = f"near: {', '.join(near[:5])}" if near else f"there are: {', '.join(names[:5])}, ..."
         raise ValueError(f"no module path matches {pattern[:200]!r} as a whole; {hint}")
+    # The order of `named_modules`, in which modules are defined; the order in which they run is known only from a pass.
     chosen = matches
     if selection.exclude_modules is not None:
         excluded = set(expressions.whole(selection.exclude_modules, matches))
@@ -127,6 +130,7 @@ def value_at(output: object, element: int | None, where: str) -> Tensor:
         value = output[element or 0]
     elif element:
         raise ValueError(f"{where} is no tuple: there is no element {element}")
+    # Modules of transformers return tensors, tuples, or dataclasses with several of them.
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} holds a {type(value).__name__}, not a tensor")
     return value
@@ -185,6 +189,7 @@ class Reader:
         self._shape_BT = tuple(ids_BT.shape) if isinstance(ids_BT, Tensor) else None
         try:
             self._model(**inputs)
+        # An exception, as a hook has no other way to end a pass; it unwinds through the model's own `with` blocks.
         except _Done:
             pass
         finally:
@@ -251,6 +256,7 @@ def widths(model: Model, steer: Selection) -> dict[str, int]:
     reader = Reader(model, places, steer.side)
     try:
         with torch.no_grad():
+            # The neurons are the last axis in whatever a reader returns.
             return {name: value.shape[-1] for name, value in reader(**models.small_inputs(model)).items()}
     finally:
         reader.close()

@@ -40,6 +40,7 @@ def token_mask(
         mask_BT = mask_BT & _one_of(roles_BT, selection.roles, ROLES)
     mask_BT = mask_BT & ~_one_of(roles_BT, selection.exclude_roles, ROLES)
     # -1 for the prompt's last token. Generated tokens get 0, which no negative position matches.
+    # (B, T): negative within the prompt.
     back_BT = torch.where(phases_BT == PROMPT, position_BT - prompt_B[:, None], 0)
     is_end_BT = (back_BT == -1) if "prompt_end" in selection.phases else torch.zeros_like(mask_BT)
     # The end of the prompt is a token of the phase `prompt`, which has a number of its own; the end has none.
@@ -94,6 +95,7 @@ def _within(spans: Sequence[Span], position_BT: Tensor, back_BT: Tensor) -> Tens
 
 def prompt_lengths(roles_BT: Tensor, phases_BT: Tensor) -> Tensor:
     """Return the number of tokens in each row's prompt, (B,)."""
+    # Counted and not taken from the width: rows of a batch have prompts of different length.
     return ((roles_BT != PADDING) & (phases_BT != GENERATION)).sum(1)
 
 
@@ -121,6 +123,7 @@ def pool(z_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
     """
     if mask_BT.shape[1] == 1 and pooling == "mean":
         return z_BTD.float().sum(1) / z_BTD.shape[1]  # the same as below, without a pass over an expanded mask
+    # (B, 1) selects all pixels of an image.
     mask_BT = mask_BT.expand(z_BTD.shape[:2])
     mask_BT1 = mask_BT.unsqueeze(-1)
     match pooling:

@@ -37,6 +37,7 @@ class AffineMap(NamedTuple):
     def __call__(self, z: Tensor, at: Tensor | None = None) -> Tensor:
         """Map values whose last axis has width D; bounds are compared with `at`, or with the values themselves."""
         # Outside of the bounds the value itself and not the bound: the map knows nothing there, so it changes nothing.
+        # (..., D): both broadcast over rows and tokens.
         mapped = self.scale_D * z + self.shift_D
         if self.low_D is None or self.high_D is None:
             return mapped
@@ -54,6 +55,7 @@ class AffineMap(NamedTuple):
         Raises:
             ValueError: the scale of a neuron is zero.
         """
+        # AurA sets a perfect expert to 0.
         if not bool((self.scale_D != 0).all()):
             raise ValueError(f"{int((self.scale_D == 0).sum())} neurons have scale 0: what was erased cannot be brought back")
         # y = w z + b, so z = y / w - b / w
@@ -99,6 +101,7 @@ class AffineLayer(MapLayer):
 
     def __init__(self, size: int, bounded: bool = False) -> None:
         super().__init__()
+        # w = 1 and b = 0: a training starts from the model itself.
         self.scale = nn.Parameter(torch.ones(size))
         self.shift = nn.Parameter(torch.zeros(size))
         # Buffers, not parameters: the bounds are saved but not trained.
@@ -126,6 +129,7 @@ class AffineLayer(MapLayer):
         Raises:
             ValueError: the map has bounds, or the shift has no bias to go to.
         """
+        # In weights a neuron has one slope, and no place for a condition.
         if self.low is not None:
             raise ValueError("a map with bounds cannot be merged into weights")
         # s T(z) + (1 - s) z = (1 + s (w - 1)) z + s b

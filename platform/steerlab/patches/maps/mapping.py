@@ -51,10 +51,12 @@ def mapped_pixels(mapping: Callable[..., Tensor], value: Tensor, pixels: Pixels)
         value: float32 values, (B, ..., D) with one or more axes of pixels.
         pixels: whether the mean over an image's pixels moves, or each pixel is mapped.
     """
+    # m, (B, 1, ..., D): one for each image and channel.
     mean = value.mean(tuple(range(1, value.dim() - 1)), keepdim=True)
     if pixels == "mean":
         # The same shift for every pixel, so that their spread stays.
         return value + (mapping(mean) - mean)
+    # The bounds are quantiles of means: compared with single pixels, they would leave most of them out.
     return mapping(value, mean)
 
 
@@ -108,5 +110,6 @@ class MapLayer(nn.Module):
             # Exact at strength 0 and at 1, bit for bit; value + strength * (mapped - value) is not at 1.
             mapped = strength * mapped + (1 - strength) * value
         if tokens_BT is not None:
+            # Selected, not multiplied: a NaN in a token that is not steered stays in that token.
             mapped = torch.where(tokens_BT.unsqueeze(-1), mapped, value)
         return mapped.to(z.dtype)
